@@ -1,0 +1,1 @@
+"""The adapter registry: format, store and catalog. No torch, no gRPC."""
