@@ -1,1 +1,1 @@
-"""Veneer."""
+"""The engine: scheduler, residency and step loop, and the facade that the front uses."""

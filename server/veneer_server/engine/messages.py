@@ -1,0 +1,361 @@
+"""The wire between front and engine process: frozen messages, MessagePack, one socket.
+
+Two closed unions, `ToEngine` and `FromEngine`. A frame is a 4-byte big-endian
+length and one MessagePack array of messages, so that a whole step's output is
+one frame. No torch and no grpc may be imported here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import msgspec
+
+__all__ = [
+    "Activate",
+    "AdapterLoaded",
+    "AdapterSource",
+    "Cancel",
+    "EngineConfig",
+    "EngineInfo",
+    "Evict",
+    "Evicted",
+    "FromEngine",
+    "OperationDone",
+    "Ping",
+    "Pong",
+    "Residency",
+    "SamplingParams",
+    "SequenceFailed",
+    "SequenceOutput",
+    "StepDone",
+    "Stop",
+    "Submit",
+    "TierName",
+    "ToEngine",
+    "WireError",
+    "decode_from_engine",
+    "decode_to_engine",
+    "encode",
+]
+
+TierName = Literal["disk", "host", "device"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all wire types."""
+
+
+# --------------------------------------------------------------- configuration
+
+
+class EngineConfig(Message, frozen=True):
+    """Everything the engine process needs, fixed at its start.
+
+    Attributes:
+        base_folder: local Hugging Face folder of the base model.
+        cache_folder: where 4-bit checkpoints are kept.
+        base_name: logical name, for messages.
+        weights_fingerprint: `BaseFingerprint.weights`; keys the 4-bit cache.
+        device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
+        quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
+        dtype: of activations, KV cache and adapters.
+        threads: intra-op threads; 0 means the number of usable cores.
+        max_batch_tokens: most tokens computed in one step.
+        max_running: most sequences running at once.
+        block_size: tokens a KV block holds.
+        kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
+        load_workers: threads that read and convert adapters.
+    """
+
+    base_folder: str
+    cache_folder: str
+    base_name: str
+    weights_fingerprint: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    threads: int = 0
+    max_batch_tokens: int = 512
+    max_running: int = 64
+    block_size: int = 16
+    kv_cache_bytes: int = 1 << 30
+    host_adapter_bytes: int = 2 << 30
+    device_adapter_bytes: int = 1 << 30
+    load_workers: int = 1
+
+
+class EngineInfo(Message, frozen=True):
+    """First message from a started engine; sizes in bytes unless named otherwise."""
+
+    device: str
+    backend: str
+    architecture: str
+    parameters: int
+    weights_bytes: int
+    context_length: int
+    vocab_size: int
+    kv_cache_tokens: int
+    load_seconds: float
+
+
+# ------------------------------------------------------------ front to engine
+
+
+class AdapterSource(Message, frozen=True):
+    """Where the engine finds the weights of one revision.
+
+    Attributes:
+        weights_digest: key of the resident copy; verified when read.
+        folder: local folder with ``adapter_config.json`` and
+            ``adapter_model.safetensors`` (made by the registry's store).
+        serving_bytes: bytes of one resident copy.
+        name: for messages only.
+    """
+
+    weights_digest: str
+    folder: str
+    serving_bytes: int
+    name: str
+
+
+class SamplingParams(Message, frozen=True):
+    """Resolved sampling: nothing is unset any more.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        seed: the random stream of this request; the same seed, request and
+            batch give the same tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Submit(Message, frozen=True):
+    """A new sequence. The front has checked lengths and ranges.
+
+    Attributes:
+        sequence: id chosen by the front, never used twice.
+        prompt: token ids, at least one.
+        max_tokens: most new tokens, at least 1, within the context.
+        prompt_logprobs: also report the prompt's log-probabilities.
+    """
+
+    sequence: int
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    adapter: AdapterSource | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+
+
+class Cancel(Message, frozen=True):
+    """End a sequence now; answered by a `SequenceOutput` with ``cancelled``
+    unless it has finished already."""
+
+    sequence: int
+
+
+class Activate(Message, frozen=True):
+    """Bring an adapter to ``host`` or ``device``; answered by `OperationDone`."""
+
+    operation: int
+    adapter: AdapterSource
+    tier: Literal["host", "device"] = "device"
+    pin: bool = False
+
+
+class Evict(Message, frozen=True):
+    """Free an adapter's memory; answered by `OperationDone`.
+
+    ``drain`` frees it when its last sequence has ended, ``fail_if_busy`` refuses
+    while there is one, ``abort`` ends them with ADAPTER_EVICTED.
+    """
+
+    operation: int
+    weights_digest: str
+    mode: Literal["drain", "fail_if_busy", "abort"] = "drain"
+    unpin: bool = False
+
+
+class Ping(Message, frozen=True):
+    """Answered by the step loop itself, so an answer proves that it advances."""
+
+    number: int
+
+
+class Stop(Message, frozen=True):
+    """End the engine process; the front has drained it."""
+
+
+ToEngine = Submit | Cancel | Activate | Evict | Ping | Stop
+
+
+# ------------------------------------------------------------ engine to front
+
+
+class WireError(Message, frozen=True):
+    """A `VeneerError` by its stable reason (see ``error_for_reason``)."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_s: float | None = None
+
+
+class SequenceOutput(Message, frozen=True):
+    """What one step gave one sequence.
+
+    Attributes:
+        tokens: new token ids (one, or none where it was cancelled).
+        logprobs: raw log-probabilities of `tokens`, if asked for.
+        prompt_logprobs: one for each prompt token after the first; with the
+            first token only, if asked for.
+        tier: tier that its adapter was found in at submission; first output only.
+        load_seconds: time it waited for its adapter; first output only.
+        queue_seconds: other time before its first step; first output only.
+        finish: set in the last output.
+    """
+
+    sequence: int
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    prompt_logprobs: list[float] | None = None
+    tier: TierName | None = None
+    load_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    finish: Literal["stop", "length", "cancelled"] | None = None
+
+
+class SequenceFailed(Message, frozen=True):
+    """A sequence ended by an error; the last message about it."""
+
+    sequence: int
+    error: WireError
+
+
+class StepDone(Message, frozen=True):
+    """One executed step; last message of its frame.
+
+    Attributes:
+        step: number of steps executed since the engine started.
+        seconds: wall time of the step.
+        prefill_tokens, decode_rows: what the step computed.
+        adapters: different adapters in the step.
+        running, waiting: sequences after the step.
+        waiting_for_adapter: of `waiting`, those whose adapter is not resident.
+        kv_blocks_used, kv_blocks: the pool.
+    """
+
+    step: int
+    seconds: float
+    prefill_tokens: int
+    decode_rows: int
+    adapters: int
+    running: int
+    waiting: int
+    waiting_for_adapter: int
+    kv_blocks_used: int
+    kv_blocks: int
+
+
+class Residency(Message, frozen=True):
+    """New state of one adapter; sent on every change.
+
+    Attributes:
+        tier: nearest memory tier that holds it, or ``disk`` for none.
+        host_bytes, device_bytes: bytes used by all adapters in each tier.
+    """
+
+    weights_digest: str
+    tier: TierName
+    pinned: bool
+    bytes: int
+    host_bytes: int
+    device_bytes: int
+
+
+class AdapterLoaded(Message, frozen=True):
+    """A load (to HOST) or activation (to DEVICE) ended well; for metrics.
+
+    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds.
+    """
+
+    weights_digest: str
+    source: Literal["disk", "host"]
+    stages: dict[str, float]
+
+
+class Evicted(Message, frozen=True):
+    """An adapter left a tier; for metrics.
+
+    ``cause``: ``capacity`` (room for another), ``admin``, or ``abort``.
+    """
+
+    weights_digest: str
+    tier: Literal["host", "device"]
+    cause: Literal["capacity", "admin", "abort"]
+
+
+class OperationDone(Message, frozen=True):
+    """Answer to `Activate` or `Evict`.
+
+    ``done`` is False where a drain still waits for running sequences.
+    """
+
+    operation: int
+    error: WireError | None = None
+    done: bool = True
+    freed_bytes: int = 0
+
+
+class Pong(Message, frozen=True):
+    """Answer of the step loop to `Ping`, with the steps executed so far."""
+
+    number: int
+    step: int
+
+
+FromEngine = (
+    EngineInfo
+    | SequenceOutput
+    | SequenceFailed
+    | StepDone
+    | Residency
+    | AdapterLoaded
+    | Evicted
+    | OperationDone
+    | Pong
+)
+
+LENGTH: Final = struct.Struct(">I")
+"""Prefix of a frame: bytes that follow."""
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(list[ToEngine])
+_from_engine = msgspec.msgpack.Decoder(list[FromEngine])
+
+
+def encode(messages: Sequence[ToEngine] | Sequence[FromEngine]) -> bytes:
+    """One frame that holds all messages, in order."""
+    body = _encoder.encode(messages)
+    return LENGTH.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes) -> list[ToEngine]:
+    """The messages of one frame, without its length prefix."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes) -> list[FromEngine]:
+    """The messages of one frame, without its length prefix."""
+    return _from_engine.decode(body)
