@@ -1,0 +1,162 @@
+"""What a checkpoint's ``config.json`` says, as a frozen record. No torch here.
+
+The front process uses it to check adapters and prompts before the engine has
+loaded anything; the engine uses it to build the decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from veneer_registry.adapter import Projection
+from veneer_registry.errors import VeneerError
+
+__all__ = ["DecoderConfig", "UnsupportedModel", "read_decoder_config"]
+
+SUPPORTED: Final = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""model_type -> architecture that `veneer_server.models.decoder` runs."""
+
+SUPPORTED_ROPE: Final = ("default", "linear", "llama3", "yarn")
+
+
+class UnsupportedModel(VeneerError):
+    """The base model is not one that the decoder can run."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "UNSUPPORTED_MODEL"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Shapes and options of a decoder-only model.
+
+    Attributes:
+        architecture: the transformers class, the decoder's oracle in tests.
+        context_length: most tokens of prompt and completion together.
+        eos_token_ids: any of these ends a sequence.
+        windows: for each layer, the sliding window in tokens, or None for full.
+        qkv_bias, output_bias, mlp_bias: which linears carry a bias.
+        qk_norm: RMSNorm on each query and key head (Qwen3).
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_head: bool
+
+    @property
+    def shapes(self) -> Mapping[Projection, tuple[int, int]]:
+        """Projection -> (out_features, in_features)."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (query, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, query),
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+        }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UnsupportedModel(f"{path} must hold a JSON object")
+    return loaded
+
+
+def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if window is None or (model_type.startswith("qwen") and not raw.get("use_sliding_window")):
+        return (None,) * layers
+    types = raw.get("layer_types")
+    if types is None and model_type.startswith("qwen"):
+        full = raw.get("max_window_layers", layers)
+        types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    if types is None:
+        return (int(window),) * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
+
+
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    """Read ``config.json`` (and ``generation_config.json`` for the end tokens).
+
+    Raises:
+        UnsupportedModel: with the list of what is supported.
+    """
+    raw = _read_json(folder / "config.json")
+    if not raw:
+        raise UnsupportedModel(
+            f"{folder} has no config.json: give a Hugging Face model folder, a hub name, "
+            "or 'smollm2-135m'"
+        )
+    model_type = str(raw.get("model_type"))
+    if model_type not in SUPPORTED:
+        raise UnsupportedModel(
+            f"model type {model_type!r} is not supported; supported are "
+            + ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
+        )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in SUPPORTED_ROPE:
+        raise UnsupportedModel(
+            f"rotary scaling {rope_type!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_ROPE)
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(
+            f"activation {raw['hidden_act']!r} is not supported; supported is silu (SwiGLU)"
+        )
+    layers = int(raw["num_hidden_layers"])
+    heads = int(raw["num_attention_heads"])
+    bias = bool(raw.get("attention_bias", False))
+    generation = _read_json(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    return DecoderConfig(
+        architecture=SUPPORTED[model_type],
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        intermediate_size=int(raw["intermediate_size"]),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        context_length=int(raw.get("max_position_embeddings", 2048)),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        windows=_windows(raw, model_type, layers),
+        qkv_bias=True if model_type == "qwen2" else bias,
+        output_bias=bias if model_type in ("llama", "qwen3") else False,
+        mlp_bias=bool(raw.get("mlp_bias", False)) if model_type == "llama" else False,
+        qk_norm=model_type == "qwen3",
+        tied_head=bool(raw.get("tie_word_embeddings", False)),
+    )
