@@ -88,7 +88,14 @@ class EngineConfig(Message, frozen=True):
 
 
 class EngineInfo(Message, frozen=True):
-    """First message from a started engine; sizes in bytes unless named otherwise."""
+    """First message from a started engine; sizes in bytes unless named otherwise.
+
+    Attributes:
+        backend: what executes a step, for example ``torch``.
+        kv_cache_tokens: tokens that the KV cache holds in all.
+        adapter_itemsize: bytes of one number of a resident adapter.
+        load_seconds: from start to ready.
+    """
 
     device: str
     backend: str
@@ -98,6 +105,7 @@ class EngineInfo(Message, frozen=True):
     context_length: int
     vocab_size: int
     kv_cache_tokens: int
+    adapter_itemsize: int
     load_seconds: float
 
 
@@ -111,13 +119,14 @@ class AdapterSource(Message, frozen=True):
         weights_digest: key of the resident copy; verified when read.
         folder: local folder with ``adapter_config.json`` and
             ``adapter_model.safetensors`` (made by the registry's store).
-        serving_bytes: bytes of one resident copy.
+        parameters: numbers in all A and B; a resident copy takes this many times
+            `EngineInfo.adapter_itemsize` bytes.
         name: for messages only.
     """
 
     weights_digest: str
     folder: str
-    serving_bytes: int
+    parameters: int
     name: str
 
 

@@ -1,0 +1,440 @@
+"""Which adapters are in which tier: decisions only, no torch, no I/O.
+
+The step loop tells this class what happened and carries out the `Action`s it
+returns. Three kinds of grip on an adapter are kept apart:
+
+* a *lease* counts sequences submitted and not finished: its identity is in use;
+* a *hold* counts scheduled sequences: its DEVICE bytes are in use right now and
+  are never evicted;
+* a *pin* is an operator's flag: never evicted for capacity.
+
+Wants are served in the order given (the arrival order of waiting sequences):
+what an earlier want needs is never evicted for a later one, so two adapters
+cannot push each other out for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine.messages import AdapterSource, TierName
+
+__all__ = ["Action", "Drop", "Load", "MoveToDevice", "Plan", "Residency"]
+
+MemoryTier = Literal["host", "device"]
+Cause = Literal["capacity", "admin", "abort"]
+
+
+class Presence(Enum):
+    """State of one adapter in one memory tier."""
+
+    ABSENT = "absent"
+    COMING = "coming"
+    THERE = "there"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read from disk into HOST, in a worker thread."""
+
+    source: AdapterSource
+
+
+@dataclass(frozen=True, slots=True)
+class MoveToDevice:
+    """Copy from HOST to DEVICE."""
+
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Free the copy in a tier."""
+
+    weights_digest: str
+    tier: MemoryTier
+    cause: Cause
+
+
+Action = Load | MoveToDevice | Drop
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `Residency.plan` decided.
+
+    Attributes:
+        actions: to carry out, in order.
+        blocked: the first want that finds no room now: all else is held, or
+            wanted by an earlier sequence. It fits when holds end.
+        impossible: wants that pinned adapters leave no room for, ever.
+    """
+
+    actions: tuple[Action, ...] = ()
+    blocked: str | None = None
+    impossible: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    source: AdapterSource
+    bytes: int
+    host: Presence = Presence.ABSENT
+    device: Presence = Presence.ABSENT
+    leases: int = 0
+    holds: int = 0
+    pinned: MemoryTier | None = None
+    wanted: MemoryTier | None = None
+    """Tier an operator asked for and that it has not reached."""
+    draining: bool = False
+    """Free both copies when the last lease ends."""
+    used: int = 0
+    """Logical time of the last use, for LRU."""
+
+
+@dataclass(slots=True)
+class Residency:
+    """The state machine. ``itemsize`` is bytes of one resident number."""
+
+    host_budget: int
+    device_budget: int
+    itemsize: int
+    _entries: dict[str, _Entry] = field(default_factory=dict)
+    _operator_wants: dict[str, None] = field(default_factory=dict)
+    _clock: int = 0
+
+    # ------------------------------------------------------------- inspection
+
+    def bytes_in(self, tier: MemoryTier) -> int:
+        """Bytes in use or reserved in a tier."""
+        return sum(e.bytes for e in self._entries.values() if _at(e, tier) is not Presence.ABSENT)
+
+    def tier(self, digest: str) -> TierName:
+        """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            return "disk"
+        if entry.device is Presence.THERE:
+            return "device"
+        return "host" if entry.host is Presence.THERE else "disk"
+
+    def pinned(self, digest: str) -> bool:
+        entry = self._entries.get(digest)
+        return entry is not None and entry.pinned is not None
+
+    def bytes_of(self, digest: str) -> int:
+        entry = self._entries.get(digest)
+        return entry.bytes if entry else 0
+
+    def leases(self, digest: str) -> int:
+        entry = self._entries.get(digest)
+        return entry.leases if entry else 0
+
+    # ----------------------------------------------------------- lease and hold
+
+    def lease(self, source: AdapterSource) -> TierName:
+        """Count a new sequence; returns the tier the adapter was found in.
+
+        Raises:
+            AdapterBudgetExceeded: it can never fit.
+        """
+        entry = self._enter(source)
+        found = self.tier(source.weights_digest)
+        entry.leases += 1
+        entry.draining = False
+        self._touch(entry)
+        return found
+
+    def release(self, digest: str) -> list[Action]:
+        """The sequence has ended; may free an adapter that was draining."""
+        entry = self._entries[digest]
+        assert entry.leases > 0, "lease released twice"
+        entry.leases -= 1
+        self._touch(entry)
+        if entry.draining and entry.leases == 0:
+            return self._drop_both(digest, "admin")
+        self._forget_if_idle(digest)
+        return []
+
+    def try_hold(self, digest: str) -> bool:
+        """Grip the DEVICE copy for a sequence that is about to be scheduled."""
+        entry = self._entries[digest]
+        if entry.device is not Presence.THERE:
+            return False
+        entry.holds += 1
+        self._touch(entry)
+        return True
+
+    def unhold(self, digest: str) -> None:
+        entry = self._entries[digest]
+        assert entry.holds > 0, "hold released twice"
+        entry.holds -= 1
+
+    # ------------------------------------------------------------------ planning
+
+    def plan(self, wants: Sequence[str]) -> Plan:
+        """What to start now so that the wanted adapters become resident.
+
+        Args:
+            wants: digests of waiting sequences, oldest first, without repeats.
+        """
+        if not wants and not self._operator_wants:
+            return Plan()
+        actions: list[Action] = []
+        protected: set[str] = set()
+        impossible: list[str] = []
+        for digest in dict.fromkeys([*self._operator_wants, *wants]):
+            entry = self._entries[digest]
+            target = self._next_tier(entry)
+            if target is not None:
+                room = self._make_room(target, entry, protected)
+                if room is None and self._pins_forbid(target, entry):
+                    impossible.append(digest)
+                    continue
+                if room is None:
+                    return Plan(tuple(actions), digest, tuple(impossible))
+                actions += room
+                if target == "host":
+                    entry.host = Presence.COMING
+                    actions.append(Load(entry.source))
+                else:
+                    entry.device = Presence.COMING
+                    actions.append(MoveToDevice(digest))
+            protected.add(digest)
+        return Plan(tuple(actions), None, tuple(impossible))
+
+    def _next_tier(self, entry: _Entry) -> MemoryTier | None:
+        """The tier to bring a wanted adapter to now, or None if it is there or moving."""
+        if entry.device is not Presence.ABSENT or entry.host is Presence.COMING:
+            return None
+        if entry.host is Presence.ABSENT:
+            return "host"
+        only_host = entry.wanted == "host" and not entry.leases
+        return None if only_host else "device"
+
+    def loaded(self, digest: str) -> None:
+        """The HOST copy is complete."""
+        entry = self._entries[digest]
+        entry.host = Presence.THERE
+        if entry.wanted == "host":
+            self._unwant(digest)
+        self._touch(entry)
+
+    def moved(self, digest: str) -> None:
+        """The DEVICE copy is complete."""
+        entry = self._entries[digest]
+        entry.device = Presence.THERE
+        self._unwant(digest)
+        self._touch(entry)
+
+    def failed(self, digest: str) -> None:
+        """A load or move failed: nothing is left of it in memory."""
+        entry = self._entries[digest]
+        if entry.host is Presence.COMING:
+            entry.host = Presence.ABSENT
+        if entry.device is Presence.COMING:
+            entry.device = Presence.ABSENT
+        entry.pinned = None
+        self._unwant(digest)
+        self._forget_if_idle(digest)
+
+    # ------------------------------------------------------------ operator calls
+
+    def activate(self, source: AdapterSource, tier: MemoryTier, pin: bool) -> bool:
+        """Ask for a tier; True if the adapter is there already.
+
+        Raises:
+            AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
+        """
+        entry = self._enter(source)
+        entry.draining = False
+        if pin:
+            self._check_pin_fits(entry, tier)
+            entry.pinned = tier
+        there = entry.device is Presence.THERE or (
+            tier == "host" and entry.host is Presence.THERE
+        )
+        if not there:
+            entry.wanted = tier
+            self._operator_wants[source.weights_digest] = None
+        self._touch(entry)
+        return there
+
+    def evict(
+        self, digest: str, mode: Literal["drain", "fail_if_busy", "abort"], unpin: bool
+    ) -> tuple[bool, int, list[Action]]:
+        """Free an adapter: (freed now, bytes, actions).
+
+        With ``abort`` the caller ends the adapter's sequences first.
+
+        Raises:
+            AdapterPinned: it is pinned and ``unpin`` was not given.
+            AdapterInUse: ``fail_if_busy`` and a sequence uses it.
+        """
+        entry = self._entries.get(digest)
+        if entry is None:
+            return True, 0, []
+        if entry.pinned is not None:
+            if not unpin:
+                raise AdapterPinned(
+                    f"adapter {entry.source.name} is pinned; evict it with unpin set"
+                )
+            entry.pinned = None
+        if entry.leases and mode == "fail_if_busy":
+            raise AdapterInUse(
+                f"adapter {entry.source.name} is used by {entry.leases} request(s); wait, "
+                "or evict with mode DRAIN or ABORT",
+                metadata={"leases": str(entry.leases)},
+            )
+        self._unwant(digest)
+        if entry.leases or Presence.COMING in (entry.host, entry.device):
+            entry.draining = True
+            return False, 0, []
+        actions = self._drop_both(digest, "abort" if mode == "abort" else "admin")
+        return True, _freed(actions, entry.bytes), actions
+
+    def settle(self, digest: str) -> list[Action]:
+        """After `loaded` or `moved`: finish an eviction asked for meanwhile."""
+        entry = self._entries.get(digest)
+        if entry is None or not entry.draining or entry.leases:
+            return []
+        if Presence.COMING in (entry.host, entry.device):
+            return []
+        return self._drop_both(digest, "admin")
+
+    # ------------------------------------------------------------------ internals
+
+    def _enter(self, source: AdapterSource) -> _Entry:
+        digest = source.weights_digest
+        entry = self._entries.get(digest)
+        if entry is not None:
+            return entry
+        size = source.parameters * self.itemsize
+        for tier, budget in (("device", self.device_budget), ("host", self.host_budget)):
+            if size > budget:
+                raise AdapterBudgetExceeded(
+                    f"adapter {source.name} takes {size} bytes but the {tier} budget is "
+                    f"{budget}; start the server with a larger --{_FLAG[tier]}",
+                    metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
+                )
+        entry = self._entries[digest] = _Entry(source, size)
+        return entry
+
+    def _unwant(self, digest: str) -> None:
+        self._entries[digest].wanted = None
+        self._operator_wants.pop(digest, None)
+
+    def _touch(self, entry: _Entry) -> None:
+        self._clock += 1
+        entry.used = self._clock
+
+    def _make_room(
+        self, tier: MemoryTier, entry: _Entry, protected: set[str]
+    ) -> list[Drop] | None:
+        """Drops that free enough of a tier, already applied; None if impossible now."""
+        missing = self.bytes_in(tier) + entry.bytes - self._budget(tier)
+        if missing <= 0:
+            return []
+        drops: list[Drop] = []
+        by_use = sorted(self._entries.items(), key=lambda it: (it[1].leases > 0, it[1].used))
+        for digest, victim in by_use:
+            if missing <= 0:
+                break
+            if victim is not entry and digest not in protected and _evictable(victim, tier):
+                drops.append(Drop(digest, tier, "capacity"))
+                missing -= victim.bytes
+        if missing > 0:
+            return None
+        self._apply(drops)
+        return drops
+
+    def _pins_forbid(self, tier: MemoryTier, entry: _Entry) -> bool:
+        pinned = sum(
+            e.bytes
+            for e in self._entries.values()
+            if e is not entry and e.pinned is not None and _at(e, tier) is not Presence.ABSENT
+        )
+        return pinned + entry.bytes > self._budget(tier)
+
+    def _budget(self, tier: MemoryTier) -> int:
+        return self.device_budget if tier == "device" else self.host_budget
+
+    def _drop_both(self, digest: str, cause: Cause) -> list[Action]:
+        entry = self._entries[digest]
+        entry.draining = False
+        tiers: tuple[MemoryTier, ...] = ("device", "host")
+        drops = [Drop(digest, t, cause) for t in tiers if _at(entry, t) is Presence.THERE]
+        self._apply(drops)
+        self._forget_if_idle(digest)
+        return list(drops)
+
+    def _apply(self, drops: Iterable[Drop]) -> None:
+        for drop in drops:
+            entry = self._entries[drop.weights_digest]
+            assert entry.holds == 0 or drop.tier == "host", "a held adapter was evicted"
+            if drop.tier == "device":
+                entry.device = Presence.ABSENT
+            else:
+                entry.host = Presence.ABSENT
+            self._forget_if_idle(drop.weights_digest)
+
+    def _forget_if_idle(self, digest: str) -> None:
+        entry = self._entries[digest]
+        idle = entry.host is Presence.ABSENT and entry.device is Presence.ABSENT
+        if idle and not entry.leases and entry.wanted is None:
+            del self._entries[digest]
+
+    def _check_pin_fits(self, entry: _Entry, tier: MemoryTier) -> None:
+        budget = self._budget(tier)
+        others = sum(
+            e.bytes for e in self._entries.values() if e is not entry and e.pinned == tier
+        )
+        if others + entry.bytes > budget:
+            raise AdapterBudgetExceeded(
+                f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
+                f"adapters past the {tier} budget of {budget}; unpin another one or start "
+                f"the server with a larger --{_FLAG[tier]}",
+                metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": tier},
+            )
+
+    def check_integrity(self, held: Iterable[str], leased: Iterable[str]) -> None:
+        """Holds and leases equal the sequences that claim them; budgets are kept."""
+        holds, leases = _count(held), _count(leased)
+        for digest, entry in self._entries.items():
+            assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
+            assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
+        assert not holds, "a hold on an unknown adapter"
+        assert not leases, "a lease on an unknown adapter"
+        assert self.bytes_in("host") <= self.host_budget
+        assert self.bytes_in("device") <= self.device_budget
+
+
+_FLAG = {"device": "device-adapter-bytes", "host": "host-cache-bytes"}
+
+
+def _at(entry: _Entry, tier: MemoryTier) -> Presence:
+    return entry.device if tier == "device" else entry.host
+
+
+def _evictable(entry: _Entry, tier: MemoryTier) -> bool:
+    if _at(entry, tier) is not Presence.THERE or entry.pinned is not None:
+        return False
+    if tier == "device":
+        return entry.holds == 0
+    # A move in flight reads the HOST copy; an operator's wish for it stands.
+    return entry.device is not Presence.COMING and entry.wanted is None
+
+
+def _freed(actions: Iterable[Action], size: int) -> int:
+    return sum(size for action in actions if isinstance(action, Drop))
+
+
+def _count(digests: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for digest in digests:
+        counts[digest] = counts.get(digest, 0) + 1
+    return counts
