@@ -1,0 +1,107 @@
+"""Tokens to text while they arrive: whole characters only, stop strings never leaked.
+
+Both classes are small state machines without I/O. Whatever way the tokens are
+split over calls, the concatenated output is the same.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+__all__ = ["Detokenizer", "StopStrings", "TokenBytes"]
+
+
+class TokenBytes(Protocol):
+    """What the detokenizer needs of a tokenizer."""
+
+    strip_first_space: bool
+    """The tokenizer marks word starts by a space, and drops the text's first one."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes a token stands for; empty for special and unknown tokens."""
+
+
+class Detokenizer:
+    """Incremental decoding of one sequence.
+
+    Byte-level tokenizers split characters over tokens, so text is made from the
+    tokens' bytes by an incremental UTF-8 decoder: an incomplete character stays
+    inside until its last byte has come. Bytes that can never become a character
+    are shown as U+FFFD. Cost: one table look-up and one decode a call.
+    """
+
+    __slots__ = ("_decoder", "_strip", "_tokens")
+
+    def __init__(self, tokens: TokenBytes, *, continues: bool = False) -> None:
+        """Args:
+        tokens: the tokenizer's bytes.
+        continues: the text goes on after a prompt, so that a leading space is kept.
+        """
+        self._tokens = tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = tokens.strip_first_space and not continues
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Text that became complete with these tokens; may be empty."""
+        token_bytes = self._tokens.token_bytes
+        data = b"".join([token_bytes(token) for token in ids])
+        if not data:
+            return ""
+        return self._decoder.decode(self._stripped(data))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+    def _stripped(self, data: bytes) -> bytes:
+        if not self._strip:
+            return data
+        self._strip = False
+        return data[1:] if data.startswith(b" ") else data
+
+
+class StopStrings:
+    """Cuts text before the first stop string, wherever it is split.
+
+    Text that may still turn into a stop string is held back. The stop string that
+    is complete first wins (of several that end together, the one that starts
+    first), so the result does not depend on how the text was split.
+    """
+
+    __slots__ = ("_held", "_prefixes", "_reach", "_stops", "stopped")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Args: stops: none of them empty."""
+        self._stops = tuple(dict.fromkeys(stops))
+        self._prefixes = frozenset(s[:n] for s in self._stops for n in range(1, len(s)))
+        self._reach = max((len(s) for s in self._stops), default=1) - 1
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """Text that is certainly no part of a stop string; sets `stopped` at one."""
+        if not self._stops:
+            return text
+        if self.stopped or not text:
+            return ""
+        text = self._held + text
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        keep = 0
+        for size in range(min(self._reach, len(text)), 0, -1):
+            if text[-size:] in self._prefixes:
+                keep = size
+                break
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """Held text, at the end of a sequence that met no stop string."""
+        held, self._held = self._held, ""
+        return held

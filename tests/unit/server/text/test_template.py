@@ -1,0 +1,84 @@
+"""Chat templates render as Hugging Face does, inside bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from veneer_registry.errors import TemplateFailed
+from veneer_server.text.template import (
+    MAX_OUTPUT,
+    MAX_TEMPLATE,
+    ChatTemplate,
+    read_base_template,
+)
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def test_the_base_template(base_folder: Path) -> None:
+    source, special = read_base_template(base_folder)
+    assert source is not None
+    assert ChatTemplate(source, special).render(USER) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_what_hugging_face_templates_use() -> None:
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'skip' %}{% continue %}"
+        "{% endif %}{{ m | tojson }}{% endfor %}\n"
+        "  {% generation %}x{% endgeneration %}{{ strftime_now('%Y') | length }}"
+    )
+    rendered = ChatTemplate(source, {"bos_token": "<s>"}).render(
+        [{"role": "skip", "content": "-"}, {"role": "user", "content": "é"}]
+    )
+    assert rendered == '<s>{"role": "user", "content": "é"}x4'
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[7].content.nothing }}", "no element 7"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ range(999999999) | list }}", "too big"),
+    ],
+)
+def test_failures_say_why(source: str, why: str) -> None:
+    with pytest.raises(TemplateFailed, match=why):
+        ChatTemplate(source, {}).render(USER)
+
+
+def test_syntax_and_size_are_checked_when_compiled() -> None:
+    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+        ChatTemplate("{% if %}", {})
+    with pytest.raises(TemplateFailed, match=str(MAX_TEMPLATE)):
+        ChatTemplate("x" * (MAX_TEMPLATE + 1), {})
+
+
+def test_output_is_bounded() -> None:
+    loop = "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"
+    with pytest.raises(TemplateFailed, match=str(MAX_OUTPUT)):
+        ChatTemplate(loop, {}).render(USER)
+
+
+def test_time_is_bounded() -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    asked = iter([False, False, True])
+    with pytest.raises(TemplateFailed, match="too long"):
+        ChatTemplate(loop, {}).render(USER, expired=lambda: next(asked))
+
+
+def test_templates_in_tokenizer_config(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"chat_template": "A", "eos_token": {"content": "</s>"}}')
+    assert read_base_template(tmp_path) == ("A", {"eos_token": "</s>"})
+    config.write_text('{"chat_template": [{"name": "default", "template": "B"}]}')
+    assert read_base_template(tmp_path) == ("B", {})
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert read_base_template(tmp_path) == ("C", {})
+    assert read_base_template(tmp_path / "none") == (None, {})
