@@ -297,6 +297,10 @@ class Residency:
         actions = self._drop_both(digest, "abort" if mode == "abort" else "admin")
         return True, _freed(actions, entry.bytes), actions
 
+    def satisfied(self, digest: str) -> bool:
+        """No operator's activation of this adapter is outstanding."""
+        return digest not in self._operator_wants
+
     def settle(self, digest: str) -> list[Action]:
         """After `loaded` or `moved`: finish an eviction asked for meanwhile."""
         entry = self._entries.get(digest)

@@ -90,7 +90,7 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._room_wait: tuple[int, float] | None = None
         """(sequence, since): the oldest one that finds no room for its adapter."""
-        self._impossible: tuple[str, ...] = ()
+        self._preempted = False
 
     # --------------------------------------------------------------- inspection
 
@@ -173,6 +173,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if no sequence can go on."""
         chosen: dict[int, PlannedSequence] = {}
+        self._preempted = False
         budget = self.limits.max_batch_tokens
         # Decoding rows first: whoever streams is never left out for a prefill.
         by_need = sorted(self._running.values(), key=lambda s: s.remaining > 1)
@@ -183,7 +184,8 @@ class Scheduler:
             if count and self._grow_or_preempt(sequence, count, chosen):
                 chosen[sequence.id] = _planned(sequence, count)
                 budget -= count
-        for sequence in self._admissible(now):
+        # A step that preempted has no blocks to spare: admitting would only thrash.
+        for sequence in self._admissible(now) if not self._preempted else ():
             if not budget or len(self._running) >= self.limits.max_running:
                 break
             count = self._chunk(sequence, budget)
@@ -217,6 +219,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; its tokens stay, its K and V are computed anew."""
+        self._preempted = True
         self._leave_running(sequence)
         sequence.state = SequenceState.WAITING
         sequence.computed = 0

@@ -1,1 +1,1 @@
-"""Veneer."""
+"""LoRA at run time: resident adapters and the batched products over segments."""

@@ -1,0 +1,355 @@
+"""The step loop: take messages, decide, execute, report. The engine's only actor.
+
+One thread owns scheduler, residency and tables, so none of them needs a lock.
+Everything else (socket, load workers) puts messages into the inbox; a step
+never waits for them, and the loop sleeps in the inbox when nothing can run.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterEvicted,
+    ContextTooLong,
+    NonFiniteOutput,
+    VeneerError,
+)
+from veneer_server.engine.messages import (
+    Activate,
+    AdapterLoaded,
+    AdapterSource,
+    Cancel,
+    Evict,
+    Evicted,
+    FromEngine,
+    OperationDone,
+    Ping,
+    Pong,
+    SequenceFailed,
+    SequenceOutput,
+    StepDone,
+    Stop,
+    Submit,
+    ToEngine,
+    WireError,
+)
+from veneer_server.engine.messages import Residency as ResidencyMessage
+from veneer_server.engine.residency import Action, Drop, Load, Residency
+from veneer_server.engine.scheduler import Scheduler, Update
+from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
+
+__all__ = ["AdapterMemory", "Arrived", "Inbox", "Runner", "StepLoop", "wire_error"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A worker's report: the adapter is complete in a tier, or it failed."""
+
+    weights_digest: str
+    tier: str
+    stages: dict[str, float]
+    error: VeneerError | None = None
+
+
+Inbox = queue.SimpleQueue[ToEngine | Arrived]
+
+
+class Runner(Protocol):
+    """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class AdapterMemory(Protocol):
+    """What holds the bytes (`veneer_server.lora.memory`). Calls return at once;
+    the outcome of `load` and `move` comes to the inbox as `Arrived`."""
+
+    def load(self, source: AdapterSource) -> None: ...
+
+    def move(self, weights_digest: str) -> None: ...
+
+    def admit(self, arrived: Arrived) -> None:
+        """Make a complete copy visible to the runner; on the loop's thread."""
+
+    def drop(self, weights_digest: str, tier: str) -> None: ...
+
+
+def wire_error(error: VeneerError) -> WireError:
+    return WireError(error.reason, error.message, error.metadata, error.retry_after_s)
+
+
+class StepLoop:
+    """Runs until `Stop`.
+
+    Args:
+        send: writes one frame to the front; called on the loop's thread.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        scheduler: Scheduler,
+        residency: Residency,
+        runner: Runner,
+        memory: AdapterMemory,
+        send: Callable[[list[FromEngine]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._inbox = inbox
+        self._scheduler = scheduler
+        self._residency = residency
+        self._runner = runner
+        self._memory = memory
+        self._send = send
+        self._clock = clock
+        self._operations: dict[str, list[int]] = {}
+        """Activations that wait for an adapter, by digest."""
+        self._outgoing: list[FromEngine] = []
+        self._changed: dict[str, None] = {}
+        self.steps = 0
+
+    def run(self) -> None:
+        """The loop. An exception out of here is fatal for the process."""
+        while True:
+            if not self._take_messages(block=False):
+                return
+            self._start_transfers()
+            plan = self._scheduler.schedule(self._clock())
+            if plan is not None:
+                self._step(plan)
+                continue
+            self._flush()
+            if not self._scheduler.has_work():
+                self.check_integrity()
+            if not self._take_messages(block=True):
+                return
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if anything leaked."""
+        self._scheduler.check_integrity()
+
+    # ------------------------------------------------------------------ messages
+
+    def _take_messages(self, *, block: bool) -> bool:
+        """Handle what is in the inbox; False on `Stop`."""
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if isinstance(message, Stop):
+                return False
+            self._handle(message)
+
+    def _handle(self, message: ToEngine | Arrived) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Cancel():
+                sequence, actions = self._scheduler.cancel(message.sequence)
+                self._carry_out(actions)
+                if sequence is not None:
+                    self._outgoing.append(
+                        SequenceOutput(message.sequence, [], finish="cancelled")
+                    )
+            case Activate():
+                self._activate(message)
+            case Evict():
+                self._evict(message)
+            case Ping():
+                self._outgoing.append(Pong(message.number, self.steps))
+            case Arrived():
+                self._arrived(message)
+
+    def _submit(self, message: Submit) -> None:
+        found = None
+        try:
+            longest = len(message.prompt) + message.max_tokens
+            if not self._scheduler.blocks.can_ever_hold(longest):
+                raise ContextTooLong(
+                    f"{longest} tokens of prompt and completion can never fit the KV cache "
+                    f"of {self._scheduler.blocks.total * self._scheduler.blocks.block_size} "
+                    "tokens; ask for fewer, or start the server with a larger "
+                    "--kv-cache-bytes"
+                )
+            if message.adapter is not None:
+                found = self._residency.lease(message.adapter)
+        except VeneerError as error:
+            self._outgoing.append(SequenceFailed(message.sequence, wire_error(error)))
+            return
+        self._scheduler.add(Sequence(message, self._clock(), found))
+
+    def _activate(self, message: Activate) -> None:
+        digest = message.adapter.weights_digest
+        try:
+            there = self._residency.activate(message.adapter, message.tier, message.pin)
+        except VeneerError as error:
+            self._outgoing.append(OperationDone(message.operation, wire_error(error)))
+            return
+        self._changed[digest] = None
+        if there:
+            self._outgoing.append(OperationDone(message.operation))
+        else:
+            self._operations.setdefault(digest, []).append(message.operation)
+
+    def _evict(self, message: Evict) -> None:
+        digest = message.weights_digest
+        try:
+            if message.mode == "abort":
+                if self._residency.pinned(digest) and not message.unpin:
+                    self._residency.evict(digest, "fail_if_busy", unpin=False)
+                self._fail_sequences(
+                    digest, AdapterEvicted("the adapter was evicted by an operator; try again")
+                )
+            done, freed, actions = self._residency.evict(digest, message.mode, message.unpin)
+        except VeneerError as error:
+            self._outgoing.append(OperationDone(message.operation, wire_error(error)))
+            return
+        self._changed[digest] = None
+        self._carry_out(actions)
+        self._outgoing.append(OperationDone(message.operation, done=done, freed_bytes=freed))
+
+    # ------------------------------------------------------------------ adapters
+
+    def _start_transfers(self) -> None:
+        actions, impossible = self._scheduler.plan_adapters(self._clock())
+        self._carry_out(actions)
+        for digest in impossible:
+            error = AdapterBudgetExceeded(
+                "pinned adapters leave no room for this one; evict one with unpin, or start "
+                "the server with larger adapter budgets"
+            )
+            self._fail_sequences(digest, error)
+            self._fail_operations(digest, error)
+            self._residency.failed(digest)
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Load():
+                    self._memory.load(action.source)
+                case Drop():
+                    self._memory.drop(action.weights_digest, action.tier)
+                    self._changed[action.weights_digest] = None
+                    self._outgoing.append(
+                        Evicted(action.weights_digest, action.tier, action.cause)
+                    )
+                case _:
+                    self._memory.move(action.weights_digest)
+
+    def _arrived(self, message: Arrived) -> None:
+        digest = message.weights_digest
+        self._changed[digest] = None
+        if message.error is not None:
+            log.warning("adapter %s failed to load: %s", digest[:12], message.error)
+            self._fail_operations(digest, message.error)
+            self._fail_sequences(digest, message.error)
+            self._residency.failed(digest)
+            return
+        self._memory.admit(message)
+        if message.tier == "host":
+            self._residency.loaded(digest)
+        else:
+            self._residency.moved(digest)
+        self._outgoing.append(
+            AdapterLoaded(digest, "disk" if message.tier == "host" else "host", message.stages)
+        )
+        self._carry_out(self._residency.settle(digest))
+        if self._residency.satisfied(digest):
+            for operation in self._operations.pop(digest, []):
+                self._outgoing.append(OperationDone(operation))
+
+    def _fail_sequences(self, digest: str, error: VeneerError) -> None:
+        for sequence in self._scheduler.using(digest):
+            self._scheduler.cancel(sequence.id)
+            self._outgoing.append(SequenceFailed(sequence.id, wire_error(error)))
+
+    def _fail_operations(self, digest: str, error: VeneerError) -> None:
+        for operation in self._operations.pop(digest, []):
+            self._outgoing.append(OperationDone(operation, wire_error(error)))
+
+    # ---------------------------------------------------------------------- step
+
+    def _step(self, plan: StepPlan) -> None:
+        began = self._clock()
+        result = self._runner.execute(plan)
+        self.steps += 1
+        for update in self._scheduler.update(plan, result, self._carry_out):
+            self._outgoing.append(self._output(update))
+        self._outgoing.append(
+            StepDone(
+                step=self.steps,
+                seconds=self._clock() - began,
+                prefill_tokens=plan.prefill_tokens,
+                decode_rows=plan.rows - plan.prefill_tokens,
+                adapters=len(plan.adapters),
+                running=self._scheduler.running,
+                waiting=self._scheduler.waiting,
+                waiting_for_adapter=self._scheduler.waiting_for_adapter,
+                kv_blocks_used=self._scheduler.blocks.used,
+                kv_blocks=self._scheduler.blocks.total,
+            )
+        )
+        self._flush()
+
+    def _output(self, update: Update) -> FromEngine:
+        sequence = update.sequence
+        if not update.finite or update.token is None:
+            name = sequence.adapter.name if sequence.adapter else "the base model"
+            return SequenceFailed(
+                sequence.id,
+                wire_error(
+                    NonFiniteOutput(
+                        f"the logits of {name} were NaN or infinite for this request; other "
+                        "requests are unaffected. Check the adapter's training for overflow"
+                    )
+                ),
+            )
+        wait = (sequence.admitted or sequence.arrived) - sequence.arrived
+        return SequenceOutput(
+            sequence=sequence.id,
+            tokens=[update.token],
+            logprobs=None if update.logprob is None else [update.logprob],
+            prompt_logprobs=(
+                list(sequence.prompt_logprobs)
+                if update.first and sequence.request.prompt_logprobs
+                else None
+            ),
+            tier=sequence.found_in if update.first else None,
+            load_seconds=sequence.load_seconds if update.first else 0.0,
+            queue_seconds=max(0.0, wait - sequence.load_seconds) if update.first else 0.0,
+            finish=update.finish.value if update.finish else None,
+        )
+
+    def _flush(self) -> None:
+        """Send what has gathered, residency changes first."""
+        changes: list[FromEngine] = []
+        if self._changed:
+            host, device = self._residency.bytes_in("host"), self._residency.bytes_in("device")
+            changes.extend(
+                ResidencyMessage(
+                    weights_digest=digest,
+                    tier=self._residency.tier(digest),
+                    pinned=self._residency.pinned(digest),
+                    bytes=self._residency.bytes_of(digest),
+                    host_bytes=host,
+                    device_bytes=device,
+                )
+                for digest in self._changed
+            )
+        if changes or self._outgoing:
+            self._send([*changes, *self._outgoing])
+        self._changed.clear()
+        self._outgoing = []

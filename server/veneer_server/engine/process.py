@@ -1,0 +1,194 @@
+"""The engine process: one socket, one loop thread, one reader thread, load workers.
+
+Started by `EngineClient` as ``python -m veneer_server.engine.process FD``. The
+first frame on the socket is an `EngineConfig`; the answer, once the base model
+is loaded, is an `EngineInfo`. When the socket closes, the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.messages import (
+    LENGTH,
+    EngineConfig,
+    EngineInfo,
+    FromEngine,
+    Stop,
+    decode_to_engine,
+    encode,
+)
+from veneer_server.engine.model_runner import ModelRunner
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
+from veneer_server.lora.memory import LoraMemory
+from veneer_server.models.attention import KvCache
+from veneer_server.models.decoder import Decoder
+from veneer_server.models.loader import load_weights, torch_dtype
+
+__all__ = ["build_engine", "main"]
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: EngineConfig, inbox: Inbox
+) -> tuple[EngineInfo, Scheduler, Residency, ModelRunner, LoraMemory]:
+    """Load the base model and put the engine's parts together."""
+    began = time.monotonic()
+    device = _device(config.device)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    dtype = torch_dtype(config.dtype)
+    weights = load_weights(
+        Path(config.base_folder),
+        quantization=config.quantization,
+        dtype=dtype,
+        device=device,
+        cache_dir=Path(config.cache_folder),
+        fingerprint=config.weights_fingerprint,
+    )
+    model = weights.config
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
+    cache = KvCache(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    # See `Decoder`: float32 is what small products on a CPU are fast in.
+    lora_dtype = torch.float32 if device.type == "cpu" else dtype
+    memory = LoraMemory(
+        inbox=inbox,
+        config=model,
+        dtype=lora_dtype,
+        device=device,
+        workers=config.load_workers,
+    )
+    residency = Residency(
+        host_budget=config.host_adapter_bytes,
+        device_budget=config.device_adapter_bytes,
+        itemsize=lora_dtype.itemsize,
+    )
+    blocks = BlockManager(num_blocks, config.block_size)
+    limits = SchedulerLimits(
+        max_batch_tokens=max(config.max_batch_tokens, config.max_running),
+        max_running=config.max_running,
+        context_length=model.context_length,
+    )
+    scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
+    runner = ModelRunner(
+        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size
+    )
+    info = EngineInfo(
+        device=_describe(device),
+        backend="torch",
+        architecture=model.architecture,
+        parameters=weights.parameters,
+        weights_bytes=weights.nbytes,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+        kv_cache_tokens=blocks.total * config.block_size,
+        adapter_itemsize=lora_dtype.itemsize,
+        load_seconds=time.monotonic() - began,
+    )
+    return info, scheduler, residency, runner, memory
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda:{device.index} ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def _read_frame(connection: socket.socket) -> bytes | None:
+    """The body of the next frame; None when the other side has closed."""
+    head = _read_exactly(connection, LENGTH.size)
+    return None if head is None else _read_exactly(connection, LENGTH.unpack(head)[0])
+
+
+def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
+    body = bytearray()
+    while len(body) < size:
+        part = connection.recv(size - len(body))
+        if not part:
+            return None
+        body += part
+    return bytes(body)
+
+
+def _reader(connection: socket.socket, inbox: Inbox) -> None:
+    while True:
+        try:
+            body = _read_frame(connection)
+        except OSError:
+            body = None
+        if body is None:
+            inbox.put(Stop())
+            return
+        for message in decode_to_engine(body):
+            inbox.put(message)
+
+
+def main() -> None:
+    """Entry point of the engine process."""
+    logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
+    # The front decides when the engine ends; a Ctrl-C reaches both of them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    body = _read_frame(connection)
+    if body is None:
+        return
+    config = msgspec.msgpack.decode(body, type=EngineConfig)
+    inbox: Inbox = queue.SimpleQueue()
+    info, scheduler, residency, runner, memory = build_engine(config, inbox)
+
+    def send(messages: list[FromEngine]) -> None:
+        connection.sendall(encode(messages))
+
+    send([info])
+    threading.Thread(target=_reader, args=(connection, inbox), daemon=True).start()
+    loop = StepLoop(
+        inbox=inbox,
+        scheduler=scheduler,
+        residency=residency,
+        runner=runner,
+        memory=memory,
+        send=send,
+    )
+    try:
+        loop.run()
+    except (BrokenPipeError, ConnectionResetError):
+        log.info("the front has gone")
+    except Exception:
+        log.exception("fatal: the step loop failed")
+        # Load workers must not keep a broken engine alive.
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

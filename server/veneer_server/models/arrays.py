@@ -1,0 +1,50 @@
+"""A step as plain arrays: the seam between scheduling and execution.
+
+`StepArrays` is what every backend executes: the torch decoder now, native CPU
+code and CUDA graphs later. It is numpy, so it has a C layout and no device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from veneer_server.lora.ops import Segment
+
+__all__ = ["Backend", "StepArrays"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One step of R rows (tokens) of S sequences.
+
+    Attributes:
+        tokens: [R] int64 token ids; the rows of a sequence are neighbours.
+        positions: [R] int64 position of each row in its sequence.
+        slots: [R] int64 place of each row's K and V: block * block_size + offset.
+        row_starts: [S + 1] int64; sequence s has rows row_starts[s] to row_starts[s + 1].
+        contexts: [S] int64 tokens of the sequence in the cache after this step.
+        block_tables: [S, B] int64 KV blocks in order, padded with block 0.
+        segments: rows that share an adapter; rows in no segment have none.
+        logit_rows: [L] int64 rows whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    row_starts: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    block_tables: NDArray[np.int64]
+    segments: tuple[Segment, ...]
+    logit_rows: NDArray[np.int64]
+
+
+class Backend(Protocol):
+    """Executes a whole step in one call."""
+
+    def execute(self, step: StepArrays) -> torch.Tensor:
+        """Write the rows' K and V, return logits [L, vocab] in float32."""

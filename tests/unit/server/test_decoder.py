@@ -1,0 +1,259 @@
+"""The lean decoder against its oracle, transformers, on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from veneer_server.models.arrays import StepArrays
+from veneer_server.models.attention import KvCache
+from veneer_server.models.config import UnsupportedModel, read_decoder_config
+from veneer_server.models.decoder import Decoder
+from veneer_server.models.loader import load_weights
+
+# Sizes that bitsandbytes can pack: rows % 32 == 0, columns % 64 == 0.
+TINY: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+SHAPES = {
+    "llama": LlamaConfig(**TINY),
+    "llama-tied": LlamaConfig(**TINY, tie_word_embeddings=True),
+    "llama-biased": LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
+    "llama-llama3-rope": LlamaConfig(**TINY, rope_parameters=LLAMA3),
+    "llama-linear-rope": LlamaConfig(**TINY, rope_parameters=LINEAR),
+    "llama-yarn-rope": LlamaConfig(**TINY, rope_parameters=YARN),
+    "mistral": MistralConfig(**TINY, sliding_window=None),
+    "mistral-window": MistralConfig(**TINY, sliding_window=24),
+    "qwen2": Qwen2Config(**TINY),
+    "qwen2-window": Qwen2Config(
+        **TINY, use_sliding_window=True, sliding_window=24, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**TINY),
+}
+BLOCK = 16
+
+
+def save_random(config: Any, folder: Path, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        # Norms and biases that are not 1 and 0, or a forgotten one goes unseen.
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+def build(folder: Path, dtype: torch.dtype, quantization: Any = "none") -> Decoder:
+    weights = load_weights(
+        folder, quantization=quantization, dtype=dtype, device=torch.device("cpu")
+    )
+    config = weights.config
+    cache = KvCache(
+        num_layers=config.num_layers,
+        num_blocks=40,
+        block_size=BLOCK,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    return Decoder(weights, cache, torch.float32)
+
+
+def step(parts: list[tuple[list[int], int, list[int]]]) -> StepArrays:
+    """Rows of several sequences: (new tokens, start, blocks); all logits wanted."""
+    tokens = [t for new, _, _ in parts for t in new]
+    positions = [start + i for new, start, _ in parts for i in range(len(new))]
+    slots = [
+        blocks[(start + i) // BLOCK] * BLOCK + (start + i) % BLOCK
+        for new, start, blocks in parts
+        for i in range(len(new))
+    ]
+    width = max(len(blocks) for _, _, blocks in parts)
+    table = np.zeros((len(parts), width), dtype=np.int64)
+    for row, (_, _, blocks) in enumerate(parts):
+        table[row, : len(blocks)] = blocks
+    return StepArrays(
+        tokens=np.array(tokens),
+        positions=np.array(positions),
+        slots=np.array(slots),
+        row_starts=np.cumsum([0] + [len(new) for new, _, _ in parts]),
+        contexts=np.array([start + len(new) for new, start, _ in parts]),
+        block_tables=table,
+        segments=(),
+        logit_rows=np.arange(len(tokens)),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_logits_equal_transformers_for_prefill_chunks_and_decode(
+    name: str, tmp_path: Path
+) -> None:
+    """Two sequences, mixed: whole prefill, chunked prefill, decode, scattered blocks."""
+    oracle = save_random(SHAPES[name], tmp_path)
+    decoder = build(tmp_path, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randint(3, 320, (70,), generator=generator).tolist()
+    second = torch.randint(3, 320, (45,), generator=generator).tolist()
+    blocks_1, blocks_2 = [7, 3, 11, 1, 9], [2, 14, 5]
+    got_1, got_2 = [], []
+    out = decoder.execute(step([(first[:60], 0, blocks_1[:4]), (second[:20], 0, blocks_2[:2])]))
+    got_1.append(out[:60])
+    got_2.append(out[60:])
+    out = decoder.execute(step([(first[60:61], 60, blocks_1[:4]), (second[20:40], 20, blocks_2)]))
+    got_1.append(out[:1])
+    got_2.append(out[1:])
+    for i in range(5):
+        out = decoder.execute(
+            step(
+                [
+                    (first[61 + i : 62 + i], 61 + i, blocks_1),
+                    (second[40 + i : 41 + i], 40 + i, blocks_2),
+                ]
+            )
+        )
+        got_1.append(out[:1])
+        got_2.append(out[1:])
+    with torch.no_grad():
+        want_1 = oracle(torch.tensor([first[:66]])).logits[0]
+        want_2 = oracle(torch.tensor([second])).logits[0]
+    # float32 both; sums run in another order (fused qkv, paged attention).
+    torch.testing.assert_close(torch.cat(got_1), want_1, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(got_2), want_2, atol=2e-5, rtol=1e-4)
+
+
+def test_a_wrong_block_table_is_noticed(tmp_path: Path) -> None:
+    """Negative control of the test above: another block gives other logits."""
+    save_random(SHAPES["llama"], tmp_path)
+    decoder = build(tmp_path, torch.float32)
+    tokens = list(range(3, 40))
+    decoder.execute(step([(tokens[:36], 0, [1, 2, 3])]))
+    right = decoder.execute(step([(tokens[36:], 36, [1, 2, 3])]))
+    wrong = decoder.execute(step([(tokens[36:], 36, [4, 2, 3])]))
+    assert (right - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_fused_four_bit_linears_are_exact(quantization: str, tmp_path: Path) -> None:
+    """Fusing q, k, v and gate, up must not change what bitsandbytes computes."""
+    from transformers import BitsAndBytesConfig
+
+    save_random(SHAPES["qwen2"], tmp_path)
+    oracle = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    ).eval()
+    for module in oracle.modules():
+        # bitsandbytes' packed CPU product rounds to bfloat16; off for float32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    decoder = build(tmp_path, torch.float32, quantization)
+    tokens = list(range(3, 33))
+    with torch.no_grad():
+        want = oracle(torch.tensor([tokens])).logits[0]
+    got = decoder.execute(step([(tokens, 0, [1, 2])]))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_prequantized_folder_loads_as_it_is(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    save_random(SHAPES["llama"], tmp_path / "full")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            # A skipped module stays unquantized and is fused with quantized ones.
+            llm_int8_skip_modules=["lm_head", "k_proj"],
+        ),
+    )
+    quantized.save_pretrained(tmp_path / "four-bit")
+    for module in quantized.eval().modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    decoder = build(tmp_path / "four-bit", torch.float32)
+    tokens = list(range(3, 33))
+    with torch.no_grad():
+        want = quantized(torch.tensor([tokens])).logits[0]
+    got = decoder.execute(step([(tokens, 0, [1, 2])]))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_four_bit_weights_are_cached_and_the_cache_gives_the_same(tmp_path: Path) -> None:
+    save_random(SHAPES["llama"], tmp_path / "base")
+    outputs = []
+    for _ in range(2):
+        weights = load_weights(
+            tmp_path / "base",
+            quantization="nf4",
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            cache_dir=tmp_path / "cache",
+            fingerprint="ab" * 32,
+        )
+        outputs.append(weights.layers[0].qkv(torch.ones(2, 128, dtype=torch.bfloat16)))
+    (cached,) = (tmp_path / "cache" / "quantized").iterdir()
+    assert (cached / "config.json").is_file()
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gpt2"}, "qwen3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "yarn"),
+        ({"hidden_act": "gelu"}, "silu"),
+    ],
+)
+def test_an_unsupported_base_is_refused_with_what_is_supported(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    import json
+
+    raw = SHAPES["llama"].to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModel, match=says):
+        read_decoder_config(tmp_path)
