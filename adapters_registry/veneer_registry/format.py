@@ -1,0 +1,260 @@
+"""The adapter format: read, validate and write a PEFT adapter folder.
+
+Everything is checked by our own code before any library sees a byte. Pickles are
+never opened; ``base_model_name_or_path`` is never fetched; no config string is
+run as a regular expression. See ``docs`` for the rules; each refusal names the
+file, the tensor or key, and the fix.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from veneer_registry.adapter import PROJECTIONS, AdapterManifest, BaseSpec
+from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
+from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, parse_config
+from veneer_registry.manifest_json import manifest_from_json, manifest_to_json
+from veneer_registry.safetensors_header import read_header
+from veneer_registry.strict_json import refuse, show
+from veneer_registry.training_manifest import (
+    TRAINING_FILE,
+    TRAINING_LIMIT,
+    TrainingManifest,
+    check_base,
+    parse_training,
+)
+from veneer_registry.values import to_bfloat16
+from veneer_registry.weights import (
+    WEIGHTS_FILE,
+    ModuleTensors,
+    TensorView,
+    digest_weights,
+    find_modules,
+    open_tensors,
+)
+from veneer_registry.writer import write_adapter
+
+__all__ = [
+    "ALLOWED_FILES",
+    "CONFIG_FILE",
+    "README_FILE",
+    "REQUIRED_FILES",
+    "TEMPLATE_FILE",
+    "TRAINING_FILE",
+    "WEIGHTS_FILE",
+    "FileSelection",
+    "ModuleTensors",
+    "TensorView",
+    "check_file_name",
+    "manifest_from_json",
+    "manifest_to_json",
+    "open_tensors",
+    "read_adapter",
+    "select_files",
+    "to_bfloat16",
+    "verify_weights",
+    "weights_digest",
+    "write_adapter",
+]
+
+TEMPLATE_FILE: Final = "chat_template.jinja"
+TEMPLATE_LIMIT: Final = 64 << 10
+README_FILE: Final = "README.md"
+README_LIMIT: Final = 1 << 20
+
+REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+
+ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
+    {
+        CONFIG_FILE: CONFIG_LIMIT,
+        WEIGHTS_FILE: None,
+        TEMPLATE_FILE: TEMPLATE_LIMIT,
+        TRAINING_FILE: TRAINING_LIMIT,
+        README_FILE: README_LIMIT,
+    }
+)
+"""Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
+
+_PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_BYTES: Final[Mapping[str, int]] = MappingProxyType({"bfloat16": 2, "float16": 2, "float32": 4})
+
+
+def check_file_name(name: str) -> str:
+    """Return ``name`` if a bundle may hold a file of this name.
+
+    Raises:
+        AdapterInvalid: metadata ``file``; the message says what to send instead.
+    """
+    if name in ALLOWED_FILES:
+        return name
+    shown = name[:80]
+    if Path(shown).suffix.lower() in _PICKLES:
+        why = (
+            "is a pickle, which can run code when opened, so it is never read; save the "
+            f"adapter with safe_serialization=True and send {WEIGHTS_FILE}"
+        )
+    else:
+        why = f"does not belong in a bundle; send only {', '.join(ALLOWED_FILES)}"
+    raise AdapterInvalid(f"{show(shown)} {why}", metadata={"file": shown, "why": why})
+
+
+@dataclass(frozen=True, slots=True)
+class FileSelection:
+    """What of a folder is a bundle: ``files`` are sent, ``skipped`` are not."""
+
+    files: tuple[Path, ...]
+    skipped: tuple[str, ...]
+
+
+def select_files(folder: Path) -> FileSelection:
+    """Sort a folder's entries into bundle files and the rest.
+
+    Trainers leave ``training_args.bin``, optimizer states and checkpoints beside an
+    adapter: they are skipped, never sent.
+
+    Raises:
+        AdapterInvalid: the folder or a required file is missing; where only a
+            pickle is there, it is named with the way to convert it.
+    """
+    if not folder.is_dir():
+        refuse(show(str(folder)), "is not a folder; give the folder that PEFT saved")
+    entries = sorted(folder.iterdir())
+    files = tuple(path for path in entries if path.name in ALLOWED_FILES)
+    skipped = tuple(path.name for path in entries if path.name not in ALLOWED_FILES)
+    names = {path.name for path in files}
+    if WEIGHTS_FILE not in names:
+        for name in skipped:
+            if Path(name).stem == "adapter_model" and Path(name).suffix.lower() in _PICKLES:
+                check_file_name(name)
+    for name in REQUIRED_FILES:
+        if name not in names:
+            refuse(name, "is missing; save the adapter with save_pretrained")
+    return FileSelection(files, skipped)
+
+
+def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
+    """Check an adapter folder and describe it.
+
+    Args:
+        folder: what PEFT's ``save_pretrained`` wrote. Files outside the allow-list
+            are not opened.
+        base: what it must fit; None for a client's local check, which leaves out
+            shapes against the base, its layers, and the fingerprint.
+
+    Raises:
+        AdapterInvalid: metadata ``file`` and ``tensor`` or ``key``.
+        BaseModelMismatch: its manifest names another base; both are shown.
+    """
+    names = {path.name for path in select_files(folder).files}
+    manifest = _read_weights(folder, base)
+    warnings: list[str] = []
+    training = TrainingManifest(None, {}, ())
+    if TRAINING_FILE in names:
+        training = parse_training(_read_small(folder, TRAINING_FILE, TRAINING_LIMIT))
+        warnings += training.warnings
+    if base is not None:
+        warnings += check_base(training.fingerprint, base)
+    template = None
+    if TEMPLATE_FILE in names:
+        template = _template(_read_small(folder, TEMPLATE_FILE, TEMPLATE_LIMIT))
+    return AdapterManifest(
+        weights_digest=manifest.weights_digest,
+        modules=manifest.modules,
+        max_rank=manifest.max_rank,
+        targets=manifest.targets,
+        parameters=manifest.parameters,
+        serving_bytes=manifest.serving_bytes,
+        file_dtype=manifest.file_dtype,
+        base_name=manifest.base_name,
+        base_fingerprint=training.fingerprint,
+        chat_template=template,
+        training=training.facts,
+        warnings=tuple(warnings),
+    )
+
+
+def weights_digest(folder: Path) -> str:
+    """The weights digest of an adapter folder, checked as `read_adapter` does."""
+    return _read_weights(folder, None).weights_digest
+
+
+def verify_weights(folder: Path, digest: str) -> AdapterManifest:
+    """Read the two weight files of a stored adapter and compare with ``digest``.
+
+    Returns the manifest of these files alone (no template, no training facts), so
+    that a loader learns modules and scalings from verified bytes.
+
+    Raises:
+        AdapterCorrupt: files are missing, unreadable as an adapter, or differ.
+    """
+    why = ""
+    try:
+        manifest = _read_weights(folder, None)
+        if manifest.weights_digest == digest:
+            return manifest
+        why = f"its content has digest {manifest.weights_digest[:12]}"
+    except (AdapterInvalid, OSError) as error:
+        why = str(error)[:200]
+    raise AdapterCorrupt(
+        f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
+        metadata={"weights_digest": digest, "why": why},
+    )
+
+
+def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
+    settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
+    _check_regular(folder / WEIGHTS_FILE)
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        header = read_header(file, WEIGHTS_FILE)
+        modules = find_modules(header, settings, base)
+        # Without a base nothing is cast; the bound on magnitudes holds all the same.
+        serving = "float32" if base is None else base.serving_dtype
+        digest = digest_weights(file, header, modules, serving)
+    tensors = header.tensors.values()
+    parameters = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)
+    dtypes = {tensor.dtype for tensor in tensors}
+    projections = {module.projection for module in modules}
+    return AdapterManifest(
+        weights_digest=digest,
+        modules=modules,
+        max_rank=max(module.rank for module in modules),
+        targets=tuple(name for name in PROJECTIONS if name in projections),
+        parameters=parameters,
+        serving_bytes=parameters * _BYTES["bfloat16" if base is None else base.serving_dtype],
+        file_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        base_name=settings.base_name,
+    )
+
+
+def _check_regular(path: Path) -> None:
+    # Opening a FIFO would block for ever, a device could never end.
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        regular = False
+    if not regular:
+        refuse(path.name, "is missing or not a regular file; save the adapter again")
+
+
+def _read_small(folder: Path, name: str, limit: int) -> bytes:
+    _check_regular(folder / name)
+    with (folder / name).open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        refuse(name, f"is larger than {limit} bytes; make it smaller")
+    return data
+
+
+def _template(data: bytes) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(TEMPLATE_FILE, f"is not UTF-8 at byte {error.start}; save it as UTF-8")
+    if not text.strip():
+        refuse(TEMPLATE_FILE, "is empty; leave it out to use the base's template")
+    return text

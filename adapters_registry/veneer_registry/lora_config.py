@@ -1,0 +1,244 @@
+"""``adapter_config.json``, read by a strict schema of our own over PEFT 0.21's keys.
+
+Nothing in it is ever run, imported or fetched. PEFT itself has imported modules
+that a config named (PEFT #3085) and matches ``target_modules`` by ``re.fullmatch``,
+where a 12-byte pattern took seconds. Here the tensors' names decide what is
+adapted, and pattern keys are literals.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, NoReturn, TypeVar
+
+from veneer_registry.strict_json import parse_object, refuse, show
+
+__all__ = ["CONFIG_FILE", "CONFIG_LIMIT", "MAX_RANK", "LoraSettings", "parse_config"]
+
+CONFIG_FILE: Final = "adapter_config.json"
+CONFIG_LIMIT: Final = 1 << 20
+"""Most bytes of the file; PEFT's own with every module listed by name is 30 KB."""
+
+MAX_RANK: Final = 4096
+_MAX_ALPHA: Final = 1e6
+
+# Keys that cannot change what the tensors and scalings of this project compute.
+_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "auto_mapping",  # class and module names; never imported
+        "corda_config",  # these four belong to an initialisation, which is
+        "eva_config",  #   over; `init_lora_weights` says whether it touched
+        "lora_ga_config",  # the base
+        "loftq_config",
+        "ensure_weight_tying",  # concerns embeddings and heads, refused by name
+        "exclude_modules",  # the tensors' names decide
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",  # off at inference
+        "megatron_core",  # read only together with megatron_config
+        "peft_version",
+        "qalora_group_size",  # read only together with use_qalora
+        "revision",  # of the base; never fetched
+        "runtime_config",
+        "target_modules",
+        "velora_config",  # changes the backward pass only
+    }
+)
+
+_REFUSED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "alora_invocation_tokens": "activated LoRA is not supported; train plain LoRA",
+        "arrow_config": "Arrow routing is not supported; upload the adapters one by one",
+        "kasa_config": "KaSA changes the base weights; train plain LoRA",
+        "layer_replication": "replicated layers are not supported; train on the base as it is",
+        "lora_bias": "biases are not supported; train with lora_bias=False",
+        "megatron_config": "Megatron layers are not supported; train plain LoRA",
+        "modules_to_save": (
+            "whole modules (embeddings, heads) are not supported; train without them"
+        ),
+        "monteclora_config": "MonteCLoRA is not supported; train plain LoRA",
+        "target_parameters": "bare parameters are not supported; target linear projections",
+        "trainable_token_indices": "trained tokens are not supported; train without them",
+        "use_bdlora": "block-diagonal LoRA is not supported; train plain LoRA",
+        "use_dora": "DoRA is not supported yet; train with use_dora=False",
+        "use_qalora": "QA-LoRA is not supported; train with use_qalora=False",
+    }
+)
+
+# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA) subtract something from it, so the adapter alone is not enough.
+_INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+
+_Number = TypeVar("_Number", int, float)
+
+_LITERAL: Final = re.compile(r"[A-Za-z0-9_.]+")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What of the config changes the result.
+
+    Attributes:
+        rank, alpha: defaults for modules that no pattern names.
+        rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
+        rank_pattern, alpha_pattern: literal keys, in the order of the file.
+        base_name: ``base_model_name_or_path``, for messages only.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    base_name: str
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        """The factor of B A x, computed as PEFT does so that both agree to the bit."""
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def ranks(self, paths: Iterable[str]) -> dict[str, int]:
+        """Declared rank of each module; refuses a key that matches none of them."""
+        return _by_path("rank_pattern", self.rank_pattern, self.rank, paths)
+
+    def alphas(self, paths: Iterable[str]) -> dict[str, float]:
+        """Alpha of each module; refuses a key that matches none of them."""
+        return _by_path("alpha_pattern", self.alpha_pattern, self.alpha, paths)
+
+
+def parse_config(data: bytes) -> LoraSettings:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        AdapterInvalid: metadata ``file`` and, where one is to blame, ``key``.
+    """
+    config = parse_object(data, file=CONFIG_FILE, limit=CONFIG_LIMIT)
+    if config.get("peft_type") != "LORA":
+        _bad("peft_type", f"is {show(config.get('peft_type'))}; only LORA is supported")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        _bad("task_type", f"is {show(config['task_type'])}; only CAUSAL_LM is supported")
+    if config.get("bias") not in (None, "none"):
+        _bad("bias", "must be 'none': biases are not supported; train with bias='none'")
+    if config.get("fan_in_fan_out") not in (None, False):
+        _bad("fan_in_fan_out", "must be false: decoder projections are plain linear layers")
+    _check_init(config.get("init_lora_weights"))
+    for key, value in config.items():
+        if key not in _WITHOUT_EFFECT and key not in _READ and not _is_default(value):
+            _bad(key, _REFUSED.get(key, "is unknown and may change the result; remove it"))
+    rslora = config.get("use_rslora")
+    if rslora is not None and not isinstance(rslora, bool):
+        _bad("use_rslora", "must be true or false")
+    base_name = config.get("base_model_name_or_path")
+    if base_name is not None and not isinstance(base_name, str):
+        _bad("base_model_name_or_path", "must be a string or null")
+    return LoraSettings(
+        rank=_rank("r", config.get("r")),
+        alpha=_alpha("lora_alpha", config.get("lora_alpha")),
+        rslora=bool(rslora),
+        rank_pattern={k: _rank(k, v) for k, v in _pattern(config, "rank_pattern").items()},
+        alpha_pattern={k: _alpha(k, v) for k, v in _pattern(config, "alpha_pattern").items()},
+        base_name=base_name or "",
+    )
+
+
+_READ: Final = frozenset(
+    {"peft_type", "task_type", "bias", "fan_in_fan_out", "init_lora_weights", "use_rslora"}
+    | {"base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+)
+
+
+def _bad(key: str, why: str) -> NoReturn:
+    refuse(CONFIG_FILE, why, key=key)
+
+
+def _is_default(value: object) -> bool:
+    """Null, false and empty mean "not used" for every key that PEFT has had so far."""
+    return value is None or value is False or value in ("", [], {})
+
+
+def _check_init(value: object) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    if not isinstance(value, str) or value.lower() not in _INITS:
+        refuse(
+            CONFIG_FILE,
+            f"is {show(value)}, which changes the base weights; convert the adapter with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) first",
+            key="init_lora_weights",
+        )
+
+
+def _rank(key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        refuse(CONFIG_FILE, f"is {show(value)}; a rank is 1 to {MAX_RANK}", key=key)
+    return value
+
+
+def _alpha(key: str, value: object) -> float:
+    # int stays int: PEFT divides what the file holds, and so do we.
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        refuse(CONFIG_FILE, f"is {show(value)}; alpha is a number", key=key)
+    if abs(value) > _MAX_ALPHA:
+        refuse(CONFIG_FILE, f"is {show(value)}; at most {_MAX_ALPHA:g} is allowed", key=key)
+    return value
+
+
+def _pattern(config: Mapping[str, object], name: str) -> dict[str, object]:
+    value = config.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        refuse(CONFIG_FILE, "must map module names to numbers", key=name)
+    return value
+
+
+def _literal(pattern: str, key: str) -> tuple[str, bool]:
+    """The plain text of a pattern key, and whether it is anchored at the front.
+
+    PEFT reads a key as ``(.*\\.)?(key)$``. A literal with anchors or escaped dots
+    means the same here; anything else would need a regex engine, so it is refused.
+    """
+    anchored = key.startswith("^")
+    text = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not _LITERAL.fullmatch(text):
+        refuse(
+            CONFIG_FILE,
+            f"of {pattern} is a regular expression, which is never run here; "
+            "write the module names out, for example 'layers.0.self_attn.q_proj'",
+            key=key,
+        )
+    return text, anchored
+
+
+def _by_path(
+    pattern: str, values: Mapping[str, _Number], default: _Number, paths: Iterable[str]
+) -> dict[str, _Number]:
+    """The value of each path: of the first key, in file order, that is its dotted suffix.
+
+    Looks up the few suffixes of a path in a table, so that the time is linear in
+    keys + paths however many an upload brings.
+    """
+    order: dict[tuple[str, bool], int] = {}
+    keys = list(values)
+    for index, key in enumerate(keys):
+        order.setdefault(_literal(pattern, key), index)
+    used: set[int] = set()
+    found: dict[str, _Number] = {}
+    for path in paths:
+        parts = path.split(".")
+        forms = [(".".join(parts[n:]), False) for n in range(len(parts))] + [(path, True)]
+        hits = [order[form] for form in forms if form in order]
+        used.update(hits)
+        found[path] = values[keys[min(hits)]] if hits else default
+    for index in order.values():
+        if index not in used:
+            refuse(
+                CONFIG_FILE,
+                f"of {pattern} matches no adapted module; remove it or correct the name",
+                key=keys[index],
+            )
+    return found

@@ -1,0 +1,53 @@
+"""`AdapterManifest` as canonical JSON, for the catalog."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Final
+
+from veneer_registry.adapter import AdapterManifest, BaseFingerprint, LoraModule
+from veneer_registry.strict_json import canonical_json
+from veneer_registry.tensor_names import tensor_keys
+
+__all__ = ["manifest_from_json", "manifest_to_json"]
+
+_VERSION: Final = 1
+
+
+def manifest_to_json(manifest: AdapterManifest) -> str:
+    """One string a manifest. Tensor names follow from layer and projection, so they
+    are left out: 210 modules take 6 KB instead of 40."""
+    print_ = manifest.base_fingerprint
+    document = {
+        "version": _VERSION,
+        "weights_digest": manifest.weights_digest,
+        "modules": [[m.layer, m.projection, m.rank, m.scaling] for m in manifest.modules],
+        "max_rank": manifest.max_rank,
+        "targets": list(manifest.targets),
+        "parameters": manifest.parameters,
+        "serving_bytes": manifest.serving_bytes,
+        "file_dtype": manifest.file_dtype,
+        "base_name": manifest.base_name,
+        "base_fingerprint": None if print_ is None else asdict(print_),
+        "chat_template": manifest.chat_template,
+        "training": dict(manifest.training),
+        "warnings": list(manifest.warnings),
+    }
+    return canonical_json(document).decode("ascii")
+
+
+def manifest_from_json(text: str) -> AdapterManifest:
+    """Inverse of `manifest_to_json`. Raises ValueError for another version's text."""
+    document = json.loads(text)
+    if document.pop("version") != _VERSION:
+        raise ValueError("a manifest of another version of Veneer")
+    print_ = document["base_fingerprint"]
+    document["modules"] = tuple(
+        LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
+        for layer, projection, rank, scaling in document["modules"]
+    )
+    document["targets"] = tuple(document["targets"])
+    document["warnings"] = tuple(document["warnings"])
+    document["base_fingerprint"] = None if print_ is None else BaseFingerprint(**print_)
+    return AdapterManifest(**document)

@@ -1,0 +1,212 @@
+"""A strict reader of safetensors headers.
+
+A file is an 8-byte little-endian length, a JSON object of that many bytes
+(``name -> {dtype, shape, data_offsets}``), and the tensors' bytes. The reader
+checks everything that the header claims against the size of the file before
+anything of that size is allocated: safetensors 0.8.0 itself was seen to accept
+duplicate keys, a shape of [0, 2^60], and 100,000 empty tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO, Final
+
+from veneer_registry.strict_json import parse_object, refuse, show
+
+__all__ = [
+    "ADAPTER_LIMITS",
+    "CHECKPOINT_LIMITS",
+    "HeaderLimits",
+    "SafetensorsHeader",
+    "TensorInfo",
+    "parse_header",
+    "read_header",
+]
+
+_LENGTH_BYTES: Final = 8
+_METADATA: Final = "__metadata__"
+_ENTRY_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    Attributes:
+        name: as written.
+        dtype: safetensors' name, for example ``BF16``.
+        shape: sizes of the dimensions.
+        begin, end: offsets of its bytes from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """A checked header: the tensors fill the file without overlap or holes.
+
+    Attributes:
+        tensors: by name, in the order of their bytes.
+        metadata: the file's ``__metadata__`` strings.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderLimits:
+    """What a header may claim.
+
+    Attributes:
+        header_bytes: longest JSON text.
+        tensors: most tensors.
+        bits: allowed dtypes, with bits an element.
+        dimensions: most dimensions of a tensor.
+        smallest: least size of a dimension (1 refuses empty tensors).
+        largest: greatest size of a dimension.
+    """
+
+    header_bytes: int
+    tensors: int
+    bits: Mapping[str, int]
+    dimensions: int
+    smallest: int
+    largest: int
+
+
+ADAPTER_LIMITS: Final = HeaderLimits(
+    header_bytes=16 << 20,
+    tensors=16_384,
+    bits=MappingProxyType({"F32": 32, "F16": 16, "BF16": 16}),
+    dimensions=4,
+    smallest=1,
+    largest=1 << 28,
+)
+"""Limits for uploads. 126 layers with 7 projections have 1,764 tensors."""
+
+CHECKPOINT_LIMITS: Final = HeaderLimits(
+    header_bytes=100 << 20,
+    tensors=1 << 20,
+    bits=MappingProxyType(
+        {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
+        | {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+        | {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+    ),
+    dimensions=8,
+    smallest=0,
+    largest=1 << 40,
+)
+"""Limits for base checkpoints, which the operator chose: every dtype, larger headers."""
+
+
+def parse_header(path: Path, limits: HeaderLimits = ADAPTER_LIMITS) -> SafetensorsHeader:
+    """Read and check the header of the file at ``path``.
+
+    Raises:
+        AdapterInvalid: with metadata ``file`` and, where one is to blame, ``tensor``.
+    """
+    with path.open("rb") as file:
+        return read_header(file, path.name, limits)
+
+
+def read_header(
+    file: BinaryIO, name: str, limits: HeaderLimits = ADAPTER_LIMITS
+) -> SafetensorsHeader:
+    """`parse_header` of an open file; ``name`` is what messages call it."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    prefix = file.read(_LENGTH_BYTES)
+    if len(prefix) < _LENGTH_BYTES:
+        refuse(name, f"is {size} bytes long: no safetensors file is; save it again")
+    length = int.from_bytes(prefix, "little")
+    if length > limits.header_bytes:
+        refuse(
+            name,
+            f"claims a header of {length} bytes, more than the {limits.header_bytes} "
+            "allowed; it is not a safetensors file of an adapter",
+        )
+    if _LENGTH_BYTES + length > size:
+        refuse(name, f"is cut off: its header of {length} bytes passes the end of the file")
+    text = file.read(length)
+    if len(text) < length:
+        refuse(name, "is cut off inside its header; copy it again")
+    entries = parse_object(text, file=name, limit=limits.header_bytes)
+    metadata = _metadata(name, entries.pop(_METADATA, {}))
+    if len(entries) > limits.tensors:
+        refuse(name, f"has {len(entries)} tensors, more than the {limits.tensors} allowed")
+    start = _LENGTH_BYTES + length
+    found = [_tensor(name, key, entry, start, limits) for key, entry in entries.items()]
+    found.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    _check_layout(name, found, start, size)
+    return SafetensorsHeader(
+        MappingProxyType({tensor.name: tensor for tensor in found}), MappingProxyType(metadata)
+    )
+
+
+def _metadata(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        refuse(name, "must map strings to strings", key=_METADATA)
+    return value
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor(
+    file: str, name: str, entry: object, start: int, limits: HeaderLimits
+) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        refuse(file, "must have exactly dtype, shape and data_offsets", tensor=name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in limits.bits:
+        allowed = ", ".join(limits.bits)
+        refuse(file, f"has dtype {show(dtype)}; save it as one of {allowed}", tensor=name)
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        refuse(file, f"has a shape that is no list of sizes: {show(shape)}", tensor=name)
+    if len(shape) > limits.dimensions:
+        refuse(file, f"has {len(shape)} dimensions; at most {limits.dimensions}", tensor=name)
+    if not all(limits.smallest <= n <= limits.largest for n in shape):
+        refuse(
+            file,
+            f"has shape {show(shape)}; each size must be {limits.smallest} to {limits.largest}",
+            tensor=name,
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        refuse(file, f"has data_offsets {show(offsets)}; need [begin, end]", tensor=name)
+    begin, end = offsets
+    bits = limits.bits[dtype]
+    for n in shape:
+        bits *= n
+    if bits % 8 or end - begin != bits // 8:
+        refuse(
+            file,
+            f"spans {end - begin} bytes, but {dtype} of shape {show(shape)} "
+            f"takes {bits // 8}; save the file again",
+            tensor=name,
+        )
+    return TensorInfo(name, dtype, tuple(shape), start + begin, start + end)
+
+
+def _check_layout(file: str, tensors: list[TensorInfo], start: int, size: int) -> None:
+    """Tensors in byte order must follow one another from the header to the file's end."""
+    at = start
+    for tensor in tensors:
+        if tensor.begin != at:
+            kind = "overlaps the one before" if tensor.begin < at else "leaves a hole before it"
+            refuse(file, f"{kind}; save the file again", tensor=tensor.name)
+        at = tensor.end
+    if at != size:
+        what = "is cut off" if at > size else "has bytes that no tensor owns"
+        refuse(file, f"{what}: tensors end at {at}, the file at {size}; copy it again")

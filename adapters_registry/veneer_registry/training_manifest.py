@@ -1,0 +1,144 @@
+"""``training_manifest.json``: the base an adapter was trained on, and flat facts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.errors import BaseModelMismatch
+from veneer_registry.strict_json import canonical_json, parse_object, refuse
+
+__all__ = [
+    "TRAINING_FILE",
+    "TRAINING_LIMIT",
+    "TrainingManifest",
+    "check_base",
+    "parse_training",
+]
+
+TRAINING_FILE: Final = "training_manifest.json"
+TRAINING_LIMIT: Final = 1 << 20
+
+_MAX_FACTS: Final = 256
+_MAX_FACT: Final = 512
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_PARTS: Final = ("weights", "tokenizer", "quantization", "template")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingManifest:
+    """What `parse_training` found; ``facts`` are flat, ``a.b`` for nested keys."""
+
+    fingerprint: BaseFingerprint | None
+    facts: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def parse_training(data: bytes) -> TrainingManifest:
+    """Read ``training_manifest.json``.
+
+    Facts past 256, or longer than 512 characters, are cut with a warning: they are
+    for people, and every listing carries them.
+
+    Raises:
+        AdapterInvalid: metadata ``file`` and ``key``.
+    """
+    content = parse_object(data, file=TRAINING_FILE, limit=TRAINING_LIMIT)
+    fingerprint = _fingerprint(content.pop("base_fingerprint", None))
+    metrics = content.get("metrics", {})
+    if not isinstance(metrics, dict):
+        refuse(TRAINING_FILE, "must map names to numbers", key="metrics")
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(TRAINING_FILE, "must be a number", key=f"metrics.{name}")
+    facts: dict[str, str] = {}
+    cut = False
+    for name, text in _flatten("", content):
+        if len(facts) == _MAX_FACTS:
+            cut = True
+            break
+        cut = cut or len(name) > _MAX_FACT or len(text) > _MAX_FACT
+        facts[name[:_MAX_FACT]] = text[:_MAX_FACT]
+    warning = (
+        f"{TRAINING_FILE}: only {_MAX_FACTS} facts of {_MAX_FACT} characters are listed; "
+        "the file is kept whole"
+    )
+    return TrainingManifest(fingerprint, facts, (warning,) if cut else ())
+
+
+def _fingerprint(value: object) -> BaseFingerprint | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        refuse(
+            TRAINING_FILE,
+            "must be an object with weights and tokenizer",
+            key="base_fingerprint",
+        )
+    parts: dict[str, str] = {}
+    for part in _PARTS:
+        text = value.get(part, "")
+        if text is None:
+            text = ""
+        if not isinstance(text, str) or (text and not _HEX.fullmatch(text)):
+            refuse(TRAINING_FILE, "must be 64 hex digits", key=f"base_fingerprint.{part}")
+        parts[part] = text
+    if not parts["weights"] or not parts["tokenizer"]:
+        refuse(TRAINING_FILE, "needs both weights and tokenizer", key="base_fingerprint")
+    return BaseFingerprint(**parts)
+
+
+def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key in sorted(value):
+            yield from _flatten(f"{prefix}.{key}" if prefix else key, value[key])
+    elif isinstance(value, str):
+        yield prefix, value
+    elif value is not None:
+        yield prefix, canonical_json(value).decode()
+
+
+def check_base(trained: BaseFingerprint | None, base: BaseSpec) -> tuple[str, ...]:
+    """Warnings about the base that an adapter was trained on.
+
+    A part that either side does not know ("") cannot differ.
+
+    Raises:
+        BaseModelMismatch: weights or tokenizer differ; metadata holds both sides.
+    """
+    if trained is None:
+        return (
+            f"the adapter does not say which base it was made for; its shapes fit {base.name}",
+        )
+    served = base.fingerprint
+    differing = [
+        part
+        for part in _PARTS
+        if getattr(trained, part)
+        and getattr(served, part)
+        and getattr(trained, part) != getattr(served, part)
+    ]
+    hard = [part for part in differing if part in ("weights", "tokenizer")]
+    if hard:
+        shown = "; ".join(
+            f"{part} {getattr(trained, part)[:12]} (adapter), "
+            f"{getattr(served, part)[:12]} (server)"
+            for part in hard
+        )
+        metadata = {"base": base.name}
+        for part in hard:
+            metadata[f"adapter_{part}"] = getattr(trained, part)
+            metadata[f"base_{part}"] = getattr(served, part)
+        raise BaseModelMismatch(
+            f"the adapter was trained on another base than {base.name}: {shown}; push it to a "
+            "server of its own base, or train it on this one",
+            metadata=metadata,
+        )
+    return tuple(
+        f"the {part} of the base differs from the one in training "
+        f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
+        for part in differing
+    )

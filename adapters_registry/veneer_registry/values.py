@@ -1,0 +1,90 @@
+"""Checks on the numbers of a tensor, and the bfloat16 rounding that numpy lacks.
+
+With the sign bit cleared, the bit patterns of IEEE floats order as their
+magnitudes do: finite < infinity < NaN. So one integer maximum finds the worst
+element of a tensor, and since rounding keeps order, casting that one element to
+the serving dtype says whether any element overflows there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "DTYPE_BYTES",
+    "MAX_MAGNITUDE",
+    "ServingDtype",
+    "find_problem",
+    "peak_bits",
+    "to_bfloat16",
+]
+
+ServingDtype = Literal["bfloat16", "float16", "float32"]
+
+MAX_MAGNITUDE: Final = 1e4
+"""Largest |x| of an adapter's element. Trained ones stay below 10; past this bound
+a product over a few thousand inputs leaves fp16's range and harms its batch."""
+
+DTYPE_BYTES: Final[dict[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes an element of the dtypes that an adapter may have."""
+
+
+def peak_bits(data: memoryview, dtype: str) -> int:
+    """The greatest magnitude in ``data`` (little-endian elements) as a bit pattern."""
+    if dtype == "F32":
+        return int((np.frombuffer(data, dtype="<u4") & np.uint32(0x7FFFFFFF)).max())
+    return int((np.frombuffer(data, dtype="<u2") & np.uint16(0x7FFF)).max())
+
+
+def find_problem(bits: int, dtype: str, serving: ServingDtype) -> str | None:
+    """Why a tensor with this peak is refused, or None where it is fine.
+
+    Args:
+        bits: from `peak_bits`, the maximum over the whole tensor.
+        dtype: of the tensor in the file.
+        serving: what it will be cast to; the check holds after that cast.
+    """
+    value = _value(bits, dtype)
+    if math.isnan(value):
+        return "holds NaN; train it again with a lower learning rate"
+    if math.isinf(value):
+        return "holds an infinite value; train it again with a lower learning rate"
+    if math.isinf(_cast(value, serving)):
+        return f"holds a magnitude of {value:.4g}, which is infinite in {serving}"
+    if value > MAX_MAGNITUDE:
+        return f"holds a magnitude of {value:.4g}; the largest allowed is {MAX_MAGNITUDE:g}"
+    return None
+
+
+def _value(bits: int, dtype: str) -> float:
+    if dtype == "F16":
+        return float(np.array([bits], dtype=np.uint16).view(np.float16)[0])
+    wide = bits << 16 if dtype == "BF16" else bits
+    return float(np.array([wide], dtype=np.uint32).view(np.float32)[0])
+
+
+def _cast(value: float, serving: ServingDtype) -> float:
+    single = np.array([value], dtype=np.float32)
+    if serving == "bfloat16":
+        wide = to_bfloat16(single).astype(np.uint32) << np.uint32(16)
+        return float(wide.view(np.float32)[0])
+    if serving == "float16":
+        with np.errstate(over="ignore"):
+            return float(single.astype(np.float16)[0])
+    return value
+
+
+def to_bfloat16(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round to bfloat16, nearest with ties to even; the result is raw bits.
+
+    NaN stays NaN: the carry of its rounding must not run into infinity.
+    """
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    bias = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = ((bits + bias) >> np.uint32(16)).astype(np.uint16)
+    quiet = ((bits >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16)
+    return np.where(np.isnan(array), quiet, rounded)

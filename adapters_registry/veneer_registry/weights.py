@@ -1,0 +1,298 @@
+"""``adapter_model.safetensors``: which modules it adapts, its digest, its tensors.
+
+Reading is done with plain reads into one buffer, never by mapping a file that a
+stranger could cut short meanwhile; `open_tensors` maps, but only files that the
+store has verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from veneer_registry.adapter import (
+    PROJECTIONS,
+    AdapterManifest,
+    BaseSpec,
+    LoraModule,
+    Projection,
+)
+from veneer_registry.errors import AdapterCorrupt
+from veneer_registry.lora_config import MAX_RANK, LoraSettings
+from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo, read_header
+from veneer_registry.strict_json import refuse
+from veneer_registry.tensor_names import Side, module_path, parse_tensor_name, tensor_keys
+from veneer_registry.values import ServingDtype, find_problem, peak_bits
+
+__all__ = [
+    "WEIGHTS_FILE",
+    "ModuleTensors",
+    "TensorView",
+    "digest_weights",
+    "find_modules",
+    "open_tensors",
+]
+
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+MAX_SCALING: Final = 1e4
+"""Largest |alpha / rank|: with the bound on elements it keeps scaled products finite."""
+
+_CHUNK: Final = 1 << 20
+_DIGEST_TAG: Final = b"veneer.weights.v1\0"
+
+
+# ------------------------------------------------------------------ which modules
+
+
+def find_modules(
+    header: SafetensorsHeader, settings: LoraSettings, base: BaseSpec | None
+) -> tuple[LoraModule, ...]:
+    """Pair A and B of every projection and settle its rank and scaling.
+
+    Returns modules sorted by (layer, order of `PROJECTIONS`). Raises
+    `AdapterInvalid` for any tensor that is not half of such a pair, for shapes
+    that do not fit each other or ``base``, and for an adapter without tensors.
+    """
+    pairs: dict[tuple[int, Projection], dict[Side, TensorInfo]] = {}
+    for tensor in header.tensors.values():
+        place = parse_tensor_name(tensor.name)
+        if place is None:
+            refuse(
+                WEIGHTS_FILE,
+                "is not a LoRA matrix of a decoder projection (attention q, k, v, o; MLP gate, "
+                "up, down); retrain without biases, embeddings, heads or other layers",
+                tensor=tensor.name,
+            )
+        layer, projection, side = place
+        pairs.setdefault((layer, projection), {})[side] = tensor
+    if not pairs:
+        refuse(WEIGHTS_FILE, "holds no LoRA tensors; save the adapter after training it")
+    places = sorted(pairs, key=lambda place: (place[0], PROJECTIONS.index(place[1])))
+    paths = [module_path(*place) for place in places]
+    ranks, alphas = settings.ranks(paths), settings.alphas(paths)
+    return tuple(
+        _module(*place, pairs[place], ranks[path], alphas[path], settings, base)
+        for place, path in zip(places, paths, strict=True)
+    )
+
+
+def _module(
+    layer: int,
+    projection: Projection,
+    pair: dict[Side, TensorInfo],
+    declared: int,
+    alpha: float,
+    settings: LoraSettings,
+    base: BaseSpec | None,
+) -> LoraModule:
+    if len(pair) != 2:
+        (alone,) = pair.values()
+        other = "lora_B" if "A" in pair else "lora_A"
+        refuse(WEIGHTS_FILE, f"has no {other} beside it; save again", tensor=alone.name)
+    a, b = pair["A"], pair["B"]
+    for tensor in (a, b):
+        if len(tensor.shape) != 2:
+            refuse(WEIGHTS_FILE, f"has shape {tensor.shape}; need a matrix", tensor=tensor.name)
+    rank, in_features = a.shape
+    out_features, b_rank = b.shape
+    if rank != b_rank:
+        refuse(
+            WEIGHTS_FILE,
+            f"has rank {b_rank}, but its lora_A has rank {rank}; save both from one model",
+            tensor=b.name,
+        )
+    if rank > MAX_RANK:
+        refuse(WEIGHTS_FILE, f"has rank {rank}; at most {MAX_RANK} is allowed", tensor=a.name)
+    if rank != declared:
+        refuse(
+            WEIGHTS_FILE,
+            f"has rank {rank}, but adapter_config.json says {declared}; correct r or "
+            "rank_pattern",
+            tensor=a.name,
+        )
+    if base is not None:
+        _check_base(base, layer, projection, a, b, (out_features, in_features))
+    scaling = settings.scaling(alpha, rank)
+    if abs(scaling) > MAX_SCALING:
+        refuse(
+            WEIGHTS_FILE,
+            f"would be scaled by {scaling:g}; at most {MAX_SCALING:g}: correct lora_alpha",
+            tensor=a.name,
+        )
+    return LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
+
+
+def _check_base(
+    base: BaseSpec,
+    layer: int,
+    projection: Projection,
+    a: TensorInfo,
+    b: TensorInfo,
+    shape: tuple[int, int],
+) -> None:
+    if layer >= base.num_layers:
+        refuse(
+            WEIGHTS_FILE,
+            f"adapts layer {layer}, but {base.name} has layers 0 to {base.num_layers - 1}; "
+            "push it to a server of its own base",
+            tensor=a.name,
+        )
+    if projection not in base.shapes:
+        refuse(WEIGHTS_FILE, f"adapts {projection}, which {base.name} has not", tensor=a.name)
+    out_features, in_features = base.shapes[projection]
+    if shape[1] != in_features:
+        refuse(
+            WEIGHTS_FILE,
+            f"has {shape[1]} inputs, but {projection} of {base.name} has {in_features}; "
+            "push it to a server of its own base",
+            tensor=a.name,
+        )
+    if shape[0] != out_features:
+        refuse(
+            WEIGHTS_FILE,
+            f"has {shape[0]} outputs, but {projection} of {base.name} has {out_features}; "
+            "push it to a server of its own base",
+            tensor=b.name,
+        )
+
+
+# ------------------------------------------------------------------------ digest
+
+
+def digest_weights(
+    file: BinaryIO,
+    header: SafetensorsHeader,
+    modules: Iterable[LoraModule],
+    serving: ServingDtype,
+) -> str:
+    """SHA-256 of everything that changes the result; refuses bad numbers on the way.
+
+    Each field is length-prefixed, tensors go in name order, and the config counts
+    by the scaling of each module: neither the order of the file, its metadata nor
+    the spelling of the config matter. One pass, one buffer of 1 MiB.
+
+    Raises:
+        AdapterInvalid: a tensor that is not finite in ``serving`` or is too large.
+    """
+    digest = hashlib.sha256(_DIGEST_TAG)
+    names = sorted(header.tensors)
+    digest.update(struct.pack(">Q", len(names)))
+    buffer = memoryview(bytearray(_CHUNK))
+    for name in names:
+        tensor = header.tensors[name]
+        _update(digest, name.encode(), tensor.dtype.encode())
+        digest.update(
+            struct.pack(f">{len(tensor.shape) + 1}Q", len(tensor.shape), *tensor.shape)
+        )
+        digest.update(struct.pack(">Q", tensor.end - tensor.begin))
+        peak = 0
+        for chunk in _chunks(file, tensor, buffer):
+            digest.update(chunk)
+            peak = max(peak, peak_bits(chunk, tensor.dtype))
+        problem = find_problem(peak, tensor.dtype, serving)
+        if problem is not None:
+            refuse(WEIGHTS_FILE, problem, tensor=name)
+    for module in modules:
+        _update(digest, module.a_key.encode())
+        digest.update(struct.pack(">d", module.scaling))
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, *fields: bytes) -> None:
+    for field in fields:
+        digest.update(struct.pack(">Q", len(field)))
+        digest.update(field)
+
+
+def _chunks(file: BinaryIO, tensor: TensorInfo, buffer: memoryview) -> Iterator[memoryview]:
+    """The tensor's bytes in pieces of whole elements; each is overwritten by the next."""
+    file.seek(tensor.begin)
+    left = tensor.end - tensor.begin
+    while left:
+        want = min(left, len(buffer))
+        got = 0
+        while got < want:
+            count = file.readinto(buffer[got:want])  # type: ignore[attr-defined]
+            if not count:
+                refuse(WEIGHTS_FILE, "is cut off; copy the file again", tensor=tensor.name)
+            got += count
+        yield buffer[:want]
+        left -= want
+
+
+# ------------------------------------------------------------------------- views
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One matrix, row-major, in the byte order and dtype of the file.
+
+    Attributes:
+        dtype: ``F32``, ``F16`` or ``BF16``.
+        shape: (rows, columns).
+        data: its bytes, mapped from the file copy-on-write: writing changes no file.
+    """
+
+    dtype: str
+    shape: tuple[int, int]
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTensors:
+    """A [rank, in_features] and B [out_features, rank] of one module."""
+
+    module: LoraModule
+    a: TensorView
+    b: TensorView
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path, manifest: AdapterManifest) -> Iterator[Sequence[ModuleTensors]]:
+    """Zero-copy views of the tensors that ``manifest`` lists, in its order.
+
+    Copy what you keep before leaving: the views are invalid afterwards. Verify the
+    folder first (`verify_weights`); this only maps it.
+
+    Raises:
+        AdapterCorrupt: the file has not the tensors of the manifest.
+    """
+    path = folder / WEIGHTS_FILE
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        header = read_header(file, WEIGHTS_FILE)
+        # Private and writable: torch warns about buffers that it may not write to.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        stack.callback(_close, mapped)
+        whole = stack.enter_context(memoryview(mapped))
+        views: list[ModuleTensors] = []
+        for module in manifest.modules:
+            a, b = (_view(header, key, whole) for key in (module.a_key, module.b_key))
+            stack.callback(a.data.release)
+            stack.callback(b.data.release)
+            views.append(ModuleTensors(module, a, b))
+        yield views
+
+
+def _view(header: SafetensorsHeader, key: str, whole: memoryview) -> TensorView:
+    tensor = header.tensors.get(key)
+    if tensor is None or len(tensor.shape) != 2:
+        raise AdapterCorrupt(
+            f"{WEIGHTS_FILE} has no matrix {key!r} any more; push the adapter again",
+            metadata={"file": WEIGHTS_FILE, "tensor": key},
+        )
+    rows, columns = tensor.shape
+    return TensorView(tensor.dtype, (rows, columns), whole[tensor.begin : tensor.end])
+
+
+def _close(mapped: mmap.mmap) -> None:
+    # A caller that still holds an array over a view keeps the mapping alive; it is
+    # unmapped with the last of them.
+    with contextlib.suppress(BufferError):
+        mapped.close()
