@@ -1,0 +1,295 @@
+"""JSONL to tokens and labels, with errors that name the file and the line.
+
+Two forms of line: ``{"messages": [{"role", "content"}, ...]}``, rendered with the
+chat template, and ``{"prompt": text, "completion": text}``, tokenised as it stands
+and ended with the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import torch
+from veneer_registry.errors import InvalidField, TemplateFailed
+
+from veneer_train.config import DataConfig
+from veneer_train.template import render, with_generation_marks
+
+__all__ = ["IGNORE", "PAD", "DataSet", "Sample", "Split", "collate", "load_split"]
+
+IGNORE: Final = -100
+"""The label that the loss leaves out."""
+
+PAD: Final = 0
+"""Fills a batch, and is masked by length. Never the end-of-sequence token: a model
+taught to ignore that one never stops."""
+
+_ROLES: Final = frozenset({"system", "user", "assistant"})
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One tokenised line. ``labels[i]`` is ``input_ids[i]`` or `IGNORE`."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    line: int
+
+    @property
+    def learned(self) -> int:
+        """Tokens that count in the loss. The first token is never predicted."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """The samples of one file, or of a part of it.
+
+    Attributes:
+        file: base name only: a manifest must not tell where data lies.
+        sha256: of the whole file's bytes.
+        dropped: lines left out because they are longer than ``max_len``.
+        truncated: lines cut to ``max_len``.
+    """
+
+    samples: tuple[Sample, ...]
+    file: str
+    sha256: str
+    dropped: int = 0
+    truncated: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+    @property
+    def learned(self) -> int:
+        return sum(sample.learned for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a run trains on, and what it is measured on (None: not measured)."""
+
+    train: DataSet
+    val: DataSet | None
+
+
+def _fail(path: Path, line: int, message: str) -> NoReturn:
+    raise InvalidField(
+        f"{path.name}, line {line}: {message}",
+        metadata={"file": path.name, "line": str(line)},
+    )
+
+
+def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _fail(path, raw[: error.start].count(b"\n") + 1, "is not UTF-8; save it as UTF-8")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})")
+        if not isinstance(value, dict):
+            _fail(
+                path, number, "must be an object with 'messages', or 'prompt' and 'completion'"
+            )
+        yield number, value
+
+
+def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, str]]:
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages:
+        _fail(path, line, "'messages' must be a list of {role, content}, not empty")
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            _fail(
+                path, line, f"a message must have 'role' and 'content' alone; got {message!r}"
+            )
+        if message["role"] not in _ROLES:
+            _fail(
+                path,
+                line,
+                f"role {message['role']!r} is not one of {', '.join(sorted(_ROLES))}",
+            )
+        if not isinstance(message["content"], str):
+            _fail(path, line, "'content' must be text")
+    return messages
+
+
+class _Tokenise:
+    """Turns one line's value into (token ids, labels)."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig, template: str) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._template = template
+
+    def __call__(
+        self, path: Path, line: int, value: dict[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        kind = self._config.format
+        if kind != "prompt" and "messages" in value:
+            return self._chat(path, line, _messages(path, line, value))
+        if kind != "messages" and {"prompt", "completion"} <= set(value):
+            return self._raw(path, line, value["prompt"], value["completion"])
+        wanted = {
+            "auto": "'messages', or 'prompt' and 'completion'",
+            "messages": "'messages'",
+            "prompt": "'prompt' and 'completion'",
+        }[kind]
+        _fail(path, line, f"has no {wanted}; it has {', '.join(sorted(value)) or 'nothing'}")
+
+    def _chat(
+        self, path: Path, line: int, messages: list[dict[str, str]]
+    ) -> tuple[list[int], list[int]]:
+        everything = self._config.loss_on == "all"
+        if not self._template:
+            _fail(path, line, "this base has no chat template; give one as data.template")
+        marked = self._template if everything else with_generation_marks(self._template)
+        try:
+            rendered = render(
+                self._template, marked, messages, self._tokenizer.special_tokens_map
+            )
+        except TemplateFailed as error:
+            _fail(path, line, error.message)
+        coded = self._tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ids: list[int] = coded["input_ids"]
+        if everything:
+            return ids, list(ids)
+        spans = rendered.spans
+        # A token that straddles a border is not wholly the assistant's: leave it out.
+        labels = [
+            token if any(a <= start and end <= b and start < end for a, b in spans) else IGNORE
+            for token, (start, end) in zip(ids, coded["offset_mapping"], strict=True)
+        ]
+        return ids, labels
+
+    def _raw(
+        self, path: Path, line: int, prompt: object, completion: object
+    ) -> tuple[list[int], list[int]]:
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            _fail(
+                path, line, "'prompt' and 'completion' must be text; use 'messages' for chats"
+            )
+        # Tokenised apart, as at serving: no token crosses from prompt to completion.
+        asked: list[int] = self._tokenizer(prompt)["input_ids"]
+        told: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+        told = [*told, self._tokenizer.eos_token_id]
+        masked = asked if self._config.loss_on == "all" else [IGNORE] * len(asked)
+        return asked + told, masked + told
+
+
+def _load(
+    path: Path,
+    config: DataConfig,
+    tokenise: Callable[[Path, int, dict[str, Any]], tuple[list[int], list[int]]],
+) -> DataSet:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidField(
+            f"cannot read the data file {path}: {error.strerror}; "
+            "'veneer-train data chat --out DIR' builds an example",
+            metadata={"file": path.name},
+        ) from error
+    samples: list[Sample] = []
+    dropped = truncated = 0
+    for line, value in _lines(path, raw):
+        ids, labels = tokenise(path, line, value)
+        whole = len(ids)
+        if whole > config.max_len:
+            if config.on_truncated == "drop":
+                dropped += 1
+                continue
+            if config.on_truncated == "error":
+                _fail(
+                    path,
+                    line,
+                    f"has {whole} tokens, data.max_len is {config.max_len}: raise it, shorten "
+                    "the sample, or set data.on_truncated to drop or truncate",
+                )
+            ids, labels = ids[: config.max_len], labels[: config.max_len]
+            truncated += 1
+        sample = Sample(tuple(ids), tuple(labels), line)
+        if not sample.learned:
+            cut = "truncated away" if whole > config.max_len else "masked"
+            _fail(
+                path,
+                line,
+                f"nothing to learn, all labels are {cut}: it needs a non-empty assistant "
+                "message (or completion) within data.max_len",
+            )
+        samples.append(sample)
+    if not samples:
+        raise InvalidField(
+            f"{path.name} holds no sample (dropped as too long: {dropped})",
+            metadata={"file": path.name},
+        )
+    return DataSet(tuple(samples), path.name, sha256(raw).hexdigest(), dropped, truncated)
+
+
+def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> Split:
+    """Read, tokenise and split the data.
+
+    Args:
+        config: which files and how.
+        tokenizer: a fast transformers tokenizer of the base.
+        template: the chat template that the adapter will be served with; "" if none.
+        seed: draws the held-out samples where there is no file for them.
+
+    Raises:
+        InvalidField: a line that is malformed, too long or has nothing to learn
+            (metadata ``file`` and ``line``).
+        TemplateFailed: the template cannot say what the assistant wrote.
+    """
+    tokenise = _Tokenise(tokenizer, config, template)
+    whole = _load(Path(config.train), config, tokenise)
+    if config.val is not None:
+        return Split(whole, _load(Path(config.val), config, tokenise))
+    if config.val_fraction == 0:
+        return Split(whole, None)
+    count = max(1, round(len(whole.samples) * config.val_fraction))
+    if count >= len(whole.samples):
+        raise InvalidField(
+            f"{whole.file} has {len(whole.samples)} samples: too few to hold out {count}; add "
+            "some, name a data.val file, or set data.val_fraction: 0",
+            metadata={"file": whole.file},
+        )
+    order = list(whole.samples)
+    random.Random(seed).shuffle(order)
+
+    def part(samples: Sequence[Sample]) -> DataSet:
+        return DataSet(tuple(samples), whole.file, whole.sha256, whole.dropped, whole.truncated)
+
+    return Split(part(order[count:]), part(order[:count]))
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """One batch, padded on the right to its longest sample and masked by length.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each int64 [batch, longest].
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
+
+    def rows(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])
+
+    return {
+        "input_ids": rows([sample.input_ids for sample in samples], PAD),
+        "attention_mask": rows([[1] * len(sample.input_ids) for sample in samples], 0),
+        "labels": rows([sample.labels for sample in samples], IGNORE),
+    }

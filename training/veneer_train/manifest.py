@@ -1,0 +1,126 @@
+"""What ``training_manifest.json`` says: where an adapter comes from, in plain facts.
+
+Nothing in it names a place on this machine: files go by their base name and their
+hash, the base by its logical name and its fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.fingerprint import fingerprint_base
+
+from veneer_train.config import QuantConfig, TrainConfig
+from veneer_train.data import DataSet, Split
+from veneer_train.evaluate import Evaluation
+
+__all__ = ["FORMAT", "RunFacts", "build_manifest", "fingerprint"]
+
+FORMAT: Final = 1
+_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "veneer")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run did.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: input tokens seen, without padding.
+        seconds: wall time from loading the base to the last evaluation.
+        last_loss: the last step's training loss.
+        before, after: validation of the base and of the written adapter.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    last_loss: float
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def metrics(self) -> dict[str, float]:
+        """Flat name -> number."""
+        found = {"train_loss_last": self.last_loss}
+        for when, measured in (("before", self.before), ("after", self.after)):
+            if measured is not None:
+                found[f"val_loss_{when}"] = measured.loss
+                found[f"val_accuracy_{when}"] = measured.accuracy
+                found[f"val_perplexity_{when}"] = measured.perplexity
+        return {name: round(value, 6) for name, value in found.items()}
+
+
+def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:
+    """The base's identity in four parts, from its files (never from live modules)."""
+    quantization: dict[str, object] | None = None
+    if quant.type != "none":
+        quantization = {"type": quant.type, "double_quant": quant.double_quant}
+    return fingerprint_base(folder, quantization=quantization, cache_dir=None)
+
+
+def _hardware() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name(0)
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _data(data: DataSet | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    return {
+        "file": data.file,
+        "sha256": data.sha256,
+        "samples": len(data.samples),
+        "tokens": data.tokens,
+        "learned_tokens": data.learned,
+        "dropped": data.dropped,
+        "truncated": data.truncated,
+    }
+
+
+def _config(config: TrainConfig) -> dict[str, Any]:
+    """The config without this machine's paths."""
+    facts = asdict(config)
+    facts["model"] = {"name": config.model.name}
+    del facts["output"]
+    for key in ("train", "val", "template"):
+        if facts["data"][key] is not None:
+            facts["data"][key] = Path(facts["data"][key]).name
+    return facts
+
+
+def build_manifest(
+    config: TrainConfig, split: Split, base: BaseFingerprint, facts: RunFacts
+) -> dict[str, Any]:
+    """The manifest as JSON-ready data, the same for the same run but for the times."""
+    return {
+        "format": FORMAT,
+        "base_name": config.model.name,
+        "base_fingerprint": asdict(base),
+        "data": {"train": _data(split.train), "val": _data(split.val)},
+        "config": _config(config),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "seed": config.train.seed,
+        "steps": facts.steps,
+        "tokens": facts.tokens,
+        "wall_seconds": round(facts.seconds, 1),
+        "metrics": facts.metrics(),
+    }

@@ -1,0 +1,140 @@
+"""The frozen base in 4 bits, made safe to train, and the fresh adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import bitsandbytes as bnb
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from veneer_registry.errors import InvalidField
+
+from veneer_train.config import LoraConfig, QuantConfig
+
+__all__ = [
+    "add_adapter",
+    "disable_cpu_packing",
+    "load_base",
+    "load_tokenizer",
+    "resolve_base",
+    "training_device",
+]
+
+_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def training_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_base(path: str) -> Path:
+    """The base's folder. A hub name (``owner/model``) is downloaded by its library.
+
+    Raises:
+        InvalidField: there is no such folder, and no hub could give it.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    fix = (
+        "give a Hugging Face folder as model.path or with --base, for example "
+        '--base "$(veneer-server model path smollm2-135m)"'
+    )
+    if folder.exists() or path.count("/") != 1:
+        raise InvalidField(
+            f"{path!r} is not a model folder (no config.json): {fix}",
+            metadata={"field": "model.path"},
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InvalidField(
+            f"{path!r} is neither a folder nor a model that the hub gives: {fix}",
+            metadata={"field": "model.path"},
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's fast tokenizer (masks need its character offsets)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise InvalidField(
+            "the base needs a tokenizer.json and an end-of-sequence token",
+            metadata={"field": "model.path"},
+        )
+    return tokenizer
+
+
+def disable_cpu_packing(model: torch.nn.Module) -> int:
+    """Keep every 4-bit layer on the path that has gradients; returns how many.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks a `Linear4bit`'s weight at
+    its first forward in eval mode, for a kernel without autograd, and stays on that
+    kernel after ``.train()``: gradients through the layer vanish with no more than a
+    warning. Must be called before the first forward.
+    """
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def load_base(folder: Path, quant: QuantConfig, device: torch.device) -> Any:
+    """The base model, quantized, frozen and guarded, in eval mode."""
+    dtype = _DTYPES[quant.compute_dtype]
+    quantization = None
+    if quant.type != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        local_files_only=True,
+    )
+    guarded = disable_cpu_packing(model)
+    if quant.type != "none" and not guarded:
+        raise InvalidField(
+            f"no layer of this base became {quant.type}: its linear layers are of a kind that "
+            "bitsandbytes does not replace; set quant.type: none",
+            metadata={"field": "quant.type"},
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False  # no generation while training
+    return model.eval()
+
+
+def add_adapter(model: Any, config: LoraConfig, base_name: str) -> Any:
+    """``model`` with a fresh LoRA adapter (B = 0: it changes nothing yet).
+
+    The adapter trains in fp32 whatever the base computes in; norms and embeddings stay
+    as they are, so that logits equal what the server computes.
+    """
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        use_rslora=config.rslora,
+        bias="none",
+    )
+    return peft.get_peft_model(model, lora)

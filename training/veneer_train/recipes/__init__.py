@@ -1,0 +1,27 @@
+"""Data recipes: build JSONL from what is on this machine, with no model hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from veneer_train.recipes import chat, code
+
+__all__ = ["build"]
+
+
+def build(recipe: Literal["chat", "code"], out: Path, seed: int) -> dict[str, int]:
+    """Write ``train.jsonl`` and ``val.jsonl`` of ``recipe`` under ``out``.
+
+    Returns:
+        file name -> number of samples.
+    """
+    train, val = (chat if recipe == "chat" else code).build(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    for name, samples in (("train.jsonl", train), ("val.jsonl", val)):
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (out / name).write_text("".join(lines), "utf-8")
+        counts[name] = len(samples)
+    return counts

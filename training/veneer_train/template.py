@@ -1,0 +1,113 @@
+"""Chat templates that say which bytes the assistant wrote.
+
+transformers gives an exact assistant mask for templates with
+``{% generation %}`` marks, and few base models have them. Templates of the ChatML
+family print a whole turn in one expression; `with_generation_marks` splits that
+expression, so that the marked template renders the same bytes. `render` checks
+that it does, for each sample: a mask that is nearly right would teach the model
+to write the user's turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from transformers.utils.chat_template_utils import render_jinja_template
+from veneer_registry.errors import TemplateFailed
+
+__all__ = ["Rendered", "render", "with_generation_marks"]
+
+_MARK: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}
+# where a line feed may be written as an escape or as itself.
+_CHATML_TURN: Final = re.compile(
+    r"\{\{\s*'<\|im_start\|>'\s*\+\s*message(?:\['role'\]|\.role)\s*\+\s*'(?:\\n|\n)'\s*\+\s*"
+    r"(?P<content>message(?:\['content'\]|\.content))\s*\+\s*"
+    r"'<\|im_end\|>'\s*\+\s*'(?:\\n|\n)'\s*\}\}"
+)
+_MARKED_TURN: Final = (
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ CONTENT + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ CONTENT + '<|im_end|>' + '\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text, and the character ranges that the assistant wrote.
+
+    Attributes:
+        text: what the tokenizer sees, byte for byte what the server renders.
+        spans: half-open ranges of ``text``; each ends after the end-of-turn token,
+            since stopping is a thing to learn.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def with_generation_marks(template: str) -> str:
+    """``template`` with ``{% generation %}`` around what the assistant writes.
+
+    Raises:
+        TemplateFailed: the template has no marks and is not of the ChatML family.
+    """
+    if _MARK.search(template):
+        return template
+    marked, count = _CHATML_TURN.subn(
+        lambda match: _MARKED_TURN.replace("CONTENT", match["content"]), template
+    )
+    if count != 1:
+        raise TemplateFailed(
+            "the base's chat template has no {% generation %} marks and is not one that "
+            "Veneer can mark: give a marked copy as data.template, or set data.loss_on: all"
+        )
+    return marked
+
+
+def _render(
+    template: str, messages: Sequence[dict[str, str]], special: dict[str, Any], *, mask: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=mask,
+            **special,
+        )
+    except Exception as error:  # Jinja runs the template's own code: it may raise anything
+        raise TemplateFailed(f"the chat template refuses these messages: {error}") from error
+    return texts[0], list(spans[0]) if mask else []
+
+
+def render(
+    template: str,
+    marked: str,
+    messages: Sequence[dict[str, str]],
+    special: dict[str, Any],
+) -> Rendered:
+    """Render ``messages`` and find the assistant's characters.
+
+    Args:
+        template: what the server will render.
+        marked: `with_generation_marks` of it.
+        special: the tokenizer's special tokens by name (``special_tokens_map``).
+
+    Raises:
+        TemplateFailed: the template refuses the messages, or the marked one renders
+            other text.
+    """
+    text, _ = _render(template, messages, special, mask=False)
+    with_marks, spans = _render(marked, messages, special, mask=True)
+    # A mark is for reading: with it or without, the text must be the same.
+    if with_marks != text:
+        raise TemplateFailed(
+            "the marked chat template renders other text than the original: give a "
+            "template with {% generation %} marks as data.template"
+        )
+    return Rendered(text, tuple(spans))
