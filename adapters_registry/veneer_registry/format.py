@@ -28,7 +28,7 @@ from veneer_registry.training_manifest import (
     check_base,
     parse_training,
 )
-from veneer_registry.values import to_bfloat16
+from veneer_registry.values import SERVING_BYTES, to_bfloat16
 from veneer_registry.weights import (
     WEIGHTS_FILE,
     ModuleTensors,
@@ -81,7 +81,6 @@ ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
 """Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
 
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
-_BYTES: Final[Mapping[str, int]] = MappingProxyType({"bfloat16": 2, "float16": 2, "float32": 4})
 
 
 def check_file_name(name: str) -> str:
@@ -225,7 +224,8 @@ def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
         max_rank=max(module.rank for module in modules),
         targets=tuple(name for name in PROJECTIONS if name in projections),
         parameters=parameters,
-        serving_bytes=parameters * _BYTES["bfloat16" if base is None else base.serving_dtype],
+        serving_bytes=parameters
+        * SERVING_BYTES["bfloat16" if base is None else base.serving_dtype],
         file_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         base_name=settings.base_name,
     )

@@ -9,14 +9,16 @@ the serving dtype says whether any element overflows there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "DTYPE_BYTES",
     "MAX_MAGNITUDE",
+    "SERVING_BYTES",
     "ServingDtype",
     "find_problem",
     "peak_bits",
@@ -29,8 +31,10 @@ MAX_MAGNITUDE: Final = 1e4
 """Largest |x| of an adapter's element. Trained ones stay below 10; past this bound
 a product over a few thousand inputs leaves fp16's range and harms its batch."""
 
-DTYPE_BYTES: Final[dict[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes an element of the dtypes that an adapter may have."""
+SERVING_BYTES: Final[Mapping[ServingDtype, int]] = MappingProxyType(
+    {"bfloat16": 2, "float16": 2, "float32": 4}
+)
+"""Bytes an element of each dtype that adapters are served in."""
 
 
 def peak_bits(data: memoryview, dtype: str) -> int:

@@ -13,8 +13,9 @@ import mmap
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from veneer_registry.adapter import (
     PROJECTIONS,
@@ -166,7 +167,7 @@ def _check_base(
 
 
 def digest_weights(
-    file: BinaryIO,
+    file: BufferedReader,
     header: SafetensorsHeader,
     modules: Iterable[LoraModule],
     serving: ServingDtype,
@@ -210,7 +211,9 @@ def _update(digest: hashlib._Hash, *fields: bytes) -> None:
         digest.update(field)
 
 
-def _chunks(file: BinaryIO, tensor: TensorInfo, buffer: memoryview) -> Iterator[memoryview]:
+def _chunks(
+    file: BufferedReader, tensor: TensorInfo, buffer: memoryview
+) -> Iterator[memoryview]:
     """The tensor's bytes in pieces of whole elements; each is overwritten by the next."""
     file.seek(tensor.begin)
     left = tensor.end - tensor.begin
@@ -218,7 +221,7 @@ def _chunks(file: BinaryIO, tensor: TensorInfo, buffer: memoryview) -> Iterator[
         want = min(left, len(buffer))
         got = 0
         while got < want:
-            count = file.readinto(buffer[got:want])  # type: ignore[attr-defined]
+            count = file.readinto(buffer[got:want])
             if not count:
                 refuse(WEIGHTS_FILE, "is cut off; copy the file again", tensor=tensor.name)
             got += count

@@ -1,0 +1,183 @@
+"""What a base model is, from its files alone: `BaseFingerprint`.
+
+Training writes it into an adapter's manifest and the server compares it with its
+own. Files are hashed, never live modules: a quantized or repacked module in
+memory no longer has the bytes that identify the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.errors import AdapterInvalid, InvalidField
+from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
+from veneer_registry.strict_json import canonical_json
+
+__all__ = ["fingerprint_base"]
+
+_SINGLE: Final = "model.safetensors"
+_INDEX: Final = "model.safetensors.index.json"
+_TAG: Final = b"veneer.base.v1\0"
+_CHUNK: Final = 1 << 20
+
+
+def fingerprint_base(
+    folder: Path,
+    *,
+    quantization: Mapping[str, object] | None = None,
+    cache_dir: Path | None = None,
+) -> BaseFingerprint:
+    """Fingerprint a Hugging Face folder.
+
+    Args:
+        folder: holds ``*.safetensors`` and tokenizer files.
+        quantization: the config that the base is quantized with, or None.
+        cache_dir: where the weights digest is kept between runs, since hashing
+            reads every byte (about 1 GB/s); None hashes each time. Its key holds
+            path, size, time and header of each file.
+
+    Returns parts as in `BaseFingerprint`; "" for a tokenizer or template that the
+    folder has not, and for no quantization.
+
+    Raises:
+        InvalidField: (metadata ``field`` = ``base``) no safetensors, or broken ones.
+    """
+    shards = _shards(folder)
+    quantized = "" if quantization is None else _sha256(canonical_json(dict(quantization)))
+    return BaseFingerprint(
+        weights=_cached_weights(shards, cache_dir),
+        tokenizer=_tokenizer(folder),
+        quantization=quantized,
+        template=_template(folder),
+    )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bad_base(message: str) -> InvalidField:
+    return InvalidField(message, metadata={"field": "base"})
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that transformers would load: the single one, else the index's."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        try:
+            index = json.loads((folder / _INDEX).read_bytes())
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _bad_base(f"{folder / _INDEX} is damaged; download it again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise _bad_base(f"{_INDEX} names {name!r}, which is no file of the folder")
+            if not (folder / name).is_file():
+                raise _bad_base(f"{folder} lacks {name}; download the base model again")
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise _bad_base(f"{folder} holds no *.safetensors; give a Hugging Face model folder")
+    return found
+
+
+def _cached_weights(shards: list[Path], cache_dir: Path | None) -> str:
+    if cache_dir is None:
+        return _hash_weights(shards)
+    entry = cache_dir / "fingerprints" / f"{_cache_key(shards)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        digest = json.loads(entry.read_bytes())["weights"]
+        if isinstance(digest, str) and len(digest) == 64:
+            return digest
+    digest = _hash_weights(shards)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    scratch = entry.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(canonical_json({"weights": digest}))
+    scratch.replace(entry)
+    return digest
+
+
+def _cache_key(shards: list[Path]) -> str:
+    """Size and time alone would not do: images with all times set to zero exist, and
+    two fine-tunes of one base have files of one size. So path and header count too."""
+    digest = hashlib.sha256()
+    for path in shards:
+        status = path.stat()
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = min(int.from_bytes(prefix, "little"), CHECKPOINT_LIMITS.header_bytes)
+            header = _sha256(file.read(length))
+        facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, header]
+        digest.update(canonical_json(facts) + b"\n")
+    return digest.hexdigest()
+
+
+def _hash_weights(shards: list[Path]) -> str:
+    """SHA-256 over sorted (name, dtype, shape, bytes) of all tensors of all files."""
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, tuple[TensorInfo, BufferedReader]] = {}
+        for path in shards:
+            file = stack.enter_context(path.open("rb"))
+            try:
+                header = read_header(file, path.name, CHECKPOINT_LIMITS)
+            except AdapterInvalid as error:
+                raise _bad_base(f"the base model is damaged: {error}") from error
+            for name, tensor in header.tensors.items():
+                if name in tensors:
+                    raise _bad_base(f"tensor {name!r} is in two files; keep one of them")
+                tensors[name] = (tensor, file)
+        digest = hashlib.sha256(_TAG)
+        buffer = memoryview(bytearray(_CHUNK))
+        for name in sorted(tensors):
+            tensor, file = tensors[name]
+            described = canonical_json([name, tensor.dtype, list(tensor.shape)])
+            digest.update(struct.pack(">QQ", len(described), tensor.end - tensor.begin))
+            digest.update(described)
+            file.seek(tensor.begin)
+            left = tensor.end - tensor.begin
+            while left:
+                count = file.readinto(buffer[: min(left, _CHUNK)])
+                if not count:
+                    raise _bad_base(f"tensor {name!r} is cut off; download the base again")
+                digest.update(buffer[:count])
+                left -= count
+        return digest.hexdigest()
+
+
+def _tokenizer(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return _sha256(canonical_json(json.loads(path.read_bytes())))
+        except (ValueError, RecursionError) as error:
+            raise _bad_base(f"{path} is not JSON; download the base model again") from error
+    path = folder / "tokenizer.model"
+    return _sha256(path.read_bytes()) if path.is_file() else ""
+
+
+def _template(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return _sha256(path.read_bytes())
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return ""
+    try:
+        template = json.loads(path.read_bytes()).get("chat_template")
+    except (ValueError, AttributeError) as error:
+        raise _bad_base(f"{path} is not a JSON object; download the base again") from error
+    if template is None:
+        return ""
+    # Old configs may hold a list of named templates.
+    text = template.encode() if isinstance(template, str) else canonical_json(template)
+    return _sha256(text)

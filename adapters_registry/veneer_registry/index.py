@@ -1,0 +1,270 @@
+"""The registry's memory: names, leases and what has become garbage. No I/O.
+
+Everything here happens under one lock that is never held across a system call,
+so the event loop may call it. Look-up and lease are one step: between the two a
+delete could otherwise remove what was just found (as SGLang's registry notes).
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import re
+import string
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_registry.adapter import SHORT_REVISION, AdapterRef
+from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
+from veneer_registry.strict_json import show
+from veneer_registry.upload import short_name
+
+__all__ = ["Entry", "Found", "Index"]
+
+_PREFIX: Final = re.compile(rf"[0-9a-f]{{{SHORT_REVISION},64}}")
+_ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
+_NEIGHBOURS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name.
+
+    Attributes:
+        current: what the plain name means; None where its content was lost.
+        revisions: all that are kept, newest first.
+        generation: the etag, as a number.
+        foreign: revisions that were checked against another base.
+    """
+
+    current: AdapterRef | None
+    revisions: tuple[AdapterRef, ...]
+    generation: int
+    foreign: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A resolved name: its entry, and the revision that was meant."""
+
+    entry: Entry
+    ref: AdapterRef
+
+
+class Index:
+    """Thread-safe. Counts references (names) and leases (requests) of content."""
+
+    def __init__(self, base_name: str) -> None:
+        """``base_name`` is for messages."""
+        self._base_name = base_name
+        self._lock = threading.Lock()
+        self._names: dict[str, Entry] = {}
+        self._sorted: list[str] = []
+        # Both keyed by digest as well as by revision: 64 hex digits of SHA-256 over
+        # differently tagged documents, which do not collide.
+        self._references: Counter[str] = Counter()
+        self._leases: Counter[str] = Counter()
+        self._garbage: set[AdapterRef] = set()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    # ------------------------------------------------------------------- look-up
+
+    def find(self, spec: str) -> Found:
+        """What ``name`` or ``name@revision`` means, whichever base it was made for.
+
+        Raises:
+            InvalidField: not of that form.
+            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+        """
+        with self._lock:
+            return self._find(spec)
+
+    def resolve(self, spec: str) -> AdapterRef:
+        """`find`, and refuse what was checked against another base."""
+        with self._lock:
+            return self._servable(spec).ref
+
+    def acquire(self, spec: str) -> Found:
+        """`resolve` and take a lease on the revision's content, in one step."""
+        with self._lock:
+            found = self._servable(spec)
+            self._leases[found.ref.revision] += 1
+            self._leases[found.ref.weights_digest] += 1
+            return found
+
+    def release(self, ref: AdapterRef) -> None:
+        """Give one lease back; content that nothing needs any more becomes garbage."""
+        with self._lock:
+            for key in (ref.revision, ref.weights_digest):
+                self._leases[key] -= 1
+                if not self._leases[key]:
+                    del self._leases[key]
+            self._note(ref)
+
+    def leases(self, digest: str) -> int:
+        """Leases on a weights digest or a revision."""
+        with self._lock:
+            return self._leases[digest]
+
+    def entry(self, name: str) -> Entry | None:
+        """The entry of a plain name, or None."""
+        with self._lock:
+            return self._names.get(name)
+
+    def _servable(self, spec: str) -> Found:
+        found = self._find(spec)
+        if found.ref.revision in found.entry.foreign:
+            raise BaseModelMismatch(
+                f"adapter {found.ref.short} was registered for another base than "
+                f"{self._base_name}; push it again to check it against this one, or start the "
+                "server with its own base",
+                metadata={"adapter": found.ref.short, "base": self._base_name},
+            )
+        return found
+
+    def _find(self, spec: str) -> Found:
+        name, at, prefix = spec.partition("@")
+        entry = self._names.get(name)
+        if entry is None:
+            short_name(name)
+        if at and not _PREFIX.fullmatch(prefix):
+            raise InvalidField(
+                f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 lower-case "
+                "hex digits after '@'",
+                metadata={"field": "adapter"},
+            )
+        if entry is None:
+            raise self._not_found(name)
+        if not at:
+            if entry.current is None:
+                raise AdapterNotFound(
+                    f"the content of adapter {name!r} was lost; push it again",
+                    metadata={"adapter": name},
+                )
+            return Found(entry, entry.current)
+        matches = [ref for ref in entry.revisions if ref.revision.startswith(prefix)]
+        if not matches:
+            kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
+            raise AdapterNotFound(
+                f"adapter {name!r} has no revision {prefix[:SHORT_REVISION]}; it has {kept}",
+                metadata={"adapter": name, "revision": prefix},
+            )
+        if len(matches) > 1:
+            raise InvalidField(
+                f"revision {prefix} of {name!r} is ambiguous; give more of its digits",
+                metadata={"field": "adapter"},
+            )
+        return Found(entry, matches[0])
+
+    def _not_found(self, name: str) -> AdapterNotFound:
+        metadata = {"adapter": name}
+        near = self._suggest(name)
+        if near is None:
+            hint = "push it first, or list the names with ListAdapters"
+        else:
+            metadata["did_you_mean"] = near
+            hint = f"did you mean {near!r}?"
+        return AdapterNotFound(f"no adapter is called {name!r}; {hint}", metadata=metadata)
+
+    def _suggest(self, name: str) -> str | None:
+        """The nearest name, in time that does not grow with the number of names.
+
+        Candidates are one edit away (looked up, not searched) or stand beside the
+        name in sorted order, where those with the longest common prefix are.
+        """
+        near = {edited for edited in _edits(name) if edited in self._names}
+        at = bisect.bisect(self._sorted, name)
+        near.update(self._sorted[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS])
+        matches = difflib.get_close_matches(name, sorted(near), n=1)
+        return matches[0] if matches else None
+
+    # ------------------------------------------------------------------- changes
+
+    def put(self, name: str, entry: Entry) -> None:
+        """Set what a name means; revisions that it no longer has may become garbage."""
+        with self._lock:
+            old = self._names.get(name)
+            if old is None:
+                bisect.insort(self._sorted, name)
+            self._names[name] = entry
+            self._count(entry, 1)
+            self._drop(old)
+
+    def remove(self, name: str) -> None:
+        """Forget a name."""
+        with self._lock:
+            old = self._names.pop(name)
+            del self._sorted[bisect.bisect_left(self._sorted, name)]
+            self._drop(old)
+
+    def load(self, entries: dict[str, Entry]) -> None:
+        """Fill an empty index at once (one sort instead of one insertion a name)."""
+        with self._lock:
+            self._names = dict(entries)
+            self._sorted = sorted(entries)
+            for entry in entries.values():
+                self._count(entry, 1)
+
+    def _count(self, entry: Entry, by: int) -> None:
+        for ref in entry.revisions:
+            for key in (ref.revision, ref.weights_digest):
+                self._references[key] += by
+                if not self._references[key]:
+                    del self._references[key]
+
+    def _drop(self, old: Entry | None) -> None:
+        if old is not None:
+            self._count(old, -1)
+            for ref in old.revisions:
+                self._note(ref)
+
+    # ------------------------------------------------------------------- garbage
+
+    @property
+    def has_garbage(self) -> bool:
+        """`take_garbage` would return something."""
+        return bool(self._garbage)
+
+    def mark(self, ref: AdapterRef) -> None:
+        """Consider content that a failed publish may have left."""
+        with self._lock:
+            self._note(ref)
+
+    def take_garbage(self) -> tuple[set[str], set[str]]:
+        """(weights digests, revisions) that no name and no lease needs.
+
+        The caller must keep publishes out until it has removed them.
+        """
+        with self._lock:
+            noted, self._garbage = self._garbage, set()
+            digests = {
+                ref.weights_digest for ref in noted if self._unneeded(ref.weights_digest)
+            }
+            return digests, {ref.revision for ref in noted if self._unneeded(ref.revision)}
+
+    def referenced(self, digest: str) -> bool:
+        """A name refers to this weights digest or revision."""
+        with self._lock:
+            return digest in self._references
+
+    def _note(self, ref: AdapterRef) -> None:
+        if self._unneeded(ref.weights_digest) or self._unneeded(ref.revision):
+            self._garbage.add(ref)
+
+    def _unneeded(self, key: str) -> bool:
+        return key not in self._references and key not in self._leases
+
+
+def _edits(name: str) -> set[str]:
+    """All strings one deletion, swap, replacement or insertion away (Norvig)."""
+    splits = [(name[:n], name[n:]) for n in range(len(name) + 1)]
+    found = {head + tail[1:] for head, tail in splits if tail}
+    found |= {head + tail[1] + tail[0] + tail[2:] for head, tail in splits if len(tail) > 1}
+    for letter in _ALPHABET:
+        found |= {head + letter + tail for head, tail in splits}
+        found |= {head + letter + tail[1:] for head, tail in splits if tail}
+    return found

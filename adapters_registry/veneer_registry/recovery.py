@@ -1,0 +1,94 @@
+"""What happens between opening the folder and serving from it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.catalog import Catalog, NameRow
+from veneer_registry.index import Entry, Index
+from veneer_registry.store import Store
+from veneer_registry.strict_json import canonical_json
+
+__all__ = ["base_identity", "recover"]
+
+_log = logging.getLogger(__name__)
+
+
+def base_identity(base: BaseSpec) -> str:
+    """What of a base decides whether an adapter that was checked once still fits."""
+    facts = {
+        "weights": base.fingerprint.weights,
+        "tokenizer": base.fingerprint.tokenizer,
+        "layers": base.num_layers,
+        "shapes": {name: list(shape) for name, shape in base.shapes.items()},
+    }
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def recover(store: Store, catalog: Catalog, index: Index, base_id: str) -> None:
+    """Make disk, catalog and index agree.
+
+    Catalogued revisions whose content is gone are dropped with a warning; a name
+    that loses its current one stays without, since an older revision in its place
+    would be a silent change. Content that no row refers to (a publish was cut
+    short) is removed.
+    """
+    weights, revisions = store.present()
+    entries: dict[str, Entry] = {}
+    foreign = 0
+    for row in list(catalog.names()):
+        entry = _check(row, weights, revisions, catalog, base_id)
+        if entry is None:
+            continue
+        entries[row.name] = entry
+        foreign += entry.current is not None and entry.current.revision in entry.foreign
+    if foreign:
+        _log.warning(
+            "%d adapters were registered for another base and are refused here; push them "
+            "again, or start the server with their own base",
+            foreign,
+        )
+    index.load(entries)
+    digests = {digest for digest in weights if not index.referenced(digest)}
+    bundles = {revision for revision in revisions if not index.referenced(revision)}
+    if digests or bundles:
+        _log.warning(
+            "removing %d weights and %d revisions that no name refers to",
+            len(digests),
+            len(bundles),
+        )
+        store.drop_staging(store.discard(digests, bundles))
+
+
+def _check(
+    row: NameRow, weights: set[str], revisions: set[str], catalog: Catalog, base_id: str
+) -> Entry | None:
+    lost = [
+        revision
+        for revision, digest, _ in row.revisions
+        if revision not in revisions or digest not in weights
+    ]
+    kept = tuple(
+        AdapterRef(row.name, revision, digest)
+        for revision, digest, _ in row.revisions
+        if revision not in lost
+    )
+    for revision in lost:
+        _log.warning(
+            "adapter %s@%s: its content is gone from the disk; push it again",
+            row.name,
+            revision[:12],
+        )
+    if not kept:
+        catalog.delete_name(row.name)
+        return None
+    generation = row.generation
+    if lost:
+        generation = catalog.delete_revisions(row.name, lost)
+    current = next((ref for ref in kept if ref.revision == row.current), None)
+    strange = frozenset(
+        revision for revision, _, base in row.revisions if base != base_id
+    ) - frozenset(lost)
+    return Entry(current, kept, generation, strange)
