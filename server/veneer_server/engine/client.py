@@ -13,13 +13,11 @@ import itertools
 import logging
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 import msgspec
-
 from veneer_registry.errors import (
     EngineFailed,
     ModelLoading,
@@ -27,6 +25,7 @@ from veneer_registry.errors import (
     VeneerError,
     error_for_reason,
 )
+
 from veneer_server.engine.messages import (
     LENGTH,
     Activate,
@@ -67,6 +66,8 @@ SILENCE_SECONDS = 5.0
 step, if that is more) the engine counts as not healthy."""
 HANG_FACTOR = 12
 """After this many times the silence limit a silent engine is killed."""
+STOP_SECONDS = 5.0
+"""How long a process may take to end before it is killed."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 
 
@@ -101,7 +102,7 @@ class EngineClient:
         self._on_health = on_health
         self.starts = 0
         self.healthy = False
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._numbers = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[SequenceOutput | VeneerError]] = {}
@@ -139,8 +140,11 @@ class EngineClient:
     async def _launch(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "veneer_server.engine.process", str(theirs.fileno())],
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "veneer_server.engine.process",
+                str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 env=_environment(),
             )
@@ -219,10 +223,10 @@ class EngineClient:
         if process is None:
             return
         try:
-            await asyncio.to_thread(process.wait, 5)
-        except subprocess.TimeoutExpired:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
             process.kill()
-            await asyncio.to_thread(process.wait)
+            await process.wait()
 
     def _set_health(self, healthy: bool) -> None:
         if healthy != self.healthy:

@@ -21,6 +21,7 @@ from veneer_registry.errors import (
     NonFiniteOutput,
     VeneerError,
 )
+
 from veneer_server.engine.messages import (
     Activate,
     AdapterLoaded,

@@ -44,7 +44,9 @@ class ModelRunner:
         scores: list[tuple[float, ...]] = [()] * len(places)
         sampling = [i for i, p in enumerate(places) if finite[i] and p.sample is not None]
         if sampling:
-            rows = logits.index_select(0, _index([places[i].sample or 0 for i in sampling], logits))
+            rows = logits.index_select(
+                0, _index([places[i].sample or 0 for i in sampling], logits)
+            )
             planned = [plan.sequences[i] for i in sampling]
             chosen = sample(rows, [p.sampling for p in planned], [p.position for p in planned])
             wanted = [k for k, p in enumerate(planned) if p.logprobs]
@@ -131,6 +133,8 @@ def _segments(
         if not last:
             continue
         if sequence.digest is not None:
-            segments.append(Segment(row_starts[begin], row_starts[i + 1], tables[sequence.digest]))
+            segments.append(
+                Segment(row_starts[begin], row_starts[i + 1], tables[sequence.digest])
+            )
         begin = i + 1
     return tuple(segments)

@@ -93,9 +93,7 @@ def build_engine(
         context_length=model.context_length,
     )
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
-    runner = ModelRunner(
-        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size
-    )
+    runner = ModelRunner(Decoder(weights, cache, lora_dtype), memory.tables, config.block_size)
     info = EngineInfo(
         device=_describe(device),
         backend="torch",

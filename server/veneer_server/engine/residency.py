@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Literal
 
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+
 from veneer_server.engine.messages import AdapterSource, TierName
 
 __all__ = ["Action", "Drop", "Load", "MoveToDevice", "Plan", "Residency"]
@@ -111,7 +112,9 @@ class Residency:
 
     def bytes_in(self, tier: MemoryTier) -> int:
         """Bytes in use or reserved in a tier."""
-        return sum(e.bytes for e in self._entries.values() if _at(e, tier) is not Presence.ABSENT)
+        return sum(
+            e.bytes for e in self._entries.values() if _at(e, tier) is not Presence.ABSENT
+        )
 
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""

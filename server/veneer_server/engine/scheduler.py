@@ -259,7 +259,11 @@ class Scheduler:
         while the step ran are not in the answer."""
         updates: list[Update] = []
         for planned, token, logprob, scores, finite in zip(
-            plan.sequences, result.tokens, result.logprobs, result.scores, result.finite,
+            plan.sequences,
+            result.tokens,
+            result.logprobs,
+            result.scores,
+            result.finite,
             strict=True,
         ):
             sequence = self._running.get(planned.sequence)

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-
 from veneer_registry.errors import InternalError, VeneerError
+
 from veneer_server.engine.loop import Arrived, Inbox
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora.reading import HostCopy, read_copy
@@ -59,7 +59,9 @@ class LoraMemory:
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._workers = ThreadPoolExecutor(
             workers, thread_name_prefix="adapter-load", initializer=_lower_priority
         )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from veneer_registry.adapter import Projection
 from veneer_registry.format import open_tensors, verify_weights
+
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora.table import Layout
 

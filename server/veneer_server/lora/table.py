@@ -14,7 +14,6 @@ from enum import Enum
 from typing import Final
 
 import torch
-
 from veneer_registry.adapter import LoraModule, Projection
 
 __all__ = ["AdapterTable", "Expand", "Group", "GroupViews", "Layout", "Slot"]
@@ -92,7 +91,9 @@ class Layout:
                     position += module.rank * shapes[module.projection][0]
                 for module, a, b in zip(present, starts_a, starts_b, strict=True):
                     fan_out, fan_in = shapes[module.projection]
-                    slots.append(Slot(module, a, b, fan_in, fan_out, columns[module.projection]))
+                    slots.append(
+                        Slot(module, a, b, fan_in, fan_out, columns[module.projection])
+                    )
         return cls(tuple(slots), position, num_layers)
 
 

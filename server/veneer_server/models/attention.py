@@ -36,7 +36,9 @@ class KvCache:
         shape = (kv_heads, num_blocks, block_size, head_dim)
         self.block_size = block_size
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)
+        ]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

