@@ -16,7 +16,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from veneer_registry.errors import TemplateFailed
 
 __all__ = ["MAX_OUTPUT", "MAX_TEMPLATE", "ChatTemplate", "read_base_template"]

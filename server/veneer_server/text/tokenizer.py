@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as RustTokenizer
-
 from veneer_registry.errors import VeneerError
+
 from veneer_server.text.detokenizer import Detokenizer
 
 __all__ = ["TextTokenizer", "TokenizerUnsupported"]
@@ -160,5 +160,5 @@ def _replaced(steps: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _strips(step: Mapping[str, Any]) -> bool:
     if step["type"] == "Strip":
-        return step.get("content") == " " and step.get("start", 0) >= 1
-    return step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        return bool(step.get("content") == " " and step.get("start", 0) >= 1)
+    return bool(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")

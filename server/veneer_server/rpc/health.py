@@ -1,0 +1,67 @@
+"""The standard health service, following the server's phase and the engine's heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+__all__ = ["SERVICES", "Health"]
+
+SERVICES: Final = (
+    "veneer.v1.InferenceService",
+    "veneer.v1.AdapterService",
+    "veneer.v1.ServerService",
+)
+"""Services with a readiness of their own."""
+
+_ENGINE_SERVICE: Final = SERVICES[0]
+_UP: Final = health_pb2.HealthCheckResponse.SERVING
+_DOWN: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Liveness under ``""``, readiness under each service's name.
+
+    Liveness says that the front process answers and is not stopping: restarting it
+    would not help a loading or restarting engine. InferenceService is ready while
+    the engine's step loop answers; the others while the server is past loading.
+    """
+
+    def __init__(self) -> None:
+        # grpc_health ships no types for its asyncio servicer.
+        self._servicer: Any = health.aio.HealthServicer()
+        self._loaded = False
+        self._engine = False
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add_to(self, server: Any) -> None:
+        """Register with a server that has not started."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        await self._publish()
+
+    async def loaded(self) -> None:
+        """The server is past loading."""
+        self._loaded = True
+        await self._publish()
+
+    def engine_changed(self, healthy: bool) -> None:
+        """The engine's heartbeat came or went (a callback of `EngineClient`)."""
+        self._engine = healthy
+        task = asyncio.get_running_loop().create_task(self._publish())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """NOT_SERVING for everything, for good."""
+        self._draining = True
+        await self._publish()
+
+    async def _publish(self) -> None:
+        ready = self._loaded and not self._draining
+        await self._servicer.set("", _DOWN if self._draining else _UP)
+        for service in SERVICES:
+            up = ready and (self._engine or service != _ENGINE_SERVICE)
+            await self._servicer.set(service, _UP if up else _DOWN)

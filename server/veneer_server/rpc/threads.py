@@ -1,0 +1,62 @@
+"""Blocking work in a thread that is never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from veneer_server.logs import get_logger
+
+__all__ = ["Background", "to_the_end"]
+
+_log = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+async def to_the_end(work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread; if cancelled, wait for it first and then be cancelled.
+
+    A thread cannot be stopped, so what it uses (an upload's staging folder) must
+    not be taken away while it still runs.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:  # raised to the caller by result() below
+            break
+    if cancelled is not None:
+        if not running.cancelled():
+            running.exception()  # mark it as seen; the cancellation goes first
+        raise cancelled
+    return running.result()
+
+
+class Background:
+    """Work in threads that nobody waits for; one run of each kind at a time."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, kind: str, work: Callable[[], object]) -> None:
+        """Run ``work`` unless a run of this kind is under way; log what it raises."""
+        if kind not in self._running:
+            task = asyncio.get_running_loop().create_task(self._run(kind, work))
+            self._running[kind] = task
+
+    async def finish(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._running.values())
+
+    async def _run(self, kind: str, work: Callable[[], object]) -> None:
+        try:
+            await to_the_end(work)
+        except Exception as error:
+            _log.error("background work failed", error, kind=kind)
+        finally:
+            del self._running[kind]

@@ -1,0 +1,126 @@
+"""From what a caller sent to token ids, without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.errors import InvalidField, TemplateFailed
+
+from veneer_server.text.template import ChatTemplate, read_base_template
+from veneer_server.text.tokenizer import TextTokenizer
+
+__all__ = ["Prompt", "Prompts"]
+
+INLINE_CHARACTERS: Final = 2000
+"""Longer texts are tokenised in a thread; shorter ones take under a millisecond."""
+
+RENDER_LIMIT_S: Final = 2.0
+_COMPILED: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as text and as token ids (at least one)."""
+
+    text: str
+    ids: list[int]
+
+
+class Prompts:
+    """Tokenises, and renders chats with an adapter's template or the base's.
+
+    Close it to end its threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: the base model's Hugging Face folder.
+
+        Raises:
+            TokenizerUnsupported, TemplateFailed: the folder cannot be served.
+        """
+        self.tokenizer = TextTokenizer.from_folder(folder)
+        source, self._special = read_base_template(folder)
+        self._base = ChatTemplate(source, self._special) if source is not None else None
+        self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
+        # Two, so that one long prompt does not hold up the others.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+
+    def close(self) -> None:
+        """End the threads; no call may follow."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def from_text(self, text: str) -> Prompt:
+        """Tokenise text as it stands; only the tokenizer's own BOS is added."""
+        return await self._tokenise(text, add_special_tokens=True)
+
+    async def from_messages(
+        self, messages: Sequence[Mapping[str, str]], adapter_template: str | None
+    ) -> Prompt:
+        """Render a chat and tokenise it.
+
+        Raises:
+            TemplateFailed: no template, or it refuses these messages.
+        """
+        if adapter_template is None and self._base is None:
+            raise TemplateFailed(
+                "neither the adapter nor the base model has a chat template: send `prompt` "
+                "instead of `messages`"
+            )
+        text = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._render, messages, adapter_template
+        )
+        return await self._tokenise(text, add_special_tokens=False)
+
+    def from_ids(self, ids: Sequence[int], *, vocab_size: int, with_text: bool) -> Prompt:
+        """Check token ids against the model's vocabulary.
+
+        Raises:
+            InvalidField: an id is outside it.
+        """
+        worst = max(ids)
+        if worst >= vocab_size:
+            raise InvalidField(
+                f"token_ids holds {worst}, but the vocabulary ends at {vocab_size - 1}: use "
+                "this base model's tokenizer",
+                metadata={"field": "token_ids"},
+            )
+        return Prompt(self.tokenizer.decode(ids) if with_text else "", list(ids))
+
+    async def _tokenise(self, text: str, *, add_special_tokens: bool) -> Prompt:
+        if len(text) <= INLINE_CHARACTERS:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = await asyncio.get_running_loop().run_in_executor(
+                self._threads,
+                lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            )
+        if not ids:
+            raise InvalidField(
+                "the prompt has no tokens in this base model's vocabulary: send other text",
+                metadata={"field": "prompt"},
+            )
+        return Prompt(text, ids)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], adapter_template: str | None
+    ) -> str:
+        template = self._base if adapter_template is None else self._compile(adapter_template)
+        assert template is not None, "checked by the caller"
+        deadline = time.monotonic() + RENDER_LIMIT_S
+        return template.render(messages, expired=lambda: time.monotonic() > deadline)
+
+    def _compile(self, source: str) -> ChatTemplate:
+        """Templates of adapters in use, compiled once. A lost race compiles twice."""
+        template = self._compiled.get(source)
+        if template is None:
+            template = self._compiled[source] = ChatTemplate(source, self._special)
+            while len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        return template

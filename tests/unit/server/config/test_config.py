@@ -1,0 +1,119 @@
+"""One table for flags, variables and file keys; everything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from veneer_server.config import OPTIONS, Address, ConfigInvalid, load_config
+
+
+def test_defaults() -> None:
+    config = load_config({}, {})
+    assert config.base == "smollm2-135m"
+    assert str(config.listen) == "127.0.0.1:50051"
+    assert config.metrics_listen == Address("127.0.0.1", 9095)
+    assert config.host_cache_bytes == 2 << 30
+    assert config.port_file is None
+    assert not config.insecure
+    assert config.cache_dir.is_absolute()
+
+
+def test_flag_then_variable_then_file_then_default(tmp_path: Path) -> None:
+    file = tmp_path / "veneer.toml"
+    file.write_text('threads = 1\nmax_queue = 2\nmax_running = 3\nlog_format = "json"\n')
+    config = load_config(
+        {"threads": "7", "max_queue": None},
+        {"VENEER_THREADS": "5", "VENEER_MAX_QUEUE": "6", "VENEER_SERVER": "not ours"},
+        file,
+    )
+    assert (config.threads, config.max_queue, config.max_running) == (7, 6, 3)
+    assert config.log_format == "json"
+    assert config.max_batch_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 gib", 3 << 29), ("17", 17), (17, 17)],
+)
+def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(f"kv_cache_bytes = {text!r}\n")
+    assert load_config({}, {}, file).kv_cache_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_cache_bytes", "2 parsecs"),
+        ("kv_cache_bytes", "-1"),
+        ("threads", "-1"),
+        ("threads", "two"),
+        ("max_running", "0"),
+        ("grace", "nan"),
+        ("grace", "-1"),
+        ("device", "tpu"),
+        ("quantization", "int8"),
+        ("log_format", "xml"),
+        ("listen", "50051"),
+        ("listen", "127.0.0.1:99999"),
+        ("listen", ""),
+        ("base", " "),
+        ("insecure", "maybe"),
+    ],
+)
+def test_bad_values_name_the_flag_and_the_fix(name: str, value: str) -> None:
+    with pytest.raises(ConfigInvalid, match=r"is not allowed: (give|choose)") as caught:
+        load_config({name: value}, {})
+    assert "--" + name.replace("_", "-") in str(caught.value)
+    with pytest.raises(ConfigInvalid, match=f"VENEER_{name.upper()}"):
+        load_config({}, {f"VENEER_{name.upper()}": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("max_quue", "max_queue"), ("zzzzz", "--help"), ("data-dir", "data_dir")]
+)
+def test_unknown_keys_suggest_the_nearest(tmp_path: Path, key: str, hint: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(f"{key} = 1\n")
+    with pytest.raises(ConfigInvalid, match=key) as caught:
+        load_config({}, {}, file)
+    assert hint in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="No such file"):
+        load_config({}, {}, tmp_path / "none.toml")
+    (tmp_path / "c.toml").write_text("= 1")
+    with pytest.raises(ConfigInvalid, match="not valid TOML"):
+        load_config({}, {}, tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("name", ["listen", "metrics_listen"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "[::]", "example.com"])
+def test_open_addresses_need_insecure(name: str, host: str) -> None:
+    with pytest.raises(ConfigInvalid, match="--insecure"):
+        load_config({name: f"{host}:1"}, {})
+    config = load_config({name: f"{host}:1", "insecure": True}, {})
+    assert str(getattr(config, name)) == f"{host}:1"
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "[::1]"])
+def test_loopback_addresses_do_not(host: str) -> None:
+    assert load_config({"listen": f"{host}:0"}, {}).listen.loopback
+
+
+def test_metrics_can_be_turned_off() -> None:
+    assert load_config({"metrics_listen": ""}, {}).metrics_listen is None
+
+
+def test_data_and_cache_are_two_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="two folders"):
+        load_config({"data_dir": str(tmp_path), "cache_dir": str(tmp_path)}, {})
+
+
+def test_the_record_is_frozen_and_each_option_is_described() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config({}, {}).threads = 1  # type: ignore[misc]
+    assert all(option.help.endswith(".") for option in OPTIONS)
