@@ -158,8 +158,8 @@ class Residency:
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
         self._touch(entry)
-        if entry.draining and entry.leases == 0:
-            return self._drop_both(digest, "admin")
+        if entry.draining:
+            return self.settle(digest)
         self._forget_if_idle(digest)
         return []
 
@@ -305,7 +305,7 @@ class Residency:
         return digest not in self._operator_wants
 
     def settle(self, digest: str) -> list[Action]:
-        """After `loaded` or `moved`: finish an eviction asked for meanwhile."""
+        """Finish a draining eviction if nothing uses or moves the adapter any more."""
         entry = self._entries.get(digest)
         if entry is None or not entry.draining or entry.leases:
             return []
@@ -390,7 +390,9 @@ class Residency:
             self._forget_if_idle(drop.weights_digest)
 
     def _forget_if_idle(self, digest: str) -> None:
-        entry = self._entries[digest]
+        entry = self._entries.get(digest)
+        if entry is None:
+            return
         idle = entry.host is Presence.ABSENT and entry.device is Presence.ABSENT
         if idle and not entry.leases and entry.wanted is None:
             del self._entries[digest]

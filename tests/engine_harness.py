@@ -1,0 +1,115 @@
+"""The real engine inside the test process: the same loop, no socket."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer_registry.format import read_adapter
+from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.messages import (
+    AdapterSource,
+    EngineConfig,
+    FromEngine,
+    SamplingParams,
+    SequenceFailed,
+    SequenceOutput,
+    Stop,
+    Submit,
+    ToEngine,
+)
+from veneer_server.engine.process import build_engine
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@dataclass
+class Answer:
+    """Everything one sequence got."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+    outputs: list[SequenceOutput] = field(default_factory=list)
+
+
+class EngineHarness:
+    """Runs batches through one `StepLoop`; submissions of a batch arrive together."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.inbox: Inbox = queue.SimpleQueue()
+        self.out: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+        self.info, self.scheduler, self.residency, self.runner, self.memory = build_engine(
+            config, self.inbox
+        )
+        self._numbers = iter(range(1, 1_000_000))
+        self.loop = StepLoop(
+            inbox=self.inbox,
+            scheduler=self.scheduler,
+            residency=self.residency,
+            runner=self.runner,
+            memory=self.memory,
+            send=lambda messages: [self.out.put(m) for m in messages] and None,
+        )
+        self._thread = threading.Thread(target=self.loop.run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.inbox.put(Stop())
+        self._thread.join()
+        self.loop.check_integrity()
+
+    def tell(self, message: ToEngine) -> None:
+        self.inbox.put(message)
+
+    def run(self, requests: list[dict[str, Any]]) -> list[Answer]:
+        """Submit all requests (fields of `Submit`) and wait for all their ends."""
+        numbers = [next(self._numbers) for _ in requests]
+        for number, request in zip(numbers, requests, strict=True):
+            fields = {"max_tokens": 1, "sampling": GREEDY} | request
+            self.inbox.put(Submit(sequence=number, **fields))
+        answers = {number: Answer() for number in numbers}
+        open_ends = set(numbers)
+        while open_ends:
+            message = self.out.get(timeout=120)
+            if isinstance(message, SequenceFailed):
+                answers[message.sequence].error = message.error.reason
+                open_ends.discard(message.sequence)
+            elif isinstance(message, SequenceOutput):
+                answer = answers[message.sequence]
+                answer.outputs.append(message)
+                answer.tokens += message.tokens
+                answer.logprobs += message.logprobs or []
+                answer.prompt_logprobs += message.prompt_logprobs or []
+                if message.finish is not None:
+                    answer.finish = message.finish
+                    open_ends.discard(message.sequence)
+        return [answers[number] for number in numbers]
+
+
+@contextmanager
+def engine(config: EngineConfig) -> Iterator[EngineHarness]:
+    """A harness that checks on leaving that nothing leaked."""
+    harness = EngineHarness(config)
+    try:
+        yield harness
+    finally:
+        harness.close()
+
+
+def source(folder: Path, name: str = "") -> AdapterSource:
+    """What the front would send for an adapter folder."""
+    manifest = read_adapter(folder, None)
+    return AdapterSource(
+        weights_digest=manifest.weights_digest,
+        folder=str(folder),
+        parameters=manifest.parameters,
+        name=name or folder.name,
+    )
