@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -109,9 +110,15 @@ def train(
             model = dataclasses.replace(parsed.model, path=base)
             parsed = dataclasses.replace(parsed, model=model)
         # Imported here: torch and transformers take seconds, and --help needs neither.
+        # bitsandbytes reports a missing optional kernel as it is imported.
+        logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+        from transformers.utils import logging as transformers_logging
+
         from veneer_train.loop import train as run
 
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        warnings.simplefilter("ignore", FutureWarning)  # between our dependencies
         with _reporter() as report:
             result = run(parsed, report, overwrite=overwrite)
     metrics = result.facts.metrics()

@@ -84,12 +84,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.last_loss = float("nan")
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
     ) -> None:
+        """Called after each optimiser step, and once more with a summary."""
         if not logs or "grad_norm" not in logs:
-            return  # the summary at the end
+            return
         loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-        seconds = time.monotonic() - self._started
         self._log.write(
             event="step",
             step=state.global_step,
@@ -98,21 +98,21 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             grad_norm=norm,
             lr=logs["learning_rate"],
             tokens=int(state.num_input_tokens_seen),
-            seconds=round(seconds, 3),
+            seconds=round(time.monotonic() - self._started, 3),
         )
         self._stability.check(state.global_step, loss, norm)
         self.last_loss = loss
+        val, every = self._split.val, self._config.eval.every
+        due = every > 0 and state.global_step % every == 0
+        # The last step is measured after training, on the rounded weights.
+        if val and due and state.global_step < state.max_steps:
+            measured = evaluate(kw["model"], val.samples, self._config.train.batch)
+            _log_evaluation(self._log, state.global_step, measured)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        limit, every = self._config.train.max_minutes, self._config.eval.every
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        limit = self._config.train.max_minutes
         if limit is not None and time.monotonic() - self._started >= limit * 60:
             control.should_training_stop = True
-        val = self._split.val
-        # The last step is measured after training, on the rounded weights.
-        due = every > 0 and state.global_step % every == 0
-        if val and due and state.global_step < state.max_steps:
-            measured = evaluate(kwargs["model"], val.samples, self._config.train.batch)
-            _log_evaluation(self._log, state.global_step, measured)
 
 
 def _log_evaluation(log: MetricsLog, step: int, measured: Evaluation) -> None:
@@ -149,6 +149,10 @@ def training_arguments(
     schedule = config.schedule
     if schedule == "constant" and config.warmup > 0:
         schedule = "constant_with_warmup"  # Trainer's "constant" ignores a warm-up
+    recomputing: dict[str, Any] = {}
+    if recompute:
+        recomputing["gradient_checkpointing"] = True
+        recomputing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         return TrainingArguments(
             output_dir=str(scratch),
@@ -161,8 +165,7 @@ def training_arguments(
             weight_decay=config.weight_decay,
             max_grad_norm=config.clip,
             optim=optim,
-            gradient_checkpointing=recompute,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+            **recomputing,
             seed=config.seed,
             data_seed=config.seed,
             use_cpu=not cuda,
@@ -252,7 +255,7 @@ def train(config: TrainConfig, report: Report, *, overwrite: bool = False) -> Tr
     device = training_device()
     set_seed(config.train.seed)
     started = time.monotonic()
-    model = add_adapter(load_base(folder, config.quant, device), config.lora, config.model.name)
+    model = add_adapter(load_base(folder, config.quant, device), config.lora)
     val, batch = split.val, config.train.batch
     with MetricsLog(config.output.logs_dir / "metrics.jsonl", report) as log:
         before = None

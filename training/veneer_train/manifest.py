@@ -61,7 +61,12 @@ def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:
     """The base's identity in four parts, from its files (never from live modules)."""
     quantization: dict[str, object] | None = None
     if quant.type != "none":
-        quantization = {"type": quant.type, "double_quant": quant.double_quant}
+        # The server names the same keys: equal settings must give equal digests.
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quant.type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+        }
     return fingerprint_base(folder, quantization=quantization, cache_dir=None)
 
 

@@ -121,7 +121,7 @@ def load_base(folder: Path, quant: QuantConfig, device: torch.device) -> Any:
     return model.eval()
 
 
-def add_adapter(model: Any, config: LoraConfig, base_name: str) -> Any:
+def add_adapter(model: Any, config: LoraConfig) -> Any:
     """``model`` with a fresh LoRA adapter (B = 0: it changes nothing yet).
 
     The adapter trains in fp32 whatever the base computes in; norms and embeddings stay
@@ -129,7 +129,6 @@ def add_adapter(model: Any, config: LoraConfig, base_name: str) -> Any:
     """
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,

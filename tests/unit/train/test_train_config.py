@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer_registry.errors import InvalidField
+from veneer_train.config import TrainConfig, load_config, parse_config
+
+MINIMAL = """
+model: {path: base, name: tiny}
+data: {train: data.jsonl}
+output: {dir: out}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert (config.quant.type, config.quant.double_quant, config.quant.blocksize) == (
+        "nf4",
+        True,
+        64,
+    )
+    assert (config.lora.r, config.lora.alpha, config.lora.targets) == (16, 32, "all-linear")
+    assert (config.train.batch, config.train.accum, config.train.steps) == (4, 4, 200)
+    assert config.data.on_truncated == "error"
+    assert config.output.logs_dir == Path("out.logs")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 1  # type: ignore[misc]
+
+
+def test_set_overrides_and_scientific_numbers_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "train: {lr: 2e-4}\n")
+    config = load_config(
+        path, ["train.steps=7", "lora.targets=[v_proj, q_proj]", "train.lr=1e-3", "data.val=v"]
+    )
+    assert config.train.steps == 7
+    assert config.train.lr == 1e-3
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.data.val == "v"
+    assert load_config(path).train.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "says"),
+    [
+        ("train.step=3", "train.step", "did you mean 'train.steps'"),
+        ("trian.steps=3", "trian", "did you mean 'train'"),
+        ("zzz=3", "zzz", "known keys: model, data"),
+        ("train.steps=many", "train.steps", "must be a whole number; got 'many'"),
+        ("train.steps=true", "train.steps", "must be a whole number"),
+        ("train.steps=1.5", "train.steps", "must be a whole number"),
+        ("train.steps=0", "train.steps", "must be 1 or more"),
+        ("train.lr=fast", "train.lr", "must be a number; got 'fast'"),
+        ("train.lr=.nan", "train.lr", "must be above 0"),
+        ("train.schedule=cosin", "train.schedule", "must be one of constant"),
+        ("quant.double_quant=1", "quant.double_quant", "must be true or false"),
+        ("quant.blocksize=128", "quant.blocksize", "must be one of 64"),
+        ("quant.type=int4", "quant.type", "must be one of nf4, fp4, none"),
+        ("lora.r=0", "lora.r", "from 1 to 512"),
+        ("lora.targets=all", "lora.targets", "'all-linear' or a list"),
+        ("lora.targets=[lm_head]", "lora.targets", "choose from q_proj"),
+        ("lora.targets=[q_proj, q_proj]", "lora.targets", "twice"),
+        ("lora.targets=[]", "lora.targets", "choose from"),
+        ("lora.dropout=1", "lora.dropout", "below 1"),
+        ("model.name=/srv/models/x", "model.name", "not a path"),
+        ("model.name=", "model.name", "must be text"),
+        ("data=none", "data", "must be a mapping"),
+        ("data.train", "data.train", "write --set section.key=value"),
+        ("data.train.x=1", "data.train.x", "is a value, not a section"),
+        ("data.train='", "data.train", "is not a YAML value"),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(
+    tmp_path: Path, setting: str, field: str, says: str
+) -> None:
+    with pytest.raises(InvalidField) as caught:
+        load_config(write(tmp_path, MINIMAL), [setting])
+    assert caught.value.metadata["field"] == field
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize("missing", ["model.path", "model.name", "data.train", "output.dir"])
+def test_a_missing_required_key_is_named(missing: str) -> None:
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"path": "base", "name": "tiny"},
+        "data": {"train": "x"},
+        "output": {"dir": "out"},
+    }
+    section, key = missing.split(".")
+    del raw[section][key]
+    with pytest.raises(InvalidField, match=f"{missing}: is required"):
+        parse_config(raw)
+    del raw[section]  # a section that is wholly absent says so too
+    with pytest.raises(InvalidField, match=rf"{section}\.\w+: is required"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: [", "is not YAML"),
+        ("- a list", "must hold sections"),
+        (MINIMAL + "train: {steps: 1, steps: 2}\n", "steps: is given twice (line 5)"),
+    ],
+)
+def test_files_that_are_not_configs(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        load_config(write(tmp_path, text))
+    assert says in caught.value.message
+
+
+def test_a_missing_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_shipped_configs_are_valid() -> None:
+    configs = sorted((Path(__file__).parents[3] / "examples" / "configs").glob("*.yaml"))
+    assert [path.stem for path in configs] == ["chat", "code"]
+    for path in configs:
+        config = load_config(path)
+        assert isinstance(config, TrainConfig)
+        assert config.lora.r == 8  # 4.9 MB in bf16 on the bundled base; the limit is 5

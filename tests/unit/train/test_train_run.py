@@ -1,0 +1,308 @@
+"""Whole runs over a tiny base: what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from typer.testing import CliRunner
+from veneer_registry.adapter import BaseSpec
+from veneer_registry.errors import BaseModelMismatch, InvalidField, VeneerError
+from veneer_registry.fingerprint import fingerprint_base
+from veneer_registry.format import read_adapter
+from veneer_train import loop
+from veneer_train.cli import app
+from veneer_train.config import QuantConfig, TrainConfig, parse_config
+from veneer_train.model import load_base
+from veneer_train.stability import TrainingStopped
+
+Rows = list[dict[str, Any]]
+
+
+def config(base: Path, jsonl: Path, folder: Path, **sections: dict[str, Any]) -> TrainConfig:
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"path": str(base), "name": "tiny"},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"train": str(jsonl), "val_fraction": 0.25, "max_len": 256},
+        "train": {"lr": 0.01, "batch": 4, "accum": 2, "steps": 4},
+        "eval": {"every": 2},
+        "output": {"dir": str(folder), "logs": f"{folder}.logs"},
+    }
+    for name, values in sections.items():
+        raw[name] = raw.get(name, {}) | values
+    return parse_config(raw)
+
+
+def run(settings: TrainConfig, **kwargs: Any) -> Rows:
+    rows: Rows = []
+    loop.train(settings, lambda row: rows.append(dict(row)), **kwargs)
+    return rows
+
+
+def test_a_run_writes_the_whole_folder(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapters" / "mine"
+    rows = run(config(tiny_base, chats, out))
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "training_manifest.json"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+    with safe_open(out / "adapter_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["target_modules"] == sorted(written["target_modules"])
+    assert written["base_model_name_or_path"] == "tiny"
+    assert written["inference_mode"] is True
+
+    lines = (Path(f"{out}.logs") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    assert [(row["event"], row["step"]) for row in rows] == [
+        ("eval", 0),
+        ("step", 1),
+        ("step", 2),
+        ("eval", 2),
+        ("step", 3),
+        ("step", 4),
+        ("eval", 4),
+    ]
+    assert all(row["grad_norm"] > 0 for row in rows if row["event"] == "step")
+    losses = [row["val_loss"] for row in rows if row["event"] == "eval"]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_manifest_tells_the_run_and_no_place(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    rows = run(
+        config(tiny_base, chats, out, output={"description": "Counts.", "license": "mit"})
+    )
+    manifest = json.loads((out / "training_manifest.json").read_text())
+    base = fingerprint_base(tiny_base, quantization=None, cache_dir=None)
+    found = manifest["base_fingerprint"]
+    assert (found["weights"], found["tokenizer"]) == (base.weights, base.tokenizer)
+    assert found["template"] == base.template != ""
+    assert len(found["quantization"]) == 64
+    assert manifest["data"]["train"]["samples"] == 9
+    assert manifest["data"]["val"]["samples"] == 3
+    assert manifest["steps"] == 4
+    assert manifest["tokens"] == rows[-2]["tokens"] > 0
+    metrics = manifest["metrics"]
+    assert metrics["val_loss_before"] == pytest.approx(rows[0]["val_loss"], abs=1e-6)
+    assert metrics["val_loss_after"] == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
+    card = (out / "README.md").read_text()
+    assert "Counts." in card
+    assert "license: mit" in card
+    for text in (card, json.dumps(manifest), (out / "adapter_config.json").read_text()):
+        assert str(tmp_path) not in text
+        assert str(tiny_base) not in text
+
+
+def spec(base: Path, **changed: Any) -> BaseSpec:
+    facts: dict[str, Any] = {
+        "name": "tiny",
+        "num_layers": 2,
+        "shapes": {
+            "q_proj": (64, 64),
+            "k_proj": (32, 64),
+            "v_proj": (32, 64),
+            "o_proj": (64, 64),
+            "gate_proj": (128, 64),
+            "up_proj": (128, 64),
+            "down_proj": (64, 128),
+        },
+        "fingerprint": fingerprint_base(
+            base,
+            quantization={
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+            },
+            cache_dir=None,
+        ),
+    }
+    return BaseSpec(**(facts | changed))
+
+
+def test_the_registry_takes_the_folder_and_knows_its_base(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    run(
+        config(tiny_base, chats, out, lora={"targets": ["q_proj", "down_proj"], "rslora": True})
+    )
+    manifest = read_adapter(out, spec(tiny_base))
+    assert manifest.warnings == ()
+    assert manifest.targets == ("q_proj", "down_proj")
+    assert manifest.file_dtype == "BF16"
+    assert {module.scaling for module in manifest.modules} == {8 / 4**0.5}
+    assert float(manifest.training["metrics.val_loss_after"]) > 0
+    (tmp_path / "other").mkdir()
+    for path in tiny_base.iterdir():
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "other" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(BaseModelMismatch):
+        read_adapter(out, spec(tmp_path / "other"))
+
+
+def test_the_file_holds_what_was_measured(
+    tiny_base: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own reading of the folder gives the trained model's logits, to the bit."""
+    tokens = torch.arange(3, 40)[None]
+    measured: list[torch.Tensor] = []
+
+    def write_folder(out: Path, model: Any, *rest: Any) -> None:
+        with torch.no_grad():
+            measured.append(model.eval()(input_ids=tokens).logits)
+        original(out, model, *rest)
+
+    original = loop.write_folder
+    monkeypatch.setattr(loop, "write_folder", write_folder)
+    run(config(tiny_base, chats, tmp_path / "mine"))
+    base = load_base(tiny_base, QuantConfig(), torch.device("cpu"))
+    model = PeftModel.from_pretrained(base, tmp_path / "mine").eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, measured[0])
+        with model.disable_adapter():
+            assert not torch.equal(model(input_ids=tokens).logits, measured[0])
+
+
+def test_same_seed_same_adapter(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    def weights(name: str, seed: int, checkpointing: str = "off") -> bytes:
+        train = {"seed": seed, "checkpointing": checkpointing}
+        run(config(tiny_base, chats, tmp_path / name, train=train))
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    first = weights("a", 3)
+    assert weights("b", 3) == first
+    assert weights("c", 3, "on") == first  # recomputed activations are the same numbers
+    assert weights("d", 4) != first
+
+
+def test_an_evaluation_during_the_run_changes_nothing(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    for name, every in (("often", 1), ("never", 0)):
+        run(
+            config(
+                tiny_base,
+                chats,
+                tmp_path / name,
+                eval={"every": every, "compare_base": bool(every)},
+            )
+        )
+    files = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("often", "never")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_configured_template_is_used_and_shipped(
+    tiny_base: Path, chats: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(tokenizer.chat_template.replace("You help.", "You sing."))
+    out = tmp_path / "mine"
+    run(config(tiny_base, chats, out, data={"template": str(template)}))
+    assert (out / "chat_template.jinja").read_text() == template.read_text()
+    assert read_adapter(out, None).chat_template == template.read_text()
+
+
+def test_a_run_that_goes_bad_stops_and_writes_nothing(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """A learning rate that overflows: the run ends with the step and a reason."""
+    out = tmp_path / "mine"
+    bad = config(tiny_base, chats, out, lora={"alpha": 1e30}, train={"lr": 0.9, "steps": 30})
+    with pytest.raises(TrainingStopped, match=r"stopped at step \d+: the"):
+        run(bad)
+    assert not out.exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_time_limit_ends_the_run_early_with_an_adapter(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    run(config(tiny_base, chats, out, train={"steps": 500, "max_minutes": 1e-9}))
+    assert json.loads((out / "training_manifest.json").read_text())["steps"] == 1
+
+
+def test_an_output_that_exists_is_kept_unless_asked(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "precious.txt").write_text("x")
+    settings = config(tiny_base, chats, out, train={"steps": 1})
+    with pytest.raises(InvalidField, match="--overwrite"):
+        run(settings)
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    run(settings, overwrite=True)
+    assert (out / "adapter_config.json").is_file()
+    assert not (out / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"model": {"path": "nowhere"}}, "veneer-server model path"),
+        ({"data": {"template": "none.jinja"}}, r"cannot read data\.template"),
+        ({"train": {"optim": "sgdd"}}, "transformers refuses these train settings"),
+    ],
+)
+def test_refusals_come_before_training(
+    tiny_base: Path, chats: Path, tmp_path: Path, sections: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(VeneerError, match=says):
+        run(config(tiny_base, chats, tmp_path / "mine", **sections))
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.fixture
+def config_file(chats: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: not-here, name: tiny}}\nlora: {{r: 4}}\n"
+        f"data: {{train: {chats}, val_fraction: 0.25, max_len: 256}}\n"
+        f"train: {{steps: 1, batch: 2, accum: 1}}\noutput: {{dir: {tmp_path / 'mine'}}}\n"
+    )
+    return path
+
+
+def test_the_command_trains(tiny_base: Path, config_file: Path, tmp_path: Path) -> None:
+    arguments = [
+        "train",
+        str(config_file),
+        "--base",
+        str(tiny_base),
+        "--set",
+        "lora.r=2",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["folder"] == str(tmp_path / "mine")
+    assert set(answer["metrics"]) >= {"val_loss_before", "val_loss_after"}
+    assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["r"] == 2
+    assert "step 1: validation loss" in result.stderr
+
+
+def test_errors_are_one_line(config_file: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(config_file), "--set", "train.stepz=1"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "veneer-train: train.stepz: unknown key; did you mean 'train.steps'?\n"
+    )
+    shown = CliRunner().invoke(app, ["train", str(config_file), "--set", "x=1", "--debug"])
+    assert isinstance(shown.exception, InvalidField)
