@@ -8,9 +8,9 @@ file, the tensor or key, and the fix.
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -21,6 +21,7 @@ from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, parse_config
 from veneer_registry.manifest_json import manifest_from_json, manifest_to_json
 from veneer_registry.safetensors_header import read_header
 from veneer_registry.strict_json import refuse, show
+from veneer_registry.tensor_names import module_path
 from veneer_registry.training_manifest import (
     TRAINING_FILE,
     TRAINING_LIMIT,
@@ -102,7 +103,7 @@ def check_file_name(name: str) -> str:
     raise AdapterInvalid(f"{show(shown)} {why}", metadata={"file": shown, "why": why})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class FileSelection:
     """What of a folder is a bundle: ``files`` are sent, ``skipped`` are not."""
 
@@ -151,7 +152,7 @@ def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
     """
     names = {path.name for path in select_files(folder).files}
     manifest = _read_weights(folder, base)
-    warnings: list[str] = []
+    warnings = list(manifest.warnings)
     training = TrainingManifest(None, {}, ())
     if TRAINING_FILE in names:
         training = parse_training(_read_small(folder, TRAINING_FILE, TRAINING_LIMIT))
@@ -161,15 +162,8 @@ def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
     template = None
     if TEMPLATE_FILE in names:
         template = _template(_read_small(folder, TEMPLATE_FILE, TEMPLATE_LIMIT))
-    return AdapterManifest(
-        weights_digest=manifest.weights_digest,
-        modules=manifest.modules,
-        max_rank=manifest.max_rank,
-        targets=manifest.targets,
-        parameters=manifest.parameters,
-        serving_bytes=manifest.serving_bytes,
-        file_dtype=manifest.file_dtype,
-        base_name=manifest.base_name,
+    return dataclasses.replace(
+        manifest,
         base_fingerprint=training.fingerprint,
         chat_template=template,
         training=training.facts,
@@ -228,6 +222,7 @@ def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
         * SERVING_BYTES["bfloat16" if base is None else base.serving_dtype],
         file_dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         base_name=settings.base_name,
+        warnings=settings.alpha_warnings(module_path(m.layer, m.projection) for m in modules),
     )
 
 

@@ -133,8 +133,8 @@ class Index:
             short_name(name)
         if at and not _PREFIX.fullmatch(prefix):
             raise InvalidField(
-                f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 lower-case "
-                "hex digits after '@'",
+                f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 "
+                "lower-case hex digits after '@'",
                 metadata={"field": "adapter"},
             )
         if entry is None:

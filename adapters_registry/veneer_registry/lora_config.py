@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NoReturn, TypeVar
@@ -108,6 +108,23 @@ class LoraSettings:
     def alphas(self, paths: Iterable[str]) -> dict[str, float]:
         """Alpha of each module; refuses a key that matches none of them."""
         return _by_path("alpha_pattern", self.alpha_pattern, self.alpha, paths)
+
+    def alpha_warnings(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Says where two keys give one module different alphas.
+
+        PEFT sorts keys when it saves, so the order in training may have been another
+        one. Ranks cannot go wrong like this: the tensors show them.
+        """
+        keys = list(self.alpha_pattern)
+        for path, found in _hits("alpha_pattern", keys, paths).items():
+            for first, key in ((keys[found[0]], keys[index]) for index in found[1:]):
+                if self.alpha_pattern[key] != self.alpha_pattern[first]:
+                    return (
+                        f"{CONFIG_FILE}: alpha_pattern keys {show(first)} and {show(key)} both "
+                        f"match {path}; {show(first)} counts, as it comes first in the file "
+                        "(PEFT sorts them on saving)",
+                    )
+        return ()
 
 
 def parse_config(data: bytes) -> LoraSettings:
@@ -217,28 +234,32 @@ def _literal(pattern: str, key: str) -> tuple[str, bool]:
 def _by_path(
     pattern: str, values: Mapping[str, _Number], default: _Number, paths: Iterable[str]
 ) -> dict[str, _Number]:
-    """The value of each path: of the first key, in file order, that is its dotted suffix.
+    """The value of each path: of the first key, in file order, that matches it."""
+    keys = list(values)
+    hits = _hits(pattern, keys, paths)
+    used = {_literal(pattern, keys[index]) for found in hits.values() for index in found}
+    for key in keys:
+        if _literal(pattern, key) not in used:
+            refuse(
+                CONFIG_FILE,
+                f"of {pattern} matches no adapted module; remove it or correct the name",
+                key=key,
+            )
+    return {path: values[keys[found[0]]] if found else default for path, found in hits.items()}
+
+
+def _hits(pattern: str, keys: Sequence[str], paths: Iterable[str]) -> dict[str, list[int]]:
+    """For each path, the keys (by position, ascending) that are its dotted suffix.
 
     Looks up the few suffixes of a path in a table, so that the time is linear in
     keys + paths however many an upload brings.
     """
     order: dict[tuple[str, bool], int] = {}
-    keys = list(values)
     for index, key in enumerate(keys):
         order.setdefault(_literal(pattern, key), index)
-    used: set[int] = set()
-    found: dict[str, _Number] = {}
+    hits: dict[str, list[int]] = {}
     for path in paths:
         parts = path.split(".")
         forms = [(".".join(parts[n:]), False) for n in range(len(parts))] + [(path, True)]
-        hits = [order[form] for form in forms if form in order]
-        used.update(hits)
-        found[path] = values[keys[min(hits)]] if hits else default
-    for index in order.values():
-        if index not in used:
-            refuse(
-                CONFIG_FILE,
-                f"of {pattern} matches no adapted module; remove it or correct the name",
-                key=keys[index],
-            )
-    return found
+        hits[path] = sorted(order[form] for form in forms if form in order)
+    return hits

@@ -1,0 +1,109 @@
+"""Tiny adapters and bases for the registry's tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
+from veneer_registry.format import ALLOWED_FILES, to_bfloat16, write_adapter
+from veneer_registry.records import Published, UploadFile, UploadRequest
+from veneer_registry.registry import Registry
+from veneer_registry.tensor_names import tensor_keys
+from veneer_registry.upload import Upload
+
+SHAPES: dict[Projection, tuple[int, int]] = {
+    "q_proj": (32, 32),
+    "k_proj": (16, 32),
+    "v_proj": (16, 32),
+    "o_proj": (32, 32),
+    "gate_proj": (64, 32),
+    "up_proj": (64, 32),
+    "down_proj": (32, 64),
+}
+BASE = BaseSpec(
+    name="tiny",
+    num_layers=2,
+    shapes=SHAPES,
+    fingerprint=BaseFingerprint("a" * 64, "b" * 64, "c" * 64, "d" * 64),
+)
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+def make_tensors(
+    rank: int = 4,
+    *,
+    seed: int = 0,
+    dtype: str = "BF16",
+    layers: Iterable[int] = (0, 1),
+    projections: Iterable[Projection] = PROJECTIONS,
+) -> Tensors:
+    """Random A and B (not zero) for every layer and projection asked for."""
+    random = np.random.default_rng(seed)
+    tensors: Tensors = {}
+    for layer in layers:
+        for projection in projections:
+            out_features, in_features = SHAPES[projection]
+            shapes = ((rank, in_features), (out_features, rank))
+            for key, shape in zip(tensor_keys(layer, projection), shapes, strict=True):
+                array = random.standard_normal(shape).astype(np.float32)
+                if dtype == "BF16":
+                    tensors[key] = to_bfloat16(array)
+                else:
+                    tensors[key] = array.astype({"F32": np.float32, "F16": np.float16}[dtype])
+    return tensors
+
+
+def make_adapter(
+    folder: Path,
+    config: Mapping[str, object] | None = None,
+    tensors: Tensors | None = None,
+    *,
+    seed: int = 0,
+) -> Path:
+    """An adapter folder: rank 4, alpha 8, all projections, unless told otherwise."""
+    whole = {"r": 4, "lora_alpha": 8, **(config or {})}
+    write_adapter(folder, whole, make_tensors(seed=seed) if tensors is None else tensors)
+    return folder
+
+
+def raw_file(header: object, data: bytes) -> bytes:
+    """A safetensors file with any header: an object, or the JSON text itself."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def bundle_files(folder: Path) -> dict[str, bytes]:
+    """Bytes of the folder's bundle files."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name in ALLOWED_FILES
+    }
+
+
+def announce(name: str, files: Mapping[str, bytes], **options: Any) -> UploadRequest:
+    """The request that announces ``files`` truthfully."""
+    listed = tuple(
+        UploadFile(file, len(data), hashlib.sha256(data).hexdigest())
+        for file, data in files.items()
+    )
+    return UploadRequest(name, listed, **options)
+
+
+def send(upload: Upload, files: Mapping[str, bytes], chunk: int = 4096) -> Upload:
+    """Write all files in chunks."""
+    for name, data in files.items():
+        for at in range(0, len(data), chunk):
+            upload.write(name, at, data[at : at + chunk])
+    return upload
+
+
+def push(registry: Registry, name: str, folder: Path, **options: Any) -> Published:
+    """Upload and publish a folder."""
+    files = bundle_files(folder)
+    return registry.publish(
+        send(registry.begin_upload(announce(name, files, **options)), files)
+    )

@@ -1,0 +1,165 @@
+"""A base's fingerprint comes from its files, and only from what identifies it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from veneer_registry.errors import InvalidField
+from veneer_registry.fingerprint import fingerprint_base
+
+from tests.unit.registry.kit import raw_file
+
+TENSORS = {f"model.w{n}": np.full((2, 3), n, np.float32) for n in range(4)}
+
+
+def make_base(folder: Path, shards: int = 1) -> Path:
+    folder.mkdir()
+    if shards == 1:
+        save_file(TENSORS, folder / "model.safetensors")
+    else:
+        names = sorted(TENSORS)
+        where = {name: f"model-{n % shards}.safetensors" for n, name in enumerate(names)}
+        for file in set(where.values()):
+            save_file({n: TENSORS[n] for n in names if where[n] == file}, folder / file)
+        index = json.dumps({"weight_map": where})
+        (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "tokenizer.json").write_text('{"b": 1, "a": [1.5, "é"]}')
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    return folder
+
+
+def test_sharding_does_not_matter(tmp_path: Path) -> None:
+    one = fingerprint_base(make_base(tmp_path / "1"))
+    two = fingerprint_base(make_base(tmp_path / "2", shards=2))
+    assert one == two
+    assert all(len(part) == 64 for part in (one.weights, one.tokenizer, one.template))
+    assert one.quantization == ""
+
+
+def test_files_that_no_index_names_are_ignored(tmp_path: Path) -> None:
+    one = make_base(tmp_path / "1", shards=2)
+    before = fingerprint_base(one)
+    save_file({"model.w0": np.ones(3, np.float32)}, one / "consolidated.safetensors")
+    assert fingerprint_base(one) == before
+
+
+def test_each_part_follows_its_file(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "1")
+    before = fingerprint_base(folder)
+    (folder / "tokenizer.json").write_text('{ "a": [1.5, "\\u00e9"], "b": 1 }')
+    assert fingerprint_base(folder) == before, "spelling of JSON must not matter"
+    (folder / "tokenizer.json").write_text('{"b": 2, "a": [1.5, "é"]}')
+    changed = fingerprint_base(folder)
+    assert changed.tokenizer != before.tokenizer
+    assert changed.weights == before.weights
+    (folder / "chat_template.jinja").write_text("{{ y }}")
+    assert fingerprint_base(folder).template != before.template
+    save_file({**TENSORS, "model.w0": TENSORS["model.w1"]}, folder / "model.safetensors")
+    assert fingerprint_base(folder).weights != before.weights
+
+
+def test_renamed_tensor_and_reshaped_tensor_differ(tmp_path: Path) -> None:
+    whole = make_base(tmp_path / "1")
+    prints = {fingerprint_base(whole).weights}
+    save_file(
+        {**TENSORS, "model.w0": np.zeros((3, 2), np.float32)}, whole / "model.safetensors"
+    )
+    prints.add(fingerprint_base(whole).weights)
+    renamed = {name.replace("w3", "w9"): array for name, array in TENSORS.items()}
+    save_file(renamed, whole / "model.safetensors")
+    prints.add(fingerprint_base(whole).weights)
+    assert len(prints) == 3
+
+
+def test_quantization_is_canonical(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "1")
+    one = fingerprint_base(folder, quantization={"a": 1, "b": True})
+    two = fingerprint_base(folder, quantization={"b": True, "a": 1})
+    assert one.quantization == two.quantization != ""
+
+
+def test_template_in_the_tokenizer_config(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "1")
+    as_file = fingerprint_base(folder).template
+    (folder / "chat_template.jinja").unlink()
+    assert fingerprint_base(folder).template == ""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}"}))
+    assert fingerprint_base(folder).template == as_file
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert fingerprint_base(folder).template == ""
+
+
+def test_sentencepiece_and_no_tokenizer(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "1")
+    (folder / "tokenizer.json").unlink()
+    assert fingerprint_base(folder).tokenizer == ""
+    (folder / "tokenizer.model").write_bytes(b"\x00")
+    assert len(fingerprint_base(folder).tokenizer) == 64
+
+
+def test_cache_is_used_and_notices_changes(tmp_path: Path) -> None:
+    folder, cache = make_base(tmp_path / "1"), tmp_path / "cache"
+    first = fingerprint_base(folder, cache_dir=cache)
+    (entry,) = (cache / "fingerprints").iterdir()
+    entry.write_text(json.dumps({"weights": "f" * 64}))
+    assert fingerprint_base(folder, cache_dir=cache).weights == "f" * 64, "not read"
+    entry.write_text("damaged")
+    assert fingerprint_base(folder, cache_dir=cache) == first
+    # Another copy of the same size and time has another key.
+    copy = make_base(tmp_path / "2")
+    status = (folder / "model.safetensors").stat()
+    entry.write_text(json.dumps({"weights": "f" * 64}))
+    os.utime(copy / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint_base(copy, cache_dir=cache) == first
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert fingerprint_base(folder, cache_dir=cache) == first
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "words"),
+    [
+        ("model.safetensors", None, "no \\*.safetensors"),
+        ("model.safetensors", b"\x01", "damaged"),
+        ("model.safetensors", raw_file({"a": 1}, b""), "damaged"),
+        ("tokenizer.json", b"{", "not JSON"),
+        ("tokenizer_config.json", b"[]", "not a JSON object"),
+    ],
+)
+def test_broken_bases(tmp_path: Path, file: str, data: bytes | None, words: str) -> None:
+    folder = make_base(tmp_path / "1")
+    (folder / "chat_template.jinja").unlink()
+    if data is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(data)
+    with pytest.raises(InvalidField, match=words) as caught:
+        fingerprint_base(folder)
+    assert caught.value.metadata["field"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{}", "damaged"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "no file of the folder"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "lacks gone"),
+    ],
+)
+def test_broken_index(tmp_path: Path, index: str, words: str) -> None:
+    folder = make_base(tmp_path / "1", shards=2)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InvalidField, match=words):
+        fingerprint_base(folder)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / "1", shards=2)
+    (folder / "model.safetensors.index.json").unlink()
+    save_file({"model.w0": TENSORS["model.w0"]}, folder / "more.safetensors")
+    with pytest.raises(InvalidField, match="two files"):
+        fingerprint_base(folder)

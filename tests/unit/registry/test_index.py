@@ -1,0 +1,150 @@
+"""Names, prefixes, suggestions and reference counts, without a disk."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
+from veneer_registry.index import Entry, Index
+
+
+def ref(name: str, number: int, weights: int | None = None) -> AdapterRef:
+    digest = hashlib.sha256(b"w%d" % (number if weights is None else weights)).hexdigest()
+    return AdapterRef(name, hashlib.sha256(b"r%d" % number).hexdigest(), digest)
+
+
+def entry(*refs: AdapterRef, foreign: frozenset[str] = frozenset()) -> Entry:
+    return Entry(refs[0], refs, 1, foreign)
+
+
+@pytest.fixture
+def index() -> Index:
+    return Index("tiny")
+
+
+def test_resolve(index: Index) -> None:
+    new, old = ref("chat", 2), ref("chat", 1)
+    index.put("chat", entry(new, old))
+    assert index.resolve("chat") == new
+    assert index.resolve(f"chat@{old.revision}") == old
+    assert index.resolve(f"chat@{old.revision[:12]}") == old
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "@",
+        "Chat",
+        "../x",
+        "a/b",
+        "chat@",
+        "chat@abc",
+        "chat@" + "g" * 12,
+        "chat@" + "A" * 12,
+        "chat@" + "a" * 65,
+        "chat@" + "a" * 12 + "@",
+        "x" * 64,
+        "é",
+        "x" * 100_000,
+    ],
+)
+def test_malformed(index: Index, spec: str) -> None:
+    index.put("chat", entry(ref("chat", 1)))
+    with pytest.raises(InvalidField) as caught:
+        index.resolve(spec)
+    assert len(caught.value.message) < 400
+
+
+def test_unknown_revision_names_those_kept(index: Index) -> None:
+    index.put("chat", entry(ref("chat", 1)))
+    with pytest.raises(AdapterNotFound, match=ref("chat", 1).revision[:12]):
+        index.resolve("chat@" + "0" * 12)
+
+
+def test_ambiguous_prefix(index: Index) -> None:
+    one = AdapterRef("chat", "a" * 63 + "0", "1" * 64)
+    two = AdapterRef("chat", "a" * 63 + "1", "1" * 64)
+    index.put("chat", entry(one, two))
+    with pytest.raises(InvalidField, match="ambiguous"):
+        index.resolve("chat@" + "a" * 12)
+    assert index.resolve("chat@" + two.revision) == two
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("hcat-bot", "chat-bot"),  # first letters swapped
+        ("xchat-bot", "chat-bot"),  # one too many in front
+        ("chat-bott", "chat-bot"),
+        ("chat_bot", "chat-bot"),
+        ("chat", "chat-bot"),  # the beginning of it
+        ("sql-expert-v1", "sql-expert-v2"),
+        ("zzzzzzzz", None),
+    ],
+)
+def test_did_you_mean(index: Index, typed: str, meant: str | None) -> None:
+    names = ["chat-bot", "sql-expert-v2", *(f"adapter-{n:05}" for n in range(1000))]
+    index.load({name: entry(ref(name, 1)) for name in names})
+    with pytest.raises(AdapterNotFound) as caught:
+        index.resolve(typed)
+    assert caught.value.metadata.get("did_you_mean") == meant
+    if meant is not None:
+        assert repr(meant) in caught.value.message
+
+
+def test_foreign_revisions_are_found_but_not_served(index: Index) -> None:
+    one = ref("chat", 1)
+    index.put("chat", entry(one, foreign=frozenset({one.revision})))
+    assert index.find("chat").ref == one
+    for use in (index.resolve, index.acquire):
+        with pytest.raises(BaseModelMismatch, match="push it again"):
+            use("chat")
+    assert index.leases(one.weights_digest) == 0
+
+
+def test_lost_content(index: Index) -> None:
+    old = ref("chat", 1)
+    index.put("chat", Entry(None, (old,), 3))
+    with pytest.raises(AdapterNotFound, match="was lost"):
+        index.resolve("chat")
+    assert index.resolve("chat@" + old.revision[:12]) == old
+
+
+def test_garbage_waits_for_names_and_leases(index: Index) -> None:
+    one, other = ref("chat", 1), ref("code", 2, weights=1)  # the same weights
+    index.put("chat", entry(one))
+    index.put("code", entry(other))
+    assert index.acquire("chat").ref == one
+    index.acquire("chat")
+    assert index.leases(one.weights_digest) == 2
+    index.remove("chat")
+    assert index.take_garbage() == (set(), set())
+    index.release(one)
+    assert not index.has_garbage
+    index.release(one)
+    assert index.has_garbage
+    assert index.take_garbage() == (set(), {one.revision}), "code still has the weights"
+    assert not index.has_garbage
+    index.remove("code")
+    assert index.take_garbage() == ({one.weights_digest}, {other.revision})
+
+
+def test_garbage_that_is_wanted_again_is_kept(index: Index) -> None:
+    one = ref("chat", 1)
+    index.put("chat", entry(one))
+    index.remove("chat")
+    index.put("chat", entry(one))
+    assert index.take_garbage() == (set(), set())
+
+
+def test_a_replaced_revision_is_garbage(index: Index) -> None:
+    one, two = ref("chat", 1), ref("chat", 2)
+    index.put("chat", entry(one))
+    index.put("chat", entry(two, one))
+    assert not index.has_garbage
+    index.put("chat", entry(two))
+    assert index.take_garbage() == ({one.weights_digest}, {one.revision})
+    assert len(index) == 1
