@@ -1,0 +1,238 @@
+"""Every call as data: method, request, how to read the answer, whether to repeat it.
+
+The clients differ only in how they perform a `Call`; what they perform is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
+
+from grpc_health.v1 import health_pb2
+from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
+from veneer_registry.adapter import Tier
+from veneer_registry.errors import InternalError
+
+from veneer_client import convert
+from veneer_client.types import (
+    AdapterDetails,
+    AdapterInfo,
+    Chunk,
+    Eviction,
+    EvictMode,
+    GenerateOptions,
+    Generation,
+    GenerationEnd,
+    Prompt,
+    ServerInfo,
+    ServingStatus,
+)
+
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "DEFAULT_ADDRESS",
+    "GENERATE_STREAM",
+    "INFERENCE",
+    "UPLOAD",
+    "Call",
+    "Page",
+    "StreamReader",
+    "activate",
+    "delete",
+    "evict",
+    "generate",
+    "get",
+    "health",
+    "info",
+    "page",
+]
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
+
+INFERENCE: Final = "veneer.v1.InferenceService"
+_ADAPTERS: Final = "veneer.v1.AdapterService"
+_GENERATE: Final = f"/{INFERENCE}/Generate"
+GENERATE_STREAM: Final = f"/{INFERENCE}/GenerateStream"
+UPLOAD: Final = f"/{_ADAPTERS}/UploadAdapter"
+
+CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    # A server that restarts is found again within a second, not after minutes.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
+    ("grpc.max_metadata_size", 64 << 10),
+)
+
+
+class _Serializable(Protocol):
+    def SerializeToString(self) -> bytes: ...  # noqa: N802 - protobuf's own name
+
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Answer, Result]):
+    """One unary call.
+
+    Attributes:
+        method: full path, ``/package.Service/Method``.
+        decode: bytes to the answer's message.
+        read: the message to a record.
+        repeatable: doing it twice is the same as doing it once.
+    """
+
+    method: str
+    request: _Serializable
+    decode: Callable[[bytes], Answer]
+    read: Callable[[Answer], Result]
+    repeatable: bool = True
+
+
+def generate(
+    prompt: Prompt, options: GenerateOptions
+) -> Call[inference_pb2.GenerateResponse, Generation]:
+    """The whole answer at once."""
+    return Call(
+        _GENERATE,
+        convert.generate_request(prompt, options),
+        inference_pb2.GenerateResponse.FromString,
+        convert.generation,
+    )
+
+
+def get(name: str) -> Call[adapters_pb2.GetAdapterResponse, AdapterDetails]:
+    """One adapter by ``name`` or ``name@revision``."""
+    return Call(
+        f"/{_ADAPTERS}/GetAdapter",
+        adapters_pb2.GetAdapterRequest(name=name),
+        adapters_pb2.GetAdapterResponse.FromString,
+        convert.adapter_details,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Adapters in name order, and the token of the next page ("" on the last)."""
+
+    adapters: tuple[AdapterInfo, ...]
+    next_token: str
+
+
+def page(
+    token: str,
+    *,
+    page_size: int,
+    name_prefix: str,
+    tier: Tier | None,
+    labels: Mapping[str, str],
+) -> Call[adapters_pb2.ListAdaptersResponse, Page]:
+    """One page of the list."""
+    return Call(
+        f"/{_ADAPTERS}/ListAdapters",
+        adapters_pb2.ListAdaptersRequest(
+            page_size=page_size,
+            page_token=token,
+            name_prefix=name_prefix,
+            tier=convert.TIERS[tier] if tier else inference_pb2.TIER_UNSPECIFIED,
+            labels=labels,
+        ),
+        adapters_pb2.ListAdaptersResponse.FromString,
+        lambda answer: Page(
+            tuple(convert.adapter_info(adapter) for adapter in answer.adapters),
+            answer.next_page_token,
+        ),
+    )
+
+
+def activate(
+    name: str, *, tier: Tier, pin: bool
+) -> Call[adapters_pb2.ActivateAdapterResponse, AdapterInfo]:
+    """Bring an adapter to HOST or DEVICE."""
+    return Call(
+        f"/{_ADAPTERS}/ActivateAdapter",
+        adapters_pb2.ActivateAdapterRequest(name=name, tier=convert.TIERS[tier], pin=pin),
+        adapters_pb2.ActivateAdapterResponse.FromString,
+        lambda answer: convert.adapter_info(answer.adapter),
+    )
+
+
+def evict(
+    name: str, *, mode: EvictMode, unpin: bool
+) -> Call[adapters_pb2.EvictAdapterResponse, Eviction]:
+    """Free an adapter's memory."""
+    return Call(
+        f"/{_ADAPTERS}/EvictAdapter",
+        adapters_pb2.EvictAdapterRequest(
+            name=name, mode=convert.EVICT_MODES[mode], unpin=unpin
+        ),
+        adapters_pb2.EvictAdapterResponse.FromString,
+        convert.eviction,
+    )
+
+
+def delete(
+    name: str, *, etag: str
+) -> Call[adapters_pb2.DeleteAdapterResponse, tuple[str, ...]]:
+    """Remove a name or a revision. Not repeated: the second time would say NOT_FOUND."""
+    return Call(
+        f"/{_ADAPTERS}/DeleteAdapter",
+        adapters_pb2.DeleteAdapterRequest(name=name, etag=etag),
+        adapters_pb2.DeleteAdapterResponse.FromString,
+        lambda answer: tuple(answer.revisions),
+        repeatable=False,
+    )
+
+
+def info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
+    """What the server is."""
+    return Call(
+        "/veneer.v1.ServerService/GetServerInfo",
+        server_pb2.GetServerInfoRequest(),
+        server_pb2.GetServerInfoResponse.FromString,
+        convert.server_info,
+    )
+
+
+def health(service: str) -> Call[health_pb2.HealthCheckResponse, ServingStatus]:
+    """The standard health check. Not repeated: the answer is about this moment."""
+    return Call(
+        "/grpc.health.v1.Health/Check",
+        health_pb2.HealthCheckRequest(service=service),
+        health_pb2.HealthCheckResponse.FromString,
+        convert.serving_status,
+        repeatable=False,
+    )
+
+
+class StreamReader:
+    """What a stream has said so far, whichever client reads it."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.end: GenerationEnd | None = None
+
+    def read(self, message: inference_pb2.GenerateStreamResponse) -> Chunk | None:
+        """The message's piece of the answer; None where it only carries the end."""
+        self.started = True
+        self.end = convert.generation_end(message) or self.end
+        chunk = convert.chunk(message)
+        only_end = self.end and not (chunk.text or chunk.token_ids or chunk.prompt_logprobs)
+        return None if only_end else chunk
+
+    def check_ended(self) -> None:
+        """Raise `InternalError` where the stream stopped without its end."""
+        if self.end is None:
+            raise InternalError(
+                "the stream stopped without a finish reason: is there a proxy between "
+                "that cuts streams? If not, report it with the server's log"
+            )
+
+    def require_end(self) -> GenerationEnd:
+        """The end; RuntimeError while the stream has not been read to it."""
+        if self.end is None:
+            raise RuntimeError(
+                "the stream has not ended: read it to its end before asking for `final`"
+            )
+        return self.end

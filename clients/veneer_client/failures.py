@@ -1,0 +1,140 @@
+"""From a gRPC failure to the error tree, and whether to try once more."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from veneer_registry.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    ResourceExhausted,
+    ServerUnreachable,
+    Unavailable,
+    Unimplemented,
+    VeneerError,
+    error_for_reason,
+)
+
+__all__ = ["Attempts", "RetryPolicy", "to_error"]
+
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+_DOMAIN: Final = "veneer"
+
+_BY_CODE: Final[dict[grpc.StatusCode, type[VeneerError]]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.ABORTED: Aborted,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+
+
+def to_error(
+    error: grpc.RpcError | grpc.aio.AioRpcError, address: str, *, timeout_s: float | None
+) -> VeneerError:
+    """The typed error of a failed call.
+
+    With ``google.rpc.ErrorInfo`` of domain ``veneer`` it is the very error that the
+    server raised, with its metadata and retry delay. Without, something between
+    answered (the network, a proxy, gRPC itself), and the code decides.
+    """
+    code: grpc.StatusCode = error.code()
+    message = error.details() or code.name
+    status = _status(error)
+    if status is not None:
+        info, retry_s = error_details_pb2.ErrorInfo(), None
+        for detail in status.details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                detail.Unpack(info)
+            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                retry = error_details_pb2.RetryInfo()
+                detail.Unpack(retry)
+                retry_s = retry.retry_delay.ToNanoseconds() / 1e9
+        if info.domain == _DOMAIN:
+            known = error_for_reason(info.reason)
+            return known(message, metadata=dict(info.metadata), retry_after_s=retry_s)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnreachable(
+            f"no Veneer server answers at {address}: start one with `veneer-server`, or "
+            f"give the right address (--server HOST:PORT, VENEER_SERVER) [{message}]",
+            metadata={"address": address},
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        within = f" within {timeout_s:g} s" if timeout_s is not None else " in time"
+        return DeadlineExceeded(
+            f"{address} did not finish the call{within}: allow more time, ask for fewer "
+            "tokens, or look at the server's load"
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Unimplemented(
+            f"{address} does not know this call: is it a Veneer server of this version? "
+            f"[{message}]"
+        )
+    return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
+
+
+def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    trailing: Any = error.trailing_metadata() or ()
+    for key, value in trailing:
+        if key == _DETAILS_KEY:
+            status = status_pb2.Status()
+            status.ParseFromString(value)
+            return status
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a refused call is repeated.
+
+    A call is repeated only where the server said when (``RetryInfo``) with
+    UNAVAILABLE or RESOURCE_EXHAUSTED, the call is safe to repeat, nothing of its
+    answer has come, and the wait fits ``longest_wait_s`` and the call's deadline.
+
+    Attributes:
+        attempts: calls made in all; 1 turns retries off.
+        longest_wait_s: a longer delay than this is the caller's decision.
+    """
+
+    attempts: int = 4
+    longest_wait_s: float = 5.0
+
+
+class Attempts:
+    """The attempts of one call: its deadline, and the wait before the next one."""
+
+    def __init__(
+        self, policy: RetryPolicy, *, repeatable: bool, timeout_s: float | None
+    ) -> None:
+        self._policy = policy
+        self._left = policy.attempts if repeatable else 1
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def remaining_s(self) -> float | None:
+        """Seconds left until the deadline; None without one."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - time.monotonic())
+
+    def wait_s(self, error: VeneerError) -> float | None:
+        """Seconds to wait before the next attempt; None when ``error`` is final."""
+        self._left -= 1
+        if self._left <= 0 or not isinstance(error, Unavailable | ResourceExhausted):
+            return None
+        if error.retry_after_s is None or error.retry_after_s > self._policy.longest_wait_s:
+            return None
+        # Clients refused together should not come back together.
+        wait = error.retry_after_s * random.uniform(1.0, 1.25)
+        remaining = self.remaining_s()
+        return None if remaining is not None and wait >= remaining else wait

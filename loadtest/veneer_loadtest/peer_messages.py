@@ -1,0 +1,101 @@
+"""What the load tester and its PEFT peer say to each other: JSON, one message a line."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+__all__ = [
+    "FromPeer",
+    "Generate",
+    "Generated",
+    "PeerFailed",
+    "PeerReady",
+    "Score",
+    "Scored",
+    "Setup",
+    "ToPeer",
+    "decode_from_peer",
+    "decode_to_peer",
+    "encode",
+]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages."""
+
+
+class Setup(Message, frozen=True):
+    """First message: what to load. ``adapters`` maps a name to its folder."""
+
+    base_folder: str
+    adapters: dict[str, str]
+    threads: int
+
+
+class Generate(Message, frozen=True):
+    """One padded batch, greedy, exactly ``tokens`` new tokens for each row."""
+
+    prompts: list[list[int]]
+    adapters: list[str]
+    tokens: int
+
+
+class Score(Message, frozen=True):
+    """Log-probabilities of the tokens of one row after its first, under one adapter."""
+
+    row: list[int]
+    adapter: str
+
+
+ToPeer = Setup | Generate | Score
+
+
+class PeerReady(Message, frozen=True):
+    """The model and all adapters are loaded."""
+
+    device: str
+    versions: dict[str, str]
+    load_s: float
+
+
+class Generated(Message, frozen=True):
+    """``step_s``: seconds from the call's start to each step's tokens."""
+
+    rows: list[list[int]]
+    step_s: list[float]
+    wall_s: float
+    cpu_s: float
+
+
+class Scored(Message, frozen=True):
+    logprobs: list[float]
+
+
+class PeerFailed(Message, frozen=True):
+    """The last message of a peer that gave up."""
+
+    message: str
+
+
+FromPeer = PeerReady | Generated | Scored | PeerFailed
+
+_encoder: Final = msgspec.json.Encoder()
+_to_peer: Final = msgspec.json.Decoder(ToPeer)
+_from_peer: Final = msgspec.json.Decoder(FromPeer)
+
+
+def encode(message: ToPeer | FromPeer) -> bytes:
+    """One line, with its line end."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_to_peer(line: bytes) -> ToPeer:
+    """The message on one line."""
+    return _to_peer.decode(line)
+
+
+def decode_from_peer(line: bytes) -> FromPeer:
+    """The message on one line."""
+    return _from_peer.decode(line)

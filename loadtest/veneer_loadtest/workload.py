@@ -1,0 +1,185 @@
+"""What a load test sends: synthetic adapters and prompts, all from one seed.
+
+The adapters are different adapters (B is not zero, and each has its own random
+numbers), saved the way PEFT saves them, so that the server and the PEFT peer
+read the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "BaseShape",
+    "Stream",
+    "make_adapter",
+    "make_adapters",
+    "make_streams",
+    "read_base_shape",
+]
+
+SCALING: Final = 2.0
+"""alpha / rank of the synthetic adapters."""
+
+B_STD: Final = 0.05
+"""Spread of B: large enough that each adapter's log-probabilities are its own,
+small enough that the model still writes (see the own-adapter margin in a result)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """Sizes read from a base model's ``config.json``."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    q_out: int
+    kv_out: int
+    vocab: int
+
+    def projections(self) -> Mapping[str, tuple[int, int]]:
+        """Module path inside a layer -> (out_features, in_features)."""
+        return {
+            "self_attn.q_proj": (self.q_out, self.hidden),
+            "self_attn.k_proj": (self.kv_out, self.hidden),
+            "self_attn.v_proj": (self.kv_out, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.q_out),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One request of a run: which adapter, and the prompt's token ids."""
+
+    adapter: str
+    prompt: tuple[int, ...]
+
+
+def read_base_shape(folder: Path) -> BaseShape:
+    """Sizes of the base model in a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        KeyError: the config is not that of a Llama-like decoder.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return BaseShape(
+        name=folder.name,
+        layers=int(config["num_hidden_layers"]),
+        hidden=int(config["hidden_size"]),
+        intermediate=int(config["intermediate_size"]),
+        q_out=heads * head_dim,
+        kv_out=int(config.get("num_key_value_heads") or heads) * head_dim,
+        vocab=int(config["vocab_size"]),
+    )
+
+
+def make_adapters(
+    folder: Path, base: BaseShape, *, count: int, rank: int, seed: int
+) -> dict[str, Path]:
+    """Write ``count`` adapters under ``folder``; name -> adapter folder."""
+    return {
+        name: make_adapter(folder / name, base, rank=rank, seed=seed * 1000 + i)
+        for i, name in enumerate(f"load-{n}" for n in range(count))
+    }
+
+
+def make_adapter(folder: Path, base: BaseShape, *, rank: int, seed: int) -> Path:
+    """Write one random adapter on all seven projections, in bf16; returns ``folder``."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, npt.NDArray[np.uint16]] = {}
+    for layer in range(base.layers):
+        for module, (out_features, in_features) in base.projections().items():
+            key = f"base_model.model.model.layers.{layer}.{module}"
+            a = rng.normal(0.0, in_features**-0.5, (rank, in_features))
+            b = rng.normal(0.0, B_STD, (out_features, rank))
+            tensors[f"{key}.lora_A.weight"] = _bf16(a)
+            tensors[f"{key}.lora_B.weight"] = _bf16(b)
+    config = {
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": SCALING * rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(m.rpartition(".")[2] for m in base.projections()),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), "utf-8")
+    _write_bf16(folder / "adapter_model.safetensors", tensors)
+    return folder
+
+
+def make_streams(
+    adapters: tuple[str, ...],
+    *,
+    count: int,
+    prompt_tokens: tuple[int, int],
+    vocab: int,
+    seed: int,
+) -> tuple[Stream, ...]:
+    """``count`` requests; request i uses adapter i modulo their number.
+
+    Prompt lengths are spread evenly over ``prompt_tokens`` (both ends included)
+    and shuffled; the ids are random ordinary tokens, so that no two prompts
+    share a prefix.
+    """
+    rng = np.random.default_rng(seed)
+    low, high = prompt_tokens
+    lengths = rng.permutation(np.linspace(low, high, count).round().astype(int))
+    # The first few hundred ids of most vocabularies are control and byte tokens.
+    first = min(1000, vocab // 2)
+    return tuple(
+        Stream(
+            adapter=adapters[i % len(adapters)],
+            prompt=tuple(int(t) for t in rng.integers(first, vocab, int(length))),
+        )
+        for i, length in enumerate(lengths)
+    )
+
+
+def _bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """The bits of ``values`` rounded to the nearest bfloat16 (ties to even)."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _write_bf16(path: Path, tensors: Mapping[str, npt.NDArray[np.uint16]]) -> None:
+    """A safetensors file: header length, JSON header, tensors back to back.
+
+    Written here because numpy has no bfloat16 that safetensors' own numpy
+    writer would take.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(tensor.tobytes())
