@@ -52,6 +52,9 @@ _TOP_FLAGS: Final = ("--help", "--version")
 
 
 def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
+    # The engine is forked from a process that runs gRPC, and becomes another program
+    # at once: gRPC's own fork handling has nothing to do, and would complain.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
     from veneer_server.app import App
@@ -61,7 +64,7 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     configure(config.log_format)
 
     async def run() -> None:
-        await App(config, lambda line: print(line, flush=True)).run()
+        await App(config, lambda line: print(line, flush=True)).run_until_signal()
 
     uvloop.run(run())
 

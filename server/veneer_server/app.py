@@ -63,10 +63,19 @@ class CannotListen(VeneerError):
 class App:
     """One server, from start to stop; `run` does all of it."""
 
-    def __init__(self, config: ServerConfig, announce: Callable[[str], None]) -> None:
-        """Args: announce: told one line when the server is ready."""
+    def __init__(
+        self,
+        config: ServerConfig,
+        announce: Callable[[str], None],
+        make_engine: Callable[..., EngineClient] = EngineClient,
+    ) -> None:
+        """Args:
+        announce: told one line when the server is ready.
+        make_engine: takes what `EngineClient` takes; tests give another.
+        """
         self._config = config
         self._announce = announce
+        self._make_engine = make_engine
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
         self._calls = Calls()
@@ -74,13 +83,28 @@ class App:
         self._stop_asked = asyncio.Event()
         self._server: Any = None
 
+    async def run_until_signal(self) -> None:
+        """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        await self.run()
+
+    @property
+    def phase(self) -> Phase:
+        """What happens to new calls."""
+        return self._calls.phase
+
+    def stop(self) -> None:
+        """Let `run` drain and return."""
+        self._stop_asked.set()
+
     async def run(self) -> None:
-        """Serve until a signal comes; then drain and return.
+        """Serve until `stop` is called; then drain and return.
 
         Raises:
             VeneerError: the server could not start; says why and what to do.
         """
-        self._handle_signals()
         async with self._resources:
             starting = asyncio.ensure_future(self.startup())
             asked = asyncio.ensure_future(self._stop_asked.wait())
@@ -123,7 +147,7 @@ class App:
             )
         )
         self._resources.callback(registry.close)
-        engine = self._make_engine(base_folder, base)
+        engine = self._engine(base_folder, base)
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
@@ -163,25 +187,20 @@ class App:
         # What is left are health watchers and reflection; answers get out in time.
         await self._server.stop(_STOP_GRACE_S)
 
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-
     def _on_signal(self, number: int) -> None:
         if self._stop_asked.is_set():
             # The engine ends by itself when its socket closes.
             os._exit(128 + number)
-        self._stop_asked.set()
+        self.stop()
 
     # ----------------------------------------------------------------------- parts
 
-    def _make_engine(self, folder: BaseFolder, base: BaseSpec) -> EngineClient:
+    def _engine(self, folder: BaseFolder, base: BaseSpec) -> EngineClient:
         config = self._config
         self._metrics.set_budgets(
             host=config.host_cache_bytes, device=config.device_adapter_bytes
         )
-        return EngineClient(
+        return self._make_engine(
             EngineConfig(
                 base_folder=str(folder.path),
                 cache_folder=str(config.cache_dir),
@@ -249,6 +268,12 @@ class App:
         self, base: BaseSpec, info: EngineInfo, listening: Address, metrics: Address | None
     ) -> None:
         config = self._config
+        if config.port_file is not None:
+            addresses = {"grpc": str(listening), "metrics": str(metrics) if metrics else ""}
+            partial = config.port_file.with_name(config.port_file.name + ".partial")
+            partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
+            # By rename, so that a reader never sees half of it.
+            partial.replace(config.port_file)
         self._announce(
             f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  base={base.name} "
             f"({config.quantization}, {config.dtype})  device={info.device}  "
@@ -257,12 +282,6 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB"
         )
-        if config.port_file is not None:
-            addresses = {"grpc": str(listening), "metrics": str(metrics) if metrics else ""}
-            partial = config.port_file.with_name(config.port_file.name + ".partial")
-            partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
-            # By rename, so that a reader never sees half of it.
-            partial.replace(config.port_file)
 
 
 def resolve_without_torch(config: ServerConfig) -> BaseFolder:

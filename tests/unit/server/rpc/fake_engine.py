@@ -1,0 +1,214 @@
+"""FAKE engine: `EngineClient`'s methods without a process, a model or a GPU.
+
+Tokens are a function of SHA-256(weights digest, prompt, seed), so that crossed
+wires show as an exact mismatch. Tests steer it through `pace` and `script`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal
+
+from veneer_registry.errors import AdapterInUse, EngineFailed, VeneerError
+from veneer_server.engine.client import EngineEvent
+from veneer_server.engine.messages import (
+    AdapterSource,
+    EngineConfig,
+    EngineInfo,
+    Residency,
+    SamplingParams,
+    SequenceOutput,
+    StepDone,
+    TierName,
+)
+
+VOCABULARY = 49152
+CONTEXT = 64
+
+
+def fake_tokens(digest: str, prompt: list[int], seed: int, count: int) -> list[int]:
+    """What the fake answers: ordinary tokens, never special ones."""
+    key = hashlib.sha256(f"{digest}|{prompt}|{seed}".encode()).digest()
+    return [1000 + key[i % 32] * 7 + i for i in range(count)]
+
+
+class FakeEngine:
+    """Stands in for `EngineClient`; see the module."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        max_queue: int,
+        on_event: Callable[[EngineEvent], None],
+        on_health: Callable[[bool], None],
+    ) -> None:
+        self.config = config
+        self.info = EngineInfo(
+            device="fake",
+            backend="fake",
+            architecture="FakeForCausalLM",
+            parameters=1,
+            weights_bytes=1,
+            context_length=CONTEXT,
+            vocab_size=VOCABULARY,
+            kv_cache_tokens=1000,
+            adapter_itemsize=2,
+            load_seconds=0.0,
+        )
+        self.starts = 0
+        self.healthy = False
+        self.in_flight = 0
+        self.load_gate = asyncio.Event()
+        self.load_gate.set()
+        self.residency: dict[str, Residency] = {}
+        self.reset()
+        self._on_event = on_event
+        self._on_health = on_health
+        self._streams: set[asyncio.Queue[VeneerError | None]] = set()
+
+    def reset(self) -> None:
+        """Forget what tests set and saw."""
+        self.submitted: list[dict[str, Any]] = []
+        self.cancelled = 0
+        self.pace: asyncio.Semaphore | None = None
+        """When set, each output waits for a permit."""
+        self.script: list[SequenceOutput | VeneerError] | None = None
+        """When set, what every sequence gives."""
+
+    async def start(self) -> EngineInfo:
+        await self.load_gate.wait()
+        self.starts += 1
+        self.set_health(True)
+        return self.info
+
+    async def stop(self) -> None:
+        self.set_health(False)
+
+    def set_health(self, healthy: bool) -> None:
+        self.healthy = healthy
+        self._on_health(healthy)
+
+    def step(self, seconds: float) -> None:
+        """Report a decode step of 4 rows and 2 adapters."""
+        self._on_event(StepDone(1, seconds, 0, 4, 2, 4, 3, 1, 5, 10))
+
+    def crash(self) -> None:
+        """End every stream as a dead engine process does."""
+        self.set_health(False)
+        for stream in self._streams:
+            stream.put_nowait(EngineFailed("the engine ended; retry", retry_after_s=2.0))
+
+    async def generate(
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        adapter: AdapterSource | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        prompt_logprobs: bool = False,
+    ) -> AsyncIterator[SequenceOutput]:
+        self.submitted.append(
+            {
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "sampling": sampling,
+                "adapter": adapter,
+                "ignore_eos": ignore_eos,
+            }
+        )
+        digest = adapter.weights_digest if adapter is not None else ""
+        outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(
+            digest, prompt, sampling.seed, max_tokens, logprobs, prompt_logprobs
+        )
+        crashed: asyncio.Queue[VeneerError | None] = asyncio.Queue()
+        self._streams.add(crashed)
+        self.in_flight += 1
+        ended = False
+        try:
+            for output in outputs:
+                if self.pace is not None:
+                    await self._permit(crashed)
+                if isinstance(output, VeneerError):
+                    ended = True
+                    raise output
+                ended = output.finish is not None
+                yield output
+        finally:
+            self.in_flight -= 1
+            self._streams.discard(crashed)
+            self.cancelled += not ended
+
+    def _outputs(
+        self,
+        digest: str,
+        prompt: list[int],
+        seed: int,
+        count: int,
+        logprobs: bool,
+        prompt_logprobs: bool,
+    ) -> list[SequenceOutput]:
+        tier: TierName = "disk"
+        if digest in self.residency:
+            tier = self.residency[digest].tier
+        elif digest:
+            self._set_tier(digest, "device", pinned=False)
+        return [
+            SequenceOutput(
+                sequence=1,
+                tokens=[token],
+                logprobs=[-0.5] if logprobs else None,
+                prompt_logprobs=[-1.0] * (len(prompt) - 1)
+                if prompt_logprobs and not i
+                else None,
+                tier=tier if digest and not i else None,
+                load_seconds=0.25 if digest and not i else 0.0,
+                queue_seconds=0.0 if i else 0.125,
+                finish="length" if i == count - 1 else None,
+            )
+            for i, token in enumerate(fake_tokens(digest, prompt, seed, count))
+        ]
+
+    async def _permit(self, crashed: asyncio.Queue[VeneerError | None]) -> None:
+        assert self.pace is not None
+        permit = asyncio.ensure_future(self.pace.acquire())
+        crash = asyncio.ensure_future(crashed.get())
+        try:
+            await asyncio.wait({permit, crash}, return_when=asyncio.FIRST_COMPLETED)
+            if crash.done() and (error := crash.result()) is not None:
+                raise error
+        finally:
+            permit.cancel()
+            crash.cancel()
+
+    def _set_tier(self, digest: str, tier: TierName, *, pinned: bool) -> None:
+        event = Residency(digest, tier, pinned, 10, 10, 10 if tier == "device" else 0)
+        if tier == "disk":
+            self.residency.pop(digest, None)
+        else:
+            self.residency[digest] = event
+        self._on_event(event)
+
+    async def activate(
+        self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
+    ) -> None:
+        self._set_tier(adapter.weights_digest, tier, pinned=pin)
+
+    async def evict(
+        self,
+        weights_digest: str,
+        *,
+        mode: Literal["drain", "fail_if_busy", "abort"],
+        unpin: bool,
+    ) -> tuple[bool, int]:
+        if mode == "fail_if_busy" and self.in_flight:
+            raise AdapterInUse("busy: wait, or use another mode")
+        self._set_tier(weights_digest, "disk", pinned=False)
+        return True, 10
+
+    def tier(self, weights_digest: str) -> Residency | None:
+        return self.residency.get(weights_digest)

@@ -1,0 +1,204 @@
+"""A whole front process on real sockets, with a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from veneer_proto.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2_grpc,
+)
+from veneer_registry.writer import write_adapter
+from veneer_server.app import App
+from veneer_server.config import load_config
+
+from tests.unit.server.rpc.fake_engine import FakeEngine
+
+HIDDEN = 576
+
+
+@dataclass
+class Failure:
+    """A failed call, taken apart."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    metadata: dict[str, str]
+    details: dict[str, Any]
+    trailing: dict[str, Any]
+
+
+@dataclass
+class Front:
+    """A running app and a client's stubs."""
+
+    app: App
+    engine: FakeEngine
+    channel: grpc.aio.Channel
+    addresses: dict[str, str]
+    data_dir: Path
+    ready: asyncio.Event
+    task: asyncio.Task[None]
+    inference: Any = field(init=False)
+    adapters: Any = field(init=False)
+    server: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.adapters = adapters_pb2_grpc.AdapterServiceStub(self.channel)
+        self.server = server_pb2_grpc.ServerServiceStub(self.channel)
+
+    async def push(self, folder: Path, name: str, **options: Any) -> Any:
+        return await self.adapters.UploadAdapter(upload(folder, name, **options))
+
+
+def upload(
+    folder: Path, name: str, *, chunk: int = 1 << 20, **options: Any
+) -> Iterable[adapters_pb2.UploadAdapterRequest]:
+    """The messages of an upload, as a client sends them."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    spec = adapters_pb2.UploadSpec(name=name, **options)
+    for file, data in files.items():
+        spec.files.add(name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    yield adapters_pb2.UploadAdapterRequest(spec=spec)
+    for file, data in files.items():
+        for at in range(0, len(data), chunk):
+            yield adapters_pb2.UploadAdapterRequest(
+                chunk=adapters_pb2.UploadChunk(file=file, offset=at, data=data[at : at + chunk])
+            )
+
+
+def make_adapter(
+    folder: Path, *, seed: int = 0, rank: int = 2, template: str | None = None
+) -> Path:
+    """A small valid adapter for the bundled base; different seeds, different weights."""
+    random = np.random.default_rng(seed)
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    write_adapter(
+        folder,
+        {"r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]},
+        {
+            f"{stem}.lora_A.weight": random.normal(size=(rank, HIDDEN)).astype(np.float32),
+            f"{stem}.lora_B.weight": random.normal(size=(HIDDEN, rank)).astype(np.float32),
+        },
+    )
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def prompt(text: str = "Hello there", **fields: Any) -> inference_pb2.GenerateRequest:
+    """A request for four tokens, greedy, unless the fields say otherwise."""
+    fields.setdefault("stopping", inference_pb2.StoppingOptions(max_tokens=4))
+    return inference_pb2.GenerateRequest(prompt=text, **fields)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the loop run until something holds; pytest's timeout bounds it."""
+    while not holds():
+        await asyncio.sleep(0.005)
+
+
+async def failure(call: Any) -> Failure:
+    """Wait for a call (unary, or all of a stream) that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    error = caught.value
+    trailing = dict(error.trailing_metadata())
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+    details: dict[str, Any] = {}
+    for packed in status.details:
+        kind = packed.TypeName().removeprefix("google.rpc.")
+        detail = getattr(error_details_pb2, kind)()
+        packed.Unpack(detail)
+        details[kind] = detail
+    info = details["ErrorInfo"]
+    assert info.domain == "veneer"
+    assert status.message == error.details()
+    return Failure(
+        error.code(), error.details(), info.reason, dict(info.metadata), details, trailing
+    )
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def running(
+    base: Path, cache: Path, data: Path, *, loading: bool = False, **flags: str
+) -> AsyncIterator[Front]:
+    """Start an app; stop it at the end and see that it left cleanly.
+
+    Args:
+        loading: leave it while its engine loads, until `load_gate` is opened.
+    """
+    data.mkdir(exist_ok=True)
+    port_file = data / "ports.json"
+    port_file.unlink(missing_ok=True)
+    config = load_config(
+        {
+            "base": str(base),
+            "listen": f"127.0.0.1:{free_port() if loading else 0}",
+            "metrics_listen": "127.0.0.1:0",
+            "data_dir": str(data / "data"),
+            "cache_dir": str(cache),
+            "port_file": str(port_file),
+            "grace": "5",
+            **flags,
+        },
+        {},
+    )
+    engines: list[FakeEngine] = []
+
+    def make_engine(*args: Any, **kwargs: Any) -> Any:
+        engines.append(FakeEngine(*args, **kwargs))
+        if loading:
+            engines[0].load_gate.clear()
+            made.set()
+        return engines[0]
+
+    ready, made = asyncio.Event(), asyncio.Event()
+    app = App(config, lambda line: ready.set(), make_engine)
+    task = asyncio.create_task(app.run())
+    waiting = asyncio.create_task((made if loading else ready).wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        waiting.cancel()
+        await task
+    addresses = {"grpc": str(config.listen)}
+    if not loading:
+        addresses = json.loads(port_file.read_text())
+    async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        await channel.channel_ready()
+        yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)
+        app.stop()
+        if engines[0].pace is not None:
+            for _ in range(10_000):
+                engines[0].pace.release()
+        await task
+    assert engines[0].in_flight == 0
