@@ -82,8 +82,8 @@ class PeerFailed(Message, frozen=True):
 FromPeer = PeerReady | Generated | Scored | PeerFailed
 
 _encoder: Final = msgspec.json.Encoder()
-_to_peer: Final = msgspec.json.Decoder(ToPeer)
-_from_peer: Final = msgspec.json.Decoder(FromPeer)
+_to_peer: Final[msgspec.json.Decoder[ToPeer]] = msgspec.json.Decoder(ToPeer)
+_from_peer: Final[msgspec.json.Decoder[FromPeer]] = msgspec.json.Decoder(FromPeer)
 
 
 def encode(message: ToPeer | FromPeer) -> bytes:

@@ -1,0 +1,69 @@
+"""What every command shares: where the server is, and how an error is shown."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from veneer_registry.errors import VeneerError
+
+from veneer_client.calls import DEFAULT_ADDRESS
+
+__all__ = ["DebugFlag", "JsonFlag", "Place", "ServerOption", "errors_shown", "find_server"]
+
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help=f"The server's address; else VENEER_SERVER, else {DEFAULT_ADDRESS}.",
+        show_default=False,
+    ),
+]
+DebugFlag = Annotated[
+    bool, typer.Option("--debug", help="Show the trace of an error.", show_default=False)
+]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print JSON for a program.", show_default=False)
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Global options, given before the subcommand (or by VENEER_SERVER)."""
+
+    server: str | None = None
+    debug: bool = False
+
+
+def find_server(context: typer.Context, server: str | None) -> str:
+    """The address for a command: its own option wins over the global one."""
+    place = context.find_object(Place) or Place()
+    return server or place.server or DEFAULT_ADDRESS
+
+
+@contextmanager
+def errors_shown(context: typer.Context, debug: bool) -> Iterator[None]:
+    """Turn a `VeneerError` into one line on standard error and exit status 1."""
+    place = context.find_object(Place) or Place()
+    try:
+        yield
+    except VeneerError as error:
+        if debug or place.debug:
+            traceback.print_exc()
+        hint = error.metadata.get("did_you_mean")
+        # The server's sentence usually holds the suggestion already.
+        tail = f" (did you mean {hint}?)" if hint and hint not in error.message else ""
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(error.message + tail)}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        raise typer.Exit(130) from None

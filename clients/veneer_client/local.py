@@ -1,0 +1,140 @@
+"""A server of one's own: ``veneer-server`` as a child process, for demos and load tests."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from veneer_registry.errors import ServerUnreachable
+
+__all__ = ["LocalServer"]
+
+_LOG_TAIL: int = 12
+
+
+class LocalServer:
+    """Starts a server on free ports, waits until it is ready, stops it cleanly.
+
+    Needs the ``[server]`` extra in this Python. Data go to a temporary folder
+    unless ``flags`` name one; the log is `log_path` until `stop`.
+
+    Attributes:
+        address: ``HOST:PORT`` of gRPC.
+        metrics_address: ``HOST:PORT`` of Prometheus.
+        ready_line: what the server printed when it was ready.
+        command: the command line, for reports.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[str] = (),
+        *,
+        environment: Mapping[str, str] | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        """Start, and return when the server is ready.
+
+        Args:
+            flags: of ``veneer-server``.
+            environment: of the process; None hands down this one's.
+
+        Raises:
+            ServerUnreachable: it ended or was not ready in time; shows its last lines.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="veneer-")
+        folder = Path(self._folder.name)
+        self.log_path = folder / "server.log"
+        ports = folder / "ports.json"
+        own = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+        own += ["--data-dir", str(folder / "data"), "--port-file", str(ports)]
+        # A flag that the caller gives again comes later, and the last one wins.
+        command = [sys.executable, "-m", "veneer_server", "serve", *own, *flags]
+        self.command = " ".join(["veneer-server", *flags])
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=None if environment is None else dict(environment),
+                # Ctrl-C in a terminal goes to the parent, which stops the child.
+                start_new_session=True,
+            )
+        try:
+            self.ready_line = self._wait_until_ready(ports, start_timeout_s)
+            addresses = json.loads(ports.read_text("utf-8"))
+        except BaseException:
+            self._process.kill()
+            self._close()
+            raise
+        self.address: str = addresses["grpc"]
+        self.metrics_address: str = addresses["metrics"]
+        # The pipe must not fill; nothing in it is needed any more.
+        self._drain = threading.Thread(target=self._process.communicate, daemon=True)
+        self._drain.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server's front process."""
+        return self._process.pid
+
+    def __enter__(self) -> LocalServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def log_tail(self, lines: int = _LOG_TAIL) -> str:
+        """The last lines of the server's log."""
+        text = self.log_path.read_text("utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self, *, grace_s: float = 30.0) -> int:
+        """SIGTERM, wait, and return the exit status (0 after a clean stop)."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            status = self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._drain.join()
+        self._close()
+        return status
+
+    def _wait_until_ready(self, ports: Path, timeout_s: float) -> str:
+        output: Any = self._process.stdout
+        guard = threading.Timer(timeout_s, self._process.kill)
+        guard.start()
+        try:
+            # The server writes the port file, then its ready line.
+            for line in output:
+                if ports.exists():
+                    return str(line).strip()
+        finally:
+            guard.cancel()
+        status = self._process.wait()
+        raise ServerUnreachable(
+            f"the server ended with status {status} before it was ready "
+            f"(allowed {timeout_s:g} s); run `{self.command}` to see why. Its last lines:\n"
+            f"{self.log_tail()}"
+        )
+
+    def _close(self) -> None:
+        self._process.wait()
+        if self._process.stdout is not None and not self._process.stdout.closed:
+            self._process.stdout.close()
+        self._folder.cleanup()

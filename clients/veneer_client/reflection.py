@@ -1,0 +1,161 @@
+"""Calls by name with JSON in and out, for what the typed clients do not wrap.
+
+Needs nothing but the server: it describes its own methods (gRPC reflection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from veneer_registry.errors import InvalidField
+
+from veneer_client import calls
+from veneer_client.failures import to_error
+
+__all__ = ["Method", "ReflectionClient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method that the server describes; ``name`` is ``package.Service/Method``."""
+
+    name: str
+    request: str
+    answer: str
+    client_streaming: bool
+    server_streaming: bool
+
+
+class ReflectionClient:
+    """Lists a server's methods and calls them; use it in a ``with``."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+        self._database = ProtoReflectionDescriptorDatabase(self._channel)
+        self._pool = descriptor_pool.DescriptorPool(self._database)
+
+    def __enter__(self) -> ReflectionClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._channel.close()
+
+    def methods(self) -> tuple[Method, ...]:
+        """All methods, by service and name.
+
+        Raises:
+            ServerUnreachable: nobody answers.
+            Unimplemented: the server has no reflection.
+        """
+        return tuple(
+            Method(
+                name=f"{service}/{method.name}",
+                request=method.input_type.full_name,
+                answer=method.output_type.full_name,
+                client_streaming=method.client_streaming,
+                server_streaming=method.server_streaming,
+            )
+            for service in self._services()
+            for method in self._service(service).methods
+        )
+
+    def call(
+        self, method: str, request: str, *, timeout_s: float | None = None
+    ) -> Iterator[str]:
+        """Call ``method`` with a JSON request; yields each answer as JSON.
+
+        Args:
+            method: ``package.Service/Method``, or ``Method`` where only one has it.
+            request: JSON of the request message, "" for an empty one.
+
+        Raises:
+            InvalidField: no such method, it streams requests, or the JSON does not
+                fit its request.
+            VeneerError: what the server answered.
+        """
+        service, found = self._find(method)
+        if found.client_streaming:
+            raise InvalidField(
+                f"{found.name} takes a stream of requests, which JSON on a command line "
+                "cannot give: to upload an adapter, use `veneer adapter push`",
+                metadata={"field": "method"},
+            )
+        message = self._message(found, request)
+        answer_class = message_factory.GetMessageClass(found.output_type)
+        open_call = (
+            self._channel.unary_stream if found.server_streaming else self._channel.unary_unary
+        )
+        invoke: Any = open_call(
+            f"/{service}/{found.name}",
+            request_serializer=lambda m: m.SerializeToString(),
+            response_deserializer=answer_class.FromString,
+        )
+        try:
+            answers = invoke(message, timeout=timeout_s)
+            for answer in answers if found.server_streaming else (answers,):
+                yield json_format.MessageToJson(
+                    answer,
+                    preserving_proto_field_name=True,
+                    descriptor_pool=self._pool,
+                    indent=None if found.server_streaming else 2,
+                    ensure_ascii=False,
+                )
+        except grpc.RpcError as error:
+            raise to_error(error, self.address, timeout_s=timeout_s) from error
+
+    def _services(self) -> tuple[str, ...]:
+        try:
+            return tuple(sorted(self._database.get_services()))
+        except grpc.RpcError as error:
+            raise to_error(error, self.address, timeout_s=None) from error
+
+    def _service(self, name: str) -> Any:
+        return self._pool.FindServiceByName(name)
+
+    def _find(self, method: str) -> tuple[str, MethodDescriptor]:
+        wanted_service, _, wanted = method.lstrip("/").rpartition("/")
+        if not wanted_service and wanted.count("."):  # package.Service.Method
+            wanted_service, _, wanted = wanted.rpartition(".")
+        found = [
+            (service, candidate)
+            for service in self._services()
+            if wanted_service in ("", service)
+            for candidate in self._service(service).methods
+            if candidate.name == wanted
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            options = ", ".join(f"{service}/{m.name}" for service, m in found)
+            why = f"several services have a method {method!r}: name one of {options}"
+        else:
+            why = f"the server has no method {method!r}: `veneer call` lists them"
+        raise InvalidField(why, metadata={"field": "method"})
+
+    def _message(self, method: MethodDescriptor, request: str) -> Any:
+        message = message_factory.GetMessageClass(method.input_type)()
+        try:
+            json_format.Parse(request or "{}", message, descriptor_pool=self._pool)
+        except json_format.ParseError as error:
+            fields = ", ".join(field.name for field in method.input_type.fields) or "none"
+            raise InvalidField(
+                f"the JSON does not fit {method.input_type.full_name} ({error}); "
+                f"its fields: {fields}",
+                metadata={"field": "request"},
+            ) from error
+        return message
