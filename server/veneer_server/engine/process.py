@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from transformers.utils import logging as transformers_logging
 
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.loop import Inbox, StepLoop
@@ -153,6 +154,10 @@ def _reader(connection: socket.socket, inbox: Inbox) -> None:
 def main() -> None:
     """Entry point of the engine process."""
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
+    # It warns that an optional package is missing, which must stay missing: that
+    # package would fetch native code from a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     # The front decides when the engine ends; a Ctrl-C reaches both of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
