@@ -153,8 +153,9 @@ class ReflectionClient:
             json_format.Parse(request or "{}", message, descriptor_pool=self._pool)
         except json_format.ParseError as error:
             fields = ", ".join(field.name for field in method.input_type.fields) or "none"
+            why = str(error).partition("\n")[0]
             raise InvalidField(
-                f"the JSON does not fit {method.input_type.full_name} ({error}); "
+                f"the JSON does not fit {method.input_type.full_name} ({why}); "
                 f"its fields: {fields}",
                 metadata={"field": "request"},
             ) from error

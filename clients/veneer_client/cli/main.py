@@ -40,6 +40,7 @@ cli = typer.Typer(
     help="Talk to a Veneer server: generate, and manage adapters.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -74,7 +75,7 @@ Examples:
 
   veneer generate --raw --max-tokens 20 "The capital of France is"
 
-  echo "a long text" | veneer generate -a chat -           the prompt from a pipe
+  veneer generate -a chat - < question.txt
 """
 
 

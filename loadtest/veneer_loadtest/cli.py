@@ -1,0 +1,278 @@
+"""The command ``veneer-loadtest``: compare, swap."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import traceback
+from collections.abc import Coroutine, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from veneer_client import AsyncClient, VeneerError
+
+from veneer_loadtest import compare as comparing
+from veneer_loadtest import report, setup, workload
+from veneer_loadtest import swap as swapping
+from veneer_loadtest.peer import PeftPeerProcess
+from veneer_loadtest.tables import compare_table, gate_line, swap_table
+
+__all__ = ["cli", "main"]
+
+_PACKAGES = ("veneer", "grpcio", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+
+cli = typer.Typer(
+    help="Measure a Veneer server, and peers beside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@cli.callback()
+def top() -> None:
+    """Measure a Veneer server, and peers beside it."""
+
+
+class Peer(Enum):
+    """Systems that `compare` can run beside a server."""
+
+    PEFT = "peft"
+
+
+Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server for this run.")]
+Server = Annotated[
+    str | None, typer.Option("--server", metavar="HOST:PORT", help="Use a running one.")
+]
+BaseFolder = Annotated[
+    Path | None, typer.Option(help="Hugging Face folder of the base; else the bundled one.")
+]
+Threads = Annotated[int, typer.Option(help="Of each system; 0: one for each usable core.")]
+ServerFlag = Annotated[
+    list[str] | None, typer.Option(help="A flag for the spawned server; repeatable.")
+]
+Rank = Annotated[int, typer.Option(help="Of the synthetic adapters.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of adapters and prompts.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+_out = Console(highlight=False)
+
+
+@cli.command(
+    epilog="Examples:\n\n  veneer-loadtest compare --spawn --peer peft --streams 1,8,32\n\n"
+    "  veneer-loadtest compare --spawn --adapters runs/adapters --json result.json"
+)
+def compare(
+    spawn: Spawn = False,
+    server: Server = None,
+    peer: Annotated[Peer, typer.Option(help="What to run beside it.")] = Peer.PEFT,
+    streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8,32",
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapter folders; else synthetic ones.")
+    ] = None,
+    generate: Annotated[int, typer.Option(help="Synthetic adapters to make.", min=1)] = 8,
+    rank: Rank = 16,
+    tokens: Annotated[int, typer.Option(help="New tokens of each stream.", min=2)] = 64,
+    prompt_tokens: Annotated[str, typer.Option(help="Shortest..longest prompt.")] = "16..64",
+    repeat: Annotated[int, typer.Option(help="Rounds of each system and level.", min=1)] = 3,
+    base_folder: BaseFolder = None,
+    threads: Threads = 0,
+    server_flag: ServerFlag = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Tokens/s and latencies beside PEFT: same base, adapters, prompts and threads."""
+
+    async def run() -> None:
+        levels = setup.parse_streams(streams)
+        lengths = setup.parse_range(prompt_tokens)
+        folder = setup.find_base_folder(base_folder)
+        shape = workload.read_base_shape(folder)
+        used = threads or report.usable_cores()
+        result: dict[str, Any] = {"kind": "compare", "conditions": report.conditions()}
+        with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
+            named = (
+                setup.find_adapters(adapters)
+                if adapters
+                else workload.make_adapters(
+                    Path(scratch), shape, count=generate, rank=rank, seed=seed
+                )
+            )
+            options = comparing.CompareOptions(
+                adapters=named,
+                vocab=shape.vocab,
+                streams=levels,
+                prompt_tokens=lengths,
+                tokens=tokens,
+                repeat=repeat,
+                seed=seed,
+            )
+            _out.print(
+                f"seed {seed}; {len(named)} adapters; starting both systems", style="dim"
+            )
+            async with (
+                setup.target(
+                    spawn=spawn,
+                    address=server,
+                    base_folder=folder,
+                    threads=used,
+                    flags=server_flag or (),
+                ) as ours,
+                PeftPeerProcess(folder, named, used, Path(scratch) / "peer.log") as theirs,
+            ):
+                for name, path in named.items():
+                    await ours.client.push(path, name, activate=True, allow_replace=True)
+                info = await ours.client.info()
+                gate = await comparing.check(ours.client, theirs, options)
+                _out.print(gate_line(gate), soft_wrap=True)
+                measured = []
+                for count in levels:
+                    measured.append(
+                        await comparing.measure(ours.client, theirs, options, count)
+                    )
+                    _out.print(f"{count} streams: {measured[-1].ratio:.2f} x PEFT", style="dim")
+                result |= {
+                    "device": {"server": info.device, "peer": theirs.ready.device},
+                    "versions": {**report.versions(_PACKAGES), **theirs.ready.versions},
+                    "commands": {
+                        "server": ours.command,
+                        "peer": "python -m veneer_loadtest.peft_process",
+                    },
+                    "workload": {
+                        "adapters": list(named),
+                        "rank": rank if adapters is None else None,
+                        "prompt_tokens": lengths,
+                        "tokens": tokens,
+                        "repeat": repeat,
+                        "threads": used,
+                        "seed": seed,
+                        "sampling": "greedy, end of sequence ignored",
+                    },
+                    "gate": gate.as_json(),
+                    "levels": [level.as_json() for level in measured],
+                    "summary": {f"ratio_{level.streams}": level.ratio for level in measured},
+                }
+        _out.print(compare_table(measured))
+        _finish(result, json_file)
+
+    _run(run(), debug)
+
+
+@cli.command(
+    epilog="Examples:\n\n  veneer-loadtest swap --spawn\n\n"
+    "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json"
+)
+def swap(
+    spawn: Spawn = False,
+    server: Server = None,
+    samples: Annotated[int, typer.Option(help="Of each case.", min=1)] = 20,
+    rank: Rank = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.", min=1)] = 40,
+    base_folder: BaseFolder = None,
+    threads: Threads = 0,
+    server_flag: ServerFlag = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What a change of adapter costs, by the tier that holds the next one."""
+
+    async def run() -> None:
+        folder = setup.find_base_folder(base_folder)
+        used = threads or report.usable_cores()
+        options = swapping.SwapOptions(
+            base=workload.read_base_shape(folder),
+            rank=rank,
+            prompt_tokens=prompt_tokens,
+            samples=samples,
+            seed=seed,
+        )
+        result: dict[str, Any] = {"kind": "swap", "conditions": report.conditions()}
+        async with setup.target(
+            spawn=spawn,
+            address=server,
+            base_folder=folder,
+            threads=used,
+            flags=server_flag or (),
+        ) as ours:
+            info = await ours.client.info()
+            outcome = await _swap(ours.client, options)
+            result |= {
+                "device": {"server": info.device},
+                "versions": report.versions(_PACKAGES),
+                "commands": {"server": ours.command},
+                "workload": {
+                    "rank": rank,
+                    "adapter_bytes": _adapter_bytes(options),
+                    "prompt_tokens": prompt_tokens,
+                    "samples": samples,
+                    "threads": used,
+                    "seed": seed,
+                },
+                "cases": outcome.as_json(),
+                "summary": outcome.summary(),
+            }
+        _out.print(swap_table(outcome))
+        _finish(result, json_file)
+
+    _run(run(), debug)
+
+
+async def _swap(client: AsyncClient, options: swapping.SwapOptions) -> swapping.SwapResult:
+    _out.print(f"seed {options.seed}", style="dim")
+    progress = Progress(console=Console(stderr=True), transient=True)
+    with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch, progress:
+        task = progress.add_task("swapping", total=options.samples)
+        return await swapping.swap(
+            client, options, Path(scratch), lambda: progress.advance(task)
+        )
+
+
+def _adapter_bytes(options: swapping.SwapOptions) -> int:
+    """Bytes of one synthetic adapter in bf16."""
+    per_layer = sum(
+        options.rank * (rows + columns) for rows, columns in options.base.projections().values()
+    )
+    return 2 * options.base.layers * per_layer
+
+
+def _run(work: Coroutine[Any, Any, None], debug: bool) -> None:
+    """Run a command; a `VeneerError` becomes one line and exit status 1."""
+    try:
+        asyncio.run(work)
+    except* VeneerError as group:
+        if debug:
+            traceback.print_exc()
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from None
+
+
+def _finish(result: Mapping[str, Any], json_file: Path | None) -> None:
+    if json_file is not None:
+        report.write_json(json_file, result)
+        _out.print(f"wrote {escape(str(json_file))}", style="dim")
+    for key, value in result["summary"].items():
+        print(f"{key}={value:.2f}")
+
+
+def main() -> None:
+    """Entry of the console script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The parent's side of the PEFT peer: one child process, one call at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+from veneer_client import VeneerError
+
+from veneer_loadtest.peer_messages import (
+    FromPeer,
+    Generate,
+    Generated,
+    PeerFailed,
+    PeerReady,
+    Score,
+    Scored,
+    Setup,
+    ToPeer,
+    decode_from_peer,
+    encode,
+)
+
+__all__ = ["PeerError", "PeftPeerProcess"]
+
+_LONGEST_LINE: Final = 64 << 20
+"""Bytes; asyncio's own limit is shorter than a batch of log-probabilities."""
+
+Reply = TypeVar("Reply", PeerReady, Generated, Scored)
+
+
+class PeerError(VeneerError):
+    """The peer could not be started or gave up."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "PEER_FAILED"
+
+
+class PeftPeerProcess:
+    """transformers + bitsandbytes + PEFT in a process of its own; see `peft_process`.
+
+    Idle between calls: it waits on a pipe. Use it in an ``async with``.
+    """
+
+    ready: PeerReady
+
+    def __init__(
+        self, base_folder: Path, adapters: Mapping[str, Path], threads: int, log: Path
+    ) -> None:
+        self._setup = Setup(
+            base_folder=str(base_folder),
+            adapters={name: str(folder) for name, folder in adapters.items()},
+            threads=threads,
+        )
+        self._log = log
+        self._process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> PeftPeerProcess:
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "veneer_loadtest.peft_process",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                limit=_LONGEST_LINE,
+            )
+        try:
+            self.ready = await self._ask(self._setup, PeerReady)
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._end()
+
+    async def generate(self, call: Generate) -> Generated:
+        """Decode one batch."""
+        return await self._ask(call, Generated)
+
+    async def score(self, call: Score) -> Scored:
+        """Score one row."""
+        return await self._ask(call, Scored)
+
+    async def _ask(self, call: ToPeer, reply: type[Reply]) -> Reply:
+        answer = await self._exchange(call)
+        if isinstance(answer, reply):
+            return answer
+        why = answer.message if isinstance(answer, PeerFailed) else f"it sent {answer}"
+        raise PeerError(f"the PEFT peer failed ({why}); its log ends:\n{self._log_tail()}")
+
+    async def _exchange(self, call: ToPeer) -> FromPeer:
+        pipe_in: Any = self._process.stdin
+        pipe_out: Any = self._process.stdout
+        try:
+            pipe_in.write(encode(call))
+            await pipe_in.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            return PeerFailed(message="it ended")
+        line = await pipe_out.readline()
+        return decode_from_peer(line) if line else PeerFailed(message="it ended")
+
+    async def _end(self) -> None:
+        # It may be in the middle of a batch, and holds nothing worth saving.
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    def _log_tail(self) -> str:
+        return "\n".join(self._log.read_text("utf-8", errors="replace").splitlines()[-8:])

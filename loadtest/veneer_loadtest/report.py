@@ -1,0 +1,77 @@
+"""Facts about a run, and numbers as text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+__all__ = ["conditions", "median", "percentile", "usable_cores", "versions", "write_json"]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of ``values`` lie, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def median(values: Iterable[float]) -> float:
+    """The 50th percentile."""
+    return percentile(values, 0.5)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of installed packages; those that are missing are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def conditions() -> dict[str, object]:
+    """When and where a run happened, and how busy the machine was at this moment."""
+    memory = psutil.virtual_memory()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_bytes": memory.total,
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def write_json(path: Path, result: Mapping[str, object]) -> None:
+    """Write a result; its folder must exist."""
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")

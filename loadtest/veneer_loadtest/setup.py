@@ -1,0 +1,135 @@
+"""What a run stands on: the base's folder, the adapters' folder, a server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer_client import AsyncClient, VeneerError
+from veneer_client.local import LocalServer
+
+__all__ = [
+    "Target",
+    "find_adapters",
+    "find_base_folder",
+    "parse_range",
+    "parse_streams",
+    "target",
+]
+
+BUNDLED = "smollm2-135m"
+
+
+class BadOption(VeneerError):
+    """A command-line value that cannot be used; says what would do."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_FIELD"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that is ready; ``command`` is how it was started."""
+
+    client: AsyncClient
+    command: str
+
+
+@asynccontextmanager
+async def target(
+    *, spawn: bool, address: str | None, base_folder: Path, threads: int, flags: Sequence[str]
+) -> AsyncIterator[Target]:
+    """A server of this run's own (``spawn``), or the one at ``address``.
+
+    Raises:
+        BadOption: neither, or both.
+        ServerUnreachable: it did not start.
+    """
+    if spawn == (address is not None):
+        raise BadOption("give either --spawn, or --server HOST:PORT of a running server")
+    if address is not None:
+        async with AsyncClient(address, timeout_s=120.0) as client:
+            yield Target(client, f"(running at {address})")
+        return
+    all_flags = ["--base", str(base_folder), "--threads", str(threads), *flags]
+    with LocalServer(all_flags) as server:
+        async with AsyncClient(server.address, timeout_s=120.0) as client:
+            yield Target(client, server.command)
+
+
+def find_base_folder(given: Path | None) -> Path:
+    """The base's Hugging Face folder: as given, else the bundled one's.
+
+    Raises:
+        BadOption: there is none.
+    """
+    if given is None:
+        asked = subprocess.run(
+            [sys.executable, "-m", "veneer_server", "model", "path", BUNDLED],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if asked.returncode:
+            raise BadOption(
+                f"`veneer-server model path {BUNDLED}` failed (its lines above say why): "
+                "give --base-folder, a Hugging Face folder"
+            )
+        given = Path(asked.stdout.strip())
+    if not (given / "config.json").is_file():
+        raise BadOption(f"{given} has no config.json: give --base-folder a Hugging Face folder")
+    return given
+
+
+def find_adapters(folder: Path) -> Mapping[str, Path]:
+    """Adapter folders under ``folder``, by name.
+
+    Raises:
+        BadOption: there is none.
+    """
+    found = {
+        child.name.lower(): child
+        for child in sorted(folder.iterdir() if folder.is_dir() else ())
+        if (child / "adapter_config.json").is_file()
+    }
+    if not found:
+        raise BadOption(
+            f"no folder with an adapter_config.json under {folder}: give --adapters a folder "
+            "of adapter folders, or leave it out to make synthetic ones"
+        )
+    return found
+
+
+def parse_streams(text: str) -> tuple[int, ...]:
+    """``1,8,32``.
+
+    Raises:
+        BadOption: anything else.
+    """
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise BadOption(f"--streams {text!r}: give numbers of 1 or more, such as 1,8,32")
+    return counts
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """``16..64``, or one number for both ends.
+
+    Raises:
+        BadOption: anything else.
+    """
+    low, _, high = text.partition("..")
+    try:
+        ends = int(low), int(high or low)
+    except ValueError:
+        ends = 0, 0
+    if not 1 <= ends[0] <= ends[1]:
+        raise BadOption(f"--prompt-tokens {text!r}: give a range such as 16..64")
+    return ends

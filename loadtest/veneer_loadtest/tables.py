@@ -1,0 +1,80 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from veneer_loadtest.compare import Level
+from veneer_loadtest.gate import Gate
+from veneer_loadtest.swap import SwapResult
+
+__all__ = ["compare_table", "gate_line", "swap_table"]
+
+
+def gate_line(gate: Gate) -> str:
+    """What the gate saw, in one sentence."""
+    facts = asdict(gate)
+    return (
+        "gate passed: |Δ log-probability| mean {mean:.4f} (bound {mean_bound}), p99 {p99:.3f} "
+        "(bound {p99_bound}), worst {worst:.2f} nats over {tokens} tokens; {own_best} of "
+        "{answers} answers score best under their own adapter".format(**facts)
+    )
+
+
+def compare_table(levels: Sequence[Level]) -> Table:
+    """Both systems at each number of streams."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("streams", justify="right")
+    table.add_column("system")
+    for column in ("tokens/s", "range", "TTFT p50", "ITL p50", "ITL p99", "client CPU"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for level in levels:
+        figures: Any = level.as_json()
+        for system in ("ours", "peft"):
+            own = figures[system]
+            rate, first, gaps = (
+                own["tokens_per_s"],
+                own["first_token_ms"],
+                own["inter_token_ms"],
+            )
+            table.add_row(
+                str(level.streams),
+                "veneer" if system == "ours" else "PEFT",
+                f"{rate['median']:.1f}",
+                f"{rate['low']:.1f}-{rate['high']:.1f}",
+                f"{first['p50']:.0f} ms",
+                f"{gaps['p50']:.1f} ms",
+                f"{gaps['p99']:.1f} ms",
+                f"{own['client_cpu_share']:.0%}" if system == "ours" else "",
+            )
+    return table
+
+
+def swap_table(outcome: SwapResult) -> Table:
+    """First tokens by where the adapter was."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("first token of")
+    for column in ("p50", "p99", "range", "load p50"):
+        table.add_column(column, justify="right", no_wrap=True)
+    names = {
+        "same": "the same adapter again",
+        "device": "another one, in DEVICE",
+        "host": "another one, in HOST",
+        "disk": "another one, on DISK",
+        "publish": "a new one, after its upload",
+    }
+    for case, figures in outcome.as_json().items():
+        own: Any = figures
+        first, load = own["first_token_ms"], own["load_ms"]
+        table.add_row(
+            names[case],
+            f"{first['p50']:.1f} ms",
+            f"{first['p99']:.1f} ms",
+            f"{first['low']:.1f}-{first['high']:.1f}",
+            f"{load['p50']:.1f} ms",
+        )
+    return table
