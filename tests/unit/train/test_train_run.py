@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from typer.testing import CliRunner
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import BaseModelMismatch, InvalidField, VeneerError
+from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidField, VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.format import read_adapter
 from veneer_train import loop
 from veneer_train.cli import app
-from veneer_train.config import QuantConfig, TrainConfig, parse_config
+from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
 from veneer_train.model import load_base
 from veneer_train.stability import TrainingStopped
 
@@ -306,3 +306,46 @@ def test_errors_are_one_line(config_file: Path) -> None:
     )
     shown = CliRunner().invoke(app, ["train", str(config_file), "--set", "x=1", "--debug"])
     assert isinstance(shown.exception, InvalidField)
+
+
+@pytest.mark.parametrize(
+    ("device", "optim", "recompute"),
+    [("cpu", "adamw_torch_fused", False), ("cuda", "paged_adamw_8bit", True)],
+)
+def test_auto_is_settled_by_the_device(
+    tmp_path: Path, device: str, optim: str, recompute: bool
+) -> None:
+    where = torch.device(device)
+    automatic = loop.training_arguments(OptimConfig(), tmp_path, where)
+    assert automatic.optim == optim
+    assert bool(automatic.gradient_checkpointing) is recompute
+    chosen = OptimConfig(optim="sgd", checkpointing="off" if recompute else "on")
+    settled = loop.training_arguments(chosen, tmp_path, where)
+    assert settled.optim == "sgd"
+    assert bool(settled.gradient_checkpointing) is not recompute
+
+
+def test_a_constant_schedule_warms_up(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    warm = loop.training_arguments(OptimConfig(warmup=0.1, steps=50), tmp_path, cpu)
+    assert (warm.lr_scheduler_type, warm.warmup_steps) == ("constant_with_warmup", 5)
+    cold = loop.training_arguments(OptimConfig(warmup=0), tmp_path, cpu)
+    assert (cold.lr_scheduler_type, cold.warmup_steps) == ("constant", 0)
+
+
+def test_a_folder_that_the_server_would_refuse_does_not_appear(
+    tiny_base: Path, chats: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    template = tmp_path / "long.jinja"
+    template.write_text(tokenizer.chat_template + "{# " + "x" * (1 << 17) + " #}")
+    settings = config(
+        tiny_base,
+        chats,
+        tmp_path / "mine",
+        data={"template": str(template)},
+        train={"steps": 1},
+    )
+    with pytest.raises(AdapterInvalid, match=r"chat_template\.jinja"):
+        run(settings)
+    assert not (tmp_path / "mine").exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
