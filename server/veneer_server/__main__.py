@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from veneer_registry.errors import VeneerError
@@ -168,11 +168,26 @@ def _guarded(run: Callable[[], None], debug: bool) -> None:
     """An error is one line that says what to do; ``--debug`` adds the trace."""
     try:
         run()
+    except typer.Exit:
+        raise
     except VeneerError as error:
         if debug:
             traceback.print_exc()
-        print(f"veneer-server: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        _fail(str(error), error)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(f"{error}; --debug shows where", error)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        _fail(f"a bug: {kind}: {error}; please report it with what --debug shows", error)
+
+
+def _fail(line: str, error: Exception) -> NoReturn:
+    print(f"veneer-server: {line}", file=sys.stderr)
+    raise typer.Exit(1) from error
 
 
 def main() -> None:

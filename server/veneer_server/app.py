@@ -128,7 +128,8 @@ class App:
         base_folder = await asyncio.to_thread(resolve_without_torch, config)
         decoder = read_decoder_config(base_folder.path)
         prompts = Prompts(base_folder.path)
-        self._resources.callback(prompts.close)
+        self._resources.push_async_callback(prompts.close)
+        await prompts.start()
         fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
         base = BaseSpec(
             name=base_folder.name,

@@ -321,6 +321,8 @@ def _check(config: ServerConfig) -> None:
                 f"authentication: use 127.0.0.1:{address.port}, or add --insecure if the "
                 "network is trusted"
             )
+    if config.port_file is not None and not config.port_file.parent.is_dir():
+        raise ConfigInvalid(f"--port-file: make the folder {config.port_file.parent} first")
     if config.data_dir.resolve() == config.cache_dir.resolve():
         raise ConfigInvalid("--data-dir and --cache-dir must be two folders")
 

@@ -36,12 +36,11 @@ def report(config: ServerConfig, say: Callable[[str], None]) -> bool:
     cores = len(os.sched_getaffinity(0))
     say(f"cores         {cores} usable")
     say(f"memory        {_available_mib()} MiB available")
-    cuda = _cuda()
-    say(f"cuda          {cuda or 'none'}")
+    cuda = "" if config.device == "cpu" else _cuda()
+    say(f"cuda          {cuda or ('not asked for' if config.device == 'cpu' else 'none')}")
     if config.device == "cuda" and not cuda:
         problems.append("--device cuda, but torch finds no CUDA device: use --device cpu")
-    on_cuda = cuda and config.device != "cpu"
-    say(f"would serve   torch on {cuda if on_cuda else f'the CPU, {cores} cores'}")
+    say(f"would serve   torch on {cuda if cuda else f'the CPU, {cores} cores'}")
     for flag, folder in (("--data-dir", config.data_dir), ("--cache-dir", config.cache_dir)):
         trouble = _unusable(folder)
         say(f"{flag[2:]:13} {folder} {trouble or 'is usable'}")

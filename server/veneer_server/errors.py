@@ -31,9 +31,10 @@ __all__ = ["DOMAIN", "GrpcStatus", "internal_error", "to_grpc_status"]
 DOMAIN: Final = "veneer"
 """``ErrorInfo.domain`` of every error."""
 
-# Clients refuse trailing metadata past 8 KiB by default, and then see nothing.
-_MAX_MESSAGE: Final = 1500
-_MAX_VALUE: Final = 400
+# Clients refuse trailing metadata past 8 KiB by default, and then see nothing. The
+# message goes out three times (once percent-encoded), binary details in base64.
+_MAX_MESSAGE: Final = 800
+_MAX_VALUE: Final = 200
 _MAX_ENTRIES: Final = 8
 
 _UNAVAILABLE_RETRY_S: Final = 1.0
@@ -80,7 +81,11 @@ def to_grpc_status(error: VeneerError) -> GrpcStatus:
 
 
 def _clip(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 1] + "…"
+    """At most ``size`` bytes of UTF-8."""
+    data = text.encode()
+    if len(data) <= size:
+        return text
+    return data[: size - 3].decode(errors="ignore") + "…"
 
 
 def _first(metadata: Mapping[str, str], keys: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator
@@ -145,6 +146,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a revision or a name. Running requests keep what they started with."""
+        # A caller that goes away must not leave deleted weights pinned in memory.
+        return await asyncio.shield(self._delete(request))
+
+    async def _delete(
+        self, request: adapters_pb2.DeleteAdapterRequest
+    ) -> adapters_pb2.DeleteAdapterResponse:
         record = await self._get(request.name)
         records: tuple[AdapterRecord, ...] = (record,)
         if "@" not in request.name:

@@ -78,6 +78,7 @@ class Generation:
         self._submitted = time.perf_counter()
         self._first_token: SequenceOutput | None = None
         self._first_token_s = 0.0
+        self._queue_s = 0.0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One for each output of the engine. Raises what the engine raised."""
@@ -96,7 +97,8 @@ class Generation:
             metrics.generation_tokens.inc(count)
             delta = self._delta(output)
             if delta.finish is not None:
-                self._finish(delta.finish, now)
+                self.finish = delta.finish
+                self.provenance = self._provenance(now)
             yield delta
             if delta.finish is not None:
                 return
@@ -105,6 +107,8 @@ class Generation:
     def _first(self, output: SequenceOutput, now: float) -> None:
         self._first_token = output
         self._first_token_s = now - self._arrived
+        self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
+        self._metrics.queue_time.observe(self._queue_s)
         self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
@@ -120,20 +124,28 @@ class Generation:
             finish = "stop"
         return Delta(text, output.tokens, output.logprobs, output.prompt_logprobs, finish)
 
-    def _finish(self, finish: FinishReason, now: float) -> None:
+    def facts(self) -> dict[str, float]:
+        """What the log says of it, finished or not; never its text."""
         first = self._first_token
+        return {
+            "prompt_tokens": len(self.prompt.ids),
+            "new_tokens": self.completion_tokens,
+            "queue_s": round(self._queue_s, 4),
+            "load_s": round(first.load_seconds, 4) if first is not None else 0.0,
+            "first_token_s": round(self._first_token_s, 4),
+            "total_s": round(time.perf_counter() - self._arrived, 4),
+        }
+
+    def _provenance(self, now: float) -> Provenance:
+        first, ref = self._first_token, self.ref
         assert first is not None, "an output came first"
-        self.finish = finish
-        queue_s = first.queue_seconds + (self._submitted - self._arrived)
-        self._metrics.queue_time.observe(queue_s)
-        ref = self.ref
-        self.provenance = Provenance(
+        return Provenance(
             base_model=self.provenance.base_model,
             adapter=ref.name if ref else "",
             revision=ref.revision if ref else "",
             weights_digest=ref.weights_digest if ref else "",
             tier=Tier(first.tier) if first.tier is not None else None,
-            queue_s=queue_s,
+            queue_s=self._queue_s,
             load_s=first.load_seconds,
             first_token_s=self._first_token_s,
             total_s=now - self._arrived,
@@ -288,22 +300,11 @@ class Generator:
         if generation is None:
             _log.info("request refused", outcome=outcome, adapter=adapter)
             return
-        prompt_tokens, new_tokens = len(generation.prompt.ids), generation.completion_tokens
-        where = generation.provenance
+        metrics, facts = self.metrics, generation.facts()
         if outcome in ("stop", "length", "cancelled"):
-            self.metrics.requests.labels(outcome).inc()
-            self.metrics.request_prompt_tokens.observe(prompt_tokens)
-            self.metrics.request_generation_tokens.observe(new_tokens)
+            metrics.requests.labels(outcome).inc()
+            metrics.request_prompt_tokens.observe(facts["prompt_tokens"])
+            metrics.request_generation_tokens.observe(facts["new_tokens"])
         if generation.finish is not None:
-            self.metrics.latency.observe(where.total_s)
-        _log.info(
-            "request",
-            outcome=outcome,
-            adapter=adapter,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            queue_s=round(where.queue_s, 4),
-            load_s=round(where.load_s, 4),
-            first_token_s=round(where.first_token_s, 4),
-            total_s=round(where.total_s, 4),
-        )
+            metrics.latency.observe(facts["total_s"])
+        _log.info("request", outcome=outcome, adapter=adapter, **facts)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
+from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
 from veneer_server.rpc.generation import Delta, Generation, Generator
 
 __all__ = ["InferenceService"]
+
+READER_LIMIT_S: Final = 30.0
+"""Longest wait for a caller to take a message."""
 
 # Contexts are Any: the stubs type them for synchronous and asyncio servers at once.
 
@@ -67,7 +72,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     if delta.finish is not None:
                         message.final.CopyFrom(_final(generation))
                         context.set_trailing_metadata(_trailing(generation))
-                    await context.write(message)
+                    await _write(context, message)
+
+
+async def _write(context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
+    """Send a message; a reader that stopped reading must not hold a place for ever."""
+    try:
+        async with asyncio.timeout(READER_LIMIT_S):
+            await context.write(message)
+    except TimeoutError as error:
+        raise Aborted(
+            f"the caller read nothing for {READER_LIMIT_S:g} s: read the stream as it comes"
+        ) from error
 
 
 def _add_logprobs(

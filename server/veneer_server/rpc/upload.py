@@ -6,13 +6,14 @@ The engine is not involved, and nothing is visible before the registry's commit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
-from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded
+from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
 from veneer_registry.registry import Published, Registry, Upload, UploadFile, UploadRequest
 
 from veneer_server.rpc.threads import to_the_end
@@ -20,6 +21,8 @@ from veneer_server.rpc.threads import to_the_end
 __all__ = ["UploadOptions", "Uploads"]
 
 IDLE_LIMIT_S: Final = 30.0
+DISCARD_S: Final = 2.0
+DISCARD_BYTES: Final = 256 << 20
 MAX_CHUNK: Final = 4 << 20
 MAX_FILES: Final = 16
 MAX_LABELS: Final = 64
@@ -83,6 +86,9 @@ class Uploads:
                 lambda: self._registry.publish(opened, validate_only=options.validate_only)
             )
             return options, published
+        except VeneerError:
+            await _discard(messages)
+            raise
         finally:
             self._running -= 1
             if upload is not None:
@@ -117,6 +123,21 @@ class Uploads:
                 f"no part of the upload came for {self._idle_limit_s:g} s: send it again",
                 retry_after_s=0.0,
             ) from error
+
+
+async def _discard(messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> None:
+    """Let a refused client finish sending, within bounds.
+
+    A client whose write breaks off reports its own broken write (grpc.aio says
+    INTERNAL) instead of the refusal; one that finishes sees the refusal.
+    """
+    left = DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            async for message in messages:
+                left -= len(message.chunk.data)
+                if left < 0:
+                    return
 
 
 def _write(upload: Upload, chunk: adapters_pb2.UploadChunk) -> Callable[[], None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,15 +12,13 @@ from typing import Final
 from veneer_registry.errors import InvalidField, TemplateFailed
 
 from veneer_server.text.template import ChatTemplate, read_base_template
+from veneer_server.text.template_process import TemplateProcess
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["Prompt", "Prompts"]
 
 INLINE_CHARACTERS: Final = 2000
 """Longer texts are tokenised in a thread; shorter ones take under a millisecond."""
-
-RENDER_LIMIT_S: Final = 2.0
-_COMPILED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class Prompt:
 class Prompts:
     """Tokenises, and renders chats with an adapter's template or the base's.
 
-    Close it to end its threads.
+    Close it to end its threads and its process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,14 +42,19 @@ class Prompts:
             TokenizerUnsupported, TemplateFailed: the folder cannot be served.
         """
         self.tokenizer = TextTokenizer.from_folder(folder)
-        source, self._special = read_base_template(folder)
-        self._base = ChatTemplate(source, self._special) if source is not None else None
-        self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
+        source, special = read_base_template(folder)
+        self._base = ChatTemplate(source, special) if source is not None else None
+        self._uploaded = TemplateProcess(special)
         # Two, so that one long prompt does not hold up the others.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
 
-    def close(self) -> None:
-        """End the threads; no call may follow."""
+    async def start(self) -> None:
+        """Have the templates' process ready before the first chat."""
+        await self._uploaded.start()
+
+    async def close(self) -> None:
+        """End threads and process; no call may follow."""
+        await self._uploaded.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def from_text(self, text: str) -> Prompt:
@@ -68,14 +69,17 @@ class Prompts:
         Raises:
             TemplateFailed: no template, or it refuses these messages.
         """
-        if adapter_template is None and self._base is None:
+        if adapter_template is not None:
+            text = await self._uploaded.render(adapter_template, messages)
+        elif self._base is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
                 "instead of `messages`"
             )
-        text = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._render, messages, adapter_template
-        )
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._base.render, messages
+            )
         return await self._tokenise(text, add_special_tokens=False)
 
     def from_ids(self, ids: Sequence[int], *, vocab_size: int, with_text: bool) -> Prompt:
@@ -107,20 +111,3 @@ class Prompts:
                 metadata={"field": "prompt"},
             )
         return Prompt(text, ids)
-
-    def _render(
-        self, messages: Sequence[Mapping[str, str]], adapter_template: str | None
-    ) -> str:
-        template = self._base if adapter_template is None else self._compile(adapter_template)
-        assert template is not None, "checked by the caller"
-        deadline = time.monotonic() + RENDER_LIMIT_S
-        return template.render(messages, expired=lambda: time.monotonic() > deadline)
-
-    def _compile(self, source: str) -> ChatTemplate:
-        """Templates of adapters in use, compiled once. A lost race compiles twice."""
-        template = self._compiled.get(source)
-        if template is None:
-            template = self._compiled[source] = ChatTemplate(source, self._special)
-            while len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-        return template

@@ -1,13 +1,14 @@
 """Chat templates: sandboxed Jinja with bounds. A template is a program from outside.
 
-Rendering is synchronous and may take a while; callers run it off the event loop.
+Rendering is synchronous. The base's own template is rendered in a thread; what
+comes with adapters goes to `veneer_server.text.template_process`.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -79,20 +80,12 @@ class ChatTemplate:
             )
         try:
             self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # deep nesting overflows the parser's stack, too
             raise TemplateFailed(f"the chat template is not valid Jinja: {error}") from error
         self._special = dict(special_tokens)
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        expired: Callable[[], bool] = lambda: False,
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for an assistant's answer to ``messages`` (role, content).
-
-        Args:
-            expired: asked between pieces of output; True ends the rendering.
 
         Raises:
             TemplateFailed: the template refuses these messages, or a bound is met.
@@ -104,10 +97,10 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=True, **self._special
             ):
                 size += len(piece)
-                if size > MAX_OUTPUT or expired():
+                if size > MAX_OUTPUT:
                     raise TemplateFailed(
-                        f"the chat template produced more than {MAX_OUTPUT} characters or "
-                        "ran too long: send fewer messages or mend the template"
+                        f"the chat template produced more than {MAX_OUTPUT} characters: send "
+                        "fewer messages or mend the template"
                     )
                 pieces.append(piece)
         except TemplateFailed:

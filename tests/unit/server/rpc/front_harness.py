@@ -111,18 +111,22 @@ def prompt(text: str = "Hello there", **fields: Any) -> inference_pb2.GenerateRe
 
 async def until(holds: Callable[[], bool]) -> None:
     """Let the loop run until something holds; pytest's timeout bounds it."""
-    while not holds():
+    while not holds():  # noqa: ASYNC110 - it waits for states that have no event
         await asyncio.sleep(0.005)
+
+
+async def _finish(call: Any) -> None:
+    if hasattr(call, "__aiter__"):
+        async for _ in call:
+            pass
+    else:
+        await call
 
 
 async def failure(call: Any) -> Failure:
     """Wait for a call (unary, or all of a stream) that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await _finish(call)
     error = caught.value
     trailing = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
@@ -138,6 +142,13 @@ async def failure(call: Any) -> Failure:
     return Failure(
         error.code(), error.details(), info.reason, dict(info.metadata), details, trailing
     )
+
+
+def _port_file(data: Path) -> Path:
+    data.mkdir(exist_ok=True)
+    port_file = data / "ports.json"
+    port_file.unlink(missing_ok=True)
+    return port_file
 
 
 def free_port() -> int:
@@ -157,9 +168,7 @@ async def running(
     Args:
         loading: leave it while its engine loads, until `load_gate` is opened.
     """
-    data.mkdir(exist_ok=True)
-    port_file = data / "ports.json"
-    port_file.unlink(missing_ok=True)
+    port_file = _port_file(data)
     config = load_config(
         {
             "base": str(base),

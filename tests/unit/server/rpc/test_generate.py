@@ -12,6 +12,7 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
 from veneer_server.engine.messages import SamplingParams, SequenceOutput
+from veneer_server.rpc import inference_service
 from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
@@ -349,6 +350,18 @@ async def test_a_full_queue_says_when_to_retry(front: Front) -> None:
     assert failed.trailing["grpc-retry-pushback-ms"] == "1500"
 
 
+async def test_a_caller_that_stops_reading_loses_its_place(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_service, "READER_LIMIT_S", 0.2)
+    front.engine.script = [SequenceOutput(1, [1000] * 200_000) for _ in range(100)]
+    call = front.inference.GenerateStream(prompt())
+    await call.initial_metadata()
+    await until(lambda: front.engine.cancelled == 1)
+    assert front.engine.in_flight == 0
+    call.cancel()
+
+
 async def test_a_replaced_or_deleted_adapter_does_not_disturb_running_requests(
     front: Front, tmp_path: Path
 ) -> None:
@@ -357,16 +370,16 @@ async def test_a_replaced_or_deleted_adapter_does_not_disturb_running_requests(
     request = prompt(adapter="style", stopping=pb.StoppingOptions(max_tokens=8))
     running = front.inference.GenerateStream(request)
     await anext(aiter(running))
-    folder = Path(front.engine.submitted[0]["adapter"].folder)
+    kept = Path(front.engine.submitted[0]["adapter"].folder).is_dir
     new = await front.push(make_adapter(tmp_path / "b", seed=2), "style", allow_replace=True)
     assert new.replaced
     await front.adapters.DeleteAdapter(_delete("style"))
-    assert folder.is_dir()
+    assert kept()
     for _ in range(20):
         front.engine.pace.release()
     rest = [message async for message in running]
     assert rest[-1].final.provenance.revision == old.revision
-    await until(lambda: not folder.exists())
+    await until(lambda: not kept())
 
 
 def _get(name: str) -> Any:

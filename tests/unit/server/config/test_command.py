@@ -1,0 +1,83 @@
+"""The command line: quick, one line for an error, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from veneer_registry.lock import OwnerLock
+from veneer_server import __version__
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "veneer_server", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_help_shows_examples_and_every_flag() -> None:
+    top, serve = command("--help").stdout, command("serve", "--help").stdout
+    assert "Examples" in top
+    assert "doctor" in top
+    assert "--kv-cache-bytes" in serve
+    assert "VENEER_MAX_QUEUE" in serve.replace("\n", "")
+
+
+def test_version() -> None:
+    assert command("--version").stdout == f"veneer {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [(), ("serve",)])
+def test_an_error_is_one_line_with_the_fix(words: tuple[str, ...]) -> None:
+    done = command(*words, "--listen", "0.0.0.0:1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("veneer-server: --listen 0.0.0.0:1")
+    assert "--insecure" in line
+    assert "Traceback" in command(*words, "--debug", "--listen", "0.0.0.0:1").stderr
+
+
+def test_a_second_server_names_the_first(tmp_path: Path) -> None:
+    with OwnerLock(tmp_path / "data"):
+        done = command("--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "c"))
+    assert done.returncode == 1
+    assert "belongs to a running server" in done.stderr
+
+
+def test_a_base_that_is_no_folder(tmp_path: Path) -> None:
+    done = command(
+        *("--base", str(tmp_path / "none"), "--data-dir", str(tmp_path / "d")),
+        *("--cache-dir", str(tmp_path / "c")),
+    )
+    assert done.returncode == 1
+    assert "there is no folder" in done.stderr
+
+
+def test_model_path_prints_the_folder(base_folder: Path, tmp_path: Path) -> None:
+    done = command("model", "path", str(base_folder), "--cache-dir", str(tmp_path))
+    assert done.stdout == f"{base_folder.resolve()}\n"
+
+
+def test_doctor_says_what_would_serve_and_what_is_wrong(tmp_path: Path) -> None:
+    good = command("doctor", "--data-dir", str(tmp_path / "d"), "--device", "cpu")
+    assert good.returncode == 0, good.stdout
+    assert "would serve   torch on the CPU" in good.stdout
+    (tmp_path / "file").write_text("")
+    bad = command("doctor", "--data-dir", str(tmp_path / "file" / "d"), "--device", "cpu")
+    assert bad.returncode == 1
+    assert "choose another --data-dir" in bad.stdout
+
+
+def test_the_front_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, veneer_server.app; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

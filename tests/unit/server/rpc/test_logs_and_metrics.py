@@ -1,0 +1,100 @@
+"""One line an event, fields as they are; label values bounded."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import generate_latest
+from veneer_server import logs
+from veneer_server.engine.messages import AdapterLoaded, Evicted, Residency, StepDone
+from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.metrics import MAX_NAMES, Metrics
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield io.StringIO()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_json_lines_carry_fields_and_the_request_id(stream: io.StringIO) -> None:
+    logs.configure("json", stream)
+    token = REQUEST_ID.set("abc")
+    get_logger("veneer_server.x").info("request", tokens=3, adapter="a\nb")
+    REQUEST_ID.reset(token)
+    try:
+        raise ValueError("boom")
+    except ValueError as error:
+        get_logger("veneer_server.x").error("failed", error, method="M")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["event"], first["tokens"], first["adapter"]) == ("request", 3, "a\nb")
+    assert (first["request_id"], first["level"]) == ("abc", "info")
+    assert "boom" in second["trace"]
+    assert "request_id" not in second
+
+
+def test_a_console_event_is_one_line_whatever_the_fields(stream: io.StringIO) -> None:
+    logs.configure("console", stream)
+    get_logger("veneer_server.x").info("request", adapter="a\nb c", seconds=0.123456)
+    assert stream.getvalue().count("\n") == 1
+    assert 'adapter="a\\nb c" seconds=0.1235' in stream.getvalue()
+
+
+def test_others_debug_and_info_stay_out(stream: io.StringIO) -> None:
+    logs.configure("console", stream)
+    logging.getLogger("someone.else").info("chatter")
+    logging.getLogger("someone.else").warning("trouble")
+    assert "chatter" not in stream.getvalue()
+    assert "trouble" in stream.getvalue()
+
+
+def exposed(metrics: Metrics) -> dict[str, float]:
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_adapter_names_are_capped() -> None:
+    metrics = Metrics()
+    for n in range(MAX_NAMES + 50):
+        metrics.adapter_request(f"a{n}")
+        metrics.adapter_request(f"a{n}")
+    found = exposed(metrics)
+    names = [name for name in found if name.startswith("veneer_adapter_requests_total")]
+    assert len(names) == MAX_NAMES + 1
+    assert found['veneer_adapter_requests_total{adapter_name="_other"}'] == 100
+    assert found['veneer_adapter_requests_total{adapter_name="a0"}'] == 2
+
+
+def test_engine_events() -> None:
+    metrics = Metrics()
+    metrics.on_event(Residency("d1", "device", False, 10, 20, 10))
+    metrics.on_event(Residency("d2", "host", False, 10, 30, 10))
+    metrics.on_event(AdapterLoaded("d1", "disk", {"read": 0.5, "copy": 0.25}))
+    metrics.on_event(Evicted("d1", "device", "capacity"))
+    metrics.on_event(StepDone(1, 0.1, 8, 2, 1, 3, 4, 1, 1, 4))
+    metrics.on_event(StepDone(2, 0.1, 8, 0, 1, 3, 4, 1, 1, 4))
+    found = exposed(metrics)
+    assert found['veneer_adapters_resident{tier="device"}'] == 1
+    assert found['veneer_adapters_resident{tier="host"}'] == 1
+    assert found['veneer_adapter_bytes{tier="host"}'] == 30
+    assert found['veneer_adapter_load_seconds_sum{source="disk",stage="read"}'] == 0.5
+    assert found["veneer_adapter_activate_seconds_sum"] == 0.75
+    assert found['veneer_adapter_evictions_total{cause="capacity",tier="device"}'] == 1
+    assert found['veneer_step_seconds_count{phase="mixed"}'] == 1
+    assert found['veneer_step_seconds_count{phase="prefill"}'] == 1
+    assert found["veneer_step_batch_rows_sum"] == 18
+    assert found["veneer_num_requests_waiting"] == 4
+    assert found["veneer_kv_cache_usage_ratio"] == 0.25
+    metrics.on_event(Residency("d1", "disk", False, 10, 10, 0))
+    metrics.engine_silent()
+    found = exposed(metrics)
+    assert found['veneer_adapters_resident{tier="device"}'] == 0
+    assert found["veneer_num_requests_running"] == 0

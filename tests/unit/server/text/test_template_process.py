@@ -1,0 +1,74 @@
+"""Uploaded templates cannot hold up or fill up the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from veneer_registry.errors import TemplateFailed
+from veneer_server.text.template_process import TemplateProcess
+
+USER = [{"role": "user", "content": "Hi"}]
+GOOD = "{{ bos_token }}{{ messages[0].content }}"
+SILENT_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(x='xxxxxxxx') %}"
+    "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
+
+
+@pytest.fixture
+async def templates() -> AsyncIterator[TemplateProcess]:
+    process = TemplateProcess({"bos_token": "<s>"}, limit_s=0.2)
+    yield process
+    await process.close()
+
+
+async def test_renders_and_reports_as_in_the_front(templates: TemplateProcess) -> None:
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    with pytest.raises(TemplateFailed, match="roles must alternate"):
+        await templates.render("{{ raise_exception('roles must alternate') }}", USER)
+    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+        await templates.render("{% if %}", USER)
+    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+        await templates.render("{{ " + "(" * 30_000, USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_an_endless_template_is_killed_and_refused_from_then_on(
+    templates: TemplateProcess,
+) -> None:
+    with pytest.raises(TemplateFailed, match=r"0\.2 s"):
+        await templates.render(SILENT_LOOP, USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    running = templates._process
+    with pytest.raises(TemplateFailed, match="push the adapter again"):
+        await templates.render(SILENT_LOOP, USER)
+    assert templates._process is running
+
+
+async def test_memory_is_bounded(templates: TemplateProcess) -> None:
+    with pytest.raises(TemplateFailed):
+        await templates.render(DOUBLING, USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_a_cancelled_rendering_does_not_answer_the_next(
+    templates: TemplateProcess,
+) -> None:
+    await templates.start()
+    first = asyncio.create_task(templates.render("{{ messages[0].content * 2 }}", USER))
+    for _ in range(3):  # far enough to have sent its job
+        await asyncio.sleep(0)
+    assert templates._turn.locked()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_many_at_once_get_their_own_answers(templates: TemplateProcess) -> None:
+    chats = [[{"role": "user", "content": str(n)}] for n in range(50)]
+    answers = await asyncio.gather(*(templates.render(GOOD, chat) for chat in chats))
+    assert answers == [f"<s>{n}" for n in range(50)]
