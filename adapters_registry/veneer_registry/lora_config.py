@@ -133,7 +133,7 @@ def parse_config(data: bytes) -> LoraSettings:
     Raises:
         AdapterInvalid: metadata ``file`` and, where one is to blame, ``key``.
     """
-    config = parse_object(data, file=CONFIG_FILE, limit=CONFIG_LIMIT)
+    config = parse_object(data, file=CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         _bad("peft_type", f"is {show(config.get('peft_type'))}; only LORA is supported")
     if config.get("task_type") not in (None, "CAUSAL_LM"):

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded, no duplicate keys, no NaN, nothing that cannot be UTF-8.
+"""JSON from strangers: no duplicate keys, no NaN, nothing that cannot be UTF-8.
 
 Also the two helpers that every refusal in this package is written with, so that
 all of them name the file, the tensor or key, and the reason in the same way.
@@ -65,15 +65,13 @@ def _float(text: str) -> float:
     return value
 
 
-def parse_object(data: bytes, *, file: str, limit: int) -> dict[str, object]:
-    """Parse one JSON object of at most ``limit`` bytes.
+def parse_object(data: bytes, *, file: str) -> dict[str, object]:
+    """Parse one JSON object; callers bound the size of ``data``.
 
     Raises `AdapterInvalid`, naming ``file``, for anything else: other types,
     duplicate keys at any depth, NaN and infinities, lone surrogates, nesting
     deeper than the interpreter's stack, integers of thousands of digits.
     """
-    if len(data) > limit:
-        refuse(file, f"is larger than {limit} bytes; remove what does not belong in it")
     try:
         value = json.loads(
             data.decode("utf-8"),

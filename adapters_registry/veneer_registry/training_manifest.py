@@ -46,7 +46,7 @@ def parse_training(data: bytes) -> TrainingManifest:
     Raises:
         AdapterInvalid: metadata ``file`` and ``key``.
     """
-    content = parse_object(data, file=TRAINING_FILE, limit=TRAINING_LIMIT)
+    content = parse_object(data, file=TRAINING_FILE)
     fingerprint = _fingerprint(content.pop("base_fingerprint", None))
     metrics = content.get("metrics", {})
     if not isinstance(metrics, dict):

@@ -25,7 +25,7 @@ from veneer_registry.adapter import (
     Projection,
 )
 from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.lora_config import MAX_RANK, LoraSettings
+from veneer_registry.lora_config import LoraSettings
 from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 from veneer_registry.strict_json import refuse
 from veneer_registry.tensor_names import Side, module_path, parse_tensor_name, tensor_keys
@@ -108,8 +108,6 @@ def _module(
             f"has rank {b_rank}, but its lora_A has rank {rank}; save both from one model",
             tensor=b.name,
         )
-    if rank > MAX_RANK:
-        refuse(WEIGHTS_FILE, f"has rank {rank}; at most {MAX_RANK} is allowed", tensor=a.name)
     if rank != declared:
         refuse(
             WEIGHTS_FILE,

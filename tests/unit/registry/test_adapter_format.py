@@ -27,7 +27,9 @@ from veneer_registry.format import (
     weights_digest,
     write_adapter,
 )
+from veneer_registry.safetensors_header import read_header
 from veneer_registry.tensor_names import tensor_keys
+from veneer_registry.weights import digest_weights
 
 from tests.unit.registry.kit import BASE, SHAPES, make_adapter, make_tensors
 
@@ -512,7 +514,8 @@ def test_other_differences_warn(tmp_path: Path, part: str) -> None:
 
 def test_what_the_server_does_not_know_cannot_differ(tmp_path: Path) -> None:
     base = BaseSpec("x", 2, SHAPES, BaseFingerprint("a" * 64, ""))
-    assert read_adapter(train(tmp_path, {"base_fingerprint": PRINT}), base).warnings == ()
+    document = {"base_fingerprint": {**PRINT, "template": None}}
+    assert read_adapter(train(tmp_path, document), base).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -590,6 +593,16 @@ def test_verify(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(AdapterCorrupt):
         verify_weights(tmp_path, manifest.weights_digest)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    make_adapter(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    with path.open("rb") as file:
+        header = read_header(file, WEIGHTS_FILE)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(AdapterInvalid, match="cut off"):
+            digest_weights(file, header, (), "bfloat16")
 
 
 def test_views_are_the_tensors(tmp_path: Path) -> None:
