@@ -304,7 +304,8 @@ class EngineClient:
         logprobs: bool = False,
         prompt_logprobs: bool = False,
     ) -> AsyncIterator[SequenceOutput]:
-        """Submit a sequence; one `SequenceOutput` for each step it took part in.
+        """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
+        that wait when the caller comes back (a slow reader) are joined into one.
 
         Raises, at the first iteration, `QueueFull` (as many in flight as may run
         and wait), `EngineFailed` (process down, being started again),
@@ -337,6 +338,12 @@ class EngineClient:
             )
             while not ended:
                 output = await stream.get()
+                while isinstance(output, SequenceOutput) and not stream.empty():
+                    following = stream.get_nowait()
+                    if isinstance(following, VeneerError):
+                        stream.put_nowait(following)  # the last there is: it keeps its turn
+                        break
+                    output = _joined(output, following)
                 if isinstance(output, VeneerError):
                     ended = True
                     raise output
@@ -404,6 +411,16 @@ def _environment() -> dict[str, str]:
 def _rebuild(error: WireError) -> VeneerError:
     return error_for_reason(error.reason)(
         error.message, metadata=error.metadata, retry_after_s=error.retry_after_s
+    )
+
+
+def _joined(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
+    """Two outputs in a row as one; what only a first output has stays."""
+    logprobs = first.logprobs
+    if logprobs is not None and second.logprobs is not None:
+        logprobs = logprobs + second.logprobs
+    return msgspec.structs.replace(
+        first, tokens=first.tokens + second.tokens, logprobs=logprobs, finish=second.finish
     )
 
 

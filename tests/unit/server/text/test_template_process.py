@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator
 
 import pytest
 from veneer_registry.errors import TemplateFailed
-from veneer_server.text.template_process import TemplateProcess
+from veneer_server.text.template_process import MEMORY_LIMIT, TemplateProcess
 
 USER = [{"role": "user", "content": "Hi"}]
 GOOD = "{{ bos_token }}{{ messages[0].content }}"
@@ -52,6 +53,9 @@ async def test_memory_is_bounded(templates: TemplateProcess) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
+    assert templates._process is not None
+    limits = resource.prlimit(templates._process.pid, resource.RLIMIT_AS)
+    assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
 async def test_a_cancelled_rendering_does_not_answer_the_next(

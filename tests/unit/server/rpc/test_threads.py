@@ -1,0 +1,68 @@
+"""Work in threads is never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import pytest
+from veneer_server.rpc.threads import Background, to_the_end
+
+
+async def test_results_and_errors_come_back() -> None:
+    assert await to_the_end(lambda: 7) == 7
+
+    def fail() -> None:
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        await to_the_end(fail)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_cancelling_waits_for_the_thread_first(fails: bool) -> None:
+    started, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        go.wait()
+        ended.set()
+        if fails:
+            raise ValueError("too late to matter")
+
+    task = asyncio.create_task(to_the_end(work))
+    await asyncio.to_thread(started.wait)
+    for _ in range(2):  # the second cancellation must not cut the wait short
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_background_runs_one_of_a_kind_and_logs_failures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    background = Background()
+    runs: list[int] = []
+    go = threading.Event()
+
+    def work() -> None:
+        go.wait()
+        runs.append(1)
+        raise ValueError("boom")
+
+    background.start("sweep", work)
+    background.start("sweep", work)
+    go.set()
+    with caplog.at_level(logging.ERROR):
+        await background.finish()
+    assert runs == [1]
+    assert "background work failed" in caplog.text
+    background.start("sweep", work)
+    await background.finish()
+    assert runs == [1, 1]
