@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Coroutine, Mapping
@@ -271,6 +273,8 @@ def _finish(result: Mapping[str, Any], json_file: Path | None) -> None:
 
 def main() -> None:
     """Entry of the console script."""
+    # As Ctrl-C does: what this run started is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cli()
 
 
