@@ -129,7 +129,6 @@ class App:
         decoder = read_decoder_config(base_folder.path)
         prompts = Prompts(base_folder.path)
         self._resources.push_async_callback(prompts.close)
-        await prompts.start()
         fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
         base = BaseSpec(
             name=base_folder.name,

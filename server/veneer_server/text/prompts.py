@@ -48,10 +48,6 @@ class Prompts:
         # Two, so that one long prompt does not hold up the others.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
 
-    async def start(self) -> None:
-        """Have the templates' process ready before the first chat."""
-        await self._uploaded.start()
-
     async def close(self) -> None:
         """End threads and process; no call may follow."""
         await self._uploaded.close()

@@ -59,8 +59,8 @@ class _Done(msgspec.Struct, frozen=True, array_like=True):
 class TemplateProcess:
     """The front's side. Belongs to one event loop; renders one template at a time.
 
-    The process is started when it is first needed (or by `start`), and again after
-    it had to be killed. A template that was killed is refused from then on.
+    The process is started when it is first needed, and again after it had to be
+    killed. A template that was killed is refused from then on.
     """
 
     def __init__(
@@ -71,11 +71,6 @@ class TemplateProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._refused: set[bytes] = set()
-
-    async def start(self) -> None:
-        """Have a process ready before the first template needs it."""
-        async with self._turn:
-            await self._running()
 
     async def close(self) -> None:
         """End the process."""

@@ -61,7 +61,7 @@ async def test_memory_is_bounded(templates: TemplateProcess) -> None:
 async def test_a_cancelled_rendering_does_not_answer_the_next(
     templates: TemplateProcess,
 ) -> None:
-    await templates.start()
+    assert await templates.render(GOOD, USER) == "<s>Hi"
     first = asyncio.create_task(templates.render("{{ messages[0].content * 2 }}", USER))
     for _ in range(3):  # far enough to have sent its job
         await asyncio.sleep(0)
