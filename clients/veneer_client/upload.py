@@ -59,6 +59,7 @@ class Upload:
 
     def messages(self) -> Iterator[adapters_pb2.UploadAdapterRequest]:
         """The spec, then the files' chunks in order."""
+        self.failure = None
         yield adapters_pb2.UploadAdapterRequest(spec=self.spec)
         sent = 0
         for path in self.paths:
@@ -82,6 +83,8 @@ class Upload:
 
     def result(self, answer: adapters_pb2.UploadAdapterResponse) -> Pushed:
         """The server's answer and what the local check had to say."""
+        if self.failure is not None:
+            raise self.failure
         warnings = dict.fromkeys((*self.manifest.warnings, *answer.warnings))
         return Pushed(
             adapter=convert.adapter_info(answer.adapter),

@@ -1,0 +1,54 @@
+"""A fake server and both clients for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from veneer_registry.format import write_adapter
+
+from tests.unit.client.drivers import Driver, driver
+from tests.unit.client.fake_server import FakeServer
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        yield fake
+
+
+@pytest.fixture(params=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def client(kind: str, server: FakeServer) -> Iterator[Driver]:
+    with driver(kind, server.address) as made:
+        yield made
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Path:
+    """A valid adapter of 2.5 MiB, with a file that no bundle has."""
+    folder = tmp_path / "adapter"
+    rng = np.random.default_rng(1)
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    write_adapter(
+        folder,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj"],
+        },
+        {
+            f"{key}.lora_A.weight": rng.normal(0, 0.02, (8, 40_000)).astype(np.float32),
+            f"{key}.lora_B.weight": rng.normal(0, 0.02, (42_000, 8)).astype(np.float32),
+        },
+    )
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    return folder
