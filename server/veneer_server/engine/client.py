@@ -37,6 +37,7 @@ from veneer_server.engine.messages import (
     Evict,
     Evicted,
     FromEngine,
+    Occupancy,
     OperationDone,
     Ping,
     Pong,
@@ -57,7 +58,7 @@ __all__ = ["EngineClient", "EngineEvent"]
 
 log = logging.getLogger(__name__)
 
-EngineEvent = StepDone | Residency | AdapterLoaded | Evicted
+EngineEvent = StepDone | Occupancy | Residency | AdapterLoaded | Evicted
 """What a listener (metrics) is told, in the front's event loop."""
 
 PING_SECONDS = 1.0
@@ -129,6 +130,8 @@ class EngineClient:
         """End the process; open iterators get `EngineFailed`. Harmless to repeat."""
         self._stopping = True
         self._set_health(False)
+        if self._writer is None and self.process is not None:
+            self.process.kill()  # still loading: it would not hear Stop for seconds
         self._write(Stop())
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -281,7 +284,13 @@ class EngineClient:
         for residency in self._residency.values():
             self._on_event(
                 msgspec.structs.replace(
-                    residency, tier="disk", pinned=False, host_bytes=0, device_bytes=0
+                    residency,
+                    tier="disk",
+                    pinned=False,
+                    host_bytes=0,
+                    device_bytes=0,
+                    host_count=0,
+                    device_count=0,
                 )
             )
         self._residency.clear()

@@ -75,3 +75,36 @@ def test_templates_in_tokenizer_config(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("C")
     assert read_base_template(tmp_path) == ("C", {})
     assert read_base_template(tmp_path / "none") == (None, {})
+
+
+CHATS = [
+    USER,
+    [{"role": "system", "content": " Be brief. "}, *USER],
+    [*USER, {"role": "assistant", "content": "Hello\n"}, {"role": "user", "content": "é\"'<"}],
+]
+LLAMA_STYLE = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] | trim }}
+    {%- if not loop.last %}{{ '\\n' }}{% endif %}
+    {% if message.role == 'assistant' %}{{ message | tojson(indent=2) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not messages[-1].role == 'assistant' %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("which", ["base", "llama"])
+def test_the_same_text_as_transformers(
+    base_folder: Path, chat: list[dict[str, str]], which: str
+) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source, special = read_base_template(base_folder)
+    source = LLAMA_STYLE if which == "llama" else source
+    assert source is not None
+    (expected,), _ = render_jinja_template(
+        [chat], chat_template=source, add_generation_prompt=True, **special
+    )
+    assert ChatTemplate(source, special).render(chat) == expected
