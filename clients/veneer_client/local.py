@@ -104,8 +104,11 @@ class LocalServer:
         return "\n".join(text.splitlines()[-lines:])
 
     def stop(self, *, grace_s: float = 30.0) -> int:
-        """SIGTERM, wait, and return the exit status (0 after a clean stop)."""
-        self._process.send_signal(signal.SIGTERM)
+        """SIGTERM, wait, and return the exit status (0 after a clean stop).
+
+        A second call returns the same status again.
+        """
+        self._process.send_signal(signal.SIGTERM)  # does nothing once it has ended
         try:
             status = self._process.wait(grace_s)
         except subprocess.TimeoutExpired:

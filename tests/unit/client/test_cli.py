@@ -1,0 +1,243 @@
+"""The command ``veneer`` against the fake server, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+from veneer_client.cli.main import cli
+from veneer_client.cli.show import byte_size
+from veneer_registry.format import ALLOWED_FILES
+
+from tests.unit.client.fake_server import FakeServer, Refusal
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(server: FakeServer) -> Run:
+    """Run a command line against the fake server, given by VENEER_SERVER."""
+
+    def invoke(*args: str, env: dict[str, str] | None = None, **kwargs: object) -> Any:
+        place = {"VENEER_SERVER": server.address, "COLUMNS": "200"}
+        return CliRunner().invoke(cli, args, env=place | (env or {}), **kwargs)
+
+    return invoke
+
+
+def test_place_of_the_server(server: FakeServer, run: Run) -> None:
+    elsewhere = {"VENEER_SERVER": "127.0.0.1:1"}
+    assert run("info").exit_code == 0
+    assert run("--server", server.address, "info", env=elsewhere).exit_code == 0
+    assert run("info", "--server", server.address, env=elsewhere).exit_code == 0
+    inner_wins = run("--server", "127.0.0.1:1", "adapter", "ls", "--server", server.address)
+    assert inner_wins.exit_code == 0
+    assert run("info", env=elsewhere).exit_code == 1
+
+
+def test_error_is_one_line(run: Run) -> None:
+    failed = run("info", env={"VENEER_SERVER": "127.0.0.1:1"})
+    assert failed.exit_code == 1
+    assert failed.stdout == ""
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert failed.stderr.startswith("error: no Veneer server answers at 127.0.0.1:1: start")
+
+
+@pytest.mark.parametrize("args", [("--debug", "info"), ("info", "--debug")])
+def test_debug_shows_the_trace(args: tuple[str, ...], run: Run) -> None:
+    failed = run(*args, env={"VENEER_SERVER": "127.0.0.1:1"})
+    assert failed.exit_code == 1
+    assert "Traceback" in failed.stderr
+    assert "error: no Veneer server answers" in failed.stderr
+
+
+def test_suggestion_is_shown(run: Run) -> None:
+    failed = run("adapter", "show", "chatt")
+    assert failed.exit_code == 1
+    assert "did you mean chat?" in failed.stderr
+
+
+def test_markup_in_a_message_is_text(server: FakeServer, run: Run) -> None:
+    server.refusals.append(Refusal(grpc.StatusCode.ABORTED, "[red]x[/red] [oops", "ABORTED"))
+    assert "[red]x[/red] [oops" in run("info").stderr
+
+
+def test_generate(server: FakeServer, run: Run) -> None:
+    done = run("generate", "-a", "chat", "hello", "--max-tokens", "2", "--temperature", "0")
+    assert done.exit_code == 0
+    assert done.stdout == "0 1 \n"
+    assert done.stderr.strip() == (
+        "queue 2.0 ms · load 41 ms (disk) · first token 88 ms · 10 tok/s · chat@abababababab"
+    )
+    ((_, request),) = server.calls
+    assert request.messages.messages[0].content == "hello"
+    assert request.sampling.temperature == 0.0
+    assert request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("top_p")
+
+
+def test_generate_raw_from_a_pipe(server: FakeServer, run: Run) -> None:
+    done = run("generate", "--raw", "-", "--stop", "x", "--stop", "y", input="from a pipe")
+    assert done.exit_code == 0
+    assert "base" in done.stderr
+    ((_, request),) = server.calls
+    assert request.prompt == "from a pipe"
+    assert list(request.stopping.stop) == ["x", "y"]
+
+
+def test_generate_json(run: Run) -> None:
+    answer = json.loads(run("generate", "--raw", "hi", "-a", "chat", "--json").stdout)
+    assert answer["text"] == "chat>hi"
+    assert answer["finish_reason"] == "stop"
+    assert answer["provenance"]["tier"] == "disk"
+
+
+def test_push(server: FakeServer, run: Run, adapter_folder: Path) -> None:
+    done = run(
+        "adapter",
+        "push",
+        str(adapter_folder),
+        "--name",
+        "chat",
+        "--label",
+        "team=a=b",
+        "--replace",
+        "--activate",
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("published: chat@")
+    assert "skipped: training_args.bin" in done.stderr
+    assert "warning: server says" in done.stderr
+    spec = server.uploads[0].spec
+    assert dict(spec.labels) == {"team": "a=b"}
+    assert (spec.allow_replace, spec.activate) == (True, True)
+    assert {file.name for file in spec.files} <= set(ALLOWED_FILES)
+
+
+def test_push_dry_run(server: FakeServer, run: Run, adapter_folder: Path) -> None:
+    done = run("adapter", "push", str(adapter_folder), "--name", "chat", "--dry-run")
+    assert done.stdout.startswith("valid: chat@")
+    assert server.uploads[0].spec.validate_only
+
+
+def test_push_refuses_a_malformed_label(
+    server: FakeServer, run: Run, adapter_folder: Path
+) -> None:
+    failed = run("adapter", "push", str(adapter_folder), "--name", "chat", "--label", "team")
+    assert failed.exit_code == 1
+    assert "KEY=VALUE" in failed.stderr
+    assert server.calls == []
+
+
+def test_adapter_commands(server: FakeServer, run: Run) -> None:
+    assert "no adapters" in run("adapter", "ls").stdout
+    server.add("chat")
+    assert "chat@" in run("adapter", "ls").stdout
+    assert json.loads(run("adapter", "ls", "--json").stdout)[0]["name"] == "chat"
+    assert "(current)" in run("adapter", "show", "chat").stdout
+    assert json.loads(run("adapter", "show", "chat", "--json").stdout)["adapter"]["rank"] == 4
+    done = run("adapter", "activate", "chat", "--tier", "host", "--pin")
+    assert done.stdout.strip().endswith("is in host, pinned")
+    assert "freed 200 B" in run("adapter", "evict", "chat", "--mode", "fail_if_busy").stdout
+    assert run("adapter", "rm", "chat", "--etag", "e1").stdout.startswith("deleted chat (")
+    assert server.calls[-1][1].etag == "e1"
+
+
+def test_info(run: Run) -> None:
+    assert "fake-base" in run("info").stdout
+    assert json.loads(run("info", "--json").stdout)["context_length"] == 128
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "GetServerInfo",
+        "veneer.v1.ServerService/GetServerInfo",
+        "/veneer.v1.ServerService/GetServerInfo",
+        "veneer.v1.ServerService.GetServerInfo",
+    ],
+)
+def test_call_unary(method: str, run: Run) -> None:
+    assert json.loads(run("call", method).stdout)["version"] == "9.9"
+
+
+def test_call_stream(run: Run) -> None:
+    done = run("call", "GenerateStream", '{"prompt": "x", "stopping": {"max_tokens": 2}}')
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("text") for line in lines] == ["0 ", "1 ", None]
+    assert lines[-1]["final"]["finish_reason"] == "FINISH_REASON_LENGTH"
+
+
+def test_call_lists_methods(run: Run) -> None:
+    lines = run("call").stdout.splitlines()
+    assert (
+        "veneer.v1.AdapterService/UploadAdapter (stream veneer.v1.UploadAdapterRequest) "
+        "-> veneer.v1.UploadAdapterResponse" in lines
+    )
+    assert any(line.startswith("grpc.health.v1.Health/Check ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("Nope",), "`veneer call` lists them"),
+        (("GetAdapter", '{"nam": 1}'), "its fields: name"),
+        (("GetAdapter", "{"), "does not fit veneer.v1.GetAdapterRequest"),
+        (("UploadAdapter",), "use `veneer adapter push`"),
+        (("GetAdapter", '{"name": "chatt"}'), "no such adapter"),
+    ],
+)
+def test_call_errors(args: tuple[str, ...], says: str, run: Run) -> None:
+    failed = run("call", *args)
+    assert failed.exit_code == 1
+    assert says in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_every_help_has_examples(run: Run) -> None:
+    commands = [(), ("generate",), ("info",), ("call",)]
+    commands += [("adapter", c) for c in ("push", "ls", "show", "activate", "evict", "rm")]
+    for command in commands:
+        done = run(*command, "--help")
+        assert done.exit_code == 0
+        assert "Examples:" in done.stdout, command
+
+
+def test_ctrl_c_ends_with_130(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "veneer_client.cli.main", "generate", "hi"],
+        env={**os.environ, "VENEER_SERVER": server.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(2) == b"0 ", "the answer has begun"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (4_939_072, "4.7 MiB"),
+        (1 << 50, "1024.0 TiB"),
+    ],
+)
+def test_byte_size(size: int, text: str) -> None:
+    assert byte_size(size) == text
