@@ -25,6 +25,7 @@ from veneer_server.engine.client import EngineEvent
 from veneer_server.engine.messages import (
     AdapterLoaded,
     Evicted,
+    Occupancy,
     Residency,
     StepDone,
     TierName,
@@ -149,7 +150,8 @@ class Metrics:
         self.recent_step_s = 0.0
         """Smoothed seconds of a decode step; 0 before the first."""
         self._names: set[str] = set()
-        self._tiers: dict[str, TierName] = {}
+        self.on_device = 0
+        """Adapters in the DEVICE tier."""
         for tier in ("host", "device"):
             self.adapter_bytes.labels(tier).set(0)
             self.resident.labels(tier).set(0)
@@ -192,6 +194,8 @@ class Metrics:
         match event:
             case StepDone():
                 self._step(event)
+            case Occupancy():
+                self._occupancy(event)
             case Residency():
                 self._residency(event)
             case AdapterLoaded():
@@ -206,11 +210,6 @@ class Metrics:
         for gauge in (self.running, self.waiting, self.kv_usage):
             gauge.set(0)
 
-    @property
-    def on_device(self) -> int:
-        """Adapters in the DEVICE tier."""
-        return sum(tier == "device" for tier in self._tiers.values())
-
     def _step(self, step: StepDone) -> None:
         phase = (
             "decode" if not step.prefill_tokens else "mixed" if step.decode_rows else "prefill"
@@ -220,20 +219,15 @@ class Metrics:
             self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
         self.step_rows.observe(step.prefill_tokens + step.decode_rows)
         self.step_adapters.observe(step.adapters)
-        self.running.set(step.running)
-        self.waiting.set(step.waiting)
-        self.kv_usage.set(step.kv_blocks_used / max(1, step.kv_blocks))
+
+    def _occupancy(self, event: Occupancy) -> None:
+        self.running.set(event.running)
+        self.waiting.set(event.waiting)
+        self.kv_usage.set(event.kv_blocks_used / max(1, event.kv_blocks))
 
     def _residency(self, event: Residency) -> None:
-        if event.tier == "disk":
-            self._tiers.pop(event.weights_digest, None)
-        else:
-            self._tiers[event.weights_digest] = event.tier
-        self._count_resident()
+        self.on_device = event.device_count
+        self.resident.labels("host").set(event.host_count)
+        self.resident.labels("device").set(event.device_count)
         self.adapter_bytes.labels("host").set(event.host_bytes)
         self.adapter_bytes.labels("device").set(event.device_bytes)
-
-    def _count_resident(self) -> None:
-        device = self.on_device
-        self.resident.labels("device").set(device)
-        self.resident.labels("host").set(len(self._tiers) - device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,6 @@ def test_sixteen_streams_take_part_in_every_step_during_swaps(
     assert evictions >= 2
     for number, steps in steps_of.items():
         assert len(steps) == NEW_TOKENS
-        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(steps)]
         # The bar is 2 steps; the design's is none.
         assert max(gaps) <= 2, (number, steps)

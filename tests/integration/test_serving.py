@@ -161,15 +161,16 @@ async def test_ignore_eos_goes_past_the_end(server: Server) -> None:
 
 
 async def test_cancelling_frees_the_place_and_the_blocks(server: Server) -> None:
-    call = server.inference.GenerateStream(
-        request(prompt="Count: 1", stopping={"max_tokens": 4000, "ignore_eos": True})
-    )
-    await call.read()
-    call.cancel()
-    # The next answer comes from steps after the cancel: everything is free again.
-    await server.generate(prompt=PROMPT, stopping={"max_tokens": 2})
-    running = await metric(server, "veneer_num_requests_running")
-    assert running[""] == 0
+    stream = server.stream(prompt="Count: 1", stopping={"max_tokens": 4000, "ignore_eos": True})
+    await stream.first()
+    assert (await metric(server, "veneer_num_requests_running"))[""] == 1
+    stream.call.cancel()
+    for _ in range(20):
+        # Each answer comes from the step loop; the cancel reaches it in between.
+        await server.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-1"))
+        if not (await metric(server, "veneer_num_requests_running"))[""]:
+            break
+    assert (await metric(server, "veneer_num_requests_running"))[""] == 0
     assert (await metric(server, "veneer_kv_cache_usage_ratio"))[""] == 0
 
 

@@ -30,6 +30,7 @@ from veneer_server.engine.messages import (
     Evict,
     Evicted,
     FromEngine,
+    Occupancy,
     OperationDone,
     Ping,
     Pong,
@@ -118,6 +119,7 @@ class StepLoop:
         """Activations that wait for an adapter, by digest."""
         self._outgoing: list[FromEngine] = []
         self._changed: dict[str, None] = {}
+        self._occupancy: Occupancy | None = None
         self.steps = 0
 
     def run(self) -> None:
@@ -296,11 +298,6 @@ class StepLoop:
                 prefill_tokens=plan.prefill_tokens,
                 decode_rows=plan.rows - plan.prefill_tokens,
                 adapters=len(plan.adapters),
-                running=self._scheduler.running,
-                waiting=self._scheduler.waiting,
-                waiting_for_adapter=self._scheduler.waiting_for_adapter,
-                kv_blocks_used=self._scheduler.blocks.used,
-                kv_blocks=self._scheduler.blocks.total,
             )
         )
         self._flush()
@@ -335,10 +332,12 @@ class StepLoop:
         )
 
     def _flush(self) -> None:
-        """Send what has gathered, residency changes first."""
+        """Send what has gathered, residency changes first, occupancy last."""
         changes: list[FromEngine] = []
         if self._changed:
-            host, device = self._residency.bytes_in("host"), self._residency.bytes_in("device")
+            residency = self._residency
+            host, device = residency.bytes_in("host"), residency.bytes_in("device")
+            hosted, on_device = residency.count_in("host"), residency.count_in("device")
             changes.extend(
                 ResidencyMessage(
                     weights_digest=digest,
@@ -347,9 +346,21 @@ class StepLoop:
                     bytes=self._residency.bytes_of(digest),
                     host_bytes=host,
                     device_bytes=device,
+                    host_count=hosted,
+                    device_count=on_device,
                 )
                 for digest in self._changed
             )
+        occupancy = Occupancy(
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            waiting_for_adapter=self._scheduler.waiting_for_adapter,
+            kv_blocks_used=self._scheduler.blocks.used,
+            kv_blocks=self._scheduler.blocks.total,
+        )
+        if occupancy != self._occupancy:
+            self._occupancy = occupancy
+            self._outgoing.append(occupancy)
         if changes or self._outgoing:
             self._send([*changes, *self._outgoing])
         self._changed.clear()

@@ -23,6 +23,7 @@ __all__ = [
     "Evict",
     "Evicted",
     "FromEngine",
+    "Occupancy",
     "OperationDone",
     "Ping",
     "Pong",
@@ -253,16 +254,13 @@ class SequenceFailed(Message, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """One executed step; last message of its frame.
+    """One executed step, after its outputs.
 
     Attributes:
         step: number of steps executed since the engine started.
         seconds: wall time of the step.
         prefill_tokens, decode_rows: what the step computed.
         adapters: different adapters in the step.
-        running, waiting: sequences after the step.
-        waiting_for_adapter: of `waiting`, those whose adapter is not resident.
-        kv_blocks_used, kv_blocks: the pool.
     """
 
     step: int
@@ -270,6 +268,17 @@ class StepDone(Message, frozen=True):
     prefill_tokens: int
     decode_rows: int
     adapters: int
+
+
+class Occupancy(Message, frozen=True):
+    """How full the engine is; sent whenever it differs from the last one sent.
+
+    Attributes:
+        running, waiting: sequences.
+        waiting_for_adapter: of `waiting`, those whose adapter is not resident.
+        kv_blocks_used, kv_blocks: the pool.
+    """
+
     running: int
     waiting: int
     waiting_for_adapter: int
@@ -283,6 +292,7 @@ class Residency(Message, frozen=True):
     Attributes:
         tier: nearest memory tier that holds it, or ``disk`` for none.
         host_bytes, device_bytes: bytes used by all adapters in each tier.
+        host_count, device_count: adapters in each tier; one may be in both.
     """
 
     weights_digest: str
@@ -291,6 +301,8 @@ class Residency(Message, frozen=True):
     bytes: int
     host_bytes: int
     device_bytes: int
+    host_count: int
+    device_count: int
 
 
 class AdapterLoaded(Message, frozen=True):
@@ -339,6 +351,7 @@ FromEngine = (
     | SequenceOutput
     | SequenceFailed
     | StepDone
+    | Occupancy
     | Residency
     | AdapterLoaded
     | Evicted

@@ -116,6 +116,10 @@ class Residency:
             e.bytes for e in self._entries.values() if _at(e, tier) is not Presence.ABSENT
         )
 
+    def count_in(self, tier: MemoryTier) -> int:
+        """Adapters that are complete in a tier."""
+        return sum(_at(e, tier) is Presence.THERE for e in self._entries.values())
+
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
         entry = self._entries.get(digest)

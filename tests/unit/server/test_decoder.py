@@ -134,7 +134,9 @@ def test_logits_equal_transformers_for_prefill_chunks_and_decode(
     out = decoder.execute(step([(first[:60], 0, blocks_1[:4]), (second[:20], 0, blocks_2[:2])]))
     got_1.append(out[:60])
     got_2.append(out[60:])
-    out = decoder.execute(step([(first[60:61], 60, blocks_1[:4]), (second[20:40], 20, blocks_2)]))
+    out = decoder.execute(
+        step([(first[60:61], 60, blocks_1[:4]), (second[20:40], 20, blocks_2)])
+    )
     got_1.append(out[:1])
     got_2.append(out[1:])
     for i in range(5):

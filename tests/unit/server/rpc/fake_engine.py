@@ -17,6 +17,7 @@ from veneer_server.engine.messages import (
     AdapterSource,
     EngineConfig,
     EngineInfo,
+    Occupancy,
     Residency,
     SamplingParams,
     SequenceOutput,
@@ -93,7 +94,8 @@ class FakeEngine:
 
     def step(self, seconds: float) -> None:
         """Report a decode step of 4 rows and 2 adapters."""
-        self._on_event(StepDone(1, seconds, 0, 4, 2, 4, 3, 1, 5, 10))
+        self._on_event(StepDone(1, seconds, 0, 4, 2))
+        self._on_event(Occupancy(4, 3, 1, 5, 10))
 
     def crash(self) -> None:
         """End every stream as a dead engine process does."""
@@ -186,7 +188,9 @@ class FakeEngine:
             crash.cancel()
 
     def _set_tier(self, digest: str, tier: TierName, *, pinned: bool) -> None:
-        event = Residency(digest, tier, pinned, 10, 10, 10 if tier == "device" else 0)
+        event = Residency(
+            digest, tier, pinned, 10, 10, 10 * (tier == "device"), 1, int(tier == "device")
+        )
         if tier == "disk":
             self.residency.pop(digest, None)
         else:

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import generate_latest
 from veneer_server import logs
-from veneer_server.engine.messages import AdapterLoaded, Evicted, Residency, StepDone
+from veneer_server.engine.messages import (
+    AdapterLoaded,
+    Evicted,
+    Occupancy,
+    Residency,
+    StepDone,
+)
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.metrics import MAX_NAMES, Metrics
 
@@ -75,15 +81,16 @@ def test_adapter_names_are_capped() -> None:
 
 def test_engine_events() -> None:
     metrics = Metrics()
-    metrics.on_event(Residency("d1", "device", False, 10, 20, 10))
-    metrics.on_event(Residency("d2", "host", False, 10, 30, 10))
+    metrics.on_event(Residency("d1", "device", False, 10, 20, 10, 1, 1))
+    metrics.on_event(Residency("d2", "host", False, 10, 30, 10, 2, 1))
     metrics.on_event(AdapterLoaded("d1", "disk", {"read": 0.5, "copy": 0.25}))
     metrics.on_event(Evicted("d1", "device", "capacity"))
-    metrics.on_event(StepDone(1, 0.1, 8, 2, 1, 3, 4, 1, 1, 4))
-    metrics.on_event(StepDone(2, 0.1, 8, 0, 1, 3, 4, 1, 1, 4))
+    metrics.on_event(StepDone(1, 0.1, 8, 2, 1))
+    metrics.on_event(StepDone(2, 0.1, 8, 0, 1))
+    metrics.on_event(Occupancy(3, 4, 1, 1, 4))
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 1
-    assert found['veneer_adapters_resident{tier="host"}'] == 1
+    assert found['veneer_adapters_resident{tier="host"}'] == 2
     assert found['veneer_adapter_bytes{tier="host"}'] == 30
     assert found['veneer_adapter_load_seconds_sum{source="disk",stage="read"}'] == 0.5
     assert found["veneer_adapter_activate_seconds_sum"] == 0.75
@@ -93,7 +100,7 @@ def test_engine_events() -> None:
     assert found["veneer_step_batch_rows_sum"] == 18
     assert found["veneer_num_requests_waiting"] == 4
     assert found["veneer_kv_cache_usage_ratio"] == 0.25
-    metrics.on_event(Residency("d1", "disk", False, 10, 10, 0))
+    metrics.on_event(Residency("d1", "disk", False, 10, 10, 0, 1, 0))
     metrics.engine_silent()
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 0
