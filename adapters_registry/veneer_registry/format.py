@@ -2,7 +2,7 @@
 
 Everything is checked by our own code before any library sees a byte. Pickles are
 never opened; ``base_model_name_or_path`` is never fetched; no config string is
-run as a regular expression. See ``docs`` for the rules; each refusal names the
+run as a regular expression. Each refusal names the
 file, the tensor or key, and the fix.
 """
 

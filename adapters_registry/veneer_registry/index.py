@@ -13,6 +13,7 @@ import re
 import string
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +26,7 @@ __all__ = ["Entry", "Found", "Index"]
 
 _PREFIX: Final = re.compile(rf"[0-9a-f]{{{SHORT_REVISION},64}}")
 _ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
-_NEIGHBOURS: Final = 32
+_NEIGHBOURS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +177,11 @@ class Index:
         Candidates are one edit away (looked up, not searched) or stand beside the
         name in sorted order, where those with the longest common prefix are.
         """
-        near = {edited for edited in _edits(name) if edited in self._names}
-        at = bisect.bisect(self._sorted, name)
-        near.update(self._sorted[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS])
-        matches = difflib.get_close_matches(name, sorted(near), n=1)
+        near = sorted({edited for edited in _edits(name) if edited in self._names})
+        if not near:
+            at = bisect.bisect(self._sorted, name)
+            near = self._sorted[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]
+        matches = difflib.get_close_matches(name, near[: 2 * _NEIGHBOURS], n=1)
         return matches[0] if matches else None
 
     # ------------------------------------------------------------------- changes
@@ -259,12 +261,15 @@ class Index:
         return key not in self._references and key not in self._leases
 
 
-def _edits(name: str) -> set[str]:
+def _edits(name: str) -> Iterator[str]:
     """All strings one deletion, swap, replacement or insertion away (Norvig)."""
-    splits = [(name[:n], name[n:]) for n in range(len(name) + 1)]
-    found = {head + tail[1:] for head, tail in splits if tail}
-    found |= {head + tail[1] + tail[0] + tail[2:] for head, tail in splits if len(tail) > 1}
-    for letter in _ALPHABET:
-        found |= {head + letter + tail for head, tail in splits}
-        found |= {head + letter + tail[1:] for head, tail in splits if tail}
-    return found
+    for at in range(len(name) + 1):
+        head, tail = name[:at], name[at:]
+        if tail:
+            yield head + tail[1:]
+        if len(tail) > 1:
+            yield head + tail[1] + tail[0] + tail[2:]
+        for letter in _ALPHABET:
+            yield head + letter + tail
+            if tail:
+                yield head + letter + tail[1:]

@@ -172,8 +172,6 @@ class Store:
 
     def _revision_intact(self, bundle: Bundle) -> bool:
         folder = self.revision_folder(bundle.revision)
-        if not folder.exists():
-            return False
         expected = {**bundle.files, _BUNDLE: bundle.revision}
         return all(_sha256_or_none(folder / name) == sha for name, sha in expected.items())
 

@@ -90,7 +90,8 @@ def test_did_you_mean(index: Index, typed: str, meant: str | None) -> None:
     index.load({name: entry(ref(name, 1)) for name in names})
     with pytest.raises(AdapterNotFound) as caught:
         index.resolve(typed)
-    assert caught.value.metadata.get("did_you_mean") == meant
+    hint = {} if meant is None else {"did_you_mean": meant}
+    assert caught.value.metadata == {"adapter": typed, **hint}
     if meant is not None:
         assert repr(meant) in caught.value.message
 

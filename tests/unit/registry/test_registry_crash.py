@@ -65,6 +65,7 @@ def run(data: Path, adapters: Path, point: int) -> list[list[str]]:
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).parents[3],  # so that the child can import this package
     )
     assert result.returncode in (0, -9), result.stderr
     return [line.split() for line in result.stdout.splitlines()]

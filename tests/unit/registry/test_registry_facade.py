@@ -73,8 +73,13 @@ def staged(data: Path) -> list[str]:
 # ----------------------------------------------------------------------- publish
 
 
-def test_publish_and_look_up(registry: Registry, adapters: Callable[[int], Path]) -> None:
+def test_publish_and_look_up(
+    registry: Registry, adapters: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
     published = push(registry, "chat", adapters(1), labels={"team": "a"})
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert caplog.text == ""
     assert published.published
     assert not published.replaced
     record = published.record
@@ -173,6 +178,7 @@ def test_validate_only(
     checked = registry.publish(upload, validate_only=True)
     assert not checked.published
     assert not checked.record.current
+    assert checked.record.etag == (registry.get("chat").etag if exists else "")
     assert len(registry) == exists
     assert len(os.listdir(data / "store" / "weights")) == exists
     assert staged(data) == []
@@ -415,6 +421,18 @@ def test_list(registry: Registry, adapters: Callable[[int], Path]) -> None:
             registry.list(limit=limit)
 
 
+def test_between_a_delete_s_two_steps(
+    registry: Registry, adapters: Callable[[int], Path]
+) -> None:
+    """The catalog has forgotten the name, the index has not yet: no spinning, no lease."""
+    ref = push(registry, "chat", adapters(1)).record.ref
+    registry._catalog.delete_name("chat")
+    for use in (registry.acquire, registry.get):
+        with pytest.raises(AdapterNotFound, match="deleted just now"):
+            use("chat")
+    assert registry.leases(ref.weights_digest) == 0
+
+
 # ------------------------------------------------------------------ leases, delete
 
 
@@ -526,6 +544,7 @@ def test_lost_content(
         with pytest.raises(AdapterNotFound):
             registry.resolve("only")
         assert registry.list() == ()
+        assert len(registry) == 1
         assert push(registry, "chat", adapters(2)).published
         assert registry.resolve("chat") == new
         assert registry.delete("chat") == (new.revision, old.revision)
@@ -543,11 +562,15 @@ def test_a_name_without_content_can_be_deleted(
         assert len(registry) == 0
 
 
-def test_another_base(data: Path, adapters: Callable[[int], Path]) -> None:
+def test_another_base(
+    data: Path, adapters: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
     with Registry.open(data, BASE) as registry:
         record = push(registry, "chat", adapters(1)).record
     other = replace(BASE, name="other", fingerprint=BaseFingerprint("9" * 64, "8" * 64))
+    assert "another base" not in caplog.text
     with Registry.open(data, other) as registry:
+        assert "1 adapters were registered for another base" in caplog.text
         for use in (registry.resolve, registry.acquire):
             with pytest.raises(BaseModelMismatch, match="push it again"):
                 use("chat")
