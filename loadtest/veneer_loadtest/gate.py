@@ -16,11 +16,18 @@ from veneer_loadtest.workload import Stream
 
 __all__ = ["Gate", "GateFailed", "check"]
 
-MEAN_BOUND: Final = 0.08
-P99_BOUND: Final = 0.5
+MEAN_BOUND: Final = 0.2
+P99_BOUND: Final = 1.0
 """Nats a token. Both sides multiply the same NF4 weights in bf16 (8 bits of
-mantissa), in another order, through 30 layers; see the figures in a result for what
-is usual. A wrong adapter, scale or position moves the mean by 0.3 and more."""
+mantissa), in another order, through all layers. Measured on SmolLM2-135M against the
+same weights in fp32: PEFT is off by 0.095 on average over prompts of random tokens
+(which are unlikely, so that errors are large) and 0.033 over greedy answers, ours by
+0.081 and 0.031; the two differ by 0.106 and 0.040, 99th percentile 0.36. The bounds
+leave twice that, since they must hold for any base."""
+
+DISTINCT: Final = 2.0
+"""A wrong adapter must move log-probabilities at least this many times further than
+the two systems differ: else the gate could not see a mix-up, and says so."""
 
 
 class GateFailed(VeneerError):
@@ -38,6 +45,8 @@ class Gate:
         tokens: teacher-forced tokens compared (prompts and answers).
         mean, p99, worst: absolute difference of log-probabilities, nats.
         mean_bound, p99_bound: what was allowed.
+        other_adapter_mean: mean absolute difference that another adapter makes, in
+            PEFT; None with one adapter.
         own_best: answers that PEFT scores best under the adapter that made them.
         smallest_margin: least lead of the own adapter over the next one, nats for
             the whole answer; below 0 where another adapter is better.
@@ -50,6 +59,7 @@ class Gate:
     worst: float
     mean_bound: float
     p99_bound: float
+    other_adapter_mean: float | None
     own_best: int
     smallest_margin: float
     answers: int
@@ -74,6 +84,7 @@ async def check(
     answered = await run_round(client, streams, tokens)
     adapters = [stream.adapter for stream in streams]
     differences: list[float] = []
+    others: list[float] = []
     margins: list[float] = []
     for stream, answer in zip(streams, answered.rows, strict=True):
         row = [*stream.prompt, *answer]
@@ -84,9 +95,13 @@ async def check(
         ours = await _server_score(client, row, stream.adapter)
         theirs = scores[stream.adapter]
         differences += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        for name, scored in scores.items():
+            if name != stream.adapter:
+                others += [abs(a - b) for a, b in zip(scored, theirs, strict=True)]
         sums = {name: sum(s[len(stream.prompt) - 1 :]) for name, s in scores.items()}
         own = sums.pop(stream.adapter)
-        margins.append(own - max(sums.values(), default=float("-inf")))
+        if sums:
+            margins.append(own - max(sums.values()))
     gate = Gate(
         tokens=len(differences),
         mean=sum(differences) / len(differences),
@@ -94,16 +109,24 @@ async def check(
         worst=max(differences),
         mean_bound=MEAN_BOUND,
         p99_bound=P99_BOUND,
-        own_best=sum(margin > 0 for margin in margins),
-        smallest_margin=min(margins),
-        answers=len(margins),
+        other_adapter_mean=sum(others) / len(others) if others else None,
+        own_best=len(streams) - sum(margin <= 0 for margin in margins),
+        smallest_margin=min(margins, default=0.0),
+        answers=len(streams),
     )
-    if gate.mean > MEAN_BOUND or gate.p99 > P99_BOUND or gate.own_best < gate.answers:
+    if not _passes(gate):
         raise GateFailed(
-            "the server does not compute what PEFT computes, so its speed means nothing: "
-            f"{gate}"
+            "the server does not compute what PEFT computes, or the adapters are too alike "
+            f"to tell, so its speed means nothing: {gate}"
         )
     return gate
+
+
+def _passes(gate: Gate) -> bool:
+    within = gate.mean <= gate.mean_bound and gate.p99 <= gate.p99_bound
+    other = gate.other_adapter_mean
+    distinct = other is None or other >= DISTINCT * gate.mean
+    return within and distinct and gate.own_best == gate.answers
 
 
 async def _server_score(client: AsyncClient, row: list[int], adapter: str) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -17,11 +16,16 @@ __all__ = ["compare_table", "gate_line", "swap_table"]
 
 def gate_line(gate: Gate) -> str:
     """What the gate saw, in one sentence."""
-    facts = asdict(gate)
+    other = (
+        ""
+        if gate.other_adapter_mean is None
+        else (f" (another adapter moves it by {gate.other_adapter_mean:.2f})")
+    )
     return (
-        "gate passed: |Δ log-probability| mean {mean:.4f} (bound {mean_bound}), p99 {p99:.3f} "
-        "(bound {p99_bound}), worst {worst:.2f} nats over {tokens} tokens; {own_best} of "
-        "{answers} answers score best under their own adapter".format(**facts)
+        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average"
+        f"{other}, bound {gate.mean_bound}; p99 {gate.p99:.2f}, bound {gate.p99_bound}; worst "
+        f"{gate.worst:.2f}; {gate.tokens} tokens. {gate.own_best} of {gate.answers} answers "
+        "score best under their own adapter."
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +97,7 @@ class FakeServer(
         self.cancelled = threading.Event()
         self.break_after: Refusal | None = None
         self.omit_end = False
+        self.on_generate: Callable[[Any], Any] | None = None
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
@@ -152,6 +153,8 @@ class FakeServer(
         if self.hold is not None:
             context.add_callback(self.cancelled.set)
             self.hold.wait()
+        if self.on_generate is not None:
+            return self.on_generate(request)
         return inference_pb2.GenerateResponse(
             request_id=request.request_id or "made-here",
             text=f"{request.adapter}>{request.prompt}",

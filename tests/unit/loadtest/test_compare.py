@@ -1,0 +1,268 @@
+"""Rounds, ratios, the gate and the peer process."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from veneer_client import AsyncClient
+from veneer_loadtest import gate, swap
+from veneer_loadtest.cli import cli
+from veneer_loadtest.compare import Level, abba, same_prefix_share
+from veneer_loadtest.peer import PeerError, PeftPeerProcess
+from veneer_loadtest.peer_messages import Generate, Score, Scored
+from veneer_loadtest.runner import Round, run_round
+from veneer_loadtest.swap import SwapOptions, WrongTier
+from veneer_loadtest.tables import compare_table, gate_line, swap_table
+from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
+from veneer_proto.v1 import inference_pb2
+
+from tests.unit.client.fake_server import FakeServer
+
+SHAPE = BaseShape("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        yield fake
+
+
+def _round(rate: float, *rows: tuple[int, ...]) -> Round:
+    return Round(
+        wall_s=100 / rate,
+        tokens=100,
+        first_token_s=(0.1,),
+        gaps_s=(0.01, 0.02),
+        client_cpu_s=0.0,
+        rows=rows,
+    )
+
+
+def test_order_is_abba() -> None:
+    order = list(abba(3))
+    assert order == ["ours", "peft", "peft", "ours", "ours", "peft"]
+    assert Counter(abba(5)) == {"ours": 5, "peft": 5}
+
+
+def test_ratio_is_of_medians_and_overlap_is_told() -> None:
+    clear = Level(8, tuple(map(_round, (90, 100, 900))), tuple(map(_round, (20, 25, 80))))
+    assert clear.ratio == pytest.approx(100 / 25)
+    assert not clear.ranges_overlap
+    touching = Level(8, tuple(map(_round, (80, 100))), tuple(map(_round, (20, 80))))
+    assert touching.ranges_overlap
+
+
+def test_same_tokens_up_to_the_first_difference() -> None:
+    assert same_prefix_share([(1, 2, 3, 4)], [(1, 2, 9, 4)]) == 0.5
+    assert same_prefix_share([(1, 2), (3, 4)], [(1, 2), (3, 4)]) == 1.0
+
+
+def test_level_as_table_and_json() -> None:
+    level = Level(2, (_round(100, (1, 2)),), (_round(50, (1, 3)),))
+    figures = level.as_json()
+    assert figures["ratio"] == pytest.approx(2)
+    assert figures["same_tokens"] == 0.5
+    assert compare_table([level]).row_count == 2
+
+
+async def test_round_over_grpc(server: FakeServer) -> None:
+    streams = [Stream(f"load-{i}", (1, 2, 3)) for i in range(4)]
+    async with AsyncClient(server.address) as client:
+        done = await run_round(client, streams, 5)
+    assert done.tokens == 4 * 5
+    assert done.rows == ((0, 1, 2, 3, 4),) * 4
+    assert len(done.first_token_s) == 4
+    assert len(done.gaps_s) == 4 * 4
+    assert all(first <= done.wall_s for first in done.first_token_s)
+    assert sorted(request.adapter for _, request in server.calls) == [
+        "load-0",
+        "load-1",
+        "load-2",
+        "load-3",
+    ]
+    for _, request in server.calls:
+        assert (request.stopping.max_tokens, request.stopping.ignore_eos) == (5, True)
+        assert request.sampling.HasField("temperature")
+        assert request.sampling.temperature == 0
+
+
+# --------------------------------------------------------------------------- gate
+
+
+class FakePeer:
+    """FAKE: a row begins with its adapter's number, and scores best under that one."""
+
+    def __init__(self, own: float = -1.0, other: float = -1.5) -> None:
+        self._own, self._other = own, other
+
+    async def score(self, call: Score) -> Scored:
+        one = self._own if call.adapter == f"load-{call.row[0]}" else self._other
+        return Scored(logprobs=[one] * (len(call.row) - 1))
+
+
+def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
+    ids = request.token_ids.ids
+    one = [inference_pb2.TokenLogprob(token_id=i, logprob=-1.0) for i in ids[1:]]
+    return inference_pb2.GenerateResponse(
+        prompt_logprobs=one, finish_reason=inference_pb2.FINISH_REASON_LENGTH
+    )
+
+
+@pytest.mark.parametrize(
+    ("peer", "passes"),
+    [
+        (FakePeer(), True),
+        (FakePeer(own=-1 - 0.9 * gate.MEAN_BOUND), True),
+        (FakePeer(own=-1 - 1.1 * gate.MEAN_BOUND), False),
+        (FakePeer(own=-1.1, other=-0.5), False),
+        (FakePeer(own=-1.1, other=-1.15), False),
+    ],
+    ids=["equal", "within", "too far", "another adapter is better", "too alike"],
+)
+async def test_gate(peer: FakePeer, passes: bool, server: FakeServer) -> None:
+    server.on_generate = _score_minus_one
+    streams = [Stream("load-0", (0, 6, 7)), Stream("load-1", (1, 9))]
+    async with AsyncClient(server.address) as client:
+        check = gate.check(client, peer, streams, 4)  # type: ignore[arg-type]
+        if passes:
+            seen = await check
+            # Three tokens of prompt and four of answer, less the first; two and four.
+            assert (seen.answers, seen.own_best, seen.tokens) == (2, 2, 6 + 5)
+            assert seen.other_adapter_mean is not None
+            assert seen.other_adapter_mean > 0.3
+            assert "gate passed" in gate_line(seen)
+        else:
+            with pytest.raises(gate.GateFailed, match="so its speed means nothing"):
+                await check
+
+
+# --------------------------------------------------------------------------- peer
+
+
+async def test_peer_that_cannot_load_says_why(tmp_path: Path) -> None:
+    peer = PeftPeerProcess(tmp_path, {}, 1, tmp_path / "peer.log")
+    with pytest.raises(PeerError, match="the PEFT peer failed"):
+        async with peer:
+            pass
+
+
+@pytest.mark.real_base
+async def test_peer_decodes_mixed_batches(base_folder: Path, tmp_path: Path) -> None:
+    shape = read_base_shape(base_folder)
+    adapters = make_adapters(tmp_path, shape, count=2, rank=4, seed=5)
+    async with PeftPeerProcess(base_folder, adapters, 1, tmp_path / "peer.log") as peer:
+        prompts = [[2000, 3000, 4000], [2000, 3000, 4000, 5000, 6000]]
+        both = await peer.generate(
+            Generate(prompts=prompts, adapters=["load-0", "load-1"], tokens=3)
+        )
+        assert [len(row) for row in both.rows] == [3, 3]
+        assert len(both.step_s) == 3
+        assert sorted(both.step_s) == both.step_s
+        assert both.step_s[-1] <= both.wall_s
+        scores = [
+            (await peer.score(Score(row=prompts[1], adapter=name))).logprobs
+            for name in ("load-0", "load-1", "load-0")
+        ]
+        assert len(scores[0]) == 4
+        assert scores[0] == scores[2]
+        assert scores[0] != scores[1]
+
+
+# --------------------------------------------------------------------------- swap
+
+
+async def test_swap_refuses_figures_from_the_wrong_tier(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    server.tier = inference_pb2.TIER_HOST  # whatever is asked for
+    options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
+    async with AsyncClient(server.address) as client:
+        with pytest.raises(WrongTier, match="larger adapter budgets"):
+            await swap.swap(client, options, tmp_path)
+    assert server.adapters == {}, "what the run published is gone"
+
+
+def test_swap_summary() -> None:
+    def samples(*ms: float) -> tuple[swap.Sample, ...]:
+        return tuple(swap.Sample(value / 1e3, 0.0) for value in ms)
+
+    outcome = swap.SwapResult(
+        {
+            "same": samples(10, 11, 90),
+            "device": samples(12),
+            "host": samples(14),
+            "disk": samples(36, 30, 31),
+            "publish": samples(50),
+        }
+    )
+    assert outcome.summary() == {
+        "first_token_ms": pytest.approx(11),
+        "device_delta_ms": pytest.approx(1),
+        "host_delta_ms": pytest.approx(3),
+        "disk_delta_ms": pytest.approx(20),
+        "publish_to_first_token_ms": pytest.approx(50),
+    }
+    assert swap_table(outcome).row_count == 5
+
+
+@pytest.mark.real_base
+def test_commands_on_the_real_server(
+    base_folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    common = ["--spawn", "--base-folder", str(base_folder), "--threads", "1"]
+    common += ["--server-flag", "--cache-dir", "--server-flag", str(cache_dir)]
+    done = CliRunner().invoke(
+        cli,
+        ["swap", *common, "--samples", "1", "--rank", "4", "--json", str(tmp_path / "s.json")],
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["kind"] == "swap"
+    assert result["cases"]["disk"]["load_ms"]["p50"] > 0
+    assert result["cases"]["device"]["load_ms"]["p50"] == 0
+    assert set(result["summary"]) >= {
+        "host_delta_ms",
+        "disk_delta_ms",
+        "publish_to_first_token_ms",
+    }
+
+    done = CliRunner().invoke(
+        cli,
+        [
+            "compare",
+            *common,
+            "--streams",
+            "1,2",
+            "--generate",
+            "2",
+            "--rank",
+            "4",
+            "--tokens",
+            "4",
+            "--prompt-tokens",
+            "8..12",
+            "--repeat",
+            "1",
+            "--json",
+            str(tmp_path / "c.json"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert result["gate"]["own_best"] == result["gate"]["answers"] == 2
+    assert [level["streams"] for level in result["levels"]] == [1, 2]
+    assert result["levels"][1]["ours"]["rounds"][0]["tokens"] == 8
+    last = done.output.strip().splitlines()[-2:]
+    assert [line.partition("=")[0] for line in last] == ["ratio_1", "ratio_2"]
+
+
+def test_error_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["swap", "--spawn", "--base-folder", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "has no config.json" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
