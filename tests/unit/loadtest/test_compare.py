@@ -117,8 +117,8 @@ def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.Ge
     ("peer", "passes"),
     [
         (FakePeer(), True),
-        (FakePeer(own=-1 - 0.9 * gate.MEAN_BOUND), True),
-        (FakePeer(own=-1 - 1.1 * gate.MEAN_BOUND), False),
+        (FakePeer(own=-1 - 0.9 * gate.MEAN_BOUND, other=-2.0), True),
+        (FakePeer(own=-1 - 1.1 * gate.MEAN_BOUND, other=-2.0), False),
         (FakePeer(own=-1.1, other=-0.5), False),
         (FakePeer(own=-1.1, other=-1.15), False),
     ],
