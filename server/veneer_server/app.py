@@ -6,10 +6,9 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +31,7 @@ from veneer_server.engine.messages import EngineConfig, EngineInfo
 from veneer_server.logs import get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.models.config import read_decoder_config
-from veneer_server.models.source import BUNDLED, BaseFolder, BaseUnavailable, resolve_base
+from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
 from veneer_server.rpc.calls import Calls, Phase
@@ -125,8 +124,16 @@ class App:
         config = self._config
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
-        base_folder = await asyncio.to_thread(resolve_without_torch, config)
+        base_folder = await asyncio.to_thread(
+            resolve_base,
+            config.base,
+            config.cache_dir,
+            progress=lambda doing: _log.info("base", doing=doing),
+        )
         decoder = read_decoder_config(base_folder.path)
+        if decoder.quantization is not None:
+            # A folder stored in 4 bits is served as it is, whatever the flag says.
+            config = self._config = replace(config, quantization=decoder.quantization)
         prompts = Prompts(base_folder.path)
         self._resources.push_async_callback(prompts.close)
         fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
@@ -282,22 +289,6 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB"
         )
-
-
-def resolve_without_torch(config: ServerConfig) -> BaseFolder:
-    """The base's folder. An import, which needs torch, happens in a process of its own."""
-    if config.base == BUNDLED and not (config.cache_dir / "bases" / BUNDLED).is_dir():
-        command = [sys.executable, "-m", "veneer_server", "model", "import", BUNDLED]
-        done = subprocess.run(
-            [*command, "--cache-dir", str(config.cache_dir)],
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-        if done.returncode:
-            raise BaseUnavailable(
-                f"the base model {BUNDLED} could not be imported; the lines above say why"
-            )
-    return resolve_base(config.base, config.cache_dir)
 
 
 def _fingerprint(folder: Path, config: ServerConfig) -> BaseFingerprint:

@@ -182,7 +182,9 @@ async def test_an_adapter_in_the_disk_tier_is_loaded_and_the_answer_says_so(
         adapters_pb2.EvictAdapterRequest(name="rank-64")
     )
     assert evicted.evicted
-    assert evicted.freed_bytes > 0
+    listed = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name="rank-64"))
+    assert evicted.freed_bytes == listed.adapter.bytes == listed.adapter.parameters * 4
+    assert listed.adapter.tier == inference_pb2.TIER_DISK
     cold = await server.generate(prompt=PROMPT, adapter="rank-64", stopping={"max_tokens": 1})
     warm = await server.generate(prompt=PROMPT, adapter="rank-64", stopping={"max_tokens": 1})
     assert cold.provenance.tier == inference_pb2.TIER_DISK

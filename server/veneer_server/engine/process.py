@@ -86,6 +86,7 @@ def build_engine(
         host_budget=config.host_adapter_bytes,
         device_budget=config.device_adapter_bytes,
         itemsize=lora_dtype.itemsize,
+        shared=device.type == "cpu",
     )
     blocks = BlockManager(num_blocks, config.block_size)
     limits = SchedulerLimits(

@@ -99,11 +99,18 @@ class _Entry:
 
 @dataclass(slots=True)
 class Residency:
-    """The state machine. ``itemsize`` is bytes of one resident number."""
+    """The state machine.
+
+    Attributes:
+        itemsize: bytes of one resident number.
+        shared: the DEVICE copy is the HOST copy (on a CPU): each tier counts it
+            against its budget, but freeing both frees its bytes once.
+    """
 
     host_budget: int
     device_budget: int
     itemsize: int
+    shared: bool = False
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _operator_wants: dict[str, None] = field(default_factory=dict)
     _clock: int = 0
@@ -302,7 +309,8 @@ class Residency:
             entry.draining = True
             return False, 0, []
         actions = self._drop_both(digest, "abort" if mode == "abort" else "admin")
-        return True, _freed(actions, entry.bytes), actions
+        copies = min(1, len(actions)) if self.shared else len(actions)
+        return True, copies * entry.bytes, actions
 
     def satisfied(self, digest: str) -> bool:
         """No operator's activation of this adapter is outstanding."""
@@ -440,10 +448,6 @@ def _evictable(entry: _Entry, tier: MemoryTier) -> bool:
         return entry.holds == 0
     # A move in flight reads the HOST copy; an operator's wish for it stands.
     return entry.device is not Presence.COMING and entry.wanted is None
-
-
-def _freed(actions: Iterable[Action], size: int) -> int:
-    return sum(size for action in actions if isinstance(action, Drop))
 
 
 def _count(digests: Iterable[str]) -> dict[str, int]:

@@ -10,12 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from veneer_registry.adapter import Projection
 from veneer_registry.errors import VeneerError
 
-__all__ = ["DecoderConfig", "UnsupportedModel", "read_decoder_config"]
+__all__ = ["DecoderConfig", "Quantization", "UnsupportedModel", "read_decoder_config"]
 
 SUPPORTED: Final = {
     "llama": "LlamaForCausalLM",
@@ -24,6 +24,8 @@ SUPPORTED: Final = {
     "qwen3": "Qwen3ForCausalLM",
 }
 """model_type -> architecture that `veneer_server.models.decoder` runs."""
+
+Quantization = Literal["nf4", "fp4", "none"]
 
 SUPPORTED_ROPE: Final = ("default", "linear", "llama3", "yarn")
 
@@ -46,6 +48,7 @@ class DecoderConfig:
         windows: for each layer, the sliding window in tokens, or None for full.
         qkv_bias, output_bias, mlp_bias: which linears carry a bias.
         qk_norm: RMSNorm on each query and key head (Qwen3).
+        quantization: of a folder that is stored in 4 bits, else None.
     """
 
     architecture: str
@@ -65,6 +68,7 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     tied_head: bool
+    quantization: Quantization | None
 
     @property
     def shapes(self) -> Mapping[Projection, tuple[int, int]]:
@@ -99,6 +103,22 @@ def _token_ids(raw: Any) -> tuple[int, ...]:
     if raw is None:
         return ()
     return tuple(int(token) for token in raw) if isinstance(raw, list) else (int(raw),)
+
+
+def _stored_quantization(raw: Mapping[str, Any], folder: Path) -> Quantization | None:
+    settings = raw.get("quantization_config")
+    if settings is None:
+        return None
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    if settings.get("quant_method") == "bitsandbytes" and settings.get("load_in_4bit"):
+        if kind == "nf4":
+            return "nf4"
+        if kind == "fp4":
+            return "fp4"
+    raise UnsupportedModel(
+        f"{folder.name} is quantized by {settings.get('quant_method')!r}; supported are "
+        "bitsandbytes 4-bit folders and unquantized ones"
+    )
 
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
@@ -166,4 +186,5 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)) if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
+        quantization=_stored_quantization(raw, folder),
     )

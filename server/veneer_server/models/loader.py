@@ -7,22 +7,19 @@ cached as an ordinary prequantized folder, so that a restart takes seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
-from veneer_server.models.config import DecoderConfig, UnsupportedModel, read_decoder_config
+from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.linear import Linear, fuse
 
 __all__ = ["DecoderWeights", "LayerWeights", "load_weights", "torch_dtype"]
-
-Quantization = Literal["nf4", "fp4", "none"]
 
 _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
@@ -98,18 +95,15 @@ def load_weights(
         UnsupportedModel: the decoder cannot run it.
     """
     config = read_decoder_config(folder)
-    model = _load_model(folder, quantization, dtype, device, cache_dir, fingerprint)
+    stored = config.quantization is not None
+    model = _load_model(folder, stored, quantization, dtype, device, cache_dir, fingerprint)
     with torch.no_grad():
         return _take_apart(model.eval(), config, dtype, device)
 
 
-def is_prequantized(folder: Path) -> bool:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "quantization_config" in raw
-
-
 def _load_model(
     folder: Path,
+    stored: bool,
     quantization: Quantization,
     dtype: torch.dtype,
     device: torch.device,
@@ -121,10 +115,7 @@ def _load_model(
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if device.type == "cuda":
         options["device_map"] = {"": device.index or 0}
-    if is_prequantized(folder):
-        _check_four_bit(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    if quantization == "none":
+    if stored or quantization == "none":
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     cached = _cache_folder(cache_dir, quantization, dtype, fingerprint)
     if cached is not None and (cached / "config.json").is_file():
@@ -142,16 +133,6 @@ def _load_model(
     if cached is not None:
         _save(model, cached)
     return model
-
-
-def _check_four_bit(folder: Path) -> None:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = raw["quantization_config"]
-    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
-        raise UnsupportedModel(
-            f"{folder.name} is quantized by {settings.get('quant_method')!r}; supported are "
-            "bitsandbytes 4-bit folders and unquantized ones"
-        )
 
 
 def _cache_folder(

@@ -71,7 +71,7 @@ class AdapterView:
             rank=manifest.max_rank,
             targets=manifest.targets,
             parameters=manifest.parameters,
-            bytes=manifest.serving_bytes,
+            bytes=manifest.parameters * self._engine.info.adapter_itemsize,
             tier=convert.tier_to_proto(self.tier(record)),
             pinned=residency is not None and residency.pinned,
             leases=self._registry.leases(ref.weights_digest),
