@@ -20,7 +20,7 @@ from veneer_client.cli.context import (
 from veneer_client.cli.show import as_json, info_rows, summary
 from veneer_client.client import Client
 from veneer_client.reflection import ReflectionClient
-from veneer_client.types import Chat, GenerateOptions, Prompt, Text
+from veneer_client.types import Chat, GenerateOptions, Prompt, ServingStatus, Text
 
 __all__ = ["cli", "main"]
 
@@ -165,6 +165,20 @@ def info(
             print(as_json(answer))
         else:
             print_rows({"server": client.address, **info_rows(answer)})
+
+
+@cli.command(epilog="Examples:\n\n  veneer health && echo ready")
+def health(
+    context: typer.Context,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Say whether the server answers generate calls now; exit status 0 if so."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        status = client.health()
+    print(status.value)
+    if status is not ServingStatus.SERVING:
+        raise typer.Exit(1)
 
 
 _CALL_EXAMPLES = """

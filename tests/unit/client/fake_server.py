@@ -99,6 +99,7 @@ class FakeServer(
         self.omit_end = False
         self.on_generate: Callable[[Any], Any] | None = None
         self._pool = ThreadPoolExecutor(8)
+        self.ready = True
         self._server = grpc.server(self._pool)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
@@ -263,6 +264,6 @@ class FakeServer(
 
     def Check(self, request, context):  # noqa: N802
         self._note("Check", request, context)
-        serving = request.service == "veneer.v1.InferenceService"
+        serving = self.ready and request.service == "veneer.v1.InferenceService"
         state = health_pb2.HealthCheckResponse
         return state(status=state.SERVING if serving else state.NOT_SERVING)

@@ -153,6 +153,13 @@ def test_adapter_commands(server: FakeServer, run: Run) -> None:
     assert server.calls[-1][1].etag == "e1"
 
 
+def test_health_is_an_exit_status(server: FakeServer, run: Run) -> None:
+    assert run("health").exit_code == 0
+    server.ready = False
+    waiting = run("health")
+    assert (waiting.exit_code, waiting.stdout.strip()) == (1, "not_serving")
+
+
 def test_info(run: Run) -> None:
     assert "fake-base" in run("info").stdout
     assert json.loads(run("info", "--json").stdout)["context_length"] == 128
