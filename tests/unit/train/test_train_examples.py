@@ -20,8 +20,8 @@ from veneer_train.recipes import chat, code
 
 ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
 NAMES = ("chat", "code")
-PROMPT = "Write a function that computes the factorial of a number."
-"""What ``make demo`` asks."""
+PROMPT = "Write a function that sorts words by length."
+"""The demo's prompt."""
 
 
 @pytest.mark.parametrize("name", NAMES)
