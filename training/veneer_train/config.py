@@ -7,18 +7,14 @@ names the key (metadata ``field``) and, for a misspelt key, the nearest one.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal
 
-import yaml
 from veneer_registry.adapter import PROJECTIONS
-from veneer_registry.errors import InvalidField
+
+from veneer_train.strict import apply_setting, bad_setting, build, read_yaml
 
 __all__ = [
     "DataConfig",
@@ -34,7 +30,6 @@ __all__ = [
 ]
 
 ALL_LINEAR: Final = "all-linear"
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +146,6 @@ class TrainConfig:
         _check(self)
 
 
-def _fail(key: str, message: str) -> InvalidField:
-    return InvalidField(f"{key}: {message}", metadata={"field": key})
-
-
 def _check(config: TrainConfig) -> None:
     """Ranges. Each line is (key, whether it holds, what to write instead)."""
     lora, data, train = config.lora, config.data, config.train
@@ -192,81 +183,14 @@ def _check(config: TrainConfig) -> None:
     )
     for key, holds, fix in rules:
         if not holds:
-            raise _fail(key, fix)
+            raise bad_setting(key, fix)
     if isinstance(lora.targets, str):
         if lora.targets != ALL_LINEAR:
-            raise _fail("lora.targets", f"write {ALL_LINEAR!r} or a list of projections")
+            raise bad_setting("lora.targets", f"write {ALL_LINEAR!r} or a list of projections")
     elif not lora.targets or not set(lora.targets) <= set(PROJECTIONS):
-        raise _fail("lora.targets", f"choose from {', '.join(PROJECTIONS)}")
+        raise bad_setting("lora.targets", f"choose from {', '.join(PROJECTIONS)}")
     elif len(set(lora.targets)) != len(lora.targets):
-        raise _fail("lora.targets", "names a projection twice")
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-
-
-def _value(kind: Any, value: object, key: str) -> object:
-    """``value`` as the annotated type ``kind``. YAML's ints may stand for floats and
-    ``2e-4``, which YAML reads as a string, for a number; nothing else is converted."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if value in choices and type(value) in {type(choice) for choice in choices}:
-            return value
-        raise _fail(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
-    if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(kind):
-            try:
-                return _value(option, value, key)
-            except InvalidField:
-                continue
-        raise _fail(key, f"{value!r} has the wrong type")
-    if origin is list:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return list(value)
-        raise _fail(key, f"must be a list of names; got {value!r}")
-    if kind is float:
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise _fail(key, f"must be a number; got {value!r}") from None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is kind:
-        return value
-    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    raise _fail(key, f"must be {wanted.get(kind, 'null')}; got {value!r}")
-
-
-def _build(cls: type[_T], raw: object, prefix: str) -> _T:
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, Mapping):
-        raise _fail(prefix.rstrip(".") or "config", f"must be a mapping; got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in fields:
-            known = [prefix + name for name in fields]
-            raise _fail(f"{prefix}{key}", f"unknown key; {_nearest(f'{prefix}{key}', known)}")
-        kind = hints[key]
-        if dataclasses.is_dataclass(kind):
-            values[key] = _build(typing.cast(type, kind), value, f"{prefix}{key}.")
-        else:
-            values[key] = _value(kind, value, f"{prefix}{key}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if name not in values and required:
-            kind = hints[name]
-            if dataclasses.is_dataclass(kind):  # let the section say which key it misses
-                values[name] = _build(typing.cast(type, kind), {}, f"{prefix}{name}.")
-            else:
-                raise _fail(f"{prefix}{name}", "is required; add it or use --set")
-    return cls(**values)
+        raise bad_setting("lora.targets", "names a projection twice")
 
 
 def parse_config(raw: object) -> TrainConfig:
@@ -275,39 +199,7 @@ def parse_config(raw: object) -> TrainConfig:
     Raises:
         InvalidField: an unknown key, a wrong type or a value out of range.
     """
-    return _build(TrainConfig, raw, "")
-
-
-def _apply(raw: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise _fail(key, f"write --set section.key=value; got {setting!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise _fail(key, f"{text!r} is not a YAML value; quote it") from None
-    section = raw
-    for part in parts[:-1]:
-        inner = section.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise _fail(key, f"{part!r} is a value, not a section")
-        section = inner
-    section[parts[-1]] = value
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML's last-wins hides mistakes)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise _fail(str(key), f"is given twice (line {line}); keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    return build(TrainConfig, raw)
 
 
 def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
@@ -316,15 +208,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
     Raises:
         InvalidField: the file cannot be read or parsed, or `parse_config` refuses it.
     """
-    try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise _fail("config", f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _fail("config", f"{path} is not YAML: {error}") from error
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise _fail("config", f"{path} must hold sections such as 'model:' and 'data:'")
+    raw = read_yaml(path)
     for setting in settings:
-        _apply(raw, setting)
+        apply_setting(raw, setting)
     return parse_config(raw)

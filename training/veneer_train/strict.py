@@ -1,0 +1,157 @@
+"""Strict settings: YAML into frozen dataclasses, with errors that name the key.
+
+Every refusal is an `InvalidField` (metadata ``field``). An unknown key is refused with
+the nearest known one, since a misspelt setting that is ignored costs a whole run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from veneer_registry.errors import InvalidField
+
+__all__ = ["apply_setting", "bad_setting", "build", "read_yaml"]
+
+_T = TypeVar("_T")
+
+
+def bad_setting(key: str, message: str) -> InvalidField:
+    """The error for ``key`` (dotted); the caller raises it."""
+    return InvalidField(f"{key}: {message}", metadata={"field": key})
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _value(kind: Any, value: object, key: str) -> object:
+    """``value`` as the annotated type ``kind``. YAML's ints may stand for floats and
+    ``2e-4``, which YAML reads as a string, for a number; nothing else is converted."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value in choices and type(value) in {type(choice) for choice in choices}:
+            return value
+        raise bad_setting(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _value(option, value, key)
+            except InvalidField:
+                continue
+        raise bad_setting(key, f"{value!r} has the wrong type")
+    if origin is list:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return list(value)
+        raise bad_setting(key, f"must be a list of names; got {value!r}")
+    if kind is float:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise bad_setting(key, f"must be a number; got {value!r}") from None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is kind:
+        return value
+    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    raise bad_setting(key, f"must be {wanted.get(kind, 'null')}; got {value!r}")
+
+
+def build(cls: type[_T], raw: object, prefix: str = "") -> _T:
+    """A ``cls`` (a dataclass, its fields typed plainly) from parsed YAML.
+
+    Raises:
+        InvalidField: an unknown or missing key, or a value of another type.
+    """
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise bad_setting(prefix.rstrip(".") or "config", f"must be a mapping; got {raw!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in fields:
+            known = [prefix + name for name in fields]
+            raise bad_setting(
+                f"{prefix}{key}", f"unknown key; {_nearest(f'{prefix}{key}', known)}"
+            )
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            values[key] = build(typing.cast(type, kind), value, f"{prefix}{key}.")
+        else:
+            values[key] = _value(kind, value, f"{prefix}{key}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in values and required:
+            kind = hints[name]
+            if dataclasses.is_dataclass(kind):  # let the section say which key it misses
+                values[name] = build(typing.cast(type, kind), {}, f"{prefix}{name}.")
+            else:
+                raise bad_setting(f"{prefix}{name}", "is required; add it or use --set")
+    return cls(**values)
+
+
+def apply_setting(raw: dict[str, Any], setting: str) -> None:
+    """Put ``section.key=value`` (the value in YAML) into ``raw``.
+
+    Raises:
+        InvalidField: it is not of that form.
+    """
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise bad_setting(key, f"write --set section.key=value; got {setting!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise bad_setting(key, f"{text!r} is not a YAML value; quote it") from None
+    section = raw
+    for part in parts[:-1]:
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise bad_setting(key, f"{part!r} is a value, not a section")
+        section = inner
+    section[parts[-1]] = value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (YAML's last-wins hides mistakes)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise bad_setting(str(key), f"is given twice (line {line}); keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections that ``path`` holds.
+
+    Raises:
+        InvalidField: it cannot be read, is not YAML, or gives a key twice.
+    """
+    try:
+        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise bad_setting("config", f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise bad_setting("config", f"{path} is not YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise bad_setting("config", f"{path} must hold sections such as 'model:' and 'data:'")
+    return raw
