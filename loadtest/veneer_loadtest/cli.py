@@ -66,6 +66,9 @@ JsonFile = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 
+_BUSY = 0.25
+"""Share of the cores in use above which a result is not to be trusted."""
+
 _out = Console(highlight=False)
 
 
@@ -102,6 +105,7 @@ def compare(
         shape = workload.read_base_shape(folder)
         used = threads or report.usable_cores()
         result: dict[str, Any] = {"kind": "compare", "conditions": report.conditions()}
+        _warn_if_busy()
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
             named = (
                 setup.find_adapters(adapters)
@@ -200,6 +204,7 @@ def swap(
             seed=seed,
         )
         result: dict[str, Any] = {"kind": "swap", "conditions": report.conditions()}
+        _warn_if_busy()
         async with setup.target(
             spawn=spawn,
             address=server,
@@ -246,6 +251,16 @@ def _adapter_bytes(options: swapping.SwapOptions) -> int:
         options.rank * (rows + columns) for rows, columns in options.base.projections().values()
     )
     return 2 * options.base.layers * per_layer
+
+
+def _warn_if_busy() -> None:
+    share = report.busy_share()
+    if share > _BUSY:
+        _out.print(
+            f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
+            "last minute: figures will be low, most of all the peer's (see peft_process)",
+            soft_wrap=True,
+        )
 
 
 def _run(work: Coroutine[Any, Any, None], debug: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,9 +69,6 @@ class PeftPeerProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=_LONGEST_LINE,
-                # As the server's engine does: with spinning barriers one busy process
-                # beside it makes a step 10 times slower, and a quiet machine gains little.
-                env={"OMP_WAIT_POLICY": "passive", **os.environ},
             )
         try:
             self.ready = await self._ask(self._setup, PeerReady)

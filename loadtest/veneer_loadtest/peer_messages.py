@@ -70,7 +70,10 @@ class Generated(Message, frozen=True):
 
 
 class Scored(Message, frozen=True):
+    """Of the row's tokens after the first, and of the likeliest token in each place."""
+
     logprobs: list[float]
+    best: list[float]
 
 
 class PeerFailed(Message, frozen=True):

@@ -6,7 +6,10 @@ the same NF4 base with double quantization and bf16 compute, bitsandbytes' packe
 4-bit weights where the CPU has them (made at the first forward in eval mode),
 SDPA attention, one padded batch with ``adapter_names``. Adapters are widened to
 fp32 on a CPU, PEFT's default: measured here, a decode step is 1.3 to 1.6 times
-faster so than with bf16 adapters. On CUDA they stay in bf16.
+faster so than with bf16 adapters. On CUDA they stay in bf16. OpenMP's threads spin
+at barriers, its default: a step is 10 to 20 % faster so than with sleeping ones on a
+quiet machine, and up to 10 times slower beside another busy process. So measure on a
+quiet machine, or the comparison is unfair to it.
 """
 
 from __future__ import annotations
@@ -116,8 +119,9 @@ class PeftPeer:
         self.model.set_adapter(call.adapter)
         ids = torch.tensor([call.row], device=self.device)
         logits = self.model(input_ids=ids).logits[0, :-1].float()
-        picked = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
-        return Scored(logprobs=picked[:, 0].tolist())
+        logprobs = logits.log_softmax(-1)
+        picked = logprobs.gather(1, ids[0, 1:, None])
+        return Scored(logprobs=picked[:, 0].tolist(), best=logprobs.amax(-1).tolist())
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["conditions", "median", "percentile", "usable_cores", "versions", "write_json"]
+__all__ = [
+    "busy_share",
+    "conditions",
+    "median",
+    "percentile",
+    "usable_cores",
+    "versions",
+    "write_json",
+]
 
 
 def usable_cores() -> int:
@@ -46,6 +54,12 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def busy_share() -> float:
+    """Load average of the last minute / cores."""
+    minute: float = psutil.getloadavg()[0]
+    return minute / usable_cores()
 
 
 def conditions() -> dict[str, object]:

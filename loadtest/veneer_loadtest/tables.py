@@ -16,16 +16,17 @@ __all__ = ["compare_table", "gate_line", "swap_table"]
 
 def gate_line(gate: Gate) -> str:
     """What the gate saw, in one sentence."""
-    other = (
-        ""
-        if gate.other_adapter_mean is None
-        else (f" (another adapter moves it by {gate.other_adapter_mean:.2f})")
+    text = (
+        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
+        f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
+        f"{gate.tokens} tokens; {gate.answers} answers miss PEFT's likeliest tokens by at most "
+        f"{gate.regret:.3f} nats a token (bound {gate.regret_bound})"
     )
+    if gate.other_adapter_mean is None or gate.other_adapter_regret is None:
+        return text
     return (
-        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average"
-        f"{other}, bound {gate.mean_bound}; p99 {gate.p99:.2f}, bound {gate.p99_bound}; worst "
-        f"{gate.worst:.2f}; {gate.tokens} tokens. {gate.own_best} of {gate.answers} answers "
-        "score best under their own adapter."
+        f"{text}; under another adapter these are {gate.other_adapter_mean:.2f} and "
+        f"{gate.other_adapter_regret:.2f}"
     )
 
 
@@ -33,7 +34,7 @@ def compare_table(levels: Sequence[Level]) -> Table:
     """Both systems at each number of streams."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("streams", justify="right")
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     for column in ("tokens/s", "range", "TTFT p50", "ITL p50", "ITL p99", "client CPU"):
         table.add_column(column, justify="right", no_wrap=True)
     for level in levels:

@@ -30,7 +30,7 @@ SCALING: Final = 2.0
 
 B_STD: Final = 0.05
 """Spread of B: large enough that each adapter's log-probabilities are its own,
-small enough that the model still writes (see the own-adapter margin in a result)."""
+small enough that the model still writes (see the gate's figures in a result)."""
 
 
 @dataclass(frozen=True, slots=True)

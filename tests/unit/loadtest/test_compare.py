@@ -97,12 +97,17 @@ async def test_round_over_grpc(server: FakeServer) -> None:
 class FakePeer:
     """FAKE: a row begins with its adapter's number, and scores best under that one."""
 
-    def __init__(self, own: float = -1.0, other: float = -1.5) -> None:
-        self._own, self._other = own, other
+    def __init__(
+        self, own: float = -1.0, other: float = -1.5, regret: float = 0.0, others: float = 0.3
+    ) -> None:
+        self._own, self._other, self._regret, self._others = own, other, regret, others
 
     async def score(self, call: Score) -> Scored:
-        one = self._own if call.adapter == f"load-{call.row[0]}" else self._other
-        return Scored(logprobs=[one] * (len(call.row) - 1))
+        mine = call.adapter == f"load-{call.row[0]}"
+        one = self._own if mine else self._other
+        best = one + (self._regret if mine else self._others)
+        tokens = len(call.row) - 1
+        return Scored(logprobs=[one] * tokens, best=[best] * tokens)
 
 
 def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
@@ -119,10 +124,12 @@ def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.Ge
         (FakePeer(), True),
         (FakePeer(own=-1 - 0.9 * gate.MEAN_BOUND, other=-2.0), True),
         (FakePeer(own=-1 - 1.1 * gate.MEAN_BOUND, other=-2.0), False),
-        (FakePeer(own=-1.1, other=-0.5), False),
         (FakePeer(own=-1.1, other=-1.15), False),
+        (FakePeer(regret=0.9 * gate.REGRET_BOUND), True),
+        (FakePeer(regret=1.1 * gate.REGRET_BOUND), False),
+        (FakePeer(regret=0.05, others=0.06), False),
     ],
-    ids=["equal", "within", "too far", "another adapter is better", "too alike"],
+    ids=["equal", "within", "too far", "too alike", "near ties", "not its own", "anyone's"],
 )
 async def test_gate(peer: FakePeer, passes: bool, server: FakeServer) -> None:
     server.on_generate = _score_minus_one
@@ -132,9 +139,8 @@ async def test_gate(peer: FakePeer, passes: bool, server: FakeServer) -> None:
         if passes:
             seen = await check
             # Three tokens of prompt and four of answer, less the first; two and four.
-            assert (seen.answers, seen.own_best, seen.tokens) == (2, 2, 6 + 5)
-            assert seen.other_adapter_mean is not None
-            assert seen.other_adapter_mean > 0.3
+            assert (seen.answers, seen.tokens) == (2, 6 + 5)
+            assert seen.other_adapter_regret == pytest.approx(0.3)
             assert "gate passed" in gate_line(seen)
         else:
             with pytest.raises(gate.GateFailed, match="so its speed means nothing"):
@@ -254,7 +260,8 @@ def test_commands_on_the_real_server(
     )
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "c.json").read_text())
-    assert result["gate"]["own_best"] == result["gate"]["answers"] == 2
+    assert result["gate"]["answers"] == 2
+    assert result["gate"]["regret"] < result["gate"]["other_adapter_regret"]
     assert [level["streams"] for level in result["levels"]] == [1, 2]
     assert result["levels"][1]["ours"]["rounds"][0]["tokens"] == 8
     last = done.output.strip().splitlines()[-2:]
