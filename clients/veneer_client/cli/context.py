@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +63,3 @@ def errors_shown(context: typer.Context, debug: bool) -> Iterator[None]:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[red]error:[/red] {escape(error.message + tail)}")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        raise typer.Exit(130) from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +37,16 @@ def test_exports() -> None:
     assert veneer_client.__all__ == sorted(veneer_client.__all__)
     for name in veneer_client.__all__:
         assert not getattr(veneer_client, name).__module__.startswith("veneer_proto"), name
+
+
+def test_base_install_is_enough() -> None:
+    """The client's own dependencies only: nothing of the server's, no torch."""
+    code = "import sys, veneer_client.cli.main, veneer_client.local; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "veneer_client" in loaded, done.stderr
+    heavy = {"torch", "transformers", "peft", "msgspec", "jinja2", "safetensors", "tokenizers"}
+    assert not loaded & (heavy | {"uvloop", "prometheus_client", "psutil", "veneer_server"})
 
 
 def _leaks(value: object) -> bool:
