@@ -26,8 +26,9 @@ base: install ## Import the bundled base model into .cache/veneer
 demo: base ## Serve the base and two adapters, answer one prompt three ways
 	@$(BIN)/python examples/demo.py
 
+# OpenMP threads that spin at barriers slow a loaded machine down several times.
 test: base ## Run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 check: install protos-check ## ruff, mypy, import-linter, buf, hadolint
 	$(BIN)/ruff check .
@@ -55,8 +56,8 @@ protos-check: protos
 bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
 
-tools: ## Install what the tests need from Debian (a C compiler for Triton and bitsandbytes is not one of them)
-	@echo "Nothing yet: the suite needs only what pip installs."
+tools: ## Install what the tests need from Debian: nothing yet, pip brings all of it
+	@echo "The suite needs nothing from Debian yet: pip brings all of it."
 
 clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

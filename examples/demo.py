@@ -25,7 +25,7 @@ from veneer_client.local import LocalServer
 
 ADAPTERS = Path(__file__).parent / "adapters"
 NAMES = ("chat", "code")
-PROMPT = "Write a function that computes the factorial of a number."
+PROMPT = "Write a function that sorts words by length."
 MAX_TOKENS = 64
 
 console = Console(highlight=False)
