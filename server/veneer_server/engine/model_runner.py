@@ -10,7 +10,7 @@ import torch
 
 from veneer_server.engine.sampler import sample, token_logprobs
 from veneer_server.engine.sequence import PlannedSequence, StepPlan, StepResult
-from veneer_server.lora.ops import Segment
+from veneer_server.lora.batch import Segment
 from veneer_server.lora.table import AdapterTable
 from veneer_server.models.arrays import Backend, StepArrays
 

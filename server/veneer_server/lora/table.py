@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from veneer_registry.adapter import LoraModule, Projection
 
-__all__ = ["AdapterTable", "Expand", "Group", "GroupViews", "Layout", "Slot"]
+__all__ = ["MEMBERS", "AdapterTable", "Expand", "Group", "GroupViews", "Layout", "Slot"]
 
 
 class Group(Enum):
@@ -43,7 +43,7 @@ class Slot:
     Attributes:
         a: A is ``run[a : a + rank * fan_in]``, shape [rank, fan_in].
         b: B is ``run[b : b + fan_out * rank]``, shape [fan_out, rank].
-        column: first column of this projection in the group's fused output.
+        member: index of this projection among its group's.
     """
 
     module: LoraModule
@@ -51,7 +51,7 @@ class Slot:
     b: int
     fan_in: int
     fan_out: int
-    column: int
+    member: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,6 @@ class Layout:
         position = 0
         for layer in range(num_layers):
             for members in MEMBERS.values():
-                columns, column = {}, 0
-                for projection in members:
-                    columns[projection] = column
-                    column += shapes[projection][0]
                 present = [by_place[layer, p] for p in members if (layer, p) in by_place]
                 starts_a, starts_b = [], []
                 for module in present:
@@ -92,7 +88,7 @@ class Layout:
                 for module, a, b in zip(present, starts_a, starts_b, strict=True):
                     fan_out, fan_in = shapes[module.projection]
                     slots.append(
-                        Slot(module, a, b, fan_in, fan_out, columns[module.projection])
+                        Slot(module, a, b, fan_in, fan_out, members.index(module.projection))
                     )
         return cls(tuple(slots), position, num_layers)
 
@@ -102,23 +98,28 @@ class Expand:
     """The second product of one projection.
 
     Attributes:
-        ranks: columns of the group's shrunk input that belong to it.
-        columns: columns of the group's output that it adds to.
+        member: index of the projection among its group's.
         b_t: [rank, fan_out], a transposed view.
     """
 
-    ranks: slice
-    columns: slice
+    member: int
     b_t: torch.Tensor
     scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class GroupViews:
-    """One group of one layer: ``a_t`` is [fan_in, sum of ranks], a transposed view."""
+    """One group of one layer.
+
+    Attributes:
+        a_t: [fan_in, sum of ranks], a transposed view.
+        expands: one for each adapted projection.
+        ranks: of each of them, in order.
+    """
 
     a_t: torch.Tensor
     expands: tuple[Expand, ...]
+    ranks: tuple[int, ...]
 
 
 class AdapterTable:
@@ -144,16 +145,14 @@ def _views(run: torch.Tensor, slots: list[Slot]) -> GroupViews:
     fan_in = slots[0].fan_in
     total = sum(slot.module.rank for slot in slots)
     a = run[slots[0].a : slots[0].a + total * fan_in].view(total, fan_in)
-    expands, rank = [], 0
+    expands = []
     for slot in slots:
         b = run[slot.b : slot.b + slot.fan_out * slot.module.rank]
         expands.append(
             Expand(
-                ranks=slice(rank, rank + slot.module.rank),
-                columns=slice(slot.column, slot.column + slot.fan_out),
+                member=slot.member,
                 b_t=b.view(slot.fan_out, slot.module.rank).t(),
                 scaling=slot.module.scaling,
             )
         )
-        rank += slot.module.rank
-    return GroupViews(a.t(), tuple(expands))
+    return GroupViews(a.t(), tuple(expands), tuple(slot.module.rank for slot in slots))

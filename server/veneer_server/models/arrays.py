@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veneer_server.lora.ops import Segment
+from veneer_server.lora.batch import Segment
 
 __all__ = ["Backend", "StepArrays"]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from veneer_server.lora.ops import apply_lora
-from veneer_server.lora.table import Group
+from veneer_server.lora.batch import LoraBatch, LoraBuffers
+from veneer_server.lora.table import MEMBERS, Group
 from veneer_server.models.arrays import StepArrays
 from veneer_server.models.attention import AttentionPlan, KvCache, attend
 from veneer_server.models.linear import Linear
 from veneer_server.models.loader import DecoderWeights, LayerWeights
+from veneer_server.models.threads import Threads
 
 __all__ = ["Decoder"]
 
@@ -35,12 +36,32 @@ class Decoder:
     ) -> None:
         self._weights = weights
         self._cache = cache
-        self._lora_dtype = lora_dtype
+        shapes = weights.config.shapes
+        self._work = {
+            group: sum(shapes[member][0] * shapes[member][1] for member in members)
+            for group, members in MEMBERS.items()
+        }
+        """Multiplications a row."""
+        self._buffers = LoraBuffers(
+            fan_in={group: shapes[members[0]][1] for group, members in MEMBERS.items()},
+            fan_out={
+                group: tuple(shapes[member][0] for member in members)
+                for group, members in MEMBERS.items()
+            },
+            dtype=lora_dtype,
+            device=weights.device,
+        )
         self._windows = frozenset(weights.config.windows)
+        self._threads = Threads(weights.device)
 
     @torch.inference_mode()
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""
+        widest = len(step.tokens) * 2 * self._weights.config.intermediate_size
+        with self._threads.step(widest):
+            return self._execute(step)
+
+    def _execute(self, step: StepArrays) -> torch.Tensor:
         weights, device = self._weights, self._weights.device
         positions = torch.from_numpy(step.positions).to(device)
         slots = torch.from_numpy(step.slots).to(device)
@@ -51,36 +72,41 @@ class Decoder:
         # [rows, 1, head_dim / 2]
         cos = (angles.cos() * weights.rotary_scale).unsqueeze(1)
         sin = (angles.sin() * weights.rotary_scale).unsqueeze(1)
+        lora = None
+        if step.segments:
+            lora = LoraBatch(step.segments, len(step.tokens), self._buffers)
         tokens = torch.from_numpy(step.tokens).to(device)
         hidden = F.embedding(tokens, weights.embedding).float()
         for index, layer in enumerate(weights.layers):
-            attended = self._attention(index, layer, hidden, step, plan, slots, cos, sin)
+            attended = self._attention(index, layer, hidden, lora, plan, slots, cos, sin)
             hidden = hidden + attended
-            hidden = hidden + self._mlp(index, layer, hidden, step)
+            hidden = hidden + self._mlp(index, layer, hidden, lora)
         rows = torch.from_numpy(step.logit_rows).to(device)
         final = self._norm(hidden.index_select(0, rows), weights.final_norm)
-        return F.linear(final.to(weights.dtype), weights.head).float()
+        with self._threads.product(len(rows) * weights.head.numel()):
+            return F.linear(final.to(weights.dtype), weights.head).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self._weights.config.rms_norm_eps)
 
     def _project(
-        self, linear: Linear, index: int, group: Group, x: torch.Tensor, step: StepArrays
+        self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
     ) -> torch.Tensor:
-        """base(x) + LoRA(x), in float32 where anything was added to it."""
-        y = linear(x.to(self._weights.dtype))
-        if not step.segments:
+        """base(x) + LoRA(x); in the adapters' dtype where a row has an adapter."""
+        rounded = x.to(self._weights.dtype)
+        with self._threads.product(len(x) * self._work[group]):
+            y = linear(rounded)
+        if lora is None:
             return y
-        y = y.to(self._lora_dtype)
-        apply_lora(step.segments, index, group, x.to(self._lora_dtype), y)
-        return y
+        with self._threads.lora(lora.rows_each):
+            return lora.add(index, group, x, y)
 
     def _attention(
         self,
         index: int,
         layer: LayerWeights,
         hidden: torch.Tensor,
-        step: StepArrays,
+        lora: LoraBatch | None,
         plan: AttentionPlan,
         slots: torch.Tensor,
         cos: torch.Tensor,
@@ -89,7 +115,7 @@ class Decoder:
         config = self._weights.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         x = self._norm(hidden, layer.input_norm)
-        qkv = self._project(layer.qkv, index, Group.QKV, x, step)
+        qkv = self._project(layer.qkv, index, Group.QKV, x, lora)
         # [rows, heads + 2 * kv_heads, head_dim]
         parts = qkv.view(-1, heads + 2 * kv_heads, dim)
         turned = parts[:, : heads + kv_heads].float()
@@ -106,14 +132,14 @@ class Decoder:
         value = parts[:, heads + kv_heads :].to(self._weights.dtype)
         self._cache.write(index, slots, key, value)
         attended = attend(plan, self._cache, index, config.windows[index], query, key, value)
-        return self._project(layer.output, index, Group.OUTPUT, attended, step)
+        return self._project(layer.output, index, Group.OUTPUT, attended, lora)
 
     def _mlp(
-        self, index: int, layer: LayerWeights, hidden: torch.Tensor, step: StepArrays
+        self, index: int, layer: LayerWeights, hidden: torch.Tensor, lora: LoraBatch | None
     ) -> torch.Tensor:
         x = self._norm(hidden, layer.post_norm)
-        gate, up = self._project(layer.gate_up, index, Group.GATE_UP, x, step).chunk(2, dim=-1)
-        return self._project(layer.down, index, Group.DOWN, F.silu(gate) * up, step)
+        gate, up = self._project(layer.gate_up, index, Group.GATE_UP, x, lora).chunk(2, dim=-1)
+        return self._project(layer.down, index, Group.DOWN, F.silu(gate) * up, lora)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
