@@ -87,7 +87,10 @@ class Decoder:
             return F.linear(final.to(weights.dtype), weights.head).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self._weights.config.rms_norm_eps)
+        # torch's own rms_norm takes 40 us on a few rows, this takes 10.
+        mean_square = x.square().mean(dim=-1, keepdim=True)
+        scale = torch.rsqrt(mean_square.add_(self._weights.config.rms_norm_eps))
+        return (x * scale).mul_(weight)
 
     def _project(
         self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
