@@ -125,6 +125,20 @@ class Server:
 
         await asyncio.wait_for(follow(), seconds)
 
+    async def metric(self, name: str) -> dict[str, float]:
+        """Samples of one metric, scraped over HTTP: labels -> value."""
+        host, port = self.metrics.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        body = (await reader.read()).decode()
+        writer.close()
+        found = {}
+        for line in body.splitlines():
+            if line.startswith((name + "{", name + " ")):
+                labels, _, value = line[len(name) :].rpartition(" ")
+                found[labels.strip("{}")] = float(value)
+        return found
+
     async def stop(self) -> int:
         """SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)

@@ -69,23 +69,8 @@ async def test_eight_adapters_and_32_streams_share_batches_and_stay_apart(
             for other in names
         }
         assert min(distances, key=lambda other: distances[other]) == name
-    seen = await metric(server, "veneer_step_adapters_bucket")
+    seen = await server.metric("veneer_step_adapters_bucket")
     assert seen['le="+Inf"'] > seen['le="4.0"'], "no step had more than 4 adapters"
-
-
-async def metric(server: Server, name: str) -> dict[str, float]:
-    """Samples of one metric: labels -> value, scraped over HTTP."""
-    host, port = server.metrics.rsplit(":", 1)
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-    body = (await reader.read()).decode()
-    writer.close()
-    found = {}
-    for line in body.splitlines():
-        if line.startswith((name + "{", name + " ")):
-            labels, _, value = line[len(name) :].rpartition(" ")
-            found[labels.strip("{}")] = float(value)
-    return found
 
 
 async def test_the_base_answers_and_says_where_it_came_from(server: Server) -> None:
@@ -163,15 +148,15 @@ async def test_ignore_eos_goes_past_the_end(server: Server) -> None:
 async def test_cancelling_frees_the_place_and_the_blocks(server: Server) -> None:
     stream = server.stream(prompt="Count: 1", stopping={"max_tokens": 4000, "ignore_eos": True})
     await stream.first()
-    assert (await metric(server, "veneer_num_requests_running"))[""] == 1
+    assert (await server.metric("veneer_num_requests_running"))[""] == 1
     stream.call.cancel()
     for _ in range(20):
         # Each answer comes from the step loop; the cancel reaches it in between.
         await server.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-1"))
-        if not (await metric(server, "veneer_num_requests_running"))[""]:
+        if not (await server.metric("veneer_num_requests_running"))[""]:
             break
-    assert (await metric(server, "veneer_num_requests_running"))[""] == 0
-    assert (await metric(server, "veneer_kv_cache_usage_ratio"))[""] == 0
+    assert (await server.metric("veneer_num_requests_running"))[""] == 0
+    assert (await server.metric("veneer_kv_cache_usage_ratio"))[""] == 0
 
 
 async def test_an_adapter_in_the_disk_tier_is_loaded_and_the_answer_says_so(
