@@ -227,6 +227,8 @@ def test_ctrl_c_ends_with_130(server: FakeServer) -> None:
         env={**os.environ, "VENEER_SERVER": server.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A suite started in the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.read(2) == b"0 ", "the answer has begun"
