@@ -1,1 +1,1 @@
-"""Veneer."""
+"""QLoRA training of adapters in the format that the server takes."""

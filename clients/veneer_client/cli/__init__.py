@@ -1,1 +1,1 @@
-"""Veneer."""
+"""The command ``veneer``."""

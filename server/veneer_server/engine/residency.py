@@ -144,10 +144,6 @@ class Residency:
         entry = self._entries.get(digest)
         return entry.bytes if entry else 0
 
-    def leases(self, digest: str) -> int:
-        entry = self._entries.get(digest)
-        return entry.leases if entry else 0
-
     # ----------------------------------------------------------- lease and hold
 
     def lease(self, source: AdapterSource) -> TierName:

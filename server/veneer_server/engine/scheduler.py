@@ -109,9 +109,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
-    def get(self, sequence_id: int) -> Sequence | None:
-        return self._by_id.get(sequence_id)
-
     def using(self, digest: str) -> list[Sequence]:
         """Sequences not ended that use this adapter."""
         return [s for s in self._by_id.values() if s.digest == digest]

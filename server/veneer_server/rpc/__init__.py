@@ -1,1 +1,1 @@
-"""Veneer."""
+"""The gRPC services; protobuf goes no further than this package."""

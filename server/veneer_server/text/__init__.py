@@ -1,1 +1,1 @@
-"""Veneer."""
+"""Text in the front process: templates, tokens, incremental detokenising."""
