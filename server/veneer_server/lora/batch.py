@@ -11,11 +11,11 @@ step's views into them are made once (`LoraBatch`), not once a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from veneer_server.lora.table import AdapterTable, Group
+from veneer_server.lora.table import AdapterTable, Group, GroupViews
 
 __all__ = ["LoraBatch", "LoraBuffers", "Segment"]
 
@@ -64,29 +64,40 @@ class LoraBuffers:
         return torch.empty(self._rows, features, dtype=self._dtype, device=self._device)
 
 
-@dataclass(slots=True)
 class _Part:
     """A segment's views in one group.
 
     Attributes:
+        views: the adapter's, by layer.
         x: [rows, fan_in].
-        y: [rows, fan_out] of each projection.
-        shrunk: ranks -> [rows, sum of ranks] and its columns by projection.
+        whole: [rows, sum of ranks], the shrunk input.
+        pairs: of each adapted projection, its columns of the output and of ``whole``.
     """
 
-    table: AdapterTable
-    x: torch.Tensor
-    y: tuple[torch.Tensor, ...]
-    shrunk: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(
-        default_factory=dict
-    )
+    __slots__ = ("_shape", "_y", "pairs", "views", "whole", "x")
 
-    def scratch(self, ranks: tuple[int, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        found = self.shrunk.get(ranks)
-        if found is None:
-            whole = self.x.new_empty(self.x.shape[0], sum(ranks))
-            found = self.shrunk[ranks] = (whole, torch.split(whole, list(ranks), dim=1))
-        return found
+    def __init__(
+        self, views: tuple[GroupViews | None, ...], x: torch.Tensor, y: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.views = views
+        self.x = x
+        self.whole = x
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._y = y
+        self._shape: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def fit(self, views: GroupViews) -> None:
+        """Scratch for a layer; most adapters have the same ranks in every layer."""
+        shape = (views.ranks, views.members)
+        if shape == self._shape:
+            return
+        self._shape = shape
+        self.whole = self.x.new_empty(self.x.shape[0], sum(views.ranks))
+        columns = torch.split(self.whole, list(views.ranks), dim=1)
+        self.pairs = [
+            (self._y[member], shrunk)
+            for member, shrunk in zip(views.members, columns, strict=True)
+        ]
 
 
 class LoraBatch:
@@ -105,15 +116,13 @@ class LoraBatch:
         self._parts = [
             [
                 _Part(
-                    s.table,
+                    s.table.views[group.value],
                     x[s.begin : s.end],
-                    torch.split(y[s.begin : s.end], list(columns), dim=1),
+                    torch.split(y[s.begin : s.end], list(buffers.fan_out[group]), dim=1),
                 )
                 for s in segments
             ]
-            for x, y, columns in zip(
-                self._x, self._y, (buffers.fan_out[group] for group in Group), strict=True
-            )
+            for group, x, y in zip(Group, self._x, self._y, strict=True)
         ]
 
     def add(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -126,12 +135,13 @@ class LoraBatch:
         self._x[group.value].copy_(x)
         total = self._y[group.value]
         total.copy_(y)
+        mm = torch.mm
         for part in self._parts[group.value]:
-            views = part.table.views[layer][group.value]
+            views = part.views[layer]
             if views is None:
                 continue
-            whole, columns = part.scratch(views.ranks)
-            torch.mm(part.x, views.a_t, out=whole)
-            for expand, shrunk in zip(views.expands, columns, strict=True):
-                part.y[expand.member].addmm_(shrunk, expand.b_t, alpha=expand.scaling)
+            part.fit(views)
+            mm(part.x, views.a_t, out=part.whole)
+            for (target, shrunk), (b_t, scaling) in zip(part.pairs, views.expands, strict=True):
+                target.addmm_(shrunk, b_t, alpha=scaling)
         return total

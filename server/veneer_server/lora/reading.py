@@ -67,9 +67,11 @@ def read_copy(
     with open_tensors(folder, manifest) as tensors:
         for pair in tensors:
             slot = places[pair.module.layer, pair.module.projection]
-            for begin, view in ((slot.a, pair.a), (slot.b, pair.b)):
-                size = view.shape[0] * view.shape[1]
-                _fill(run[begin : begin + size], view.dtype, view.data)
+            rank = slot.module.rank
+            a_t = run.as_strided((slot.fan_in, rank), (slot.a_stride, 1), slot.a)
+            _fill(a_t.t(), pair.a.dtype, pair.a.data)
+            b = run[slot.b : slot.b + slot.fan_out * rank].view(slot.fan_out, rank)
+            _fill(b, pair.b.dtype, pair.b.data)
     stage("convert")
     return HostCopy(layout, run), stages
 
@@ -80,10 +82,11 @@ def _fill(target: torch.Tensor, dtype: str, data: memoryview) -> None:
         out = target.numpy()
         if dtype == "BF16":
             # A bfloat16 is the upper half of a float32.
-            half = np.frombuffer(data, dtype="<u2")
+            half = np.frombuffer(data, dtype="<u2").reshape(out.shape)
             np.left_shift(half, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
         else:
-            out[:] = np.frombuffer(data, dtype="<f2" if dtype == "F16" else "<f4")
+            kind = "<f2" if dtype == "F16" else "<f4"
+            out[:] = np.frombuffer(data, dtype=kind).reshape(out.shape)
         return
     source = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    target.copy_(torch.frombuffer(data, dtype=source))
+    target.copy_(torch.frombuffer(data, dtype=source).view(target.shape))

@@ -142,7 +142,9 @@ class Decoder:
     ) -> torch.Tensor:
         x = self._norm(hidden, layer.post_norm)
         gate, up = self._project(layer.gate_up, index, Group.GATE_UP, x, lora).chunk(2, dim=-1)
-        return self._project(layer.down, index, Group.DOWN, F.silu(gate) * up, lora)
+        # In place: both are views of a buffer that is free once this is done.
+        activated = F.silu(gate, inplace=True).mul_(up)
+        return self._project(layer.down, index, Group.DOWN, activated, lora)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

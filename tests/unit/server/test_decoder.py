@@ -19,6 +19,7 @@ from veneer_server.models.arrays import StepArrays
 from veneer_server.models.attention import KvCache
 from veneer_server.models.config import UnsupportedModel, read_decoder_config
 from veneer_server.models.decoder import Decoder
+from veneer_server.models.linear import PackedFourBit, fuse
 from veneer_server.models.loader import load_weights
 
 # Sizes that bitsandbytes can pack: rows % 32 == 0, columns % 64 == 0.
@@ -195,6 +196,22 @@ def test_fused_four_bit_linears_are_exact(quantization: str, tmp_path: Path) -> 
         want = oracle(torch.tensor([tokens])).logits[0]
     got = decoder.execute(step([(tokens, 0, [1, 2])]))
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_the_direct_call_gives_what_the_operator_gives() -> None:
+    """Bit by bit, whatever the rows and however they lie."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(5)
+    module = bnb.nn.Linear4bit(192, 160, bias=True, quant_type="nf4")
+    linear = fuse([module.to("cpu").eval()], torch.bfloat16)
+    if not isinstance(linear, PackedFourBit):
+        pytest.skip("this CPU has no AVX512-BF16: nothing is packed")
+    assert linear.calls_library
+    for rows in (1, 2, 7, 33):
+        wide = torch.randn(rows, 200).bfloat16()
+        for x in (wide[:, :192].contiguous(), wide[:, 8:]):
+            assert torch.equal(linear(x), module(x))
 
 
 def test_a_prequantized_folder_loads_as_it_is(tmp_path: Path) -> None:
