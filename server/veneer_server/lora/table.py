@@ -2,8 +2,8 @@
 
 The decoder computes projections in four groups that share an input (q, k, v;
 o; gate, up; down). Within a group the A matrices stand side by side, transposed, so
-that one product shrinks the input for all of them; for one row that order reads
-memory up to a third faster than A as PEFT stores it. No rank, target list or number
+that one product shrinks the input for all of them. B is transposed too: on a few rows
+these products then read memory up to a third faster than as PEFT stores it. No rank, target list or number
 of adapters is fixed anywhere: the table follows the manifest.
 """
 
@@ -44,7 +44,7 @@ class Slot:
     Attributes:
         a: row i of A transposed, [fan_in, rank], begins at ``run[a + i * a_stride]``.
         a_stride: the ranks of its group, added up.
-        b: B is ``run[b : b + fan_out * rank]``, shape [fan_out, rank].
+        b: B transposed is ``run[b : b + rank * fan_out]``, shape [rank, fan_out].
         member: index of this projection among its group's.
     """
 
@@ -134,8 +134,7 @@ def _views(run: torch.Tensor, slots: list[Slot]) -> GroupViews:
     expands = []
     for slot in slots:
         b = run[slot.b : slot.b + slot.fan_out * slot.module.rank]
-        b_t = b.view(slot.fan_out, slot.module.rank).t()
-        expands.append((b_t, slot.module.scaling))
+        expands.append((b.view(slot.module.rank, slot.fan_out), slot.module.scaling))
     return GroupViews(
         a_t.view(first.fan_in, first.a_stride),
         tuple(expands),

@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["Threads"]
 
-TEAM_WORK: Final = 20_000_000
+TEAM_WORK: Final = 16_000_000
 """Multiplications from which a product is worth a team: 0.3 ms on one thread (4-bit
 weights, AVX512-BF16, Zen 4). Whole steps of 8 rows were fastest from here on, and the
 other core stays free for the front meanwhile."""
