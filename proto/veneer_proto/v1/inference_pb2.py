@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fveneer_proto/v1/inference.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa0\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12(\n\x08messages\x18\x04 \x01(\x0b\x32\x14.veneer.v1.ChatInputH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.veneer.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.veneer.v1.SamplingOptions\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.veneer.v1.StoppingOptions\x12(\n\x06output\x18\x08 \x01(\x0b\x32\x18.veneer.v1.OutputOptions\x12\x1d\n\x10use_prefix_cache\x18\t \x01(\x08H\x01\x88\x01\x01\x12\x13\n\x0bsession_key\x18\n \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x18.veneer.v1.AdapterWeightB\x07\n\x05inputB\x13\n\x11_use_prefix_cache\"5\n\tChatInput\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.veneer.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\xc4\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).veneer.v1.SamplingOptions.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"s\n\x0fStoppingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"E\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x9f\x01\n\nProvenance\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.veneer.v1.Tier\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.veneer.v1.Timings\x12\x12\n\nbase_model\x18\x06 \x01(\t\"\xc6\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa0\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.veneer.v1.FinishReason\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.veneer.v1.Usage\x12)\n\nprovenance\x18\x08 \x01(\x0b\x32\x15.veneer.v1.Provenance\"\xd9\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12-\n\x05\x66inal\x18\x06 \x01(\x0b\x32\x1e.veneer.v1.GenerateStreamFinal\"\x91\x01\n\x13GenerateStreamFinal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.veneer.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.veneer.v1.Usage\x12)\n\nprovenance\x18\x03 \x01(\x0b\x32\x15.veneer.v1.Provenance*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*\\\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_REMOTE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.veneer.v1.GenerateRequest\x1a\x1b.veneer.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.veneer.v1.GenerateRequest\x1a!.veneer.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fveneer_proto/v1/inference.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\"\xcb\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12(\n\x08messages\x18\x04 \x01(\x0b\x32\x14.veneer.v1.ChatInputH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.veneer.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.veneer.v1.SamplingOptions\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.veneer.v1.StoppingOptions\x12(\n\x06output\x18\x08 \x01(\x0b\x32\x18.veneer.v1.OutputOptions\x12\x1d\n\x10use_prefix_cache\x18\t \x01(\x08H\x01\x88\x01\x01\x12\x13\n\x0bsession_key\x18\n \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x18.veneer.v1.AdapterWeight\x12)\n\nconstraint\x18\x0c \x01(\x0b\x32\x15.veneer.v1.ConstraintB\x07\n\x05inputB\x13\n\x11_use_prefix_cache\"b\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.veneer.v1.ChoicesH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"5\n\tChatInput\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.veneer.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"0\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\xc4\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).veneer.v1.SamplingOptions.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"s\n\x0fStoppingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x42\r\n\x0b_max_tokens\"[\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\x12\x0e\n\x01n\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x04\n\x02_n\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.veneer.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x9f\x01\n\nProvenance\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.veneer.v1.Tier\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.veneer.v1.Timings\x12\x12\n\nbase_model\x18\x06 \x01(\t\"\xc6\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc3\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.veneer.v1.FinishReason\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.veneer.v1.Usage\x12)\n\nprovenance\x18\x08 \x01(\x0b\x32\x15.veneer.v1.Provenance\x12!\n\x06others\x18\t \x03(\x0b\x32\x11.veneer.v1.Sample\"\x84\x01\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.veneer.v1.FinishReason\"\x98\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.veneer.v1.TokenLogprob\x12-\n\x05\x66inal\x18\x06 \x01(\x0b\x32\x1e.veneer.v1.GenerateStreamFinal\x12\r\n\x05index\x18\x07 \x01(\r\x12.\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x17.veneer.v1.FinishReason\"\x91\x01\n\x13GenerateStreamFinal\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.veneer.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.veneer.v1.Usage\x12)\n\nprovenance\x18\x03 \x01(\x0b\x32\x15.veneer.v1.Provenance*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*\\\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_REMOTE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.veneer.v1.GenerateRequest\x1a\x1b.veneer.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.veneer.v1.GenerateRequest\x1a!.veneer.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,42 +34,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2478
-  _globals['_FINISHREASON']._serialized_end=2602
-  _globals['_TIER']._serialized_start=2604
-  _globals['_TIER']._serialized_end=2696
+  _globals['_FINISHREASON']._serialized_start=2987
+  _globals['_FINISHREASON']._serialized_end=3111
+  _globals['_TIER']._serialized_start=3113
+  _globals['_TIER']._serialized_end=3205
   _globals['_GENERATEREQUEST']._serialized_start=79
-  _globals['_GENERATEREQUEST']._serialized_end=495
-  _globals['_CHATINPUT']._serialized_start=497
-  _globals['_CHATINPUT']._serialized_end=550
-  _globals['_CHATMESSAGE']._serialized_start=552
-  _globals['_CHATMESSAGE']._serialized_end=596
-  _globals['_TOKENIDS']._serialized_start=598
-  _globals['_TOKENIDS']._serialized_end=621
-  _globals['_ADAPTERWEIGHT']._serialized_start=623
-  _globals['_ADAPTERWEIGHT']._serialized_end=671
-  _globals['_SAMPLINGOPTIONS']._serialized_start=674
-  _globals['_SAMPLINGOPTIONS']._serialized_end=1126
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=957
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1005
-  _globals['_STOPPINGOPTIONS']._serialized_start=1128
-  _globals['_STOPPINGOPTIONS']._serialized_end=1243
-  _globals['_OUTPUTOPTIONS']._serialized_start=1245
-  _globals['_OUTPUTOPTIONS']._serialized_end=1314
-  _globals['_TOKENLOGPROB']._serialized_start=1316
-  _globals['_TOKENLOGPROB']._serialized_end=1365
-  _globals['_USAGE']._serialized_start=1367
-  _globals['_USAGE']._serialized_end=1454
-  _globals['_PROVENANCE']._serialized_start=1457
-  _globals['_PROVENANCE']._serialized_end=1616
-  _globals['_TIMINGS']._serialized_start=1619
-  _globals['_TIMINGS']._serialized_end=1817
-  _globals['_GENERATERESPONSE']._serialized_start=1820
-  _globals['_GENERATERESPONSE']._serialized_end=2108
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2111
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2328
-  _globals['_GENERATESTREAMFINAL']._serialized_start=2331
-  _globals['_GENERATESTREAMFINAL']._serialized_end=2476
-  _globals['_INFERENCESERVICE']._serialized_start=2699
-  _globals['_INFERENCESERVICE']._serialized_end=2869
+  _globals['_GENERATEREQUEST']._serialized_end=538
+  _globals['_CONSTRAINT']._serialized_start=540
+  _globals['_CONSTRAINT']._serialized_end=638
+  _globals['_CHOICES']._serialized_start=640
+  _globals['_CHOICES']._serialized_end=664
+  _globals['_CHATINPUT']._serialized_start=666
+  _globals['_CHATINPUT']._serialized_end=719
+  _globals['_CHATMESSAGE']._serialized_start=721
+  _globals['_CHATMESSAGE']._serialized_end=765
+  _globals['_TOKENIDS']._serialized_start=767
+  _globals['_TOKENIDS']._serialized_end=790
+  _globals['_ADAPTERWEIGHT']._serialized_start=792
+  _globals['_ADAPTERWEIGHT']._serialized_end=840
+  _globals['_SAMPLINGOPTIONS']._serialized_start=843
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1295
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=1126
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1174
+  _globals['_STOPPINGOPTIONS']._serialized_start=1297
+  _globals['_STOPPINGOPTIONS']._serialized_end=1412
+  _globals['_OUTPUTOPTIONS']._serialized_start=1414
+  _globals['_OUTPUTOPTIONS']._serialized_end=1505
+  _globals['_TOKENLOGPROB']._serialized_start=1507
+  _globals['_TOKENLOGPROB']._serialized_end=1592
+  _globals['_TOPLOGPROB']._serialized_start=1594
+  _globals['_TOPLOGPROB']._serialized_end=1641
+  _globals['_USAGE']._serialized_start=1643
+  _globals['_USAGE']._serialized_end=1730
+  _globals['_PROVENANCE']._serialized_start=1733
+  _globals['_PROVENANCE']._serialized_end=1892
+  _globals['_TIMINGS']._serialized_start=1895
+  _globals['_TIMINGS']._serialized_end=2093
+  _globals['_GENERATERESPONSE']._serialized_start=2096
+  _globals['_GENERATERESPONSE']._serialized_end=2419
+  _globals['_SAMPLE']._serialized_start=2422
+  _globals['_SAMPLE']._serialized_end=2554
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2557
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2837
+  _globals['_GENERATESTREAMFINAL']._serialized_start=2840
+  _globals['_GENERATESTREAMFINAL']._serialized_end=2985
+  _globals['_INFERENCESERVICE']._serialized_start=3208
+  _globals['_INFERENCESERVICE']._serialized_end=3378
 # @@protoc_insertion_point(module_scope)

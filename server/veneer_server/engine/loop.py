@@ -325,6 +325,12 @@ class StepLoop:
                 if update.first and sequence.request.prompt_logprobs
                 else None
             ),
+            top_logprobs=None if update.tops is None else [update.tops],
+            prompt_top_logprobs=(
+                list(sequence.prompt_top_logprobs)
+                if update.first and sequence.prompt_top_logprobs
+                else None
+            ),
             tier=sequence.found_in if update.first else None,
             load_seconds=sequence.load_seconds if update.first else 0.0,
             queue_seconds=max(0.0, wait - sequence.load_seconds) if update.first else 0.0,

@@ -18,6 +18,7 @@ __all__ = [
     "AdapterLoaded",
     "AdapterSource",
     "Cancel",
+    "Constraint",
     "EngineConfig",
     "EngineInfo",
     "Evict",
@@ -36,6 +37,7 @@ __all__ = [
     "Submit",
     "TierName",
     "ToEngine",
+    "Tops",
     "WireError",
     "decode_from_engine",
     "decode_to_engine",
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 TierName = Literal["disk", "host", "device"]
+
+Tops = list[tuple[int, float]]
+"""The most likely tokens at one place with their log-probabilities."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -138,14 +143,43 @@ class SamplingParams(Message, frozen=True):
         temperature: 0 is greedy.
         top_k: 0 is off.
         top_p: 1 is off.
+        min_p: 0 is off.
         seed: the random stream of this request; the same seed, request and
-            batch give the same tokens.
+            logits give the same tokens.
+        repetition_penalty: of prompt and output; 1 is off.
+        presence_penalty, frequency_penalty: of the output; 0 is off.
+        logit_bias: added to the logits of these token ids.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+
+    @property
+    def needs_history(self) -> bool:
+        """Choosing a token takes the tokens before it."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class Constraint(Message, frozen=True):
+    """What the output must be; the front has checked that it compiles.
+
+    Attributes:
+        text: a JSON schema, a regular expression, or a JSON array of strings.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
 
 
 class Submit(Message, frozen=True):
@@ -156,6 +190,10 @@ class Submit(Message, frozen=True):
         prompt: token ids, at least one.
         max_tokens: most new tokens, at least 1, within the context.
         prompt_logprobs: also report the prompt's log-probabilities.
+        top_logprobs: most likely tokens to report beside each log-probability.
+        stop_token_ids: end the sequence, beside the model's own.
+        use_prefix_cache: K and V of other sequences with the same prefix may be used.
+        cache_scope: prefixes are shared only within a scope.
     """
 
     sequence: int
@@ -166,6 +204,11 @@ class Submit(Message, frozen=True):
     ignore_eos: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
+    top_logprobs: int = 0
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    constraint: Constraint | None = None
+    use_prefix_cache: bool = True
+    cache_scope: str = ""
 
 
 class Cancel(Message, frozen=True):
@@ -234,6 +277,10 @@ class SequenceOutput(Message, frozen=True):
         load_seconds: time it waited for its adapter; first output only.
         queue_seconds: other time before its first step; first output only.
         finish: set in the last output.
+        top_logprobs: for each of `tokens` the most likely tokens with their
+            log-probabilities, likeliest first, if asked for.
+        prompt_top_logprobs: the same for `prompt_logprobs`.
+        cached_tokens: prompt tokens found in the prefix cache; first output only.
     """
 
     sequence: int
@@ -244,6 +291,9 @@ class SequenceOutput(Message, frozen=True):
     load_seconds: float = 0.0
     queue_seconds: float = 0.0
     finish: Literal["stop", "length", "cancelled"] | None = None
+    top_logprobs: list[Tops] | None = None
+    prompt_top_logprobs: list[Tops] | None = None
+    cached_tokens: int = 0
 
 
 class SequenceFailed(Message, frozen=True):

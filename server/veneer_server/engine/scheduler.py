@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.messages import Tops
 from veneer_server.engine.residency import Action, Residency
 from veneer_server.engine.sequence import (
     Finish,
@@ -57,6 +58,7 @@ class Update:
         first: it is the sequence's first token.
         finish: set if the sequence has ended.
         finite: False if its logits were not finite; it has ended.
+        tops: the most likely tokens beside the new one, if asked for.
     """
 
     sequence: Sequence
@@ -65,6 +67,7 @@ class Update:
     first: bool
     finish: Finish | None
     finite: bool = True
+    tops: Tops | None = None
 
 
 class Scheduler:
@@ -221,6 +224,7 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         sequence.computed = 0
         sequence.prompt_logprobs.clear()
+        sequence.prompt_top_logprobs.clear()
         self._waiting.appendleft(sequence)
 
     def _admissible(self, now: float) -> Iterator[Sequence]:
@@ -255,12 +259,16 @@ class Scheduler:
         """Apply a step's tokens; ends sequences that stop. Sequences cancelled
         while the step ran are not in the answer."""
         updates: list[Update] = []
-        for planned, token, logprob, scores, finite in zip(
+        count = len(plan.sequences)
+        for planned, token, logprob, scores, finite, tops, score_tops, complete in zip(
             plan.sequences,
             result.tokens,
             result.logprobs,
             result.scores,
             result.finite,
+            result.tops or (None,) * count,
+            result.score_tops or ((),) * count,
+            result.complete or (False,) * count,
             strict=True,
         ):
             sequence = self._running.get(planned.sequence)
@@ -268,6 +276,7 @@ class Scheduler:
                 continue
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(scores)
+            sequence.prompt_top_logprobs.extend(score_tops)
             if not finite:
                 on_actions(self._end(sequence))
                 updates.append(Update(sequence, None, None, False, None, finite=False))
@@ -275,17 +284,21 @@ class Scheduler:
             if token is None:
                 continue
             sequence.tokens.append(token)
-            finish = self._finish(sequence, token)
-            updates.append(Update(sequence, token, logprob, sequence.generated == 1, finish))
+            finish = self._finish(sequence, token, complete)
+            first = sequence.generated == 1
+            updates.append(Update(sequence, token, logprob, first, finish, tops=tops))
             if finish is not None:
                 on_actions(self._end(sequence))
         return updates
 
-    def _finish(self, sequence: Sequence, token: int) -> Finish | None:
-        if token in self._eos and not sequence.request.ignore_eos:
+    def _finish(self, sequence: Sequence, token: int, complete: bool) -> Finish | None:
+        request = sequence.request
+        if complete or token in request.stop_token_ids:
+            return Finish.STOP
+        if token in self._eos and not request.ignore_eos:
             return Finish.STOP
         full = len(sequence.tokens) >= self.limits.context_length
-        if sequence.generated >= sequence.request.max_tokens or full:
+        if sequence.generated >= request.max_tokens or full:
             return Finish.LENGTH
         return None
 
@@ -320,4 +333,8 @@ def _planned(sequence: Sequence, count: int) -> PlannedSequence:
         logprobs=sequence.request.logprobs,
         sampling=sequence.request.sampling,
         position=len(sequence.tokens),
+        top_logprobs=sequence.request.top_logprobs,
+        history=tuple(sequence.tokens) if sequence.request.sampling.needs_history else (),
+        prompt_length=sequence.prompt_length,
+        constraint=sequence.request.constraint,
     )

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit, TierName
+from veneer_server.engine.messages import (
+    AdapterSource,
+    Constraint,
+    SamplingParams,
+    Submit,
+    TierName,
+    Tops,
+)
 
 __all__ = ["Finish", "PlannedSequence", "Sequence", "SequenceState", "StepPlan", "StepResult"]
 
@@ -53,6 +60,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[Tops] = field(default_factory=list)
     load_seconds: float = 0.0
     waiting_since: float | None = None
     admitted: float | None = None
@@ -105,6 +113,10 @@ class PlannedSequence:
         sampling: how to choose the new token.
         position: index of the token to be sampled; with the seed it names one
             random number, so a token does not depend on who shares the batch.
+        top_logprobs: most likely tokens wanted beside each log-probability.
+        history: prompt and output so far where `sampling` needs them, else empty.
+        prompt_length: where the output begins in `history`.
+        constraint: what the output must be; its state is the runner's.
     """
 
     sequence: int
@@ -117,6 +129,10 @@ class PlannedSequence:
     logprobs: bool
     sampling: SamplingParams
     position: int
+    top_logprobs: int = 0
+    history: tuple[int, ...] = ()
+    prompt_length: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +167,15 @@ class StepResult:
         logprobs: raw log-probability of each sampled token where wanted.
         scores: for each sequence the log-probabilities of ``score``.
         finite: False for a sequence whose logits had NaN or infinity.
+        tops: for each sequence the most likely tokens beside its sampled one.
+        score_tops: the same for each of ``scores``.
+        complete: True for a sequence whose constraint admits nothing more; it ends.
     """
 
     tokens: tuple[int | None, ...]
     logprobs: tuple[float | None, ...]
     scores: tuple[tuple[float, ...], ...]
     finite: tuple[bool, ...]
+    tops: tuple[Tops | None, ...] = ()
+    score_tops: tuple[tuple[Tops, ...], ...] = ()
+    complete: tuple[bool, ...] = ()

@@ -3,8 +3,8 @@
 The decoder computes projections in four groups that share an input (q, k, v;
 o; gate, up; down). Within a group the A matrices stand side by side, transposed, so
 that one product shrinks the input for all of them. B is transposed too: on a few rows
-these products then read memory up to a third faster than as PEFT stores it. No rank, target list or number
-of adapters is fixed anywhere: the table follows the manifest.
+these products then read memory up to a third faster than as PEFT stores it. No rank,
+target list or number of adapters is fixed anywhere: the table follows the manifest.
 """
 
 from __future__ import annotations

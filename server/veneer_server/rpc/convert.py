@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
@@ -15,6 +15,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField, Unimplemented
+
+from veneer_server.engine.messages import Constraint
 
 __all__ = [
     "ChatMessages",
@@ -69,6 +71,11 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,8 @@ class GenerateCall:
     Attributes:
         adapter: ``name`` or ``name@revision``; empty for the base model.
         max_tokens: None means up to the context's end.
+        n: samples for the same prompt.
+        use_prefix_cache: None means the server's default.
     """
 
     adapter: str
@@ -88,6 +97,11 @@ class GenerateCall:
     ignore_eos: bool
     logprobs: bool
     echo: bool
+    top_logprobs: int = 0
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    use_prefix_cache: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +169,10 @@ def _refuse_later(request: inference_pb2.GenerateRequest) -> None:
         _later("output.top_logprobs", "use output.logprobs")
     if request.session_key:
         _later("session_key", "name the adapter's revision")
+    if request.output.HasField("n") and request.output.n != 1:
+        _later("output.n", "send the request several times")
+    if request.HasField("constraint"):
+        _later("constraint", "ask for the form in the prompt")
     if request.adapters:
         _later("adapters", "name one adapter in `adapter`")
 
