@@ -158,9 +158,9 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
 
 def _refuse_later(request: inference_pb2.GenerateRequest) -> None:
     sampling = request.sampling
-    for field in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if sampling.HasField(field):
-            _later(f"sampling.{field}", "use temperature, top_p and top_k")
+    for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if sampling.HasField(name):
+            _later(f"sampling.{name}", "use temperature, top_p and top_k")
     if sampling.logit_bias:
         _later("sampling.logit_bias", "use temperature, top_p and top_k")
     if request.stopping.stop_token_ids:
