@@ -59,6 +59,7 @@ class Update:
         finish: set if the sequence has ended.
         finite: False if its logits were not finite; it has ended.
         tops: the most likely tokens beside the new one, if asked for.
+        failure: why its constraint could not be followed; it has ended.
     """
 
     sequence: Sequence
@@ -68,6 +69,7 @@ class Update:
     finish: Finish | None
     finite: bool = True
     tops: Tops | None = None
+    failure: str | None = None
 
 
 class Scheduler:
@@ -260,7 +262,7 @@ class Scheduler:
         while the step ran are not in the answer."""
         updates: list[Update] = []
         count = len(plan.sequences)
-        for planned, token, logprob, scores, finite, tops, score_tops, complete in zip(
+        for planned, token, logprob, scores, finite, tops, score_tops, complete, failure in zip(
             plan.sequences,
             result.tokens,
             result.logprobs,
@@ -269,6 +271,7 @@ class Scheduler:
             result.tops or (None,) * count,
             result.score_tops or ((),) * count,
             result.complete or (False,) * count,
+            result.failures or (None,) * count,
             strict=True,
         ):
             sequence = self._running.get(planned.sequence)
@@ -277,9 +280,11 @@ class Scheduler:
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(scores)
             sequence.prompt_top_logprobs.extend(score_tops)
-            if not finite:
+            if failure is not None or not finite:
                 on_actions(self._end(sequence))
-                updates.append(Update(sequence, None, None, False, None, finite=False))
+                updates.append(
+                    Update(sequence, None, None, False, None, finite=finite, failure=failure)
+                )
                 continue
             if token is None:
                 continue

@@ -170,6 +170,7 @@ class StepResult:
         tops: for each sequence the most likely tokens beside its sampled one.
         score_tops: the same for each of ``scores``.
         complete: True for a sequence whose constraint admits nothing more; it ends.
+        failures: why a sequence's constraint could not be followed, or None; it ends.
     """
 
     tokens: tuple[int | None, ...]
@@ -179,3 +180,4 @@ class StepResult:
     tops: tuple[Tops | None, ...] = ()
     score_tops: tuple[tuple[Tops, ...], ...] = ()
     complete: tuple[bool, ...] = ()
+    failures: tuple[str | None, ...] = ()
