@@ -17,10 +17,39 @@ class EvictMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVICT_MODE_DRAIN: _ClassVar[EvictMode]
     EVICT_MODE_FAIL_IF_BUSY: _ClassVar[EvictMode]
     EVICT_MODE_ABORT: _ClassVar[EvictMode]
+
+class AdapterEvent(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_EVENT_UNSPECIFIED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_RESET: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_PRESENT: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_SYNCED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_PUBLISHED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_REPLACED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_DELETED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_LOADED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_ACTIVATED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_EVICTED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_FAILED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_PINNED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_UNPINNED: _ClassVar[AdapterEvent]
 EVICT_MODE_UNSPECIFIED: EvictMode
 EVICT_MODE_DRAIN: EvictMode
 EVICT_MODE_FAIL_IF_BUSY: EvictMode
 EVICT_MODE_ABORT: EvictMode
+ADAPTER_EVENT_UNSPECIFIED: AdapterEvent
+ADAPTER_EVENT_RESET: AdapterEvent
+ADAPTER_EVENT_PRESENT: AdapterEvent
+ADAPTER_EVENT_SYNCED: AdapterEvent
+ADAPTER_EVENT_PUBLISHED: AdapterEvent
+ADAPTER_EVENT_REPLACED: AdapterEvent
+ADAPTER_EVENT_DELETED: AdapterEvent
+ADAPTER_EVENT_LOADED: AdapterEvent
+ADAPTER_EVENT_ACTIVATED: AdapterEvent
+ADAPTER_EVENT_EVICTED: AdapterEvent
+ADAPTER_EVENT_FAILED: AdapterEvent
+ADAPTER_EVENT_PINNED: AdapterEvent
+ADAPTER_EVENT_UNPINNED: AdapterEvent
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("spec", "chunk")
@@ -301,14 +330,18 @@ class WatchAdaptersRequest(_message.Message):
     def __init__(self, since_sequence: _Optional[int] = ...) -> None: ...
 
 class WatchAdaptersResponse(_message.Message):
-    __slots__ = ("sequence", "event", "adapter")
+    __slots__ = ("sequence", "event", "adapter", "time", "detail")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    event: str
+    event: AdapterEvent
     adapter: Adapter
-    def __init__(self, sequence: _Optional[int] = ..., event: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    time: _timestamp_pb2.Timestamp
+    detail: str
+    def __init__(self, sequence: _Optional[int] = ..., event: _Optional[_Union[AdapterEvent, str]] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UpdateAdapterRequest(_message.Message):
     __slots__ = ("name", "pinned", "labels")

@@ -175,14 +175,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Later: UNIMPLEMENTED.
+        """What happens to adapters, as it happens: see AdapterEvent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Pins and unpins, sets labels. Later: UNIMPLEMENTED.
+        """Pins and unpins. Labels later: UNIMPLEMENTED when set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,9 +52,9 @@ class AdapterServiceStub:
     ListAliases: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]
     """Later: UNIMPLEMENTED."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
-    """Later: UNIMPLEMENTED."""
+    """What happens to adapters, as it happens: see AdapterEvent."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
-    """Pins and unpins, sets labels. Later: UNIMPLEMENTED."""
+    """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
     GetHistory: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]
     """Later: UNIMPLEMENTED."""
 
@@ -82,9 +82,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListAliases: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]  # type: ignore[assignment]
     """Later: UNIMPLEMENTED."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
-    """Later: UNIMPLEMENTED."""
+    """What happens to adapters, as it happens: see AdapterEvent."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
-    """Pins and unpins, sets labels. Later: UNIMPLEMENTED."""
+    """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
     GetHistory: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """Later: UNIMPLEMENTED."""
 
@@ -175,7 +175,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
-        """Later: UNIMPLEMENTED."""
+        """What happens to adapters, as it happens: see AdapterEvent."""
 
     @_abc_1.abstractmethod
     def UpdateAdapter(
@@ -183,7 +183,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
-        """Pins and unpins, sets labels. Later: UNIMPLEMENTED."""
+        """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
 
     @_abc_1.abstractmethod
     def GetHistory(

@@ -29,6 +29,7 @@ from veneer_registry.errors import (
 from veneer_server.engine.messages import (
     LENGTH,
     Activate,
+    AdapterFailed,
     AdapterLoaded,
     AdapterSource,
     Cancel,
@@ -49,6 +50,7 @@ from veneer_server.engine.messages import (
     Stop,
     Submit,
     ToEngine,
+    Unpin,
     WireError,
     decode_from_engine,
     encode,
@@ -58,7 +60,7 @@ __all__ = ["EngineClient", "EngineEvent"]
 
 log = logging.getLogger(__name__)
 
-EngineEvent = StepDone | Occupancy | Residency | AdapterLoaded | Evicted
+EngineEvent = StepDone | Occupancy | Residency | AdapterLoaded | AdapterFailed | Evicted
 """What a listener (metrics) is told, in the front's event loop."""
 
 PING_SECONDS = 1.0
@@ -379,6 +381,10 @@ class EngineClient:
         """(evicted now, bytes freed); raises AdapterInUse, AdapterPinned."""
         done = await self._operate(lambda number: Evict(number, weights_digest, mode, unpin))
         return done.done, done.freed_bytes
+
+    async def unpin(self, weights_digest: str) -> None:
+        """Remove an adapter's pin; it stays in memory until room is needed."""
+        await self._operate(lambda number: Unpin(number, weights_digest))
 
     async def _operate(self, build: Callable[[int], ToEngine]) -> OperationDone:
         self._check_ready()

@@ -24,6 +24,7 @@ from veneer_registry.errors import (
 
 from veneer_server.engine.messages import (
     Activate,
+    AdapterFailed,
     AdapterLoaded,
     AdapterSource,
     Cancel,
@@ -40,6 +41,7 @@ from veneer_server.engine.messages import (
     Stop,
     Submit,
     ToEngine,
+    Unpin,
     WireError,
 )
 from veneer_server.engine.messages import Residency as ResidencyMessage
@@ -171,6 +173,10 @@ class StepLoop:
                 self._activate(message)
             case Evict():
                 self._evict(message)
+            case Unpin():
+                self._residency.unpin(message.weights_digest)
+                self._changed[message.weights_digest] = None
+                self._outgoing.append(OperationDone(message.operation))
             case Ping():
                 self._outgoing.append(Pong(message.number, self.steps))
             case Arrived():
@@ -234,9 +240,7 @@ class StepLoop:
                 "pinned adapters leave no room for this one; evict one with unpin, or start "
                 "the server with larger adapter budgets"
             )
-            self._fail_sequences(digest, error)
-            self._fail_operations(digest, error)
-            self._residency.failed(digest)
+            self._fail_adapter(digest, error)
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -257,9 +261,7 @@ class StepLoop:
         self._changed[digest] = None
         if message.error is not None:
             log.warning("adapter %s failed to load: %s", digest[:12], message.error)
-            self._fail_operations(digest, message.error)
-            self._fail_sequences(digest, message.error)
-            self._residency.failed(digest)
+            self._fail_adapter(digest, message.error)
             return
         self._memory.admit(message)
         if message.tier == "host":
@@ -273,6 +275,13 @@ class StepLoop:
         if self._residency.satisfied(digest):
             for operation in self._operations.pop(digest, []):
                 self._outgoing.append(OperationDone(operation))
+
+    def _fail_adapter(self, digest: str, error: VeneerError) -> None:
+        """It cannot be brought into memory: end all that waits for it."""
+        self._fail_operations(digest, error)
+        self._fail_sequences(digest, error)
+        self._residency.failed(digest)
+        self._outgoing.append(AdapterFailed(digest, wire_error(error)))
 
     def _fail_sequences(self, digest: str, error: VeneerError) -> None:
         for sequence in self._scheduler.using(digest):

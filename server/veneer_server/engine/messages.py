@@ -15,6 +15,7 @@ import msgspec
 
 __all__ = [
     "Activate",
+    "AdapterFailed",
     "AdapterLoaded",
     "AdapterSource",
     "Cancel",
@@ -38,6 +39,7 @@ __all__ = [
     "TierName",
     "ToEngine",
     "Tops",
+    "Unpin",
     "WireError",
     "decode_from_engine",
     "decode_to_engine",
@@ -240,6 +242,13 @@ class Evict(Message, frozen=True):
     unpin: bool = False
 
 
+class Unpin(Message, frozen=True):
+    """Remove an adapter's pin, free nothing; answered by `OperationDone`."""
+
+    operation: int
+    weights_digest: str
+
+
 class Ping(Message, frozen=True):
     """Answered by the step loop itself, so an answer proves that it advances."""
 
@@ -250,7 +259,7 @@ class Stop(Message, frozen=True):
     """End the engine process; the front has drained it."""
 
 
-ToEngine = Submit | Cancel | Activate | Evict | Ping | Stop
+ToEngine = Submit | Cancel | Activate | Evict | Unpin | Ping | Stop
 
 
 # ------------------------------------------------------------ engine to front
@@ -377,8 +386,15 @@ class Evicted(Message, frozen=True):
     cause: Literal["capacity", "admin", "abort"]
 
 
+class AdapterFailed(Message, frozen=True):
+    """An adapter could not be brought into memory; what waited for it has its own error."""
+
+    weights_digest: str
+    error: WireError
+
+
 class OperationDone(Message, frozen=True):
-    """Answer to `Activate` or `Evict`.
+    """Answer to `Activate`, `Evict` or `Unpin`.
 
     ``done`` is False where a drain still waits for running sequences.
     """
@@ -404,6 +420,7 @@ FromEngine = (
     | Occupancy
     | Residency
     | AdapterLoaded
+    | AdapterFailed
     | Evicted
     | OperationDone
     | Pong

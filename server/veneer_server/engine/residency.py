@@ -308,6 +308,13 @@ class Residency:
         copies = min(1, len(actions)) if self.shared else len(actions)
         return True, copies * entry.bytes, actions
 
+    def unpin(self, digest: str) -> None:
+        """Remove the operator's flag, if set; the adapter stays until room is needed."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.pinned = None
+            self._forget_if_idle(digest)
+
     def satisfied(self, digest: str) -> bool:
         """No operator's activation of this adapter is outstanding."""
         return digest not in self._operator_wants
