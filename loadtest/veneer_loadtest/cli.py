@@ -1,32 +1,43 @@
-"""The command ``veneer-loadtest``: compare, swap."""
+"""The command ``veneer-loadtest``: compare, swap, prefix."""
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
 import tempfile
-import traceback
-from collections.abc import Coroutine, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from veneer_client import AsyncClient, VeneerError
+from veneer_client import AsyncClient
 
 from veneer_loadtest import compare as comparing
+from veneer_loadtest import prefix as prefixes
 from veneer_loadtest import report, setup, workload
 from veneer_loadtest import swap as swapping
+from veneer_loadtest.cli_common import (
+    OUT,
+    PACKAGES,
+    BaseFolder,
+    Debug,
+    JsonFile,
+    Rank,
+    Seed,
+    Server,
+    ServerFlag,
+    Spawn,
+    Threads,
+    finish,
+    warn_if_busy,
+)
+from veneer_loadtest.cli_common import run as run_command
 from veneer_loadtest.peer import PeftPeerProcess
-from veneer_loadtest.tables import compare_table, gate_line, swap_table
+from veneer_loadtest.tables import compare_table, gate_line, prefix_table, swap_table
 
 __all__ = ["cli", "main"]
-
-_PACKAGES = ("veneer", "grpcio", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 cli = typer.Typer(
     help="Measure a Veneer server, and peers beside it.",
@@ -46,30 +57,6 @@ class Peer(Enum):
     """Systems that `compare` can run beside a server."""
 
     PEFT = "peft"
-
-
-Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server for this run.")]
-Server = Annotated[
-    str | None, typer.Option("--server", metavar="HOST:PORT", help="Use a running one.")
-]
-BaseFolder = Annotated[
-    Path | None, typer.Option(help="Hugging Face folder of the base; else the bundled one.")
-]
-Threads = Annotated[int, typer.Option(help="Of each system; 0: one for each usable core.")]
-ServerFlag = Annotated[
-    list[str] | None, typer.Option(help="A flag for the spawned server; repeatable.")
-]
-Rank = Annotated[int, typer.Option(help="Of the synthetic adapters.", min=1)]
-Seed = Annotated[int, typer.Option(help="Of adapters and prompts.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
-
-_BUSY = 0.25
-"""Share of the cores in use above which a result is not to be trusted."""
-
-_out = Console(highlight=False)
 
 
 @cli.command(
@@ -98,14 +85,14 @@ def compare(
 ) -> None:
     """Tokens/s and latencies beside PEFT: same base, adapters, prompts and threads."""
 
-    async def run() -> None:
+    async def work() -> None:
         levels = setup.parse_streams(streams)
         lengths = setup.parse_range(prompt_tokens)
         folder = setup.find_base_folder(base_folder)
         shape = workload.read_base_shape(folder)
         used = threads or report.usable_cores()
         result: dict[str, Any] = {"kind": "compare", "conditions": report.conditions()}
-        _warn_if_busy()
+        warn_if_busy()
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
             named = (
                 setup.find_adapters(adapters)
@@ -123,9 +110,7 @@ def compare(
                 repeat=repeat,
                 seed=seed,
             )
-            _out.print(
-                f"seed {seed}; {len(named)} adapters; starting both systems", style="dim"
-            )
+            OUT.print(f"seed {seed}; {len(named)} adapters; starting both systems", style="dim")
             async with (
                 setup.target(
                     spawn=spawn,
@@ -140,16 +125,16 @@ def compare(
                     await ours.client.push(path, name, activate=True, allow_replace=True)
                 info = await ours.client.info()
                 gate = await comparing.check(ours.client, theirs, options)
-                _out.print(gate_line(gate), soft_wrap=True)
+                OUT.print(gate_line(gate), soft_wrap=True)
                 measured = []
                 for count in levels:
                     measured.append(
                         await comparing.measure(ours.client, theirs, options, count)
                     )
-                    _out.print(f"{count} streams: {measured[-1].ratio:.2f} x PEFT", style="dim")
+                    OUT.print(f"{count} streams: {measured[-1].ratio:.2f} x PEFT", style="dim")
                 result |= {
                     "device": {"server": info.device, "peer": theirs.ready.device},
-                    "versions": {**report.versions(_PACKAGES), **theirs.ready.versions},
+                    "versions": {**report.versions(PACKAGES), **theirs.ready.versions},
                     "commands": {
                         "server": ours.command,
                         "peer": "python -m veneer_loadtest.peft_process",
@@ -168,10 +153,10 @@ def compare(
                     "levels": [level.as_json() for level in measured],
                     "summary": {f"ratio_{level.streams}": level.ratio for level in measured},
                 }
-        _out.print(compare_table(measured))
-        _finish(result, json_file)
+        OUT.print(compare_table(measured))
+        finish(result, json_file)
 
-    _run(run(), debug)
+    run_command(work(), debug)
 
 
 @cli.command(
@@ -193,7 +178,7 @@ def swap(
 ) -> None:
     """What a change of adapter costs, by the tier that holds the next one."""
 
-    async def run() -> None:
+    async def work() -> None:
         folder = setup.find_base_folder(base_folder)
         used = threads or report.usable_cores()
         options = swapping.SwapOptions(
@@ -204,7 +189,7 @@ def swap(
             seed=seed,
         )
         result: dict[str, Any] = {"kind": "swap", "conditions": report.conditions()}
-        _warn_if_busy()
+        warn_if_busy()
         async with setup.target(
             spawn=spawn,
             address=server,
@@ -216,7 +201,7 @@ def swap(
             outcome = await _swap(ours.client, options)
             result |= {
                 "device": {"server": info.device},
-                "versions": report.versions(_PACKAGES),
+                "versions": report.versions(PACKAGES),
                 "commands": {"server": ours.command},
                 "workload": {
                     "rank": rank,
@@ -229,14 +214,101 @@ def swap(
                 "cases": outcome.as_json(),
                 "summary": outcome.summary(),
             }
-        _out.print(swap_table(outcome))
-        _finish(result, json_file)
+        OUT.print(swap_table(outcome))
+        finish(result, json_file)
 
-    _run(run(), debug)
+    run_command(work(), debug)
+
+
+@cli.command(
+    epilog="Examples:\n\n  veneer-loadtest prefix --spawn\n\n"
+    "  veneer-loadtest prefix --spawn --shared 1024 --streams 1,8 --json prefix.json"
+)
+def prefix(
+    spawn: Spawn = False,
+    server: Server = None,
+    streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8",
+    generate: Annotated[int, typer.Option(help="Synthetic adapters; 0: the base.")] = 8,
+    rank: Rank = 16,
+    shared: Annotated[int, typer.Option(help="Tokens of the common beginning.", min=1)] = 512,
+    own: Annotated[int, typer.Option(help="Tokens of each request's ending.", min=1)] = 16,
+    tokens: Annotated[int, typer.Option(help="New tokens of each stream.", min=2)] = 32,
+    repeat: Annotated[int, typer.Option(help="Rounds with and without.", min=1)] = 4,
+    base_folder: BaseFolder = None,
+    threads: Threads = 0,
+    server_flag: ServerFlag = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What the prefix cache gains where prompts begin alike."""
+
+    async def work() -> None:
+        levels = setup.parse_streams(streams)
+        folder = setup.find_base_folder(base_folder)
+        shape = workload.read_base_shape(folder)
+        used = threads or report.usable_cores()
+        result: dict[str, Any] = {"kind": "prefix", "conditions": report.conditions()}
+        warn_if_busy()
+        with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
+            named = workload.make_adapters(
+                Path(scratch), shape, count=generate, rank=rank, seed=seed
+            )
+            async with setup.target(
+                spawn=spawn,
+                address=server,
+                base_folder=folder,
+                threads=used,
+                flags=server_flag or (),
+            ) as ours:
+                for name, path in named.items():
+                    await ours.client.push(path, name, activate=True, allow_replace=True)
+                options = prefixes.PrefixOptions(
+                    adapters=tuple(named) or ("",),
+                    vocab=shape.vocab,
+                    shared=shared,
+                    own=own,
+                    tokens=tokens,
+                    repeat=repeat,
+                    seed=seed,
+                )
+                info = await ours.client.info()
+                OUT.print(f"seed {seed}; {len(named)} adapters", style="dim")
+                measured = [
+                    await prefixes.measure(ours.client, options, count) for count in levels
+                ]
+                result |= {
+                    "device": {"server": info.device},
+                    "versions": report.versions(PACKAGES),
+                    "commands": {"server": ours.command},
+                    "workload": {
+                        "adapters": len(named),
+                        "rank": rank,
+                        "shared": shared,
+                        "own": own,
+                        "tokens": tokens,
+                        "repeat": repeat,
+                        "threads": used,
+                        "seed": seed,
+                    },
+                    "levels": [level.as_json() for level in measured],
+                    "summary": {
+                        key: value
+                        for level in measured
+                        for key, value in (
+                            (f"first_token_gain_{level.streams}", level.first_token_gain),
+                            (f"throughput_gain_{level.streams}", level.throughput_gain),
+                        )
+                    },
+                }
+        OUT.print(prefix_table(measured))
+        finish(result, json_file)
+
+    run_command(work(), debug)
 
 
 async def _swap(client: AsyncClient, options: swapping.SwapOptions) -> swapping.SwapResult:
-    _out.print(f"seed {options.seed}", style="dim")
+    OUT.print(f"seed {options.seed}", style="dim")
     progress = Progress(console=Console(stderr=True), transient=True)
     with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch, progress:
         task = progress.add_task("swapping", total=options.samples)
@@ -251,39 +323,6 @@ def _adapter_bytes(options: swapping.SwapOptions) -> int:
         options.rank * (rows + columns) for rows, columns in options.base.projections().values()
     )
     return 2 * options.base.layers * per_layer
-
-
-def _warn_if_busy() -> None:
-    share = report.busy_share()
-    if share > _BUSY:
-        _out.print(
-            f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
-            "last minute: figures will be low, most of all the peer's (see peft_process)",
-            soft_wrap=True,
-        )
-
-
-def _run(work: Coroutine[Any, Any, None], debug: bool) -> None:
-    """Run a command; a `VeneerError` becomes one line and exit status 1."""
-    try:
-        asyncio.run(work)
-    except* VeneerError as group:
-        if debug:
-            traceback.print_exc()
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from None
-
-
-def _finish(result: Mapping[str, Any], json_file: Path | None) -> None:
-    if json_file is not None:
-        report.write_json(json_file, result)
-        _out.print(f"wrote {escape(str(json_file))}", style="dim")
-    for key, value in result["summary"].items():
-        print(f"{key}={value:.2f}")
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class Round:
         gaps_s: time between tokens, all streams together.
         client_cpu_s: CPU time of the load generator itself (0 for a peer without one).
         rows: the new tokens of each stream.
+        cached_prompt_tokens: prompt tokens found in the prefix cache, all streams.
     """
 
     wall_s: float
@@ -48,6 +49,7 @@ class Round:
     gaps_s: tuple[float, ...]
     client_cpu_s: float
     rows: tuple[tuple[int, ...], ...]
+    cached_prompt_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -55,8 +57,13 @@ class Round:
         return self.tokens / self.wall_s
 
 
-async def run_stream(client: AsyncClient, stream: Stream, tokens: int) -> StreamRun:
+async def run_stream(
+    client: AsyncClient, stream: Stream, tokens: int, *, use_prefix_cache: bool = False
+) -> StreamRun:
     """One greedy stream of exactly ``tokens`` new tokens.
+
+    The prefix cache is off unless asked for: rounds repeat prompts, and a peer
+    computes them anew each time.
 
     Raises:
         VeneerError: the call failed.
@@ -70,6 +77,7 @@ async def run_stream(client: AsyncClient, stream: Stream, tokens: int) -> Stream
         max_tokens=tokens,
         temperature=0.0,
         ignore_eos=True,
+        use_prefix_cache=use_prefix_cache,
     ) as call:
         async for chunk in call:
             now = time.perf_counter() - start
@@ -78,7 +86,13 @@ async def run_stream(client: AsyncClient, stream: Stream, tokens: int) -> Stream
         return StreamRun(tuple(ids), tuple(arrivals), call.final)
 
 
-async def run_round(client: AsyncClient, streams: Sequence[Stream], tokens: int) -> Round:
+async def run_round(
+    client: AsyncClient,
+    streams: Sequence[Stream],
+    tokens: int,
+    *,
+    use_prefix_cache: bool = False,
+) -> Round:
     """All streams at once, one call each; returns when the last has ended.
 
     Raises:
@@ -86,7 +100,12 @@ async def run_round(client: AsyncClient, streams: Sequence[Stream], tokens: int)
     """
     cpu, start = time.process_time(), time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(run_stream(client, stream, tokens)) for stream in streams]
+        tasks = [
+            group.create_task(
+                run_stream(client, stream, tokens, use_prefix_cache=use_prefix_cache)
+            )
+            for stream in streams
+        ]
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
     runs = [task.result() for task in tasks]
     return Round(
@@ -100,4 +119,5 @@ async def run_round(client: AsyncClient, streams: Sequence[Stream], tokens: int)
         ),
         client_cpu_s=cpu_s,
         rows=tuple(run.token_ids for run in runs),
+        cached_prompt_tokens=sum(run.end.usage.cached_prompt_tokens for run in runs),
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
+from veneer_loadtest import prefix
 from veneer_loadtest.compare import Level
 from veneer_loadtest.gate import Gate
 from veneer_loadtest.swap import SwapResult
 
-__all__ = ["compare_table", "gate_line", "swap_table"]
+__all__ = ["compare_table", "gate_line", "prefix_table", "swap_table"]
 
 
 def gate_line(gate: Gate) -> str:
@@ -55,6 +56,28 @@ def compare_table(levels: Sequence[Level]) -> Table:
                 f"{gaps['p50']:.1f} ms",
                 f"{gaps['p99']:.1f} ms",
                 f"{own['client_cpu_share']:.0%}" if system == "ours" else "",
+            )
+    return table
+
+
+def prefix_table(levels: Sequence[prefix.Level]) -> Table:
+    """Without and with the prefix cache at each number of streams."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("streams", justify="right")
+    table.add_column("prefix cache")
+    for column in ("cached", "TTFT p50", "range", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for level in levels:
+        figures: Any = level.as_json()
+        for key in ("off", "on"):
+            first, rate = figures[key]["first_token_ms"], figures[key]["tokens_per_s"]
+            table.add_row(
+                str(level.streams),
+                key,
+                f"{level.cached_share:.0%}" if key == "on" else "0%",
+                f"{first['p50']:.0f} ms",
+                f"{first['low']:.0f}-{first['high']:.0f}",
+                f"{rate['p50']:.1f}",
             )
     return table
 

@@ -1,0 +1,101 @@
+"""What the commands share: options, the warning of a busy machine, errors, results."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from veneer_client import VeneerError
+
+from veneer_loadtest import report
+
+__all__ = [
+    "OUT",
+    "PACKAGES",
+    "BaseFolder",
+    "Debug",
+    "JsonFile",
+    "Rank",
+    "Seed",
+    "Server",
+    "ServerFlag",
+    "Spawn",
+    "Threads",
+    "finish",
+    "run",
+    "warn_if_busy",
+]
+
+PACKAGES: Final = (
+    "veneer",
+    "grpcio",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+)
+
+Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server for this run.")]
+Server = Annotated[
+    str | None, typer.Option("--server", metavar="HOST:PORT", help="Use a running one.")
+]
+BaseFolder = Annotated[
+    Path | None, typer.Option(help="Hugging Face folder of the base; else the bundled one.")
+]
+Threads = Annotated[int, typer.Option(help="Of each system; 0: one for each usable core.")]
+ServerFlag = Annotated[
+    list[str] | None, typer.Option(help="A flag for the spawned server; repeatable.")
+]
+Rank = Annotated[int, typer.Option(help="Of the synthetic adapters.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of adapters and prompts.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+
+_BUSY: Final = 0.25
+"""Share of the cores in use above which a result is not to be trusted."""
+
+OUT: Final = Console(highlight=False)
+
+
+def warn_if_busy() -> None:
+    """Say so where other work will spoil the figures."""
+    share = report.busy_share()
+    if share > _BUSY:
+        OUT.print(
+            f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
+            "last minute: figures will be low, most of all the peer's (see peft_process)",
+            soft_wrap=True,
+        )
+
+
+def run(work: Coroutine[Any, Any, None], debug: bool) -> None:
+    """Run a command; a `VeneerError` becomes one line and exit status 1."""
+    try:
+        asyncio.run(work)
+    except* VeneerError as group:
+        if debug:
+            traceback.print_exc()
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from None
+
+
+def finish(result: Mapping[str, Any], json_file: Path | None) -> None:
+    """Write the result, and its summary as ``key=value`` lines."""
+    if json_file is not None:
+        report.write_json(json_file, result)
+        OUT.print(f"wrote {escape(str(json_file))}", style="dim")
+    for key, value in result["summary"].items():
+        print(f"{key}={value:.2f}")

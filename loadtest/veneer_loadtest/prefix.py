@@ -1,0 +1,144 @@
+"""What the prefix cache gains: prompts with a long common beginning, cache on and off.
+
+Every adapter has a prefix of its own (K and V depend on the adapter, so adapters share
+nothing); each round sends new endings after it. Rounds alternate off, on, on, off, so
+that a machine that drifts harms both alike.
+
+A result file holds:
+
+- ``kind``: ``"prefix"``
+- ``conditions``, ``versions``, ``device``, ``commands``, ``workload``: as in `compare`
+- ``levels``: for each number of streams ``off`` and ``on``: ``first_token_ms`` {p50, low,
+  high} and ``tokens_per_s`` (the same, over rounds), and ``cached_share`` of prompt tokens
+- ``summary``: ``first_token_gain_N`` and ``throughput_gain_N`` (ratios of medians; more
+  than 1 is better with the cache)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from veneer_client import AsyncClient
+
+from veneer_loadtest.report import median
+from veneer_loadtest.runner import Round, run_round
+from veneer_loadtest.workload import Stream, make_streams
+
+__all__ = ["Level", "PrefixOptions", "measure"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixOptions:
+    """What `measure` sends.
+
+    Attributes:
+        adapters: names, or one empty name for the base model.
+        shared, own: tokens of the common beginning and of each request's ending.
+        repeat: pairs of rounds, with and without the cache.
+    """
+
+    adapters: tuple[str, ...]
+    vocab: int
+    shared: int
+    own: int
+    tokens: int
+    repeat: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Rounds of one number of streams; a ``share`` is of prompt tokens."""
+
+    streams: int
+    off: tuple[Round, ...]
+    on: tuple[Round, ...]
+    cached_share: float
+
+    @property
+    def first_token_gain(self) -> float:
+        """Median first token without the cache over that with it."""
+        return _first_token(self.off) / _first_token(self.on)
+
+    @property
+    def throughput_gain(self) -> float:
+        """Tokens a second with the cache over those without."""
+        return _speed(self.on) / _speed(self.off)
+
+    def as_json(self) -> dict[str, object]:
+        """One of the ``levels`` of a result file."""
+        return {
+            "streams": self.streams,
+            "off": _numbers(self.off),
+            "on": _numbers(self.on),
+            "cached_share": self.cached_share,
+        }
+
+
+def _first_token(rounds: tuple[Round, ...]) -> float:
+    return median([s for r in rounds for s in r.first_token_s])
+
+
+def _speed(rounds: tuple[Round, ...]) -> float:
+    return median([r.tokens_per_s for r in rounds])
+
+
+def _numbers(rounds: tuple[Round, ...]) -> dict[str, dict[str, float]]:
+    firsts = [s * 1e3 for r in rounds for s in r.first_token_s]
+    speeds = [r.tokens_per_s for r in rounds]
+    return {
+        name: {"p50": median(values), "low": min(values), "high": max(values)}
+        for name, values in (("first_token_ms", firsts), ("tokens_per_s", speeds))
+    }
+
+
+async def measure(
+    client: AsyncClient,
+    options: PrefixOptions,
+    streams: int,
+    on_round: Callable[[], None] = lambda: None,
+) -> Level:
+    """Rounds of ``streams`` requests at once, cache off, on, on, off, and so on.
+
+    Raises:
+        VeneerError: a call failed.
+    """
+    prefixes = _prefixes(options)
+    # Fills the cache, and warms the server up for both.
+    for name, prefix in prefixes.items():
+        await run_round(client, (Stream(name, prefix),), 1, use_prefix_cache=True)
+    rounds: dict[bool, list[Round]] = {False: [], True: []}
+    for number in range(2 * options.repeat):
+        cached = number % 4 in (1, 2)
+        sent = _requests(options, prefixes, streams, number)
+        rounds[cached].append(
+            await run_round(client, sent, options.tokens, use_prefix_cache=cached)
+        )
+        on_round()
+    hits = sum(r.cached_prompt_tokens for r in rounds[True])
+    asked = options.repeat * streams * (options.shared + options.own)
+    return Level(streams, tuple(rounds[False]), tuple(rounds[True]), hits / asked)
+
+
+def _prefixes(options: PrefixOptions) -> dict[str, tuple[int, ...]]:
+    rng = np.random.default_rng(options.seed)
+    first = min(1000, options.vocab // 2)
+    return {
+        name: tuple(int(t) for t in rng.integers(first, options.vocab, options.shared))
+        for name in options.adapters
+    }
+
+
+def _requests(
+    options: PrefixOptions, prefixes: dict[str, tuple[int, ...]], streams: int, number: int
+) -> tuple[Stream, ...]:
+    endings = make_streams(
+        options.adapters,
+        count=streams,
+        prompt_tokens=(options.own, options.own),
+        vocab=options.vocab,
+        seed=options.seed * 10_000 + 100 * streams + number,
+    )
+    return tuple(Stream(s.adapter, prefixes[s.adapter] + s.prompt) for s in endings)
