@@ -66,6 +66,8 @@ class Index:
         # Both keyed by digest as well as by revision: 64 hex digits of SHA-256 over
         # differently tagged documents, which do not collide.
         self._references: Counter[str] = Counter()
+        # Counted: while a name's entry is replaced, a revision stands in both.
+        self._by_weights: dict[str, Counter[AdapterRef]] = {}
         self._leases: Counter[str] = Counter()
         self._garbage: set[AdapterRef] = set()
 
@@ -110,6 +112,12 @@ class Index:
         """Leases on a weights digest or a revision."""
         with self._lock:
             return self._leases[digest]
+
+    def holding(self, weights_digest: str) -> tuple[AdapterRef, ...]:
+        """All revisions, of any name, that have these weights; by name and revision."""
+        with self._lock:
+            held = self._by_weights.get(weights_digest, ())
+            return tuple(sorted(held, key=lambda ref: (ref.name, ref.revision)))
 
     def entry(self, name: str) -> Entry | None:
         """The entry of a plain name, or None."""
@@ -217,6 +225,12 @@ class Index:
                 self._references[key] += by
                 if not self._references[key]:
                     del self._references[key]
+            held = self._by_weights.setdefault(ref.weights_digest, Counter())
+            held[ref] += by
+            if not held[ref]:
+                del held[ref]
+            if not held:
+                del self._by_weights[ref.weights_digest]
 
     def _drop(self, old: Entry | None) -> None:
         if old is not None:

@@ -364,6 +364,12 @@ class Registry:
         rows = self._catalog.page(prefix, labels or {}, after, limit)
         return tuple(map(self._record, rows))
 
+    def holding(self, weights_digest: str) -> tuple[AdapterRecord, ...]:
+        """All kept revisions, of any name, that have these weights."""
+        refs = self._index.holding(weights_digest)
+        rows = (self._catalog.revision(ref.name, ref.revision) for ref in refs)
+        return tuple(self._record(row) for row in rows if row is not None)
+
     def leases(self, weights_digest: str) -> int:
         """Requests that hold these weights now."""
         return self._index.leases(weights_digest)

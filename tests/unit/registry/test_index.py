@@ -32,6 +32,26 @@ def test_resolve(index: Index) -> None:
     assert index.resolve(f"chat@{old.revision[:12]}") == old
 
 
+def test_holding_follows_every_change(index: Index) -> None:
+    """All names and revisions that share weights, however entries come and go."""
+    first, second = ref("chat", 1, weights=7), ref("chat", 2, weights=7)
+    twin, other = ref("twin", 3, weights=7), ref("chat", 4)
+    weights = first.weights_digest
+    assert index.holding(weights) == ()
+    index.put("chat", entry(first))
+    index.put("twin", entry(twin))
+    assert index.holding(weights) == (first, twin)
+    index.put("chat", entry(second, first))
+    assert set(index.holding(weights)) == {first, second, twin}
+    index.put("chat", entry(other, second))
+    assert index.holding(weights) == (second, twin)
+    assert index.holding(other.weights_digest) == (other,)
+    index.remove("chat")
+    assert index.holding(weights) == (twin,)
+    index.remove("twin")
+    assert index.holding(weights) == ()
+
+
 @pytest.mark.parametrize(
     "spec",
     [
