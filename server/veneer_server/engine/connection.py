@@ -1,0 +1,129 @@
+"""One started engine process and the front's end of its socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+
+import msgspec
+from veneer_registry.errors import EngineFailed
+
+from veneer_server.engine.messages import (
+    LENGTH,
+    EngineConfig,
+    EngineInfo,
+    FromEngine,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+
+__all__ = ["Connection"]
+
+STOP_SECONDS = 5.0
+"""How long a process may take to end before it is killed."""
+
+
+class Connection:
+    """From `open` to `close`; the process ends with it.
+
+    Attributes:
+        info: what the engine said of itself once the base model was loaded.
+    """
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        info: EngineInfo,
+    ) -> None:
+        self.info = info
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, config: EngineConfig) -> Connection:
+        """Start a process and wait until it has loaded the base model. Cancelling
+        kills it: while it loads it would not hear a `Stop` for seconds.
+
+        Raises:
+            EngineFailed: it ended before it was ready; its own words are on stderr.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "veneer_server.engine.process",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                env=_environment(),
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            body = msgspec.msgpack.encode(config)
+            writer.write(LENGTH.pack(len(body)) + body)
+            messages = await _next_frame(reader)
+            if not messages or not isinstance(messages[0], EngineInfo):
+                raise EngineFailed(
+                    "the engine process ended while loading the base model; its log says why"
+                )
+        except BaseException:
+            writer.close()
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            raise
+        return cls(process, reader, writer, messages[0])
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    def write(self, message: ToEngine) -> None:
+        """Send one message; never blocks."""
+        self._writer.write(encode([message]))
+
+    async def messages(self) -> AsyncIterator[FromEngine]:
+        """What the engine says, until its socket closes."""
+        while frame := await _next_frame(self._reader):
+            for message in frame:
+                yield message
+
+    def kill(self) -> None:
+        """End the process at once; `messages` ends."""
+        self._process.kill()
+
+    async def close(self) -> None:
+        """Wait for the process to end, which a closed socket makes it do; kill it
+        after `STOP_SECONDS`."""
+        self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The engine's environment: OpenMP threads sleep at barriers unless told otherwise.
+
+    Spinning is a little faster on an idle machine, but beside one busy process on
+    two cores it makes a step three times as long, and the front is such a process.
+    """
+    return {"OMP_WAIT_POLICY": "passive", **os.environ}
+
+
+async def _next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
+    """The messages of the next frame; none when the other side has closed."""
+    try:
+        (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        return decode_from_engine(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return []
