@@ -1,19 +1,34 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Limit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LIMIT_UNSPECIFIED: _ClassVar[Limit]
+    LIMIT_DEVICE_ADAPTERS: _ClassVar[Limit]
+    LIMIT_HOST_ADAPTERS: _ClassVar[Limit]
+    LIMIT_KV_CACHE: _ClassVar[Limit]
+    LIMIT_MAX_RUNNING: _ClassVar[Limit]
+LIMIT_UNSPECIFIED: Limit
+LIMIT_DEVICE_ADAPTERS: Limit
+LIMIT_HOST_ADAPTERS: Limit
+LIMIT_KV_CACHE: Limit
+LIMIT_MAX_RUNNING: Limit
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts")
+    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +39,7 @@ class GetServerInfoResponse(_message.Message):
     ADAPTERS_REGISTERED_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_STARTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_model: BaseModel
     device: str
@@ -34,7 +50,38 @@ class GetServerInfoResponse(_message.Message):
     adapters_registered: int
     adapters_on_device: int
     engine_starts: int
-    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ...) -> None: ...
+    memory: Memory
+    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("pools", "front_peak_bytes", "engine_peak_bytes")
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    FRONT_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[MemoryPool]
+    front_peak_bytes: int
+    engine_peak_bytes: int
+    def __init__(self, pools: _Optional[_Iterable[_Union[MemoryPool, _Mapping]]] = ..., front_peak_bytes: _Optional[int] = ..., engine_peak_bytes: _Optional[int] = ...) -> None: ...
+
+class MemoryPool(_message.Message):
+    __slots__ = ("name", "uses", "total_bytes", "limit_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    uses: _containers.RepeatedCompositeFieldContainer[MemoryUse]
+    total_bytes: int
+    limit_bytes: int
+    def __init__(self, name: _Optional[str] = ..., uses: _Optional[_Iterable[_Union[MemoryUse, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ...) -> None: ...
+
+class MemoryUse(_message.Message):
+    __slots__ = ("name", "bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("name", "architecture", "quantization", "dtype", "parameters", "bytes", "fingerprint")
@@ -85,15 +132,73 @@ class Budgets(_message.Message):
     def __init__(self, host_adapter_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_queue: _Optional[int] = ...) -> None: ...
 
 class PlanCapacityRequest(_message.Message):
-    __slots__ = ("rank", "adapters")
-    RANK_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("shape", "like", "adapters", "context_length", "concurrency")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    LIKE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
-    rank: int
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    shape: AdapterShape
+    like: str
     adapters: int
-    def __init__(self, rank: _Optional[int] = ..., adapters: _Optional[int] = ...) -> None: ...
+    context_length: int
+    concurrency: int
+    def __init__(self, shape: _Optional[_Union[AdapterShape, _Mapping]] = ..., like: _Optional[str] = ..., adapters: _Optional[int] = ..., context_length: _Optional[int] = ..., concurrency: _Optional[int] = ...) -> None: ...
+
+class AdapterShape(_message.Message):
+    __slots__ = ("rank", "modules")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanCapacityResponse(_message.Message):
-    __slots__ = ("fitting",)
-    FITTING_FIELD_NUMBER: _ClassVar[int]
-    fitting: int
-    def __init__(self, fitting: _Optional[int] = ...) -> None: ...
+    __slots__ = ("adapters", "sequences", "fits", "shortfalls")
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    SHORTFALLS_FIELD_NUMBER: _ClassVar[int]
+    adapters: AdapterCapacity
+    sequences: SequenceCapacity
+    fits: bool
+    shortfalls: _containers.RepeatedCompositeFieldContainer[Shortfall]
+    def __init__(self, adapters: _Optional[_Union[AdapterCapacity, _Mapping]] = ..., sequences: _Optional[_Union[SequenceCapacity, _Mapping]] = ..., fits: _Optional[bool] = ..., shortfalls: _Optional[_Iterable[_Union[Shortfall, _Mapping]]] = ...) -> None: ...
+
+class AdapterCapacity(_message.Message):
+    __slots__ = ("parameters", "bytes", "on_device", "on_host")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ON_HOST_FIELD_NUMBER: _ClassVar[int]
+    parameters: int
+    bytes: int
+    on_device: int
+    on_host: int
+    def __init__(self, parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., on_device: _Optional[int] = ..., on_host: _Optional[int] = ...) -> None: ...
+
+class SequenceCapacity(_message.Message):
+    __slots__ = ("context_length", "bytes", "running", "limited_by")
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    LIMITED_BY_FIELD_NUMBER: _ClassVar[int]
+    context_length: int
+    bytes: int
+    running: int
+    limited_by: Limit
+    def __init__(self, context_length: _Optional[int] = ..., bytes: _Optional[int] = ..., running: _Optional[int] = ..., limited_by: _Optional[_Union[Limit, str]] = ...) -> None: ...
+
+class Shortfall(_message.Message):
+    __slots__ = ("limit", "flag", "needed", "available", "message")
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    limit: Limit
+    flag: str
+    needed: int
+    available: int
+    message: str
+    def __init__(self, limit: _Optional[_Union[Limit, str]] = ..., flag: _Optional[str] = ..., needed: _Optional[int] = ..., available: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...

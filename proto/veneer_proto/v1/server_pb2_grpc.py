@@ -56,7 +56,7 @@ class ServerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PlanCapacity(self, request, context):
-        """What would fit. Later: UNIMPLEMENTED.
+        """What would fit into this server's budgets: computed, nothing is loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

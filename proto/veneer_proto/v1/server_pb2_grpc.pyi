@@ -33,14 +33,14 @@ class ServerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
     PlanCapacity: _grpc.UnaryUnaryMultiCallable[_server_pb2.PlanCapacityRequest, _server_pb2.PlanCapacityResponse]
-    """What would fit. Later: UNIMPLEMENTED."""
+    """What would fit into this server's budgets: computed, nothing is loaded."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     PlanCapacity: _aio.UnaryUnaryMultiCallable[_server_pb2.PlanCapacityRequest, _server_pb2.PlanCapacityResponse]  # type: ignore[assignment]
-    """What would fit. Later: UNIMPLEMENTED."""
+    """What would fit into this server's budgets: computed, nothing is loaded."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -56,6 +56,6 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_pb2.PlanCapacityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.PlanCapacityResponse, _abc.Awaitable[_server_pb2.PlanCapacityResponse]]:
-        """What would fit. Later: UNIMPLEMENTED."""
+        """What would fit into this server's budgets: computed, nothing is loaded."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
