@@ -73,7 +73,8 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
     default = f"default {option.default}" if option.default else "default: none"
     text = f"{option.help} [{option.variable}; {default}]"
     if option.switch:
-        kind: Any = Annotated[bool | None, typer.Option(option.flag, help=text)]
+        off = f"/--no-{option.flag[2:]}" if option.default == "true" else ""
+        kind: Any = Annotated[bool | None, typer.Option(option.flag + off, help=text)]
     else:
         info = typer.Option(option.flag, metavar=option.metavar, help=text)
         kind = Annotated[str | None, info]

@@ -68,6 +68,9 @@ class ServerConfig:
     threads: int
     max_running: int
     max_batch_tokens: int
+    max_prefill_tokens: int
+    prefix_cache: bool
+    exact: bool
     max_queue: int
     kv_cache_bytes: int
     host_cache_bytes: int
@@ -228,6 +231,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option("threads", "0", "N", _whole(0, 1024), "CPU threads of a step; 0 means all cores."),
     Option("max_running", "64", "N", _whole(1, 4096), "Most sequences in one batch."),
     Option("max_batch_tokens", "512", "N", _whole(16, 1 << 20), "Most tokens in one step."),
+    Option("max_prefill_tokens", "128", "N", _whole(1, 1 << 20),
+           "Most prompt tokens in a step that also decodes."),
+    Option("prefix_cache", "true", "", _flag,
+           "Keep keys and values of prompts and share them between requests."),
+    Option("exact", "false", "", _flag,
+           "Tokens and log-probabilities that do not depend on what shares a step, bit by bit; "
+           "much slower, and without the prefix cache."),
     Option("max_queue", "256", "N", _whole(0, 1 << 20),
            "Requests that may wait; more are refused."),
     Option("kv_cache_bytes", "1GiB", "BYTES", _bytes, "Memory for keys and values."),

@@ -88,6 +88,9 @@ class Metrics:
         self.running = gauge("num_requests_running", "Sequences in the batch.")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
+        self.prefix_usage = gauge(
+            "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
+        )
         self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
         self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
         self.resident = gauge("adapters_resident", "Adapters held.", "tier")
@@ -123,6 +126,12 @@ class Metrics:
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens.")
         self.generation_tokens = counter("generation_tokens_total", "New tokens.")
+        self.prefix_asked = counter(
+            "prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_found = counter(
+            "prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
+        )
         self.requests = counter("requests_total", "Ended well.", "finish_reason")
         self.failures = counter("request_failures_total", "Ended by an error.", "reason")
         self.lookups = counter(
@@ -207,7 +216,7 @@ class Metrics:
 
     def engine_silent(self) -> None:
         """The engine does not step: nothing runs until it does again."""
-        for gauge in (self.running, self.waiting, self.kv_usage):
+        for gauge in (self.running, self.waiting, self.kv_usage, self.prefix_usage):
             gauge.set(0)
 
     def _step(self, step: StepDone) -> None:
@@ -219,11 +228,14 @@ class Metrics:
             self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
         self.step_rows.observe(step.prefill_tokens + step.decode_rows)
         self.step_adapters.observe(step.adapters)
+        self.prefix_asked.inc(step.prefix_asked)
+        self.prefix_found.inc(step.prefix_found)
 
     def _occupancy(self, event: Occupancy) -> None:
         self.running.set(event.running)
         self.waiting.set(event.waiting)
         self.kv_usage.set(event.kv_blocks_used / max(1, event.kv_blocks))
+        self.prefix_usage.set(event.kv_blocks_cached / max(1, event.kv_blocks))
 
     def _residency(self, event: Residency) -> None:
         self.on_device = event.device_count

@@ -1,32 +1,54 @@
-"""KV cache blocks as a free list. No torch: it hands out numbers.
+"""KV cache blocks: a free list, reference counts and the prefix cache. No torch.
+
+A block is free, used by one sequence or more, or idle: used by none, but kept
+because it holds a prefix that another sequence may ask for. Idle blocks count as
+free, and are given up when the free list is empty. A sequence writes only to
+blocks that it took itself and that are not full; only full ones are shared.
 
 Block 0 is never handed out: padded places in a block table point at it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
+from veneer_server.engine.prefix_cache import PrefixCache, extend_chain
 from veneer_server.engine.sequence import Sequence
 
 __all__ = ["BlockManager"]
 
 
 class BlockManager:
-    """Owns ``num_blocks`` blocks of ``block_size`` tokens, one of them padding."""
+    """Owns ``num_blocks`` blocks of ``block_size`` tokens, one of them padding.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Args:
+        prefix_cache: whether sequences may share blocks at all.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
         if num_blocks < 2:
             raise ValueError("the KV cache needs at least 2 blocks")
         self.block_size = block_size
         self.total = num_blocks - 1
+        self._enabled = prefix_cache
+        self._cache = PrefixCache()
         self._free = list(range(num_blocks - 1, 0, -1))
+        self._references = [0] * num_blocks
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that `grow` can hand out, idle ones included."""
+        return len(self._free) + self._cache.idle
 
     @property
     def used(self) -> int:
-        return self.total - len(self._free)
+        """Blocks that sequences refer to."""
+        return self.total - self.free
+
+    @property
+    def cached(self) -> int:
+        """Idle blocks: no sequence uses them, but they hold a prefix."""
+        return self._cache.idle
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -35,24 +57,96 @@ class BlockManager:
     def can_ever_hold(self, tokens: int) -> bool:
         return self.blocks_for(tokens) <= self.total
 
+    def adopt(self, sequence: Sequence) -> int:
+        """Give a sequence without blocks those that hold its prefix already.
+
+        Returns:
+            Tokens they hold: a multiple of the block size, and fewer than the
+            sequence has, since its last token's logits are still wanted.
+        """
+        assert not sequence.blocks, "adopting beside blocks of its own"
+        if self._shares(sequence):
+            for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
+                block = self._cache.find(key)
+                if block is None:
+                    break
+                if not self._references[block]:
+                    self._cache.wake(block)
+                self._references[block] += 1
+                sequence.blocks.append(block)
+        sequence.published = len(sequence.blocks)
+        return sequence.published * self.block_size
+
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing."""
         missing = self.blocks_for(tokens) - len(sequence.blocks)
-        if missing > len(self._free):
+        if missing > self.free:
             return False
         for _ in range(missing):
-            sequence.blocks.append(self._free.pop())
+            block = self._free.pop() if self._free else self._cache.give_up()
+            self._references[block] = 1
+            sequence.blocks.append(block)
         return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are full of computed tokens.
+
+        Call it when the step that computed them has ended with finite logits."""
+        full = sequence.computed // self.block_size
+        if not self._shares(sequence) or full <= sequence.published:
+            return
+        keys = self._keys(sequence, full)
+        for index in range(sequence.published, full):
+            self._cache.insert(keys[index], sequence.blocks[index])
+        sequence.published = full
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find this sequence's blocks: what they hold cannot be trusted."""
+        for block in sequence.blocks:
+            self._cache.forget(block)
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of ``sequence``; harmless to repeat."""
-        self._free.extend(reversed(sequence.blocks))
+        # From the end: the tail of a prefix is given up before its head, without
+        # which it could not be found.
+        for block in reversed(sequence.blocks):
+            self._references[block] -= 1
+            if not self._references[block] and not self._cache.keep(block):
+                self._free.append(block)
         sequence.blocks.clear()
+        sequence.published = 0
+
+    def _shares(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        # Log-probabilities of the prompt take computing all of it.
+        return self._enabled and request.use_prefix_cache and not request.prompt_logprobs
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Keys of the first ``count`` blocks; tokens are only ever appended, so they stay."""
+        extend_chain(
+            sequence.block_keys,
+            count,
+            scope=sequence.request.cache_scope,
+            digest=sequence.digest,
+            tokens=sequence.tokens,
+            block_size=self.block_size,
+        )
+        return sequence.block_keys[:count]
 
     def check_integrity(self, owners: list[Sequence]) -> None:
-        """Every block is free or owned once; raises AssertionError."""
-        owned = [block for sequence in owners for block in sequence.blocks]
-        everything = sorted(self._free + owned)
+        """Every block is free, idle or referred to as counted; raises AssertionError."""
+        counted = Counter(block for sequence in owners for block in sequence.blocks)
+        idle = self._cache.check_integrity(set(counted))
+        everything = sorted([*self._free, *idle, *counted])
         assert everything == list(range(1, self.total + 1)), (
-            f"KV blocks: {len(self._free)} free + {len(owned)} owned of {self.total}"
+            f"KV blocks: {len(self._free)} free + {len(idle)} idle + {len(counted)} used "
+            f"of {self.total}"
         )
+        assert all(n == counted[block] for block, n in enumerate(self._references)), (
+            "reference counts differ from the block tables"
+        )
+        for sequence in owners:
+            writable = sequence.blocks[sequence.computed // self.block_size :]
+            assert all(counted[block] == 1 for block in writable), (
+                f"sequence {sequence.id} would write to a shared block"
+            )

@@ -285,7 +285,8 @@ class StepLoop:
 
     def _fail_sequences(self, digest: str, error: VeneerError) -> None:
         for sequence in self._scheduler.using(digest):
-            self._scheduler.cancel(sequence.id)
+            _, actions = self._scheduler.cancel(sequence.id)
+            self._carry_out(actions)
             self._outgoing.append(SequenceFailed(sequence.id, wire_error(error)))
 
     def _fail_operations(self, digest: str, error: VeneerError) -> None:
@@ -300,6 +301,7 @@ class StepLoop:
         self.steps += 1
         for update in self._scheduler.update(plan, result, self._carry_out):
             self._outgoing.append(self._output(update))
+        lookups = self._scheduler.take_lookups()
         self._outgoing.append(
             StepDone(
                 step=self.steps,
@@ -307,6 +309,8 @@ class StepLoop:
                 prefill_tokens=plan.prefill_tokens,
                 decode_rows=plan.rows - plan.prefill_tokens,
                 adapters=len(plan.adapters),
+                prefix_asked=lookups.asked,
+                prefix_found=lookups.found,
             )
         )
         self._flush()
@@ -344,6 +348,7 @@ class StepLoop:
             load_seconds=sequence.load_seconds if update.first else 0.0,
             queue_seconds=max(0.0, wait - sequence.load_seconds) if update.first else 0.0,
             finish=update.finish.value if update.finish else None,
+            cached_tokens=sequence.cached_tokens if update.first else 0,
         )
 
     def _flush(self) -> None:
@@ -372,6 +377,7 @@ class StepLoop:
             waiting_for_adapter=self._scheduler.waiting_for_adapter,
             kv_blocks_used=self._scheduler.blocks.used,
             kv_blocks=self._scheduler.blocks.total,
+            kv_blocks_cached=self._scheduler.blocks.cached,
         )
         if occupancy != self._occupancy:
             self._occupancy = occupancy

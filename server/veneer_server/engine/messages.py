@@ -72,10 +72,13 @@ class EngineConfig(Message, frozen=True):
         dtype: of activations, KV cache and adapters.
         threads: intra-op threads; 0 means the number of usable cores.
         max_batch_tokens: most tokens computed in one step.
+        max_prefill_tokens: most prompt tokens in a step that also decodes.
         max_running: most sequences running at once.
         block_size: tokens a KV block holds.
         kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
         load_workers: threads that read and convert adapters.
+        prefix_cache: keep the K and V of prefixes and share them.
+        exact: results do not depend on what shares a step; no prefix cache then.
     """
 
     base_folder: str
@@ -87,12 +90,15 @@ class EngineConfig(Message, frozen=True):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     threads: int = 0
     max_batch_tokens: int = 512
+    max_prefill_tokens: int = 128
     max_running: int = 64
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30
     host_adapter_bytes: int = 2 << 30
     device_adapter_bytes: int = 1 << 30
     load_workers: int = 1
+    prefix_cache: bool = True
+    exact: bool = False
 
 
 class EngineInfo(Message, frozen=True):
@@ -320,6 +326,8 @@ class StepDone(Message, frozen=True):
         seconds: wall time of the step.
         prefill_tokens, decode_rows: what the step computed.
         adapters: different adapters in the step.
+        prefix_asked, prefix_found: prompt tokens of the sequences that started with
+            it, and how many of them were in the prefix cache.
     """
 
     step: int
@@ -327,6 +335,8 @@ class StepDone(Message, frozen=True):
     prefill_tokens: int
     decode_rows: int
     adapters: int
+    prefix_asked: int = 0
+    prefix_found: int = 0
 
 
 class Occupancy(Message, frozen=True):
@@ -336,6 +346,7 @@ class Occupancy(Message, frozen=True):
         running, waiting: sequences.
         waiting_for_adapter: of `waiting`, those whose adapter is not resident.
         kv_blocks_used, kv_blocks: the pool.
+        kv_blocks_cached: of those not used, the ones that hold a prefix.
     """
 
     running: int
@@ -343,6 +354,7 @@ class Occupancy(Message, frozen=True):
     waiting_for_adapter: int
     kv_blocks_used: int
     kv_blocks: int
+    kv_blocks_cached: int = 0
 
 
 class Residency(Message, frozen=True):

@@ -22,7 +22,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.exact import ExactRunner
+from veneer_server.engine.loop import Inbox, Runner, StepLoop
 from veneer_server.engine.messages import (
     LENGTH,
     EngineConfig,
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 
 def build_engine(
     config: EngineConfig, inbox: Inbox
-) -> tuple[EngineInfo, Scheduler, Residency, ModelRunner, LoraMemory]:
+) -> tuple[EngineInfo, Scheduler, Residency, Runner, LoraMemory]:
     """Load the base model and put the engine's parts together."""
     began = time.monotonic()
     device = _device(config.device)
@@ -88,14 +89,25 @@ def build_engine(
         itemsize=lora_dtype.itemsize,
         shared=device.type == "cpu",
     )
-    blocks = BlockManager(num_blocks, config.block_size)
+    blocks = BlockManager(
+        num_blocks,
+        config.block_size,
+        # A cached prefix was computed in other chunks than a sequence's own would be.
+        prefix_cache=config.prefix_cache and not config.exact,
+    )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
         max_running=config.max_running,
         context_length=model.context_length,
+        prefill_beside_decode=config.max_prefill_tokens,
+        exact=config.exact,
     )
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
-    runner = ModelRunner(Decoder(weights, cache, lora_dtype), memory.tables, config.block_size)
+    runner: Runner = ModelRunner(
+        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size
+    )
+    if config.exact:
+        runner = ExactRunner(runner)
     info = EngineInfo(
         device=_describe(device),
         backend="torch",

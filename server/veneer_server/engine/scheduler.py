@@ -1,19 +1,24 @@
 """Who takes part in the next step. Pure Python: no torch, no clock, no I/O.
 
-The order of a step: every running sequence that decodes gets its one token;
-running prefills get a chunk each; then waiting sequences are admitted in
-arrival order while tokens, rows and KV blocks last. A waiting sequence whose
-adapter is not resident is passed over, so it never blocks others; but when the
-oldest one finds no *room* for its adapter for `patience` seconds, younger ones
-are held back until it gets in, so traffic on resident adapters cannot starve it.
+The order of a step: every running sequence that decodes gets its one token, so a
+stream is never left out; then running prefills get a chunk each, oldest first;
+then waiting sequences start in the order that `Admission` gives, while tokens,
+places and KV blocks last. A step that decodes computes few prompt tokens beside
+(`prefill_beside_decode`), since every stream waits for the whole step.
+
+When KV blocks run out, the sequence that started last gives up its own and goes
+back to the head of the queue. The one that started first is never preempted and a
+sequence that can never fit is refused before it gets here, so something always
+ends, and everything does in turn.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from veneer_server.engine.admission import Admission
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.messages import Tops
 from veneer_server.engine.residency import Action, Residency
@@ -24,13 +29,15 @@ from veneer_server.engine.sequence import (
     SequenceState,
     StepPlan,
     StepResult,
+    plan_sequence,
 )
 
-__all__ = ["Scheduler", "SchedulerLimits", "Update"]
+__all__ = ["PrefixLookups", "Scheduler", "SchedulerLimits", "Update"]
 
-SCORE_CHUNK = 128
-"""Most prompt tokens of one sequence in a step when their log-probabilities are
-wanted: each costs a row of logits."""
+FIXED_CHUNK = 128
+"""Prompt tokens of one sequence in a step: the most where their log-probabilities
+are wanted, since each costs a row of logits, and always (but for the last chunk)
+in exact mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +46,32 @@ class SchedulerLimits:
     max_batch_tokens: tokens computed in one step; at least ``max_running``.
     max_running: sequences running at once.
     context_length: longest sequence.
-    patience: seconds that the oldest waiting sequence may find no room for its
-        adapter before younger ones are held back.
+    prefill_beside_decode: of `max_batch_tokens`, the most that prefill may use in a
+        step that also decodes; at least 1.
+    patience: seconds that the first want may find no room for its adapter before
+        others are held back, see `Admission`.
+    max_wait: seconds after which nothing younger starts before a sequence that could.
+    exact: chunks depend on position and prompt length alone, not on what shares the
+        step: `FIXED_CHUNK` prompt tokens, then one token a step, also where
+        generated tokens are computed again. A step may then pass its token limits
+        by one chunk.
     """
 
     max_batch_tokens: int
     max_running: int
     context_length: int
+    prefill_beside_decode: int = 128
     patience: float = 0.5
+    max_wait: float = 1.0
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLookups:
+    """What sequences that started found in the prefix cache; in tokens."""
+
+    asked: int = 0
+    found: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +118,10 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
-        self._room_wait: tuple[int, float] | None = None
-        """(sequence, since): the oldest one that finds no room for its adapter."""
+        self._admission = Admission(
+            residency, patience=limits.patience, max_wait=limits.max_wait
+        )
+        self._lookups = PrefixLookups()
         self._preempted = False
 
     # --------------------------------------------------------------- inspection
@@ -109,7 +136,7 @@ class Scheduler:
 
     @property
     def waiting_for_adapter(self) -> int:
-        return sum(1 for s in self._waiting if not self._resident(s))
+        return sum(1 for s in self._waiting if not self._admission.resident(s))
 
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
@@ -155,57 +182,56 @@ class Scheduler:
         adapters that pins leave no room for (their sequences must be failed)."""
         wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
         plan = self.residency.plan(list(wanted))
-        oldest = self._oldest_waiting_for(plan.blocked)
-        if oldest is None:
-            self._room_wait = None
-        elif self._room_wait is None or self._room_wait[0] != oldest.id:
-            self._room_wait = (oldest.id, now)
+        self._admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
-
-    def _oldest_waiting_for(self, digest: str | None) -> Sequence | None:
-        if digest is None:
-            return None
-        return next((s for s in self._waiting if s.digest == digest), None)
-
-    def _resident(self, sequence: Sequence) -> bool:
-        return sequence.digest is None or self.residency.tier(sequence.digest) == "device"
 
     # ---------------------------------------------------------------- the step
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if no sequence can go on."""
-        chosen: dict[int, PlannedSequence] = {}
         self._preempted = False
-        budget = self.limits.max_batch_tokens
-        # Decoding rows first: whoever streams is never left out for a prefill.
-        by_need = sorted(self._running.values(), key=lambda s: s.remaining > 1)
-        for sequence in by_need:
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted for an older one a moment ago
-            count = self._chunk(sequence, budget)
-            if count and self._grow_or_preempt(sequence, count, chosen):
-                chosen[sequence.id] = _planned(sequence, count)
-                budget -= count
+        chosen: dict[int, PlannedSequence] = {}
+        started = list(self._running.values())
+        for sequence in (s for s in started if s.remaining == 1):
+            self._choose(sequence, 1, chosen)
+        left = self.limits.max_batch_tokens - len(chosen)
+        if chosen:
+            left = min(left, self.limits.prefill_beside_decode)
+        for sequence in (s for s in started if s.remaining > 1):
+            if left > 0:
+                left -= self._choose(sequence, self._chunk(sequence, left), chosen)
         # A step that preempted has no blocks to spare: admitting would only thrash.
-        for sequence in self._admissible(now) if not self._preempted else ():
-            if not budget or len(self._running) >= self.limits.max_running:
+        for sequence in () if self._preempted else self._candidates(now):
+            if left <= 0 or len(self._running) >= self.limits.max_running:
                 break
-            count = self._chunk(sequence, budget)
-            if not self.blocks.grow(sequence, sequence.computed + count):
+            count = self._start(sequence, left, now)
+            if not count:
                 break
-            self._start(sequence, now)
-            chosen[sequence.id] = _planned(sequence, count)
-            budget -= count
+            chosen[sequence.id] = plan_sequence(sequence, count)
+            left -= count
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        count = min(sequence.remaining, budget)
-        if sequence.request.prompt_logprobs and sequence.computed < sequence.prompt_length:
-            count = min(count, SCORE_CHUNK)
+    def _choose(
+        self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
+    ) -> int:
+        """Take a running sequence into the step: tokens it computes, 0 if it is preempted."""
+        if sequence.state is not SequenceState.RUNNING:
+            return 0  # preempted for an older one a moment ago
+        if not self._grow_or_preempt(sequence, count, chosen):
+            return 0
+        chosen[sequence.id] = plan_sequence(sequence, count)
         return count
+
+    def _chunk(self, sequence: Sequence, left: int) -> int:
+        """Tokens of a prefill to compute in a step that has room for ``left``, at least 1."""
+        if self.limits.exact:
+            of_prompt = sequence.prompt_length - sequence.computed
+            return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
+        most = FIXED_CHUNK if sequence.scores_prompt else left
+        return min(sequence.remaining, left, most)
 
     def _grow_or_preempt(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
@@ -229,20 +255,22 @@ class Scheduler:
         sequence.prompt_top_logprobs.clear()
         self._waiting.appendleft(sequence)
 
-    def _admissible(self, now: float) -> Iterator[Sequence]:
-        """Waiting sequences that may start, oldest first."""
-        held_back = self._room_wait is not None and (
-            now - self._room_wait[1] >= self.limits.patience
+    def _candidates(self, now: float) -> list[Sequence]:
+        return self._admission.order(
+            self._waiting,
+            in_batch={s.digest for s in self._running.values() if s.digest is not None},
+            places=self.limits.max_running - len(self._running),
+            now=now,
         )
-        for sequence in list(self._waiting):
-            if held_back and self._room_wait and sequence.id == self._room_wait[0]:
-                return
-            if self._resident(sequence):
-                yield sequence
-            elif sequence.waiting_since is None:
-                sequence.waiting_since = now
 
-    def _start(self, sequence: Sequence, now: float) -> None:
+    def _start(self, sequence: Sequence, left: int, now: float) -> int:
+        """Let a waiting sequence run: tokens it computes, 0 if there are no blocks for it."""
+        sequence.computed = self.blocks.adopt(sequence)
+        count = self._chunk(sequence, left)
+        if not self.blocks.grow(sequence, sequence.computed + count):
+            self.blocks.release(sequence)
+            sequence.computed = 0
+            return 0
         if sequence.digest is not None:
             held = self.residency.try_hold(sequence.digest)
             assert held, "a sequence was admitted without its adapter"
@@ -252,8 +280,19 @@ class Scheduler:
             sequence.waiting_since = None
         if sequence.admitted is None:
             sequence.admitted = now
+            sequence.cached_tokens = sequence.computed
+            self._lookups = PrefixLookups(
+                self._lookups.asked + sequence.prompt_length,
+                self._lookups.found + sequence.cached_tokens,
+            )
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
+        return count
+
+    def take_lookups(self) -> PrefixLookups:
+        """What was asked of the prefix cache since the last call."""
+        lookups, self._lookups = self._lookups, PrefixLookups()
+        return lookups
 
     def update(
         self, plan: StepPlan, result: StepResult, on_actions: Callable[[list[Action]], None]
@@ -280,12 +319,15 @@ class Scheduler:
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(scores)
             sequence.prompt_top_logprobs.extend(score_tops)
+            if not finite:
+                self.blocks.forget(sequence)
             if failure is not None or not finite:
                 on_actions(self._end(sequence))
                 updates.append(
                     Update(sequence, None, None, False, None, finite=finite, failure=failure)
                 )
                 continue
+            self.blocks.publish(sequence)
             if token is None:
                 continue
             sequence.tokens.append(token)
@@ -317,29 +359,3 @@ class Scheduler:
             held=[s.digest for s in running if s.digest],
             leased=[s.digest for s in self._by_id.values() if s.digest],
         )
-
-
-def _planned(sequence: Sequence, count: int) -> PlannedSequence:
-    start, end = sequence.computed, sequence.computed + count
-    score: tuple[int, ...] = ()
-    if sequence.request.prompt_logprobs and end <= sequence.prompt_length:
-        # The token after each computed one; the last prompt token has none.
-        score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
-    elif sequence.request.prompt_logprobs and start < sequence.prompt_length:
-        score = tuple(sequence.tokens[start + 1 : sequence.prompt_length])
-    return PlannedSequence(
-        sequence=sequence.id,
-        digest=sequence.digest,
-        tokens=tuple(sequence.tokens[start:end]),
-        start=start,
-        blocks=tuple(sequence.blocks),
-        samples=end == len(sequence.tokens),
-        score=score,
-        logprobs=sequence.request.logprobs,
-        sampling=sequence.request.sampling,
-        position=len(sequence.tokens),
-        top_logprobs=sequence.request.top_logprobs,
-        history=tuple(sequence.tokens) if sequence.request.sampling.needs_history else (),
-        prompt_length=sequence.prompt_length,
-        constraint=sequence.request.constraint,
-    )

@@ -18,7 +18,15 @@ from veneer_server.engine.messages import (
     Tops,
 )
 
-__all__ = ["Finish", "PlannedSequence", "Sequence", "SequenceState", "StepPlan", "StepResult"]
+__all__ = [
+    "Finish",
+    "PlannedSequence",
+    "Sequence",
+    "SequenceState",
+    "StepPlan",
+    "StepResult",
+    "plan_sequence",
+]
 
 
 class SequenceState(Enum):
@@ -45,7 +53,10 @@ class Sequence:
         found_in: tier of its adapter at submission; None for the base model.
         tokens: prompt, then generated tokens.
         computed: leading tokens whose K and V are in the cache.
-        blocks: KV blocks it owns, in order.
+        blocks: its KV blocks, in order; full ones may be shared.
+        block_keys: prefix cache keys of its leading blocks, as far as they were needed.
+        published: leading blocks that others may find.
+        cached_tokens: prompt tokens that it found in the prefix cache when it first started.
         prompt_logprobs: filled chunk by chunk during prefill, if asked for.
         load_seconds: time spent waiting for the adapter.
         waiting_since: when it last began to wait for the adapter, if it does.
@@ -59,6 +70,9 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    cached_tokens: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Tops] = field(default_factory=list)
     load_seconds: float = 0.0
@@ -88,6 +102,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The prompt's log-probabilities are wanted and were not reported yet."""
+        return self.request.prompt_logprobs and not self.generated
 
     @property
     def remaining(self) -> int:
@@ -181,3 +200,28 @@ class StepResult:
     score_tops: tuple[tuple[Tops, ...], ...] = ()
     complete: tuple[bool, ...] = ()
     failures: tuple[str | None, ...] = ()
+
+
+def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
+    """The part of ``sequence`` in a step that computes its next ``count`` tokens."""
+    start, end = sequence.computed, sequence.computed + count
+    score: tuple[int, ...] = ()
+    if sequence.scores_prompt:
+        # The token after each computed one; the last prompt token has none.
+        score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
+    return PlannedSequence(
+        sequence=sequence.id,
+        digest=sequence.digest,
+        tokens=tuple(sequence.tokens[start:end]),
+        start=start,
+        blocks=tuple(sequence.blocks),
+        samples=end == len(sequence.tokens),
+        score=score,
+        logprobs=sequence.request.logprobs,
+        sampling=sequence.request.sampling,
+        position=len(sequence.tokens),
+        top_logprobs=sequence.request.top_logprobs,
+        history=tuple(sequence.tokens) if sequence.request.sampling.needs_history else (),
+        prompt_length=sequence.prompt_length,
+        constraint=sequence.request.constraint,
+    )

@@ -1,0 +1,107 @@
+"""Which KV block holds which prefix: content keys, and LRU over what nobody uses.
+
+Only full blocks have a key. It is a hash chain: the key of a block covers its own
+tokens and, through its parent's key, everything before them, the weights that
+computed them and the isolation scope. So an equal key means equal K and V (up to
+rounding, which depends on what shared the step), whatever adapter is replaced,
+evicted or renamed meanwhile. The idea is vLLM's automatic prefix caching.
+
+No torch, no sequences: `BlockManager` counts references and says what happens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import sha256
+
+__all__ = ["PrefixCache", "extend_chain"]
+
+
+def extend_chain(
+    keys: list[bytes],
+    count: int,
+    *,
+    scope: str,
+    digest: str | None,
+    tokens: Sequence[int],
+    block_size: int,
+) -> None:
+    """Append to ``keys`` until it has the keys of the first ``count`` full blocks.
+
+    Args:
+        scope: prefixes are shared within a scope only.
+        digest: weights digest of the adapter; None is the base model.
+        tokens: at least ``count * block_size`` of them.
+    """
+    while len(keys) < count:
+        begin = len(keys) * block_size
+        block = array("q", tokens[begin : begin + block_size]).tobytes()
+        parent = keys[-1] if keys else _root(scope, digest)
+        keys.append(sha256(_framed(parent) + _framed(block)).digest())
+
+
+def _root(scope: str, digest: str | None) -> bytes:
+    weights = "base" if digest is None else f"adapter {digest}"
+    return sha256(_framed(scope.encode()) + _framed(weights.encode())).digest()
+
+
+def _framed(part: bytes) -> bytes:
+    """With its length in front, so that no two lists of parts read the same."""
+    return len(part).to_bytes(8, "little") + part
+
+
+class PrefixCache:
+    """Keys of blocks, and the order in which unused ones are given up."""
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Blocks with a key that no sequence refers to, least recently used first."""
+
+    @property
+    def idle(self) -> int:
+        """Blocks that can be given up."""
+        return len(self._idle)
+
+    def find(self, key: bytes) -> int | None:
+        """The block with this content, used or idle."""
+        return self._block_of.get(key)
+
+    def insert(self, key: bytes, block: int) -> None:
+        """Remember a full block; the first one with a key stays the one that is found."""
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def wake(self, block: int) -> None:
+        """A sequence refers to an idle block again."""
+        del self._idle[block]
+
+    def keep(self, block: int) -> bool:
+        """Nobody refers to this block any more; False if it has no key to keep it for."""
+        if block not in self._key_of:
+            return False
+        self._idle[block] = None
+        return True
+
+    def give_up(self) -> int:
+        """Forget the least recently used idle block, which may then be overwritten."""
+        block, _ = self._idle.popitem(last=False)
+        self.forget(block)
+        return block
+
+    def forget(self, block: int) -> None:
+        """Its content must not be found any more; harmless without a key."""
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
+
+    def check_integrity(self, used: set[int]) -> set[int]:
+        """The idle blocks; raises AssertionError if keys and blocks disagree."""
+        assert {block: key for key, block in self._block_of.items()} == self._key_of
+        idle = set(self._idle)
+        assert idle == set(self._key_of) - used, "an unused block with a key is not idle"
+        return idle
