@@ -26,7 +26,7 @@ from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
 from veneer_server.config import Address, ServerConfig
-from veneer_server.engine.client import EngineClient
+from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineConfig, EngineInfo
 from veneer_server.logs import get_logger
 from veneer_server.metrics import Metrics
@@ -42,6 +42,7 @@ from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
+from veneer_server.rpc.watch import AdapterEvents
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
 
@@ -79,6 +80,7 @@ class App:
         self._metrics = Metrics()
         self._calls = Calls()
         self._health = Health()
+        self._events = AdapterEvents()
         self._stop_asked = asyncio.Event()
         self._server: Any = None
 
@@ -171,7 +173,13 @@ class App:
         metrics_address = self._serve_metrics(registry)
         grpc_address = await self._serve_grpc(
             InferenceService(generator),
-            AdapterService(registry, engine, use, Uploads(registry)),
+            AdapterService(
+                registry,
+                engine,
+                use,
+                Uploads(registry, on_published=self._events.published),
+                self._events,
+            ),
             ServerService(config, base, registry, engine, self._metrics),
         )
         _log.info("loading", base=base.name, grpc=grpc_address)
@@ -185,6 +193,7 @@ class App:
         """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
         await self._health.drain()
         self._calls.drain()
+        self._events.close()  # a watch has no end of its own
         if self._server is None:
             return
         _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
@@ -227,9 +236,13 @@ class App:
                 device_adapter_bytes=config.device_adapter_bytes,
             ),
             max_queue=config.max_queue,
-            on_event=self._metrics.on_event,
+            on_event=self._engine_event,
             on_health=self._engine_health,
         )
+
+    def _engine_event(self, event: EngineEvent) -> None:
+        self._metrics.on_event(event)
+        self._events.on_engine_event(event)
 
     def _engine_health(self, healthy: bool) -> None:
         self._health.engine_changed(healthy)
@@ -257,7 +270,12 @@ class App:
         server = grpc.aio.server(
             interceptors=[CallInterceptor(self._metrics, self._calls)],
             # Without this a second server would take half of this one's calls.
-            options=[("grpc.so_reuseport", 0)],
+            options=[
+                ("grpc.so_reuseport", 0),
+                # Clients ask every 20 s whether a quiet server still lives; gRPC's own
+                # rule (5 minutes) would close their connections for it.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)

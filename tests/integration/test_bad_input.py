@@ -228,7 +228,7 @@ async def test_a_bad_request_is_refused_and_names_the_field(case: str, server: S
 
 
 async def test_what_comes_later_says_so(server: Server) -> None:
-    for name in ("GetUpload", "SetAlias", "GetHistory", "RegisterAdapter", "UpdateAdapter"):
+    for name in ("GetUpload", "SetAlias", "GetHistory", "RegisterAdapter"):
         call = getattr(server.adapters, name)
         message = getattr(adapters_pb2, f"{name}Request")()
         refused = await server.refused(call(message))

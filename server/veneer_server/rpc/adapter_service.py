@@ -1,4 +1,4 @@
-"""AdapterService: upload, inspect, move between tiers, delete."""
+"""AdapterService: upload, inspect, move between tiers, watch, delete."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from veneer_server.rpc import convert
 from veneer_server.rpc.adapter_view import AdapterUse, AdapterView, source_of
 from veneer_server.rpc.threads import to_the_end
 from veneer_server.rpc.upload import Uploads
+from veneer_server.rpc.watch import AdapterEvents, AdapterWatch
 
 __all__ = ["AdapterService"]
 
@@ -39,13 +40,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Adapters by name. What comes later answers UNIMPLEMENTED with a sentence."""
 
     def __init__(
-        self, registry: Registry, engine: EngineClient, use: AdapterUse, uploads: Uploads
+        self,
+        registry: Registry,
+        engine: EngineClient,
+        use: AdapterUse,
+        uploads: Uploads,
+        events: AdapterEvents,
     ) -> None:
         self._registry = registry
         self._engine = engine
         self._use = use
         self._view = AdapterView(registry, engine, use)
         self._uploads = uploads
+        self._events = events
+        self._watch = AdapterWatch(registry, self._view, events)
 
     async def UploadAdapter(
         self, request_iterator: Any, context: Any
@@ -160,11 +168,36 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             lambda: self._registry.delete(request.name, request.etag or None)
         )
         _log.info("delete", adapter=request.name, revisions=len(deleted))
-        for gone in records:
-            if gone.ref.revision in deleted:
-                self._use.forget(gone.ref.revision)
-                await self._free(gone.ref.weights_digest)
+        gone = [record for record in records if record.ref.revision in deleted]
+        self._events.deleted(gone)
+        for record in gone:
+            self._use.forget(record.ref.revision)
+            await self._free(record.ref.weights_digest)
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
+
+    async def WatchAdapters(  # type: ignore[override]  # writes instead of yielding
+        self, request: adapters_pb2.WatchAdaptersRequest, context: Any
+    ) -> None:
+        """Tell what was missed since a sequence number, then events as they happen."""
+        await self._watch.serve(request.since_sequence, context.write)
+
+    async def UpdateAdapter(
+        self, request: adapters_pb2.UpdateAdapterRequest, context: Any
+    ) -> adapters_pb2.UpdateAdapterResponse:
+        """Pin a revision, or remove its pin and leave it where it is."""
+        if request.labels:
+            _later("UpdateAdapter with labels", "give labels with the upload")
+        if not request.HasField("pinned"):
+            raise InvalidField(
+                "pinned is unset, so that nothing would change: set it to true or false",
+                metadata={"field": "pinned"},
+            )
+        record = await self._get(request.name)
+        if request.pinned:
+            await self._activate(record, "device", pin=True)
+        else:
+            await self._engine.unpin(record.ref.weights_digest)
+        return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
 
     async def _get(self, name: str) -> AdapterRecord:
         return await to_the_end(lambda: self._registry.get(name))
@@ -200,14 +233,6 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def ListAliases(self, request: Any, context: Any) -> NoReturn:
         _later("ListAliases", "see GetAdapter for a name's revisions")
-
-    async def WatchAdapters(  # type: ignore[override]  # a coroutine that only refuses
-        self, request: Any, context: Any
-    ) -> NoReturn:
-        _later("WatchAdapters", "call ListAdapters when you need to know")
-
-    async def UpdateAdapter(self, request: Any, context: Any) -> NoReturn:
-        _later("UpdateAdapter", "use ActivateAdapter with `pin`, EvictAdapter with `unpin`")
 
     async def GetHistory(self, request: Any, context: Any) -> NoReturn:
         _later("GetHistory", "see GetAdapter for a name's revisions")

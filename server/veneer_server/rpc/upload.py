@@ -42,9 +42,19 @@ class UploadOptions:
 class Uploads:
     """Runs uploads, a bounded number of them at once."""
 
-    def __init__(self, registry: Registry, *, idle_limit_s: float = IDLE_LIMIT_S) -> None:
-        """Args: idle_limit_s: longest wait for a client's next message."""
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        on_published: Callable[[Published], None] = lambda published: None,
+        idle_limit_s: float = IDLE_LIMIT_S,
+    ) -> None:
+        """Args:
+        on_published: told every outcome, also when the caller has left by then.
+        idle_limit_s: longest wait for a client's next message.
+        """
         self._registry = registry
+        self._on_published = on_published
         self._idle_limit_s = idle_limit_s
         self._running = 0
 
@@ -81,11 +91,14 @@ class Uploads:
             await to_the_end(begin)
             assert upload is not None, "begin_upload returned"
             await self._chunks(messages, upload)
-            opened = upload
-            published = await to_the_end(
-                lambda: self._registry.publish(opened, validate_only=options.validate_only)
-            )
-            return options, published
+            opened, loop = upload, asyncio.get_running_loop()
+
+            def publish() -> Published:
+                published = self._registry.publish(opened, validate_only=options.validate_only)
+                loop.call_soon_threadsafe(self._on_published, published)
+                return published
+
+            return options, await to_the_end(publish)
         except VeneerError:
             await _discard(messages)
             raise

@@ -214,5 +214,9 @@ class FakeEngine:
         self._set_tier(weights_digest, "disk", pinned=False)
         return True, 10
 
+    async def unpin(self, weights_digest: str) -> None:
+        if (state := self.residency.get(weights_digest)) is not None:
+            self._set_tier(weights_digest, state.tier, pinned=False)
+
     def tier(self, weights_digest: str) -> Residency | None:
         return self.residency.get(weights_digest)

@@ -250,14 +250,27 @@ async def test_delete_is_guarded_and_frees_memory(front: Front, tmp_path: Path) 
     assert await names(front) == []
 
 
+async def test_a_pin_is_set_and_removed_without_moving_the_weights(
+    front: Front, tmp_path: Path
+) -> None:
+    adapter = (await front.push(make_adapter(tmp_path / "a"), "style")).adapter
+    update = front.adapters.UpdateAdapter
+    pinned = (await update(pb.UpdateAdapterRequest(name="style", pinned=True))).adapter
+    assert (pinned.pinned, pinned.tier) == (True, inference_pb2.TIER_DEVICE)
+    free = (await update(pb.UpdateAdapterRequest(name="style", pinned=False))).adapter
+    assert (free.pinned, free.tier) == (False, inference_pb2.TIER_DEVICE)
+    assert free.weights_digest == adapter.weights_digest
+    nothing = await failure(update(pb.UpdateAdapterRequest(name="style")))
+    assert (nothing.reason, nothing.metadata["field"]) == ("INVALID_FIELD", "pinned")
+
+
 async def test_what_comes_later_says_so(front: Front) -> None:
     calls = [
         front.adapters.GetUpload(pb.GetUploadRequest()),
         front.adapters.RegisterAdapter(pb.RegisterAdapterRequest()),
         front.adapters.SetAlias(pb.SetAliasRequest()),
         front.adapters.ListAliases(pb.ListAliasesRequest()),
-        front.adapters.WatchAdapters(pb.WatchAdaptersRequest()),
-        front.adapters.UpdateAdapter(pb.UpdateAdapterRequest()),
+        front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(labels={"a": "b"})),
         front.adapters.GetHistory(pb.GetHistoryRequest()),
         front.server.PlanCapacity(server_pb2.PlanCapacityRequest()),
     ]

@@ -1,0 +1,300 @@
+"""WatchAdapters: the row of events by itself, and over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.adapter import Tier
+from veneer_registry.errors import Aborted, Draining
+from veneer_server.engine.messages import (
+    AdapterFailed,
+    AdapterLoaded,
+    Evicted,
+    Residency,
+    StepDone,
+    WireError,
+)
+from veneer_server.rpc.upload import Uploads
+from veneer_server.rpc.watch import AdapterEvents, AdapterWatch, Weights
+
+from tests.unit.server.rpc.front_harness import Front, make_adapter, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DIGEST = "d" * 64
+
+
+def state(tier: Any, *, pinned: bool = False) -> Residency:
+    return Residency(DIGEST, tier, pinned, 10, 10, 10, 1, 1)
+
+
+async def told(events: AdapterEvents, *frame: Any) -> list[tuple[str, Tier, bool, str]]:
+    """What one frame of the engine's messages became."""
+    since = events.last
+    for message in frame:
+        events.on_engine_event(message)
+    await asyncio.sleep(0)
+    happened = events.after(since)
+    assert happened is not None
+    found = []
+    for event in happened:
+        assert isinstance(event.subject, Weights)
+        kind = pb.AdapterEvent.Name(event.kind).removeprefix("ADAPTER_EVENT_").lower()
+        found.append((kind, event.subject.tier, event.subject.pinned, event.detail))
+    return found
+
+
+async def test_frames_become_events() -> None:
+    events = AdapterEvents()
+    assert await told(events, StepDone(1, 0.1, 0, 1, 1)) == []
+    assert await told(events, state("disk")) == []
+    assert await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {})) == [
+        ("loaded", Tier.HOST, False, "")
+    ]
+    activated = state("device"), AdapterLoaded(DIGEST, "host", {})
+    assert await told(events, *activated) == [("activated", Tier.DEVICE, False, "")]
+    assert await told(events, state("device")) == []
+    assert await told(events, state("device", pinned=True)) == [
+        ("pinned", Tier.DEVICE, True, "")
+    ]
+    evicted = Evicted(DIGEST, "device", "capacity")
+    assert await told(events, state("host"), evicted) == [
+        ("evicted", Tier.HOST, False, "capacity"),
+        ("unpinned", Tier.HOST, False, ""),
+    ]
+    both = Evicted(DIGEST, "device", "admin"), Evicted(DIGEST, "host", "admin")
+    assert await told(events, state("disk"), *both) == [("evicted", Tier.DISK, False, "admin")]
+    broken = AdapterFailed(DIGEST, WireError("ADAPTER_CORRUPT", "push it again", {}))
+    assert await told(events, state("disk"), broken) == [
+        ("failed", Tier.DISK, False, "push it again")
+    ]
+
+
+async def test_an_engine_that_ended_evicts_without_a_message() -> None:
+    events = AdapterEvents()
+    await told(events, state("device"), AdapterLoaded(DIGEST, "disk", {}))
+    assert await told(events, state("disk")) == [("evicted", Tier.DISK, False, "engine_ended")]
+
+
+async def test_numbers_are_resumed_from_exactly_or_not_at_all() -> None:
+    now = 1_000.0
+    events = AdapterEvents(kept=3, clock=lambda: now)
+    first = events.last
+    assert events.after(first) == ()
+    assert events.after(0) is None, "never seen"
+    assert events.after(first - 1) is None, "another run"
+    assert events.after(first + 1) is None, "not happened"
+    for tier in ("host", "device", "host", "device", "host"):
+        await told(events, state(tier), Evicted(DIGEST, "host", "admin"))
+    assert events.last == first + 5
+    for place in (first + 2, first + 3, first + 5):
+        happened = events.after(place)
+        assert happened is not None
+        assert [e.sequence for e in happened] == list(range(place + 1, first + 6))
+    assert events.after(first + 1) is None, "too old"
+    now += 0.001
+    assert AdapterEvents(clock=lambda: now).last > events.last
+
+
+class Watcher:
+    """A WatchAdapters call, read event by event."""
+
+    def __init__(self, front: Front, since: int = 0) -> None:
+        self.call = front.adapters.WatchAdapters(pb.WatchAdaptersRequest(since_sequence=since))
+        self.sequence = since
+
+    async def next(self) -> tuple[str, str, Any]:
+        message = await self.call.read()
+        assert message is not grpc.aio.EOF
+        self.sequence = message.sequence or self.sequence
+        assert message.time.seconds > 1_600_000_000
+        kind = pb.AdapterEvent.Name(message.event).removeprefix("ADAPTER_EVENT_")
+        return kind, message.adapter.name, message
+
+    async def brief(self, count: int) -> list[tuple[str, str]]:
+        return [(await self.next())[:2] for _ in range(count)]
+
+    async def to_present(self) -> list[tuple[str, str]]:
+        """What comes up to and with SYNCED."""
+        seen = []
+        while not seen or seen[-1][0] != "SYNCED":
+            seen += await self.brief(1)
+        return seen
+
+
+async def test_a_life_as_it_happens(front: Front, tmp_path: Path) -> None:
+    watcher = Watcher(front)
+    assert await watcher.to_present() == [("RESET", ""), ("SYNCED", "")]
+    one = (await front.push(make_adapter(tmp_path / "a", seed=1), "style")).adapter
+    two = make_adapter(tmp_path / "b", seed=2)
+    await front.push(two, "style", allow_replace=True)
+    await front.push(two, "style")  # the same content: nothing happens
+    await front.push(two, "other", validate_only=True)
+    await front.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="style", pin=True))
+    await front.adapters.EvictAdapter(pb.EvictAdapterRequest(name="style", unpin=True))
+    await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="style"))
+    seen = [await watcher.next() for _ in range(8)]
+    assert [kind for kind, _, _ in seen] == [
+        "PUBLISHED",
+        "REPLACED",
+        "ACTIVATED",
+        "PINNED",
+        "EVICTED",
+        "UNPINNED",
+        "DELETED",
+        "DELETED",
+    ]
+    assert {name for _, name, _ in seen} == {"style"}
+    published, replaced, activated = (message for _, _, message in seen[:3])
+    assert published.adapter.revision == one.revision != replaced.adapter.revision
+    assert activated.adapter.tier == inference_pb2.TIER_DEVICE
+    assert {m.adapter.revision for _, _, m in seen[-2:]} == {
+        one.revision,
+        replaced.adapter.revision,
+    }
+    assert not any(message.adapter.current for _, _, message in seen[-2:])
+    numbers = [message.sequence for _, _, message in seen]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_a_watcher_resumes_where_it_was(front: Front, tmp_path: Path) -> None:
+    watcher = Watcher(front)
+    await watcher.to_present()
+    await front.push(make_adapter(tmp_path / "a", seed=1), "one")
+    assert await watcher.brief(1) == [("PUBLISHED", "one")]
+    watcher.call.cancel()
+    await front.push(make_adapter(tmp_path / "b", seed=2), "two")
+    again = Watcher(front, watcher.sequence)
+    assert await again.to_present() == [("PUBLISHED", "two"), ("SYNCED", "")]
+    unknown = Watcher(front, watcher.sequence + 1000)
+    assert await unknown.to_present() == [
+        ("RESET", ""),
+        ("PRESENT", "one"),
+        ("PRESENT", "two"),
+        ("SYNCED", ""),
+    ]
+    assert unknown.sequence == again.sequence
+
+
+async def test_names_that_share_weights_are_all_told(front: Front, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a")
+    await front.push(folder, "one")
+    await front.push(folder, "two")
+    watcher = Watcher(front)
+    await watcher.to_present()
+    await front.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="one"))
+    _, first, half = await watcher.next()
+    _, second, whole = await watcher.next()
+    assert (first, second) == ("one", "two")
+    assert (half.sequence, bool(whole.sequence)) == (0, True)
+
+
+async def test_a_publish_whose_caller_left_is_told() -> None:
+    loop = asyncio.get_running_loop()
+    begun, left, told_of = asyncio.Event(), threading.Event(), asyncio.Event()
+
+    class Slow:
+        """A FAKE registry whose publish takes longer than its caller stays."""
+
+        def begin_upload(self, request: Any) -> Any:
+            return SimpleNamespace(abort=lambda: None)
+
+        def publish(self, upload: Any, *, validate_only: bool) -> Any:
+            loop.call_soon_threadsafe(begun.set)
+            left.wait()
+            return "published"
+
+    async def messages() -> AsyncIterator[Any]:
+        file = pb.UploadFile(name="adapter_config.json", size=1, sha256="0" * 64)
+        yield pb.UploadAdapterRequest(spec=pb.UploadSpec(name="style", files=[file]))
+
+    published: list[Any] = []
+
+    def listen(outcome: Any) -> None:
+        published.append(outcome)
+        told_of.set()
+
+    uploads = Uploads(Slow(), on_published=listen)  # type: ignore[arg-type]
+    receiving = asyncio.create_task(uploads.receive(messages()))
+    await begun.wait()
+    receiving.cancel()
+    await asyncio.sleep(0)
+    left.set()
+    with pytest.raises(asyncio.CancelledError):
+        await receiving
+    await told_of.wait()
+    assert published == ["published"]
+
+
+async def test_a_drain_ends_watches_at_once(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(base_folder, front_cache, tmp_path, grace="3600") as front:
+        watcher = Watcher(front)
+        await watcher.to_present()
+        front.app.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watcher.next()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await front.task
+
+
+class Nobody:
+    """No adapters, no registry: for watches that are about the row only."""
+
+    def list(self, **_: Any) -> tuple[()]:
+        return ()
+
+    def holding(self, digest: str) -> tuple[()]:
+        return ()
+
+
+def lonely_watch(events: AdapterEvents, **limits: float) -> AdapterWatch:
+    return AdapterWatch(Nobody(), None, events, **limits)  # type: ignore[arg-type]
+
+
+async def test_who_falls_behind_is_closed() -> None:
+    events = AdapterEvents(kept=2)
+    gate = asyncio.Event()
+
+    async def write(message: Any) -> None:
+        if message.event == pb.ADAPTER_EVENT_SYNCED:
+            for tier in ("host", "device", "host"):
+                await told(events, state(tier), Evicted(DIGEST, "host", "admin"))
+            gate.set()
+
+    with pytest.raises(Aborted, match="fell behind"):
+        await lonely_watch(events).serve(0, write)
+    assert gate.is_set()
+
+
+async def test_who_stops_reading_is_closed() -> None:
+    async def write(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Aborted, match="read nothing"):
+        await lonely_watch(AdapterEvents(), reader_limit_s=0.01).serve(0, write)
+
+
+async def test_what_happened_before_the_end_is_told_before_it() -> None:
+    events = AdapterEvents()
+    since = events.last
+    await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
+    events.close()
+    seen = []
+
+    async def write(message: Any) -> None:
+        seen.append(message.event)
+
+    with pytest.raises(Draining):
+        await lonely_watch(events).serve(since, write)
+    assert seen == [pb.ADAPTER_EVENT_SYNCED]
