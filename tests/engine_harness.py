@@ -46,9 +46,9 @@ class EngineHarness:
     def __init__(self, config: EngineConfig) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self.out: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
-        self.info, self.scheduler, self.residency, self.runner, self.memory = build_engine(
-            config, self.inbox
-        )
+        parts = build_engine(config, self.inbox)
+        self.info, self.scheduler, self.residency, self.runner, self.memory, grammars = parts
+        self.grammars = grammars
         self._numbers = iter(range(1, 1_000_000))
         self.loop = StepLoop(
             inbox=self.inbox,
@@ -56,6 +56,7 @@ class EngineHarness:
             residency=self.residency,
             runner=self.runner,
             memory=self.memory,
+            grammars=grammars,
             send=lambda messages: [self.out.put(m) for m in messages] and None,
         )
         self._thread = threading.Thread(target=self.loop.run, daemon=True)

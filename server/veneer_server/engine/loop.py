@@ -18,6 +18,7 @@ from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterEvicted,
     ContextTooLong,
+    InvalidField,
     NonFiniteOutput,
     VeneerError,
 )
@@ -28,6 +29,7 @@ from veneer_server.engine.messages import (
     AdapterLoaded,
     AdapterSource,
     Cancel,
+    Constraint,
     Evict,
     Evicted,
     FromEngine,
@@ -49,7 +51,7 @@ from veneer_server.engine.residency import Action, Drop, Load, Residency
 from veneer_server.engine.scheduler import Scheduler, Update
 from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
 
-__all__ = ["AdapterMemory", "Arrived", "Inbox", "Runner", "StepLoop", "wire_error"]
+__all__ = ["AdapterMemory", "Arrived", "Compiled", "Inbox", "Runner", "StepLoop", "wire_error"]
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +66,32 @@ class Arrived:
     error: VeneerError | None = None
 
 
-Inbox = queue.SimpleQueue[ToEngine | Arrived]
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A worker's report: a sequence's constraint is ready, or it is refused."""
+
+    sequence: int
+    error: InvalidField | None
+
+
+Inbox = queue.SimpleQueue[ToEngine | Arrived | Compiled]
 
 
 class Runner(Protocol):
     """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class GrammarMemory(Protocol):
+    """What holds the state of constraints (`veneer_server.engine.grammar`)."""
+
+    def compile(
+        self, sequence: int, constraint: Constraint, done: Callable[[InvalidField | None], None]
+    ) -> None:
+        """Return at once; ``done`` is called in a worker."""
+
+    def forget(self, sequence: int) -> None: ...
 
 
 class AdapterMemory(Protocol):
@@ -97,6 +118,7 @@ class StepLoop:
     Args:
         send: writes one frame to the front; called on the loop's thread.
         clock: monotonic seconds.
+        grammars: None where the base's tokenizer allows no constraints.
     """
 
     def __init__(
@@ -109,6 +131,7 @@ class StepLoop:
         memory: AdapterMemory,
         send: Callable[[list[FromEngine]], None],
         clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarMemory | None = None,
     ) -> None:
         self._inbox = inbox
         self._scheduler = scheduler
@@ -117,6 +140,9 @@ class StepLoop:
         self._memory = memory
         self._send = send
         self._clock = clock
+        self._grammars = grammars
+        self._compiling: dict[int, Submit] = {}
+        """Submitted sequences that wait for their constraint, by id."""
         self._operations: dict[str, list[int]] = {}
         """Activations that wait for an adapter, by digest."""
         self._outgoing: list[FromEngine] = []
@@ -158,14 +184,18 @@ class StepLoop:
                 return False
             self._handle(message)
 
-    def _handle(self, message: ToEngine | Arrived) -> None:
+    def _handle(self, message: ToEngine | Arrived | Compiled) -> None:
         match message:
             case Submit():
                 self._submit(message)
+            case Compiled():
+                self._compiled(message)
             case Cancel():
+                waited = self._compiling.pop(message.sequence, None)
                 sequence, actions = self._scheduler.cancel(message.sequence)
                 self._carry_out(actions)
-                if sequence is not None:
+                if waited is not None or sequence is not None:
+                    self._ended(message.sequence)
                     self._outgoing.append(
                         SequenceOutput(message.sequence, [], finish="cancelled")
                     )
@@ -183,6 +213,36 @@ class StepLoop:
                 self._arrived(message)
 
     def _submit(self, message: Submit) -> None:
+        if message.constraint is None:
+            self._admit(message)
+        elif self._grammars is None:
+            error = InvalidField(
+                "constraint is not possible with this base model: llguidance cannot read its "
+                "tokenizer.json. Leave it out, or serve another base",
+                metadata={"field": "constraint"},
+            )
+            self._outgoing.append(SequenceFailed(message.sequence, wire_error(error)))
+        else:
+            number = message.sequence
+            self._compiling[number] = message
+            self._grammars.compile(
+                number, message.constraint, lambda e: self._inbox.put(Compiled(number, e))
+            )
+
+    def _compiled(self, message: Compiled) -> None:
+        waited = self._compiling.pop(message.sequence, None)
+        if waited is None:
+            self._ended(message.sequence)  # cancelled meanwhile
+        elif message.error is not None:
+            self._outgoing.append(SequenceFailed(message.sequence, wire_error(message.error)))
+        else:
+            self._admit(waited)
+
+    def _ended(self, sequence: int) -> None:
+        if self._grammars is not None:
+            self._grammars.forget(sequence)
+
+    def _admit(self, message: Submit) -> None:
         found = None
         try:
             longest = len(message.prompt) + message.max_tokens
@@ -196,6 +256,7 @@ class StepLoop:
             if message.adapter is not None:
                 found = self._residency.lease(message.adapter)
         except VeneerError as error:
+            self._ended(message.sequence)
             self._outgoing.append(SequenceFailed(message.sequence, wire_error(error)))
             return
         self._scheduler.add(Sequence(message, self._clock(), found))
@@ -287,6 +348,7 @@ class StepLoop:
         for sequence in self._scheduler.using(digest):
             _, actions = self._scheduler.cancel(sequence.id)
             self._carry_out(actions)
+            self._ended(sequence.id)
             self._outgoing.append(SequenceFailed(sequence.id, wire_error(error)))
 
     def _fail_operations(self, digest: str, error: VeneerError) -> None:
@@ -317,6 +379,15 @@ class StepLoop:
 
     def _output(self, update: Update) -> FromEngine:
         sequence = update.sequence
+        if update.finish is not None or update.token is None:
+            self._ended(sequence.id)
+        if update.failure is not None:
+            error = InvalidField(
+                f"constraint cannot be followed after {sequence.generated} tokens: "
+                f"{update.failure}. Simplify it",
+                metadata={"field": "constraint"},
+            )
+            return SequenceFailed(sequence.id, wire_error(error))
         if not update.finite or update.token is None:
             name = sequence.adapter.name if sequence.adapter else "the base model"
             return SequenceFailed(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from veneer_server.engine.sampler import sample, token_logprobs
+from veneer_server.engine.grammar import GrammarFailed, Grammars
+from veneer_server.engine.messages import Tops
+from veneer_server.engine.sampler import Choice, sample, token_logprobs, top_tokens
 from veneer_server.engine.sequence import PlannedSequence, StepPlan, StepResult
 from veneer_server.lora.batch import Segment
 from veneer_server.lora.table import AdapterTable
@@ -23,11 +25,18 @@ class ModelRunner:
     Args:
         tables: resident adapters by weights digest, kept up to date by the loop;
             every digest of a plan is in it.
+        grammars: what constrained sequences may say; None where the base's tokenizer
+            allows no constraints, and no plan has any.
     """
 
     def __init__(
-        self, backend: Backend, tables: Mapping[str, AdapterTable], block_size: int
+        self,
+        backend: Backend,
+        tables: Mapping[str, AdapterTable],
+        block_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._backend = backend
         self._tables = tables
         self._block_size = block_size
@@ -39,30 +48,119 @@ class ModelRunner:
         # A sum is finite only if every term is; one pass and no mask.
         finite_rows = logits.sum(dim=-1).isfinite().tolist()
         finite = [all(finite_rows[p.begin : p.end]) for p in places]
-        tokens: list[int | None] = [None] * len(places)
-        logprobs: list[float | None] = [None] * len(places)
-        scores: list[tuple[float, ...]] = [()] * len(places)
-        sampling = [i for i, p in enumerate(places) if finite[i] and p.sample is not None]
-        if sampling:
-            rows = logits.index_select(
-                0, _index([places[i].sample or 0 for i in sampling], logits)
+        drafts = [_Draft() for _ in places]
+        rows = [
+            _SampledRow(sequence, place.sample, draft)
+            for sequence, place, draft, good in zip(
+                plan.sequences, places, drafts, finite, strict=True
             )
-            planned = [plan.sequences[i] for i in sampling]
-            chosen = sample(rows, [p.sampling for p in planned], [p.position for p in planned])
-            wanted = [k for k, p in enumerate(planned) if p.logprobs]
-            for i, token in zip(sampling, chosen, strict=True):
-                tokens[i] = token
-            if wanted:
-                picked = [chosen[k] for k in wanted]
-                values = token_logprobs(rows[wanted], _index(picked, logits)).tolist()
-                for k, value in zip(wanted, values, strict=True):
-                    logprobs[sampling[k]] = value
-        for i, (place, sequence) in enumerate(zip(places, plan.sequences, strict=True)):
-            if sequence.score and finite[i]:
-                rows = logits[place.begin : place.begin + len(sequence.score)]
-                following = _index(list(sequence.score), logits)
-                scores[i] = tuple(token_logprobs(rows, following).tolist())
-        return StepResult(tuple(tokens), tuple(logprobs), tuple(scores), tuple(finite))
+            if good and place.sample is not None
+        ]
+        if rows:
+            self._sample(logits, rows)
+        for sequence, place, draft, good in zip(
+            plan.sequences, places, drafts, finite, strict=True
+        ):
+            if sequence.score and good:
+                _score(logits, sequence, place, draft)
+        return StepResult(
+            tokens=tuple(d.token for d in drafts),
+            logprobs=tuple(d.logprob for d in drafts),
+            scores=tuple(d.scores for d in drafts),
+            finite=tuple(finite),
+            tops=tuple(d.tops for d in drafts),
+            score_tops=tuple(d.score_tops for d in drafts),
+            complete=tuple(d.complete for d in drafts),
+            failures=tuple(d.failure for d in drafts),
+        )
+
+    def _sample(self, logits: torch.Tensor, rows: list[_SampledRow]) -> None:
+        """Choose the tokens of all rows that take one."""
+        choices: list[Choice] = []
+        ready: list[_SampledRow] = []
+        for row in rows:
+            try:
+                choices.append(self._choice(row.sequence))
+                ready.append(row)
+            except GrammarFailed as error:
+                row.draft.failure = str(error)
+        if not ready:
+            return
+        logits = logits.index_select(0, _index([row.at for row in ready], logits))
+        for row, token in zip(ready, sample(logits, choices), strict=True):
+            row.draft.token = token
+            if row.sequence.constraint is not None:
+                self._advance(row, token)
+        wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
+        if wanted:
+            _add_logprobs(logits[wanted], [ready[k] for k in wanted])
+
+    def _choice(self, sequence: PlannedSequence) -> Choice:
+        allowed = None
+        if sequence.constraint is not None:
+            assert self._grammars is not None, "the loop refuses what cannot be constrained"
+            allowed = self._grammars.allowed(sequence.sequence)
+        return Choice(
+            params=sequence.sampling,
+            position=sequence.position,
+            history=sequence.history,
+            prompt_length=sequence.prompt_length,
+            allowed=allowed,
+        )
+
+    def _advance(self, row: _SampledRow, token: int) -> None:
+        assert self._grammars is not None
+        try:
+            row.draft.complete = self._grammars.advance(row.sequence.sequence, token)
+        except GrammarFailed as error:
+            row.draft.token, row.draft.failure = None, str(error)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One sequence's part of the `StepResult` while it is made."""
+
+    token: int | None = None
+    logprob: float | None = None
+    tops: Tops | None = None
+    scores: tuple[float, ...] = ()
+    score_tops: tuple[Tops, ...] = ()
+    complete: bool = False
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledRow:
+    """A sequence that takes a token, and the row of logits ``at`` that gives it."""
+
+    sequence: PlannedSequence
+    at: int
+    draft: _Draft
+
+
+def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow]) -> None:
+    """Raw log-probabilities of the chosen tokens, and of the likeliest where wanted."""
+    tokens = [row.draft.token or 0 for row in rows]
+    for row, value in zip(
+        rows, token_logprobs(logits, _index(tokens, logits)).tolist(), strict=True
+    ):
+        row.draft.logprob = value
+    topped = [k for k, row in enumerate(rows) if row.sequence.top_logprobs]
+    if topped:
+        counts = [rows[k].sequence.top_logprobs for k in topped]
+        for k, tops in zip(topped, top_tokens(logits[topped], counts), strict=True):
+            rows[k].draft.tops = tops
+
+
+def _score(
+    logits: torch.Tensor, sequence: PlannedSequence, place: _Place, draft: _Draft
+) -> None:
+    """Log-probabilities of a chunk of the prompt."""
+    rows = logits[place.begin : place.begin + len(sequence.score)]
+    following = _index(list(sequence.score), logits)
+    draft.scores = tuple(token_logprobs(rows, following).tolist())
+    if sequence.top_logprobs:
+        draft.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows)))
 
 
 @dataclass(frozen=True, slots=True)

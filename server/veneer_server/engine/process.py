@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.exact import ExactRunner
+from veneer_server.engine.grammar import Grammars
 from veneer_server.engine.loop import Inbox, Runner, StepLoop
 from veneer_server.engine.messages import (
     LENGTH,
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 
 def build_engine(
     config: EngineConfig, inbox: Inbox
-) -> tuple[EngineInfo, Scheduler, Residency, Runner, LoraMemory]:
+) -> tuple[EngineInfo, Scheduler, Residency, Runner, LoraMemory, Grammars | None]:
     """Load the base model and put the engine's parts together."""
     began = time.monotonic()
     device = _device(config.device)
@@ -103,8 +104,13 @@ def build_engine(
         exact=config.exact,
     )
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
+    grammars = Grammars.of_base(
+        Path(config.base_folder),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+    )
     runner: Runner = ModelRunner(
-        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size
+        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size, grammars
     )
     if config.exact:
         runner = ExactRunner(runner)
@@ -120,7 +126,7 @@ def build_engine(
         adapter_itemsize=lora_dtype.itemsize,
         load_seconds=time.monotonic() - began,
     )
-    return info, scheduler, residency, runner, memory
+    return info, scheduler, residency, runner, memory, grammars
 
 
 def _device(wanted: str) -> torch.device:
@@ -180,7 +186,7 @@ def main() -> None:
         return
     config = msgspec.msgpack.decode(body, type=EngineConfig)
     inbox: Inbox = queue.SimpleQueue()
-    info, scheduler, residency, runner, memory = build_engine(config, inbox)
+    info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
 
     def send(messages: list[FromEngine]) -> None:
         connection.sendall(encode(messages))
@@ -194,6 +200,7 @@ def main() -> None:
         runner=runner,
         memory=memory,
         send=send,
+        grammars=grammars,
     )
     try:
         loop.run()

@@ -1,72 +1,258 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, seeded.
+"""From logits to tokens, all rows of a step at once.
 
-A token's random number is a function of the request's seed and the token's
-position (Philox, counter mode), so it does not depend on what shares the batch
-or on how often a sequence was preempted.
+The order is the field's usual one:
+
+1. logit bias, added
+2. repetition penalty, of tokens in prompt or output (Keskar et al. 2019; as in
+   transformers: a positive logit is divided by it, a negative one multiplied)
+3. presence and frequency penalties, of tokens in the output (as OpenAI defines them)
+4. the constraint's mask
+5. temperature; 0 takes the likeliest token here, and nothing below matters
+6. top-k, then top-p over what it left, then min-p: each keeps the likeliest tokens
+7. one draw, by the random number of the request's seed and the token's position
+
+A token is a function of its own row, its settings and its position: nothing is
+shared between rows, so it does not depend on what shares the batch (as far as the
+logits do not). A batch that only takes likeliest tokens costs one argmax.
+
+Log-probabilities are of the logits as the model gave them, before all of this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from veneer_server.engine.messages import SamplingParams
+from veneer_server.engine.messages import SamplingParams, Tops
 
-__all__ = ["sample", "token_logprobs", "uniform"]
+__all__ = ["Choice", "sample", "token_logprobs", "top_tokens", "uniform"]
 
 _HEAD = 512
-"""Most likely tokens looked at first for top-k and top-p; sorting a whole
-vocabulary takes milliseconds a row and is nearly never needed."""
+"""Most likely tokens looked at first for top-k, top-p and min-p; sorting a whole
+vocabulary takes milliseconds a row and is nearly never needed. The same for all
+rows: a head whose size depended on the batch could break ties by the batch."""
+
+_TOPS = 20
+"""Most that `top_tokens` gives a row; it always looks at so many, for the same reason."""
+
+_COLDEST = 1e-5
+"""Temperatures below are greedy: dividing by them would overflow."""
+
+_LOWEST = -torch.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How to choose one row's token.
+
+    Attributes:
+        position: index of the new token.
+        history: prompt and output so far, where `params` needs them.
+        prompt_length: where the output begins in `history`.
+        allowed: [vocab] bool, or None where every token is allowed; at least one is.
+    """
+
+    params: SamplingParams
+    position: int
+    history: Sequence[int] = ()
+    prompt_length: int = 0
+    allowed: NDArray[np.bool_] | None = None
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) for a position of a request."""
+    """The random number in [0, 1) for a position of a request (Philox, counter mode)."""
     stream = np.random.Philox(key=seed & (2**64 - 1), counter=position)
     return float(np.random.Generator(stream).random())
 
 
-def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> list[int]:
+def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
     """One token a row.
 
     Args:
-        logits: [rows, vocab] float32, finite.
-        params, positions: one a row; ``positions`` is the new token's index.
+        logits: [rows, vocab] float32, finite; not changed.
+        choices: one a row.
     """
-    chosen = logits.argmax(dim=-1).tolist()
-    for row, (wanted, position) in enumerate(zip(params, positions, strict=True)):
-        if wanted.temperature > 0:
-            chosen[row] = _draw(logits[row], wanted, uniform(wanted.seed, position))
-    return [int(token) for token in chosen]
+    logits = _adjusted(logits, choices)
+    chosen = logits.argmax(dim=-1)
+    drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
+    return [int(token) for token in chosen.tolist()]
 
 
-def _draw(logits: torch.Tensor, params: SamplingParams, u: float) -> int:
-    """Inverse transform over the tokens that top-k and top-p leave."""
-    probabilities = torch.softmax(logits / params.temperature, dim=-1)
-    if params.top_k == 0 and params.top_p >= 1:
-        return _pick(probabilities, u)
+# ------------------------------------------------------------------- adjustments
+
+
+def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """Bias, penalties and masks; ``logits`` itself where no row has any."""
+    biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
+    repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
+    counted = [
+        i
+        for i, c in enumerate(choices)
+        if c.params.presence_penalty or c.params.frequency_penalty
+    ]
+    masks = {i: c.allowed for i, c in enumerate(choices) if c.allowed is not None}
+    if not (biased or repeated or counted or masks):
+        return logits
+    logits = logits.clone()
+    if biased:
+        _add_bias(logits, biased, choices)
+    if repeated:
+        _penalise_repetition(logits, repeated, choices)
+    if counted:
+        _penalise_output(logits, counted, choices)
+    if masks:
+        allowed = torch.from_numpy(np.stack(list(masks.values())))
+        rows = torch.tensor(list(masks), device=logits.device)
+        logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), _LOWEST)
+    return logits
+
+
+def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+    places = [(i, token) for i in rows for token in choices[i].params.logit_bias]
+    values = [bias for i in rows for bias in choices[i].params.logit_bias.values()]
+    row, token = torch.tensor(places, device=logits.device).unbind(dim=1)
+    logits[row, token] += logits.new_tensor(values)
+
+
+def _penalise_repetition(
+    logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]
+) -> None:
+    row, token, _ = _seen(logits, rows, [choices[i].history for i in rows])
+    penalty = _column(logits, choices, "repetition_penalty")[row]
+    values = logits[row, token]
+    logits[row, token] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+    outputs = [choices[i].history[choices[i].prompt_length :] for i in rows]
+    row, token, count = _seen(logits, rows, outputs)
+    presence = _column(logits, choices, "presence_penalty")[row]
+    frequency = _column(logits, choices, "frequency_penalty")[row]
+    logits[row, token] -= presence + frequency * count
+
+
+def _seen(
+    logits: torch.Tensor, rows: list[int], texts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Different tokens of each row's text: their row, their id, how often they occur."""
+    vocab = logits.shape[1]
+    owner = np.repeat(np.array(rows, dtype=np.int64), [len(text) for text in texts])
+    tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
+    keys, counts = np.unique(owner * vocab + tokens, return_counts=True)
+    device = logits.device
+    return (
+        torch.from_numpy(keys // vocab).to(device),
+        torch.from_numpy(keys % vocab).to(device),
+        torch.from_numpy(counts).to(device, logits.dtype),
+    )
+
+
+def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch.Tensor:
+    """[rows] of one setting."""
+    return logits.new_tensor([getattr(c.params, name) for c in choices])
+
+
+# -------------------------------------------------------------------------- draw
+
+
+def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """[rows] int64: inverse transform over the tokens that top-k, top-p and min-p leave."""
+    # From the top, so that a low temperature overflows to minus infinity only.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    temperature = _column(logits, choices, "temperature").unsqueeze(1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    randoms = torch.tensor(
+        [uniform(c.params.seed, c.position) for c in choices],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    cut = torch.tensor([_cuts(c.params) for c in choices], device=logits.device)
+    tokens = torch.empty(len(choices), dtype=torch.int64, device=logits.device)
+    whole = ~cut
+    if whole.any():
+        tokens[whole] = _pick(probabilities[whole].double(), randoms[whole])
+    if cut.any():
+        kept = [c.params for c in choices if _cuts(c.params)]
+        tokens[cut] = _pick_cut(probabilities[cut], randoms[cut], kept)
+    return tokens
+
+
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _pick_cut(
+    probabilities: torch.Tensor, randoms: torch.Tensor, params: Sequence[SamplingParams]
+) -> torch.Tensor:
+    """A draw from the likeliest tokens; looks at the whole vocabulary only where it must."""
     vocab = probabilities.shape[-1]
-    keep = params.top_k or vocab
-    head = min(vocab, _HEAD if params.top_k == 0 else keep)
-    values, tokens = probabilities.topk(head)
-    if head < keep and float(values.sum()) < params.top_p:
-        values, tokens = probabilities.sort(descending=True)
-    # top-p applies to what top-k left, renormalised.
-    total = values.sum() if params.top_k else 1.0
-    before = values.cumsum(0) - values
-    values = values[before < params.top_p * total]
-    return int(tokens[_pick(values, u)])
+    values, tokens = _in_order(*probabilities.topk(min(vocab, _HEAD)))
+    weights = _kept(values, params)
+    picked = tokens.gather(1, _pick(weights, randoms).unsqueeze(1)).squeeze(1)
+    if vocab <= _HEAD:
+        return picked
+    # What was kept must end before the head does, and not among tokens as likely as
+    # the head's last one: which of them the head holds is chance. The share that a
+    # larger top-k leaves is not known from the head either.
+    short = ((weights > 0) & (values <= values[:, -1:])).any(dim=-1)
+    short |= torch.tensor([p.top_k > _HEAD for p in params], device=values.device)
+    if short.any():
+        rest = [p for p, needed in zip(params, short.tolist(), strict=True) if needed]
+        values, tokens = probabilities[short].sort(dim=-1, descending=True, stable=True)
+        index = _pick(_kept(values, rest), randoms[short])
+        picked[short] = tokens.gather(1, index.unsqueeze(1)).squeeze(1)
+    return picked
 
 
-def _pick(weights: torch.Tensor, u: float) -> int:
-    """Index of the first running sum above u times the whole; weights need not
-    sum to 1. Summed in float64, so that rare tokens keep their share."""
-    sums = weights.double().cumsum(0)
-    index = int(torch.searchsorted(sums, sums[-1] * u, right=True))
-    return min(index, weights.shape[0] - 1)
+def _in_order(values: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likeliest first, of equals the lower id first, as a stable sort of all would give."""
+    tokens, order = tokens.sort(dim=-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order)
+
+
+def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The probabilities that top-k, top-p and min-p leave, the others 0.
+
+    Args:
+        values: [rows, n] probabilities, likeliest first.
+
+    Returns:
+        [rows, n] float64; not renormalised.
+    """
+    rank = torch.arange(values.shape[1], device=values.device)
+    top_k = torch.tensor([p.top_k or 1 << 62 for p in params], device=values.device)
+    top_p = values.new_tensor([p.top_p for p in params], dtype=torch.float64)
+    min_p = values.new_tensor([p.min_p for p in params]).unsqueeze(1)
+    weights = values.double().masked_fill(rank >= top_k.unsqueeze(1), 0)
+    # top-p is a share of what top-k left; without top-k, of everything: of 1.
+    total = torch.where(top_k > values.shape[1], 1.0, weights.sum(dim=-1))
+    before = weights.cumsum(dim=-1) - weights
+    # A top_p of 1 keeps all, whatever the sums round to.
+    spent = (before >= (top_p * total).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
+    return weights.masked_fill(spent | (values < min_p * values[:, :1]), 0)
+
+
+def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
+    """[rows] index of the first running sum above the random share of the whole.
+
+    Weights are float64, so that rare tokens keep their share, and need not sum to 1.
+    """
+    sums = weights.cumsum(dim=-1)
+    whole = sums[:, -1]
+    # Below the whole, whatever the product rounds to: a weight of 0 is never picked.
+    target = torch.minimum(whole * randoms, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
+
+
+# ------------------------------------------------------------- log-probabilities
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,3 +267,19 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return picked - torch.logsumexp(logits, dim=-1)
+
+
+def top_tokens(logits: torch.Tensor, counts: Sequence[int]) -> list[Tops]:
+    """The most likely tokens of each row with their raw log-probabilities.
+
+    Args:
+        logits: [rows, vocab] float32.
+        counts: how many are wanted, one a row, at most 20.
+    """
+    values, tokens = logits.topk(min(logits.shape[1], _TOPS))
+    values, tokens = _in_order(values, tokens)
+    values = values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return [
+        list(zip(ids[:count], logprobs[:count], strict=True))
+        for ids, logprobs, count in zip(tokens.tolist(), values.tolist(), counts, strict=True)
+    ]
