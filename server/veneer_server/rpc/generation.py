@@ -18,7 +18,7 @@ from veneer_registry.errors import ContextTooLong, DeadlineTooShort, InternalErr
 from veneer_registry.registry import Registry, RevisionLease
 
 from veneer_server.engine.client import EngineClient
-from veneer_server.engine.messages import SamplingParams, SequenceOutput
+from veneer_server.engine.messages import SamplingParams, SequenceOutput, Tops
 from veneer_server.logs import get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.rpc.adapter_view import AdapterUse, source_of
@@ -44,13 +44,21 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What came out since the last one. The last has `finish` set."""
+    """What came out since the last one. The last has `finish` set.
+
+    Attributes:
+        top_logprobs, prompt_top_logprobs: one entry for each log-probability beside it.
+        index: the sample that it belongs to.
+    """
 
     text: str
     tokens: list[int]
     logprobs: list[float] | None
     prompt_logprobs: list[float] | None
     finish: FinishReason | None
+    top_logprobs: list[Tops] | None = None
+    prompt_top_logprobs: list[Tops] | None = None
+    index: int = 0
 
 
 class Generation:
@@ -122,7 +130,26 @@ class Generation:
             text += stops.flush()
         if stops.stopped:
             finish = "stop"
-        return Delta(text, output.tokens, output.logprobs, output.prompt_logprobs, finish)
+        return Delta(
+            text,
+            output.tokens,
+            output.logprobs,
+            output.prompt_logprobs,
+            finish,
+            top_logprobs=output.top_logprobs,
+            prompt_top_logprobs=output.prompt_top_logprobs,
+        )
+
+    @property
+    def tier(self) -> Tier | None:
+        """Where the adapter was found; known with the first delta."""
+        first = self._first_token
+        return Tier(first.tier) if first is not None and first.tier is not None else None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache; known with the first delta."""
+        return self._first_token.cached_tokens if self._first_token is not None else 0
 
     def facts(self) -> dict[str, float]:
         """What the log says of it, finished or not; never its text."""
@@ -144,7 +171,7 @@ class Generation:
             adapter=ref.name if ref else "",
             revision=ref.revision if ref else "",
             weights_digest=ref.weights_digest if ref else "",
-            tier=Tier(first.tier) if first.tier is not None else None,
+            tier=self.tier,
             queue_s=self._queue_s,
             load_s=first.load_seconds,
             first_token_s=self._first_token_s,

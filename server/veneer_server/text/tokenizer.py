@@ -114,6 +114,10 @@ class TextTokenizer:
             known = self._bytes[token] = self._derive(token)
         return known
 
+    def token_name(self, token: int) -> str:
+        """How the vocabulary writes a token, such as ``<|im_end|>``; empty if unknown."""
+        return self._rust.id_to_token(token) or ""
+
     def _derive(self, token: int) -> bytes:
         text = None if token in self._special else self._rust.id_to_token(token)
         if text is None:

@@ -1,0 +1,37 @@
+"""The OpenAI-compatible HTTP gateway, in front of the same core as gRPC.
+
+Start reading at `gateway` (its life) and `generate` (a request's life). The packages
+that it needs are an extra, so nothing else may import its modules at the top.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final
+
+from veneer_registry.errors import VeneerError
+
+__all__ = ["GatewayMissing", "require_gateway"]
+
+_NEEDED: Final = ("fastapi", "uvicorn")
+
+
+class GatewayMissing(VeneerError):
+    """``--openai-listen`` is given, but the gateway's packages are not installed."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "GATEWAY_MISSING"
+
+
+def require_gateway() -> None:
+    """See that the gateway can be started.
+
+    Raises:
+        GatewayMissing: packages of the extra are not installed.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise GatewayMissing(
+            f"--openai-listen needs {' and '.join(missing)}: pip install 'veneer[gateway]', "
+            "or leave the flag out"
+        )

@@ -1,0 +1,126 @@
+"""The one place where an exception becomes an HTTP answer in OpenAI's shape.
+
+``{"error": {"message", "type", "param", "code"}}``. The SDKs retry by status unless
+``x-should-retry`` says otherwise, so it says what the error itself knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from veneer_registry.errors import (
+    AdapterNotFound,
+    ContextTooLong,
+    Unavailable,
+    VeneerError,
+)
+
+__all__ = ["HttpError", "HttpFailure", "http_failure"]
+
+_STATUS: Final = {
+    "INVALID_ARGUMENT": 400,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "FAILED_PRECONDITION": 409,
+    "ABORTED": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""gRPC code -> HTTP status, as Google's APIs map them; all else is 500."""
+
+_CODES: Final[Mapping[type[VeneerError], str]] = {
+    AdapterNotFound: "model_not_found",
+    ContextTooLong: "context_length_exceeded",
+}
+"""Codes that OpenAI's clients know; others are our reasons in lower case."""
+
+_UNAVAILABLE_RETRY_S: Final = 1.0
+
+_OUR_FIELDS: Final = re.compile(r"\b(?:sampling|stopping|output)\.(?=[a-z])")
+"""Fields of the protobuf request whose JSON name is what follows."""
+
+_OTHER_NAMES: Final = {
+    "adapter": "model",
+    "name": "model",
+    "token_ids": "prompt",
+    "input": "prompt",
+    "constraint": "response_format",
+}
+
+
+class HttpError(Exception):
+    """A request that is wrong as HTTP, before any field of it was looked at."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        """Args:
+        code: for programs, in OpenAI's style.
+        message: for a person; names the fix.
+        """
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFailure:
+    """An answer that says what went wrong."""
+
+    status: int
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+
+
+def http_failure(error: VeneerError | HttpError) -> HttpFailure:
+    """Status, body and headers of an error."""
+    if isinstance(error, HttpError):
+        headers = {"x-should-retry": "false"}
+        if error.status in (408, 413):  # what is left of the body is not read
+            headers["connection"] = "close"
+        return HttpFailure(
+            error.status, _body(error.message, error.status, None, error.code), headers
+        )
+    status = _STATUS.get(error.code, 500)
+    param = _param(error)
+    message = _OUR_FIELDS.sub("", error.message)
+    retry_s = error.retry_after_s
+    if retry_s is None and isinstance(error, Unavailable):
+        retry_s = _UNAVAILABLE_RETRY_S
+    headers = {"x-should-retry": "false" if retry_s is None else "true"}
+    if retry_s is not None:
+        headers["retry-after"] = str(max(1, round(retry_s)))
+        headers["retry-after-ms"] = str(max(1, int(retry_s * 1000)))
+    code = next(
+        (name for kind, name in _CODES.items() if isinstance(error, kind)),
+        error.reason.lower(),
+    )
+    return HttpFailure(status, _body(message, status, param, code), headers)
+
+
+def _param(error: VeneerError) -> str | None:
+    if isinstance(error, AdapterNotFound):
+        return "model"
+    field = error.metadata.get("field")
+    if field is None:
+        return None
+    field = _OUR_FIELDS.sub("", field)
+    head = re.match(r"\w*", field)
+    name = head[0] if head is not None else field
+    return _OTHER_NAMES.get(name, field)
+
+
+def _body(message: str, status: int, param: str | None, code: str) -> Mapping[str, Any]:
+    kind = (
+        "server_error"
+        if status >= 500
+        else "rate_limit_error"
+        if status == 429
+        else "invalid_request_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,274 @@
+"""What a JSON request may hold: the fields that are served, refused and ignored.
+
+A field that would change the answer is served or refused, never dropped. The
+extensions beside OpenAI's own fields have the names that vLLM gave them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from veneer_registry.errors import InvalidField
+
+__all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
+
+IGNORED: Final = frozenset(
+    {
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields that change nothing in the text of an answer."""
+
+_SAME_TEXT: Final = "the text of an answer never holds special tokens or stop strings"
+
+REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+    "add_generation_prompt": ((True,), "send the text as a prompt to /v1/completions"),
+    "add_special_tokens": ((), "send token ids to /v1/completions"),
+    "allowed_token_ids": ((), "use structured_outputs or logit_bias"),
+    "audio": ((), "only text is served"),
+    "bad_words": (([],), "use logit_bias"),
+    "chat_template": ((), "publish the template with the adapter"),
+    "chat_template_kwargs": (({},), "publish the template with the adapter"),
+    "continue_final_message": ((False,), "send the text as a prompt to /v1/completions"),
+    "documents": (([],), "put them into a message"),
+    "function_call": (("none",), "ask for JSON with response_format"),
+    "functions": (([],), "ask for JSON with response_format"),
+    "guided_grammar": ((), "use structured_outputs with json, regex or choice"),
+    "include_stop_str_in_output": ((False,), _SAME_TEXT),
+    "length_penalty": ((1.0,), "beam search is not served"),
+    "logits_processors": (([],), "use logit_bias"),
+    "min_tokens": ((0,), "use ignore_eos with max_tokens"),
+    "modalities": ((["text"],), "only text is served"),
+    "prompt_logprobs": ((), "use echo with logprobs on /v1/completions"),
+    "reasoning_effort": (("none",), "say it in a message"),
+    "return_tokens_as_token_ids": ((False,), "call the server over gRPC for token ids"),
+    "skip_special_tokens": ((True,), _SAME_TEXT),
+    "spaces_between_special_tokens": ((True, False), _SAME_TEXT),
+    "suffix": (("",), "put it into the prompt"),
+    "tool_choice": (("none", "auto"), "ask for JSON with response_format"),
+    "tools": (([],), "ask for JSON with response_format"),
+    "truncate_prompt_tokens": ((), "shorten the prompt"),
+    "use_beam_search": ((False,), "use n to get several answers"),
+    "verbosity": (("medium",), "say it in a message"),
+    "web_search_options": ((), "put what was found into a message"),
+}
+"""Fields that would change the answer: values that ask for nothing, and what to do."""
+
+_UINT32: Final = (1 << 32) - 1
+_UINT64: Final = (1 << 64) - 1
+_Count = Annotated[int, Field(ge=0, le=_UINT32)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Fields):
+    """What a stream holds beside the text.
+
+    Attributes:
+        include_usage: one more chunk, with the usage of the whole.
+        continuous_usage_stats: the usage so far in each chunk.
+    """
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchema(_Fields):
+    """A schema, as `response_format` carries it."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Fields):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Fields):
+    """vLLM's name for the same, with more kinds."""
+
+    json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool = False
+
+
+class CommonFields(_Fields):
+    """Fields of both endpoints. Ranges that gRPC has too are checked where it does."""
+
+    model: str = Field(min_length=1, max_length=512)
+    max_tokens: _Count | None = None
+    n: Annotated[int, Field(ge=1, le=_UINT32)] = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: str | list[str] = []
+    seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] = {}
+    response_format: ResponseFormat | None = None
+
+    top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[_Count] = []
+    ignore_eos: bool = False
+    use_prefix_cache: bool | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, given: dict[str, float]) -> dict[str, float]:
+        for key in given:
+            if not (key.isascii() and key.isdigit() and int(key[:11]) <= _UINT32):
+                raise ValueError(f"key {key[:40]!r} is no token id: use ids as keys")
+        return given
+
+
+class Message(_Fields):
+    """One message of a chat; parts of type text are joined.
+
+    Attributes:
+        name: accepted, but no template of a chat sees it.
+    """
+
+    role: str
+    content: str
+    name: str = ""
+    refusal: str = ""
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join(cls, given: object) -> object:
+        if not isinstance(given, list):
+            return given
+        texts = []
+        for at, part in enumerate(given):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"part {at} is of type {kind!r}: only text is served")
+            texts.append(part["text"])
+        return "".join(texts)
+
+
+class ChatFields(CommonFields):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool = False
+    top_logprobs: _Count = 0
+
+
+class CompletionFields(CommonFields):
+    """``POST /v1/completions``.
+
+    Attributes:
+        prompt: text, token ids, or a list of either.
+        logprobs: likely tokens beside each one; 0 gives the chosen one's alone.
+    """
+
+    prompt: str | list[_Count] | list[str] | list[list[_Count]]
+    echo: bool = False
+    logprobs: _Count | None = None
+    best_of: int | None = None
+
+
+FieldsT = TypeVar("FieldsT", bound=CommonFields)
+
+
+def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
+    """Check a parsed JSON body; null is the same as leaving a field out.
+
+    Raises:
+        InvalidField: names the first field that is wrong, and the fix.
+    """
+    if not isinstance(given, dict):
+        raise InvalidField("the body must be a JSON object: send the request's fields")
+    kept = {}
+    for name, value in given.items():
+        if value is None or name in IGNORED:
+            continue
+        if name in kind.model_fields:
+            kept[name] = _without_nulls(value) if name in _RECORDS else value
+        else:
+            _check_unserved(kind, name, value)
+    try:
+        return kind.model_validate(kept)
+    except ValidationError as error:
+        raise _refusal(kind, error) from error
+
+
+_RECORDS: Final = frozenset(
+    {"messages", "response_format", "stream_options", "structured_outputs"}
+)
+"""Fields with members of their own. A schema is none: its nulls mean something."""
+
+
+def _without_nulls(value: Any) -> Any:
+    """SDKs write optional members out as null."""
+    if isinstance(value, dict):
+        return {key: member for key, member in value.items() if member is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [_without_nulls(member) for member in value]
+    return value
+
+
+def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
+    known = REFUSED.get(name)
+    if known is not None:
+        neutral, instead = known
+        if value in neutral:
+            return
+        raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
+    near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+    raise InvalidField(
+        f"unrecognized request argument {name[:60]!r}: {hint}", metadata={"field": name[:60]}
+    )
+
+
+def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
+    """The first problem as a sentence. Of a union's, the first member's."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ""
+    for step in first["loc"]:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not path:
+            path = step
+        elif step.isidentifier() and step not in ("str", "int", "bool"):
+            path += f".{step}"
+    if first["type"] == "missing":
+        return InvalidField(f"{path} is missing: send it", metadata={"field": path})
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem[:1].lower() + problem[1:]
+    return InvalidField(f"{path}: {problem}", metadata={"field": path})

@@ -1,0 +1,227 @@
+"""One POST to a generate endpoint, from its body to its last byte."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.adapter import BaseSpec
+from veneer_registry.errors import VeneerError
+from veneer_registry.registry import Registry
+
+from veneer_server.engine.client import EngineClient
+from veneer_server.errors import internal_error
+from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.metrics import Metrics
+from veneer_server.openai.answers import Answer, ChatAnswer, CompletionAnswer, Piece
+from veneer_server.openai.errors import HttpError
+from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
+from veneer_server.openai.requests import chat_requests, completion_requests
+from veneer_server.openai.wire import ClientGone, Receive, Reply, Scope, Send, read_json
+from veneer_server.rpc import convert
+from veneer_server.rpc.calls import Calls
+from veneer_server.rpc.generation import Generation, Generator
+
+__all__ = ["ChatEndpoint", "CompletionEndpoint", "Core"]
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The parts that gRPC and HTTP share.
+
+    Attributes:
+        reader_limit_s: longest wait for a caller to send or to take a piece.
+        started: when the server was, Unix seconds.
+    """
+
+    generator: Generator
+    registry: Registry
+    engine: EngineClient
+    calls: Calls
+    metrics: Metrics
+    base: BaseSpec
+    reader_limit_s: float
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked request.
+
+    Attributes:
+        requests: one for each prompt.
+        answer: takes what they give.
+    """
+
+    requests: Sequence[inference_pb2.GenerateRequest]
+    answer: Answer
+    stream: bool
+
+
+class GenerateEndpoint(ABC):
+    """An ASGI application for one path."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; a client that disconnects ends the work within a step."""
+        reply = Reply(scope, send, self._core.reader_limit_s)
+        try:
+            body = await read_json(scope, receive, self._core.reader_limit_s)
+        except ClientGone:
+            return
+        except HttpError as error:
+            await self._fail(reply, error)
+            return
+        work = asyncio.create_task(self._work(body, reply))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            work.cancel()
+            await asyncio.wait({work, gone})
+        if not work.cancelled():
+            work.result()
+
+    async def _work(self, body: object, reply: Reply) -> None:
+        failure: VeneerError
+        try:
+            with self._core.calls.running():
+                job = self._parse(body)
+                calls = [convert.generate_call(request) for request in job.requests]
+                await (_stream if job.stream else _collect)(self._core, calls, job, reply)
+            return
+        except VeneerError as error:
+            failure = error
+        except Exception as error:
+            failure = internal_error(REQUEST_ID.get())
+            _log.error("request failed", error)
+        self._core.metrics.failures.labels(failure.reason).inc()
+        await self._fail(reply, failure)
+
+    async def _fail(self, reply: Reply, error: VeneerError | HttpError) -> None:
+        try:
+            await reply.fail(error)
+        except VeneerError:
+            _log.info("the caller did not take the error", reason=str(error))
+
+    @abstractmethod
+    def _parse(self, body: object) -> _Job:
+        """Check the fields. Raises InvalidField."""
+
+
+class ChatEndpoint(GenerateEndpoint):
+    """``POST /v1/chat/completions``."""
+
+    def _parse(self, body: object) -> _Job:
+        core, fields = self._core, parse_fields(ChatFields, body)
+        requests = chat_requests(fields, core.base.name)
+        answer = ChatAnswer(
+            fields,
+            core.generator.prompts.tokenizer,
+            prompts=1,
+            logprobs=fields.logprobs,
+            echo=False,
+            request_id=REQUEST_ID.get(),
+            fingerprint=core.base.fingerprint.weights,
+        )
+        return _Job(requests, answer, fields.stream)
+
+
+class CompletionEndpoint(GenerateEndpoint):
+    """``POST /v1/completions``."""
+
+    def _parse(self, body: object) -> _Job:
+        core, fields = self._core, parse_fields(CompletionFields, body)
+        requests = completion_requests(fields, core.base.name)
+        answer = CompletionAnswer(
+            fields,
+            core.generator.prompts.tokenizer,
+            prompts=len(requests),
+            logprobs=fields.logprobs is not None,
+            echo=fields.echo,
+            request_id=REQUEST_ID.get(),
+            fingerprint=core.base.fingerprint.weights,
+        )
+        return _Job(requests, answer, fields.stream)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has gone; the body was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(
+    core: Core, calls: Sequence[convert.GenerateCall], job: _Job, reply: Reply
+) -> None:
+    async def take(piece: Piece) -> None:
+        chunks = job.answer.chunks(piece)
+        if chunks or not reply.started:
+            await reply.events(list(chunks), _headers(piece.generation))
+
+    await _generate(core.generator, calls, take)
+    if (last := job.answer.usage_chunk()) is not None:
+        await reply.events([last], {})
+    await reply.end_events()
+
+
+async def _collect(
+    core: Core, calls: Sequence[convert.GenerateCall], job: _Job, reply: Reply
+) -> None:
+    headers: dict[str, str] = {}
+
+    async def take(piece: Piece) -> None:
+        job.answer.add(piece)
+        headers.update(_headers(piece.generation))
+
+    await _generate(core.generator, calls, take)
+    await reply.json(200, job.answer.whole(), headers)
+
+
+async def _generate(
+    generator: Generator,
+    calls: Sequence[convert.GenerateCall],
+    take: Callable[[Piece], Awaitable[None]],
+) -> None:
+    """Run all calls at once and hand over what they give; one that fails ends all."""
+
+    async def run(at: int, call: convert.GenerateCall) -> None:
+        async with (
+            generator.admit(call, time_remaining=None) as generation,
+            aclosing(generation.deltas()) as deltas,
+        ):
+            async for delta in deltas:
+                await take(Piece(at, generation, delta))
+
+    if len(calls) == 1:
+        await run(0, calls[0])
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for at, call in enumerate(calls):
+                group.create_task(run(at, call))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+def _headers(generation: Generation) -> Mapping[str, str]:
+    """Which weights answer, for clients and proxies that look at headers."""
+    ref, tier = generation.ref, generation.tier
+    if ref is None:
+        return {}
+    headers = {
+        "veneer-revision": ref.revision,
+        "veneer-weights-digest": ref.weights_digest,
+    }
+    if tier is not None:
+        headers["veneer-adapter-tier"] = tier.value
+    return headers

@@ -1,0 +1,212 @@
+"""The HTTP paths: models, health, version, and the generate endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from prometheus_client import Counter, Histogram
+from starlette.routing import Route
+from veneer_registry.adapter import SHORT_REVISION
+from veneer_registry.errors import VeneerError
+from veneer_registry.registry import AdapterRecord
+
+from veneer_server import __version__
+from veneer_server.errors import internal_error
+from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.openai.errors import HttpError, http_failure
+from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
+from veneer_server.openai.wire import Receive, Scope, Send
+from veneer_server.rpc.calls import Phase
+
+__all__ = ["make_app"]
+
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_PAGE: Final = 1000
+_PATHS: Final = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
+)
+_SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+
+_log = get_logger(__name__)
+
+
+def make_app(core: Core) -> _Edge:
+    """The ASGI application."""
+    app = FastAPI(
+        title="Veneer",
+        version=__version__,
+        # Its pages would load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        routes=[
+            Route("/v1/chat/completions", ChatEndpoint(core), methods=["POST"]),
+            Route("/v1/completions", CompletionEndpoint(core), methods=["POST"]),
+        ],
+    )
+    _add_models(app, core)
+    _add_state(app, core)
+    _add_errors(app, core)
+    return _Edge(app, core)
+
+
+def _add_models(app: FastAPI, core: Core) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        with core.calls.running():
+            records = await asyncio.to_thread(_all_adapters, core)
+            data = [_base_model(core), *(_adapter_model(core, one) for one in records)]
+        return JSONResponse({"object": "list", "data": data})
+
+    @app.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> JSONResponse:
+        with core.calls.running():
+            if model == core.base.name:
+                return JSONResponse(_base_model(core))
+            record = await asyncio.to_thread(core.registry.get, model)
+            return JSONResponse({**_adapter_model(core, record), "id": model})
+
+
+def _add_state(app: FastAPI, core: Core) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        phase = core.calls.phase
+        up = phase is Phase.SERVING and core.engine.healthy
+        state = "engine_failed" if phase is Phase.SERVING and not up else phase.value
+        return JSONResponse({"status": state}, 200 if up else 503)
+
+    @app.get("/version")
+    async def version() -> JSONResponse:
+        return JSONResponse({"version": __version__})
+
+
+def _all_adapters(core: Core) -> list[AdapterRecord]:
+    found: list[AdapterRecord] = []
+    while True:
+        after = found[-1].ref.name if found else ""
+        page = core.registry.list(after=after, limit=_PAGE)
+        found.extend(page)
+        if len(page) < _PAGE:
+            return found
+
+
+def _base_model(core: Core) -> Mapping[str, Any]:
+    name = core.base.name
+    return {
+        "id": name,
+        "object": "model",
+        "created": core.started,
+        "owned_by": "veneer",
+        "root": name,
+        "parent": None,
+        "max_model_len": core.engine.info.context_length,
+    }
+
+
+def _adapter_model(core: Core, record: AdapterRecord) -> Mapping[str, Any]:
+    ref = record.ref
+    return {
+        "id": ref.name,
+        "object": "model",
+        "created": int(record.created),
+        "owned_by": "veneer",
+        "root": f"{ref.name}@{ref.revision[:SHORT_REVISION]}",
+        "parent": core.base.name,
+        "max_model_len": core.engine.info.context_length,
+        "revision": ref.revision,
+        "weights_digest": ref.weights_digest,
+        "rank": record.manifest.max_rank,
+    }
+
+
+def _add_errors(app: FastAPI, core: Core) -> None:
+    def answer(error: VeneerError | HttpError) -> JSONResponse:
+        failure = http_failure(error)
+        return JSONResponse(failure.body, failure.status, dict(failure.headers))
+
+    @app.exception_handler(VeneerError)
+    async def refused(request: Request, error: VeneerError) -> JSONResponse:
+        core.metrics.failures.labels(error.reason).inc()
+        return answer(error)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        failure = internal_error(REQUEST_ID.get())
+        core.metrics.failures.labels(failure.reason).inc()
+        return answer(failure)
+
+    @app.exception_handler(404)
+    async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
+        path, known = request.url.path[:100], ", ".join(sorted(_PATHS))
+        return answer(HttpError(404, "unknown_url", f"unknown path {path!r}: use {known}"))
+
+    @app.exception_handler(405)
+    async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
+        allowed = (error.headers or {}).get("Allow", "")
+        why = f"{request.method} is not allowed on {request.url.path[:100]}: use {allowed}"
+        failure = answer(HttpError(405, "method_not_allowed", why))
+        failure.headers["allow"] = allowed
+        return failure
+
+
+class _Edge:
+    """Outermost: a request id, metrics, and an answer whatever happens inside."""
+
+    def __init__(self, app: FastAPI, core: Core) -> None:
+        self._app = app
+        registry = core.metrics.registry
+        self._requests = Counter(
+            "veneer_http_requests_total",
+            "HTTP requests.",
+            ("path", "status"),
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "veneer_http_request_seconds",
+            "Duration of HTTP requests.",
+            ("path",),
+            registry=registry,
+            buckets=_SECONDS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b""))
+        REQUEST_ID.set(request_id)
+        status = 499
+
+        async def tagged(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except Exception as error:
+            # The handler of _add_errors has answered; what it answered for goes on.
+            _log.error("request failed", error, path=scope["path"])
+        finally:
+            path = scope["path"]
+            if path.startswith("/v1/models/"):
+                path = "/v1/models"
+            path = path if path in _PATHS else "other"
+            self._requests.labels(path, str(status)).inc()
+            self._seconds.labels(path).observe(time.perf_counter() - started)
+
+
+def _request_id(given: bytes) -> str:
+    """The caller's, if it can be used; proxies make odd ones."""
+    text = given.decode("latin-1")
+    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex

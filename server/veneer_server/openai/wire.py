@@ -1,0 +1,157 @@
+"""HTTP below the fields: reading a JSON body, and answers that a slow reader cannot hold.
+
+Everything here is bounded in bytes and in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Final
+
+from veneer_registry.errors import Aborted, VeneerError
+
+from veneer_server.openai.errors import HttpError, http_failure
+
+__all__ = ["ABORT", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
+
+ABORT: Final = "veneer.abort"
+"""Key in ``scope["state"]`` of a function that drops the connection at once."""
+
+MAX_BODY: Final = 4 << 20
+"""Largest body in bytes; what gRPC receives at most, too."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection: there is nobody to answer."""
+
+
+class ReaderStopped(Aborted):
+    """The client took nothing for too long; its connection was dropped."""
+
+
+async def read_json(scope: Scope, receive: Receive, limit_s: float) -> object:
+    """The parsed body of a request.
+
+    Raises:
+        HttpError: it is no JSON, too large, or came too slowly.
+        ClientGone: the client left before it was whole.
+    """
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise HttpError(
+            415, "unsupported_media_type", "send JSON with content-type application/json"
+        )
+    try:
+        async with asyncio.timeout(limit_s):
+            body = await _read(receive)
+    except TimeoutError as error:
+        raise HttpError(
+            408,
+            "request_timeout",
+            f"the body was not complete after {limit_s:g} s: send it again",
+        ) from error
+    try:
+        return json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise HttpError(
+            400, "invalid_json", f"the body is not valid JSON: {why[:200]}"
+        ) from error
+
+
+async def _read(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            raise HttpError(
+                413, "request_too_large", f"the body has more than {MAX_BODY} bytes: send less"
+            )
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is no JSON number")
+
+
+class Reply:
+    """One answer: a JSON document, or a stream of events. Tasks may share it.
+
+    Attributes:
+        started: status and headers are out.
+        status: what was sent, or 499 where nothing was.
+    """
+
+    def __init__(self, scope: Scope, send: Send, limit_s: float) -> None:
+        """Args: limit_s: longest wait for the client to take a piece."""
+        self._send = send
+        self._limit_s = limit_s
+        self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
+        self._turn = asyncio.Lock()
+        self.started = False
+        self.status = 499
+
+    async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
+        """The whole answer."""
+        data = _dump(body)
+        length = {"content-type": "application/json", "content-length": str(len(data))}
+        await self._start(status, {**length, **headers})
+        await self._body(data, more=False)
+
+    async def events(self, events: list[object], headers: Mapping[str, str]) -> None:
+        """Send server-sent events; the first ones bring status and headers along."""
+        data = b"".join(b"data: " + _dump(event) + b"\n\n" for event in events)
+        async with self._turn:
+            if not self.started:
+                streaming = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+                await self._start(200, {**streaming, **headers})
+            if data:
+                await self._body(data, more=True)
+
+    async def end_events(self) -> None:
+        """The end of a stream that went well."""
+        await self._body(b"data: [DONE]\n\n", more=False)
+
+    async def fail(self, error: VeneerError | HttpError) -> None:
+        """Say what went wrong, in whatever way the answer still allows."""
+        if isinstance(error, ReaderStopped):
+            return
+        failure = http_failure(error)
+        if not self.started:
+            await self.json(failure.status, failure.body, failure.headers)
+        else:
+            await self._body(b"data: " + _dump(failure.body) + b"\n\n", more=False)
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
+        self.status = status
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await self._put({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        await self._put({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _put(self, message: MutableMapping[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await self._send(message)
+        except TimeoutError as error:
+            self._abort()
+            raise ReaderStopped(
+                f"the caller read nothing for {self._limit_s:g} s: read the stream as it comes"
+            ) from error
+
+
+def _dump(body: object) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
