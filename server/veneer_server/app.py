@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,9 +29,12 @@ from veneer_server.config import Address, ServerConfig
 from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineConfig, EngineInfo
 from veneer_server.logs import get_logger
+from veneer_server.machine import find_gpu, host_memory
+from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
 from veneer_server.metrics import Metrics
-from veneer_server.models.config import read_decoder_config
+from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
+from veneer_server.openai import require_gateway
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
 from veneer_server.rpc.calls import Calls, Phase
@@ -45,6 +48,9 @@ from veneer_server.rpc.upload import Uploads
 from veneer_server.rpc.watch import AdapterEvents
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
+
+if TYPE_CHECKING:
+    from veneer_server.openai.gateway import Gateway
 
 __all__ = ["App", "CannotListen"]
 
@@ -83,6 +89,7 @@ class App:
         self._events = AdapterEvents()
         self._stop_asked = asyncio.Event()
         self._server: Any = None
+        self._gateway: Gateway | None = None
 
     async def run_until_signal(self) -> None:
         """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once."""
@@ -124,6 +131,8 @@ class App:
     async def startup(self) -> None:
         """Own the data folder, prepare the base, open the sockets, load the engine."""
         config = self._config
+        if config.openai_listen is not None:
+            require_gateway()
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
         base_folder = await asyncio.to_thread(
@@ -136,6 +145,7 @@ class App:
         if decoder.quantization is not None:
             # A folder stored in 4 bits is served as it is, whatever the flag says.
             config = self._config = replace(config, quantization=decoder.quantization)
+        memory = await asyncio.to_thread(_plan_memory, decoder, config)
         prompts = Prompts(base_folder.path)
         self._resources.push_async_callback(prompts.close)
         fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
@@ -156,7 +166,7 @@ class App:
             )
         )
         self._resources.callback(registry.close)
-        engine = self._engine(base_folder, base)
+        engine = self._engine(base_folder, base, memory)
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
@@ -172,7 +182,7 @@ class App:
         )
         metrics_address = self._serve_metrics(registry)
         grpc_address = await self._serve_grpc(
-            InferenceService(generator),
+            InferenceService(generator, reader_limit_s=config.reader_limit),
             AdapterService(
                 registry,
                 engine,
@@ -180,20 +190,23 @@ class App:
                 Uploads(registry, on_published=self._events.published),
                 self._events,
             ),
-            ServerService(config, base, registry, engine, self._metrics),
+            ServerService(config, base, registry, engine, self._metrics, memory),
         )
+        openai_address = await self._serve_openai(generator, registry, engine, base)
         _log.info("loading", base=base.name, grpc=grpc_address)
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._calls.serve()
         await self._health.loaded()
-        self._ready(base, info, grpc_address, metrics_address)
+        self._ready(base, info, memory, grpc_address, metrics_address, openai_address)
 
     async def drain(self) -> None:
         """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
         await self._health.drain()
         self._calls.drain()
         self._events.close()  # a watch has no end of its own
+        if self._gateway is not None:
+            self._gateway.stop_accepting()
         if self._server is None:
             return
         _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
@@ -202,6 +215,8 @@ class App:
             _log.warning("calls ended by the grace period", calls=cut_off)
         # What is left are health watchers and reflection; answers get out in time.
         await self._server.stop(_STOP_GRACE_S)
+        if self._gateway is not None:
+            await self._gateway.stop()
 
     def _on_signal(self, number: int) -> None:
         if self._stop_asked.is_set():
@@ -211,7 +226,7 @@ class App:
 
     # ----------------------------------------------------------------------- parts
 
-    def _engine(self, folder: BaseFolder, base: BaseSpec) -> EngineClient:
+    def _engine(self, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan) -> EngineClient:
         config = self._config
         self._metrics.set_budgets(
             host=config.host_cache_bytes, device=config.device_adapter_bytes
@@ -231,7 +246,8 @@ class App:
                 prefix_cache=config.prefix_cache,
                 exact=config.exact,
                 max_running=config.max_running,
-                kv_cache_bytes=config.kv_cache_bytes,
+                block_size=BLOCK_TOKENS,
+                kv_cache_bytes=memory.kv_cache_bytes,
                 host_adapter_bytes=config.host_cache_bytes,
                 device_adapter_bytes=config.device_adapter_bytes,
             ),
@@ -292,24 +308,81 @@ class App:
         self._server = server
         return Address(wanted.host, port)
 
+    async def _serve_openai(
+        self, generator: Generator, registry: Registry, engine: EngineClient, base: BaseSpec
+    ) -> Address | None:
+        wanted = self._config.openai_listen
+        if wanted is None:
+            return None
+        # Here, since what it imports is an extra.
+        from veneer_server.openai.gateway import Gateway
+
+        gateway = Gateway(
+            generator=generator,
+            registry=registry,
+            engine=engine,
+            calls=self._calls,
+            metrics=self._metrics,
+            base=base,
+            reader_limit_s=self._config.reader_limit,
+        )
+        try:
+            address = await gateway.start(wanted)
+        except OSError as error:
+            raise _cannot_listen("--openai-listen", wanted, str(error)) from error
+        self._gateway = gateway
+        self._resources.push_async_callback(gateway.stop)
+        return address
+
     def _ready(
-        self, base: BaseSpec, info: EngineInfo, listening: Address, metrics: Address | None
+        self,
+        base: BaseSpec,
+        info: EngineInfo,
+        memory: MemoryPlan,
+        listening: Address,
+        metrics: Address | None,
+        openai: Address | None,
     ) -> None:
         config = self._config
         if config.port_file is not None:
-            addresses = {"grpc": str(listening), "metrics": str(metrics) if metrics else ""}
+            addresses = {
+                "grpc": str(listening),
+                "metrics": str(metrics or ""),
+                "openai": str(openai or ""),
+            }
             partial = config.port_file.with_name(config.port_file.name + ".partial")
             partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
             # By rename, so that a reader never sees half of it.
             partial.replace(config.port_file)
         self._announce(
-            f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  base={base.name} "
+            f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  "
+            f"openai={openai or 'off'}  base={base.name} "
             f"({config.quantization}, {config.dtype})  device={info.device}  "
             f"backend={info.backend}  context={info.context_length}  "
             f"kv={info.kv_cache_tokens} tokens  "
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB"
         )
+
+
+def _plan_memory(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
+    """The plan, before anything is loaded; logged, since it says what may be lowered."""
+    host, gpu = host_memory(), find_gpu(config.device)
+    plan = plan_memory(decoder, config, host, gpu)
+    _log.info("memory", plan=str(plan))
+    if plan.shrunk:
+        _log.warning(
+            "memory is short, so the KV cache is small: lower the adapter budgets for more",
+            kv_cache_mib=plan.kv_cache_bytes >> 20,
+        )
+    taken = next(pool.total for pool in plan.pools if pool.name == "host")
+    if taken > host.available:
+        _log.warning(
+            "other programs use memory that this server may need later",
+            planned_mib=taken >> 20,
+            available_mib=host.available >> 20,
+        )
+    return plan
 
 
 def _fingerprint(folder: Path, config: ServerConfig) -> BaseFingerprint:

@@ -59,6 +59,7 @@ class ServerConfig:
     base: str
     listen: Address
     metrics_listen: Address | None
+    openai_listen: Address | None
     insecure: bool
     data_dir: Path
     cache_dir: Path
@@ -72,12 +73,13 @@ class ServerConfig:
     prefix_cache: bool
     exact: bool
     max_queue: int
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
     host_cache_bytes: int
     device_adapter_bytes: int
     max_adapter_bytes: int
     retain_superseded: int
     grace: float
+    reader_limit: float
     log_format: Literal["console", "json"]
     port_file: Path | None
 
@@ -119,6 +121,10 @@ def _bytes(value: Any) -> int:
     if isinstance(value, bool) or match is None or match[2] not in _UNITS:
         raise ValueError("give bytes, such as 1073741824, 512MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2]]) if match[2] else int(float(match[1]))
+
+
+def _auto_bytes(value: Any) -> int | None:
+    return None if value == "auto" else _bytes(value)
 
 
 def _whole(low: int, high: int = 1 << 31) -> Callable[[Any], int]:
@@ -215,6 +221,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "Address for gRPC; port 0 chooses a free one."),
     Option("metrics_listen", "127.0.0.1:9095", "HOST:PORT", _optional_address,
            "Address for Prometheus; empty turns it off."),
+    Option("openai_listen", "", "HOST:PORT", _optional_address,
+           "Address for the OpenAI-compatible HTTP gateway; empty leaves it off."),
     Option("insecure", "false", "", _flag,
            "Allow addresses that other machines can reach, without authentication."),
     Option("data_dir", "~/.local/share/veneer", "DIR", _path,
@@ -240,7 +248,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "much slower, and without the prefix cache."),
     Option("max_queue", "256", "N", _whole(0, 1 << 20),
            "Requests that may wait; more are refused."),
-    Option("kv_cache_bytes", "1GiB", "BYTES", _bytes, "Memory for keys and values."),
+    Option("kv_cache_bytes", "auto", "BYTES", _auto_bytes,
+           "Memory for keys and values; auto is 1 GiB, or less where memory is short."),
     Option("host_cache_bytes", "2GiB", "BYTES", _bytes, "Adapters ready in host memory."),
     Option("device_adapter_bytes", "1GiB", "BYTES", _bytes, "Adapters ready to run."),
     Option("max_adapter_bytes", "2GiB", "BYTES", _bytes, "Largest upload."),
@@ -248,6 +257,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "Replaced revisions kept on disk for each name."),
     Option("grace", "30", "SECONDS", _seconds,
            "How long running requests may finish when the server is told to stop."),
+    Option("reader_limit", "30", "SECONDS", _seconds,
+           "How long a stream may wait for a caller that reads nothing, before it is ended."),
     Option("log_format", "console", "console|json", _one_of("console", "json"),
            "Format of the log on stderr."),
     Option("port_file", "", "FILE", _optional_path,
@@ -324,6 +335,7 @@ def _check(config: ServerConfig) -> None:
     for flag, address in (
         ("--listen", config.listen),
         ("--metrics-listen", config.metrics_listen),
+        ("--openai-listen", config.openai_listen),
     ):
         if address is not None and not address.loopback and not config.insecure:
             raise ConfigInvalid(

@@ -17,7 +17,7 @@ from veneer_server.rpc.generation import Delta, Generation, Generator
 __all__ = ["InferenceService"]
 
 READER_LIMIT_S: Final = 30.0
-"""Longest wait for a caller to take a message."""
+"""Default of `InferenceService`'s ``reader_limit_s``."""
 
 # Contexts are Any: the stubs type them for synchronous and asyncio servers at once.
 
@@ -25,8 +25,10 @@ READER_LIMIT_S: Final = 30.0
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Runs the base model, with or without an adapter."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, *, reader_limit_s: float = READER_LIMIT_S) -> None:
+        """Args: reader_limit_s: longest wait for a caller to take a message."""
         self._generator = generator
+        self._reader_limit_s = reader_limit_s
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -72,18 +74,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     if delta.finish is not None:
                         message.final.CopyFrom(_final(generation))
                         context.set_trailing_metadata(_trailing(generation))
-                    await _write(context, message)
+                    await self._write(context, message)
 
-
-async def _write(context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
-    """Send a message; a reader that stopped reading must not hold a place for ever."""
-    try:
-        async with asyncio.timeout(READER_LIMIT_S):
-            await context.write(message)
-    except TimeoutError as error:
-        raise Aborted(
-            f"the caller read nothing for {READER_LIMIT_S:g} s: read the stream as it comes"
-        ) from error
+    async def _write(self, context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
+        """Send a message; a reader that stopped reading must not hold a place for ever."""
+        limit = self._reader_limit_s
+        try:
+            async with asyncio.timeout(limit):
+                await context.write(message)
+        except TimeoutError as error:
+            raise Aborted(
+                f"the caller read nothing for {limit:g} s: read the stream as it comes"
+            ) from error
 
 
 def _add_logprobs(

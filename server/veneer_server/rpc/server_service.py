@@ -1,22 +1,36 @@
-"""ServerService: what the server is."""
+"""ServerService: what the server is, what its memory is for, and what it would hold."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, NoReturn
+from typing import Any, Final
 
 from veneer_proto.v1 import server_pb2, server_pb2_grpc
-from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import Unimplemented
+from veneer_registry.adapter import PROJECTIONS, BaseSpec
+from veneer_registry.errors import InvalidField
 from veneer_registry.registry import Registry
 
 from veneer_server import __version__
+from veneer_server.capacity import Budgets, Capacity, Limit, plan_capacity
 from veneer_server.config import ServerConfig
 from veneer_server.engine.client import EngineClient
+from veneer_server.machine import peak_bytes
+from veneer_server.memory import BLOCK_TOKENS, MemoryPlan
 from veneer_server.metrics import Metrics
 from veneer_server.rpc import convert
+from veneer_server.rpc.threads import to_the_end
 
 __all__ = ["ServerService"]
+
+MAX_RANK: Final = 4096
+_DEFAULT_RANK: Final = 16
+
+_LIMITS: Final = {
+    Limit.DEVICE_ADAPTERS: server_pb2.LIMIT_DEVICE_ADAPTERS,
+    Limit.HOST_ADAPTERS: server_pb2.LIMIT_HOST_ADAPTERS,
+    Limit.KV_CACHE: server_pb2.LIMIT_KV_CACHE,
+    Limit.MAX_RUNNING: server_pb2.LIMIT_MAX_RUNNING,
+}
 
 
 class ServerService(server_pb2_grpc.ServerServiceServicer):
@@ -29,18 +43,20 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         registry: Registry,
         engine: EngineClient,
         metrics: Metrics,
+        memory: MemoryPlan,
     ) -> None:
         self._config = config
         self._base = base
         self._registry = registry
         self._engine = engine
         self._metrics = metrics
+        self._memory = memory
         self._started = time.monotonic()
 
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Any
     ) -> server_pb2.GetServerInfoResponse:
-        """Version, base model, budgets, counts."""
+        """Version, base model, budgets, counts, memory."""
         config, info, base = self._config, self._engine.info, self._base
         return server_pb2.GetServerInfoResponse(
             version=__version__,
@@ -63,7 +79,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             budgets=server_pb2.Budgets(
                 host_adapter_bytes=config.host_cache_bytes,
                 device_adapter_bytes=config.device_adapter_bytes,
-                kv_cache_bytes=config.kv_cache_bytes,
+                kv_cache_bytes=self._memory.kv_cache_bytes,
                 kv_cache_tokens=info.kv_cache_tokens,
                 max_batch_tokens=config.max_batch_tokens,
                 max_running=config.max_running,
@@ -74,10 +90,106 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             adapters_registered=len(self._registry),
             adapters_on_device=self._metrics.on_device,
             engine_starts=self._engine.starts,
+            memory=self._memory_used(),
         )
 
-    async def PlanCapacity(self, request: Any, context: Any) -> NoReturn:
-        raise Unimplemented(
-            "PlanCapacity comes with a later version: see GetServerInfo for budgets",
-            metadata={"rpc": "PlanCapacity"},
+    def _memory_used(self) -> server_pb2.Memory:
+        engine = self._engine.pid
+        return server_pb2.Memory(
+            pools=[
+                server_pb2.MemoryPool(
+                    name=pool.name,
+                    uses=[
+                        server_pb2.MemoryUse(name=use.name, bytes=use.bytes)
+                        for use in pool.uses
+                    ],
+                    total_bytes=pool.total,
+                    limit_bytes=pool.limit,
+                )
+                for pool in self._memory.pools
+            ],
+            front_peak_bytes=peak_bytes("self"),
+            engine_peak_bytes=0 if engine is None else peak_bytes(engine),
         )
+
+    async def PlanCapacity(
+        self, request: server_pb2.PlanCapacityRequest, context: Any
+    ) -> server_pb2.PlanCapacityResponse:
+        """Arithmetic over the budgets; loads nothing."""
+        info, config = self._engine.info, self._config
+        length = request.context_length or min(info.context_length, info.kv_cache_tokens)
+        if length > info.context_length:
+            raise InvalidField(
+                f"context_length is {length}: {self._base.name} reads at most "
+                f"{info.context_length} tokens",
+                metadata={"field": "context_length"},
+            )
+        parameters = await self._parameters(request)
+        budgets = Budgets(
+            host_adapters=config.host_cache_bytes,
+            device_adapters=config.device_adapter_bytes,
+            itemsize=info.adapter_itemsize,
+            kv_tokens=info.kv_cache_tokens,
+            kv_token_bytes=self._memory.kv_token_bytes,
+            block_tokens=BLOCK_TOKENS,
+            max_running=config.max_running,
+        )
+        capacity = plan_capacity(
+            budgets,
+            adapter_parameters=parameters,
+            adapters=request.adapters,
+            context_length=length,
+            concurrency=request.concurrency,
+        )
+        return _response(capacity, parameters, length)
+
+    async def _parameters(self, request: server_pb2.PlanCapacityRequest) -> int:
+        """Numbers in all A and B of the adapter that the request describes."""
+        if request.WhichOneof("adapter") == "like":
+            record = await to_the_end(lambda: self._registry.get(request.like))
+            return record.manifest.parameters
+        rank = request.shape.rank if request.HasField("shape") else _DEFAULT_RANK
+        if not 1 <= rank <= MAX_RANK:
+            raise InvalidField(
+                f"shape.rank is {rank}: give 1 to {MAX_RANK}", metadata={"field": "shape.rank"}
+            )
+        known = {str(projection): projection for projection in PROJECTIONS}
+        for at, module in enumerate(request.shape.modules):
+            if module not in known:
+                raise InvalidField(
+                    f"shape.modules[{at}] is {module!r}: give some of {', '.join(known)}",
+                    metadata={"field": f"shape.modules[{at}]"},
+                )
+        modules = set(request.shape.modules) or set(known)
+        shapes = self._base.shapes
+        return self._base.num_layers * rank * sum(sum(shapes[known[m]]) for m in modules)
+
+
+def _response(
+    capacity: Capacity, parameters: int, length: int
+) -> server_pb2.PlanCapacityResponse:
+    return server_pb2.PlanCapacityResponse(
+        adapters=server_pb2.AdapterCapacity(
+            parameters=parameters,
+            bytes=capacity.adapter_bytes,
+            on_device=capacity.on_device,
+            on_host=capacity.on_host,
+        ),
+        sequences=server_pb2.SequenceCapacity(
+            context_length=length,
+            bytes=capacity.sequence_bytes,
+            running=capacity.running,
+            limited_by=_LIMITS[capacity.limited_by],
+        ),
+        fits=not capacity.shortfalls,
+        shortfalls=[
+            server_pb2.Shortfall(
+                limit=_LIMITS[short.limit],
+                flag=short.limit.value,
+                needed=short.needed,
+                available=short.available,
+                message=short.message,
+            )
+            for short in capacity.shortfalls
+        ],
+    )

@@ -272,7 +272,6 @@ async def test_what_comes_later_says_so(front: Front) -> None:
         front.adapters.ListAliases(pb.ListAliasesRequest()),
         front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(labels={"a": "b"})),
         front.adapters.GetHistory(pb.GetHistoryRequest()),
-        front.server.PlanCapacity(server_pb2.PlanCapacityRequest()),
     ]
     for call in calls:
         failed = await failure(call)

@@ -1,0 +1,132 @@
+"""How many adapters and sequences fit the budgets: arithmetic behind `PlanCapacity`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Budgets", "Capacity", "Limit", "Shortfall", "plan_capacity"]
+
+
+class Limit(Enum):
+    """What keeps more from fitting; the value is the flag that changes it."""
+
+    DEVICE_ADAPTERS = "--device-adapter-bytes"
+    HOST_ADAPTERS = "--host-cache-bytes"
+    KV_CACHE = "--kv-cache-bytes"
+    MAX_RUNNING = "--max-running"
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a server has; bytes unless named otherwise.
+
+    Attributes:
+        itemsize: of one number of a resident adapter.
+        kv_tokens: tokens that the KV cache holds in all.
+        kv_token_bytes: K and V of one token.
+        block_tokens: tokens of a KV block; a sequence takes whole blocks.
+        max_running: sequences.
+    """
+
+    host_adapters: int
+    device_adapters: int
+    itemsize: int
+    kv_tokens: int
+    kv_token_bytes: int
+    block_tokens: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Something asked for that does not fit: the flag's value now and the smallest
+    that would do."""
+
+    limit: Limit
+    needed: int
+    available: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """See the messages of the same fields in ``server.proto``."""
+
+    adapter_bytes: int
+    on_device: int
+    on_host: int
+    sequence_bytes: int
+    running: int
+    limited_by: Limit
+    shortfalls: tuple[Shortfall, ...]
+
+
+def plan_capacity(
+    budgets: Budgets,
+    *,
+    adapter_parameters: int,
+    adapters: int,
+    context_length: int,
+    concurrency: int,
+) -> Capacity:
+    """What fits, were nothing else there.
+
+    Args:
+        adapter_parameters: numbers in all A and B of one adapter.
+        adapters, concurrency: how many are wanted; 0 wants none.
+        context_length: tokens of one sequence, prompt and completion.
+    """
+    size = max(1, adapter_parameters * budgets.itemsize)
+    blocks = -(-context_length // budgets.block_tokens)
+    by_cache = budgets.kv_tokens // budgets.block_tokens // blocks
+    running = min(by_cache, budgets.max_running)
+    sequence_bytes = blocks * budgets.block_tokens * budgets.kv_token_bytes
+    on_device, on_host = budgets.device_adapters // size, budgets.host_adapters // size
+    shortfalls = []
+    for limit, fitting, available, where in (
+        (Limit.HOST_ADAPTERS, on_host, budgets.host_adapters, "stay ready in host memory"),
+        (Limit.DEVICE_ADAPTERS, on_device, budgets.device_adapters, "stay ready to run"),
+    ):
+        if adapters > fitting:
+            needed = adapters * size
+            shortfalls.append(
+                Shortfall(
+                    limit,
+                    needed,
+                    available,
+                    f"{fitting} of {adapters} adapters {where}, the others are loaded when "
+                    f"asked for: {limit.value} {needed} holds all",
+                )
+            )
+    if concurrency > by_cache:
+        needed = concurrency * sequence_bytes
+        shortfalls.append(
+            Shortfall(
+                Limit.KV_CACHE,
+                needed,
+                budgets.kv_tokens * budgets.kv_token_bytes,
+                f"the KV cache holds {by_cache} of {concurrency} sequences of "
+                f"{context_length} tokens, the others wait: {Limit.KV_CACHE.value} {needed} "
+                "holds all",
+            )
+        )
+    if concurrency > budgets.max_running:
+        shortfalls.append(
+            Shortfall(
+                Limit.MAX_RUNNING,
+                concurrency,
+                budgets.max_running,
+                f"{budgets.max_running} of {concurrency} sequences run at once, the others "
+                f"wait: {Limit.MAX_RUNNING.value} {concurrency} runs all",
+            )
+        )
+    return Capacity(
+        adapter_bytes=size,
+        on_device=on_device,
+        on_host=on_host,
+        sequence_bytes=sequence_bytes,
+        running=running,
+        limited_by=Limit.KV_CACHE if by_cache < budgets.max_running else Limit.MAX_RUNNING,
+        shortfalls=tuple(shortfalls),
+    )

@@ -1,0 +1,189 @@
+"""The memory plan: what the server will use at most, before it has loaded anything.
+
+Sizes follow from the base's ``config.json`` and the settings. Budgets are counted
+whole though they fill up only with use: a server that starts must not be killed
+for its memory later. Pure: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from veneer_registry.errors import VeneerError
+
+from veneer_server.config import ServerConfig
+from veneer_server.machine import Gpu, HostMemory
+from veneer_server.models.config import DecoderConfig
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "LARGEST_AUTO_KV_BYTES",
+    "MemoryPlan",
+    "MemoryPool",
+    "MemoryTooSmall",
+    "MemoryUse",
+    "base_bytes",
+    "plan_memory",
+    "token_bytes",
+]
+
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+BLOCK_TOKENS: Final = 16
+"""Tokens that a KV block holds."""
+
+LARGEST_AUTO_KV_BYTES: Final = 1 << 30
+_SMALLEST_KV_TOKENS: Final = 2048
+
+_FRONT_BYTES: Final = 350 << 20
+"""Front process with its template workers and gRPC."""
+_ENGINE_BYTES: Final = 750 << 20
+"""Engine process with torch and transformers imported and the base once loaded."""
+_CUDA_BYTES: Final = 700 << 20
+"""On the device: CUDA context and library workspaces."""
+
+
+class MemoryTooSmall(VeneerError):
+    """The configuration cannot fit this machine, container or GPU."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "MEMORY_TOO_SMALL"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """One part of a pool, in bytes. ``flag`` is what an operator may lower."""
+
+    name: Literal["base", "kv_cache", "host_adapters", "device_adapters", "adapters",
+                  "scratch", "processes"]  # fmt: skip
+    bytes: int
+    flag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPool:
+    """Memory of the host, or of a device that has its own.
+
+    Attributes:
+        limit: what there is.
+    """
+
+    name: Literal["host", "device"]
+    uses: tuple[MemoryUse, ...]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        return sum(use.bytes for use in self.uses)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.limit
+
+    def __str__(self) -> str:
+        parts = " + ".join(f"{use.name} {_mib(use.bytes)}" for use in self.uses)
+        return f"{self.name}: {parts} = {_mib(self.total)} MiB of {_mib(self.limit)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What `plan_memory` found.
+
+    Attributes:
+        kv_cache_bytes: as configured, or chosen where that is ``auto``.
+        kv_token_bytes: K and V of one token in all layers.
+        shrunk: ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
+    """
+
+    pools: tuple[MemoryPool, ...]
+    kv_cache_bytes: int
+    kv_token_bytes: int
+    shrunk: bool
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.pools))
+
+
+def plan_memory(
+    model: DecoderConfig, config: ServerConfig, host: HostMemory, gpu: Gpu | None
+) -> MemoryPlan:
+    """Add up what the server may use, and choose the KV cache where that is left open.
+
+    Args:
+        gpu: None serves on the CPU, where adapters in DEVICE share the memory of
+            those in HOST and count once.
+
+    Raises:
+        MemoryTooSmall: it does not fit; says the numbers and the flags to lower.
+    """
+    base = MemoryUse("base", base_bytes(model, config), "--base")
+    scratch = MemoryUse("scratch", _scratch_bytes(model, config), "--max-batch-tokens")
+    processes = MemoryUse("processes", _FRONT_BYTES + _ENGINE_BYTES)
+    hosted = MemoryUse("host_adapters", config.host_cache_bytes, "--host-cache-bytes")
+    on_device = MemoryUse(
+        "device_adapters", config.device_adapter_bytes, "--device-adapter-bytes"
+    )
+    host_pool: tuple[MemoryPool, ...] = ()
+    if gpu is None:
+        larger = max(hosted, on_device, key=lambda use: use.bytes)
+        adapters = MemoryUse("adapters", larger.bytes, larger.flag)
+        fixed = (adapters, scratch, processes)
+    else:
+        host_pool = (MemoryPool("host", (hosted, processes), host.limit),)
+        fixed = (on_device, scratch, MemoryUse("processes", _CUDA_BYTES))
+    limit = host.limit if gpu is None else gpu.total
+    left = limit - base.bytes - sum(use.bytes for use in fixed)
+    each = token_bytes(model, config.dtype)
+    smallest = min(model.context_length, _SMALLEST_KV_TOKENS) * each
+    kv = config.kv_cache_bytes
+    if kv is None:
+        kv = max(smallest, min(LARGEST_AUTO_KV_BYTES, left))
+    cache = MemoryUse("kv_cache", kv, "--kv-cache-bytes")
+    pool = MemoryPool("host" if gpu is None else "device", (base, cache, *fixed), limit)
+    shrunk = config.kv_cache_bytes is None and kv < LARGEST_AUTO_KV_BYTES
+    plan = MemoryPlan((*host_pool, pool), kv, each, shrunk)
+    for planned in plan.pools:
+        if not planned.fits:
+            raise MemoryTooSmall(_too_small(planned))
+    return plan
+
+
+def _too_small(pool: MemoryPool) -> str:
+    most = sorted((u for u in pool.uses if u.flag), key=lambda u: u.bytes, reverse=True)
+    over = pool.total - pool.limit
+    return (
+        f"this configuration needs {_mib(over)} MiB more {pool.name} memory than there is "
+        f"({pool}): lower {', '.join(use.flag for use in most if use.flag != '--base')}, or "
+        "choose a smaller --base"
+    )
+
+
+def token_bytes(model: DecoderConfig, dtype: Literal["bfloat16", "float16", "float32"]) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZE[dtype]
+
+
+def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
+    """Resident weights. In 4 bits: half a byte a weight, and a float32 scale for each
+    block of 64 (bitsandbytes; nested scales are expanded when loaded)."""
+    itemsize = ITEMSIZE[config.dtype]
+    linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
+    each = itemsize if config.quantization == "none" else 0.5 + 4 / 64
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_head else 2)
+    return int(linears * each) + embeddings * itemsize
+
+
+def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
+    """Of one step at its largest: every row with activations in float32 and with
+    logits (prompt log-probabilities want all), their softmax and its copy, and the
+    mask of a chunk over the longest context."""
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    row = 4 * (4 * model.hidden_size + 2 * qkv + 3 * model.intermediate_size)
+    logits = 3 * 4 * model.vocab_size
+    mask = 5 * model.context_length
+    return config.max_batch_tokens * (row + logits + mask)
+
+
+def _mib(size: int) -> int:
+    return -(-size // (1 << 20))
