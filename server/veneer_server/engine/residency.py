@@ -243,7 +243,9 @@ class Residency:
 
     def failed(self, digest: str) -> None:
         """A load or move failed: nothing is left of it in memory."""
-        entry = self._entries[digest]
+        entry = self._entries.get(digest)
+        if entry is None:
+            return  # it was forgotten with its last sequence, which failed first
         if entry.host is Presence.COMING:
             entry.host = Presence.ABSENT
         if entry.device is Presence.COMING:
@@ -449,8 +451,9 @@ def _evictable(entry: _Entry, tier: MemoryTier) -> bool:
         return False
     if tier == "device":
         return entry.holds == 0
-    # A move in flight reads the HOST copy; an operator's wish for it stands.
-    return entry.device is not Presence.COMING and entry.wanted is None
+    # A move in flight reads the HOST copy. That someone wants it is no matter here: what
+    # an earlier want needs is protected, and a later one must not stand in its way.
+    return entry.device is not Presence.COMING
 
 
 def _count(digests: Iterable[str]) -> dict[str, int]:
