@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import msgspec
 from veneer_registry.errors import (
     EngineFailed,
+    InvalidField,
     ModelLoading,
     QueueFull,
     VeneerError,
@@ -27,6 +29,7 @@ from veneer_server.engine.messages import (
     AdapterLoaded,
     AdapterSource,
     Cancel,
+    Constraint,
     EngineConfig,
     EngineInfo,
     Evict,
@@ -86,6 +89,7 @@ class EngineClient:
         )
         self._numbers = itertools.count(1)
         self._streams: dict[int, OutputStream] = {}
+        self._taken = 0
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
         self._residency: dict[str, Residency] = {}
 
@@ -100,6 +104,12 @@ class EngineClient:
     def healthy(self) -> bool:
         """The process is up and its step loop answered the last ping in time."""
         return self._supervisor.healthy
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, while there is one."""
+        connection = self._supervisor.connection
+        return None if connection is None else connection.pid
 
     @property
     def in_flight(self) -> int:
@@ -175,6 +185,35 @@ class EngineClient:
 
     # ------------------------------------------------------------------ requests
 
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Places among the running and waiting sequences, held while the block runs.
+
+        A request takes those of all its samples at once, so that it is refused before
+        its first token or not at all.
+
+        Raises:
+            QueueFull: they are not free now.
+            InvalidField: there are not so many.
+        """
+        if count > self._capacity:
+            raise InvalidField(
+                f"output.n is {count}, but this server runs and queues at most "
+                f"{self._capacity} sequences: ask for fewer samples",
+                metadata={"field": "output.n"},
+            )
+        if self._taken + count > self._capacity:
+            raise QueueFull(
+                f"{self._taken} of {self._capacity} sequences are running or waiting; retry "
+                "later, or start the server with a larger --max-queue",
+                retry_after_s=1.0,
+            )
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+
     async def generate(
         self,
         prompt: list[int],
@@ -185,22 +224,19 @@ class EngineClient:
         ignore_eos: bool = False,
         logprobs: bool = False,
         prompt_logprobs: bool = False,
-    ) -> AsyncIterator[SequenceOutput]:
+        top_logprobs: int = 0,
+        stop_token_ids: list[int] | None = None,
+        constraint: Constraint | None = None,
+        use_prefix_cache: bool = True,
+    ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
         that wait when the caller comes back (a slow reader) are joined into one.
 
-        Raises, at the first iteration, `QueueFull` (as many in flight as may run
-        and wait), `EngineFailed` (process down, being started again),
-        `ModelLoading`. Use ``contextlib.aclosing`` so that leaving the loop early
-        cancels the sequence.
+        The caller holds a place for it (see `places`). Raises, at the first iteration,
+        `EngineFailed` (process down, being started again), `ModelLoading`. Use
+        ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
         """
         self._check_ready()
-        if len(self._streams) >= self._capacity:
-            raise QueueFull(
-                f"{len(self._streams)} requests are running or waiting; retry later, or "
-                "start the server with a larger --max-queue",
-                retry_after_s=1.0,
-            )
         number = next(self._numbers)
         stream = self._streams[number] = OutputStream()
         ended = False
@@ -215,6 +251,10 @@ class EngineClient:
                     ignore_eos=ignore_eos,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    top_logprobs=top_logprobs,
+                    stop_token_ids=stop_token_ids or [],
+                    constraint=constraint,
+                    use_prefix_cache=use_prefix_cache,
                 )
             )
             while not ended:

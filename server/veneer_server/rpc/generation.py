@@ -6,19 +6,19 @@ lease and the engine's sequence) and the only place that gives it back.
 
 from __future__ import annotations
 
-import secrets
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Final, cast
 
+import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
-from veneer_registry.errors import ContextTooLong, DeadlineTooShort, InternalError, VeneerError
+from veneer_registry.errors import DeadlineTooShort, VeneerError
 from veneer_registry.registry import Registry, RevisionLease
 
 from veneer_server.engine.client import EngineClient
-from veneer_server.engine.messages import SamplingParams, SequenceOutput, Tops
+from veneer_server.engine.grammar import check_constraint
+from veneer_server.engine.messages import Constraint, SequenceOutput
 from veneer_server.logs import get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.rpc.adapter_view import AdapterUse, source_of
@@ -28,132 +28,120 @@ from veneer_server.rpc.convert import (
     GenerateCall,
     PromptText,
     Provenance,
-    Sampling,
 )
+from veneer_server.rpc.limits import check_ids, resolve_sampling, room
+from veneer_server.rpc.samples import Delta, Sample, SampleStreams, sample_seed
 from veneer_server.rpc.threads import Background
 from veneer_server.text.defaults import SamplingDefaults
-from veneer_server.text.detokenizer import Detokenizer, StopStrings
 from veneer_server.text.prompts import Prompt, Prompts
 
 __all__ = ["Delta", "Generation", "Generator"]
 
-_SEED_BITS: Final = 63
-
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What came out since the last one. The last has `finish` set.
-
-    Attributes:
-        top_logprobs, prompt_top_logprobs: one entry for each log-probability beside it.
-        index: the sample that it belongs to.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float] | None
-    prompt_logprobs: list[float] | None
-    finish: FinishReason | None
-    top_logprobs: list[Tops] | None = None
-    prompt_top_logprobs: list[Tops] | None = None
-    index: int = 0
-
-
 class Generation:
-    """An admitted request. Iterate `deltas` once; the numbers are final after it."""
+    """An admitted request. Iterate `deltas` once; the numbers are final after it.
+
+    The other samples are submitted when the first one's first token has come: the
+    prompt is in the prefix cache then, and is not computed once for each of them.
+    """
 
     def __init__(
         self,
         call: GenerateCall,
         prompt: Prompt,
         ref: AdapterRef | None,
-        outputs: AsyncIterator[SequenceOutput],
+        submit: Callable[[int], AsyncGenerator[SequenceOutput, None]],
         generator: Generator,
         arrived: float,
     ) -> None:
+        """Args: submit: the outputs of one sample, by its index."""
         self.prompt = prompt
         self.ref = ref
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
+        """Of the last sample to end, once all have."""
         self.provenance = Provenance(base_model=generator.base_name)
-        self._outputs = outputs
+        self._submit = submit
         self._metrics = generator.metrics
-        self._detokenizer = Detokenizer(generator.prompts.tokenizer, continues=True)
-        self._stops = StopStrings(call.stops)
+        self._samples = [
+            Sample(
+                index,
+                generator.prompts.tokenizer,
+                stops=call.stops,
+                stop_token_ids=call.stop_token_ids,
+            )
+            for index in range(call.n)
+        ]
+        self._streams = SampleStreams()
         self._arrived = arrived
         self._submitted = time.perf_counter()
-        self._first_token: SequenceOutput | None = None
+        self._first_output: SequenceOutput | None = None
         self._first_token_s = 0.0
         self._queue_s = 0.0
 
+    @property
+    def tier(self) -> Tier | None:
+        """Where the adapter was found; known with the first delta."""
+        first = self._first_output
+        return Tier(first.tier) if first is not None and first.tier is not None else None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the first sample found in the prefix cache; known with the
+        first delta."""
+        return self._first_output.cached_tokens if self._first_output is not None else 0
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """One for each output of the engine. Raises what the engine raised."""
-        metrics = self._metrics
-        last = 0.0
-        async for output in self._outputs:
+        """One for each output of the engine. Raises what the engine raised; one
+        sample's failure is that of the request."""
+        self._streams.add(0, self._submit(0))
+        ended = 0
+        while ended < len(self._samples):
+            index, output = await self._streams.next()
             now = time.perf_counter()
-            count = len(output.tokens)
-            if self._first_token is None:
-                self._first(output, now)
-            else:
-                for _ in range(count):
-                    metrics.inter_token.observe((now - last) / count)
-            last = now
-            self.completion_tokens += count
-            metrics.generation_tokens.inc(count)
-            delta = self._delta(output)
+            sample = self._samples[index]
+            self._count(sample, output, now)
+            delta = sample.delta(output)
             if delta.finish is not None:
+                ended += 1
+                await self._streams.close(index)
+            if ended == len(self._samples):
                 self.finish = delta.finish
                 self.provenance = self._provenance(now)
             yield delta
-            if delta.finish is not None:
-                return
-        raise InternalError("the engine ended a sequence without a finish reason")
+
+    async def close(self) -> None:
+        """Cancel in the engine what has not ended."""
+        await self._streams.aclose()
+
+    def _count(self, sample: Sample, output: SequenceOutput, now: float) -> None:
+        """Metrics and numbers of an output."""
+        count = len(output.tokens)
+        if self._first_output is None:
+            self._first(output, now)
+        elif sample.last_output is not None:
+            for _ in range(count):
+                self._metrics.inter_token.observe((now - sample.last_output) / count)
+        sample.last_output = now
+        self.completion_tokens += count
+        self._metrics.generation_tokens.inc(count)
 
     def _first(self, output: SequenceOutput, now: float) -> None:
-        self._first_token = output
+        self._first_output = output
         self._first_token_s = now - self._arrived
         self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
         self._metrics.queue_time.observe(self._queue_s)
         self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
-
-    def _delta(self, output: SequenceOutput) -> Delta:
-        stops = self._stops
-        finish: FinishReason | None = output.finish
-        text = stops.feed(self._detokenizer.feed(output.tokens))
-        if finish is not None and not stops.stopped:
-            text += stops.feed(self._detokenizer.flush())
-            text += stops.flush()
-        if stops.stopped:
-            finish = "stop"
-        return Delta(
-            text,
-            output.tokens,
-            output.logprobs,
-            output.prompt_logprobs,
-            finish,
-            top_logprobs=output.top_logprobs,
-            prompt_top_logprobs=output.prompt_top_logprobs,
-        )
-
-    @property
-    def tier(self) -> Tier | None:
-        """Where the adapter was found; known with the first delta."""
-        first = self._first_token
-        return Tier(first.tier) if first is not None and first.tier is not None else None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache; known with the first delta."""
-        return self._first_token.cached_tokens if self._first_token is not None else 0
+        for sample in self._samples[1:]:
+            self._streams.add(sample.index, self._submit(sample.index))
 
     def facts(self) -> dict[str, float]:
         """What the log says of it, finished or not; never its text."""
-        first = self._first_token
+        first = self._first_output
         return {
             "prompt_tokens": len(self.prompt.ids),
             "new_tokens": self.completion_tokens,
@@ -164,7 +152,7 @@ class Generation:
         }
 
     def _provenance(self, now: float) -> Provenance:
-        first, ref = self._first_token, self.ref
+        first, ref = self._first_output, self.ref
         assert first is not None, "an output came first"
         return Provenance(
             base_model=self.provenance.base_model,
@@ -205,6 +193,8 @@ class Generator:
         self._use = use
         self._background = background
         self._step_seconds = step_seconds
+        # One at a time: hostile constraints wait for each other, and nobody for them.
+        self._checking = asyncio.Semaphore(1)
 
     @asynccontextmanager
     async def admit(
@@ -223,29 +213,30 @@ class Generator:
         arrived = time.perf_counter()
         self._check_deadline(time_remaining)
         lease = self._registry.acquire(call.adapter) if call.adapter else None
-        outputs: AsyncIterator[SequenceOutput] | None = None
         generation: Generation | None = None
         outcome = "cancelled"
         try:
             prompt = await self._prompt(call, lease)
-            outputs = self._submit(call, prompt, lease)
+            submit = self._submission(call, prompt, lease)
+            if call.constraint is not None:
+                await self._check(call.constraint)
             ref = lease.ref if lease is not None else None
-            generation = Generation(call, prompt, ref, outputs, self, arrived)
-            yield generation
+            with self._engine.places(call.n):
+                generation = Generation(call, prompt, ref, submit, self, arrived)
+                try:
+                    yield generation
+                finally:
+                    await generation.close()
             outcome = generation.finish or "cancelled"
         except VeneerError as error:
             outcome = error.reason
             raise
         finally:
-            try:
-                if outputs is not None:
-                    await cast(AsyncGenerator[SequenceOutput, None], outputs).aclose()
-            finally:
-                if lease is not None:
-                    lease.release()
-                    if self._registry.needs_sweep:
-                        self._background.start("sweep", self._registry.sweep)
-                self._record(generation, lease, outcome)
+            if lease is not None:
+                lease.release()
+                if self._registry.needs_sweep:
+                    self._background.start("sweep", self._registry.sweep)
+            self._record(generation, lease, outcome)
 
     def _check_deadline(self, time_remaining: float | None) -> None:
         if time_remaining is not None and time_remaining <= self._step_seconds():
@@ -266,58 +257,44 @@ class Generator:
                     tokens.ids, vocab_size=self._engine.info.vocab_size, with_text=call.echo
                 )
 
-    def _submit(
+    def _submission(
         self, call: GenerateCall, prompt: Prompt, lease: RevisionLease | None
-    ) -> AsyncIterator[SequenceOutput]:
-        max_tokens = self._room(call.max_tokens, len(prompt.ids))
+    ) -> Callable[[int], AsyncGenerator[SequenceOutput, None]]:
+        """What submits one sample of a request, by its index."""
+        info = self._engine.info
+        max_tokens = room(info, call.max_tokens, len(prompt.ids))
+        check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
+        check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
         source = None
         if lease is not None:
             source = source_of(self._registry, lease.record)
             self.metrics.adapter_request(lease.ref.name)
             self._use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
-        return self._engine.generate(
-            prompt.ids,
-            max_tokens=max_tokens,
-            sampling=self._sampling(call.sampling),
-            adapter=source,
-            ignore_eos=call.ignore_eos,
-            logprobs=call.logprobs,
-            prompt_logprobs=call.logprobs and call.echo,
-        )
+        sampling = resolve_sampling(call.sampling, self._defaults)
 
-    def _room(self, wanted: int | None, prompt_tokens: int) -> int:
-        """Most new tokens of this request."""
-        info = self._engine.info
-        limit = min(info.context_length, info.kv_cache_tokens)
-        room = limit - prompt_tokens
-        numbers = {
-            "prompt_tokens": str(prompt_tokens),
-            "context_length": str(info.context_length),
-            "kv_cache_tokens": str(info.kv_cache_tokens),
-        }
-        if room < 1:
-            raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens, but prompt and completion together "
-                f"may have {limit}: shorten the prompt to at most {limit - 1} tokens",
-                metadata={"field": "prompt", **numbers},
+        def submit(index: int) -> AsyncGenerator[SequenceOutput, None]:
+            seed = sample_seed(sampling.seed, index)
+            return self._engine.generate(
+                prompt.ids,
+                max_tokens=max_tokens,
+                sampling=msgspec.structs.replace(sampling, seed=seed),
+                adapter=source,
+                ignore_eos=call.ignore_eos,
+                logprobs=call.logprobs,
+                prompt_logprobs=call.logprobs and call.echo and index == 0,
+                top_logprobs=call.top_logprobs,
+                stop_token_ids=list(call.stop_token_ids),
+                constraint=call.constraint,
+                use_prefix_cache=call.use_prefix_cache is not False,
             )
-        if wanted is not None and wanted > room:
-            raise ContextTooLong(
-                f"max_tokens is {wanted}, but after a prompt of {prompt_tokens} tokens only "
-                f"{room} of {limit} are left: ask for at most {room}, or leave it unset",
-                metadata={"field": "stopping.max_tokens", "largest": str(room), **numbers},
-            )
-        return room if wanted is None else wanted
 
-    def _sampling(self, given: Sampling) -> SamplingParams:
-        base = self._defaults
-        return SamplingParams(
-            temperature=base.temperature if given.temperature is None else given.temperature,
-            top_k=base.top_k if given.top_k is None else given.top_k,
-            top_p=base.top_p if given.top_p is None else given.top_p,
-            seed=secrets.randbits(_SEED_BITS) if given.seed is None else given.seed,
-        )
+        return submit
+
+    async def _check(self, constraint: Constraint) -> None:
+        """Refuse a bad constraint before it takes a place; hostile ones take a while."""
+        async with self._checking:
+            await asyncio.to_thread(check_constraint, constraint)
 
     def _record(
         self, generation: Generation | None, lease: RevisionLease | None, outcome: str

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from veneer_registry.errors import AdapterInUse, EngineFailed, VeneerError
+from veneer_registry.errors import AdapterInUse, EngineFailed, QueueFull, VeneerError
 from veneer_server.engine.client import EngineEvent
 from veneer_server.engine.messages import (
     AdapterSource,
+    Constraint,
     EngineConfig,
     EngineInfo,
     Occupancy,
@@ -33,6 +35,11 @@ def fake_tokens(digest: str, prompt: list[int], seed: int, count: int) -> list[i
     """What the fake answers: ordinary tokens, never special ones."""
     key = hashlib.sha256(f"{digest}|{prompt}|{seed}".encode()).digest()
     return [1000 + key[i % 32] * 7 + i for i in range(count)]
+
+
+def _tops(token: int, count: int) -> list[tuple[int, float]]:
+    """Likeliest first: the token itself, then made-up ones."""
+    return [(token + i, -0.5 - i) for i in range(count)]
 
 
 class FakeEngine:
@@ -62,6 +69,9 @@ class FakeEngine:
         self.starts = 0
         self.healthy = False
         self.in_flight = 0
+        self.pid: int | None = None
+        self.capacity = config.max_running + max_queue
+        self.taken = 0
         self.load_gate = asyncio.Event()
         self.load_gate.set()
         self.residency: dict[str, Residency] = {}
@@ -103,6 +113,16 @@ class FakeEngine:
         for stream in self._streams:
             stream.put_nowait(EngineFailed("the engine ended; retry", retry_after_s=2.0))
 
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        if self.taken + count > self.capacity:
+            raise QueueFull("no place: retry", retry_after_s=1.0)
+        self.taken += count
+        try:
+            yield
+        finally:
+            self.taken -= count
+
     async def generate(
         self,
         prompt: list[int],
@@ -113,6 +133,10 @@ class FakeEngine:
         ignore_eos: bool = False,
         logprobs: bool = False,
         prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        stop_token_ids: list[int] | None = None,
+        constraint: Constraint | None = None,
+        use_prefix_cache: bool = True,
     ) -> AsyncIterator[SequenceOutput]:
         self.submitted.append(
             {
@@ -121,11 +145,17 @@ class FakeEngine:
                 "sampling": sampling,
                 "adapter": adapter,
                 "ignore_eos": ignore_eos,
+                "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "top_logprobs": top_logprobs,
+                "stop_token_ids": stop_token_ids,
+                "constraint": constraint,
+                "use_prefix_cache": use_prefix_cache,
             }
         )
         digest = adapter.weights_digest if adapter is not None else ""
         outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(
-            digest, prompt, sampling.seed, max_tokens, logprobs, prompt_logprobs
+            digest, prompt, sampling.seed, max_tokens, logprobs, prompt_logprobs, top_logprobs
         )
         crashed: asyncio.Queue[VeneerError | None] = asyncio.Queue()
         self._streams.add(crashed)
@@ -153,6 +183,7 @@ class FakeEngine:
         count: int,
         logprobs: bool,
         prompt_logprobs: bool,
+        top_logprobs: int,
     ) -> list[SequenceOutput]:
         tier: TierName = "disk"
         if digest in self.residency:
@@ -170,6 +201,11 @@ class FakeEngine:
                 tier=tier if digest and not i else None,
                 load_seconds=0.25 if digest and not i else 0.0,
                 queue_seconds=0.0 if i else 0.125,
+                top_logprobs=[_tops(token, top_logprobs)] if top_logprobs else None,
+                prompt_top_logprobs=[_tops(id_, top_logprobs) for id_ in prompt[1:]]
+                if prompt_logprobs and top_logprobs and not i
+                else None,
+                cached_tokens=0 if i else 16,
                 finish="length" if i == count - 1 else None,
             )
             for i, token in enumerate(fake_tokens(digest, prompt, seed, count))
