@@ -1,0 +1,352 @@
+"""The engine's decisions without an engine: a clock, a KV pool and a memory of adapters.
+
+`World` carries out what scheduler, block manager, prefix cache and residency decide,
+and checks each decision against a model that knows nothing of how they work:
+
+* the KV pool is "slot -> what was computed into it", so every read of a step is
+  checked to be the content that the tokens, weights and scope say;
+* the adapter memory holds what it was told to hold, so a step that uses anything
+  else shows;
+* who overtakes whom is judged from the queue before and after.
+
+A token is a function of its sequence and position, so mixed-up results show too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
+from veneer_server.engine.residency import Action, Drop, Load, Residency
+from veneer_server.engine.scheduler import FIXED_CHUNK, Scheduler, SchedulerLimits
+from veneer_server.engine.sequence import (
+    Finish,
+    PlannedSequence,
+    Sequence,
+    SequenceState,
+    StepPlan,
+    StepResult,
+)
+
+SIZE = 100
+BLOCK = 4
+CONTEXT = 64
+
+
+def adapter(name: str, size: int = SIZE) -> AdapterSource:
+    return AdapterSource(weights_digest=name, folder="", parameters=size, name=name)
+
+
+def token_of(sequence: int, position: int) -> int:
+    return 100 * sequence + position
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a slot of the pool holds.
+
+    Attributes:
+        content: scope, weights and all tokens up to this one, hashed; None where the
+            computation went wrong.
+        writer: the sequence that computed it.
+        shared: whether that sequence takes part in the prefix cache.
+    """
+
+    content: int | None
+    writer: int
+    shared: bool
+
+
+@dataclass
+class World:
+    """See the module. Sizes are bytes, tokens or blocks; times are seconds."""
+
+    device: int = 3 * SIZE
+    host: int = 6 * SIZE
+    blocks: int = 17
+    max_running: int = 8
+    budget: int = 32
+    beside_decode: int = 32
+    patience: float = 5.0
+    max_wait: float = 10.0
+    exact: bool = False
+    prefix_cache: bool = True
+    now: float = 0.0
+    pending: list[tuple[str, str]] = field(default_factory=list)
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    finished: dict[int, Finish] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    live: dict[int, Sequence] = field(default_factory=dict)
+    pool: dict[int, Cell] = field(default_factory=dict)
+    memory: set[tuple[str, str]] = field(default_factory=set)
+    preempted: set[int] = field(default_factory=set)
+    blocked: tuple[str, float] | None = None
+    cached_reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.residency = Residency(self.host, self.device, itemsize=1)
+        self.limits = SchedulerLimits(
+            max_batch_tokens=self.budget,
+            max_running=self.max_running,
+            context_length=CONTEXT,
+            prefill_beside_decode=self.beside_decode,
+            patience=self.patience,
+            max_wait=self.max_wait,
+            exact=self.exact,
+        )
+        self.scheduler = Scheduler(
+            self.limits,
+            BlockManager(self.blocks, BLOCK, prefix_cache=self.prefix_cache and not self.exact),
+            self.residency,
+            frozenset({0}),
+        )
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, number: int, prompt: int, new: int, source: AdapterSource | None) -> None:
+        """A request whose prompt shares nothing with any other."""
+        self.ask(number, [-number] * prompt, new, source)
+
+    def ask(
+        self,
+        number: int,
+        prompt: list[int],
+        new: int,
+        source: AdapterSource | None = None,
+        *,
+        scope: str = "",
+        share: bool = True,
+        scores: bool = False,
+    ) -> Sequence:
+        request = Submit(
+            sequence=number,
+            prompt=prompt,
+            max_tokens=new,
+            sampling=SamplingParams(),
+            adapter=source,
+            use_prefix_cache=share,
+            cache_scope=scope,
+            prompt_logprobs=scores,
+        )
+        found = self.residency.lease(source) if source else None
+        sequence = Sequence(request, self.now, found)
+        self.scheduler.add(sequence)
+        self.live[number] = sequence
+        self.outputs[number] = []
+        return sequence
+
+    def cancel(self, number: int) -> None:
+        _, actions = self.scheduler.cancel(number)
+        self.carry_out(actions)
+        self.live.pop(number, None)
+        self.failed.add(number)
+
+    # ------------------------------------------------------------ adapters
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Load(source):
+                    self.pending.append((source.weights_digest, "host"))
+                case Drop(digest, tier):
+                    self.memory.remove((digest, tier))
+                case _:
+                    assert (action.weights_digest, "host") in self.memory
+                    self.pending.append((action.weights_digest, "device"))
+
+    def plan_adapters(self) -> None:
+        actions, impossible = self.scheduler.plan_adapters(self.now)
+        self.carry_out(actions)
+        for digest in impossible:
+            self.fail_adapter(digest)
+
+    def fail_adapter(self, digest: str) -> None:
+        for sequence in self.scheduler.using(digest):
+            self.cancel(sequence.id)
+        self.residency.failed(digest)
+
+    def arrive(self, index: int = 0) -> None:
+        digest, tier = self.pending.pop(index)
+        self.memory.add((digest, tier))
+        (self.residency.loaded if tier == "host" else self.residency.moved)(digest)
+        self.carry_out(self.residency.settle(digest))
+
+    # ---------------------------------------------------------------- steps
+
+    def step(self, seconds: float = 1.0, poison: int | None = None) -> StepPlan | None:
+        """One turn of the loop; the ``poison``-th sequence of the plan goes wrong."""
+        self.now += seconds
+        self.plan_adapters()
+        plan = self._schedule()
+        if plan is not None:
+            self.apply(plan, poison)
+        self.check_integrity()
+        return plan
+
+    def drain(self, limit: int = 3000) -> None:
+        """Run until everything has ended."""
+        for _ in range(limit):
+            if not self.scheduler.has_work():
+                return
+            self.step()
+            while self.pending:
+                self.arrive()
+        raise AssertionError(f"never ended: {sorted(self.live)}")
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        used = {block for s in self.live.values() for block in s.blocks}
+        assert self.scheduler.blocks.used == len(used)
+
+    def _schedule(self) -> StepPlan | None:
+        queue = list(self.scheduler._waiting)
+        running = [s for s in self.live.values() if s.state is SequenceState.RUNNING]
+        resident = {s.id for s in queue if self._on_device(s)}
+        plan = self.scheduler.schedule(self.now)
+        self.preempted |= {s.id for s in running if s.state is SequenceState.WAITING}
+        self._check_order(queue, resident)
+        if plan is not None:
+            self._check_plan(plan, running)
+        return plan
+
+    def _on_device(self, sequence: Sequence) -> bool:
+        return sequence.digest is None or (sequence.digest, "device") in self.memory
+
+    def _check_order(self, queue: list[Sequence], resident: set[int]) -> None:
+        """Nobody is overtaken past the bound."""
+        started = [s for s in queue if s.state is SequenceState.RUNNING]
+        lacking = self._lacking()
+        # Those behind the one that lacks room, and whose adapters keep it taken.
+        held: set[int] = set()
+        if lacking is not None:
+            places = [i for i, s in enumerate(queue) if s.digest == lacking]
+            held = {
+                s.id
+                for s in queue[places[0] if places else 0 :]
+                if s.digest is not None and not self.residency.pinned(s.digest)
+            }
+            assert not held & {s.id for s in started}, "starts, and keeps the room taken"
+        for sequence in queue:
+            if sequence.state is not SequenceState.WAITING or sequence.id in held:
+                continue
+            due = sequence.id in self.preempted or (
+                self.now - sequence.arrived >= self.max_wait
+            )
+            if due and sequence.id in resident:
+                younger = [
+                    s.id
+                    for s in started
+                    if s.id not in self.preempted and s.arrived > sequence.arrived
+                ]
+                assert not younger, f"{sequence.id} is overtaken by {younger}"
+
+    def _lacking(self) -> str | None:
+        """The want that has found no room for `patience`, by the world's own watch."""
+        lacking = self.scheduler._admission._lacking
+        digest = lacking[0] if lacking else None
+        if digest is None:
+            self.blocked = None
+        elif self.blocked is None or self.blocked[0] != digest:
+            self.blocked = (digest, self.now)
+        if self.blocked is None or self.now - self.blocked[1] < self.patience:
+            return None
+        return self.blocked[0]
+
+    def _check_plan(self, plan: StepPlan, running: list[Sequence]) -> None:
+        planned = {p.sequence: p for p in plan.sequences}
+        assert len(planned) == len(plan.sequences), "a sequence twice in a step"
+        assert list(plan.sequences) == sorted(plan.sequences, key=lambda p: p.digest or "")
+        assert len(self.live) >= self.scheduler.running <= self.max_running
+        decoding = [s for s in running if s.remaining == 1]
+        for sequence in decoding:
+            if sequence.state is SequenceState.RUNNING:
+                assert sequence.id in planned, f"{sequence.id} decodes and was left out"
+        others = [p for p in plan.sequences if p.sequence not in {s.id for s in decoding}]
+        prefill = sum(len(p.tokens) for p in others)
+        slack = FIXED_CHUNK if self.exact else 0
+        assert plan.rows <= self.budget + slack
+        if len(others) < len(plan.sequences):
+            assert prefill <= self.beside_decode + slack
+        for p in plan.sequences:
+            assert p.tokens, "a sequence with nothing to compute"
+            if p.digest is not None:
+                assert (p.digest, "device") in self.memory, f"{p.digest} is not there"
+            if self.exact:
+                length = len(self.live[p.sequence].request.prompt)
+                assert len(p.tokens) == max(1, min(FIXED_CHUNK, length - p.start))
+
+    # ----------------------------------------------------------- execution
+
+    def apply(self, plan: StepPlan, poison: int | None = None) -> None:
+        for p in plan.sequences:
+            self._check_reads(p)
+        bad = None if poison is None else plan.sequences[poison % len(plan.sequences)].sequence
+        for p in plan.sequences:
+            self._write(p, p.sequence == bad)
+        count = len(plan.sequences)
+        result = StepResult(
+            tokens=tuple(
+                token_of(p.sequence, p.position) if p.samples and p.sequence != bad else None
+                for p in plan.sequences
+            ),
+            logprobs=(None,) * count,
+            scores=tuple((-1.0,) * len(p.score) for p in plan.sequences),
+            finite=tuple(p.sequence != bad for p in plan.sequences),
+        )
+        doubtful = set(self.live[bad].blocks) if bad is not None else set()
+        for update in self.scheduler.update(plan, result, self.carry_out):
+            number = update.sequence.id
+            if not update.finite:
+                assert number == bad
+                self._check_forgotten(self.live.pop(number), doubtful)
+                self.failed.add(number)
+                continue
+            assert update.token is not None
+            self.outputs[number].append(update.token)
+            if update.first and update.sequence.request.prompt_logprobs:
+                scored = len(update.sequence.prompt_logprobs)
+                assert scored == update.sequence.prompt_length - 1
+            if update.finish is not None:
+                self.finished[number] = update.finish
+                self.live.pop(number)
+
+    def _check_forgotten(self, sequence: Sequence, blocks: set[int]) -> None:
+        cache = self.scheduler.blocks._cache
+        left = blocks & {cache.find(key) for key in sequence.block_keys}
+        assert not left, f"blocks of {sequence.id}, which went wrong, can be found"
+
+    def _slot(self, p: PlannedSequence, position: int) -> int:
+        return p.blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+    def _content(self, sequence: Sequence, position: int) -> int:
+        scope = sequence.request.cache_scope
+        return hash((scope, sequence.digest, tuple(sequence.tokens[: position + 1])))
+
+    def _check_reads(self, p: PlannedSequence) -> None:
+        sequence = self.live[p.sequence]
+        end = p.start + len(p.tokens)
+        assert p.tokens == tuple(sequence.tokens[p.start : end])
+        assert p.samples == (end == len(sequence.tokens))
+        assert p.position == len(sequence.tokens)
+        assert 0 not in p.blocks, "the padding block was handed out"
+        for position in range(p.start):
+            cell = self.pool[self._slot(p, position)]
+            assert cell.content == self._content(sequence, position), (
+                f"sequence {p.sequence} reads another's K and V at position {position}"
+            )
+            if cell.writer != p.sequence:
+                self.cached_reads += 1
+                assert cell.shared, "K and V of a sequence that does not share them"
+                assert sequence.request.use_prefix_cache, "it asked not to share"
+                assert not sequence.request.prompt_logprobs, "its prompt must be computed"
+
+    def _write(self, p: PlannedSequence, bad: bool) -> None:
+        sequence = self.live[p.sequence]
+        taken = {b for s in self.live.values() if s is not sequence for b in s.blocks}
+        for position in range(p.start, p.start + len(p.tokens)):
+            slot = self._slot(p, position)
+            assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
+            content = None if bad else self._content(sequence, position)
+            self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
