@@ -86,6 +86,7 @@ class Answer(ABC):
         self._options = fields.stream_options
         self._choices = [_Choice() for _ in range(prompts * fields.n)]
         self._generations: dict[int, Generation] = {}
+        self._echoed: dict[int, list[_Token]] = {}
         self._head: Final[Json] = {
             "id": f"{self.id_prefix}-{request_id}",
             "created": int(time.time()),
@@ -100,7 +101,7 @@ class Answer(ABC):
         _, choice = self._choice(piece)
         choice.text.append(self._text(piece, choice))
         if self._logprobs:
-            choice.tokens.extend(self._tokens(piece))
+            choice.tokens.extend(self._tokens(piece, choice))
         choice.finish = piece.delta.finish
         choice.started = True
 
@@ -123,7 +124,7 @@ class Answer(ABC):
         """The chunks of a piece; none where it holds nothing to show yet."""
         at, choice = self._choice(piece)
         text = self._text(piece, choice)
-        tokens = list(self._tokens(piece)) if self._logprobs else []
+        tokens = list(self._tokens(piece, choice)) if self._logprobs else []
         shown = [
             self._chunk([one]) for one in self._choice_chunks(at, text, tokens, piece, choice)
         ]
@@ -169,12 +170,17 @@ class Answer(ABC):
             return piece.generation.prompt.text + piece.delta.text
         return piece.delta.text
 
-    def _tokens(self, piece: Piece) -> Iterator[_Token]:
+    def _tokens(self, piece: Piece, choice: _Choice) -> Iterator[_Token]:
         delta = piece.delta
         if delta.prompt_logprobs is not None:
             ids = piece.generation.prompt.ids
-            yield _Token(ids[0], None, ())
-            yield from _joined(ids[1:], delta.prompt_logprobs, delta.prompt_top_logprobs)
+            self._echoed[piece.prompt] = [
+                _Token(ids[0], None, ()),
+                *_joined(ids[1:], delta.prompt_logprobs, delta.prompt_top_logprobs),
+            ]
+        if not choice.started:
+            # Computed once for all samples of a prompt; the first sample comes first.
+            yield from self._echoed.get(piece.prompt, ())
         if delta.logprobs is not None:
             yield from _joined(delta.tokens, delta.logprobs, delta.top_logprobs)
 

@@ -198,7 +198,8 @@ class CompletionFields(CommonFields):
 
     prompt: str | list[_Count] | list[str] | list[list[_Count]]
     echo: bool = False
-    logprobs: _Count | None = None
+    # Checked here, since the core knows it by another name.
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
 
 

@@ -46,6 +46,7 @@ def make_app(core: Core) -> _Edge:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        redirect_slashes=False,
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(core), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(core), methods=["POST"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
 
@@ -58,7 +59,7 @@ async def read_json(scope: Scope, receive: Receive, limit_s: float) -> object:
             f"the body was not complete after {limit_s:g} s: send it again",
         ) from error
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        return _parse(body)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise HttpError(
@@ -79,6 +80,19 @@ async def _read(receive: Receive) -> bytes:
             )
         if not message.get("more_body", False):
             return bytes(body)
+
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _parse(body: bytes) -> object:
+    parsed: object = json.loads(body, parse_constant=_no_constant)
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half of a surrogate pair") from error
+    return parsed
 
 
 def _no_constant(text: str) -> object:

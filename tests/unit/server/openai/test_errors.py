@@ -1,0 +1,87 @@
+"""Every error of the tree in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from veneer_registry import errors
+from veneer_registry.errors import VeneerError
+from veneer_server.openai.errors import HttpError, http_failure
+
+
+def tree(kind: type[VeneerError]) -> Iterator[type[VeneerError]]:
+    yield kind
+    for sub in kind.__subclasses__():
+        if sub.__module__ == errors.__name__:
+            yield from tree(sub)
+
+
+EXPECTED = {
+    "INVALID_ARGUMENT": (400, "invalid_request_error"),
+    "NOT_FOUND": (404, "invalid_request_error"),
+    "ALREADY_EXISTS": (409, "invalid_request_error"),
+    "FAILED_PRECONDITION": (409, "invalid_request_error"),
+    "ABORTED": (409, "invalid_request_error"),
+    "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
+    "CANCELLED": (499, "invalid_request_error"),
+    "INTERNAL": (500, "server_error"),
+    "DATA_LOSS": (500, "server_error"),
+    "UNKNOWN": (500, "server_error"),
+    "UNIMPLEMENTED": (501, "server_error"),
+    "UNAVAILABLE": (503, "server_error"),
+    "DEADLINE_EXCEEDED": (504, "server_error"),
+}
+
+
+@pytest.mark.parametrize("kind", list(tree(VeneerError)))
+def test_status_and_type_follow_the_code(kind: type[VeneerError]) -> None:
+    failure = http_failure(kind("why: fix"))
+    error = failure.body["error"]
+    assert (failure.status, error["type"]) == EXPECTED[kind.code]
+    assert error["message"] == "why: fix"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_codes_that_clients_know() -> None:
+    missing = http_failure(errors.AdapterNotFound("no 'sqll'; did you mean 'sql'?"))
+    assert missing.body["error"]["code"] == "model_not_found"
+    assert missing.body["error"]["param"] == "model"
+    long = http_failure(errors.ContextTooLong("x", metadata={"field": "stopping.max_tokens"}))
+    assert long.body["error"]["code"] == "context_length_exceeded"
+    assert long.body["error"]["param"] == "max_tokens"
+    assert http_failure(errors.QueueFull("x")).body["error"]["code"] == "queue_full"
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("sampling.top_p", "top_p"),
+        ("stopping.stop[3]", "stop[3]"),
+        ("output.n", "n"),
+        ("adapter", "model"),
+        ("token_ids", "prompt"),
+        ("constraint.json_schema", "response_format"),
+        ("messages[0].role", "messages[0].role"),
+    ],
+)
+def test_fields_have_their_json_names(field: str, param: str) -> None:
+    error = errors.InvalidField(f"{field} is wrong", metadata={"field": field})
+    told = http_failure(error).body["error"]
+    assert told["param"] == param
+    assert "sampling." not in told["message"]
+
+
+def test_retries_are_advised_by_what_the_error_knows() -> None:
+    full = http_failure(errors.QueueFull("x", retry_after_s=0.4)).headers
+    assert full == {"retry-after": "1", "retry-after-ms": "400", "x-should-retry": "true"}
+    assert http_failure(errors.Draining("x")).headers["retry-after"] == "1"
+    bug = http_failure(errors.InternalError("x")).headers
+    assert bug == {"x-should-retry": "false"}
+
+
+def test_what_is_wrong_as_http() -> None:
+    failure = http_failure(HttpError(413, "request_too_large", "send less"))
+    assert failure.status == 413
+    assert failure.body["error"]["type"] == "invalid_request_error"
+    assert failure.headers["connection"] == "close"

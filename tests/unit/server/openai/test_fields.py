@@ -1,0 +1,259 @@
+"""From JSON to the protobuf request: what is served, refused, ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from veneer_proto.v1 import inference_pb2 as pb
+from veneer_registry.errors import InvalidField
+from veneer_server.openai.fields import (
+    IGNORED,
+    REFUSED,
+    ChatFields,
+    CompletionFields,
+    parse_fields,
+)
+from veneer_server.openai.requests import MAX_PROMPTS, chat_requests, completion_requests
+
+BASE = "org/base"
+
+
+def chat(**given: Any) -> pb.GenerateRequest:
+    given = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], **given}
+    [request] = chat_requests(parse_fields(ChatFields, given), BASE)
+    return request
+
+
+def completions(**given: Any) -> list[pb.GenerateRequest]:
+    given = {"model": BASE, "prompt": "Hi", **given}
+    return completion_requests(parse_fields(CompletionFields, given), BASE)
+
+
+def refusal(**given: Any) -> InvalidField:
+    with pytest.raises(InvalidField) as caught:
+        chat(**given)
+    return caught.value
+
+
+def test_every_field_that_is_served_arrives() -> None:
+    request = chat(
+        model="sql@0123456789ab",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]},
+        ],
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.25,
+        seed=2**64 - 1,
+        repetition_penalty=1.5,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        logit_bias={"17": -100, "5": 2.5},
+        max_completion_tokens=9,
+        stop=["x", "y"],
+        stop_token_ids=[2, 3],
+        ignore_eos=True,
+        logprobs=True,
+        top_logprobs=4,
+        n=3,
+        use_prefix_cache=False,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
+    )
+    assert request == pb.GenerateRequest(
+        adapter="sql@0123456789ab",
+        messages=pb.ChatInput(
+            messages=[
+                pb.ChatMessage(role="system", content="Be brief."),
+                pb.ChatMessage(role="user", content="ab"),
+            ]
+        ),
+        sampling=pb.SamplingOptions(
+            temperature=0,
+            top_p=0.5,
+            top_k=7,
+            min_p=0.25,
+            seed=2**64 - 1,
+            repetition_penalty=1.5,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            logit_bias={17: -100, 5: 2.5},
+        ),
+        stopping=pb.StoppingOptions(
+            max_tokens=9, stop=["x", "y"], stop_token_ids=[2, 3], ignore_eos=True
+        ),
+        output=pb.OutputOptions(logprobs=True, top_logprobs=4, n=3),
+        use_prefix_cache=False,
+        constraint=pb.Constraint(json_schema="{}"),
+    )
+
+
+def test_what_is_left_out_or_null_stays_unset() -> None:
+    plain = chat()
+    nulls = dict.fromkeys(ChatFields.model_fields.keys() - {"model", "messages"})
+    assert chat(**nulls) == plain
+    assert not plain.adapter
+    assert not plain.sampling.ListFields()
+    assert not plain.stopping.ListFields()
+    assert not plain.output.ListFields()
+    assert not plain.HasField("use_prefix_cache")
+    assert chat(top_k=-1).sampling.top_k == 0
+
+
+def test_an_assistant_message_as_the_sdk_writes_it_back() -> None:
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    message = {"role": "assistant", "content": "Hi", **nulls}
+    assert chat(messages=[message]) == chat(messages=[{"role": "assistant", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("text", ["text"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_prompts_of_every_form(prompt: Any, expected: list[Any]) -> None:
+    requests = completions(prompt=prompt, echo=True, logprobs=0, max_tokens=4)
+    got = [
+        request.prompt if request.WhichOneof("input") == "prompt" else [*request.token_ids.ids]
+        for request in requests
+    ]
+    assert got == expected
+    for request in requests:
+        assert request.output == pb.OutputOptions(echo=True, logprobs=True)
+        assert request.stopping.max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], ["a", 1], [1, [2]], 7, [-1], [2**32], ["a"] * (MAX_PROMPTS + 1)]
+)
+def test_prompts_that_are_none(prompt: Any) -> None:
+    if prompt == [[]]:  # left to the core, which refuses it for gRPC as well
+        assert not completions(prompt=prompt)[0].token_ids.ids
+        return
+    with pytest.raises(InvalidField, match="prompt") as caught:
+        completions(prompt=prompt)
+    assert caught.value.metadata["field"].startswith("prompt")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"const": None}}, "default": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        (
+            {"response_format": {"type": "json_object"}},
+            pb.Constraint(json_schema='{"type": "object"}'),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            pb.Constraint(json_schema=json.dumps(SCHEMA)),
+        ),
+        ({"guided_json": SCHEMA}, pb.Constraint(json_schema=json.dumps(SCHEMA))),
+        ({"guided_json": "{}"}, pb.Constraint(json_schema="{}")),
+        ({"guided_regex": "a+"}, pb.Constraint(regex="a+")),
+        ({"guided_choice": ["a"]}, pb.Constraint(choice=pb.Choices(texts=["a"]))),
+        (
+            {"structured_outputs": {"json": SCHEMA, "regex": None}},
+            pb.Constraint(json_schema=json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"regex": "b"}}, pb.Constraint(regex="b")),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            pb.Constraint(choice=pb.Choices(texts=["a", "b"])),
+        ),
+        (
+            {"structured_outputs": {"json_object": True}},
+            pb.Constraint(json_schema='{"type": "object"}'),
+        ),
+    ],
+)
+def test_constraints(given: dict[str, Any], expected: pb.Constraint | None) -> None:
+    request = chat(**given)
+    if expected is None:
+        assert not request.HasField("constraint")
+    else:
+        assert request.constraint == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "says"),
+    [
+        ({"model": None}, "model", "is missing"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+        ({"messages": "Hi"}, "messages", "list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+            "part 0 is of type 'image_url': only text is served",
+        ),
+        ({"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, None, "tool"),
+        ({"temperature": "0.5"}, "temperature", "number"),
+        ({"temperature": float("inf")}, "temperature", "finite"),
+        ({"max_tokens": -1}, "max_tokens", "greater"),
+        ({"max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"n": 0}, "n", "greater"),
+        ({"seed": -1}, "seed", "greater"),
+        ({"seed": 2**64}, "seed", "less"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stop": [1]}, "stop", "string"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"4294967296": 1}}, "logit_bias", "no token id"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing",
+        ),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "once"),
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"xyzzy": 1}, "xyzzy", "leave it out"),
+    ],
+)
+def test_what_is_wrong_names_the_field_and_the_fix(
+    given: dict[str, Any], field: str | None, says: str
+) -> None:
+    error = refusal(**given)
+    assert says in error.message
+    if field is not None:
+        assert error.metadata["field"] == field
+        assert field in error.message
+
+
+def test_the_body_must_be_an_object() -> None:
+    for body in ([], "x", None, 3):
+        with pytest.raises(InvalidField, match="object"):
+            parse_fields(ChatFields, body)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_fields_that_would_change_the_answer(name: str) -> None:
+    neutral, instead = REFUSED[name]
+    for value in neutral:
+        assert chat(**{name: value}) == chat()
+    error = refusal(**{name: ["something"]})
+    assert error.metadata["field"] == name
+    assert error.message == f"{name} is not served: {instead}"
+
+
+def test_fields_that_change_nothing() -> None:
+    assert chat(**{name: ["anything"] for name in IGNORED}) == chat()
+    assert not IGNORED & REFUSED.keys()
+    for kind in (ChatFields, CompletionFields):
+        assert not kind.model_fields.keys() & (IGNORED | REFUSED.keys())
+
+
+def test_best_of_only_as_n() -> None:
+    assert completions(n=2, best_of=2) == completions(n=2)
+    with pytest.raises(InvalidField, match="best_of"):
+        completions(best_of=2)

@@ -1,0 +1,485 @@
+"""The gateway over real sockets with a fake engine: shapes, errors, streams, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+from veneer_registry.errors import NonFiniteOutput, QueueFull, VeneerError
+from veneer_server.engine.messages import SequenceOutput
+from veneer_server.text.tokenizer import TextTokenizer
+
+from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
+from tests.unit.server.rpc.front_harness import Front, make_adapter, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BASE = "smollm2-135m"
+CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+TEXT = {"model": BASE, "prompt": "Hello there", "max_tokens": 4}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> TextTokenizer:
+    return TextTokenizer.from_folder(base_folder)
+
+
+async def post(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) -> httpx.Response:
+    path = "/v1/chat/completions" if "messages" in given else "/v1/completions"
+    return await http.post(path, json={**given, **more})
+
+
+async def ok(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    answer = await post(http, given, **more)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def events(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) -> list[Any]:
+    """Parsed events of a stream, which must end as OpenAI's do."""
+    answer = await post(http, given, stream=True, **more)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream"
+    lines = answer.text.split("\n\n")
+    assert lines.pop() == ""
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+# --------------------------------------------------------------------------- shapes
+
+
+async def test_a_chat_answer(http: httpx.AsyncClient, tokenizer: TextTokenizer) -> None:
+    answer = await post(http, CHAT, seed=7)
+    body = answer.json()
+    request_id = answer.headers["x-request-id"]
+    [choice] = body["choices"]
+    assert body["id"] == f"chatcmpl-{request_id}"
+    assert body["object"] == "chat.completion"
+    assert body["model"] == BASE
+    assert body["system_fingerprint"].startswith("fp_")
+    assert choice["index"] == 0
+    assert choice["finish_reason"] == "length"
+    assert choice["logprobs"] is None
+    assert choice["message"]["role"] == "assistant"
+    assert len(tokenizer.encode(choice["message"]["content"], add_special_tokens=False)) >= 1
+    usage = body["usage"]
+    assert usage["completion_tokens"] == 4
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 4
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert "veneer-revision" not in answer.headers
+
+
+async def test_a_stream_says_the_same_as_a_whole_answer(http: httpx.AsyncClient) -> None:
+    for given in (CHAT, TEXT):
+        more = {"seed": 7, "max_tokens": 12}
+        whole = await ok(http, given, **more)
+        chunks = await events(http, given, **more)
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        assert all(chunk["object"] == whole["object"] + ".chunk" for chunk in chunks) or (
+            all(chunk["object"] == whole["object"] == "text_completion" for chunk in chunks)
+        )
+        assert not any("usage" in chunk for chunk in chunks)
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        ends = [choice["finish_reason"] for choice in choices]
+        assert ends[-1] == "length"
+        assert not any(ends[:-1])
+        if given is CHAT:
+            assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+            text = "".join(choice["delta"].get("content", "") for choice in choices)
+            assert text == whole["choices"][0]["message"]["content"]
+        else:
+            text = "".join(choice["text"] for choice in choices)
+            assert text == whole["choices"][0]["text"]
+
+
+async def test_usage_in_a_stream(http: httpx.AsyncClient) -> None:
+    chunks = await events(http, CHAT, stream_options={"include_usage": True})
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 4
+
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        chunk["usage"]["completion_tokens"]
+        for chunk in await events(http, CHAT, stream_options=options)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] < 4 == counts[-1]
+
+
+async def test_cached_prompt_tokens(front: Front, http: httpx.AsyncClient) -> None:
+    front.engine.script = [SequenceOutput(1, [1000], finish="stop", cached_tokens=3)]
+    body = await ok(http, CHAT)
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_several_prompts_are_choices_in_order(
+    http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    ids = [tokenizer.encode(text, add_special_tokens=True) for text in ("One", "Two", "Three")]
+    expected = [tokenizer.decode(fake_tokens("", one, 5, 4)) for one in ids]
+    for prompt in (["One", "Two", "Three"], ids):
+        body = await ok(http, TEXT, prompt=prompt, seed=5)
+        assert [choice["text"] for choice in body["choices"]] == expected
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+        assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+        assert body["usage"]["completion_tokens"] == 12
+        texts = ["", "", ""]
+        for chunk in await events(http, TEXT, prompt=prompt, seed=5):
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert texts == expected
+
+
+async def test_samples_of_several_prompts(
+    http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    """Choices are numbered prompt by prompt, as OpenAI does; an echo is in each."""
+    more: dict[str, Any] = {"prompt": ["One", "Two"], "n": 2, "seed": 5}
+    body = await ok(http, TEXT, echo=True, logprobs=1, **more)
+    texts = [choice["text"] for choice in body["choices"]]
+    assert [text[:3] for text in texts] == ["One", "One", "Two", "Two"]
+    assert len(set(texts)) == 4
+    for choice in body["choices"]:
+        found = choice["logprobs"]
+        assert found["token_logprobs"].count(None) == 1
+        assert (
+            len(found["tokens"])
+            == len(found["text_offset"])
+            == 4 + len(tokenizer.encode(choice["text"][:3], add_special_tokens=True))
+        )
+    assert body["usage"]["completion_tokens"] == 16
+    streamed = ["", "", "", ""]
+    ends = set()
+    for chunk in await events(http, TEXT, echo=True, **more):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+            if choice["finish_reason"]:
+                ends.add(choice["index"])
+    assert streamed == texts
+    assert ends == {0, 1, 2, 3}
+
+
+async def test_samples_of_a_chat(http: httpx.AsyncClient) -> None:
+    whole = await ok(http, CHAT, n=2, seed=5)
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    roles, texts = [], ["", ""]
+    for chunk in await events(http, CHAT, n=2, seed=5):
+        for choice in chunk["choices"]:
+            roles += [choice["index"]] * ("role" in choice["delta"])
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert sorted(roles) == [0, 1]
+    assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+
+
+async def test_one_bad_prompt_refuses_all(front: Front, http: httpx.AsyncClient) -> None:
+    answer = await post(http, TEXT, prompt=["fine", "long " * CONTEXT])
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "context_length_exceeded"
+    await until(lambda: front.engine.in_flight == 0)
+
+
+# ------------------------------------------------------------------ log-probabilities
+
+
+def scripted(
+    *tokens: tuple[int, float, list[tuple[int, float]]],
+) -> list[SequenceOutput | VeneerError]:
+    """A sequence of (token, its log-probability, the likely ones beside it)."""
+    return [
+        SequenceOutput(
+            1,
+            [token],
+            logprobs=[logprob],
+            top_logprobs=[tops],
+            finish="stop" if at == len(tokens) - 1 else None,
+        )
+        for at, (token, logprob, tops) in enumerate(tokens)
+    ]
+
+
+async def test_logprobs_of_a_chat(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    [the_id] = tokenizer.encode(" the", add_special_tokens=False)
+    end = 2  # <|im_end|>
+    half = next(t for t in range(1000) if tokenizer.token_bytes(t) == b"\xe2\x80")
+    front.engine.script = scripted(
+        (the_id, -0.5, [(the_id, -0.5), (end, -2.0)]), (half, -1.0, []), (end, -0.25, [])
+    )
+    choice = (await ok(http, CHAT, logprobs=True))["choices"][0]
+    the, broken, last = choice["logprobs"]["content"]
+    assert the["token"] == " the"
+    assert the["bytes"] == list(b" the")
+    assert the["logprob"] == -0.5
+    assert [(top["token"], top["logprob"]) for top in the["top_logprobs"]] == [
+        (" the", -0.5),
+        ("<|im_end|>", -2.0),
+    ]
+    assert broken["token"] == "�"
+    assert broken["bytes"] == [0xE2, 0x80]
+    assert (last["token"], last["bytes"]) == ("<|im_end|>", None)
+
+    streamed = [
+        entry
+        for chunk in await events(http, CHAT, logprobs=True)
+        for choice in chunk["choices"]
+        if choice["logprobs"]
+        for entry in choice["logprobs"]["content"]
+    ]
+    assert streamed == [the, broken, last]
+
+
+async def test_logprobs_and_echo_of_a_completion(
+    http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    ids = tokenizer.encode("Hello there", add_special_tokens=True)
+    new = fake_tokens("", ids, 7, 4)
+    body = await ok(http, TEXT, echo=True, logprobs=0, seed=7)
+    choice = body["choices"][0]
+    text = choice["text"]
+    assert text == "Hello there" + tokenizer.decode(new)
+    found = choice["logprobs"]
+    assert len(found["tokens"]) == len(ids) + 4
+    assert found["token_logprobs"] == [None, *[-1.0] * (len(ids) - 1), *[-0.5] * 4]
+    assert found["top_logprobs"][0] is None
+    assert found["top_logprobs"][-1] == {found["tokens"][-1]: -0.5}
+    assert found["text_offset"][0] == 0
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if "�" not in token:
+            assert text[offset:].startswith(token)
+
+    streamed = await events(http, TEXT, echo=True, logprobs=0, seed=7)
+    assert "".join(c["text"] for e in streamed for c in e["choices"]) == text
+    offsets = [o for e in streamed for c in e["choices"] for o in c["logprobs"]["text_offset"]]
+    assert offsets == found["text_offset"]
+
+
+async def test_of_two_tokens_with_one_text_the_likelier_stays(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    odd = [t for t in range(1000) if tokenizer.token_bytes(t) in (b"\xe2\x80", b"\xe2")][:2]
+    front.engine.script = scripted((1000, -3.0, [(odd[0], -0.5), (odd[1], -1.0)]))
+    body = await ok(http, TEXT, logprobs=0)
+    [tops] = body["choices"][0]["logprobs"]["top_logprobs"]
+    assert sorted(tops.values()) == [-3.0, -0.5]
+
+
+# ----------------------------------------------------------------- models and adapters
+
+
+async def test_models_are_the_base_and_its_adapters(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    pushed = {
+        name: (await front.push(make_adapter(tmp_path / name, seed=at), name)).adapter
+        for at, name in enumerate(("sql", "chat"))
+    }
+    listed = (await http.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == [BASE, "chat", "sql"]
+    base, _, sql = listed["data"]
+    assert (base["parent"], base["root"], base["object"]) == (None, BASE, "model")
+    assert base["max_model_len"] == CONTEXT
+    assert sql["parent"] == BASE
+    assert sql["revision"] == pushed["sql"].revision
+    assert sql["root"] == f"sql@{sql['revision'][:12]}"
+    assert abs(sql["created"] - pushed["sql"].created.seconds) <= 1
+    for model in (BASE, "sql"):
+        one = (await http.get(f"/v1/models/{model}")).json()
+        assert one in listed["data"]
+    pinned = f"sql@{sql['revision'][:12]}"
+    assert (await http.get(f"/v1/models/{pinned}")).json() == {**sql, "id": pinned}
+    missing = await http.get("/v1/models/sqll")
+    assert missing.status_code == 404
+    assert error_of(missing)["code"] == "model_not_found"
+
+
+async def test_the_model_names_the_adapter_and_headers_its_weights(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    pushed = (await front.push(make_adapter(tmp_path / "a"), "style")).adapter
+    headers = {
+        "veneer-revision": pushed.revision,
+        "veneer-weights-digest": pushed.weights_digest,
+    }
+    for model, stream, tier in (
+        ("style", False, "disk"),
+        ("style", True, "device"),
+        (f"style@{pushed.revision[:12]}", False, "device"),
+    ):
+        answer = await post(http, CHAT, model=model, stream=stream)
+        assert answer.headers["veneer-adapter-tier"] == tier
+        assert headers.items() <= dict(answer.headers).items()
+    assert front.engine.submitted[-1]["adapter"].weights_digest == pushed.weights_digest
+
+    answer = await post(http, CHAT, model="stile")
+    assert answer.status_code == 404
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "style" in error["message"]
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "code", "says"),
+    [
+        (b"{", "application/json", 400, "invalid_json", "not valid JSON"),
+        (b'{"a": NaN}', "application/json", 400, "invalid_json", "NaN"),
+        (b'{"a": "\\ud800"}', "application/json", 400, "invalid_json", "surrogate"),
+        (b"[" * 100_000, "application/json", 400, "invalid_json", "not valid JSON"),
+        (b"\xff", "application/json", 400, "invalid_json", "not valid JSON"),
+        (b"[]", "application/json", 400, "invalid_field", "JSON object"),
+        (b"{}", "application/json; charset=utf-8", 400, "invalid_field", "is missing"),
+        (b"{}", "text/plain", 415, "unsupported_media_type", "application/json"),
+        (b"{}", "", 415, "unsupported_media_type", "application/json"),
+        (b" " * ((4 << 20) + 1), "application/json", 413, "request_too_large", "send less"),
+    ],
+)
+async def test_bodies_that_are_no_request(
+    http: httpx.AsyncClient, content: bytes, kind: str, status: int, code: str, says: str
+) -> None:
+    headers = {"content-type": kind} if kind else {}
+    answer = await http.post("/v1/completions", content=content, headers=headers)
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert says in error["message"]
+    assert (await ok(http, TEXT))["choices"], "the server goes on"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/chat/completions/"])
+async def test_unknown_paths_name_the_known_ones(http: httpx.AsyncClient, path: str) -> None:
+    answer = await http.post(path, json={})
+    assert answer.status_code == 404
+    assert "/v1/chat/completions" in error_of(answer)["message"]
+
+
+async def test_a_wrong_method_names_the_right_one(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/v1/completions")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "POST"
+    assert "use POST" in error_of(answer)["message"]
+
+
+async def test_fields_are_refused_by_their_json_names(http: httpx.AsyncClient) -> None:
+    for more, param in (
+        ({"top_p": 3}, "top_p"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"temperature": 1000}, "temperature"),
+    ):
+        answer = await post(http, CHAT, **more)
+        error = error_of(answer)
+        assert (answer.status_code, error["param"]) == (400, param)
+        assert error["message"].startswith(param)
+        assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_a_full_queue_says_when_to_retry(front: Front, http: httpx.AsyncClient) -> None:
+    front.engine.script = [QueueFull("the queue is full: retry", retry_after_s=2.5)]
+    for stream in (False, True):
+        answer = await post(http, CHAT, stream=stream)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "2"
+        assert answer.headers["retry-after-ms"] == "2500"
+        assert error_of(answer)["code"] == "queue_full"
+
+
+async def test_an_error_in_a_stream_is_an_event_and_its_end(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    front.engine.script = [SequenceOutput(1, [1000]), NonFiniteOutput("not finite: report it")]
+    answer = await post(http, TEXT, stream=True)
+    assert answer.status_code == 200
+    first, last, rest = answer.text.split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["choices"]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["code"], rest) == ("non_finite_output", "")
+
+
+async def test_a_bug_is_told_by_its_request_id_only(
+    front: Front, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(front.engine, "generate", broken)
+    answer = await post(http, CHAT)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] in error_of(answer)["message"]
+    monkeypatch.setattr("veneer_server.openai.routes._all_adapters", broken)
+    answer = await http.get("/v1/models")
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] in error_of(answer)["message"]
+
+
+async def test_request_ids_are_the_callers_if_they_can_be(http: httpx.AsyncClient) -> None:
+    given = await http.get("/health", headers={"x-request-id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    odd = await http.get("/health", headers={"x-request-id": "a b"})
+    assert len(odd.headers["x-request-id"]) == 32
+    answer = await http.post("/v1/completions", json=TEXT, headers={"x-request-id": "mine-2"})
+    assert answer.json()["id"] == "cmpl-mine-2"
+
+
+# ------------------------------------------------------------------------------- ends
+
+
+async def test_a_client_that_disconnects_ends_the_work(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    for stream in (False, True):
+        front.engine.reset()
+        front.engine.pace = asyncio.Semaphore(1)
+        call = asyncio.create_task(post(http, CHAT, stream=stream))
+        await until(lambda: front.engine.in_flight == 1)
+        call.cancel()
+        await asyncio.wait({call})
+        await until(lambda: front.engine.in_flight == 0)
+        assert front.engine.cancelled == 1
+
+
+async def test_health_follows_the_engine_and_version_is_told(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    assert (await http.get("/health")).json() == {"status": "serving"}
+    front.engine.set_health(False)
+    try:
+        down = await http.get("/health")
+    finally:
+        front.engine.set_health(True)
+    assert (down.status_code, down.json()) == (503, {"status": "engine_failed"})
+    assert (await http.get("/version")).json()["version"]
+
+
+async def test_requests_are_counted_by_known_paths(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    await ok(http, CHAT)
+    await http.get("/v1/secret-name")
+    await http.get("/v1/models/secret-name")
+    scraped = generate_latest(front.app._metrics.registry).decode()
+    assert 'veneer_http_requests_total{path="/v1/chat/completions",status="200"}' in scraped
+    assert 'veneer_http_requests_total{path="other",status="404"}' in scraped
+    assert 'veneer_http_requests_total{path="/v1/models",status="404"}' in scraped
+    assert "secret-name" not in scraped
