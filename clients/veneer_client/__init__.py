@@ -14,42 +14,71 @@
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import ServerUnreachable, VeneerError
 
-from veneer_client.aio import AsyncClient, AsyncGenerationStream
-from veneer_client.client import Client, GenerationStream
+from veneer_client.aio import AsyncClient
+from veneer_client.client import Client
 from veneer_client.failures import RetryPolicy
-from veneer_client.types import (
+from veneer_client.handle import AdapterHandle, AsyncAdapterHandle
+from veneer_client.records import (
+    AdapterCapacity,
     AdapterDetails,
+    AdapterEvent,
+    AdapterEventKind,
     AdapterInfo,
     BaseModel,
     Budgets,
+    Capacity,
+    Eviction,
+    EvictMode,
+    Limit,
+    Pushed,
+    SequenceCapacity,
+    ServerInfo,
+    ServingStatus,
+    Shortfall,
+)
+from veneer_client.streams import (
+    AdapterWatch,
+    AsyncAdapterWatch,
+    AsyncGenerationStream,
+    GenerationStream,
+)
+from veneer_client.types import (
+    BoundOptions,
     Chat,
     ChatMessage,
     Chunk,
-    Eviction,
-    EvictMode,
     FinishReason,
     GenerateOptions,
     Generation,
     GenerationEnd,
+    MessageLike,
     Prompt,
     Provenance,
-    Pushed,
-    ServerInfo,
-    ServingStatus,
+    Sample,
     Text,
     Timings,
     TokenLogprob,
     Tokens,
+    TopLogprob,
     Usage,
 )
 
 __all__ = [
+    "AdapterCapacity",
     "AdapterDetails",
+    "AdapterEvent",
+    "AdapterEventKind",
+    "AdapterHandle",
     "AdapterInfo",
+    "AdapterWatch",
+    "AsyncAdapterHandle",
+    "AsyncAdapterWatch",
     "AsyncClient",
     "AsyncGenerationStream",
     "BaseModel",
+    "BoundOptions",
     "Budgets",
+    "Capacity",
     "Chat",
     "ChatMessage",
     "Chunk",
@@ -61,18 +90,24 @@ __all__ = [
     "Generation",
     "GenerationEnd",
     "GenerationStream",
+    "Limit",
+    "MessageLike",
     "Prompt",
     "Provenance",
     "Pushed",
     "RetryPolicy",
+    "Sample",
+    "SequenceCapacity",
     "ServerInfo",
     "ServerUnreachable",
     "ServingStatus",
+    "Shortfall",
     "Text",
     "Tier",
     "Timings",
     "TokenLogprob",
     "Tokens",
+    "TopLogprob",
     "Usage",
     "VeneerError",
 ]

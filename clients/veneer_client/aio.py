@@ -7,7 +7,7 @@ What a call is, how its answer is read and when it is repeated is shared
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -20,23 +20,27 @@ from veneer_registry.errors import VeneerError
 from veneer_client import calls
 from veneer_client.convert import generate_request
 from veneer_client.failures import Attempts, RetryPolicy, to_error
-from veneer_client.types import (
+from veneer_client.handle import AsyncAdapterHandle
+from veneer_client.records import (
     AdapterDetails,
     AdapterInfo,
-    Chunk,
+    Capacity,
     Eviction,
     EvictMode,
-    GenerateOptions,
-    Generation,
-    GenerationEnd,
-    Prompt,
     Pushed,
     ServerInfo,
     ServingStatus,
 )
+from veneer_client.streams import (
+    AsyncAdapterWatch,
+    AsyncGenerationStream,
+    StreamStart,
+    WatchReader,
+)
+from veneer_client.types import Chat, GenerateOptions, Generation, MessageLike, Prompt
 from veneer_client.upload import Progress, PushOptions, Upload, prepare
 
-__all__ = ["AsyncClient", "AsyncGenerationStream"]
+__all__ = ["AsyncClient"]
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
@@ -57,15 +61,20 @@ class AsyncClient:
         *,
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        keepalive_s: float = calls.KEEPALIVE_S,
     ) -> None:
         """Args:
         address: ``HOST:PORT``.
-        timeout_s: deadline of every call but generate and push, which have their own.
+        timeout_s: deadline of every call, retries included, that is not given its
+            own; generate, push and watch have none unless given.
+        keepalive_s: see `calls.channel_options`.
         """
         self.address = address
         self._timeout_s = timeout_s
         self._retry = retry
-        self._channel = grpc.aio.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(
+            address, options=calls.channel_options(keepalive_s)
+        )
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -100,10 +109,41 @@ class AsyncClient:
         )
         timeout_s = options.get("timeout_s")
         return AsyncGenerationStream(
-            lambda left_s: start(request, timeout=left_s),
-            Attempts(self._retry, repeatable=True, timeout_s=timeout_s),
-            lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            StreamStart(
+                lambda left_s: start(request, timeout=left_s),
+                Attempts(self._retry, repeatable=True, timeout_s=timeout_s),
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            )
         )
+
+    async def chat(
+        self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """`generate` for the turns of a conversation."""
+        return await self.generate(Chat.of(messages), **options)
+
+    def chat_stream(
+        self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerationStream:
+        """`generate_stream` for the turns of a conversation."""
+        return self.generate_stream(Chat.of(messages), **options)
+
+    def adapter(
+        self, name: str, *, activate: bool = False, pin: bool = False
+    ) -> AsyncAdapterHandle:
+        """One adapter for an ``async with``: its calls all answer from the revision that the
+        name means at entry, also when another one is published meanwhile.
+
+        Args:
+            activate: bring it to the device at entry.
+            pin: keep it there until the ``with`` is left, unless it was pinned before.
+                A pin is one flag, not a count: of two that overlap, the one that set
+                it removes it.
+
+        Raises, at entry:
+            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+        """
+        return AsyncAdapterHandle(self, name, activate=activate, pin=pin)
 
     # -------------------------------------------------------------------- adapters
 
@@ -137,9 +177,9 @@ class AsyncClient:
                 failure = upload.failure or to_error(error, self.address, timeout_s=timeout_s)
                 await _sleep_or_raise(attempts, failure, error)
 
-    async def get(self, name: str) -> AdapterDetails:
+    async def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
         """One adapter, by ``name`` or ``name@revision``, and its revisions."""
-        return await self._ask(calls.get(name))
+        return await self._ask(calls.get(name), timeout_s)
 
     async def list(
         self,
@@ -148,8 +188,10 @@ class AsyncClient:
         tier: Tier | None = None,
         labels: Mapping[str, str] | None = None,
         page_size: int = 100,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[AdapterInfo]:
-        """Current revisions in name order; fetches pages as they are needed."""
+        """Current revisions in name order; fetches pages as they are needed, each within
+        ``timeout_s``."""
         token = ""
         while True:
             page = await self._ask(
@@ -159,7 +201,8 @@ class AsyncClient:
                     name_prefix=name_prefix,
                     tier=tier,
                     labels=labels or {},
-                )
+                ),
+                timeout_s,
             )
             for adapter in page.adapters:
                 yield adapter
@@ -168,35 +211,100 @@ class AsyncClient:
                 return
 
     async def activate(
-        self, name: str, *, tier: Tier = Tier.DEVICE, pin: bool = False
+        self,
+        name: str,
+        *,
+        tier: Tier = Tier.DEVICE,
+        pin: bool = False,
+        timeout_s: float | None = None,
     ) -> AdapterInfo:
         """Bring an adapter to HOST or DEVICE, and keep it there if ``pin``."""
-        return await self._ask(calls.activate(name, tier=tier, pin=pin))
+        return await self._ask(calls.activate(name, tier=tier, pin=pin), timeout_s)
+
+    async def pin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring an adapter to the device and keep it there until it is unpinned."""
+        return await self._ask(calls.pin(name, pinned=True), timeout_s)
+
+    async def unpin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Remove the pin; the adapter stays where it is until room is needed."""
+        return await self._ask(calls.pin(name, pinned=False), timeout_s)
 
     async def evict(
-        self, name: str, *, mode: EvictMode = EvictMode.DRAIN, unpin: bool = False
+        self,
+        name: str,
+        *,
+        mode: EvictMode = EvictMode.DRAIN,
+        unpin: bool = False,
+        timeout_s: float | None = None,
     ) -> Eviction:
         """Free an adapter's memory; it stays registered."""
-        return await self._ask(calls.evict(name, mode=mode, unpin=unpin))
+        return await self._ask(calls.evict(name, mode=mode, unpin=unpin), timeout_s)
 
-    async def delete(self, name: str, *, etag: str = "") -> tuple[str, ...]:
+    async def delete(
+        self, name: str, *, etag: str = "", timeout_s: float | None = None
+    ) -> tuple[str, ...]:
         """Remove ``name`` with all revisions, or ``name@revision``; what was removed."""
-        return await self._ask(calls.delete(name, etag=etag))
+        return await self._ask(calls.delete(name, etag=etag), timeout_s)
+
+    def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AsyncAdapterWatch:
+        """Events of all adapters as they happen; see `Client.watch`."""
+        start = self._channel.unary_stream(
+            calls.WATCH,
+            request_serializer=adapters_pb2.WatchAdaptersRequest.SerializeToString,
+            response_deserializer=adapters_pb2.WatchAdaptersResponse.FromString,
+        )
+        reader = WatchReader(since)
+        attempts = Attempts(
+            self._retry, repeatable=True, timeout_s=timeout_s, reconnect_s=calls.RECONNECT_S
+        )
+        return AsyncAdapterWatch(
+            StreamStart(
+                lambda left_s: start(reader.request(), timeout=left_s),
+                attempts,
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            ),
+            reader,
+        )
 
     # ---------------------------------------------------------------------- server
 
-    async def info(self) -> ServerInfo:
+    async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What the server is."""
-        return await self._ask(calls.info())
+        return await self._ask(calls.info(), timeout_s)
 
-    async def health(self, service: str = calls.INFERENCE) -> ServingStatus:
+    async def plan(
+        self,
+        *,
+        like: str = "",
+        rank: int = 0,
+        modules: Sequence[str] = (),
+        adapters: int = 0,
+        context_length: int = 0,
+        concurrency: int = 0,
+        timeout_s: float | None = None,
+    ) -> Capacity:
+        """What would fit; see `Client.plan`."""
+        call = calls.plan(
+            like=like,
+            rank=rank,
+            modules=modules,
+            adapters=adapters,
+            context_length=context_length,
+            concurrency=concurrency,
+        )
+        return await self._ask(call, timeout_s)
+
+    async def health(
+        self, service: str = calls.INFERENCE, *, timeout_s: float | None = None
+    ) -> ServingStatus:
         """Readiness of a service; "" asks whether the process lives."""
-        return await self._ask(calls.health(service))
+        return await self._ask(calls.health(service), timeout_s)
 
     # -------------------------------------------------------------------- mechanics
 
-    async def _ask(self, call: calls.Call[Answer, Result]) -> Result:
-        return await self._perform(call, self._timeout_s)
+    async def _ask(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await self._perform(call, limit_s)
 
     async def _perform(
         self, call: calls.Call[Answer, Result], timeout_s: float | None
@@ -213,67 +321,6 @@ class AsyncClient:
             except grpc.RpcError as error:
                 failure = to_error(error, self.address, timeout_s=timeout_s)
                 await _sleep_or_raise(attempts, failure, error)
-
-
-class AsyncGenerationStream:
-    """The chunks of one answer, as they come.
-
-    Iterate once. Leaving early: use it in an ``async with``, or call `cancel`; the
-    server stops the work within a step.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[float | None], Any],
-        attempts: Attempts,
-        to_failure: Callable[[grpc.RpcError], VeneerError],
-    ) -> None:
-        self._start = start
-        self._attempts = attempts
-        self._to_failure = to_failure
-        self._reader = calls.StreamReader()
-        self._call = start(attempts.remaining_s())
-
-    async def __aenter__(self) -> AsyncGenerationStream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        while True:
-            try:
-                message = await self._call.read()
-            except grpc.RpcError as error:
-                failure = self._to_failure(error)
-                if self._reader.started:
-                    raise failure from error
-                await _sleep_or_raise(self._attempts, failure, error)
-                self._call = self._start(self._attempts.remaining_s())
-                continue
-            if message is grpc.aio.EOF:
-                self._reader.check_ended()
-                raise StopAsyncIteration
-            chunk = self._reader.read(message)
-            if chunk is not None:
-                return chunk
-
-    @property
-    def final(self) -> GenerationEnd:
-        """Finish reason, usage and provenance; after the last chunk."""
-        return self._reader.require_end()
-
-    def cancel(self) -> None:
-        """End the call; does nothing when it has ended."""
-        self._call.cancel()
 
 
 async def _messages(upload: Upload) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:

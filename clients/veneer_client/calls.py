@@ -5,40 +5,42 @@ The clients differ only in how they perform a `Call`; what they perform is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
 from grpc_health.v1 import health_pb2
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from veneer_registry.adapter import Tier
-from veneer_registry.errors import InternalError
 
-from veneer_client import convert
-from veneer_client.types import (
+from veneer_client import convert, convert_admin
+from veneer_client.records import (
     AdapterDetails,
     AdapterInfo,
-    Chunk,
+    Capacity,
     Eviction,
     EvictMode,
-    GenerateOptions,
-    Generation,
-    GenerationEnd,
-    Prompt,
     ServerInfo,
     ServingStatus,
 )
+from veneer_client.types import (
+    GenerateOptions,
+    Generation,
+    Prompt,
+)
 
 __all__ = [
-    "CHANNEL_OPTIONS",
     "DEFAULT_ADDRESS",
     "GENERATE_STREAM",
     "INFERENCE",
+    "KEEPALIVE_S",
+    "RECONNECT_S",
     "UPLOAD",
+    "WATCH",
     "Call",
     "Page",
-    "StreamReader",
     "activate",
+    "channel_options",
     "delete",
     "evict",
     "generate",
@@ -46,6 +48,8 @@ __all__ = [
     "health",
     "info",
     "page",
+    "pin",
+    "plan",
 ]
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
@@ -56,12 +60,35 @@ _GENERATE: Final = f"/{INFERENCE}/Generate"
 GENERATE_STREAM: Final = f"/{INFERENCE}/GenerateStream"
 UPLOAD: Final = f"/{_ADAPTERS}/UploadAdapter"
 
-CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    # A server that restarts is found again within a second, not after minutes.
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
-    ("grpc.max_metadata_size", 64 << 10),
-)
+WATCH: Final = f"/{_ADAPTERS}/WatchAdapters"
+
+KEEPALIVE_S: Final = 20.0
+"""Silence after which a client asks whether the server still lives."""
+
+
+RECONNECT_S: Final = 1.0
+"""First wait of a watch for a server that was there."""
+
+
+def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
+    """Of a client's channel.
+
+    Args:
+        keepalive_s: while a call runs, silence after which the server must answer a
+            ping within as long again; else the call ends with `ServerUnreachable`.
+            Without it a call to a machine that lost its power waits for ever.
+    """
+    milliseconds = max(1, int(keepalive_s * 1000))
+    return (
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        # A quiet stream has no data between its pings.
+        ("grpc.http2.max_pings_without_data", 0),
+        # A server that restarts is found again within a second, not after minutes.
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
+        ("grpc.max_metadata_size", 64 << 10),
+    )
 
 
 class _Serializable(Protocol):
@@ -108,7 +135,7 @@ def get(name: str) -> Call[adapters_pb2.GetAdapterResponse, AdapterDetails]:
         f"/{_ADAPTERS}/GetAdapter",
         adapters_pb2.GetAdapterRequest(name=name),
         adapters_pb2.GetAdapterResponse.FromString,
-        convert.adapter_details,
+        convert_admin.adapter_details,
     )
 
 
@@ -140,7 +167,7 @@ def page(
         ),
         adapters_pb2.ListAdaptersResponse.FromString,
         lambda answer: Page(
-            tuple(convert.adapter_info(adapter) for adapter in answer.adapters),
+            tuple(convert_admin.adapter_info(adapter) for adapter in answer.adapters),
             answer.next_page_token,
         ),
     )
@@ -154,7 +181,17 @@ def activate(
         f"/{_ADAPTERS}/ActivateAdapter",
         adapters_pb2.ActivateAdapterRequest(name=name, tier=convert.TIERS[tier], pin=pin),
         adapters_pb2.ActivateAdapterResponse.FromString,
-        lambda answer: convert.adapter_info(answer.adapter),
+        lambda answer: convert_admin.adapter_info(answer.adapter),
+    )
+
+
+def pin(name: str, *, pinned: bool) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
+    """Keep an adapter in the DEVICE tier, or no longer."""
+    return Call(
+        f"/{_ADAPTERS}/UpdateAdapter",
+        adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned),
+        adapters_pb2.UpdateAdapterResponse.FromString,
+        lambda answer: convert_admin.adapter_info(answer.adapter),
     )
 
 
@@ -165,10 +202,10 @@ def evict(
     return Call(
         f"/{_ADAPTERS}/EvictAdapter",
         adapters_pb2.EvictAdapterRequest(
-            name=name, mode=convert.EVICT_MODES[mode], unpin=unpin
+            name=name, mode=convert_admin.EVICT_MODES[mode], unpin=unpin
         ),
         adapters_pb2.EvictAdapterResponse.FromString,
-        convert.eviction,
+        convert_admin.eviction,
     )
 
 
@@ -191,7 +228,33 @@ def info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
         "/veneer.v1.ServerService/GetServerInfo",
         server_pb2.GetServerInfoRequest(),
         server_pb2.GetServerInfoResponse.FromString,
-        convert.server_info,
+        convert_admin.server_info,
+    )
+
+
+def plan(
+    *,
+    like: str,
+    rank: int,
+    modules: Sequence[str],
+    adapters: int,
+    context_length: int,
+    concurrency: int,
+) -> Call[server_pb2.PlanCapacityResponse, Capacity]:
+    """What would fit; see `Client.plan`."""
+    request = server_pb2.PlanCapacityRequest(
+        adapters=adapters, context_length=context_length, concurrency=concurrency
+    )
+    if like:
+        request.like = like
+    elif rank or modules:
+        request.shape.rank = rank
+        request.shape.modules.extend(modules)
+    return Call(
+        "/veneer.v1.ServerService/PlanCapacity",
+        request,
+        server_pb2.PlanCapacityResponse.FromString,
+        convert_admin.capacity,
     )
 
 
@@ -201,38 +264,6 @@ def health(service: str) -> Call[health_pb2.HealthCheckResponse, ServingStatus]:
         "/grpc.health.v1.Health/Check",
         health_pb2.HealthCheckRequest(service=service),
         health_pb2.HealthCheckResponse.FromString,
-        convert.serving_status,
+        convert_admin.serving_status,
         repeatable=False,
     )
-
-
-class StreamReader:
-    """What a stream has said so far, whichever client reads it."""
-
-    def __init__(self) -> None:
-        self.started = False
-        self.end: GenerationEnd | None = None
-
-    def read(self, message: inference_pb2.GenerateStreamResponse) -> Chunk | None:
-        """The message's piece of the answer; None where it only carries the end."""
-        self.started = True
-        self.end = convert.generation_end(message) or self.end
-        chunk = convert.chunk(message)
-        only_end = self.end and not (chunk.text or chunk.token_ids or chunk.prompt_logprobs)
-        return None if only_end else chunk
-
-    def check_ended(self) -> None:
-        """Raise `InternalError` where the stream stopped without its end."""
-        if self.end is None:
-            raise InternalError(
-                "the stream stopped without a finish reason: is there a proxy between "
-                "that cuts streams? If not, report it with the server's log"
-            )
-
-    def require_end(self) -> GenerationEnd:
-        """The end; RuntimeError while the stream has not been read to it."""
-        if self.end is None:
-            raise RuntimeError(
-                "the stream has not ended: read it to its end before asking for `final`"
-            )
-        return self.end

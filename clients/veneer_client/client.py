@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -16,23 +16,22 @@ from veneer_registry.errors import VeneerError
 from veneer_client import calls
 from veneer_client.convert import generate_request
 from veneer_client.failures import Attempts, RetryPolicy, to_error
-from veneer_client.types import (
+from veneer_client.handle import AdapterHandle
+from veneer_client.records import (
     AdapterDetails,
     AdapterInfo,
-    Chunk,
+    Capacity,
     Eviction,
     EvictMode,
-    GenerateOptions,
-    Generation,
-    GenerationEnd,
-    Prompt,
     Pushed,
     ServerInfo,
     ServingStatus,
 )
+from veneer_client.streams import AdapterWatch, GenerationStream, StreamStart, WatchReader
+from veneer_client.types import Chat, GenerateOptions, Generation, MessageLike, Prompt
 from veneer_client.upload import Progress, PushOptions, prepare
 
-__all__ = ["Client", "GenerationStream"]
+__all__ = ["Client"]
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
@@ -52,15 +51,20 @@ class Client:
         *,
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        keepalive_s: float = calls.KEEPALIVE_S,
     ) -> None:
         """Args:
         address: ``HOST:PORT``.
-        timeout_s: deadline of every call but generate and push, which have their own.
+        timeout_s: deadline of every call, retries included, that is not given its
+            own; generate, push and watch have none unless given.
+        keepalive_s: see `calls.channel_options`.
         """
         self.address = address
         self._timeout_s = timeout_s
         self._retry = retry
-        self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(
+            address, options=calls.channel_options(keepalive_s)
+        )
 
     def __enter__(self) -> Client:
         return self
@@ -95,10 +99,39 @@ class Client:
         )
         timeout_s = options.get("timeout_s")
         return GenerationStream(
-            lambda left_s: start(request, timeout=left_s),
-            Attempts(self._retry, repeatable=True, timeout_s=timeout_s),
-            lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            StreamStart(
+                lambda left_s: start(request, timeout=left_s),
+                Attempts(self._retry, repeatable=True, timeout_s=timeout_s),
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            )
         )
+
+    def chat(
+        self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """`generate` for the turns of a conversation."""
+        return self.generate(Chat.of(messages), **options)
+
+    def chat_stream(
+        self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
+    ) -> GenerationStream:
+        """`generate_stream` for the turns of a conversation."""
+        return self.generate_stream(Chat.of(messages), **options)
+
+    def adapter(self, name: str, *, activate: bool = False, pin: bool = False) -> AdapterHandle:
+        """One adapter for a ``with``: its calls all answer from the revision that the
+        name means at entry, also when another one is published meanwhile.
+
+        Args:
+            activate: bring it to the device at entry.
+            pin: keep it there until the ``with`` is left, unless it was pinned before.
+                A pin is one flag, not a count: of two that overlap, the one that set
+                it removes it.
+
+        Raises, at entry:
+            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+        """
+        return AdapterHandle(self, name, activate=activate, pin=pin)
 
     # -------------------------------------------------------------------- adapters
 
@@ -132,7 +165,7 @@ class Client:
             PushOptions(labels or {}, validate_only, activate, allow_replace),
             progress,
         )
-        send = self._channel.stream_unary(
+        send: Any = self._channel.stream_unary(
             calls.UPLOAD,
             request_serializer=adapters_pb2.UploadAdapterRequest.SerializeToString,
             response_deserializer=adapters_pb2.UploadAdapterResponse.FromString,
@@ -141,14 +174,15 @@ class Client:
         attempts = Attempts(self._retry, repeatable=True, timeout_s=timeout_s)
         while True:
             try:
-                return upload.result(send(upload.messages(), timeout=attempts.remaining_s()))
+                running = send.future(upload.messages(), timeout=attempts.remaining_s())
+                return upload.result(_result(running))
             except grpc.RpcError as error:
                 failure = upload.failure or to_error(error, self.address, timeout_s=timeout_s)
                 _sleep_or_raise(attempts, failure, error)
 
-    def get(self, name: str) -> AdapterDetails:
+    def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
         """One adapter, by ``name`` or ``name@revision``, and its revisions."""
-        return self._ask(calls.get(name))
+        return self._ask(calls.get(name), timeout_s)
 
     def list(
         self,
@@ -157,8 +191,10 @@ class Client:
         tier: Tier | None = None,
         labels: Mapping[str, str] | None = None,
         page_size: int = 100,
+        timeout_s: float | None = None,
     ) -> Iterator[AdapterInfo]:
-        """Current revisions in name order; fetches pages as they are needed."""
+        """Current revisions in name order; fetches pages as they are needed, each within
+        ``timeout_s``."""
         token = ""
         while True:
             page = self._ask(
@@ -168,7 +204,8 @@ class Client:
                     name_prefix=name_prefix,
                     tier=tier,
                     labels=labels or {},
-                )
+                ),
+                timeout_s,
             )
             yield from page.adapters
             token = page.next_token
@@ -176,35 +213,117 @@ class Client:
                 return
 
     def activate(
-        self, name: str, *, tier: Tier = Tier.DEVICE, pin: bool = False
+        self,
+        name: str,
+        *,
+        tier: Tier = Tier.DEVICE,
+        pin: bool = False,
+        timeout_s: float | None = None,
     ) -> AdapterInfo:
         """Bring an adapter to HOST or DEVICE, and keep it there if ``pin``."""
-        return self._ask(calls.activate(name, tier=tier, pin=pin))
+        return self._ask(calls.activate(name, tier=tier, pin=pin), timeout_s)
+
+    def pin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring an adapter to the device and keep it there until it is unpinned."""
+        return self._ask(calls.pin(name, pinned=True), timeout_s)
+
+    def unpin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Remove the pin; the adapter stays where it is until room is needed."""
+        return self._ask(calls.pin(name, pinned=False), timeout_s)
 
     def evict(
-        self, name: str, *, mode: EvictMode = EvictMode.DRAIN, unpin: bool = False
+        self,
+        name: str,
+        *,
+        mode: EvictMode = EvictMode.DRAIN,
+        unpin: bool = False,
+        timeout_s: float | None = None,
     ) -> Eviction:
         """Free an adapter's memory; it stays registered."""
-        return self._ask(calls.evict(name, mode=mode, unpin=unpin))
+        return self._ask(calls.evict(name, mode=mode, unpin=unpin), timeout_s)
 
-    def delete(self, name: str, *, etag: str = "") -> tuple[str, ...]:
+    def delete(
+        self, name: str, *, etag: str = "", timeout_s: float | None = None
+    ) -> tuple[str, ...]:
         """Remove ``name`` with all revisions, or ``name@revision``; what was removed."""
-        return self._ask(calls.delete(name, etag=etag))
+        return self._ask(calls.delete(name, etag=etag), timeout_s)
+
+    def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AdapterWatch:
+        """Events of all adapters as they happen, without end: first what was missed
+        after ``since`` (or, where the server no longer has that, RESET and what there
+        is), then SYNCED, then what happens.
+
+        It goes on by itself, without a gap, where the server restarts or the
+        connection breaks, as long as `RetryPolicy` has patience.
+
+        Args:
+            since: `AdapterEvent.sequence` of the last event seen; 0 at first.
+            timeout_s: of the whole watch; unset: none.
+        """
+        start = self._channel.unary_stream(
+            calls.WATCH,
+            request_serializer=adapters_pb2.WatchAdaptersRequest.SerializeToString,
+            response_deserializer=adapters_pb2.WatchAdaptersResponse.FromString,
+        )
+        reader = WatchReader(since)
+        attempts = Attempts(
+            self._retry, repeatable=True, timeout_s=timeout_s, reconnect_s=calls.RECONNECT_S
+        )
+        return AdapterWatch(
+            StreamStart(
+                lambda left_s: start(reader.request(), timeout=left_s),
+                attempts,
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            ),
+            reader,
+        )
 
     # ---------------------------------------------------------------------- server
 
-    def info(self) -> ServerInfo:
+    def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What the server is."""
-        return self._ask(calls.info())
+        return self._ask(calls.info(), timeout_s)
 
-    def health(self, service: str = calls.INFERENCE) -> ServingStatus:
+    def plan(
+        self,
+        *,
+        like: str = "",
+        rank: int = 0,
+        modules: Sequence[str] = (),
+        adapters: int = 0,
+        context_length: int = 0,
+        concurrency: int = 0,
+        timeout_s: float | None = None,
+    ) -> Capacity:
+        """What would fit.
+
+        Args:
+            like: a published adapter whose shape is asked about; else ``rank`` and
+                ``modules`` (``q_proj`` ...), else rank 16 on all modules.
+            adapters: that should be in memory; 0 asks for nothing.
+            context_length: tokens of one sequence; 0 means the model's longest.
+            concurrency: sequences that should run at once; 0 asks for nothing.
+        """
+        call = calls.plan(
+            like=like,
+            rank=rank,
+            modules=modules,
+            adapters=adapters,
+            context_length=context_length,
+            concurrency=concurrency,
+        )
+        return self._ask(call, timeout_s)
+
+    def health(
+        self, service: str = calls.INFERENCE, *, timeout_s: float | None = None
+    ) -> ServingStatus:
         """Readiness of a service; "" asks whether the process lives."""
-        return self._ask(calls.health(service))
+        return self._ask(calls.health(service), timeout_s)
 
     # -------------------------------------------------------------------- mechanics
 
-    def _ask(self, call: calls.Call[Answer, Result]) -> Result:
-        return self._perform(call, self._timeout_s)
+    def _ask(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
+        return self._perform(call, self._timeout_s if timeout_s is None else timeout_s)
 
     def _perform(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
         invoke: Any = self._channel.unary_unary(
@@ -215,70 +334,20 @@ class Client:
         attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
         while True:
             try:
-                return call.read(invoke(call.request, timeout=attempts.remaining_s()))
+                running = invoke.future(call.request, timeout=attempts.remaining_s())
+                return call.read(_result(running))
             except grpc.RpcError as error:
                 failure = to_error(error, self.address, timeout_s=timeout_s)
                 _sleep_or_raise(attempts, failure, error)
 
 
-class GenerationStream:
-    """The chunks of one answer, as they come.
-
-    Iterate once. Leaving early: use it in a ``with``, or call `cancel`; the server
-    stops the work within a step.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[float | None], Any],
-        attempts: Attempts,
-        to_failure: Callable[[grpc.RpcError], VeneerError],
-    ) -> None:
-        self._start = start
-        self._attempts = attempts
-        self._to_failure = to_failure
-        self._reader = calls.StreamReader()
-        self._call = start(attempts.remaining_s())
-
-    def __enter__(self) -> GenerationStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        while True:
-            try:
-                chunk = self._reader.read(next(self._call))
-            except StopIteration:
-                self._reader.check_ended()
-                raise
-            except grpc.RpcError as error:
-                failure = self._to_failure(error)
-                if self._reader.started:
-                    raise failure from error
-                _sleep_or_raise(self._attempts, failure, error)
-                self._call = self._start(self._attempts.remaining_s())
-            else:
-                if chunk is not None:
-                    return chunk
-
-    @property
-    def final(self) -> GenerationEnd:
-        """Finish reason, usage and provenance; after the last chunk."""
-        return self._reader.require_end()
-
-    def cancel(self) -> None:
-        """End the call; does nothing when it has ended."""
-        self._call.cancel()
+def _result(running: Any) -> Any:
+    """The answer of a call; whatever ends the waiting (Ctrl-C) ends the call too."""
+    try:
+        return running.result()
+    except BaseException:
+        running.cancel()
+        raise
 
 
 def _sleep_or_raise(attempts: Attempts, failure: VeneerError, cause: grpc.RpcError) -> None:

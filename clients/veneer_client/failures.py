@@ -13,6 +13,7 @@ from veneer_registry.errors import (
     Aborted,
     Cancelled,
     DeadlineExceeded,
+    Draining,
     FailedPrecondition,
     InternalError,
     InvalidArgument,
@@ -100,26 +101,39 @@ class RetryPolicy:
 
     A call is repeated only where the server said when (``RetryInfo``) with
     UNAVAILABLE or RESOURCE_EXHAUSTED, the call is safe to repeat, nothing of its
-    answer has come, and the wait fits ``longest_wait_s`` and the call's deadline.
+    answer has come, and the wait fits ``longest_wait_s`` and the call's deadline. A
+    server that said it drains may be gone the next time, until it is back.
 
     Attributes:
         attempts: calls made in all; 1 turns retries off.
         longest_wait_s: a longer delay than this is the caller's decision.
+        growth: each wait is at least what the server said, and so many times the one
+            before: with the defaults half a minute in all, enough for a restart.
     """
 
-    attempts: int = 4
+    attempts: int = 8
     longest_wait_s: float = 5.0
+    growth: float = 1.5
 
 
 class Attempts:
     """The attempts of one call: its deadline, and the wait before the next one."""
 
     def __init__(
-        self, policy: RetryPolicy, *, repeatable: bool, timeout_s: float | None
+        self,
+        policy: RetryPolicy,
+        *,
+        repeatable: bool,
+        timeout_s: float | None,
+        reconnect_s: float | None = None,
     ) -> None:
+        """Args: reconnect_s: wait for a server that was there once; None gives up."""
         self._policy = policy
-        self._left = policy.attempts if repeatable else 1
+        self._allowed = policy.attempts if repeatable else 1
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._reconnect_s = reconnect_s
+        self._back_s: float | None = None
+        self._made = 0
 
     def remaining_s(self) -> float | None:
         """Seconds left until the deadline; None without one."""
@@ -127,14 +141,27 @@ class Attempts:
             return None
         return max(0.0, self._deadline - time.monotonic())
 
+    def succeeded(self) -> None:
+        """An answer came: failures before it no longer count."""
+        self._made = 0
+        self._back_s = self._reconnect_s
+
     def wait_s(self, error: VeneerError) -> float | None:
         """Seconds to wait before the next attempt; None when ``error`` is final."""
-        self._left -= 1
-        if self._left <= 0 or not isinstance(error, Unavailable | ResourceExhausted):
+        self._made += 1
+        if self._made >= self._allowed:
             return None
-        if error.retry_after_s is None or error.retry_after_s > self._policy.longest_wait_s:
+        if not isinstance(error, Unavailable | ResourceExhausted):
             return None
+        told = error.retry_after_s
+        if isinstance(error, Draining):
+            self._back_s = told
+        elif isinstance(error, ServerUnreachable):
+            told = self._back_s
+        if told is None or told > self._policy.longest_wait_s:
+            return None
+        grown = told * self._policy.growth ** (self._made - 1)
         # Clients refused together should not come back together.
-        wait = error.retry_after_s * random.uniform(1.0, 1.25)
+        wait = min(grown, self._policy.longest_wait_s) * random.uniform(1.0, 1.25)
         remaining = self.remaining_s()
         return None if remaining is not None and wait >= remaining else wait

@@ -40,7 +40,9 @@ class ReflectionClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(
+            address, options=calls.channel_options(calls.KEEPALIVE_S)
+        )
         self._database = ProtoReflectionDescriptorDatabase(self._channel)
         self._pool = descriptor_pool.DescriptorPool(self._database)
 

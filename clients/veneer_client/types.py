@@ -1,41 +1,36 @@
-"""What the clients take and give: frozen records, no protobuf.
+"""What generate calls take and give: frozen records, no protobuf.
 
 Times are seconds, sizes are bytes, digests are 64 hex digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from enum import Enum
 from typing import TypedDict
 
-from veneer_registry.adapter import SHORT_REVISION, BaseFingerprint, Tier
+from veneer_registry.adapter import SHORT_REVISION, Tier
+from veneer_registry.errors import InvalidField
 
 __all__ = [
-    "AdapterDetails",
-    "AdapterInfo",
-    "BaseModel",
-    "Budgets",
+    "BoundOptions",
     "Chat",
     "ChatMessage",
     "Chunk",
-    "EvictMode",
-    "Eviction",
     "FinishReason",
     "GenerateOptions",
     "Generation",
     "GenerationEnd",
+    "MessageLike",
     "Prompt",
     "Provenance",
-    "Pushed",
-    "ServerInfo",
-    "ServingStatus",
+    "Sample",
     "Text",
     "Timings",
     "TokenLogprob",
     "Tokens",
+    "TopLogprob",
     "Usage",
 ]
 
@@ -50,6 +45,10 @@ class ChatMessage:
     content: str
 
 
+MessageLike = ChatMessage | Mapping[str, str]
+"""A turn, also as the mapping that others use: ``{"role": ..., "content": ...}``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """Messages that the server renders with a chat template (the adapter's, if it
@@ -62,6 +61,27 @@ class Chat:
         """A chat of one user turn, after an optional system turn."""
         before = () if system is None else (ChatMessage("system", system),)
         return cls((*before, ChatMessage("user", content)))
+
+    @classmethod
+    def of(cls, messages: Iterable[MessageLike]) -> Chat:
+        """A chat of these turns. Raises InvalidField for a mapping that is not one."""
+        return cls(tuple(map(_message, messages)))
+
+
+def _message(message: MessageLike) -> ChatMessage:
+    if isinstance(message, ChatMessage):
+        return message
+    if set(message) != {"role", "content"} or not all(map(_is_text, message.values())):
+        raise InvalidField(
+            f"a chat message has the keys {sorted(message)}: give `role` and `content`, both "
+            "texts, and nothing else",
+            metadata={"field": "messages"},
+        )
+    return ChatMessage(message["role"], message["content"])
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +101,59 @@ class Tokens:
 Prompt = Text | Chat | Tokens
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of every generate method. What is left out is unset:
-    the model's generation config decides, then temperature 1."""
+class BoundOptions(TypedDict, total=False):
+    """Keyword arguments of every generate method but for the adapter. What is left out
+    is unset: the model's generation config decides, then temperature 1."""
 
-    adapter: str
-    """``name``, ``name@revision``, or nothing for the base model."""
     request_id: str
     """Echoed in the answer and in the server's log."""
     temperature: float
     """0 is greedy."""
     top_p: float
     top_k: int
+    min_p: float
+    """Leave out tokens less likely than this times the likeliest one."""
     seed: int
+    repetition_penalty: float
+    """1 is off; of tokens in prompt and output."""
+    presence_penalty: float
+    frequency_penalty: float
+    """0 is off; both of tokens in the output."""
+    logit_bias: Mapping[int, float]
+    """Token id to what is added to its logit, -100 to 100."""
     max_tokens: int
     """Unset: up to the context's end."""
     stop: Sequence[str]
     """Generation ends before the first of these strings."""
+    stop_token_ids: Sequence[int]
+    """Generation ends at any of these tokens, which is not part of the text."""
     ignore_eos: bool
     logprobs: bool
     """Log-probabilities of the raw distribution, one for each new token."""
+    top_logprobs: int
+    """The most likely tokens beside each one, at most 20; implies ``logprobs``."""
     echo: bool
     """The text starts with the prompt; with ``logprobs``, also its log-probabilities."""
+    n: int
+    """Samples of the same prompt, 1 to 16."""
+    json_schema: Mapping[str, object]
+    """The output is JSON of this schema; ``{}`` is any JSON value."""
+    regex: str
+    """The whole output matches this regular expression."""
+    choice: Sequence[str]
+    """The output is one of these texts."""
+    use_prefix_cache: bool
+    """Unset: the server's default."""
     timeout_s: float
     """Deadline of the whole call, retries included; unset: none."""
+
+
+class GenerateOptions(BoundOptions, total=False):
+    """Keyword arguments of every generate method; at most one of ``json_schema``,
+    ``regex`` and ``choice``."""
+
+    adapter: str
+    """``name``, ``name@revision``, or nothing for the base model."""
 
 
 # ------------------------------------------------------------------------ answers
@@ -114,23 +163,37 @@ class FinishReason(Enum):
     """Why a sequence ended."""
 
     STOP = "stop"
-    """End of sequence, or a stop string."""
+    """End of sequence, a stop string or token, or a constraint that is fulfilled."""
     LENGTH = "length"
     """``max_tokens`` or the context's end."""
     CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and the natural logarithm of its probability."""
+class TopLogprob:
+    """One of the most likely tokens at a place; natural logarithm."""
 
     token_id: int
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability.
+
+    Attributes:
+        top: the most likely tokens at its place, likeliest first, if asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call; ``cached_prompt_tokens`` came from the prefix cache."""
+    """Tokens of one call, of all its samples; ``cached_prompt_tokens`` came from the
+    prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -186,17 +249,21 @@ class Chunk:
         logprobs: one for each of ``token_ids``, if asked for.
         prompt_logprobs: in the first chunk only, if asked for: one for each prompt
             token after the first.
+        index: the sample that it belongs to, from 0.
+        finish_reason: in a sample's last chunk, which may have no text.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """What the end of a stream says."""
+    """What the end of a stream says; with ``n``, the reason of the last sample to end."""
 
     request_id: str
     finish_reason: FinishReason
@@ -205,8 +272,22 @@ class GenerationEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One more answer to the same prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer; see `Chunk` and `GenerationEnd` for its parts."""
+    """A whole answer; see `Chunk` and `GenerationEnd` for its parts.
+
+    Attributes:
+        others: the samples after this one, with ``n``.
+    """
 
     request_id: str
     text: str
@@ -216,152 +297,4 @@ class Generation:
     finish_reason: FinishReason
     usage: Usage
     provenance: Provenance
-
-
-# ----------------------------------------------------------------------- adapters
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """What the server knows of one revision.
-
-    Attributes:
-        rank: largest of any module.
-        size: bytes that one resident copy takes.
-        tier: nearest tier that holds it now.
-        leases: requests admitted and not finished.
-        last_used: None until first used since the server started.
-        training: facts from the training manifest.
-        current: the plain name resolves to this revision.
-        etag: `delete` takes it, so that nothing newer is deleted.
-    """
-
-    name: str
-    revision: str
-    weights_digest: str
-    base_model: str
-    rank: int
-    targets: tuple[str, ...]
-    parameters: int
-    size: int
-    tier: Tier
-    pinned: bool
-    leases: int
-    created: datetime
-    last_used: datetime | None
-    labels: Mapping[str, str]
-    training: Mapping[str, str]
-    current: bool
-    etag: str
-    has_chat_template: bool
-
-    @property
-    def short(self) -> str:
-        """``name@`` and 12 digits of the revision."""
-        return f"{self.name}@{self.revision[:SHORT_REVISION]}"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterDetails:
-    """One adapter and all stored revisions of its name, newest first."""
-
-    adapter: AdapterInfo
-    revisions: tuple[AdapterInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """Outcome of a push.
-
-    Attributes:
-        published: False when the name already held this content, and for a dry run.
-        replaced: another revision of the name was current before.
-        warnings: sentences from the local check and the server.
-        skipped: files of the folder that were not sent.
-        sent_bytes: bytes of the files that were.
-    """
-
-    adapter: AdapterInfo
-    published: bool
-    replaced: bool
-    warnings: tuple[str, ...]
-    skipped: tuple[str, ...]
-    sent_bytes: int
-
-
-class EvictMode(Enum):
-    """What becomes of the requests that use an evicted adapter."""
-
-    DRAIN = "drain"
-    """They finish; memory is freed when the last one has."""
-    FAIL_IF_BUSY = "fail_if_busy"
-    """The eviction is refused."""
-    ABORT = "abort"
-    """They end with `AdapterEvicted`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Eviction:
-    """Outcome of an eviction; ``evicted`` is False while a drain waits."""
-
-    evicted: bool
-    freed_bytes: int
-
-
-# ------------------------------------------------------------------------- server
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """The resident base model; ``size`` in bytes."""
-
-    name: str
-    architecture: str
-    quantization: str
-    dtype: str
-    parameters: int
-    size: int
-    fingerprint: BaseFingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Limits that the server runs with; bytes and counts."""
-
-    host_adapter_bytes: int
-    device_adapter_bytes: int
-    kv_cache_bytes: int
-    kv_cache_tokens: int
-    max_batch_tokens: int
-    max_running: int
-    max_queue: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """What the server is.
-
-    Attributes:
-        backend: what executes a step, for example ``torch``.
-        context_length: longest prompt plus completion, in tokens.
-        engine_starts: 1 unless the engine process failed.
-    """
-
-    version: str
-    base_model: BaseModel
-    device: str
-    backend: str
-    budgets: Budgets
-    context_length: int
-    uptime_s: float
-    adapters_registered: int
-    adapters_on_device: int
-    engine_starts: int
-
-
-class ServingStatus(Enum):
-    """Answer of the standard health service."""
-
-    SERVING = "serving"
-    NOT_SERVING = "not_serving"
-    UNKNOWN = "unknown"
+    others: tuple[Sample, ...] = ()

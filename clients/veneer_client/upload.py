@@ -13,8 +13,8 @@ from veneer_registry.adapter import AdapterManifest, check_name
 from veneer_registry.errors import AdapterInvalid, VeneerError
 from veneer_registry.format import read_adapter, select_files
 
-from veneer_client import convert
-from veneer_client.types import Pushed
+from veneer_client import convert_admin
+from veneer_client.records import Pushed
 
 __all__ = ["CHUNK_BYTES", "Progress", "PushOptions", "Upload", "prepare"]
 
@@ -87,7 +87,7 @@ class Upload:
             raise self.failure
         warnings = dict.fromkeys((*self.manifest.warnings, *answer.warnings))
         return Pushed(
-            adapter=convert.adapter_info(answer.adapter),
+            adapter=convert_admin.adapter_info(answer.adapter),
             published=answer.published,
             replaced=answer.replaced,
             warnings=tuple(warnings),

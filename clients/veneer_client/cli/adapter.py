@@ -23,7 +23,7 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import adapter_rows, adapter_table, as_json, byte_size
 from veneer_client.client import Client
-from veneer_client.types import EvictMode, Pushed
+from veneer_client.records import EvictMode, Pushed
 
 __all__ = ["adapter_cli", "print_rows"]
 

@@ -19,8 +19,9 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import as_json, info_rows, summary
 from veneer_client.client import Client
+from veneer_client.records import ServingStatus
 from veneer_client.reflection import ReflectionClient
-from veneer_client.types import Chat, GenerateOptions, Prompt, ServingStatus, Text
+from veneer_client.types import Chat, GenerateOptions, Prompt, Text
 
 __all__ = ["cli", "main"]
 

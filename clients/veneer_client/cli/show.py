@@ -10,7 +10,8 @@ from enum import Enum
 
 from rich.table import Table
 
-from veneer_client.types import AdapterInfo, GenerationEnd, ServerInfo
+from veneer_client.records import AdapterInfo, ServerInfo
+from veneer_client.types import GenerationEnd
 
 __all__ = ["adapter_rows", "adapter_table", "as_json", "byte_size", "info_rows", "summary"]
 
