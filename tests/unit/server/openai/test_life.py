@@ -1,0 +1,202 @@
+"""Start, drain and stop of the gateway; readers that stop reading; the missing extra."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import socket
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from veneer_registry.errors import InternalError
+from veneer_server.app import App, CannotListen
+from veneer_server.config import load_config
+from veneer_server.engine.messages import SequenceOutput
+from veneer_server.openai import GatewayMissing, require_gateway
+from veneer_server.openai.wire import ABORT, ReaderStopped, Reply
+
+from tests.unit.server.rpc.front_harness import free_port, running, until
+
+TEXT = {"model": "smollm2-135m", "prompt": "Hello there", "max_tokens": 4}
+
+
+def client(address: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=30)
+
+
+async def test_while_it_loads_it_says_so(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    flags = {"openai_listen": address}
+    async with (
+        running(base_folder, front_cache, tmp_path, loading=True, **flags) as front,
+        client(address) as http,
+    ):
+        assert (await http.get("/health")).status_code == 503
+        assert (await http.get("/version")).status_code == 200
+        for answer in (
+            await http.post("/v1/completions", json=TEXT),
+            await http.get("/v1/models"),
+        ):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "model_loading"
+            assert answer.headers["retry-after"] == "1"
+        front.engine.load_gate.set()
+        await front.ready.wait()
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.post("/v1/completions", json=TEXT)).status_code == 200
+
+
+async def test_a_drain_refuses_new_requests_and_lets_running_ones_finish(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    flags = {"openai_listen": "127.0.0.1:0"}
+    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+        address = front.addresses["openai"]
+        front.engine.pace = asyncio.Semaphore(1)
+        async with client(address) as http, client(address) as other:
+            # Its connection is kept for the requests below.
+            assert (await http.get("/health")).status_code == 200
+            stream = asyncio.create_task(
+                other.post("/v1/completions", json={**TEXT, "stream": True})
+            )
+            await until(lambda: front.engine.in_flight == 1)
+            front.app.stop()
+            await until(lambda: front.app.phase.value == "draining")
+            late = await http.get("/health")
+            assert (late.status_code, late.json()) == (503, {"status": "draining"})
+            refused = await http.post("/v1/completions", json=TEXT)
+            assert refused.json()["error"]["code"] == "draining"
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*address.rsplit(":", 1))
+            for _ in range(4):
+                front.engine.pace.release()
+            assert (await stream).text.endswith("data: [DONE]\n\n")
+
+
+async def test_the_grace_ends_a_stream_with_an_error_event(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    flags = {"openai_listen": "127.0.0.1:0", "grace": "0"}
+    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+        front.engine.pace = asyncio.Semaphore(1)
+        async with client(front.addresses["openai"]) as http:
+            lines: list[str] = []
+            request = http.stream("POST", "/v1/completions", json={**TEXT, "stream": True})
+            async with request as answer:
+                async for line in answer.aiter_lines():
+                    if not lines:
+                        front.app.stop()
+                    lines.append(line)
+            last = [line for line in lines if line][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+
+
+async def test_a_reader_that_stops_is_bounded_and_loses_its_place(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    flags = {"openai_listen": "127.0.0.1:0", "reader_limit": "0.2"}
+    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+        front.engine.script = [SequenceOutput(1, [1000] * 10_000) for _ in range(1000)]
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        taken = 0
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            reader.connect((host, int(port)))
+            body = json.dumps({**TEXT, "stream": True}).encode()
+            reader.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                b"content-type: application/json\r\n"
+                + f"content-length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            await until(lambda: front.engine.in_flight == 1)
+            await until(lambda: front.engine.cancelled == 1)
+            assert front.engine.in_flight == 0
+            # Dropped, not left to end when the reader likes.
+            assert front.app._gateway is not None
+            connections = front.app._gateway._uvicorn.server_state.connections
+            await until(lambda: not connections)
+            reader.setblocking(False)
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(ConnectionResetError):
+                while piece := await loop.sock_recv(reader, 1 << 20):
+                    taken += len(piece)
+        # What the two kernels held; all of it would be 40 MB.
+        assert 0 < taken < 2 << 20
+
+
+async def test_a_send_that_blocks_drops_the_connection_and_no_more_is_sent() -> None:
+    dropped: list[bool] = []
+    sent: list[str] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"state": {ABORT: lambda: dropped.append(True)}}
+    reply = Reply(scope, send, 0.01)
+    with pytest.raises(ReaderStopped, match="read the stream") as stopped:
+        await reply.events([{}], {})
+    assert dropped == [True]
+    await reply.fail(stopped.value)
+    assert sent == ["http.response.start", "http.response.body"]
+    with pytest.raises(ReaderStopped):
+        await reply.fail(InternalError("x"))
+
+
+async def test_a_body_that_never_comes_whole(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    flags = {"openai_listen": "127.0.0.1:0", "reader_limit": "0.1"}
+    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+            b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        answer = (await reader.read()).decode()
+        assert answer.startswith("HTTP/1.1 408")
+        assert "request_timeout" in answer
+        writer.close()
+
+
+async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(CannotListen, match="--openai-listen"):
+            async with running(base_folder, tmp_path, tmp_path / "d", openai_listen=address):
+                pass
+
+
+async def test_without_the_extra_the_flag_fails_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "veneer_server.openai.find_spec",
+        lambda name: None if name == "fastapi" else real(name),
+    )
+    with pytest.raises(GatewayMissing, match=r"needs fastapi: pip install 'veneer\[gateway\]'"):
+        require_gateway()
+    config = load_config(
+        {
+            "base": "/there/is/none",
+            "data_dir": str(tmp_path / "data"),
+            "openai_listen": "127.0.0.1:0",
+        },
+        {},
+    )
+    with pytest.raises(GatewayMissing):
+        await App(config, print).run()
+    assert not (tmp_path / "data").exists(), "before any work"
