@@ -48,6 +48,11 @@ class ModelRunner:
         # A sum is finite only if every term is; one pass and no mask.
         finite_rows = logits.sum(dim=-1).isfinite().tolist()
         finite = [all(finite_rows[p.begin : p.end]) for p in places]
+        for sequence, good in zip(plan.sequences, finite, strict=True):
+            if not good:
+                # What it wrote in this step; earlier chunks passed this check.
+                written = sequence.blocks[sequence.start // self._block_size :]
+                self._backend.clear(list(written))
         drafts = [_Draft() for _ in places]
         rows = [
             _SampledRow(sequence, place.sample, draft)
@@ -193,6 +198,9 @@ def _to_arrays(
         sampled = None
         if sequence.samples:
             sampled = len(logit_rows)
+            logit_rows.append(len(tokens) - 1)
+        elif not sequence.score:
+            # Only for the check: a chunk's K and V may be shared if its logits are finite.
             logit_rows.append(len(tokens) - 1)
         places.append(_Place(begin, len(logit_rows), sampled))
     starts = np.array([s.start for s in plan.sequences], dtype=np.int64)

@@ -48,3 +48,8 @@ class Backend(Protocol):
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """Write the rows' K and V, return logits [L, vocab] in float32."""
+
+    def clear(self, blocks: list[int]) -> None:
+        """Make these KV blocks finite again. Attention gives what is beyond a sequence's
+        end the weight 0, and 0 x NaN is NaN: what one sequence leaves in a block would
+        reach the next one that gets it."""

@@ -48,6 +48,11 @@ class KvCache:
             flat = cache.view(cache.shape[0], -1, cache.shape[-1])
             flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zero all K and V of these blocks."""
+        for cache in (*self.keys, *self.values):
+            cache[:, blocks] = 0
+
 
 @dataclass(frozen=True, slots=True)
 class _Decode:

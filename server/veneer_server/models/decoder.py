@@ -61,6 +61,10 @@ class Decoder:
         with self._threads.step(widest):
             return self._execute(step)
 
+    def clear(self, blocks: list[int]) -> None:
+        """See `Backend.clear`."""
+        self._cache.clear(blocks)
+
     def _execute(self, step: StepArrays) -> torch.Tensor:
         weights, device = self._weights, self._weights.device
         positions = torch.from_numpy(step.positions).to(device)

@@ -153,7 +153,7 @@ def test_random_histories() -> None:
     histories = [run_history(SEED + i) for i in range(HISTORIES)]
     # They would prove nothing if nothing had run out or been shared.
     assert sum(h.world.cached_reads for h in histories) > 10_000
-    assert sum(len(h.world.preempted) for h in histories) > 1000
+    assert sum(len(h.world.preempted) for h in histories) > 500
     assert sum(len(h.world.finished) for h in histories) > 10_000
 
 

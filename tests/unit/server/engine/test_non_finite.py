@@ -1,0 +1,74 @@
+"""One sequence's NaN stays its own: not in the prefix cache, not in reused KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from veneer_server.engine.messages import EngineConfig
+
+from tests.engine_harness import EngineHarness, engine
+from tests.unit.server.test_decoder import SHAPES, save_random
+
+POISON = 7
+"""A token whose embedding is infinite."""
+KV_BLOCKS = 5
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[EngineHarness]:
+    """A tiny model with few KV blocks and small steps."""
+    config = SHAPES["llama"]
+    model = save_random(config, tmp_path)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = torch.inf
+    model.save_pretrained(tmp_path)
+    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 32
+    settings = EngineConfig(
+        base_folder=str(tmp_path),
+        cache_folder=str(tmp_path / "cache"),
+        base_name="tiny",
+        weights_fingerprint="",
+        device="cpu",
+        quantization="none",
+        dtype="float32",
+        max_batch_tokens=16,
+        max_running=4,
+        kv_cache_bytes=token_bytes * 16 * (KV_BLOCKS + 1),
+    )
+    with engine(settings) as harness:
+        assert harness.scheduler.blocks.total == KV_BLOCKS
+        yield harness
+
+
+def test_blocks_of_a_sequence_that_went_wrong_harm_nobody(tiny: EngineHarness) -> None:
+    healthy = {"prompt": [3, 4, 5], "max_tokens": 8, "logprobs": True, "ignore_eos": True}
+    (before,) = tiny.run([healthy])
+    # All blocks of the pool, one after another, hold its NaN.
+    (wrong,) = tiny.run([{"prompt": [POISON] * (16 * KV_BLOCKS - 1)}])
+    assert wrong.error == "NON_FINITE_OUTPUT"
+    for answer in tiny.run([healthy] * KV_BLOCKS):
+        assert answer.tokens == before.tokens
+        assert answer.logprobs == pytest.approx(before.logprobs, abs=1e-4)
+
+
+def test_a_long_prompt_fails_at_the_chunk_that_went_wrong(tiny: EngineHarness) -> None:
+    """A chunk that samples nothing is checked all the same, before it is shared."""
+    steps = tiny.loop.steps
+    (wrong,) = tiny.run([{"prompt": [POISON, *range(10, 60)]}])
+    assert wrong.error == "NON_FINITE_OUTPUT"
+    assert tiny.loop.steps == steps + 1
+    assert tiny.scheduler.blocks.cached == 0
+
+
+def test_nothing_of_a_sequence_that_went_wrong_is_found_again(tiny: EngineHarness) -> None:
+    """Not even the blocks from before it did."""
+    good = list(range(10, 42))
+    (wrong,) = tiny.run([{"prompt": [*good, POISON]}])
+    assert wrong.error == "NON_FINITE_OUTPUT"
+    assert tiny.scheduler.blocks.cached == 0
+    first, second = (tiny.run([{"prompt": [*good, 5]}])[0] for _ in range(2))
+    assert first.outputs[0].cached_tokens == 0
+    assert second.outputs[0].cached_tokens == 32
