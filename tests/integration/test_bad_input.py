@@ -203,11 +203,22 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "INVALID_FIELD",
         "stop",
     ),
-    "later: min_p": ({"prompt": "x", "sampling": {"min_p": 0.1}}, "UNIMPLEMENTED", "min_p"),
-    "later: logit_bias": (
-        {"prompt": "x", "sampling": {"logit_bias": {5: 1.0}}},
-        "UNIMPLEMENTED",
+    "min_p above one": ({"prompt": "x", "sampling": {"min_p": 1.1}}, "INVALID_FIELD", "min_p"),
+    "bias outside the vocabulary": (
+        {"prompt": "x", "sampling": {"logit_bias": {49152: 1.0}}},
+        "INVALID_FIELD",
         "logit_bias",
+    ),
+    "seventeen samples": ({"prompt": "x", "output": {"n": 17}}, "INVALID_FIELD", "output.n"),
+    "a schema that is none": (
+        {"prompt": "x", "constraint": inference_pb2.Constraint(json_schema='{"type": 3}')},
+        "INVALID_FIELD",
+        "constraint.json_schema",
+    ),
+    "a regex that looks ahead": (
+        {"prompt": "x", "constraint": inference_pb2.Constraint(regex="(?=x)y")},
+        "INVALID_FIELD",
+        "look-ahead",
     ),
     "later: a mix": (
         {"prompt": "x", "adapters": [inference_pb2.AdapterWeight(adapter="mlp", weight=1)]},

@@ -10,6 +10,7 @@ from typing import Any, Final
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
 from veneer_registry.errors import Aborted
 
+from veneer_server.engine.messages import Tops
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
 from veneer_server.rpc.generation import Delta, Generation, Generator
@@ -37,16 +38,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call = convert.generate_call(request)
         response = inference_pb2.GenerateResponse(request_id=REQUEST_ID.get())
         remaining = context.time_remaining()
+        samples = [_Whole() for _ in range(call.n)]
         async with self._generator.admit(call, time_remaining=remaining) as generation:
-            pieces = [generation.prompt.text] if call.echo else []
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
-                    pieces.append(delta.text)
-                    response.token_ids.extend(delta.tokens)
-                    _add_logprobs(response, generation, delta)
-            response.text = "".join(pieces)
+                    samples[delta.index].add(delta)
+                    response.prompt_logprobs.extend(_prompt_logprobs(generation, delta))
+            prefix = generation.prompt.text if call.echo else ""
+            samples[0].fill(response, prefix)
+            for sample in samples[1:]:
+                sample.fill(response.others.add(), prefix)
             final = _final(generation)
-            response.finish_reason = final.finish_reason
             response.usage.CopyFrom(final.usage)
             response.provenance.CopyFrom(final.provenance)
             context.set_trailing_metadata(_trailing(generation))
@@ -60,18 +62,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         request_id = REQUEST_ID.get()
         remaining = context.time_remaining()
         async with self._generator.admit(call, time_remaining=remaining) as generation:
-            prefix = generation.prompt.text if call.echo else ""
+            prefixes = [generation.prompt.text if call.echo else ""] * call.n
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     message = inference_pb2.GenerateStreamResponse(
                         request_id=request_id,
-                        text=prefix + delta.text,
+                        text=prefixes[delta.index] + delta.text,
                         token_ids=delta.tokens,
+                        logprobs=_logprobs(delta),
+                        prompt_logprobs=_prompt_logprobs(generation, delta),
+                        index=delta.index,
                     )
-                    prefix = ""
-                    if call.logprobs:
-                        _add_logprobs(message, generation, delta)
+                    prefixes[delta.index] = ""
                     if delta.finish is not None:
+                        message.finish_reason = convert.finish_reason(delta.finish)
+                    if generation.finish is not None:
                         message.final.CopyFrom(_final(generation))
                         context.set_trailing_metadata(_trailing(generation))
                     await self._write(context, message)
@@ -88,24 +93,58 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ) from error
 
 
-def _add_logprobs(
-    message: inference_pb2.GenerateResponse | inference_pb2.GenerateStreamResponse,
-    generation: Generation,
-    delta: Delta,
-) -> None:
-    if delta.logprobs is not None:
-        message.logprobs.extend(_pairs(delta.tokens, delta.logprobs))
-    if delta.prompt_logprobs is not None:
-        message.prompt_logprobs.extend(_pairs(generation.prompt.ids[1:], delta.prompt_logprobs))
+class _Whole:
+    """A sample that is answered at once."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[inference_pb2.TokenLogprob] = []
+        self._finish: convert.FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self._text.append(delta.text)
+        self._tokens.extend(delta.tokens)
+        self._logprobs.extend(_logprobs(delta))
+        self._finish = delta.finish
+
+    def fill(
+        self, message: inference_pb2.GenerateResponse | inference_pb2.Sample, prefix: str
+    ) -> None:
+        assert self._finish is not None, "deltas were read to their end"
+        message.text = prefix + "".join(self._text)
+        message.token_ids.extend(self._tokens)
+        message.logprobs.extend(self._logprobs)
+        message.finish_reason = convert.finish_reason(self._finish)
 
 
-def _pairs(
-    tokens: Sequence[int], logprobs: Sequence[float]
+def _logprobs(delta: Delta) -> list[inference_pb2.TokenLogprob]:
+    """Of the new tokens; empty where they were not asked for."""
+    if delta.logprobs is None:
+        return []
+    return _entries(delta.tokens, delta.logprobs, delta.top_logprobs)
+
+
+def _prompt_logprobs(generation: Generation, delta: Delta) -> list[inference_pb2.TokenLogprob]:
+    """Of the prompt; empty but for the first delta of a call that asked for them."""
+    if delta.prompt_logprobs is None:
+        return []
+    ids = generation.prompt.ids[1:]
+    return _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs)
+
+
+def _entries(
+    tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Tops] | None
 ) -> list[inference_pb2.TokenLogprob]:
-    return [
+    entries = [
         inference_pb2.TokenLogprob(token_id=token, logprob=logprob)
         for token, logprob in zip(tokens, logprobs, strict=True)
     ]
+    if tops is not None:
+        for entry, likeliest in zip(entries, tops, strict=True):
+            for token, logprob in likeliest:
+                entry.top.add(token_id=token, logprob=logprob)
+    return entries
 
 
 def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
@@ -115,6 +154,7 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
         usage=inference_pb2.Usage(
             prompt_tokens=len(generation.prompt.ids),
             completion_tokens=generation.completion_tokens,
+            cached_prompt_tokens=generation.cached_tokens,
         ),
         provenance=convert.provenance(generation.provenance),
     )

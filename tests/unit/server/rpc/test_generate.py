@@ -18,6 +18,8 @@ from veneer_server.text.tokenizer import TextTokenizer
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, prompt, until
 
+NAN = float("nan")
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -183,7 +185,8 @@ async def test_context_too_long_says_the_numbers(front: Front) -> None:
 
 
 def _bad_requests() -> list[tuple[str, pb.GenerateRequest]]:
-    sampling, stopping = pb.SamplingOptions, pb.StoppingOptions
+    sampling, stopping, output = pb.SamplingOptions, pb.StoppingOptions, pb.OutputOptions
+    limit = pb.Constraint
     chat = pb.ChatInput(messages=[pb.ChatMessage(role="", content="x")])
     return [
         ("input", pb.GenerateRequest()),
@@ -206,6 +209,40 @@ def _bad_requests() -> list[tuple[str, pb.GenerateRequest]]:
         ("stopping.stop", prompt(stopping=stopping(stop=["x"] * 17))),
         ("stopping.stop[1]", prompt(stopping=stopping(stop=["x", ""]))),
         ("stopping.stop[0]", prompt(stopping=stopping(stop=["x" * 257]))),
+        ("stopping.stop_token_ids", prompt(stopping=stopping(stop_token_ids=range(65)))),
+        ("stopping.stop_token_ids", prompt(stopping=stopping(stop_token_ids=[49152]))),
+        ("sampling.min_p", prompt(sampling=sampling(min_p=-0.1))),
+        ("sampling.min_p", prompt(sampling=sampling(min_p=1.1))),
+        ("sampling.repetition_penalty", prompt(sampling=sampling(repetition_penalty=0))),
+        ("sampling.repetition_penalty", prompt(sampling=sampling(repetition_penalty=101))),
+        ("sampling.presence_penalty", prompt(sampling=sampling(presence_penalty=2.1))),
+        ("sampling.frequency_penalty", prompt(sampling=sampling(frequency_penalty=NAN))),
+        ("sampling.logit_bias", prompt(sampling=sampling(logit_bias={5: 101.0}))),
+        ("sampling.logit_bias", prompt(sampling=sampling(logit_bias={5: NAN}))),
+        ("sampling.logit_bias", prompt(sampling=sampling(logit_bias={49152: 1.0}))),
+        (
+            "sampling.logit_bias",
+            prompt(sampling=sampling(logit_bias=dict.fromkeys(range(1025), 1.0))),
+        ),
+        ("output.top_logprobs", prompt(output=output(logprobs=True, top_logprobs=21))),
+        ("output.top_logprobs", prompt(output=output(top_logprobs=1))),
+        ("output.n", prompt(output=output(n=0))),
+        ("output.n", prompt(output=output(n=17))),
+        ("constraint", prompt(constraint=limit())),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema=""))),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema="{"))),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema="[]"))),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema='{"type":"x"}'))),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema='{"not":{}}'))),
+        ("constraint.json_schema", prompt(constraint=limit(json_schema=" " * 32769))),
+        ("constraint.regex", prompt(constraint=limit(regex="("))),
+        ("constraint.regex", prompt(constraint=limit(regex="(?=x)y"))),
+        ("constraint.choice", prompt(constraint=limit(choice=pb.Choices()))),
+        ("constraint.choice", prompt(constraint=limit(choice=pb.Choices(texts=["a", ""])))),
+        (
+            "constraint.choice",
+            prompt(constraint=limit(choice=pb.Choices(texts=["x"] * 1001))),
+        ),
     ]
 
 
@@ -227,15 +264,7 @@ async def test_names_that_are_not_adapters(front: Front) -> None:
 
 
 async def test_fields_of_later_versions_are_refused_with_a_sentence(front: Front) -> None:
-    sampling = pb.SamplingOptions
     later = [
-        prompt(sampling=sampling(min_p=0.1)),
-        prompt(sampling=sampling(repetition_penalty=1.0)),
-        prompt(sampling=sampling(presence_penalty=0)),
-        prompt(sampling=sampling(frequency_penalty=0)),
-        prompt(sampling=sampling(logit_bias={5: 1.0})),
-        prompt(stopping=pb.StoppingOptions(stop_token_ids=[2])),
-        prompt(output=pb.OutputOptions(top_logprobs=1)),
         prompt(session_key="k"),
         prompt(adapters=[pb.AdapterWeight(adapter="a", weight=1)]),
     ]
