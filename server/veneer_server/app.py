@@ -166,7 +166,7 @@ class App:
             )
         )
         self._resources.callback(registry.close)
-        engine = self._engine(base_folder, base, memory)
+        engine = self._engine(base_folder, base, memory, registry)
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
@@ -181,6 +181,7 @@ class App:
             step_seconds=lambda: self._metrics.recent_step_s,
         )
         metrics_address = self._serve_metrics(registry)
+        openai_address = await self._serve_openai(generator, registry, engine, base)
         grpc_address = await self._serve_grpc(
             InferenceService(generator, reader_limit_s=config.reader_limit),
             AdapterService(
@@ -192,7 +193,6 @@ class App:
             ),
             ServerService(config, base, registry, engine, self._metrics, memory),
         )
-        openai_address = await self._serve_openai(generator, registry, engine, base)
         _log.info("loading", base=base.name, grpc=grpc_address)
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
@@ -226,7 +226,9 @@ class App:
 
     # ----------------------------------------------------------------------- parts
 
-    def _engine(self, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan) -> EngineClient:
+    def _engine(
+        self, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan, registry: Registry
+    ) -> EngineClient:
         config = self._config
         self._metrics.set_budgets(
             host=config.host_cache_bytes, device=config.device_adapter_bytes
@@ -254,6 +256,7 @@ class App:
             max_queue=config.max_queue,
             on_event=self._engine_event,
             on_health=self._engine_health,
+            hold=lambda source: registry.acquire(source.name),
         )
 
     def _engine_event(self, event: EngineEvent) -> None:
@@ -291,6 +294,7 @@ class App:
                 # Clients ask every 20 s whether a quiet server still lives; gRPC's own
                 # rule (5 minutes) would close their connections for it.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                *_keepalive(self._config.reader_limit),
             ],
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
@@ -363,6 +367,17 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB"
         )
+
+
+def _keepalive(limit_s: float) -> list[tuple[str, int]]:
+    """gRPC options: a connection whose other end answers no ping, since its process is
+    stopped or its machine gone, is closed after ``limit_s`` while it has calls."""
+    limit_ms = max(1_000, int(limit_s * 1000))
+    return [
+        ("grpc.keepalive_time_ms", limit_ms * 2 // 3),
+        ("grpc.keepalive_timeout_ms", limit_ms // 3),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
 
 
 def _plan_memory(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:

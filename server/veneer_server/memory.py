@@ -36,9 +36,9 @@ BLOCK_TOKENS: Final = 16
 LARGEST_AUTO_KV_BYTES: Final = 1 << 30
 _SMALLEST_KV_TOKENS: Final = 2048
 
-_FRONT_BYTES: Final = 350 << 20
+_FRONT_BYTES: Final = 250 << 20
 """Front process with its template workers and gRPC."""
-_ENGINE_BYTES: Final = 750 << 20
+_ENGINE_BYTES: Final = 550 << 20
 """Engine process with torch and transformers imported and the base once loaded."""
 _CUDA_BYTES: Final = 700 << 20
 """On the device: CUDA context and library workspaces."""

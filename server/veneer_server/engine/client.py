@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
-import msgspec
 from veneer_registry.errors import (
     EngineFailed,
     InvalidField,
@@ -47,6 +46,7 @@ from veneer_server.engine.messages import (
     Unpin,
     WireError,
 )
+from veneer_server.engine.residents import Residents
 from veneer_server.engine.streams import OutputStream
 from veneer_server.engine.supervisor import Supervisor
 
@@ -77,7 +77,14 @@ class EngineClient:
         max_queue: int,
         on_event: Callable[[EngineEvent], None] = lambda event: None,
         on_health: Callable[[bool], None] = lambda healthy: None,
+        hold: Callable[[AdapterSource], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """Args:
+        on_event: told what changes in the engine.
+        on_health: told when `healthy` changes.
+        hold: keeps an adapter's files while a restarted engine reads them again;
+            raises `VeneerError` where the adapter is gone.
+        """
         self._capacity = config.max_running + max_queue
         self._on_event = on_event
         self._supervisor = Supervisor(
@@ -91,7 +98,12 @@ class EngineClient:
         self._streams: dict[int, OutputStream] = {}
         self._taken = 0
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
-        self._residency: dict[str, Residency] = {}
+        self._residents = Residents(
+            host_budget=config.host_adapter_bytes,
+            device_budget=config.device_adapter_bytes,
+            activate=self._activate,
+            hold=hold,
+        )
 
     # ------------------------------------------------------------------ lifecycle
 
@@ -131,7 +143,7 @@ class EngineClient:
 
     def _up(self, info: EngineInfo) -> None:
         self.info = info
-        self._residency.clear()
+        self._residents.restore()
 
     # ------------------------------------------------------------------ messages
 
@@ -149,16 +161,13 @@ class EngineClient:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
             case Residency():
-                self._track(message)
+                self._residents.update(message)
                 self._on_event(message)
-            case StepDone() | Occupancy() | AdapterLoaded() | AdapterFailed() | Evicted():
+            case Occupancy():
+                self._residents.occupancy(message)
                 self._on_event(message)
-
-    def _track(self, event: Residency) -> None:
-        if event.tier == "disk" and not event.pinned:
-            self._residency.pop(event.weights_digest, None)
-        else:
-            self._residency[event.weights_digest] = event
+            case StepDone() | AdapterLoaded() | AdapterFailed() | Evicted():
+                self._on_event(message)
 
     def fail_everything(self, error: VeneerError) -> None:
         """The process has gone, and with it all that it ran and held."""
@@ -169,19 +178,8 @@ class EngineClient:
                 waiting.set_exception(error)
         self._operations.clear()
         # Nothing is resident any more: tell the listener, so that gauges fall.
-        for residency in self._residency.values():
-            self._on_event(
-                msgspec.structs.replace(
-                    residency,
-                    tier="disk",
-                    pinned=False,
-                    host_bytes=0,
-                    device_bytes=0,
-                    host_count=0,
-                    device_count=0,
-                )
-            )
-        self._residency.clear()
+        for change in self._residents.lose():
+            self._on_event(change)
 
     # ------------------------------------------------------------------ requests
 
@@ -237,6 +235,8 @@ class EngineClient:
         ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
         """
         self._check_ready()
+        if adapter is not None:
+            self._residents.used(adapter)
         number = next(self._numbers)
         stream = self._streams[number] = OutputStream()
         ended = False
@@ -271,6 +271,14 @@ class EngineClient:
         self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
     ) -> None:
         """Bring an adapter to a tier; raises what the load raised."""
+        self._residents.used(adapter)
+        await self._activate(adapter, tier, pin)
+        if pin:
+            self._residents.pinned(adapter, tier)
+
+    async def _activate(
+        self, adapter: AdapterSource, tier: Literal["host", "device"], pin: bool
+    ) -> None:
         await self._operate(lambda number: Activate(number, adapter, tier, pin))
 
     async def evict(
@@ -281,11 +289,13 @@ class EngineClient:
         unpin: bool,
     ) -> tuple[bool, int]:
         """(evicted now, bytes freed); raises AdapterInUse, AdapterPinned."""
+        self._residents.given_up(weights_digest)
         done = await self._operate(lambda number: Evict(number, weights_digest, mode, unpin))
         return done.done, done.freed_bytes
 
     async def unpin(self, weights_digest: str) -> None:
         """Remove an adapter's pin; it stays in memory until room is needed."""
+        self._residents.unpinned(weights_digest)
         await self._operate(lambda number: Unpin(number, weights_digest))
 
     async def _operate(self, build: Callable[[int], ToEngine]) -> OperationDone:
@@ -304,7 +314,7 @@ class EngineClient:
 
     def tier(self, weights_digest: str) -> Residency | None:
         """Last known residency of an adapter, or None where it is on disk only."""
-        return self._residency.get(weights_digest)
+        return self._residents.tier(weights_digest)
 
     def _check_ready(self) -> None:
         if self._supervisor.connection is not None:

@@ -19,6 +19,9 @@ from veneer_server.rpc.calls import Calls
 
 __all__ = ["CallInterceptor"]
 
+_STATUS_LIMIT_S: Final = 1.0
+"""Longest wait for a caller to take the status of a failed call."""
+
 _OURS: Final = "/veneer.v1."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -102,7 +105,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 handled.labels(service, name, code).inc()
             status = to_grpc_status(failure)
             self._metrics.failures.labels(failure.reason).inc()
-            return await context.abort(status.code, status.message, status.trailing)
+            try:
+                async with asyncio.timeout(_STATUS_LIMIT_S):
+                    return await context.abort(status.code, status.message, status.trailing)
+            except TimeoutError:
+                # The status waits in gRPC behind one message that the caller does not
+                # take; it gets both if it ever reads again. Nothing of ours waits.
+                raise asyncio.CancelledError from None
 
         return guarded
 

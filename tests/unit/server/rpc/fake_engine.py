@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 from veneer_registry.errors import AdapterInUse, EngineFailed, QueueFull, VeneerError
@@ -52,6 +52,7 @@ class FakeEngine:
         max_queue: int,
         on_event: Callable[[EngineEvent], None],
         on_health: Callable[[bool], None],
+        hold: Callable[[AdapterSource], AbstractContextManager[object]],
     ) -> None:
         self.config = config
         self.info = EngineInfo(

@@ -1,0 +1,222 @@
+"""What the engine holds in memory, kept in the front so that a new process gets it back.
+
+After a restart the adapters are activated again in the background: pins first, then
+the most recently used, one at a time, within the budgets, and only while no request
+waits for an adapter of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+from veneer_registry.errors import EngineFailed, VeneerError
+
+from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
+
+__all__ = ["Lost", "Residents"]
+
+log = logging.getLogger(__name__)
+
+MemoryTier = Literal["host", "device"]
+Activate = Callable[[AdapterSource, MemoryTier, bool], Awaitable[None]]
+Hold = Callable[[AdapterSource], AbstractContextManager[object]]
+
+_MOST_TRIES: Final = 2
+_MOST_KNOWN: Final = 4096
+"""Adapters whose source is remembered; beyond it those not in memory are forgotten."""
+
+
+@dataclass(slots=True)
+class _Resident:
+    source: AdapterSource
+    now: Residency | None = None
+    """As the engine last said; None where it holds nothing of it."""
+    pin: MemoryTier | None = None
+    """The tier that an operator pinned it to."""
+
+
+@dataclass(slots=True)
+class Lost:
+    """An adapter that a dead engine held and that its successor should hold.
+
+    Attributes:
+        tier: nearest tier that held it.
+        tries: times an engine was asked to load it; one that died of it twice is left.
+    """
+
+    source: AdapterSource
+    tier: MemoryTier
+    pin: MemoryTier | None
+    bytes: int
+    tries: int = 0
+
+
+class Residents:
+    """Belongs to one event loop.
+
+    Args:
+        host_budget, device_budget: bytes; what does not fit them is not restored.
+        activate: brings an adapter to a tier and pins it if told to.
+        hold: keeps an adapter's files while they are read; raises `VeneerError` where
+            the adapter is gone.
+    """
+
+    def __init__(
+        self, *, host_budget: int, device_budget: int, activate: Activate, hold: Hold
+    ) -> None:
+        self._budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
+        self._used: dict[MemoryTier, int] = {"host": 0, "device": 0}
+        self._activate = activate
+        self._hold = hold
+        self._known: dict[str, _Resident] = {}
+        """By digest, least recently used first."""
+        self._lost: dict[str, Lost] = {}
+        """Not restored yet, in the order to restore them."""
+        self._calm = asyncio.Event()
+        self._calm.set()
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------ what is there
+
+    def used(self, source: AdapterSource) -> None:
+        """A request wants this adapter now."""
+        digest = source.weights_digest
+        known = self._known.pop(digest, None) or _Resident(source)
+        known.source = source
+        self._known[digest] = known
+        if len(self._known) > _MOST_KNOWN:
+            idle = next((d for d, k in self._known.items() if k.now is None), digest)
+            if idle != digest:
+                del self._known[idle]
+
+    def pinned(self, source: AdapterSource, tier: MemoryTier) -> None:
+        """An operator's pin was set."""
+        self.used(source)
+        self._known[source.weights_digest].pin = tier
+
+    def unpinned(self, weights_digest: str) -> None:
+        """An operator's pin was removed, maybe before it could be restored."""
+        if (lost := self._lost.get(weights_digest)) is not None:
+            lost.pin = None
+
+    def given_up(self, weights_digest: str) -> None:
+        """An operator does not want it in memory any more."""
+        self._lost.pop(weights_digest, None)
+
+    def tier(self, weights_digest: str) -> Residency | None:
+        """Last known residency of an adapter, or None where it is on disk only."""
+        known = self._known.get(weights_digest)
+        return None if known is None else known.now
+
+    def update(self, event: Residency) -> None:
+        """The engine has told of a change."""
+        self._used = {"host": event.host_bytes, "device": event.device_bytes}
+        known = self._known.get(event.weights_digest)
+        if known is None:
+            return
+        gone = event.tier == "disk" and not event.pinned
+        known.now = None if gone else event
+        if not event.pinned:
+            known.pin = None
+
+    def occupancy(self, event: Occupancy) -> None:
+        """The engine has told how many requests wait for an adapter."""
+        if event.waiting_for_adapter:
+            self._calm.clear()
+        else:
+            self._calm.set()
+
+    # ------------------------------------------------------------------------ restart
+
+    def lose(self) -> list[Residency]:
+        """The engine has died. Returns the change of each adapter that it held."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        changes = []
+        lost = {}
+        for digest, known in reversed(self._known.items()):
+            entry = self._lost.get(digest)
+            if known.now is not None:
+                tier: MemoryTier = "device" if known.now.tier == "device" else "host"
+                tries = 0 if entry is None else entry.tries
+                entry = Lost(known.source, tier, known.pin, known.now.bytes, tries)
+                changes.append(_gone(known.now))
+                known.now = None
+            if entry is not None:
+                lost[digest] = entry
+        pins_first = sorted(lost.items(), key=lambda item: item[1].pin is None)
+        self._lost = dict(pins_first)
+        self._used = {"host": 0, "device": 0}
+        self._calm.set()
+        return changes
+
+    def restore(self) -> None:
+        """A new engine is up: begin to bring back what the last one held."""
+        if self._lost:
+            self._task = asyncio.create_task(self._restore(), name="restore-adapters")
+
+    async def _restore(self) -> None:
+        wanted, restored = len(self._lost), 0
+        while self._lost:
+            await self._calm.wait()
+            if not self._lost:
+                break
+            digest, lost = next(iter(self._lost.items()))
+            try:
+                if self._wants(lost):
+                    lost.tries += 1
+                    with self._hold(lost.source):
+                        await self._bring_back(lost)
+                    restored += 1
+            except EngineFailed:
+                return  # `lose` keeps what is left for the next engine
+            except VeneerError as error:
+                log.warning("adapter %s is not restored: %s", lost.source.name, error)
+            self._lost.pop(digest, None)
+        log.info("%d of %d adapters are back in memory", restored, wanted)
+
+    def _wants(self, lost: Lost) -> bool:
+        """It is not there yet, it fits, and it was not tried too often."""
+        if lost.tries >= _MOST_TRIES:
+            log.warning(
+                "adapter %s is not restored: the engine died %d times while it was loaded",
+                lost.source.name,
+                lost.tries,
+            )
+            return False
+        now = self.tier(lost.source.weights_digest)
+        if lost.pin is not None:
+            return now is None or not now.pinned
+        if now is not None and (now.tier == "device" or lost.tier == "host"):
+            return False
+        return all(
+            self._used[tier] + lost.bytes <= self._budgets[tier]
+            for tier in self._budgets
+            if tier == "host" or lost.tier == "device"
+        )
+
+    async def _bring_back(self, lost: Lost) -> None:
+        if lost.pin is not None:
+            await self._activate(lost.source, lost.pin, True)
+            self._known[lost.source.weights_digest].pin = lost.pin
+        if lost.tier == "device" and lost.pin != "device":
+            await self._activate(lost.source, "device", False)
+
+
+def _gone(residency: Residency) -> Residency:
+    return msgspec.structs.replace(
+        residency,
+        tier="disk",
+        pinned=False,
+        host_bytes=0,
+        device_bytes=0,
+        host_count=0,
+        device_count=0,
+    )

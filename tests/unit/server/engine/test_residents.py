@@ -1,0 +1,180 @@
+"""After a restart: pins first, then the most recently used, within the budgets, and
+never in the way of a request. The engine here is the test: it answers activations."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from veneer_registry.errors import AdapterNotFound, EngineFailed
+from veneer_server.engine import residents
+from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
+from veneer_server.engine.residents import MemoryTier, Residents
+
+SIZE = 10
+
+
+def source(digest: str) -> AdapterSource:
+    return AdapterSource(digest, f"/store/{digest}", SIZE, digest)
+
+
+class Engine:
+    """FAKE: puts adapters into tiers when asked to, and tells the set of residents."""
+
+    def __init__(self, *, device_budget: int = 1000, gone: frozenset[str] = frozenset()):
+        self.residents = Residents(
+            host_budget=1000,
+            device_budget=device_budget,
+            activate=self.activate,
+            hold=self.hold,
+        )
+        self.asked: list[tuple[str, str, bool]] = []
+        self.held: list[str] = []
+        self.there: dict[str, bool] = {}
+        self.dies_of: str | None = None
+        self._gone = gone
+
+    async def activate(self, adapter: AdapterSource, tier: MemoryTier, pin: bool) -> None:
+        assert self.held == [adapter.name], "files are kept while they are read"
+        self.asked.append((adapter.name, tier, pin))
+        await asyncio.sleep(0)
+        if adapter.name == self.dies_of:
+            self.residents.lose()
+            raise EngineFailed("gone")
+        self.loaded(adapter.name, pinned=pin or self.there.get(adapter.name, False))
+
+    @contextmanager
+    def hold(self, adapter: AdapterSource) -> Iterator[None]:
+        if adapter.name in self._gone:
+            raise AdapterNotFound("deleted meanwhile")
+        self.held.append(adapter.name)
+        try:
+            yield
+        finally:
+            self.held.remove(adapter.name)
+
+    def loaded(self, name: str, *, pinned: bool = False) -> None:
+        """Adapter ``name`` is on DEVICE now."""
+        self.there[name] = pinned
+        used = SIZE * len(self.there)
+        self.residents.update(
+            Residency(name, "device", pinned, SIZE, used, used, len(self.there), used)
+        )
+
+    def request(self, name: str) -> None:
+        self.residents.used(source(name))
+        self.loaded(name, pinned=self.there.get(name, False))
+
+    def die(self) -> list[Residency]:
+        self.there.clear()
+        return self.residents.lose()
+
+    async def restart(self) -> list[str]:
+        """A new engine; the names of adapters that were brought back, in order."""
+        self.asked.clear()
+        self.residents.restore()
+        if (task := self.residents._task) is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return [name for name, _, _ in self.asked]
+
+
+async def test_pins_come_first_then_the_most_recently_used() -> None:
+    engine = Engine()
+    for name in "abcd":
+        engine.request(name)
+    engine.request("b")
+    engine.residents.pinned(source("a"), "device")
+    engine.loaded("a", pinned=True)
+    changes = engine.die()
+    assert {c.weights_digest for c in changes} == set("abcd")
+    assert all((c.tier, c.pinned, c.device_bytes) == ("disk", False, 0) for c in changes)
+    assert engine.residents.tier("a") is None
+    assert await engine.restart() == ["a", "b", "d", "c"]
+    assert engine.asked[0] == ("a", "device", True)
+    assert engine.asked[1] == ("b", "device", False)
+    engine.die()
+    assert (await engine.restart())[0] == "a", "the pin outlives a second death"
+
+
+async def test_what_a_request_brought_back_is_not_asked_for_again() -> None:
+    engine = Engine()
+    for name in "abc":
+        engine.request(name)
+    engine.die()
+    engine.request("b")
+    assert await engine.restart() == ["c", "a"]
+
+
+async def test_nothing_is_pushed_out_for_it() -> None:
+    engine = Engine(device_budget=3 * SIZE)
+    for name in "abc":
+        engine.request(name)
+    engine.die()
+    engine.request("new")
+    assert await engine.restart() == ["c", "b"]
+
+
+async def test_requests_that_wait_for_an_adapter_go_first() -> None:
+    engine = Engine()
+    engine.request("a")
+    engine.die()
+    engine.residents.occupancy(Occupancy(0, 1, 1, 0, 1))
+    engine.residents.restore()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert engine.asked == []
+    engine.residents.occupancy(Occupancy(1, 0, 0, 0, 1))
+    task = engine.residents._task
+    assert task is not None
+    await task
+    assert engine.asked == [("a", "device", False)]
+
+
+async def test_an_adapter_that_is_gone_is_skipped() -> None:
+    engine = Engine(gone=frozenset("b"))
+    for name in "abc":
+        engine.request(name)
+    engine.die()
+    assert await engine.restart() == ["c", "a"]
+
+
+async def test_an_evicted_or_unpinned_one_is_left_as_the_operator_wants_it() -> None:
+    engine = Engine()
+    for name in "ab":
+        engine.request(name)
+        engine.residents.pinned(source(name), "device")
+        engine.loaded(name, pinned=True)
+    engine.die()
+    engine.residents.given_up("a")
+    engine.residents.unpinned("b")
+    await engine.restart()
+    assert engine.asked == [("b", "device", False)]
+
+
+async def test_one_that_kills_the_engine_is_left_after_two_tries() -> None:
+    engine = Engine()
+    for name in "ab":
+        engine.request(name)
+    engine.die()
+    engine.dies_of = "b"
+    asked = []
+    for _ in range(4):
+        asked.append(await engine.restart())
+        engine.there.clear()
+    assert asked == [["b"], ["b"], ["a"], []], "a is there: nothing is lost in the fourth"
+
+
+async def test_what_was_used_once_is_forgotten_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residents, "_MOST_KNOWN", 3)
+    engine = Engine()
+    engine.request("kept")
+    for name in "abcdef":
+        engine.residents.used(source(name))
+    assert len(engine.residents._known) == 3
+    assert engine.residents.tier("kept") is not None
