@@ -77,6 +77,17 @@ class BlockManager:
         sequence.published = len(sequence.blocks)
         return sequence.published * self.block_size
 
+    def cached_prefix(self, sequence: Sequence) -> int:
+        """Tokens that `adopt` would find now."""
+        if not self._shares(sequence):
+            return 0
+        found = 0
+        for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
+            if self._cache.find(key) is None:
+                break
+            found += self.block_size
+        return found
+
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing."""
         missing = self.blocks_for(tokens) - len(sequence.blocks)

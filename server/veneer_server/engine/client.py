@@ -226,6 +226,7 @@ class EngineClient:
         stop_token_ids: list[int] | None = None,
         constraint: Constraint | None = None,
         use_prefix_cache: bool = True,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
         that wait when the caller comes back (a slow reader) are joined into one.
@@ -255,6 +256,7 @@ class EngineClient:
                     stop_token_ids=stop_token_ids or [],
                     constraint=constraint,
                     use_prefix_cache=use_prefix_cache,
+                    deadline_s=deadline_s,
                 )
             )
             while not ended:

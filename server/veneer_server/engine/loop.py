@@ -18,6 +18,7 @@ from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterEvicted,
     ContextTooLong,
+    DeadlineTooShort,
     InvalidField,
     NonFiniteOutput,
     VeneerError,
@@ -47,6 +48,7 @@ from veneer_server.engine.messages import (
     WireError,
 )
 from veneer_server.engine.messages import Residency as ResidencyMessage
+from veneer_server.engine.pace import Pace
 from veneer_server.engine.residency import Action, Drop, Load, Residency
 from veneer_server.engine.scheduler import Scheduler, Update
 from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
@@ -148,6 +150,7 @@ class StepLoop:
         self._outgoing: list[FromEngine] = []
         self._changed: dict[str, None] = {}
         self._occupancy: Occupancy | None = None
+        self._pace = Pace(scheduler.limits.max_batch_tokens)
         self.steps = 0
 
     def run(self) -> None:
@@ -253,6 +256,7 @@ class StepLoop:
                     "tokens; ask for fewer, or start the server with a larger "
                     "--kv-cache-bytes"
                 )
+            self._check_deadline(message)
             if message.adapter is not None:
                 found = self._residency.lease(message.adapter)
         except VeneerError as error:
@@ -260,6 +264,26 @@ class StepLoop:
             self._outgoing.append(SequenceFailed(message.sequence, wire_error(error)))
             return
         self._scheduler.add(Sequence(message, self._clock(), found))
+
+    def _check_deadline(self, message: Submit) -> None:
+        """Refuse what cannot have its first token in time, before it takes any."""
+        if message.deadline_s is None:
+            return
+        sequence = Sequence(message, self._clock(), None)
+        own = sequence.prompt_length - self._scheduler.blocks.cached_prefix(sequence)
+        ahead = self._scheduler.prefill_ahead
+        least = self._pace.seconds(own + ahead)
+        if least <= message.deadline_s:
+            return
+        alone = self._pace.seconds(own)
+        helps = alone <= message.deadline_s
+        raise DeadlineTooShort(
+            f"the deadline leaves {message.deadline_s:.2f} s, but the first token of {own} "
+            f"new prompt tokens behind {ahead} waiting ones takes at least {least:.2f} s: "
+            + ("retry when less is waiting" if helps else "allow more time"),
+            metadata={"least_s": f"{least:.3f}", "ahead_tokens": str(ahead)},
+            retry_after_s=least - alone if helps else None,
+        )
 
     def _activate(self, message: Activate) -> None:
         digest = message.adapter.weights_digest
@@ -364,10 +388,12 @@ class StepLoop:
         for update in self._scheduler.update(plan, result, self._carry_out):
             self._outgoing.append(self._output(update))
         lookups = self._scheduler.take_lookups()
+        seconds = self._clock() - began
+        self._pace.observe(plan.rows, seconds)
         self._outgoing.append(
             StepDone(
                 step=self.steps,
-                seconds=self._clock() - began,
+                seconds=seconds,
                 prefill_tokens=plan.prefill_tokens,
                 decode_rows=plan.rows - plan.prefill_tokens,
                 adapters=len(plan.adapters),

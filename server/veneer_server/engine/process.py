@@ -38,6 +38,7 @@ from veneer_server.engine.model_runner import ModelRunner
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
 from veneer_server.lora.memory import LoraMemory
+from veneer_server.machine import usable_cores
 from veneer_server.models.attention import KvCache
 from veneer_server.models.decoder import Decoder
 from veneer_server.models.loader import load_weights, torch_dtype
@@ -53,7 +54,7 @@ def build_engine(
     """Load the base model and put the engine's parts together."""
     began = time.monotonic()
     device = _device(config.device)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or usable_cores())
     dtype = torch_dtype(config.dtype)
     weights = load_weights(
         Path(config.base_folder),

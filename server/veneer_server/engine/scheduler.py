@@ -138,6 +138,11 @@ class Scheduler:
     def waiting_for_adapter(self) -> int:
         return sum(1 for s in self._waiting if not self._admission.resident(s))
 
+    @property
+    def prefill_ahead(self) -> int:
+        """Tokens that must be computed before all sequences here have their next one."""
+        return sum(s.remaining for s in self._by_id.values())
+
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 

@@ -217,7 +217,8 @@ class Generator:
         outcome = "cancelled"
         try:
             prompt = await self._prompt(call, lease)
-            submit = self._submission(call, prompt, lease)
+            ends = None if time_remaining is None else arrived + time_remaining
+            submit = self._submission(call, prompt, lease, ends)
             if call.constraint is not None:
                 await self._check(call.constraint)
             ref = lease.ref if lease is not None else None
@@ -258,9 +259,17 @@ class Generator:
                 )
 
     def _submission(
-        self, call: GenerateCall, prompt: Prompt, lease: RevisionLease | None
+        self,
+        call: GenerateCall,
+        prompt: Prompt,
+        lease: RevisionLease | None,
+        ends: float | None,
     ) -> Callable[[int], AsyncGenerator[SequenceOutput, None]]:
-        """What submits one sample of a request, by its index."""
+        """What submits one sample of a request, by its index.
+
+        Args:
+            ends: the caller's deadline on the clock of `time.perf_counter`.
+        """
         info = self._engine.info
         max_tokens = room(info, call.max_tokens, len(prompt.ids))
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
@@ -275,6 +284,8 @@ class Generator:
 
         def submit(index: int) -> AsyncGenerator[SequenceOutput, None]:
             seed = sample_seed(sampling.seed, index)
+            # Later samples come when the first has its token: their prompt is cached.
+            left = ends - time.perf_counter() if ends is not None and not index else None
             return self._engine.generate(
                 prompt.ids,
                 max_tokens=max_tokens,
@@ -287,6 +298,7 @@ class Generator:
                 stop_token_ids=list(call.stop_token_ids),
                 constraint=call.constraint,
                 use_prefix_cache=call.use_prefix_cache is not False,
+                deadline_s=left,
             )
 
         return submit

@@ -138,6 +138,7 @@ class FakeEngine:
         stop_token_ids: list[int] | None = None,
         constraint: Constraint | None = None,
         use_prefix_cache: bool = True,
+        deadline_s: float | None = None,
     ) -> AsyncIterator[SequenceOutput]:
         self.submitted.append(
             {
