@@ -164,7 +164,7 @@ def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch
 
 def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """[rows] int64: inverse transform over the tokens that top-k, top-p and min-p leave."""
-    # From the top, so that a low temperature overflows to minus infinity only.
+    # From the top, so that huge logits at a low temperature overflow to minus infinity only.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     temperature = _column(logits, choices, "temperature").unsqueeze(1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
@@ -246,9 +246,9 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
     Weights are float64, so that rare tokens keep their share, and need not sum to 1.
     """
     sums = weights.cumsum(dim=-1)
-    whole = sums[:, -1]
-    # Below the whole, whatever the product rounds to: a weight of 0 is never picked.
-    target = torch.minimum(whole * randoms, torch.nextafter(whole, torch.zeros_like(whole)))
+    # A random number is at most 1 - 2^-53, and so much of a float64 rounds to less than
+    # the whole: the search ends at a token with a weight.
+    target = sums[:, -1] * randoms
     return torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
 
 
