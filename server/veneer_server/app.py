@@ -178,7 +178,8 @@ class App:
             use=use,
             background=background,
             base_name=base.name,
-            step_seconds=lambda: self._metrics.least_step_s(busy=engine.in_flight > 0),
+            # When nothing runs, the last busy minute's steps say nothing.
+            step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         metrics_address = self._serve_metrics(registry)
         openai_address = await self._serve_openai(generator, registry, engine, base)

@@ -158,7 +158,6 @@ class Metrics:
         )
         self.recent_step_s = 0.0
         """Smoothed seconds of a decode step; 0 before the first."""
-        self._fastest_step_s = 0.0
         self._names: set[str] = set()
         self.on_device = 0
         """Adapters in the DEVICE tier."""
@@ -220,10 +219,6 @@ class Metrics:
         for gauge in (self.running, self.waiting, self.kv_usage, self.prefix_usage):
             gauge.set(0)
 
-    def least_step_s(self, *, busy: bool) -> float:
-        """Seconds that a step takes: of late where others run, else at its best."""
-        return self.recent_step_s if busy else self._fastest_step_s
-
     def _step(self, step: StepDone) -> None:
         phase = (
             "decode" if not step.prefill_tokens else "mixed" if step.decode_rows else "prefill"
@@ -231,7 +226,6 @@ class Metrics:
         self.step_seconds.labels(phase).observe(step.seconds)
         if phase == "decode":
             self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
-        self._fastest_step_s = min(self._fastest_step_s or step.seconds, step.seconds)
         self.step_rows.observe(step.prefill_tokens + step.decode_rows)
         self.step_adapters.observe(step.adapters)
         self.prefix_asked.inc(step.prefix_asked)
