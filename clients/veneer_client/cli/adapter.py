@@ -1,4 +1,4 @@
-"""``veneer adapter``: push, ls, show, activate, evict, rm."""
+"""``veneer adapter``: push, ls, show, activate, pin, unpin, evict, rm, watch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.table import Table
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField
 
+from veneer_client.cli import watch
+from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
@@ -32,6 +34,12 @@ adapter_cli = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+adapter_cli.command(epilog=watch.EXAMPLES)(watch.watch)
+
+NameArgument = Annotated[
+    str, typer.Argument(help="NAME or NAME@REVISION.", autocompletion=adapter_names)
+]
 
 _PUSH_EXAMPLES = """
 Examples:
@@ -152,7 +160,7 @@ def ls(
 )
 def show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="NAME or NAME@REVISION.")],
+    name: NameArgument,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -177,7 +185,7 @@ def show(
 )
 def activate(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="NAME or NAME@REVISION.")],
+    name: NameArgument,
     tier: Annotated[Tier, typer.Option("--tier", help="host or device.")] = Tier.DEVICE,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it there.")] = False,
     json_: JsonFlag = False,
@@ -193,12 +201,42 @@ def activate(
         )
 
 
+@adapter_cli.command(epilog="Examples:\n\n  veneer adapter pin sql")
+def pin(
+    context: typer.Context,
+    name: NameArgument,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Bring an adapter to the device and keep it there."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        adapter = client.pin(name)
+        print(as_json(adapter) if json_ else f"{adapter.short} is pinned")
+
+
+@adapter_cli.command(epilog="Examples:\n\n  veneer adapter unpin sql")
+def unpin(
+    context: typer.Context,
+    name: NameArgument,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Remove the pin; the adapter stays until room is needed."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        adapter = client.unpin(name)
+        print(
+            as_json(adapter) if json_ else f"{adapter.short} is in {adapter.tier.value}, free"
+        )
+
+
 @adapter_cli.command(
     epilog="Examples:\n\n  veneer adapter evict sql\n\n  veneer adapter evict sql --mode abort"
 )
 def evict(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="NAME or NAME@REVISION.")],
+    name: NameArgument,
     mode: Annotated[
         EvictMode, typer.Option("--mode", help="What happens to its running requests.")
     ] = EvictMode.DRAIN,
@@ -223,7 +261,12 @@ def evict(
 )
 def rm(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="NAME (all revisions) or NAME@REVISION.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="NAME (all revisions) or NAME@REVISION.", autocompletion=adapter_names
+        ),
+    ],
     etag: Annotated[
         str, typer.Option("--etag", help="Only if it is still this (see `show`).")
     ] = "",

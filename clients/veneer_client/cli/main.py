@@ -6,8 +6,8 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from veneer_client.cli import chat, generate, plan
 from veneer_client.cli.adapter import adapter_cli, print_rows
 from veneer_client.cli.context import (
     DebugFlag,
@@ -17,11 +17,10 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
-from veneer_client.cli.show import as_json, info_rows, summary
+from veneer_client.cli.show import as_json, info_rows
 from veneer_client.client import Client
 from veneer_client.records import ServingStatus
 from veneer_client.reflection import ReflectionClient
-from veneer_client.types import Chat, GenerateOptions, Prompt, Text
 
 __all__ = ["cli", "main"]
 
@@ -32,7 +31,13 @@ Examples:
 
   veneer generate -a chat "Why is the sky blue?"             with an adapter
 
+  veneer chat -a chat                                        talk, turn by turn
+
   veneer adapter push runs/sql/adapter --name sql            publish one
+
+  veneer adapter watch                                       see what happens
+
+  veneer --install-completion                                Tab completes names too
 
   veneer --server gpu1:50051 adapter ls                      another server
 """
@@ -41,7 +46,6 @@ cli = typer.Typer(
     help="Talk to a Veneer server: generate, and manage adapters.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -67,89 +71,9 @@ def place(
     context.obj = Place(server, debug)
 
 
-_GENERATE_EXAMPLES = """
-Examples:
-
-  veneer generate "Name three rivers."
-
-  veneer generate -a code --temperature 0 "Reverse a string."
-
-  veneer generate --raw --max-tokens 20 "The capital of France is"
-
-  veneer generate -a chat - < question.txt
-"""
-
-
-@cli.command(epilog=_GENERATE_EXAMPLES)
-def generate(
-    context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
-    adapter: Annotated[
-        str, typer.Option("-a", "--adapter", help="NAME or NAME@REVISION; else the base.")
-    ] = "",
-    chat: Annotated[
-        bool,
-        typer.Option("--chat/--raw", help="A chat message, or text to continue as it stands."),
-    ] = True,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most new tokens; else up to the context's end.", min=1)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; else the model's own.", min=0.0)
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Above 0, at most 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 means all tokens.", min=0)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same tokens; else random.", min=0)
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this string; repeatable.")
-    ] = None,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Also each token's log-probability.")
-    ] = False,
-    json_: JsonFlag = False,
-    server: ServerOption = None,
-    debug: DebugFlag = False,
-) -> None:
-    """Generate text, shown as it comes."""
-    options: GenerateOptions = {"adapter": adapter, "stop": stop or (), "logprobs": logprobs}
-    if max_tokens is not None:
-        options["max_tokens"] = max_tokens
-    if temperature is not None:
-        options["temperature"] = temperature
-    if top_p is not None:
-        options["top_p"] = top_p
-    if top_k is not None:
-        options["top_k"] = top_k
-    if seed is not None:
-        options["seed"] = seed
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        asked: Prompt = Chat.user(text) if chat else Text(text)
-        if json_:
-            print(as_json(client.generate(asked, **options)))
-        else:
-            _stream(client, asked, options)
-
-
-def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
-    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    scores: list[str] = []
-    ended_line = True
-    with client.generate_stream(prompt, **options) as stream:
-        for chunk in stream:
-            if chunk.text:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-                ended_line = chunk.text.endswith("\n")
-            scores += [f"{item.token_id}:{item.logprob:.3f}" for item in chunk.logprobs]
-        if not ended_line:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        if scores:
-            notes.print("token:logprob  " + " ".join(scores), style="dim")
-        notes.print(summary(stream.final), style="dim")
+cli.command(epilog=generate.EXAMPLES)(generate.generate)
+cli.command(epilog=chat.EXAMPLES)(chat.chat)
+cli.command(epilog=plan.EXAMPLES)(plan.plan)
 
 
 @cli.command(epilog="Examples:\n\n  veneer info\n\n  veneer info --json | jq .budgets")

@@ -13,12 +13,25 @@ from rich.table import Table
 from veneer_client.records import AdapterInfo, ServerInfo
 from veneer_client.types import GenerationEnd
 
-__all__ = ["adapter_rows", "adapter_table", "as_json", "byte_size", "info_rows", "summary"]
+__all__ = [
+    "adapter_rows",
+    "adapter_table",
+    "as_json",
+    "byte_size",
+    "info_rows",
+    "json_line",
+    "summary",
+]
 
 
 def as_json(value: object) -> str:
     """JSON of records, enums by value, times in ISO 8601."""
     return json.dumps(_plain(value), ensure_ascii=False, indent=2)
+
+
+def json_line(value: object) -> str:
+    """The same on one line."""
+    return json.dumps(_plain(value), ensure_ascii=False)
 
 
 def _plain(value: object) -> object:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +14,20 @@ from veneer_client import AsyncClient, Chunk, Client, GenerationEnd, Prompt, Ret
 class Driver:
     """Methods of the synchronous client, performed by it or by the async one."""
 
-    def __init__(self, client: Client | AsyncClient, runner: asyncio.Runner | None) -> None:
+    def __init__(self, client: Any, runner: asyncio.Runner | None) -> None:
         self._client: Any = client
         self._runner = runner
 
-    def __getattr__(self, method: str) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not callable(found):
+            return found
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            outcome = getattr(self._client, method)(*args, **kwargs)
-            return outcome if self._runner is None else self._runner.run(outcome)
+            outcome = found(*args, **kwargs)
+            if self._runner is None or not inspect.iscoroutine(outcome):
+                return outcome
+            return self._runner.run(outcome)
 
         return run
 
@@ -33,6 +40,43 @@ class Driver:
             return [adapter async for adapter in self._client.list(**filters)]
 
         return self._runner.run(collect())
+
+    def inside(self, handle: Any, use: Callable[[Any], Any]) -> Any:
+        """Enter an adapter handle, give it to ``use`` as a driver, leave it."""
+        if self._runner is None:
+            with handle as entered:
+                return use(Driver(entered, None))
+
+        self._runner.run(handle.__aenter__())
+        error: BaseException | None = None
+        try:
+            return use(Driver(handle, self._runner))
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            kind = None if error is None else type(error)
+            self._runner.run(handle.__aexit__(kind, error, None))
+
+    def take(self, stream: Any, count: int) -> list[Any]:
+        """So many items of a stream."""
+        if self._runner is None:
+            return [next(stream) for _ in range(count)]
+
+        async def some() -> list[Any]:
+            return [await anext(stream) for _ in range(count)]
+
+        return self._runner.run(some())
+
+    def watch(self, **options: Any) -> Any:
+        """A watch, begun inside the event loop if there is one."""
+        if self._runner is None:
+            return self._client.watch(**options)
+
+        async def begin() -> Any:
+            return self._client.watch(**options)
+
+        return self._runner.run(begin())
 
     def stream(self, prompt: Prompt, **options: Any) -> tuple[list[Chunk], GenerationEnd]:
         """A stream to its end."""

@@ -97,8 +97,12 @@ class FakeServer(
         self.cancelled = threading.Event()
         self.break_after: Refusal | None = None
         self.omit_end = False
+        self.pieces: list[inference_pb2.GenerateStreamResponse] = []
+        """When set, what every stream says."""
         self.on_generate: Callable[[Any], Any] | None = None
         self._pool = ThreadPoolExecutor(8)
+        # For watches: what each call tells, the first call the first list.
+        self.watches: deque[list[adapters_pb2.WatchAdaptersResponse]] = deque()
         self.ready = True
         self._server = grpc.server(self._pool)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
@@ -169,6 +173,9 @@ class FakeServer(
     def GenerateStream(self, request, context):  # noqa: N802
         self._note("GenerateStream", request, context)
         context.add_callback(self.cancelled.set)
+        if self.pieces:
+            yield from self.pieces
+            return
         wanted = request.stopping.max_tokens or 3
         for number in range(wanted):
             yield inference_pb2.GenerateStreamResponse(
@@ -214,15 +221,21 @@ class FakeServer(
 
     def GetAdapter(self, request, context):  # noqa: N802
         self._note("GetAdapter", request, context)
-        if request.name not in self.adapters:
+        adapter = self._find(request.name, context)
+        return adapters_pb2.GetAdapterResponse(adapter=adapter, revisions=[adapter])
+
+    def _find(self, spec: str, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
+        name, _, revision = spec.partition("@")
+        adapter = self.adapters.get(name)
+        if adapter is None or not adapter.revision.startswith(revision):
             Refusal(
                 grpc.StatusCode.NOT_FOUND,
                 "no such adapter",
                 "ADAPTER_NOT_FOUND",
                 {"did_you_mean": "chat"},
             ).end(context)
-        adapter = self.adapters[request.name]
-        return adapters_pb2.GetAdapterResponse(adapter=adapter, revisions=[adapter])
+            raise AssertionError("end raises")
+        return adapter
 
     def ListAdapters(self, request, context):  # noqa: N802
         self._note("ListAdapters", request, context)
@@ -236,9 +249,25 @@ class FakeServer(
 
     def ActivateAdapter(self, request, context):  # noqa: N802
         self._note("ActivateAdapter", request, context)
-        adapter = self.adapters[request.name]
+        adapter = self._find(request.name, context)
         adapter.tier, adapter.pinned = request.tier, request.pin
         return adapters_pb2.ActivateAdapterResponse(adapter=adapter)
+
+    def UpdateAdapter(self, request, context):  # noqa: N802
+        self._note("UpdateAdapter", request, context)
+        adapter = self._find(request.name, context)
+        adapter.pinned = request.pinned
+        return adapters_pb2.UpdateAdapterResponse(adapter=adapter)
+
+    def WatchAdapters(self, request, context):  # noqa: N802
+        self._note("WatchAdapters", request, context)
+        context.add_callback(self.cancelled.set)
+        yield from self.watches.popleft()
+        if self.break_after is not None:
+            broken, self.break_after = self.break_after, None
+            broken.end(context)
+        if self.hold is not None:
+            self.hold.wait()
 
     def EvictAdapter(self, request, context):  # noqa: N802
         self._note("EvictAdapter", request, context)
@@ -260,6 +289,29 @@ class FakeServer(
             backend="fake",
             context_length=128,
             engine_starts=1,
+        )
+
+    def PlanCapacity(self, request, context):  # noqa: N802
+        self._note("PlanCapacity", request, context)
+        short = server_pb2.Shortfall(
+            limit=server_pb2.LIMIT_KV_CACHE,
+            flag="--kv-cache-bytes",
+            needed=9,
+            available=5,
+            message="raise --kv-cache-bytes from 5 to 9",
+        )
+        return server_pb2.PlanCapacityResponse(
+            adapters=server_pb2.AdapterCapacity(
+                parameters=10, bytes=20, on_device=3, on_host=4
+            ),
+            sequences=server_pb2.SequenceCapacity(
+                context_length=64,
+                bytes=2048,
+                running=5,
+                limited_by=server_pb2.LIMIT_KV_CACHE,
+            ),
+            fits=request.concurrency <= 5,
+            shortfalls=[] if request.concurrency <= 5 else [short],
         )
 
     def Check(self, request, context):  # noqa: N802

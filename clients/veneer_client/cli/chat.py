@@ -1,0 +1,209 @@
+"""``veneer chat``: a conversation in the terminal, or line by line from a script."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from veneer_registry.errors import InvalidField, VeneerError
+
+from veneer_client.cli.context import DebugFlag, ServerOption, errors_shown, find_server
+from veneer_client.cli.generate import AdapterOption, MaxTokens, Seed, Temperature, given
+from veneer_client.cli.show import summary
+from veneer_client.client import Client
+from veneer_client.types import BoundOptions, ChatMessage
+
+__all__ = ["EXAMPLES", "Conversation", "chat"]
+
+EXAMPLES = """
+Examples:
+
+  veneer chat
+
+  veneer chat -a chat --system "Answer in one sentence."
+
+  printf 'My name is Ada.\\nWhat is my name?\\n' | veneer chat --temperature 0
+
+Inside: /adapter NAME, /adapter, /system TEXT, /reset, /help, /quit. Ctrl-C stops the
+answer, Ctrl-D leaves.
+"""
+
+_HELP: Final = """\
+/adapter NAME   go on with another adapter; without NAME with the base model
+/system TEXT    set the system message; without TEXT remove it
+/reset          forget what was said
+/quit           leave (also Ctrl-D); Ctrl-C stops an answer
+//...           a message that begins with /"""
+_HISTORY_LINES: Final = 1000
+
+
+@dataclass
+class Conversation:
+    """What the next answer depends on."""
+
+    adapter: str = ""
+    system: str = ""
+    turns: list[ChatMessage] = field(default_factory=list)
+
+    def asking(self, text: str) -> tuple[ChatMessage, ...]:
+        """All that is sent for a new message of the user's."""
+        system = (ChatMessage("system", self.system),) if self.system else ()
+        return (*system, *self.turns, ChatMessage("user", text))
+
+    def answered(self, text: str, answer: str) -> None:
+        """Both belong to the conversation from now on."""
+        self.turns += [ChatMessage("user", text), ChatMessage("assistant", answer)]
+
+
+def chat(
+    context: typer.Context,
+    adapter: AdapterOption = "",
+    system: Annotated[str, typer.Option(help="The system message.")] = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Talk with the model, turn by turn."""
+    options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        session = _Session(client, Conversation(system=system), options)
+        session.use(adapter)
+        if sys.stdin.isatty():
+            session.terminal()
+        else:
+            session.script()
+
+
+class _Session:
+    """Reads lines, obeys commands, shows answers."""
+
+    def __init__(
+        self, client: Client, conversation: Conversation, options: BoundOptions
+    ) -> None:
+        self._client = client
+        self._conversation = conversation
+        self._options = options
+        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def terminal(self) -> None:
+        """Until the user leaves; an error ends an answer, not the conversation."""
+        self._note("/help shows the commands, Ctrl-D leaves")
+        with _line_editing():
+            while True:
+                try:
+                    line = input("> ")
+                except EOFError:
+                    print()
+                    return
+                except KeyboardInterrupt:
+                    print()
+                    self._note("Ctrl-D leaves")
+                    continue
+                try:
+                    if not self.take(line):
+                        return
+                except VeneerError as error:
+                    self._notes.print(f"[red]error:[/red] {escape(error.message)}")
+
+    def script(self) -> None:
+        """Each line of standard input is a message; the first error ends it."""
+        for line in sys.stdin:
+            if not self.take(line.rstrip("\r\n")):
+                return
+
+    def take(self, line: str) -> bool:
+        """Obey or answer one line; False to leave."""
+        if line.startswith("/") and not line.startswith("//"):
+            return self._obey(line)
+        text = line[1:] if line.startswith("//") else line
+        if text.strip():
+            self._answer(text)
+        return True
+
+    def use(self, adapter: str) -> None:
+        """Go on with an adapter. Raises AdapterNotFound, and changes nothing."""
+        if adapter:
+            whom = self._client.get(adapter).adapter.short
+        else:
+            whom = f"{self._client.info().base_model.name} (the base model)"
+        self._conversation.adapter = adapter
+        self._note(f"talking to {whom}")
+
+    def _obey(self, line: str) -> bool:
+        command, _, rest = line.partition(" ")
+        match command, rest.strip():
+            case "/quit", _:
+                return False
+            case "/help", _:
+                self._note(_HELP)
+            case "/adapter", name:
+                self.use(name)
+            case "/system", text:
+                self._conversation.system = text
+                self._note("system message set" if text else "no system message")
+            case "/reset", _:
+                self._conversation.turns.clear()
+                self._note("forgotten")
+            case _:
+                raise InvalidField(
+                    f"there is no command {command}: /help lists them; begin with // to send "
+                    "a message that begins with /",
+                    metadata={"field": "command"},
+                )
+        return True
+
+    def _answer(self, text: str) -> None:
+        conversation = self._conversation
+        pieces: list[str] = []
+        stream = self._client.chat_stream(
+            conversation.asking(text), adapter=conversation.adapter, **self._options
+        )
+        stopped = False
+        try:
+            for chunk in stream:
+                pieces.append(chunk.text)
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            stream.cancel()
+            stopped = True
+        finally:
+            if pieces and not pieces[-1].endswith("\n"):
+                print(flush=True)
+        answer = "".join(pieces)
+        if answer or not stopped:
+            conversation.answered(text, answer)
+        self._note("stopped" if stopped else summary(stream.final))
+
+    def _note(self, text: str) -> None:
+        self._notes.print(text, style="dim", markup=False)
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Arrow keys and a history that is kept, where this Python has readline."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    history = Path(typer.get_app_dir("veneer")) / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            history.touch(mode=0o600)  # what people ask is theirs
+            readline.write_history_file(history)

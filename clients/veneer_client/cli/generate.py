@@ -1,0 +1,254 @@
+"""``veneer generate``: one prompt, shown as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from veneer_registry.errors import InvalidField
+
+from veneer_client.cli.complete import adapter_names
+from veneer_client.cli.context import (
+    DebugFlag,
+    JsonFlag,
+    ServerOption,
+    errors_shown,
+    find_server,
+)
+from veneer_client.cli.show import as_json, summary
+from veneer_client.client import Client
+from veneer_client.types import (
+    Chat,
+    GenerateOptions,
+    Generation,
+    GenerationEnd,
+    Prompt,
+    Sample,
+    Text,
+    TokenLogprob,
+)
+
+__all__ = ["AdapterOption", "MaxTokens", "Seed", "Temperature", "generate", "given"]
+
+AdapterOption = Annotated[
+    str,
+    typer.Option(
+        "-a",
+        "--adapter",
+        help="NAME or NAME@REVISION; else the base.",
+        autocompletion=adapter_names,
+    ),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Most new tokens; else up to the context's end.", min=1)
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; else the model's own.", min=0.0)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens; else random.", min=0)]
+
+EXAMPLES = """
+Examples:
+
+  veneer generate "Name three rivers."
+
+  veneer generate -a code --temperature 0 "Reverse a string."
+
+  veneer generate --raw --max-tokens 20 "The capital of France is"
+
+  veneer generate -a chat - < question.txt
+
+  veneer generate --choice yes --choice no "Is 7 a prime?"
+
+  veneer generate --json-schema person.json "Describe Ada Lovelace."
+
+  veneer generate --n 3 --seed 1 --max-tokens 20 "Name a colour."
+
+  veneer generate --top-logprobs 3 --max-tokens 4 "The sky is"
+"""
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    adapter: AdapterOption = "",
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--raw", help="A chat message, or text to continue as it stands."),
+    ] = True,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Above 0, at most 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 means all tokens.", min=0)] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this times the likeliest, 0 to 1.")
+    ] = None,
+    seed: Seed = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0 is off.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0 is off.")] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=BIAS", help="Add to a token's logit; repeatable."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; repeatable.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token; repeatable.", min=0)
+    ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|JSON", help="The output is JSON of this schema."),
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole output matches this.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The output is one of these; repeatable.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="Samples, 1 to 16; shown when done.", min=1)
+    ] = None,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Also each token's log-probability.")
+    ] = False,
+    top_logprobs: Annotated[
+        int | None, typer.Option(help="Also the most likely tokens, at most 20.", min=0)
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option("--prefix-cache/--no-prefix-cache", help="Else the server's default."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds for all of it, retries included.")
+    ] = None,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Generate text, shown as it comes."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        options = given(
+            adapter=adapter,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_biases(logit_bias) if logit_bias else None,
+            stop=stop or None,
+            stop_token_ids=stop_token_id or None,
+            json_schema=None if json_schema is None else _schema(json_schema),
+            regex=regex,
+            choice=choice or None,
+            n=n,
+            logprobs=logprobs or None,
+            top_logprobs=top_logprobs,
+            use_prefix_cache=prefix_cache,
+            timeout_s=timeout,
+        )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        asked: Prompt = Chat.user(text) if chat else Text(text)
+        if json_:
+            print(as_json(client.generate(asked, **options)))
+        elif (n or 1) > 1:
+            _samples(client, asked, options)
+        else:
+            _stream(client, asked, options)
+
+
+def given(**options: Any) -> GenerateOptions:
+    """The options that are not None."""
+    kept = {name: value for name, value in options.items() if value is not None}
+    return cast(GenerateOptions, kept)
+
+
+def _biases(pairs: Iterable[str]) -> dict[int, float]:
+    biases = {}
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError as error:
+            raise InvalidField(
+                f"logit bias {pair!r} is not ID=BIAS, for example --logit-bias 42=-100",
+                metadata={"field": "sampling.logit_bias"},
+            ) from error
+    return biases
+
+
+def _schema(given_as: str) -> Mapping[str, object]:
+    """A schema given as JSON, or as the name of a file that holds it."""
+    text = given_as
+    try:
+        if not given_as.lstrip().startswith("{"):
+            text = Path(given_as).read_text("utf-8")
+        schema = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise _no_schema(given_as, str(error)) from error
+    if not isinstance(schema, dict):
+        raise _no_schema(given_as, "a schema is a JSON object")
+    return schema
+
+
+def _no_schema(given_as: str, why: str) -> InvalidField:
+    return InvalidField(
+        f"--json-schema {given_as[:60]!r} is no JSON schema ({why}): give JSON that begins "
+        "with {, or a file of it",
+        metadata={"field": "constraint.json_schema"},
+    )
+
+
+def _notes() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def _stream(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
+    notes = _notes()
+    scores: list[TokenLogprob] = []
+    ended_line = True
+    with client.generate_stream(prompt, **options) as stream:
+        for chunk in stream:
+            if chunk.text:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                ended_line = chunk.text.endswith("\n")
+            scores += chunk.logprobs
+        if not ended_line:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        _show_scores(notes, scores)
+        notes.print(summary(stream.final), style="dim")
+
+
+def _samples(client: Client, prompt: Prompt, options: GenerateOptions) -> None:
+    notes = _notes()
+    answer = client.generate(prompt, **options)
+    samples: tuple[Generation | Sample, ...] = (answer, *answer.others)
+    for number, sample in enumerate(samples, 1):
+        print(f"[{number}] {sample.text}")
+        _show_scores(notes, sample.logprobs)
+    end = GenerationEnd(
+        answer.request_id, answer.finish_reason, answer.usage, answer.provenance
+    )
+    notes.print(summary(end), style="dim")
+
+
+def _show_scores(notes: Console, scores: Iterable[TokenLogprob]) -> None:
+    scores = tuple(scores)
+    if not any(score.top for score in scores):
+        if scores:
+            pairs = " ".join(f"{s.token_id}:{s.logprob:.3f}" for s in scores)
+            notes.print(f"token:logprob  {pairs}", style="dim")
+        return
+    for score in scores:
+        beside = " ".join(f"{top.token_id}:{top.logprob:.3f}" for top in score.top)
+        notes.print(f"{score.token_id}:{score.logprob:.3f}  of  {beside}", style="dim")

@@ -1,0 +1,89 @@
+"""``veneer plan``: what would fit on a running server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer_client.cli.adapter import print_rows
+from veneer_client.cli.complete import adapter_names
+from veneer_client.cli.context import (
+    DebugFlag,
+    JsonFlag,
+    ServerOption,
+    errors_shown,
+    find_server,
+)
+from veneer_client.cli.show import as_json, byte_size
+from veneer_client.client import Client
+from veneer_client.records import Capacity, Limit
+
+__all__ = ["EXAMPLES", "plan"]
+
+EXAMPLES = """
+Examples:
+
+  veneer plan                                                rank 16, all modules
+
+  veneer plan --like sql --adapters 100
+
+  veneer plan --rank 64 --module q_proj --module v_proj
+
+  veneer plan --context 2048 --concurrency 32 || echo "does not fit"
+"""
+
+
+def plan(
+    context: typer.Context,
+    like: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Of this adapter's shape.", autocompletion=adapter_names
+        ),
+    ] = "",
+    rank: Annotated[int, typer.Option(help="Else of this rank.", min=0)] = 0,
+    module: Annotated[
+        list[str] | None, typer.Option(help="And on these modules; repeatable.")
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="So many in memory.", min=0)] = 0,
+    length: Annotated[
+        int, typer.Option("--context", help="Tokens of a sequence; else the longest.", min=0)
+    ] = 0,
+    concurrency: Annotated[int, typer.Option(help="So many at once.", min=0)] = 0,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Say how many adapters and sequences fit; exit status 1 if what is asked does not."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        capacity = client.plan(
+            like=like,
+            rank=rank,
+            modules=module or (),
+            adapters=adapters,
+            context_length=length,
+            concurrency=concurrency,
+        )
+    if json_:
+        print(as_json(capacity))
+    else:
+        print_rows(_rows(capacity))
+    if not capacity.fits:
+        raise typer.Exit(1)
+
+
+def _rows(capacity: Capacity) -> dict[str, str]:
+    adapters, sequences = capacity.adapters, capacity.sequences
+    limit = sequences.limited_by
+    because = "" if limit is Limit.NONE else f", limited by {limit.value}"
+    rows = {
+        "one adapter": f"{byte_size(adapters.size)} ({adapters.parameters:,} parameters)",
+        "adapters": f"{adapters.on_device:,} on the device, {adapters.on_host:,} on the host",
+        "one sequence": f"{byte_size(sequences.size)} for {sequences.context_length:,} tokens",
+        "sequences": f"{sequences.running:,} at once{because}",
+        "fits": "yes" if capacity.fits else "no",
+    }
+    for number, shortfall in enumerate(capacity.shortfalls):
+        rows["too little" if not number else " " * number] = shortfall.message
+    return rows

@@ -1,0 +1,186 @@
+"""Every request option on the wire, and what answers carry because of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from veneer_client import (
+    Chat,
+    ChatMessage,
+    FinishReason,
+    GenerateOptions,
+    Sample,
+    Text,
+    TokenLogprob,
+    TopLogprob,
+)
+from veneer_proto.v1 import inference_pb2 as pb
+from veneer_registry.errors import InvalidField
+
+from tests.unit.client.drivers import Driver
+from tests.unit.client.fake_server import FakeServer
+
+
+def asked(server: FakeServer, client: Driver, **options: Any) -> pb.GenerateRequest:
+    client.generate(Text("x"), **options)
+    request: pb.GenerateRequest = server.calls[-1][1]
+    return request
+
+
+def test_every_option_arrives(server: FakeServer, client: Driver) -> None:
+    request = asked(
+        server,
+        client,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias={7: -100.0, 0: 1.5},
+        stop_token_ids=(3, 4),
+        top_logprobs=5,
+        n=3,
+        use_prefix_cache=False,
+    )
+    assert request == pb.GenerateRequest(
+        prompt="x",
+        sampling=pb.SamplingOptions(
+            min_p=0.125,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=0.25,
+            logit_bias={7: -100.0, 0: 1.5},
+        ),
+        stopping=pb.StoppingOptions(stop_token_ids=[3, 4]),
+        output=pb.OutputOptions(logprobs=True, top_logprobs=5, n=3),
+        use_prefix_cache=False,
+    )
+
+
+def test_no_option_is_forgotten(server: FakeServer, client: Driver) -> None:
+    """One that is added to the type but not to the request would be dropped."""
+    bare = asked(server, client).SerializeToString(deterministic=True)
+    values: dict[str, Any] = {
+        "adapter": "a",
+        "request_id": "r",
+        "stop": ["s"],
+        "stop_token_ids": [1],
+        "logit_bias": {1: 1.0},
+        "json_schema": {},
+        "regex": "a",
+        "choice": ["a"],
+    }
+    for name in GenerateOptions.__optional_keys__ - {"timeout_s"}:
+        request = asked(server, client, **{name: values.get(name, 1)})
+        assert request.SerializeToString(deterministic=True) != bare, name
+
+
+def test_prefix_cache_unset_is_not_off(server: FakeServer, client: Driver) -> None:
+    assert not asked(server, client).HasField("use_prefix_cache")
+    assert asked(server, client, use_prefix_cache=False).HasField("use_prefix_cache")
+
+
+def test_constraints(server: FakeServer, client: Driver) -> None:
+    schema = {"type": "object", "properties": {"ä": {"type": "string"}}}
+    sent = asked(server, client, json_schema=schema).constraint
+    assert json.loads(sent.json_schema) == schema
+    assert asked(server, client, json_schema={}).constraint.json_schema == "{}"
+    assert asked(server, client, regex="a|b").constraint.regex == "a|b"
+    assert list(asked(server, client, choice=["a", "b"]).constraint.choice.texts) == ["a", "b"]
+    nothing = asked(server, client, choice=[])
+    assert nothing.constraint.WhichOneof("kind") == "choice", "the server says what is wrong"
+    assert not asked(server, client).HasField("constraint")
+
+
+def test_two_constraints_are_refused_here(server: FakeServer, client: Driver) -> None:
+    with pytest.raises(InvalidField, match="regex and choice"):
+        client.generate(Text("x"), regex="a", choice=["a"])
+    assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": -1}, {"seed": 1 << 64}, {"temperature": "hot"}, {"logit_bias": {-1: 0.0}}],
+    ids=str,
+)
+def test_what_a_field_cannot_hold(
+    options: dict[str, Any], server: FakeServer, client: Driver
+) -> None:
+    with pytest.raises(InvalidField, match="cannot hold"):
+        client.generate(Text("x"), **options)
+    assert server.calls == []
+
+
+def test_a_misspelt_option_is_no_silence(server: FakeServer, client: Driver) -> None:
+    with pytest.raises(TypeError, match=r"max_token'.*max_tokens"):
+        client.generate(Text("x"), max_token=4)
+    assert server.calls == []
+
+
+def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Driver) -> None:
+    def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:
+        top = [pb.TopLogprob(token_id=7, logprob=-0.5), pb.TopLogprob(token_id=9, logprob=-2)]
+        return pb.GenerateResponse(
+            text="a",
+            token_ids=[7],
+            logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, top=top)],
+            finish_reason=pb.FINISH_REASON_STOP,
+            usage=pb.Usage(prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8),
+            others=[
+                pb.Sample(text="b", token_ids=[8, 8], finish_reason=pb.FINISH_REASON_LENGTH)
+            ],
+        )
+
+    server.on_generate = answer
+    got = client.generate(Text("x"), n=2, top_logprobs=2)
+    assert got.logprobs == (TokenLogprob(7, -0.5, (TopLogprob(7, -0.5), TopLogprob(9, -2.0))),)
+    assert got.others == (Sample("b", (8, 8), (), FinishReason.LENGTH),)
+    assert got.usage.cached_prompt_tokens == 8
+
+
+def test_samples_of_a_stream(server: FakeServer, client: Driver) -> None:
+    """Each sample's end is told, also one that brings no text and is not the last."""
+    piece = pb.GenerateStreamResponse
+    server.pieces = [
+        piece(text="a", token_ids=[1], index=0),
+        piece(text="b", token_ids=[2], index=1, finish_reason=pb.FINISH_REASON_STOP),
+        piece(
+            index=0,
+            finish_reason=pb.FINISH_REASON_LENGTH,
+            final=pb.GenerateStreamFinal(finish_reason=pb.FINISH_REASON_LENGTH),
+        ),
+    ]
+    chunks, end = client.stream(Text("x"), n=2)
+    assert [(c.index, c.text, c.finish_reason) for c in chunks] == [
+        (0, "a", None),
+        (1, "b", FinishReason.STOP),
+        (0, "", FinishReason.LENGTH),
+    ]
+    assert end.finish_reason is FinishReason.LENGTH
+
+
+def test_chat_takes_turns_as_records_or_mappings(server: FakeServer, client: Driver) -> None:
+    turns = [ChatMessage("system", "s"), {"role": "user", "content": "u"}]
+    client.chat(turns, adapter="chat", max_tokens=3)
+    request = server.calls[-1][1]
+    assert [(m.role, m.content) for m in request.messages.messages] == [
+        ("system", "s"),
+        ("user", "u"),
+    ]
+    assert (request.adapter, request.stopping.max_tokens) == ("chat", 3)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"role": "user"},
+        {"role": "user", "content": "x", "name": "y"},
+        {"role": 1, "content": 2},
+    ],
+    ids=str,
+)
+def test_a_mapping_that_is_no_turn(message: Any) -> None:
+    with pytest.raises(InvalidField, match="role"):
+        Chat.of([message])
