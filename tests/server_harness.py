@@ -78,10 +78,17 @@ class Stream:
 class Server:
     """A running server process and stubs that talk to it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, grpc_at: str, metrics_at: str):
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        grpc_at: str,
+        metrics_at: str,
+        openai_at: str = "",
+    ) -> None:
         self.process = process
         self.address = grpc_at
         self.metrics = metrics_at
+        self.openai = openai_at
         self.channel = grpc.aio.insecure_channel(grpc_at)
         # The stubs are typed for synchronous channels.
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
@@ -221,6 +228,7 @@ async def running_server(
         process = await asyncio.create_subprocess_exec(
             str(Path(sys.executable).with_name("veneer-server")),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+            *("--openai-listen", "127.0.0.1:0"),
             *("--data-dir", str(data_dir), "--cache-dir", str(cache_dir)),
             *("--port-file", str(port_file), "--device", "cpu"),
             *flags,
@@ -233,7 +241,7 @@ async def running_server(
         line = await asyncio.wait_for(process.stdout.readline(), READY_SECONDS)
         assert b"ready" in line, f"server did not start:\n{log.read_text()}"
         ports = json.loads(port_file.read_text())
-        server = Server(process, ports["grpc"], ports["metrics"])
+        server = Server(process, ports["grpc"], ports["metrics"], ports["openai"])
         yield server
         await server.channel.close()
     finally:

@@ -231,7 +231,8 @@ def test_what_is_wrong_names_the_field_and_the_fix(
 
 
 def test_the_body_must_be_an_object() -> None:
-    for body in ([], "x", None, 3):
+    bodies: tuple[object, ...] = ([], "x", None, 3)
+    for body in bodies:
         with pytest.raises(InvalidField, match="object"):
             parse_fields(ChatFields, body)
 

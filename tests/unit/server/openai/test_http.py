@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -446,17 +448,34 @@ async def test_request_ids_are_the_callers_if_they_can_be(http: httpx.AsyncClien
 
 
 async def test_a_client_that_disconnects_ends_the_work(
-    front: Front, http: httpx.AsyncClient
+    front: Front, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stream in (False, True):
-        front.engine.reset()
-        front.engine.pace = asyncio.Semaphore(1)
-        call = asyncio.create_task(post(http, CHAT, stream=stream))
-        await until(lambda: front.engine.in_flight == 1)
-        call.cancel()
-        await asyncio.wait({call})
-        await until(lambda: front.engine.in_flight == 0)
-        assert front.engine.cancelled == 1
+    begun, ended = asyncio.Event(), asyncio.Event()
+    generate = front.engine.generate
+
+    async def watched(*args: Any, **kwargs: Any) -> AsyncIterator[SequenceOutput]:
+        begun.set()
+        try:
+            async with aclosing(cast(Any, generate(*args, **kwargs))) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(front.engine, "generate", watched)
+    for given in (CHAT, {**TEXT, "prompt": ["One", "Two"]}):
+        for stream in (False, True):
+            front.engine.reset()
+            begun.clear()
+            ended.clear()
+            front.engine.pace = asyncio.Semaphore(1)
+            call = asyncio.create_task(post(http, given, stream=stream))
+            await begun.wait()
+            call.cancel()
+            await asyncio.wait({call})
+            await ended.wait()
+            await until(lambda: front.engine.in_flight == 0)
+            assert front.engine.cancelled == len(front.engine.submitted)
 
 
 async def test_health_follows_the_engine_and_version_is_told(
