@@ -6,16 +6,20 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from veneer_registry.format import read_adapter
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.exact import ExactRunner
 from veneer_server.engine.loop import Inbox, StepLoop
 from veneer_server.engine.messages import (
     AdapterSource,
     EngineConfig,
     FromEngine,
+    Ping,
+    Pong,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -50,6 +54,8 @@ class EngineHarness:
         self.info, self.scheduler, self.residency, self.runner, self.memory, grammars = parts
         self.grammars = grammars
         self._numbers = iter(range(1, 1_000_000))
+        self._limits = self.scheduler.limits
+        self._kv_blocks, self._block_size = self.scheduler.blocks.total, config.block_size
         self.loop = StepLoop(
             inbox=self.inbox,
             scheduler=self.scheduler,
@@ -69,6 +75,34 @@ class EngineHarness:
 
     def tell(self, message: ToEngine) -> None:
         self.inbox.put(message)
+
+    def reconfigure(
+        self,
+        *,
+        kv_blocks: int | None = None,
+        prefix_cache: bool = True,
+        exact: bool = False,
+        **limits: Any,
+    ) -> None:
+        """As another start with these settings, on the weights that are loaded: other
+        `SchedulerLimits`, fewer KV blocks, an empty cache. Call it between batches.
+        """
+        self.settle()
+        scheduler = self.scheduler
+        scheduler.limits = replace(self._limits, exact=exact, **limits)
+        scheduler.blocks = BlockManager(
+            min(kv_blocks or self._kv_blocks, self._kv_blocks) + 1,
+            self._block_size,
+            prefix_cache=prefix_cache and not exact,
+        )
+        self.loop._runner = ExactRunner(self.runner) if exact else self.runner
+
+    def settle(self) -> None:
+        """Return when the loop has handled all that it was told."""
+        number = next(self._numbers)
+        self.inbox.put(Ping(number))
+        while not (isinstance(m := self.out.get(timeout=120), Pong) and m.number == number):
+            pass
 
     def run(self, requests: list[dict[str, Any]]) -> list[Answer]:
         """Submit all requests (fields of `Submit`) and wait for all their ends."""
