@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -28,7 +27,7 @@ async def sdk(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
         base_url=f"http://{server.openai}/v1",
         api_key="ignored",
         max_retries=0,
-        http_client=httpx.AsyncClient(trust_env=False),
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
     ) as client:
         yield client
 

@@ -22,6 +22,7 @@ from veneer_server.openai.wire import ABORT, ReaderStopped, Reply
 
 from tests.unit.server.rpc.front_harness import free_port, running, until
 
+LISTEN = "127.0.0.1:0"
 TEXT = {"model": "smollm2-135m", "prompt": "Hello there", "max_tokens": 4}
 
 
@@ -33,9 +34,10 @@ async def test_while_it_loads_it_says_so(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    flags = {"openai_listen": address}
     async with (
-        running(base_folder, front_cache, tmp_path, loading=True, **flags) as front,
+        running(
+            base_folder, front_cache, tmp_path, loading=True, openai_listen=address
+        ) as front,
         client(address) as http,
     ):
         assert (await http.get("/health")).status_code == 503
@@ -56,8 +58,7 @@ async def test_while_it_loads_it_says_so(
 async def test_a_drain_refuses_new_requests_and_lets_running_ones_finish(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
-    flags = {"openai_listen": "127.0.0.1:0"}
-    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+    async with running(base_folder, front_cache, tmp_path, openai_listen=LISTEN) as front:
         address = front.addresses["openai"]
         front.engine.pace = asyncio.Semaphore(1)
         async with client(address) as http, client(address) as other:
@@ -83,8 +84,9 @@ async def test_a_drain_refuses_new_requests_and_lets_running_ones_finish(
 async def test_the_grace_ends_a_stream_with_an_error_event(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
-    flags = {"openai_listen": "127.0.0.1:0", "grace": "0"}
-    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+    async with running(
+        base_folder, front_cache, tmp_path, openai_listen=LISTEN, grace="0"
+    ) as front:
         front.engine.pace = asyncio.Semaphore(1)
         async with client(front.addresses["openai"]) as http:
             lines: list[str] = []
@@ -101,8 +103,9 @@ async def test_the_grace_ends_a_stream_with_an_error_event(
 async def test_a_reader_that_stops_is_bounded_and_loses_its_place(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
-    flags = {"openai_listen": "127.0.0.1:0", "reader_limit": "0.2"}
-    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+    async with running(
+        base_folder, front_cache, tmp_path, openai_listen=LISTEN, reader_limit="0.2"
+    ) as front:
         front.engine.script = [SequenceOutput(1, [1000] * 10_000) for _ in range(1000)]
         host, port = front.addresses["openai"].rsplit(":", 1)
         taken = 0
@@ -155,8 +158,9 @@ async def test_a_send_that_blocks_drops_the_connection_and_no_more_is_sent() -> 
 async def test_a_body_that_never_comes_whole(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
-    flags = {"openai_listen": "127.0.0.1:0", "reader_limit": "0.1"}
-    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+    async with running(
+        base_folder, front_cache, tmp_path, openai_listen=LISTEN, reader_limit="0.1"
+    ) as front:
         host, port = front.addresses["openai"].rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
