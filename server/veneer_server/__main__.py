@@ -142,14 +142,36 @@ def _resolve(name: str, flags: dict[str, Any]) -> None:
     print(folder.path)
 
 
-@cli.command()
-@_with_flags(tuple(o for o in OPTIONS if o.name in ("cache_dir", "data_dir", "device")))
-def doctor(*, debug: _Debug = False, **flags: Any) -> None:
-    """Say what this machine offers, what would serve, and what is missing."""
+@cli.command(
+    epilog="""
+Examples:
+
+  veneer-server doctor                           the defaults
+
+  veneer-server doctor --base ~/models/Qwen3-1.7B --device cuda --json
+
+  veneer-server doctor --config veneer.toml      what `serve` would be started with
+"""
+)
+@_with_flags(OPTIONS)
+def doctor(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    debug: _Debug = False,
+    **flags: Any,
+) -> None:
+    """Check whether this machine can serve a configuration; exit status 1 if it cannot.
+
+    Looks at packages, the device, the base model, memory, folders, ports and limits,
+    and says what to do about each problem. Takes the flags of `serve`.
+    """
     from veneer_server.doctor import report
 
     def run() -> None:
-        healthy = report(load_config(flags, os.environ), print)
+        healthy = report(load_config(flags, os.environ, config), print, as_json=as_json)
         raise typer.Exit(0 if healthy else 1)
 
     _guarded(run, debug)

@@ -1,82 +1,328 @@
-"""``veneer-server doctor``: what this machine offers and what is missing."""
+"""``veneer-server doctor``: would this configuration serve here, and if not, what to do.
+
+Every check says what it found; one that is a problem or a warning names the fix.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import platform
+import pwd
+import resource
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
-from veneer_server.config import ServerConfig
+from veneer_registry.errors import VeneerError
 
-__all__ = ["report"]
+from veneer_server.config import Address, ServerConfig
+from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_cores
+from veneer_server.memory import plan_memory
+from veneer_server.models.config import read_decoder_config
+from veneer_server.models.source import BUNDLED
 
-_PACKAGES: Final = ("torch", "transformers", "bitsandbytes", "tokenizers", "grpcio")
+__all__ = ["Check", "examine", "report"]
 
-# In a process of its own: the front never imports torch, and a broken CUDA
-# installation may end the process that asks.
-_CUDA: Final = (
-    "import torch\n"
-    "if torch.cuda.is_available():\n"
-    "    p = torch.cuda.get_device_properties(0)\n"
-    "    print(f'{p.name}, {p.total_memory >> 20} MiB, CUDA {torch.version.cuda}')\n"
-)
+Status = Literal["ok", "warning", "problem"]
 
-
-def report(config: ServerConfig, say: Callable[[str], None]) -> bool:
-    """Print one line a fact; True where the server could start."""
-    problems: list[str] = []
-    say(f"python        {platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
-        say(f"{package:13} {_version(package, problems)}")
-    cores = len(os.sched_getaffinity(0))
-    say(f"cores         {cores} usable")
-    say(f"memory        {_available_mib()} MiB available")
-    cuda = "" if config.device == "cpu" else _cuda()
-    say(f"cuda          {cuda or ('not asked for' if config.device == 'cpu' else 'none')}")
-    if config.device == "cuda" and not cuda:
-        problems.append("--device cuda, but torch finds no CUDA device: use --device cpu")
-    say(f"would serve   torch on {cuda if cuda else f'the CPU, {cores} cores'}")
-    for flag, folder in (("--data-dir", config.data_dir), ("--cache-dir", config.cache_dir)):
-        trouble = _unusable(folder)
-        say(f"{flag[2:]:13} {folder} {trouble or 'is usable'}")
-        if trouble:
-            problems.append(f"{folder} {trouble}: choose another {flag}")
-    for problem in problems:
-        say(f"PROBLEM       {problem}")
-    return not problems
+_PACKAGES: Final = (
+    "torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "llguidance",
+    "grpcio", "protobuf",
+)  # fmt: skip
+_LEAST_PYTHON: Final = (3, 11)
+_LEAST_FREE: Final = 1 << 30
+_LEAST_FILES: Final = 4096
 
 
-def _version(package: str, problems: list[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        found: what is there.
+        fix: what to do about it; empty where all is well.
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def report(config: ServerConfig, say: Callable[[str], None], *, as_json: bool) -> bool:
+    """Print the checks; True where the server could start."""
+    checks = list(examine(config))
+    healthy = all(check.status != "problem" for check in checks)
+    if as_json:
+        say(json.dumps({"healthy": healthy, "checks": [asdict(c) for c in checks]}, indent=2))
+        return healthy
+    for check in checks:
+        say(f"{check.status:8} {check.name:13} {check.found}")
+        if check.fix:
+            say(f"{'':8} {'':13} -> {check.fix}")
+    return healthy
+
+
+def examine(config: ServerConfig) -> Iterator[Check]:
+    """All checks, in an order in which a first problem explains later ones."""
+    yield _python()
+    yield from map(_package, _PACKAGES)
+    yield _no_kernels()
+    yield from _torch(config)
+    yield _base(config)
+    yield _memory(config)
+    owner = _owner(config.data_dir)
+    yield from _folder("data folder", "--data-dir", config.data_dir)
+    if owner is not None:
+        yield _running(owner, config.data_dir)
+    yield from _folder("cache folder", "--cache-dir", config.cache_dir)
+    for flag, address in (
+        ("--listen", config.listen),
+        ("--metrics-listen", config.metrics_listen),
+        ("--openai-listen", config.openai_listen),
+    ):
+        if address is not None:
+            yield _port(flag, address, running=owner is not None)
+    yield _open_files()
+    yield _clock()
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} on {platform.platform()}"
+    if sys.version_info >= _LEAST_PYTHON:
+        return Check("python", "ok", found)
+    return Check("python", "problem", found, "use Python 3.11 or newer")
+
+
+def _package(name: str) -> Check:
     try:
-        return version(package)
+        return Check(name, "ok", version(name))
     except PackageNotFoundError:
-        problems.append(f"{package} is not installed: pip install 'veneer[server]'")
-        return "missing"
+        return Check(name, "problem", "not installed", "pip install 'veneer[server]'")
 
 
-def _available_mib() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-
-
-def _cuda() -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _CUDA], capture_output=True, text=True, check=False
+def _no_kernels() -> Check:
+    if find_spec("kernels") is None:
+        return Check("kernels", "ok", "absent, as it should be")
+    return Check(
+        "kernels",
+        "problem",
+        "installed: bitsandbytes would fetch native code from a hub through it",
+        "pip uninstall kernels",
     )
-    return done.stdout.strip()
 
 
-def _unusable(folder: Path) -> str:
-    """Why the folder cannot be written, or nothing."""
+def _torch(config: ServerConfig) -> Iterator[Check]:
+    done = subprocess.run(
+        [sys.executable, "-m", "veneer_server.doctor_probe", config.device],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        facts: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield Check(
+            "torch works", "problem", last, "install the torch build that fits this machine"
+        )
+        return
+    cores = usable_cores()
+    on = facts["cuda"] if facts["device"] == "cuda" else f"the CPU, {cores} cores"
+    if config.device == "cuda" and not facts["cuda"]:
+        yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
+    else:
+        yield Check("would serve", "ok", f"torch on {on}")
+    threads = config.threads or cores
+    fix = f"--threads {cores}, or 0" if threads > cores else ""
+    found = f"{threads} of {cores} usable cores, {facts['cpu']}"
+    yield Check("threads", "warning" if fix else "ok", found, fix)
+    if facts["four_bit"]:
+        yield Check(
+            "4-bit product",
+            "problem",
+            facts["four_bit"],
+            "install a bitsandbytes for this machine, or serve --quantization none",
+        )
+    else:
+        yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
+    if facts["device"] == "cpu":
+        yield _packed(facts["packed"])
+
+
+def _packed(packed: bool) -> Check:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    cpu = "this CPU has AVX512-BF16" if "avx512_bf16" in flags else "no AVX512-BF16"
+    if packed:
+        return Check("packed 4-bit", "ok", f"yes: {cpu}")
+    return Check(
+        "packed 4-bit",
+        "warning",
+        f"no: {cpu}",
+        "steps take several times as long: use a CPU with AVX512-BF16, or a GPU",
+    )
+
+
+def _base(config: ServerConfig) -> Check:
+    folder = _base_folder(config)
+    if folder is None:
+        fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
+        return Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+    try:
+        decoder = read_decoder_config(folder)
+    except (VeneerError, KeyError, ValueError) as error:
+        return Check("base", "problem", str(error), "choose another --base")
+    return Check("base", "ok", f"{config.base}: {decoder.architecture}")
+
+
+def _base_folder(config: ServerConfig) -> Path | None:
+    """Where the base is, if it is on this machine or should be."""
+    bundled = config.cache_dir / "bases" / BUNDLED
+    if config.base == BUNDLED:
+        return bundled if bundled.is_dir() else None
+    folder = Path(config.base).expanduser()
+    looks_local = folder.is_absolute() or config.base.startswith((".", "~"))
+    return folder if folder.is_dir() or looks_local else None
+
+
+def _memory(config: ServerConfig) -> Check:
+    folder, host = _base_folder(config), host_memory()
+    where = "this container" if host.contained else "this machine"
+    free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
+    if folder is None:
+        return Check("memory", "ok", f"{free}; the plan needs the base, which is not here")
+    try:
+        plan = plan_memory(read_decoder_config(folder), config, host, find_gpu(config.device))
+    except VeneerError as error:
+        needed, _, fix = str(error).partition(": lower")
+        return Check("memory", "problem", needed, f"lower{fix}" if fix else "another --base")
+    except (KeyError, ValueError):
+        return Check("memory", "ok", f"{free}; no plan without a supported base")
+    needs = next(pool.total for pool in plan.pools if pool.name == "host")
+    if needs > host.available:
+        return Check(
+            "memory", "warning", f"{plan}; {free}", "stop other programs, or lower the budgets"
+        )
+    return Check("memory", "ok", f"{plan}; {free}")
+
+
+def _folder(name: str, flag: str, folder: Path) -> Iterator[Check]:
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
+    fix = f"choose another {flag}"
     if not existing.is_dir():
-        return f"cannot be made: {existing} is a file"
+        yield Check(name, "problem", f"{folder} cannot be made: {existing} is a file", fix)
+        return
     if not os.access(existing, os.W_OK | os.X_OK):
-        return f"cannot be written: {existing} is not yours"
-    return ""
+        whose = _user(existing.stat().st_uid)
+        yield Check(
+            name, "problem", f"{folder} cannot be written: {existing} belongs to {whose}", fix
+        )
+        return
+    free = shutil.disk_usage(existing).free
+    found = f"{folder}: {free >> 20} MiB free"
+    if _on_tmpfs(existing):
+        yield Check(name, "warning", f"{found}, in memory (tmpfs): gone after a restart", fix)
+    elif free < _LEAST_FREE:
+        yield Check(name, "warning", found, f"free some disk, or {fix}")
+    else:
+        yield Check(name, "ok", found)
+
+
+def _on_tmpfs(folder: Path) -> bool:
+    """The mount that holds the folder is tmpfs."""
+    path, kind, longest = str(folder.resolve()), "", -1
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _, mount, filesystem, *_ = line.split(" ")
+        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= longest:
+            kind, longest = filesystem, len(mount)
+    return kind == "tmpfs"
+
+
+def _owner(data_dir: Path) -> int | None:
+    """The process that owns the data folder now (see `OwnerLock`); 0 if unknown."""
+    try:
+        with (data_dir / "LOCK").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return int(json.loads(file.read(200)).get("pid", 0))
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _running(owner: int, data_dir: Path) -> Check:
+    peaks = [peak_bytes(owner), *(peak_bytes(child) for child in _children(owner))]
+    used = " + ".join(f"{peak >> 20}" for peak in peaks if peak)
+    return Check(
+        "server",
+        "warning",
+        f"process {owner} serves {data_dir}; peak memory of its processes {used} MiB",
+        "stop it before you start another, or choose another --data-dir",
+    )
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [int(child) for child in listed.split()]
+
+
+def _port(flag: str, address: Address, *, running: bool) -> Check:
+    name = flag.removeprefix("--").replace("-", " ")
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address.host, address.port)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        return Check(
+            name,
+            "warning" if running else "problem",
+            f"{address}: {error.strerror or error}",
+            f"stop what uses it, or choose another {flag}",
+        )
+    return Check(name, "ok", f"{address} is free")
+
+
+def _open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _LEAST_FILES:
+        return Check("open files", "ok", f"at most {soft}")
+    return Check(
+        "open files",
+        "warning",
+        f"at most {soft}: each connection takes one",
+        f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}",
+    )
+
+
+def _clock() -> Check:
+    """A clock before these files were written would sort revisions wrongly."""
+    now, written = time.time(), Path(__file__).stat().st_mtime
+    found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    if now >= written - 86400:
+        return Check("clock", "ok", found)
+    return Check("clock", "problem", f"{found} is in the past", "set the clock (NTP)")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"

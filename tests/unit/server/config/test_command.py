@@ -65,16 +65,6 @@ def test_model_path_prints_the_folder(base_folder: Path, tmp_path: Path) -> None
     assert done.stdout == f"{base_folder.resolve()}\n"
 
 
-def test_doctor_says_what_would_serve_and_what_is_wrong(tmp_path: Path) -> None:
-    good = command("doctor", "--data-dir", str(tmp_path / "d"), "--device", "cpu")
-    assert good.returncode == 0, good.stdout
-    assert "would serve   torch on the CPU" in good.stdout
-    (tmp_path / "file").write_text("")
-    bad = command("doctor", "--data-dir", str(tmp_path / "file" / "d"), "--device", "cpu")
-    assert bad.returncode == 1
-    assert "choose another --data-dir" in bad.stdout
-
-
 def test_the_front_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, veneer_server.app; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run(

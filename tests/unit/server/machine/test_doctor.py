@@ -1,0 +1,125 @@
+"""The doctor: a healthy machine passes, each thing that is wrong is named with a fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer_registry.lock import OwnerLock
+from veneer_server import doctor
+from veneer_server.config import load_config
+from veneer_server.doctor import Check, examine, report
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "veneer_server", "doctor", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def flags(tmp_path: Path, base_folder: Path) -> dict[str, str]:
+    return {
+        "base": str(base_folder),
+        "data_dir": str(tmp_path / "data"),
+        "cache_dir": str(tmp_path / "cache"),
+        "device": "cpu",
+        "listen": "127.0.0.1:0",
+        "metrics_listen": "127.0.0.1:0",
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the checks that import torch in a process of its own."""
+    monkeypatch.setattr(doctor, "_torch", lambda config: iter(()))
+
+
+def checks(**flags: str) -> dict[str, Check]:
+    return {check.name: check for check in examine(load_config(flags, {}))}
+
+
+def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
+    words = [w for name, v in flags.items() for w in ("--" + name.replace("_", "-"), v)]
+    done = run(*words, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert answer["healthy"]
+    found = {check["name"]: check for check in answer["checks"]}
+    assert found["would serve"]["found"].startswith("torch on the CPU")
+    assert "agrees" in found["4-bit product"]["found"]
+    assert found["torch"]["found"]
+    assert "kv_cache 1024" in found["memory"]["found"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_folders_that_cannot_be(flags: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check = checks(**flags | {"data_dir": str(tmp_path / "file" / "d")})["data folder"]
+    assert (check.status, check.fix) == ("problem", "choose another --data-dir")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        check = checks(**flags | {"data_dir": str(shm / "veneer-doctor")})["data folder"]
+        assert (check.status, "tmpfs" in check.found) == ("warning", True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_memory_that_cannot_fit(flags: dict[str, str]) -> None:
+    check = checks(**flags, host_cache_bytes="900TiB")["memory"]
+    assert check.status == "problem"
+    assert "--host-cache-bytes" in check.fix
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_base_that_cannot_be_served(flags: dict[str, str], tmp_path: Path) -> None:
+    check = checks(**flags | {"base": str(tmp_path / "none")})["base"]
+    assert check.status == "problem"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
+    check = checks(**flags | {"base": str(tmp_path / "other")})["base"]
+    assert (check.status, "mamba" in check.found) == ("problem", True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_taken_port_and_a_running_server(flags: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        found = checks(**flags | {"listen": address})
+        assert found["listen"].status == "problem"
+        assert "server" not in found
+        with OwnerLock(tmp_path / "data"):
+            found = checks(**flags | {"listen": address})
+        assert found["listen"].status == "warning"
+        assert str(os.getpid()) in found["server"].found
+        assert "peak memory" in found["server"].found
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_kernels_package_must_be_absent(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checks(**flags)["kernels"].status == "ok"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    check = checks(**flags)["kernels"]
+    assert (check.status, check.fix) == ("problem", "pip uninstall kernels")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_report_shows_each_fix(flags: dict[str, str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = load_config(flags | {"base": str(tmp_path / "none")}, {})
+    assert not report(config, lines.append, as_json=False)
+    problem = next(i for i, line in enumerate(lines) if line.startswith("problem"))
+    assert "-> choose another --base" in lines[problem + 1]
