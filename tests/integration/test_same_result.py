@@ -183,7 +183,9 @@ def test_exact_mode_is_bitwise_the_same_in_any_company(
     alone = place(0, [])
     assert len(alone[0]) == NEW_TOKENS
     assert place(0, others[:3]) == alone
-    assert place(4, others[2:]) == alone
+    # Eight rows of one adapter take other kernels than one row: here it shows if they
+    # share a call.
+    assert place(4, [others[1]] * 7) == alone
     served.reconfigure(exact=True, max_batch_tokens=16, prefill_beside_decode=1)
     assert place(1, others[4:]) == alone
     assert not preemptions
