@@ -82,6 +82,8 @@ def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
     return (
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
+        # Else its default of a minute is what counts, whatever the line before says.
+        ("grpc.http2.ping_timeout_ms", milliseconds),
         # A quiet stream has no data between its pings.
         ("grpc.http2.max_pings_without_data", 0),
         # A server that restarts is found again within a second, not after minutes.

@@ -172,6 +172,13 @@ class _AsyncStream(Generic[Item]):
         self._reader = reader
         self._call = start.call(start.attempts.remaining_s())
 
+    def __del__(self) -> None:
+        # Left early, without `async with`: the call's own tasks refer to it, so it would
+        # run on until some later garbage collection.
+        call = getattr(self, "_call", None)
+        if call is not None:
+            call.cancel()
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -95,6 +95,8 @@ class FakeServer(
         # For streams: pieces that come before this event is waited for, if set.
         self.hold: threading.Event | None = None
         self.cancelled = threading.Event()
+        self.begun = threading.Event()
+        """A generate call reached its hold."""
         self.break_after: Refusal | None = None
         self.omit_end = False
         self.pieces: list[inference_pb2.GenerateStreamResponse] = []
@@ -157,6 +159,7 @@ class FakeServer(
         self._note("Generate", request, context)
         if self.hold is not None:
             context.add_callback(self.cancelled.set)
+            self.begun.set()
             self.hold.wait()
         if self.on_generate is not None:
             return self.on_generate(request)
@@ -182,6 +185,7 @@ class FakeServer(
                 request_id="s", text=f"{number} ", token_ids=[number]
             )
             if number == 0 and self.hold is not None:
+                self.begun.set()
                 self.hold.wait()
             if number == 0 and self.break_after is not None:
                 self.break_after.end(context)

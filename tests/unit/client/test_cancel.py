@@ -1,0 +1,173 @@
+"""However a caller leaves, the server's work ends; however a server goes, callers know."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from veneer_client import AsyncClient, Client, GenerationStream, RetryPolicy, Text
+from veneer_client.failures import Attempts
+from veneer_client.streams import StreamStart
+from veneer_registry.errors import ServerUnreachable
+
+from tests.unit.client.fake_server import FakeServer
+
+
+@pytest.fixture(autouse=True)
+def python_s_own_sigint() -> Iterator[None]:
+    """A suite started in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_unary_call_not_only_the_waiting(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    main = threading.get_ident()
+
+    def press() -> None:
+        server.begun.wait()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    finger = threading.Thread(target=press)
+    finger.start()
+    with Client(server.address) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.generate(Text("hi"))
+        assert server.cancelled.wait(10), "while the client still lives"
+    finger.join()
+
+
+def test_ctrl_c_ends_a_stream() -> None:
+    """As if pressed while it waits for a message, which no test can time."""
+
+    class Interrupted:
+        cancelled = False
+
+        def __next__(self) -> None:
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    call = Interrupted()
+    attempts = Attempts(RetryPolicy(), repeatable=True, timeout_s=None)
+    stream = GenerationStream(StreamStart(lambda left_s: call, attempts, lambda error: error))
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert call.cancelled
+
+
+def test_breaking_out_of_the_loop_ends_the_call(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    with Client(server.address) as client:
+        for _ in client.generate_stream(Text("hi")):
+            break
+        assert server.cancelled.wait(10)
+
+
+async def test_breaking_out_of_the_async_loop_ends_the_call(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    async with AsyncClient(server.address) as client:
+        async for _ in client.generate_stream(Text("hi")):
+            break
+        assert await asyncio.to_thread(server.cancelled.wait, 10)
+
+
+async def test_cancelling_the_task_ends_a_unary_call(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    async with AsyncClient(server.address) as client:
+        task = asyncio.create_task(client.generate(Text("hi")))
+        await asyncio.to_thread(server.begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(server.cancelled.wait, 10)
+
+
+class Wire:
+    """A TCP proxy that can be cut: bytes vanish, no socket is closed."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.rsplit(":", 1)
+        self._target = (host, int(port))
+        self._whole = threading.Event()
+        self._whole.set()
+        self._sockets: list[socket.socket] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._threads[0].join()
+        self._whole.set()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for one in self._sockets:
+            one.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listening.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            self._sockets += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                thread = threading.Thread(target=self._carry, args=(source, sink))
+                self._threads.append(thread)
+                thread.start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                self._whole.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+
+@pytest.fixture
+def wire(server: FakeServer) -> Iterator[Wire]:
+    made = Wire(server.address)
+    yield made
+    made.close()
+
+
+def test_a_machine_that_went_silent_is_noticed(server: FakeServer, wire: Wire) -> None:
+    """No deadline, no closed socket: only the pings tell."""
+    server.hold = threading.Event()
+    with Client(wire.address, keepalive_s=0.2) as client:
+        stream = client.generate_stream(Text("hi"))
+        next(stream)
+        wire.cut()
+        with pytest.raises(ServerUnreachable):
+            next(stream)
+
+
+async def test_a_machine_that_went_silent_is_noticed_async(
+    server: FakeServer, wire: Wire
+) -> None:
+    server.hold = threading.Event()
+    async with AsyncClient(wire.address, keepalive_s=0.2) as client:
+        stream = client.generate_stream(Text("hi"))
+        await anext(stream)
+        wire.cut()
+        with pytest.raises(ServerUnreachable):
+            await anext(stream)
