@@ -1,0 +1,128 @@
+"""Callers that ask for streams and never read them, beside one that does.
+
+``python -m tests.torture.readers --count 200`` runs the full form against a server of
+its own and prints memory a stream, the healthy stream's p99 and when the others were
+closed; a quick form is in ``tests/integration``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from veneer_proto.v1 import inference_pb2_grpc
+
+from tests.server_harness import Server, request, running_server
+
+# A large first message and a small window: the stream is stuck from its first message.
+PROMPT = [100 + at for at in range(300)]
+OUTPUT = {"logprobs": True, "echo": True, "top_logprobs": 20}
+SMALL_WINDOW = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@asynccontextmanager
+async def streams(server: Server, count: int, *, new_tokens: int) -> AsyncIterator[list[Any]]:
+    """Calls on a connection of their own that nobody reads; cancelled at the end."""
+    async with grpc.aio.insecure_channel(server.address, SMALL_WINDOW) as channel:
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+        asked = request(
+            token_ids=PROMPT,
+            output=OUTPUT,
+            stopping={"max_tokens": new_tokens, "ignore_eos": True},
+        )
+        calls = [stub.GenerateStream(asked) for _ in range(count)]
+        yield calls
+        for call in calls:
+            call.cancel()
+
+
+async def closed(server: Server) -> float:
+    """How many calls the server has ended since nobody took what they said."""
+    return (await server.metric("veneer_request_failures_total")).get('reason="ABORTED"', 0)
+
+
+async def gaps(server: Server, new_tokens: int) -> list[float]:
+    """Seconds between the tokens of one stream that is read as it comes."""
+    stopping = {"max_tokens": new_tokens, "ignore_eos": True}
+    times = []
+    async for _ in server.inference.GenerateStream(request(prompt="Go", stopping=stopping)):
+        times.append(time.perf_counter())
+    return [after - before for before, after in pairwise(times)]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the healthy stream saw beside others."""
+
+    p99_s: float
+    closed_after_s: float
+    front_bytes: int
+
+
+def _front_bytes(server: Server) -> int:
+    return int(psutil.Process(server.process.pid).memory_info().rss)
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+async def _read(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def _beside(server: Server, count: int, *, reading: bool) -> Beside:
+    before, already, began = _front_bytes(server), await closed(server), time.perf_counter()
+    async with streams(server, count, new_tokens=64) as calls:
+        healthy = asyncio.create_task(gaps(server, 256))
+        ended = 0.0
+        most = before
+        if reading:
+            await asyncio.gather(*map(_read, calls))
+        else:
+            while await closed(server) - already < count:
+                most = max(most, _front_bytes(server))
+        ended = time.perf_counter() - began
+        return Beside(_p99(await healthy), ended, most - before)
+
+
+async def _main(count: int, limit: float, cache: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--max-running", str(count + 1), "--reader-limit", str(limit))
+        async with running_server(Path(folder) / "data", cache, *flags) as server:
+            await gaps(server, 16)
+            read = await _beside(server, count, reading=True)
+            stuck = await _beside(server, count, reading=False)
+            print(
+                f"{count} streams that nobody reads: "
+                f"{stuck.front_bytes / count / 1e6:.2f} MB a stream in the front; all "
+                f"closed {stuck.closed_after_s:.1f} s after they began (limit {limit:g} s "
+                f"without progress); p99 between tokens of a healthy stream "
+                f"{stuck.p99_s * 1000:.0f} ms, beside as many that read "
+                f"{read.p99_s * 1000:.0f} ms ({stuck.p99_s / read.p99_s:.2f} x)"
+            )
+            await server.stop()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--limit", type=float, default=30.0, help="--reader-limit")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
+    given = parser.parse_args()
+    asyncio.run(_main(given.count, given.limit, given.cache_dir))
