@@ -31,6 +31,8 @@ __all__ = ["adapter_cli", "print_rows"]
 
 adapter_cli = typer.Typer(
     help="Publish, inspect, move and remove adapters.",
+    epilog="Examples:\n\n  veneer adapter push runs/sql/adapter --name sql\n\n"
+    "  veneer adapter ls --tier device\n\n  veneer adapter watch",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

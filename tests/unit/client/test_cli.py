@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 from veneer_client.cli.main import cli
 from veneer_client.cli.show import byte_size
+from veneer_proto.v1 import inference_pb2
 from veneer_registry.format import ALLOWED_FILES
 
 from tests.unit.client.fake_server import FakeServer, Refusal
@@ -100,6 +102,138 @@ def test_generate_json(run: Run) -> None:
     assert answer["text"] == "chat>hi"
     assert answer["finish_reason"] == "stop"
     assert answer["provenance"]["tier"] == "disk"
+
+
+def test_generate_with_every_flag(server: FakeServer, run: Run, tmp_path: Path) -> None:
+    flags = "--min-p 0.125 --repetition-penalty 1.5 --presence-penalty 1 --frequency-penalty -1"
+    flags += " --logit-bias 7=-100 --logit-bias 8=2.5 --stop-token-id 3 --stop-token-id 4"
+    flags += " --top-logprobs 5 --no-prefix-cache --timeout 30 --regex a+ --top-p 0.5 --top-k 0"
+    done = run("generate", "--raw", "hi", *flags.split(), "--json")
+    assert done.exit_code == 0, done.stderr
+    ((_, request),) = server.calls
+    assert request == inference_pb2.GenerateRequest(
+        prompt="hi",
+        sampling=inference_pb2.SamplingOptions(
+            top_p=0.5,
+            top_k=0,
+            min_p=0.125,
+            repetition_penalty=1.5,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            logit_bias={7: -100, 8: 2.5},
+        ),
+        stopping=inference_pb2.StoppingOptions(stop_token_ids=[3, 4]),
+        output=inference_pb2.OutputOptions(logprobs=True, top_logprobs=5),
+        use_prefix_cache=False,
+        constraint=inference_pb2.Constraint(regex="a+"),
+    )
+
+
+def test_schema_from_a_file_or_as_it_stands(
+    server: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}')
+    for given in (str(file), ' {"type": "object"}'):
+        assert run("generate", "hi", "--json-schema", given).exit_code == 0
+        assert json.loads(server.calls[-1][1].constraint.json_schema) == {"type": "object"}
+    run("generate", "hi", "--choice", "yes", "--choice", "no")
+    assert list(server.calls[-1][1].constraint.choice.texts) == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--json-schema", "nowhere.json"), "No such file"),
+        (("--json-schema", "{"), "is no JSON schema"),
+        (("--json-schema", "[1]"), "is no JSON schema"),
+        (("--logit-bias", "7"), "ID=BIAS"),
+        (("--regex", "a", "--choice", "b"), "give one of them"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: tuple[str, ...], says: str, server: FakeServer, run: Run
+) -> None:
+    failed = run("generate", "hi", *flags)
+    assert failed.exit_code == 1
+    assert says in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert server.calls == []
+
+
+def test_samples_and_top_logprobs_are_shown(server: FakeServer, run: Run) -> None:
+    top = [inference_pb2.TopLogprob(token_id=9, logprob=-0.25)]
+    score = inference_pb2.TokenLogprob(token_id=7, logprob=-0.5, top=top)
+    server.on_generate = lambda request: inference_pb2.GenerateResponse(
+        text="red",
+        token_ids=[7],
+        logprobs=[score],
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+        others=[
+            inference_pb2.Sample(text="blue", finish_reason=inference_pb2.FINISH_REASON_STOP)
+        ],
+    )
+    done = run("generate", "hi", "--n", "2", "--top-logprobs", "1")
+    assert done.stdout == "[1] red\n[2] blue\n"
+    assert "7:-0.500  of  9:-0.250" in done.stderr
+    assert server.calls[-1][1].output.n == 2
+
+
+def test_pins(server: FakeServer, run: Run) -> None:
+    server.add("chat")
+    assert run("adapter", "pin", "chat").stdout.endswith("is pinned\n")
+    assert server.adapters["chat"].pinned
+    assert run("adapter", "unpin", "chat").stdout.endswith("is in disk, free\n")
+    assert not server.adapters["chat"].pinned
+
+
+def test_plan_is_an_exit_status_too(server: FakeServer, run: Run) -> None:
+    fits = run("plan", "--rank", "8", "--module", "q_proj", "--adapters", "2")
+    assert fits.exit_code == 0, fits.output
+    assert "3 on the device, 4 on the host" in fits.stdout
+    assert "5 at once, limited by kv cache" in fits.stdout
+    short = run("plan", "--like", "chat", "--concurrency", "9", "--context", "64")
+    assert (short.exit_code, "raise --kv-cache-bytes" in short.stdout) == (1, True)
+    assert json.loads(run("plan", "--json").stdout)["sequences"]["limited_by"] == "kv cache"
+    first, second, third = (request for _, request in server.calls)
+    assert (first.shape.rank, list(first.shape.modules), first.adapters) == (8, ["q_proj"], 2)
+    assert (second.like, second.concurrency, second.context_length) == ("chat", 9, 64)
+    assert third.WhichOneof("adapter") is None
+
+
+def complete(server: str, *words: str) -> list[str]:
+    """What Tab offers after these words, as a shell asks for it."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("veneer")],
+        env={
+            **os.environ,
+            "VENEER_SERVER": server,
+            "_VENEER_COMPLETE": "complete_bash",
+            "COMP_WORDS": "veneer " + " ".join(words),
+            "COMP_CWORD": str(len(words)),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_names_and_revisions_are_completed(server: FakeServer) -> None:
+    for name in ("sql", "sql-long", "chat"):
+        server.add(name)
+    assert complete(server.address, "generate", "-a", "sq") == ["sql", "sql-long"]
+    assert complete(server.address, "adapter", "show", "c") == ["chat"]
+    assert complete(server.address, "chat", "-a", "sql@7") == ["sql@73716c73716c"]
+    elsewhere = "--server", server.address
+    assert complete("127.0.0.1:1", *elsewhere, "adapter", "rm", "ch") == ["chat"]
+
+
+def test_without_a_server_tab_is_silent() -> None:
+    assert complete("127.0.0.1:1", "generate", "-a", "sq") == []
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        assert complete(address, "adapter", "show", "c") == []
 
 
 def test_push(server: FakeServer, run: Run, adapter_folder: Path) -> None:
@@ -212,8 +346,10 @@ def test_call_errors(args: tuple[str, ...], says: str, run: Run) -> None:
 
 
 def test_every_help_has_examples(run: Run) -> None:
-    commands = [(), ("generate",), ("info",), ("call",)]
+    commands = [(), ("adapter",)]
+    commands += [(c,) for c in ("generate", "chat", "info", "health", "plan", "call")]
     commands += [("adapter", c) for c in ("push", "ls", "show", "activate", "evict", "rm")]
+    commands += [("adapter", c) for c in ("pin", "unpin", "watch")]
     for command in commands:
         done = run(*command, "--help")
         assert done.exit_code == 0
