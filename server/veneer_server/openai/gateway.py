@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Final
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer_registry.adapter import BaseSpec
@@ -25,7 +26,7 @@ from veneer_server.rpc.inference_service import READER_LIMIT_S
 __all__ = ["Gateway"]
 
 _STOP_GRACE_S: Final = 1
-_KEEP_ALIVE_S: Final = 60
+_NEVER_S: Final = 86400
 _BACKLOG: Final = 2048
 
 _SEND_BUFFER: Final = 256 << 10
@@ -59,7 +60,7 @@ class Gateway:
         )
         config = uvicorn.Config(
             make_app(core),
-            http=_Connection,
+            http=_connection(reader_limit_s),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -68,7 +69,7 @@ class Gateway:
             server_header=False,
             # Kept up to date by a timer that is not worth ten wakes a second.
             date_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=_NEVER_S,  # the connection's own clock rules
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
         config.load()
@@ -113,13 +114,42 @@ class Gateway:
             await self._uvicorn.shutdown()
 
 
-class _Connection(H11Protocol):
-    """Gives each request the means to drop its connection.
+def _connection(head_limit_s: float) -> type[H11Protocol]:
+    """The protocol of one connection, with two things that uvicorn's own lacks."""
 
-    ASGI has none: after a plain close, what a reader does not take keeps the socket
-    open for as long as the reader likes.
-    """
+    class Connection(H11Protocol):
+        """A limit on how long a connection may take to ask for something, so that idle
+        and dripping ones do not gather; and, for ASGI, the means to drop the connection:
+        after a plain close a reader that takes nothing keeps the socket open.
+        """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.app_state = {**self.app_state, ABORT: transport.abort}
-        super().connection_made(transport)
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.app_state = {**self.app_state, ABORT: transport.abort}
+            super().connection_made(transport)
+            self._watch_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch_head()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._late is not None:
+                self._late.cancel()
+            super().connection_lost(exc)
+
+        def _watch_head(self) -> None:
+            """The clock runs while a request is awaited; a whole head stops it."""
+            if self.conn.their_state is not h11.IDLE:
+                if self._late is not None:
+                    self._late.cancel()
+                    self._late = None
+            elif self._late is None:
+                self._late = self.loop.call_later(head_limit_s, self.transport.abort)
+
+    return Connection

@@ -23,6 +23,9 @@ ABORT: Final = "veneer.abort"
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; what gRPC receives at most, too."""
 
+_ERROR_LIMIT_S: Final = 1.0
+"""Longest wait for the client to take an error."""
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -104,7 +107,6 @@ class Reply:
 
     Attributes:
         started: status and headers are out.
-        status: what was sent, or 499 where nothing was.
     """
 
     def __init__(self, scope: Scope, send: Send, limit_s: float) -> None:
@@ -113,8 +115,8 @@ class Reply:
         self._limit_s = limit_s
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
         self._turn = asyncio.Lock()
+        self._streaming = False
         self.started = False
-        self.status = 499
 
     async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         """The whole answer."""
@@ -129,6 +131,7 @@ class Reply:
         async with self._turn:
             if not self.started:
                 streaming = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+                self._streaming = True
                 await self._start(200, {**streaming, **headers})
             if data:
                 await self._body(data, more=True)
@@ -142,14 +145,17 @@ class Reply:
         if isinstance(error, ReaderStopped):
             return
         failure = http_failure(error)
+        # Behind what the client has not taken it would wait as long as a piece may.
+        self._limit_s = min(self._limit_s, _ERROR_LIMIT_S)
         if not self.started:
             await self.json(failure.status, failure.body, failure.headers)
-        else:
+        elif self._streaming:
             await self._body(b"data: " + _dump(failure.body) + b"\n\n", more=False)
+        else:  # half of a document is out
+            self._abort()
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started = True
-        self.status = status
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await self._put({"type": "http.response.start", "status": status, "headers": pairs})
 

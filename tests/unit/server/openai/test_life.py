@@ -155,6 +155,23 @@ async def test_a_send_that_blocks_drops_the_connection_and_no_more_is_sent() -> 
         await reply.fail(InternalError("x"))
 
 
+async def test_an_error_after_half_a_document_drops_the_connection() -> None:
+    dropped: list[bool] = []
+    sent: list[str] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if sent:
+            raise asyncio.CancelledError
+        sent.append(message["type"])
+
+    reply = Reply({"state": {ABORT: lambda: dropped.append(True)}}, send, 1.0)
+    with pytest.raises(asyncio.CancelledError):
+        await reply.json(200, {}, {})
+    await reply.fail(InternalError("x"))
+    assert sent == ["http.response.start"]
+    assert dropped == [True]
+
+
 async def test_a_body_that_never_comes_whole(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +188,34 @@ async def test_a_body_that_never_comes_whole(
         assert answer.startswith("HTTP/1.1 408")
         assert "request_timeout" in answer
         writer.close()
+
+
+async def test_connections_that_never_ask_for_anything_are_dropped(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(
+        base_folder, front_cache, tmp_path, openai_listen=LISTEN, reader_limit="0.2"
+    ) as front:
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        whole = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+        for first in (b"", whole[:10], whole + whole[:10]):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(first)
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 200") == (whole in first)
+            writer.close()
+        async with client(front.addresses["openai"]) as http:
+            # One that asks stays.
+            front.engine.pace = asyncio.Semaphore(0)
+            slow = asyncio.create_task(http.post("/v1/completions", json=TEXT))
+            await until(lambda: front.engine.in_flight == 1)
+            for first in (b"", b""):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                assert await reader.read() == first
+                writer.close()
+            for _ in range(4):
+                front.engine.pace.release()
+            assert (await slow).status_code == 200
 
 
 async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> None:
