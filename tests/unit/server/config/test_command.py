@@ -26,6 +26,8 @@ def test_help_shows_examples_and_every_flag() -> None:
     assert "Examples" in top
     assert "doctor" in top
     assert "--kv-cache-bytes" in serve
+    assert "--no-prefix-cache" in serve
+    assert "--no-exact" not in serve
     assert "VENEER_MAX_QUEUE" in serve.replace("\n", "")
 
 

@@ -126,3 +126,150 @@ def test_eviction_modes() -> None:
     with pytest.raises(AdapterPinned):
         residency.evict("a", "drain", unpin=False)
     assert residency.evict("a", "drain", unpin=True)[:2] == (True, SIZE)
+
+
+def test_prefill_beside_decoding_streams_has_a_budget_of_its_own() -> None:
+    world = World(budget=32, beside_decode=6, blocks=60)
+    world.submit(1, 3, 30, None)
+    world.step()
+    world.submit(2, 20, 2, None)
+    world.submit(3, 20, 2, None)
+    sizes = []
+    for _ in range(7):
+        plan = world.step()
+        assert plan is not None
+        sizes.append({p.sequence: len(p.tokens) for p in plan.sequences})
+    # The older prompt first, in chunks of 6; what is left over goes to the younger.
+    assert sizes[:4] == [{1: 1, 2: 6}, {1: 1, 2: 6}, {1: 1, 2: 6}, {1: 1, 2: 2, 3: 4}]
+    alone = World(budget=32, beside_decode=6, blocks=60)
+    alone.submit(1, 30, 2, None)
+    plan = alone.step()
+    assert plan is not None
+    assert plan.rows == 30
+
+
+def residents(world: World, *names: str) -> None:
+    for name in names:
+        world.residency.activate(adapter(name), "device", pin=False)
+    for _ in range(2):
+        world.plan_adapters()
+        while world.pending:
+            world.arrive()
+
+
+def test_while_places_are_scarce_those_go_first_that_add_no_adapter() -> None:
+    world = World(max_running=2, blocks=60, max_wait=10)
+    residents(world, "a", "b")
+    world.submit(1, 2, 40, adapter("a"))
+    world.submit(2, 2, 3, adapter("a"))
+    world.step()
+    world.submit(3, 2, 2, adapter("b"))
+    world.submit(4, 2, 2, adapter("a"))
+    world.submit(5, 2, 2, None)
+    while 5 not in world.finished:
+        world.step()
+    assert 4 in world.finished
+    assert 3 not in world.finished
+    world.drain()
+
+
+def test_nobody_is_overtaken_past_the_longest_wait() -> None:
+    world = World(max_running=1, blocks=60, max_wait=6)
+    residents(world, "a", "b")
+    world.submit(1, 2, 2, adapter("a"))
+    world.step()
+    world.submit(2, 2, 2, adapter("b"))
+    world.submit(3, 2, 2, adapter("a"))
+    for number in range(4, 40):
+        world.submit(number, 2, 2, None)
+        world.step()
+        if 2 in world.finished:
+            break
+    # Ages are in steps here: it is first once it has waited for 6 of them.
+    assert 2 in world.finished
+    assert world.now - 1 <= 6 + 4
+    assert 4 in world.finished
+
+
+def test_places_for_all_are_given_in_order_of_arrival() -> None:
+    world = World(budget=32, beside_decode=2, blocks=60)
+    residents(world, "a", "b")
+    world.submit(1, 2, 20, adapter("a"))
+    world.step()
+    world.submit(2, 2, 2, adapter("b"))
+    world.submit(3, 2, 2, adapter("a"))
+    plan = world.step()
+    assert plan is not None
+    assert [p.sequence for p in plan.sequences] == [1, 2]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_who_keeps_no_room_taken_is_not_held_back(pinned: bool) -> None:
+    """The base model and pinned adapters give no room by waiting."""
+    world = World(device=2 * SIZE, blocks=200, patience=2)
+    world.residency.activate(adapter("pin"), "device", pin=pinned)
+    residents(world, "pin", "busy")
+    world.submit(1, 2, 40, adapter("busy"))
+    world.submit(2, 2, 40, adapter("pin"))
+    world.step()
+    world.submit(3, 2, 2, adapter("late"))
+    for _ in range(4):
+        world.step()
+        while world.pending:
+            world.arrive()
+    world.submit(4, 2, 2, None)
+    world.submit(5, 2, 2, adapter("pin"))
+    world.submit(6, 2, 2, adapter("busy"))
+    for _ in range(4):
+        world.step()
+    assert 4 in world.finished
+    assert (5 in world.finished) == pinned
+    assert 6 not in world.finished
+    world.drain()
+
+
+def test_an_operators_activation_gets_room_despite_steady_traffic() -> None:
+    world = World(device=SIZE, blocks=60, patience=2)
+    residents(world, "busy")
+    world.submit(1, 2, 10, adapter("busy"))
+    world.step()
+    world.residency.activate(adapter("new"), "device", pin=False)
+    for number in range(2, 30):
+        world.submit(number, 2, 10, adapter("busy"))
+        world.step()
+        while world.pending:
+            world.arrive()
+        if world.residency.satisfied("new"):
+            break
+    assert world.residency.satisfied("new")
+    world.drain()
+
+
+def test_exact_chunks_depend_on_the_prompt_alone() -> None:
+    def chunks(world: World, number: int) -> list[tuple[int, int]]:
+        found = []
+        while number in world.live:
+            plan = world.step()
+            assert plan is not None
+            found += [(p.start, len(p.tokens)) for p in plan.sequences if p.sequence == number]
+        return found
+
+    alone = World(exact=True, blocks=60, budget=64)
+    alone.submit(1, 40, 5, None)
+    crowded = World(exact=True, blocks=60, budget=8, beside_decode=1)
+    crowded.submit(2, 3, 20, None)
+    crowded.step()
+    crowded.submit(1, 40, 5, None)
+    crowded.submit(3, 30, 5, None)
+    expected = [(0, 40), (40, 1), (41, 1), (42, 1), (43, 1)]
+    assert chunks(alone, 1) == expected
+    assert chunks(crowded, 1) == expected
+    preempted = World(exact=True, blocks=12, budget=64)
+    preempted.submit(2, 3, 30, None)
+    preempted.submit(1, 34, 10, None)
+    found = chunks(preempted, 1)
+    assert 1 in preempted.preempted
+    # Again from the start, its own tokens one by one.
+    again = max(i for i, chunk in enumerate(found) if chunk == (0, 34))
+    assert again > 0
+    assert found[again:] == [(0, 34), *((p, 1) for p in range(34, 43))]

@@ -18,9 +18,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
 from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
 from veneer_server.engine.residency import Action, Drop, Load, Residency
-from veneer_server.engine.scheduler import FIXED_CHUNK, Scheduler, SchedulerLimits
+from veneer_server.engine.scheduler import Scheduler
 from veneer_server.engine.sequence import (
     Finish,
     PlannedSequence,
@@ -84,6 +85,8 @@ class World:
     preempted: set[int] = field(default_factory=set)
     blocked: tuple[str, float] | None = None
     cached_reads: int = 0
+    computed: int = 0
+    """Tokens of all steps."""
 
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1)
@@ -280,6 +283,7 @@ class World:
     # ----------------------------------------------------------- execution
 
     def apply(self, plan: StepPlan, poison: int | None = None) -> None:
+        self.computed += plan.rows
         for p in plan.sequences:
             self._check_reads(p)
         bad = None if poison is None else plan.sequences[poison % len(plan.sequences)].sequence

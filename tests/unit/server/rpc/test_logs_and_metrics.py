@@ -86,8 +86,8 @@ def test_engine_events() -> None:
     metrics.on_event(AdapterLoaded("d1", "disk", {"read": 0.5, "copy": 0.25}))
     metrics.on_event(Evicted("d1", "device", "capacity"))
     metrics.on_event(StepDone(1, 0.1, 8, 2, 1))
-    metrics.on_event(StepDone(2, 0.1, 8, 0, 1))
-    metrics.on_event(Occupancy(3, 4, 1, 1, 4))
+    metrics.on_event(StepDone(2, 0.1, 8, 0, 1, prefix_asked=40, prefix_found=16))
+    metrics.on_event(Occupancy(3, 4, 1, 1, 4, kv_blocks_cached=2))
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 1
     assert found['veneer_adapters_resident{tier="host"}'] == 2
@@ -100,6 +100,9 @@ def test_engine_events() -> None:
     assert found["veneer_step_batch_rows_sum"] == 18
     assert found["veneer_num_requests_waiting"] == 4
     assert found["veneer_kv_cache_usage_ratio"] == 0.25
+    assert found["veneer_prefix_cache_usage_ratio"] == 0.5
+    assert found["veneer_prefix_cache_queried_tokens_total"] == 40
+    assert found["veneer_prefix_cache_hit_tokens_total"] == 16
     metrics.on_event(Residency("d1", "disk", False, 10, 10, 0, 1, 0))
     metrics.engine_silent()
     found = exposed(metrics)

@@ -1,0 +1,136 @@
+"""The step loop's messages, turn by turn: a FAKE runner and a FAKE memory."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass, field
+
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.loop import Arrived, Inbox, StepLoop
+from veneer_server.engine.messages import (
+    Activate,
+    AdapterSource,
+    Evict,
+    FromEngine,
+    Occupancy,
+    OperationDone,
+    SamplingParams,
+    SequenceFailed,
+    SequenceOutput,
+    StepDone,
+    Submit,
+)
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.sequence import StepPlan, StepResult
+
+from tests.unit.server.engine.world import adapter
+
+
+class FakeRunner:
+    """Token 5, always."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        count = len(plan.sequences)
+        return StepResult(
+            tokens=tuple(5 if p.samples else None for p in plan.sequences),
+            logprobs=(None,) * count,
+            scores=((),) * count,
+            finite=(True,) * count,
+        )
+
+
+@dataclass
+class FakeMemory:
+    """Loads and moves end at once; drops are noted."""
+
+    inbox: Inbox
+    held: set[tuple[str, str]] = field(default_factory=set)
+
+    def load(self, source: AdapterSource) -> None:
+        self.inbox.put(Arrived(source.weights_digest, "host", {}))
+
+    def move(self, weights_digest: str) -> None:
+        self.inbox.put(Arrived(weights_digest, "device", {}))
+
+    def admit(self, arrived: Arrived) -> None:
+        self.held.add((arrived.weights_digest, arrived.tier))
+
+    def drop(self, weights_digest: str, tier: str) -> None:
+        self.held.remove((weights_digest, tier))
+
+
+class Engine:
+    """A loop that runs until its inbox has been worked off."""
+
+    def __init__(self) -> None:
+        self.inbox: Inbox = queue.SimpleQueue()
+        self.sent: list[FromEngine] = []
+        residency = Residency(1000, 1000, itemsize=1)
+        self.memory = FakeMemory(self.inbox)
+        self.scheduler = Scheduler(
+            SchedulerLimits(32, 4, context_length=64),
+            BlockManager(20, 4),
+            residency,
+            frozenset({0}),
+        )
+        self.loop = StepLoop(
+            inbox=self.inbox,
+            scheduler=self.scheduler,
+            residency=residency,
+            runner=FakeRunner(),
+            memory=self.memory,
+            send=self.sent.extend,
+        )
+
+    def turn(self) -> None:
+        """What one turn of `StepLoop.run` does, without waiting for messages."""
+        self.loop._take_messages(block=False)
+        self.loop._start_transfers()
+        plan = self.scheduler.schedule(0.0)
+        if plan is not None:
+            self.loop._step(plan)
+        self.loop._flush()
+
+    def of(self, kind: type[FromEngine]) -> list[FromEngine]:
+        return [m for m in self.sent if isinstance(m, kind)]
+
+
+def request(number: int, source: AdapterSource | None = None, new: int = 3) -> Submit:
+    return Submit(number, [1] * 9, new, SamplingParams(), source)
+
+
+def test_an_eviction_that_drains_is_carried_out_when_its_sequences_fail() -> None:
+    engine = Engine()
+    engine.inbox.put(Activate(1, adapter("a")))
+    for _ in range(4):
+        engine.turn()
+    engine.inbox.put(request(1, adapter("a"), new=40))
+    engine.turn()
+    assert engine.memory.held == {("a", "host"), ("a", "device")}
+    engine.inbox.put(Evict(2, "a", "drain"))
+    engine.turn()
+    assert engine.of(OperationDone)[-1] == OperationDone(2, done=False)
+    engine.inbox.put(Evict(3, "a", "abort"))
+    engine.turn()
+    assert [m.sequence for m in engine.sent if isinstance(m, SequenceFailed)] == [1]
+    assert engine.memory.held == set()
+    engine.loop.check_integrity()
+
+
+def test_cached_tokens_are_reported_once_with_the_first_output_and_its_step() -> None:
+    engine = Engine()
+    for number in (1, 2):
+        engine.inbox.put(request(number))
+        for _ in range(4):
+            engine.turn()
+    outputs = [m for m in engine.sent if isinstance(m, SequenceOutput)]
+    assert [(m.sequence, m.cached_tokens) for m in outputs] == [
+        (1, 0), (1, 0), (1, 0), (2, 8), (2, 0), (2, 0),
+    ]  # fmt: skip
+    steps = [m for m in engine.sent if isinstance(m, StepDone)]
+    assert [(m.prefix_asked, m.prefix_found) for m in steps] == [
+        (9, 0), (0, 0), (0, 0), (9, 8), (0, 0), (0, 0),
+    ]  # fmt: skip
+    occupancy = [m for m in engine.sent if isinstance(m, Occupancy)][-1]
+    assert (occupancy.kv_blocks_used, occupancy.kv_blocks_cached) == (0, 2)
