@@ -66,7 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                self._guard(method, handler.unary_stream), **coders
+                self._guard(method, _open_first(handler.unary_stream)), **coders
             )
         return grpc.stream_unary_rpc_method_handler(
             self._guard(method, handler.stream_unary), **coders
@@ -114,6 +114,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise asyncio.CancelledError from None
 
         return guarded
+
+
+def _open_first(behaviour: _Behaviour) -> _Behaviour:
+    """Send the initial metadata before a stream's messages, not with the first one: a
+    first message that nobody takes would hold it back, and the status needs it."""
+
+    async def opened(request: Any, context: Any) -> Any:
+        await context.send_initial_metadata(())
+        return await behaviour(request, context)
+
+    return opened
 
 
 def _request_id(request: object) -> str:

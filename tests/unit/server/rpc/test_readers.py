@@ -1,0 +1,52 @@
+"""A caller that reads nothing: its call ends in the server though it never learns of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from veneer_proto.v1 import inference_pb2_grpc
+from veneer_server.engine.messages import SequenceOutput
+
+from tests.unit.server.rpc.front_harness import Front, prompt, running, until
+
+# Windows that one message fills, and that do not grow.
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+
+
+@pytest_asyncio.fixture
+async def front(base_folder: Path, front_cache: Path, tmp_path: Path) -> AsyncIterator[Front]:
+    async with running(base_folder, front_cache, tmp_path / "server", reader_limit="0.2") as f:
+        yield f
+
+
+@pytest.mark.parametrize("readers", [1, 5])
+async def test_its_work_ends_and_nothing_waits_for_it(front: Front, readers: int) -> None:
+    many = [SequenceOutput(1, [1000] * 20_000) for _ in range(40)]
+    front.engine.script = [*many, SequenceOutput(1, [1001], finish="stop")]
+    async with grpc.aio.insecure_channel(front.addresses["grpc"], SMALL_WINDOW) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        calls = [stub.GenerateStream(prompt()) for _ in range(readers)]
+        await until(lambda: front.engine.in_flight == readers)
+        # First the engine's work ends, then the call, though nobody takes its status.
+        await until(lambda: front.engine.in_flight == 0)
+        assert front.engine.cancelled == readers
+        await until(lambda: front.app._calls.count == 0)
+        front.engine.script = None
+        assert (await front.inference.Generate(prompt())).token_ids
+        # Who reads after all gets what was sent before, then the reason.
+        messages = aiter(calls[0])
+        taken = [await anext(messages)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _rest(messages, taken)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert len(taken) < len(many)
+
+
+async def _rest(messages: AsyncIterator[Any], taken: list[Any]) -> None:
+    async for message in messages:
+        taken.append(message)
