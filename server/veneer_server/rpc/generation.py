@@ -31,7 +31,7 @@ from veneer_server.rpc.convert import (
 )
 from veneer_server.rpc.limits import check_ids, resolve_sampling, room
 from veneer_server.rpc.samples import Delta, Sample, SampleStreams, sample_seed
-from veneer_server.rpc.threads import Background
+from veneer_server.rpc.threads import Background, to_the_end
 from veneer_server.text.defaults import SamplingDefaults
 from veneer_server.text.prompts import Prompt, Prompts
 
@@ -216,11 +216,11 @@ class Generator:
         generation: Generation | None = None
         outcome = "cancelled"
         try:
+            if call.constraint is not None:
+                await self._check(call.constraint)
             prompt = await self._prompt(call, lease)
             ends = None if time_remaining is None else arrived + time_remaining
             submit = self._submission(call, prompt, lease, ends)
-            if call.constraint is not None:
-                await self._check(call.constraint)
             ref = lease.ref if lease is not None else None
             with self._engine.places(call.n):
                 generation = Generation(call, prompt, ref, submit, self, arrived)
@@ -304,9 +304,10 @@ class Generator:
         return submit
 
     async def _check(self, constraint: Constraint) -> None:
-        """Refuse a bad constraint before it takes a place; hostile ones take a while."""
+        """Refuse a bad constraint before it takes a place; hostile ones take a while,
+        and go on after a cancel, since threads cannot be stopped."""
         async with self._checking:
-            await asyncio.to_thread(check_constraint, constraint)
+            await to_the_end(lambda: check_constraint(constraint))
 
     def _record(
         self, generation: Generation | None, lease: RevisionLease | None, outcome: str

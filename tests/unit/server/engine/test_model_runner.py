@@ -1,0 +1,223 @@
+"""The runner with a backend whose logits are a function of token and position."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.grammar import Grammars
+from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.messages import (
+    Constraint,
+    FromEngine,
+    SamplingParams,
+    SequenceFailed,
+    SequenceOutput,
+    Stop,
+    Submit,
+)
+from veneer_server.engine.model_runner import ModelRunner
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.sequence import PlannedSequence, StepPlan
+from veneer_server.models.arrays import StepArrays
+
+VOCAB, EOS, BLOCK = 49152, 2, 4
+PEOPLE = Constraint(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 10},
+                "age": {"type": "integer", "maximum": 99, "minimum": 0},
+            },
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    ),
+)
+
+
+class FakeBackend:
+    """FAKE: a row's logits depend on its token and position alone; ``spoiled`` tokens
+    give NaN."""
+
+    def __init__(self) -> None:
+        self.spoiled: set[int] = set()
+
+    def execute(self, step: StepArrays) -> torch.Tensor:
+        rows = []
+        for row in step.logit_rows.tolist():
+            token, position = int(step.tokens[row]), int(step.positions[row])
+            generator = torch.Generator().manual_seed(token * 100_003 + position)
+            logits = torch.randn(VOCAB, generator=generator) * 2
+            rows.append(logits * torch.nan if token in self.spoiled else logits)
+        return torch.stack(rows)
+
+    def clear(self, blocks: list[int]) -> None:
+        """There is no cache to clear."""
+
+
+@pytest.fixture(scope="module")
+def grammars(base_folder: Path) -> Grammars:
+    made = Grammars.of_base(base_folder, vocab_size=VOCAB, eos_token_ids=[EOS])
+    assert made is not None
+    return made
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+    error: str | None = None
+
+
+def run(grammars: Grammars, blocks: int, requests: list[dict[str, Any]]) -> list[Answer]:
+    """What the requests get from a loop with so many KV blocks."""
+    inbox: Inbox = queue.SimpleQueue()
+    out: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+    residency = Residency(host_budget=1, device_budget=1, itemsize=2, shared=True)
+    limits = SchedulerLimits(max_batch_tokens=64, max_running=8, context_length=256)
+    scheduler = Scheduler(
+        limits, BlockManager(blocks, BLOCK, prefix_cache=False), residency, frozenset({EOS})
+    )
+    preempt, preempted = scheduler._preempt, []
+    scheduler._preempt = lambda s: (preempted.append(s.id), preempt(s))[1]  # type: ignore[method-assign]
+    loop = StepLoop(
+        inbox=inbox,
+        scheduler=scheduler,
+        residency=residency,
+        runner=ModelRunner(FakeBackend(), {}, BLOCK, grammars),
+        memory=None,  # type: ignore[arg-type]  # no adapters here
+        send=lambda messages: [out.put(m) for m in messages] and None,
+        grammars=grammars,
+    )
+    thread = threading.Thread(target=loop.run, daemon=True)
+    for number, request in enumerate(requests):
+        inbox.put(Submit(sequence=number, **request))
+    thread.start()
+    answers = [Answer() for _ in requests]
+    ended = 0
+    while ended < len(requests):
+        message = out.get(timeout=60)
+        if isinstance(message, SequenceFailed):
+            answers[message.sequence].error = message.error.message
+            ended += 1
+        elif isinstance(message, SequenceOutput):
+            answers[message.sequence].tokens += message.tokens
+            answers[message.sequence].finish = message.finish
+            ended += message.finish is not None
+    inbox.put(Stop())
+    thread.join()
+    loop.check_integrity()
+    assert bool(preempted) == (blocks < 64), "small pools must preempt, large ones must not"
+    return answers
+
+
+def test_a_preempted_constrained_sequence_resumes_where_it_was(
+    grammars: Grammars, base_folder: Path
+) -> None:
+    requests = [
+        {
+            "prompt": [10 + number] * 6,
+            "max_tokens": 40,
+            "sampling": SamplingParams(seed=number),
+            "constraint": PEOPLE if number % 2 else None,
+            "ignore_eos": True,
+        }
+        for number in range(4)
+    ]
+    roomy, tight = run(grammars, 200, requests), run(grammars, 16, requests)
+    assert tight == roomy
+    assert {a.finish for a in tight[1::2]} == {"stop"}
+    assert len(grammars) == 0
+
+
+def plan_for(**fields: Any) -> PlannedSequence:
+    given: dict[str, Any] = {
+        "sequence": 1,
+        "digest": None,
+        "tokens": (5,),
+        "start": 0,
+        "blocks": (1,),
+        "samples": True,
+        "score": (),
+        "logprobs": False,
+        "sampling": SamplingParams(temperature=0),
+        "position": 1,
+    }
+    return PlannedSequence(**given | fields)
+
+
+def test_tops_and_scores_come_where_they_were_asked_for() -> None:
+    runner = ModelRunner(FakeBackend(), {}, BLOCK)
+    plan = StepPlan(
+        (
+            plan_for(logprobs=True, top_logprobs=3),
+            plan_for(logprobs=True),
+            plan_for(),
+            plan_for(tokens=(5, 6, 7), score=(6, 7), position=3, logprobs=True, top_logprobs=2),
+            plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2),
+        )
+    )
+    result = runner.execute(plan)
+    assert result.tokens[0] == result.tokens[1] == result.tokens[2]
+    assert result.tokens[4] is None
+    assert result.logprobs[0] == result.logprobs[1]
+    assert result.logprobs[2] is None
+    assert [None if t is None else len(t) for t in result.tops] == [3, None, None, 2, None]
+    assert result.tops[0] is not None
+    assert result.tops[0][0] == (result.tokens[0], pytest.approx(result.logprobs[0]))
+    assert [len(t) for t in result.score_tops] == [0, 0, 0, 2, 2]
+    # The first rows of both score the same token at the same place.
+    assert result.scores[3] == result.scores[4]
+    assert result.score_tops[3] == result.score_tops[4]
+
+
+def test_a_row_that_is_not_finite_has_no_token_and_does_not_advance_its_constraint(
+    grammars: Grammars,
+) -> None:
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    grammars.compile(1, Constraint("regex", "[a-z][0-9]"), done.put)
+    assert done.get(timeout=60) is None
+    backend = FakeBackend()
+    backend.spoiled.add(9)
+    runner = ModelRunner(backend, {}, BLOCK, grammars)
+    constraint = Constraint("regex", "[a-z][0-9]")
+    before = grammars.allowed(1)
+    result = runner.execute(
+        StepPlan((plan_for(tokens=(9,), constraint=constraint), plan_for(sequence=2)))
+    )
+    assert result.finite == (False, True)
+    assert result.tokens[0] is None
+    assert result.tokens[1] is not None
+    assert (grammars.allowed(1) == before).all()
+    good = runner.execute(StepPlan((plan_for(constraint=constraint),)))
+    assert before[good.tokens[0]]
+    assert not (grammars.allowed(1) == before).all()
+    grammars.forget(1)
+
+
+def test_a_constraint_that_fails_ends_its_row_only(grammars: Grammars) -> None:
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    impossible = Constraint("regex", r"[^\x00-\U0010ffff]")
+    grammars.compile(1, impossible, done.put)
+    assert done.get(timeout=60) is None
+    runner = ModelRunner(FakeBackend(), {}, BLOCK, grammars)
+    result = runner.execute(
+        StepPlan((plan_for(constraint=impossible), plan_for(sequence=2, logprobs=True)))
+    )
+    assert result.tokens[0] is None
+    assert result.failures[0]
+    assert result.failures[1] is None
+    assert result.tokens[1] is not None
+    assert result.logprobs[1] is not None
+    grammars.forget(1)
