@@ -88,10 +88,11 @@ class BlockManager:
             found += self.block_size
         return found
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing."""
+    def grow(self, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
+        """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing, and
+        nothing unless ``spare`` blocks are left then."""
         missing = self.blocks_for(tokens) - len(sequence.blocks)
-        if missing > self.free:
+        if missing > 0 and missing + spare > self.free:
             return False
         for _ in range(missing):
             block = self._free.pop() if self._free else self._cache.give_up()

@@ -242,7 +242,10 @@ class Scheduler:
         """Let a waiting sequence run: tokens it computes, 0 if there are no blocks for it."""
         sequence.computed = self.blocks.adopt(sequence)
         count = self._chunk(sequence, left)
-        if not self.blocks.grow(sequence, sequence.computed + count):
+        # Those that run will each want a block soon: without one to spare for them, this
+        # one would be preempted a few steps later, and its work lost.
+        spare = len(self._running)
+        if not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
             self.blocks.release(sequence)
             sequence.computed = 0
             return 0

@@ -212,7 +212,18 @@ def _published_before_computed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_start", wrong)
 
 
-def _prefill_before_decode(patch: pytest.MonkeyPatch) -> None:
+def _some_decode_later(patch: pytest.MonkeyPatch) -> None:
+    right = Scheduler._choose
+
+    def wrong(self: Scheduler, sequence: Sequence, count: int, chosen: dict[int, Any]) -> int:
+        if sequence.remaining == 1 and len(chosen) >= 2:
+            return 0
+        return right(self, sequence, count, chosen)
+
+    patch.setattr(Scheduler, "_choose", wrong)
+
+
+def _the_first_is_preempted_too(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.schedule
 
     def wrong(self: Scheduler, now: float) -> StepPlan | None:
@@ -251,9 +262,9 @@ def _the_last_token_is_adopted_too(patch: pytest.MonkeyPatch) -> None:
 def _grow_hands_out_one_block_twice(patch: pytest.MonkeyPatch) -> None:
     right = BlockManager.grow
 
-    def wrong(self: BlockManager, sequence: Sequence, tokens: int) -> bool:
+    def wrong(self: BlockManager, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
         before = len(sequence.blocks)
-        grown = right(self, sequence, tokens)
+        grown = right(self, sequence, tokens, spare=spare)
         if before and len(sequence.blocks) > before and len(self._free) % 7 == 3:
             self._free.append(sequence.blocks[-1])
         return grown
@@ -316,7 +327,8 @@ BUGS = [
     _end_forgets_the_hold,
     _nothing_is_forgotten,
     _published_before_computed,
-    _prefill_before_decode,
+    _some_decode_later,
+    _the_first_is_preempted_too,
     _shared_blocks_are_freed,
     _the_last_token_is_adopted_too,
     _grow_hands_out_one_block_twice,

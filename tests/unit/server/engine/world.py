@@ -83,6 +83,8 @@ class World:
     pool: dict[int, Cell] = field(default_factory=dict)
     memory: set[tuple[str, str]] = field(default_factory=set)
     preempted: set[int] = field(default_factory=set)
+    starts: list[int] = field(default_factory=list)
+    """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
     cached_reads: int = 0
     computed: int = 0
@@ -208,7 +210,13 @@ class World:
         running = [s for s in self.live.values() if s.state is SequenceState.RUNNING]
         resident = {s.id for s in queue if self._on_device(s)}
         plan = self.scheduler.schedule(self.now)
-        self.preempted |= {s.id for s in running if s.state is SequenceState.WAITING}
+        preempted = {s.id for s in running if s.state is SequenceState.WAITING}
+        if running:
+            first = min((s.id for s in running), key=self.starts.index)
+            assert first not in preempted, "nobody is sure to get on"
+        started = [s.id for s in queue if s.state is SequenceState.RUNNING]
+        self.starts = [n for n in self.starts if n not in started] + started
+        self.preempted |= preempted
         self._check_order(queue, resident)
         if plan is not None:
             self._check_plan(plan, running)
