@@ -1,10 +1,13 @@
-"""What the core generated, as OpenAI's objects: whole answers and chunks of a stream."""
+"""What the core generated, as OpenAI's objects: whole answers and chunks of a stream.
+
+Here is what both kinds share; `chat` and `completions` hold their own forms.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,7 +15,7 @@ from veneer_server.openai.fields import CommonFields
 from veneer_server.rpc.generation import Delta, Generation
 from veneer_server.text.tokenizer import TextTokenizer
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece"]
+__all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
 
 Json = dict[str, Any]
 Tops = Sequence[tuple[int, float]]
@@ -32,7 +35,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class _Choice:
+class Choice:
     """What one choice has given so far.
 
     Attributes:
@@ -41,14 +44,14 @@ class _Choice:
     """
 
     text: list[str] = field(default_factory=list)
-    tokens: list[_Token] = field(default_factory=list)
+    tokens: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
     offset: int = 0
     started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Token:
+class TokenScore:
     """One token with its log-probability; the first of a prompt has none."""
 
     id: int
@@ -84,9 +87,9 @@ class Answer(ABC):
         self._echo = echo
         self._n = fields.n
         self._options = fields.stream_options
-        self._choices = [_Choice() for _ in range(prompts * fields.n)]
+        self._choices = [Choice() for _ in range(prompts * fields.n)]
         self._generations: dict[int, Generation] = {}
-        self._echoed: dict[int, list[_Token]] = {}
+        self._echoed: dict[int, list[TokenScore]] = {}
         self._head: Final[Json] = {
             "id": f"{self.id_prefix}-{request_id}",
             "created": int(time.time()),
@@ -160,22 +163,22 @@ class Answer(ABC):
             },
         }
 
-    def _choice(self, piece: Piece) -> tuple[int, _Choice]:
+    def _choice(self, piece: Piece) -> tuple[int, Choice]:
         self._generations[piece.prompt] = piece.generation
         at = piece.prompt * self._n + piece.delta.index
         return at, self._choices[at]
 
-    def _text(self, piece: Piece, choice: _Choice) -> str:
+    def _text(self, piece: Piece, choice: Choice) -> str:
         if self._echo and not choice.started:
             return piece.generation.prompt.text + piece.delta.text
         return piece.delta.text
 
-    def _tokens(self, piece: Piece, choice: _Choice) -> Iterator[_Token]:
+    def _tokens(self, piece: Piece, choice: Choice) -> Iterator[TokenScore]:
         delta = piece.delta
         if delta.prompt_logprobs is not None:
             ids = piece.generation.prompt.ids
             self._echoed[piece.prompt] = [
-                _Token(ids[0], None, ()),
+                TokenScore(ids[0], None, ()),
                 *_joined(ids[1:], delta.prompt_logprobs, delta.prompt_top_logprobs),
             ]
         if not choice.started:
@@ -190,125 +193,18 @@ class Answer(ABC):
         return data.decode(errors="replace") if data else self._tokenizer.token_name(token)
 
     @abstractmethod
-    def _whole_choice(self, at: int, text: str, choice: _Choice) -> Json:
+    def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
         """One entry of a whole answer's ``choices``."""
 
     @abstractmethod
     def _choice_chunks(
-        self, at: int, text: str, tokens: list[_Token], piece: Piece, choice: _Choice
+        self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
         """Entries of ``choices``, each for a chunk of its own."""
 
 
 def _joined(
     ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[Tops] | None
-) -> Iterator[_Token]:
+) -> Iterator[TokenScore]:
     for at, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-        yield _Token(token, logprob, tops[at] if tops is not None else ())
-
-
-class ChatAnswer(Answer):
-    """``chat.completion`` and its chunks."""
-
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-
-    def _whole_choice(self, at: int, text: str, choice: _Choice) -> Json:
-        return {
-            "index": at,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprob_object(choice.tokens),
-            "finish_reason": choice.finish,
-        }
-
-    def _choice_chunks(
-        self, at: int, text: str, tokens: list[_Token], piece: Piece, choice: _Choice
-    ) -> Iterator[Json]:
-        def chunk(delta: Mapping[str, str], logprobs: Json | None, finish: str | None) -> Json:
-            return {
-                "index": at,
-                "delta": delta,
-                "logprobs": logprobs,
-                "finish_reason": finish,
-            }
-
-        if not choice.started:
-            yield chunk({"role": "assistant", "content": ""}, None, None)
-        if text or tokens:
-            yield chunk({"content": text}, self._logprob_object(tokens), None)
-        if piece.delta.finish is not None:
-            yield chunk({}, None, piece.delta.finish)
-
-    def _logprob_object(self, tokens: Sequence[_Token]) -> Json | None:
-        if not self._logprobs:
-            return None
-        content = [
-            {
-                **self._entry(token.id, token.logprob),
-                "top_logprobs": [self._entry(*top) for top in token.tops],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float | None) -> Json:
-        data = self._tokenizer.token_bytes(token)
-        return {
-            "token": self._name(token),
-            "logprob": logprob,
-            "bytes": list(data) if data else None,
-        }
-
-
-class CompletionAnswer(Answer):
-    """``text_completion``; its chunks have the same form."""
-
-    kind = chunk_kind = "text_completion"
-    id_prefix = "cmpl"
-
-    def _whole_choice(self, at: int, text: str, choice: _Choice) -> Json:
-        return {
-            "index": at,
-            "text": text,
-            "logprobs": self._logprob_object(choice.tokens, choice),
-            "finish_reason": choice.finish,
-        }
-
-    def _choice_chunks(
-        self, at: int, text: str, tokens: list[_Token], piece: Piece, choice: _Choice
-    ) -> Iterator[Json]:
-        finish = piece.delta.finish
-        if text or tokens or finish is not None:
-            yield {
-                "index": at,
-                "text": text,
-                "logprobs": self._logprob_object(tokens, choice),
-                "finish_reason": finish,
-            }
-
-    def _logprob_object(self, tokens: Sequence[_Token], choice: _Choice) -> Json | None:
-        if not self._logprobs:
-            return None
-        names = [self._name(token.id) for token in tokens]
-        offsets = []
-        for token, name in zip(tokens, names, strict=True):
-            offsets.append(choice.offset)
-            if self._tokenizer.token_bytes(token.id):
-                choice.offset += len(name)
-        return {
-            "tokens": names,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._top_object(token) for token in tokens],
-            "text_offset": offsets,
-        }
-
-    def _top_object(self, token: _Token) -> Json | None:
-        """Text to log-probability. The chosen token is in it, likely or not; of two
-        tokens with the same text the likelier one stays."""
-        if token.logprob is None:
-            return None
-        tops: Json = {}
-        for other, logprob in (*token.tops, (token.id, token.logprob)):
-            tops.setdefault(self._name(other), logprob)
-        return tops
+        yield TokenScore(token, logprob, tops[at] if tops is not None else ())

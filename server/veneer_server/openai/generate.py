@@ -17,7 +17,9 @@ from veneer_server.engine.client import EngineClient
 from veneer_server.errors import internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.metrics import Metrics
-from veneer_server.openai.answers import Answer, ChatAnswer, CompletionAnswer, Piece
+from veneer_server.openai.answers import Answer, Piece
+from veneer_server.openai.chat import ChatAnswer
+from veneer_server.openai.completions import CompletionAnswer
 from veneer_server.openai.errors import HttpError
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
 from veneer_server.openai.requests import chat_requests, completion_requests

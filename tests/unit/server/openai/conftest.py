@@ -9,6 +9,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2
+from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.rpc.front_harness import Front, running
 
@@ -45,3 +46,8 @@ async def http(front: Front) -> AsyncIterator[httpx.AsyncClient]:
     base = f"http://{front.addresses['openai']}"
     async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> TextTokenizer:
+    return TextTokenizer.from_folder(base_folder)

@@ -1,0 +1,62 @@
+"""The form of a completion's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from veneer_server.openai.answers import Answer, Choice, Json, Piece, TokenScore
+
+__all__ = ["CompletionAnswer"]
+
+
+class CompletionAnswer(Answer):
+    """``text_completion``; its chunks have the same form."""
+
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
+
+    def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
+        return {
+            "index": at,
+            "text": text,
+            "logprobs": self._logprob_object(choice.tokens, choice),
+            "finish_reason": choice.finish,
+        }
+
+    def _choice_chunks(
+        self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
+    ) -> Iterator[Json]:
+        finish = piece.delta.finish
+        if text or tokens or finish is not None:
+            yield {
+                "index": at,
+                "text": text,
+                "logprobs": self._logprob_object(tokens, choice),
+                "finish_reason": finish,
+            }
+
+    def _logprob_object(self, tokens: Sequence[TokenScore], choice: Choice) -> Json | None:
+        if not self._logprobs:
+            return None
+        names = [self._name(token.id) for token in tokens]
+        offsets = []
+        for token, name in zip(tokens, names, strict=True):
+            offsets.append(choice.offset)
+            if self._tokenizer.token_bytes(token.id):
+                choice.offset += len(name)
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top_object(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top_object(self, token: TokenScore) -> Json | None:
+        """Text to log-probability. The chosen token is in it, likely or not; of two
+        tokens with the same text the likelier one stays."""
+        if token.logprob is None:
+            return None
+        tops: Json = {}
+        for other, logprob in (*token.tops, (token.id, token.logprob)):
+            tops.setdefault(self._name(other), logprob)
+        return tops
