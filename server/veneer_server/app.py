@@ -35,6 +35,7 @@ from veneer_server.metrics import Metrics
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
+from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
 from veneer_server.rpc.calls import Calls, Phase
@@ -45,7 +46,6 @@ from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
-from veneer_server.rpc.watch import AdapterEvents
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
 

@@ -16,10 +16,11 @@ from veneer_registry.registry import AdapterRecord, Registry
 from veneer_server.engine.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.rpc import convert
+from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_view import AdapterUse, AdapterView, source_of
 from veneer_server.rpc.threads import to_the_end
 from veneer_server.rpc.upload import Uploads
-from veneer_server.rpc.watch import AdapterEvents, AdapterWatch
+from veneer_server.rpc.watch import AdapterWatch
 
 __all__ = ["AdapterService"]
 

@@ -23,8 +23,9 @@ from veneer_server.engine.messages import (
     StepDone,
     WireError,
 )
+from veneer_server.rpc.adapter_events import AdapterEvents, Weights
 from veneer_server.rpc.upload import Uploads
-from veneer_server.rpc.watch import AdapterEvents, AdapterWatch, Weights
+from veneer_server.rpc.watch import AdapterWatch
 
 from tests.unit.server.rpc.front_harness import Front, make_adapter, running
 
