@@ -15,7 +15,7 @@ import httpx
 import pytest
 from veneer_registry.errors import InternalError
 from veneer_server.app import App, CannotListen
-from veneer_server.config import load_config
+from veneer_server.config import ConfigInvalid, load_config
 from veneer_server.engine.messages import SequenceOutput
 from veneer_server.openai import GatewayMissing, require_gateway
 from veneer_server.openai.wire import ABORT, ReaderStopped, Reply
@@ -249,3 +249,11 @@ async def test_without_the_extra_the_flag_fails_at_once(
     with pytest.raises(GatewayMissing):
         await App(config, print).run()
     assert not (tmp_path / "data").exists(), "before any work"
+
+
+def test_an_open_address_needs_insecure_as_for_grpc() -> None:
+    given = {"openai_listen": "0.0.0.0:8000"}
+    with pytest.raises(ConfigInvalid, match="--openai-listen.*--insecure"):
+        load_config(given, {})
+    assert load_config({**given, "insecure": True}, {}).openai_listen == ("0.0.0.0", 8000)
+    assert load_config({}, {}).openai_listen is None
