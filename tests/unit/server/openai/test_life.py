@@ -253,7 +253,7 @@ async def test_without_the_extra_the_flag_fails_at_once(
 
 def test_an_open_address_needs_insecure_as_for_grpc() -> None:
     given = {"openai_listen": "0.0.0.0:8000"}
-    with pytest.raises(ConfigInvalid, match="--openai-listen.*--insecure"):
+    with pytest.raises(ConfigInvalid, match=r"--openai-listen.*--insecure"):
         load_config(given, {})
     assert load_config({**given, "insecure": True}, {}).openai_listen == ("0.0.0.0", 8000)
     assert load_config({}, {}).openai_listen is None
