@@ -161,22 +161,30 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
     runner = ModelRunner(FakeBackend(), {}, BLOCK)
     plan = StepPlan(
         (
+            plan_for(tokens=(8,)),
             plan_for(logprobs=True, top_logprobs=3),
             plan_for(logprobs=True),
-            plan_for(),
             plan_for(tokens=(5, 6, 7), score=(6, 7), position=3, logprobs=True, top_logprobs=2),
             plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2),
         )
     )
     result = runner.execute(plan)
-    assert result.tokens[0] == result.tokens[1] == result.tokens[2]
+    assert result.tokens[1] == result.tokens[2] != result.tokens[0]
     assert result.tokens[4] is None
-    assert result.logprobs[0] == result.logprobs[1]
-    assert result.logprobs[2] is None
-    assert [None if t is None else len(t) for t in result.tops] == [3, None, None, 2, None]
-    assert result.tops[0] is not None
-    assert result.tops[0][0] == (result.tokens[0], pytest.approx(result.logprobs[0]))
-    assert [len(t) for t in result.score_tops] == [0, 0, 0, 2, 2]
+    assert result.logprobs[1] == result.logprobs[2]
+    assert result.logprobs[0] is None
+    assert [None if t is None else len(t) for t in result.tops] == [None, 3, None, 2, None]
+    for row in (1, 3):  # greedy: the likeliest is the one that was chosen
+        tops = result.tops[row]
+        assert tops is not None
+        assert tops[0] == (result.tokens[row], pytest.approx(result.logprobs[row]))
+    assert [[len(t) for t in tops] for tops in result.score_tops] == [
+        [],
+        [],
+        [],
+        [2, 2],
+        [2, 2],
+    ]
     # The first rows of both score the same token at the same place.
     assert result.scores[3] == result.scores[4]
     assert result.score_tops[3] == result.score_tops[4]
