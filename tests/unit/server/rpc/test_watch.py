@@ -278,6 +278,26 @@ async def test_who_falls_behind_is_closed() -> None:
     assert gate.is_set()
 
 
+async def test_what_happens_during_the_snapshot_follows_it() -> None:
+    events, seen = AdapterEvents(), []
+
+    async def write(message: Any) -> None:
+        seen.append((message.event, message.sequence - events.last))
+        if message.event == pb.ADAPTER_EVENT_RESET:
+            await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
+            events.close()
+
+    class Someone(Nobody):
+        def holding(self, digest: str) -> Any:
+            return ("a record",)
+
+    view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
+    watch = AdapterWatch(Someone(), view, events)  # type: ignore[arg-type]
+    with pytest.raises(Draining):
+        await watch.serve(0, write)
+    assert seen[1:] == [(pb.ADAPTER_EVENT_LOADED, 0), (pb.ADAPTER_EVENT_SYNCED, 0)]
+
+
 async def test_who_stops_reading_is_closed() -> None:
     async def write(message: Any) -> None:
         await asyncio.Event().wait()
