@@ -19,9 +19,6 @@ from veneer_server.rpc.calls import Calls
 
 __all__ = ["CallInterceptor"]
 
-_STATUS_LIMIT_S: Final = 1.0
-"""Longest wait for a caller to take the status of a failed call."""
-
 _OURS: Final = "/veneer.v1."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -105,13 +102,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 handled.labels(service, name, code).inc()
             status = to_grpc_status(failure)
             self._metrics.failures.labels(failure.reason).inc()
-            try:
-                async with asyncio.timeout(_STATUS_LIMIT_S):
-                    return await context.abort(status.code, status.message, status.trailing)
-            except TimeoutError:
-                # The status waits in gRPC behind one message that the caller does not
-                # take; it gets both if it ever reads again. Nothing of ours waits.
-                raise asyncio.CancelledError from None
+            # Does not wait for the caller: where it takes nothing, the status stays in
+            # gRPC behind the one message that is stuck.
+            return await context.abort(status.code, status.message, status.trailing)
 
         return guarded
 

@@ -24,9 +24,18 @@ async def front(base_folder: Path, front_cache: Path, tmp_path: Path) -> AsyncIt
         yield f
 
 
-@pytest.mark.parametrize("readers", [1, 5])
-async def test_its_work_ends_and_nothing_waits_for_it(front: Front, readers: int) -> None:
-    many = [SequenceOutput(1, [1000] * 20_000) for _ in range(40)]
+@pytest.mark.parametrize(
+    ("readers", "tokens"),
+    [
+        pytest.param(1, 20_000, id="first message stuck"),
+        pytest.param(5, 20_000, id="five of these"),
+        pytest.param(5, 100, id="stuck after a while"),
+    ],
+)
+async def test_its_work_ends_and_nothing_waits_for_it(
+    front: Front, readers: int, tokens: int
+) -> None:
+    many = [SequenceOutput(1, [1000] * tokens) for _ in range(800_000 // tokens)]
     front.engine.script = [*many, SequenceOutput(1, [1001], finish="stop")]
     async with grpc.aio.insecure_channel(front.addresses["grpc"], SMALL_WINDOW) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
