@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput
 from veneer_server.engine.messages import Constraint, SamplingParams, SequenceOutput
+from veneer_server.rpc import generation
 from veneer_server.rpc.samples import SampleStreams, sample_seed
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -188,6 +191,32 @@ async def test_every_option_reaches_the_engine(front: Front) -> None:
     assert second["constraint"] is None
 
 
+async def test_a_slow_check_of_a_constraint_delays_no_other_request(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does cancelling it let a second check begin beside it."""
+    begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+    go_on = threading.Event()
+
+    def check(constraint: Constraint) -> None:
+        begun.put(constraint.text)
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(generation, "check_constraint", check)
+    slow = [
+        front.inference.Generate(prompt(constraint=pb.Constraint(regex=text))) for text in "ab"
+    ]
+    first = await asyncio.to_thread(begun.get, timeout=30)
+    free = await front.inference.Generate(prompt())
+    assert len(free.token_ids) == 4
+    cancelled, other = slow if first == "a" else reversed(slow)
+    cancelled.cancel()
+    await front.inference.Generate(prompt())
+    assert begun.empty()
+    go_on.set()
+    assert len((await other).token_ids) == 4
+
+
 async def test_streams_take_turns_and_close_whole() -> None:
     closed: list[str] = []
 
@@ -205,10 +234,11 @@ async def test_streams_take_turns_and_close_whole() -> None:
     for index, name in enumerate("ab"):
         streams.add(index, counting(name, open_gate))
     streams.add(2, counting("never", shut_gate))
-    turns = [(await streams.next())[0] for _ in range(20)]
+    turns = [(await streams.next())[0] for _ in range(21)]
     assert abs(turns.count(0) - turns.count(1)) <= 1
-    await streams.close(0)
-    assert {(await streams.next())[0] for _ in range(5)} == {1}
+    assert turns[-1] == 0
+    await streams.close(1)  # its turn had come
+    assert {(await streams.next())[0] for _ in range(5)} == {0}
     await streams.aclose()
     await streams.aclose()
-    assert closed == ["a", "b", "never"]
+    assert closed == ["b", "a", "never"]
