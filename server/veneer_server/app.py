@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -19,20 +18,18 @@ from veneer_proto.v1 import (
     inference_pb2_grpc,
     server_pb2_grpc,
 )
-from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import VeneerError
-from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
 from veneer_server.config import Address, ServerConfig
 from veneer_server.engine.client import EngineClient, EngineEvent
-from veneer_server.engine.messages import EngineConfig, EngineInfo
+from veneer_server.engine.messages import EngineInfo
 from veneer_server.logs import get_logger
-from veneer_server.machine import find_gpu, host_memory
-from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
+from veneer_server.memory import MemoryPlan
 from veneer_server.metrics import Metrics
-from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
 from veneer_server.rpc.adapter_events import AdapterEvents
@@ -46,6 +43,7 @@ from veneer_server.rpc.interceptors import CallInterceptor
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
+from veneer_server.startup import engine_config, fingerprint_of, memory_for
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
 
@@ -145,10 +143,10 @@ class App:
         if decoder.quantization is not None:
             # A folder stored in 4 bits is served as it is, whatever the flag says.
             config = self._config = replace(config, quantization=decoder.quantization)
-        memory = await asyncio.to_thread(_plan_memory, decoder, config)
+        memory = await asyncio.to_thread(memory_for, decoder, config)
         prompts = Prompts(base_folder.path)
         self._resources.push_async_callback(prompts.close)
-        fingerprint = await asyncio.to_thread(_fingerprint, base_folder.path, config)
+        fingerprint = await asyncio.to_thread(fingerprint_of, base_folder.path, config)
         base = BaseSpec(
             name=base_folder.name,
             num_layers=decoder.num_layers,
@@ -235,25 +233,7 @@ class App:
             host=config.host_cache_bytes, device=config.device_adapter_bytes
         )
         return self._make_engine(
-            EngineConfig(
-                base_folder=str(folder.path),
-                cache_folder=str(config.cache_dir),
-                base_name=base.name,
-                weights_fingerprint=base.fingerprint.weights,
-                device=config.device,
-                quantization=config.quantization,
-                dtype=config.dtype,
-                threads=config.threads,
-                max_batch_tokens=config.max_batch_tokens,
-                max_prefill_tokens=config.max_prefill_tokens,
-                prefix_cache=config.prefix_cache,
-                exact=config.exact,
-                max_running=config.max_running,
-                block_size=BLOCK_TOKENS,
-                kv_cache_bytes=memory.kv_cache_bytes,
-                host_adapter_bytes=config.host_cache_bytes,
-                device_adapter_bytes=config.device_adapter_bytes,
-            ),
+            engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
             on_event=self._engine_event,
             on_health=self._engine_health,
@@ -366,7 +346,7 @@ class App:
             f"backend={info.backend}  context={info.context_length}  "
             f"kv={info.kv_cache_tokens} tokens  "
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
-            f"host {config.host_cache_bytes >> 20} MiB"
+            f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
 
 
@@ -379,37 +359,6 @@ def _keepalive(limit_s: float) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", limit_ms // 3),
         ("grpc.http2.max_pings_without_data", 0),
     ]
-
-
-def _plan_memory(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
-    """The plan, before anything is loaded; logged, since it says what may be lowered."""
-    host, gpu = host_memory(), find_gpu(config.device)
-    plan = plan_memory(decoder, config, host, gpu)
-    _log.info("memory", plan=str(plan))
-    if plan.shrunk:
-        _log.warning(
-            "memory is short, so the KV cache is small: lower the adapter budgets for more",
-            kv_cache_mib=plan.kv_cache_bytes >> 20,
-        )
-    taken = next(pool.total for pool in plan.pools if pool.name == "host")
-    if taken > host.available:
-        _log.warning(
-            "other programs use memory that this server may need later",
-            planned_mib=taken >> 20,
-            available_mib=host.available >> 20,
-        )
-    return plan
-
-
-def _fingerprint(folder: Path, config: ServerConfig) -> BaseFingerprint:
-    quantization = None
-    if config.quantization != "none":
-        quantization = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": config.quantization,
-            "bnb_4bit_use_double_quant": True,
-        }
-    return fingerprint_base(folder, quantization=quantization, cache_dir=config.cache_dir)
 
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:

@@ -104,6 +104,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         return "; ".join(map(str, self.pools))
 
+    @property
+    def summary(self) -> str:
+        """Totals alone, for a line that says much else."""
+        return ", ".join(f"{p.name} {_mib(p.total)} of {_mib(p.limit)} MiB" for p in self.pools)
+
 
 def plan_memory(
     model: DecoderConfig, config: ServerConfig, host: HostMemory, gpu: Gpu | None

@@ -1,0 +1,81 @@
+"""What `App.startup` works out before it starts anything: base identity, memory, engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.fingerprint import fingerprint_base
+
+from veneer_server.config import ServerConfig
+from veneer_server.engine.messages import EngineConfig
+from veneer_server.logs import get_logger
+from veneer_server.machine import find_gpu, host_memory
+from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
+from veneer_server.models.config import DecoderConfig
+from veneer_server.models.source import BaseFolder
+
+__all__ = ["engine_config", "fingerprint_of", "memory_for"]
+
+_log = get_logger(__name__)
+
+
+def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
+    """The memory plan, logged: it says what may be lowered. May take seconds (a GPU).
+
+    Raises:
+        MemoryTooSmall: the configuration does not fit this machine.
+    """
+    host = host_memory()
+    plan = plan_memory(decoder, config, host, find_gpu(config.device))
+    _log.info("memory", plan=str(plan))
+    if plan.shrunk:
+        _log.warning(
+            "memory is short, so the KV cache is small: lower the adapter budgets for more",
+            kv_cache_mib=plan.kv_cache_bytes >> 20,
+        )
+    taken = next(pool.total for pool in plan.pools if pool.name == "host")
+    if taken > host.available:
+        _log.warning(
+            "other programs use memory that this server may need later",
+            planned_mib=taken >> 20,
+            available_mib=host.available >> 20,
+        )
+    return plan
+
+
+def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
+    """Of the base as it will be served; hashes its weights unless that is cached."""
+    quantization = None
+    if config.quantization != "none":
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": config.quantization,
+            "bnb_4bit_use_double_quant": True,
+        }
+    return fingerprint_base(folder, quantization=quantization, cache_dir=config.cache_dir)
+
+
+def engine_config(
+    config: ServerConfig, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan
+) -> EngineConfig:
+    """What the engine process is started with."""
+    return EngineConfig(
+        base_folder=str(folder.path),
+        cache_folder=str(config.cache_dir),
+        base_name=base.name,
+        weights_fingerprint=base.fingerprint.weights,
+        device=config.device,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        threads=config.threads,
+        max_batch_tokens=config.max_batch_tokens,
+        max_prefill_tokens=config.max_prefill_tokens,
+        prefix_cache=config.prefix_cache,
+        exact=config.exact,
+        max_running=config.max_running,
+        block_size=BLOCK_TOKENS,
+        kv_cache_bytes=memory.kv_cache_bytes,
+        host_adapter_bytes=config.host_cache_bytes,
+        device_adapter_bytes=config.device_adapter_bytes,
+    )
