@@ -136,20 +136,20 @@ def test_cached_tokens_are_reported_once_with_the_first_output_and_its_step() ->
     assert (occupancy.kv_blocks_used, occupancy.kv_blocks_cached) == (0, 2)
 
 
-def with_deadline(number: int, prompt: int, deadline_s: float) -> Submit:
-    return Submit(number, list(range(prompt)), 3, SamplingParams(), deadline_s=deadline_s)
+def with_deadline(number: int, prompt: range, deadline_s: float) -> Submit:
+    return Submit(number, list(prompt), 3, SamplingParams(), deadline_s=deadline_s)
 
 
 def test_a_deadline_is_refused_when_what_waits_ahead_makes_it_impossible() -> None:
     """The loop's pace is told, not measured: 32 tokens a second at best."""
     engine = Engine()
-    engine.inbox.put(with_deadline(1, 40, 0.001))
+    engine.inbox.put(with_deadline(1, range(40), 0.001))
     engine.turn()
     assert engine.of(SequenceFailed) == [], "nothing was measured yet"
     engine.loop._pace.observe(32, 1.0)
     engine.loop._pace.tokens_per_s = 32.0  # forget the step above: it took no time
-    engine.inbox.put(with_deadline(2, 40, 0.5))
-    engine.inbox.put(with_deadline(3, 8, 0.3))
+    engine.inbox.put(with_deadline(2, range(100, 140), 0.5))
+    engine.inbox.put(with_deadline(3, range(50, 58), 0.3))
     engine.loop._take_messages(block=False)
     engine.loop._flush()
     alone, behind = [m for m in engine.sent if isinstance(m, SequenceFailed)]
@@ -162,7 +162,7 @@ def test_a_deadline_is_refused_when_what_waits_ahead_makes_it_impossible() -> No
     while engine.scheduler.has_work():
         engine.turn()
     engine.loop._pace.tokens_per_s = 32.0
-    engine.inbox.put(with_deadline(4, 8, 0.3))
-    engine.inbox.put(with_deadline(5, 40, 0.5))  # the first one's prompt: it is cached
+    engine.inbox.put(with_deadline(4, range(50, 58), 0.3))
+    engine.inbox.put(with_deadline(5, range(40), 0.5))  # the first one's prompt: it is cached
     engine.loop._take_messages(block=False)
     assert engine.scheduler.waiting == 2
