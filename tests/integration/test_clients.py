@@ -23,7 +23,7 @@ from veneer_client import (
     Text,
     Tier,
 )
-from veneer_registry.errors import AdapterNotFound, InvalidField
+from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, InvalidField
 
 from tests.server_harness import Server, running_server
 
@@ -194,7 +194,7 @@ async def test_the_command_talks_and_plans(published: Server) -> None:
 # -------------------------------------------------------- watching, over everything
 
 
-async def test_watch_and_retries_over_a_full_queue_a_dead_engine_and_a_restart(
+async def test_watch_and_retries_over_damage_a_full_queue_a_dead_engine_and_a_restart(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     """One server's hard day; the callers of the clients notice only that it takes longer."""
@@ -215,6 +215,22 @@ async def test_watch_and_retries_over_a_full_queue_a_dead_engine_and_a_restart(
             AdapterEventKind.LOADED,
             AdapterEventKind.ACTIVATED,
         ]
+
+        # Damage at rest: told to those who watch, repaired by pushing again.
+        chat = (await client.get("chat")).adapter
+        await client.evict("chat")
+        weights = data / "store" / "weights" / chat.weights_digest / "adapter_model.safetensors"
+        weights.chmod(0o644)
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(AdapterCorrupt):
+            await client.activate("chat")
+        events = [e async for e in _up_to(watch, AdapterEventKind.FAILED)]
+        assert [e.kind for e in events] == [AdapterEventKind.EVICTED, AdapterEventKind.FAILED]
+        assert "push the adapter again" in events[-1].detail
+        await client.push(EXAMPLES / "adapters" / "chat", "chat", activate=True)
+        seen = [e.kind async for e in _up_to(watch, AdapterEventKind.ACTIVATED)]
+        assert seen == [AdapterEventKind.LOADED, AdapterEventKind.ACTIVATED]
 
         # A full queue: told to come back, it does.
         stream = server.stream(prompt="Go", stopping=endless)
