@@ -23,6 +23,8 @@ from veneer_client.records import (
     Eviction,
     EvictMode,
     Limit,
+    Memory,
+    MemoryPool,
     SequenceCapacity,
     ServerInfo,
     ServingStatus,
@@ -135,6 +137,19 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         adapters_registered=message.adapters_registered,
         adapters_on_device=message.adapters_on_device,
         engine_starts=message.engine_starts,
+        memory=Memory(
+            pools=tuple(
+                MemoryPool(
+                    name=pool.name,
+                    uses={use.name: use.bytes for use in pool.uses},
+                    total=pool.total_bytes,
+                    limit=pool.limit_bytes,
+                )
+                for pool in message.memory.pools
+            ),
+            front_peak=message.memory.front_peak_bytes,
+            engine_peak=message.memory.engine_peak_bytes,
+        ),
     )
 
 

@@ -24,6 +24,8 @@ __all__ = [
     "EvictMode",
     "Eviction",
     "Limit",
+    "Memory",
+    "MemoryPool",
     "Pushed",
     "SequenceCapacity",
     "ServerInfo",
@@ -194,6 +196,31 @@ class Budgets:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPool:
+    """Memory that the server plans with; bytes.
+
+    Attributes:
+        name: ``host``, or ``device`` where that has memory of its own.
+        uses: ``base``, ``kv_cache``, ``adapters`` ... ; adds up to ``total``.
+        limit: what there is, of the machine or its container.
+    """
+
+    name: str
+    uses: Mapping[str, int]
+    total: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The plan, and the largest resident sets so far; bytes."""
+
+    pools: tuple[MemoryPool, ...]
+    front_peak: int
+    engine_peak: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server is.
 
@@ -213,6 +240,7 @@ class ServerInfo:
     adapters_registered: int
     adapters_on_device: int
     engine_starts: int
+    memory: Memory
 
 
 class ServingStatus(Enum):

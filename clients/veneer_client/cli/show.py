@@ -137,7 +137,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
     restarts = (
         "" if info.engine_starts <= 1 else f" (engine started {info.engine_starts} times)"
     )
-    return {
+    rows = {
         "version": info.version,
         "base model": f"{base.name} ({base.architecture}, {base.parameters:,} parameters)",
         "weights": f"{base.quantization}, {byte_size(base.size)}; activations {base.dtype}",
@@ -154,3 +154,13 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         f"{budgets.max_queue} waiting",
         "up": f"{info.uptime_s:.0f} s{restarts}",
     }
+    for pool in info.memory.pools:
+        uses = " + ".join(f"{name} {byte_size(size)}" for name, size in pool.uses.items())
+        rows[f"{pool.name} memory"] = (
+            f"{uses} = {byte_size(pool.total)} of {byte_size(pool.limit)}"
+        )
+    rows["used at most"] = (
+        f"front {byte_size(info.memory.front_peak)}, "
+        f"engine {byte_size(info.memory.engine_peak)}"
+    )
+    return rows

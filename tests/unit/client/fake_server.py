@@ -293,6 +293,21 @@ class FakeServer(
             backend="fake",
             context_length=128,
             engine_starts=1,
+            memory=server_pb2.Memory(
+                pools=[
+                    server_pb2.MemoryPool(
+                        name="host",
+                        uses=[
+                            server_pb2.MemoryUse(name="base", bytes=1024),
+                            server_pb2.MemoryUse(name="kv_cache", bytes=2048),
+                        ],
+                        total_bytes=3072,
+                        limit_bytes=4096,
+                    )
+                ],
+                front_peak_bytes=512,
+                engine_peak_bytes=2560,
+            ),
         )
 
     def PlanCapacity(self, request, context):  # noqa: N802

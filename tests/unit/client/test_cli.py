@@ -295,7 +295,10 @@ def test_health_is_an_exit_status(server: FakeServer, run: Run) -> None:
 
 
 def test_info(run: Run) -> None:
-    assert "fake-base" in run("info").stdout
+    shown = run("info").stdout
+    assert "fake-base" in shown
+    assert "base 1.0 KiB + kv_cache 2.0 KiB = 3.0 KiB of 4.0 KiB" in shown
+    assert "front 512 B, engine 2.5 KiB" in shown
     assert json.loads(run("info", "--json").stdout)["context_length"] == 128
 
 
