@@ -8,7 +8,9 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import grpc
 import pytest
 from veneer_client import AsyncClient, Client, GenerationStream, RetryPolicy, Text
 from veneer_client.failures import Attempts
@@ -37,25 +39,37 @@ def test_ctrl_c_ends_a_unary_call_not_only_the_waiting(server: FakeServer) -> No
     finger = threading.Thread(target=press)
     finger.start()
     with Client(server.address) as client:
-        with pytest.raises(KeyboardInterrupt) as held:  # and its frames with it
+        with pytest.raises(KeyboardInterrupt):
             client.generate(Text("hi"))
-        assert server.cancelled.wait(10), "while client and call are still known"
-        del held
+        assert server.cancelled.wait(10), "while the client still lives"
     finger.join()
 
 
+class Interrupted:
+    """A FAKE call: Ctrl-C is pressed while it is waited for, which no test can time."""
+
+    cancelled = False
+
+    def result(self) -> None:
+        raise KeyboardInterrupt
+
+    __next__ = result
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_ctrl_c_ends_a_unary_call_that_is_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Interrupted()
+    method = SimpleNamespace(future=lambda request, timeout: call)
+    channel = SimpleNamespace(unary_unary=lambda *_, **__: method, close=lambda: None)
+    monkeypatch.setattr(grpc, "insecure_channel", lambda *_, **__: channel)
+    with Client("nowhere:1") as client, pytest.raises(KeyboardInterrupt):
+        client.generate(Text("hi"))
+    assert call.cancelled
+
+
 def test_ctrl_c_ends_a_stream() -> None:
-    """As if pressed while it waits for a message, which no test can time."""
-
-    class Interrupted:
-        cancelled = False
-
-        def __next__(self) -> None:
-            raise KeyboardInterrupt
-
-        def cancel(self) -> None:
-            self.cancelled = True
-
     call = Interrupted()
     attempts = Attempts(RetryPolicy(), repeatable=True, timeout_s=None)
     stream = GenerationStream(StreamStart(lambda left_s: call, attempts, lambda error: error))
