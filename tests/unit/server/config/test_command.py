@@ -73,3 +73,17 @@ def test_the_front_imports_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+def test_memory_that_cannot_fit_is_refused_before_anything_is_loaded(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    done = command(
+        *("--base", str(base_folder), "--data-dir", str(tmp_path / "d")),
+        *("--cache-dir", str(tmp_path / "c"), "--host-cache-bytes", "900TiB"),
+        *("--device", "cpu", "--listen", "127.0.0.1:0", "--metrics-listen", ""),
+    )
+    assert done.returncode == 1
+    (line,) = [row for row in done.stderr.splitlines() if row.startswith("veneer-server:")]
+    assert "lower --host-cache-bytes" in line
+    assert "engine" not in done.stderr
