@@ -20,7 +20,7 @@ from veneer_client.cli.show import summary
 from veneer_client.client import Client
 from veneer_client.types import BoundOptions, ChatMessage
 
-__all__ = ["EXAMPLES", "Conversation", "chat"]
+__all__ = ["EXAMPLES", "Conversation", "Session", "chat"]
 
 EXAMPLES = """
 Examples:
@@ -75,7 +75,7 @@ def chat(
     """Talk with the model, turn by turn."""
     options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with errors_shown(context, debug), Client(find_server(context, server)) as client:
-        session = _Session(client, Conversation(system=system), options)
+        session = Session(client, Conversation(system=system), options)
         session.use(adapter)
         if sys.stdin.isatty():
             session.terminal()
@@ -83,7 +83,7 @@ def chat(
             session.script()
 
 
-class _Session:
+class Session:
     """Reads lines, obeys commands, shows answers."""
 
     def __init__(

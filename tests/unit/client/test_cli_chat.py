@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from veneer_client import Client
+from veneer_client.cli.chat import Conversation, Session
 from veneer_client.cli.main import cli
 
 from tests.unit.client.fake_server import FakeServer
@@ -146,15 +148,35 @@ def test_ctrl_c_stops_the_answer_not_the_program(server: FakeServer, tmp_path: P
         person.type("again\n")
         person.until("0 1 2 ")
         person.until("> ")
-        person.type("\x03")
-        person.until("Ctrl-D leaves")
-        person.until("> ")
         person.type("\x04")
         assert person.process.wait(30) == 0
     assert chats(server)[-1] == ("", ["user:hello", "assistant:0 ", "user:again"])
     history = next(tmp_path.rglob("chat_history"))
     assert history.read_text().splitlines()[-2:] == ["hello", "again"]
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_at_the_prompt_leaves_nothing_but_a_hint(
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not in the real terminal: Python may miss a Ctrl-C until the next key there."""
+    keys = iter([KeyboardInterrupt(), "hello", EOFError()])
+
+    def read(prompt: str) -> str:
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Client(server.address) as client:
+        Session(client, Conversation(), {}).terminal()
+    assert [turns for _, turns in chats(server)] == [["user:hello"]]
+    assert capsys.readouterr().err.count("Ctrl-D leaves") == 2, "at the start, and then"
 
 
 def test_lines_are_edited_and_errors_survived(server: FakeServer, tmp_path: Path) -> None:
