@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,31 +17,6 @@ from veneer_client.streams import StreamStart
 from veneer_registry.errors import ServerUnreachable
 
 from tests.unit.client.fake_server import FakeServer
-
-
-@pytest.fixture(autouse=True)
-def python_s_own_sigint() -> Iterator[None]:
-    """A suite started in the background inherits an ignored SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_ends_a_unary_call_not_only_the_waiting(server: FakeServer) -> None:
-    server.hold = threading.Event()
-    main = threading.get_ident()
-
-    def press() -> None:
-        server.begun.wait()
-        signal.pthread_kill(main, signal.SIGINT)
-
-    finger = threading.Thread(target=press)
-    finger.start()
-    with Client(server.address) as client:
-        with pytest.raises(KeyboardInterrupt):
-            client.generate(Text("hi"))
-        assert server.cancelled.wait(10), "while the client still lives"
-    finger.join()
 
 
 class Interrupted:
