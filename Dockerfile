@@ -14,7 +14,7 @@ COPY server server
 COPY clients clients
 COPY loadtest loadtest
 COPY training training
-RUN /opt/veneer/bin/pip install --no-cache-dir '.[server]'
+RUN /opt/veneer/bin/pip install --no-cache-dir '.[server,gateway]'
 
 FROM python:3.12-slim-trixie
 # A C library for OpenMP is all that torch and bitsandbytes need beside Python.
@@ -31,7 +31,7 @@ ENV PATH=/opt/veneer/bin:$PATH \
 USER 10001
 WORKDIR /var/lib/veneer
 VOLUME ["/var/lib/veneer"]
-EXPOSE 50051 9095
+EXPOSE 50051 8000 9095
 # The health rpc answers SERVING only while the step loop advances.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
   CMD ["veneer", "--server", "127.0.0.1:50051", "health"]
