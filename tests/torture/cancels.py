@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import grpc
 from veneer_proto.v1 import adapters_pb2, inference_pb2_grpc, server_pb2
 
 from tests.server_harness import Server, request, running_server
+from tests.torture.freeing import Phase, measure
 
 AT_ONCE = 24
 
@@ -154,20 +155,6 @@ async def all_free(server: Server) -> None:
     assert info.engine_starts == 1, "the engine found an error in its own books"
 
 
-async def time_to_free(server: Server, probes: int) -> list[float]:
-    """Seconds from a cancel to the metrics that show its place free, one at a time."""
-    found = []
-    for _ in range(probes):
-        stream = server.stream(prompt="Go", stopping={"max_tokens": 4000, "ignore_eos": True})
-        await stream.first()
-        began = time.perf_counter()
-        stream.call.cancel()
-        while (await server.metric("veneer_num_requests_running"))[""]:
-            pass
-        found.append(time.perf_counter() - began)
-    return found
-
-
 async def _main(count: int, seed: int, folders: list[Path], cache: Path) -> None:
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -183,15 +170,13 @@ async def _main(count: int, seed: int, folders: list[Path], cache: Path) -> None
             await all_free(server)
             print(f"seed {seed}: {count} requests in {ended - began:.1f} s: {dict(ends)}")
             print(f"all free {time.perf_counter() - ended:.3f} s after the last one ended")
-            waits = await time_to_free(server, 50)
-            steps = await server.metric("veneer_step_seconds_sum")
-            done = await server.metric("veneer_step_seconds_count")
-            step = steps['phase="decode"'] / done['phase="decode"']
-            print(
-                f"a cancelled stream is free after {statistics.median(waits) * 1000:.0f} ms "
-                f"(median), {max(waits) * 1000:.0f} ms (worst of {len(waits)}), scrape "
-                f"included; a decode step takes {step * 1000:.0f} ms (mean)"
-            )
+            for phase, deadline in product(Phase, (False, True)):
+                if phase is Phase.PREFILLING and deadline:
+                    continue  # refused early: there is nothing to free
+                freed = await measure(
+                    server, phase, deadline=deadline, probes=20, names=names[:2], seed=seed
+                )
+                print(freed)
             await server.stop()
 
 
@@ -200,6 +185,6 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
-    parser.add_argument("adapters", type=Path, nargs="+", help="adapter folders")
+    parser.add_argument("adapters", type=Path, nargs="+", help="adapter folders, two or more")
     given = parser.parse_args()
     asyncio.run(_main(given.count, given.seed, given.adapters, given.cache_dir))

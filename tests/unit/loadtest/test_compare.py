@@ -268,6 +268,23 @@ def test_commands_on_the_real_server(
     assert [line.partition("=")[0] for line in last] == ["ratio_1", "ratio_2"]
 
 
+@pytest.mark.real_base
+def test_prefix_command_on_the_real_server(
+    base_folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--spawn", "--base-folder", str(base_folder), "--threads", "1"]
+    flags += ["--server-flag", "--cache-dir", "--server-flag", str(cache_dir)]
+    flags += ["--streams", "2", "--generate", "1", "--shared", "64", "--own", "4"]
+    flags += ["--tokens", "2", "--repeat", "1", "--json", str(tmp_path / "p.json")]
+    done = CliRunner().invoke(cli, ["prefix", *flags])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "p.json").read_text())
+    assert result["kind"] == "prefix"
+    assert set(result["summary"]) == {"first_token_gain_2", "throughput_gain_2"}
+    (level,) = result["levels"]
+    assert level["cached_share"] == pytest.approx(64 / 68)
+
+
 def test_error_is_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["swap", "--spawn", "--base-folder", str(tmp_path)])
     assert done.exit_code == 1

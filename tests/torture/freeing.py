@@ -1,0 +1,163 @@
+"""How long after its end a request still holds something, by what it was doing.
+
+Part of ``python -m tests.torture.cancels``. One request at a time is cancelled, or runs
+into its deadline, while it waits for a place, waits for its adapter, prefills or decodes;
+then the metrics and the adapter list are read until they show nothing of it.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+from veneer_proto.v1 import adapters_pb2
+
+from tests.server_harness import Server, request
+
+__all__ = ["Freed", "Phase", "measure"]
+
+ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
+LONG_PROMPT = 4000
+"""Tokens: prefilled for seconds."""
+
+
+class Phase(Enum):
+    """What a request does when it is ended."""
+
+    QUEUED = "waiting for a place"
+    WANTING = "waiting for room for its adapter"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """Seconds from each end, as the caller knew it, to the look that showed nothing of it.
+
+    Attributes:
+        step_s: mean seconds of the slowest kind of step meanwhile.
+    """
+
+    phase: Phase
+    by: str
+    waits_s: tuple[float, ...]
+    step_s: float
+
+    def __str__(self) -> str:
+        ms = [1000 * s for s in self.waits_s]
+        return (
+            f"{self.by} while {self.phase.value}: free after {statistics.median(ms):.0f} ms "
+            f"(median), {max(ms):.0f} ms (worst of {len(ms)}), looking included; "
+            f"a step takes {1000 * self.step_s:.0f} ms"
+        )
+
+
+async def measure(
+    server: Server, phase: Phase, *, deadline: bool, probes: int, names: list[str], seed: int
+) -> Freed:
+    """End ``probes`` requests in ``phase``, one after another.
+
+    Args:
+        names: two adapters, of which the device budget holds one.
+    """
+    generator = random.Random(seed)
+    async with _beside(server, phase, names[1]) as others:
+        before = await _steps(server)
+        waits = []
+        for _ in range(probes):
+            await _free(server, others, names[0])
+            waits.append(await _probe(server, phase, others, names[0], deadline, generator))
+        after = await _steps(server)
+    means = [
+        (total - before[kind][0]) / (count - before[kind][1])
+        for kind, (total, count) in after.items()
+        if count > before[kind][1]
+    ]
+    return Freed(phase, "deadline" if deadline else "cancel", tuple(waits), max(means))
+
+
+@asynccontextmanager
+async def _beside(server: Server, phase: Phase, name: str) -> AsyncIterator[int]:
+    """Streams that keep a request in its phase; gives how many."""
+    wanted = {Phase.QUEUED: [""] * 8, Phase.WANTING: [name]}.get(phase, [])
+    async with AsyncExitStack() as stack:
+        for adapter in wanted:
+            stream = server.stream(prompt="Go", adapter=adapter, stopping=ENDLESS)
+            stack.callback(stream.call.cancel)
+            await stream.first()
+        yield len(wanted)
+
+
+async def _probe(
+    server: Server,
+    phase: Phase,
+    others: int,
+    name: str,
+    deadline: bool,
+    generator: random.Random,
+) -> float:
+    length = LONG_PROMPT if phase is Phase.PREFILLING else 10
+    asked = request(
+        token_ids=[generator.randrange(100, 40_000) for _ in range(length)],
+        adapter=name,
+        stopping=ENDLESS,
+    )
+    limit = generator.uniform(0.2, 0.6) if deadline else None
+    call = server.inference.GenerateStream(asked, timeout=limit)
+    messages = aiter(call)
+    if deadline:
+        try:
+            async for _ in messages:
+                pass
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+        began = time.perf_counter()
+    else:
+        if phase is Phase.DECODING:
+            for _ in range(generator.randint(1, 8)):
+                await anext(messages)
+        else:
+            gauge = "running" if phase is Phase.PREFILLING else "waiting"
+            expected = others + 1 if phase is Phase.PREFILLING else 1
+            while await _gauge(server, f"num_requests_{gauge}") != expected:
+                pass
+        began = time.perf_counter()
+        call.cancel()
+    await _free(server, others, name)
+    return time.perf_counter() - began
+
+
+async def _free(server: Server, others: int, name: str) -> None:
+    """Wait until only the other streams are left: places, queue, leases, KV blocks."""
+    # Each look takes a while; the server goes on between two of them.
+    while (
+        await _gauge(server, "num_requests_running") != others
+        or await _gauge(server, "num_requests_waiting") != 0
+        or (not others and await _gauge(server, "kv_cache_usage_ratio") != 0)
+        or await _leases(server, name)
+    ):
+        pass
+
+
+async def _gauge(server: Server, name: str) -> float:
+    return (await server.metric(f"veneer_{name}"))[""]
+
+
+async def _leases(server: Server, name: str) -> int:
+    found: Any = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name))
+    return int(found.adapter.leases)
+
+
+async def _steps(server: Server) -> dict[str, tuple[float, float]]:
+    """Seconds and number of steps so far, by kind."""
+    seconds = await server.metric("veneer_step_seconds_sum")
+    counts = await server.metric("veneer_step_seconds_count")
+    return {kind: (seconds[kind], counts[kind]) for kind in seconds}
