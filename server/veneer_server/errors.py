@@ -26,15 +26,27 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-__all__ = ["DOMAIN", "GrpcStatus", "internal_error", "to_grpc_status"]
+__all__ = [
+    "DOMAIN",
+    "MAX_MESSAGE",
+    "MAX_VALUE",
+    "GrpcStatus",
+    "clip",
+    "internal_error",
+    "to_grpc_status",
+]
 
 DOMAIN: Final = "veneer"
 """``ErrorInfo.domain`` of every error."""
 
 # Clients refuse trailing metadata past 8 KiB by default, and then see nothing. The
 # message goes out three times (once percent-encoded), binary details in base64.
-_MAX_MESSAGE: Final = 800
-_MAX_VALUE: Final = 200
+MAX_MESSAGE: Final = 800
+"""Bytes of an error's message in any answer, gRPC or HTTP."""
+
+MAX_VALUE: Final = 200
+"""Bytes of one of its metadata's values."""
+
 _MAX_ENTRIES: Final = 8
 
 _UNAVAILABLE_RETRY_S: Final = 1.0
@@ -63,7 +75,7 @@ def internal_error(request_id: str) -> InternalError:
 def to_grpc_status(error: VeneerError) -> GrpcStatus:
     """Code, sentence and trailing metadata of an error."""
     code: grpc.StatusCode = getattr(grpc.StatusCode, error.code)
-    message = _clip(error.message, _MAX_MESSAGE)
+    message = clip(error.message, MAX_MESSAGE)
     retry_s = error.retry_after_s
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
@@ -80,7 +92,7 @@ def to_grpc_status(error: VeneerError) -> GrpcStatus:
     return GrpcStatus(code, message, tuple(trailing))
 
 
-def _clip(text: str, size: int) -> str:
+def clip(text: str, size: int) -> str:
     """At most ``size`` bytes of UTF-8."""
     data = text.encode()
     if len(data) <= size:
@@ -94,7 +106,7 @@ def _first(metadata: Mapping[str, str], keys: tuple[str, ...]) -> str:
 
 def _details(error: VeneerError, message: str, retry_s: float | None) -> list[Message]:
     metadata = {
-        key: _clip(value, _MAX_VALUE)
+        key: clip(value, MAX_VALUE)
         for key, value in list(error.metadata.items())[:_MAX_ENTRIES]
     }
     details: list[Any] = [

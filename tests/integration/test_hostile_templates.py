@@ -25,6 +25,7 @@ HOSTILE = {
         "{% set n = namespace(s='x') %}{% for i in range(60) %}"
         "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s | length }}"
     ),
+    "raises megabytes": "{{ raise_exception(messages[0].content * 20_000_000) }}",
     "recurses": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "climbs to object": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "climbs by a function": "{{ raise_exception.__globals__.os }}",
@@ -50,6 +51,7 @@ async def test_a_hostile_template_is_refused_and_harms_nobody(
     )
     assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", "TEMPLATE_FAILED")
     assert "root:" not in refused.message
+    assert len(refused.message) < 1000
     # Its weights are as good as before: a plain prompt is answered.
     answer = await server.generate(adapter="hostile", prompt="One,", stopping={"max_tokens": 2})
     assert answer.provenance.adapter == "hostile"

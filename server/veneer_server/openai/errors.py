@@ -18,6 +18,8 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
+from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip
+
 __all__ = ["HttpError", "HttpFailure", "http_failure"]
 
 _STATUS: Final = {
@@ -79,16 +81,17 @@ class HttpFailure:
 
 def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     """Status, body and headers of an error."""
+    message = clip(error.message, MAX_MESSAGE)
     if isinstance(error, HttpError):
         headers = {"x-should-retry": "false"}
         if error.status in (408, 413):  # what is left of the body is not read
             headers["connection"] = "close"
         return HttpFailure(
-            error.status, _body(error.message, error.status, None, error.code), headers
+            error.status, _body(message, error.status, None, error.code), headers
         )
     status = _STATUS.get(error.code, 500)
     param = _param(error)
-    message = _OUR_FIELDS.sub("", error.message)
+    message = _OUR_FIELDS.sub("", message)
     retry_s = error.retry_after_s
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
@@ -109,7 +112,7 @@ def _param(error: VeneerError) -> str | None:
     field = error.metadata.get("field")
     if field is None:
         return None
-    field = _OUR_FIELDS.sub("", field)
+    field = _OUR_FIELDS.sub("", clip(field, MAX_VALUE))
     head = re.match(r"\w*", field)
     name = head[0] if head is not None else field
     return _OTHER_NAMES.get(name, field)

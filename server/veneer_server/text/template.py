@@ -19,13 +19,16 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from veneer_registry.errors import TemplateFailed
 
-__all__ = ["MAX_OUTPUT", "MAX_TEMPLATE", "ChatTemplate", "read_base_template"]
+__all__ = ["MAX_ERROR", "MAX_OUTPUT", "MAX_TEMPLATE", "ChatTemplate", "read_base_template"]
 
 MAX_TEMPLATE: Final = 64 << 10
 """Bytes of a template."""
 
 MAX_OUTPUT: Final = 4 << 20
 """Characters that a template may produce."""
+
+MAX_ERROR: Final = 500
+"""Characters of what a template raises that are passed on."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -81,7 +84,9 @@ class ChatTemplate:
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # deep nesting overflows the parser's stack, too
-            raise TemplateFailed(f"the chat template is not valid Jinja: {error}") from error
+            raise TemplateFailed(
+                f"the chat template is not valid Jinja: {_words(error)}"
+            ) from error
         self._special = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -107,9 +112,15 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything Python can
             raise TemplateFailed(
-                f"the chat template cannot render these messages: {error}"
+                f"the chat template cannot render these messages: {_words(error)}"
             ) from error
         return "".join(pieces)
+
+
+def _words(error: Exception) -> str:
+    """What it says; a template may raise a text of any length."""
+    text = str(error)
+    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"
 
 
 def read_base_template(folder: Path) -> tuple[str | None, dict[str, str]]:

@@ -24,7 +24,7 @@ import msgspec
 from veneer_registry.errors import TemplateFailed
 
 from veneer_server.logs import get_logger
-from veneer_server.text.template import ChatTemplate
+from veneer_server.text.template import MAX_ERROR, MAX_OUTPUT, ChatTemplate
 
 __all__ = ["RENDER_LIMIT_S", "TemplateProcess"]
 
@@ -34,6 +34,9 @@ good template look bad."""
 
 MEMORY_LIMIT: Final = 512 << 20
 """Address space of the process, in bytes; an idle one takes about 100 MB."""
+
+MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
+"""Bytes of an answer; the front reads no more, whatever the process sends."""
 
 _WALL_FACTOR: Final = 15
 _LENGTH: Final = struct.Struct(">I")
@@ -137,6 +140,8 @@ async def _exchange(process: asyncio.subprocess.Process, job: _Job) -> _Done:
     process.stdin.write(_LENGTH.pack(len(body)) + body)
     await process.stdin.drain()
     (size,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
+    if size > MAX_ANSWER:
+        raise ConnectionError(f"the process would send {size} bytes")
     return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=_Done)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -78,6 +79,19 @@ def test_retries_are_advised_by_what_the_error_knows() -> None:
     assert http_failure(errors.Draining("x")).headers["retry-after"] == "1"
     bug = http_failure(errors.InternalError("x")).headers
     assert bug == {"x-should-retry": "false"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.TemplateFailed("日" * 10**6),
+        errors.InvalidField("x" * 10**6, metadata={"field": "y-" * 10**6}),
+        HttpError(400, "invalid_json", "x" * 10**6),
+    ],
+)
+def test_an_error_is_bounded_whatever_it_quotes(error: VeneerError | HttpError) -> None:
+    body = json.dumps(http_failure(error).body, ensure_ascii=False).encode()
+    assert 500 < len(body) < 2000
 
 
 def test_what_is_wrong_as_http() -> None:

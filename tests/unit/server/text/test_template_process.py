@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from veneer_registry.errors import TemplateFailed
+from veneer_server.text import template_process
 from veneer_server.text.template_process import MEMORY_LIMIT, TemplateProcess
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -58,14 +59,46 @@ async def test_memory_is_bounded(templates: TemplateProcess) -> None:
     assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
+async def test_what_a_template_raises_is_bounded(templates: TemplateProcess) -> None:
+    """It goes to the caller and through the front's event loop."""
+    for source in (
+        "{{ raise_exception(messages[0].content * 20_000_000) }}",
+        "{{ messages[0][messages[0].content * 20_000_000].x }}",
+        "{{ " + "x" * 60_000 + " y }}",
+    ):
+        with pytest.raises(TemplateFailed) as caught:
+            await templates.render(source, USER)
+        assert "chat template" in caught.value.message
+        assert len(caught.value.message) < 1000
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_an_answer_that_no_template_can_give_is_not_read(
+    templates: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a process that a template has taken over could send one."""
+    monkeypatch.setattr(template_process, "MAX_ANSWER", 1000)
+    with pytest.raises(TemplateFailed):
+        await templates.render("{{ messages[0].content * 1000 }}", USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
 async def test_a_cancelled_rendering_does_not_answer_the_next(
-    templates: TemplateProcess,
+    templates: TemplateProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
+    assert templates._process is not None
+    jobs, sent = templates._process.stdin, asyncio.Event()
+    assert jobs is not None
+    drain = jobs.drain
+
+    async def noted() -> None:
+        await drain()
+        sent.set()
+
+    monkeypatch.setattr(jobs, "drain", noted)
     first = asyncio.create_task(templates.render("{{ messages[0].content * 2 }}", USER))
-    for _ in range(3):  # far enough to have sent its job
-        await asyncio.sleep(0)
-    assert templates._turn.locked()
+    await sent.wait()
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
