@@ -72,7 +72,7 @@ class ModelRunner:
             tokens=tuple(d.token for d in drafts),
             logprobs=tuple(d.logprob for d in drafts),
             scores=tuple(d.scores for d in drafts),
-            finite=tuple(finite),
+            finite=tuple(good and d.finite for good, d in zip(finite, drafts, strict=True)),
             tops=tuple(d.tops for d in drafts),
             score_tops=tuple(d.score_tops for d in drafts),
             complete=tuple(d.complete for d in drafts),
@@ -94,7 +94,9 @@ class ModelRunner:
         logits = logits.index_select(0, _index([row.at for row in ready], logits))
         for row, token in zip(ready, sample(logits, choices), strict=True):
             row.draft.token = token
-            if row.sequence.constraint is not None:
+            if token is None:
+                row.draft.finite = False
+            elif row.sequence.constraint is not None:
                 self._advance(row, token)
         wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
         if wanted:
@@ -126,6 +128,8 @@ class _Draft:
     """One sequence's part of the `StepResult` while it is made."""
 
     token: int | None = None
+    finite: bool = True
+    """False where the logits are numbers, but nothing could be drawn from them."""
     logprob: float | None = None
     tops: Tops | None = None
     scores: tuple[float, ...] = ()

@@ -44,6 +44,9 @@ _COLDEST = 1e-5
 
 _LOWEST = -torch.inf
 
+_NOTHING = -1
+"""In place of a token: the row's probabilities are not numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -69,8 +72,9 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(stream).random())
 
 
-def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-    """One token a row.
+def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    """One token a row; None for a row that has nothing to draw from, which no request
+    that was checked can bring about.
 
     Args:
         logits: [rows, vocab] float32, finite; not changed.
@@ -82,7 +86,7 @@ def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
-    return [int(token) for token in chosen.tolist()]
+    return [None if token == _NOTHING else token for token in chosen.tolist()]
 
 
 # ------------------------------------------------------------------- adjustments
@@ -107,6 +111,8 @@ def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         _penalise_repetition(logits, repeated, choices)
     if counted:
         _penalise_output(logits, counted, choices)
+    # What was added and multiplied must not overflow: infinity less infinity is no number.
+    logits.nan_to_num_()
     if masks:
         allowed = torch.from_numpy(np.stack(list(masks.values())))
         rows = torch.tensor(list(masks), device=logits.device)
@@ -181,7 +187,8 @@ def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     if cut.any():
         kept = [c.params for c in choices if _cuts(c.params)]
         tokens[cut] = _pick_cut(probabilities[cut], randoms[cut], kept)
-    return tokens
+    # Of a row that is not a number, no element is.
+    return tokens.masked_fill(probabilities[:, 0].isnan(), _NOTHING)
 
 
 def _cuts(params: SamplingParams) -> bool:
@@ -237,7 +244,9 @@ def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
     before = weights.cumsum(dim=-1) - weights
     # A top_p of 1 keeps all, whatever the sums round to.
     spent = (before >= (top_p * total).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
-    return weights.masked_fill(spent | (values < min_p * values[:, :1]), 0)
+    # The likeliest stays, even where a tiny top_p's share rounds to nothing.
+    left = (spent | (values < min_p * values[:, :1])) & (rank > 0)
+    return weights.masked_fill(left, 0)
 
 
 def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
@@ -249,7 +258,9 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
     # A random number is at most 1 - 2^-53, and so much of a float64 rounds to less than
     # the whole: the search ends at a token with a weight.
     target = sums[:, -1] * randoms
-    return torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
+    found = torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
+    # Past the end only where sums are no numbers: `_draw` says so, and nothing here fails.
+    return found.clamp_(max=weights.shape[1] - 1)
 
 
 # ------------------------------------------------------------- log-probabilities

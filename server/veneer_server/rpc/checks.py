@@ -26,6 +26,8 @@ MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
 MAX_STOP_TOKENS: Final = 64
 MAX_TEMPERATURE: Final = 100.0
+MIN_REPETITION_PENALTY: Final = 0.01
+"""Logits are divided by it: by much less they would overflow."""
 MAX_REPETITION_PENALTY: Final = 100.0
 MAX_PENALTY: Final = 2.0
 MAX_BIAS: Final = 100.0
@@ -64,11 +66,11 @@ def checked_sampling(options: inference_pb2.SamplingOptions) -> Sampling:
     if min_p is not None and not 0 <= min_p <= 1:
         refuse("sampling.min_p", f"is {min_p}: give 0 (off) to 1")
     repetition = value("repetition_penalty")
-    if repetition is not None and not 0 < repetition <= MAX_REPETITION_PENALTY:
+    least, most = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+    if repetition is not None and not least <= repetition <= most:
         refuse(
             "sampling.repetition_penalty",
-            f"is {repetition}: give more than 0 and at most {MAX_REPETITION_PENALTY:g}; "
-            "1 is off",
+            f"is {repetition}: give {least:g} to {most:g}; 1 is off",
         )
     for name in ("presence_penalty", "frequency_penalty"):
         penalty = value(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from dataclasses import dataclass, field
@@ -229,3 +230,23 @@ def test_a_constraint_that_fails_ends_its_row_only(grammars: Grammars) -> None:
     assert result.tokens[1] is not None
     assert result.logprobs[1] is not None
     grammars.forget(1)
+
+
+def test_a_row_that_nothing_can_be_drawn_from_ends_alone(grammars: Grammars) -> None:
+    """An infinite temperature, which requests are refused, makes NaN of what a
+    constraint forbids."""
+    wild = SamplingParams(temperature=math.inf)
+    requests = [
+        {"prompt": [10] * 6, "max_tokens": 5, "sampling": sampling, "constraint": constraint}
+        for sampling, constraint in (
+            (SamplingParams(seed=1), None),
+            (wild, PEOPLE),
+            (SamplingParams(seed=2), PEOPLE),
+        )
+    ]
+    first, none, last = run(grammars, 200, requests)
+    assert none.error is not None
+    assert "NaN" in none.error
+    assert (none.tokens, none.finish) == ([], None)
+    assert [(len(a.tokens), a.finish) for a in (first, last)] == [(5, "length")] * 2
+    assert len(grammars) == 0
