@@ -74,14 +74,21 @@ class Admission:
         behind = lacking is not None and all(s.digest != lacking for s in queue)
         for sequence in queue:
             behind = behind or (lacking is not None and sequence.digest == lacking)
-            if not self.resident(sequence):
-                if sequence.waiting_since is None:
-                    sequence.waiting_since = now
-            elif not (behind and self._keeps_room(sequence)):
+            resident = self.resident(sequence)
+            self._note_wait(sequence, resident, now)
+            if resident and not (behind and self._keeps_room(sequence)):
                 ready.append(sequence)
         if len(ready) > places:
             ready.sort(key=lambda s: self._rank(s, in_batch, now))
         return ready
+
+    def _note_wait(self, sequence: Sequence, resident: bool, now: float) -> None:
+        """What it waits for from now on is a place, or its adapter."""
+        if not resident and sequence.waiting_since is None:
+            sequence.waiting_since = now
+        elif resident and sequence.waiting_since is not None:
+            sequence.load_seconds += now - sequence.waiting_since
+            sequence.waiting_since = None
 
     def _lacking_too_long(self, now: float) -> str | None:
         if self._lacking is None or now - self._lacking[1] < self._patience:

@@ -65,7 +65,7 @@ class BlockManager:
             sequence has, since its last token's logits are still wanted.
         """
         assert not sequence.blocks, "adopting beside blocks of its own"
-        if self._shares(sequence):
+        if self.shares(sequence):
             for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
                 block = self._cache.find(key)
                 if block is None:
@@ -79,7 +79,7 @@ class BlockManager:
 
     def cached_prefix(self, sequence: Sequence) -> int:
         """Tokens that `adopt` would find now."""
-        if not self._shares(sequence):
+        if not self.shares(sequence):
             return 0
         found = 0
         for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
@@ -105,7 +105,7 @@ class BlockManager:
 
         Call it when the step that computed them has ended with finite logits."""
         full = sequence.computed // self.block_size
-        if not self._shares(sequence) or full <= sequence.published:
+        if not self.shares(sequence) or full <= sequence.published:
             return
         keys = self._keys(sequence, full)
         for index in range(sequence.published, full):
@@ -128,7 +128,8 @@ class BlockManager:
         sequence.blocks.clear()
         sequence.published = 0
 
-    def _shares(self, sequence: Sequence) -> bool:
+    def shares(self, sequence: Sequence) -> bool:
+        """It takes part in the prefix cache."""
         request = sequence.request
         # Log-probabilities of the prompt take computing all of it.
         return self._enabled and request.use_prefix_cache and not request.prompt_logprobs

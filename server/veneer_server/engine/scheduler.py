@@ -38,7 +38,7 @@ __all__ = ["PrefixLookups", "Scheduler", "SchedulerLimits", "Update"]
 
 @dataclass(frozen=True, slots=True)
 class PrefixLookups:
-    """What sequences that started found in the prefix cache; in tokens."""
+    """What sequences that started and may share found in the prefix cache; in tokens."""
 
     asked: int = 0
     found: int = 0
@@ -253,16 +253,14 @@ class Scheduler:
             held = self.residency.try_hold(sequence.digest)
             assert held, "a sequence was admitted without its adapter"
         self._waiting.remove(sequence)
-        if sequence.waiting_since is not None:
-            sequence.load_seconds += now - sequence.waiting_since
-            sequence.waiting_since = None
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
-            self._lookups = PrefixLookups(
-                self._lookups.asked + sequence.prompt_length,
-                self._lookups.found + sequence.cached_tokens,
-            )
+            if self.blocks.shares(sequence):
+                self._lookups = PrefixLookups(
+                    self._lookups.asked + sequence.prompt_length,
+                    self._lookups.found + sequence.cached_tokens,
+                )
         sequence.state = SequenceState.RUNNING
         self._running[sequence.id] = sequence
         return count

@@ -10,6 +10,7 @@ from veneer_server.engine.loop import Arrived, Inbox, StepLoop
 from veneer_server.engine.messages import (
     Activate,
     AdapterSource,
+    Cancel,
     Evict,
     FromEngine,
     Occupancy,
@@ -61,15 +62,16 @@ class FakeMemory:
 
 
 class Engine:
-    """A loop that runs until its inbox has been worked off."""
+    """A loop that runs until its inbox has been worked off; ``now`` is its clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_running: int = 4) -> None:
+        self.now = 0.0
         self.inbox: Inbox = queue.SimpleQueue()
         self.sent: list[FromEngine] = []
         residency = Residency(1000, 1000, itemsize=1)
         self.memory = FakeMemory(self.inbox)
         self.scheduler = Scheduler(
-            SchedulerLimits(32, 4, context_length=64),
+            SchedulerLimits(32, max_running, context_length=64),
             BlockManager(20, 4),
             residency,
             frozenset({0}),
@@ -81,13 +83,14 @@ class Engine:
             runner=FakeRunner(),
             memory=self.memory,
             send=self.sent.extend,
+            clock=lambda: self.now,
         )
 
     def turn(self) -> None:
         """What one turn of `StepLoop.run` does, without waiting for messages."""
         self.loop._take_messages(block=False)
         self.loop._start_transfers()
-        plan = self.scheduler.schedule(0.0)
+        plan = self.scheduler.schedule(self.now)
         if plan is not None:
             self.loop._step(plan)
         self.loop._flush()
@@ -166,3 +169,39 @@ def test_a_deadline_is_refused_when_what_waits_ahead_makes_it_impossible() -> No
     engine.inbox.put(with_deadline(5, range(40), 0.5))  # the first one's prompt: it is cached
     engine.loop._take_messages(block=False)
     assert engine.scheduler.waiting == 2
+
+
+def test_a_wait_for_a_place_is_not_counted_as_the_adapters_load() -> None:
+    engine = Engine(max_running=1)
+    engine.inbox.put(request(1, new=40))
+    engine.turn()
+    engine.inbox.put(request(2, adapter("a")))
+    engine.turn()
+    engine.now += 2
+    for _ in range(4):
+        engine.turn()
+    assert engine.memory.held == {("a", "host"), ("a", "device")}
+    engine.now += 30
+    engine.inbox.put(Cancel(1))
+    engine.turn()
+    outputs = [m for m in engine.sent if isinstance(m, SequenceOutput)]
+    first = next(m for m in outputs if m.sequence == 2)
+    assert (first.load_seconds, first.queue_seconds) == (2, 30)
+
+
+def test_a_prompt_that_looks_for_no_prefix_is_no_lookup_of_the_prefix_cache() -> None:
+    engine = Engine()
+    for number, (share, scores) in enumerate([(True, False), (False, False), (True, True)]):
+        engine.inbox.put(
+            Submit(
+                number,
+                [1] * 9,
+                1,
+                SamplingParams(),
+                use_prefix_cache=share,
+                prompt_logprobs=scores,
+            )
+        )
+        engine.turn()
+    steps = [m for m in engine.sent if isinstance(m, StepDone)]
+    assert [(m.prefix_asked, m.prefix_found) for m in steps] == [(9, 0), (0, 0), (0, 0)]
