@@ -10,10 +10,24 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from veneer_registry.errors import InvalidField
 
+from veneer_server.rpc.checks import MAX_BIAS, MAX_BIASES
+
 __all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
+
+MAX_PROMPTS: Final = 128
+"""Prompts in one request; each one is a generate request of its own."""
+
+MAX_MESSAGES: Final = 16_384
 
 IGNORED: Final = frozenset(
     {
@@ -73,9 +87,26 @@ _UINT32: Final = (1 << 32) - 1
 _UINT64: Final = (1 << 64) - 1
 _Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
+# A list stops at its first bad element: pydantic would gather an error for each, which
+# takes seconds and gigabytes for a body of a few megabytes.
+_Counts = Annotated[list[_Count], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+
 
 class _Fields(BaseModel):
+    """Members that are null are left out: SDKs write optional ones so."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _members(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        kept = {name: value for name, value in given.items() if value is not None}
+        if len(kept) > len(cls.model_fields):  # or each unknown one would be an error
+            raise ValueError(f"has {len(kept)} members: leave out those that are not served")
+        return kept
 
 
 class StreamOptions(_Fields):
@@ -112,7 +143,7 @@ class StructuredOutputs(_Fields):
 
     json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: _Texts | None = None
     json_object: bool = False
 
 
@@ -124,7 +155,7 @@ class CommonFields(_Fields):
     n: Annotated[int, Field(ge=1, le=_UINT32)] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: str | list[str] = []
+    stop: str | _Texts = []
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -136,13 +167,29 @@ class CommonFields(_Fields):
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[_Count] = []
+    stop_token_ids: _Counts = []
     ignore_eos: bool = False
     use_prefix_cache: bool | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: _Texts | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _biases(cls, given: object) -> object:
+        """The first bad one is enough, as in a list."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_BIASES:
+            raise ValueError(f"has {len(given)} entries: give at most {MAX_BIASES}")
+        for key, bias in given.items():
+            number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not number or not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ValueError(
+                    f"of token {key[:40]!r}: give a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+                )
+        return given
 
     @field_validator("logit_bias")
     @classmethod
@@ -174,7 +221,8 @@ class Message(_Fields):
         for at, part in enumerate(given):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"part {at} is of type {kind!r}: only text is served")
+                shown = kind[:40] if isinstance(kind, str) else None
+                raise ValueError(f"part {at} is of type {shown!r}: only text is served")
             texts.append(part["text"])
         return "".join(texts)
 
@@ -182,7 +230,7 @@ class Message(_Fields):
 class ChatFields(CommonFields):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
     logprobs: bool = False
     top_logprobs: _Count = 0
@@ -196,11 +244,20 @@ class CompletionFields(CommonFields):
         logprobs: likely tokens beside each one; 0 gives the chosen one's alone.
     """
 
-    prompt: str | list[_Count] | list[str] | list[list[_Count]]
+    prompt: str | _Counts | _Texts | Annotated[list[_Counts], Field(fail_fast=True)]
     echo: bool = False
     # Checked here, since the core knows it by another name.
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _few(cls, given: object) -> object:
+        if not isinstance(given, list) or len(given) <= MAX_PROMPTS:
+            return given
+        if not isinstance(given[0], int):  # those are one prompt's tokens
+            raise ValueError(f"holds {len(given)} prompts: send at most {MAX_PROMPTS}")
+        return given
 
 
 FieldsT = TypeVar("FieldsT", bound=CommonFields)
@@ -219,28 +276,13 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         if value is None or name in IGNORED:
             continue
         if name in kind.model_fields:
-            kept[name] = _without_nulls(value) if name in _RECORDS else value
+            kept[name] = value
         else:
             _check_unserved(kind, name, value)
     try:
         return kind.model_validate(kept)
     except ValidationError as error:
         raise _refusal(kind, error) from error
-
-
-_RECORDS: Final = frozenset(
-    {"messages", "response_format", "stream_options", "structured_outputs"}
-)
-"""Fields with members of their own. A schema is none: its nulls mean something."""
-
-
-def _without_nulls(value: Any) -> Any:
-    """SDKs write optional members out as null."""
-    if isinstance(value, dict):
-        return {key: member for key, member in value.items() if member is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [_without_nulls(member) for member in value]
-    return value
 
 
 def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
@@ -268,6 +310,7 @@ def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
             path = step
         elif step.isidentifier() and step not in ("str", "int", "bool"):
             path += f".{step}"
+    path = path[:100]  # a name of the caller's may be in it
     if first["type"] == "missing":
         return InvalidField(f"{path} is missing: send it", metadata={"field": path})
     problem = first["msg"].removeprefix("Value error, ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
@@ -12,9 +12,6 @@ from veneer_registry.errors import InvalidField
 from veneer_server.openai.fields import ChatFields, CommonFields, CompletionFields
 
 __all__ = ["chat_requests", "completion_requests"]
-
-MAX_PROMPTS: Final = 128
-"""Prompts in one request; each one is a generate request of its own."""
 
 
 def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateRequest]:
@@ -45,7 +42,7 @@ def completion_requests(
     """One request for each prompt.
 
     Raises:
-        InvalidField: fields contradict each other, or there are too many prompts.
+        InvalidField: fields contradict each other.
     """
     if fields.best_of is not None and fields.best_of != fields.n:
         raise _refuse("best_of", "is not served: use n, and choose by log-probabilities")
@@ -54,11 +51,8 @@ def completion_requests(
     if fields.logprobs is not None:
         request.output.logprobs = True
         request.output.top_logprobs = fields.logprobs
-    prompts = _prompts(fields.prompt)
-    if len(prompts) > MAX_PROMPTS:
-        raise _refuse("prompt", f"holds {len(prompts)} prompts: send at most {MAX_PROMPTS}")
     requests = []
-    for prompt in prompts:
+    for prompt in _prompts(fields.prompt):
         one = inference_pb2.GenerateRequest()
         one.CopyFrom(request)
         if isinstance(prompt, str):

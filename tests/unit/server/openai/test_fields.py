@@ -6,16 +6,19 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
 from veneer_server.openai.fields import (
     IGNORED,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
     REFUSED,
     ChatFields,
     CompletionFields,
     parse_fields,
 )
-from veneer_server.openai.requests import MAX_PROMPTS, chat_requests, completion_requests
+from veneer_server.openai.requests import chat_requests, completion_requests
 
 BASE = "org/base"
 
@@ -192,6 +195,12 @@ def test_constraints(given: dict[str, Any], expected: pb.Constraint | None) -> N
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
         ({"messages": "Hi"}, "messages", "list"),
         (
+            {"messages": [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)},
+            "messages",
+            f"at most {MAX_MESSAGES}",
+        ),
+        ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024"),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content",
             "part 0 is of type 'image_url': only text is served",
@@ -228,6 +237,53 @@ def test_what_is_wrong_names_the_field_and_the_fix(
     if field is not None:
         assert error.metadata["field"] == field
         assert field in error.message
+
+
+MANY = 1000
+ONES = dict.fromkeys(map(str, range(MANY)), 1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"messages": [{}] * MANY},
+        {
+            "messages": [
+                {"role": "user", "content": "Hi", **dict.fromkeys(map(str, range(MANY)), 1)}
+            ]
+        },
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}] * MANY}]},
+        {"stop": [{}] * MANY},
+        {"stop_token_ids": ["x"] * MANY},
+        {"logit_bias": dict.fromkeys(ONES, "x")},
+        {"logit_bias": dict.fromkeys(ONES, 10**400)},
+        {"guided_choice": [{}] * MANY},
+        {"structured_outputs": {"choice": [{}] * MANY}},
+        {"stream_options": ONES},
+        {"response_format": ONES},
+        {"messages": [{"role": "user", "content": "Hi", "x" * MANY: 1}]},
+        {"messages": [{"role": "user", "content": [{"type": "x" * MANY}]}]},
+        {"logit_bias": {"x" * MANY: "x"}},
+        {"response_format": {"type": "x" * MANY}},
+        {"prompt": [{}] * MAX_PROMPTS},
+        {"prompt": [{}] * MANY},
+        {"prompt": ["a", *[{}] * 99]},
+        {"prompt": [1, *[{}] * MANY]},
+        {"prompt": [[1], *[[{}] * MANY] * 99]},
+        {"x" * MANY: 1},
+    ],
+)
+def test_a_bad_body_costs_few_errors_and_a_short_answer(given: dict[str, Any]) -> None:
+    """Gathering all of them held up every stream for seconds."""
+    kind = CompletionFields if "prompt" in given else ChatFields
+    needed = {"model": BASE} | ({} if "prompt" in given else {"messages": []})
+    with pytest.raises(InvalidField) as caught:
+        parse_fields(kind, {**needed, **given})
+    cause = caught.value.__cause__
+    assert cause is None or isinstance(cause, ValidationError)
+    assert cause is None or cause.error_count() <= 8
+    assert len(caught.value.message) < 300
+    assert len(caught.value.metadata["field"]) <= 100
 
 
 def test_the_body_must_be_an_object() -> None:
