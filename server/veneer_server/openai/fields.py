@@ -292,10 +292,12 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
         if value in neutral:
             return
         raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
-    near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
+    shown, near = name[:60], list[str]()
+    if shown == name:  # comparing takes long for a name of some megabytes
+        near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
     raise InvalidField(
-        f"unrecognized request argument {name[:60]!r}: {hint}", metadata={"field": name[:60]}
+        f"unrecognized request argument {shown!r}: {hint}", metadata={"field": shown}
     )
 
 

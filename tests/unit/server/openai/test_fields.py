@@ -286,6 +286,18 @@ def test_a_bad_body_costs_few_errors_and_a_short_answer(given: dict[str, Any]) -
     assert len(caught.value.metadata["field"]) <= 100
 
 
+def test_a_name_too_long_to_be_a_slip_is_compared_with_no_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Comparing takes half a second for a name of some megabytes."""
+
+    def compare(*args: Any, **kwargs: Any) -> list[str]:
+        raise AssertionError("compared")
+
+    monkeypatch.setattr("difflib.get_close_matches", compare)
+    assert "leave it out" in refusal(**{"temprature" * 1000: 1}).message
+
+
 def test_the_body_must_be_an_object() -> None:
     bodies: tuple[object, ...] = ([], "x", None, 3)
     for body in bodies:
