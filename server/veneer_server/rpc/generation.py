@@ -247,15 +247,18 @@ class Generator:
             )
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
+        vocab_size = self._engine.info.vocab_size
         match call.input:
             case PromptText(text):
-                return await self.prompts.from_text(text)
+                return await self.prompts.from_text(text, vocab_size=vocab_size)
             case ChatMessages(messages):
                 template = lease.record.manifest.chat_template if lease is not None else None
-                return await self.prompts.from_messages(messages, template)
+                return await self.prompts.from_messages(
+                    messages, template, vocab_size=vocab_size
+                )
             case tokens:
                 return self.prompts.from_ids(
-                    tokens.ids, vocab_size=self._engine.info.vocab_size, with_text=call.echo
+                    tokens.ids, vocab_size=vocab_size, with_text=call.echo
                 )
 
     def _submission(

@@ -53,17 +53,31 @@ class Prompts:
         await self._uploaded.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def from_text(self, text: str) -> Prompt:
-        """Tokenise text as it stands; only the tokenizer's own BOS is added."""
-        return await self._tokenise(text, add_special_tokens=True)
+    async def from_text(self, text: str, *, vocab_size: int) -> Prompt:
+        """Tokenise text as it stands; only the tokenizer's own BOS is added.
+
+        Args:
+            vocab_size: the model's, which its tokenizer may exceed: where tokens were
+                added, and the model has no rows for them.
+
+        Raises:
+            InvalidField: there are no tokens, or one is outside the vocabulary.
+        """
+        ids = await self._tokenise(text, add_special_tokens=True)
+        return Prompt(text, self._checked(ids, "prompt", vocab_size))
 
     async def from_messages(
-        self, messages: Sequence[Mapping[str, str]], adapter_template: str | None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        adapter_template: str | None,
+        *,
+        vocab_size: int,
     ) -> Prompt:
         """Render a chat and tokenise it.
 
         Raises:
             TemplateFailed: no template, or it refuses these messages.
+            InvalidField: as `from_text`.
         """
         if adapter_template is not None:
             text = await self._uploaded.render(adapter_template, messages)
@@ -76,7 +90,8 @@ class Prompts:
             text = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._base.render, messages
             )
-        return await self._tokenise(text, add_special_tokens=False)
+        ids = await self._tokenise(text, add_special_tokens=False)
+        return Prompt(text, self._checked(ids, "messages", vocab_size))
 
     def from_ids(self, ids: Sequence[int], *, vocab_size: int, with_text: bool) -> Prompt:
         """Check token ids against the model's vocabulary.
@@ -84,26 +99,30 @@ class Prompts:
         Raises:
             InvalidField: an id is outside it.
         """
-        worst = max(ids)
-        if worst >= vocab_size:
-            raise InvalidField(
-                f"token_ids holds {worst}, but the vocabulary ends at {vocab_size - 1}: use "
-                "this base model's tokenizer",
-                metadata={"field": "token_ids"},
-            )
-        return Prompt(self.tokenizer.decode(ids) if with_text else "", list(ids))
+        checked = self._checked(list(ids), "token_ids", vocab_size)
+        return Prompt(self.tokenizer.decode(ids) if with_text else "", checked)
 
-    async def _tokenise(self, text: str, *, add_special_tokens: bool) -> Prompt:
+    async def _tokenise(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) <= INLINE_CHARACTERS:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            ids = await asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
-            )
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
+        )
+
+    def _checked(self, ids: list[int], field: str, vocab_size: int) -> list[int]:
+        """The ids, if there are any and the model has all of them."""
         if not ids:
             raise InvalidField(
                 "the prompt has no tokens in this base model's vocabulary: send other text",
-                metadata={"field": "prompt"},
+                metadata={"field": field},
             )
-        return Prompt(text, ids)
+        worst = max(ids)
+        if worst >= vocab_size:
+            name = self.tokenizer.token_name(worst)
+            raise InvalidField(
+                f"{field} holds token {worst}{name and f' ({name})'}, but the model's "
+                f"vocabulary ends at {vocab_size - 1}: leave it out",
+                metadata={"field": field},
+            )
+        return ids
