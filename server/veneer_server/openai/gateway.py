@@ -7,7 +7,6 @@ import socket
 import time
 from typing import Final
 
-import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer_registry.adapter import BaseSpec
@@ -114,7 +113,7 @@ class Gateway:
             await self._uvicorn.shutdown()
 
 
-def _connection(head_limit_s: float) -> type[H11Protocol]:
+def _connection(limit_s: float) -> type[H11Protocol]:
     """The protocol of one connection, with two things that uvicorn's own lacks."""
 
     class Connection(H11Protocol):
@@ -128,28 +127,29 @@ def _connection(head_limit_s: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self.app_state = {**self.app_state, ABORT: transport.abort}
             super().connection_made(transport)
-            self._watch_head()
+            self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch_head()
+            self._watch()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch_head()
+            self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._late is not None:
                 self._late.cancel()
             super().connection_lost(exc)
 
-        def _watch_head(self) -> None:
-            """The clock runs while a request is awaited; a whole head stops it."""
-            if self.conn.their_state is not h11.IDLE:
+        def _watch(self) -> None:
+            """The clock runs while no request is being answered. What is left of a body
+            after an early answer does not stop it, and no data winds it up again."""
+            if self.cycle is not None and not self.cycle.response_complete:
                 if self._late is not None:
                     self._late.cancel()
                     self._late = None
             elif self._late is None:
-                self._late = self.loop.call_later(head_limit_s, self.transport.abort)
+                self._late = self.loop.call_later(limit_s, self.transport.abort)
 
     return Connection

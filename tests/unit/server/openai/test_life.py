@@ -218,6 +218,35 @@ async def test_connections_that_never_ask_for_anything_are_dropped(
             assert (await slow).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("POST /nope", 404), ("POST /v1/completions", 415), ("GET /version", 200)],
+)
+async def test_a_body_that_nobody_reads_does_not_keep_its_connection(
+    base_folder: Path, front_cache: Path, tmp_path: Path, line: str, status: int
+) -> None:
+    """It is answered at once, and what comes of its body winds no clock up again."""
+    async with running(
+        base_folder, front_cache, tmp_path, openai_listen=LISTEN, reader_limit="0.2"
+    ) as front:
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"{line} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(f"HTTP/1.1 {status}".encode())
+
+        async def drip() -> None:
+            while True:
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        with contextlib.suppress(ConnectionResetError):
+            await reader.read()
+        dripping.cancel()
+        writer.close()
+
+
 async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
