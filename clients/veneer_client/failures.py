@@ -25,7 +25,7 @@ from veneer_registry.errors import (
     error_for_reason,
 )
 
-__all__ = ["Attempts", "RetryPolicy", "to_error"]
+__all__ = ["Attempts", "RetryPolicy", "cancelled", "to_error"]
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _DOMAIN: Final = "veneer"
@@ -83,6 +83,11 @@ def to_error(
             f"[{message}]"
         )
     return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
+
+
+def cancelled() -> Cancelled:
+    """The caller's own doing."""
+    return Cancelled("the call was cancelled, or its client closed")
 
 
 def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | None:

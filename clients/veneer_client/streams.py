@@ -7,7 +7,8 @@ not, or that can go on where it was (a watch), is, when the server says when.
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,7 +19,7 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_registry.errors import InternalError, VeneerError
 
 from veneer_client import convert, convert_admin
-from veneer_client.failures import Attempts
+from veneer_client.failures import Attempts, cancelled
 from veneer_client.records import AdapterEvent
 from veneer_client.types import Chunk, GenerationEnd
 
@@ -122,6 +123,7 @@ class _Stream(Generic[Item]):
     def __init__(self, start: StreamStart, reader: _Reader[Item]) -> None:
         self._start = start
         self._reader = reader
+        self._cancelled = threading.Event()
         self._call = start.call(start.attempts.remaining_s())
 
     def __enter__(self) -> Self:
@@ -152,8 +154,11 @@ class _Stream(Generic[Item]):
                 wait = None if self._reader.started else attempts.wait_s(failure)
                 if wait is None:
                     raise failure from error
-                time.sleep(wait)
+                if self._cancelled.wait(wait):
+                    raise cancelled() from error
                 self._call = self._start.call(attempts.remaining_s())
+                if self._cancelled.is_set():  # `cancel` may have met the call before
+                    self._call.cancel()
             except BaseException:  # Ctrl-C: nobody reads on
                 self.cancel()
                 raise
@@ -162,7 +167,8 @@ class _Stream(Generic[Item]):
                     return item
 
     def cancel(self) -> None:
-        """End the call; does nothing when it has ended."""
+        """End the call, from any thread; does nothing when it has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
 
@@ -170,6 +176,7 @@ class _AsyncStream(Generic[Item]):
     def __init__(self, start: StreamStart, reader: _Reader[Item]) -> None:
         self._start = start
         self._reader = reader
+        self._cancelled = asyncio.Event()
         self._call = start.call(start.attempts.remaining_s())
 
     def __del__(self) -> None:
@@ -203,7 +210,10 @@ class _AsyncStream(Generic[Item]):
                 wait = None if self._reader.started else attempts.wait_s(failure)
                 if wait is None:
                     raise failure from error
-                await asyncio.sleep(wait)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._cancelled.wait(), wait)
+                if self._cancelled.is_set():
+                    raise cancelled() from error
                 self._call = self._start.call(attempts.remaining_s())
                 continue
             if message is grpc.aio.EOF:
@@ -216,6 +226,7 @@ class _AsyncStream(Generic[Item]):
 
     def cancel(self) -> None:
         """End the call; does nothing when it has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
 

@@ -70,11 +70,18 @@ class Driver:
 
     def watch(self, **options: Any) -> Any:
         """A watch, begun inside the event loop if there is one."""
+        return self._begin(self._client.watch, **options)
+
+    def generate_stream(self, prompt: Prompt, **options: Any) -> Any:
+        """A stream, begun inside the event loop if there is one."""
+        return self._begin(self._client.generate_stream, prompt, **options)
+
+    def _begin(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self._runner is None:
-            return self._client.watch(**options)
+            return method(*args, **options)
 
         async def begin() -> Any:
-            return self._client.watch(**options)
+            return method(*args, **options)
 
         return self._runner.run(begin())
 

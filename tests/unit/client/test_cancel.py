@@ -8,15 +8,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 from veneer_client import AsyncClient, Client, GenerationStream, RetryPolicy, Text
 from veneer_client.failures import Attempts
 from veneer_client.streams import StreamStart
-from veneer_registry.errors import ServerUnreachable
+from veneer_registry.errors import Cancelled, QueueFull, ServerUnreachable, VeneerError
 
-from tests.unit.client.fake_server import FakeServer
+from tests.unit.client.drivers import Driver
+from tests.unit.client.fake_server import FakeServer, Refusal
 
 
 class Interrupted:
@@ -77,6 +79,62 @@ async def test_cancelling_the_task_ends_a_unary_call(server: FakeServer) -> None
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(server.cancelled.wait, 10)
+
+
+@pytest.mark.parametrize("method", ["GenerateStream", "WatchAdapters"])
+def test_cancelled_between_two_attempts(
+    method: str, server: FakeServer, client: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call runs then that could be cancelled."""
+    server.watches.append([])
+    server.refusals.append(
+        Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "QUEUE_FULL", retry_s=0.001)
+    )
+
+    def cancel(*_: object) -> float:
+        stream.cancel()
+        return 0.0
+
+    monkeypatch.setattr(Attempts, "wait_s", cancel)
+    if method == "GenerateStream":
+        stream = client.generate_stream(Text("hi"))
+    else:
+        stream = client.watch()
+    with pytest.raises(Cancelled):
+        client.take(stream, 1)
+    assert server.count(method) == 1
+
+
+def test_cancelled_while_the_next_attempt_begins() -> None:
+    """By another thread, which still sees the call before."""
+    calls: list[Any] = []
+
+    class Ended(grpc.RpcError):
+        """A FAKE call that the server refused, or that was cancelled."""
+
+        cancelled = False
+
+        def __next__(self) -> None:
+            assert self.cancelled or len(calls) == 1, "runs on"
+            raise self
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    def begin(left_s: float | None) -> Ended:
+        if calls:
+            stream.cancel()
+        calls.append(Ended())
+        return calls[-1]  # type: ignore[no-any-return]
+
+    def failure(error: Ended) -> VeneerError:
+        return Cancelled("gone") if error.cancelled else QueueFull("full", retry_after_s=0.0)
+
+    attempts = Attempts(RetryPolicy(), repeatable=True, timeout_s=None)
+    stream = GenerationStream(StreamStart(begin, attempts, failure))
+    with pytest.raises(Cancelled):
+        next(stream)
+    assert [call.cancelled for call in calls] == [True, True]
 
 
 class Wire:
