@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
@@ -102,8 +102,8 @@ class Generation:
             index, output = await self._streams.next()
             now = time.perf_counter()
             sample = self._samples[index]
-            self._count(sample, output, now)
             delta = sample.delta(output)
+            self._count(sample, output, len(delta.tokens), now)
             if delta.finish is not None:
                 ended += 1
                 await self._streams.close(index)
@@ -116,9 +116,8 @@ class Generation:
         """Cancel in the engine what has not ended."""
         await self._streams.aclose()
 
-    def _count(self, sample: Sample, output: SequenceOutput, now: float) -> None:
-        """Metrics and numbers of an output."""
-        count = len(output.tokens)
+    def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
+        """Metrics and numbers of an output, of which the caller gets ``count`` tokens."""
         if self._first_output is None:
             self._first(output, now)
         elif sample.last_output is not None:
@@ -198,12 +197,13 @@ class Generator:
 
     @asynccontextmanager
     async def admit(
-        self, call: GenerateCall, *, time_remaining: float | None
+        self, call: GenerateCall, *, time_remaining: float | None, placed: bool = False
     ) -> AsyncIterator[Generation]:
         """A submitted request; left, it holds nothing any more, however it ended.
 
         Args:
             time_remaining: seconds to the caller's deadline, None without one.
+            placed: the caller holds the engine's places for it already.
 
         Raises:
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
@@ -222,7 +222,7 @@ class Generator:
             ends = None if time_remaining is None else arrived + time_remaining
             submit = self._submission(call, prompt, lease, ends)
             ref = lease.ref if lease is not None else None
-            with self._engine.places(call.n):
+            with nullcontext() if placed else self._engine.places(call.n):
                 generation = Generation(call, prompt, ref, submit, self, arrived)
                 try:
                     yield generation

@@ -69,7 +69,7 @@ class Sample:
         """Take an output of the engine."""
         stops = self._stops
         finish: FinishReason | None = output.finish
-        text = stops.feed(self._detokenizer.feed(self._shown(output)))
+        text, count = self._feed(output)
         if finish is not None and not stops.stopped:
             text += stops.feed(self._detokenizer.flush())
             text += stops.flush()
@@ -79,13 +79,23 @@ class Sample:
         return Delta(
             index=self.index,
             text=text,
-            tokens=output.tokens,
-            logprobs=output.logprobs,
-            top_logprobs=output.top_logprobs,
+            tokens=output.tokens[:count],
+            logprobs=output.logprobs and output.logprobs[:count],
+            top_logprobs=output.top_logprobs and output.top_logprobs[:count],
             prompt_logprobs=output.prompt_logprobs,
             prompt_top_logprobs=output.prompt_top_logprobs,
             finish=finish,
         )
+
+    def _feed(self, output: SequenceOutput) -> tuple[str, int]:
+        """Text of an output's tokens, and how many of them there are up to the one that
+        completes a stop string: an output joined from several steps goes on behind it."""
+        texts = []
+        for count, token in enumerate(self._shown(output), 1):
+            texts.append(self._stops.feed(self._detokenizer.feed([token])))
+            if self._stops.stopped:
+                return "".join(texts), count
+        return "".join(texts), len(output.tokens)
 
     def _shown(self, output: SequenceOutput) -> list[int]:
         """Tokens that are part of the text: all but a stop token, which is the last."""
