@@ -66,6 +66,7 @@ class EngineClient:
 
     Attributes:
         info: what the running engine said of itself; after `start`.
+        capacity: sequences that run and wait at once, at most.
     """
 
     info: EngineInfo
@@ -85,7 +86,7 @@ class EngineClient:
         hold: keeps an adapter's files while a restarted engine reads them again;
             raises `VeneerError` where the adapter is gone.
         """
-        self._capacity = config.max_running + max_queue
+        self.capacity = config.max_running + max_queue
         self._on_event = on_event
         self._supervisor = Supervisor(
             config,
@@ -194,15 +195,15 @@ class EngineClient:
             QueueFull: they are not free now.
             InvalidField: there are not so many.
         """
-        if count > self._capacity:
+        if count > self.capacity:
             raise InvalidField(
                 f"output.n is {count}, but this server runs and queues at most "
-                f"{self._capacity} sequences: ask for fewer samples",
+                f"{self.capacity} sequences: ask for fewer samples",
                 metadata={"field": "output.n"},
             )
-        if self._taken + count > self._capacity:
+        if self._taken + count > self.capacity:
             raise QueueFull(
-                f"{self._taken} of {self._capacity} sequences are running or waiting; retry "
+                f"{self._taken} of {self.capacity} sequences are running or waiting; retry "
                 "later, or start the server with a larger --max-queue",
                 retry_after_s=1.0,
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import InvalidField, VeneerError
 from veneer_registry.registry import Registry
 
 from veneer_server.engine.client import EngineClient
@@ -170,7 +170,7 @@ async def _stream(
         if chunks or not reply.started:
             await reply.events(list(chunks), _headers(piece.generation))
 
-    await _generate(core.generator, calls, take)
+    await _generate(core, calls, take)
     if (last := job.answer.usage_chunk()) is not None:
         await reply.events([last], {})
     await reply.end_events()
@@ -185,32 +185,46 @@ async def _collect(
         job.answer.add(piece)
         headers.update(_headers(piece.generation))
 
-    await _generate(core.generator, calls, take)
+    await _generate(core, calls, take)
     await reply.json(200, job.answer.whole(), headers)
 
 
 async def _generate(
-    generator: Generator,
+    core: Core,
     calls: Sequence[convert.GenerateCall],
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
-    """Run all calls at once and hand over what they give; one that fails ends all."""
+    """Run all calls at once and hand over what they give; one that fails ends all.
+
+    Raises:
+        InvalidField: they need more places than there are.
+        QueueFull: they need more than are free; none was started.
+    """
+    several = len(calls) > 1
 
     async def run(at: int, call: convert.GenerateCall) -> None:
         async with (
-            generator.admit(call, time_remaining=None) as generation,
+            core.generator.admit(call, time_remaining=None, placed=several) as generation,
             aclosing(generation.deltas()) as deltas,
         ):
             async for delta in deltas:
                 await take(Piece(at, generation, delta))
 
-    if len(calls) == 1:
+    if not several:
         await run(0, calls[0])
         return
+    wanted, capacity = sum(call.n for call in calls), core.engine.capacity
+    if wanted > capacity:
+        raise InvalidField(
+            f"prompt and n ask for {wanted} sequences, but this server runs and queues at "
+            f"most {capacity}: send fewer prompts in a request",
+            metadata={"field": "prompt"},
+        )
     try:
-        async with asyncio.TaskGroup() as group:
-            for at, call in enumerate(calls):
-                group.create_task(run(at, call))
+        with core.engine.places(wanted):
+            async with asyncio.TaskGroup() as group:
+                for at, call in enumerate(calls):
+                    group.create_task(run(at, call))
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
 
