@@ -90,6 +90,9 @@ def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
         ("grpc.max_reconnect_backoff_ms", 1000),
         # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
         ("grpc.max_metadata_size", 64 << 10),
+        # gRPC takes 4 MiB, and 18,000 tokens with 20 alternatives each are more. No limit,
+        # as the server has none for what it sends: both bound tokens, not bytes.
+        ("grpc.max_receive_message_length", -1),
     )
 
 

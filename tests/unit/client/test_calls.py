@@ -49,6 +49,21 @@ def test_base_install_is_enough() -> None:
     assert not loaded & (heavy | {"uvloop", "prometheus_client", "psutil", "veneer_server"})
 
 
+def test_an_answer_may_be_larger_than_what_grpc_takes_unasked(
+    server: FakeServer, client: Driver
+) -> None:
+    """Many samples with log-probabilities are: gRPC takes 4 MiB."""
+    text = "x" * (5 << 20)
+    stop = inference_pb2.FINISH_REASON_STOP
+    answer = inference_pb2.GenerateResponse(text=text, finish_reason=stop)
+    server.on_generate = lambda request: answer
+    assert client.generate(Text("hi")).text == text
+    final = inference_pb2.GenerateStreamFinal(finish_reason=stop)
+    server.pieces = [inference_pb2.GenerateStreamResponse(text=text, final=final)]
+    chunks, _ = client.stream(Text("hi"))
+    assert [chunk.text for chunk in chunks] == [text]
+
+
 def _leaks(value: object) -> bool:
     if dataclasses.is_dataclass(value):
         return any(_leaks(getattr(value, f.name)) for f in dataclasses.fields(value))
