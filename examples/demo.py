@@ -41,26 +41,32 @@ class Answer:
     end: GenerationEnd | None = field(default=None)
 
 
-async def main() -> None:
+def main() -> None:
     """The whole demonstration."""
     began = time.perf_counter()
     console.print("starting a server ...", style="dim")
-    server = await asyncio.to_thread(LocalServer)
+    # Not in a thread beside the event loop: there Ctrl-C could not end it.
+    server = LocalServer()
     try:
         console.print(escape(server.ready_line), style="dim", soft_wrap=True)
-        async with AsyncClient(server.address) as client:
-            for name in NAMES:
-                pushed = await client.push(ADAPTERS / name, name)
-                size = pushed.adapter.size / 2**20
-                console.print(f"published {pushed.adapter.short} ({size:.1f} MiB)")
-            await answer_side_by_side(client)
-            await show_swaps(client)
+        asyncio.run(show(server.address))
     finally:
-        status = await asyncio.to_thread(server.stop)
+        status = server.stop()
     took = time.perf_counter() - began
     console.print(f"server stopped with status {status}; {took:.0f} s in all", style="dim")
     if status:
         raise SystemExit(f"the server should have stopped with status 0, not {status}")
+
+
+async def show(address: str) -> None:
+    """Publish the adapters, and let them answer."""
+    async with AsyncClient(address) as client:
+        for name in NAMES:
+            pushed = await client.push(ADAPTERS / name, name)
+            size = pushed.adapter.size / 2**20
+            console.print(f"published {pushed.adapter.short} ({size:.1f} MiB)")
+        await answer_side_by_side(client)
+        await show_swaps(client)
 
 
 async def answer_side_by_side(client: AsyncClient) -> None:
@@ -140,7 +146,7 @@ def run() -> None:
     """Entry: errors are one line, and a SIGTERM stops the server too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        asyncio.run(main())
+        main()
     except VeneerError as error:
         raise SystemExit(f"error: {error}") from error
 

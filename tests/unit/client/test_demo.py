@@ -1,0 +1,41 @@
+"""The demonstration leaves nothing behind, whenever it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+DEMO = Path(__file__).parents[3] / "examples" / "demo.py"
+
+STARTING_SERVER = """
+import os, sys, threading
+with open(os.environ["ALIVE"], "w") as alive:
+    print(os.getpid(), file=alive, flush=True)
+    threading.Event().wait()
+"""
+"""A FAKE server that never gets ready; its end closes the pipe."""
+
+
+def test_stopped_while_its_server_starts_it_stops_that_too(tmp_path: Path) -> None:
+    package = tmp_path / "veneer_server"
+    package.mkdir()
+    (package / "__main__.py").write_text(STARTING_SERVER)
+    (package / "__init__.py").touch()
+    pipe = tmp_path / "alive"
+    os.mkfifo(pipe)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ALIVE": str(pipe)}
+    demo = subprocess.Popen([sys.executable, str(DEMO)], env=environment)
+    with pipe.open() as alive:
+        server = int(alive.readline())
+        try:
+            demo.send_signal(signal.SIGTERM)
+            assert demo.wait(60) == 143
+            assert alive.read() == ""
+        except BaseException:
+            os.kill(server, signal.SIGKILL)
+            demo.kill()
+            demo.wait()
+            raise
