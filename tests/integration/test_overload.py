@@ -68,8 +68,8 @@ async def test_a_deadline_that_a_long_prompt_cannot_meet_is_refused(crowded: Ser
     def prompt(length: int) -> list[int]:
         return [generator.randrange(100, 40_000) for _ in range(length)]
 
-    # The server has to have seen large steps before it can know.
-    known = prompt(400)
+    # The server has to have seen a full step before it can know.
+    known = prompt(600)
     await crowded.generate(token_ids=known, stopping={"max_tokens": 1})
     began = await crowded.metric("veneer_generation_tokens_total")
     # Longer than the fastest rate of any CPU, so that it holds where steps are fast too.

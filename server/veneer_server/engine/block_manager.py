@@ -88,6 +88,24 @@ class BlockManager:
             found += self.block_size
         return found
 
+    def common_prefix(self, sequence: Sequence, other: Sequence) -> int:
+        """Leading tokens that ``sequence`` has in common with a running one, whose K and
+        V it may share; 0 where the running one has nothing to add to what is cached."""
+        start = other.published * self.block_size
+        may_share = (
+            self.shares(sequence)
+            and self.shares(other)
+            and sequence.digest == other.digest
+            and sequence.request.cache_scope == other.request.cache_scope
+        )
+        if not may_share or start >= len(sequence.tokens):
+            return 0
+        # Keys instead of tokens as far as they go: the rest is short, but for a prefill.
+        mine, theirs = (self._keys(s, other.published)[-1:] for s in (sequence, other))
+        end = min(len(sequence.tokens), len(other.tokens))
+        differ = (i for i in range(start, end) if sequence.tokens[i] != other.tokens[i])
+        return next(differ, end) if mine == theirs else 0
+
     def grow(self, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
         """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing, and
         nothing unless ``spare`` blocks are left then."""

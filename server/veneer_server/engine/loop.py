@@ -270,8 +270,7 @@ class StepLoop:
         if message.deadline_s is None:
             return
         sequence = Sequence(message, self._clock(), None)
-        own = sequence.prompt_length - self._scheduler.blocks.cached_prefix(sequence)
-        ahead = self._scheduler.prefill_ahead
+        own, ahead = self._scheduler.least_tokens(sequence)
         least = self._pace.seconds(own + ahead)
         if least <= message.deadline_s:
             return
@@ -279,8 +278,8 @@ class StepLoop:
         helps = alone <= message.deadline_s
         raise DeadlineTooShort(
             f"the deadline leaves {message.deadline_s:.2f} s, but the first token of {own} "
-            f"new prompt tokens behind {ahead} waiting ones takes at least {least:.2f} s: "
-            + ("retry when less is waiting" if helps else "allow more time"),
+            f"new prompt tokens behind {ahead} running ones takes at least {least:.2f} s: "
+            + ("retry when less is running" if helps else "allow more time"),
             metadata={"least_s": f"{least:.3f}", "ahead_tokens": str(ahead)},
             retry_after_s=least - alone if helps else None,
         )

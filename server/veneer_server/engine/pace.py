@@ -42,7 +42,9 @@ class Pace:
         known yet.
 
         Large steps compute more tokens a second than small ones, so a rate says
-        nothing of work that is larger than the steps it was measured on."""
+        nothing of work that is far larger than the steps it was measured on; where it
+        is a little larger, its steps may take no longer than the largest one did."""
+        full = min(tokens, self._chunk)
         if not tokens or self._largest < min(tokens, self._chunk // 2):
             return 0.0
-        return _MARGIN * tokens / self.tokens_per_s
+        return _MARGIN * tokens / self.tokens_per_s * min(1.0, self._largest / full)

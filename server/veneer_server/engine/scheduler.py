@@ -108,10 +108,24 @@ class Scheduler:
     def waiting_for_adapter(self) -> int:
         return sum(1 for s in self._waiting if not self._admission.resident(s))
 
-    @property
-    def prefill_ahead(self) -> int:
-        """Tokens that must be computed before all sequences here have their next one."""
-        return sum(s.remaining for s in self._by_id.values())
+    def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
+        """Tokens that must be computed before a sequence that is not queued yet can have
+        its first token, if nothing ends early: its own, and those of running sequences.
+
+        Never too many: those that wait are left out, since any of them may be passed
+        over, and so is what can be preempted, since that may be overtaken.
+        """
+        known, ahead, longest = self.blocks.cached_prefix(sequence), 0, 0
+        for other in self._running.values():
+            # Preempted is who finds no room beside those that started before it.
+            request = other.request
+            longest += self.blocks.blocks_for(len(request.prompt) + request.max_tokens)
+            if longest <= self.blocks.total:
+                # In each step they take this much before anything is left to start on.
+                ahead += self._chunk(other, other.remaining)
+            # What it is going to publish is computed once, for both.
+            known = max(known, self.blocks.common_prefix(sequence, other))
+        return max(1, sequence.prompt_length - known), ahead
 
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)

@@ -43,6 +43,7 @@ class History:
             beside_decode=dice.choice([1, 4, 64]),
             patience=dice.choice([0.5, 5.0]),
             max_wait=dice.choice([1.0, 10.0]),
+            shared=dice.random() < 0.5,
             exact=dice.random() < 0.15,
             prefix_cache=dice.random() < 0.9,
         )
@@ -155,6 +156,7 @@ def test_random_histories() -> None:
     assert sum(h.world.cached_reads for h in histories) > 10_000
     assert sum(len(h.world.preempted) for h in histories) > 500
     assert sum(len(h.world.finished) for h in histories) > 10_000
+    assert sum(h.world.bounds_met for h in histories) > 5_000
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -320,6 +322,30 @@ def _held_adapters_are_evicted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Residency, "check_integrity", lambda self, held, leased: None)
 
 
+def _all_that_wait_is_ahead(patch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Scheduler, sequence: Sequence) -> tuple[int, int]:
+        own = sequence.prompt_length - self.blocks.cached_prefix(sequence)
+        return own, sum(s.remaining for s in self._by_id.values())
+
+    patch.setattr(Scheduler, "least_tokens", wrong)
+
+
+def _what_is_computed_for_two_counts_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "common_prefix", lambda self, sequence, other: 0)
+
+
+def _what_can_be_preempted_is_ahead(patch: pytest.MonkeyPatch) -> None:
+    right = Scheduler.least_tokens
+
+    def wrong(self: Scheduler, sequence: Sequence) -> tuple[int, int]:
+        total, self.blocks.total = self.blocks.total, 1 << 60
+        found = right(self, sequence)
+        self.blocks.total = total
+        return found
+
+    patch.setattr(Scheduler, "least_tokens", wrong)
+
+
 BUGS = [
     _sampled_tokens_count_as_computed,
     _chunks_ignore_the_budget,
@@ -339,6 +365,9 @@ BUGS = [
     _nobody_is_overdue,
     _nobody_is_held_back,
     _held_adapters_are_evicted,
+    _all_that_wait_is_ahead,
+    _what_is_computed_for_two_counts_twice,
+    _what_can_be_preempted_is_ahead,
 ]
 
 

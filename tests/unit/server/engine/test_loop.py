@@ -64,15 +64,15 @@ class FakeMemory:
 class Engine:
     """A loop that runs until its inbox has been worked off; ``now`` is its clock."""
 
-    def __init__(self, max_running: int = 4) -> None:
+    def __init__(self, max_running: int = 4, context: int = 64, blocks: int = 20) -> None:
         self.now = 0.0
         self.inbox: Inbox = queue.SimpleQueue()
         self.sent: list[FromEngine] = []
         residency = Residency(1000, 1000, itemsize=1)
         self.memory = FakeMemory(self.inbox)
         self.scheduler = Scheduler(
-            SchedulerLimits(32, max_running, context_length=64),
-            BlockManager(20, 4),
+            SchedulerLimits(32, max_running, context_length=context),
+            BlockManager(blocks, 4),
             residency,
             frozenset({0}),
         )
@@ -143,7 +143,7 @@ def with_deadline(number: int, prompt: range, deadline_s: float) -> Submit:
     return Submit(number, list(prompt), 3, SamplingParams(), deadline_s=deadline_s)
 
 
-def test_a_deadline_is_refused_when_what_waits_ahead_makes_it_impossible() -> None:
+def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
     """The loop's pace is told, not measured: 32 tokens a second at best."""
     engine = Engine()
     engine.inbox.put(with_deadline(1, range(40), 0.001))

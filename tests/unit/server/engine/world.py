@@ -60,6 +60,16 @@ class Cell:
     shared: bool
 
 
+@dataclass(frozen=True)
+class Least:
+    """What was said at a submission to be computed at least before the first token, and
+    what had been computed and had ended early by then."""
+
+    tokens: int
+    computed: int
+    ended_early: int
+
+
 @dataclass
 class World:
     """See the module. Sizes are bytes, tokens or blocks; times are seconds."""
@@ -72,6 +82,7 @@ class World:
     beside_decode: int = 32
     patience: float = 5.0
     max_wait: float = 10.0
+    shared: bool = False
     exact: bool = False
     prefix_cache: bool = True
     now: float = 0.0
@@ -89,9 +100,13 @@ class World:
     cached_reads: int = 0
     computed: int = 0
     """Tokens of all steps."""
+    ended_early: int = 0
+    """Sequences that were cancelled or failed."""
+    least: dict[int, Least] = field(default_factory=dict)
+    bounds_met: int = 0
 
     def __post_init__(self) -> None:
-        self.residency = Residency(self.host, self.device, itemsize=1)
+        self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
         self.limits = SchedulerLimits(
             max_batch_tokens=self.budget,
             max_running=self.max_running,
@@ -137,12 +152,15 @@ class World:
         )
         found = self.residency.lease(source) if source else None
         sequence = Sequence(request, self.now, found)
+        least = sum(self.scheduler.least_tokens(sequence))
+        self.least[number] = Least(least, self.computed, self.ended_early)
         self.scheduler.add(sequence)
         self.live[number] = sequence
         self.outputs[number] = []
         return sequence
 
     def cancel(self, number: int) -> None:
+        self.ended_early += 1
         _, actions = self.scheduler.cancel(number)
         self.carry_out(actions)
         self.live.pop(number, None)
@@ -160,6 +178,10 @@ class World:
                 case _:
                     assert (action.weights_digest, "host") in self.memory
                     self.pending.append((action.weights_digest, "device"))
+            if self.shared:
+                held = {digest for digest, _ in [*self.memory, *self.pending]}
+                used = sum(self.residency.bytes_of(digest) for digest in held)
+                assert used <= max(self.host, self.device), "more than was planned"
 
     def plan_adapters(self) -> None:
         actions, impossible = self.scheduler.plan_adapters(self.now)
@@ -236,7 +258,7 @@ class World:
             held = {
                 s.id
                 for s in queue[places[0] if places else 0 :]
-                if s.digest is not None and not self.residency.pinned(s.digest)
+                if s.digest is not None and not self.residency.pinned(s.digest, "device")
             }
             assert not held & {s.id for s in started}, "starts, and keeps the room taken"
         for sequence in queue:
@@ -312,17 +334,28 @@ class World:
             number = update.sequence.id
             if not update.finite:
                 assert number == bad
+                self.ended_early += 1
                 self._check_forgotten(self.live.pop(number), doubtful)
                 self.failed.add(number)
                 continue
             assert update.token is not None
             self.outputs[number].append(update.token)
+            if update.first:
+                self._check_least(number)
             if update.first and update.sequence.request.prompt_logprobs:
                 scored = len(update.sequence.prompt_logprobs)
                 assert scored == update.sequence.prompt_length - 1
             if update.finish is not None:
                 self.finished[number] = update.finish
                 self.live.pop(number)
+
+    def _check_least(self, number: int) -> None:
+        """A deadline that is refused by `least_tokens` could not have been met."""
+        least = self.least[number]
+        if least.ended_early == self.ended_early:
+            took = self.computed - least.computed
+            assert took >= least.tokens, f"{number} needed {took} tokens, not {least.tokens}"
+            self.bounds_met += 1
 
     def _check_forgotten(self, sequence: Sequence, blocks: set[int]) -> None:
         cache = self.scheduler.blocks._cache

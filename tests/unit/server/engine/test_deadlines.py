@@ -1,0 +1,123 @@
+"""Deadlines refused early: only those that nothing could have met."""
+
+from __future__ import annotations
+
+import pytest
+from veneer_server.engine.messages import (
+    AdapterSource,
+    SamplingParams,
+    SequenceFailed,
+    SequenceOutput,
+    Submit,
+)
+
+from tests.unit.server.engine.test_loop import Engine
+from tests.unit.server.engine.world import World, adapter
+
+PACE = 32
+"""Tokens a second: a full step of `Engine`."""
+
+
+def engine(max_running: int = 4) -> Engine:
+    made = Engine(max_running, context=1000, blocks=1000)
+    made.loop._pace.observe(PACE, 1.0)
+    return made
+
+
+def ask(
+    number: int,
+    prompt: list[int],
+    deadline_s: float | None = None,
+    *,
+    source: AdapterSource | None = None,
+) -> Submit:
+    return Submit(
+        number,
+        prompt,
+        3,
+        SamplingParams(),
+        adapter=source,
+        deadline_s=deadline_s,
+    )
+
+
+def refused(made: Engine) -> list[SequenceFailed]:
+    return [m for m in made.sent if isinstance(m, SequenceFailed)]
+
+
+def first_tokens(made: Engine) -> set[int]:
+    return {m.sequence for m in made.sent if isinstance(m, SequenceOutput)}
+
+
+def fresh(length: int, begin: int = 10_000) -> list[int]:
+    return list(range(begin, begin + length))
+
+
+def test_prompts_that_wait_and_are_cached_are_not_in_the_way() -> None:
+    """The workload of one system prompt: the queue is long, and done in a few steps."""
+    made = engine(max_running=2)
+    prompt = fresh(400)
+    made.inbox.put(ask(0, prompt))
+    while not first_tokens(made):
+        made.turn()
+    for number in range(1, 21):
+        made.inbox.put(ask(number, prompt))
+    made.turn()
+    made.inbox.put(ask(99, [1] * 10, deadline_s=3.0))
+    for _ in range(60):
+        made.turn()
+    assert refused(made) == []
+    assert 99 in first_tokens(made)
+
+
+def test_those_that_wait_for_an_adapter_are_not_in_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = engine()
+    monkeypatch.setattr(made.memory, "load", lambda source: None)  # it never ends
+    for number in range(20):
+        made.inbox.put(ask(number, fresh(400, 1000 * number), source=adapter("cold")))
+    made.turn()
+    made.inbox.put(ask(99, [1] * 10, deadline_s=3.0))
+    made.turn()
+    assert refused(made) == []
+    assert first_tokens(made) == {99}
+
+
+def test_a_running_prompt_and_its_own_are_in_the_way_for_certain() -> None:
+    made = engine()
+    made.inbox.put(ask(1, fresh(320)))
+    made.turn()
+    made.inbox.put(ask(2, [1] * 32, deadline_s=7.0))  # 9 + 1 steps of a second, less a margin
+    made.inbox.put(ask(3, [2] * 320, deadline_s=7.0))
+    made.inbox.put(ask(4, [3] * 32, deadline_s=8.0))
+    made.turn()
+    behind, long = refused(made)
+    assert (behind.sequence, long.sequence) == (2, 3)
+    assert behind.error.metadata["ahead_tokens"] == "288"
+    assert "retry" in behind.error.message
+    assert "allow more time" in long.error.message
+
+
+def test_a_prompt_on_its_way_into_the_cache_is_not_counted_twice() -> None:
+    made = engine()
+    made.inbox.put(ask(1, fresh(320)))
+    made.turn()
+    made.inbox.put(ask(2, fresh(320), deadline_s=7.0))  # 288 tokens for both
+    made.inbox.put(ask(3, [*fresh(310), *[1] * 40], deadline_s=7.0))  # and 40 of its own
+    made.turn()
+    assert [m.sequence for m in refused(made)] == [3]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_prompt_that_goes_on_in_small_chunks_is_not_in_the_way_whole(exact: bool) -> None:
+    """Where log-probabilities are wanted, or in exact mode; `World` checks the bound."""
+    world = World(budget=600, beside_decode=600, blocks=600, exact=exact)
+    world.ask(1, fresh(500), 3, scores=not exact)
+    world.step()
+    world.submit(2, 10, 1, None)
+    world.step()
+    assert 2 in world.finished
+    assert 1 in world.live
+    assert world.bounds_met == 1
+    world.drain()
