@@ -17,7 +17,7 @@ from veneer_server.engine.client import EngineClient
 from veneer_server.metrics import Metrics
 from veneer_server.openai.generate import Core
 from veneer_server.openai.routes import make_app
-from veneer_server.openai.wire import ABORT
+from veneer_server.openai.wire import ABORT, MAX_BODIES, Bodies
 from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.inference_service import READER_LIMIT_S
@@ -54,6 +54,7 @@ class Gateway:
             calls=calls,
             metrics=metrics,
             base=base,
+            bodies=Bodies(MAX_BODIES),
             reader_limit_s=reader_limit_s,
             started=int(time.time()),
         )

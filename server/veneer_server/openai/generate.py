@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.errors import InvalidField, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
 from veneer_server.engine.client import EngineClient
@@ -23,7 +23,15 @@ from veneer_server.openai.completions import CompletionAnswer
 from veneer_server.openai.errors import HttpError
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
 from veneer_server.openai.requests import chat_requests, completion_requests
-from veneer_server.openai.wire import ClientGone, Receive, Reply, Scope, Send, read_json
+from veneer_server.openai.wire import (
+    Bodies,
+    ClientGone,
+    Receive,
+    Reply,
+    Scope,
+    Send,
+    read_json,
+)
 from veneer_server.rpc import convert
 from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.generation import Generation, Generator
@@ -48,6 +56,7 @@ class Core:
     calls: Calls
     metrics: Metrics
     base: BaseSpec
+    bodies: Bodies
     reader_limit_s: float
     started: int
 
@@ -74,30 +83,34 @@ class GenerateEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; a client that disconnects ends the work within a step."""
-        reply = Reply(scope, send, self._core.reader_limit_s)
-        try:
-            body = await read_json(scope, receive, self._core.reader_limit_s)
-        except ClientGone:
-            return
-        except HttpError as error:
-            await self._fail(reply, error)
-            return
-        work = asyncio.create_task(self._work(body, reply))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            work.cancel()
-            await asyncio.wait({work, gone})
-        if not work.cancelled():
-            work.result()
+        limit_s = self._core.reader_limit_s
+        reply = Reply(scope, send, limit_s)
+        with self._core.bodies.share() as take:
+            try:
+                body = await read_json(scope, receive, limit_s, take)
+            except ClientGone:
+                return
+            except (QueueFull, HttpError) as error:
+                await self._fail(reply, error)
+                return
+            work = asyncio.create_task(self._work(body, reply))
+            gone = asyncio.create_task(_disconnected(receive))
+            del body  # parsed it is many times as large: only the checked request stays
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                work.cancel()
+                await asyncio.wait({work, gone})
+            if not work.cancelled():
+                work.result()
 
     async def _work(self, body: object, reply: Reply) -> None:
         failure: VeneerError
         try:
             with self._core.calls.running():
                 job = self._parse(body)
+                del body
                 calls = [convert.generate_call(request) for request in job.requests]
                 await (_stream if job.stream else _collect)(self._core, calls, job, reply)
             return
@@ -106,10 +119,11 @@ class GenerateEndpoint(ABC):
         except Exception as error:
             failure = internal_error(REQUEST_ID.get())
             _log.error("request failed", error)
-        self._core.metrics.failures.labels(failure.reason).inc()
         await self._fail(reply, failure)
 
     async def _fail(self, reply: Reply, error: VeneerError | HttpError) -> None:
+        if isinstance(error, VeneerError):
+            self._core.metrics.failures.labels(error.reason).inc()
         try:
             await reply.fail(error)
         except VeneerError:

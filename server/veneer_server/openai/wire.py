@@ -8,20 +8,24 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Final
 
-from veneer_registry.errors import Aborted, VeneerError
+from veneer_registry.errors import Aborted, QueueFull, VeneerError
 
 from veneer_server.openai.errors import HttpError, http_failure
 
-__all__ = ["ABORT", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
+__all__ = ["ABORT", "Bodies", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
 
 ABORT: Final = "veneer.abort"
 """Key in ``scope["state"]`` of a function that drops the connection at once."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; what gRPC receives at most, too."""
+
+MAX_BODIES: Final = 64 * MAX_BODY
+"""Bytes of all bodies that are being read or answered."""
 
 _ERROR_LIMIT_S: Final = 1.0
 """Longest wait for the client to take an error."""
@@ -39,11 +43,46 @@ class ReaderStopped(Aborted):
     """The client took nothing for too long; its connection was dropped."""
 
 
-async def read_json(scope: Scope, receive: Receive, limit_s: float) -> object:
+class Bodies:
+    """Bounds what the bodies of all requests take together, in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes, which are given back at the end. It raises
+        QueueFull where there are not so many left."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if count > self._left:
+                raise QueueFull(
+                    f"requests hold {self._limit - self._left} bytes of bodies, of at most "
+                    f"{self._limit}: retry later",
+                    retry_after_s=1.0,
+                )
+            self._left -= count
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def read_json(
+    scope: Scope, receive: Receive, limit_s: float, take: Callable[[int], None]
+) -> object:
     """The parsed body of a request.
+
+    Args:
+        take: told of the bytes that came; see `Bodies`.
 
     Raises:
         HttpError: it is no JSON, too large, or came too slowly.
+        QueueFull: other bodies leave it no room.
         ClientGone: the client left before it was whole.
     """
     headers = dict(scope["headers"])
@@ -54,7 +93,7 @@ async def read_json(scope: Scope, receive: Receive, limit_s: float) -> object:
         )
     try:
         async with asyncio.timeout(limit_s):
-            body = await _read(receive)
+            body = await _read(receive, take)
     except TimeoutError as error:
         raise HttpError(
             408,
@@ -70,13 +109,15 @@ async def read_json(scope: Scope, receive: Receive, limit_s: float) -> object:
         ) from error
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive, take: Callable[[int], None]) -> bytes:
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
+        piece = message.get("body", b"")
+        take(len(piece))
+        body += piece
         if len(body) > MAX_BODY:
             raise HttpError(
                 413, "request_too_large", f"the body has more than {MAX_BODY} bytes: send less"

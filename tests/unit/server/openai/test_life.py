@@ -247,6 +247,38 @@ async def test_a_body_that_nobody_reads_does_not_keep_its_connection(
         writer.close()
 
 
+async def test_bodies_are_bounded_together(
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many connections send large ones, memory has an end."""
+    monkeypatch.setattr("veneer_server.openai.gateway.MAX_BODIES", 1 << 20)
+    async with (
+        running(base_folder, front_cache, tmp_path, openai_listen=LISTEN) as front,
+        client(front.addresses["openai"]) as http,
+    ):
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        writers = []
+        for _ in range(4):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                b"content-type: application/json\r\ncontent-length: 300000\r\n\r\n"
+            )
+            writer.write(b" " * (1 << 18))
+            writers.append(writer)
+        while (late := await http.post("/v1/completions", json=TEXT)).status_code == 200:
+            pass  # what they sent is still on its way
+        assert late.status_code == 429
+        assert late.json()["error"]["code"] == "queue_full"
+        assert (late.headers["retry-after"], late.headers["x-should-retry"]) == ("1", "true")
+        assert front.engine.in_flight == 0
+        writers.pop().close()
+        while (await http.post("/v1/completions", json=TEXT)).status_code == 429:
+            pass  # until the server has seen it leave
+        for writer in writers:
+            writer.close()
+
+
 async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
