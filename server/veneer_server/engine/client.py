@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -257,7 +258,8 @@ class EngineClient:
                     stop_token_ids=stop_token_ids or [],
                     constraint=constraint,
                     use_prefix_cache=use_prefix_cache,
-                    deadline_s=deadline_s,
+                    # A time, not a length: it runs on while the message waits.
+                    deadline=None if deadline_s is None else time.monotonic() + deadline_s,
                 )
             )
             while not ended:

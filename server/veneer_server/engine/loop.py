@@ -267,18 +267,18 @@ class StepLoop:
 
     def _check_deadline(self, message: Submit) -> None:
         """Refuse what cannot have its first token in time, before it takes any."""
-        if message.deadline_s is None:
+        if message.deadline is None:
             return
-        sequence = Sequence(message, self._clock(), None)
-        own, ahead = self._scheduler.least_tokens(sequence)
-        least = self._pace.seconds(own + ahead)
-        if least <= message.deadline_s:
+        now = self._clock()
+        own, ahead = self._scheduler.least_tokens(Sequence(message, now, None))
+        least, left = self._pace.seconds(own + ahead), message.deadline - now
+        if least <= left:
             return
         alone = self._pace.seconds(own)
-        helps = alone <= message.deadline_s
+        helps = alone <= left
         raise DeadlineTooShort(
-            f"the deadline leaves {message.deadline_s:.2f} s, but the first token of {own} "
-            f"new prompt tokens behind {ahead} running ones takes at least {least:.2f} s: "
+            f"the deadline leaves {max(0.0, left):.2f} s, but the first token of {own} new "
+            f"prompt tokens behind {ahead} running ones takes at least {least:.2f} s: "
             + ("retry when less is running" if helps else "allow more time"),
             metadata={"least_s": f"{least:.3f}", "ahead_tokens": str(ahead)},
             retry_after_s=least - alone if helps else None,

@@ -202,8 +202,8 @@ class Submit(Message, frozen=True):
         stop_token_ids: end the sequence, beside the model's own.
         use_prefix_cache: K and V of other sequences with the same prefix may be used.
         cache_scope: prefixes are shared only within a scope.
-        deadline_s: seconds in which the first token must come, when this was sent; a
-            sequence that cannot meet it is refused.
+        deadline: when the first token must have come, on the monotonic clock, which the
+            processes of a machine share; a sequence that cannot meet it is refused.
     """
 
     sequence: int
@@ -219,7 +219,7 @@ class Submit(Message, frozen=True):
     constraint: Constraint | None = None
     use_prefix_cache: bool = True
     cache_scope: str = ""
-    deadline_s: float | None = None
+    deadline: float | None = None
 
 
 class Cancel(Message, frozen=True):

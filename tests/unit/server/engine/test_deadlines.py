@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Callable
+from typing import cast
+
 import pytest
+from veneer_server.engine.client import EngineClient
+from veneer_server.engine.connection import Connection
 from veneer_server.engine.messages import (
     AdapterSource,
+    Constraint,
+    EngineConfig,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
     Submit,
+    ToEngine,
 )
 
 from tests.unit.server.engine.test_loop import Engine
@@ -27,9 +37,10 @@ def engine(max_running: int = 4) -> Engine:
 def ask(
     number: int,
     prompt: list[int],
-    deadline_s: float | None = None,
+    deadline: float | None = None,
     *,
     source: AdapterSource | None = None,
+    constraint: Constraint | None = None,
 ) -> Submit:
     return Submit(
         number,
@@ -37,7 +48,8 @@ def ask(
         3,
         SamplingParams(),
         adapter=source,
-        deadline_s=deadline_s,
+        constraint=constraint,
+        deadline=deadline,
     )
 
 
@@ -63,7 +75,7 @@ def test_prompts_that_wait_and_are_cached_are_not_in_the_way() -> None:
     for number in range(1, 21):
         made.inbox.put(ask(number, prompt))
     made.turn()
-    made.inbox.put(ask(99, [1] * 10, deadline_s=3.0))
+    made.inbox.put(ask(99, [1] * 10, deadline=3.0))
     for _ in range(60):
         made.turn()
     assert refused(made) == []
@@ -78,7 +90,7 @@ def test_those_that_wait_for_an_adapter_are_not_in_the_way(
     for number in range(20):
         made.inbox.put(ask(number, fresh(400, 1000 * number), source=adapter("cold")))
     made.turn()
-    made.inbox.put(ask(99, [1] * 10, deadline_s=3.0))
+    made.inbox.put(ask(99, [1] * 10, deadline=3.0))
     made.turn()
     assert refused(made) == []
     assert first_tokens(made) == {99}
@@ -88,9 +100,9 @@ def test_a_running_prompt_and_its_own_are_in_the_way_for_certain() -> None:
     made = engine()
     made.inbox.put(ask(1, fresh(320)))
     made.turn()
-    made.inbox.put(ask(2, [1] * 32, deadline_s=7.0))  # 9 + 1 steps of a second, less a margin
-    made.inbox.put(ask(3, [2] * 320, deadline_s=7.0))
-    made.inbox.put(ask(4, [3] * 32, deadline_s=8.0))
+    made.inbox.put(ask(2, [1] * 32, deadline=7.0))  # 9 + 1 steps of a second, less a margin
+    made.inbox.put(ask(3, [2] * 320, deadline=7.0))
+    made.inbox.put(ask(4, [3] * 32, deadline=8.0))
     made.turn()
     behind, long = refused(made)
     assert (behind.sequence, long.sequence) == (2, 3)
@@ -103,8 +115,8 @@ def test_a_prompt_on_its_way_into_the_cache_is_not_counted_twice() -> None:
     made = engine()
     made.inbox.put(ask(1, fresh(320)))
     made.turn()
-    made.inbox.put(ask(2, fresh(320), deadline_s=7.0))  # 288 tokens for both
-    made.inbox.put(ask(3, [*fresh(310), *[1] * 40], deadline_s=7.0))  # and 40 of its own
+    made.inbox.put(ask(2, fresh(320), deadline=7.0))  # 288 tokens for both
+    made.inbox.put(ask(3, [*fresh(310), *[1] * 40], deadline=7.0))  # and 40 of its own
     made.turn()
     assert [m.sequence for m in refused(made)] == [3]
 
@@ -121,3 +133,67 @@ def test_a_prompt_that_goes_on_in_small_chunks_is_not_in_the_way_whole(exact: bo
     assert 1 in world.live
     assert world.bounds_met == 1
     world.drain()
+
+
+class SlowGrammars:
+    """FAKE: constraints that are ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.done: list[Callable[[None], None]] = []
+
+    def compile(
+        self, sequence: int, constraint: Constraint, done: Callable[[None], None]
+    ) -> None:
+        self.done.append(done)
+
+    def forget(self, sequence: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint("regex", "a+")])
+@pytest.mark.parametrize(("late", "in_time"), [(0.0, True), (6.0, True), (7.0, False)])
+def test_a_deadline_runs_while_the_message_and_its_constraint_wait(
+    constraint: Constraint | None, late: float, in_time: bool
+) -> None:
+    """64 tokens: 2 seconds, less a margin."""
+    made = engine()
+    grammars = made.loop._grammars = SlowGrammars()
+    made.inbox.put(ask(1, fresh(64), deadline=8.0, constraint=constraint))
+    if constraint is not None:
+        made.turn()
+    made.now += late
+    for done in grammars.done:
+        done(None)
+    for _ in range(3):
+        made.turn()
+    assert [m.sequence for m in refused(made)] == ([] if in_time else [1])
+    assert first_tokens(made) == ({1} if in_time else set())
+
+
+class FakeConnection:
+    """FAKE: an engine that takes everything and says nothing."""
+
+    def __init__(self) -> None:
+        self.written: list[ToEngine] = []
+
+    def write(self, message: ToEngine) -> None:
+        self.written.append(message)
+
+
+async def test_the_front_says_when_and_not_how_long() -> None:
+    """The message may wait: `StepLoop` reads the same clock when it takes it."""
+    client, connection = (
+        EngineClient(EngineConfig("", "", "", ""), max_queue=1),
+        FakeConnection(),
+    )
+    client._supervisor.connection = cast(Connection, connection)
+    began = time.monotonic()
+    outputs = client.generate([1], max_tokens=1, sampling=SamplingParams(), deadline_s=5.0)
+    waiting = asyncio.ensure_future(anext(outputs))
+    await asyncio.sleep(0)
+    (submit,) = connection.written
+    assert isinstance(submit, Submit)
+    assert submit.deadline is not None
+    assert began + 5 <= submit.deadline <= time.monotonic() + 5
+    waiting.cancel()
+    await asyncio.wait([waiting])

@@ -139,8 +139,8 @@ def test_cached_tokens_are_reported_once_with_the_first_output_and_its_step() ->
     assert (occupancy.kv_blocks_used, occupancy.kv_blocks_cached) == (0, 2)
 
 
-def with_deadline(number: int, prompt: range, deadline_s: float) -> Submit:
-    return Submit(number, list(prompt), 3, SamplingParams(), deadline_s=deadline_s)
+def with_deadline(number: int, prompt: range, deadline: float) -> Submit:
+    return Submit(number, list(prompt), 3, SamplingParams(), deadline=deadline)
 
 
 def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
