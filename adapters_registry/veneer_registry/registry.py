@@ -171,10 +171,16 @@ class Registry:
         """Check an announcement and open its files for writing.
 
         Raises:
-            InvalidField, AdapterInvalid: see `check_request`.
+            InvalidField, AdapterInvalid: see `check_request`; or the name is the base's.
             DiskFull: the disk has not room for the announced bytes.
         """
         check_request(request, self._max_adapter_bytes)
+        if request.name == self._base.name:
+            # OpenAI's `model` names both kinds: the adapter could not be asked for.
+            raise InvalidField(
+                f"{request.name!r} is the base model's name: choose another for the adapter",
+                metadata={"field": "name"},
+            )
         if sum(file.size for file in request.files) > self._store.free_bytes():
             raise disk_full(self._lock.data_dir)
         upload = Upload(request, self._store.new_staging(), self._discard)

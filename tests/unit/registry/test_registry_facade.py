@@ -210,6 +210,8 @@ GOOD = (UploadFile(CONFIG_FILE, 10, SHA), UploadFile(WEIGHTS_FILE, 10, SHA))
         (UploadRequest("", GOOD), InvalidField, "''"),
         (UploadRequest("A", GOOD), InvalidField, "'A'"),
         (UploadRequest("x" * 10_000, GOOD), InvalidField, "not allowed"),
+        # Over HTTP, `model` names one or the other: the adapter would be out of reach.
+        (UploadRequest("tiny", GOOD), InvalidField, "'tiny' is the base model"),
         (UploadRequest("x", GOOD[:1]), AdapterInvalid, f"{WEIGHTS_FILE} is missing"),
         (UploadRequest("x", GOOD[1:]), AdapterInvalid, f"{CONFIG_FILE} is missing"),
         (UploadRequest("x", (*GOOD, GOOD[0])), AdapterInvalid, "announced twice"),
