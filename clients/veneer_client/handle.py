@@ -7,6 +7,7 @@ whatever is published under the name meanwhile.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Unpack
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["AdapterHandle", "AsyncAdapterHandle"]
 
 _NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
+
+
+_UNPIN_S: Final = 5.0
+"""Longest time to take back a pin whose fate is unknown."""
 
 
 class _Bound:
@@ -58,7 +63,13 @@ class AdapterHandle(_Bound):
     def __enter__(self) -> AdapterHandle:
         self._info = self._client.get(self._name).adapter
         if self._pin and not self._info.pinned:
-            self._info = self._client.pin(self.ref)
+            try:
+                self._info = self._client.pin(self.ref)
+            except BaseException:
+                # The deadline or Ctrl-C ended our waiting, not the server's work.
+                with suppress(VeneerError):
+                    self._client.unpin(self.ref, timeout_s=_UNPIN_S)
+                raise
             self._pinned = True
         elif self._activate or self._pin:
             self._info = self._client.activate(self.ref)
@@ -118,7 +129,13 @@ class AsyncAdapterHandle(_Bound):
     async def __aenter__(self) -> AsyncAdapterHandle:
         self._info = (await self._client.get(self._name)).adapter
         if self._pin and not self._info.pinned:
-            self._info = await self._client.pin(self.ref)
+            try:
+                self._info = await self._client.pin(self.ref)
+            except BaseException:
+                # The deadline or a cancellation ended our waiting, not the server's work.
+                with suppress(VeneerError):
+                    await self._client.unpin(self.ref, timeout_s=_UNPIN_S)
+                raise
             self._pinned = True
         elif self._activate or self._pin:
             self._info = await self._client.activate(self.ref)

@@ -96,8 +96,10 @@ class FakeServer(
         self.hold: threading.Event | None = None
         self.cancelled = threading.Event()
         self.begun = threading.Event()
-        """A generate call reached its hold."""
+        """A call reached its hold."""
         self.break_after: Refusal | None = None
+        self.lost: Refusal | None = None
+        """Ends a call that pinned an adapter."""
         self.omit_end = False
         self.pieces: list[inference_pb2.GenerateStreamResponse] = []
         """When set, what every stream says."""
@@ -261,6 +263,11 @@ class FakeServer(
         self._note("UpdateAdapter", request, context)
         adapter = self._find(request.name, context)
         adapter.pinned = request.pinned
+        if self.hold is not None and request.pinned:
+            self.begun.set()
+            self.hold.wait()
+        if self.lost is not None and request.pinned:
+            self.lost.end(context)
         return adapters_pb2.UpdateAdapterResponse(adapter=adapter)
 
     def WatchAdapters(self, request, context):  # noqa: N802

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import grpc
 import pytest
 from veneer_client import AsyncClient, Client, Text, Tier
-from veneer_registry.errors import AdapterNotFound, EngineFailed, QueueFull
+from veneer_registry.errors import AdapterNotFound, EngineFailed, QueueFull, ServerUnreachable
 
 from tests.unit.client.drivers import Driver
 from tests.unit.client.fake_server import FakeServer, Refusal
@@ -102,6 +104,49 @@ def test_unpinned_also_after_an_error_which_is_the_one_raised(
         client.inside(client.adapter("sql", pin=True), fail)
     assert adapter.pinned, "the server refused"
     assert server.count("UpdateAdapter") == 2
+
+
+def pins(server: FakeServer) -> list[bool]:
+    return [request.pinned for name, request in server.calls if name == "UpdateAdapter"]
+
+
+def test_a_pin_whose_answer_was_lost_is_removed(server: FakeServer, client: Driver) -> None:
+    """The server may have set it, and nobody will leave the `with`."""
+    server.add("sql")
+    server.lost = Refusal(grpc.StatusCode.UNAVAILABLE, "the socket closed")
+    with pytest.raises(ServerUnreachable):
+        client.inside(client.adapter("sql", pin=True), lambda a: None)
+    assert pins(server) == [True, False]
+
+
+def test_a_pin_that_was_interrupted_is_removed(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = server.add("sql")
+    with Client(server.address) as client:
+        pin = client.pin
+
+        def ctrl_c(name: str) -> None:
+            pin(name)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(client, "pin", ctrl_c)
+        with pytest.raises(KeyboardInterrupt), client.adapter("sql", pin=True):
+            pass
+    assert not adapter.pinned
+
+
+async def test_a_pin_that_was_cancelled_is_removed(server: FakeServer) -> None:
+    adapter = server.add("sql")
+    server.hold = threading.Event()
+    async with AsyncClient(server.address) as client:
+        entry = asyncio.create_task(client.adapter("sql", pin=True).__aenter__())
+        await asyncio.to_thread(server.begun.wait, 10)
+        entry.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entry
+    assert not adapter.pinned
+    assert pins(server) == [True, False]
 
 
 def test_a_failed_unpin_is_told_when_nothing_else_went_wrong(
