@@ -9,7 +9,12 @@ from typing import Any
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
 
-from veneer_server.openai.fields import ChatFields, CommonFields, CompletionFields
+from veneer_server.openai.fields import (
+    ChatFields,
+    CommonFields,
+    CompletionFields,
+    StreamOptions,
+)
 
 __all__ = ["chat_requests", "completion_requests"]
 
@@ -22,6 +27,8 @@ def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateR
     """
     request = _common(fields, base)
     if fields.max_completion_tokens is not None:
+        if fields.max_tokens not in (None, fields.max_completion_tokens):
+            raise _refuse("max_completion_tokens", "differs from max_tokens: send one of them")
         request.stopping.max_tokens = fields.max_completion_tokens
     if fields.top_logprobs and not fields.logprobs:
         raise _refuse("top_logprobs", "needs logprobs: set it to true")
@@ -80,7 +87,16 @@ def _refuse(field: str, problem: str) -> InvalidField:
     return InvalidField(f"{field} {problem}", metadata={"field": field})
 
 
+def _check_options(fields: CommonFields) -> None:
+    options = fields.stream_options
+    if not fields.stream and options != StreamOptions():
+        raise _refuse("stream_options", "needs stream: set it to true")
+    if options.continuous_usage_stats and not options.include_usage:
+        raise _refuse("stream_options.continuous_usage_stats", "needs include_usage")
+
+
 def _common(fields: CommonFields, base: str) -> inference_pb2.GenerateRequest:
+    _check_options(fields)
     request = inference_pb2.GenerateRequest(
         adapter="" if fields.model == base else fields.model
     )
@@ -122,14 +138,16 @@ def _constraint(fields: CommonFields) -> inference_pb2.Constraint | None:
     def add(name: str, **kind: Any) -> None:
         found.append((name, inference_pb2.Constraint(**kind)))
 
-    if (wanted := fields.response_format) is not None and wanted.type != "text":
-        if wanted.type == "json_object":
-            add("response_format", json_schema='{"type": "object"}')
-        elif wanted.json_schema is None:
-            raise _refuse("response_format.json_schema", "is missing: send the schema")
-        else:
+    if (wanted := fields.response_format) is not None:
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise _refuse("response_format.json_schema", "is missing: send the schema")
             schema = json.dumps(wanted.json_schema.schema_)
             add("response_format", json_schema=schema)
+        elif wanted.json_schema is not None:
+            raise _refuse("response_format.json_schema", "needs the type 'json_schema'")
+        elif wanted.type == "json_object":
+            add("response_format", json_schema='{"type": "object"}')
     if fields.guided_json is not None:
         add("guided_json", json_schema=_schema_text("guided_json", fields.guided_json))
     if fields.guided_regex is not None:

@@ -224,6 +224,21 @@ def test_constraints(given: dict[str, Any], expected: pb.Constraint | None) -> N
             "response_format.json_schema",
             "missing",
         ),
+        *(
+            (
+                {"response_format": {"type": kind, "json_schema": {"schema": {}}}},
+                "response_format.json_schema",
+                "'json_schema'",
+            )
+            for kind in ("text", "json_object")
+        ),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "max_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "needs include_usage",
+        ),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "once"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"xyzzy": 1}, "xyzzy", "leave it out"),
@@ -320,6 +335,13 @@ def test_fields_that_change_nothing() -> None:
     assert not IGNORED & REFUSED.keys()
     for kind in (ChatFields, CompletionFields):
         assert not kind.model_fields.keys() & (IGNORED | REFUSED.keys())
+
+
+def test_what_is_said_twice_or_asks_for_nothing_is_no_contradiction() -> None:
+    assert chat(max_tokens=3, max_completion_tokens=3) == chat(max_tokens=3)
+    assert chat(stream_options={}) == chat(stream_options={"include_usage": False}) == chat()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert chat(stream=True, stream_options=options) == chat()
 
 
 def test_best_of_only_as_n() -> None:
