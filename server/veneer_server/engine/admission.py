@@ -96,8 +96,10 @@ class Admission:
         return self._lacking[0]
 
     def _keeps_room(self, sequence: Sequence) -> bool:
-        """Were it to run, its adapter could not be evicted; a pinned one cannot anyway."""
-        return sequence.digest is not None and not self._residency.pinned(sequence.digest)
+        """Were it to run, its adapter could not be evicted; one that is pinned where
+        sequences use it cannot anyway."""
+        digest = sequence.digest
+        return digest is not None and not self._residency.pinned(digest, "device")
 
     def _rank(self, sequence: Sequence, in_batch: Collection[str], now: float) -> int:
         """Lower goes first; equal ones by arrival."""

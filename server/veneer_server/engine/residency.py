@@ -4,9 +4,19 @@ The step loop tells this class what happened and carries out the `Action`s it
 returns. Three kinds of grip on an adapter are kept apart:
 
 * a *lease* counts sequences submitted and not finished: its identity is in use;
-* a *hold* counts scheduled sequences: its DEVICE bytes are in use right now and
-  are never evicted;
-* a *pin* is an operator's flag: never evicted for capacity.
+* a *hold* counts scheduled sequences: its DEVICE copy is in use right now and is
+  never evicted;
+* a *pin* is an operator's flag for one tier: the copy there is never evicted for
+  capacity. A pin to HOST says nothing of DEVICE, nor one to DEVICE of HOST.
+
+So room is made in DEVICE by dropping copies that are neither held nor pinned there,
+and in HOST by dropping copies that are not pinned there and that no move reads.
+
+Where the tiers share memory (a CPU), a DEVICE copy is its HOST copy, and dropping
+either alone frees nothing. There DEVICE stays a part of HOST: whatever keeps the DEVICE
+copy keeps that in HOST, and room in HOST is made by dropping both. HOST then counts
+each byte that is really held, once, and may take the larger of the two budgets, which
+is what the memory plan counts.
 
 Wants are served in the order given (the arrival order of waiting sequences):
 what an earlier want needs is never evicted for a later one, so two adapters
@@ -103,8 +113,7 @@ class Residency:
 
     Attributes:
         itemsize: bytes of one resident number.
-        shared: the DEVICE copy is the HOST copy (on a CPU): each tier counts it
-            against its budget, but freeing both frees its bytes once.
+        shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
     """
 
     host_budget: int
@@ -136,9 +145,10 @@ class Residency:
             return "device"
         return "host" if entry.host is Presence.THERE else "disk"
 
-    def pinned(self, digest: str) -> bool:
+    def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
+        """To that tier, or to any."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.pinned is not None
+        return entry is not None and entry.pinned in ([tier] if tier else _TIERS)
 
     def bytes_of(self, digest: str) -> int:
         entry = self._entries.get(digest)
@@ -152,7 +162,8 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
-        entry = self._enter(source)
+        entry = self._find_or_make(source)
+        self._entries[source.weights_digest] = entry
         found = self.tier(source.weights_digest)
         entry.leases += 1
         entry.draining = False
@@ -219,10 +230,14 @@ class Residency:
 
     def _next_tier(self, entry: _Entry) -> MemoryTier | None:
         """The tier to bring a wanted adapter to now, or None if it is there or moving."""
-        if entry.device is not Presence.ABSENT or entry.host is Presence.COMING:
+        if Presence.COMING in (entry.host, entry.device):
             return None
         if entry.host is Presence.ABSENT:
-            return "host"
+            # A pin to HOST wants its copy also where there is one in DEVICE, which may go.
+            wanted = entry.device is Presence.ABSENT or entry.wanted == "host"
+            return "host" if wanted else None
+        if entry.device is Presence.THERE:
+            return None
         only_host = entry.wanted == "host" and not entry.leases
         return None if only_host else "device"
 
@@ -242,7 +257,7 @@ class Residency:
         self._touch(entry)
 
     def failed(self, digest: str) -> None:
-        """A load or move failed: nothing is left of it in memory."""
+        """A load or move failed, or can never begin: a pin that it was for is void."""
         entry = self._entries.get(digest)
         if entry is None:
             return  # it was forgotten with its last sequence, which failed first
@@ -250,7 +265,8 @@ class Residency:
             entry.host = Presence.ABSENT
         if entry.device is Presence.COMING:
             entry.device = Presence.ABSENT
-        entry.pinned = None
+        if entry.pinned is not None and _at(entry, entry.pinned) is not Presence.THERE:
+            entry.pinned = None
         self._unwant(digest)
         self._forget_if_idle(digest)
 
@@ -261,17 +277,20 @@ class Residency:
 
         Raises:
             AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
+                Nothing has changed.
         """
-        entry = self._enter(source)
-        entry.draining = False
+        entry = self._find_or_make(source)
         if pin:
             self._check_pin_fits(entry, tier)
             entry.pinned = tier
-        there = entry.device is Presence.THERE or (
-            tier == "host" and entry.host is Presence.THERE
-        )
+        self._entries[source.weights_digest] = entry
+        entry.draining = False
+        there = _at(entry, tier) is Presence.THERE
+        if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
+            there = there or entry.device is Presence.THERE
         if not there:
-            entry.wanted = tier
+            if entry.wanted != "device":  # what an earlier call asked for still counts
+                entry.wanted = tier
             self._operator_wants[source.weights_digest] = None
         self._touch(entry)
         return there
@@ -285,23 +304,22 @@ class Residency:
 
         Raises:
             AdapterPinned: it is pinned and ``unpin`` was not given.
-            AdapterInUse: ``fail_if_busy`` and a sequence uses it.
+            AdapterInUse: ``fail_if_busy`` and a sequence uses it; the pin stays.
         """
         entry = self._entries.get(digest)
         if entry is None:
             return True, 0, []
-        if entry.pinned is not None:
-            if not unpin:
-                raise AdapterPinned(
-                    f"adapter {entry.source.name} is pinned; evict it with unpin set"
-                )
-            entry.pinned = None
+        if entry.pinned is not None and not unpin:
+            raise AdapterPinned(
+                f"adapter {entry.source.name} is pinned; evict it with unpin set"
+            )
         if entry.leases and mode == "fail_if_busy":
             raise AdapterInUse(
                 f"adapter {entry.source.name} is used by {entry.leases} request(s); wait, "
                 "or evict with mode DRAIN or ABORT",
                 metadata={"leases": str(entry.leases)},
             )
+        entry.pinned = None
         self._unwant(digest)
         if entry.leases or Presence.COMING in (entry.host, entry.device):
             entry.draining = True
@@ -332,21 +350,21 @@ class Residency:
 
     # ------------------------------------------------------------------ internals
 
-    def _enter(self, source: AdapterSource) -> _Entry:
-        digest = source.weights_digest
-        entry = self._entries.get(digest)
+    def _find_or_make(self, source: AdapterSource) -> _Entry:
+        """Its entry, or one that the caller may put among the others."""
+        entry = self._entries.get(source.weights_digest)
         if entry is not None:
             return entry
         size = source.parameters * self.itemsize
-        for tier, budget in (("device", self.device_budget), ("host", self.host_budget)):
+        for tier in _TIERS:
+            budget = self._budget(tier)
             if size > budget:
                 raise AdapterBudgetExceeded(
                     f"adapter {source.name} takes {size} bytes but the {tier} budget is "
                     f"{budget}; start the server with a larger --{_FLAG[tier]}",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )
-        entry = self._entries[digest] = _Entry(source, size)
-        return entry
+        return _Entry(source, size)
 
     def _unwant(self, digest: str) -> None:
         self._entries[digest].wanted = None
@@ -368,30 +386,51 @@ class Residency:
         for digest, victim in by_use:
             if missing <= 0:
                 break
-            if victim is not entry and digest not in protected and _evictable(victim, tier):
-                drops.append(Drop(digest, tier, "capacity"))
-                missing -= victim.bytes
+            if victim is entry or digest in protected or not self._evictable(victim, tier):
+                continue
+            if self.shared and tier == "host" and victim.device is Presence.THERE:
+                drops.append(Drop(digest, "device", "capacity"))
+            drops.append(Drop(digest, tier, "capacity"))
+            missing -= victim.bytes
         if missing > 0:
             return None
         self._apply(drops)
         return drops
 
+    def _evictable(self, entry: _Entry, tier: MemoryTier) -> bool:
+        """See the module. That someone wants it is no matter here: what an earlier want
+        needs is protected, and a later one must not stand in its way."""
+        if _at(entry, tier) is not Presence.THERE or self._pin_keeps(entry, tier):
+            return False
+        if tier == "host" and entry.device is Presence.COMING:
+            return False
+        return entry.holds == 0 or (tier == "host" and not self.shared)
+
+    def _pin_keeps(self, entry: _Entry, tier: MemoryTier) -> bool:
+        """A pin forbids to evict the copy in this tier."""
+        if entry.pinned is None:
+            return False
+        return entry.pinned == tier or (self.shared and tier == "host")
+
     def _pins_forbid(self, tier: MemoryTier, entry: _Entry) -> bool:
         pinned = sum(
             e.bytes
             for e in self._entries.values()
-            if e is not entry and e.pinned is not None and _at(e, tier) is not Presence.ABSENT
+            if e is not entry
+            and self._pin_keeps(e, tier)
+            and _at(e, tier) is not Presence.ABSENT
         )
         return pinned + entry.bytes > self._budget(tier)
 
     def _budget(self, tier: MemoryTier) -> int:
-        return self.device_budget if tier == "device" else self.host_budget
+        if tier == "device":
+            return self.device_budget
+        return max(self.host_budget, self.device_budget) if self.shared else self.host_budget
 
     def _drop_both(self, digest: str, cause: Cause) -> list[Action]:
         entry = self._entries[digest]
         entry.draining = False
-        tiers: tuple[MemoryTier, ...] = ("device", "host")
-        drops = [Drop(digest, t, cause) for t in tiers if _at(entry, t) is Presence.THERE]
+        drops = [Drop(digest, t, cause) for t in _TIERS if _at(entry, t) is Presence.THERE]
         self._apply(drops)
         self._forget_if_idle(digest)
         return list(drops)
@@ -399,8 +438,8 @@ class Residency:
     def _apply(self, drops: Iterable[Drop]) -> None:
         for drop in drops:
             entry = self._entries[drop.weights_digest]
-            assert entry.holds == 0 or drop.tier == "host", "a held adapter was evicted"
             if drop.tier == "device":
+                assert entry.holds == 0, "a held adapter was evicted"
                 entry.device = Presence.ABSENT
             else:
                 entry.host = Presence.ABSENT
@@ -415,17 +454,19 @@ class Residency:
             del self._entries[digest]
 
     def _check_pin_fits(self, entry: _Entry, tier: MemoryTier) -> None:
-        budget = self._budget(tier)
-        others = sum(
-            e.bytes for e in self._entries.values() if e is not entry and e.pinned == tier
-        )
-        if others + entry.bytes > budget:
-            raise AdapterBudgetExceeded(
-                f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
-                f"adapters past the {tier} budget of {budget}; unpin another one or start "
-                f"the server with a larger --{_FLAG[tier]}",
-                metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": tier},
+        for kept in _TIERS if self.shared and tier == "device" else (tier,):
+            others = sum(
+                e.bytes
+                for e in self._entries.values()
+                if e is not entry and self._pin_keeps(e, kept)
             )
+            if others + entry.bytes > self._budget(kept):
+                raise AdapterBudgetExceeded(
+                    f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
+                    f"adapters past the {kept} budget of {self._budget(kept)}; unpin another "
+                    f"one or start the server with a larger --{_FLAG[kept]}",
+                    metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": kept},
+                )
 
     def check_integrity(self, held: Iterable[str], leased: Iterable[str]) -> None:
         """Holds and leases equal the sequences that claim them; budgets are kept."""
@@ -433,27 +474,20 @@ class Residency:
         for digest, entry in self._entries.items():
             assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
             assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
+            if self.shared and entry.device is not Presence.ABSENT:
+                assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
         assert not holds, "a hold on an unknown adapter"
         assert not leases, "a lease on an unknown adapter"
-        assert self.bytes_in("host") <= self.host_budget
-        assert self.bytes_in("device") <= self.device_budget
+        for tier in _TIERS:
+            assert self.bytes_in(tier) <= self._budget(tier), f"past the {tier} budget"
 
 
+_TIERS: tuple[MemoryTier, ...] = ("device", "host")
 _FLAG = {"device": "device-adapter-bytes", "host": "host-cache-bytes"}
 
 
 def _at(entry: _Entry, tier: MemoryTier) -> Presence:
     return entry.device if tier == "device" else entry.host
-
-
-def _evictable(entry: _Entry, tier: MemoryTier) -> bool:
-    if _at(entry, tier) is not Presence.THERE or entry.pinned is not None:
-        return False
-    if tier == "device":
-        return entry.holds == 0
-    # A move in flight reads the HOST copy. That someone wants it is no matter here: what
-    # an earlier want needs is protected, and a later one must not stand in its way.
-    return entry.device is not Presence.COMING
 
 
 def _count(digests: Iterable[str]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine.residency import Drop, Residency
@@ -203,11 +205,13 @@ def test_places_for_all_are_given_in_order_of_arrival() -> None:
     assert [p.sequence for p in plan.sequences] == [1, 2]
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_who_keeps_no_room_taken_is_not_held_back(pinned: bool) -> None:
-    """The base model and pinned adapters give no room by waiting."""
+@pytest.mark.parametrize("pinned", [None, "host", "device"])
+def test_who_keeps_no_room_taken_is_not_held_back(
+    pinned: Literal["host", "device"] | None,
+) -> None:
+    """The base model and adapters pinned to DEVICE give no room by waiting."""
     world = World(device=2 * SIZE, blocks=200, patience=2)
-    world.residency.activate(adapter("pin"), "device", pin=pinned)
+    world.residency.activate(adapter("pin"), pinned or "device", pin=pinned is not None)
     residents(world, "pin", "busy")
     world.submit(1, 2, 40, adapter("busy"))
     world.submit(2, 2, 40, adapter("pin"))
@@ -223,7 +227,7 @@ def test_who_keeps_no_room_taken_is_not_held_back(pinned: bool) -> None:
     for _ in range(4):
         world.step()
     assert 4 in world.finished
-    assert (5 in world.finished) == pinned
+    assert (5 in world.finished) == (pinned == "device")
     assert 6 not in world.finished
     world.drain()
 
