@@ -143,6 +143,13 @@ def _no_constant(text: str) -> object:
     raise ValueError(f"{text} is no JSON number")
 
 
+_STREAMING: Final = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would hold pieces back
+}
+
+
 class Reply:
     """One answer: a JSON document, or a stream of events. Tasks may share it.
 
@@ -171,9 +178,8 @@ class Reply:
         data = b"".join(b"data: " + _dump(event) + b"\n\n" for event in events)
         async with self._turn:
             if not self.started:
-                streaming = {"content-type": "text/event-stream", "cache-control": "no-cache"}
                 self._streaming = True
-                await self._start(200, {**streaming, **headers})
+                await self._start(200, {**_STREAMING, **headers})
             if data:
                 await self._body(data, more=True)
 

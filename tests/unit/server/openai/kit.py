@@ -28,7 +28,9 @@ async def events(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) ->
     """Parsed events of a stream, which must end as OpenAI's do."""
     answer = await post(http, given, stream=True, **more)
     assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "text/event-stream"
+    # Without the charset, some clients read events as Latin-1.
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-accel-buffering"] == "no", "a proxy passes pieces on at once"
     lines = answer.text.split("\n\n")
     assert lines.pop() == ""
     assert lines.pop() == "data: [DONE]"
