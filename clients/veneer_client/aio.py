@@ -19,7 +19,7 @@ from veneer_registry.errors import VeneerError
 
 from veneer_client import calls
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, RetryPolicy, to_error
+from veneer_client.failures import Attempts, RetryPolicy, outcome, starting, to_error
 from veneer_client.handle import AsyncAdapterHandle
 from veneer_client.records import (
     AdapterDetails,
@@ -50,8 +50,9 @@ class AsyncClient:
     """A connection to one Veneer server; close it, or use it in an ``async with``.
 
     Make it inside the event loop that uses it. Every method raises a `VeneerError`:
-    the server's own, or `ServerUnreachable` where nobody answers. Calls that are
-    safe to repeat are repeated when the server says when (see `RetryPolicy`).
+    the server's own, `ServerUnreachable` where nobody answers, `Cancelled` once it is
+    closed. Calls that are safe to repeat are repeated when the server says when (see
+    `RetryPolicy`).
     Cancelling the task cancels the call.
     """
 
@@ -171,8 +172,9 @@ class AsyncClient:
         attempts = Attempts(self._retry, repeatable=True, timeout_s=timeout_s)
         while True:
             try:
-                answer = await send(_messages(upload), timeout=attempts.remaining_s())
-                return upload.result(answer)
+                with starting():
+                    running = send(_messages(upload), timeout=attempts.remaining_s())
+                return upload.result(await outcome(running))
             except grpc.RpcError as error:
                 failure = upload.failure or to_error(error, self.address, timeout_s=timeout_s)
                 await _sleep_or_raise(attempts, failure, error)
@@ -317,7 +319,9 @@ class AsyncClient:
         attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
         while True:
             try:
-                return call.read(await invoke(call.request, timeout=attempts.remaining_s()))
+                with starting():
+                    running = invoke(call.request, timeout=attempts.remaining_s())
+                return call.read(await outcome(running))
             except grpc.RpcError as error:
                 failure = to_error(error, self.address, timeout_s=timeout_s)
                 await _sleep_or_raise(attempts, failure, error)

@@ -15,7 +15,7 @@ from veneer_registry.errors import VeneerError
 
 from veneer_client import calls
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, RetryPolicy, to_error
+from veneer_client.failures import Attempts, RetryPolicy, starting, to_error
 from veneer_client.handle import AdapterHandle
 from veneer_client.records import (
     AdapterDetails,
@@ -40,9 +40,9 @@ Result = TypeVar("Result")
 class Client:
     """A connection to one Veneer server; close it, or use it in a ``with``.
 
-    Threads may share it. Every method raises a `VeneerError`: the server's own, or
-    `ServerUnreachable` where nobody answers. Calls that are safe to repeat are
-    repeated when the server says when (see `RetryPolicy`).
+    Threads may share it. Every method raises a `VeneerError`: the server's own,
+    `ServerUnreachable` where nobody answers, `Cancelled` once it is closed. Calls that
+    are safe to repeat are repeated when the server says when (see `RetryPolicy`).
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class Client:
         attempts = Attempts(self._retry, repeatable=True, timeout_s=timeout_s)
         while True:
             try:
-                running = send.future(upload.messages(), timeout=attempts.remaining_s())
+                with starting():
+                    running = send.future(upload.messages(), timeout=attempts.remaining_s())
                 return upload.result(_result(running))
             except grpc.RpcError as error:
                 failure = upload.failure or to_error(error, self.address, timeout_s=timeout_s)
@@ -334,7 +335,8 @@ class Client:
         attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
         while True:
             try:
-                running = invoke.future(call.request, timeout=attempts.remaining_s())
+                with starting():
+                    running = invoke.future(call.request, timeout=attempts.remaining_s())
                 return call.read(_result(running))
             except grpc.RpcError as error:
                 failure = to_error(error, self.address, timeout_s=timeout_s)

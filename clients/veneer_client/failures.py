@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -25,7 +28,9 @@ from veneer_registry.errors import (
     error_for_reason,
 )
 
-__all__ = ["Attempts", "RetryPolicy", "cancelled", "to_error"]
+__all__ = ["Attempts", "RetryPolicy", "cancelled", "outcome", "starting", "to_error"]
+
+Answer = TypeVar("Answer")
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _DOMAIN: Final = "veneer"
@@ -88,6 +93,27 @@ def to_error(
 def cancelled() -> Cancelled:
     """The caller's own doing."""
     return Cancelled("the call was cancelled, or its client closed")
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Begin a call; on a closed channel gRPC raises errors of its own."""
+    try:
+        yield
+    except (ValueError, grpc.aio.UsageError) as error:
+        raise Cancelled("the client was closed: make a new one") from error
+
+
+async def outcome(answer: Awaitable[Answer]) -> Answer:
+    """Await what a call gives. Where the call was cancelled and not the task, gRPC raises
+    CancelledError all the same, which a group of tasks would swallow."""
+    try:
+        return await answer
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise cancelled() from error
 
 
 def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | None:

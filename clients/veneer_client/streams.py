@@ -19,7 +19,7 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_registry.errors import InternalError, VeneerError
 
 from veneer_client import convert, convert_admin
-from veneer_client.failures import Attempts, cancelled
+from veneer_client.failures import Attempts, cancelled, outcome, starting
 from veneer_client.records import AdapterEvent
 from veneer_client.types import Chunk, GenerationEnd
 
@@ -118,13 +118,18 @@ class StreamStart:
     attempts: Attempts
     to_failure: Callable[[Any], VeneerError]
 
+    def begin(self) -> Any:
+        """The call, begun."""
+        with starting():
+            return self.call(self.attempts.remaining_s())
+
 
 class _Stream(Generic[Item]):
     def __init__(self, start: StreamStart, reader: _Reader[Item]) -> None:
         self._start = start
         self._reader = reader
         self._cancelled = threading.Event()
-        self._call = start.call(start.attempts.remaining_s())
+        self._call = start.begin()
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +161,7 @@ class _Stream(Generic[Item]):
                     raise failure from error
                 if self._cancelled.wait(wait):
                     raise cancelled() from error
-                self._call = self._start.call(attempts.remaining_s())
+                self._call = self._start.begin()
                 if self._cancelled.is_set():  # `cancel` may have met the call before
                     self._call.cancel()
             except BaseException:  # Ctrl-C: nobody reads on
@@ -177,7 +182,7 @@ class _AsyncStream(Generic[Item]):
         self._start = start
         self._reader = reader
         self._cancelled = asyncio.Event()
-        self._call = start.call(start.attempts.remaining_s())
+        self._call = start.begin()
 
     def __del__(self) -> None:
         # Left early, without `async with`: the call's own tasks refer to it, so it would
@@ -204,7 +209,7 @@ class _AsyncStream(Generic[Item]):
         attempts = self._start.attempts
         while True:
             try:
-                message = await self._call.read()
+                message = await outcome(self._call.read())
             except grpc.RpcError as error:
                 failure = self._start.to_failure(error)
                 wait = None if self._reader.started else attempts.wait_s(failure)
@@ -214,7 +219,7 @@ class _AsyncStream(Generic[Item]):
                     await asyncio.wait_for(self._cancelled.wait(), wait)
                 if self._cancelled.is_set():
                     raise cancelled() from error
-                self._call = self._start.call(attempts.remaining_s())
+                self._call = self._start.begin()
                 continue
             if message is grpc.aio.EOF:
                 self._reader.check_ended()

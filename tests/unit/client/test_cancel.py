@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,72 @@ def test_cancelled_while_the_next_attempt_begins() -> None:
     with pytest.raises(Cancelled):
         next(stream)
     assert [call.cancelled for call in calls] == [True, True]
+
+
+def test_a_closed_client_says_so(
+    server: FakeServer, client: Driver, adapter_folder: Path
+) -> None:
+    client.close()
+    for call in (
+        client.info,
+        lambda: client.generate(Text("hi")),
+        lambda: client.generate_stream(Text("hi")),
+        lambda: client.watch(),
+        lambda: client.push(adapter_folder, "sql"),
+    ):
+        with pytest.raises(Cancelled, match="closed"):
+            call()
+
+
+def test_closing_ends_what_runs(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    client = Client(server.address)
+    stream = client.generate_stream(Text("hi"))
+    next(stream)
+    client.close()
+    with pytest.raises(Cancelled):
+        next(stream)
+
+
+async def test_closing_ends_what_runs_async(server: FakeServer) -> None:
+    """With an error: a group of tasks swallows a CancelledError that it did not cause."""
+    server.hold = threading.Event()
+    client = AsyncClient(server.address)
+    stream = client.generate_stream(Text("hi"))
+    await anext(stream)
+    server.begun.clear()
+    unary = asyncio.create_task(client.generate(Text("hi")))
+    await asyncio.to_thread(server.begun.wait, 10)
+    await client.close()
+    for outcome in (unary, anext(stream)):
+        with pytest.raises(Cancelled):
+            await outcome
+
+
+async def test_cancelling_an_async_stream_is_an_error_for_its_reader(
+    server: FakeServer,
+) -> None:
+    server.hold = threading.Event()
+    async with AsyncClient(server.address) as client:
+        stream = client.generate_stream(Text("hi"))
+        await anext(stream)
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)  # it waits for a message
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            await reader
+        with pytest.raises(Cancelled):
+            await anext(stream)
+
+
+async def test_cancelling_the_task_stays_what_it_is_for_a_stream(server: FakeServer) -> None:
+    server.hold = threading.Event()
+    async with AsyncClient(server.address) as client:
+        stream = client.generate_stream(Text("hi"))
+        await anext(stream)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(stream)
 
 
 class Wire:
