@@ -23,7 +23,8 @@ class Budgets:
 
     Attributes:
         itemsize: of one number of a resident adapter.
-        kv_tokens: tokens that the KV cache holds in all.
+        kv_bytes: of the KV cache, with the block that pads.
+        kv_tokens: tokens that sequences can have in it, all together.
         kv_token_bytes: K and V of one token.
         block_tokens: tokens of a KV block; a sequence takes whole blocks.
         max_running: sequences.
@@ -32,6 +33,7 @@ class Budgets:
     host_adapters: int
     device_adapters: int
     itemsize: int
+    kv_bytes: int
     kv_tokens: int
     kv_token_bytes: int
     block_tokens: int
@@ -100,12 +102,13 @@ def plan_capacity(
                 )
             )
     if concurrency > by_cache:
-        needed = concurrency * sequence_bytes
+        # A block more than sequences can have: the engine keeps one for padding.
+        needed = concurrency * sequence_bytes + budgets.block_tokens * budgets.kv_token_bytes
         shortfalls.append(
             Shortfall(
                 Limit.KV_CACHE,
                 needed,
-                budgets.kv_tokens * budgets.kv_token_bytes,
+                budgets.kv_bytes,
                 f"the KV cache holds {by_cache} of {concurrency} sequences of "
                 f"{context_length} tokens, the others wait: {Limit.KV_CACHE.value} {needed} "
                 "holds all",

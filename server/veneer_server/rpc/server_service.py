@@ -129,6 +129,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             host_adapters=config.host_cache_bytes,
             device_adapters=config.device_adapter_bytes,
             itemsize=info.adapter_itemsize,
+            kv_bytes=self._memory.kv_cache_bytes,
             kv_tokens=info.kv_cache_tokens,
             kv_token_bytes=self._memory.kv_token_bytes,
             block_tokens=BLOCK_TOKENS,

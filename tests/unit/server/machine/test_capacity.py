@@ -5,17 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from veneer_server.capacity import Budgets, Capacity, Limit, plan_capacity
+from veneer_server.engine.block_manager import BlockManager
 
-BUDGETS = Budgets(
-    host_adapters=1000,
-    device_adapters=500,
-    itemsize=4,
-    kv_tokens=320,
-    kv_token_bytes=10,
-    block_tokens=16,
-    max_running=8,
-)
+
+def budgets(
+    *, host: int = 1000, device: int = 500, kv: int = 3360, running: int = 8
+) -> Budgets:
+    """Of a server with these values of the flags; a KV block takes 160 bytes."""
+    return Budgets(
+        host_adapters=host,
+        device_adapters=device,
+        itemsize=4,
+        kv_bytes=kv,
+        # The engine's first block is padding, and no sequence gets it.
+        kv_tokens=BlockManager(kv // 160, 16).total * 16,
+        kv_token_bytes=10,
+        block_tokens=16,
+        max_running=running,
+    )
 
 
 def capacity(**wanted: int) -> Capacity:
@@ -25,7 +35,7 @@ def capacity(**wanted: int) -> Capacity:
         "context_length": 33,
         "concurrency": 0,
     }
-    return plan_capacity(BUDGETS, **asked | wanted)
+    return plan_capacity(budgets(), **asked | wanted)
 
 
 def test_what_fits() -> None:
@@ -49,22 +59,48 @@ def test_each_shortfall_names_a_value_that_would_do() -> None:
     assert needed == {
         Limit.HOST_ADAPTERS: 1100,
         Limit.DEVICE_ADAPTERS: 1100,
-        Limit.KV_CACHE: 9 * 480,
+        Limit.KV_CACHE: 9 * 480 + 160,
         Limit.MAX_RUNNING: 9,
+    }
+    now = {short.limit: short.available for short in found.shortfalls}
+    assert now == {
+        Limit.HOST_ADAPTERS: 1000,
+        Limit.DEVICE_ADAPTERS: 500,
+        Limit.KV_CACHE: 3360,
+        Limit.MAX_RUNNING: 8,
     }
     for short in found.shortfalls:
         assert f"{short.limit.value} {short.needed}" in short.message
-    more = Budgets(
-        host_adapters=needed[Limit.HOST_ADAPTERS],
-        device_adapters=needed[Limit.DEVICE_ADAPTERS],
-        itemsize=4,
-        kv_tokens=needed[Limit.KV_CACHE] // 10,
-        kv_token_bytes=10,
-        block_tokens=16,
-        max_running=9,
-    )
-    asked = {"adapter_parameters": 25, "context_length": 33}
-    assert plan_capacity(more, adapters=11, concurrency=9, **asked).shortfalls == ()
+
+
+@settings(max_examples=200, print_blob=True)
+@given(
+    adapters=st.integers(0, 40),
+    concurrency=st.integers(0, 40),
+    context_length=st.integers(1, 100),
+)
+def test_a_server_started_with_what_is_advised_has_no_shortfall_and_no_byte_too_much(
+    adapters: int, concurrency: int, context_length: int
+) -> None:
+    asked = {
+        "adapter_parameters": 25,
+        "adapters": adapters,
+        "concurrency": concurrency,
+        "context_length": context_length,
+    }
+    flags = {
+        Limit.HOST_ADAPTERS: "host",
+        Limit.DEVICE_ADAPTERS: "device",
+        Limit.KV_CACHE: "kv",
+        Limit.MAX_RUNNING: "running",
+    }
+    found = plan_capacity(budgets(), **asked)
+    advised = {flags[short.limit]: short.needed for short in found.shortfalls}
+    assert plan_capacity(budgets(**advised), **asked).shortfalls == ()
+    for flag, value in advised.items():
+        (short,) = plan_capacity(budgets(**advised | {flag: value - 1}), **asked).shortfalls
+        assert flags[short.limit] == flag
+        assert short.needed == value
 
 
 @pytest.mark.parametrize("tokens", [15, 16, 17])
