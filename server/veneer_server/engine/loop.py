@@ -145,7 +145,7 @@ class StepLoop:
         self._grammars = grammars
         self._compiling: dict[int, Submit] = {}
         """Submitted sequences that wait for their constraint, by id."""
-        self._operations: dict[str, list[int]] = {}
+        self._operations: dict[str, list[Activate]] = {}
         """Activations that wait for an adapter, by digest."""
         self._outgoing: list[FromEngine] = []
         self._changed: dict[str, None] = {}
@@ -295,7 +295,7 @@ class StepLoop:
         if there:
             self._outgoing.append(OperationDone(message.operation))
         else:
-            self._operations.setdefault(digest, []).append(message.operation)
+            self._operations.setdefault(digest, []).append(message)
 
     def _evict(self, message: Evict) -> None:
         digest = message.weights_digest
@@ -312,6 +312,10 @@ class StepLoop:
             return
         self._changed[digest] = None
         self._carry_out(actions)
+        self._fail_operations(
+            digest,
+            AdapterEvicted("the adapter was evicted before it was there; activate it again"),
+        )
         self._outgoing.append(OperationDone(message.operation, done=done, freed_bytes=freed))
 
     # ------------------------------------------------------------------ adapters
@@ -356,15 +360,20 @@ class StepLoop:
             AdapterLoaded(digest, "disk" if message.tier == "host" else "host", message.stages)
         )
         self._carry_out(self._residency.settle(digest))
-        if self._residency.satisfied(digest):
-            for operation in self._operations.pop(digest, []):
-                self._outgoing.append(OperationDone(operation))
+        waiting = self._operations.pop(digest, [])
+        for operation in waiting:
+            if message.tier in (operation.tier, "device"):
+                self._outgoing.append(OperationDone(operation.operation))
+            else:
+                self._operations.setdefault(digest, []).append(operation)
 
     def _fail_adapter(self, digest: str, error: VeneerError) -> None:
         """It cannot be brought into memory: end all that waits for it."""
         self._fail_operations(digest, error)
-        self._fail_sequences(digest, error)
+        if self._residency.tier(digest) != "device":  # else only HOST lacks it, for a pin
+            self._fail_sequences(digest, error)
         self._residency.failed(digest)
+        self._carry_out(self._residency.settle(digest))
         self._outgoing.append(AdapterFailed(digest, wire_error(error)))
 
     def _fail_sequences(self, digest: str, error: VeneerError) -> None:
@@ -376,7 +385,7 @@ class StepLoop:
 
     def _fail_operations(self, digest: str, error: VeneerError) -> None:
         for operation in self._operations.pop(digest, []):
-            self._outgoing.append(OperationDone(operation, wire_error(error)))
+            self._outgoing.append(OperationDone(operation.operation, wire_error(error)))
 
     # ---------------------------------------------------------------------- step
 

@@ -335,10 +335,6 @@ class Residency:
             entry.pinned = None
             self._forget_if_idle(digest)
 
-    def satisfied(self, digest: str) -> bool:
-        """No operator's activation of this adapter is outstanding."""
-        return digest not in self._operator_wants
-
     def settle(self, digest: str) -> list[Action]:
         """Finish a draining eviction if nothing uses or moves the adapter any more."""
         entry = self._entries.get(digest)
