@@ -12,6 +12,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from grpc_health.v1 import health_pb2
 from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from veneer_registry.adapter import Tier
+from veneer_registry.errors import InvalidField
 
 from veneer_client import convert, convert_admin
 from veneer_client.records import (
@@ -65,6 +66,8 @@ WATCH: Final = f"/{_ADAPTERS}/WatchAdapters"
 KEEPALIVE_S: Final = 20.0
 """Silence after which a client asks whether the server still lives."""
 
+_PLAN_RANK: Final = 16
+"""Of an adapter that is only planned, as in the server where no shape is given."""
 
 RECONNECT_S: Final = 1.0
 """First wait of a watch for a server that was there."""
@@ -247,13 +250,18 @@ def plan(
     concurrency: int,
 ) -> Call[server_pb2.PlanCapacityResponse, Capacity]:
     """What would fit; see `Client.plan`."""
+    if like and (rank or modules):
+        raise InvalidField(
+            f"like={like!r} has a rank and modules of its own: leave out one or the other",
+            metadata={"field": "like"},
+        )
     request = server_pb2.PlanCapacityRequest(
         adapters=adapters, context_length=context_length, concurrency=concurrency
     )
     if like:
         request.like = like
     elif rank or modules:
-        request.shape.rank = rank
+        request.shape.rank = rank or _PLAN_RANK
         request.shape.modules.extend(modules)
     return Call(
         "/veneer.v1.ServerService/PlanCapacity",

@@ -299,11 +299,14 @@ class Client:
         """What would fit.
 
         Args:
-            like: a published adapter whose shape is asked about; else ``rank`` and
-                ``modules`` (``q_proj`` ...), else rank 16 on all modules.
+            like: a published adapter whose shape is asked about; else ``rank``, unset
+                16, and ``modules`` (``q_proj`` ...), unset all.
             adapters: that should be in memory; 0 asks for nothing.
             context_length: tokens of one sequence; 0 means the model's longest.
             concurrency: sequences that should run at once; 0 asks for nothing.
+
+        Raises:
+            InvalidField: ``like`` beside a shape, or a shape that no adapter can have.
         """
         call = calls.plan(
             like=like,

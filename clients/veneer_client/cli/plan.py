@@ -42,9 +42,9 @@ def plan(
             metavar="NAME", help="Of this adapter's shape.", autocompletion=adapter_names
         ),
     ] = "",
-    rank: Annotated[int, typer.Option(help="Else of this rank.", min=0)] = 0,
+    rank: Annotated[int, typer.Option(help="Else of this rank; 16 if unset.", min=0)] = 0,
     module: Annotated[
-        list[str] | None, typer.Option(help="And on these modules; repeatable.")
+        list[str] | None, typer.Option(help="And on these modules, repeatable; all if unset.")
     ] = None,
     adapters: Annotated[int, typer.Option(help="So many in memory.", min=0)] = 0,
     length: Annotated[

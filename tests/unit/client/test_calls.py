@@ -10,6 +10,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import veneer_client
@@ -27,7 +28,13 @@ from veneer_client import (
     Tokens,
 )
 from veneer_proto.v1 import adapters_pb2, inference_pb2
-from veneer_registry.errors import AdapterInvalid, AdapterNotFound, Cancelled, InternalError
+from veneer_registry.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    Cancelled,
+    InternalError,
+    InvalidField,
+)
 
 from tests.unit.client.drivers import Driver
 from tests.unit.client.fake_server import FakeServer
@@ -62,6 +69,28 @@ def test_an_answer_may_be_larger_than_what_grpc_takes_unasked(
     server.pieces = [inference_pb2.GenerateStreamResponse(text=text, final=final)]
     chunks, _ = client.stream(Text("hi"))
     assert [chunk.text for chunk in chunks] == [text]
+
+
+def test_what_a_plan_leaves_out_is_rank_16_on_all_modules(
+    server: FakeServer, client: Driver
+) -> None:
+    client.plan()
+    client.plan(rank=64)
+    client.plan(modules=("q_proj",))
+    requests = [request for _, request in server.calls]
+    shapes = [(request.shape.rank, list(request.shape.modules)) for request in requests[1:]]
+    assert not requests[0].HasField("shape")
+    assert shapes == [(64, []), (16, ["q_proj"])]
+
+
+@pytest.mark.parametrize("shape", [{"rank": 64}, {"modules": ["q_proj"]}], ids=str)
+def test_a_plan_takes_one_shape(
+    shape: dict[str, Any], server: FakeServer, client: Driver
+) -> None:
+    with pytest.raises(InvalidField, match="like") as caught:
+        client.plan(like="sql", **shape)
+    assert caught.value.metadata["field"] == "like"
+    assert server.calls == []
 
 
 def _leaks(value: object) -> bool:
