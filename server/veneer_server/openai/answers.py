@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from veneer_server.openai.fields import CommonFields
 from veneer_server.rpc.generation import Delta, Generation
+from veneer_server.text.detokenizer import Detokenizer
 from veneer_server.text.tokenizer import TextTokenizer
 
 __all__ = ["Answer", "Choice", "Json", "Piece", "TokenScore"]
@@ -34,27 +35,61 @@ class Piece:
     delta: Delta
 
 
+class Offsets:
+    """Where each token's text begins, in characters of the whole text."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, at: int = 0, prompt: str | None = None):
+        """Args:
+        at: where the first one begins.
+        prompt: the text whose tokens they are; otherwise they continue one. Special
+            tokens have no text, but a prompt that was sent as text may hold their names.
+        """
+        self._tokenizer = tokenizer
+        self._decoder = Detokenizer(tokenizer, continues=prompt is None)
+        self._prompt = prompt
+        self._at = at
+
+    def of(self, token: int) -> int:
+        """The next token's. All tokens of one character begin where it does."""
+        data = self._tokenizer.token_bytes(token)
+        if not data:
+            name, at = self._tokenizer.token_name(token), self._at
+            if self._prompt is not None and self._prompt.startswith(name, at):
+                self._at += len(name)
+            return at
+        text = self._decoder.feed([token])
+        # What is more than its own are bytes before it that never became a character.
+        at = self._at + max(0, len(text) - len(data.decode(errors="replace")))
+        self._at += len(text)
+        return at
+
+
 @dataclass(slots=True)
 class Choice:
     """What one choice has given so far.
 
     Attributes:
-        offset: characters of all tokens so far, for `text_offset`.
+        offsets: of its tokens, once it has some.
         started: a chunk was made of it.
     """
 
     text: list[str] = field(default_factory=list)
     tokens: list[TokenScore] = field(default_factory=list)
     finish: str | None = None
-    offset: int = 0
+    offsets: Offsets | None = None
     started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token with its log-probability; the first of a prompt has none."""
+    """One token with its log-probability; the first of a prompt has none.
+
+    Attributes:
+        offset: where its text begins in the choice's.
+    """
 
     id: int
+    offset: int
     logprob: float | None
     tops: Tops
 
@@ -174,18 +209,22 @@ class Answer(ABC):
         return piece.delta.text
 
     def _tokens(self, piece: Piece, choice: Choice) -> Iterator[TokenScore]:
-        delta = piece.delta
+        delta, prompt = piece.delta, piece.generation.prompt
         if delta.prompt_logprobs is not None:
-            ids = piece.generation.prompt.ids
+            offsets = Offsets(self._tokenizer, prompt=prompt.text)
             self._echoed[piece.prompt] = [
-                TokenScore(ids[0], None, ()),
-                *_joined(ids[1:], delta.prompt_logprobs, delta.prompt_top_logprobs),
+                TokenScore(prompt.ids[0], offsets.of(prompt.ids[0]), None, ()),
+                *_joined(
+                    prompt.ids[1:], offsets, delta.prompt_logprobs, delta.prompt_top_logprobs
+                ),
             ]
-        if not choice.started:
+        if choice.offsets is None:
             # Computed once for all samples of a prompt; the first sample comes first.
             yield from self._echoed.get(piece.prompt, ())
+            at = len(prompt.text) if self._echo else 0
+            choice.offsets = Offsets(self._tokenizer, at=at)
         if delta.logprobs is not None:
-            yield from _joined(delta.tokens, delta.logprobs, delta.top_logprobs)
+            yield from _joined(delta.tokens, choice.offsets, delta.logprobs, delta.top_logprobs)
 
     def _name(self, token: int) -> str:
         """A token's text; the vocabulary's own name for one that has none."""
@@ -204,7 +243,11 @@ class Answer(ABC):
 
 
 def _joined(
-    ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[Tops] | None
+    ids: Sequence[int],
+    offsets: Offsets,
+    logprobs: Sequence[float],
+    tops: Sequence[Tops] | None,
 ) -> Iterator[TokenScore]:
     for at, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-        yield TokenScore(token, logprob, tops[at] if tops is not None else ())
+        likely = tops[at] if tops is not None else ()
+        yield TokenScore(token, offsets.of(token), logprob, likely)

@@ -19,7 +19,7 @@ class CompletionAnswer(Answer):
         return {
             "index": at,
             "text": text,
-            "logprobs": self._logprob_object(choice.tokens, choice),
+            "logprobs": self._logprob_object(choice.tokens),
             "finish_reason": choice.finish,
         }
 
@@ -31,24 +31,18 @@ class CompletionAnswer(Answer):
             yield {
                 "index": at,
                 "text": text,
-                "logprobs": self._logprob_object(tokens, choice),
+                "logprobs": self._logprob_object(tokens),
                 "finish_reason": finish,
             }
 
-    def _logprob_object(self, tokens: Sequence[TokenScore], choice: Choice) -> Json | None:
+    def _logprob_object(self, tokens: Sequence[TokenScore]) -> Json | None:
         if not self._logprobs:
             return None
-        names = [self._name(token.id) for token in tokens]
-        offsets = []
-        for token, name in zip(tokens, names, strict=True):
-            offsets.append(choice.offset)
-            if self._tokenizer.token_bytes(token.id):
-                choice.offset += len(name)
         return {
-            "tokens": names,
+            "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top_object(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _top_object(self, token: TokenScore) -> Json | None:

@@ -229,6 +229,46 @@ async def test_logprobs_and_echo_of_a_completion(
     assert offsets == found["text_offset"]
 
 
+async def test_offsets_count_a_character_of_several_tokens_once(
+    front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
+) -> None:
+    ids = tokenizer.encode("a😀b", add_special_tokens=False)
+    assert len(ids) > 3, "else it says nothing"
+    front.engine.script = scripted(*((token, -1.0, []) for token in ids))
+    choice = (await ok(http, TEXT, logprobs=0))["choices"][0]
+    assert choice["text"] == "a😀b"
+    assert choice["logprobs"]["text_offset"] == [0, *[1] * (len(ids) - 2), 2]
+
+    # Half of one that never ends is a character of its own, and an end has no text.
+    front.engine.script = scripted(
+        *((token, -1.0, []) for token in (ids[0], *ids[:2], ids[-1], 2))
+    )
+    choice = (await ok(http, TEXT, logprobs=0))["choices"][0]
+    assert choice["text"] == "aa\ufffdb"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>Ü 😀<|im_end|>\n", "😀"])
+async def test_offsets_of_an_echo(
+    http: httpx.AsyncClient, tokenizer: TextTokenizer, prompt: str
+) -> None:
+    """Special tokens are in a prompt that was sent as text, and not in one of ids."""
+    ids = tokenizer.encode(prompt, add_special_tokens=True)
+    for given in (prompt, ids):
+        choice = (await ok(http, TEXT, prompt=given, echo=True, logprobs=0, seed=7))["choices"][
+            0
+        ]
+        shown = prompt if given is prompt else tokenizer.decode(ids)
+        assert choice["text"].startswith(shown)
+        found = choice["logprobs"]
+        for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+            if "�" not in token and (given is prompt or not token.startswith("<|")):
+                assert choice["text"][offset:].startswith(token)
+        new = fake_tokens("", ids, 7, 4)
+        starts = [len(shown) + len(tokenizer.decode(new[:at])) for at in range(4)]
+        assert found["text_offset"][len(ids) :] == starts
+
+
 async def test_of_two_tokens_with_one_text_the_likelier_stays(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
 ) -> None:
