@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
@@ -15,6 +17,7 @@ from veneer_server.openai.fields import (
     MAX_PROMPTS,
     REFUSED,
     ChatFields,
+    CommonFields,
     CompletionFields,
     parse_fields,
 )
@@ -342,6 +345,20 @@ def test_what_is_said_twice_or_asks_for_nothing_is_no_contradiction() -> None:
     assert chat(stream_options={}) == chat(stream_options={"include_usage": False}) == chat()
     options = {"include_usage": True, "continuous_usage_stats": True}
     assert chat(stream=True, stream_options=options) == chat()
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        (chat_params.CompletionCreateParamsStreaming, ChatFields),
+        (completion_params.CompletionCreateParamsStreaming, CompletionFields),
+    ],
+)
+def test_every_field_of_the_sdk_is_known(params: Any, kind: type[CommonFields]) -> None:
+    """Fails when the SDK learns a new one: decide whether it changes the answer."""
+    fields = params.__annotations__.keys()
+    assert {"model", "stream"} <= fields
+    assert fields <= kind.model_fields.keys() | IGNORED | REFUSED.keys()
 
 
 def test_best_of_only_as_n() -> None:
