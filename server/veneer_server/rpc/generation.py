@@ -216,13 +216,14 @@ class Generator:
         generation: Generation | None = None
         outcome = "cancelled"
         try:
-            if call.constraint is not None:
-                await self._check(call.constraint)
-            prompt = await self._prompt(call, lease)
-            ends = None if time_remaining is None else arrived + time_remaining
-            submit = self._submission(call, prompt, lease, ends)
-            ref = lease.ref if lease is not None else None
+            # Before any work: what waits for that is in the queue, and bounded with it.
             with nullcontext() if placed else self._engine.places(call.n):
+                if call.constraint is not None:
+                    await self._check(call.constraint)
+                prompt = await self._prompt(call, lease)
+                ends = None if time_remaining is None else arrived + time_remaining
+                submit = self._submission(call, prompt, lease, ends)
+                ref = lease.ref if lease is not None else None
                 generation = Generation(call, prompt, ref, submit, self, arrived)
                 try:
                     yield generation
@@ -307,7 +308,7 @@ class Generator:
         return submit
 
     async def _check(self, constraint: Constraint) -> None:
-        """Refuse a bad constraint before it takes a place; hostile ones take a while,
+        """Refuse a bad constraint before the engine has it; hostile ones take a while,
         and go on after a cancel, since threads cannot be stopped."""
         async with self._checking:
             await to_the_end(lambda: check_constraint(constraint))
