@@ -12,6 +12,7 @@ from veneer_registry.errors import InternalError
 
 from veneer_server.engine.messages import SequenceOutput, Tops
 from veneer_server.rpc.convert import FinishReason
+from veneer_server.rpc.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
 
 __all__ = ["Delta", "Sample", "SampleStreams", "sample_seed"]
@@ -158,7 +159,12 @@ class SampleStreams:
         await stream.aclose()
 
     async def aclose(self) -> None:
-        """End all that are open."""
+        """End all that are open, however often the caller is cancelled meanwhile: their
+        places are given back next."""
+        if self._streams:
+            await outlast(self._close_all())
+
+    async def _close_all(self) -> None:
         for index in list(self._streams):
             await self.close(index)
 

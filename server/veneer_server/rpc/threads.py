@@ -1,14 +1,14 @@
-"""Blocking work in a thread that is never left behind."""
+"""Work that is never left behind: blocking work in a thread, and what must be closed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from veneer_server.logs import get_logger
 
-__all__ = ["Background", "to_the_end"]
+__all__ = ["Background", "outlast", "to_the_end"]
 
 _log = get_logger(__name__)
 
@@ -21,7 +21,12 @@ async def to_the_end(work: Callable[[], T]) -> T:
     A thread cannot be stopped, so what it uses (an upload's staging folder) must
     not be taken away while it still runs.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(work))
+    return await outlast(asyncio.to_thread(work))
+
+
+async def outlast(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its end; if cancelled, wait for it first and then be cancelled."""
+    running = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not running.done():
         try:

@@ -242,3 +242,37 @@ async def test_streams_take_turns_and_close_whole() -> None:
     await streams.aclose()
     await streams.aclose()
     assert closed == ["b", "a", "never"]
+
+
+async def test_a_cancel_while_streams_are_closed_leaves_none_open() -> None:
+    """Their places are given back then: the engine must have heard of each."""
+    closing, go_on = asyncio.Event(), asyncio.Event()
+    closed: list[int] = []
+
+    async def sample(index: int) -> AsyncGenerator[SequenceOutput, None]:
+        try:
+            if index == 0:
+                yield SequenceOutput(1, [5])
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await go_on.wait()
+            closed.append(index)
+
+    streams = SampleStreams()
+    for index in range(3):
+        streams.add(index, sample(index))
+    assert (await streams.next())[0] == 0
+    waiting = asyncio.create_task(streams.next())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    ending = asyncio.create_task(streams.aclose())
+    await closing.wait()
+    for _ in range(2):
+        ending.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    assert sorted(closed) == [0, 1, 2]
