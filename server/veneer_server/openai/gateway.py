@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Final
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer_registry.adapter import BaseSpec
@@ -30,6 +31,9 @@ _BACKLOG: Final = 2048
 
 _SEND_BUFFER: Final = 256 << 10
 """Kernel's share of what a reader that stopped reading may hold, in bytes."""
+
+_AHEAD: Final = 64 << 10
+"""Bytes of next requests that are kept while one is answered."""
 
 
 class Gateway:
@@ -115,12 +119,13 @@ class Gateway:
 
 
 def _connection(limit_s: float) -> type[H11Protocol]:
-    """The protocol of one connection, with two things that uvicorn's own lacks."""
+    """The protocol of one connection, with three things that uvicorn's own lacks."""
 
     class Connection(H11Protocol):
         """A limit on how long a connection may take to ask for something, so that idle
-        and dripping ones do not gather; and, for ASGI, the means to drop the connection:
-        after a plain close a reader that takes nothing keeps the socket open.
+        and dripping ones do not gather; a client's leaving is seen even when it had sent
+        its next request; and, for ASGI, the means to drop the connection: after a plain
+        close a reader that takes nothing keeps the socket open.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -133,6 +138,11 @@ def _connection(limit_s: float) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._watch()
+            ahead, _ = self.conn.trailing_data
+            if self.conn.their_state is h11.DONE and len(ahead) <= _AHEAD:
+                # uvicorn reads no more once a next request has begun to come, and so
+                # would not see the client leave.
+                self.flow.resume_reading()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

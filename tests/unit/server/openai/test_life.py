@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import re
 import socket
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -245,6 +246,39 @@ async def test_a_body_that_nobody_reads_does_not_keep_its_connection(
             await reader.read()
         dripping.cancel()
         writer.close()
+
+
+async def test_a_client_that_sends_ahead_is_answered_in_turn_or_seen_to_leave(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    body = json.dumps(TEXT).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        + f"content-length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    async with running(base_folder, front_cache, tmp_path, openai_listen=LISTEN) as front:
+        host, port = front.addresses["openai"].rsplit(":", 1)
+        for leaves in (False, True):
+            front.engine.reset()
+            front.engine.pace = asyncio.Semaphore(0)
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(request)
+            await until(lambda: front.engine.in_flight == 1)
+            writer.write(request[:20])
+            if leaves:
+                writer.close()
+                await until(lambda: front.engine.cancelled == 1)
+                continue
+            writer.write(request[20:])
+            for _ in range(8):
+                front.engine.pace.release()
+            for _ in range(2):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200")
+                [length] = re.findall(rb"content-length: (\d+)", head)
+                assert json.loads(await reader.readexactly(int(length)))["choices"]
+            writer.close()
 
 
 async def test_bodies_are_bounded_together(
