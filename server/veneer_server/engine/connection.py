@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -52,18 +53,16 @@ class Connection:
         kills it: while it loads it would not hear a `Stop` for seconds.
 
         Raises:
-            EngineFailed: it ended before it was ready; its own words are on stderr.
+            EngineFailed: it could not be started, or ended before it was ready; its own
+                words are on stderr.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "veneer_server.engine.process",
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                env=_environment(),
-            )
+        try:
+            process, ours = await _spawn()
+        except OSError as error:
+            raise EngineFailed(
+                f"the engine process could not be started: {error}. Free memory, or allow "
+                "more processes and open files"
+            ) from error
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             body = msgspec.msgpack.encode(config)
@@ -91,14 +90,19 @@ class Connection:
         self._writer.write(encode([message]))
 
     async def messages(self) -> AsyncIterator[FromEngine]:
-        """What the engine says, until its socket closes."""
+        """What the engine says, until its socket closes.
+
+        Raises:
+            EngineFailed: what it says cannot be read.
+        """
         while frame := await _next_frame(self._reader):
             for message in frame:
                 yield message
 
     def kill(self) -> None:
-        """End the process at once; `messages` ends."""
-        self._process.kill()
+        """End the process at once, if it has not ended; `messages` ends."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def close(self) -> None:
         """Wait for the process to end, which a closed socket makes it do; kill it
@@ -107,8 +111,25 @@ class Connection:
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         except TimeoutError:
-            self._process.kill()
+            self.kill()
             await self._process.wait()
+
+
+async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """A process, and our end of its socket; raises OSError and leaves nothing open."""
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as failed, theirs:
+        failed.enter_context(ours)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "veneer_server.engine.process",
+            str(theirs.fileno()),
+            pass_fds=(theirs.fileno(),),
+            env=_environment(),
+        )
+        failed.pop_all()
+    return process, ours
 
 
 def _environment() -> dict[str, str]:
@@ -121,9 +142,15 @@ def _environment() -> dict[str, str]:
 
 
 async def _next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
-    """The messages of the next frame; none when the other side has closed."""
+    """The messages of the next frame; none when the other side has closed.
+
+    Raises:
+        EngineFailed: it cannot be read, and so nothing after it.
+    """
     try:
         (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         return decode_from_engine(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):
         return []
+    except msgspec.MsgspecError as error:
+        raise EngineFailed(f"a frame of the engine cannot be read: {error}") from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from veneer_registry.errors import EngineFailed, VeneerError
 
@@ -25,6 +25,8 @@ from veneer_server.engine.messages import (
 __all__ = ["Supervisor"]
 
 log = logging.getLogger(__name__)
+
+_News = TypeVar("_News")
 
 PING_SECONDS = 1.0
 SILENCE_SECONDS = 5.0
@@ -94,9 +96,8 @@ class Supervisor:
         self.write(Stop())
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        self._on_down(EngineFailed("the server is stopping"))
+            await asyncio.wait([self._task])
+        _tell(self._on_down, EngineFailed("the server is stopping"))
         await self._bury()
 
     def write(self, message: ToEngine) -> None:
@@ -127,11 +128,12 @@ class Supervisor:
                 backoff = FIRST_BACKOFF
             self._set_health(False)
             await self._bury()
-            self._on_down(
+            _tell(
+                self._on_down,
                 EngineFailed(
                     "the engine process ended and is being started again; retry",
                     retry_after_s=max(2.0, backoff),
-                )
+                ),
             )
             connection, backoff = await self._restart(backoff)
 
@@ -146,6 +148,10 @@ class Supervisor:
                 return await self._launch(), backoff
             except EngineFailed as failure:
                 log.error("%s", failure)
+            except Exception:
+                # Whatever it is, the next try may do without.
+                log.exception("the engine could not be taken up")
+                await self._bury()
 
     async def _serve(self, connection: Connection) -> None:
         pinger = asyncio.create_task(self._ping(connection), name="engine-ping")
@@ -156,7 +162,10 @@ class Supervisor:
                     continue
                 if isinstance(message, StepDone):
                     self._longest_step = max(message.seconds, 0.9 * self._longest_step)
-                self._on_message(message)
+                _tell(self._on_message, message)
+        except EngineFailed as failure:
+            log.error("%s: killing the engine", failure)
+            connection.kill()
         finally:
             pinger.cancel()
 
@@ -180,4 +189,12 @@ class Supervisor:
     def _set_health(self, healthy: bool) -> None:
         if healthy != self.healthy:
             self.healthy = healthy
-            self._on_health(healthy)
+            _tell(self._on_health, healthy)
+
+
+def _tell(listener: Callable[[_News], None], news: _News) -> None:
+    """A listener that fails must not leave an engine without its supervisor."""
+    try:
+        listener(news)
+    except Exception:
+        log.exception("a listener failed; the engine runs on")
