@@ -28,8 +28,9 @@ from veneer_registry.errors import VeneerError
 from veneer_server.config import Address, ServerConfig
 from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_cores
 from veneer_server.memory import plan_memory
-from veneer_server.models.config import read_decoder_config
+from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BUNDLED
+from veneer_server.openai import require_gateway
 
 __all__ = ["Check", "examine", "report"]
 
@@ -79,7 +80,7 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     yield from map(_package, _PACKAGES)
     yield _no_kernels()
     yield from _torch(config)
-    yield _base(config)
+    yield from _base(config)
     yield _memory(config)
     owner = _owner(config.data_dir)
     yield from _folder("data folder", "--data-dir", config.data_dir)
@@ -93,6 +94,8 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     ):
         if address is not None:
             yield _port(flag, address, running=owner is not None)
+    if config.openai_listen is not None:
+        yield _gateway()
     yield _open_files()
     yield _clock()
 
@@ -173,16 +176,56 @@ def _packed(packed: bool) -> Check:
     )
 
 
-def _base(config: ServerConfig) -> Check:
+def _base(config: ServerConfig) -> Iterator[Check]:
     folder = _base_folder(config)
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
-        return Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        yield Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        return
     try:
         decoder = read_decoder_config(folder)
     except (VeneerError, KeyError, ValueError) as error:
-        return Check("base", "problem", str(error), "choose another --base")
-    return Check("base", "ok", f"{config.base}: {decoder.architecture}")
+        yield Check("base", "problem", str(error), "choose another --base")
+        return
+    yield Check("base", "ok", f"{config.base}: {decoder.architecture}")
+    yield _tokenizer(folder, decoder)
+
+
+def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
+    """What the front process reads of the base: its tokenizer and its chat template."""
+    try:
+        # Not at the top: the doctor is who says that a package is missing.
+        from veneer_server.text.template import ChatTemplate, read_base_template
+        from veneer_server.text.tokenizer import TextTokenizer
+
+        tokenizer = TextTokenizer.from_folder(folder)
+        template, special = read_base_template(folder)
+        if template is not None:
+            ChatTemplate(template, special)
+    except ImportError as error:
+        return Check("tokenizer", "problem", str(error), "pip install 'veneer[server]'")
+    except (VeneerError, ValueError, KeyError) as error:
+        found, _, fix = str(error).partition(": ")
+        return Check("tokenizer", "problem", found, fix or "choose another --base")
+    chats = "a chat template" if template is not None else "no chat template"
+    found = f"{tokenizer.vocab_size} tokens, {chats}"
+    if tokenizer.vocab_size > decoder.vocab_size:
+        return Check(
+            "tokenizer",
+            "warning",
+            f"{found}, but the model has {decoder.vocab_size}",
+            "text with the others is refused: resize the model's embeddings to serve it",
+        )
+    return Check("tokenizer", "ok", found)
+
+
+def _gateway() -> Check:
+    try:
+        require_gateway()
+    except VeneerError as error:
+        found, _, fix = str(error).partition(": ")
+        return Check("gateway", "problem", found, fix)
+    return Check("gateway", "ok", "its packages are installed")
 
 
 def _base_folder(config: ServerConfig) -> Path | None:

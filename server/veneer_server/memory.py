@@ -171,10 +171,12 @@ def token_bytes(model: DecoderConfig, dtype: Literal["bfloat16", "float16", "flo
 
 def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     """Resident weights. In 4 bits: half a byte a weight, and a float32 scale for each
-    block of 64 (bitsandbytes; nested scales are expanded when loaded)."""
+    block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored
+    in 4 bits is served as it is, whatever the flag says."""
     itemsize = ITEMSIZE[config.dtype]
     linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
-    each = itemsize if config.quantization == "none" else 0.5 + 4 / 64
+    quantization = model.quantization or config.quantization
+    each = itemsize if quantization == "none" else 0.5 + 4 / 64
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_head else 2)
     return int(linears * each) + embeddings * itemsize
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from veneer_registry.lock import OwnerLock
-from veneer_server import doctor
+from veneer_server import doctor, openai
 from veneer_server.config import load_config
 from veneer_server.doctor import Check, examine, report
 
@@ -123,3 +124,65 @@ def test_the_report_shows_each_fix(flags: dict[str, str], tmp_path: Path) -> Non
     assert not report(config, lines.append, as_json=False)
     problem = next(i for i, line in enumerate(lines) if line.startswith("problem"))
     assert "-> choose another --base" in lines[problem + 1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_gateway_needs_its_packages(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "gateway" not in checks(**flags)
+    assert checks(**flags, openai_listen="127.0.0.1:0")["gateway"].status == "ok"
+    monkeypatch.setattr(openai, "find_spec", lambda name: None)
+    assert "gateway" not in checks(**flags)
+    check = checks(**flags, openai_listen="127.0.0.1:0")["gateway"]
+    assert check.status == "problem"
+    assert check.found == "--openai-listen needs fastapi and uvicorn"
+    assert check.fix == "pip install 'veneer[gateway]', or leave the flag out"
+
+
+@pytest.fixture
+def base(base_folder: Path, tmp_path: Path) -> Path:
+    """The base as far as the doctor reads it, to be changed."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base_folder / name, folder)
+    return folder
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.usefixtures("quick")
+def test_text_that_could_not_be_served(flags: dict[str, str], base: Path) -> None:
+    flags |= {"base": str(base)}
+    assert checks(**flags)["tokenizer"].status == "ok"
+    change(base / "config.json", vocab_size=49000)
+    check = checks(**flags)["tokenizer"]
+    assert (check.status, "49152" in check.found, "49000" in check.found) == (
+        "warning",
+        True,
+        True,
+    )
+    change(base / "tokenizer_config.json", chat_template="{% if %}")
+    assert checks(**flags)["tokenizer"].status == "problem"
+    change(base / "tokenizer_config.json", chat_template=None)
+    change(base / "tokenizer.json", decoder={"type": "CTC"})
+    assert checks(**flags)["tokenizer"].status == "problem"
+    (base / "tokenizer.json").unlink()
+    check = checks(**flags)["tokenizer"]
+    assert (check.status, "save_pretrained" in check.fix) == ("problem", True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_stored_in_4_bits_is_planned_as_it_is_served(
+    flags: dict[str, str], base: Path
+) -> None:
+    flags |= {"base": str(base)}
+    plain, four_bits = (checks(**flags, quantization=q)["memory"] for q in ("none", "nf4"))
+    assert plain.found != four_bits.found
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    change(base / "config.json", quantization_config=settings)
+    planned = checks(**flags, quantization="none")["memory"]
+    assert planned.found.partition(";")[0] == four_bits.found.partition(";")[0]
