@@ -5,8 +5,9 @@ Order is arrival order, with three exceptions and a bound on each:
 * A sequence whose adapter is on its way is passed over: nothing that starts
   meanwhile delays the transfer, and when it ends the sequence is the oldest.
 * A sequence whose adapter finds no *room* is passed over for `patience` seconds.
-  From then on nothing younger starts that could keep the room taken, so the room
-  comes free when what runs now has ended.
+  From then on no younger one's adapter is brought to where the room is missing, and
+  nothing younger starts that could keep it taken, so the room comes free when what
+  runs now has ended.
 * While more are ready than there are places, those go first that add no adapter to
   the batch, since each further adapter makes a step dearer. That ends for a
   sequence `max_wait` seconds after its arrival: from then on, and after a
@@ -69,7 +70,7 @@ class Admission:
         """
         ready: list[Sequence] = []
         queue = list(waiting)
-        lacking = self._lacking_too_long(now)
+        lacking = self.lacking_too_long(now)
         # An operator's want is nobody's in the queue: it is before all of them.
         behind = lacking is not None and all(s.digest != lacking for s in queue)
         for sequence in queue:
@@ -90,7 +91,8 @@ class Admission:
             sequence.load_seconds += now - sequence.waiting_since
             sequence.waiting_since = None
 
-    def _lacking_too_long(self, now: float) -> str | None:
+    def lacking_too_long(self, now: float) -> str | None:
+        """The first want that finds no room, if that was so for `patience` seconds."""
         if self._lacking is None or now - self._lacking[1] < self._patience:
             return None
         return self._lacking[0]

@@ -20,7 +20,9 @@ is what the memory plan counts.
 
 Wants are served in the order given (the arrival order of waiting sequences):
 what an earlier want needs is never evicted for a later one, so two adapters
-cannot push each other out for ever.
+cannot push each other out for ever. Behind a want that finds no room nothing is
+evicted, but what is free may be taken; once it has waited too long (`Admission` says
+when), only where it is not what that one lacks.
 """
 
 from __future__ import annotations
@@ -197,36 +199,56 @@ class Residency:
 
     # ------------------------------------------------------------------ planning
 
-    def plan(self, wants: Sequence[str]) -> Plan:
+    def plan(self, wants: Sequence[str], overdue: str | None = None) -> Plan:
         """What to start now so that the wanted adapters become resident.
 
         Args:
             wants: digests of waiting sequences, oldest first, without repeats.
+            overdue: the want that was `Plan.blocked` for too long, if any.
         """
         if not wants and not self._operator_wants:
             return Plan()
         actions: list[Action] = []
         protected: set[str] = set()
         impossible: list[str] = []
+        blocked: str | None = None
+        left: dict[MemoryTier, int] = {}
         for digest in dict.fromkeys([*self._operator_wants, *wants]):
             entry = self._entries[digest]
             target = self._next_tier(entry)
-            if target is not None:
-                room = self._make_room(target, entry, protected)
-                if room is None and self._pins_forbid(target, entry):
-                    impossible.append(digest)
-                    continue
-                if room is None:
-                    return Plan(tuple(actions), digest, tuple(impossible))
-                actions += room
-                if target == "host":
-                    entry.host = Presence.COMING
-                    actions.append(Load(entry.source))
-                else:
-                    entry.device = Presence.COMING
-                    actions.append(MoveToDevice(digest))
-            protected.add(digest)
-        return Plan(tuple(actions), None, tuple(impossible))
+            if target is None:
+                protected.add(digest)
+            elif blocked is not None:
+                if entry.bytes <= left[target]:
+                    left[target] -= entry.bytes
+                    actions.append(self._bring(entry, target))
+            elif (room := self._make_room(target, entry, protected)) is not None:
+                actions += [*room, self._bring(entry, target)]
+                protected.add(digest)
+            elif self._pins_forbid(target, entry):
+                impossible.append(digest)
+            else:
+                blocked = digest
+                left = self._left_for_younger(target, digest == overdue)
+        return Plan(tuple(actions), blocked, tuple(impossible))
+
+    def _left_for_younger(self, lacking: MemoryTier, overdue: bool) -> dict[MemoryTier, int]:
+        """Free bytes that wants behind a blocked one may take. An adapter that comes to
+        DEVICE keeps room taken in both tiers for as long as its sequences run, one that
+        stays in HOST takes none from DEVICE."""
+        left = {tier: self._budget(tier) - self.bytes_in(tier) for tier in _TIERS}
+        if overdue:
+            left["device"] = 0
+            if lacking == "host":
+                left["host"] = 0
+        return left
+
+    def _bring(self, entry: _Entry, target: MemoryTier) -> Action:
+        if target == "host":
+            entry.host = Presence.COMING
+            return Load(entry.source)
+        entry.device = Presence.COMING
+        return MoveToDevice(entry.source.weights_digest)
 
     def _next_tier(self, entry: _Entry) -> MemoryTier | None:
         """The tier to bring a wanted adapter to now, or None if it is there or moving."""

@@ -170,7 +170,7 @@ class Scheduler:
         """Loads, moves and drops to start for the waiting sequences, and the
         adapters that pins leave no room for (their sequences must be failed)."""
         wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
-        plan = self.residency.plan(list(wanted))
+        plan = self.residency.plan(list(wanted), self._admission.lacking_too_long(now))
         self._admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
 

@@ -313,7 +313,16 @@ def _nobody_is_overdue(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nobody_is_held_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Admission, "_lacking_too_long", lambda self, now: None)
+    patch.setattr(Admission, "lacking_too_long", lambda self, now: None)
+
+
+def _the_room_is_taken_for_ever(patch: pytest.MonkeyPatch) -> None:
+    right = Residency._left_for_younger
+
+    def wrong(self: Residency, lacking: Any, overdue: bool) -> dict[Any, int]:
+        return right(self, lacking, False)
+
+    patch.setattr(Residency, "_left_for_younger", wrong)
 
 
 def _held_adapters_are_evicted(patch: pytest.MonkeyPatch) -> None:
@@ -364,6 +373,7 @@ BUGS = [
     _given_up_blocks_are_still_found,
     _nobody_is_overdue,
     _nobody_is_held_back,
+    _the_room_is_taken_for_ever,
     _held_adapters_are_evicted,
     _all_that_wait_is_ahead,
     _what_is_computed_for_two_counts_twice,

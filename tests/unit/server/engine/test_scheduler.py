@@ -73,6 +73,55 @@ def test_the_oldest_waiter_gets_room_for_its_adapter_despite_steady_traffic() ->
     assert 1000 in world.finished, "starved by younger requests"
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_want_without_room_stops_only_what_would_take_its_room(shared: bool) -> None:
+    """Younger ones that fit go on; once it has waited for `patience`, only into HOST,
+    which it does not lack where the tiers have memory of their own."""
+    world = World(device=3 * SIZE, host=3 * SIZE, blocks=60, patience=5, shared=shared)
+    if not shared:
+        world.residency.host_budget = world.host = 10 * SIZE
+    world.submit(1, 2, 50, adapter("busy", 2 * SIZE))
+    for _ in range(3):
+        world.step()
+        while world.pending:
+            world.arrive()
+    world.submit(2, 2, 2, adapter("big", 3 * SIZE))
+    world.submit(3, 2, 2, adapter("small", SIZE // 2))
+    for _ in range(5):
+        world.step()
+        while world.pending:
+            world.arrive()
+    assert 3 in world.finished
+    assert 2 in world.live
+    world.submit(4, 2, 2, adapter("late", SIZE // 4))
+    for _ in range(10):
+        world.step()
+        while world.pending:
+            world.arrive()
+    assert 1 in world.live
+    assert 4 in world.live
+    assert world.residency.tier("late") == ("disk" if shared else "host")
+    world.drain()
+
+
+def test_small_adapters_do_not_starve_a_large_one() -> None:
+    """Each fits beside those that run, so that room for the large one never comes by itself."""
+    world = World(device=3 * SIZE, host=20 * SIZE, blocks=200, patience=5)
+    for step in range(1, 100):
+        if step == 10:
+            world.submit(1000, 2, 2, adapter("large", 3 * SIZE))
+        if step % 4 == 0:
+            world.submit(step, 2, 8, adapter(f"small {step}", SIZE // 20))
+        world.step()
+        while world.pending:
+            world.arrive()
+        if 1000 in world.finished:
+            break
+    # Its patience, what ran then, its own load and tokens, and a few steps to spare.
+    assert step < 10 + 5 + 10 + 5 + 5
+    world.drain()
+
+
 def test_what_an_older_request_wants_is_not_evicted_for_a_younger_one() -> None:
     world = World(device=SIZE, host=4 * SIZE)
     world.submit(1, 2, 1, adapter("first"))

@@ -184,10 +184,36 @@ class World:
                 assert used <= max(self.host, self.device), "more than was planned"
 
     def plan_adapters(self) -> None:
+        waiting = [s.digest for s in self.scheduler._waiting if s.digest is not None]
+        wants = list(dict.fromkeys([*self.residency._operator_wants, *waiting]))
+        overdue = self._lacking()
         actions, impossible = self.scheduler.plan_adapters(self.now)
+        self._check_passed_over(actions, wants, overdue)
         self.carry_out(actions)
         for digest in impossible:
             self.fail_adapter(digest)
+
+    def _check_passed_over(
+        self, actions: Iterable[Action], wants: list[str], overdue: str | None
+    ) -> None:
+        """Behind a want without room nobody evicts, and nobody takes that room for long."""
+        lacking = self.scheduler._admission._lacking
+        if lacking is None:
+            return
+        blocked, _ = lacking
+        behind = wants[wants.index(blocked) + 1 :]
+        evicts = False
+        for action in actions:
+            if isinstance(action, Drop):
+                evicts = True
+                continue
+            loads = isinstance(action, Load)
+            digest = action.source.weights_digest if loads else action.weights_digest
+            if digest in behind:
+                assert not evicts, f"{digest} evicts, though {blocked} is before it"
+                harmless = loads and (blocked, "host") in self.memory
+                assert blocked != overdue or harmless, f"{digest} takes {blocked}'s room"
+            evicts = False
 
     def fail_adapter(self, digest: str) -> None:
         for sequence in self.scheduler.using(digest):
