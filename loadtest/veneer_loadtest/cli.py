@@ -120,9 +120,8 @@ def compare(
                     flags=server_flag or (),
                 ) as ours,
                 PeftPeerProcess(folder, named, used, Path(scratch) / "peer.log") as theirs,
+                setup.published(ours.client, named),
             ):
-                for name, path in named.items():
-                    await ours.client.push(path, name, activate=True, allow_replace=True)
                 info = await ours.client.info()
                 gate = await comparing.check(ours.client, theirs, options)
                 OUT.print(gate_line(gate), soft_wrap=True)
@@ -228,7 +227,7 @@ def prefix(
     spawn: Spawn = False,
     server: Server = None,
     streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8",
-    generate: Annotated[int, typer.Option(help="Synthetic adapters; 0: the base.")] = 8,
+    generate: Annotated[int, typer.Option(help="Synthetic adapters; 0: the base.", min=0)] = 8,
     rank: Rank = 16,
     shared: Annotated[int, typer.Option(help="Tokens of the common beginning.", min=1)] = 512,
     own: Annotated[int, typer.Option(help="Tokens of each request's ending.", min=1)] = 16,
@@ -254,15 +253,16 @@ def prefix(
             named = workload.make_adapters(
                 Path(scratch), shape, count=generate, rank=rank, seed=seed
             )
-            async with setup.target(
-                spawn=spawn,
-                address=server,
-                base_folder=folder,
-                threads=used,
-                flags=server_flag or (),
-            ) as ours:
-                for name, path in named.items():
-                    await ours.client.push(path, name, activate=True, allow_replace=True)
+            async with (
+                setup.target(
+                    spawn=spawn,
+                    address=server,
+                    base_folder=folder,
+                    threads=used,
+                    flags=server_flag or (),
+                ) as ours,
+                setup.published(ours.client, named),
+            ):
                 options = prefixes.PrefixOptions(
                     adapters=tuple(named) or ("",),
                     vocab=shape.vocab,

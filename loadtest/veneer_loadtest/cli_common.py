@@ -44,7 +44,12 @@ PACKAGES: Final = (
 
 Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server for this run.")]
 Server = Annotated[
-    str | None, typer.Option("--server", metavar="HOST:PORT", help="Use a running one.")
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help="Use a running one; what is published there is deleted at the end.",
+    ),
 ]
 BaseFolder = Annotated[
     Path | None, typer.Option(help="Hugging Face folder of the base; else the bundled one.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ __all__ = [
     "find_base_folder",
     "parse_range",
     "parse_streams",
+    "published",
     "target",
 ]
 
@@ -59,6 +60,22 @@ async def target(
     with LocalServer(all_flags) as server:
         async with AsyncClient(server.address, timeout_s=120.0) as client:
             yield Target(client, server.command)
+
+
+@asynccontextmanager
+async def published(client: AsyncClient, named: Mapping[str, Path]) -> AsyncIterator[None]:
+    """Adapters on the server, activated; at the end those are deleted that were not
+    there before: the server may be somebody's.
+
+    Raises:
+        AdapterExists: a name holds something else, which stays as it is.
+    """
+    async with AsyncExitStack() as new:
+        for name, folder in named.items():
+            if (await client.push(folder, name)).published:
+                new.push_async_callback(client.delete, name)
+            await client.activate(name)
+        yield
 
 
 def find_base_folder(given: Path | None) -> Path:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -120,18 +121,16 @@ async def swap(
     """
     bench = _Bench(client, options, folder)
     cases: dict[Case, list[Sample]] = {case: [] for case in get_args(Case)}
-    await bench.publish(A)
-    await bench.publish(B)
-    try:
+    async with AsyncExitStack() as new:
+        for name in (A, B):
+            await bench.publish(name)
+            new.push_async_callback(client.delete, name)
         for warm in (A, B, A):
             await bench.run(warm)
         for _ in range(options.samples):
             for case in cases:
                 cases[case].append(await bench.sample(case))
             on_sample()
-    finally:
-        for name in (A, B):
-            await client.delete(name)
     return SwapResult({case: tuple(samples) for case, samples in cases.items()})
 
 
@@ -192,10 +191,12 @@ class _Bench:
 
     async def _publish_and_run(self) -> Sample:
         await self.publish(NEW)
-        start = time.perf_counter()
-        run = await self.run(NEW)
-        first = time.perf_counter() - start
-        await self._client.delete(NEW)
+        try:
+            start = time.perf_counter()
+            run = await self.run(NEW)
+            first = time.perf_counter() - start
+        finally:
+            await self._client.delete(NEW)
         return Sample(first, run.end.provenance.timings.adapter_load_s)
 
     def _checked(self, run: StreamRun, tier: Tier) -> Sample:

@@ -220,8 +220,8 @@ class FakeServer(
         self._note("UploadAdapter", spec, context)
         self.uploads.append(Upload(spec, [message.chunk for message in messages]))
         return adapters_pb2.UploadAdapterResponse(
+            published=not spec.validate_only and spec.name not in self.adapters,
             adapter=self.add(spec.name),
-            published=not spec.validate_only,
             warnings=["server says"],
         )
 

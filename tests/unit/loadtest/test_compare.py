@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
@@ -20,8 +21,9 @@ from veneer_loadtest.swap import SwapOptions, WrongTier
 from veneer_loadtest.tables import compare_table, gate_line, swap_table
 from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
 from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import NonFiniteOutput
 
-from tests.unit.client.fake_server import FakeServer
+from tests.unit.client.fake_server import FakeServer, Refusal
 
 SHAPE = BaseShape("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
 
@@ -283,6 +285,53 @@ def test_prefix_command_on_the_real_server(
     assert set(result["summary"]) == {"first_token_gain_2", "throughput_gain_2"}
     (level,) = result["levels"]
     assert level["cached_share"] == pytest.approx(64 / 68)
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> Path:
+    """A folder that says only how large its model is."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
+    heads = {"num_attention_heads": 1, "vocab_size": 5000}
+    (folder / "config.json").write_text(json.dumps({**sizes, **heads}))
+    return folder
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_prefix_leaves_somebodys_server_as_it_was(
+    fails: bool, server: FakeServer, tiny_base: Path
+) -> None:
+    server.add("sql")
+    server.add("load-1")  # with the very content that the run would publish
+    if fails:
+        server.break_after = Refusal(grpc.StatusCode.ABORTED, "no", "NON_FINITE_OUTPUT")
+    flags = ["--server", server.address, "--base-folder", str(tiny_base), "--streams", "2"]
+    flags += ["--generate", "3", "--rank", "2", "--shared", "4", "--own", "2", "--tokens", "2"]
+    done = CliRunner().invoke(cli, ["prefix", *flags, "--repeat", "1"])
+    assert (done.exit_code == 1) is fails, done.output
+    assert server.count("UploadAdapter") == 3
+    assert set(server.adapters) == {"sql", "load-1"}
+    assert not any(upload.spec.allow_replace for upload in server.uploads)
+
+
+def test_prefix_needs_no_negative_number_of_adapters() -> None:
+    done = CliRunner().invoke(cli, ["prefix", "--spawn", "--generate", "-1"])
+    assert done.exit_code == 2
+    assert "--generate" in done.output
+
+
+async def test_swap_that_fails_halfway_leaves_nothing(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    server.tier = inference_pb2.TIER_DEVICE
+    options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
+    server.break_after = Refusal(grpc.StatusCode.ABORTED, "no", "NON_FINITE_OUTPUT")
+    async with AsyncClient(server.address) as client:
+        bench = swap._Bench(client, options, tmp_path)
+        with pytest.raises(NonFiniteOutput):
+            await bench._publish_and_run()
+    assert server.adapters == {}
 
 
 def test_error_is_one_line(tmp_path: Path) -> None:
