@@ -94,7 +94,7 @@ class BlockManager:
         start = other.published * self.block_size
         may_share = (
             self.shares(sequence)
-            and self.shares(other)
+            and self._publishes(other)
             and sequence.digest == other.digest
             and sequence.request.cache_scope == other.request.cache_scope
         )
@@ -123,7 +123,7 @@ class BlockManager:
 
         Call it when the step that computed them has ended with finite logits."""
         full = sequence.computed // self.block_size
-        if not self.shares(sequence) or full <= sequence.published:
+        if not self._publishes(sequence) or full <= sequence.published:
             return
         keys = self._keys(sequence, full)
         for index in range(sequence.published, full):
@@ -147,10 +147,12 @@ class BlockManager:
         sequence.published = 0
 
     def shares(self, sequence: Sequence) -> bool:
-        """It takes part in the prefix cache."""
-        request = sequence.request
-        # Log-probabilities of the prompt take computing all of it.
-        return self._enabled and request.use_prefix_cache and not request.prompt_logprobs
+        """It looks for its prefix among what is cached, and lets others find it."""
+        # Log-probabilities of the prompt take computing all of it; others may find it.
+        return self._publishes(sequence) and not sequence.request.prompt_logprobs
+
+    def _publishes(self, sequence: Sequence) -> bool:
+        return self._enabled and sequence.request.use_prefix_cache
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Keys of the first ``count`` blocks; tokens are only ever appended, so they stay."""

@@ -35,10 +35,24 @@ def test_the_same_prompt_is_found_and_nothing_else_is() -> None:
 def test_what_does_not_share_leaves_nothing_behind() -> None:
     world = World()
     assert found(world, 1, share=False) == 0
-    assert found(world, 2, scores=True) == 0
     assert world.scheduler.blocks.cached == 0
     off = World(prefix_cache=False)
     assert [found(off, 1), found(off, 2)] == [0, 0]
+
+
+def test_a_prompt_with_log_probabilities_finds_nothing_but_is_found() -> None:
+    """All of it must be computed, but the other samples of the request need not again."""
+    world = World()
+    scoring = world.ask(1, PROMPT, 20, scores=True)
+    world.step()
+    others = [world.ask(number, PROMPT, 20) for number in (2, 3)]
+    world.step()
+    for other in others:
+        assert other.blocks[:3] == scoring.blocks[:3]
+    world.drain()
+    assert [s.cached_tokens for s in (scoring, *others)] == [0, 3 * BLOCK, 3 * BLOCK]
+    assert len(scoring.prompt_logprobs) == len(PROMPT) - 1
+    assert found(world, 4, scores=True) == 0
 
 
 def test_the_last_token_of_a_cached_prompt_is_computed_anew() -> None:
