@@ -294,8 +294,10 @@ class EngineClient:
         unpin: bool,
     ) -> tuple[bool, int]:
         """(evicted now, bytes freed); raises AdapterInUse, AdapterPinned."""
-        self._residents.given_up(weights_digest)
-        done = await self._operate(lambda number: Evict(number, weights_digest, mode, unpin))
+        with self._residents.giving_up(weights_digest, unpin=unpin):
+            done = await self._operate(
+                lambda number: Evict(number, weights_digest, mode, unpin)
+            )
         return done.done, done.freed_bytes
 
     async def unpin(self, weights_digest: str) -> None:

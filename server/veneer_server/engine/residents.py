@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
-from veneer_registry.errors import EngineFailed, VeneerError
+from veneer_registry.errors import AdapterPinned, EngineFailed, VeneerError
 
 from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
 
@@ -105,9 +105,30 @@ class Residents:
         if (lost := self._lost.get(weights_digest)) is not None:
             lost.pin = None
 
-    def given_up(self, weights_digest: str) -> None:
-        """An operator does not want it in memory any more."""
-        self._lost.pop(weights_digest, None)
+    @contextmanager
+    def giving_up(self, weights_digest: str, *, unpin: bool) -> Iterator[None]:
+        """While an operator evicts it, and after it unless that was refused.
+
+        Raises:
+            AdapterPinned: it was pinned and is not back yet, and ``unpin`` is not set: the
+                engine, which would refuse, does not know of the pin.
+        """
+        lost = self._lost.get(weights_digest)
+        if lost is None:
+            yield
+            return
+        if lost.pin is not None and not unpin:
+            raise AdapterPinned(
+                f"adapter {lost.source.name} is pinned; evict it with unpin set"
+            )
+        del self._lost[weights_digest]
+        try:
+            yield
+        except VeneerError:
+            self._lost[weights_digest] = lost
+            if self._task is not None and self._task.done():
+                self.restore()
+            raise
 
     def tier(self, weights_digest: str) -> Residency | None:
         """Last known residency of an adapter, or None where it is on disk only."""

@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from veneer_registry.errors import AdapterNotFound, EngineFailed
+from veneer_registry.errors import (
+    AdapterInUse,
+    AdapterNotFound,
+    AdapterPinned,
+    EngineFailed,
+    ModelLoading,
+)
 from veneer_server.engine import residents
-from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
+from veneer_server.engine.client import EngineClient
+from veneer_server.engine.messages import AdapterSource, EngineConfig, Occupancy, Residency
 from veneer_server.engine.residents import MemoryTier, Residents
 
 SIZE = 10
@@ -149,10 +156,62 @@ async def test_an_evicted_or_unpinned_one_is_left_as_the_operator_wants_it() -> 
         engine.residents.pinned(source(name), "device")
         engine.loaded(name, pinned=True)
     engine.die()
-    engine.residents.given_up("a")
+    with engine.residents.giving_up("a", unpin=True):
+        pass
     engine.residents.unpinned("b")
     await engine.restart()
     assert engine.asked == [("b", "device", False)]
+
+
+def pinned_and_lost(*names: str) -> Engine:
+    engine = Engine()
+    for name in names:
+        engine.request(name)
+        engine.residents.pinned(source(name), "device")
+        engine.loaded(name, pinned=True)
+    engine.die()
+    return engine
+
+
+async def test_a_pin_outlives_evictions_that_are_refused_while_there_is_no_engine() -> None:
+    engine = pinned_and_lost("a")
+    with pytest.raises(AdapterPinned), engine.residents.giving_up("a", unpin=False):
+        pytest.fail("a running engine refuses it")
+    with pytest.raises(EngineFailed), engine.residents.giving_up("a", unpin=True):
+        raise EngineFailed("there is none")
+    await engine.restart()
+    assert engine.asked == [("a", "device", True)]
+
+
+async def test_what_an_operator_evicts_meanwhile_is_restored_only_if_that_is_refused() -> None:
+    engine = pinned_and_lost("a", "b")
+
+    async def evict() -> None:
+        with engine.residents.giving_up("a", unpin=True):
+            assert await engine.restart() == ["b"]
+            raise AdapterInUse("a request is faster than the eviction")
+
+    with pytest.raises(AdapterInUse):
+        await evict()
+    task = engine.residents._task
+    assert task is not None
+    await task
+    assert engine.asked == [("b", "device", True), ("a", "device", True)]
+    with engine.residents.giving_up("a", unpin=False):
+        pass  # it is there: the engine says whether it may go
+
+
+async def test_the_client_asks_about_lost_pins_before_it_asks_the_engine() -> None:
+    client = EngineClient(EngineConfig("", "", "", ""), max_queue=1)
+    client._residents.pinned(source("a"), "device")
+    client.receive(Residency("a", "device", True, SIZE, SIZE, SIZE, 1, 1))
+    client.fail_everything(EngineFailed("it died"))
+    with pytest.raises(AdapterPinned):
+        await client.evict("a", mode="drain", unpin=False)
+    with pytest.raises(ModelLoading):
+        await client.evict("a", mode="drain", unpin=True)
+    with pytest.raises(AdapterPinned):
+        await client.evict("a", mode="drain", unpin=False)
 
 
 async def test_one_that_kills_the_engine_is_left_after_two_tries() -> None:
