@@ -197,7 +197,9 @@ class CommonFields(_Fields):
     @classmethod
     def _token_ids(cls, given: dict[str, float]) -> dict[str, float]:
         for key in given:
-            if not (key.isascii() and key.isdigit() and int(key[:11]) <= _UINT32):
+            # Its length first: a number may be written with any number of digits.
+            short = len(key) <= len(str(_UINT32))
+            if not (short and key.isascii() and key.isdigit() and int(key) <= _UINT32):
                 raise ValueError(f"key {key[:40]!r} is no token id: use ids as keys")
         return given
 
