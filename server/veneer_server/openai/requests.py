@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import InvalidField
@@ -17,6 +17,9 @@ from veneer_server.openai.fields import (
 )
 
 __all__ = ["chat_requests", "completion_requests"]
+
+_ROLES: Final = {"developer": "system"}
+"""OpenAI's newer name, which templates do not know: many leave such messages out."""
 
 
 def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateRequest]:
@@ -37,7 +40,9 @@ def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateR
     if not fields.messages:
         raise _refuse("messages", "is empty: send at least one message")
     request.messages.messages.extend(
-        inference_pb2.ChatMessage(role=message.role, content=message.content)
+        inference_pb2.ChatMessage(
+            role=_ROLES.get(message.role, message.role), content=message.content
+        )
         for message in fields.messages
     )
     return [request]

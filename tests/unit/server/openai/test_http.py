@@ -332,3 +332,21 @@ async def test_the_model_names_the_adapter_and_headers_its_weights(
     error = error_of(answer)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert "style" in error["message"]
+
+
+async def test_a_developer_message_is_a_system_message(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    """Templates that name the roles they know leave out all others without a word."""
+    template = (
+        "{% for m in messages %}{% if m.role in ('system', 'user') %}"
+        "[{{ m.role }}] {{ m.content }} {% endif %}{% endfor %}"
+    )
+    await front.push(make_adapter(tmp_path / "a", template=template), "strict")
+    messages = [
+        {"role": "developer", "content": "Answer in French."},
+        {"role": "user", "content": "Hi"},
+    ]
+    await ok(http, CHAT, model="strict", messages=messages)
+    prompt = tokenizer.decode(front.engine.submitted[-1]["prompt"])
+    assert prompt == "[system] Answer in French. [user] Hi "
