@@ -193,6 +193,6 @@ class Attempts:
             return None
         grown = told * self._policy.growth ** (self._made - 1)
         # Clients refused together should not come back together.
-        wait = min(grown, self._policy.longest_wait_s) * random.uniform(1.0, 1.25)
+        wait = min(grown * random.uniform(1.0, 1.25), self._policy.longest_wait_s)
         remaining = self.remaining_s()
         return None if remaining is not None and wait >= remaining else wait
