@@ -69,9 +69,11 @@ class Published:
             to be published.
         replaced: another revision was current before.
         warnings: sentences for the uploader.
+        dropped: superseded revisions that the name does not keep any more.
     """
 
     record: AdapterRecord
     published: bool
     replaced: bool
     warnings: tuple[str, ...]
+    dropped: tuple[AdapterRef, ...] = ()

@@ -10,6 +10,7 @@ be called from an event loop. Call everything else from a worker thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,6 +26,7 @@ from veneer_registry.catalog import Catalog, RevisionRow
 from veneer_registry.errors import (
     AdapterExists,
     AdapterNotFound,
+    BaseModelMismatch,
     EtagMismatch,
     FailedPrecondition,
     InvalidField,
@@ -273,7 +275,7 @@ class Registry:
             self._drop_superseded(row.name, dropped)
         replaced = entry is not None and entry.current is not None and not same
         record = self._record(dataclasses.replace(row, generation=generation))
-        return Published(record, True, replaced, record.manifest.warnings)
+        return Published(record, True, replaced, record.manifest.warnings, dropped)
 
     def _drop_superseded(self, name: str, dropped: tuple[AdapterRef, ...]) -> None:
         # After the index has moved on: a request that found one of them before asks
@@ -323,6 +325,16 @@ class Registry:
                 raise
             before = found.ref
             self._index.release(found.ref)
+
+    def acquire_weights(self, weights_digest: str) -> RevisionLease:
+        """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""
+        for ref in self._index.holding(weights_digest):
+            # Deleted just now, or registered for another base.
+            with contextlib.suppress(AdapterNotFound, BaseModelMismatch):
+                return self.acquire(f"{ref.name}@{ref.revision}")
+        raise AdapterNotFound(
+            f"no adapter has the weights {weights_digest[:12]} any more; push them again"
+        )
 
     def _check_moved(self, ref: AdapterRef, before: AdapterRef | None) -> None:
         """Its row is gone. Superseded meanwhile: the name means another revision now, so

@@ -237,7 +237,8 @@ class App:
             max_queue=config.max_queue,
             on_event=self._engine_event,
             on_health=self._engine_health,
-            hold=lambda source: registry.acquire(source.name),
+            # The name by which the engine knows them may be gone, and another have them.
+            hold=lambda source: registry.acquire_weights(source.weights_digest),
         )
 
     def _engine_event(self, event: EngineEvent) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, Literal, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
-from veneer_registry.adapter import Tier
+from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import InvalidField, Unimplemented, VeneerError
 from veneer_registry.registry import AdapterRecord, Registry
 
@@ -70,6 +70,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             replaced=published.replaced,
             validate_only=options.validate_only,
         )
+        await asyncio.shield(self._removed(published.dropped))
         if options.activate:
             await self._activate(published.record, "device", pin=False)
         return adapters_pb2.UploadAdapterResponse(
@@ -171,9 +172,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         _log.info("delete", adapter=request.name, revisions=len(deleted))
         gone = [record for record in records if record.ref.revision in deleted]
         self._events.deleted(gone)
-        for record in gone:
-            self._use.forget(record.ref.revision)
-            await self._free(record.ref.weights_digest)
+        await self._removed([record.ref for record in gone])
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
 
     async def WatchAdapters(  # type: ignore[override]  # writes instead of yielding
@@ -211,8 +210,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
             await self._engine.activate(source_of(self._registry, record), tier=tier, pin=pin)
 
+    async def _removed(self, refs: Sequence[AdapterRef]) -> None:
+        """Keep nothing of revisions that their name does not have any more."""
+        for ref in refs:
+            self._use.forget(ref)
+        for weights_digest in {ref.weights_digest for ref in refs}:
+            # The memory, and a pin, are theirs too who have the same weights.
+            if not await to_the_end(lambda d=weights_digest: self._registry.holding(d)):  # type: ignore[misc]
+                await self._free(weights_digest)
+
     async def _free(self, weights_digest: str) -> None:
-        """Memory of deleted weights, once their last sequence has ended."""
+        """Memory of weights that are gone, once their last sequence has ended."""
         if self._engine.tier(weights_digest) is None:
             return
         try:

@@ -17,23 +17,23 @@ __all__ = ["AdapterUse", "AdapterView", "source_of"]
 
 
 class AdapterUse:
-    """When each revision was last asked for, since the server started."""
+    """When each name's revisions were last asked for, since the server started."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._last: dict[str, float] = {}
+        self._last: dict[tuple[str, str], float] = {}
 
     def touch(self, ref: AdapterRef) -> None:
         """The revision was just asked for."""
-        self._last[ref.revision] = self._clock()
+        self._last[ref.name, ref.revision] = self._clock()
 
     def last(self, ref: AdapterRef) -> float | None:
         """Unix seconds, or None if it was not."""
-        return self._last.get(ref.revision)
+        return self._last.get((ref.name, ref.revision))
 
-    def forget(self, revision: str) -> None:
-        """The revision was deleted."""
-        self._last.pop(revision, None)
+    def forget(self, ref: AdapterRef) -> None:
+        """The name does not have this revision any more."""
+        self._last.pop((ref.name, ref.revision), None)
 
 
 def source_of(registry: Registry, record: AdapterRecord) -> AdapterSource:

@@ -157,10 +157,11 @@ def test_superseded_revisions_are_kept_by_count(
     data: Path, adapters: Callable[[int], Path], retain: int
 ) -> None:
     with Registry.open(data, BASE, retain_superseded=retain) as registry:
-        refs = [
-            push(registry, "chat", adapters(n), allow_replace=True).record.ref for n in range(4)
-        ]
+        pushed = [push(registry, "chat", adapters(n), allow_replace=True) for n in range(4)]
+        refs = [published.record.ref for published in pushed]
         kept = refs[::-1][: retain + 1]
+        dropped = [ref for published in pushed for ref in published.dropped]
+        assert dropped == refs[: 3 - retain]
         assert [record.ref for record in registry.revisions("chat")] == kept
         assert set(os.listdir(data / "store" / "weights")) == {r.weights_digest for r in kept}
         with pytest.raises(AdapterNotFound):
@@ -498,6 +499,12 @@ def test_weights_shared_by_names_stay(
     assert (one.revision, one.weights_digest) == (two.revision, two.weights_digest)
     registry.delete("one")
     verify_weights(registry.weights_folder(two), two.weights_digest)
+    with registry.acquire_weights(one.weights_digest) as lease:
+        assert lease.ref == two
+        registry.delete("two")
+        verify_weights(registry.weights_folder(two), two.weights_digest)
+        with pytest.raises(AdapterNotFound):
+            registry.acquire_weights(one.weights_digest)
 
 
 # ------------------------------------------------------------------ reopening, lock

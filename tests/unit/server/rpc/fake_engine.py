@@ -79,6 +79,7 @@ class FakeEngine:
         self.reset()
         self._on_event = on_event
         self._on_health = on_health
+        self.hold = hold
         self._streams: set[asyncio.Queue[VeneerError | None]] = set()
 
     def reset(self) -> None:

@@ -11,6 +11,8 @@ import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, server_pb2
+from veneer_registry.errors import AdapterNotFound
+from veneer_server.engine.messages import AdapterSource
 
 from tests.unit.server.rpc.front_harness import (
     Front,
@@ -248,6 +250,53 @@ async def test_delete_is_guarded_and_frees_memory(front: Front, tmp_path: Path) 
     assert list(reply.revisions) == [two.revision]
     assert front.engine.tier(two.weights_digest) is None
     assert await names(front) == []
+
+
+async def test_weights_that_another_name_has_are_left_when_one_is_deleted(
+    front: Front, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "a")
+    await front.push(folder, "one")
+    digest = (await front.push(folder, "two")).adapter.weights_digest
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="two", pinned=True))
+    # By this name the engine knows them, and would ask for them after a restart.
+    one = await front.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="one", pin=True))
+    await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="one"))
+    two = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="two"))).adapter
+    assert (two.pinned, two.tier) == (True, inference_pb2.TIER_DEVICE)
+    source = AdapterSource(digest, "", 1, f"one@{one.adapter.revision[:12]}")
+    with front.engine.hold(source):
+        held = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="two"))).adapter
+        assert held.leases == 1
+    await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="two"))
+    assert front.engine.tier(digest) is None
+    with pytest.raises(AdapterNotFound), front.engine.hold(source):
+        pytest.fail("nobody has these weights")
+
+
+async def test_nothing_is_left_of_a_revision_that_was_superseded_too_often(
+    front: Front, tmp_path: Path
+) -> None:
+    """The server keeps two behind the current one."""
+    folders = [make_adapter(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    first = (await front.push(folders[0], "style")).adapter
+    await front.push(folders[0], "same")
+    await front.inference.Generate(prompt(adapter="style"))
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="style", pinned=True))
+
+    async def last_used(name: str) -> bool:
+        request = pb.GetAdapterRequest(name=name)
+        return (await front.adapters.GetAdapter(request)).adapter.HasField("last_used")
+
+    assert await last_used("style")
+    assert not await last_used("same"), "that name was not asked for"
+    await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="same"))
+    for folder in folders[1:]:
+        assert front.engine.tier(first.weights_digest) is not None
+        await front.push(folder, "style", allow_replace=True)
+    assert front.engine.tier(first.weights_digest) is None, "pinned, and nobody can unpin it"
+    await front.push(folders[0], "style", allow_replace=True)
+    assert not await last_used("style"), "it was forgotten when it was removed"
 
 
 async def test_a_pin_is_set_and_removed_without_moving_the_weights(
