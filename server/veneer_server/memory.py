@@ -43,6 +43,12 @@ _ENGINE_BYTES: Final = 550 << 20
 _CUDA_BYTES: Final = 700 << 20
 """On the device: CUDA context and library workspaces."""
 
+_SCORED_BYTES: Final = 8
+"""Of one logit, beside it, while log-probabilities are computed."""
+_DRAWN_BYTES: Final = 64
+"""Of one logit, beside it, while a token is drawn: copies, probabilities, and where the
+whole vocabulary is sorted, its order and its sums in float64 (measured: up to 62)."""
+
 
 class MemoryTooSmall(VeneerError):
     """The configuration cannot fit this machine, container or GPU."""
@@ -182,14 +188,18 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
 
 
 def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
-    """Of one step at its largest: every row with activations in float32 and with
-    logits (prompt log-probabilities want all), their softmax and its copy, and the
-    mask of a chunk over the longest context."""
+    """Of one step at its largest: every row with activations in float32, with logits
+    (prompt log-probabilities want all), and the mask of a chunk over the longest
+    context; then what is made of the logits: log-probabilities of all, or draws."""
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     row = 4 * (4 * model.hidden_size + 2 * qkv + 3 * model.intermediate_size)
-    logits = 3 * 4 * model.vocab_size
+    logits = 4 * model.vocab_size
     mask = 5 * model.context_length
-    return config.max_batch_tokens * (row + logits + mask)
+    # Sequences that run have a row each, also where that is more than a step's tokens.
+    rows = max(config.max_batch_tokens, config.max_running)
+    scored = rows * _SCORED_BYTES * model.vocab_size
+    drawn = config.max_running * _DRAWN_BYTES * model.vocab_size
+    return rows * (row + logits + mask) + max(scored, drawn)
 
 
 def _mib(size: int) -> int:

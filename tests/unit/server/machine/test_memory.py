@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from veneer_server.config import ServerConfig, load_config
+from veneer_server.engine.messages import SamplingParams
+from veneer_server.engine.sampler import Choice, sample
 from veneer_server.machine import Gpu, HostMemory
 from veneer_server.memory import (
     LARGEST_AUTO_KV_BYTES,
@@ -61,6 +64,44 @@ def test_a_4_bit_base_takes_what_its_weights_take(model: DecoderConfig) -> None:
     assert 0 <= estimate - 113_025_024 < 0.05 * 113_025_024
     dense = base_bytes(model, config(quantization="none"))
     assert dense == pytest.approx(134_515_008 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=2000, min_p=0.01, logit_bias={5: 1.0}),
+    ],
+)
+def test_scratch_covers_what_sampling_takes(
+    model: DecoderConfig, params: SamplingParams
+) -> None:
+    """Measured: rows so many that nothing but they counts."""
+    rows = 64
+    logits = torch.randn(rows, model.vocab_size)
+    with torch.profiler.profile(profile_memory=True) as profiled, torch.inference_mode():
+        sample(logits, [Choice(params, 1)] * rows)
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert peak > rows * model.vocab_size
+    # What the model is given and gives beside it is in there as well.
+    few, many = (scratch(model, running) for running in (16, 16 + rows))
+    assert many - few >= peak
+
+
+def scratch(model: DecoderConfig, running: int) -> int:
+    """Of a step that has no other rows."""
+    flags = {"max_running": str(running), "max_batch_tokens": "16"}
+    return uses(plan(model, 1000, **flags))["scratch"]
+
+
+def test_more_sequences_than_a_steps_tokens_are_planned_for(model: DecoderConfig) -> None:
+    """The engine takes a row of each that runs, whatever --max-batch-tokens says."""
+    assert scratch(model, 4096) > 30 * scratch(model, 128)
 
 
 def test_kv_bytes_of_a_token(model: DecoderConfig) -> None:
