@@ -40,6 +40,8 @@ _PACKAGES: Final = (
     "torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "llguidance",
     "grpcio", "protobuf",
 )  # fmt: skip
+_INSTALL: Final = "pip install '.[server]' in Veneer's folder"
+
 _LEAST_PYTHON: Final = (3, 11)
 _LEAST_FREE: Final = 1 << 30
 _LEAST_FILES: Final = 4096
@@ -111,7 +113,7 @@ def _package(name: str) -> Check:
     try:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:
-        return Check(name, "problem", "not installed", "pip install 'veneer[server]'")
+        return Check(name, "problem", "not installed", _INSTALL)
 
 
 def _no_kernels() -> Check:
@@ -203,7 +205,7 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
         if template is not None:
             ChatTemplate(template, special)
     except ImportError as error:
-        return Check("tokenizer", "problem", str(error), "pip install 'veneer[server]'")
+        return Check("tokenizer", "problem", str(error), _INSTALL)
     except (VeneerError, ValueError, KeyError) as error:
         found, _, fix = str(error).partition(": ")
         return Check("tokenizer", "problem", found, fix or "choose another --base")

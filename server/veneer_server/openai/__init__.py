@@ -32,6 +32,6 @@ def require_gateway() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise GatewayMissing(
-            f"--openai-listen needs {' and '.join(missing)}: pip install 'veneer[gateway]', "
-            "or leave the flag out"
+            f"--openai-listen needs {' and '.join(missing)}: pip install '.[gateway]' in "
+            "Veneer's folder, or leave the flag out"
         )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +132,29 @@ def test_the_shipped_configs_are_valid() -> None:
         config = load_config(path)
         assert isinstance(config, TrainConfig)
         assert config.lora.r == 8  # 4.9 MB in bf16 on the bundled base; the limit is 5
+
+
+def test_the_documented_keys_are_the_real_ones_with_their_defaults() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text("utf-8")
+    documented: dict[str, str] = {}
+    for keys, told in re.findall(r"^\| ((?:`\w+\.\w+`(?:, )?)+) \| (.+?) \|", text, re.M):
+        names = re.findall(r"`(.+?)`", keys)
+        documented |= zip(names, itertools.cycle(told.replace("`", "").split(", ")))
+    assert documented == dict(_defaults())
+
+
+def _defaults() -> Iterator[tuple[str, str]]:
+    raw = {"model": {"path": "p", "name": "n"}, "data": {"train": "t"}, "output": {"dir": "d"}}
+    config = parse_config(raw)
+    words = {"None": "none", "": "empty", "True": "true", "False": "false", "0.0002": "2e-4"}
+    for section in dataclasses.fields(config):
+        options = getattr(config, section.name)
+        for option in dataclasses.fields(options):
+            value = str(getattr(options, option.name))
+            key = f"{section.name}.{option.name}"
+            if option.default is dataclasses.MISSING:
+                yield key, "required"
+            elif key == "output.logs":
+                yield key, "<dir>.logs"
+            else:
+                yield key, words.get(value, value)

@@ -137,7 +137,7 @@ def test_the_gateway_needs_its_packages(
     check = checks(**flags, openai_listen="127.0.0.1:0")["gateway"]
     assert check.status == "problem"
     assert check.found == "--openai-listen needs fastapi and uvicorn"
-    assert check.fix == "pip install 'veneer[gateway]', or leave the flag out"
+    assert check.fix == "pip install '.[gateway]' in Veneer's folder, or leave the flag out"
 
 
 @pytest.fixture

@@ -331,7 +331,7 @@ async def test_without_the_extra_the_flag_fails_at_once(
         "veneer_server.openai.find_spec",
         lambda name: None if name == "fastapi" else real(name),
     )
-    with pytest.raises(GatewayMissing, match=r"needs fastapi: pip install 'veneer\[gateway\]'"):
+    with pytest.raises(GatewayMissing, match=r"needs fastapi: pip install '\.\[gateway\]'"):
         require_gateway()
     config = load_config(
         {
