@@ -111,7 +111,6 @@ class ModelRunner:
             params=sequence.sampling,
             position=sequence.position,
             history=sequence.history,
-            prompt_length=sequence.prompt_length,
             allowed=allowed,
         )
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from veneer_server.engine.history import Seen
 from veneer_server.engine.messages import SamplingParams, Tops
 
 __all__ = ["Choice", "sample", "token_logprobs", "top_tokens", "uniform"]
@@ -54,15 +55,13 @@ class Choice:
 
     Attributes:
         position: index of the new token.
-        history: prompt and output so far, where `params` needs them.
-        prompt_length: where the output begins in `history`.
+        history: the tokens so far, where `params` needs them.
         allowed: [vocab] bool, or None where every token is allowed; at least one is.
     """
 
     params: SamplingParams
     position: int
-    history: Sequence[int] = ()
-    prompt_length: int = 0
+    history: Seen | None = None
     allowed: NDArray[np.bool_] | None = None
 
 
@@ -130,34 +129,38 @@ def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) 
 def _penalise_repetition(
     logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]
 ) -> None:
-    row, token, _ = _seen(logits, rows, [choices[i].history for i in rows])
+    row, place = _places(logits, rows, [_seen(choices[i]).ids for i in rows])
     penalty = _column(logits, choices, "repetition_penalty")[row]
-    values = logits[row, token]
-    logits[row, token] = torch.where(values > 0, values / penalty, values * penalty)
+    values = logits.view(-1).index_select(0, place)
+    values = torch.where(values > 0, values / penalty, values * penalty)
+    logits.view(-1).index_copy_(0, place, values)
 
 
 def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
-    outputs = [choices[i].history[choices[i].prompt_length :] for i in rows]
-    row, token, count = _seen(logits, rows, outputs)
+    seen = [_seen(choices[i]) for i in rows]
+    row, place = _places(logits, rows, [s.ids[s.counts > 0] for s in seen])
+    counts = np.concatenate([s.counts[s.counts > 0] for s in seen])
+    count = torch.from_numpy(counts).to(logits.device, logits.dtype)
     presence = _column(logits, choices, "presence_penalty")[row]
     frequency = _column(logits, choices, "frequency_penalty")[row]
-    logits[row, token] -= presence + frequency * count
+    values = logits.view(-1).index_select(0, place) - (presence + frequency * count)
+    logits.view(-1).index_copy_(0, place, values)
 
 
-def _seen(
-    logits: torch.Tensor, rows: list[int], texts: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Different tokens of each row's text: their row, their id, how often they occur."""
-    vocab = logits.shape[1]
-    owner = np.repeat(np.array(rows, dtype=np.int64), [len(text) for text in texts])
-    tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
-    keys, counts = np.unique(owner * vocab + tokens, return_counts=True)
-    device = logits.device
-    return (
-        torch.from_numpy(keys // vocab).to(device),
-        torch.from_numpy(keys % vocab).to(device),
-        torch.from_numpy(counts).to(device, logits.dtype),
-    )
+def _seen(choice: Choice) -> Seen:
+    assert choice.history is not None, "penalties without the tokens that they are of"
+    return choice.history
+
+
+def _places(
+    logits: torch.Tensor, rows: list[int], ids: Sequence[NDArray[np.int64]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row's token ids: their row, and their place in the flat logits, by which
+    so many are read and written in a third of the time that two indices take."""
+    owner = torch.from_numpy(np.repeat(np.array(rows), [len(i) for i in ids]))
+    token = torch.from_numpy(np.concatenate(ids))
+    place = owner * logits.shape[1] + token
+    return owner.to(logits.device), place.to(logits.device)
 
 
 def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch.Tensor:

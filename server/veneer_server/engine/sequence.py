@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from veneer_server.engine.history import History, Seen
 from veneer_server.engine.messages import (
     AdapterSource,
     Constraint,
@@ -61,6 +62,7 @@ class Sequence:
         load_seconds: time spent waiting for the adapter.
         waiting_since: when it last began to wait for the adapter, if it does.
         admitted: monotonic seconds of its first step.
+        history: what penalties are of, from the first token that takes any.
     """
 
     request: Submit
@@ -78,6 +80,7 @@ class Sequence:
     load_seconds: float = 0.0
     waiting_since: float | None = None
     admitted: float | None = None
+    history: History | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -113,6 +116,13 @@ class Sequence:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.computed
 
+    def seen(self) -> Seen:
+        """The different tokens so far; costs what was appended since the last call."""
+        if self.history is None:
+            self.history = History(self.request.prompt)
+        self.history.add(self.tokens[self.prompt_length + self.history.generated :])
+        return self.history.seen()
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedSequence:
@@ -133,8 +143,7 @@ class PlannedSequence:
         position: index of the token to be sampled; with the seed it names one
             random number, so a token does not depend on who shares the batch.
         top_logprobs: most likely tokens wanted beside each log-probability.
-        history: prompt and output so far where `sampling` needs them, else empty.
-        prompt_length: where the output begins in `history`.
+        history: the tokens so far, where one is sampled and that takes them.
         constraint: what the output must be; its state is the runner's.
     """
 
@@ -149,8 +158,7 @@ class PlannedSequence:
     sampling: SamplingParams
     position: int
     top_logprobs: int = 0
-    history: tuple[int, ...] = ()
-    prompt_length: int = 0
+    history: Seen | None = None
     constraint: Constraint | None = None
 
 
@@ -209,19 +217,21 @@ def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
     if sequence.scores_prompt:
         # The token after each computed one; the last prompt token has none.
         score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
+    samples = end == len(sequence.tokens)
     return PlannedSequence(
         sequence=sequence.id,
         digest=sequence.digest,
         tokens=tuple(sequence.tokens[start:end]),
         start=start,
         blocks=tuple(sequence.blocks),
-        samples=end == len(sequence.tokens),
+        samples=samples,
         score=score,
         logprobs=sequence.request.logprobs,
         sampling=sequence.request.sampling,
         position=len(sequence.tokens),
         top_logprobs=sequence.request.top_logprobs,
-        history=tuple(sequence.tokens) if sequence.request.sampling.needs_history else (),
-        prompt_length=sequence.prompt_length,
+        history=(
+            sequence.seen() if samples and sequence.request.sampling.needs_history else None
+        ),
         constraint=sequence.request.constraint,
     )

@@ -19,6 +19,8 @@ from veneer_server.rpc.checks import checked_sampling
 from veneer_server.rpc.limits import resolve_sampling
 from veneer_server.text.defaults import SamplingDefaults
 
+from tests.unit.server.engine.test_history import seen_in
+
 TINY = 5e-324
 """The smallest double; 0 as a float32."""
 LARGEST = float(np.finfo(np.float32).max)
@@ -79,6 +81,7 @@ def choices(draw: st.DrawFn, vocab: int) -> Choice:
         assume(False)
     token = few(vocab)
     history = draw(st.lists(token, min_size=1, max_size=8)) * draw(st.sampled_from([1, 4096]))
+    begin = draw(st.integers(0, len(history)))
     allowed = None
     if draw(st.booleans()):
         allowed = np.zeros(vocab, dtype=np.bool_)
@@ -86,8 +89,7 @@ def choices(draw: st.DrawFn, vocab: int) -> Choice:
     return Choice(
         resolve_sampling(checked, SamplingDefaults()),
         draw(st.sampled_from([0, 1, 2**31])),
-        history,
-        draw(st.integers(0, len(history))),
+        seen_in(history[:begin], history[begin:]),
         allowed,
     )
 
@@ -125,7 +127,8 @@ def test_a_penalty_that_overflows_all_the_same_harms_no_row(cut: dict[str, Any])
     """The sampler's own guard, behind the range that requests are held to."""
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(1))
     usual = Choice(SamplingParams(seed=4, **cut), 1)
-    wild = Choice(SamplingParams(seed=4, repetition_penalty=1e-39, **cut), 1, range(600))
+    params = SamplingParams(seed=4, repetition_penalty=1e-39, **cut)
+    wild = Choice(params, 1, seen_in(range(600), []))
     first, overflowed, last = sample(logits, [usual, wild, usual])
     assert overflowed is not None
     assert logits[1, overflowed] > 0, "one of those that became infinitely likely"

@@ -84,6 +84,7 @@ class History:
                 scope=scope,
                 share=dice.random() < 0.9,
                 scores=dice.random() < 0.1,
+                penalties=number % 3 == 0,
             )
         except AdapterBudgetExceeded:
             return
@@ -157,6 +158,7 @@ def test_random_histories() -> None:
     assert sum(len(h.world.preempted) for h in histories) > 500
     assert sum(len(h.world.finished) for h in histories) > 10_000
     assert sum(h.world.bounds_met for h in histories) > 5_000
+    assert sum(h.world.histories for h in histories) > 5_000
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -355,6 +357,17 @@ def _what_can_be_preempted_is_ahead(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "least_tokens", wrong)
 
 
+def _penalties_count_again_after_a_preemption(patch: pytest.MonkeyPatch) -> None:
+    right = Scheduler._preempt
+
+    def wrong(self: Scheduler, sequence: Sequence) -> None:
+        right(self, sequence)
+        if sequence.history is not None:
+            sequence.history.generated = 0
+
+    patch.setattr(Scheduler, "_preempt", wrong)
+
+
 BUGS = [
     _sampled_tokens_count_as_computed,
     _chunks_ignore_the_budget,
@@ -378,6 +391,7 @@ BUGS = [
     _all_that_wait_is_ahead,
     _what_is_computed_for_two_counts_twice,
     _what_can_be_preempted_is_ahead,
+    _penalties_count_again_after_a_preemption,
 ]
 
 

@@ -13,6 +13,8 @@ from veneer_server.engine import sampler
 from veneer_server.engine.messages import SamplingParams
 from veneer_server.engine.sampler import Choice, sample, token_logprobs, top_tokens, uniform
 
+from tests.unit.server.engine.test_history import as_dict, seen_in
+
 VOCAB = 3000
 """More than the head that the sampler looks at first."""
 
@@ -23,16 +25,13 @@ def oracle(logits: torch.Tensor, choice: Choice) -> int | None:
     values = [float(x) for x in logits]
     for token, bias in params.logit_bias.items():
         values[token] += bias
-    for token in set(choice.history) if params.repetition_penalty != 1 else ():
+    for token, count in as_dict(choice.history).items() if choice.history else ():
         penalty = params.repetition_penalty
         values[token] = (
             values[token] / penalty if values[token] > 0 else values[token] * penalty
         )
-    output = list(choice.history[choice.prompt_length :])
-    for token in set(output):
-        values[token] -= params.presence_penalty + params.frequency_penalty * output.count(
-            token
-        )
+        if count:
+            values[token] -= params.presence_penalty + params.frequency_penalty * count
     if choice.allowed is not None:
         values = [v if ok else -math.inf for v, ok in zip(values, choice.allowed, strict=True)]
     order = sorted(range(vocab), key=lambda token: (-values[token], token))
@@ -96,7 +95,9 @@ def random_choice(rng: random.Random) -> Choice:
         frequency_penalty=maybe(rng.uniform(-2, 2), 0.0),
         logit_bias={rng.randrange(VOCAB): rng.uniform(-9, 9) for _ in range(rng.randint(0, 5))},
     )
-    return Choice(params, rng.randint(1, 5000), history, rng.randint(0, len(history)), allowed)
+    begin = rng.randint(0, len(history))
+    text = seen_in(history[:begin], history[begin:])
+    return Choice(params, rng.randint(1, 5000), text, allowed)
 
 
 def random_logits(rng: random.Random, rows: int) -> torch.Tensor:
@@ -207,7 +208,7 @@ def test_greedy_rows_cost_one_argmax_and_change_nothing(
     monkeypatch.setattr(sampler, "_draw", None)
     logits = torch.randn(4, VOCAB)
     before = logits.clone()
-    greedy = Choice(SamplingParams(temperature=0), 1, history=(1, 2), prompt_length=1)
+    greedy = Choice(SamplingParams(temperature=0), 1, seen_in([1], [2]))
     assert sampler._adjusted(logits, [greedy] * 4) is logits
     assert sample(logits, [greedy] * 4) == before.argmax(dim=-1).tolist()
     assert torch.equal(logits, before)
@@ -227,7 +228,9 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     history = [3, 3, 9, 2000, 17]
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3))
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([history]), logits.clone())
-    choice = Choice(SamplingParams(repetition_penalty=1.3), 5, history, 3)
+    choice = Choice(
+        SamplingParams(repetition_penalty=1.3), 5, seen_in(history[:3], history[3:])
+    )
     assert torch.equal(sampler._adjusted(logits, [choice]), theirs)
 
 

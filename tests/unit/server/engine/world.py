@@ -14,6 +14,7 @@ A token is a function of its sequence and position, so mixed-up results show too
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -104,6 +105,8 @@ class World:
     """Sequences that were cancelled or failed."""
     least: dict[int, Least] = field(default_factory=dict)
     bounds_met: int = 0
+    histories: int = 0
+    """Plans of sequences with penalties."""
 
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
@@ -139,12 +142,13 @@ class World:
         scope: str = "",
         share: bool = True,
         scores: bool = False,
+        penalties: bool = False,
     ) -> Sequence:
         request = Submit(
             sequence=number,
             prompt=prompt,
             max_tokens=new,
-            sampling=SamplingParams(),
+            sampling=SamplingParams(frequency_penalty=0.5 if penalties else 0.0),
             adapter=source,
             use_prefix_cache=share,
             cache_scope=scope,
@@ -402,6 +406,7 @@ class World:
         assert p.samples == (end == len(sequence.tokens))
         assert p.position == len(sequence.tokens)
         assert 0 not in p.blocks, "the padding block was handed out"
+        self._check_history(p, sequence)
         for position in range(p.start):
             cell = self.pool[self._slot(p, position)]
             assert cell.content == self._content(sequence, position), (
@@ -412,6 +417,18 @@ class World:
                 assert cell.shared, "K and V of a sequence that does not share them"
                 assert sequence.request.use_prefix_cache, "it asked not to share"
                 assert not sequence.request.prompt_logprobs, "its prompt must be computed"
+
+    def _check_history(self, p: PlannedSequence, sequence: Sequence) -> None:
+        """Penalties are of what the sequence has, however often it began anew."""
+        if not (p.samples and p.sampling.needs_history):
+            assert p.history is None, "a history that nothing needs"
+            return
+        output = Counter(sequence.tokens[sequence.prompt_length :])
+        expected = {token: output[token] for token in sequence.tokens}
+        assert p.history is not None
+        found = zip(p.history.ids.tolist(), p.history.counts.tolist(), strict=True)
+        assert dict(found) == expected, f"penalties of {p.sequence} are of other tokens"
+        self.histories += 1
 
     def _write(self, p: PlannedSequence, bad: bool) -> None:
         sequence = self.live[p.sequence]
