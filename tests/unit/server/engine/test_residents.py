@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 from veneer_registry.errors import (
@@ -125,18 +126,29 @@ async def test_nothing_is_pushed_out_for_it() -> None:
     assert await engine.restart() == ["c", "b"]
 
 
-async def test_requests_that_wait_for_an_adapter_go_first() -> None:
+async def test_requests_that_wait_for_an_adapter_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = Engine()
+    calm, waits = engine.residents._calm, asyncio.Event()
+    wait = calm.wait
+
+    async def noted() -> Literal[True]:
+        waits.set()
+        return await wait()
+
+    monkeypatch.setattr(calm, "wait", noted)
     engine.request("a")
     engine.die()
     engine.residents.occupancy(Occupancy(0, 1, 1, 0, 1))
     engine.residents.restore()
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert engine.asked == []
-    engine.residents.occupancy(Occupancy(1, 0, 0, 0, 1))
     task = engine.residents._task
     assert task is not None
+    waiting = asyncio.create_task(waits.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    assert waiting.done()
+    assert engine.asked == []
+    engine.residents.occupancy(Occupancy(1, 0, 0, 0, 1))
     await task
     assert engine.asked == [("a", "device", False)]
 

@@ -21,7 +21,17 @@ async def test_results_and_errors_come_back() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_cancelling_waits_for_the_thread_first(fails: bool) -> None:
+async def test_cancelling_waits_for_the_thread_first(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: asyncio.Queue[None] = asyncio.Queue()
+    shield = asyncio.shield
+
+    def noted(running: asyncio.Future[None]) -> asyncio.Future[None]:
+        waits.put_nowait(None)
+        return shield(running)
+
+    monkeypatch.setattr(asyncio, "shield", noted)
     started, go, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
@@ -33,12 +43,15 @@ async def test_cancelling_waits_for_the_thread_first(fails: bool) -> None:
 
     task = asyncio.create_task(to_the_end(work))
     await asyncio.to_thread(started.wait)
-    for _ in range(2):  # the second cancellation must not cut the wait short
-        task.cancel()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert not task.done()
-    go.set()
+    await waits.get()
+    try:
+        for _ in range(2):  # the second cancellation must not cut the wait short
+            task.cancel()
+            again = asyncio.create_task(waits.get())
+            await asyncio.wait({task, again}, return_when=asyncio.FIRST_COMPLETED)
+            assert not task.done(), "it waits again"
+    finally:
+        go.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
