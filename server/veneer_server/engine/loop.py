@@ -49,9 +49,10 @@ from veneer_server.engine.messages import (
 )
 from veneer_server.engine.messages import Residency as ResidencyMessage
 from veneer_server.engine.pace import Pace
-from veneer_server.engine.residency import Action, Drop, Load, Residency
+from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, Update
 from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
+from veneer_server.engine.tiers import Action, Drop, Load
 
 __all__ = ["AdapterMemory", "Arrived", "Compiled", "Inbox", "Runner", "StepLoop", "wire_error"]
 

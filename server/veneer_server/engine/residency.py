@@ -29,84 +29,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Literal
 
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 
 from veneer_server.engine.messages import AdapterSource, TierName
+from veneer_server.engine.tiers import (
+    TIERS,
+    Action,
+    Cause,
+    Drop,
+    Entry,
+    Load,
+    MemoryTier,
+    MoveToDevice,
+    Plan,
+    Presence,
+)
 
-__all__ = ["Action", "Drop", "Load", "MoveToDevice", "Plan", "Residency"]
-
-MemoryTier = Literal["host", "device"]
-Cause = Literal["capacity", "admin", "abort"]
-
-
-class Presence(Enum):
-    """State of one adapter in one memory tier."""
-
-    ABSENT = "absent"
-    COMING = "coming"
-    THERE = "there"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Read from disk into HOST, in a worker thread."""
-
-    source: AdapterSource
-
-
-@dataclass(frozen=True, slots=True)
-class MoveToDevice:
-    """Copy from HOST to DEVICE."""
-
-    weights_digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Free the copy in a tier."""
-
-    weights_digest: str
-    tier: MemoryTier
-    cause: Cause
-
-
-Action = Load | MoveToDevice | Drop
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What `Residency.plan` decided.
-
-    Attributes:
-        actions: to carry out, in order.
-        blocked: the first want that finds no room now: all else is held, or
-            wanted by an earlier sequence. It fits when holds end.
-        impossible: wants that pinned adapters leave no room for, ever.
-    """
-
-    actions: tuple[Action, ...] = ()
-    blocked: str | None = None
-    impossible: tuple[str, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    source: AdapterSource
-    bytes: int
-    host: Presence = Presence.ABSENT
-    device: Presence = Presence.ABSENT
-    leases: int = 0
-    holds: int = 0
-    pinned: MemoryTier | None = None
-    wanted: MemoryTier | None = None
-    """Tier an operator asked for and that it has not reached."""
-    draining: bool = False
-    """Free both copies when the last lease ends."""
-    used: int = 0
-    """Logical time of the last use, for LRU."""
+__all__ = ["Residency"]
 
 
 @dataclass(slots=True)
@@ -122,7 +63,7 @@ class Residency:
     device_budget: int
     itemsize: int
     shared: bool = False
-    _entries: dict[str, _Entry] = field(default_factory=dict)
+    _entries: dict[str, Entry] = field(default_factory=dict)
     _operator_wants: dict[str, None] = field(default_factory=dict)
     _clock: int = 0
 
@@ -130,13 +71,11 @@ class Residency:
 
     def bytes_in(self, tier: MemoryTier) -> int:
         """Bytes in use or reserved in a tier."""
-        return sum(
-            e.bytes for e in self._entries.values() if _at(e, tier) is not Presence.ABSENT
-        )
+        return sum(e.bytes for e in self._entries.values() if e.at(tier) is not Presence.ABSENT)
 
     def count_in(self, tier: MemoryTier) -> int:
         """Adapters that are complete in a tier."""
-        return sum(_at(e, tier) is Presence.THERE for e in self._entries.values())
+        return sum(e.at(tier) is Presence.THERE for e in self._entries.values())
 
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
@@ -150,7 +89,7 @@ class Residency:
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """To that tier, or to any."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.pinned in ([tier] if tier else _TIERS)
+        return entry is not None and entry.pinned in ([tier] if tier else TIERS)
 
     def bytes_of(self, digest: str) -> int:
         entry = self._entries.get(digest)
@@ -236,21 +175,21 @@ class Residency:
         """Free bytes that wants behind a blocked one may take. An adapter that comes to
         DEVICE keeps room taken in both tiers for as long as its sequences run, one that
         stays in HOST takes none from DEVICE."""
-        left = {tier: self._budget(tier) - self.bytes_in(tier) for tier in _TIERS}
+        left = {tier: self._budget(tier) - self.bytes_in(tier) for tier in TIERS}
         if overdue:
             left["device"] = 0
             if lacking == "host":
                 left["host"] = 0
         return left
 
-    def _bring(self, entry: _Entry, target: MemoryTier) -> Action:
+    def _bring(self, entry: Entry, target: MemoryTier) -> Action:
         if target == "host":
             entry.host = Presence.COMING
             return Load(entry.source)
         entry.device = Presence.COMING
         return MoveToDevice(entry.source.weights_digest)
 
-    def _next_tier(self, entry: _Entry) -> MemoryTier | None:
+    def _next_tier(self, entry: Entry) -> MemoryTier | None:
         """The tier to bring a wanted adapter to now, or None if it is there or moving."""
         if Presence.COMING in (entry.host, entry.device):
             return None
@@ -287,7 +226,7 @@ class Residency:
             entry.host = Presence.ABSENT
         if entry.device is Presence.COMING:
             entry.device = Presence.ABSENT
-        if entry.pinned is not None and _at(entry, entry.pinned) is not Presence.THERE:
+        if entry.pinned is not None and entry.at(entry.pinned) is not Presence.THERE:
             entry.pinned = None
         self._unwant(digest)
         self._forget_if_idle(digest)
@@ -307,7 +246,7 @@ class Residency:
             entry.pinned = tier
         self._entries[source.weights_digest] = entry
         entry.draining = False
-        there = _at(entry, tier) is Presence.THERE
+        there = entry.at(tier) is Presence.THERE
         if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
             there = there or entry.device is Presence.THERE
         if not there:
@@ -368,13 +307,13 @@ class Residency:
 
     # ------------------------------------------------------------------ internals
 
-    def _find_or_make(self, source: AdapterSource) -> _Entry:
+    def _find_or_make(self, source: AdapterSource) -> Entry:
         """Its entry, or one that the caller may put among the others."""
         entry = self._entries.get(source.weights_digest)
         if entry is not None:
             return entry
         size = source.parameters * self.itemsize
-        for tier in _TIERS:
+        for tier in TIERS:
             budget = self._budget(tier)
             if size > budget:
                 raise AdapterBudgetExceeded(
@@ -382,18 +321,18 @@ class Residency:
                     f"{budget}; start the server with a larger --{_FLAG[tier]}",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )
-        return _Entry(source, size)
+        return Entry(source, size)
 
     def _unwant(self, digest: str) -> None:
         self._entries[digest].wanted = None
         self._operator_wants.pop(digest, None)
 
-    def _touch(self, entry: _Entry) -> None:
+    def _touch(self, entry: Entry) -> None:
         self._clock += 1
         entry.used = self._clock
 
     def _make_room(
-        self, tier: MemoryTier, entry: _Entry, protected: set[str]
+        self, tier: MemoryTier, entry: Entry, protected: set[str]
     ) -> list[Drop] | None:
         """Drops that free enough of a tier, already applied; None if impossible now."""
         missing = self.bytes_in(tier) + entry.bytes - self._budget(tier)
@@ -415,28 +354,26 @@ class Residency:
         self._apply(drops)
         return drops
 
-    def _evictable(self, entry: _Entry, tier: MemoryTier) -> bool:
+    def _evictable(self, entry: Entry, tier: MemoryTier) -> bool:
         """See the module. That someone wants it is no matter here: what an earlier want
         needs is protected, and a later one must not stand in its way."""
-        if _at(entry, tier) is not Presence.THERE or self._pin_keeps(entry, tier):
+        if entry.at(tier) is not Presence.THERE or self._pin_keeps(entry, tier):
             return False
         if tier == "host" and entry.device is Presence.COMING:
             return False
         return entry.holds == 0 or (tier == "host" and not self.shared)
 
-    def _pin_keeps(self, entry: _Entry, tier: MemoryTier) -> bool:
+    def _pin_keeps(self, entry: Entry, tier: MemoryTier) -> bool:
         """A pin forbids to evict the copy in this tier."""
         if entry.pinned is None:
             return False
         return entry.pinned == tier or (self.shared and tier == "host")
 
-    def _pins_forbid(self, tier: MemoryTier, entry: _Entry) -> bool:
+    def _pins_forbid(self, tier: MemoryTier, entry: Entry) -> bool:
         pinned = sum(
             e.bytes
             for e in self._entries.values()
-            if e is not entry
-            and self._pin_keeps(e, tier)
-            and _at(e, tier) is not Presence.ABSENT
+            if e is not entry and self._pin_keeps(e, tier) and e.at(tier) is not Presence.ABSENT
         )
         return pinned + entry.bytes > self._budget(tier)
 
@@ -448,7 +385,7 @@ class Residency:
     def _drop_both(self, digest: str, cause: Cause) -> list[Action]:
         entry = self._entries[digest]
         entry.draining = False
-        drops = [Drop(digest, t, cause) for t in _TIERS if _at(entry, t) is Presence.THERE]
+        drops = [Drop(digest, t, cause) for t in TIERS if entry.at(t) is Presence.THERE]
         self._apply(drops)
         self._forget_if_idle(digest)
         return list(drops)
@@ -471,8 +408,8 @@ class Residency:
         if idle and not entry.leases and entry.wanted is None:
             del self._entries[digest]
 
-    def _check_pin_fits(self, entry: _Entry, tier: MemoryTier) -> None:
-        for kept in _TIERS if self.shared and tier == "device" else (tier,):
+    def _check_pin_fits(self, entry: Entry, tier: MemoryTier) -> None:
+        for kept in TIERS if self.shared and tier == "device" else (tier,):
             others = sum(
                 e.bytes
                 for e in self._entries.values()
@@ -496,16 +433,11 @@ class Residency:
                 assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
         assert not holds, "a hold on an unknown adapter"
         assert not leases, "a lease on an unknown adapter"
-        for tier in _TIERS:
+        for tier in TIERS:
             assert self.bytes_in(tier) <= self._budget(tier), f"past the {tier} budget"
 
 
-_TIERS: tuple[MemoryTier, ...] = ("device", "host")
 _FLAG = {"device": "device-adapter-bytes", "host": "host-cache-bytes"}
-
-
-def _at(entry: _Entry, tier: MemoryTier) -> Presence:
-    return entry.device if tier == "device" else entry.host
 
 
 def _count(digests: Iterable[str]) -> dict[str, int]:

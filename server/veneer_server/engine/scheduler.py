@@ -22,7 +22,7 @@ from veneer_server.engine.admission import Admission
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
 from veneer_server.engine.messages import Tops
-from veneer_server.engine.residency import Action, Residency
+from veneer_server.engine.residency import Residency
 from veneer_server.engine.sequence import (
     Finish,
     PlannedSequence,
@@ -32,6 +32,7 @@ from veneer_server.engine.sequence import (
     StepResult,
     plan_sequence,
 )
+from veneer_server.engine.tiers import Action
 
 __all__ = ["PrefixLookups", "Scheduler", "SchedulerLimits", "Update"]
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
-from veneer_server.engine.residency import Action, Drop, Load, MemoryTier, Plan, Residency
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.tiers import Action, Drop, Load, MemoryTier, Plan
 
 from tests.unit.server.engine.world import SIZE, adapter
 

@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
-from veneer_server.engine.residency import Drop, Residency
+from veneer_server.engine.residency import Residency
 from veneer_server.engine.sequence import Finish
+from veneer_server.engine.tiers import Drop
 
 from tests.unit.server.engine.world import SIZE, World, adapter
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
 from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
-from veneer_server.engine.residency import Action, Drop, Load, Residency
+from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler
 from veneer_server.engine.sequence import (
     Finish,
@@ -31,6 +31,7 @@ from veneer_server.engine.sequence import (
     StepPlan,
     StepResult,
 )
+from veneer_server.engine.tiers import Action, Drop, Load
 
 SIZE = 100
 BLOCK = 4
