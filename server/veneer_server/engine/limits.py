@@ -19,7 +19,7 @@ class SchedulerLimits:
     max_running: sequences running at once.
     context_length: longest sequence.
     prefill_beside_decode: of `max_batch_tokens`, the most that prefill may use in a
-        step that also decodes; at least 1.
+        step that also decodes, and a quarter more where that ends a prompt; at least 1.
     patience: seconds that the first want may find no room for its adapter before
         others are held back, see `Admission`.
     max_wait: seconds after which nothing younger starts before a sequence that could.
@@ -32,7 +32,7 @@ class SchedulerLimits:
     max_batch_tokens: int
     max_running: int
     context_length: int
-    prefill_beside_decode: int = 128
+    prefill_beside_decode: int = 256
     patience: float = 0.5
     max_wait: float = 1.0
     exact: bool = False

@@ -45,6 +45,19 @@ class PrefixLookups:
     found: int = 0
 
 
+@dataclass(slots=True)
+class _Room:
+    """Prompt tokens that a step may still take.
+
+    Attributes:
+        crumb: how many more, where that ends a prompt: what was left over of it would
+            cost every stream a further step with prefill.
+    """
+
+    left: int
+    crumb: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """What a step gave one sequence.
@@ -123,7 +136,7 @@ class Scheduler:
             longest += self.blocks.blocks_for(len(request.prompt) + request.max_tokens)
             if longest <= self.blocks.total:
                 # In each step they take this much before anything is left to start on.
-                ahead += self._chunk(other, other.remaining)
+                ahead += self._chunk(other, _Room(other.remaining))
             # What it is going to publish is computed once, for both.
             known = max(known, self.blocks.common_prefix(sequence, other))
         return max(1, sequence.prompt_length - known), ahead
@@ -184,21 +197,19 @@ class Scheduler:
         started = list(self._running.values())
         for sequence in (s for s in started if s.remaining == 1):
             self._choose(sequence, 1, chosen)
-        left = self.limits.max_batch_tokens - len(chosen)
-        if chosen:
-            left = min(left, self.limits.prefill_beside_decode)
+        room = self._prefill_room(len(chosen))
         for sequence in (s for s in started if s.remaining > 1):
-            if left > 0:
-                left -= self._choose(sequence, self._chunk(sequence, left), chosen)
+            count = self._chunk(sequence, room)
+            room.left -= self._choose(sequence, count, chosen) if count else 0
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
-            if left <= 0 or len(self._running) >= self.limits.max_running:
+            if len(self._running) >= self.limits.max_running:
                 break
-            count = self._start(sequence, left, now)
+            count = self._start(sequence, room, now)
             if not count:
                 break
             chosen[sequence.id] = plan_sequence(sequence, count)
-            left -= count
+            room.left -= count
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
@@ -215,13 +226,23 @@ class Scheduler:
         chosen[sequence.id] = plan_sequence(sequence, count)
         return count
 
-    def _chunk(self, sequence: Sequence, left: int) -> int:
-        """Tokens of a prefill to compute in a step that has room for ``left``, at least 1."""
+    def _prefill_room(self, decoding: int) -> _Room:
+        left = self.limits.max_batch_tokens - decoding
+        beside = self.limits.prefill_beside_decode
+        if not decoding or left <= beside:
+            return _Room(left)
+        return _Room(beside, crumb=0 if self.limits.exact else min(beside // 4, left - beside))
+
+    def _chunk(self, sequence: Sequence, room: _Room) -> int:
+        """Tokens of a prefill to compute in a step with this room; 0 if there is none."""
+        if room.left + room.crumb <= 0:
+            return 0
         if self.limits.exact:
             of_prompt = sequence.prompt_length - sequence.computed
             return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
-        most = FIXED_CHUNK if sequence.scores_prompt else left
-        return min(sequence.remaining, left, most)
+        whole = sequence.remaining <= room.left + room.crumb
+        count = sequence.remaining if whole else max(0, room.left)
+        return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
 
     def _grow_or_preempt(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
@@ -253,14 +274,15 @@ class Scheduler:
             now=now,
         )
 
-    def _start(self, sequence: Sequence, left: int, now: float) -> int:
-        """Let a waiting sequence run: tokens it computes, 0 if there are no blocks for it."""
+    def _start(self, sequence: Sequence, room: _Room, now: float) -> int:
+        """Let a waiting sequence run: tokens it computes, 0 if there is no room or there
+        are no blocks for it."""
         sequence.computed = self.blocks.adopt(sequence)
-        count = self._chunk(sequence, left)
+        count = self._chunk(sequence, room)
         # Those that run will each want a block soon: without one to spare for them, this
         # one would be preempted a few steps later, and its work lost.
         spare = len(self._running)
-        if not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
+        if not count or not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
             self.blocks.release(sequence)
             sequence.computed = 0
             return 0

@@ -200,6 +200,25 @@ def test_prefill_beside_decoding_streams_has_a_budget_of_its_own() -> None:
     assert plan.rows == 30
 
 
+@pytest.mark.parametrize(
+    ("budget", "prompt", "chunks"), [(32, 10, [10]), (32, 11, [8, 3]), (10, 10, [8, 2])]
+)
+def test_a_crumb_of_a_prompt_does_not_cost_all_streams_a_step(
+    budget: int, prompt: int, chunks: list[int]
+) -> None:
+    world = World(budget=budget, beside_decode=8, blocks=60)
+    world.submit(1, 3, 30, None)
+    world.step()
+    world.submit(2, prompt, 2, None)
+    sizes = []
+    for _ in chunks:
+        plan = world.step()
+        assert plan is not None
+        sizes.append({p.sequence: len(p.tokens) for p in plan.sequences}[2])
+    assert sizes == chunks
+    world.drain()
+
+
 def residents(world: World, *names: str) -> None:
     for name in names:
         world.residency.activate(adapter(name), "device", pin=False)
