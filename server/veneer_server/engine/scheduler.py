@@ -57,6 +57,12 @@ class _Room:
     left: int
     crumb: int = 0
 
+    def take(self, count: int, remaining: int) -> None:
+        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute."""
+        self.left -= count
+        if count < remaining:
+            self.crumb = 0  # or a younger one would end before it
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -199,8 +205,8 @@ class Scheduler:
             self._choose(sequence, 1, chosen)
         room = self._prefill_room(len(chosen))
         for sequence in (s for s in started if s.remaining > 1):
-            count = self._chunk(sequence, room)
-            room.left -= self._choose(sequence, count, chosen) if count else 0
+            remaining, count = sequence.remaining, self._chunk(sequence, room)
+            room.take(self._choose(sequence, count, chosen) if count else 0, remaining)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
             if len(self._running) >= self.limits.max_running:
@@ -209,7 +215,7 @@ class Scheduler:
             if not count:
                 break
             chosen[sequence.id] = plan_sequence(sequence, count)
-            room.left -= count
+            room.take(count, sequence.remaining)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.

@@ -219,6 +219,18 @@ def test_a_crumb_of_a_prompt_does_not_cost_all_streams_a_step(
     world.drain()
 
 
+def test_nobody_ends_in_the_crumb_that_an_older_prompt_could_not_use() -> None:
+    world = World(budget=32, beside_decode=8, blocks=60)
+    world.submit(1, 3, 30, None)
+    world.step()
+    world.submit(2, 20, 2, None)
+    world.submit(3, 1, 2, None)
+    plan = world.step()
+    assert plan is not None
+    assert {p.sequence: len(p.tokens) for p in plan.sequences} == {1: 1, 2: 8}
+    world.drain()
+
+
 def residents(world: World, *names: str) -> None:
     for name in names:
         world.residency.activate(adapter(name), "device", pin=False)
