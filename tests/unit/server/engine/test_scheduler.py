@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine.residency import Residency
-from veneer_server.engine.sequence import Finish
+from veneer_server.engine.sequence import Finish, SequenceState
 from veneer_server.engine.tiers import Drop
 
 from tests.unit.server.engine.world import SIZE, World, adapter
@@ -228,6 +228,21 @@ def test_nobody_ends_in_the_crumb_that_an_older_prompt_could_not_use() -> None:
     plan = world.step()
     assert plan is not None
     assert {p.sequence: len(p.tokens) for p in plan.sequences} == {1: 1, 2: 8}
+    world.drain()
+
+
+def test_the_bound_of_a_deadline_leaves_out_what_may_be_preempted() -> None:
+    world = World(budget=8, beside_decode=4, blocks=17)
+    world.submit(1, 20, 40, None)
+    world.submit(2, 30, 4, None)
+    while not world.outputs[1]:
+        world.step()
+    world.step()
+    assert world.live[2].state is SequenceState.RUNNING
+    assert world.live[2].remaining > 1
+    world.submit(3, 5, 2, None)
+    # Its own, and a token of the first: the second may lose its blocks to the first.
+    assert world.least[3].tokens == 5 + 1
     world.drain()
 
 
