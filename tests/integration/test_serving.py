@@ -126,7 +126,11 @@ async def test_a_stop_string_across_tokens_ends_the_text_before_it(server: Serve
 
 async def test_streamed_unicode_is_never_broken(server: Server) -> None:
     prompt = "Translate to Japanese, Greek and emoji: 東京 αβγ 🎉🎊 → 東京 αβγ"
-    fields = {"prompt": prompt, "stopping": {"max_tokens": 60, "ignore_eos": True}}
+    fields: dict[str, Any] = {"prompt": prompt}
+    fields["stopping"] = {"max_tokens": 60, "ignore_eos": True}
+    # A prefix that is found gives other products, and they round otherwise: a near tie
+    # went the other way on one CPU.
+    fields["use_prefix_cache"] = False
     messages = await collect(server, **fields)
     whole = await server.generate(**fields)
     assert text(messages) == whole.text
