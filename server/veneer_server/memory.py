@@ -43,6 +43,8 @@ _ENGINE_BYTES: Final = 550 << 20
 _CUDA_BYTES: Final = 700 << 20
 """On the device: CUDA context and library workspaces."""
 
+_EXPANDED_BYTES: Final = 24 << 20
+"""4-bit weights expanded for a product of many rows, a slice at a time (`packed.SLICE`)."""
 _SCORED_BYTES: Final = 8
 """Of one logit, beside it, while log-probabilities are computed."""
 _DRAWN_BYTES: Final = 64
@@ -199,7 +201,7 @@ def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     rows = max(config.max_batch_tokens, config.max_running)
     scored = rows * _SCORED_BYTES * model.vocab_size
     drawn = config.max_running * _DRAWN_BYTES * model.vocab_size
-    return rows * (row + logits + mask) + max(scored, drawn)
+    return rows * (row + logits + mask) + max(scored, drawn) + _EXPANDED_BYTES
 
 
 def _mib(size: int) -> int:

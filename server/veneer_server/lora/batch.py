@@ -104,11 +104,15 @@ class LoraBatch:
     """The adapters of one step; built once, applied for each layer and group.
 
     Attributes:
-        rows_each: rows of a segment, on average.
+        work: of each group, multiplications of its largest product.
     """
 
     def __init__(self, segments: tuple[Segment, ...], rows: int, buffers: LoraBuffers) -> None:
-        self.rows_each = sum(s.end - s.begin for s in segments) // len(segments)
+        self.work = [
+            buffers.fan_in[group]
+            * max((s.end - s.begin) * s.table.ranks[group.value] for s in segments)
+            for group in Group
+        ]
         buffers.take(Group.QKV, rows)
         pairs = [buffers.take(group, rows) for group in Group]
         self._x: list[torch.Tensor] = [x for x, _ in pairs]

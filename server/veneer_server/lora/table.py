@@ -113,7 +113,11 @@ class GroupViews:
 
 class AdapterTable:
     """Views of one adapter's run: ``table.views[group][layer]``, None where it does
-    not adapt any member of the group."""
+    not adapt any member of the group.
+
+    Attributes:
+        ranks: of each group, its ranks added up, in the layer where that is most.
+    """
 
     def __init__(self, layout: Layout, run: torch.Tensor) -> None:
         self.run = run
@@ -126,6 +130,7 @@ class AdapterTable:
         for (layer, group), slots in grouped.items():
             columns[group.value][layer] = _views(run, slots)
         self.views: tuple[tuple[GroupViews | None, ...], ...] = tuple(map(tuple, columns))
+        self.ranks = [max((sum(v.ranks) for v in c if v), default=0) for c in self.views]
 
 
 def _views(run: torch.Tensor, slots: list[Slot]) -> GroupViews:

@@ -9,18 +9,29 @@ with several (prefill) run one by one through torch's fused attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from veneer_server.models.arrays import StepArrays
+from veneer_server.models.threads import Threads
 
 __all__ = ["AttentionPlan", "KvCache", "attend"]
 
 
+GROUP_NUMBERS: Final = 60_000
+"""Numbers of K whose reading takes as long as starting another group of sequences:
+55 us (AVX512 CPU, bfloat16)."""
+
+
 class KvCache:
-    """The KV pool of all layers, zeroed so that padding is finite."""
+    """The KV pool of all layers, zeroed so that padding is finite.
+
+    Attributes:
+        block_numbers: of a block's K in one layer (or of its V).
+    """
 
     def __init__(
         self,
@@ -35,6 +46,7 @@ class KvCache:
     ) -> None:
         shape = (kv_heads, num_blocks, block_size, head_dim)
         self.block_size = block_size
+        self.block_numbers = kv_heads * block_size * head_dim
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)
@@ -98,24 +110,43 @@ class AttentionPlan:
         cls,
         step: StepArrays,
         *,
-        block_size: int,
+        cache: KvCache,
         windows: frozenset[int | None],
         device: torch.device,
     ) -> AttentionPlan:
         counts = np.diff(step.row_starts)
-        singles = np.flatnonzero(counts == 1)
-        decodes = []
-        widths = -(-step.contexts // block_size)
-        # Similar lengths together: at most half of what is read is padding.
-        buckets = np.ceil(np.log2(np.maximum(widths, 1))).astype(np.int64)
-        for bucket in np.unique(buckets[singles]):
-            chosen = singles[buckets[singles] == bucket]
-            decodes.append(_decode(step, chosen, widths, block_size, windows, device))
+        widths = -(-step.contexts // cache.block_size)
+        decodes = tuple(
+            _decode(step, chosen, widths, cache.block_size, windows, device)
+            for chosen in _similar(np.flatnonzero(counts == 1), widths, cache.block_numbers)
+        )
         prefills = tuple(
             _prefill(step, int(s), int(widths[s]), windows, device)
             for s in np.flatnonzero(counts > 1)
         )
-        return cls(tuple(decodes), prefills)
+        return cls(decodes, prefills)
+
+
+def _similar(
+    sequences: np.ndarray[tuple[int], np.dtype[np.int64]],
+    widths: np.ndarray[tuple[int], np.dtype[np.int64]],
+    block_numbers: int,
+) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Sequences that are read together, each group in the given order.
+
+    All are padded to their group's widest; those of the next smaller width join a
+    group where their padding costs less than a group of their own would.
+    """
+    groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+    widest = 0
+    for width in np.unique(widths[sequences])[::-1]:
+        alike = sequences[widths[sequences] == width]
+        if groups and len(alike) * (widest - width) * block_numbers <= GROUP_NUMBERS:
+            groups[-1] = np.sort(np.concatenate((groups[-1], alike)))
+        else:
+            groups.append(alike)
+            widest = width
+    return groups
 
 
 def _decode(
@@ -177,6 +208,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    threads: Threads,
 ) -> torch.Tensor:
     """Attention of one layer, after the new K and V were written to the cache.
 
@@ -203,14 +235,15 @@ def attend(
             keys = _pick(cache.keys[layer], chunk.blocks)[:, : chunk.context]
             values = _pick(cache.values[layer], chunk.blocks)[:, : chunk.context]
         mask = chunk.mask[window]
-        attended = F.scaled_dot_product_attention(
-            query[here].transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
+        with threads.product(2 * chunk.context * query[here].numel()):
+            attended = F.scaled_dot_product_attention(
+                query[here].transpose(0, 1).unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=True,
+            )
         out[here] = attended[0].transpose(0, 1)
     return out.reshape(out.shape[0], -1)
 

@@ -69,9 +69,7 @@ class Decoder:
         weights, device = self._weights, self._weights.device
         positions = torch.from_numpy(step.positions).to(device)
         slots = torch.from_numpy(step.slots).to(device)
-        plan = AttentionPlan.of(
-            step, block_size=self._cache.block_size, windows=self._windows, device=device
-        )
+        plan = AttentionPlan.of(step, cache=self._cache, windows=self._windows, device=device)
         angles = positions.unsqueeze(1).float() * weights.inv_freq
         # [rows, 1, head_dim / 2]
         cos = (angles.cos() * weights.rotary_scale).unsqueeze(1)
@@ -100,12 +98,11 @@ class Decoder:
         self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
     ) -> torch.Tensor:
         """base(x) + LoRA(x); in the adapters' dtype where a row has an adapter."""
-        rounded = x.to(self._weights.dtype)
         with self._threads.product(len(x) * self._work[group]):
-            y = linear(rounded)
+            y = linear(x)
         if lora is None:
             return y
-        with self._threads.lora(lora.rows_each):
+        with self._threads.product(lora.work[group.value]):
             return lora.add(index, group, x, y)
 
     def _attention(
@@ -138,7 +135,8 @@ class Decoder:
         query, key = turned[:, :heads], turned[:, heads:]
         value = parts[:, heads + kv_heads :].to(self._weights.dtype)
         self._cache.write(index, slots, key, value)
-        attended = attend(plan, self._cache, index, config.windows[index], query, key, value)
+        window = config.windows[index]
+        attended = attend(plan, self._cache, index, window, query, key, value, self._threads)
         return self._project(layer.output, index, Group.OUTPUT, attended, lora)
 
     def _mlp(

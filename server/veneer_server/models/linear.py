@@ -6,19 +6,20 @@ and v (or gate and up) gives the very same numbers as three products, in one.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from veneer_server.models.packed import PackedFourBit, expanding_pays
+
 __all__ = ["Linear", "fuse"]
 
 
 class Linear(Protocol):
-    """x [rows, in_features] -> [rows, out_features], in x's dtype."""
+    """x [rows, in_features] in any dtype, which it rounds as it needs ->
+    [rows, out_features] in the serving dtype or float32."""
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +40,7 @@ class Dense:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class FourBit:
@@ -47,6 +48,7 @@ class FourBit:
 
     def __init__(self, module: Any) -> None:
         self._module = module
+        self._dtype = module.compute_dtype
 
     @property
     def nbytes(self) -> int:
@@ -54,93 +56,8 @@ class FourBit:
         return int(self._module.weight.nbytes + state.absmax.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._module(x)
+        y: torch.Tensor = self._module(x.to(self._dtype))
         return y
-
-
-class PackedFourBit:
-    """A 4-bit linear that bitsandbytes has packed for its AVX512-BF16 product.
-
-    Calls the function of bitsandbytes' library where it gives what the operator
-    gives, which is tried once: on a few rows the module's and the operator's own
-    checks take longer than the product.
-    """
-
-    def __init__(self, module: Any) -> None:
-        state = module.weight.quant_state
-        self._packed = module.weight.data
-        self._absmax, self._code = state.absmax, state.code
-        self._shape, self._blocksize = list(state.shape), state.blocksize
-        self._bias = module.bias
-        self._direct = _library_product(str(state.quant_type))
-        if self._direct is not None and not self._agrees(self._direct):
-            self._direct = None
-
-    @property
-    def nbytes(self) -> int:
-        return int(self._packed.nbytes + self._absmax.nbytes)
-
-    @property
-    def calls_library(self) -> bool:
-        """False: it goes through the operator."""
-        return self._direct is not None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._direct is not None and x.stride(1) == 1:
-            y = self._call_library(self._direct, x)
-        else:
-            y = self._call_operator(x)
-        return y if self._bias is None else y.add_(self._bias)
-
-    def _call_operator(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
-            x, self._packed, self._shape, self._absmax, self._code, self._blocksize
-        )
-        return y
-
-    def _call_library(self, function: Callable[..., None], x: torch.Tensor) -> torch.Tensor:
-        out_features, in_features = self._shape
-        y = x.new_empty(x.shape[0], out_features)
-        function(
-            x.shape[0],
-            out_features,
-            in_features,
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            self._absmax.data_ptr(),
-            y.data_ptr(),
-            self._blocksize,
-            x.stride(0),
-            out_features,
-        )
-        return y
-
-    def _agrees(self, function: Callable[..., None]) -> bool:
-        if self._absmax.dtype != torch.bfloat16:
-            return False
-        probe = torch.linspace(-1, 1, 2 * self._shape[1]).bfloat16().view(2, -1)
-        return torch.equal(self._call_library(function, probe), self._call_operator(probe))
-
-
-@functools.cache
-def _library_product(kind: str) -> Callable[..., None] | None:
-    """(rows, out_features, in_features, x, packed, absmax, y, block size, row strides
-    of x and y) -> None; None where bitsandbytes is of another release than the one
-    whose signature this is, since a wrong one would crash."""
-    import bitsandbytes
-    from bitsandbytes.cextension import lib
-
-    if not bitsandbytes.__version__.startswith("0.50."):
-        return None
-    try:
-        function = lib[f"gemv_4bit_inference_cpu_{kind}_bf16"]
-    except (AttributeError, TypeError, KeyError):
-        return None
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = (*[number] * 3, *[pointer] * 4, *[number] * 3)
-    function.restype = None
-    found: Callable[..., None] = function
-    return found
 
 
 class SideBySide:
@@ -245,5 +162,5 @@ def _four_bit(module: Any, dtype: torch.dtype) -> Linear:
         # The first evaluation packs the weight in place (bitsandbytes 0.50).
         module(torch.zeros(1, columns, dtype=dtype))
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-            return PackedFourBit(module)
+            return PackedFourBit(module, expands=expanding_pays())
     return FourBit(module)

@@ -16,16 +16,14 @@ import torch
 
 __all__ = ["Threads"]
 
-TEAM_WORK: Final = 16_000_000
-"""Multiplications from which a product is worth a team: 0.3 ms on one thread (4-bit
-weights, AVX512-BF16, Zen 4). Whole steps of 8 rows were fastest from here on, and the
-other core stays free for the front meanwhile."""
+TEAM_WORK: Final = 12_000_000
+"""Multiplications from which a product is worth a team: 0.2 to 0.4 ms on one thread
+(4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and
+the other core stays free for the front meanwhile."""
 
-SMALL_STEP: Final = 200_000
-"""Numbers in a step's widest activation up to which element-wise operators lose."""
-
-SMALL_SEGMENT: Final = 64
-"""Rows of a segment up to which LoRA products lose by a team."""
+SMALL_STEP: Final = 4_000_000
+"""Numbers in a step's widest activation up to which element-wise operators lose: a norm
+of 320 rows of 576 took 80 us on one thread and 380 us on two."""
 
 
 class Threads:
@@ -44,16 +42,10 @@ class Threads:
             yield
 
     def product(self, work: int) -> AbstractContextManager[None]:
-        """A product of ``work`` multiplications."""
+        """A product of ``work`` multiplications, or some that are as large each."""
         if not self._switches or self._narrow == (work < TEAM_WORK):
             return nullcontext()
         return self._use(1 if work < TEAM_WORK else self._all)
-
-    def lora(self, rows: int) -> AbstractContextManager[None]:
-        """LoRA products of segments of ``rows`` rows."""
-        if self._narrow or not self._switches or rows > SMALL_SEGMENT:
-            return nullcontext()
-        return self._use(1)
 
     @contextmanager
     def _use(self, threads: int) -> Iterator[None]:

@@ -19,8 +19,9 @@ from veneer_server.models.arrays import StepArrays
 from veneer_server.models.attention import KvCache
 from veneer_server.models.config import UnsupportedModel, read_decoder_config
 from veneer_server.models.decoder import Decoder
-from veneer_server.models.linear import PackedFourBit, fuse
+from veneer_server.models.linear import fuse
 from veneer_server.models.loader import load_weights
+from veneer_server.models.packed import PackedFourBit
 
 # Sizes that bitsandbytes can pack: rows % 32 == 0, columns % 64 == 0.
 TINY: dict[str, Any] = {
@@ -49,6 +50,8 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+LENGTHS = (20, 1000, 50, 30, 70)
 
 SHAPES = {
     "llama": LlamaConfig(**TINY),
@@ -212,6 +215,59 @@ def test_the_direct_call_gives_what_the_operator_gives() -> None:
         wide = torch.randn(rows, 200).bfloat16()
         for x in (wide[:, :192].contiguous(), wide[:, 8:]):
             assert torch.equal(linear(x), module(x))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_many_rows_agree_with_the_weights_in_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expanded, whole and in slices of the weight, on a machine that would not."""
+    import bitsandbytes as bnb
+    from veneer_server.models import packed
+
+    torch.manual_seed(6)
+    module = bnb.nn.Linear4bit(192, 160, bias=True, quant_type=kind).to("cpu").eval()
+    weights = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    monkeypatch.setattr(packed, "expanding_pays", lambda: True)
+    monkeypatch.setattr("veneer_server.models.linear.expanding_pays", lambda: True)
+    linear = fuse([module], torch.bfloat16)
+    if not isinstance(linear, PackedFourBit):
+        pytest.skip("this CPU has no AVX512-BF16: nothing is packed")
+    for rows in (packed.MANY_ROWS - 1, packed.MANY_ROWS):
+        # Numbers that bfloat16 holds, so that rounding them is no difference.
+        x = torch.randn(rows, 192).bfloat16().float()
+        want = torch.nn.functional.linear(x, weights.float(), module.bias.float())
+        for slice_size in (packed.SLICE, 64 * 192):
+            monkeypatch.setattr(packed, "SLICE", slice_size)
+            got = linear(x)
+            assert got.dtype == (torch.float32 if rows == packed.MANY_ROWS else torch.bfloat16)
+            # bfloat16 scales of the packed form: 2 ** -9 of each product.
+            torch.testing.assert_close(got.float(), want, atol=0.05, rtol=0.02)
+
+
+def test_sequences_are_read_in_as_few_groups_as_pay() -> None:
+    """Lengths far apart are apart where padding is dear, and together where it is not."""
+    from veneer_server.models.attention import AttentionPlan
+
+    batch = step([([5], length - 1, list(range(1, 2 + length // 16))) for length in LENGTHS])
+    sizes = {}
+    for heads in (2, 64):
+        cache = KvCache(
+            num_layers=1,
+            num_blocks=80,
+            block_size=16,
+            kv_heads=heads,
+            head_dim=32,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        plan = AttentionPlan.of(
+            batch, cache=cache, windows=frozenset([None]), device=torch.device("cpu")
+        )
+        sizes[heads] = [len(group.bias[None]) for group in plan.decodes]
+        assert sum(sizes[heads]) == len(LENGTHS)
+    assert len(sizes[2]) == 2
+    assert len(sizes[64]) > 2
 
 
 def test_a_prequantized_folder_loads_as_it_is(tmp_path: Path) -> None:

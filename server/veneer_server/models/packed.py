@@ -1,0 +1,206 @@
+"""4-bit linears as bitsandbytes packs them for its AVX512-BF16 product.
+
+That product suits few rows. For many, some CPUs multiply float32 twice as fast as
+bfloat16: there the weights are expanded to float32, a few at a time, first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+__all__ = ["MANY_ROWS", "PackedFourBit", "expanding_pays"]
+
+MANY_ROWS: Final = 128
+"""Rows from which expanding is tried. Expanding takes as long as the product of 50 rows
+(Xeon, AVX512-BF16, 2 cores), so it gains little on fewer than twice as many."""
+
+SLICE: Final = 4_000_000
+"""Numbers expanded at a time: 16 MB, of which all of a small model's linear is one slice."""
+
+
+class PackedFourBit:
+    """A 4-bit linear that bitsandbytes has packed for its AVX512-BF16 product.
+
+    Calls the function of bitsandbytes' library where it gives what the operator
+    gives, which is tried once: on a few rows the module's and the operator's own
+    checks take longer than the product.
+
+    Args:
+        expands: whether `MANY_ROWS` rows or more are multiplied in float32.
+    """
+
+    def __init__(self, module: Any, *, expands: bool = False) -> None:
+        state = module.weight.quant_state
+        self._packed = module.weight.data
+        self._absmax, self._code = state.absmax, state.code
+        self._kind = str(state.quant_type)
+        self._shape, self._blocksize = list(state.shape), state.blocksize
+        self._bias = module.bias
+        self._expands = expands
+        self._direct = _library_product(self._kind)
+        if self._direct is not None and not self._agrees(self._direct):
+            self._direct = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._packed.nbytes + self._absmax.nbytes)
+
+    @property
+    def calls_library(self) -> bool:
+        """False: it goes through the operator."""
+        return self._direct is not None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in_features] in any dtype -> [rows, out_features], float32 where it
+        was expanded and bfloat16 otherwise."""
+        if self._expands and len(x) >= MANY_ROWS:
+            y = self._multiply_expanded(x.float())
+        else:
+            y = self._multiply_packed(x.bfloat16())
+        return y if self._bias is None else y.add_(self._bias)
+
+    def _multiply_packed(self, x: torch.Tensor) -> torch.Tensor:
+        if self._direct is not None and x.stride(1) == 1:
+            return self._call_library(self._direct, x)
+        return self._call_operator(x)
+
+    def _call_operator(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
+            x, self._packed, self._shape, self._absmax, self._code, self._blocksize
+        )
+        return y
+
+    def _call_library(self, function: Callable[..., None], x: torch.Tensor) -> torch.Tensor:
+        out_features, in_features = self._shape
+        y = x.new_empty(x.shape[0], out_features)
+        function(
+            x.shape[0],
+            out_features,
+            in_features,
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            self._absmax.data_ptr(),
+            y.data_ptr(),
+            self._blocksize,
+            x.stride(0),
+            out_features,
+        )
+        return y
+
+    def _agrees(self, function: Callable[..., None]) -> bool:
+        if self._absmax.dtype != torch.bfloat16:
+            return False
+        probe = torch.linspace(-1, 1, 2 * self._shape[1]).bfloat16().view(2, -1)
+        return torch.equal(self._call_library(function, probe), self._call_operator(probe))
+
+    def _multiply_expanded(self, x: torch.Tensor) -> torch.Tensor:
+        out_features, in_features = self._shape
+        y = x.new_empty(len(x), out_features)
+        step = max(SLICE // in_features // 32, 1) * 32
+        for begin in range(0, out_features, step):
+            end = min(begin + step, out_features)
+            torch.mm(x, self._expand(begin, end).t(), out=y[:, begin:end])
+        return y
+
+    def _expand(self, begin: int, end: int) -> torch.Tensor:
+        """Rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features] float32."""
+        with _one_thread():
+            codes = _unpacked(self._packed[begin:end])
+            scales = self._absmax[:, begin:end].t().float().contiguous()
+            weights: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+                codes,
+                scales.view(-1),
+                self._blocksize,
+                self._kind,
+                [end - begin, self._shape[1]],
+                torch.float32,
+            )
+            return weights
+
+
+def _unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """The order in which bitsandbytes quantizes: [rows, in_features / 2] uint8, the
+    earlier of two neighbours in the high half of a byte.
+
+    Packed, a run of 32 bytes holds two neighbouring columns of 32 rows: byte 2 i those
+    of the even column and byte 2 i + 1 of the odd one, row i in the low half and row
+    i + 16 in the high half.
+    """
+    rows, pairs = packed.shape
+    # [blocks, 16, pairs]: both bytes of rows i and i + 16
+    both = packed.view(torch.int16).view(rows // 32, pairs, 16).transpose(1, 2).contiguous()
+    even = both.to(torch.uint8)
+    odd = both.bitwise_right_shift_(8).to(torch.uint8)
+    codes = torch.empty(rows // 32, 2, 16, pairs, dtype=torch.uint8)
+    torch.bitwise_or((even & 0xF).mul_(16), odd & 0xF, out=codes[:, 0])
+    torch.bitwise_or(even.bitwise_and_(0xF0), odd.bitwise_right_shift_(4), out=codes[:, 1])
+    return codes.view(rows, pairs)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Expanding is a dozen short operators, each of which would wake a team."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def expanding_pays() -> bool:
+    """Whether this CPU multiplies many rows faster in float32, expanding included.
+
+    Measured once a process (0.1 s): what decides is how fast its bfloat16 dot product
+    is, which no flag tells. Some Xeons do half as many a second as float32 ones, a
+    Zen 4 twice as many.
+    """
+    import bitsandbytes as bnb
+
+    module = bnb.nn.Linear4bit(1024, 1024, bias=False, compute_dtype=torch.bfloat16)
+    module = module.to("cpu").eval()
+    x = torch.ones(2 * MANY_ROWS, 1024, dtype=torch.bfloat16)
+    module(x[:1])
+    if not getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        return False
+    packed, expanded = (PackedFourBit(module, expands=expands) for expands in (False, True))
+    return _fastest(lambda: expanded(x)) < _fastest(lambda: packed(x))
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds, of five: the least disturbed by others."""
+    took = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - begin)
+    return min(took)
+
+
+@functools.cache
+def _library_product(kind: str) -> Callable[..., None] | None:
+    """(rows, out_features, in_features, x, packed, absmax, y, block size, row strides
+    of x and y) -> None; None where bitsandbytes is of another release than the one
+    whose signature this is, since a wrong one would crash."""
+    import bitsandbytes
+    from bitsandbytes.cextension import lib
+
+    if not bitsandbytes.__version__.startswith("0.50."):
+        return None
+    try:
+        function = lib[f"gemv_4bit_inference_cpu_{kind}_bf16"]
+    except (AttributeError, TypeError, KeyError):
+        return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = (*[number] * 3, *[pointer] * 4, *[number] * 3)
+    function.restype = None
+    found: Callable[..., None] = function
+    return found
