@@ -134,17 +134,23 @@ class Server:
 
     async def metric(self, name: str) -> dict[str, float]:
         """Samples of one metric, scraped over HTTP: labels -> value."""
+        (found,) = await self.scrape(name)
+        return found
+
+    async def scrape(self, *names: str) -> list[dict[str, float]]:
+        """Samples of each metric, all of one moment: labels -> value."""
         host, port = self.metrics.rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
         body = (await reader.read()).decode()
         writer.close()
-        found = {}
+        found: dict[str, dict[str, float]] = {name: {} for name in names}
         for line in body.splitlines():
-            if line.startswith((name + "{", name + " ")):
-                labels, _, value = line[len(name) :].rpartition(" ")
-                found[labels.strip("{}")] = float(value)
-        return found
+            sample, _, value = line.rpartition(" ")
+            name, _, labels = sample.partition("{")
+            if name in found:
+                found[name][labels.strip("}")] = float(value)
+        return list(found.values())
 
     async def stop(self) -> int:
         """SIGTERM; returns the exit code."""

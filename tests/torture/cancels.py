@@ -140,8 +140,8 @@ async def all_free(server: Server) -> None:
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
     while True:
         # Each scrape takes a while; the server goes on between two of them.
-        values = [await server.metric(f"veneer_{name}") for name in names]
-        if not any(value for found in values for value in found.values()):
+        found = await server.scrape(*(f"veneer_{name}" for name in names))
+        if not any(value for samples in found for value in samples.values()):
             break
     listed = await server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
     assert not {a.name: a.leases for a in listed.adapters if a.leases}, "leases are left"

@@ -125,9 +125,8 @@ async def _probe(
             for _ in range(generator.randint(1, 8)):
                 await anext(messages)
         else:
-            gauge = "running" if phase is Phase.PREFILLING else "waiting"
-            expected = others + 1 if phase is Phase.PREFILLING else 1
-            while await _gauge(server, f"num_requests_{gauge}") != expected:
+            reached = [others + 1, 0] if phase is Phase.PREFILLING else [others, 1]
+            while (await _gauges(server))[:2] != reached:
                 assert not call.done(), await call.details()
         began = time.perf_counter()
         call.cancel()
@@ -138,17 +137,18 @@ async def _probe(
 async def _free(server: Server, others: int, name: str) -> None:
     """Wait until only the other streams are left: places, queue, leases, KV blocks."""
     # Each look takes a while; the server goes on between two of them.
-    while (
-        await _gauge(server, "num_requests_running") != others
-        or await _gauge(server, "num_requests_waiting") != 0
-        or (not others and await _gauge(server, "kv_cache_usage_ratio") != 0)
-        or await _leases(server, name)
-    ):
-        pass
+    while True:
+        running, waiting, used = await _gauges(server)
+        if running != others or waiting or (used and not others):
+            continue
+        if not await _leases(server, name):
+            return
 
 
-async def _gauge(server: Server, name: str) -> float:
-    return (await server.metric(f"veneer_{name}"))[""]
+async def _gauges(server: Server) -> list[float]:
+    """Requests that run, requests that wait, share of the KV blocks in use."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+    return [found[""] for found in await server.scrape(*(f"veneer_{name}" for name in names))]
 
 
 async def _leases(server: Server, name: str) -> int:
@@ -158,6 +158,7 @@ async def _leases(server: Server, name: str) -> int:
 
 async def _steps(server: Server) -> dict[str, tuple[float, float]]:
     """Seconds and number of steps so far, by kind."""
-    seconds = await server.metric("veneer_step_seconds_sum")
-    counts = await server.metric("veneer_step_seconds_count")
+    seconds, counts = await server.scrape(
+        "veneer_step_seconds_sum", "veneer_step_seconds_count"
+    )
     return {kind: (seconds[kind], counts[kind]) for kind in seconds}

@@ -98,8 +98,9 @@ class Decoder:
         self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
     ) -> torch.Tensor:
         """base(x) + LoRA(x); in the adapters' dtype where a row has an adapter."""
+        rounded = linear.rounded(x)
         with self._threads.product(len(x) * self._work[group]):
-            y = linear(x)
+            y = linear(rounded)
         if lora is None:
             return y
         with self._threads.product(lora.work[group.value]):

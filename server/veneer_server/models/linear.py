@@ -18,12 +18,16 @@ __all__ = ["Linear", "fuse"]
 
 
 class Linear(Protocol):
-    """x [rows, in_features] in any dtype, which it rounds as it needs ->
-    [rows, out_features] in the serving dtype or float32."""
+    """x [rows, in_features], as `rounded` gives it -> [rows, out_features] in the
+    serving dtype or float32."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights and biases."""
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype that so many rows are multiplied in. Apart from the product,
+        for which it is too short to deserve its threads."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -39,8 +43,11 @@ class Dense:
     def nbytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.weight.dtype)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class FourBit:
@@ -55,8 +62,11 @@ class FourBit:
         state = self._module.weight.quant_state
         return int(self._module.weight.nbytes + state.absmax.nbytes)
 
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self._dtype)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._module(x.to(self._dtype))
+        y: torch.Tensor = self._module(x)
         return y
 
 
@@ -70,8 +80,11 @@ class SideBySide:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self._parts)
 
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self._parts], dim=-1)
+        return torch.cat([part(part.rounded(x)) for part in self._parts], dim=-1)
 
 
 def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
