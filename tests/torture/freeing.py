@@ -7,6 +7,7 @@ then the metrics and the adapter list are read until they show nothing of it.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 import time
@@ -26,6 +27,8 @@ __all__ = ["Freed", "Phase", "measure"]
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
 LONG_PROMPT = 1000
 """Tokens: prefilled for more than a second, and within the context together with the rest."""
+LOOK_EVERY_S = 0.005
+"""Looking without a pause would take one of the two cores from the server."""
 
 
 class Phase(Enum):
@@ -128,6 +131,7 @@ async def _probe(
             reached = [others + 1, 0] if phase is Phase.PREFILLING else [others, 1]
             while (await _gauges(server))[:2] != reached:
                 assert not call.done(), await call.details()
+                await asyncio.sleep(LOOK_EVERY_S)
         began = time.perf_counter()
         call.cancel()
     await _free(server, others, name)
@@ -136,13 +140,12 @@ async def _probe(
 
 async def _free(server: Server, others: int, name: str) -> None:
     """Wait until only the other streams are left: places, queue, leases, KV blocks."""
-    # Each look takes a while; the server goes on between two of them.
     while True:
         running, waiting, used = await _gauges(server)
-        if running != others or waiting or (used and not others):
-            continue
-        if not await _leases(server, name):
+        free = running == others and not waiting and (others or not used)
+        if free and not await _leases(server, name):
             return
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def _gauges(server: Server) -> list[float]:

@@ -162,6 +162,9 @@ class StepLoop:
             self._start_transfers()
             plan = self._scheduler.schedule(self._clock())
             if plan is not None:
+                if self._outgoing or self._changed:
+                    # Who cancelled or evicts does not wait for the end of a step.
+                    self._flush()
                 self._step(plan)
                 continue
             self._flush()

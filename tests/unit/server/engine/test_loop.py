@@ -19,7 +19,9 @@ from veneer_server.engine.messages import (
     SequenceFailed,
     SequenceOutput,
     StepDone,
+    Stop,
     Submit,
+    Unpin,
 )
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
@@ -119,6 +121,27 @@ def test_an_eviction_that_drains_is_carried_out_when_its_sequences_fail() -> Non
     assert [m.sequence for m in engine.sent if isinstance(m, SequenceFailed)] == [1]
     assert engine.memory.held == set()
     engine.loop.check_integrity()
+
+
+def test_answers_to_messages_do_not_wait_for_the_next_step() -> None:
+    """A step may take a second, and who cancelled or evicts is not served by it."""
+    engine = Engine()
+    seen: list[list[FromEngine]] = []
+
+    class Watching(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            seen.append(list(engine.sent))
+            engine.inbox.put(Stop())
+            return super().execute(plan)
+
+    engine.loop._runner = Watching()
+    for message in (request(1), request(2), Cancel(2), Unpin(3, "a")):
+        engine.inbox.put(message)
+    engine.loop.run()
+    (before,) = seen
+    assert SequenceOutput(2, [], finish="cancelled") in before
+    assert OperationDone(3) in before
+    assert [(m.running, m.waiting) for m in before if isinstance(m, Occupancy)] == [(1, 0)]
 
 
 def test_cached_tokens_are_reported_once_with_the_first_output_and_its_step() -> None:
