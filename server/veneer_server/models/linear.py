@@ -165,8 +165,9 @@ def _fuse_four_bit(modules: Sequence[Any]) -> Any | None:
 
 
 def _four_bit(module: Any, dtype: torch.dtype) -> Linear:
-    rows, columns = module.weight.quant_state.shape
-    fits = rows % 32 == 0 and columns % 64 == 0
+    state = module.weight.quant_state
+    rows, columns = state.shape
+    fits = rows % 32 == 0 and columns % 64 == 0 and columns % state.blocksize == 0
     on_cpu = module.weight.device.type == "cpu"
     if not (on_cpu and fits and dtype == torch.bfloat16):
         module.support_avx512bf16_for_cpu = False

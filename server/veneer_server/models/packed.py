@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any, Final
 import torch
 
 __all__ = ["MANY_ROWS", "PackedFourBit", "expanding_pays"]
+
+log = logging.getLogger(__name__)
 
 MANY_ROWS: Final = 128
 """Rows from which expanding is tried. Expanding takes as long as the product of 50 rows
@@ -173,7 +176,16 @@ def expanding_pays() -> bool:
     if not getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         return False
     packed, expanded = (PackedFourBit(module, expands=expands) for expands in (False, True))
-    return _seconds(expanded, x) < _seconds(packed, x)
+    few, many = _seconds(packed, x), _seconds(expanded, x)
+    log.info(
+        "steps of %d rows or more multiply in %s: %.1f against %.1f ms for %d rows",
+        MANY_ROWS,
+        "float32" if many < few else "bfloat16",
+        1000 * min(few, many),
+        1000 * max(few, many),
+        len(x),
+    )
+    return many < few
 
 
 def _seconds(linear: PackedFourBit, x: torch.Tensor) -> float:

@@ -245,6 +245,24 @@ def test_many_rows_agree_with_the_weights_in_float32(
             torch.testing.assert_close(got.float(), want, atol=0.05, rtol=0.02)
 
 
+def test_blocks_that_straddle_rows_are_not_packed() -> None:
+    """bitsandbytes would fail to; such a layer is served without."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(8)
+    # Its own layers have blocks of 64; a folder that another tool quantized may not.
+    module = bnb.nn.Linear4bit(192, 160, bias=False, quant_type="nf4")
+    module.weight = bnb.nn.Params4bit(
+        module.weight.data, requires_grad=False, quant_type="nf4", blocksize=128
+    )
+    module = module.to("cpu").eval()
+    weights = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    x = torch.randn(3, 192).bfloat16()
+    linear = fuse([module], torch.bfloat16)
+    want = torch.nn.functional.linear(x.float(), weights.float())
+    torch.testing.assert_close(linear(x).float(), want, atol=0.05, rtol=0.02)
+
+
 def test_sequences_are_read_in_as_few_groups_as_pay() -> None:
     """Lengths far apart are apart where padding is dear, and together where it is not."""
     from veneer_server.models.attention import AttentionPlan
