@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["Threads"]
 
-TEAM_WORK: Final = 12_000_000
+TEAM_WORK: Final = 10_000_000
 """Multiplications from which a product is worth a team: 0.2 to 0.4 ms on one thread
 (4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and
 the other core stays free for the front meanwhile."""
