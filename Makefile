@@ -56,8 +56,15 @@ protos-check: protos
 bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
 
-tools: ## Install what the tests need from Debian: nothing yet, pip brings all of it
-	@echo "The suite needs nothing from Debian yet: pip brings all of it."
+tools: .cache/tools/usr/bin/prometheus ## Bring what the tests need from Debian: Prometheus, into .cache
+
+# Unpacked, not installed: no root, no service that starts.
+.cache/tools/usr/bin/prometheus:
+	mkdir -p .cache/tools
+	cd .cache/tools && { apt-get download -q prometheus promtool || \
+	  { apt-get update -q && apt-get download -q prometheus promtool; }; }
+	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
+	rm .cache/tools/*.deb
 
 clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

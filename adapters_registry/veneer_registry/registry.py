@@ -388,6 +388,13 @@ class Registry:
         rows = (self._catalog.revision(ref.name, ref.revision) for ref in refs)
         return tuple(self._record(row) for row in rows if row is not None)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._index.entry(name) is not None
+
+    def names(self, weights_digest: str) -> tuple[str, ...]:
+        """All names that have a kept revision with these weights, sorted; from memory."""
+        return tuple(dict.fromkeys(ref.name for ref in self._index.holding(weights_digest)))
+
     def leases(self, weights_digest: str) -> int:
         """Requests that hold these weights now."""
         return self._index.leases(weights_digest)

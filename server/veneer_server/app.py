@@ -247,8 +247,7 @@ class App:
 
     def _engine_health(self, healthy: bool) -> None:
         self._health.engine_changed(healthy)
-        if not healthy:
-            self._metrics.engine_silent()
+        self._metrics.engine_health(healthy)
         if self._calls.phase is not Phase.DRAINING:
             (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
 
@@ -256,7 +255,7 @@ class App:
         wanted = self._config.metrics_listen
         if wanted is None:
             return None
-        self._metrics.count_registered(lambda: len(registry))
+        self._metrics.ask(registry)
         try:
             scraping = self._metrics.serve(wanted)
         except OSError as error:

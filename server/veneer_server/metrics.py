@@ -1,15 +1,14 @@
 """Prometheus metrics of the front process, with a registry and a port of their own.
 
-Adapter names become labels only through `Metrics.adapter_request`, which is
-called with registered names, and only the first `MAX_NAMES` of them.
+Adapter names become labels in `adapter_series` alone, which bounds them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, get_args
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
@@ -17,26 +16,27 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
 
+from veneer_server.adapter_series import AdapterSeries, Catalog
 from veneer_server.config import Address
 from veneer_server.engine.client import EngineEvent
 from veneer_server.engine.messages import (
+    AdapterFailed,
     AdapterLoaded,
     Evicted,
+    EvictionCause,
     Occupancy,
     Residency,
     StepDone,
     TierName,
 )
 
-__all__ = ["MAX_NAMES", "Metrics", "MetricsServer"]
+__all__ = ["Metrics", "MetricsServer"]
 
-MAX_NAMES: Final = 200
-"""Adapter names that become labels; later ones are counted as ``_other``."""
-
-_OTHER: Final = "_other"
 _FIRST_TOKEN: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
     20, 40, 80,
@@ -51,6 +51,10 @@ _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SMOOTHING: Final = 0.1
 _ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
+
+
+class SizedCatalog(Catalog, Sized, Protocol):
+    """A catalog that knows how many names it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,10 @@ class Metrics:
     """Every series that the server exposes. Cheap enough to be called per token."""
 
     def __init__(self) -> None:
+        # A gauge beside each counter that no rule or dashboard of ours or theirs reads.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"veneer_{name}", text, labels, registry=registry)
@@ -90,6 +97,9 @@ class Metrics:
         self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
         self.prefix_usage = gauge(
             "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
+        )
+        self.engine_healthy = gauge(
+            "engine_healthy", "1 while the engine is up and its step loop answers."
         )
         self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
         self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
@@ -119,6 +129,9 @@ class Metrics:
         self.activate_seconds = histogram(
             "adapter_activate_seconds", "A whole load or activation.", _SWAP
         )
+        self.load_failures = counter(
+            "adapter_load_failures_total", "Loads and activations that failed.", "reason"
+        )
         self.step_seconds = histogram("step_seconds", "One step.", _INTER_TOKEN, "phase")
         self.step_rows = histogram("step_batch_rows", "Tokens computed in a step.", _ROWS)
         self.step_adapters = histogram(
@@ -140,9 +153,8 @@ class Metrics:
         self.evictions = counter(
             "adapter_evictions_total", "Adapters that left a tier.", "tier", "cause"
         )
-        self.adapter_requests = counter(
-            "adapter_requests_total", "Requests by adapter.", "adapter_name"
-        )
+        self.adapters = AdapterSeries(registry)
+        """By adapter name."""
         self.handled = Counter(
             "grpc_server_handled_total",
             "Calls ended.",
@@ -158,12 +170,14 @@ class Metrics:
         )
         self.recent_step_s = 0.0
         """Smoothed seconds of a decode step; 0 before the first."""
-        self._names: set[str] = set()
         self.on_device = 0
         """Adapters in the DEVICE tier."""
         for tier in ("host", "device"):
             self.adapter_bytes.labels(tier).set(0)
             self.resident.labels(tier).set(0)
+            # A series that begins above 0 has no increase for its first event.
+            for cause in get_args(EvictionCause):
+                self.evictions.labels(tier, cause)
 
     def serve(self, address: Address) -> MetricsServer:
         """Answer scrapes in a thread. Raises OSError if the port is taken."""
@@ -176,19 +190,12 @@ class Metrics:
         """Byte budgets of the two memory tiers."""
         self.adapter_budget.labels("host").set(host)
         self.adapter_budget.labels("device").set(device)
+        self.adapters.device_budget = device
 
-    def count_registered(self, count: Callable[[], int]) -> None:
-        """Ask ``count`` (from another thread) at each scrape."""
-        self.registered.set_function(count)
-
-    def adapter_request(self, name: str) -> None:
-        """Count a request for a registered adapter."""
-        if name not in self._names:
-            if len(self._names) >= MAX_NAMES:
-                name = _OTHER
-            else:
-                self._names.add(name)
-        self.adapter_requests.labels(name).inc()
+    def ask(self, catalog: SizedCatalog) -> None:
+        """Whom to ask, from another thread, at each scrape."""
+        self.registered.set_function(lambda: len(catalog))
+        self.adapters.catalog = catalog
 
     def adapter_found(self, tier: TierName) -> None:
         """Count the tier that a request's adapter was found in, and the misses before."""
@@ -211,13 +218,19 @@ class Metrics:
                 for stage, seconds in event.stages.items():
                     self.load_seconds.labels(event.source, stage).observe(seconds)
                 self.activate_seconds.observe(sum(event.stages.values()))
+            case AdapterFailed():
+                self.load_failures.labels(event.error.reason).inc()
             case Evicted():
                 self.evictions.labels(event.tier, event.cause).inc()
 
-    def engine_silent(self) -> None:
-        """The engine does not step: nothing runs until it does again."""
+    def engine_health(self, healthy: bool) -> None:
+        """The engine's step loop advances, or nothing runs until it does again."""
+        self.engine_healthy.set(healthy)
+        if healthy:
+            return
         for gauge in (self.running, self.waiting, self.kv_usage, self.prefix_usage):
             gauge.set(0)
+        self.adapters.engine_silent()
 
     def _step(self, step: StepDone) -> None:
         phase = (
@@ -236,8 +249,10 @@ class Metrics:
         self.waiting.set(event.waiting)
         self.kv_usage.set(event.kv_blocks_used / max(1, event.kv_blocks))
         self.prefix_usage.set(event.kv_blocks_cached / max(1, event.kv_blocks))
+        self.adapters.occupancy(event)
 
     def _residency(self, event: Residency) -> None:
+        self.adapters.residency(event)
         self.on_device = event.device_count
         self.resident.labels("host").set(event.host_count)
         self.resident.labels("device").set(event.device_count)

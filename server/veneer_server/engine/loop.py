@@ -487,6 +487,8 @@ class StepLoop:
             kv_blocks_used=self._scheduler.blocks.used,
             kv_blocks=self._scheduler.blocks.total,
             kv_blocks_cached=self._scheduler.blocks.cached,
+            running_adapters=self._scheduler.running_adapters,
+            waiting_adapters=self._scheduler.waiting_adapters,
         )
         if occupancy != self._occupancy:
             self._occupancy = occupancy

@@ -350,6 +350,7 @@ class Occupancy(Message, frozen=True):
         waiting_for_adapter: of `waiting`, those whose adapter is not resident.
         kv_blocks_used, kv_blocks: the pool.
         kv_blocks_cached: of those not used, the ones that hold a prefix.
+        running_adapters, waiting_adapters: weights digests, sorted.
     """
 
     running: int
@@ -358,6 +359,8 @@ class Occupancy(Message, frozen=True):
     kv_blocks_used: int
     kv_blocks: int
     kv_blocks_cached: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
 
 
 class Residency(Message, frozen=True):
@@ -390,6 +393,9 @@ class AdapterLoaded(Message, frozen=True):
     stages: dict[str, float]
 
 
+EvictionCause = Literal["capacity", "admin", "abort"]
+
+
 class Evicted(Message, frozen=True):
     """An adapter left a tier; for metrics.
 
@@ -398,7 +404,7 @@ class Evicted(Message, frozen=True):
 
     weights_digest: str
     tier: Literal["host", "device"]
-    cause: Literal["capacity", "admin", "abort"]
+    cause: EvictionCause
 
 
 class AdapterFailed(Message, frozen=True):

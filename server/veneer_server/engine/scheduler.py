@@ -15,7 +15,7 @@ ends, and everything does in turn.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from veneer_server.engine.admission import Admission
@@ -127,6 +127,16 @@ class Scheduler:
     @property
     def waiting_for_adapter(self) -> int:
         return sum(1 for s in self._waiting if not self._admission.resident(s))
+
+    @property
+    def running_adapters(self) -> tuple[str, ...]:
+        """Weights digests, sorted."""
+        return _digests(self._running.values())
+
+    @property
+    def waiting_adapters(self) -> tuple[str, ...]:
+        """Weights digests, sorted."""
+        return _digests(self._waiting)
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
         """Tokens that must be computed before a sequence that is not queued yet can have
@@ -378,3 +388,7 @@ class Scheduler:
             held=[s.digest for s in running if s.digest],
             leased=[s.digest for s in self._by_id.values() if s.digest],
         )
+
+
+def _digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({s.digest for s in sequences if s.digest is not None}))

@@ -281,7 +281,7 @@ class Generator:
         source = None
         if lease is not None:
             source = source_of(self._registry, lease.record)
-            self.metrics.adapter_request(lease.ref.name)
+            self.metrics.adapters.requested(lease.ref.name)
             self._use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
         sampling = resolve_sampling(call.sampling, self._defaults)

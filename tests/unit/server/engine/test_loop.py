@@ -228,3 +228,17 @@ def test_a_prompt_that_looks_for_no_prefix_is_no_lookup_of_the_prefix_cache() ->
         engine.turn()
     steps = [m for m in engine.sent if isinstance(m, StepDone)]
     assert [(m.prefix_asked, m.prefix_found) for m in steps] == [(9, 0), (0, 0), (0, 0)]
+
+
+def test_adapters_of_what_runs_and_what_waits_are_told() -> None:
+    engine = Engine(max_running=2)
+    engine.inbox.put(request(1, adapter("a"), new=20))
+    engine.turn()
+    assert engine.of(Occupancy)[-1].waiting_adapters == ("a",)  # type: ignore[union-attr]
+    for number, source in ((2, adapter("a")), (3, adapter("b"))):
+        engine.inbox.put(request(number, source, new=20))
+    for _ in range(4):
+        engine.turn()
+    told = engine.of(Occupancy)[-1]
+    assert isinstance(told, Occupancy)
+    assert (told.running_adapters, told.waiting_adapters) == (("a",), ("b",))

@@ -120,9 +120,10 @@ async def test_places_come_back_from_requests_that_are_never_submitted(
     await until(lambda: front.engine.taken == 2)
     for call in calls:
         call.cancel()
-    checks.go_on.set()
+    # Before the check ends: it must not be what frees them.
     await until(lambda: front.engine.taken == 0)
-    assert front.engine.submitted == []
+    checks.go_on.set()
     checks.error = InvalidField("constraint is bad: simplify it")
     assert (await failure(front.inference.Generate(constrained("c")))).reason == "INVALID_FIELD"
     assert front.engine.taken == 0
+    assert front.engine.submitted == []

@@ -11,14 +11,16 @@ import pytest
 from prometheus_client import generate_latest
 from veneer_server import logs
 from veneer_server.engine.messages import (
+    AdapterFailed,
     AdapterLoaded,
     Evicted,
     Occupancy,
     Residency,
     StepDone,
+    WireError,
 )
 from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.metrics import MAX_NAMES, Metrics
+from veneer_server.metrics import Metrics
 
 
 @pytest.fixture
@@ -67,24 +69,14 @@ def exposed(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_adapter_names_are_capped() -> None:
-    metrics = Metrics()
-    for n in range(MAX_NAMES + 50):
-        metrics.adapter_request(f"a{n}")
-        metrics.adapter_request(f"a{n}")
-    found = exposed(metrics)
-    names = [name for name in found if name.startswith("veneer_adapter_requests_total")]
-    assert len(names) == MAX_NAMES + 1
-    assert found['veneer_adapter_requests_total{adapter_name="_other"}'] == 100
-    assert found['veneer_adapter_requests_total{adapter_name="a0"}'] == 2
-
-
 def test_engine_events() -> None:
     metrics = Metrics()
     metrics.on_event(Residency("d1", "device", False, 10, 20, 10, 1, 1))
     metrics.on_event(Residency("d2", "host", False, 10, 30, 10, 2, 1))
     metrics.on_event(AdapterLoaded("d1", "disk", {"read": 0.5, "copy": 0.25}))
     metrics.on_event(Evicted("d1", "device", "capacity"))
+    metrics.on_event(AdapterFailed("d3", WireError("DATA_LOSS", "it is gone", {}, None)))
+    metrics.engine_health(True)
     metrics.on_event(StepDone(1, 0.1, 8, 2, 1))
     metrics.on_event(StepDone(2, 0.1, 8, 0, 1, prefix_asked=40, prefix_found=16))
     metrics.on_event(Occupancy(3, 4, 1, 1, 4, kv_blocks_cached=2))
@@ -95,6 +87,8 @@ def test_engine_events() -> None:
     assert found['veneer_adapter_load_seconds_sum{source="disk",stage="read"}'] == 0.5
     assert found["veneer_adapter_activate_seconds_sum"] == 0.75
     assert found['veneer_adapter_evictions_total{cause="capacity",tier="device"}'] == 1
+    assert found['veneer_adapter_load_failures_total{reason="DATA_LOSS"}'] == 1
+    assert found["veneer_engine_healthy"] == 1
     assert found['veneer_step_seconds_count{phase="mixed"}'] == 1
     assert found['veneer_step_seconds_count{phase="prefill"}'] == 1
     assert found["veneer_step_batch_rows_sum"] == 18
@@ -104,7 +98,8 @@ def test_engine_events() -> None:
     assert found["veneer_prefix_cache_queried_tokens_total"] == 40
     assert found["veneer_prefix_cache_hit_tokens_total"] == 16
     metrics.on_event(Residency("d1", "disk", False, 10, 10, 0, 1, 0))
-    metrics.engine_silent()
+    metrics.engine_health(False)
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 0
     assert found["veneer_num_requests_running"] == 0
+    assert found["veneer_engine_healthy"] == 0

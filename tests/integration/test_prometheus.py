@@ -1,0 +1,136 @@
+"""A real Prometheus scrapes a real server, and promtool reads what we ship."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import pytest_asyncio
+from veneer_proto.v1 import adapters_pb2
+
+from tests.prometheus_harness import RULES, Prometheus, running_prometheus, tool
+from tests.server_harness import Server, running_server
+
+pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
+
+REQUESTS = (("", 5), ("rank-4", 7), ("rank-16", 3), ("rank-4", 6))
+"""Adapter and new tokens of each."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def own(
+    base_folder: Path,
+    cache_dir: Path,
+    real_adapters: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Server]:
+    """A server that nobody else asks, so that its counts are exact."""
+    tool("prometheus")
+    folder = tmp_path_factory.mktemp("own") / "data"
+    async with running_server(folder, cache_dir) as server:
+        for name in ("rank-4", "rank-16"):
+            await server.push(real_adapters[name], name)
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def prometheus(
+    own: Server, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Prometheus]:
+    async with running_prometheus(tmp_path_factory.mktemp("prometheus"), own.metrics) as it:
+        yield it
+
+
+async def test_client_server_and_prometheus_agree(own: Server, prometheus: Prometheus) -> None:
+    """To the request and to the token; a stream whose caller went away ends as such."""
+    answers = await asyncio.gather(
+        *(
+            own.generate(
+                prompt="Once upon a time",
+                adapter=adapter,
+                stopping={"max_tokens": new, "ignore_eos": True},
+            )
+            for adapter, new in REQUESTS
+        )
+    )
+    usages = [answer.usage for answer in answers]
+    await prometheus.scraped_after(time.time())
+    values = prometheus.values
+    assert await values("veneer_requests_total") == {
+        '{"finish_reason": "length"}': len(REQUESTS)
+    }
+    assert await values("veneer_adapter_requests_total") == {
+        '{"adapter_name": "rank-4"}': 2,
+        '{"adapter_name": "rank-16"}': 1,
+    }
+    for name, of_clients in (
+        ("generation_tokens", sum(usage.completion_tokens for usage in usages)),
+        ("prompt_tokens", sum(usage.prompt_tokens for usage in usages)),
+    ):
+        assert await values(f"veneer_{name}_total") == {"{}": of_clients}
+        # The same of each request, as a histogram.
+        assert await values(f"veneer_request_{name}_sum") == {"{}": of_clients}
+        assert await values(f"veneer_request_{name}_count") == {"{}": len(REQUESTS)}
+
+    stream = own.stream(prompt="Go", stopping={"max_tokens": 500, "ignore_eos": True})
+    await stream.first()
+    stream.call.cancel()
+    while len(await own.metric("veneer_requests_total")) < 2:
+        pass  # each look is a scrape; a cancelled request is counted once it has ended
+    await prometheus.scraped_after(time.time())
+    assert await values("veneer_requests_total") == {
+        '{"finish_reason": "length"}': len(REQUESTS),
+        '{"finish_reason": "cancelled"}': 1,
+    }
+
+
+async def test_series_of_an_evicted_adapter_end(own: Server, prometheus: Prometheus) -> None:
+    await own.adapters.ActivateAdapter(adapters_pb2.ActivateAdapterRequest(name="rank-4"))
+    await prometheus.scraped_after(time.time())
+    name = 'veneer_adapter_loaded{adapter_name="rank-4"}'
+    device = '{"adapter_name": "rank-4", "pinned": "false", "tier": "device"}'
+    assert await prometheus.values(name) == {device: 1}
+    await own.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-4"))
+    await prometheus.scraped_after(time.time())
+    assert await prometheus.values(name) == {}
+
+
+async def test_recorded_rules_have_values(own: Server, prometheus: Prometheus) -> None:
+    """Each name that a rule records; a ratio of nothing is no value, so there is traffic."""
+    recorded = [
+        line.split()[-1] for line in RULES.read_text().splitlines() if "record:" in line
+    ]
+    assert len(recorded) == 6
+    missing = set(recorded)
+    async with asyncio.timeout(60):
+        while missing:
+            await own.generate(prompt="On", adapter="rank-16", stopping={"max_tokens": 2})
+            for name in list(missing):
+                if await prometheus.query(name):
+                    missing.remove(name)
+
+
+async def test_promtool_finds_nothing_wrong(own: Server) -> None:
+    """Names, types and help of what the server exposes; the rules and what they fire on."""
+    metrics = await asyncio.to_thread(
+        lambda: urlopen(f"http://{own.metrics}/metrics", timeout=30).read()
+    )
+    checks = (
+        (["check", "metrics"], metrics),
+        (["check", "config", str(RULES.with_name("prometheus.yml"))], b""),
+        (["test", "rules", str(RULES.with_name("rules_test.yml"))], b""),
+    )
+    for arguments, data in checks:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [tool("promtool"), *arguments],
+            input=data,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr).decode()

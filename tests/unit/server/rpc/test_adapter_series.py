@@ -1,0 +1,119 @@
+"""Adapter names in metrics: bounded, and true while adapters come and go."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from veneer_server.adapter_series import MAX_NAMES, AdapterSeries
+from veneer_server.engine.messages import Occupancy, Residency, TierName
+
+
+class FakeCatalog(dict[str, str]):
+    """FAKE registry: name -> weights digest."""
+
+    def names(self, weights_digest: str) -> list[str]:
+        return sorted(name for name, digest in self.items() if digest == weights_digest)
+
+
+class World:
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.catalog = FakeCatalog()
+        self._registry = CollectorRegistry()
+        self.series = AdapterSeries(self._registry, clock=lambda: self.now)
+        self.series.catalog = self.catalog
+
+    def resident(self, digest: str, tier: TierName, *, pinned: bool = False) -> None:
+        self.series.residency(Residency(digest, tier, pinned, 10, 0, 0, 0, 0))
+
+    def occupied(self, running: tuple[str, ...], waiting: tuple[str, ...]) -> None:
+        self.series.occupancy(
+            Occupancy(1, 1, 0, 0, 1, running_adapters=running, waiting_adapters=waiting)
+        )
+
+    def shown(self, metric: str) -> dict[str, float]:
+        """Labels -> value."""
+        lines = generate_latest(self._registry).decode().splitlines()
+        pairs = (line.removeprefix(f"veneer_{metric}").rsplit(" ", 1) for line in lines)
+        return {labels: float(value) for labels, value in pairs if labels.startswith("{")}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def loaded(name: str, tier: str, pinned: str = "false") -> str:
+    return f'{{adapter_name="{name}",pinned="{pinned}",tier="{tier}"}}'
+
+
+def test_an_adapter_is_shown_by_all_its_names_until_it_is_evicted(world: World) -> None:
+    world.catalog |= {"chat": "d1", "talk": "d1", "code": "d2"}
+    world.resident("d1", "device", pinned=True)
+    world.resident("d2", "host")
+    assert world.shown("adapter_loaded") == {
+        loaded("chat", "device", "true"): 1,
+        loaded("talk", "device", "true"): 1,
+        loaded("code", "host"): 1,
+    }
+    world.resident("d1", "host")
+    assert world.shown("adapter_loaded")[loaded("chat", "host")] == 1
+    world.resident("d1", "disk")
+    assert world.shown("adapter_loaded") == {loaded("code", "host"): 1}
+
+
+def test_a_replaced_name_is_not_shown_with_what_it_was(world: World) -> None:
+    world.catalog["chat"] = "d1"
+    world.resident("d1", "device")
+    world.catalog["chat"] = "d2"
+    assert world.shown("adapter_loaded") == {}
+    world.resident("d2", "host")
+    assert world.shown("adapter_loaded") == {loaded("chat", "host"): 1}
+
+
+def test_names_beyond_the_cap_are_summed(world: World) -> None:
+    for n in range(MAX_NAMES + 50):
+        name = f"a{n:03}"
+        world.catalog[name] = name
+        world.resident(name, "device")
+        world.series.requested(name)
+        world.series.requested(name)
+    found = world.shown("adapter_loaded")
+    assert len(found) == MAX_NAMES + 1
+    assert found[loaded("_other", "device")] == 50
+    requests = world.shown("adapter_requests_total")
+    assert len(requests) == MAX_NAMES + 1
+    assert requests['{adapter_name="_other"}'] == 100
+    assert requests['{adapter_name="a000"}'] == 2
+
+
+def test_a_deleted_name_ends_its_series_and_frees_its_label(world: World) -> None:
+    for n in range(MAX_NAMES):
+        world.catalog[f"a{n}"] = "d"
+        world.series.requested(f"a{n}")
+    del world.catalog["a7"]
+    assert '{adapter_name="a7"}' not in world.shown("adapter_requests_total")
+    world.catalog["new"] = "d"
+    world.series.requested("new")
+    assert world.shown("adapter_requests_total")['{adapter_name="new"}'] == 1
+
+
+def info(at_most: int, running: str, waiting: str) -> str:
+    return (
+        f'{{max_lora="{at_most}",running_lora_adapters="{running}",'
+        f'waiting_lora_adapters="{waiting}"}}'
+    )
+
+
+def test_a_router_sees_which_adapters_run_and_wait_and_since_when(world: World) -> None:
+    world.catalog |= {"chat": "d1", "code": "d2"}
+    world.series.device_budget = 55
+    world.resident("d1", "device")  # of 10 bytes
+    world.now = 200.0
+    world.occupied(("d1",), ("d1", "d2"))
+    world.now = 300.0
+    world.occupied(("d1",), ("d1", "d2"))
+    assert world.shown("lora_requests_info") == {info(5, "chat", "chat,code"): 200.0}
+    world.now = 400.0
+    world.series.engine_silent()
+    assert world.shown("lora_requests_info") == {info(5, "", ""): 400.0}
