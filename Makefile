@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench tools docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench tools dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ tools: .cache/tools/usr/bin/prometheus ## Bring what the tests need from Debian:
 	  { apt-get update -q && apt-get download -q prometheus promtool; }; }
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
+
+dashboard: install ## Write Grafana's dashboard from its program
+	$(BIN)/python deploy/grafana/dashboard.py
 
 clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from tests.server_harness import Server, running_server
 
 pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="module")]
 
+DASHBOARD = RULES.parents[1] / "grafana" / "veneer.json"
 REQUESTS = (("", 5), ("rank-4", 7), ("rank-16", 3), ("rank-4", 6))
 """Adapter and new tokens of each."""
 
@@ -115,6 +118,28 @@ async def test_recorded_rules_have_values(own: Server, prometheus: Prometheus) -
                     missing.remove(name)
 
 
+async def test_every_query_of_the_dashboard_has_data(
+    own: Server, prometheus: Prometheus
+) -> None:
+    """As Grafana sends them, over a window as short as our scrapes."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert len(queries) > 30
+    missing = set(queries)
+    async with asyncio.timeout(90):
+        while missing:
+            await own.refused(own.generate(prompt="On", adapter="unknown"))
+            await own.generate(prompt="On", adapter="rank-16", stopping={"max_tokens": 2})
+            await own.generate(prompt="Off", stopping={"max_tokens": 2})
+            await own.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-16"))
+            for query in list(missing):
+                sent = query.replace("$__rate_interval", "5s").replace("$instance", ".*")
+                found = await prometheus.values(sent)
+                # A tier of earlier tests has no traffic now, and so no quantile.
+                if not all(map(math.isnan, found.values())):
+                    missing.remove(query)
+
+
 async def test_promtool_finds_nothing_wrong(own: Server) -> None:
     """Names, types and help of what the server exposes; the rules and what they fire on."""
     metrics = await asyncio.to_thread(
@@ -123,6 +148,7 @@ async def test_promtool_finds_nothing_wrong(own: Server) -> None:
     checks = (
         (["check", "metrics"], metrics),
         (["check", "config", str(RULES.with_name("prometheus.yml"))], b""),
+        (["check", "config", str(RULES.with_name("compose.yml"))], b""),
         (["test", "rules", str(RULES.with_name("rules_test.yml"))], b""),
     )
     for arguments, data in checks:
