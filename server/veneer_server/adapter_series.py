@@ -165,8 +165,8 @@ class AdapterSeries(Collector):
 
         No number is fixed at start; this is what a router that wants one can go by.
         """
-        on_device = [state.bytes for state in resident if state.bytes]
-        mean = sum(on_device) / len(on_device) if on_device else 1 << 20
+        sizes = [state.bytes for state in resident if state.bytes]
+        mean = sum(sizes) / len(sizes) if sizes else 1 << 20
         return max(1, int(self.device_budget / mean))
 
     def _joined(self, digests: tuple[str, ...]) -> str:
