@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RULES = REPOSITORY / "deploy" / "prometheus" / "rules.yml"
@@ -74,9 +75,7 @@ class Prometheus:
 async def running_prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
     """Scrape ``target`` with our rules loaded."""
     program = tool("prometheus")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     (folder / "prometheus.yml").write_text(
         "global: {scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 1s}\n"
         f"rule_files: [{RULES}]\n"

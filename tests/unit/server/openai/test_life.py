@@ -21,7 +21,8 @@ from veneer_server.engine.messages import SequenceOutput
 from veneer_server.openai import GatewayMissing, require_gateway
 from veneer_server.openai.wire import ABORT, ReaderStopped, Reply
 
-from tests.unit.server.rpc.front_harness import free_port, running, until
+from tests.ports import free_port
+from tests.unit.server.rpc.front_harness import running, until
 
 LISTEN = "127.0.0.1:0"
 TEXT = {"model": "smollm2-135m", "prompt": "Hello there", "max_tokens": 4}

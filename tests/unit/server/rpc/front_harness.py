@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from veneer_registry.writer import write_adapter
 from veneer_server.app import App
 from veneer_server.config import load_config
 
+from tests.ports import free_port
 from tests.unit.server.rpc.fake_engine import FakeEngine
 
 HIDDEN = 576
@@ -149,14 +149,6 @@ def _port_file(data: Path) -> Path:
     port_file = data / "ports.json"
     port_file.unlink(missing_ok=True)
     return port_file
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

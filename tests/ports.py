@@ -1,0 +1,24 @@
+"""A port for a server that must be told one before it starts."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+__all__ = ["free_port"]
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on, below those that the system gives away.
+
+    One that the system chose and that was closed again may be the local end of the next
+    connection that anyone makes, before the server binds it.
+    """
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
