@@ -9,8 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer_client import AsyncClient, VeneerError
+from veneer_client import AsyncClient
 from veneer_client.local import LocalServer
+
+from veneer_loadtest.errors import BadOption
 
 __all__ = [
     "Target",
@@ -23,13 +25,6 @@ __all__ = [
 ]
 
 BUNDLED = "smollm2-135m"
-
-
-class BadOption(VeneerError):
-    """A command-line value that cannot be used; says what would do."""
-
-    code = "INVALID_ARGUMENT"
-    reason = "INVALID_FIELD"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +58,11 @@ async def target(
 
 
 @asynccontextmanager
-async def published(client: AsyncClient, named: Mapping[str, Path]) -> AsyncIterator[None]:
-    """Adapters on the server, activated; at the end those are deleted that were not
-    there before: the server may be somebody's.
+async def published(
+    client: AsyncClient, named: Mapping[str, Path], *, activate: bool = True
+) -> AsyncIterator[None]:
+    """Adapters on the server, activated unless told not to be; at the end those are
+    deleted that were not there before: the server may be somebody's.
 
     Raises:
         AdapterExists: a name holds something else, which stays as it is.
@@ -74,7 +71,8 @@ async def published(client: AsyncClient, named: Mapping[str, Path]) -> AsyncIter
         for name, folder in named.items():
             if (await client.push(folder, name)).published:
                 new.push_async_callback(client.delete, name)
-            await client.activate(name)
+            if activate:
+                await client.activate(name)
         yield
 
 

@@ -10,9 +10,19 @@ from rich.table import Table
 from veneer_loadtest import prefix
 from veneer_loadtest.compare import Level
 from veneer_loadtest.gate import Gate
+from veneer_loadtest.results import Distribution, Probe
+from veneer_loadtest.results import Level as LoadLevel
 from veneer_loadtest.swap import SwapResult
 
-__all__ = ["compare_table", "gate_line", "prefix_table", "swap_table"]
+__all__ = [
+    "compare_table",
+    "gate_line",
+    "levels_table",
+    "prefix_table",
+    "probes_table",
+    "split_table",
+    "swap_table",
+]
 
 
 def gate_line(gate: Gate) -> str:
@@ -106,3 +116,72 @@ def swap_table(outcome: SwapResult) -> Table:
             f"{load['p50']:.1f} ms",
         )
     return table
+
+
+def levels_table(levels: Sequence[LoadLevel]) -> Table:
+    """A run: one row for each number of adapters."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = [*("adapters", "ok", "failed", "req/s", "tok/s", "TTFT p50", "p99")]
+    columns += ("ITL p50", "p99", "e2e p50", "queue p99", "good")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in levels:
+        table.add_row(
+            str(each.adapters),
+            str(each.requests.ok),
+            str(each.requests.failed),
+            f"{each.requests_per_s:.2f}",
+            f"{each.tokens_per_s:.1f}",
+            *_ends(each.first_token_ms),
+            *_ends(each.inter_token_ms),
+            _ends(each.end_to_end_ms)[0],
+            _ends(each.queue_ms)[1],
+            f"{each.slo.share:.1%}" if each.slo else "",
+        )
+    return table
+
+
+def probes_table(probes: Sequence[Probe]) -> Table:
+    """A search for the highest rate, in order of the rates."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("req/s", "good", "", "ok", "failed", "tok/s", "TTFT p50", "p99", "ITL p99"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for probe in sorted(probes, key=lambda each: each.rate):
+        level = probe.level
+        table.add_row(
+            f"{probe.rate:.2f}",
+            f"{level.slo.share:.1%}" if level.slo else "",
+            "kept" if probe.kept else "broken",
+            str(level.requests.ok),
+            str(level.requests.failed),
+            f"{level.tokens_per_s:.1f}",
+            *_ends(level.first_token_ms),
+            _ends(level.inter_token_ms)[1],
+        )
+    return table
+
+
+def split_table(level: LoadLevel) -> Table:
+    """A level by the tier in which the server found the adapter."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("found in", no_wrap=True)
+    for column in ("requests", "failed", "TTFT p50", "TTFT p99", "load p50"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tier, split in level.by_tier.items():
+        table.add_row(
+            tier,
+            str(split.requests),
+            str(split.failed),
+            _ms(split.first_token_p50_ms),
+            _ms(split.first_token_p99_ms),
+            _ms(split.load_p50_ms),
+        )
+    return table
+
+
+def _ends(values: Distribution | None) -> tuple[str, str]:
+    return (_ms(values.p50), _ms(values.p99)) if values else ("", "")
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} ms"

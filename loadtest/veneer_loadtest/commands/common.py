@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import traceback
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.markup import escape
 from veneer_client import VeneerError
 
 from veneer_loadtest import report
+from veneer_loadtest.errors import BadOption
 
 __all__ = [
     "OUT",
@@ -27,7 +29,9 @@ __all__ = [
     "ServerFlag",
     "Spawn",
     "Threads",
+    "check_writable",
     "finish",
+    "print_summary",
     "run",
     "warn_if_busy",
 ]
@@ -68,7 +72,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error
 _BUSY: Final = 0.25
 """Share of the cores in use above which a result is not to be trusted."""
 
-OUT: Final = Console(highlight=False)
+_TABLE_WIDTH: Final = 140
+"""Columns of a file or pipe; 80, the default there, would cut tables."""
+
+OUT: Final = Console(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
 
 
 def warn_if_busy() -> None:
@@ -102,5 +109,20 @@ def finish(result: Mapping[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
         report.write_json(json_file, result)
         OUT.print(f"wrote {escape(str(json_file))}", style="dim")
-    for key, value in result["summary"].items():
+    print_summary(result["summary"])
+
+
+def print_summary(figures: Mapping[str, float]) -> None:
+    """``key=value`` lines."""
+    for key, value in figures.items():
         print(f"{key}={value:.2f}")
+
+
+def check_writable(file: Path | None) -> None:
+    """Before a run, not after it.
+
+    Raises:
+        BadOption: the file's folder is not there, or it is a folder itself.
+    """
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise BadOption(f"cannot write {file}: give a file in a folder that exists")

@@ -1,0 +1,1 @@
+"""The commands of ``veneer-loadtest``, one module each."""

@@ -1,0 +1,85 @@
+"""How ``run`` and ``find-max`` end: files, the summary, an exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from veneer_loadtest.commands.common import OUT, check_writable, print_summary
+from veneer_loadtest.html.page import write_page
+from veneer_loadtest.load.summary import Limit
+from veneer_loadtest.results import Result, write_result
+
+__all__ = ["FailIf", "HtmlFile", "Label", "Outputs"]
+
+ENDED_EARLY: Final = 130
+"""Exit status after Ctrl-C, also of other programs."""
+FAIL_IF: Final = 3
+
+Label = Annotated[str, typer.Option("--label", help="Name of the run in reports.")]
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a report with plots.")
+]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option("--fail-if", metavar="COND", help="Exit 3 where it holds; repeatable."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where a result goes, and the conditions under which the command is to fail.
+
+    Attributes:
+        more: other files and what writes them.
+    """
+
+    json_file: Path | None
+    html_file: Path | None
+    limits: Sequence[Limit]
+    more: Mapping[Path, Callable[[Path], None]]
+
+    def check(self) -> None:
+        """Before the load, not after it.
+
+        Raises:
+            BadOption: a file cannot be written.
+        """
+        for file in (self.json_file, self.html_file, *self.more):
+            check_writable(file)
+
+    def deliver(self, result: Result) -> None:
+        """Write and print everything.
+
+        Raises:
+            typer.Exit: 130 where the run was ended early, 3 where a limit holds.
+        """
+        written = dict(self.more)
+        if self.json_file is not None:
+            written[self.json_file] = lambda file: write_result(file, result)
+        if self.html_file is not None:
+            written[self.html_file] = lambda file: write_page(file, [result])
+        for file, write in written.items():
+            write(file)
+            OUT.print(f"wrote {escape(str(file))}", style="dim")
+        print_summary(result.summary)
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        if result.partial:
+            errors.print(
+                f"[yellow]partial:[/yellow] {escape(result.why)}; the figures are of what had "
+                "ended by then"
+            )
+            raise typer.Exit(ENDED_EARLY)
+        held = [limit for limit in self.limits if limit.holds(result.summary)]
+        for limit in held:
+            figure = result.summary.get(limit.key)
+            told = "there is no such figure" if figure is None else f"it is {figure:.4g}"
+            errors.print(f"[red]failed:[/red] {escape(limit.text)} ({told})")
+        if held:
+            raise typer.Exit(FAIL_IF)

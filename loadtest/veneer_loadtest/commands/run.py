@@ -1,0 +1,220 @@
+"""The command ``run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer_loadtest import report
+from veneer_loadtest.commands.common import (
+    OUT,
+    PACKAGES,
+    Debug,
+    JsonFile,
+    Rank,
+    Seed,
+    warn_if_busy,
+)
+from veneer_loadtest.commands.common import run as run_command
+from veneer_loadtest.commands.load_options import (
+    AdaptersFolder,
+    Api,
+    ApiChoice,
+    BaseFolderOfLoad,
+    CancelShare,
+    Flags,
+    Generate,
+    Metrics,
+    Model,
+    Names,
+    OpenAi,
+    PopularityText,
+    PrefixCache,
+    PromptTokens,
+    ServerAddress,
+    SpawnOne,
+    Text,
+    ThreadCount,
+    Timeout,
+    Tokens,
+    Workers,
+    load_spec,
+    names_of,
+    numbers_of,
+)
+from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
+from veneer_loadtest.errors import BadOption
+from veneer_loadtest.load.csv_file import write_csv
+from veneer_loadtest.load.opening import AdapterOptions, TargetOptions, opened
+from veneer_loadtest.load.records import Record
+from veneer_loadtest.load.session import Session, stop_on_signals, with_adapters
+from veneer_loadtest.load.spec import Traced, parse_arrivals
+from veneer_loadtest.load.summary import parse_limit, parse_seconds, parse_slo, summary
+from veneer_loadtest.results import RunResult
+from veneer_loadtest.tables import levels_table, split_table
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  veneer-loadtest run --spawn --streams 8 --duration 30s\n\n"
+    "  veneer-loadtest run --server 127.0.0.1:50051 --rate 4 --arrivals gamma:4 "
+    "--popularity zipf:1.2 --duration 1m --warmup 10s --slo ttft=1s,tpot=100ms "
+    "--json a.json --html a.html\n\n"
+    "  veneer-loadtest run --spawn --streams 8 --generate 1,8,32 --popularity distinct\n\n"
+    "  veneer-loadtest run --openai http://127.0.0.1:8000 --model base --names sql,chat "
+    "--rate 2\n\n"
+    "  veneer-loadtest run --spawn --trace requests.jsonl --speed 2 "
+    "--fail-if 'error_share>0' --fail-if 'first_token_p99_ms>2000'"
+)
+
+
+def run(
+    spawn: SpawnOne = False,
+    server: ServerAddress = None,
+    openai: OpenAi = None,
+    model: Model = "",
+    api: Api = ApiChoice.COMPLETIONS,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: mean requests a second.")
+    ] = None,
+    arrivals: Annotated[
+        str, typer.Option(help="Of the open loop: poisson, constant or gamma:CV.")
+    ] = "poisson",
+    streams: Annotated[
+        int | None, typer.Option(help="Closed loop: so many requests at any time.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay the requests of a file, one JSON a line.")
+    ] = None,
+    speed: Annotated[float, typer.Option(help="Of the replay; 2: twice as fast.")] = 1.0,
+    duration: Annotated[
+        str, typer.Option(help="Send no request after it; default 30s, of a trace its end.")
+    ] = "",
+    requests: Annotated[int, typer.Option(help="At most; 0: no limit.", min=0)] = 0,
+    warmup: Annotated[str, typer.Option(help="Sent, but in no figure.")] = "0s",
+    generate: Generate = "",
+    adapters: AdaptersFolder = None,
+    names: Names = "",
+    popularity: PopularityText = "uniform",
+    prompt_tokens: PromptTokens = "16..64",
+    tokens: Tokens = "64",
+    cancel_share: CancelShare = 0.0,
+    text: Text = False,
+    prefix_cache: PrefixCache = False,
+    timeout: Timeout = "120s",
+    workers: Workers = 0,
+    slo: Annotated[
+        str, typer.Option(help="Limits for goodput, such as ttft=1s,tpot=100ms,e2e=20s.")
+    ] = "",
+    metrics: Metrics = None,
+    rank: Rank = 16,
+    base_folder: BaseFolderOfLoad = None,
+    threads: ThreadCount = 0,
+    server_flag: Flags = None,
+    seed: Seed = 1,
+    label: Label = "",
+    json_file: JsonFile = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every request there.")
+    ] = None,
+    html_file: HtmlFile = None,
+    fail_if: FailIf = None,
+    debug: Debug = False,
+) -> None:
+    """Load a server as its users would, and tell what they would have seen."""
+
+    async def work() -> None:
+        kept: list[tuple[int, float, list[Record]]] = []
+        outputs = Outputs(
+            json_file,
+            html_file,
+            [parse_limit(each) for each in fail_if or ()],
+            {csv_file: lambda file: write_csv(file, kept)} if csv_file else {},
+        )
+        outputs.check()
+        goals = parse_slo(slo) if slo else None
+        arriving = parse_arrivals(
+            rate=rate,
+            streams=streams,
+            arrivals=arrivals,
+            trace=None if trace is None else str(trace),
+            speed=speed,
+        )
+        traced = arriving if isinstance(arriving, Traced) else None
+        default = "0" if traced or requests else "30s"
+        load = load_spec(
+            arrivals=arriving,
+            popularity=popularity,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            cancel_share=cancel_share,
+            duration_s=parse_seconds("--duration", duration or default),
+            warmup_s=parse_seconds("--warmup", warmup),
+            requests=requests,
+            seed=seed,
+        )
+        if load.duration_s and load.warmup_s >= load.duration_s:
+            raise BadOption(
+                f"--warmup {warmup} leaves nothing of --duration {duration or default}"
+            )
+        conditions = report.conditions()
+        warn_if_busy()
+        OUT.print(f"seed {seed}", style="dim")
+        levels = []
+        with stop_on_signals() as stop:
+            async with opened(
+                TargetOptions(
+                    spawn=spawn,
+                    server=server,
+                    openai=openai,
+                    model=model,
+                    api=api.value,
+                    metrics=metrics,
+                    base_folder=base_folder,
+                    threads=threads,
+                    flags=server_flag or (),
+                    text=text,
+                    prefix_cache=prefix_cache,
+                ),
+                AdapterOptions(
+                    names=names_of(names),
+                    folder=adapters,
+                    generate=numbers_of("--generate", generate),
+                    rank=rank,
+                    seed=seed,
+                ),
+                traced,
+            ) as target:
+                for note in target.notes:
+                    OUT.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+                session = Session(
+                    target, workers, parse_seconds("--timeout", timeout), goals, stop
+                )
+                for chosen in target.adapters:
+                    if stop.event.is_set():
+                        break
+                    OUT.print(f"sending to {len(chosen)} adapters", style="dim")
+                    own = with_adapters(load, chosen, target.vocab)
+                    figures, loaded = await session.run(own, f"{len(chosen)} adapters")
+                    levels.append(figures)
+                    kept.append((len(chosen), load.warmup_s, loaded.records))
+        result = RunResult(
+            label=label,
+            conditions=conditions,
+            versions=report.versions(PACKAGES),
+            target=dict(target.facts),
+            load=with_adapters(load, target.adapters[-1], target.vocab),
+            partial=stop.event.is_set(),
+            why=stop.why,
+            levels=levels,
+            summary=summary(levels[-1]) if levels else {},
+        )
+        OUT.print(levels_table(levels))
+        for each in levels[-1:]:
+            OUT.print(split_table(each))
+        outputs.deliver(result)
+
+    run_command(work(), debug)

@@ -1,0 +1,64 @@
+"""What can be wrong with a run, told in one line that says what to do."""
+
+from __future__ import annotations
+
+from veneer_client import VeneerError
+
+__all__ = [
+    "BadOption",
+    "BadResult",
+    "BadTrace",
+    "GeneratorFailed",
+    "HttpFailed",
+    "TargetFailed",
+]
+
+
+class BadOption(VeneerError):
+    """A command-line value that cannot be used; says what would do."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_FIELD"
+
+
+class BadTrace(VeneerError):
+    """A trace file that cannot be replayed; names the line."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "BAD_TRACE"
+
+
+class TargetFailed(VeneerError):
+    """The server under test cannot be loaded: not there, or not what was said."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "TARGET_FAILED"
+
+
+class GeneratorFailed(VeneerError):
+    """A worker process of the load generator ended before its time."""
+
+    code = "INTERNAL"
+    reason = "GENERATOR_FAILED"
+
+
+class BadResult(VeneerError):
+    """A result file that cannot be read."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "BAD_RESULT"
+
+
+class HttpFailed(VeneerError):
+    """An endpoint refused or broke off.
+
+    Attributes:
+        word: why, in its own word where it gave one.
+    """
+
+    code = "INTERNAL"
+    reason = "HTTP_FAILED"
+
+    def __init__(self, word: str, message: str) -> None:
+        super().__init__(message)
+        self.word = word

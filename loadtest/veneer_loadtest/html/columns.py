@@ -1,0 +1,201 @@
+"""Results as columns: what a table shows side by side, and a plot in one colour each."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_loadtest.html.words import amount, ms, share, shortened
+from veneer_loadtest.load.spec import LoadSpec
+from veneer_loadtest.results import Distribution, FindMaxResult, Level, Result, RunResult
+
+__all__ = ["FIGURES", "MOST_DRAWN", "Column", "columns_of", "drawn", "name_of", "pairs", "ratio"]
+
+MOST_DRAWN: Final = 8
+"""Columns in one plot: as many as can be told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One load of one result.
+
+    Attributes:
+        result: its number, from 0.
+        title: of a table's column; ``short``: of a plot's line.
+        rate: of a find-max's probe, requests/s; ``kept``: whether it kept the limits.
+    """
+
+    result: int
+    title: str
+    short: str
+    level: Level
+    load: LoadSpec
+    rate: float | None = None
+    kept: bool = True
+
+
+def letter(number: int) -> str:
+    """A, B ... Z, A1 ..."""
+    letters = string.ascii_uppercase
+    again = number // len(letters)
+    return letters[number % len(letters)] + (str(again) if again else "")
+
+
+def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -> str:
+    """A result's letter, where there are several, and its label, or its file's name."""
+    label = results[number].label or (names[number] if number < len(names) else "")
+    if len(results) == 1:
+        return label
+    return f"{letter(number)}: {label}" if label else letter(number)
+
+
+def columns_of(results: Sequence[Result], names: Sequence[str] = ()) -> list[Column]:
+    """Of a run each level. Of a find-max alone each probe, by rate; beside others the
+    highest that kept the limits, or else the lowest."""
+    columns: list[Column] = []
+    for number, result in enumerate(results):
+        name = name_of(results, number, names)
+        if isinstance(result, RunResult):
+            columns += _levels(result, number, name, alone=len(results) == 1)
+        else:
+            columns += _probes(result, number, name, alone=len(results) == 1)
+    return columns
+
+
+def _levels(result: RunResult, number: int, name: str, *, alone: bool) -> list[Column]:
+    columns = []
+    for level in result.levels:
+        adapters = f"{level.adapters:,} adapter" + ("s" if level.adapters != 1 else "")
+        several = len(result.levels) > 1
+        if alone:
+            title = adapters if several or not name else name
+        else:
+            title = f"{name}, {adapters}" if several else name
+        prefix = "" if alone else f"{letter(number)}, "
+        short = f"{prefix}{adapters}" if several else shortened(title, 28)
+        columns.append(Column(number, title, short, level, result.load))
+    return columns
+
+
+def _probes(result: FindMaxResult, number: int, name: str, *, alone: bool) -> list[Column]:
+    probes = sorted(result.probes, key=lambda probe: probe.rate)
+    if not alone:
+        kept = [probe for probe in probes if probe.kept and probe.rate == result.max_rate]
+        probes = (kept or probes)[:1]
+    columns = []
+    for probe in probes:
+        rate = f"{amount(probe.rate)} requests/s"
+        title = rate if alone else f"{name}, {rate}"
+        short = rate if alone else shortened(name, 28)
+        level = probe.level
+        columns.append(
+            Column(number, title, short, level, result.load, probe.rate, probe.kept)
+        )
+    return columns
+
+
+def drawn(columns: Sequence[Column]) -> list[Column]:
+    """Those that plots over time or of distributions show. Of a find-max's probes the
+    highest that kept the limits and the lowest above that broke them; of more columns than
+    can be told apart, some evenly chosen."""
+    if columns and all(column.rate is not None and column.result == 0 for column in columns):
+        kept = [column for column in columns if column.kept][-1:]
+        least = kept[0].rate or 0.0 if kept else 0.0
+        broke = [c for c in columns if not c.kept and (c.rate or 0.0) > least][:1]
+        return kept + broke
+    if len(columns) <= MOST_DRAWN:
+        return list(columns)
+    step = (len(columns) - 1) / (MOST_DRAWN - 1)
+    return [columns[round(place * step)] for place in range(MOST_DRAWN)]
+
+
+def pairs(columns: Sequence[Column], results: int) -> list[tuple[Column, Column]]:
+    """Columns of two results that stand beside each other; none where they do not match."""
+    if results != 2:
+        return []
+    first = [column for column in columns if column.result == 0]
+    second = [column for column in columns if column.result == 1]
+    if len(first) != len(second):
+        return []
+    if len(first) > 1 and [c.level.adapters for c in first] != [
+        c.level.adapters for c in second
+    ]:
+        return []
+    return list(zip(first, second, strict=True))
+
+
+def ratio(first: float | None, second: float | None) -> float | None:
+    """second / first, where that means something."""
+    if first is None or second is None or not first:
+        return None
+    return second / first
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A row of the key figures: ``group`` is a heading above it."""
+
+    group: str
+    name: str
+    get: Callable[[Level], float | None]
+    text: Callable[[float], str]
+
+
+def _of(field: str, part: str) -> Callable[[Level], float | None]:
+    def get(level: Level) -> float | None:
+        values: Distribution | None = getattr(level, field)
+        return None if values is None else float(getattr(values, part))
+
+    return get
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _failed_share(level: Level) -> float | None:
+    told = level.requests.ok + level.requests.failed
+    return level.requests.failed / told if told else None
+
+
+def _device_share(level: Level) -> float | None:
+    tiers = {tier: split.requests for tier, split in level.by_tier.items() if tier != "none"}
+    told = sum(tiers.values())
+    return tiers.get("device", 0) / told if told else None
+
+
+def _evictions(level: Level) -> float | None:
+    return None if level.server is None else sum(level.server.evictions.values())
+
+
+def _latency(group: str, field: str, *parts: str) -> list[Figure]:
+    names = {"p50": "p50", "p90": "p90", "p99": "p99", "max": "longest"}
+    return [Figure(group, names[part], _of(field, part), ms) for part in parts]
+
+
+FIGURES: Final[tuple[Figure, ...]] = (
+    Figure("Requests", "adapters", lambda level: level.adapters, _whole),
+    Figure("Requests", "ended well", lambda level: level.requests.ok, _whole),
+    Figure("Requests", "failed", lambda level: level.requests.failed, _whole),
+    Figure("Requests", "share failed", _failed_share, share),
+    Figure("Requests", "caller left", lambda level: level.requests.left, _whole),
+    Figure("Throughput", "requests/s", lambda level: level.requests_per_s, amount),
+    Figure("Throughput", "new tokens/s", lambda level: level.tokens_per_s, amount),
+    Figure("Throughput", "prompt tokens/s", lambda level: level.prompt_tokens_per_s, amount),
+    Figure("Goodput", "share good", lambda v: v.slo.share if v.slo else None, share),
+    Figure("Goodput", "good/s", lambda v: v.slo.goodput_per_s if v.slo else None, amount),
+    *_latency("First token", "first_token_ms", "p50", "p90", "p99", "max"),
+    *_latency("Between tokens", "inter_token_ms", "p50", "p90", "p99", "max"),
+    *_latency("Whole request", "end_to_end_ms", "p50", "p90", "p99", "max"),
+    *_latency("Wait in the queue", "queue_ms", "p50", "p99"),
+    *_latency("Wait for the adapter", "adapter_load_ms", "p50", "p99"),
+    Figure("Adapters", "found in DEVICE", _device_share, share),
+    Figure("Adapters", "waits", lambda v: len(v.loads) + v.loads_left_out, _whole),
+    Figure("Adapters", "evictions", _evictions, _whole),
+    Figure("Generator", "sent late, p99", lambda v: v.generator.late_p99_ms, ms),
+    Figure("Generator", "CPU, cores", lambda v: v.generator.cpu_share, amount),
+    Figure("Generator", "lost", lambda v: v.generator.lost, _whole),
+)
+"""Each with its unit in its text. A row that no column has a value for is left out."""

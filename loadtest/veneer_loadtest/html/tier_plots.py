@@ -1,0 +1,213 @@
+"""Plots of where adapters were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from veneer_loadtest.html.columns import Column
+from veneer_loadtest.html.drawing import (
+    COLOURS,
+    GREY,
+    TIER_COLOURS,
+    TIER_DASHES,
+    Plot,
+    canvas,
+    svg_of,
+    tiers_in_order,
+)
+from veneer_loadtest.html.plots import ROW, shade_warmup
+from veneer_loadtest.html.words import bytes_words, ms
+from veneer_loadtest.results import Residency
+
+__all__ = ["first_token_by_tier", "residencies"]
+
+_HATCHES: Final = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
+_LABELLED: Final = 12
+"""Bars that there is room to write a time above."""
+
+
+def residencies(columns: Sequence[Column]) -> list[Plot]:
+    """Adapters and bytes by tier over time; runs beside each other."""
+    told = [(c, c.level.residency) for c in columns if c.level.residency is not None]
+    if not told:
+        why = "Nothing is known of where adapters were: the server's metrics were not read"
+        return [Plot("Adapters by tier", f"{why} (--metrics).")]
+    parts = [told[begin : begin + ROW] for begin in range(0, len(told), ROW)]
+    return [_residency(part, number, len(parts)) for number, part in enumerate(parts)]
+
+
+def _residency(told: Sequence[tuple[Column, Residency]], number: int, parts: int) -> Plot:
+    title = "Adapters by tier" + (f", part {number + 1} of {parts}" if parts > 1 else "")
+    tiers = tiers_in_order(list({tier for _, held in told for tier in held.adapters}))
+    with canvas(2, len(told), 3.9, sharey="row", sharex="col") as (figure, axes):
+        for place, (column, held) in enumerate(told):
+            for tier in tiers:
+                style = {
+                    "color": TIER_COLOURS.get(tier, GREY),
+                    "linestyle": TIER_DASHES.get(tier, "-."),
+                    "where": "post",
+                }
+                if tier in held.adapters:
+                    axes[0][place].step(held.at_s, held.adapters[tier], **style)
+                if tier in held.bytes:
+                    megabytes = [each / 1e6 for each in held.bytes[tier]]
+                    axes[1][place].step(held.at_s, megabytes, **style)
+            end = max(held.at_s, default=0.0)
+            for row in axes:
+                row[place].set_xlim(min([0.0, *held.at_s]), max(end, 0.1))
+                row[place].set_ylim(bottom=0)
+                shade_warmup(row[place], column, end)
+            axes[1][place].set_xlabel("seconds since the load began")
+            if len(told) > 1:
+                axes[0][place].set_title(column.short)
+        _whole_numbers(axes[0][0].yaxis)
+        axes[0][0].set_ylabel("adapters")
+        axes[1][0].set_ylabel("MB")
+        figure.align_ylabels()
+        _tier_legend(figure, tiers)
+        svg = svg_of(figure, f"residency{number}")
+    caption = " ".join(_residency_caption(c, held, len(told) > 1) for c, held in told)
+    return Plot(title, caption, svg)
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=TIER_COLOURS.get(tier, GREY),
+            linestyle=TIER_DASHES.get(tier, "-."),
+            label=tier.upper(),
+        )
+        for tier in tiers
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) or 1)
+
+
+def _residency_caption(column: Column, held: Residency, named: bool) -> str:
+    parts = [
+        f"at most {max(rows):,} in {tier.upper()} "
+        f"({bytes_words(max(held.bytes.get(tier, [0]) or [0]))})"
+        for tier in tiers_in_order([*held.adapters])
+        if (rows := held.adapters[tier])
+    ]
+    told = f"{' and '.join(parts)} of {column.level.adapters:,}"
+    server = column.level.server
+    if server is not None:
+        evicted = {key: n for key, n in sorted(server.evictions.items()) if n}
+        whence = ", ".join(f"{n:,} {_eviction(key)}" for key, n in evicted.items())
+        told += f"; {'evicted: ' + whence if evicted else 'nothing was evicted'}"
+    return f"{column.short}: {told}." if named else f"{told[0].upper()}{told[1:]}."
+
+
+def _eviction(key: str) -> str:
+    tier, _, cause = key.partition(" ")
+    return f"from {tier.upper()} for {cause}" if cause else f"from {tier.upper()}"
+
+
+def first_token_by_tier(columns: Sequence[Column]) -> Plot:
+    """Bars of p50 and p99, a group for each tier, a bar for each run."""
+    title = "First token by where the adapter was found"
+    found = {
+        tier
+        for column in columns
+        for tier, split in column.level.by_tier.items()
+        if split.first_token_p50_ms is not None
+    }
+    tiers = tiers_in_order([*found])
+    if not set(tiers) - {"none"}:
+        return Plot(title, "The server told of no request where its adapter was found.")
+    with canvas(1, 1, 3.4) as (figure, axes):
+        _tier_bars(axes[0][0], columns, tiers)
+        _bar_legend(figure, columns)
+        svg = svg_of(figure, "tiers")
+    return Plot(title, " ".join(_tier_caption(c, len(columns) > 1) for c in columns[:4]), svg)
+
+
+def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> None:
+    width = 0.8 / len(columns)
+    highest = 0.0
+    for place, tier in enumerate(tiers):
+        for number, column in enumerate(columns):
+            split = column.level.by_tier.get(tier)
+            if split is None or split.first_token_p50_ms is None:
+                continue
+            p50, p99 = split.first_token_p50_ms, split.first_token_p99_ms or 0.0
+            at = place - 0.4 + width * (number + 0.5)
+            colour = COLOURS[number]
+            size = min(width * 0.86, 0.3)
+            axis.bar(at, p99, size, facecolor=colour, alpha=0.22)
+            axis.bar(
+                at, p99, size, facecolor="none", edgecolor=colour, hatch=_HATCHES[number]
+            )
+            axis.bar(at, p50, size * 0.5, facecolor=colour)
+            text = f"n = {split.requests:,}"
+            if len(tiers) * len(columns) <= _LABELLED:
+                text = f"{ms(p50)} / {ms(p99)}\n{text}"
+                if len(tiers) * len(columns) > _LABELLED // 2:
+                    text = f"{ms(p50)}\n{ms(p99)}\nn = {split.requests:,}"
+            elif len(columns) * len(tiers) > 2 * _LABELLED:
+                text = f"{split.requests:,}"
+            axis.annotate(
+                text,
+                (at, p99),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                color="#374151",
+            )
+            highest = max(highest, p99)
+    axis.set_ylim(0, highest * 1.25 or 1.0)
+    axis.set_xlim(-0.5, len(tiers) - 0.5)
+    axis.set_xticks(range(len(tiers)), [_tier_name(tier) for tier in tiers])
+    axis.tick_params(axis="x", length=0)
+    axis.grid(visible=False, axis="x")
+    axis.set_xlabel("tier in which the server found the adapter")
+    axis.set_ylabel("first token, ms")
+
+
+def _tier_name(tier: str) -> str:
+    return "no adapter, or not told" if tier == "none" else tier.upper()
+
+
+def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(
+            facecolor=f"{COLOURS[number]}38",
+            edgecolor=COLOURS[number],
+            hatch=_HATCHES[number],
+            label=column.short,
+        )
+        for number, column in enumerate(columns)
+        if len(columns) > 1
+    ]
+    handles += [
+        Patch(facecolor=GREY, label="p50 (narrow)"),
+        Patch(facecolor=f"{GREY}38", edgecolor=GREY, label="p99 (wide); n: requests"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
+
+
+def _tier_caption(column: Column, named: bool) -> str:
+    splits = {tier: s for tier, s in column.level.by_tier.items() if tier != "none"}
+    whole = sum(split.requests for split in splits.values())
+    told = ", ".join(
+        f"{splits[tier].requests:,} in {tier.upper()}"
+        + (f" (half within {ms(p50)})" if (p50 := splits[tier].first_token_p50_ms) else "")
+        for tier in tiers_in_order([*splits])
+    )
+    text = f"of {whole:,} requests the adapter was found {told}" if whole else "no tier was told"
+    return f"{column.short}: {text}." if named else f"{text[0].upper()}{text[1:]}."

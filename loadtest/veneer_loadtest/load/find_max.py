@@ -1,0 +1,68 @@
+"""The highest rate that keeps limits: rates doubled until one breaks them, then halved.
+
+Each rate is an open loop of its own. A closed loop could not tell: it slows down with the
+server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from veneer_loadtest.results import Level, Probe
+
+__all__ = ["HIGHEST", "Tried", "find_max", "keeps"]
+
+HIGHEST: Final = 100_000.0
+"""Requests a second at which the search gives up: nothing broke."""
+
+_LOWEST: Final = 100
+"""The search gives up below the first rate / this."""
+
+Tried = Callable[[float], Awaitable[Level | None]]
+"""Loads at a rate; None: the search is to end."""
+
+
+def keeps(level: Level, share: float) -> bool:
+    """Whether so large a share of the requests kept the limits; without any, no."""
+    return level.slo is not None and level.slo.share >= share and level.requests.ok > 0
+
+
+async def find_max(
+    attempt: Tried, *, begin: float, share: float, precision: float
+) -> tuple[list[Probe], float, bool]:
+    """Search from ``begin`` requests a second.
+
+    Args:
+        share: of the requests that must keep the limits.
+        precision: the search ends when the lowest rate that broke the limits is at most
+            so much (0.1: 10 %) above the highest that kept them.
+
+    Returns:
+        what was tried, in order; the highest rate that kept the limits (0: none of those
+        tried); whether a higher one was seen to break them.
+    """
+    probes: list[Probe] = []
+    good, bad = 0.0, HIGHEST
+    rate = begin
+    while rate < HIGHEST:
+        level = await attempt(rate)
+        if level is None:
+            break
+        kept = keeps(level, share)
+        probes.append(Probe(rate=rate, kept=kept, level=level))
+        if kept:
+            good = rate
+        else:
+            bad = rate
+        if bad == HIGHEST:
+            rate = 2 * good
+        elif good == 0.0:
+            if bad < begin / _LOWEST:
+                break
+            rate = bad / 2
+        elif bad <= good * (1 + precision):
+            break
+        else:
+            rate = (good * bad) ** 0.5
+    return probes, good, bad < HIGHEST

@@ -1,0 +1,199 @@
+"""The load generator: worker processes that share a load, and all that they tell.
+
+Processes, not threads: an event loop that sends a thousand requests a second has a core
+to itself, and what reads the answers late would be taken for a slow server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from veneer_loadtest.errors import GeneratorFailed, TargetFailed
+from veneer_loadtest.load.records import Record
+from veneer_loadtest.load.spec import Closed, LoadSpec
+from veneer_loadtest.load.targets import TargetSpec
+from veneer_loadtest.load.wire import (
+    Begin,
+    Done,
+    Failed,
+    FromWorker,
+    Progress,
+    Ready,
+    Setup,
+    Stop,
+    ToWorker,
+    decode_from_worker,
+    encode,
+    read_frame,
+)
+
+__all__ = ["Loaded", "generate"]
+
+_HEAD_START_S: Final = 0.1
+"""From the last worker's being ready to the start of the load."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a load gave; it grows while the load runs.
+
+    Attributes:
+        start: of ``time.monotonic()``; 0 before the load has begun.
+        records: in the order in which requests ended.
+        sent: requests begun, by worker.
+        wall_s: from the start to the last request's end; while it runs, to now.
+        cpu_s: CPU time of the generator: workers and this process.
+        stopped: it was ended before its time.
+        failure: why, where a worker process ended by itself; what the others did, and what
+            it had told by then, is here all the same.
+    """
+
+    start: float = 0.0
+    records: list[Record] = field(default_factory=list)
+    sent: dict[int, int] = field(default_factory=dict)
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    stopped: bool = False
+    failure: str = ""
+
+    @property
+    def lost(self) -> int:
+        """Requests sent of which nothing is known; 0 once a load has ended."""
+        return sum(self.sent.values()) - len(self.records)
+
+
+async def generate(
+    load: LoadSpec,
+    target: TargetSpec,
+    *,
+    workers: int,
+    timeout_s: float,
+    stop: asyncio.Event,
+    on_progress: Callable[[Loaded], None] = lambda loaded: None,
+) -> Loaded:
+    """Send a load and return what came of it.
+
+    Args:
+        timeout_s: of each request; one that takes longer has failed.
+        stop: set it to end early: what runs is cancelled, what has ended is kept.
+        on_progress: called as results come in, some ten times a second for each worker.
+
+    Raises:
+        TargetFailed: the target cannot be reached, or the load cannot be sent to it.
+        GeneratorFailed: a worker process did not start.
+    """
+    if isinstance(load.arrivals, Closed):
+        workers = min(workers, load.arrivals.streams)
+    loaded = Loaded()
+    async with AsyncExitStack() as stack:
+        running = [
+            await stack.enter_async_context(_Worker(number)) for number in range(workers)
+        ]
+        for worker in running:
+            await worker.tell(Setup(load, target, worker.number, workers, timeout_s))
+        for worker in running:
+            await worker.hear(Ready)
+        cpu = time.process_time()
+        loaded.start = time.monotonic() + _HEAD_START_S
+        for worker in running:
+            await worker.tell(Begin(loaded.start))
+        async with asyncio.TaskGroup() as group:
+            stopping = group.create_task(_stop_all(stop, running, loaded))
+            gathering = [
+                group.create_task(_gather(worker, loaded, on_progress, stop))
+                for worker in running
+            ]
+            await asyncio.wait(gathering)
+            stopping.cancel()
+        loaded.cpu_s = time.process_time() - cpu + sum(task.result() for task in gathering)
+    ends = [record.end_s for record in loaded.records]
+    loaded.wall_s = max(ends, default=0.0)
+    return loaded
+
+
+async def _stop_all(stop: asyncio.Event, workers: list[_Worker], loaded: Loaded) -> None:
+    await stop.wait()
+    loaded.stopped = True
+    for worker in workers:
+        await worker.tell(Stop())
+
+
+async def _gather(
+    worker: _Worker,
+    loaded: Loaded,
+    on_progress: Callable[[Loaded], None],
+    stop: asyncio.Event,
+) -> float:
+    """Collect what one worker tells until it is done; its CPU seconds."""
+    while True:
+        try:
+            message = await worker.hear(Progress, Done)
+        except GeneratorFailed as error:
+            loaded.failure = str(error)
+            stop.set()
+            return 0.0
+        loaded.sent[worker.number] = message.sent
+        if isinstance(message, Done):
+            return float(message.cpu_s)
+        loaded.records += message.records
+        loaded.wall_s = time.monotonic() - loaded.start
+        on_progress(loaded)
+
+
+class _Worker:
+    """One worker process, from its start to its end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> _Worker:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "veneer_loadtest.load.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            pipe: Any = self._process.stdin
+            pipe.close()  # a worker whose generator has gone stops
+            try:
+                await asyncio.wait_for(self._process.wait(), 5.0)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+
+    async def tell(self, message: ToWorker) -> None:
+        pipe: Any = self._process.stdin
+        try:
+            pipe.write(encode(message))
+            await pipe.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it ended; the next `hear` says so
+
+    async def hear(self, *kinds: type[Any]) -> Any:
+        pipe: Any = self._process.stdout
+        body = await read_frame(pipe)
+        if body is None:
+            status = await self._process.wait()
+            raise GeneratorFailed(
+                f"worker {self.number} of the load generator ended with status {status}: its "
+                "error, if it had one, is above; a negative status is a signal's number "
+                "(-9: out of memory?)"
+            )
+        message: FromWorker = decode_from_worker(body)
+        if isinstance(message, Failed):
+            raise TargetFailed(message.message)
+        if not isinstance(message, kinds):
+            raise GeneratorFailed(f"worker {self.number} said {message!r} out of turn")
+        return message

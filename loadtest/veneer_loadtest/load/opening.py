@@ -1,0 +1,271 @@
+"""From a command's options to something that can be loaded: target, adapters, checks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from veneer_client import AsyncClient, RetryPolicy, VeneerError
+from veneer_client.local import LocalServer
+
+from veneer_loadtest import report, setup, workload
+from veneer_loadtest.errors import BadOption, TargetFailed
+from veneer_loadtest.load.spec import Traced
+from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
+from veneer_loadtest.load.trace import read_trace
+from veneer_loadtest.server_metrics import read_counters
+
+__all__ = ["AdapterOptions", "Opened", "TargetOptions", "opened"]
+
+_SYNTHETIC: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """What to load: exactly one of ``spawn``, ``server`` and ``openai``.
+
+    Attributes:
+        openai: URL of an OpenAI-compatible server.
+        model: there, what requests without an adapter ask for.
+        metrics: ``HOST:PORT`` of a Veneer server's metrics; a spawned one's are known.
+        text: prompts are words, not token ids.
+    """
+
+    spawn: bool = False
+    server: str | None = None
+    openai: str | None = None
+    model: str = ""
+    api: Literal["completions", "chat"] = "completions"
+    metrics: str | None = None
+    base_folder: Path | None = None
+    threads: int = 0
+    flags: Sequence[str] = ()
+    text: bool = False
+    prefix_cache: bool = False
+
+    def check(self) -> None:
+        """Raise `BadOption` for options that do not go together."""
+        if self.spawn + (self.server is not None) + (self.openai is not None) != 1:
+            raise BadOption(
+                "give one of --spawn (a Veneer server of this run's own), --server HOST:PORT "
+                "and --openai URL"
+            )
+        if self.openai is None and (self.model or self.api != "completions"):
+            raise BadOption("--model and --api go with --openai")
+        if self.openai is not None and not self.openai.startswith(("http://", "https://")):
+            raise BadOption(f"--openai {self.openai!r}: give a URL, such as http://HOST:8000")
+        if self.openai is not None and self.openai.rstrip("/").endswith("/v1"):
+            raise BadOption(f"--openai {self.openai!r}: leave out /v1")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """Which adapters: those that are there (``names``), folders, or synthetic ones.
+
+    Attributes:
+        generate: how many synthetic ones, by level; empty: 8 where nothing else is given.
+    """
+
+    names: Sequence[str] = ()
+    folder: Path | None = None
+    generate: Sequence[int] = ()
+    rank: int = 16
+    seed: int = 1
+
+    def check(self, target: TargetOptions, *, traced: bool) -> None:
+        """Raise `BadOption` for options that do not go together."""
+        given = bool(self.names) + (self.folder is not None) + bool(self.generate)
+        if given > 1:
+            raise BadOption("give one of --names, --adapters and --generate")
+        if target.openai is not None and given and not self.names:
+            raise BadOption(
+                "adapters can be pushed to a Veneer server only (--spawn or --server): load "
+                "them there, and give their names with --names a,b"
+            )
+        if traced and self.generate:
+            raise BadOption("a trace names its adapters itself: leave out --generate")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A target that answers, with its adapters.
+
+    Attributes:
+        facts: for the result file.
+        adapters: names by level; ``("",)`` is the base.
+        vocab: token ids to draw from; 0: prompts are text.
+        metrics: where to scrape, or None.
+        notes: what a reader of the figures should know.
+    """
+
+    spec: TargetSpec
+    facts: Mapping[str, str]
+    adapters: Sequence[tuple[str, ...]]
+    vocab: int
+    metrics: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def opened(
+    target: TargetOptions, adapters: AdapterOptions, traced: Traced | None
+) -> AsyncIterator[Opened]:
+    """Start or find the target, publish adapters and check every name.
+
+    What was published is deleted at the end, unless it was there before.
+
+    Raises:
+        BadOption: options that do not go together.
+        TargetFailed: nobody answers, or an adapter is not there.
+        BadTrace: see `read_trace`.
+    """
+    target.check()
+    adapters.check(target, traced=traced is not None)
+    if target.openai is not None:
+        yield await _openai(target, adapters, _names(adapters, traced))
+        return
+    folder = _base_folder(target, adapters)
+    threads = target.threads or report.usable_cores()
+    if target.server is not None:
+        async with _veneer(
+            target, adapters, traced, target.server, target.metrics, folder, "(running)"
+        ) as it:
+            yield it
+        return
+    assert folder is not None
+    flags = ["--base", str(folder), "--threads", str(threads), *target.flags]
+    with LocalServer(flags) as server:
+        async with _veneer(
+            target, adapters, traced, server.address, server.metrics_address, folder,
+            server.command,
+        ) as it:  # fmt: skip
+            yield it
+
+
+def _base_folder(target: TargetOptions, adapters: AdapterOptions) -> Path | None:
+    """Needed to start a server, to make adapters and to draw token ids."""
+    needed = target.spawn or target.base_folder is not None
+    try:
+        return setup.find_base_folder(target.base_folder)
+    except BadOption:
+        if needed or not (adapters.names or adapters.folder):
+            raise
+        return None
+
+
+def _names(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]:
+    if traced is not None:
+        return tuple(sorted({line.adapter for line in read_trace(Path(traced.path))}))
+    return tuple(adapters.names) or ("",)
+
+
+@asynccontextmanager
+async def _veneer(
+    target: TargetOptions,
+    adapters: AdapterOptions,
+    traced: Traced | None,
+    address: str,
+    metrics: str | None,
+    folder: Path | None,
+    command: str,
+) -> AsyncIterator[Opened]:
+    shape = None if folder is None else workload.read_base_shape(folder)
+    async with AsyncClient(address, timeout_s=120.0, retry=RetryPolicy(attempts=4)) as client:
+        info = await client.info()
+        if metrics is not None:
+            await read_counters(metrics)
+        notes = []
+        text = target.text or shape is None
+        if shape is not None and not text and info.base_model.name != shape.name:
+            text = True
+            notes.append(
+                f"the server's base is {info.base_model.name}, not {shape.name}: prompts are "
+                "words (give --base-folder its folder for token ids)"
+            )
+        with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
+            named, levels = _chosen(adapters, traced, shape, Path(scratch))
+            async with setup.published(client, named, activate=False):
+                for name in levels[-1]:
+                    await _check(client, name)
+                yield Opened(
+                    spec=VeneerSpec(address, target.prefix_cache),
+                    facts={
+                        "api": "veneer",
+                        "command": command,
+                        "version": info.version,
+                        "device": info.device,
+                        "backend": info.backend,
+                        "base_model": info.base_model.name,
+                        "quantization": info.base_model.quantization,
+                    },
+                    adapters=levels,
+                    vocab=0 if text or shape is None else shape.vocab,
+                    metrics=metrics,
+                    notes=notes,
+                )
+
+
+def _chosen(
+    adapters: AdapterOptions,
+    traced: Traced | None,
+    shape: workload.BaseShape | None,
+    scratch: Path,
+) -> tuple[Mapping[str, Path], Sequence[tuple[str, ...]]]:
+    """What to publish, and the names of each level."""
+    if adapters.folder is not None:
+        found = setup.find_adapters(adapters.folder)
+        return found, [_names(adapters, traced) if traced else tuple(found)]
+    if adapters.names or traced is not None:
+        return {}, [_names(adapters, traced)]
+    assert shape is not None
+    counts = tuple(adapters.generate) or (_SYNTHETIC,)
+    made = workload.make_adapters(
+        scratch, shape, count=max(counts), rank=adapters.rank, seed=adapters.seed
+    )
+    return made, [tuple(made)[:count] or ("",) for count in counts]
+
+
+async def _check(client: AsyncClient, name: str) -> None:
+    if not name:
+        return
+    try:
+        await client.get(name)
+    except VeneerError as error:
+        raise TargetFailed(str(error)) from error
+
+
+async def _openai(
+    target: TargetOptions, adapters: AdapterOptions, names: tuple[str, ...]
+) -> Opened:
+    from veneer_loadtest.load.openai_target import list_models  # needs aiohttp
+
+    assert target.openai is not None
+    models = await list_models(target.openai)
+    asked = [name or target.model for name in names]
+    if "" in asked and models:
+        target_model = models[0]
+        asked = [name or target_model for name in asked]
+    else:
+        target_model = target.model
+    missing = sorted(set(asked) - set(models)) if models is not None else []
+    if missing or "" in asked:
+        there = ", ".join((models or ())[:10]) or "none"
+        raise TargetFailed(
+            f"{target.openai} serves no model {missing[0] if missing else ''!r}: give --names "
+            f"(adapters) and --model (the base) from what it lists: {there}"
+        )
+    shape = None
+    if target.base_folder is not None:
+        shape = workload.read_base_shape(setup.find_base_folder(target.base_folder))
+    text = target.text or shape is None or target.api == "chat"
+    return Opened(
+        spec=OpenAiSpec(url=target.openai, base_model=target_model, api=target.api),
+        facts={"api": "openai", "endpoint": target.api, "base_model": target_model},
+        adapters=[names],
+        vocab=0 if text or shape is None else shape.vocab,
+        metrics=None,
+    )

@@ -1,0 +1,76 @@
+"""What came of each request, as workers tell it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Outcome", "Record", "pack_gaps"]
+
+Outcome = Literal["ok", "left", "failed", "stopped"]
+"""``left``: its caller left, as planned; ``stopped``: the run was ended under it."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """One request. Times are seconds after the load's start.
+
+    Attributes:
+        due_s: when it was to be sent. Latencies count from here, not from ``sent_s``: what
+            a generator that is late adds is part of what a user would wait.
+        first_s: its first token arrived; None: it never did.
+        end_s: its answer, its error, or its caller's leaving.
+        prompt_tokens, cached: as the server counts; 0 where it did not say.
+        tokens: new ones that arrived.
+        reason: of a failure: the server's, or ``TIMEOUT`` ...; else "".
+        tier: where the server found the adapter (``device`` ...); "" for the base, and
+            where a server does not say.
+        queue_s, load_s: as the server says; None where it does not.
+        gaps: seconds between one arrival and the next, as 32-bit floats.
+    """
+
+    index: int
+    adapter: str
+    due_s: float
+    sent_s: float
+    first_s: float | None
+    end_s: float
+    prompt_tokens: int
+    cached: int
+    tokens: int
+    outcome: Outcome
+    reason: str = ""
+    tier: str = ""
+    revision: str = ""
+    queue_s: float | None = None
+    load_s: float | None = None
+    gaps: bytes = b""
+
+    @property
+    def first_token_s(self) -> float | None:
+        """From when it was due to its first token."""
+        return None if self.first_s is None else self.first_s - self.due_s
+
+    @property
+    def whole_s(self) -> float:
+        """From when it was due to its end."""
+        return self.end_s - self.due_s
+
+    def gap_values(self) -> array[float]:
+        """Seconds between one arrival and the next."""
+        values = array("f")
+        values.frombytes(self.gaps)
+        return values
+
+    def arrivals_s(self) -> Iterator[float]:
+        """When tokens arrived; those of one message have one time."""
+        if self.first_s is not None:
+            yield from accumulate(self.gap_values(), initial=self.first_s)
+
+
+def pack_gaps(arrivals: list[float]) -> bytes:
+    """`Record.gaps` of the times at which tokens arrived."""
+    return array("f", (b - a for a, b in pairwise(arrivals))).tobytes()

@@ -1,0 +1,126 @@
+"""Loads one after the other on an opened target, until done or told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from veneer_loadtest import report
+from veneer_loadtest.load.figures import level, totals
+from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.live import LiveView
+from veneer_loadtest.load.opening import Opened
+from veneer_loadtest.load.spec import Closed, LoadSpec, Open
+from veneer_loadtest.results import Level, SloLimits
+from veneer_loadtest.server_metrics import MetricsWatch
+
+__all__ = ["Session", "StopSignal", "stop_on_signals", "with_adapters", "worker_count"]
+
+_RATE_OF_A_WORKER: float = 300.0
+"""Requests a second; measured with short streams over gRPC, see docs/loadtest.md."""
+
+
+class StopSignal:
+    """Whether the run is to end, and by what."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.why = ""
+
+    def stop(self, why: str) -> None:
+        """End it; the first reason stays."""
+        self.why = self.why or why
+        self.event.set()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Ctrl-C and SIGTERM end the run, whose report is kept; a second one ends this process."""
+    loop = asyncio.get_running_loop()
+    stop = StopSignal()
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for kind, handler in previous.items():
+            loop.remove_signal_handler(kind)
+            signal.signal(kind, handler)
+
+    def on(kind: signal.Signals) -> None:
+        stop.stop(f"ended by {kind.name}")
+        restore()
+
+    for kind in previous:
+        loop.add_signal_handler(kind, on, kind)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def worker_count(asked: int, load: LoadSpec) -> int:
+    """``asked``, or for 0 as many as the load's rate needs, at most one for each core."""
+    if asked:
+        return asked
+    rate = load.arrivals.rate if isinstance(load.arrivals, Open) else 0.0
+    return max(1, min(report.usable_cores(), math.ceil(rate / _RATE_OF_A_WORKER)))
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A target, and how it is loaded."""
+
+    opened: Opened
+    workers: int
+    timeout_s: float
+    limits: SloLimits | None
+    stop: StopSignal
+
+    async def run(self, load: LoadSpec, title: str) -> tuple[Level, Loaded]:
+        """Send one load; what it gave until a stop.
+
+        Raises:
+            TargetFailed: the target cannot be reached any more.
+        """
+        workers = worker_count(self.workers, load)
+        if isinstance(load.arrivals, Closed):
+            workers = min(workers, load.arrivals.streams)
+        async with AsyncExitStack() as stack:
+            watch = None
+            if self.opened.metrics is not None:
+                watch = await stack.enter_async_context(MetricsWatch(self.opened.metrics))
+            with LiveView(title, load.duration_s) as view:
+                loaded = await generate(
+                    load,
+                    self.opened.spec,
+                    workers=workers,
+                    timeout_s=self.timeout_s,
+                    stop=self.stop.event,
+                    on_progress=view.update,
+                )
+        if loaded.failure:
+            self.stop.stop(loaded.failure)
+        residency = server = None
+        if watch is not None:
+            residency = watch.residency(loaded.start)
+            whole = all(r.outcome == "ok" for r in loaded.records) and not loaded.lost
+            server = watch.counts(totals(loaded.records), comparable=whole)
+        figures = level(
+            load,
+            loaded,
+            workers=workers,
+            limits=self.limits,
+            residency=residency,
+            server=server,
+        )
+        return figures, loaded
+
+
+def with_adapters(load: LoadSpec, adapters: tuple[str, ...], vocab: int) -> LoadSpec:
+    """The same load on these adapters; without a ``vocab`` prompts are words."""
+    return msgspec.structs.replace(load, adapters=adapters, vocab=vocab, text=not vocab)

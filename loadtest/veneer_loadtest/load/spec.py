@@ -1,0 +1,219 @@
+"""What a load is, as options on a command line and as data for worker processes.
+
+Everything that is random comes from ``seed``, and from the request's number: the same
+load is sent by one worker or by eight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import msgspec
+
+from veneer_loadtest.errors import BadOption
+
+__all__ = [
+    "Arrivals",
+    "Closed",
+    "Lengths",
+    "LoadSpec",
+    "Open",
+    "Popularity",
+    "Traced",
+    "parse_arrivals",
+    "parse_lengths",
+    "parse_popularity",
+]
+
+
+class Closed(msgspec.Struct, frozen=True, tag="closed"):
+    """Each of ``streams`` sends its next request when its last one has ended."""
+
+    streams: int
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """Requests come when they come, however slow the server is.
+
+    Attributes:
+        rate: mean requests a second.
+        cv: coefficient of variation (standard deviation / mean) of the time between two
+            arrivals, which is Gamma distributed: 1 is a Poisson process, 0 a metronome,
+            4 comes in bursts.
+    """
+
+    rate: float
+    cv: float = 1.0
+
+
+class Traced(msgspec.Struct, frozen=True, tag="trace"):
+    """Requests as a file tells (see `trace`), its times divided by ``speed``."""
+
+    path: str
+    speed: float = 1.0
+
+
+Arrivals = Closed | Open | Traced
+
+PopularityKind = Literal["identical", "uniform", "zipf", "powerlaw", "distinct", "roundrobin"]
+
+
+class Popularity(msgspec.Struct, frozen=True):
+    """Which adapter a request asks for.
+
+    - ``identical``: the first one, always
+    - ``uniform``: any, each as likely
+    - ``zipf:S``: the k-th with probability proportional to 1 / k^S
+    - ``powerlaw:A``: the adapter at floor(n * U^(1/A)) of n, U uniform: what S-LoRA's
+      benchmark draws; 1 is uniform, below 1 the first ones are asked for more often
+    - ``distinct``: each once in a cycle, every cycle in an order of its own
+    - ``roundrobin``: in order, again and again (what a cache of recently used ones
+      that is too small serves worst)
+    """
+
+    kind: PopularityKind = "uniform"
+    parameter: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.parameter:g}" if self.kind in _DEFAULTS else self.kind
+
+
+_DEFAULTS: Final[dict[str, float]] = {"zipf": 1.0, "powerlaw": 0.5}
+_PLAIN: Final = ("identical", "uniform", "distinct", "roundrobin")
+
+
+class Lengths(msgspec.Struct, frozen=True):
+    """How many tokens: uniform between ``low`` and ``high``, both included; or, with
+    ``mean``, log-normal with that mean and coefficient of variation ``cv``, cut to
+    ``low``..``high``."""
+
+    low: int
+    high: int
+    mean: float = 0.0
+    cv: float = 0.0
+
+    def __str__(self) -> str:
+        if self.mean:
+            return f"lognormal:{self.mean:g}:{self.cv:g}:{self.high}"
+        return f"{self.low}..{self.high}" if self.low < self.high else str(self.low)
+
+
+class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One load.
+
+    Attributes:
+        adapters: names in order of popularity; ``""`` is the base model.
+        duration_s: no request is begun after it; with ``requests`` too, whichever
+            comes first. 0: no limit (of a trace: its end).
+        warmup_s: requests due before it are sent, but not part of the figures.
+        requests: how many at most; 0: no limit.
+        cancel_share: of the requests, 0 to 1: their caller leaves after 0 to all but
+            one of their tokens, each as likely.
+        text: prompts are words, not token ids.
+        vocab: tokens of the base's vocabulary; ids are drawn from it.
+    """
+
+    adapters: tuple[str, ...]
+    arrivals: Arrivals
+    popularity: Popularity
+    prompt_tokens: Lengths
+    tokens: Lengths
+    duration_s: float
+    warmup_s: float
+    requests: int
+    cancel_share: float
+    seed: int
+    vocab: int
+    text: bool = False
+
+
+def parse_arrivals(
+    *, rate: float | None, streams: int | None, arrivals: str, trace: str | None, speed: float
+) -> Arrivals:
+    """The arrivals that ``--rate``/``--arrivals``, ``--streams`` or ``--trace`` mean.
+
+    Raises:
+        BadOption: none or several of them, or a value that means nothing.
+    """
+    if (rate is not None) + (streams is not None) + (trace is not None) != 1:
+        raise BadOption(
+            "give one of --rate R (open loop, requests a second), --streams N (closed loop) "
+            "and --trace FILE"
+        )
+    if streams is not None:
+        if streams < 1:
+            raise BadOption(f"--streams {streams}: give 1 or more")
+        return Closed(streams)
+    if trace is not None:
+        if not (speed > 0 and math.isfinite(speed)):
+            raise BadOption(f"--speed {speed:g}: give a number above 0; 2 is twice as fast")
+        return Traced(trace, speed)
+    assert rate is not None
+    if not (rate > 0 and math.isfinite(rate)):
+        raise BadOption(f"--rate {rate:g}: give requests a second, above 0")
+    return Open(rate, _cv(arrivals))
+
+
+def _cv(arrivals: str) -> float:
+    kind, _, parameter = arrivals.partition(":")
+    if kind in ("poisson", "constant") and not parameter:
+        return 1.0 if kind == "poisson" else 0.0
+    value = _number(parameter)
+    if kind == "gamma" and value is not None and value >= 0:
+        return value
+    raise BadOption(
+        f"--arrivals {arrivals!r}: give poisson, constant, or gamma:CV with the coefficient "
+        "of variation, such as gamma:4"
+    )
+
+
+def parse_popularity(text: str) -> Popularity:
+    """``uniform``, ``zipf:1.2`` ...: see `Popularity`.
+
+    Raises:
+        BadOption: anything else.
+    """
+    kind, colon, parameter = text.partition(":")
+    if kind in _PLAIN and not colon:
+        return Popularity(kind)  # type: ignore[arg-type]
+    if kind in _DEFAULTS:
+        value = _number(parameter) if colon else _DEFAULTS[kind]
+        if value is not None and value > 0:
+            return Popularity(kind, value)  # type: ignore[arg-type]
+    raise BadOption(
+        f"--popularity {text!r}: give identical, uniform, zipf:S, powerlaw:A (S and A above "
+        "0), distinct or roundrobin"
+    )
+
+
+def parse_lengths(option: str, text: str) -> Lengths:
+    """``64``, ``16..64`` or ``lognormal:MEAN:CV:MAX``.
+
+    Raises:
+        BadOption: anything else; names ``option``.
+    """
+    if text.startswith("lognormal:"):
+        numbers = [_number(part) for part in text.split(":")[1:]]
+        if len(numbers) == 3 and all(n is not None and n > 0 for n in numbers):
+            mean, cv, high = (float(n) for n in numbers if n is not None)
+            if mean <= high == int(high):
+                return Lengths(1, int(high), mean, cv)
+    else:
+        low, dots, high_text = text.partition("..")
+        if low.isdecimal() and (not dots or high_text.isdecimal()):
+            ends = int(low), int(high_text or low)
+            if 1 <= ends[0] <= ends[1]:
+                return Lengths(*ends)
+    raise BadOption(
+        f"{option} {text!r}: give tokens as 64, as a range such as 16..64, or as "
+        "lognormal:MEAN:CV:MAX, such as lognormal:200:1:1000"
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

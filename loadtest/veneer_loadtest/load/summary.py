@@ -1,0 +1,146 @@
+"""A run's figures in a few numbers, and limits on them for scripts."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_loadtest.errors import BadOption
+from veneer_loadtest.results import Distribution, Level, SloLimits
+
+__all__ = ["KEYS", "Limit", "parse_limit", "parse_seconds", "parse_slo", "summary"]
+
+KEYS: Final = (
+    "requests_per_s",
+    "tokens_per_s",
+    "first_token_p50_ms",
+    "first_token_p99_ms",
+    "inter_token_p50_ms",
+    "inter_token_p99_ms",
+    "end_to_end_p50_ms",
+    "end_to_end_p99_ms",
+    "queue_p50_ms",
+    "queue_p99_ms",
+    "error_share",
+    "slo_share",
+    "goodput_per_s",
+    "late_p99_ms",
+    "lost",
+)
+"""Of the summary of a run; a figure that there is no data for is left out."""
+
+
+def summary(level: Level) -> dict[str, float]:
+    """The figures of `KEYS`."""
+    told = level.requests.ok + level.requests.failed
+    found: dict[str, float | None] = {
+        "requests_per_s": level.requests_per_s,
+        "tokens_per_s": level.tokens_per_s,
+        **_ends("first_token", level.first_token_ms),
+        **_ends("inter_token", level.inter_token_ms),
+        **_ends("end_to_end", level.end_to_end_ms),
+        **_ends("queue", level.queue_ms),
+        "error_share": level.requests.failed / told if told else None,
+        "slo_share": level.slo.share if level.slo else None,
+        "goodput_per_s": level.slo.goodput_per_s if level.slo else None,
+        "late_p99_ms": level.generator.late_p99_ms,
+        "lost": float(level.generator.lost),
+    }
+    return {key: value for key in KEYS if (value := found[key]) is not None}
+
+
+def _ends(name: str, values: Distribution | None) -> dict[str, float | None]:
+    return {
+        f"{name}_p50_ms": values.p50 if values else None,
+        f"{name}_p99_ms": values.p99 if values else None,
+    }
+
+
+_COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
+    ">": operator.gt,
+    "<": operator.lt,
+    ">=": operator.ge,
+    "<=": operator.le,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A condition under which a script wants to fail: ``first_token_p99_ms>500``."""
+
+    text: str
+    key: str
+    sign: str
+    value: float
+
+    def holds(self, figures: Mapping[str, float]) -> bool:
+        """Also where there is no such figure: nothing was measured."""
+        figure = figures.get(self.key)
+        return (
+            figure is None
+            or not math.isfinite(figure)
+            or _COMPARE[self.sign](figure, self.value)
+        )
+
+
+def parse_limit(text: str, keys: Sequence[str] = KEYS) -> Limit:
+    """A ``--fail-if`` condition.
+
+    Raises:
+        BadOption: it is none, or not on a figure of the summary.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
+    try:
+        value = float(found[3]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if found is None or math.isnan(value):
+        raise BadOption(
+            f"--fail-if {text!r}: give a figure of the summary, a sign and a number, such as "
+            f"'{keys[0]}<1'"
+        )
+    if found[1] not in keys:
+        raise BadOption(f"--fail-if {text!r}: the summary has {', '.join(keys)}")
+    return Limit(text, found[1], found[2], value)
+
+
+_UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """``500ms``, ``30s``, ``5m``, ``1h``, or seconds without a unit.
+
+    Raises:
+        BadOption: anything else.
+    """
+    found = re.fullmatch(r"([0-9.]+)(ms|s|m|h|)", text.strip())
+    try:
+        return float(found[1]) * _UNITS[found[2]] if found else _bad_time(option, text)
+    except ValueError:
+        return _bad_time(option, text)
+
+
+def _bad_time(option: str, text: str) -> float:
+    raise BadOption(f"{option} {text!r}: give a time such as 500ms, 30s or 5m")
+
+
+def parse_slo(text: str) -> SloLimits:
+    """``ttft=500ms,tpot=50ms,e2e=10s``, any of them.
+
+    Raises:
+        BadOption: anything else.
+    """
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        name, sign, value = part.strip().partition("=")
+        if name not in ("ttft", "tpot", "e2e") or not sign:
+            raise BadOption(
+                f"--slo {text!r}: give limits of ttft (first token), tpot (mean time between "
+                "tokens) and e2e (whole request), such as ttft=500ms,tpot=50ms"
+            )
+        limits[f"{name}_ms"] = parse_seconds("--slo", value) * 1e3
+    return SloLimits(**limits)

@@ -1,0 +1,116 @@
+"""What the load generator and its worker processes say to each other.
+
+MessagePack, each message after its length in four bytes, over the worker's standard
+input and output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import msgspec
+
+from veneer_loadtest.load.records import Record
+from veneer_loadtest.load.spec import LoadSpec
+from veneer_loadtest.load.targets import TargetSpec
+
+__all__ = [
+    "Begin",
+    "Done",
+    "Failed",
+    "FromWorker",
+    "Progress",
+    "Ready",
+    "Setup",
+    "Stop",
+    "ToWorker",
+    "decode_from_worker",
+    "decode_to_worker",
+    "encode",
+    "read_frame",
+]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages."""
+
+
+class Setup(Message, frozen=True):
+    """First message: send every ``of``-th request of the load, from number ``worker`` on."""
+
+    load: LoadSpec
+    target: TargetSpec
+    worker: int
+    of: int
+    timeout_s: float
+
+
+class Begin(Message, frozen=True):
+    """The load starts at ``at``, of ``time.monotonic()``, which processes share."""
+
+    at: float
+
+
+class Stop(Message, frozen=True):
+    """Send no more, cancel what runs, tell the rest."""
+
+
+ToWorker = Setup | Begin | Stop
+
+
+class Ready(Message, frozen=True):
+    """The first request can be sent."""
+
+
+class Progress(Message, frozen=True):
+    """What ended since the last one; ``sent`` counts from the start."""
+
+    sent: int
+    records: list[Record]
+
+
+class Done(Message, frozen=True):
+    """The last message. ``cpu_s``: since `Begin`; ``sent``: in all."""
+
+    sent: int
+    cpu_s: float
+
+
+class Failed(Message, frozen=True):
+    """The last message of a worker that cannot go on."""
+
+    message: str
+
+
+FromWorker = Ready | Progress | Done | Failed
+
+_LENGTH_BYTES: Final = 4
+_encoder: Final = msgspec.msgpack.Encoder()
+_to_worker: Final[msgspec.msgpack.Decoder[ToWorker]] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: Final[msgspec.msgpack.Decoder[FromWorker]] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A frame."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+async def read_frame(stream: asyncio.StreamReader) -> bytes | None:
+    """The next frame's body; None where the other side has closed."""
+    try:
+        size = await stream.readexactly(_LENGTH_BYTES)
+        return await stream.readexactly(int.from_bytes(size, "little"))
+    except asyncio.IncompleteReadError:
+        return None
+
+
+def decode_to_worker(body: bytes) -> ToWorker:
+    """The message of a frame."""
+    return _to_worker.decode(body)
+
+
+def decode_from_worker(body: bytes) -> FromWorker:
+    """The message of a frame."""
+    return _from_worker.decode(body)

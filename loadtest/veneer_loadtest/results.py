@@ -1,0 +1,320 @@
+"""The results of ``run`` and ``find-max``, as they stand in a JSON file.
+
+``docs/loadtest-result.schema.json`` is made from these classes. Times end in their unit;
+``*_ms`` are milliseconds, ``at_s`` seconds after the load's start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from veneer_loadtest.errors import BadResult
+from veneer_loadtest.load.spec import LoadSpec
+
+__all__ = [
+    "FORMAT",
+    "AdapterLoad",
+    "Distribution",
+    "FindMaxResult",
+    "GeneratorFigures",
+    "Level",
+    "Probe",
+    "Requests",
+    "Residency",
+    "Result",
+    "RunResult",
+    "ServerCounts",
+    "SloFigures",
+    "SloLimits",
+    "Split",
+    "Timeline",
+    "Totals",
+    "read_result",
+    "write_result",
+]
+
+FORMAT: Final = 1
+"""Grows when a reader of before would misunderstand a file."""
+
+
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds. ``cdf``: pairs of milliseconds and the share that was no longer."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    max: float
+    cdf: list[tuple[float, float]]
+
+
+class Requests(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests due in the measured window, by their end.
+
+    Attributes:
+        left: their caller left, as planned.
+        stopped: the run was ended under them; in no figure.
+    """
+
+    ok: int
+    left: int
+    failed: int
+    stopped: int
+
+
+class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the requests; milliseconds, None where there is nothing to tell."""
+
+    requests: int
+    failed: int
+    tokens: int
+    first_token_p50_ms: float | None
+    first_token_p99_ms: float | None
+    inter_token_p50_ms: float | None
+    inter_token_p99_ms: float | None
+    load_p50_ms: float | None
+
+
+class SloLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request must keep to be good; None is no limit. ``tpot_ms``: mean time from
+    one token to the next."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+
+
+class SloFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Goodput: requests that kept the limits. A failed one is not good; one whose caller
+    left is not counted."""
+
+    limits: SloLimits
+    good: int
+    share: float
+    goodput_per_s: float
+
+
+class GeneratorFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How well the load generator itself did.
+
+    Attributes:
+        cpu_share: its CPU time / wall time; 1 is one core.
+        late_*: how long after its due time a request was sent.
+        lost: requests sent of which nothing is known.
+    """
+
+    workers: int
+    cpu_share: float
+    late_p50_ms: float
+    late_p99_ms: float
+    late_max_ms: float
+    lost: int
+
+
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    """One value for each ``bucket_s`` seconds, from the load's start, warm-up included.
+
+    Attributes:
+        due, ended, failed: requests; tokens: new ones that arrived.
+        running: requests due and not ended at the bucket's end.
+        first_token_*: of requests whose first token came in the bucket.
+    """
+
+    bucket_s: float
+    due: list[int]
+    ended: list[int]
+    failed: list[int]
+    tokens: list[int]
+    running: list[int]
+    first_token_p50_ms: list[float | None]
+    first_token_max_ms: list[float | None]
+
+
+class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
+    """A request that waited for its adapter: ``tier`` is where it was found."""
+
+    at_s: float
+    adapter: str
+    tier: str
+    load_ms: float
+
+
+class Residency(msgspec.Struct, frozen=True, kw_only=True):
+    """Adapters by tier while the load ran, from the server's metrics."""
+
+    at_s: list[float]
+    adapters: dict[str, list[int]]
+    bytes: dict[str, list[int]]
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """Of all requests sent, warm-up included."""
+
+    requests: int
+    prompt_tokens: int
+    tokens: int
+
+
+class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """The server's own counters, after the load less before it.
+
+    Attributes:
+        agrees: they are the client's `Totals`. None where some callers left or failed:
+            what those did is counted by the server only.
+        evictions: by ``tier cause``; lookups: by ``tier result``.
+    """
+
+    requests: int
+    prompt_tokens: int
+    tokens: int
+    agrees: bool | None
+    lookups: dict[str, int]
+    evictions: dict[str, int]
+
+
+class Level(msgspec.Struct, frozen=True, kw_only=True):
+    """One load on one number of adapters.
+
+    Attributes:
+        window_s: measured seconds: the load without its warm-up.
+        requests_per_s: that ended well, by the window.
+        tokens_per_s: new tokens that arrived in the window, by the window.
+        errors: failed requests by reason.
+        by_tier: by where the server found the adapter.
+        by_adapter: the 200 most asked for, and ``_other``.
+        loads: at most 2,000; ``loads_left_out`` says how many more there were.
+    """
+
+    adapters: int
+    window_s: float
+    requests: Requests
+    requests_per_s: float
+    tokens_per_s: float
+    prompt_tokens_per_s: float
+    errors: dict[str, int]
+    first_token_ms: Distribution | None
+    inter_token_ms: Distribution | None
+    end_to_end_ms: Distribution | None
+    queue_ms: Distribution | None
+    adapter_load_ms: Distribution | None
+    by_tier: dict[str, Split]
+    by_adapter: dict[str, Split]
+    slo: SloFigures | None
+    generator: GeneratorFigures
+    timeline: Timeline
+    loads: list[AdapterLoad]
+    loads_left_out: int
+    residency: Residency | None
+    server: ServerCounts | None
+    totals: Totals
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="run"):
+    """The file that ``veneer-loadtest run --json`` writes.
+
+    Attributes:
+        conditions: time, command, machine, load average before the run.
+        target: what was loaded: ``api`` (``veneer`` or ``openai``), how it was started,
+            its device and base model where it says.
+        partial: the run was ended before its time; ``why`` says by what.
+        summary: figures for scripts, of the last level; see `run`.
+    """
+
+    format: int = FORMAT
+    label: str = ""
+    conditions: dict[str, Any]
+    versions: dict[str, str]
+    target: dict[str, str]
+    load: LoadSpec
+    partial: bool
+    why: str
+    levels: list[Level]
+    summary: dict[str, float]
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One rate that was tried."""
+
+    rate: float
+    kept: bool
+    level: Level
+
+
+class FindMaxResult(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="find-max"
+):
+    """The file that ``veneer-loadtest find-max --json`` writes.
+
+    Attributes:
+        share: of the requests that must keep the limits.
+        max_rate: the highest rate that kept them; 0: none did.
+        bounded: a higher rate was seen to break them.
+    """
+
+    format: int = FORMAT
+    label: str = ""
+    conditions: dict[str, Any]
+    versions: dict[str, str]
+    target: dict[str, str]
+    load: LoadSpec
+    limits: SloLimits
+    share: float
+    partial: bool
+    why: str
+    probes: list[Probe]
+    max_rate: float
+    bounded: bool
+    summary: dict[str, float]
+
+
+Result = RunResult | FindMaxResult
+
+_decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
+
+
+class _Head(msgspec.Struct):
+    kind: str = ""
+    format: int = FORMAT
+
+
+def read_result(path: Path) -> Result:
+    """A result file.
+
+    Raises:
+        BadResult: it cannot be read, was written only in part, or is something else.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BadResult(f"cannot read {path}: {error.strerror}") from error
+    try:
+        head = msgspec.json.decode(text, type=_Head)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadResult(
+            f"{path} is no whole result file ({error}): was it copied while it was written, or "
+            "cut? A run that is stopped writes a whole one, marked as partial"
+        ) from error
+    if head.kind not in ("run", "find-max"):
+        raise BadResult(
+            f"{path} holds {head.kind or 'something'!r}: `report` reads what `run` and "
+            "`find-max` write with --json"
+        )
+    if head.format > FORMAT:
+        raise BadResult(f"{path} was written by a newer veneer-loadtest: read it with that one")
+    try:
+        return _decoder.decode(text)
+    except msgspec.MsgspecError as error:
+        raise BadResult(f"{path} is not a result as this version writes it: {error}") from error
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write a result at once or not at all; its folder must exist."""
+    work = path.with_name(path.name + ".part")
+    work.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    work.replace(path)

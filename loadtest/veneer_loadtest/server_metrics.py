@@ -1,0 +1,169 @@
+"""What a Veneer server says of itself to Prometheus, read while a load runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from typing import Final
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from veneer_loadtest.errors import TargetFailed
+from veneer_loadtest.results import Residency, ServerCounts, Totals
+
+__all__ = ["Counters", "MetricsWatch", "read_counters"]
+
+_EVERY_S: Final = 1.0
+_SETTLE_S: Final = 5.0
+_SETTLE_EVERY_S: Final = 0.1
+
+Labels = tuple[tuple[str, str], ...]
+Samples = dict[str, dict[Labels, float]]
+
+
+class Counters:
+    """The values of one scrape."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def total(self, name: str) -> int:
+        """Sum over all series of ``veneer_NAME``."""
+        return int(sum(self._samples[f"veneer_{name}"].values()))
+
+    def by(self, name: str, *labels: str) -> dict[str, int]:
+        """Of ``veneer_NAME``, sums by the values of ``labels``, joined by spaces."""
+        sums: dict[str, int] = defaultdict(int)
+        for series, value in self._samples[f"veneer_{name}"].items():
+            own = dict(series)
+            sums[" ".join(own.get(label, "") for label in labels)] += int(value)
+        return dict(sums)
+
+
+async def read_counters(address: str) -> Counters:
+    """Scrape ``HOST:PORT``.
+
+    Raises:
+        TargetFailed: nobody answers there, or no Veneer server.
+    """
+
+    def get() -> str:
+        with urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            text: bytes = answer.read()
+            return text.decode()
+
+    try:
+        text = await asyncio.to_thread(get)
+    except (OSError, HTTPException, ValueError) as error:
+        raise TargetFailed(
+            f"no metrics at {address} ({error}): give --metrics the server's "
+            "--metrics-listen, or leave it out"
+        ) from error
+    samples: Samples = defaultdict(dict)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+    if "veneer_num_requests_running" not in samples:
+        raise TargetFailed(f"{address} serves metrics, but not those of a Veneer server")
+    return Counters(samples)
+
+
+class MetricsWatch:
+    """Scrapes a server once a second from the ``async with``'s entry to its exit."""
+
+    def __init__(self, address: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._address = address
+        self._now = now
+        self._times: list[float] = []
+        self._scrapes: list[Counters] = []
+        self._whole = False
+        self._task: asyncio.Task[None]
+
+    async def __aenter__(self) -> MetricsWatch:
+        await self._scrape()
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        with suppress(TargetFailed):  # a server that is gone has no last word
+            await self._settle()
+            self._whole = True
+
+    async def _settle(self) -> None:
+        """Scrape until the server has counted the last request: an answer may arrive
+        before it has, and what a caller left ends a step later."""
+        deadline = self._now() + _SETTLE_S
+        while True:
+            await self._scrape()
+            last = self._scrapes[-1]
+            busy = last.total("num_requests_running") + last.total("num_requests_waiting")
+            before = self._scrapes[-2].total("requests_total")
+            still = not busy and last.total("requests_total") == before
+            if still or self._now() > deadline:
+                return
+            await asyncio.sleep(_SETTLE_EVERY_S)
+
+    def residency(self, start: float) -> Residency:
+        """Adapters by tier over time; ``start``: of the load, of the same clock."""
+        tiers = sorted(
+            {t for each in self._scrapes for t in each.by("adapters_resident", "tier")}
+        )
+
+        def rows(name: str) -> dict[str, list[int]]:
+            found = [each.by(name, "tier") for each in self._scrapes]
+            return {tier: [values.get(tier, 0) for values in found] for tier in tiers}
+
+        return Residency(
+            at_s=[round(moment - start, 3) for moment in self._times],
+            adapters=rows("adapters_resident"),
+            bytes=rows("adapter_bytes"),
+        )
+
+    def counts(self, client: Totals, *, comparable: bool) -> ServerCounts | None:
+        """What the server counted between entry and exit, beside the client's totals; None
+        where it could not be asked at the end."""
+        if not self._whole:
+            return None
+        before, after = self._scrapes[0], self._scrapes[-1]
+
+        def grown(name: str) -> int:
+            return after.total(name) - before.total(name)
+
+        def grown_by(name: str, *labels: str) -> dict[str, int]:
+            old = before.by(name, *labels)
+            new = after.by(name, *labels)
+            return {key: new[key] - old.get(key, 0) for key in sorted(new)}
+
+        requests, prompt = grown("requests_total"), grown("prompt_tokens_total")
+        tokens = grown("generation_tokens_total")
+        agrees = (requests, prompt, tokens) == (
+            client.requests,
+            client.prompt_tokens,
+            client.tokens,
+        )
+        return ServerCounts(
+            requests=requests,
+            prompt_tokens=prompt,
+            tokens=tokens,
+            agrees=agrees if comparable else None,
+            lookups=grown_by("adapter_cache_lookups_total", "tier", "result"),
+            evictions=grown_by("adapter_evictions_total", "tier", "cause"),
+        )
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            with suppress(TargetFailed):  # a missing point; the end decides
+                await self._scrape()
+
+    async def _scrape(self) -> None:
+        moment = self._now()
+        self._scrapes.append(await read_counters(self._address))
+        self._times.append(moment)

@@ -1,0 +1,214 @@
+"""The load generator's worker processes against a fake server that is a process, too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from veneer_loadtest.errors import TargetFailed
+from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.records import Record, pack_gaps
+from veneer_loadtest.load.spec import Arrivals, Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
+
+from tests.fakes.fast_target import FastTarget
+from tests.ports import free_port
+
+TOKENS = 3
+
+
+def load(arrivals: Arrivals, **more: object) -> LoadSpec:
+    return LoadSpec(
+        **{  # type: ignore[arg-type]
+            "adapters": ("a", "b"),
+            "arrivals": arrivals,
+            "popularity": Popularity("roundrobin"),
+            "prompt_tokens": Lengths(5, 9),
+            "tokens": Lengths(TOKENS, TOKENS),
+            "duration_s": 0.0,
+            "warmup_s": 0.0,
+            "requests": 0,
+            "cancel_share": 0.0,
+            "seed": 1,
+            "vocab": 5000,
+            **more,
+        }
+    )
+
+
+async def send(
+    spec: LoadSpec,
+    target: TargetSpec,
+    *,
+    workers: int = 1,
+    timeout_s: float = 60.0,
+    stop: asyncio.Event | None = None,
+    on_progress: object = lambda loaded: None,
+) -> Loaded:
+    return await generate(
+        spec,
+        target,
+        workers=workers,
+        timeout_s=timeout_s,
+        stop=stop or asyncio.Event(),
+        on_progress=on_progress,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def server() -> Iterator[FastTarget]:
+    with FastTarget() as target:
+        yield target
+
+
+@pytest.fixture
+def stalled() -> Iterator[FastTarget]:
+    """Answers nobody for the first minute."""
+    with FastTarget(stall="0:60") as target:
+        yield target
+
+
+@pytest.mark.parametrize("api", ["grpc", "http"])
+async def test_no_request_and_no_token_is_lost(api: str) -> None:
+    spec = load(Open(400.0), requests=600)
+    with FastTarget() as server:
+        target: TargetSpec = VeneerSpec(server.grpc)
+        if api == "http":
+            target = OpenAiSpec(f"http://{server.http}")
+        loaded = await send(spec, target, workers=3)
+    records = loaded.records
+    assert loaded.lost == 0
+    assert sorted(r.index for r in records) == list(range(600))
+    assert Counter((r.outcome, r.reason) for r in records) == {("ok", ""): 600}
+    assert server.counts == {
+        "requests": 600,
+        "tokens": sum(r.tokens for r in records),
+        "prompt_tokens": sum(r.prompt_tokens for r in records),
+    }
+    assert Counter(r.adapter for r in records) == {"a": 300, "b": 300}
+    assert set(loaded.sent) == {0, 1, 2}
+    for record in records:
+        assert record.first_s is not None
+        assert record.due_s <= record.sent_s <= record.first_s <= record.end_s
+        assert len(record.gap_values()) == TOKENS - 1
+        arrivals = list(record.arrivals_s())
+        assert len(arrivals) == record.tokens
+        assert arrivals[-1] <= record.end_s + 1e-5  # gaps are 32-bit floats
+
+
+async def test_latency_counts_from_when_a_request_was_due() -> None:
+    """A server that stalls is seen by all that were due meanwhile, not by those few that
+    a closed loop would have had under way (coordinated omission)."""
+    stall_s = 1.0
+    with FastTarget(stall=f"0:{stall_s}") as server:
+        loaded = await send(load(Open(50.0, cv=0.0), requests=60), VeneerSpec(server.grpc))
+    stall_end = min(r.due_s for r in loaded.records) + stall_s
+    within = [r for r in loaded.records if r.due_s < stall_end]
+    assert len(within) >= 50, "the generator goes on sending"
+    for record in within:
+        assert record.first_token_s is not None
+        # Lower bounds: a slow machine only adds. 1 ms: clocks of two processes.
+        assert record.first_token_s >= stall_end - record.due_s - 1e-3
+
+
+def test_a_generator_that_is_late_adds_to_the_latency() -> None:
+    record = Record(
+        index=0,
+        adapter="",
+        due_s=1.0,
+        sent_s=1.5,
+        first_s=1.6,
+        end_s=2.0,
+        prompt_tokens=1,
+        cached=0,
+        tokens=2,
+        outcome="ok",
+        gaps=pack_gaps([1.6, 1.9]),
+    )
+    assert record.first_token_s == pytest.approx(0.6)
+    assert record.whole_s == pytest.approx(1.0)
+    assert list(record.gap_values()) == pytest.approx([0.3])
+
+
+async def test_closed_loop_keeps_its_streams_busy_and_no_more(stalled: FastTarget) -> None:
+    stop = asyncio.Event()
+
+    def stop_when_all_are_sent(loaded: Loaded) -> None:
+        if sum(loaded.sent.values()) >= 5:
+            stop.set()
+
+    loaded = await send(
+        load(Closed(5)),
+        VeneerSpec(stalled.grpc),
+        workers=2,
+        stop=stop,
+        on_progress=stop_when_all_are_sent,
+    )
+    assert Counter(r.outcome for r in loaded.records) == {"stopped": 5}
+    assert loaded.stopped
+    assert loaded.lost == 0
+
+
+async def test_closed_loop_of_so_many_requests(server: FastTarget) -> None:
+    loaded = await send(load(Closed(4), requests=50), VeneerSpec(server.grpc), workers=8)
+    assert sorted(r.index for r in loaded.records) == list(range(50))
+    assert set(loaded.sent) == {0, 1, 2, 3}, "a worker without a stream is none"
+    # In each lane, one after the other.
+    assert all(r.outcome == "ok" for r in loaded.records)
+
+
+async def test_callers_that_leave(server: FastTarget) -> None:
+    spec = load(Open(200.0), requests=200, cancel_share=0.5, tokens=Lengths(8, 8))
+    loaded = await send(spec, VeneerSpec(server.grpc))
+    left = [r for r in loaded.records if r.outcome == "left"]
+    assert 60 <= len(left) <= 140  # 100 +- 5.7 standard deviations
+    assert {r.tokens for r in left} == set(range(8))
+    assert all(r.tokens == 8 for r in loaded.records if r.outcome == "ok")
+    assert loaded.lost == 0
+
+
+async def test_timeouts_are_failures(stalled: FastTarget) -> None:
+    loaded = await send(load(Open(50.0), requests=10), VeneerSpec(stalled.grpc), timeout_s=0.2)
+    assert Counter((r.outcome, r.reason) for r in loaded.records) == {("failed", "TIMEOUT"): 10}
+
+
+async def test_errors_have_the_servers_own_reason(server: FastTarget) -> None:
+    loaded = await send(
+        load(Open(50.0), requests=10, adapters=("nobody", "a")),
+        OpenAiSpec(f"http://{server.http}"),
+    )
+    assert Counter((r.adapter, r.outcome, r.reason) for r in loaded.records) == {
+        ("nobody", "failed", "model_not_found"): 5,
+        ("a", "ok", ""): 5,
+    }
+
+
+@pytest.mark.parametrize("target", [VeneerSpec, lambda at: OpenAiSpec(f"http://{at}")])
+async def test_nobody_there(target: type[VeneerSpec]) -> None:
+    with pytest.raises(TargetFailed, match=r"veneer-server|--openai"):
+        await send(load(Open(1.0), requests=1), target(f"127.0.0.1:{free_port()}"))
+
+
+async def test_what_a_worker_told_before_it_died_is_kept(server: FastTarget) -> None:
+    killed: list[int] = []
+
+    def kill_one(loaded: Loaded) -> None:
+        if not killed and len(loaded.records) > 20:
+            children = psutil.Process().children(recursive=True)
+            workers = [c for c in children if "veneer_loadtest.load.worker" in c.cmdline()]
+            workers[0].kill()
+            killed.append(len(loaded.records))
+
+    loaded = await send(
+        load(Open(200.0), duration_s=30.0),
+        VeneerSpec(server.grpc),
+        workers=2,
+        on_progress=kill_one,
+    )
+    assert "status -9" in loaded.failure
+    assert loaded.stopped, "the rest of the load means nothing without its share"
+    assert len(loaded.records) >= killed[0]
+    assert {r.outcome for r in loaded.records} <= {"ok", "stopped"}
