@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -62,6 +63,7 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
 
     config = load_config(flags, os.environ, config_file)
     configure(config.log_format)
+    logging.captureWarnings(True)
 
     async def run() -> None:
         await App(config, lambda line: print(line, flush=True)).run_until_signal()

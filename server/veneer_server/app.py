@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -23,6 +24,7 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
+from veneer_server.adapter_log import AdapterLog
 from veneer_server.config import Address, ServerConfig
 from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineInfo
@@ -192,7 +194,7 @@ class App:
             ),
             ServerService(config, base, registry, engine, self._metrics, memory),
         )
-        _log.info("loading", base=base.name, grpc=grpc_address)
+        _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._calls.serve()
@@ -235,13 +237,14 @@ class App:
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
-            on_event=self._engine_event,
+            on_event=partial(self._engine_event, AdapterLog(registry)),
             on_health=self._engine_health,
             # The name by which the engine knows them may be gone, and another have them.
             hold=lambda source: registry.acquire_weights(source.weights_digest),
         )
 
-    def _engine_event(self, event: EngineEvent) -> None:
+    def _engine_event(self, adapters: AdapterLog, event: EngineEvent) -> None:
+        adapters.on_engine_event(event)
         self._metrics.on_event(event)
         self._events.on_engine_event(event)
 

@@ -54,10 +54,15 @@ def get_logger(name: str) -> Logger:
     return Logger(logging.getLogger(name))
 
 
-def configure(log_format: Literal["console", "json"], stream: TextIO = sys.stderr) -> None:
+def configure(
+    log_format: Literal["console", "json"],
+    stream: TextIO = sys.stderr,
+    *,
+    process: Literal["front", "engine"] = "front",
+) -> None:
     """Send everything of ours, and warnings of others, to ``stream``."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Json() if log_format == "json" else _Console())
+    handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -71,9 +76,13 @@ def _fields(record: logging.LogRecord) -> Mapping[str, object]:
 
 
 class _Console(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._prefix = [] if process == "front" else [f"{process}:"]
+
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        parts = [clock, f"{record.levelname.lower():7}", record.getMessage()]
+        parts = [clock, f"{record.levelname.lower():7}", *self._prefix, record.getMessage()]
         parts += [f"{key}={_plain(value)}" for key, value in _fields(record).items()]
         line = " ".join(parts)
         if record.exc_info:
@@ -82,10 +91,15 @@ class _Console(logging.Formatter):
 
 
 class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "time": round(record.created, 6),
             "level": record.levelname.lower(),
+            "process": self._process,
             "logger": record.name,
             "event": record.getMessage(),
             **_fields(record),

@@ -64,6 +64,7 @@ def engine_config(
         base_folder=str(folder.path),
         cache_folder=str(config.cache_dir),
         base_name=base.name,
+        log_format=config.log_format,
         weights_fingerprint=base.fingerprint.weights,
         device=config.device,
         quantization=config.quantization,

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.request import urlopen
 
+import grpc
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2
@@ -25,17 +26,24 @@ REQUESTS = (("", 5), ("rank-4", 7), ("rank-16", 3), ("rank-4", 6))
 """Adapter and new tokens of each."""
 
 
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "server.log"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def own(
     base_folder: Path,
     cache_dir: Path,
     real_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
+    log: Path,
 ) -> AsyncIterator[Server]:
     """A server that nobody else asks, so that its counts are exact."""
     tool("prometheus")
     folder = tmp_path_factory.mktemp("own") / "data"
-    async with running_server(folder, cache_dir) as server:
+    flags = ("--log-format", "json")
+    async with running_server(folder, cache_dir, *flags, log=log) as server:
         for name in ("rank-4", "rank-16"):
             await server.push(real_adapters[name], name)
         yield server
@@ -160,3 +168,29 @@ async def test_promtool_finds_nothing_wrong(own: Server) -> None:
             check=False,
         )
         assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
+async def test_every_log_line_is_json_and_tells_no_prompt(own: Server, log: Path) -> None:
+    """Of both processes; an answer's line says why its first token took so long."""
+    await own.adapters.EvictAdapter(adapters_pb2.EvictAdapterRequest(name="rank-4"))
+    secret = "Xylophone quixotic"
+    await own.generate(
+        request_id="of-3-am", adapter="rank-4", prompt=secret, stopping={"max_tokens": 2}
+    )
+    with pytest.raises(grpc.aio.AioRpcError):
+        await own.generate(request_id="refused", adapter="nobody", prompt=secret)
+    text = await asyncio.to_thread(log.read_text)
+    assert "Xylophone" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["process"] for line in lines} == {"front", "engine"}
+    of_id = {line["request_id"]: line for line in lines if "request_id" in line}
+    told = of_id["of-3-am"]
+    assert (told["event"], told["outcome"], told["tier"]) == ("request", "length", "disk")
+    assert told["adapter"].startswith("rank-4@")
+    assert told["load_s"] > 0
+    assert told["queue_s"] + told["load_s"] < told["first_token_s"] < told["total_s"]
+    assert of_id["refused"]["event"] == "call refused"
+    assert of_id["refused"]["reason"] == "ADAPTER_NOT_FOUND"
+    loads = [line for line in lines if line["event"] == "adapter loaded"]
+    assert {"read_s", "verify_s", "convert_s"} <= set(loads[-2])
+    assert loads[-1]["adapter"] == "rank-4"

@@ -352,7 +352,6 @@ class StepLoop:
         digest = message.weights_digest
         self._changed[digest] = None
         if message.error is not None:
-            log.warning("adapter %s failed to load: %s", digest[:12], message.error)
             self._fail_adapter(digest, message.error)
             return
         self._memory.admit(message)

@@ -66,6 +66,7 @@ class EngineConfig(Message, frozen=True):
         base_folder: local Hugging Face folder of the base model.
         cache_folder: where 4-bit checkpoints are kept.
         base_name: logical name, for messages.
+        log_format: of the engine's lines on standard error, see `logs`.
         weights_fingerprint: `BaseFingerprint.weights`; keys the 4-bit cache.
         device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
@@ -85,6 +86,7 @@ class EngineConfig(Message, frozen=True):
     cache_folder: str
     base_name: str
     weights_fingerprint: str
+    log_format: Literal["console", "json"] = "console"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -21,6 +21,7 @@ import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
 
+from veneer_server import logs
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.exact import ExactRunner
 from veneer_server.engine.grammar import Grammars
@@ -45,7 +46,7 @@ from veneer_server.models.loader import load_weights, torch_dtype
 
 __all__ = ["build_engine", "main"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("veneer_server.engine.process")  # not __main__, which it is
 
 
 def build_engine(
@@ -173,7 +174,6 @@ def _reader(connection: socket.socket, inbox: Inbox) -> None:
 
 def main() -> None:
     """Entry point of the engine process."""
-    logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
     # It warns that an optional package is missing, which must stay missing: that
     # package would fetch native code from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -186,6 +186,8 @@ def main() -> None:
     if body is None:
         return
     config = msgspec.msgpack.decode(body, type=EngineConfig)
+    logs.configure(config.log_format, process="engine")
+    logging.captureWarnings(True)
     inbox: Inbox = queue.SimpleQueue()
     info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
 

@@ -122,8 +122,10 @@ class GenerateEndpoint(ABC):
         await self._fail(reply, failure)
 
     async def _fail(self, reply: Reply, error: VeneerError | HttpError) -> None:
+        reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
-            self._core.metrics.failures.labels(error.reason).inc()
+            self._core.metrics.failures.labels(reason).inc()
+        _log.info("call refused", method=type(self).__name__, reason=reason)
         try:
             await reply.fail(error)
         except VeneerError:

@@ -143,6 +143,7 @@ class Generation:
         first = self._first_output
         return {
             "prompt_tokens": len(self.prompt.ids),
+            "cached_tokens": self.cached_tokens,
             "new_tokens": self.completion_tokens,
             "queue_s": round(self._queue_s, 4),
             "load_s": round(first.load_seconds, 4) if first is not None else 0.0,
@@ -317,10 +318,8 @@ class Generator:
         self, generation: Generation | None, lease: RevisionLease | None, outcome: str
     ) -> None:
         """Metrics and one log line for a request that has ended."""
-        adapter = lease.ref.short if lease is not None else ""
         if generation is None:
-            _log.info("request refused", outcome=outcome, adapter=adapter)
-            return
+            return  # what refused it is in the line of its call
         metrics, facts = self.metrics, generation.facts()
         if outcome in ("stop", "length", "cancelled"):
             metrics.requests.labels(outcome).inc()
@@ -328,4 +327,10 @@ class Generator:
             metrics.request_generation_tokens.observe(facts["new_tokens"])
         if generation.finish is not None:
             metrics.latency.observe(facts["total_s"])
-        _log.info("request", outcome=outcome, adapter=adapter, **facts)
+        _log.info(
+            "request",
+            outcome=outcome,
+            adapter=lease.ref.short if lease is not None else "",
+            tier=generation.tier.value if generation.tier is not None else "",
+            **facts,
+        )

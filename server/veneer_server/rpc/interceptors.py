@@ -100,6 +100,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 handling.observe(time.perf_counter() - started)
                 handled.labels(service, name, code).inc()
+            _log.info("call refused", method=name, code=code, reason=failure.reason)
             status = to_grpc_status(failure)
             self._metrics.failures.labels(failure.reason).inc()
             # Does not wait for the caller: where it takes nothing, the status stays in

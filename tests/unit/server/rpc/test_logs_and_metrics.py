@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import generate_latest
 from veneer_server import logs
+from veneer_server.adapter_log import AdapterLog
 from veneer_server.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -103,3 +104,46 @@ def test_engine_events() -> None:
     assert found['veneer_adapters_resident{tier="device"}'] == 0
     assert found["veneer_num_requests_running"] == 0
     assert found["veneer_engine_healthy"] == 0
+
+
+class Names:
+    """FAKE registry: ``d1`` has two names."""
+
+    def names(self, weights_digest: str) -> list[str]:
+        return ["sql", "chat"] if weights_digest == "d1" else []
+
+
+def test_loads_evictions_and_failures_are_told_by_name(stream: io.StringIO) -> None:
+    logs.configure("json", stream)
+    adapters = AdapterLog(Names())
+    adapters.on_engine_event(AdapterLoaded("d1", "disk", {"read": 0.51234, "copy": 0.25}))
+    adapters.on_engine_event(Evicted("d2", "device", "capacity"))
+    adapters.on_engine_event(
+        AdapterFailed("d1", WireError("DATA_LOSS", "it is gone", {}, None))
+    )
+    adapters.on_engine_event(Occupancy(3, 4, 1, 1, 4))
+    loaded, evicted, failed = map(json.loads, stream.getvalue().splitlines())
+    assert (loaded["event"], loaded["adapter"], loaded["source"]) == (
+        "adapter loaded",
+        "chat,sql",
+        "disk",
+    )
+    assert (loaded["read_s"], loaded["copy_s"]) == (0.5123, 0.25)
+    assert (evicted["adapter"], evicted["weights"]) == ("", "d2")
+    assert (evicted["tier"], evicted["cause"]) == ("device", "capacity")
+    assert (failed["level"], failed["reason"], failed["error"]) == (
+        "warning",
+        "DATA_LOSS",
+        "it is gone",
+    )
+
+
+def test_the_engines_lines_say_whose_they_are(stream: io.StringIO) -> None:
+    logs.configure("json", stream, process="engine")
+    logging.getLogger("veneer_server.engine.x").info("%d rows", 3)
+    logs.configure("console", stream, process="engine")
+    logging.getLogger("veneer_server.engine.x").info("%d rows", 3)
+    first, second = stream.getvalue().splitlines()
+    assert json.loads(first)["process"] == "engine"
+    assert json.loads(first)["event"] == "3 rows"
+    assert second.endswith("engine: 3 rows")

@@ -1,0 +1,118 @@
+"""A real browser draws the report page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from veneer_loadtest.html.page import write_page
+
+from tests.browser_harness import dump_dom, screenshot
+from tests.unit.loadtest import results_kit as kit
+
+LONG = "an-adapter-whose-name-has-no-end-" * 6
+MEASURE = """
+<script>
+window.onload = () => {
+  const plots = [...document.querySelectorAll("svg")].map((svg) => {
+    const box = svg.getBoundingClientRect();
+    const inside = svg.querySelector("g").getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+    return {
+      width: box.width, height: box.height, drawn: inside.width * inside.height,
+      texts: texts.length,
+      cut: texts.filter((t) => t.left < box.left - 1 || t.right > box.right + 1 ||
+                               t.top < box.top - 1 || t.bottom > box.bottom + 1).length,
+    };
+  });
+  const wide = [...document.querySelectorAll("body *")].filter(
+    (one) => !one.closest("svg") && one.getBoundingClientRect().right > innerWidth + 0.5);
+  const told = document.createElement("pre");
+  told.id = "measured";
+  told.textContent = JSON.stringify({
+    plots, inner: innerWidth, whole: document.documentElement.scrollWidth,
+    wide: wide.map((one) => one.outerHTML.slice(0, 80)),
+    attacked: window.attacked === true,
+  });
+  document.body.append(told);
+};
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search and two levels of a run beside it, with every plot, and a hostile name."""
+    attack = "<script>window.attacked = true</script>"
+    levels = [
+        kit.level(1),
+        kit.level(
+            8,
+            by_adapter={attack: kit.split(5, 1.0, 2.0), LONG: kit.split(5, 1.0, 2.0)},
+            errors={LONG: 4},
+        ),
+    ]
+    run = kit.run(
+        *levels, label="a run " + "of a long name " * 5, load=kit.load((attack, LONG))
+    )
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    write_page(file, [run, kit.find_max((1, 1.0), (2, 0.5), label=attack)])
+    return file
+
+
+def _measured(report: Path, width: int, work: Path) -> dict[str, Any]:
+    """What the browser says of the page, asked by a script in a copy of it."""
+    text = report.read_text("utf-8")
+    # It forbids scripts, also this one; whether names are only text must hold without it.
+    text, removed = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert removed == 1
+    copy = work / "measured.html"
+    copy.write_text(text.replace("</body>", MEASURE + "</body>"), "utf-8")
+    found = re.search(r'<pre id="measured">(.*?)</pre>', dump_dom(copy, width, work), re.S)
+    assert found is not None
+    told: dict[str, Any] = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">"))
+    return told
+
+
+@pytest.mark.parametrize("width", [800, 1200])
+def test_every_plot_is_drawn_and_nothing_is_wider_than_the_window(
+    report: Path, width: int, tmp_path: Path
+) -> None:
+    told = _measured(report, width, tmp_path)
+    assert told["inner"] == width
+    assert told["whole"] <= width
+    assert told["wide"] == []
+    assert len(told["plots"]) == 6
+    for plot in told["plots"]:
+        assert plot["width"] > 0.8 * min(width, 1000)
+        assert plot["height"] > 100
+        assert plot["drawn"] > 0.5 * plot["width"] * plot["height"]
+        assert plot["texts"] > 10
+        assert plot["cut"] == 0
+    assert not told["attacked"]
+
+
+def test_no_script_runs_on_the_page(report: Path, tmp_path: Path) -> None:
+    """Its policy holds in a browser, whatever would slip through the escaping."""
+    copy = tmp_path / "copy.html"
+    text = report.read_text("utf-8")
+    copy.write_text(text.replace("</body>", MEASURE + "</body>"), "utf-8")
+    assert '<pre id="measured">' not in dump_dom(copy, 800, tmp_path)
+
+
+def test_the_picture_is_not_blank(report: Path, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    file = tmp_path / "page.png"
+    screenshot(report, file, (1200, 5000), tmp_path)
+    pixels = (imread(file)[..., :3] * 255).round().astype(int)
+    assert pixels.shape[:2] == (5000, 1200)
+    colours = {(r << 16) + (g << 8) + b for r, g, b in pixels[::2, ::2].reshape(-1, 3).tolist()}
+    assert len(colours) > 100
+    # The first two runs' lines, and the tiers'.
+    assert {0x0072B2, 0xD55E00, 0xE69F00} <= colours
+    inked = (pixels.min(axis=2) < 250).any(axis=1)
+    assert inked.mean() > 0.5
