@@ -29,6 +29,7 @@ class LocalServer:
     Attributes:
         address: ``HOST:PORT`` of gRPC.
         metrics_address: ``HOST:PORT`` of Prometheus.
+        data_dir: where adapters are, unless ``flags`` say otherwise.
         ready_line: what the server printed when it was ready.
         command: the command line, for reports.
     """
@@ -54,7 +55,8 @@ class LocalServer:
         self.log_path = folder / "server.log"
         ports = folder / "ports.json"
         own = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-        own += ["--data-dir", str(folder / "data"), "--port-file", str(ports)]
+        self.data_dir = folder / "data"
+        own += ["--data-dir", str(self.data_dir), "--port-file", str(ports)]
         # A flag that the caller gives again comes later, and the last one wins.
         command = [sys.executable, "-m", "veneer_server", "serve", *own, *flags]
         self.command = " ".join(["veneer-server", *flags])

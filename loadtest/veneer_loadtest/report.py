@@ -15,11 +15,14 @@ from pathlib import Path
 
 import psutil
 
+from veneer_loadtest.results import Spread
+
 __all__ = [
     "busy_share",
     "conditions",
     "median",
     "percentile",
+    "spread",
     "usable_cores",
     "versions",
     "write_json",
@@ -43,6 +46,17 @@ def percentile(values: Iterable[float], share: float) -> float:
 def median(values: Iterable[float]) -> float:
     """The 50th percentile."""
     return percentile(values, 0.5)
+
+
+def spread(seconds: Iterable[float]) -> Spread:
+    """Of several samples, in milliseconds."""
+    values = [float(second) * 1e3 for second in seconds]  # of numpy, too
+    return Spread(
+        p50=median(values),
+        p99=percentile(values, 0.99),
+        low=min(values),
+        high=max(values),
+    )
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -29,10 +29,16 @@ BUNDLED = "smollm2-135m"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that is ready; ``command`` is how it was started."""
+    """A server that is ready.
+
+    Attributes:
+        command: how it was started.
+        data_dir: of a server of this run's own: its adapters' files.
+    """
 
     client: AsyncClient
     command: str
+    data_dir: Path | None = None
 
 
 @asynccontextmanager
@@ -54,7 +60,7 @@ async def target(
     all_flags = ["--base", str(base_folder), "--threads", str(threads), *flags]
     with LocalServer(all_flags) as server:
         async with AsyncClient(server.address, timeout_s=120.0) as client:
-            yield Target(client, server.command)
+            yield Target(client, server.command, server.data_dir)
 
 
 @asynccontextmanager

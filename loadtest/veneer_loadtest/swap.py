@@ -1,41 +1,30 @@
 """What a change of adapter costs: first tokens in a closed loop, one request at a time.
 
-Each sample runs adapter A, then measures the first token of A again (resident, the
+Each round runs adapter A, then measures the first token of A again (resident, the
 yardstick), of B resident, of B in HOST only, of B on DISK only, and of a new adapter
 from the acknowledged upload on. Admin calls bring B to its tier before the clock
-starts; each case follows a request to A, so that it is a swap.
-
-A result file holds:
-
-- ``kind``: ``"swap"``
-- ``conditions``, ``versions``, ``device``, ``commands``, ``workload``: as in `compare`
-- ``cases``: for ``same``, ``device``, ``host``, ``disk``, ``publish``: ``first_token_ms``
-  and ``load_ms`` (waiting for the adapter, as the server says), {p50, p99, low, high},
-  and ``samples_ms``
-- ``summary`` (milliseconds): ``first_token_ms`` (A resident), ``device_delta_ms``,
-  ``host_delta_ms``, ``disk_delta_ms`` (median of the case - median of ``same``),
-  ``publish_to_first_token_ms`` (median). The churn keys of the contract come with
-  churn load.
+starts; each case follows a request to A, so that it is a swap. Figures are differences
+within a round. The result is `results.SwapResult`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from veneer_client import AsyncClient, Tier, VeneerError
 
-from veneer_loadtest.report import median, percentile
+from veneer_loadtest import page_cache
+from veneer_loadtest.report import spread
+from veneer_loadtest.results import Case, CaseFigures, ChurnFigures
 from veneer_loadtest.runner import StreamRun, run_stream
 from veneer_loadtest.workload import BaseShape, make_adapter, make_streams
 
-__all__ = ["Case", "SwapOptions", "SwapResult", "swap"]
-
-Case = Literal["same", "device", "host", "disk", "publish"]
+__all__ = ["Sample", "SwapOptions", "case_figures", "summary", "swap"]
 
 A, B = "swap-a", "swap-b"
 NEW = "swap-new"
@@ -50,13 +39,19 @@ class WrongTier(VeneerError):
 
 @dataclass(frozen=True, slots=True)
 class SwapOptions:
-    """What `swap` measures: ``samples`` of each case, prompts of ``prompt_tokens``."""
+    """What `swap` measures: ``samples`` of each case, prompts of ``prompt_tokens``.
+
+    Attributes:
+        data_dir: of the server, where this process may see it; else its files cannot be
+            dropped from the page cache, and the case ``disk_cold`` is left out.
+    """
 
     base: BaseShape
     rank: int
     prompt_tokens: int
     samples: int
     seed: int
+    data_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +62,43 @@ class Sample:
     load_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class SwapResult:
-    """All samples by case."""
-
-    cases: dict[Case, tuple[Sample, ...]]
-
-    def summary(self) -> dict[str, float]:
-        """Milliseconds; see the module's docstring."""
-        middle = {
-            case: median(s.first_token_s for s in got) for case, got in self.cases.items()
-        }
-        ms = {case: value * 1e3 for case, value in middle.items()}
-        return {
-            "first_token_ms": ms["same"],
-            "device_delta_ms": ms["device"] - ms["same"],
-            "host_delta_ms": ms["host"] - ms["same"],
-            "disk_delta_ms": ms["disk"] - ms["same"],
-            "publish_to_first_token_ms": ms["publish"],
-        }
-
-    def as_json(self) -> dict[str, object]:
-        """The ``cases`` of a result file."""
-        return {
-            case: {
-                "first_token_ms": _spread([s.first_token_s for s in samples]),
-                "load_ms": _spread([s.load_s for s in samples]),
-                "samples_ms": [s.first_token_s * 1e3 for s in samples],
-            }
-            for case, samples in self.cases.items()
-        }
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
+def case_figures(cases: Mapping[Case, list[Sample]]) -> dict[str, CaseFigures]:
+    """Of each case that was measured; ``same`` has a sample for each of the others'."""
+    same = cases["same"]  # a round is done or not at all, so they pair up
     return {
-        "p50": median(seconds) * 1e3,
-        "p99": percentile(seconds, 0.99) * 1e3,
-        "low": min(seconds) * 1e3,
-        "high": max(seconds) * 1e3,
+        case: CaseFigures(
+            first_token_ms=spread(s.first_token_s for s in samples),
+            delta_ms=spread(
+                s.first_token_s - yardstick.first_token_s
+                for s, yardstick in zip(samples, same, strict=True)
+            ),
+            load_ms=spread(s.load_s for s in samples),
+            samples_ms=[s.first_token_s * 1e3 for s in samples],
+        )
+        for case, samples in cases.items()
+        if samples
     }
+
+
+def summary(cases: Mapping[str, CaseFigures], churn: ChurnFigures | None) -> dict[str, float]:
+    """Medians in milliseconds; see `results.SwapResult`."""
+    if "same" not in cases:
+        return {}
+    found = {
+        "first_token_ms": cases["same"].first_token_ms.p50,
+        "device_delta_ms": cases["device"].delta_ms.p50,
+        "host_delta_ms": cases["host"].delta_ms.p50,
+        "disk_delta_ms": cases.get("disk_cold", cases["disk"]).delta_ms.p50,
+        "disk_cached_delta_ms": cases["disk"].delta_ms.p50,
+        "publish_to_first_token_ms": cases["publish"].first_token_ms.p50,
+    }
+    if churn is not None:
+        found |= {
+            "churn_itl_p99_ratio": churn.inside_ms.p99 / churn.quiet_ms.p99,
+            "churn_added_p99_ms": churn.inside_ms.p99 - churn.quiet_ms.p99,
+            "churn_max_stall_steps": churn.steps,
+        }
+    return found
 
 
 async def swap(
@@ -113,8 +106,16 @@ async def swap(
     options: SwapOptions,
     folder: Path,
     on_sample: Callable[[], None] = lambda: None,
-) -> SwapResult:
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[Case, list[Sample]]:
     """Measure; adapters are made in ``folder``, published, and deleted at the end.
+
+    Args:
+        stopped: asked before each round; ends them.
+
+    Returns:
+        samples by case, in rounds; ``disk_cold`` is empty where a file stayed in the page
+        cache.
 
     Raises:
         WrongTier: the server found an adapter in another tier than expected.
@@ -127,11 +128,15 @@ async def swap(
             new.push_async_callback(client.delete, name)
         for warm in (A, B, A):
             await bench.run(warm)
+        left_out = () if bench.can_drop else ("disk_cold",)
         for _ in range(options.samples):
+            if stopped():
+                break
             for case in cases:
-                cases[case].append(await bench.sample(case))
+                if case not in left_out:
+                    cases[case].append(await bench.sample(case))
             on_sample()
-    return SwapResult({case: tuple(samples) for case, samples in cases.items()})
+    return cases
 
 
 class _Bench:
@@ -178,16 +183,27 @@ class _Bench:
                 return self._checked(await self.run(B), Tier.DEVICE)
             case "host":
                 return self._checked(await self.run(B), Tier.HOST)
-            case "disk":
+            case "disk" | "disk_cold":
                 return self._checked(await self.run(B), Tier.DISK)
 
     async def _prepare(self, case: Case) -> None:
         if case == "device":
             await self._client.activate(B)
-        elif case in ("host", "disk"):
+        elif case in ("host", "disk", "disk_cold"):
             await self._client.evict(B)
+            if case == "disk_cold":
+                self._drop()
             if case == "host":
                 await self._client.activate(B, tier=Tier.HOST)
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether the server's files can be dropped from the page cache."""
+        return self._options.data_dir is not None and page_cache.drop(self._options.data_dir)
+
+    def _drop(self) -> None:
+        assert self._options.data_dir is not None
+        page_cache.drop(self._options.data_dir)
 
     async def _publish_and_run(self) -> Sample:
         await self.publish(NEW)

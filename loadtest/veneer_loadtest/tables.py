@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -10,11 +10,11 @@ from rich.table import Table
 from veneer_loadtest import prefix
 from veneer_loadtest.compare import Level
 from veneer_loadtest.gate import Gate
-from veneer_loadtest.results import Distribution, Probe
+from veneer_loadtest.results import CaseFigures, ChurnFigures, Distribution, Probe
 from veneer_loadtest.results import Level as LoadLevel
-from veneer_loadtest.swap import SwapResult
 
 __all__ = [
+    "churn_table",
     "compare_table",
     "gate_line",
     "levels_table",
@@ -92,29 +92,47 @@ def prefix_table(levels: Sequence[prefix.Level]) -> Table:
     return table
 
 
-def swap_table(outcome: SwapResult) -> Table:
+def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
     """First tokens by where the adapter was."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("first token of")
-    for column in ("p50", "p99", "range", "load p50"):
+    for column in ("p50", "p99", "range", "added p50", "load p50"):
         table.add_column(column, justify="right", no_wrap=True)
     names = {
         "same": "the same adapter again",
         "device": "another one, in DEVICE",
         "host": "another one, in HOST",
-        "disk": "another one, on DISK",
+        "disk": "another one, on DISK (page cache)",
+        "disk_cold": "another one, on DISK",
         "publish": "a new one, after its upload",
     }
-    for case, figures in outcome.as_json().items():
-        own: Any = figures
-        first, load = own["first_token_ms"], own["load_ms"]
+    for case, own in cases.items():
+        first = own.first_token_ms
         table.add_row(
             names[case],
-            f"{first['p50']:.1f} ms",
-            f"{first['p99']:.1f} ms",
-            f"{first['low']:.1f}-{first['high']:.1f}",
-            f"{load['p50']:.1f} ms",
+            f"{first.p50:.1f} ms",
+            f"{first.p99:.1f} ms",
+            f"{first.low:.1f}-{first.high:.1f}",
+            f"{own.delta_ms.p50:+.1f} ms" if case != "same" else "",
+            f"{own.load_ms.p50:.1f} ms",
         )
+    return table
+
+
+def churn_table(churn: ChurnFigures) -> Table:
+    """Time between tokens, beside uploads and without."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{churn.streams} streams beside {churn.publishes} uploads")
+    for column in ("p50", "p99", "longest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = (
+        ("between tokens, quiet", churn.quiet_ms),
+        ("between tokens, while one is uploaded or loaded", churn.inside_ms),
+        ("between tokens, between uploads", churn.outside_ms),
+        ("upload, until in DEVICE", churn.publish_ms),
+    )
+    for name, row in rows:
+        table.add_row(name, f"{row.p50:.1f} ms", f"{row.p99:.1f} ms", f"{row.high:.1f} ms")
     return table
 
 

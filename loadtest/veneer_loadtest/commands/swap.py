@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from veneer_client import AsyncClient
 
 from veneer_loadtest import report, setup, workload
 from veneer_loadtest import swap as swapping
+from veneer_loadtest.churn import ChurnOptions, churn
 from veneer_loadtest.commands.common import (
     OUT,
     PACKAGES,
@@ -25,17 +26,33 @@ from veneer_loadtest.commands.common import (
     ServerFlag,
     Spawn,
     Threads,
-    finish,
     warn_if_busy,
 )
 from veneer_loadtest.commands.common import run as run_command
-from veneer_loadtest.tables import swap_table
+from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
+from veneer_loadtest.load.session import StopSignal, stop_on_signals
+from veneer_loadtest.load.summary import parse_limit, parse_seconds
+from veneer_loadtest.results import Case, ChurnFigures, SwapResult
+from veneer_loadtest.tables import churn_table, swap_table
 
-__all__ = ["EXAMPLES", "swap"]
+__all__ = ["EXAMPLES", "KEYS", "swap"]
 
 EXAMPLES = (
     "Examples:\n\n  veneer-loadtest swap --spawn\n\n"
-    "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json"
+    "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json\n\n"
+    "  veneer-loadtest swap --spawn --churn 0 --fail-if 'disk_delta_ms>100'"
+)
+
+KEYS = (
+    "first_token_ms",
+    "device_delta_ms",
+    "host_delta_ms",
+    "disk_delta_ms",
+    "disk_cached_delta_ms",
+    "publish_to_first_token_ms",
+    "churn_itl_p99_ratio",
+    "churn_added_p99_ms",
+    "churn_max_stall_steps",
 )
 
 
@@ -45,64 +62,143 @@ def swap(
     samples: Annotated[int, typer.Option(help="Of each case.", min=1)] = 20,
     rank: Rank = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.", min=1)] = 40,
+    churn_text: Annotated[
+        str,
+        typer.Option(
+            "--churn",
+            help="Time of each phase of uploads beside streams, and of each without; 0: none.",
+        ),
+    ] = "15s",
+    churn_phases: Annotated[int, typer.Option(help="Of each kind.", min=1)] = 2,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
     server_flag: ServerFlag = None,
     seed: Seed = 1,
+    label: Label = "",
     json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+    fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """What a change of adapter costs, by the tier that holds the next one."""
+    """What a change of adapter costs, by the tier that holds the next one; and what streams
+    notice of adapters that are published beside them."""
 
     async def work() -> None:
+        limits = [parse_limit(each, KEYS) for each in fail_if or ()]
+        outputs = Outputs(json_file, html_file, limits, {})
+        outputs.check()
+        phase_s = parse_seconds("--churn", churn_text)
         folder = setup.find_base_folder(base_folder)
         used = threads or report.usable_cores()
-        options = swapping.SwapOptions(
-            base=workload.read_base_shape(folder),
-            rank=rank,
-            prompt_tokens=prompt_tokens,
-            samples=samples,
-            seed=seed,
-        )
-        result: dict[str, Any] = {"kind": "swap", "conditions": report.conditions()}
+        conditions = report.conditions()
         warn_if_busy()
-        async with setup.target(
-            spawn=spawn,
-            address=server,
-            base_folder=folder,
-            threads=used,
-            flags=server_flag or (),
-        ) as ours:
-            info = await ours.client.info()
-            outcome = await _swap(ours.client, options)
-            result |= {
-                "device": {"server": info.device},
-                "versions": report.versions(PACKAGES),
-                "commands": {"server": ours.command},
-                "workload": {
-                    "rank": rank,
-                    "adapter_bytes": _adapter_bytes(options),
-                    "prompt_tokens": prompt_tokens,
-                    "samples": samples,
-                    "threads": used,
-                    "seed": seed,
-                },
-                "cases": outcome.as_json(),
-                "summary": outcome.summary(),
-            }
-        OUT.print(swap_table(outcome))
-        finish(result, json_file)
+        OUT.print(f"seed {seed}", style="dim")
+        with stop_on_signals() as stop:
+            async with setup.target(
+                spawn=spawn,
+                address=server,
+                base_folder=folder,
+                threads=used,
+                flags=server_flag or (),
+            ) as ours:
+                info = await ours.client.info()
+                options = swapping.SwapOptions(
+                    base=workload.read_base_shape(folder),
+                    rank=rank,
+                    prompt_tokens=prompt_tokens,
+                    samples=samples,
+                    seed=seed,
+                    data_dir=ours.data_dir,
+                )
+                cases = swapping.case_figures(await _swap(ours.client, options, stop))
+                OUT.print(swap_table(cases))
+                if "disk_cold" not in cases:
+                    OUT.print(
+                        "[yellow]note:[/yellow] the adapters' files stayed in the page cache: "
+                        "disk figures are of a warm one (--spawn on a local disk drops them)",
+                        soft_wrap=True,
+                    )
+                churned = None
+                if phase_s and not stop.event.is_set():
+                    churned = await _churn(
+                        ours.client, options, info.context_length, phase_s, churn_phases, stop
+                    )
+                    if churned is not None:
+                        OUT.print(churn_table(churned))
+        result = SwapResult(
+            label=label,
+            conditions=conditions,
+            versions=report.versions(PACKAGES),
+            target={
+                "api": "veneer",
+                "command": ours.command,
+                "version": info.version,
+                "device": info.device,
+                "backend": info.backend,
+                "base_model": info.base_model.name,
+                "quantization": info.base_model.quantization,
+            },
+            workload={
+                "rank": rank,
+                "adapter_bytes": _adapter_bytes(options),
+                "prompt_tokens": prompt_tokens,
+                "samples": samples,
+                "threads": used,
+                "seed": seed,
+            },
+            cases=cases,
+            churn=churned,
+            partial=stop.event.is_set(),
+            why=stop.why,
+            summary=swapping.summary(cases, churned),
+        )
+        outputs.deliver(result)
 
     run_command(work(), debug)
 
 
-async def _swap(client: AsyncClient, options: swapping.SwapOptions) -> swapping.SwapResult:
-    OUT.print(f"seed {options.seed}", style="dim")
+async def _churn(
+    client: AsyncClient,
+    options: swapping.SwapOptions,
+    context: int,
+    phase_s: float,
+    phases: int,
+    stop: StopSignal,
+) -> ChurnFigures | None:
+    with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
+        named = workload.make_adapters(
+            Path(scratch), options.base, count=4, rank=options.rank, seed=options.seed
+        )
+        async with setup.published(client, named):
+            with Console(stderr=True).status("streams beside uploads"):
+                return await churn(
+                    client,
+                    ChurnOptions(
+                        base=options.base,
+                        adapters=tuple(named),
+                        rank=options.rank,
+                        phase_s=phase_s,
+                        phases=phases,
+                        context=context,
+                        seed=options.seed,
+                    ),
+                    Path(scratch),
+                    stop.event.is_set,
+                )
+
+
+async def _swap(
+    client: AsyncClient, options: swapping.SwapOptions, stop: StopSignal
+) -> dict[Case, list[swapping.Sample]]:
     progress = Progress(console=Console(stderr=True), transient=True)
     with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch, progress:
         task = progress.add_task("swapping", total=options.samples)
         return await swapping.swap(
-            client, options, Path(scratch), lambda: progress.advance(task)
+            client,
+            options,
+            Path(scratch),
+            lambda: progress.advance(task),
+            stop.event.is_set,
         )
 
 

@@ -11,17 +11,15 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
-from veneer_loadtest import gate, swap
+from veneer_loadtest import gate
 from veneer_loadtest.cli import cli
 from veneer_loadtest.compare import Level, abba, same_prefix_share
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peer_messages import Generate, Score, Scored
 from veneer_loadtest.runner import Round, run_round
-from veneer_loadtest.swap import SwapOptions, WrongTier
-from veneer_loadtest.tables import compare_table, gate_line, swap_table
+from veneer_loadtest.tables import compare_table, gate_line
 from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import NonFiniteOutput
 
 from tests.unit.client.fake_server import FakeServer, Refusal
 
@@ -181,64 +179,10 @@ async def test_peer_decodes_mixed_batches(base_folder: Path, tmp_path: Path) -> 
         assert scores[0] != scores[1]
 
 
-# --------------------------------------------------------------------------- swap
-
-
-async def test_swap_refuses_figures_from_the_wrong_tier(
-    server: FakeServer, tmp_path: Path
-) -> None:
-    server.tier = inference_pb2.TIER_HOST  # whatever is asked for
-    options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
-    async with AsyncClient(server.address) as client:
-        with pytest.raises(WrongTier, match="larger adapter budgets"):
-            await swap.swap(client, options, tmp_path)
-    assert server.adapters == {}, "what the run published is gone"
-
-
-def test_swap_summary() -> None:
-    def samples(*ms: float) -> tuple[swap.Sample, ...]:
-        return tuple(swap.Sample(value / 1e3, 0.0) for value in ms)
-
-    outcome = swap.SwapResult(
-        {
-            "same": samples(10, 11, 90),
-            "device": samples(12),
-            "host": samples(14),
-            "disk": samples(36, 30, 31),
-            "publish": samples(50),
-        }
-    )
-    assert outcome.summary() == {
-        "first_token_ms": pytest.approx(11),
-        "device_delta_ms": pytest.approx(1),
-        "host_delta_ms": pytest.approx(3),
-        "disk_delta_ms": pytest.approx(20),
-        "publish_to_first_token_ms": pytest.approx(50),
-    }
-    assert swap_table(outcome).row_count == 5
-
-
 @pytest.mark.real_base
-def test_commands_on_the_real_server(
-    base_folder: Path, cache_dir: Path, tmp_path: Path
-) -> None:
+def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path: Path) -> None:
     common = ["--spawn", "--base-folder", str(base_folder), "--threads", "1"]
     common += ["--server-flag", "--cache-dir", "--server-flag", str(cache_dir)]
-    done = CliRunner().invoke(
-        cli,
-        ["swap", *common, "--samples", "1", "--rank", "4", "--json", str(tmp_path / "s.json")],
-    )
-    assert done.exit_code == 0, done.output
-    result = json.loads((tmp_path / "s.json").read_text())
-    assert result["kind"] == "swap"
-    assert result["cases"]["disk"]["load_ms"]["p50"] > 0
-    assert result["cases"]["device"]["load_ms"]["p50"] == 0
-    assert set(result["summary"]) >= {
-        "host_delta_ms",
-        "disk_delta_ms",
-        "publish_to_first_token_ms",
-    }
-
     done = CliRunner().invoke(
         cli,
         [
@@ -319,19 +263,6 @@ def test_prefix_needs_no_negative_number_of_adapters() -> None:
     done = CliRunner().invoke(cli, ["prefix", "--spawn", "--generate", "-1"])
     assert done.exit_code == 2
     assert "--generate" in done.output
-
-
-async def test_swap_that_fails_halfway_leaves_nothing(
-    server: FakeServer, tmp_path: Path
-) -> None:
-    server.tier = inference_pb2.TIER_DEVICE
-    options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
-    server.break_after = Refusal(grpc.StatusCode.ABORTED, "no", "NON_FINITE_OUTPUT")
-    async with AsyncClient(server.address) as client:
-        bench = swap._Bench(client, options, tmp_path)
-        with pytest.raises(NonFiniteOutput):
-            await bench._publish_and_run()
-    assert server.adapters == {}
 
 
 def test_error_is_one_line(tmp_path: Path) -> None:

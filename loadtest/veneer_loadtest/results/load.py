@@ -1,21 +1,18 @@
-"""The results of ``run`` and ``find-max``, as they stand in a JSON file.
+"""The results of ``run`` and ``find-max``.
 
-``docs/loadtest-result.schema.json`` is made from these classes. Times end in their unit;
-``*_ms`` are milliseconds, ``at_s`` seconds after the load's start.
+Times end in their unit; ``*_ms`` are milliseconds, ``at_s`` seconds after the load's start.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
-from veneer_loadtest.errors import BadResult
 from veneer_loadtest.load.spec import LoadSpec
+from veneer_loadtest.results.facts import FORMAT
 
 __all__ = [
-    "FORMAT",
     "AdapterLoad",
     "Distribution",
     "FindMaxResult",
@@ -24,7 +21,6 @@ __all__ = [
     "Probe",
     "Requests",
     "Residency",
-    "Result",
     "RunResult",
     "ServerCounts",
     "SloFigures",
@@ -32,12 +28,8 @@ __all__ = [
     "Split",
     "Timeline",
     "Totals",
-    "read_result",
-    "write_result",
 ]
 
-FORMAT: Final = 1
-"""Grows when a reader of before would misunderstand a file."""
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,50 +263,3 @@ class FindMaxResult(
     max_rate: float
     bounded: bool
     summary: dict[str, float]
-
-
-Result = RunResult | FindMaxResult
-
-_decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
-
-
-class _Head(msgspec.Struct):
-    kind: str = ""
-    format: int = FORMAT
-
-
-def read_result(path: Path) -> Result:
-    """A result file.
-
-    Raises:
-        BadResult: it cannot be read, was written only in part, or is something else.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise BadResult(f"cannot read {path}: {error.strerror}") from error
-    try:
-        head = msgspec.json.decode(text, type=_Head)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadResult(
-            f"{path} is no whole result file ({error}): was it copied while it was written, or "
-            "cut? A run that is stopped writes a whole one, marked as partial"
-        ) from error
-    if head.kind not in ("run", "find-max"):
-        raise BadResult(
-            f"{path} holds {head.kind or 'something'!r}: `report` reads what `run` and "
-            "`find-max` write with --json"
-        )
-    if head.format > FORMAT:
-        raise BadResult(f"{path} was written by a newer veneer-loadtest: read it with that one")
-    try:
-        return _decoder.decode(text)
-    except msgspec.MsgspecError as error:
-        raise BadResult(f"{path} is not a result as this version writes it: {error}") from error
-
-
-def write_result(path: Path, result: Result) -> None:
-    """Write a result at once or not at all; its folder must exist."""
-    work = path.with_name(path.name + ".part")
-    work.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    work.replace(path)

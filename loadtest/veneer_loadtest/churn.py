@@ -1,0 +1,246 @@
+"""Adapters published beside decoding streams: what those notice.
+
+Phases without and with uploads in turn (quiet, churn, churn, quiet ...). In each phase all
+streams decode from its beginning to its end, in a process of their own, so that neither
+prefill nor this process's work on uploads is taken for the server's. In a churn phase an
+adapter is published, or replaced by another revision, and activated once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from veneer_client import AsyncClient
+
+from veneer_loadtest.errors import TargetFailed
+from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.targets import VeneerSpec
+from veneer_loadtest.report import spread
+from veneer_loadtest.results import ChurnFigures
+from veneer_loadtest.workload import BaseShape, make_adapter
+
+__all__ = ["ChurnOptions", "churn", "figures"]
+
+NAMES: Final = ("churn-0", "churn-1")
+"""Published at first, then replaced in turn."""
+
+_SETTLE_S: Final = 2.0
+"""From a phase's start: prompts are prefilled, streams have joined."""
+_TAIL: Final = 3
+"""Steps after an activation that still belong to it: what it copied, they may pay for."""
+_TOKENS: Final = 1900
+_EVERY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChurnOptions:
+    """What is measured.
+
+    Attributes:
+        adapters: that the streams use, in turn; published already.
+        phase_s: seconds of each phase, without its settling.
+        phases: of each kind.
+        context: tokens of the server's context.
+    """
+
+    base: BaseShape
+    adapters: tuple[str, ...]
+    rank: int
+    phase_s: float
+    phases: int
+    context: int
+    seed: int
+    streams: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one phase gave.
+
+    Attributes:
+        arrivals: of each stream, when tokens came; seconds of ``time.monotonic()``.
+        windows: of each upload, from its start to the adapter's being active.
+    """
+
+    begin: float
+    arrivals: Sequence[np.ndarray[tuple[int], np.dtype[np.float64]]]
+    windows: Sequence[tuple[float, float]]
+
+
+async def churn(
+    client: AsyncClient,
+    options: ChurnOptions,
+    folder: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ChurnFigures | None:
+    """Measure; the adapters published for it are deleted at the end.
+
+    Args:
+        stopped: asked before each phase; ends them. Less than a phase of each kind is
+            nothing.
+
+    Raises:
+        TargetFailed: a stream failed.
+    """
+    per_phase = int(options.phase_s / _EVERY_S) + 1
+    fresh = await asyncio.to_thread(
+        lambda: [
+            make_adapter(
+                folder / f"churn-{number}",
+                options.base,
+                rank=options.rank,
+                seed=options.seed * 100_000 + number,
+            )
+            for number in range(per_phase * options.phases)
+        ]
+    )
+    uploads = iter(fresh)
+    order = [kind for n in range(options.phases) for kind in _pair(n)]
+    quiet: list[Phase] = []
+    churned: list[Phase] = []
+    async with _deleted(client, NAMES):
+        for number, kind in enumerate(order):
+            if stopped():
+                break
+            found = await _phase(
+                client, options, number, uploads if kind == "churn" else iter(())
+            )
+            (churned if kind == "churn" else quiet).append(found)
+    return figures(options.streams, quiet, churned) if quiet and churned else None
+
+
+def _pair(number: int) -> tuple[str, str]:
+    return ("quiet", "churn") if number % 2 == 0 else ("churn", "quiet")
+
+
+@asynccontextmanager
+async def _deleted(client: AsyncClient, names: Sequence[str]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        there = {info.name async for info in client.list(name_prefix="churn-")}
+        for name in names:
+            if name in there:
+                await client.delete(name)
+
+
+async def _phase(
+    client: AsyncClient, options: ChurnOptions, number: int, uploads: Iterator[Path]
+) -> Phase:
+    load = LoadSpec(
+        adapters=options.adapters,
+        arrivals=Closed(options.streams),
+        popularity=Popularity("roundrobin"),
+        prompt_tokens=Lengths(16, 64),
+        # Longer than any phase, so that nobody starts anew within it.
+        tokens=Lengths(*[min(_TOKENS, options.context - 64)] * 2),
+        duration_s=0.0,
+        warmup_s=0.0,
+        requests=options.streams,
+        cancel_share=0.0,
+        seed=options.seed * 1000 + number,
+        vocab=options.base.vocab,
+    )
+    stop = asyncio.Event()
+    began = asyncio.Event()
+
+    def on_progress(loaded: Loaded) -> None:
+        if sum(loaded.sent.values()) == options.streams:
+            began.set()
+
+    running = asyncio.create_task(
+        generate(
+            load,
+            VeneerSpec(client.address),
+            workers=1,
+            timeout_s=3600.0,
+            stop=stop,
+            on_progress=on_progress,
+        )
+    )
+    try:
+        await asyncio.wait((running, asyncio.create_task(began.wait())),
+                           return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+        await asyncio.sleep(_SETTLE_S)
+        begin = time.monotonic()
+        windows = await _uploads(client, uploads, begin + options.phase_s)
+    finally:
+        stop.set()
+        loaded = await running
+    for record in loaded.records:
+        if record.outcome == "failed":
+            raise TargetFailed(f"a stream of the churn failed: {record.reason}")
+    arrivals = [
+        loaded.start + np.fromiter(record.arrivals_s(), dtype=np.float64)
+        for record in loaded.records
+    ]
+    return Phase(begin, arrivals, windows)
+
+
+async def _uploads(
+    client: AsyncClient, folders: Iterator[Path], end: float
+) -> list[tuple[float, float]]:
+    """Publish one a second until ``end``; without folders, wait for it."""
+    windows: list[tuple[float, float]] = []
+    begin = time.monotonic()
+    for number, folder in zip(count(), folders, strict=False):
+        await asyncio.sleep(max(0.0, begin + number * _EVERY_S - time.monotonic()))
+        if (now := time.monotonic()) >= end:
+            return windows
+        await client.push(folder, NAMES[number % len(NAMES)], allow_replace=True, activate=True)
+        windows.append((now, time.monotonic()))
+    await asyncio.sleep(max(0.0, end - time.monotonic()))
+    return windows
+
+
+def figures(streams: int, quiet: Sequence[Phase], churned: Sequence[Phase]) -> ChurnFigures:
+    """From phases to figures; milliseconds."""
+    calm = np.concatenate([_gaps(phase)[0] for phase in quiet])
+    parts = [_gaps(phase) for phase in churned]
+    inside = np.concatenate([gaps[within] for gaps, within in parts])
+    outside = np.concatenate([gaps[~within] for gaps, within in parts])
+    longest = float(inside.max())
+    windows = [window for phase in churned for window in phase.windows]
+    return ChurnFigures(
+        streams=streams,
+        publishes=len(windows),
+        publish_ms=spread([end - begin for begin, end in windows]),
+        quiet_ms=spread(calm),
+        inside_ms=spread(inside),
+        outside_ms=spread(outside),
+        quiet_gaps=len(calm),
+        inside_gaps=len(inside),
+        longest_ms=longest * 1e3,
+        steps=longest / float(np.median(calm)),
+    )
+
+
+Gaps = tuple[
+    np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.bool_]]
+]
+
+
+def _gaps(phase: Phase) -> Gaps:
+    """Seconds between the tokens of every stream since the phase's beginning, and of each
+    whether it touches a window (or is one of the few after it)."""
+    gaps, within = [], []
+    for arrivals in phase.arrivals:
+        times = arrivals[arrivals >= phase.begin]
+        before, after = times[:-1], times[1:]
+        touches = np.zeros(len(after), dtype=np.bool_)
+        for begin, end in phase.windows:
+            first = int(np.searchsorted(after, begin))
+            last = int(np.searchsorted(before, end, side="right")) + _TAIL
+            touches[first:last] = True
+        gaps.append(after - before)
+        within.append(touches)
+    return np.concatenate(gaps), np.concatenate(within)

@@ -1,0 +1,10 @@
+"""What all result files have in common."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["FORMAT"]
+
+FORMAT: Final = 1
+"""Grows when a reader of before would misunderstand a file."""

@@ -1,0 +1,62 @@
+"""Result files: read, written, described."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from veneer_loadtest.errors import BadResult
+from veneer_loadtest.results.facts import FORMAT
+from veneer_loadtest.results.load import FindMaxResult, RunResult
+
+__all__ = ["Result", "read_result", "write_result"]
+
+Result = RunResult | FindMaxResult
+
+_decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
+
+_KINDS: Final = ("run", "find-max")
+
+
+class _Head(msgspec.Struct):
+    kind: str = ""
+    format: int = FORMAT
+
+
+def read_result(path: Path) -> Result:
+    """A result file.
+
+    Raises:
+        BadResult: it cannot be read, was written only in part, or is something else.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BadResult(f"cannot read {path}: {error.strerror}") from error
+    try:
+        head = msgspec.json.decode(text, type=_Head)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadResult(
+            f"{path} is no whole result file ({error}): was it copied while it was written, or "
+            "cut? A run that is stopped writes a whole one, marked as partial"
+        ) from error
+    if head.kind not in _KINDS:
+        raise BadResult(
+            f"{path} holds {head.kind or 'something'!r}: `report` reads what "
+            f"{', '.join(_KINDS)} write with --json"
+        )
+    if head.format > FORMAT:
+        raise BadResult(f"{path} was written by a newer veneer-loadtest: read it with that one")
+    try:
+        return _decoder.decode(text)
+    except msgspec.MsgspecError as error:
+        raise BadResult(f"{path} is not a result as this version writes it: {error}") from error
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write a result at once or not at all; its folder must exist."""
+    work = path.with_name(path.name + ".part")
+    work.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    work.replace(path)
