@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench tools dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench tools chromium dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,7 +56,7 @@ protos-check: protos
 bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
 
-tools: .cache/tools/usr/bin/prometheus ## Bring what the tests need from Debian: Prometheus, into .cache
+tools: .cache/tools/usr/bin/prometheus chromium ## Bring what the tests need from Debian: Prometheus, Chromium
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -65,6 +65,19 @@ tools: .cache/tools/usr/bin/prometheus ## Bring what the tests need from Debian:
 	  { apt-get update -q && apt-get download -q prometheus promtool; }; }
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
+
+# Installed, not unpacked: it needs some forty libraries. The font is what pages are drawn with.
+CHROMIUM_PACKAGES := chromium-headless-shell fonts-dejavu-core
+chromium:
+	@if dpkg-query -W -f '$${db:Status-Status}\n' $(CHROMIUM_PACKAGES) 2>/dev/null \
+	    | grep -c '^installed' | grep -q '^$(words $(CHROMIUM_PACKAGES))$$'; then :; \
+	elif [ "$$(id -u)" != 0 ]; then \
+	  echo 'not root: for the test of the report page, install $(CHROMIUM_PACKAGES)'; \
+	else \
+	  install='apt-get install -q -y --no-install-recommends $(CHROMIUM_PACKAGES)'; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  $$install || { apt-get update -q && $$install; }; \
+	fi
 
 dashboard: install ## Write Grafana's dashboard from its program
 	$(BIN)/python deploy/grafana/dashboard.py

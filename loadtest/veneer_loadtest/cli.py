@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from veneer_loadtest.commands import compare, find_max, prefix, run, swap
+from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
 
 __all__ = ["cli", "main"]
 
@@ -27,6 +27,7 @@ def top() -> None:
 
 cli.command(epilog=run.EXAMPLES)(run.run)
 cli.command("find-max", epilog=find_max.EXAMPLES)(find_max.find_max)
+cli.command(epilog=report.EXAMPLES)(report.report)
 cli.command(epilog=swap.EXAMPLES)(swap.swap)
 cli.command(epilog=compare.EXAMPLES)(compare.compare)
 cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)

@@ -1,52 +1,34 @@
-"""Ours beside a peer: the same base, adapters, prompts and threads, in one run.
+"""Veneer beside peers: the same base, adapters, prompts and threads, in one run.
 
-A result file holds:
-
-- ``kind``: ``"compare"``
-- ``conditions``: time, command, machine, load average before the run (`report`)
-- ``versions``: of the packages on both sides; ``device`` of the server and peer
-- ``commands``: what was started, ``{"server": ..., "peer": ...}``
-- ``workload``: streams, adapters, rank, prompt_tokens, tokens, repeat, threads, seed
-- ``gate``: see `gate.Gate`; its passing comes before any speed figure
-- ``levels``: one for each number of streams, with ``streams``, ``ratio`` (ours / peer,
-  of the median tokens/s), ``ranges_overlap`` and, under ``ours`` and ``peft``:
-  ``tokens_per_s`` {median, low, high}, ``first_token_ms`` {p50, p99},
-  ``inter_token_ms`` {p50, p99}, ``client_cpu_share`` (load generator's CPU time /
-  wall time), ``rounds`` [{wall_s, tokens}] in the order they ran; and ``same_tokens``,
-  the share of greedy tokens equal to the peer's up to each row's first difference
-  (the two may part at a near tie; the gate is what counts)
-- ``summary``: ``ratio_N`` for each number of streams
+Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that what slows the
+machine for a while slows all of them. The result is `results.CompareResult`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-from veneer_client import AsyncClient
-
-from veneer_loadtest import gate as correctness
-from veneer_loadtest.peer import PeftPeerProcess
-from veneer_loadtest.peer_messages import Generate
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
 from veneer_loadtest.report import median, percentile
-from veneer_loadtest.runner import Round, run_round
+from veneer_loadtest.results import (
+    CompareLevel,
+    Ends,
+    Range,
+    Ratio,
+    RoundFigures,
+    SystemFigures,
+)
+from veneer_loadtest.runner import Round
+from veneer_loadtest.systems import System
 from veneer_loadtest.workload import Stream, make_streams
 
-__all__ = [
-    "CompareOptions",
-    "Level",
-    "SystemName",
-    "abba",
-    "check",
-    "measure",
-    "same_prefix_share",
-]
+__all__ = ["OURS", "CompareOptions", "back_and_forth", "level_of", "measure", "summary"]
 
-SystemName = Literal["ours", "peft"]
-
-WARM_UP_TOKENS: int = 16
+OURS: Final = "veneer"
+WARM_UP_TOKENS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +38,6 @@ class CompareOptions:
     Attributes:
         adapters: name -> folder; published on the server before.
         vocab: tokens of the base's vocabulary.
-        prompt_tokens: shortest and longest prompt.
         tokens: new tokens of each stream.
         repeat: rounds of each system at each number of streams.
     """
@@ -64,129 +45,119 @@ class CompareOptions:
     adapters: Mapping[str, Path]
     vocab: int
     streams: tuple[int, ...]
-    prompt_tokens: tuple[int, int]
+    prompt_tokens: Lengths
     tokens: int
     repeat: int
     seed: int
+    popularity: Popularity
 
-    def workload(self, streams: int) -> tuple[Stream, ...]:
-        """The requests of one round."""
-        return make_streams(
-            tuple(self.adapters),
-            count=streams,
+    def load(self, streams: int, tokens: int) -> LoadSpec:
+        """One round: one request for each stream, all at once."""
+        return LoadSpec(
+            adapters=tuple(self.adapters) or ("",),
+            arrivals=Closed(streams),
+            popularity=self.popularity,
             prompt_tokens=self.prompt_tokens,
-            vocab=self.vocab,
+            tokens=Lengths(tokens, tokens),
+            duration_s=0.0,
+            warmup_s=0.0,
+            requests=streams,
+            cancel_share=0.0,
             seed=self.seed + streams,
+            vocab=self.vocab,
+        )
+
+    def for_the_gate(self) -> tuple[Stream, ...]:
+        """One stream for each adapter."""
+        names = tuple(self.adapters) or ("",)
+        return make_streams(
+            names,
+            count=len(names),
+            prompt_tokens=(self.prompt_tokens.low, self.prompt_tokens.high),
+            vocab=self.vocab,
+            seed=self.seed + len(names),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """Both systems at one number of streams, rounds in the order they ran."""
-
-    streams: int
-    ours: tuple[Round, ...]
-    peft: tuple[Round, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Ours / PEFT, of the median tokens a second."""
-        return median(r.tokens_per_s for r in self.ours) / median(
-            r.tokens_per_s for r in self.peft
-        )
-
-    @property
-    def ranges_overlap(self) -> bool:
-        """Where they do, no win may be claimed."""
-        ours = [r.tokens_per_s for r in self.ours]
-        peft = [r.tokens_per_s for r in self.peft]
-        return min(ours) <= max(peft) and min(peft) <= max(ours)
-
-    def as_json(self) -> dict[str, object]:
-        """See the module's docstring."""
-        return {
-            "streams": self.streams,
-            "ratio": self.ratio,
-            "ranges_overlap": self.ranges_overlap,
-            "same_tokens": same_prefix_share(self.ours[0].rows, self.peft[0].rows),
-            "ours": _figures(self.ours),
-            "peft": _figures(self.peft),
-        }
-
-
-def _figures(rounds: Sequence[Round]) -> dict[str, object]:
-    rates = [r.tokens_per_s for r in rounds]
-    first = [t for r in rounds for t in r.first_token_s]
-    gaps = [t for r in rounds for t in r.gaps_s]
-    return {
-        "tokens_per_s": {"median": median(rates), "low": min(rates), "high": max(rates)},
-        "first_token_ms": {"p50": median(first) * 1e3, "p99": percentile(first, 0.99) * 1e3},
-        "inter_token_ms": {"p50": median(gaps) * 1e3, "p99": percentile(gaps, 0.99) * 1e3},
-        "client_cpu_share": sum(r.client_cpu_s for r in rounds) / sum(r.wall_s for r in rounds),
-        "rounds": [{"wall_s": r.wall_s, "tokens": r.tokens} for r in rounds],
-    }
-
-
-def abba(repeat: int) -> Iterator[SystemName]:
-    """Ours, PEFT, PEFT, ours, ...: each ``repeat`` times, so that drift hits both."""
+def back_and_forth(systems: Sequence[System], repeat: int) -> Iterator[System]:
+    """Each ``repeat`` times: first to last, last to first, ..."""
     for number in range(repeat):
-        yield from ("ours", "peft") if number % 2 == 0 else ("peft", "ours")
-
-
-def same_prefix_share(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Tokens equal up to each row's first difference / all tokens."""
-    same = 0
-    for row, other in zip(ours, theirs, strict=True):
-        for a, b in zip(row, other, strict=True):
-            if a != b:
-                break
-            same += 1
-    return same / max(1, sum(len(row) for row in ours))
-
-
-async def check(
-    client: AsyncClient, peer: PeftPeerProcess, options: CompareOptions
-) -> correctness.Gate:
-    """The correctness gate with one stream for each adapter.
-
-    Raises:
-        GateFailed: see `gate.check`.
-    """
-    streams = options.workload(len(options.adapters))
-    return await correctness.check(client, peer, streams, options.tokens)
+        yield from systems if number % 2 == 0 else reversed(systems)
 
 
 async def measure(
-    client: AsyncClient, peer: PeftPeerProcess, options: CompareOptions, streams: int
-) -> Level:
-    """Warm both up, then run the rounds in ABBA order, one system at a time."""
-    work = options.workload(streams)
-    await run_round(client, work, WARM_UP_TOKENS)
-    await _peft_round(peer, work, WARM_UP_TOKENS)
-    rounds: dict[SystemName, list[Round]] = {"ours": [], "peft": []}
-    for system in abba(options.repeat):
-        if system == "ours":
-            rounds[system].append(await run_round(client, work, options.tokens))
-        else:
-            rounds[system].append(await _peft_round(peer, work, options.tokens))
-    return Level(streams, tuple(rounds["ours"]), tuple(rounds["peft"]))
+    systems: Sequence[System],
+    options: CompareOptions,
+    streams: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> CompareLevel | None:
+    """Warm all of them up, then run the rounds.
+
+    Args:
+        stopped: asked before each round; ends them.
+
+    Returns:
+        None where it was stopped before each system had a round.
+    """
+    rounds: dict[str, list[Round]] = {system.name: [] for system in systems}
+    for system in systems:
+        if stopped():
+            return None
+        await system.round(options.load(streams, WARM_UP_TOKENS))
+    work = options.load(streams, options.tokens)
+    for system in back_and_forth(systems, options.repeat):
+        if stopped():
+            break
+        rounds[system.name].append(await system.round(work))
+    return level_of(streams, rounds) if all(rounds.values()) else None
 
 
-async def _peft_round(peer: PeftPeerProcess, work: Sequence[Stream], tokens: int) -> Round:
-    done = await peer.generate(
-        Generate(
-            prompts=[list(stream.prompt) for stream in work],
-            adapters=[stream.adapter for stream in work],
-            tokens=tokens,
-        )
+def level_of(streams: int, rounds: Mapping[str, Sequence[Round]]) -> CompareLevel:
+    """The figures of all systems' rounds."""
+    ours = rounds[OURS]
+    return CompareLevel(
+        streams=streams,
+        systems={name: _figures(own) for name, own in rounds.items()},
+        ratios={name: _ratio(ours, own) for name, own in rounds.items() if name != OURS},
     )
-    gaps = [b - a for a, b in zip(done.step_s, done.step_s[1:], strict=False)]
-    return Round(
-        wall_s=done.wall_s,
-        tokens=sum(len(row) for row in done.rows),
-        # One padded batch: every row gets its token at the end of each step.
-        first_token_s=(done.step_s[0],) * len(work),
-        gaps_s=tuple(gaps) * len(work),
-        client_cpu_s=0.0,
-        rows=tuple(tuple(row) for row in done.rows),
+
+
+def _figures(rounds: Sequence[Round]) -> SystemFigures:
+    rates = [r.tokens_per_s for r in rounds]
+    first = [t for r in rounds for t in r.first_token_s]
+    gaps = [t for r in rounds for t in r.gaps_s]
+    return SystemFigures(
+        tokens_per_s=Range(median=median(rates), low=min(rates), high=max(rates)),
+        first_token_ms=_ends(first),
+        inter_token_ms=_ends(gaps),
+        client_cpu_share=sum(r.client_cpu_s for r in rounds) / sum(r.wall_s for r in rounds),
+        rounds=[RoundFigures(wall_s=r.wall_s, tokens=r.tokens) for r in rounds],
     )
+
+
+def _ends(seconds: Sequence[float]) -> Ends:
+    return Ends(p50=median(seconds) * 1e3, p99=percentile(seconds, 0.99) * 1e3)
+
+
+def _ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> Ratio:
+    own, other = [r.tokens_per_s for r in ours], [r.tokens_per_s for r in theirs]
+    pairs = [a / b for a, b in zip(own, other, strict=False)]
+    return Ratio(
+        ratio=median(own) / median(other),
+        low=min(pairs),
+        high=max(pairs),
+        ranges_overlap=min(own) <= max(other) and min(other) <= max(own),
+    )
+
+
+def summary(levels: Sequence[CompareLevel]) -> dict[str, float]:
+    """See `results.CompareResult`."""
+    found = {}
+    for level in levels:
+        if not level.ratios:
+            continue
+        found[f"ratio_{level.streams}"] = min(each.ratio for each in level.ratios.values())
+        if len(level.ratios) > 1:
+            for name, each in level.ratios.items():
+                found[f"ratio_{level.streams}_{name}"] = each.ratio
+    return found

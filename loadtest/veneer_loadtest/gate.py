@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Final
 
 from veneer_client import AsyncClient, Tokens, VeneerError
@@ -11,10 +10,11 @@ from veneer_client import AsyncClient, Tokens, VeneerError
 from veneer_loadtest.peer import PeftPeerProcess
 from veneer_loadtest.peer_messages import Score, Scored
 from veneer_loadtest.report import percentile
+from veneer_loadtest.results import AnswersGate, ReferenceGate
 from veneer_loadtest.runner import run_round
 from veneer_loadtest.workload import Stream
 
-__all__ = ["Gate", "GateFailed", "check"]
+__all__ = ["GateFailed", "check", "check_answers"]
 
 MEAN_BOUND: Final = 0.2
 P99_BOUND: Final = 1.0
@@ -41,46 +41,12 @@ class GateFailed(VeneerError):
     reason = "GATE_FAILED"
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What the gate saw.
-
-    Attributes:
-        tokens: teacher-forced tokens compared (prompts and answers).
-        mean, p99, worst: absolute difference of log-probabilities, nats.
-        mean_bound, p99_bound: what was allowed.
-        other_adapter_mean: mean absolute difference that another adapter makes, in
-            PEFT; None with one adapter.
-        regret: how far the worst answer falls short of PEFT's likeliest tokens under
-            its own adapter, nats a token; `regret_bound` is what was allowed.
-        other_adapter_regret: the same under another adapter, on average; None with
-            one adapter.
-        answers: answers scored.
-    """
-
-    tokens: int
-    mean: float
-    p99: float
-    worst: float
-    mean_bound: float
-    p99_bound: float
-    other_adapter_mean: float | None
-    regret: float
-    regret_bound: float
-    other_adapter_regret: float | None
-    answers: int
-
-    def as_json(self) -> Mapping[str, object]:
-        """For a result file."""
-        return asdict(self)
-
-
 async def check(
     client: AsyncClient,
     peer: PeftPeerProcess,
     streams: Sequence[Stream],
     tokens: int,
-) -> Gate:
+) -> ReferenceGate:
     """Answer ``streams`` (one for each adapter) in one batch on the server; score the
     answers teacher-forced on both sides, and on PEFT's under every adapter.
 
@@ -105,7 +71,7 @@ async def check(
                 other = await peer.score(Score(row=row, adapter=adapter))
                 other_differences += _distances(other.logprobs, own.logprobs)
                 other_regrets.append(_regret(other, len(answer)))
-    gate = Gate(
+    gate = ReferenceGate(
         tokens=len(differences),
         mean=_mean(differences),
         p99=percentile(differences, 0.99),
@@ -126,6 +92,44 @@ async def check(
     return gate
 
 
+async def check_answers(
+    system: str,
+    rows: Sequence[Sequence[int]],
+    peer: PeftPeerProcess,
+    streams: Sequence[Stream],
+) -> AnswersGate:
+    """Score a peer's answers to ``streams`` (one for each adapter), in PEFT.
+
+    Its base is another rounding of the same weights, so its answers part from PEFT's at
+    near ties; those of the right adapter stay likely, those of a wrong one do not.
+
+    Raises:
+        GateFailed: an answer is likelier under an adapter that it was not asked of.
+    """
+    regrets: list[float] = []
+    nearest: list[float] = []
+    for stream, answer in zip(streams, rows, strict=True):
+        row = [*stream.prompt, *answer]
+
+        async def regret(adapter: str, row: list[int] = row, new: int = len(answer)) -> float:
+            return _regret(await peer.score(Score(row=row, adapter=adapter)), new)
+
+        regrets.append(await regret(stream.adapter))
+        others = [await regret(s.adapter) for s in streams if s.adapter != stream.adapter]
+        nearest.append(min(others, default=float("inf")))
+    gate = AnswersGate(
+        answers=len(regrets),
+        own_best=sum(own < other for own, other in zip(regrets, nearest, strict=True)),
+        regret=_mean(regrets),
+        other_regret=_mean(nearest) if len(streams) > 1 else None,
+    )
+    if gate.own_best < gate.answers:
+        raise GateFailed(
+            f"{system} does not answer with the adapters that it is asked for: {gate}"
+        )
+    return gate
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -140,7 +144,7 @@ def _regret(scored: Scored, answer: int) -> float:
     return _mean(missed[-answer:])
 
 
-def _passes(gate: Gate) -> bool:
+def _passes(gate: ReferenceGate) -> bool:
     within = (
         gate.mean <= gate.mean_bound
         and gate.p99 <= gate.p99_bound

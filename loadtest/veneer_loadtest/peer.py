@@ -73,7 +73,7 @@ class PeftPeerProcess:
         try:
             self.ready = await self._ask(self._setup, PeerReady)
         except BaseException:
-            await self._end()
+            await self.end()
             raise
         return self
 
@@ -83,7 +83,7 @@ class PeftPeerProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._end()
+        await self.end()
 
     async def generate(self, call: Generate) -> Generated:
         """Decode one batch."""
@@ -111,7 +111,8 @@ class PeftPeerProcess:
         line = await pipe_out.readline()
         return decode_from_peer(line) if line else PeerFailed(message="it ended")
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
+        """Kill it; a second call does nothing."""
         # It may be in the middle of a batch, and holds nothing worth saving.
         if self._process.returncode is None:
             self._process.kill()

@@ -8,12 +8,20 @@ from typing import Any
 from rich.table import Table
 
 from veneer_loadtest import prefix
-from veneer_loadtest.compare import Level
-from veneer_loadtest.gate import Gate
-from veneer_loadtest.results import CaseFigures, ChurnFigures, Distribution, Probe
+from veneer_loadtest.results import (
+    AnswersGate,
+    CaseFigures,
+    ChurnFigures,
+    CompareLevel,
+    Distribution,
+    Probe,
+    Ratio,
+    ReferenceGate,
+)
 from veneer_loadtest.results import Level as LoadLevel
 
 __all__ = [
+    "answers_line",
     "churn_table",
     "compare_table",
     "gate_line",
@@ -25,7 +33,7 @@ __all__ = [
 ]
 
 
-def gate_line(gate: Gate) -> str:
+def gate_line(gate: ReferenceGate) -> str:
     """What the gate saw, in one sentence."""
     text = (
         f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
@@ -41,33 +49,47 @@ def gate_line(gate: Gate) -> str:
     )
 
 
-def compare_table(levels: Sequence[Level]) -> Table:
-    """Both systems at each number of streams."""
+def answers_line(name: str, gate: AnswersGate) -> str:
+    """What a peer's gate saw, in one sentence."""
+    text = (
+        f"gate passed: {gate.own_best} of {gate.answers} answers of {name} are likeliest "
+        f"under their own adapter; they miss PEFT's likeliest tokens by {gate.regret:.3f} "
+        "nats a token"
+    )
+    if gate.other_regret is None:
+        return text
+    return f"{text}, under the nearest other adapter by {gate.other_regret:.2f}"
+
+
+def compare_table(levels: Sequence[CompareLevel]) -> Table:
+    """All systems at each number of streams."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("streams", justify="right")
     table.add_column("system", no_wrap=True)
-    for column in ("tokens/s", "range", "TTFT p50", "ITL p50", "ITL p99", "client CPU"):
+    columns = ["tokens/s", "range", "TTFT p50", "ITL p50", "ITL p99", "client CPU"]
+    columns.append("veneer / it")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for level in levels:
-        figures: Any = level.as_json()
-        for system in ("ours", "peft"):
-            own = figures[system]
-            rate, first, gaps = (
-                own["tokens_per_s"],
-                own["first_token_ms"],
-                own["inter_token_ms"],
-            )
+        for name, own in level.systems.items():
+            rate, ratio = own.tokens_per_s, level.ratios.get(name)
             table.add_row(
                 str(level.streams),
-                "veneer" if system == "ours" else "PEFT",
-                f"{rate['median']:.1f}",
-                f"{rate['low']:.1f}-{rate['high']:.1f}",
-                f"{first['p50']:.0f} ms",
-                f"{gaps['p50']:.1f} ms",
-                f"{gaps['p99']:.1f} ms",
-                f"{own['client_cpu_share']:.0%}" if system == "ours" else "",
+                name,
+                f"{rate.median:.1f}",
+                f"{rate.low:.1f}-{rate.high:.1f}",
+                f"{own.first_token_ms.p50:.0f} ms",
+                f"{own.inter_token_ms.p50:.1f} ms",
+                f"{own.inter_token_ms.p99:.1f} ms",
+                f"{own.client_cpu_share:.0%}" if own.client_cpu_share else "",
+                _ratio(ratio) if ratio else "",
             )
     return table
+
+
+def _ratio(ratio: Ratio) -> str:
+    overlap = ", ranges overlap" if ratio.ranges_overlap else ""
+    return f"{ratio.ratio:.2f} ({ratio.low:.2f}-{ratio.high:.2f}{overlap})"
 
 
 def prefix_table(levels: Sequence[prefix.Level]) -> Table:

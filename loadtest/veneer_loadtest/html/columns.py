@@ -7,14 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_loadtest.html.words import amount, ms, share, shortened
+from veneer_loadtest.html.words import amount, ms, rate_words, share, shortened
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.results import Distribution, FindMaxResult, Level, Result, RunResult
 
-__all__ = ["FIGURES", "MOST_DRAWN", "Column", "columns_of", "drawn", "name_of", "pairs", "ratio"]
+__all__ = [
+    "FIGURES",
+    "MOST_DRAWN",
+    "Column",
+    "columns_of",
+    "drawn",
+    "name_of",
+    "pairs",
+    "ratio",
+]
 
 MOST_DRAWN: Final = 8
 """Columns in one plot: as many as can be told apart."""
+_SHORT: Final = 28
+"""Characters of a name that a plot has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +77,15 @@ def columns_of(results: Sequence[Result], names: Sequence[str] = ()) -> list[Col
 
 def _levels(result: RunResult, number: int, name: str, *, alone: bool) -> list[Column]:
     columns = []
+    several = len(result.levels) > 1
     for level in result.levels:
         adapters = f"{level.adapters:,} adapter" + ("s" if level.adapters != 1 else "")
-        several = len(result.levels) > 1
-        if alone:
-            title = adapters if several or not name else name
+        if several:
+            # The letter stands for the name: a table of many columns has no room for it.
+            title = short = adapters if alone else f"{letter(number)}, {adapters}"
         else:
-            title = f"{name}, {adapters}" if several else name
-        prefix = "" if alone else f"{letter(number)}, "
-        short = f"{prefix}{adapters}" if several else shortened(title, 28)
+            title = name or adapters
+            short = shortened(title, _SHORT)
         columns.append(Column(number, title, short, level, result.load))
     return columns
 
@@ -86,13 +97,11 @@ def _probes(result: FindMaxResult, number: int, name: str, *, alone: bool) -> li
         probes = (kept or probes)[:1]
     columns = []
     for probe in probes:
-        rate = f"{amount(probe.rate)} requests/s"
+        rate = rate_words(probe.rate)
         title = rate if alone else f"{name}, {rate}"
-        short = rate if alone else shortened(name, 28)
+        short = rate if alone else shortened(name, _SHORT)
         level = probe.level
-        columns.append(
-            Column(number, title, short, level, result.load, probe.rate, probe.kept)
-        )
+        columns.append(Column(number, title, short, level, result.load, probe.rate, probe.kept))
     return columns
 
 
@@ -126,21 +135,26 @@ def pairs(columns: Sequence[Column], results: int) -> list[tuple[Column, Column]
     return list(zip(first, second, strict=True))
 
 
-def ratio(first: float | None, second: float | None) -> float | None:
-    """second / first, where that means something."""
-    if first is None or second is None or not first:
-        return None
-    return second / first
-
-
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A row of the key figures: ``group`` is a heading above it."""
+    """A row of the key figures: ``group`` is a heading above it.
+
+    ``compared``: a ratio of two of them says something about what was loaded.
+    """
 
     group: str
     name: str
     get: Callable[[Level], float | None]
     text: Callable[[float], str]
+    compared: bool = True
+
+
+def ratio(figure: Figure, first: Column, second: Column) -> float | None:
+    """second / first, where that means something."""
+    before, after = figure.get(first.level), figure.get(second.level)
+    if not figure.compared or not before or after is None:
+        return None
+    return after / before
 
 
 def _of(field: str, part: str) -> Callable[[Level], float | None]:
@@ -176,7 +190,7 @@ def _latency(group: str, field: str, *parts: str) -> list[Figure]:
 
 
 FIGURES: Final[tuple[Figure, ...]] = (
-    Figure("Requests", "adapters", lambda level: level.adapters, _whole),
+    Figure("Requests", "adapters", lambda level: level.adapters, _whole, compared=False),
     Figure("Requests", "ended well", lambda level: level.requests.ok, _whole),
     Figure("Requests", "failed", lambda level: level.requests.failed, _whole),
     Figure("Requests", "share failed", _failed_share, share),
@@ -194,8 +208,10 @@ FIGURES: Final[tuple[Figure, ...]] = (
     Figure("Adapters", "found in DEVICE", _device_share, share),
     Figure("Adapters", "waits", lambda v: len(v.loads) + v.loads_left_out, _whole),
     Figure("Adapters", "evictions", _evictions, _whole),
-    Figure("Generator", "sent late, p99", lambda v: v.generator.late_p99_ms, ms),
-    Figure("Generator", "CPU, cores", lambda v: v.generator.cpu_share, amount),
-    Figure("Generator", "lost", lambda v: v.generator.lost, _whole),
+    Figure(
+        "Generator", "sent late, p99", lambda v: v.generator.late_p99_ms, ms, compared=False
+    ),
+    Figure("Generator", "CPU, cores", lambda v: v.generator.cpu_share, amount, compared=False),
+    Figure("Generator", "lost", lambda v: v.generator.lost, _whole, compared=False),
 )
 """Each with its unit in its text. A row that no column has a value for is left out."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Final
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "TIER_DASHES",
     "Plot",
     "canvas",
+    "from_zero",
     "log_axis",
+    "seconds_axis",
     "svg_of",
     "tiers_in_order",
+    "whole_numbers",
 ]
 
 COLOURS: Final = (
@@ -48,7 +52,7 @@ DASHES: Final[tuple[Any, ...]] = (
     (0, (2, 3)),
     (0, (8, 2, 2, 2, 2, 2)),
 )
-MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS: Final = ("o", "s", "^", "D", "v", "<", ">", "p")
 GREY: Final = "#6b7280"
 BAD: Final = "#b42318"
 
@@ -96,7 +100,10 @@ _WIDTH: Final = 10.4
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot on the page; without ``svg`` it was left out, and ``caption`` says why."""
+    """A plot on the page; without ``svg`` it was left out, and ``caption`` says why.
+
+    A caption may have lines.
+    """
 
     title: str
     caption: str
@@ -121,7 +128,7 @@ def canvas(
         yield figure, [list(row) for row in axes]
 
 
-def svg_of(figure: Any, key: str) -> str:
+def svg_of(figure: Any, key: str, title: str) -> str:
     """The figure as an ``<svg>`` whose ids begin with ``key``. Call it inside `canvas`."""
     import matplotlib
 
@@ -140,23 +147,54 @@ def svg_of(figure: Any, key: str) -> str:
     assert found is not None
     width = float(found[1]) * 96 / 72
     head = (
-        f'<svg class="plot" role="img" aria-labelledby="{key}-title" '
-        f'style="max-width:{width:.0f}px" {found[0]} xmlns:xlink="http://www.w3.org/1999/xlink" '
-        'xmlns="http://www.w3.org/2000/svg">'
+        f'<svg class="plot" role="img" aria-label="{escape(title)}" '
+        f'style="max-width:{width:.0f}px" {found[0]} '
+        'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
     )
     return head + text[text.index(">") + 1 :].strip()
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
     """A logarithmic axis from ``low`` to ``high`` with a few round numbers on it."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = low / 1.12, high * 1.12
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     getattr(axis.axes, f"set_{axis.axis_name}lim")(low, high)
     axis.set_major_locator(FixedLocator(_round_numbers(low, high)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    _plain(axis)
     axis.set_minor_locator(NullLocator())
+
+
+def from_zero(axis: Any, unit: str, room: float = 1.06) -> None:
+    """A linear upright axis from 0 to above all that was drawn on it and on those that
+    share it. Call it last: limits that are set stay."""
+    axis.set_ylabel(unit)
+    highest = max(other.dataLim.y1 for other in axis.get_shared_y_axes().get_siblings(axis))
+    axis.set_ylim(0, highest * room if highest > 0 and math.isfinite(highest) else 1.0)
+    _plain(axis.yaxis)
+
+
+def _plain(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def whole_numbers(axis: Any) -> None:
+    """Upright: nothing between 1 and 2."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def seconds_axis(axis: Any, begin: float, end: float) -> None:
+    """Time, with whole seconds on it; none at the end, where the next plot's 0 stands."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlim(begin, max(end, begin + 0.1))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=end > 4, prune="upper"))
+    axis.set_xlabel("seconds since the load began")
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -14,6 +14,7 @@ from veneer_loadtest.html.drawing import (
     MARKERS,
     Plot,
     canvas,
+    from_zero,
     log_axis,
     svg_of,
 )
@@ -28,21 +29,20 @@ def against_adapters(results: Sequence[Result], columns: Sequence[Column]) -> Pl
     title = "Against the number of adapters"
     counts = sorted({column.level.adapters for column in columns})
     if len(counts) < 2:
-        told = f"{counts[0]:,} adapters" if counts else "none"
-        return Plot(title, f"All loads were of one number of adapters ({told}): no plot.")
+        told = f" ({counts[0]:,})" if counts else ""
+        return Plot(title, f"All loads were on one number of adapters{told}.")
     with canvas(1, 2, 3.3) as (figure, axes):
         for number in range(min(len(results), MOST_DRAWN)):
             own = [column for column in columns if column.result == number]
             _adapter_lines(axes[0], own, number)
         for axis in axes[0]:
             _counts_axis(axis, counts)
-            axis.set_ylim(bottom=0)
         axes[0][0].set_title("Throughput")
-        axes[0][0].set_ylabel("new tokens/s")
+        from_zero(axes[0][0], "new tokens/s")
         axes[0][1].set_title("First token")
-        axes[0][1].set_ylabel("p99, ms")
+        from_zero(axes[0][1], "p99, ms")
         _legend(figure, [name_of(results, number) for number in range(len(results))])
-        svg = svg_of(figure, "adapters")
+        svg = svg_of(figure, "adapters", title)
     return Plot(title, _adapters_caption(results, columns), svg)
 
 
@@ -89,7 +89,7 @@ def _adapters_caption(results: Sequence[Result], columns: Sequence[Column]) -> s
         )
         named = f"{name_of(results, number)}: " if len(results) > 1 else ""
         parts.append(f"{named}{told}." if named else f"{told[0].upper()}{told[1:]}.")
-    return " ".join(parts)
+    return "\n".join(parts)
 
 
 def _legend(figure: Any, names: Sequence[str]) -> None:
@@ -127,16 +127,15 @@ def against_rate(results: Sequence[Result]) -> list[Plot]:
         good.set_ylim(0, 104)
         good.set_ylabel("good requests, %")
         good.set_title("Share that kept the limits")
-        first.set_ylim(bottom=0)
-        first.set_ylabel("p99, ms")
+        from_zero(first, "p99, ms")
         first.set_title("First token")
         for axis in axes[0]:
             axis.set_xlabel("requests/s sent")
             axis.set_xlim(left=0)
         _rate_legend(figure, [name_of(results, n) for n, _ in told])
-        svg = svg_of(figure, "rate")
+        svg = svg_of(figure, "rate", title)
     several = len(results) > 1
-    caption = " ".join(
+    caption = "\n".join(
         (f"{name_of(results, n)}: " if several else "") + _rate_caption(r) for n, r in told
     )
     return [Plot(title, caption, svg)]
@@ -238,5 +237,3 @@ def _rate_caption(result: FindMaxResult) -> str:
 
 def _good(probe: Probe) -> str:
     return share(probe.level.slo.share) if probe.level.slo else "unknown"
-
-

@@ -13,16 +13,23 @@ from veneer_loadtest.html.drawing import (
     TIER_DASHES,
     Plot,
     canvas,
+    from_zero,
+    seconds_axis,
     svg_of,
     tiers_in_order,
+    whole_numbers,
 )
-from veneer_loadtest.html.plots import ROW, shade_warmup
-from veneer_loadtest.html.words import bytes_words, ms
+from veneer_loadtest.html.timeline import ROW, shade_warmup
+from veneer_loadtest.html.words import bytes_words, count, ms
 from veneer_loadtest.results import Residency
 
 __all__ = ["first_token_by_tier", "residencies"]
 
-_HATCHES: Final = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
+_HATCHES: Final = ("", "///", "\\\\\\", "---", "|||", "xx", "++", "//")
+_WIDTHS: Final = {"device": 2.6}
+"""Points; wide, so that another line above it does not hide it."""
+_WIDEST: Final = 0.1
+"""Share of the plot that a bar may take."""
 _LABELLED: Final = 12
 """Bars that there is room to write a time above."""
 
@@ -40,12 +47,15 @@ def residencies(columns: Sequence[Column]) -> list[Plot]:
 def _residency(told: Sequence[tuple[Column, Residency]], number: int, parts: int) -> Plot:
     title = "Adapters by tier" + (f", part {number + 1} of {parts}" if parts > 1 else "")
     tiers = tiers_in_order(list({tier for _, held in told for tier in held.adapters}))
-    with canvas(2, len(told), 3.9, sharey="row", sharex="col") as (figure, axes):
+    with canvas(2, len(told), 3.9, sharey="row", sharex=True) as (figure, axes):
+        begin = min([0.0, *(at for _, held in told for at in held.at_s)])
+        end = max([0.0, *(at for _, held in told for at in held.at_s)])
         for place, (column, held) in enumerate(told):
             for tier in tiers:
                 style = {
                     "color": TIER_COLOURS.get(tier, GREY),
                     "linestyle": TIER_DASHES.get(tier, "-."),
+                    "linewidth": _WIDTHS.get(tier, 1.4),
                     "where": "post",
                 }
                 if tier in held.adapters:
@@ -53,28 +63,19 @@ def _residency(told: Sequence[tuple[Column, Residency]], number: int, parts: int
                 if tier in held.bytes:
                     megabytes = [each / 1e6 for each in held.bytes[tier]]
                     axes[1][place].step(held.at_s, megabytes, **style)
-            end = max(held.at_s, default=0.0)
             for row in axes:
-                row[place].set_xlim(min([0.0, *held.at_s]), max(end, 0.1))
-                row[place].set_ylim(bottom=0)
                 shade_warmup(row[place], column, end)
-            axes[1][place].set_xlabel("seconds since the load began")
+            seconds_axis(axes[1][place], begin, end)
             if len(told) > 1:
                 axes[0][place].set_title(column.short)
-        _whole_numbers(axes[0][0].yaxis)
-        axes[0][0].set_ylabel("adapters")
-        axes[1][0].set_ylabel("MB")
+        whole_numbers(axes[0][0])
+        from_zero(axes[0][0], "adapters", 1.12)
+        from_zero(axes[1][0], "MB", 1.12)
         figure.align_ylabels()
         _tier_legend(figure, tiers)
-        svg = svg_of(figure, f"residency{number}")
-    caption = " ".join(_residency_caption(c, held, len(told) > 1) for c, held in told)
+        svg = svg_of(figure, f"residency{number}", title)
+    caption = "\n".join(_residency_caption(c, held, len(told) > 1) for c, held in told)
     return Plot(title, caption, svg)
-
-
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
@@ -129,34 +130,25 @@ def first_token_by_tier(columns: Sequence[Column]) -> Plot:
     with canvas(1, 1, 3.4) as (figure, axes):
         _tier_bars(axes[0][0], columns, tiers)
         _bar_legend(figure, columns)
-        svg = svg_of(figure, "tiers")
-    return Plot(title, " ".join(_tier_caption(c, len(columns) > 1) for c in columns[:4]), svg)
+        svg = svg_of(figure, "tiers", title)
+    return Plot(title, "\n".join(_tier_caption(c, len(columns) > 1) for c in columns), svg)
 
 
 def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> None:
-    width = 0.8 / len(columns)
-    highest = 0.0
+    width = min(0.8 / len(columns), _WIDEST * len(tiers))
     for place, tier in enumerate(tiers):
         for number, column in enumerate(columns):
             split = column.level.by_tier.get(tier)
             if split is None or split.first_token_p50_ms is None:
                 continue
             p50, p99 = split.first_token_p50_ms, split.first_token_p99_ms or 0.0
-            at = place - 0.4 + width * (number + 0.5)
+            at = place + width * (number + 0.5 - len(columns) / 2)
             colour = COLOURS[number]
-            size = min(width * 0.86, 0.3)
+            size = width * 0.86
             axis.bar(at, p99, size, facecolor=colour, alpha=0.22)
-            axis.bar(
-                at, p99, size, facecolor="none", edgecolor=colour, hatch=_HATCHES[number]
-            )
+            axis.bar(at, p99, size, facecolor="none", edgecolor=colour, hatch=_HATCHES[number])
             axis.bar(at, p50, size * 0.5, facecolor=colour)
-            text = f"n = {split.requests:,}"
-            if len(tiers) * len(columns) <= _LABELLED:
-                text = f"{ms(p50)} / {ms(p99)}\n{text}"
-                if len(tiers) * len(columns) > _LABELLED // 2:
-                    text = f"{ms(p50)}\n{ms(p99)}\nn = {split.requests:,}"
-            elif len(columns) * len(tiers) > 2 * _LABELLED:
-                text = f"{split.requests:,}"
+            text = _bar_text(split.requests, p50, p99, len(tiers) * len(columns))
             axis.annotate(
                 text,
                 (at, p99),
@@ -167,14 +159,20 @@ def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> No
                 fontsize=7.5,
                 color="#374151",
             )
-            highest = max(highest, p99)
-    axis.set_ylim(0, highest * 1.25 or 1.0)
     axis.set_xlim(-0.5, len(tiers) - 0.5)
     axis.set_xticks(range(len(tiers)), [_tier_name(tier) for tier in tiers])
     axis.tick_params(axis="x", length=0)
     axis.grid(visible=False, axis="x")
     axis.set_xlabel("tier in which the server found the adapter")
-    axis.set_ylabel("first token, ms")
+    from_zero(axis, "first token, ms", 1.25)
+
+
+def _bar_text(requests: int, p50: float, p99: float, bars: int) -> str:
+    """As much as there is room for."""
+    if bars > _LABELLED:
+        return f"{requests:,}"
+    between = " / " if bars <= _LABELLED // 2 else "\n"
+    return f"{ms(p50)}{between}{ms(p99)}\nn = {requests:,}"
 
 
 def _tier_name(tier: str) -> str:
@@ -196,7 +194,7 @@ def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
     ]
     handles += [
         Patch(facecolor=GREY, label="p50 (narrow)"),
-        Patch(facecolor=f"{GREY}38", edgecolor=GREY, label="p99 (wide); n: requests"),
+        Patch(facecolor=f"{GREY}38", edgecolor=GREY, label="p99 (wide); above: requests"),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
 
@@ -204,10 +202,12 @@ def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
 def _tier_caption(column: Column, named: bool) -> str:
     splits = {tier: s for tier, s in column.level.by_tier.items() if tier != "none"}
     whole = sum(split.requests for split in splits.values())
-    told = ", ".join(
-        f"{splits[tier].requests:,} in {tier.upper()}"
-        + (f" (half within {ms(p50)})" if (p50 := splits[tier].first_token_p50_ms) else "")
-        for tier in tiers_in_order([*splits])
-    )
-    text = f"of {whole:,} requests the adapter was found {told}" if whole else "no tier was told"
+    first = "half of the first tokens "
+    told: list[str] = []
+    for tier in tiers_in_order([*splits]):
+        requests, p50 = splits[tier].requests, splits[tier].first_token_p50_ms
+        of = "" if told else f" of {count(whole, 'request')} found their adapter"
+        half = "" if p50 is None else f" ({'' if told else first}within {ms(p50)})"
+        told.append(f"{requests:,}{of} in {tier.upper()}{half}")
+    text = ", ".join(told) or "no tier was told"
     return f"{column.short}: {text}." if named else f"{text[0].upper()}{text[1:]}."

@@ -20,6 +20,7 @@ __all__ = [
     "load_words",
     "machine_words",
     "ms",
+    "rate_words",
     "share",
     "shortened",
     "spread",
@@ -60,7 +61,7 @@ def share(value: float) -> str:
         return "100%" if value >= 1 else "above 99.9%"
     if text == "0.0%":
         return "0%" if value <= 0 else "below 0.1%"
-    return text
+    return text.replace(".0%", "%")
 
 
 def count(number: float, one: str, many: str = "") -> str:
@@ -82,14 +83,19 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def spread(values: Distribution) -> str:
-    """Half came within it, and how long the slowest took: the tail of ``values``."""
+def spread(things: str, values: Distribution) -> str:
+    """Half of ``things`` came within a time, and how long the slowest took."""
     slow = (
         f"one in a hundred took more than {ms(values.p99)}"
         if values.count >= _TAIL
         else f"the slowest of {values.count:,} took {ms(values.max)}"
     )
-    return f"half within {ms(values.p50)}, {slow}"
+    return f"half of {things} came within {ms(values.p50)}, {slow}"
+
+
+def rate_words(rate: float) -> str:
+    """``2.38 requests/s``."""
+    return f"{amount(rate)} request{'' if rate == 1 else 's'}/s"
 
 
 def adapters_words(names: Sequence[str]) -> str:
@@ -99,9 +105,9 @@ def adapters_words(names: Sequence[str]) -> str:
     return f"{count(len(names), 'adapter')} ({', '.join(shown)}{rest})"
 
 
-def load_words(load: LoadSpec) -> list[str]:
-    """A load in sentences."""
-    told = [_arrivals(load), _popularity(load.popularity)]
+def load_words(load: LoadSpec, rates: Sequence[float] = ()) -> list[str]:
+    """A load in sentences; ``rates``: those that were tried, where there were several."""
+    told = [_arrivals(load, rates), _popularity(load.popularity)]
     prompts = "words" if load.text else "random token ids"
     told.append(
         f"Prompts of {_lengths(load.prompt_tokens)} tokens ({prompts}); "
@@ -109,19 +115,19 @@ def load_words(load: LoadSpec) -> list[str]:
     )
     ends = []
     if load.duration_s:
-        ends.append(f"after {amount(load.duration_s)} s")
+        ends.append(f"after {load.duration_s:g} s")
     if load.requests:
         ends.append(f"after {count(load.requests, 'request')}")
     told.append(f"No request was begun {' or '.join(ends)}." if ends else "Sent to its end.")
     if load.warmup_s:
-        told.append(f"The first {amount(load.warmup_s)} s are warm-up, in no figure.")
+        told.append(f"The first {load.warmup_s:g} s are warm-up, in no figure.")
     if load.cancel_share:
         told.append(f"{share(load.cancel_share)} of the callers leave early.")
     told.append(f"Seed {load.seed}.")
     return told
 
 
-def _arrivals(load: LoadSpec) -> str:
+def _arrivals(load: LoadSpec, rates: Sequence[float]) -> str:
     arrivals = load.arrivals
     if isinstance(arrivals, Closed):
         return (
@@ -131,7 +137,10 @@ def _arrivals(load: LoadSpec) -> str:
     if isinstance(arrivals, Open):
         kinds = {0.0: "evenly spaced", 1.0: "a Poisson process"}
         kind = kinds.get(arrivals.cv, f"Gamma arrivals with CV {arrivals.cv:g}")
-        return f"Open loop: {amount(arrivals.rate)} requests/s on average, {kind}."
+        if rates:
+            tried = f"{len(rates)} rates from {amount(min(rates))} to {rate_words(max(rates))}"
+            return f"Open loop, {kind}: {tried} were tried."
+        return f"Open loop: {rate_words(arrivals.rate)} on average, {kind}."
     speed = "" if arrivals.speed == 1 else f", {arrivals.speed:g} times as fast"
     return f"Replay of {arrivals.path}{speed}."
 

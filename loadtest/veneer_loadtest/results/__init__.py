@@ -3,6 +3,18 @@
 ``docs/loadtest-result.schema.json`` is made from these classes.
 """
 
+from veneer_loadtest.results.compare import (
+    AnswersGate,
+    CompareLevel,
+    CompareResult,
+    Ends,
+    Range,
+    Ratio,
+    ReferenceGate,
+    RoundFigures,
+    SystemFacts,
+    SystemFigures,
+)
 from veneer_loadtest.results.facts import FORMAT
 from veneer_loadtest.results.files import Result, read_result, write_result
 from veneer_loadtest.results.load import (
@@ -27,17 +39,25 @@ from veneer_loadtest.results.swap import Case, CaseFigures, ChurnFigures, Spread
 __all__ = [
     "FORMAT",
     "AdapterLoad",
+    "AnswersGate",
     "Case",
     "CaseFigures",
     "ChurnFigures",
+    "CompareLevel",
+    "CompareResult",
     "Distribution",
+    "Ends",
     "FindMaxResult",
     "GeneratorFigures",
     "Level",
     "Probe",
+    "Range",
+    "Ratio",
+    "ReferenceGate",
     "Requests",
     "Residency",
     "Result",
+    "RoundFigures",
     "RunResult",
     "ServerCounts",
     "SloFigures",
@@ -45,6 +65,8 @@ __all__ = [
     "Split",
     "Spread",
     "SwapResult",
+    "SystemFacts",
+    "SystemFigures",
     "Timeline",
     "Totals",
     "read_result",

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 
-
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds. ``cdf``: pairs of milliseconds and the share that was no longer."""
 

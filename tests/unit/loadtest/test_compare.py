@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 from veneer_client import AsyncClient
 from veneer_loadtest import gate
 from veneer_loadtest.cli import cli
-from veneer_loadtest.compare import Level, abba, same_prefix_share
+from veneer_loadtest.compare import back_and_forth, level_of, summary
+from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peer_messages import Generate, Score, Scored
+from veneer_loadtest.results import CompareLevel, SystemFacts
 from veneer_loadtest.runner import Round, run_round
-from veneer_loadtest.tables import compare_table, gate_line
+from veneer_loadtest.systems import System
+from veneer_loadtest.tables import answers_line, compare_table, gate_line
 from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
 from veneer_proto.v1 import inference_pb2
 
@@ -32,42 +35,57 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-def _round(rate: float, *rows: tuple[int, ...]) -> Round:
+def _round(rate: float) -> Round:
     return Round(
         wall_s=100 / rate,
         tokens=100,
         first_token_s=(0.1,),
         gaps_s=(0.01, 0.02),
         client_cpu_s=0.0,
-        rows=rows,
+        rows=(),
     )
 
 
-def test_order_is_abba() -> None:
-    order = list(abba(3))
-    assert order == ["ours", "peft", "peft", "ours", "ours", "peft"]
-    assert Counter(abba(5)) == {"ours": 5, "peft": 5}
+class Named(System):
+    """FAKE system: a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, SystemFacts(command="", versions={}, device="cpu"))
+
+    async def round(self, load: LoadSpec) -> Round:
+        raise NotImplementedError
+
+
+def test_order_is_there_and_back() -> None:
+    systems = [Named("veneer"), Named("peft"), Named("vllm")]
+    order = [system.name for system in back_and_forth(systems, 3)]
+    there = ["veneer", "peft", "vllm"]
+    assert order == [*there, *reversed(there), *there]
+    assert set(Counter(system.name for system in back_and_forth(systems, 5)).values()) == {5}
+
+
+def _level(ours: Iterable[float], **peers: Iterable[float]) -> CompareLevel:
+    rounds = {"veneer": tuple(map(_round, ours))}
+    return level_of(8, rounds | {name: tuple(map(_round, r)) for name, r in peers.items()})
 
 
 def test_ratio_is_of_medians_and_overlap_is_told() -> None:
-    clear = Level(8, tuple(map(_round, (90, 100, 900))), tuple(map(_round, (20, 25, 80))))
-    assert clear.ratio == pytest.approx(100 / 25)
-    assert not clear.ranges_overlap
-    touching = Level(8, tuple(map(_round, (80, 100))), tuple(map(_round, (20, 80))))
-    assert touching.ranges_overlap
+    ratio = _level((90, 100, 900), peft=(20, 25, 80)).ratios["peft"]
+    assert ratio.ratio == pytest.approx(100 / 25)
+    assert (ratio.low, ratio.high) == (pytest.approx(100 / 25), pytest.approx(900 / 80))
+    assert not ratio.ranges_overlap
+    assert _level((80, 100), peft=(20, 80)).ratios["peft"].ranges_overlap
 
 
-def test_same_tokens_up_to_the_first_difference() -> None:
-    assert same_prefix_share([(1, 2, 3, 4)], [(1, 2, 9, 4)]) == 0.5
-    assert same_prefix_share([(1, 2), (3, 4)], [(1, 2), (3, 4)]) == 1.0
-
-
-def test_level_as_table_and_json() -> None:
-    level = Level(2, (_round(100, (1, 2)),), (_round(50, (1, 3)),))
-    figures = level.as_json()
-    assert figures["ratio"] == pytest.approx(2)
-    assert figures["same_tokens"] == 0.5
-    assert compare_table([level]).row_count == 2
+def test_summary_is_against_the_fastest_peer() -> None:
+    level = _level((100,), peft=(25,), vllm=(80,))
+    assert summary([level]) == {
+        "ratio_8": pytest.approx(1.25),
+        "ratio_8_peft": pytest.approx(4),
+        "ratio_8_vllm": pytest.approx(1.25),
+    }
+    assert summary([_level((100,), peft=(25,))]) == {"ratio_8": pytest.approx(4)}
+    assert compare_table([level]).row_count == 3
 
 
 async def test_round_over_grpc(server: FakeServer) -> None:
@@ -108,6 +126,26 @@ class FakePeer:
         best = one + (self._regret if mine else self._others)
         tokens = len(call.row) - 1
         return Scored(logprobs=[one] * tokens, best=[best] * tokens)
+
+
+@pytest.mark.parametrize(
+    ("peer", "passes"), [(FakePeer(regret=0.2), True), (FakePeer(regret=0.4), False)]
+)
+async def test_peers_answer_with_the_adapter_that_they_are_asked_for(
+    peer: FakePeer, passes: bool
+) -> None:
+    streams = [Stream(f"load-{i}", (i, 7)) for i in range(3)]
+    rows = [(1, 2, 3)] * 3
+    check = gate.check_answers("vllm", rows, peer, streams)  # type: ignore[arg-type]
+    if passes:
+        found = await check
+        assert (found.own_best, found.answers) == (3, 3)
+        assert found.regret == pytest.approx(0.2)
+        assert found.other_regret == pytest.approx(0.3)
+        assert "3 of 3 answers of vllm" in answers_line("vllm", found)
+    else:
+        with pytest.raises(gate.GateFailed, match="vllm does not answer with the adapters"):
+            await check
 
 
 def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
@@ -195,7 +233,7 @@ def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path
             "--rank",
             "4",
             "--tokens",
-            "4",
+            "16",
             "--prompt-tokens",
             "8..12",
             "--repeat",
@@ -209,7 +247,7 @@ def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path
     assert result["gate"]["answers"] == 2
     assert result["gate"]["regret"] < result["gate"]["other_adapter_regret"]
     assert [level["streams"] for level in result["levels"]] == [1, 2]
-    assert result["levels"][1]["ours"]["rounds"][0]["tokens"] == 8
+    assert result["levels"][1]["systems"]["veneer"]["rounds"][0]["tokens"] == 32
     last = done.output.strip().splitlines()[-2:]
     assert [line.partition("=")[0] for line in last] == ["ratio_1", "ratio_2"]
 
@@ -263,6 +301,22 @@ def test_prefix_needs_no_negative_number_of_adapters() -> None:
     done = CliRunner().invoke(cli, ["prefix", "--spawn", "--generate", "-1"])
     assert done.exit_code == 2
     assert "--generate" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--peer", "vllm"), "--vllm-python"),
+        (("--peer", "llama-server", "--llama-server", "nowhere"), "--llama-server"),
+        (("--prompt-tokens", "lognormal:9:1:99"), "--prompt-tokens"),
+        (("--streams", "0"), "--streams"),
+        (("--fail-if", "ratio_2<1"), "ratio_1, ratio_8, ratio_32"),
+    ],
+)
+def test_bad_options_before_anything_is_started(options: tuple[str, ...], told: str) -> None:
+    done = CliRunner().invoke(cli, ["compare", "--spawn", *options])
+    assert done.exit_code == 1
+    assert told in done.stderr
 
 
 def test_error_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The command ``report``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from veneer_loadtest.commands.common import OUT, Debug, check_writable
+from veneer_loadtest.commands.common import run as run_command
+from veneer_loadtest.html.cautions import banners
+from veneer_loadtest.html.columns import FIGURES, Column, columns_of, pairs, ratio
+from veneer_loadtest.html.page import write_page
+from veneer_loadtest.html.words import amount
+from veneer_loadtest.results import read_result
+
+__all__ = ["EXAMPLES", "report"]
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  veneer-loadtest report a.json --html a.html\n\n"
+    "  veneer-loadtest report before.json after.json --html both.html"
+)
+
+_NAME_WIDTH: Final = 32
+_COLUMN_WIDTH: Final = 16
+_COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
+
+
+def report(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Of run or find-max, from --json.")
+    ],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show results side by side, here and as a page with plots."""
+
+    async def work() -> None:
+        check_writable(html_file)
+        results = [read_result(file) for file in files]
+        names = [file.name for file in files]
+        columns = columns_of(results, names)
+        for banner in banners(results, columns, names):
+            head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
+            OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
+        matched = pairs(columns, len(results))
+        if matched:
+            for pair in matched:
+                OUT.print(_table(pair, ratios=True))
+        else:
+            beside = max(1, (OUT.width - _NAME_WIDTH) // _COLUMN_WIDTH)
+            for begin in range(0, len(columns), beside):
+                OUT.print(_table(columns[begin : begin + beside], ratios=False))
+        if html_file is not None:
+            write_page(html_file, results, names)
+            OUT.print(f"wrote {escape(str(html_file))}", style="dim")
+
+    run_command(work(), debug)
+
+
+def _table(columns: Sequence[Column], *, ratios: bool) -> Table:
+    """Figures as rows, so that names of runs may be long."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(escape(column.title), justify="right", overflow="fold")
+    if ratios:
+        table.add_column("B/A", justify="right", no_wrap=True)
+    for figure in FIGURES:
+        values = [figure.get(column.level) for column in columns]
+        if all(value is None for value in values):
+            continue
+        cells = ["" if value is None else figure.text(value) for value in values]
+        if ratios:
+            by = ratio(figure, columns[0], columns[1])
+            cells.append("" if by is None else amount(by))
+        table.add_row(f"{figure.group}: {figure.name}", *cells)
+    return table

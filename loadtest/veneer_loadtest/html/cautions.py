@@ -1,0 +1,93 @@
+"""What a reader must know before any figure: why results may not be what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from veneer_loadtest.html.columns import Column, name_of
+from veneer_loadtest.html.words import BUSY, amount, count, load_average, ms
+from veneer_loadtest.results import Result
+
+__all__ = ["Banner", "banners"]
+
+_LATE_MS: Final = 10.0
+"""A generator that is later than this has measured itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """``bad``: the figures are not of what was asked for; ``warn``: they may be off."""
+
+    kind: Literal["bad", "warn", "good"]
+    head: str
+    text: str
+
+
+def banners(
+    results: Sequence[Result], columns: Sequence[Column], names: Sequence[str] = ()
+) -> list[Banner]:
+    """The worst first."""
+    found: list[Banner] = []
+    for number, result in enumerate(results):
+        of = f" ({name_of(results, number, names)})" if len(results) > 1 else ""
+        if result.partial:
+            why = result.why or "no reason was written"
+            found.append(
+                Banner("bad", f"Partial{of}:", f"{why}. The figures are of what had ended.")
+            )
+        found += _busy(result, of)
+    for column in columns:
+        of = f" ({column.short})" if len(columns) > 1 else ""
+        found += _generator(column, of) + _counts(column, of)
+    agree = [column.level.server.agrees for column in columns if column.level.server]
+    if agree and all(agree):
+        text = (
+            "the server counted as many requests, prompt tokens and new tokens as the client."
+        )
+        found.append(Banner("good", "Counts agree:", text))
+    order = ("bad", "warn", "good")
+    return sorted(found, key=lambda banner: order.index(banner.kind))
+
+
+def _busy(result: Result, of: str) -> list[Banner]:
+    average = load_average(result.conditions)
+    cores = result.conditions.get("cores")
+    if not average or not isinstance(cores, int) or average[0] / max(cores, 1) <= BUSY:
+        return []
+    text = (
+        f"the load average of the minute before was {amount(average[0])} on "
+        f"{count(cores, 'core')}: other work took part of the machine, and figures are worse "
+        "than they would be on an idle one."
+    )
+    return [Banner("warn", f"Busy machine{of}:", text)]
+
+
+def _generator(column: Column, of: str) -> list[Banner]:
+    found = []
+    generator = column.level.generator
+    if generator.lost:
+        text = f"nothing is known of {count(generator.lost, 'request')} that were sent."
+        found.append(Banner("bad", f"Requests lost{of}:", text))
+    if generator.late_p99_ms > _LATE_MS:
+        text = (
+            f"one request in a hundred was sent more than {ms(generator.late_p99_ms)} after "
+            f"it was due (the latest {ms(generator.late_max_ms)}). Times count from when a "
+            "request was due, so they are too long by that; give more --workers, or another "
+            "machine."
+        )
+        found.append(Banner("warn", f"The generator was late{of}:", text))
+    return found
+
+
+def _counts(column: Column, of: str) -> list[Banner]:
+    server, own = column.level.server, column.level.totals
+    if server is None or server.agrees is not False:
+        return []
+    text = (
+        f"the server counted {server.requests:,} requests, {server.prompt_tokens:,} prompt "
+        f"tokens and {server.tokens:,} new tokens; the client {own.requests:,}, "
+        f"{own.prompt_tokens:,} and {own.tokens:,}. Did others use the server?"
+    )
+    return [Banner("bad", f"Counts disagree{of}:", text)]

@@ -1,0 +1,1 @@
+"""Other people's servers, started for a comparison: vLLM and llama.cpp over HTTP."""

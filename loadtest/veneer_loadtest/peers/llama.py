@@ -1,0 +1,113 @@
+"""llama.cpp: its ``llama-server``, built for this machine and given by path.
+
+A request lists the adapters that it wants, by their number on the command line.
+``llama-server`` decodes requests together only where their lists are the same.
+
+Its ``ignore_eos`` forbids every token that ends a generation, where vLLM and we go on
+after it: such a token is never in its answers, however likely. It closes a connection
+that was idle for a few seconds, so a client must not send a request on an old one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from veneer_loadtest.peer import PeerError
+from veneer_loadtest.peers.gguf_adapter import write_gguf_adapter
+from veneer_loadtest.peers.process import HttpPeer, free_port
+
+__all__ = ["llama_peer"]
+
+
+def llama_peer(
+    program: Path,
+    gguf: Path,
+    base_folder: Path,
+    adapters: Mapping[str, Path],
+    threads: int,
+    log: Path,
+    *,
+    parallel: int,
+    folder: Path,
+    context: int = 1024,
+    start_timeout_s: float = 120.0,
+) -> HttpPeer:
+    """``llama-server`` with every adapter loaded and none applied.
+
+    It never reuses a prompt: neither from a slot nor from its cache of ended ones.
+
+    Args:
+        program: ``llama-server``.
+        gguf: the base, in whatever quantization is to be measured.
+        base_folder: the same base as a Hugging Face folder, for converting adapters.
+        parallel: sequences decoded at once; more requests wait.
+        folder: where the converted adapters go.
+        context: most tokens of one sequence, prompt and answer.
+
+    Raises:
+        PeerError: the program cannot be run, or the base is no Llama.
+        AdapterInvalid: an adapter folder cannot be read.
+    """
+    versions = {"llama.cpp": _version(program), "gguf": gguf.name}
+    converted = []
+    for name, adapter in adapters.items():
+        converted.append(folder / f"{name}.gguf")
+        write_gguf_adapter(adapter, base_folder, converted[-1])
+    port = free_port()
+    arguments = [str(program), "--host", "127.0.0.1", "--port", str(port)]
+    # Without an alias every response carries the path of the file.
+    arguments += ["-m", str(gguf), "--alias", gguf.stem]
+    arguments += ["-t", str(threads), "-tb", str(threads)]
+    arguments += ["-np", str(parallel), "-c", str(parallel * context), "--cont-batching"]
+    arguments += ["--no-ui", "--no-cache-prompt", "--cache-ram", "0"]
+    for path in converted:
+        arguments += ["--lora", str(path)]
+    if converted:
+        arguments += ["--lora-init-without-apply"]
+    numbers = {name: number for number, name in enumerate(adapters)}
+
+    def request_fields(adapter: str) -> dict[str, object]:
+        if adapter and adapter not in numbers:
+            raise PeerError(f"llama-server was started without the adapter {adapter!r}")
+        # No list means every adapter at full scale, and so does an empty one, even with
+        # --lora-init-without-apply: to get the base, one must be named and turned off.
+        chosen = [{"id": numbers.get(adapter, 0), "scale": 1.0 if adapter else 0.0}]
+        return {
+            "model": adapter or gguf.stem,
+            "lora": chosen if numbers else [],
+            "cache_prompt": False,
+        }
+
+    return HttpPeer(
+        name="llama-server",
+        arguments=arguments,
+        environment={},
+        port=port,
+        ready_path="/health",
+        request_fields=request_fields,
+        versions=versions,
+        log=log,
+        start_timeout_s=start_timeout_s,
+    )
+
+
+def _version(program: Path) -> str:
+    """What ``--version`` calls itself."""
+    try:
+        asked = subprocess.run(
+            [str(program), "--version"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PeerError(
+            f"{program} cannot be run ({error}): give the path of a llama-server that was "
+            "built on this machine"
+        ) from error
+    match = re.search(r"^version: (.*)$", asked.stdout, re.MULTILINE)
+    return match[1] if match else "unknown"

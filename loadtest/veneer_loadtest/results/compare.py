@@ -1,0 +1,159 @@
+"""The result of ``compare``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from veneer_loadtest.results.facts import FORMAT
+
+__all__ = [
+    "AnswersGate",
+    "CompareLevel",
+    "CompareResult",
+    "Ends",
+    "Range",
+    "Ratio",
+    "ReferenceGate",
+    "RoundFigures",
+    "SystemFacts",
+    "SystemFigures",
+]
+
+
+class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the systems: how it was started, what it consists of."""
+
+    command: str
+    versions: dict[str, str]
+    device: str
+
+
+class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
+    """Veneer beside PEFT, both with the same 4-bit weights: what was seen and allowed.
+
+    Attributes:
+        tokens: teacher-forced tokens compared (prompts and answers).
+        mean, p99, worst: absolute difference of log-probabilities, nats.
+        mean_bound, p99_bound: what was allowed.
+        other_adapter_mean: mean absolute difference that another adapter makes, in
+            PEFT; None with one adapter.
+        regret: how far the worst answer falls short of PEFT's likeliest tokens under
+            its own adapter, nats a token; ``regret_bound`` is what was allowed.
+        other_adapter_regret: the same under another adapter, on average; None with
+            one adapter.
+        answers: answers scored.
+    """
+
+    tokens: int
+    mean: float
+    p99: float
+    worst: float
+    mean_bound: float
+    p99_bound: float
+    other_adapter_mean: float | None
+    regret: float
+    regret_bound: float
+    other_adapter_regret: float | None
+    answers: int
+
+
+class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer with weights of its own kind (bfloat16, GGUF), whose figures cannot be those
+    of the reference: every answer must be likeliest, in PEFT, under its own adapter.
+
+    Attributes:
+        regret: nats a token by which answers fall short of PEFT's likeliest tokens under
+            their own adapter, on average; ``other_regret``: under the nearest other one.
+        own_best: answers that are likeliest under their own adapter, of ``answers``.
+    """
+
+    answers: int
+    own_best: int
+    regret: float
+    other_regret: float | None
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """Of several rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Ends(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds."""
+
+    p50: float
+    p99: float
+
+
+class RoundFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One round, in the order they ran."""
+
+    wall_s: float
+    tokens: int
+
+
+class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One system at one number of streams.
+
+    Attributes:
+        client_cpu_share: CPU time of the load generator / wall time.
+    """
+
+    tokens_per_s: Range
+    first_token_ms: Ends
+    inter_token_ms: Ends
+    client_cpu_share: float
+    rounds: list[RoundFigures]
+
+
+class Ratio(msgspec.Struct, frozen=True, kw_only=True):
+    """Veneer / a peer, output tokens a second.
+
+    Attributes:
+        ratio: of the medians; ``low`` and ``high``: of rounds that ran one after the other.
+        ranges_overlap: then no win (and no loss) may be claimed.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    ranges_overlap: bool
+
+
+class CompareLevel(msgspec.Struct, frozen=True, kw_only=True):
+    """All systems at one number of streams; ``ratios`` by peer."""
+
+    streams: int
+    systems: dict[str, SystemFigures]
+    ratios: dict[str, Ratio]
+
+
+class CompareResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="compare"):
+    """The file that ``veneer-loadtest compare --json`` writes.
+
+    Attributes:
+        systems: by name; ``veneer`` is the first.
+        gate: of Veneer; ``peer_gates`` of peers with other weights. No speed was
+            measured before they passed.
+        partial: the run was ended before its time; ``why`` says by what.
+        summary: ``ratio_N`` for each number of streams: Veneer / the fastest peer; with
+            several peers also ``ratio_N_PEER``.
+    """
+
+    format: int = FORMAT
+    label: str = ""
+    conditions: dict[str, Any]
+    versions: dict[str, str]
+    workload: dict[str, Any]
+    systems: dict[str, SystemFacts]
+    gate: ReferenceGate
+    peer_gates: dict[str, AnswersGate]
+    partial: bool
+    why: str
+    levels: list[CompareLevel]
+    summary: dict[str, float]

@@ -1,0 +1,62 @@
+"""A real headless Chromium, which ``make tools`` brings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+__all__ = ["chromium", "dump_dom", "screenshot"]
+
+_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def chromium() -> str:
+    """Path of the program; the test is skipped without, but for CI."""
+    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail("Chromium is missing: run `make tools`")
+        pytest.skip("Chromium is missing: run `make tools`")
+    return found
+
+
+def dump_dom(page: Path, width: int, work: Path) -> str:
+    """The document after its scripts have run, in a window so many pixels wide."""
+    return _run(page, work, f"--window-size={width},900", "--dump-dom")
+
+
+def screenshot(page: Path, file: Path, size: tuple[int, int], work: Path) -> None:
+    """The upper left of the page, as a PNG of ``size`` pixels."""
+    width, height = size
+    _run(page, work, f"--window-size={width},{height}", f"--screenshot={file}")
+
+
+def _run(page: Path, work: Path, *flags: str) -> str:
+    """Without a network, and with a profile of its own under ``work``."""
+    done = subprocess.run(
+        [
+            chromium(),
+            "--headless",
+            # Its own sandbox does not work for root, as whom containers run.
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--force-device-scale-factor=1",
+            f"--user-data-dir={work / 'chromium'}",
+            *flags,
+            page.resolve().as_uri(),
+        ],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done.stdout.decode("utf-8")
