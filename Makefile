@@ -82,5 +82,8 @@ chromium:
 dashboard: install ## Write Grafana's dashboard from its program
 	$(BIN)/python deploy/grafana/dashboard.py
 
+schema: install ## Write the schema of the load tester's result files
+	$(BIN)/python -m veneer_loadtest.results.schema > docs/loadtest-result.schema.json
+
 clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -52,13 +52,15 @@ def gate_line(gate: ReferenceGate) -> str:
 def answers_line(name: str, gate: AnswersGate) -> str:
     """What a peer's gate saw, in one sentence."""
     text = (
-        f"gate passed: {gate.own_best} of {gate.answers} answers of {name} are likeliest "
-        f"under their own adapter; they miss PEFT's likeliest tokens by {gate.regret:.3f} "
+        f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
         "nats a token"
     )
     if gate.other_regret is None:
         return text
-    return f"{text}, under the nearest other adapter by {gate.other_regret:.2f}"
+    return (
+        f"{text}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
+        f"{gate.answers} are likeliest under their own"
+    )
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:

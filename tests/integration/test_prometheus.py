@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from urllib.request import urlopen
 import grpc
 import pytest
 import pytest_asyncio
+from veneer_loadtest.results import RunResult, read_result
 from veneer_proto.v1 import adapters_pb2
 
 from tests.prometheus_harness import RULES, Prometheus, running_prometheus, tool
@@ -194,3 +197,41 @@ async def test_every_log_line_is_json_and_tells_no_prompt(own: Server, log: Path
     loads = [line for line in lines if line["event"] == "adapter loaded"]
     assert {"read_s", "verify_s", "convert_s"} <= set(loads[-2])
     assert loads[-1]["adapter"] == "rank-4"
+
+
+async def test_a_load_is_counted_alike_by_all_three(
+    own: Server, prometheus: Prometheus, tmp_path: Path
+) -> None:
+    """A Zipf by the load tester: its totals, the server's counters and Prometheus'. Five
+    seconds here; ``ZIPF_SECONDS=60`` for the full form."""
+    seconds = os.environ.get("ZIPF_SECONDS", "5")
+    names = ("requests", "prompt_tokens", "generation_tokens")
+
+    async def counted() -> tuple[float, ...]:
+        await prometheus.scraped_after(time.time())
+        return tuple(
+            [sum((await prometheus.values(f"veneer_{name}_total")).values()) for name in names]
+        )
+
+    before = await counted()
+    file = tmp_path / "zipf.json"
+    load = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "veneer_loadtest.cli", "run", "--server", own.address),
+        *("--metrics", own.metrics, "--names", "rank-4,rank-16", "--popularity", "zipf:1"),
+        *("--rate", "3", "--duration", f"{seconds}s", "--tokens", "1..16", "--text"),
+        *("--json", str(file), "--fail-if", "error_share>0", "--fail-if", "lost>0"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await load.communicate()
+    assert load.returncode == 0, output.decode()
+    result = read_result(file)
+    assert isinstance(result, RunResult)
+    (level,) = result.levels
+    assert level.server is not None
+    assert level.server.agrees is True
+    grown = tuple(after - was for after, was in zip(await counted(), before, strict=True))
+    totals = level.totals
+    assert grown == (totals.requests, totals.prompt_tokens, totals.tokens)
+    assert totals.requests > 0
+    print(f"{totals}, by client, server and Prometheus")

@@ -13,7 +13,7 @@ from rich.table import Table
 from veneer_loadtest.commands.common import OUT, Debug, check_writable
 from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.html.cautions import banners
-from veneer_loadtest.html.columns import FIGURES, Column, columns_of, pairs, ratio
+from veneer_loadtest.html.columns import FIGURES, Column, columns_of, name_of, pairs, ratio
 from veneer_loadtest.html.page import write_page
 from veneer_loadtest.html.words import amount
 from veneer_loadtest.results import read_result
@@ -47,6 +47,9 @@ def report(
         results = [read_result(file) for file in files]
         names = [file.name for file in files]
         columns = columns_of(results, names)
+        if len(results) > 1:
+            for number in range(len(results)):
+                OUT.print(escape(name_of(results, number, names)), soft_wrap=True)
         for banner in banners(results, columns, names):
             head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
             OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)

@@ -61,11 +61,11 @@ class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
 
 class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
     """A peer with weights of its own kind (bfloat16, GGUF), whose figures cannot be those
-    of the reference: every answer must be likeliest, in PEFT, under its own adapter.
+    of the reference: its answers must be clearly likelier, in PEFT, under their own adapters.
 
     Attributes:
         regret: nats a token by which answers fall short of PEFT's likeliest tokens under
-            their own adapter, on average; ``other_regret``: under the nearest other one.
+            their own adapter, on average; ``other_regret``: under all others.
         own_best: answers that are likeliest under their own adapter, of ``answers``.
     """
 
