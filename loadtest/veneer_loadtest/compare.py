@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
-from veneer_loadtest.report import median, percentile
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.report import median, percentile, wait_until_idle
 from veneer_loadtest.results import (
     CompareLevel,
     Ends,
@@ -25,10 +25,19 @@ from veneer_loadtest.runner import Round
 from veneer_loadtest.systems import System
 from veneer_loadtest.workload import Stream, make_streams
 
-__all__ = ["OURS", "CompareOptions", "back_and_forth", "level_of", "measure", "summary"]
+__all__ = [
+    "OURS",
+    "CompareOptions",
+    "back_and_forth",
+    "level_of",
+    "measure",
+    "ratio_key",
+    "summary",
+]
 
 OURS: Final = "veneer"
 WARM_UP_TOKENS: Final = 16
+WARM_UP_STREAMS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,9 @@ class CompareOptions:
     """What `compare` measures.
 
     Attributes:
+        levels: a closed loop has one request for each stream, all at once; an open one lasts
+            ``duration_s``.
+        settle_s: longest wait before a round for the machine to fall idle.
         adapters: name -> folder; published on the server before.
         vocab: tokens of the base's vocabulary.
         tokens: new tokens of each stream.
@@ -44,22 +56,25 @@ class CompareOptions:
 
     adapters: Mapping[str, Path]
     vocab: int
-    streams: tuple[int, ...]
+    levels: tuple[Closed | Open, ...]
     prompt_tokens: Lengths
     tokens: int
     repeat: int
     seed: int
     popularity: Popularity
+    duration_s: float = 0.0
+    settle_s: float = 5.0
 
-    def load(self, streams: int, tokens: int) -> LoadSpec:
-        """One round: one request for each stream, all at once."""
+    def load(self, arrivals: Closed | Open, tokens: int) -> LoadSpec:
+        """One round."""
+        streams = arrivals.streams if isinstance(arrivals, Closed) else 0
         return LoadSpec(
             adapters=tuple(self.adapters) or ("",),
-            arrivals=Closed(streams),
+            arrivals=arrivals,
             popularity=self.popularity,
             prompt_tokens=self.prompt_tokens,
             tokens=Lengths(tokens, tokens),
-            duration_s=0.0,
+            duration_s=0.0 if streams else self.duration_s,
             warmup_s=0.0,
             requests=streams,
             cancel_share=0.0,
@@ -88,7 +103,7 @@ def back_and_forth(systems: Sequence[System], repeat: int) -> Iterator[System]:
 async def measure(
     systems: Sequence[System],
     options: CompareOptions,
-    streams: int,
+    arrivals: Closed | Open,
     stopped: Callable[[], bool] = lambda: False,
 ) -> CompareLevel | None:
     """Warm all of them up, then run the rounds.
@@ -100,25 +115,39 @@ async def measure(
         None where it was stopped before each system had a round.
     """
     rounds: dict[str, list[Round]] = {system.name: [] for system in systems}
+    warm_up = arrivals if isinstance(arrivals, Closed) else Closed(WARM_UP_STREAMS)
     for system in systems:
         if stopped():
             return None
-        await system.round(options.load(streams, WARM_UP_TOKENS))
-    work = options.load(streams, options.tokens)
+        await wait_until_idle(options.settle_s)
+        await system.round(options.load(warm_up, WARM_UP_TOKENS))
+    work = options.load(arrivals, options.tokens)
+    disturbed = 0
     for system in back_and_forth(systems, options.repeat):
         if stopped():
             break
+        disturbed += not await wait_until_idle(options.settle_s)
         rounds[system.name].append(await system.round(work))
-    return level_of(streams, rounds) if all(rounds.values()) else None
+    return level_of(arrivals, rounds, disturbed) if all(rounds.values()) else None
 
 
-def level_of(streams: int, rounds: Mapping[str, Sequence[Round]]) -> CompareLevel:
-    """The figures of all systems' rounds."""
-    ours = rounds[OURS]
+def level_of(
+    arrivals: Closed | Open, rounds: Mapping[str, Sequence[Round]], disturbed: int = 0
+) -> CompareLevel:
+    """The figures of all systems' rounds; ``disturbed`` of them began on a busy machine."""
+    closed = isinstance(arrivals, Closed)
+    # So that more is better in both.
+    better = {
+        name: [r.tokens_per_s if closed else 1 / median(r.first_token_s) for r in own]
+        for name, own in rounds.items()
+    }
+    ours = better[OURS]
     return CompareLevel(
-        streams=streams,
+        streams=arrivals.streams if isinstance(arrivals, Closed) else 0,
+        rate=arrivals.rate if isinstance(arrivals, Open) else 0.0,
+        disturbed=disturbed,
         systems={name: _figures(own) for name, own in rounds.items()},
-        ratios={name: _ratio(ours, own) for name, own in rounds.items() if name != OURS},
+        ratios={name: _ratio(ours, own) for name, own in better.items() if name != OURS},
     )
 
 
@@ -139,8 +168,7 @@ def _ends(seconds: Sequence[float]) -> Ends:
     return Ends(p50=median(seconds) * 1e3, p99=percentile(seconds, 0.99) * 1e3)
 
 
-def _ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> Ratio:
-    own, other = [r.tokens_per_s for r in ours], [r.tokens_per_s for r in theirs]
+def _ratio(own: Sequence[float], other: Sequence[float]) -> Ratio:
     pairs = [a / b for a, b in zip(own, other, strict=False)]
     return Ratio(
         ratio=median(own) / median(other),
@@ -156,8 +184,13 @@ def summary(levels: Sequence[CompareLevel]) -> dict[str, float]:
     for level in levels:
         if not level.ratios:
             continue
-        found[f"ratio_{level.streams}"] = min(each.ratio for each in level.ratios.values())
+        key = ratio_key(level.streams, level.rate)
+        found[key] = min(each.ratio for each in level.ratios.values())
         if len(level.ratios) > 1:
-            for name, each in level.ratios.items():
-                found[f"ratio_{level.streams}_{name}"] = each.ratio
+            found |= {f"{key}_{name}": each.ratio for name, each in level.ratios.items()}
     return found
+
+
+def ratio_key(streams: int, rate: float) -> str:
+    """A level's name in the summary."""
+    return f"ratio_{rate:g}rps" if rate else f"ratio_{streams}"

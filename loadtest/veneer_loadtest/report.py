@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import json
 import math
@@ -9,9 +10,11 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import psutil
 
@@ -25,8 +28,13 @@ __all__ = [
     "spread",
     "usable_cores",
     "versions",
+    "wait_until_idle",
     "write_json",
 ]
+
+_WINDOW_S: Final = 0.2
+_QUIET_WINDOWS: Final = 2
+_QUIET_PERCENT: Final = 5.0
 
 
 def usable_cores() -> int:
@@ -74,6 +82,23 @@ def busy_share() -> float:
     """Load average of the last minute / cores."""
     minute: float = psutil.getloadavg()[0]
     return minute / usable_cores()
+
+
+async def wait_until_idle(limit_s: float) -> bool:
+    """Wait until the cores do nothing; whether they do nothing within ``limit_s``.
+
+    Threads of what ran before spin on for a while (vLLM's for a second), and would be
+    measured with what runs next.
+    """
+    end = time.monotonic() + limit_s
+    quiet = 0
+    psutil.cpu_percent()
+    while quiet < _QUIET_WINDOWS:
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(_WINDOW_S)
+        quiet = quiet + 1 if psutil.cpu_percent() <= _QUIET_PERCENT else 0
+    return True
 
 
 def conditions() -> dict[str, object]:

@@ -64,9 +64,9 @@ def answers_line(name: str, gate: AnswersGate) -> str:
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:
-    """All systems at each number of streams."""
+    """All systems under each load."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("streams", justify="right")
+    table.add_column("load", justify="right", no_wrap=True)
     table.add_column("system", no_wrap=True)
     columns = ["tokens/s", "range", "TTFT p50", "ITL p50", "ITL p99", "client CPU"]
     columns.append("veneer / it")
@@ -76,7 +76,7 @@ def compare_table(levels: Sequence[CompareLevel]) -> Table:
         for name, own in level.systems.items():
             rate, ratio = own.tokens_per_s, level.ratios.get(name)
             table.add_row(
-                str(level.streams),
+                level.title,
                 name,
                 f"{rate.median:.1f}",
                 f"{rate.low:.1f}-{rate.high:.1f}",

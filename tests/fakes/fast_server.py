@@ -29,6 +29,8 @@ from veneer_proto.v1 import (
     server_pb2_grpc,
 )
 
+_OPENAI = {"model", "prompt", "max_tokens", "temperature", "stream", "stream_options"}
+
 
 class FastServer(
     inference_pb2_grpc.InferenceServiceServicer,
@@ -88,6 +90,10 @@ class FastServer(
         if body["model"] == "nobody":
             refusal = {"error": {"message": "no such model", "code": "model_not_found"}}
             return web.json_response(refusal, status=404)
+        if body["model"] == "strict" and (unknown := body.keys() - _OPENAI):
+            # As OpenAI's own API does.
+            refusal = {"error": {"message": f"unknown: {unknown}", "code": "unknown_parameter"}}
+            return web.json_response(refusal, status=400)
         await self._arrived(len(body["prompt"]))
         answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await answer.prepare(request)
@@ -103,7 +109,7 @@ class FastServer(
         return answer
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "a"}, {"id": "b"}]})
+        return web.json_response({"data": [{"id": name} for name in ("a", "b", "strict")]})
 
 
 async def serve(stall: tuple[float, float]) -> None:

@@ -65,6 +65,21 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.parametrize("width", [800, 1200])
+@pytest.mark.parametrize("make", [kit.swap, kit.compare])
+def test_pages_of_other_results_are_drawn(make: Any, width: int, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    write_page(file, [make(), make(label="another")])
+    told = _measured(file, width, tmp_path)
+    assert told["whole"] <= width
+    assert told["wide"] == []
+    assert len(told["plots"]) == (2 if make is kit.swap else 4)
+    for plot in told["plots"]:
+        assert plot["height"] > 100
+        assert plot["texts"] > 10
+        assert plot["cut"] == 0
+
+
 def _measured(report: Path, width: int, work: Path) -> dict[str, Any]:
     """What the browser says of the page, asked by a script in a copy of it."""
     text = report.read_text("utf-8")

@@ -33,8 +33,14 @@ from veneer_loadtest.commands.load_options import PopularityText
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.session import stop_on_signals
-from veneer_loadtest.load.spec import parse_lengths, parse_popularity
-from veneer_loadtest.load.summary import parse_limit
+from veneer_loadtest.load.spec import (
+    Closed,
+    Open,
+    parse_arrivals,
+    parse_lengths,
+    parse_popularity,
+)
+from veneer_loadtest.load.summary import parse_limit, parse_seconds
 from veneer_loadtest.peer import PeftPeerProcess
 from veneer_loadtest.peers.llama import llama_peer
 from veneer_loadtest.peers.vllm import vllm_peer
@@ -50,6 +56,10 @@ EXAMPLES = (
     "  veneer-loadtest compare --spawn --peer peft --peer vllm --vllm-python vllm/bin/python "
     "--peer llama-server --llama-server build/bin/llama-server --llama-model base-q4_0.gguf"
 )
+
+
+_SLOTS: int = 32
+"""Sequences that llama-server decodes at once under an open loop."""
 
 
 class Peer(Enum):
@@ -77,6 +87,17 @@ def compare(
         Path | None, typer.Option(help="The base as GGUF, quantized as you like.")
     ] = None,
     streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8,32",
+    rate: Annotated[
+        str,
+        typer.Option(
+            help="Instead of --streams: open loops of so many requests a second, such as "
+            "1,2. Without PEFT, which has no server."
+        ),
+    ] = "",
+    arrivals: Annotated[
+        str, typer.Option(help="Of the open loops: poisson, constant or gamma:CV.")
+    ] = "poisson",
+    duration: Annotated[str, typer.Option(help="Of each round of an open loop.")] = "20s",
     adapters: Annotated[
         Path | None, typer.Option(help="Folder of adapter folders; else synthetic ones.")
     ] = None,
@@ -101,8 +122,10 @@ def compare(
     """Tokens/s and latencies beside other systems: same base, adapters, prompts, threads."""
 
     async def work() -> None:
-        levels = setup.parse_streams(streams)
+        levels = _levels(streams, rate, arrivals)
         peers = tuple(dict.fromkeys(peer or (Peer.PEFT,)))
+        if rate and Peer.PEFT in peers:
+            raise BadOption("--rate: PEFT has no server, so give --peer vllm or llama-server")
         keys = _summary_keys(levels, peers)
         limits = [parse_limit(each, keys) for each in fail_if or ()]
         outputs = Outputs(json_file, html_file, limits, {})
@@ -110,6 +133,7 @@ def compare(
         lengths = parse_lengths("--prompt-tokens", prompt_tokens)
         if lengths.mean:
             raise BadOption("--prompt-tokens of compare: give 64, or a range such as 16..64")
+        parallel = max(e.streams if isinstance(e, Closed) else _SLOTS for e in levels)
         programs = _programs(peers, vllm_python, llama_server, llama_model)
         folder = setup.find_base_folder(base_folder)
         shape = workload.read_base_shape(folder)
@@ -128,12 +152,13 @@ def compare(
             options = comparing.CompareOptions(
                 adapters=named,
                 vocab=shape.vocab,
-                streams=levels,
+                levels=levels,
                 prompt_tokens=lengths,
                 tokens=tokens,
                 repeat=repeat,
                 seed=seed,
                 popularity=parse_popularity(popularity),
+                duration_s=parse_seconds("--duration", duration),
             )
             OUT.print(
                 f"seed {seed}; {len(named)} adapters; starting veneer, "
@@ -150,7 +175,7 @@ def compare(
                 ) as ours,
                 setup.published(ours.client, named),
                 PeftPeerProcess(folder, named, used, scratch / "peft.log") as reference,
-                _others(programs, folder, named, used, scratch, max(levels)) as others,
+                _others(programs, folder, named, used, scratch, parallel) as others,
             ):
                 found = await gate.check(ours.client, reference, options.for_the_gate(), tokens)
                 OUT.print(gate_line(found), soft_wrap=True)
@@ -165,9 +190,9 @@ def compare(
                 systems += others
                 measured = []
                 with stop_on_signals() as stop:
-                    for count in levels:
+                    for each in levels:
                         level = await comparing.measure(
-                            systems, options, count, stop.event.is_set
+                            systems, options, each, stop.event.is_set
                         )
                         if level is None:
                             break
@@ -184,6 +209,7 @@ def compare(
                 "prompt_tokens": str(lengths),
                 "tokens": tokens,
                 "repeat": repeat,
+                **({"arrivals": arrivals, "duration": duration} if rate else {}),
                 "threads": used,
                 "seed": seed,
                 "sampling": "greedy, end of sequence ignored, no prefix cache",
@@ -202,10 +228,32 @@ def compare(
     run_command(work(), debug)
 
 
-def _summary_keys(levels: Sequence[int], peers: Sequence[Peer]) -> list[str]:
-    keys = [f"ratio_{count}" for count in levels]
+def _levels(streams: str, rate: str, arrivals: str) -> tuple[Closed | Open, ...]:
+    if not rate:
+        return tuple(Closed(count) for count in setup.parse_streams(streams))
+    found: list[Closed | Open] = []
+    for part in rate.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        level = parse_arrivals(
+            rate=value, streams=None, arrivals=arrivals, trace=None, speed=1.0
+        )
+        assert isinstance(level, Open)
+        found.append(level)
+    return tuple(found)
+
+
+def _summary_keys(levels: Sequence[Closed | Open], peers: Sequence[Peer]) -> list[str]:
+    keys = [
+        comparing.ratio_key(level.streams, 0.0)
+        if isinstance(level, Closed)
+        else comparing.ratio_key(0, level.rate)
+        for level in levels
+    ]
     if len(peers) > 1:
-        keys += [f"ratio_{count}_{each.value}" for count in levels for each in peers]
+        keys += [f"{key}_{each.value}" for key in keys for each in peers]
     return keys
 
 
@@ -266,7 +314,9 @@ async def _others(
 
 def _tell(level: CompareLevel) -> None:
     told = ", ".join(f"{ratio.ratio:.2f} x {name}" for name, ratio in level.ratios.items())
-    OUT.print(f"{level.streams} streams: {told}", style="dim")
+    if level.disturbed:
+        told += f" ({level.disturbed} rounds began on a busy machine)"
+    OUT.print(f"{level.title}: {told}", style="dim")
 
 
 async def _peer_gates(

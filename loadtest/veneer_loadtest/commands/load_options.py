@@ -25,6 +25,7 @@ __all__ = [
     "Flags",
     "Generate",
     "GenerateOne",
+    "IgnoreEos",
     "Metrics",
     "Model",
     "Names",
@@ -54,7 +55,12 @@ class ApiChoice(Enum):
 
 SpawnOne = Annotated[bool, typer.Option("--spawn", help="Start a Veneer server for this run.")]
 ServerAddress = Annotated[
-    str | None, typer.Option("--server", metavar="HOST:PORT", help="A running Veneer server.")
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help="A running Veneer server; what is published there is deleted at the end.",
+    ),
 ]
 OpenAi = Annotated[
     str | None,
@@ -110,6 +116,12 @@ CancelShare = Annotated[
     float, typer.Option(help="Of the requests whose caller leaves early.", min=0, max=1)
 ]
 Text = Annotated[bool, typer.Option("--text", help="Prompts are words, not token ids.")]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option(
+        help="Answers go on after an end of sequence; OpenAI's own API does not know it."
+    ),
+]
 PrefixCache = Annotated[
     bool, typer.Option("--prefix-cache", help="Let a Veneer server use its prefix cache.")
 ]
@@ -126,6 +138,7 @@ def load_spec(
     prompt_tokens: str,
     tokens: str,
     cancel_share: float,
+    ignore_eos: bool,
     duration_s: float,
     warmup_s: float,
     requests: int,
@@ -146,6 +159,7 @@ def load_spec(
         warmup_s=warmup_s,
         requests=requests,
         cancel_share=cancel_share,
+        ignore_eos=ignore_eos,
         seed=seed,
         vocab=0,
     )

@@ -12,11 +12,20 @@ from rich.table import Table
 
 from veneer_loadtest.commands.common import OUT, Debug, check_writable
 from veneer_loadtest.commands.common import run as run_command
-from veneer_loadtest.html.cautions import banners
+from veneer_loadtest.html.cautions import Banner, banners, conditions_banners
 from veneer_loadtest.html.columns import FIGURES, Column, columns_of, name_of, pairs, ratio
-from veneer_loadtest.html.page import write_page
+from veneer_loadtest.html.page import page, write_text
 from veneer_loadtest.html.words import amount
-from veneer_loadtest.results import read_result
+from veneer_loadtest.results import (
+    CompareResult,
+    FindMaxResult,
+    LoadResult,
+    Result,
+    RunResult,
+    SwapResult,
+    read_result,
+)
+from veneer_loadtest.tables import churn_table, compare_table, swap_table
 
 __all__ = ["EXAMPLES", "report"]
 
@@ -33,7 +42,8 @@ _COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 
 def report(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Of run or find-max, from --json.")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Of run, find-max, swap or compare, by --json."),
     ],
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
@@ -46,26 +56,53 @@ def report(
         check_writable(html_file)
         results = [read_result(file) for file in files]
         names = [file.name for file in files]
-        columns = columns_of(results, names)
-        if len(results) > 1:
-            for number in range(len(results)):
-                OUT.print(escape(name_of(results, number, names)), soft_wrap=True)
-        for banner in banners(results, columns, names):
-            head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
-            OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
-        matched = pairs(columns, len(results))
-        if matched:
-            for pair in matched:
-                OUT.print(_table(pair, ratios=True))
+        # First, since it refuses results that do not belong side by side.
+        told = page(results, names)
+        loads = [each for each in results if isinstance(each, RunResult | FindMaxResult)]
+        if loads:
+            _print_loads(loads, names)
         else:
-            beside = max(1, (OUT.width - _NAME_WIDTH) // _COLUMN_WIDTH)
-            for begin in range(0, len(columns), beside):
-                OUT.print(_table(columns[begin : begin + beside], ratios=False))
+            _print_others(results, names)
         if html_file is not None:
-            write_page(html_file, results, names)
+            write_text(html_file, told)
             OUT.print(f"wrote {escape(str(html_file))}", style="dim")
 
     run_command(work(), debug)
+
+
+def _print_loads(results: Sequence[LoadResult], names: Sequence[str]) -> None:
+    columns = columns_of(results, names)
+    if len(results) > 1:
+        for number in range(len(results)):
+            OUT.print(escape(name_of(results, number, names)), soft_wrap=True)
+    _print_banners(banners(results, columns, names))
+    matched = pairs(columns, len(results))
+    for pair in matched:
+        OUT.print(_table(pair, ratios=True))
+    if matched:
+        return
+    beside = max(1, (OUT.width - _NAME_WIDTH) // _COLUMN_WIDTH)
+    for begin in range(0, len(columns), beside):
+        OUT.print(_table(columns[begin : begin + beside], ratios=False))
+
+
+def _print_others(results: Sequence[Result], names: Sequence[str]) -> None:
+    _print_banners(conditions_banners(results, names))
+    for number, result in enumerate(results):
+        if name := name_of(results, number, names):
+            OUT.print(escape(name), style="bold", soft_wrap=True)
+        if isinstance(result, SwapResult):
+            OUT.print(swap_table(result.cases))
+            if result.churn is not None:
+                OUT.print(churn_table(result.churn))
+        elif isinstance(result, CompareResult):
+            OUT.print(compare_table(result.levels))
+
+
+def _print_banners(found: Sequence[Banner]) -> None:
+    for banner in found:
+        head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
+        OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
 
 
 def _table(columns: Sequence[Column], *, ratios: bool) -> Table:

@@ -8,9 +8,9 @@ from typing import Final, Literal
 
 from veneer_loadtest.html.columns import Column, name_of
 from veneer_loadtest.html.words import BUSY, amount, count, load_average, ms
-from veneer_loadtest.results import Result
+from veneer_loadtest.results import LoadResult, Result
 
-__all__ = ["Banner", "banners"]
+__all__ = ["Banner", "banners", "conditions_banners"]
 
 _LATE_MS: Final = 10.0
 """A generator that is later than this has measured itself."""
@@ -26,18 +26,10 @@ class Banner:
 
 
 def banners(
-    results: Sequence[Result], columns: Sequence[Column], names: Sequence[str] = ()
+    results: Sequence[LoadResult], columns: Sequence[Column], names: Sequence[str] = ()
 ) -> list[Banner]:
     """The worst first."""
-    found: list[Banner] = []
-    for number, result in enumerate(results):
-        of = f" ({name_of(results, number, names)})" if len(results) > 1 else ""
-        if result.partial:
-            why = result.why or "no reason was written"
-            found.append(
-                Banner("bad", f"Partial{of}:", f"{why}. The figures are of what had ended.")
-            )
-        found += _busy(result, of)
+    found = conditions_banners(results, names)
     for column in columns:
         of = f" ({column.short})" if len(columns) > 1 else ""
         found += _generator(column, of) + _counts(column, of)
@@ -49,6 +41,20 @@ def banners(
         found.append(Banner("good", "Counts agree:", text))
     order = ("bad", "warn", "good")
     return sorted(found, key=lambda banner: order.index(banner.kind))
+
+
+def conditions_banners(results: Sequence[Result], names: Sequence[str] = ()) -> list[Banner]:
+    """What results of any kind may suffer from: an early end, a busy machine."""
+    found: list[Banner] = []
+    for number, result in enumerate(results):
+        of = f" ({name_of(results, number, names)})" if len(results) > 1 else ""
+        if result.partial:
+            why = result.why or "no reason was written"
+            found.append(
+                Banner("bad", f"Partial{of}:", f"{why}. The figures are of what had ended.")
+            )
+        found += _busy(result, of)
+    return found
 
 
 def _busy(result: Result, of: str) -> list[Banner]:

@@ -9,7 +9,14 @@ from typing import Final
 
 from veneer_loadtest.html.words import amount, ms, rate_words, share, shortened
 from veneer_loadtest.load.spec import LoadSpec
-from veneer_loadtest.results import Distribution, FindMaxResult, Level, Result, RunResult
+from veneer_loadtest.results import (
+    Distribution,
+    FindMaxResult,
+    Level,
+    LoadResult,
+    Result,
+    RunResult,
+)
 
 __all__ = [
     "FIGURES",
@@ -62,7 +69,7 @@ def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -
     return f"{letter(number)}: {label}" if label else letter(number)
 
 
-def columns_of(results: Sequence[Result], names: Sequence[str] = ()) -> list[Column]:
+def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list[Column]:
     """Of a run each level. Of a find-max alone each probe, by rate; beside others the
     highest that kept the limits, or else the lowest."""
     columns: list[Column] = []

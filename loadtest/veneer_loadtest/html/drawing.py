@@ -25,6 +25,7 @@ __all__ = [
     "canvas",
     "from_zero",
     "log_axis",
+    "named_legend",
     "seconds_axis",
     "svg_of",
     "tiers_in_order",
@@ -152,6 +153,19 @@ def svg_of(figure: Any, key: str, title: str) -> str:
         'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
     )
     return head + text[text.index(">") + 1 :].strip()
+
+
+def named_legend(figure: Any, names: Sequence[str]) -> None:
+    """Which colour is which result; none for one."""
+    from matplotlib.lines import Line2D
+
+    if len(names) < 2:
+        return
+    handles = [
+        Line2D([], [], color=COLOURS[n], marker=MARKERS[n], label=name)
+        for n, name in enumerate(names[: len(COLOURS)])
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:

@@ -19,12 +19,12 @@ from veneer_loadtest.html.drawing import (
     svg_of,
 )
 from veneer_loadtest.html.words import amount, limits_words, ms, share, shortened
-from veneer_loadtest.results import FindMaxResult, Probe, Result
+from veneer_loadtest.results import FindMaxResult, LoadResult, Probe
 
 __all__ = ["against_adapters", "against_rate"]
 
 
-def against_adapters(results: Sequence[Result], columns: Sequence[Column]) -> Plot:
+def against_adapters(results: Sequence[LoadResult], columns: Sequence[Column]) -> Plot:
     """Throughput and first tokens against the number of adapters."""
     title = "Against the number of adapters"
     counts = sorted({column.level.adapters for column in columns})
@@ -72,7 +72,7 @@ def _counts_axis(axis: Any, counts: Sequence[int]) -> None:
         axis.xaxis.set_major_locator(FixedLocator(counts))
 
 
-def _adapters_caption(results: Sequence[Result], columns: Sequence[Column]) -> str:
+def _adapters_caption(results: Sequence[LoadResult], columns: Sequence[Column]) -> str:
     parts = []
     for number in range(len(results)):
         own = sorted(
@@ -111,7 +111,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
 
 
-def against_rate(results: Sequence[Result]) -> list[Plot]:
+def against_rate(results: Sequence[LoadResult]) -> list[Plot]:
     """Of find-max: what share kept the limits at each rate; nothing for other results."""
     found = [(n, r) for n, r in enumerate(results) if isinstance(r, FindMaxResult)]
     if not found:

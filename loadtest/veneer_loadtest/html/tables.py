@@ -19,9 +19,19 @@ from veneer_loadtest.html.words import (
     share,
 )
 from veneer_loadtest.load.figures import OTHER
-from veneer_loadtest.results import FindMaxResult, Result, Split
+from veneer_loadtest.results import FindMaxResult, LoadResult, Result, Split
 
-__all__ = ["adapters", "by_tier", "errors", "facts", "key_figures", "server_counts"]
+__all__ = [
+    "adapters",
+    "by_tier",
+    "errors",
+    "facts",
+    "key_figures",
+    "plain",
+    "plain_facts",
+    "server_counts",
+    "text",
+]
 
 _BESIDE: Final = 6
 """Columns in one table; more begin a new one, so that it is never wider than the page."""
@@ -47,6 +57,36 @@ def _table(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
     return "\n".join([*lines, "</tbody></table>"])
 
 
+def text(words: str) -> str:
+    """As HTML."""
+    return escape(words)
+
+
+def plain(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
+    """A table of text."""
+    return _table(
+        [escape(cell) for cell in head], [list(map(escape, row)) for row in rows], kind
+    )
+
+
+def plain_facts(
+    results: Sequence[Result], names: Sequence[str], workloads: Sequence[str]
+) -> str:
+    """What was run, where and on what, of any kind of result."""
+    conditions = [result.conditions for result in results]
+    told = {
+        "label": [result.label for result in results],
+        "command": [str(each.get("command", "")) for each in conditions],
+        "time": [str(each.get("time", "")) for each in conditions],
+        "machine": [machine_words(each) for each in conditions],
+        "load average before": [_busy_words(each) for each in conditions],
+        "work": list(workloads),
+        "versions": [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in results],
+    }
+    rows = [[name, *cells] for name, cells in told.items() if any(cells)]
+    return plain(["", *names] if len(results) > 1 else [], rows, "facts")
+
+
 def _grouped(head: Row, groups: Mapping[str, Sequence[Row]]) -> str:
     """A table whose first column names a group of rows, its second each."""
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
@@ -62,7 +102,7 @@ def _grouped(head: Row, groups: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def facts(results: Sequence[Result], names: Sequence[str] = ()) -> str:
+def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:
     """What was run, where and on what: a column for each result."""
     rows: list[list[str]] = []
 
@@ -91,7 +131,7 @@ def facts(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     return _table(head if len(results) > 1 else (), rows, "facts")
 
 
-def _load(result: Result) -> str:
+def _load(result: LoadResult) -> str:
     probes = result.probes if isinstance(result, FindMaxResult) else []
     rates = [probe.rate for probe in probes]
     return " ".join(load_words(result.load, rates if len(rates) > 1 else ()))
@@ -102,7 +142,7 @@ def _target(target: Mapping[str, str]) -> str:
     return ", ".join(text for text in told if not text.startswith("command "))
 
 
-def _adapters(result: Result) -> str:
+def _adapters(result: LoadResult) -> str:
     told = adapters_words(result.load.adapters)
     levels = [] if isinstance(result, FindMaxResult) else result.levels
     if len(levels) < 2:
@@ -111,7 +151,7 @@ def _adapters(result: Result) -> str:
     return f"one load each on {counts}; the last: {told}"
 
 
-def _limits(result: Result) -> str:
+def _limits(result: LoadResult) -> str:
     if isinstance(result, FindMaxResult):
         part = share(result.share)
         return f"{limits_words(result.limits)}; {part} of the requests must keep them"

@@ -128,7 +128,7 @@ class OpenAiTarget(Target):
                 **prompt,
                 "max_tokens": request.tokens,
                 "temperature": 0,
-                "ignore_eos": True,
+                **({"ignore_eos": True} if self._load.ignore_eos else {}),
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 **self._target.fields.get(request.adapter, {}),

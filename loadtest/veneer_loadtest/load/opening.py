@@ -58,6 +58,11 @@ class TargetOptions:
             raise BadOption("--model and --api go with --openai")
         if self.openai is not None and not self.openai.startswith(("http://", "https://")):
             raise BadOption(f"--openai {self.openai!r}: give a URL, such as http://HOST:8000")
+        if self.openai is not None and "@" in self.openai:
+            raise BadOption(
+                "--openai: a password in the URL would be written into result files; set "
+                "OPENAI_API_KEY, which is not"
+            )
         if self.openai is not None and self.openai.rstrip("/").endswith("/v1"):
             raise BadOption(f"--openai {self.openai!r}: leave out /v1")
 

@@ -112,6 +112,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
             one of their tokens, each as likely.
         text: prompts are words, not token ids.
         vocab: tokens of the base's vocabulary; ids are drawn from it.
+        ignore_eos: answers go on after an end of sequence, so that all are as long as
+            asked for. OpenAI's own API does not know that.
     """
 
     adapters: tuple[str, ...]
@@ -126,6 +128,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     vocab: int
     text: bool = False
+    ignore_eos: bool = True
 
 
 def parse_arrivals(

@@ -149,7 +149,7 @@ class VeneerTarget(Target):
             adapter=request.adapter,
             max_tokens=request.tokens,
             temperature=0.0,
-            ignore_eos=True,
+            ignore_eos=self._load.ignore_eos,
             use_prefix_cache=self._use_prefix_cache,
         ) as call:
             yield _VeneerStream(call)

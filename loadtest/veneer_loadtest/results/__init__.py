@@ -16,7 +16,7 @@ from veneer_loadtest.results.compare import (
     SystemFigures,
 )
 from veneer_loadtest.results.facts import FORMAT
-from veneer_loadtest.results.files import Result, read_result, write_result
+from veneer_loadtest.results.files import LoadResult, Result, read_result, write_result
 from veneer_loadtest.results.load import (
     AdapterLoad,
     Distribution,
@@ -50,6 +50,7 @@ __all__ = [
     "FindMaxResult",
     "GeneratorFigures",
     "Level",
+    "LoadResult",
     "Probe",
     "Range",
     "Ratio",

@@ -112,7 +112,9 @@ class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """Veneer / a peer, output tokens a second.
+    """Veneer beside a peer; above 1 Veneer is better. In a closed loop output tokens a
+    second, Veneer / peer; in an open loop, whose tokens come when requests do, the median
+    first token, peer / Veneer.
 
     Attributes:
         ratio: of the medians; ``low`` and ``high``: of rounds that ran one after the other.
@@ -126,11 +128,26 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompareLevel(msgspec.Struct, frozen=True, kw_only=True):
-    """All systems at one number of streams; ``ratios`` by peer."""
+    """All systems under one load; ``ratios`` by peer.
+
+    Attributes:
+        streams: of a closed loop; 0 in an open one.
+        rate: of an open loop, requests a second; 0 in a closed one.
+        disturbed: rounds that began while the machine did something else.
+    """
 
     streams: int
+    rate: float = 0.0
+    disturbed: int = 0
     systems: dict[str, SystemFigures]
     ratios: dict[str, Ratio]
+
+    @property
+    def title(self) -> str:
+        """The load, for people."""
+        if self.rate:
+            return f"{self.rate:g} requests/s"
+        return f"{self.streams} stream{'s' if self.streams != 1 else ''}"
 
 
 class CompareResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="compare"):
@@ -141,8 +158,8 @@ class CompareResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
         gate: of Veneer; ``peer_gates`` of peers with other weights. No speed was
             measured before they passed.
         partial: the run was ended before its time; ``why`` says by what.
-        summary: ``ratio_N`` for each number of streams: Veneer / the fastest peer; with
-            several peers also ``ratio_N_PEER``.
+        summary: ``ratio_N`` for each number of streams (``ratio_Rrps`` for each rate): beside
+            the best peer; with several peers also ``ratio_N_PEER``.
     """
 
     format: int = FORMAT

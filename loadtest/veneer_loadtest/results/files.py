@@ -8,16 +8,20 @@ from typing import Final
 import msgspec
 
 from veneer_loadtest.errors import BadResult
+from veneer_loadtest.results.compare import CompareResult
 from veneer_loadtest.results.facts import FORMAT
 from veneer_loadtest.results.load import FindMaxResult, RunResult
+from veneer_loadtest.results.swap import SwapResult
 
-__all__ = ["Result", "read_result", "write_result"]
+__all__ = ["LoadResult", "Result", "read_result", "write_result"]
 
-Result = RunResult | FindMaxResult
+LoadResult = RunResult | FindMaxResult
+"""Of loads: with figures of every request."""
+Result = LoadResult | SwapResult | CompareResult
 
 _decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
 
-_KINDS: Final = ("run", "find-max")
+_KINDS: Final = ("run", "find-max", "swap", "compare")
 
 
 class _Head(msgspec.Struct):

@@ -7,23 +7,48 @@ from typing import Any
 from veneer_loadtest.load.spec import Lengths, LoadSpec, Open, Popularity
 from veneer_loadtest.results import (
     AdapterLoad,
+    AnswersGate,
+    CaseFigures,
+    ChurnFigures,
+    CompareLevel,
+    CompareResult,
     Distribution,
+    Ends,
     FindMaxResult,
     GeneratorFigures,
     Level,
     Probe,
+    Range,
+    Ratio,
+    ReferenceGate,
     Requests,
     Residency,
+    RoundFigures,
     RunResult,
     ServerCounts,
     SloFigures,
     SloLimits,
     Split,
+    Spread,
+    SwapResult,
+    SystemFacts,
+    SystemFigures,
     Timeline,
     Totals,
 )
+from veneer_loadtest.swap import summary
 
-__all__ = ["CONDITIONS", "distribution", "find_max", "level", "load", "run", "split"]
+__all__ = [
+    "CONDITIONS",
+    "compare",
+    "distribution",
+    "find_max",
+    "level",
+    "load",
+    "run",
+    "split",
+    "swap",
+]
 
 CONDITIONS: dict[str, Any] = {
     "time": "2026-01-02T03:04:05+00:00",
@@ -200,3 +225,100 @@ def find_max(*rates: tuple[float, float], **own: Any) -> FindMaxResult:
         "summary": {},
     }
     return FindMaxResult(**{**fields, **own})
+
+
+def spread(p50: float) -> Spread:
+    return Spread(p50=p50, p99=2 * p50, low=p50 / 2, high=3 * p50)
+
+
+def swap(**own: Any) -> SwapResult:
+    """First tokens of 70 ms, to which each case adds; two phases of uploads."""
+    added = {"same": 0.0, "device": 1.0, "host": 3.0, "disk": 30.0, "disk_cold": 40.0}
+    cases = {
+        case: CaseFigures(
+            first_token_ms=spread(70 + more),
+            delta_ms=spread(more),
+            load_ms=spread(more),
+            samples_ms=[70 + more, 71 + more, 69 + more],
+        )
+        for case, more in {**added, "publish": 90.0}.items()
+    }
+    churn = ChurnFigures(
+        streams=4,
+        publishes=28,
+        publish_ms=spread(200),
+        quiet_ms=spread(40),
+        inside_ms=spread(44),
+        outside_ms=spread(41),
+        quiet_gaps=1000,
+        inside_gaps=300,
+        longest_ms=132,
+        steps=3.3,
+    )
+    fields: dict[str, Any] = {
+        "conditions": CONDITIONS,
+        "versions": {"veneer": "0.1.0"},
+        "target": {"api": "veneer"},
+        "workload": {
+            "rank": 16,
+            "adapter_bytes": 9_800_000,
+            "prompt_tokens": 40,
+            "samples": 3,
+            "threads": 2,
+            "seed": 1,
+        },
+        "cases": cases,
+        "churn": churn,
+        "partial": False,
+        "why": "",
+        "summary": summary(cases, churn),
+    }
+    return SwapResult(**{**fields, **own})
+
+
+def compare(**own: Any) -> CompareResult:
+    """Three systems at one and eight streams; the last is as fast as Veneer at one."""
+    levels = []
+    for streams, rates in ((1, (40.0, 20.0, 41.0)), (8, (96.0, 40.0, 48.0))):
+        systems = {
+            name: SystemFigures(
+                tokens_per_s=Range(median=rate, low=rate - 2, high=rate + 2),
+                first_token_ms=Ends(p50=1e4 / rate, p99=2e4 / rate),
+                inter_token_ms=Ends(p50=1e3 / rate, p99=3e3 / rate),
+                client_cpu_share=0.1,
+                rounds=[RoundFigures(wall_s=1.0, tokens=64)],
+            )
+            for name, rate in zip(("veneer", "peft", "llama-server"), rates, strict=True)
+        }
+        ratios = {
+            name: Ratio(
+                ratio=rates[0] / rate,
+                low=rates[0] / rate - 0.1,
+                high=rates[0] / rate + 0.1,
+                ranges_overlap=abs(rates[0] - rate) < 4,
+            )
+            for name, rate in zip(("peft", "llama-server"), rates[1:], strict=True)
+        }
+        levels.append(CompareLevel(streams=streams, systems=systems, ratios=ratios))
+    fields: dict[str, Any] = {
+        "conditions": CONDITIONS,
+        "versions": {},
+        "workload": {"adapters": ["a", "b"], "tokens": 64},
+        "systems": {
+            name: SystemFacts(command=f"{name} --threads 2", versions={name: "1"}, device="cpu")
+            for name in ("veneer", "peft", "llama-server")
+        },
+        "gate": ReferenceGate(
+            tokens=100, mean=0.07, p99=0.4, worst=1.0, mean_bound=0.2, p99_bound=1.0,
+            other_adapter_mean=1.2, regret=0.01, regret_bound=0.1, other_adapter_regret=0.5,
+            answers=2,
+        ),
+        "peer_gates": {
+            "llama-server": AnswersGate(answers=2, own_best=2, regret=0.2, other_regret=0.4)
+        },
+        "partial": False,
+        "why": "",
+        "levels": levels,
+        "summary": {},
+    }  # fmt: skip
+    return CompareResult(**{**fields, **own})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ from veneer_client import AsyncClient
 from veneer_loadtest import gate
 from veneer_loadtest.cli import cli
 from veneer_loadtest.compare import back_and_forth, level_of, summary
-from veneer_loadtest.load.spec import LoadSpec
+from veneer_loadtest.load.spec import Closed, LoadSpec, Open
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peer_messages import Generate, Score, Scored
 from veneer_loadtest.results import CompareLevel, SystemFacts
@@ -66,7 +67,9 @@ def test_order_is_there_and_back() -> None:
 
 def _level(ours: Iterable[float], **peers: Iterable[float]) -> CompareLevel:
     rounds = {"veneer": tuple(map(_round, ours))}
-    return level_of(8, rounds | {name: tuple(map(_round, r)) for name, r in peers.items()})
+    return level_of(
+        Closed(8), rounds | {name: tuple(map(_round, r)) for name, r in peers.items()}
+    )
 
 
 def test_ratio_is_of_medians_and_overlap_is_told() -> None:
@@ -86,6 +89,22 @@ def test_summary_is_against_the_fastest_peer() -> None:
     }
     assert summary([_level((100,), peft=(25,))]) == {"ratio_8": pytest.approx(4)}
     assert compare_table([level]).row_count == 3
+
+
+def test_an_open_loop_is_compared_by_its_first_tokens() -> None:
+    def at(first_token_s: float) -> Round:
+        return replace(_round(100), first_token_s=(first_token_s,) * 3)
+
+    level = level_of(
+        Open(2.5), {"veneer": [at(0.1), at(0.2), at(0.1)], "vllm": [at(0.4), at(0.3), at(0.3)]}
+    )
+    ratio = level.ratios["vllm"]
+    assert ratio.ratio == pytest.approx(3)
+    assert not ratio.ranges_overlap
+    assert (level.title, summary([level])) == (
+        "2.5 requests/s",
+        {"ratio_2.5rps": pytest.approx(3)},
+    )
 
 
 async def test_round_over_grpc(server: FakeServer) -> None:
@@ -310,6 +329,8 @@ def test_prefix_needs_no_negative_number_of_adapters() -> None:
         (("--peer", "llama-server", "--llama-server", "nowhere"), "--llama-server"),
         (("--prompt-tokens", "lognormal:9:1:99"), "--prompt-tokens"),
         (("--streams", "0"), "--streams"),
+        (("--rate", "0", "--peer", "vllm"), "--rate"),
+        (("--rate", "2"), "PEFT has no server"),
         (("--fail-if", "ratio_2<1"), "ratio_1, ratio_8, ratio_32"),
     ],
 )

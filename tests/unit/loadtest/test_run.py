@@ -72,6 +72,13 @@ def test_an_openai_endpoint(server: FastTarget, tmp_path: Path) -> None:
     assert result.load.text, "without a base's folder prompts are words"
 
 
+def test_an_endpoint_that_knows_no_more_than_openai(server: FastTarget) -> None:
+    some = ("--openai", f"http://{server.http}", "--names", "strict", "--streams", "1")
+    some += ("--requests", "2", "--fail-if", "error_share>0")
+    assert run(*some).exit_code == 3
+    assert run(*some, "--no-ignore-eos").exit_code == 0
+
+
 def test_a_trace_is_replayed(server: FastTarget, tmp_path: Path) -> None:
     trace, json_file = tmp_path / "t.jsonl", tmp_path / "a.json"
     trace.write_text(TRACE * 3)
@@ -123,9 +130,10 @@ def test_bad_options_are_told_in_one_line(server: FastTarget, tmp_path: Path) ->
         (*some, "--metrics", f"127.0.0.1:{free_port()}"): "--metrics",
         (*some, "--model", "m"): "--openai",
         ("--server", server.grpc, "--trace", str(empty)): "holds no request",
-        ("--openai", url, "--names", "wrong", "--streams", "1"): "it lists: a, b",
+        ("--openai", url, "--names", "wrong", "--streams", "1"): "it lists: a, b, strict",
         ("--openai", url, "--generate", "2", "--streams", "1"): "Veneer server only",
         ("--openai", f"{url}/v1", "--streams", "1"): "leave out /v1",
+        ("--openai", "http://me:secret@host", "--streams", "1"): "OPENAI_API_KEY",
         ("--openai", "localhost:80", "--streams", "1"): "give a URL",
         ("--server", f"127.0.0.1:{free_port()}", "--streams", "1", "--names", "a"): "no Veneer",
         ("--openai", f"http://127.0.0.1:{free_port()}", "--streams", "1"): "nobody answers",

@@ -1,0 +1,213 @@
+"""The page of ``compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer_loadtest.html import tables
+from veneer_loadtest.html.cautions import Banner, conditions_banners
+from veneer_loadtest.html.columns import name_of
+from veneer_loadtest.html.document import banner_html, document, figure_html
+from veneer_loadtest.html.drawing import COLOURS, Plot, canvas, from_zero, svg_of
+from veneer_loadtest.html.words import amount, count, ms
+from veneer_loadtest.results import CompareLevel, CompareResult, Ratio, SystemFigures
+
+__all__ = ["compare_page"]
+
+_HATCHES = ("", "///", "...", "xxx", "---")
+
+
+def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) -> str:
+    """The whole document; several results one after the other."""
+    told = [name_of(results, number, names) for number in range(len(results))]
+    body = [
+        *(banner_html(banner) for banner in conditions_banners(results, names)),
+        *(banner_html(banner) for result in results for banner in _disturbed(result)),
+        "<h2>What was run</h2>",
+        tables.plain_facts(results, told, [_workload(result) for result in results]),
+    ]
+    for number, (result, name) in enumerate(zip(results, told, strict=True)):
+        body += _result(result, name, number)
+    return document(
+        "Veneer beside other systems",
+        [line for r, n in zip(results, told, strict=True) for line in _lede(r, n)],
+        body,
+        "Written by veneer-loadtest. Rounds of all systems in turn, one system at a time. A "
+        "ratio above 1 says that Veneer is better: more tokens a second in a closed loop, an "
+        "earlier median first token in an open one. Where the ranges of two systems overlap, "
+        "neither has won.",
+    )
+
+
+def _disturbed(result: CompareResult) -> list[Banner]:
+    rounds = sum(level.disturbed for level in result.levels)
+    if not rounds:
+        return []
+    text = f"{count(rounds, 'round')} began while the machine did something else."
+    return [Banner("warn", "Disturbed:", text)]
+
+
+def _result(result: CompareResult, name: str, number: int) -> list[str]:
+    if not result.levels:
+        return ["<h2>Nothing was measured</h2>"]
+    return [
+        f"<h2>Plots{': ' + tables.text(name) if name else ''}</h2>",
+        figure_html(_throughput(result, number)),
+        figure_html(_latency(result, number)),
+        "<h2>Tables</h2>",
+        "<h3>All systems</h3>",
+        _figures_table(result),
+        "<h3>How each was started, and its gate</h3>",
+        _systems_table(result),
+    ]
+
+
+def _workload(result: CompareResult) -> str:
+    work = result.workload
+    adapters = work.get("adapters") or []
+    return (
+        f"{len(adapters)} adapters, {work.get('popularity')}, prompts of "
+        f"{work.get('prompt_tokens')} tokens, {work.get('tokens')} new ones; "
+        f"{work.get('repeat')} rounds, {work.get('threads')} threads each, seed "
+        f"{work.get('seed')}; {work.get('sampling')}"
+    )
+
+
+def _lede(result: CompareResult, name: str) -> list[str]:
+    lines = []
+    for level in result.levels:
+        parts = [_ratio_words(level, peer, ratio) for peer, ratio in level.ratios.items()]
+        subject = "Veneer's first token comes" if level.rate else "Veneer is"
+        told = f"{level.title}: {subject} {', '.join(parts)}."
+        lines.append(f"{name}: {told}" if name else told)
+    return lines
+
+
+def _ratio_words(level: CompareLevel, peer: str, ratio: Ratio) -> str:
+    how, of = ("soon", f"{peer}'s") if level.rate else ("fast", peer)
+    if ratio.ranges_overlap:
+        return f"as {how} as {of}"
+    return f"{ratio.ratio:.2f} times as {how} as {of}"
+
+
+def _throughput(result: CompareResult, number: int) -> Plot:
+    title = "Output tokens a second"
+    with canvas(1, len(result.levels), 3.2) as (figure, axes):
+        for axis, level in zip(axes[0], result.levels, strict=True):
+            for place, (_, own) in enumerate(level.systems.items()):
+                rate = own.tokens_per_s
+                axis.bar(
+                    place, rate.median, 0.7, color=COLOURS[place], alpha=0.75,
+                    hatch=_HATCHES[place % len(_HATCHES)], edgecolor="white",
+                )  # fmt: skip
+                axis.plot([place] * 2, [rate.low, rate.high], color="#111827", linewidth=1.2)
+                axis.annotate(
+                    amount(rate.median), (place, rate.high), xytext=(0, 3),
+                    textcoords="offset points", ha="center", fontsize=8,
+                )  # fmt: skip
+            _systems_axis(axis, level)
+            from_zero(axis, "tokens/s", room=1.12)
+        svg = svg_of(figure, f"rate{number}", title)
+    lines = [
+        f"{level.title}: "
+        + ", ".join(
+            f"{ratio.ratio:.2f} x {peer} ({ratio.low:.2f} to {ratio.high:.2f}"
+            + (", ranges overlap)" if ratio.ranges_overlap else ")")
+            for peer, ratio in level.ratios.items()
+        )
+        + "."
+        for level in result.levels
+    ]
+    note = "Bars: medians; lines: ranges of the rounds."
+    return Plot(
+        title, "\n".join(["Veneer beside each peer; above 1 it is better:", *lines, note]), svg
+    )
+
+
+def _latency(result: CompareResult, number: int) -> Plot:
+    title = "First token, and from one token to the next"
+    with canvas(2, len(result.levels), 5.2) as (figure, axes):
+        for row, (field, what) in enumerate(
+            (("first_token_ms", "first token, ms"), ("inter_token_ms", "between tokens, ms"))
+        ):
+            for axis, level in zip(axes[row], result.levels, strict=True):
+                _ends_bars(axis, level, field)
+                _systems_axis(axis, level)
+                from_zero(axis, what, room=1.14)
+        svg = svg_of(figure, f"latency{number}", title)
+    last = result.levels[-1]
+    slowest = max(last.systems.items(), key=lambda item: item[1].first_token_ms.p50)
+    fastest = min(last.systems.items(), key=lambda item: item[1].first_token_ms.p50)
+    return Plot(
+        title,
+        f"At {last.title} half of the first tokens of {fastest[0]} came within "
+        f"{ms(fastest[1].first_token_ms.p50)}, of {slowest[0]} within "
+        f"{ms(slowest[1].first_token_ms.p50)}.\nNarrow: p50; wide: p99 (p50 / p99, ms).",
+        svg,
+    )
+
+
+def _ends_bars(axis: Any, level: CompareLevel, field: str) -> None:
+    for place, own in enumerate(level.systems.values()):
+        ends = getattr(own, field)
+        axis.bar(place, ends.p99, 0.74, color=COLOURS[place], alpha=0.3)
+        axis.bar(place, ends.p50, 0.4, color=COLOURS[place])
+        axis.annotate(
+            f"{amount(ends.p50)} / {amount(ends.p99)}", (place, max(ends.p99, ends.p50)),
+            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7,
+        )  # fmt: skip
+
+
+def _systems_axis(axis: Any, level: CompareLevel) -> None:
+    axis.set_title(level.title)
+    axis.set_xticks(range(len(level.systems)), [n.replace("-", "-\n") for n in level.systems])
+    axis.grid(axis="x", visible=False)
+
+
+def _figures_table(result: CompareResult) -> str:
+    head = ["load, system", "tokens/s", "range", "first token p50", "p99"]
+    head += ["between tokens p50", "p99", "ratio"]
+    rows = [
+        [f"{level.title}, {name}", *_figures(own), _ratio_cell(level.ratios.get(name))]
+        for level in result.levels
+        for name, own in level.systems.items()
+    ]
+    return tables.plain(head, rows)
+
+
+def _figures(own: SystemFigures) -> list[str]:
+    rate = own.tokens_per_s
+    return [
+        amount(rate.median),
+        f"{amount(rate.low)} to {amount(rate.high)}",
+        ms(own.first_token_ms.p50),
+        ms(own.first_token_ms.p99),
+        ms(own.inter_token_ms.p50),
+        ms(own.inter_token_ms.p99),
+    ]
+
+
+def _ratio_cell(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio.ratio:.2f}" + (" (ranges overlap)" if ratio.ranges_overlap else "")
+
+
+def _systems_table(result: CompareResult) -> str:
+    rows = []
+    for name, facts in result.systems.items():
+        versions = ", ".join(f"{k} {v}" for k, v in facts.versions.items())
+        rows.append([name, facts.command, versions, _gate(result, name)])
+    return tables.plain(["system", "command", "versions", "gate"], rows, kind="facts wide")
+
+
+def _gate(result: CompareResult, name: str) -> str:
+    if name in result.peer_gates:
+        gate = result.peer_gates[name]
+        other = f", others' {gate.other_regret:.2f}" if gate.other_regret is not None else ""
+        return f"misses PEFT's likeliest tokens by {gate.regret:.3f} nats a token{other}"
+    if name == "peft":
+        return "the reference"
+    own = result.gate
+    return f"log-probabilities {own.mean:.3f} nats from PEFT's (allowed {own.mean_bound})"
