@@ -157,6 +157,7 @@ async def _phase(
         if sum(loaded.sent.values()) == options.streams:
             began.set()
 
+    waiting = asyncio.create_task(began.wait())
     running = asyncio.create_task(
         generate(
             load,
@@ -168,12 +169,12 @@ async def _phase(
         )
     )
     try:
-        await asyncio.wait((running, asyncio.create_task(began.wait())),
-                           return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(_SETTLE_S)
         begin = time.monotonic()
         windows = await _uploads(client, uploads, begin + options.phase_s)
     finally:
+        waiting.cancel()
         stop.set()
         loaded = await running
     for record in loaded.records:

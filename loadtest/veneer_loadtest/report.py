@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -29,12 +30,16 @@ __all__ = [
     "usable_cores",
     "versions",
     "wait_until_idle",
+    "without_folders",
     "write_json",
 ]
 
 _WINDOW_S: Final = 0.2
 _QUIET_WINDOWS: Final = 2
 _QUIET_PERCENT: Final = 5.0
+
+_FOLDERS: Final = re.compile(r"(?<![^=:,\s])/(?:[^/=:,\s]*/)*")
+"""The folders of an absolute path: of a word, or after ``=``, ``:`` or ``,``."""
 
 
 def usable_cores() -> int:
@@ -101,12 +106,18 @@ async def wait_until_idle(limit_s: float) -> bool:
     return True
 
 
+def without_folders(argument: str) -> str:
+    """A part of a command line for a result, which others may read: of absolute paths only
+    the last name."""
+    return _FOLDERS.sub("", argument)
+
+
 def conditions() -> dict[str, object]:
     """When and where a run happened, and how busy the machine was at this moment."""
     memory = psutil.virtual_memory()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(map(without_folders, sys.argv)),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),

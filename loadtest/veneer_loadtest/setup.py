@@ -13,6 +13,7 @@ from veneer_client import AsyncClient
 from veneer_client.local import LocalServer
 
 from veneer_loadtest.errors import BadOption
+from veneer_loadtest.report import without_folders
 
 __all__ = [
     "Target",
@@ -60,7 +61,7 @@ async def target(
     all_flags = ["--base", str(base_folder), "--threads", str(threads), *flags]
     with LocalServer(all_flags) as server:
         async with AsyncClient(server.address, timeout_s=120.0) as client:
-            yield Target(client, server.command, server.data_dir)
+            yield Target(client, without_folders(server.command), server.data_dir)
 
 
 @asynccontextmanager

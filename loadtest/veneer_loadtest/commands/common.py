@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -16,6 +16,8 @@ from veneer_client import VeneerError
 
 from veneer_loadtest import report
 from veneer_loadtest.errors import BadOption
+from veneer_loadtest.html.cautions import Banner
+from veneer_loadtest.html.words import BUSY
 
 __all__ = [
     "OUT",
@@ -31,6 +33,7 @@ __all__ = [
     "Threads",
     "check_writable",
     "finish",
+    "print_banners",
     "print_summary",
     "run",
     "warn_if_busy",
@@ -69,8 +72,7 @@ JsonFile = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 
-_BUSY: Final = 0.25
-"""Share of the cores in use above which a result is not to be trusted."""
+_COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 
 _TABLE_WIDTH: Final = 140
 """Columns of a file or pipe; 80, the default there, would cut tables."""
@@ -81,12 +83,19 @@ OUT: Final = Console(highlight=False, width=None if sys.stdout.isatty() else _TA
 def warn_if_busy() -> None:
     """Say so where other work will spoil the figures."""
     share = report.busy_share()
-    if share > _BUSY:
+    if share > BUSY:
         OUT.print(
             f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
             "last minute: figures will be low, most of all the peer's (see peft_process)",
             soft_wrap=True,
         )
+
+
+def print_banners(found: Sequence[Banner]) -> None:
+    """What a reader must know before any figure."""
+    for banner in found:
+        head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
+        OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
 
 
 def run(work: Coroutine[Any, Any, None], debug: bool) -> None:

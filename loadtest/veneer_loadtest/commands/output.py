@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer_loadtest.commands.common import OUT, check_writable, print_summary
+from veneer_loadtest.commands.common import OUT, check_writable, print_banners, print_summary
+from veneer_loadtest.html.cautions import banners
+from veneer_loadtest.html.columns import columns_of
 from veneer_loadtest.html.page import write_page
 from veneer_loadtest.load.summary import Limit
-from veneer_loadtest.results import Result, write_result
+from veneer_loadtest.results import FindMaxResult, Result, RunResult, write_result
 
 __all__ = ["FailIf", "HtmlFile", "Label", "Outputs"]
 
@@ -58,18 +60,29 @@ class Outputs:
         """Write and print everything.
 
         Raises:
-            typer.Exit: 130 where the run was ended early, 3 where a limit holds.
+            typer.Exit: 1 where a file could not be written, 130 where the run was ended
+                early, 3 where a limit holds.
         """
         written = dict(self.more)
         if self.json_file is not None:
             written[self.json_file] = lambda file: write_result(file, result)
         if self.html_file is not None:
             written[self.html_file] = lambda file: write_page(file, [result])
-        for file, write in written.items():
-            write(file)
-            OUT.print(f"wrote {escape(str(file))}", style="dim")
-        print_summary(result.summary)
         errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        unwritten = False
+        for file, write in written.items():
+            try:
+                write(file)
+            except OSError as error:  # the other files, and the figures, are still worth it
+                unwritten = True
+                errors.print(f"[red]error:[/red] cannot write {escape(str(file))}: {error}")
+            else:
+                OUT.print(f"wrote {escape(str(file))}", style="dim")
+        if isinstance(result, RunResult | FindMaxResult):
+            print_banners(banners([result], columns_of([result])))
+        print_summary(result.summary)
+        if unwritten:
+            raise typer.Exit(1)
         if result.partial:
             errors.print(
                 f"[yellow]partial:[/yellow] {escape(result.why)}; the figures are of what had "

@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from veneer_loadtest.commands.common import OUT, Debug, check_writable
+from veneer_loadtest.commands.common import OUT, Debug, check_writable, print_banners
 from veneer_loadtest.commands.common import run as run_command
-from veneer_loadtest.html.cautions import Banner, banners, conditions_banners
+from veneer_loadtest.html.cautions import banners, conditions_banners
 from veneer_loadtest.html.columns import FIGURES, Column, columns_of, name_of, pairs, ratio
 from veneer_loadtest.html.page import page, write_text
 from veneer_loadtest.html.words import amount
@@ -37,7 +37,6 @@ EXAMPLES = (
 
 _NAME_WIDTH: Final = 32
 _COLUMN_WIDTH: Final = 16
-_COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 
 
 def report(
@@ -75,7 +74,7 @@ def _print_loads(results: Sequence[LoadResult], names: Sequence[str]) -> None:
     if len(results) > 1:
         for number in range(len(results)):
             OUT.print(escape(name_of(results, number, names)), soft_wrap=True)
-    _print_banners(banners(results, columns, names))
+    print_banners(banners(results, columns, names))
     matched = pairs(columns, len(results))
     for pair in matched:
         OUT.print(_table(pair, ratios=True))
@@ -87,7 +86,7 @@ def _print_loads(results: Sequence[LoadResult], names: Sequence[str]) -> None:
 
 
 def _print_others(results: Sequence[Result], names: Sequence[str]) -> None:
-    _print_banners(conditions_banners(results, names))
+    print_banners(conditions_banners(results, names))
     for number, result in enumerate(results):
         if name := name_of(results, number, names):
             OUT.print(escape(name), style="bold", soft_wrap=True)
@@ -97,12 +96,6 @@ def _print_others(results: Sequence[Result], names: Sequence[str]) -> None:
                 OUT.print(churn_table(result.churn))
         elif isinstance(result, CompareResult):
             OUT.print(compare_table(result.levels))
-
-
-def _print_banners(found: Sequence[Banner]) -> None:
-    for banner in found:
-        head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
-        OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
 
 
 def _table(columns: Sequence[Column], *, ratios: bool) -> Table:

@@ -15,22 +15,24 @@ from veneer_loadtest.results import CompareLevel, CompareResult, Ratio, SystemFi
 
 __all__ = ["compare_page"]
 
-_HATCHES = ("", "///", "...", "xxx", "---")
+_HATCHES = ("", "///", "\\\\\\", "--", "xx")
 
 
 def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) -> str:
     """The whole document; several results one after the other."""
-    told = [name_of(results, number, names) for number in range(len(results))]
+    alone = len(results) == 1
+    told = ["" if alone else name_of(results, n, names) for n in range(len(results))]
+    name = name_of(results, 0, names) if alone else ""
     body = [
         *(banner_html(banner) for banner in conditions_banners(results, names)),
         *(banner_html(banner) for result in results for banner in _disturbed(result)),
         "<h2>What was run</h2>",
         tables.plain_facts(results, told, [_workload(result) for result in results]),
     ]
-    for number, (result, name) in enumerate(zip(results, told, strict=True)):
-        body += _result(result, name, number)
+    for number, (result, own) in enumerate(zip(results, told, strict=True)):
+        body += _result(result, own, number)
     return document(
-        "Veneer beside other systems",
+        "Veneer beside other systems" + (f": {name}" if name else ""),
         [line for r, n in zip(results, told, strict=True) for line in _lede(r, n)],
         body,
         "Written by veneer-loadtest. Rounds of all systems in turn, one system at a time. A "

@@ -41,9 +41,11 @@ _PHASES: Final = {
 
 def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
     """The whole document."""
-    told = [name_of(results, number, names) for number in range(len(results))]
+    alone = len(results) == 1
+    told = ["" if alone else name_of(results, n, names) for n in range(len(results))]
+    name = name_of(results, 0, names) if alone else ""
     return document(
-        "What a change of adapter costs" + (f": {told[0]}" if any(told[:1]) else ""),
+        "What a change of adapter costs" + (f": {name}" if name else ""),
         [_lede(result, name) for result, name in zip(results, told, strict=True)],
         [
             *(banner_html(banner) for banner in conditions_banners(results, names)),

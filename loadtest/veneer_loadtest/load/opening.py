@@ -146,7 +146,7 @@ async def opened(
     with LocalServer(flags) as server:
         async with _veneer(
             target, adapters, traced, server.address, server.metrics_address, folder,
-            server.command,
+            report.without_folders(server.command),
         ) as it:  # fmt: skip
             yield it
 

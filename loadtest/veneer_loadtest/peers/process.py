@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import random
-import re
 import shlex
 import signal
 import socket
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from veneer_loadtest.peer import PeerError
+from veneer_loadtest.report import without_folders
 
 __all__ = ["HttpPeer", "free_port"]
 
@@ -28,9 +28,6 @@ _LOG_TAIL: Final = 12
 _POLL_S: Final = 0.1
 _GRACE_S: Final = 10.0
 """vLLM's front waits for its engine process; two seconds are usual."""
-
-_FOLDERS: Final = re.compile(r"(?<![^=:,])/(?:[^/=:,]*/)*")
-"""The folders of an absolute path: of a whole argument, or after ``=``, ``:`` or ``,``."""
 
 
 class HttpPeer:
@@ -72,8 +69,10 @@ class HttpPeer:
         """
         self.name = name
         self.url = f"http://{_HOST}:{port}"
-        settings = (f"{key}={shlex.quote(_shown(v))}" for key, v in environment.items())
-        self.command = " ".join((*settings, shlex.join(map(_shown, arguments))))
+        settings = (
+            f"{key}={shlex.quote(without_folders(v))}" for key, v in environment.items()
+        )
+        self.command = " ".join((*settings, shlex.join(map(without_folders, arguments))))
         self.versions = dict(versions)
         self._arguments = tuple(arguments)
         self._environment = dict(environment)
@@ -191,7 +190,3 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-
-
-def _shown(argument: str) -> str:
-    return _FOLDERS.sub("", argument)

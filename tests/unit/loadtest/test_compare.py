@@ -252,7 +252,7 @@ def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path
             "--rank",
             "4",
             "--tokens",
-            "16",
+            "8",
             "--prompt-tokens",
             "8..12",
             "--repeat",
@@ -266,7 +266,7 @@ def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path
     assert result["gate"]["answers"] == 2
     assert result["gate"]["regret"] < result["gate"]["other_adapter_regret"]
     assert [level["streams"] for level in result["levels"]] == [1, 2]
-    assert result["levels"][1]["systems"]["veneer"]["rounds"][0]["tokens"] == 32
+    assert result["levels"][1]["systems"]["veneer"]["rounds"][0]["tokens"] == 16
     last = done.output.strip().splitlines()[-2:]
     assert [line.partition("=")[0] for line in last] == ["ratio_1", "ratio_2"]
 

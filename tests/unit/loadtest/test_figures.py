@@ -234,7 +234,7 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
     cases = {
         whole.read_bytes()[: whole.stat().st_size // 2]: "no whole result file",
         b"": "no whole result file",
-        b'{"kind": "swap", "summary": {}}': "'swap'",
+        b'{"kind": "prefix", "summary": {}}': "'prefix'",
         b"[1]": "no whole result file",
         whole.read_bytes().replace(b'"format": 1', b'"format": 2'): "newer",
         whole.read_bytes().replace(b'"totals"', b'"sums"'): "totals",

@@ -12,7 +12,6 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
 from veneer_server.engine.messages import SamplingParams, SequenceOutput
-from veneer_server.rpc import inference_service
 from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
@@ -379,18 +378,6 @@ async def test_a_full_queue_says_when_to_retry(front: Front) -> None:
     assert failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert failed.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == 1.5
     assert failed.trailing["grpc-retry-pushback-ms"] == "1500"
-
-
-async def test_a_caller_that_stops_reading_loses_its_place(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference_service, "READER_LIMIT_S", 0.2)
-    front.engine.script = [SequenceOutput(1, [1000] * 200_000) for _ in range(100)]
-    call = front.inference.GenerateStream(prompt())
-    await call.initial_metadata()
-    await until(lambda: front.engine.cancelled == 1)
-    assert front.engine.in_flight == 0
-    call.cancel()
 
 
 async def test_a_replaced_or_deleted_adapter_does_not_disturb_running_requests(
