@@ -86,7 +86,7 @@ def warn_if_busy() -> None:
     if share > BUSY:
         OUT.print(
             f"[yellow]warning:[/yellow] other processes used {share:.0%} of the cores in the "
-            "last minute: figures will be low, most of all the peer's (see peft_process)",
+            "last minute: figures will be worse than on an idle machine",
             soft_wrap=True,
         )
 

@@ -47,6 +47,7 @@ from veneer_loadtest.commands.load_options import (
 )
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
 from veneer_loadtest.errors import BadOption
+from veneer_loadtest.html.words import count
 from veneer_loadtest.load.csv_file import write_csv
 from veneer_loadtest.load.opening import AdapterOptions, TargetOptions, opened
 from veneer_loadtest.load.records import Record
@@ -199,9 +200,9 @@ def run(
                 for chosen in target.adapters:
                     if stop.event.is_set():
                         break
-                    OUT.print(f"sending to {len(chosen)} adapters", style="dim")
+                    OUT.print(f"sending to {count(len(chosen), 'adapter')}", style="dim")
                     own = with_adapters(load, chosen, target.vocab)
-                    figures, loaded = await session.run(own, f"{len(chosen)} adapters")
+                    figures, loaded = await session.run(own, count(len(chosen), "adapter"))
                     levels.append(figures)
                     kept.append((len(chosen), load.warmup_s, loaded.records))
         result = RunResult(
