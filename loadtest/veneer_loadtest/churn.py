@@ -1,9 +1,10 @@
 """Adapters published beside decoding streams: what those notice.
 
 Phases without and with uploads in turn (quiet, churn, churn, quiet ...). In each phase all
-streams decode from its beginning to its end, in a process of their own, so that neither
-prefill nor this process's work on uploads is taken for the server's. In a churn phase an
-adapter is published, or replaced by another revision, and activated once a second.
+streams decode from its beginning to its end (one that is as long as the context allows is
+followed by another), in a process of their own, so that this process's work on uploads is
+not taken for the server's. In a churn phase an
+adapter is replaced by another revision, which is activated, once a second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,12 +27,13 @@ from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
 from veneer_loadtest.load.targets import VeneerSpec
 from veneer_loadtest.report import spread
 from veneer_loadtest.results import ChurnFigures
+from veneer_loadtest.setup import remove
 from veneer_loadtest.workload import BaseShape, make_adapter
 
 __all__ = ["ChurnOptions", "churn", "figures"]
 
 NAMES: Final = ("churn-0", "churn-1")
-"""Published at first, then replaced in turn."""
+"""Published before, then replaced in turn."""
 
 _SETTLE_S: Final = 2.0
 """From a phase's start: prompts are prefilled, streams have joined."""
@@ -100,14 +102,14 @@ async def churn(
                 rank=options.rank,
                 seed=options.seed * 100_000 + number,
             )
-            for number in range(per_phase * options.phases)
+            for number in range(len(NAMES) + per_phase * options.phases)
         ]
     )
     uploads = iter(fresh)
     order = [kind for n in range(options.phases) for kind in _pair(n)]
     quiet: list[Phase] = []
     churned: list[Phase] = []
-    async with _deleted(client, NAMES):
+    async with _published(client, NAMES, uploads):
         for number, kind in enumerate(order):
             if stopped():
                 break
@@ -123,14 +125,19 @@ def _pair(number: int) -> tuple[str, str]:
 
 
 @asynccontextmanager
-async def _deleted(client: AsyncClient, names: Sequence[str]) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        there = {info.name async for info in client.list(name_prefix="churn-")}
+async def _published(
+    client: AsyncClient, names: Sequence[str], folders: Iterator[Path]
+) -> AsyncIterator[None]:
+    """The names with a first revision each, deleted at the end.
+
+    Raises:
+        AdapterExists: somebody has one, which stays as it is.
+    """
+    async with AsyncExitStack() as new:
         for name in names:
-            if name in there:
-                await client.delete(name)
+            if (await client.push(next(folders), name)).published:
+                new.push_async_callback(remove, client, name)
+        yield
 
 
 async def _phase(
@@ -141,11 +148,11 @@ async def _phase(
         arrivals=Closed(options.streams),
         popularity=Popularity("roundrobin"),
         prompt_tokens=Lengths(16, 64),
-        # Longer than any phase, so that nobody starts anew within it.
+        # So long that prompts are seldom computed within a phase.
         tokens=Lengths(*[min(_TOKENS, options.context - 64)] * 2),
         duration_s=0.0,
         warmup_s=0.0,
-        requests=options.streams,
+        requests=0,
         cancel_share=0.0,
         seed=options.seed * 1000 + number,
         vocab=options.base.vocab,
@@ -154,7 +161,7 @@ async def _phase(
     began = asyncio.Event()
 
     def on_progress(loaded: Loaded) -> None:
-        if sum(loaded.sent.values()) == options.streams:
+        if sum(loaded.sent.values()) >= options.streams:
             began.set()
 
     waiting = asyncio.create_task(began.wait())
@@ -239,6 +246,8 @@ def _gaps(phase: Phase) -> Gaps:
         before, after = times[:-1], times[1:]
         touches = np.zeros(len(after), dtype=np.bool_)
         for begin, end in phase.windows:
+            if not len(before) or before[0] > end:
+                continue  # a stream that began later
             first = int(np.searchsorted(after, begin))
             last = int(np.searchsorted(before, end, side="right")) + _TAIL
             touches[first:last] = True

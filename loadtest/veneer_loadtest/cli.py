@@ -36,7 +36,8 @@ cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 def main() -> None:
     """Entry of the console script."""
     # As Ctrl-C does: what this run started is stopped on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, lambda number, _: sys.exit(128 + number))
     cli()
 
 

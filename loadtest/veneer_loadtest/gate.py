@@ -39,6 +39,11 @@ DISTINCT_PEER: Final = 1.5
 llama.cpp in Q4_0 were seen at 1.7 to 3.1, answers of mixed-up adapters below 1."""
 
 
+ALONE_BOUND: Final = 0.5
+"""Nats a token that answers miss PEFT's likeliest tokens by under a wrong adapter, about;
+held against a peer where there is no other adapter to score under."""
+
+
 class GateFailed(VeneerError):
     """The server's log-probabilities are not those of PEFT."""
 
@@ -134,7 +139,8 @@ async def check_answers(
         regret=_mean(own),
         other_regret=_mean(other) if other else None,
     )
-    if gate.other_regret is not None and gate.other_regret < DISTINCT_PEER * gate.regret:
+    elsewhere = gate.other_regret if gate.other_regret is not None else ALONE_BOUND
+    if elsewhere < DISTINCT_PEER * gate.regret:
         raise GateFailed(
             f"{system} does not answer with the adapters that it is asked for: {gate}"
         )

@@ -19,13 +19,16 @@ def drop(folder: Path) -> bool:
         return False
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # the server deleted it meanwhile
+            continue
         try:
             os.fsync(descriptor)  # only clean pages are forgotten
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-    large = [path for path in files if path.stat().st_size > 1 << 20]
+    large = [path for path in files if path.exists() and path.stat().st_size > 1 << 20]
     return bool(large) and not any(is_cached(path) for path in large)
 
 

@@ -69,6 +69,8 @@ class PeftPeerProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=_LONGEST_LINE,
+                # Ctrl-C in a terminal goes to the parent, which ends it.
+                start_new_session=True,
             )
         try:
             self.ready = await self._ask(self._setup, PeerReady)

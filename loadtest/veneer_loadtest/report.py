@@ -138,4 +138,6 @@ def _cpu_model() -> str:
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """Write a result; its folder must exist."""
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    work = path.with_name(path.name + ".part")
+    work.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    work.replace(path)

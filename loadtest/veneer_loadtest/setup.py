@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer_client import AsyncClient
+from veneer_client import AsyncClient, VeneerError
 from veneer_client.local import LocalServer
 
 from veneer_loadtest.errors import BadOption
@@ -77,10 +77,18 @@ async def published(
     async with AsyncExitStack() as new:
         for name, folder in named.items():
             if (await client.push(folder, name)).published:
-                new.push_async_callback(client.delete, name)
+                new.push_async_callback(remove, client, name)
             if activate:
                 await client.activate(name)
         yield
+
+
+async def remove(client: AsyncClient, name: str) -> None:
+    """Delete what this run published. Where that fails the figures still count."""
+    try:
+        await client.delete(name)
+    except VeneerError as error:
+        print(f"could not delete {name}: {error}", file=sys.stderr)
 
 
 def find_base_folder(given: Path | None) -> Path:

@@ -202,8 +202,8 @@ class _Bench:
         return self._options.data_dir is not None and page_cache.drop(self._options.data_dir)
 
     def _drop(self) -> None:
-        assert self._options.data_dir is not None
-        page_cache.drop(self._options.data_dir)
+        if not self.can_drop:
+            raise WrongTier("the adapters' files stayed in the page cache: run it again")
 
     async def _publish_and_run(self) -> Sample:
         await self.publish(NEW)

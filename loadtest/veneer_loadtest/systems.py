@@ -170,10 +170,12 @@ def _round(name: str, loaded: Loaded) -> Round:
             f"{name}: {len(bad)} of {len(loaded.records)} requests failed: {reason}"
         )
     records = loaded.records
+    if any(r.first_token_s is None for r in records):
+        raise PeerError(f"{name}: an answer had no token with a text")
     return Round(
         wall_s=max(r.end_s for r in records) - min(r.due_s for r in records),
         tokens=sum(r.tokens for r in records),
-        first_token_s=tuple(r.first_token_s or 0.0 for r in records),
+        first_token_s=tuple(r.first_token_s for r in records if r.first_token_s is not None),
         gaps_s=tuple(gap for r in records for gap in r.gap_values()),
         client_cpu_s=loaded.cpu_s,
         rows=(),

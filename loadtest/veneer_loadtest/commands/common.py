@@ -124,7 +124,7 @@ def finish(result: Mapping[str, Any], json_file: Path | None) -> None:
 def print_summary(figures: Mapping[str, float]) -> None:
     """``key=value`` lines."""
     for key, value in figures.items():
-        print(f"{key}={value:.2f}")
+        print(f"{key}={value:.6g}")
 
 
 def check_writable(file: Path | None) -> None:

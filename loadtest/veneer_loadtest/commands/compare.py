@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from veneer_client import AsyncClient
+from veneer_client import AsyncClient, VeneerError
 
 from veneer_loadtest import compare as comparing
 from veneer_loadtest import gate, report, setup, workload
@@ -188,12 +188,18 @@ def compare(
                 else:
                     await reference.end()  # its memory is not needed any more
                 systems += others
-                measured = []
+                measured: list[CompareLevel] = []
                 with stop_on_signals() as stop:
                     for each in levels:
-                        level = await comparing.measure(
-                            systems, options, each, stop.event.is_set
-                        )
+                        try:
+                            level = await comparing.measure(
+                                systems, options, each, stop.event.is_set
+                            )
+                        except VeneerError as error:
+                            if not measured:
+                                raise
+                            stop.stop(str(error))  # what was measured is kept
+                            break
                         if level is None:
                             break
                         measured.append(level)

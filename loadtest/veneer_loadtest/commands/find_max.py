@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from veneer_client import VeneerError
 
 from veneer_loadtest import report
 from veneer_loadtest.commands.common import (
@@ -164,13 +165,22 @@ def find_max(
                     target, workers, parse_seconds("--timeout", timeout), goals, stop
                 )
 
+                tried: list[float] = []
+
                 async def attempt(rate: float) -> Level | None:
                     assert isinstance(own.arrivals, Open)
                     arriving = Open(rate, own.arrivals.cv)
                     at_rate = msgspec.structs.replace(own, arrivals=arriving)
-                    level, _ = await session.run(at_rate, f"{rate:.2f} requests/s")
+                    try:
+                        level, _ = await session.run(at_rate, f"{rate:.2f} requests/s")
+                    except VeneerError as error:
+                        if not tried:
+                            raise
+                        stop.stop(str(error))  # what was measured is kept
+                        return None
                     if stop.event.is_set():
                         return None
+                    tried.append(rate)
                     told = f"kept by {level.slo.share:.1%}" if level.slo else ""
                     sign = "ok" if keeps(level, share) else "broken"
                     OUT.print(f"{rate:.2f} requests/s: {sign}, {told}", style="dim")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from veneer_client import VeneerError
 
 from veneer_loadtest import report
 from veneer_loadtest.commands.common import (
@@ -54,7 +55,7 @@ from veneer_loadtest.load.records import Record
 from veneer_loadtest.load.session import Session, stop_on_signals, with_adapters
 from veneer_loadtest.load.spec import Traced, parse_arrivals
 from veneer_loadtest.load.summary import parse_limit, parse_seconds, parse_slo, summary
-from veneer_loadtest.results import RunResult
+from veneer_loadtest.results import Level, RunResult
 from veneer_loadtest.tables import levels_table, split_table
 
 __all__ = ["EXAMPLES", "run"]
@@ -68,7 +69,7 @@ EXAMPLES = (
     "  veneer-loadtest run --spawn --streams 8 --generate 1,8,32 --popularity distinct\n\n"
     "  veneer-loadtest run --openai http://127.0.0.1:8000 --model base --names sql,chat "
     "--rate 2\n\n"
-    "  veneer-loadtest run --spawn --trace requests.jsonl --speed 2 "
+    "  veneer-loadtest run --server 127.0.0.1:50051 --trace requests.jsonl --speed 2 "
     "--fail-if 'error_share>0' --fail-if 'first_token_p99_ms>2000'"
 )
 
@@ -167,7 +168,7 @@ def run(
         conditions = report.conditions()
         warn_if_busy()
         OUT.print(f"seed {seed}", style="dim")
-        levels = []
+        levels: list[Level] = []
         with stop_on_signals() as stop:
             async with opened(
                 TargetOptions(
@@ -202,7 +203,13 @@ def run(
                         break
                     OUT.print(f"sending to {count(len(chosen), 'adapter')}", style="dim")
                     own = with_adapters(load, chosen, target.vocab)
-                    figures, loaded = await session.run(own, count(len(chosen), "adapter"))
+                    try:
+                        figures, loaded = await session.run(own, count(len(chosen), "adapter"))
+                    except VeneerError as error:
+                        if not levels:
+                            raise
+                        stop.stop(str(error))  # what was measured is kept
+                        break
                     levels.append(figures)
                     kept.append((len(chosen), load.warmup_s, loaded.records))
         result = RunResult(

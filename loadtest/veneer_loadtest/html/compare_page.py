@@ -207,8 +207,13 @@ def _systems_table(result: CompareResult) -> str:
 def _gate(result: CompareResult, name: str) -> str:
     if name in result.peer_gates:
         gate = result.peer_gates[name]
-        other = f", others' {gate.other_regret:.2f}" if gate.other_regret is not None else ""
-        return f"misses PEFT's likeliest tokens by {gate.regret:.3f} nats a token{other}"
+        told = f"misses PEFT's likeliest tokens by {gate.regret:.3f} nats a token"
+        if gate.other_regret is None:
+            return told
+        return (
+            f"{told}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
+            f"{gate.answers} answers are likeliest under their own"
+        )
     if name == "peft":
         return "the reference"
     own = result.gate

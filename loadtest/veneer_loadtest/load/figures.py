@@ -38,6 +38,9 @@ _BUCKETS: Final = 300
 _LOADED_MS: Final = 0.1
 """A shorter wait for an adapter is none."""
 
+_ROUNDING_S: Final = 1e-3
+"""More than sums of 32-bit gaps are off by."""
+
 Floats = npt.NDArray[np.float64]
 
 _SHARES: Final = np.unique(
@@ -61,8 +64,13 @@ def level(
     due = [r for r in loaded.records if r.due_s >= load.warmup_s]
     told = [r for r in due if r.outcome != "stopped"]
     ok = [r for r in told if r.outcome == "ok"]
-    arrived = _arrivals(loaded.records)
-    in_window = int(np.count_nonzero((arrived >= load.warmup_s) & (arrived <= end)))
+    arrived, weights = _arrivals(loaded.records)
+    in_window = float(
+        weights[(arrived >= load.warmup_s) & (arrived <= end + _ROUNDING_S)].sum()
+    )
+    begun = [
+        r for r in loaded.records if r.first_s is not None and load.warmup_s <= r.first_s <= end
+    ]
     counts = Counter(r.outcome for r in due)
     loads = _loads(loaded.records)
     return Level(
@@ -76,7 +84,7 @@ def level(
         ),
         requests_per_s=_ended_within(loaded.records, load.warmup_s, end) / window,
         tokens_per_s=in_window / window,
-        prompt_tokens_per_s=sum(r.prompt_tokens for r in ok) / window,
+        prompt_tokens_per_s=sum(r.prompt_tokens for r in begun) / window,
         errors=dict(Counter(r.reason for r in due if r.outcome == "failed").most_common()),
         first_token_ms=_first_tokens(told),
         inter_token_ms=distribution(_gaps(told) * 1e3),
@@ -85,9 +93,9 @@ def level(
         adapter_load_ms=distribution([r.load_s * 1e3 for r in ok if r.load_s is not None]),
         by_tier=_splits(told, {r.index: r.tier or "none" for r in told}),
         by_adapter=_splits(told, _adapter_keys(told)),
-        slo=_slo(told, limits, window) if limits else None,
+        slo=_slo(told, limits, end, window) if limits else None,
         generator=_generator(loaded, workers),
-        timeline=_timeline(loaded.records, whole, arrived),
+        timeline=_timeline(loaded.records, whole, arrived, weights),
         loads=loads[:_MOST_LOADS],
         loads_left_out=max(0, len(loads) - _MOST_LOADS),
         residency=residency,
@@ -134,14 +142,17 @@ def _gaps(records: Iterable[Record]) -> Floats:
     return np.frombuffer(joined, dtype=np.float32).astype(np.float64)
 
 
-def _arrivals(records: Iterable[Record]) -> Floats:
-    """When each token of all requests came, in no order."""
-    rows = [
-        r.first_s + np.concatenate([[0.0], np.cumsum(np.frombuffer(r.gaps, dtype=np.float32))])
-        for r in records
-        if r.first_s is not None
-    ]
-    return np.concatenate(rows) if rows else np.zeros(0)
+def _arrivals(records: Iterable[Record]) -> tuple[Floats, Floats]:
+    """When each message with tokens of all requests came, in no order, and how many tokens
+    it stands for: 1, but where a server says that its chunks held more."""
+    times, weights = [np.zeros(0)], [np.zeros(0)]
+    for r in records:
+        if r.first_s is None:
+            continue
+        gaps = np.frombuffer(r.gaps, dtype=np.float32)
+        times.append(r.first_s + np.concatenate([[0.0], np.cumsum(gaps)]))
+        weights.append(np.full(len(gaps) + 1, r.tokens / (len(gaps) + 1)))
+    return np.concatenate(times), np.concatenate(weights)
 
 
 def _adapter_keys(records: Sequence[Record]) -> dict[int, str]:
@@ -181,22 +192,23 @@ def _quantiles(seconds: Sequence[float] | Floats) -> tuple[float | None, float |
     return float(p50) * 1e3, float(p99) * 1e3
 
 
-def _slo(records: Sequence[Record], limits: SloLimits, window: float) -> SloFigures:
+def _slo(records: Sequence[Record], limits: SloLimits, end: float, window: float) -> SloFigures:
     judged = [r for r in records if r.outcome in ("ok", "failed")]
-    good = sum(r.outcome == "ok" and _keeps(r, limits) for r in judged)
+    kept = [r for r in judged if r.outcome == "ok" and _keeps(r, limits)]
+    good = len(kept)
     return SloFigures(
         limits=limits,
         good=good,
         share=good / len(judged) if judged else 0.0,
-        goodput_per_s=good / window,
+        goodput_per_s=sum(r.end_s <= end for r in kept) / window,
     )
 
 
 def _keeps(record: Record, limits: SloLimits) -> bool:
-    gaps = record.gap_values()
+    after_first = sum(record.gap_values())
     measured = (
         (limits.ttft_ms, record.first_token_s),
-        (limits.tpot_ms, sum(gaps) / len(gaps) if gaps else 0.0),
+        (limits.tpot_ms, after_first / max(record.tokens - 1, 1)),
         (limits.e2e_ms, record.whole_s),
     )
     return all(
@@ -227,14 +239,16 @@ def _loads(records: Iterable[Record]) -> list[AdapterLoad]:
     return sorted(found, key=lambda each: each.at_s)
 
 
-def _timeline(records: Sequence[Record], whole: float, arrived: Floats) -> Timeline:
+def _timeline(
+    records: Sequence[Record], whole: float, arrived: Floats, weights: Floats
+) -> Timeline:
     step = next((s for s in (0.25, 0.5, 1, 2, 5, 10, 30, 60) if whole / s <= _BUCKETS), 300)
     buckets = max(1, math.ceil(whole / step))
 
-    def tally(times: Iterable[float] | Floats) -> list[int]:
+    def tally(times: Iterable[float] | Floats, weights: Floats | None = None) -> list[int]:
         places = (np.asarray(list(times), dtype=np.float64) / step).astype(int)
-        counts = np.bincount(places.clip(0, buckets - 1), minlength=buckets)
-        return [int(count) for count in counts]
+        counts = np.bincount(places.clip(0, buckets - 1), weights, minlength=buckets)
+        return [round(float(count)) for count in counts]
 
     due, ended = tally(r.due_s for r in records), tally(r.end_s for r in records)
     first: dict[int, list[float]] = defaultdict(list)
@@ -247,7 +261,7 @@ def _timeline(records: Sequence[Record], whole: float, arrived: Floats) -> Timel
         due=due,
         ended=ended,
         failed=tally(r.end_s for r in records if r.outcome == "failed"),
-        tokens=tally(arrived),
+        tokens=tally(arrived, weights),
         running=[int(n) for n in np.cumsum(due) - np.cumsum(ended)],
         first_token_p50_ms=[
             float(np.median(first[place])) if place in first else None

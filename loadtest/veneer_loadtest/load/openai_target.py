@@ -22,6 +22,7 @@ API_KEY: Final = "OPENAI_API_KEY"
 
 _DATA: Final = b"data:"
 _LONGEST_LINE: Final = 8 << 20
+_LIST_TIMEOUT_S: Final = 30.0
 _TIER: Final = "veneer-adapter-tier"
 _REVISION: Final = "veneer-revision"
 
@@ -155,8 +156,9 @@ async def list_models(url: str) -> tuple[str, ...] | None:
 
 
 async def _models(session: aiohttp.ClientSession, url: str) -> tuple[str, ...] | None:
+    limit = aiohttp.ClientTimeout(total=_LIST_TIMEOUT_S)
     with _failures(url):
-        async with session.get(f"{url.rstrip('/')}/v1/models") as answer:
+        async with session.get(f"{url.rstrip('/')}/v1/models", timeout=limit) as answer:
             if answer.status != 200:
                 return None
             listed: dict[str, Any] = msgspec.json.decode(await answer.read())
@@ -180,7 +182,11 @@ def _session() -> aiohttp.ClientSession:
 def _failures(url: str) -> Iterator[None]:
     try:
         yield
-    except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
+    except (
+        aiohttp.ClientConnectorError,
+        aiohttp.ServerDisconnectedError,
+        aiohttp.ServerTimeoutError,
+    ) as error:
         raise TargetFailed(
             f"nobody answers at {url}: give --openai the address of an OpenAI-compatible "
             f"server, without /v1 [{error}]"

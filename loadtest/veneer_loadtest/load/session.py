@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -16,7 +17,8 @@ from veneer_loadtest.load.figures import level, totals
 from veneer_loadtest.load.generator import Loaded, generate
 from veneer_loadtest.load.live import LiveView
 from veneer_loadtest.load.opening import Opened
-from veneer_loadtest.load.spec import Closed, LoadSpec, Open
+from veneer_loadtest.load.spec import Closed, LoadSpec, Open, Traced
+from veneer_loadtest.load.trace import read_trace
 from veneer_loadtest.results import Level, SloLimits
 from veneer_loadtest.server_metrics import MetricsWatch
 
@@ -67,7 +69,14 @@ def worker_count(asked: int, load: LoadSpec) -> int:
     """``asked``, or for 0 as many as the load's rate needs, at most one for each core."""
     if asked:
         return asked
-    rate = load.arrivals.rate if isinstance(load.arrivals, Open) else 0.0
+    match load.arrivals:
+        case Open(rate=rate):
+            pass
+        case Traced(path=path, speed=speed):
+            lines = read_trace(Path(path))
+            rate = len(lines) / max(lines[-1].at_s / speed, 1.0)
+        case _:
+            rate = 0.0
     return max(1, min(report.usable_cores(), math.ceil(rate / _RATE_OF_A_WORKER)))
 
 

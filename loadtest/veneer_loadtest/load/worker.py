@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 
 from veneer_client import VeneerError
 
@@ -51,7 +53,12 @@ class Share:
         self._start = 0.0
         self._ended: list[Record] = []
         self._running: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stop = asyncio.Event()
+        self._requests = self._mine()
+        # The first one now, and with it a whole trace, not when it is due.
+        first = next(self._requests, None)
+        if first is not None:
+            self._requests = chain((first,), self._requests)
         self.sent = 0
 
     def take(self) -> list[Record]:
@@ -67,7 +74,7 @@ class Share:
         """
         self._start = start
         arrivals = self._setup.load.arrivals
-        mine = self._mine()
+        mine = self._requests
         if not isinstance(arrivals, Closed):
             await self._send_when_due(mine)
             while self._running:
@@ -80,9 +87,9 @@ class Share:
 
     def stop(self) -> None:
         """Send no more, and leave what runs."""
-        if self._stopping:
+        if self._stop.is_set():
             return
-        self._stopping = True
+        self._stop.set()
         for task in self._running:
             task.cancel()
 
@@ -95,18 +102,26 @@ class Share:
 
     async def _send_when_due(self, mine: Iterator[Planned]) -> None:
         for request in mine:
-            wait = request.at_s - self._now()
-            # Also where it is late already: what has arrived must be read meanwhile.
-            await asyncio.sleep(max(0.0, wait))
-            if self._stopping:
+            await self._wait_until(request.at_s)
+            if self._stop.is_set():
                 return
             self._begin(request, request.at_s)
 
+    async def _wait_until(self, at_s: float) -> None:
+        """Return then, or at a stop."""
+        wait = at_s - self._now()
+        if wait <= 0:
+            await asyncio.sleep(0)  # what has arrived must be read meanwhile
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await self._stop.wait()
+
     async def _lane(self, mine: Iterator[Planned]) -> None:
         # The first ones of all lanes are due at the start, which may lie ahead.
-        await asyncio.sleep(max(0.0, -self._now()))
+        await self._wait_until(0.0)
         limit = self._setup.load.duration_s
-        while not self._stopping and not (limit and self._now() >= limit):
+        while not self._stop.is_set() and not (limit and self._now() >= limit):
             request = next(mine, None)
             if request is None:
                 return

@@ -105,7 +105,8 @@ def vllm_peer(
 
 
 def _request_fields(adapter: str) -> dict[str, object]:
-    return {"model": adapter or _BASE}
+    # Ids in every chunk, so that tokens without text are seen when they come.
+    return {"model": adapter or _BASE, "return_token_ids": True}
 
 
 def _max_rank(adapters: Mapping[str, Path]) -> int:

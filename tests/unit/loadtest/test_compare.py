@@ -167,6 +167,19 @@ async def test_peers_answer_with_the_adapter_that_they_are_asked_for(
             await check
 
 
+@pytest.mark.parametrize(("regret", "passes"), [(0.2, True), (0.6, False)])
+async def test_a_peer_alone_with_one_adapter_is_held_against_a_bound(
+    regret: float, passes: bool
+) -> None:
+    peer = FakePeer(regret=regret)
+    check = gate.check_answers("vllm", [(1, 2)], peer, [Stream("load-0", (0, 7))])  # type: ignore[arg-type]
+    if passes:
+        assert (await check).other_regret is None
+    else:
+        with pytest.raises(gate.GateFailed):
+            await check
+
+
 def _score_minus_one(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
     ids = request.token_ids.ids
     one = [inference_pb2.TokenLogprob(token_id=i, logprob=-1.0) for i in ids[1:]]

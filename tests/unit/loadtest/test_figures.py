@@ -142,10 +142,30 @@ def test_goodput() -> None:
     assert found.slo is not None
     assert found.slo.good == 3
     assert found.slo.share == pytest.approx(3 / 6)
-    assert found.slo.goodput_per_s == pytest.approx(3 / 8)
+    assert found.slo.goodput_per_s == pytest.approx(2 / 8), "one ended after the window"
     late = figures([record(0, 2.0, [3.0])], SloLimits(e2e_ms=2999))
     assert late.slo is not None
     assert late.slo.good == 0
+
+
+def test_rates_are_of_what_came_in_the_window() -> None:
+    """Not of what was asked for: an overloaded server goes on long after it."""
+    records = [record(i, 3.0, [0.5 + i, 1.0 + i]) for i in range(20)]  # one a second
+    found = figures(records, SloLimits(e2e_ms=60_000))
+    assert found.window_s == pytest.approx(8)
+    assert found.requests_per_s == pytest.approx(7 / 8)
+    assert found.prompt_tokens_per_s == pytest.approx(7 * 10 / 8)
+    assert found.slo is not None
+    assert (found.slo.share, found.slo.goodput_per_s) == (1.0, pytest.approx(7 / 8))
+
+
+def test_chunks_that_held_several_tokens() -> None:
+    """Where a server tells only the sum: four chunks, eight tokens."""
+    found = figures([record(0, 2.0, [0.1, 0.2, 0.3, 0.4], tokens=8)], SloLimits(tpot_ms=50))
+    assert found.tokens_per_s * found.window_s == pytest.approx(8)
+    assert sum(found.timeline.tokens) == 8
+    assert found.slo is not None
+    assert found.slo.good == 1, "300 ms for seven tokens"
 
 
 def test_splits_by_tier_and_adapter() -> None:

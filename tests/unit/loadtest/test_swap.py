@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
-from veneer_loadtest import page_cache, swap
+from veneer_loadtest import churn, page_cache, swap
 from veneer_loadtest.churn import Phase, figures
 from veneer_loadtest.cli import cli
 from veneer_loadtest.commands.swap import KEYS
 from veneer_loadtest.results import Case
 from veneer_loadtest.swap import SwapOptions, WrongTier
 from veneer_loadtest.tables import churn_table, swap_table
-from veneer_loadtest.workload import BaseShape
+from veneer_loadtest.workload import BaseShape, make_adapter
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import NonFiniteOutput
 
@@ -102,6 +102,31 @@ def test_gaps_inside_an_upload_are_told_from_the_others() -> None:
     assert found.outside_ms.high == pytest.approx(10)
     assert found.publish_ms.p50 == pytest.approx(20)
     assert churn_table(found).row_count == 4
+
+
+def test_a_stream_that_began_after_an_upload_has_nothing_in_it() -> None:
+    churned = Phase(
+        begin=1.0,
+        arrivals=[np.array([1.0, 1.01, 1.05, 1.06]), np.array([5.0, 5.1, 5.2])],
+        windows=[(1.02, 1.04)],
+    )
+    found = figures(2, [_phase([1.0, 1.01, 1.02])], [churned])
+    assert found.longest_ms == pytest.approx(40)
+    assert found.outside_ms.high == pytest.approx(100)
+
+
+async def test_nobodys_adapter_is_replaced_or_deleted(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    server.add("churn-1")
+    folders = iter(make_adapter(tmp_path / str(n), SHAPE, rank=2, seed=n) for n in range(2))
+    async with (
+        AsyncClient(server.address) as client,
+        churn._published(client, churn.NAMES, folders),
+    ):
+        assert set(server.adapters) == {"churn-0", "churn-1"}
+    assert set(server.adapters) == {"churn-1"}
+    assert not any(upload.spec.allow_replace for upload in server.uploads)
 
 
 def test_a_file_can_be_dropped_from_the_page_cache(tmp_path: Path) -> None:
