@@ -25,7 +25,9 @@ from veneer_loadtest.load.spec import (
     Popularity,
     Traced,
 )
-from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
+from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec, make_target
+from veneer_loadtest.load.wire import Setup
+from veneer_loadtest.load.worker import Share
 from veneer_loadtest.report import usable_cores
 from veneer_loadtest.setup import remove
 
@@ -176,6 +178,16 @@ async def test_a_stop_does_not_wait_for_the_next_request(server: FastTarget) -> 
     loaded = await send(load(hours_between), VeneerSpec(server.grpc), stop=stop)
     assert loaded.stopped
     assert loaded.records == []
+
+
+async def test_a_request_that_is_stopped_before_its_first_line_is_told() -> None:
+    spec, nobody = load(Open(1.0), requests=1), VeneerSpec("127.0.0.1:1")
+    async with make_target(spec, nobody) as target:
+        share = Share(Setup(spec, nobody, 0, 1, 60.0), target)
+        task = share._begin(next(plan(spec)), 0.0)
+        share.stop()
+        await asyncio.wait((task,))
+    assert [(r.index, r.outcome) for r in share.take()] == [(0, "stopped")]
 
 
 async def test_closed_loop_of_so_many_requests(server: FastTarget) -> None:
