@@ -145,12 +145,15 @@ def test_nothing_to_drop_is_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_base
-def test_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_on_the_real_server(
+    base_folder: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(churn, "_SETTLE_S", 0.5)
     file = tmp_path / "s.json"
     done = CliRunner().invoke(
         cli,
         [
-            *("swap", "--spawn", "--base-folder", str(base_folder), "--threads", "1"),
+            *("swap", "--spawn", "--base-folder", str(base_folder), "--threads", "2"),
             *("--server-flag", "--cache-dir", "--server-flag", str(cache_dir)),
             *("--samples", "1", "--rank", "4", "--churn", "1500ms", "--churn-phases", "1"),
             *("--json", str(file), "--fail-if", "churn_max_stall_steps<=0"),
