@@ -34,6 +34,7 @@ __all__ = [
     "check_writable",
     "finish",
     "print_banners",
+    "print_notes",
     "print_summary",
     "run",
     "warn_if_busy",
@@ -96,6 +97,12 @@ def print_banners(found: Sequence[Banner]) -> None:
     for banner in found:
         head = f"[{_COLOURS[banner.kind]}]{escape(banner.head)}[/]"
         OUT.print(f"{head} {escape(banner.text)}", soft_wrap=True)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a reader of the figures should know of the target."""
+    for note in notes:
+        OUT.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
 
 
 def run(work: Coroutine[Any, Any, None], debug: bool) -> None:

@@ -16,6 +16,7 @@ from veneer_loadtest.commands.common import (
     JsonFile,
     Rank,
     Seed,
+    print_notes,
     warn_if_busy,
 )
 from veneer_loadtest.commands.common import run as run_command
@@ -160,11 +161,11 @@ def find_max(
                 ),
                 None,
             ) as target:
+                print_notes(target.notes)
                 own = with_adapters(load, target.adapters[-1], target.vocab)
                 session = Session(
                     target, workers, parse_seconds("--timeout", timeout), goals, stop
                 )
-
                 tried: list[float] = []
 
                 async def attempt(rate: float) -> Level | None:

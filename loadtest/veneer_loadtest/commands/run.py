@@ -16,6 +16,7 @@ from veneer_loadtest.commands.common import (
     JsonFile,
     Rank,
     Seed,
+    print_notes,
     warn_if_busy,
 )
 from veneer_loadtest.commands.common import run as run_command
@@ -193,8 +194,7 @@ def run(
                 ),
                 traced,
             ) as target:
-                for note in target.notes:
-                    OUT.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+                print_notes(target.notes)
                 session = Session(
                     target, workers, parse_seconds("--timeout", timeout), goals, stop
                 )

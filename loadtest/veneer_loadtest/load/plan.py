@@ -33,9 +33,6 @@ part
 """
 _WORDS: Final = tuple(_TEXT.split())
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
