@@ -11,6 +11,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
+    ADAPTER_STATE_READY: _ClassVar[AdapterState]
+    ADAPTER_STATE_QUARANTINED: _ClassVar[AdapterState]
+    ADAPTER_STATE_OTHER_BASE: _ClassVar[AdapterState]
+
 class EvictMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     EVICT_MODE_UNSPECIFIED: _ClassVar[EvictMode]
@@ -33,6 +40,13 @@ class AdapterEvent(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_EVENT_FAILED: _ClassVar[AdapterEvent]
     ADAPTER_EVENT_PINNED: _ClassVar[AdapterEvent]
     ADAPTER_EVENT_UNPINNED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_QUARANTINED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_ALIAS_CHANGED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_UPDATED: _ClassVar[AdapterEvent]
+ADAPTER_STATE_UNSPECIFIED: AdapterState
+ADAPTER_STATE_READY: AdapterState
+ADAPTER_STATE_QUARANTINED: AdapterState
+ADAPTER_STATE_OTHER_BASE: AdapterState
 EVICT_MODE_UNSPECIFIED: EvictMode
 EVICT_MODE_DRAIN: EvictMode
 EVICT_MODE_FAIL_IF_BUSY: EvictMode
@@ -50,6 +64,9 @@ ADAPTER_EVENT_EVICTED: AdapterEvent
 ADAPTER_EVENT_FAILED: AdapterEvent
 ADAPTER_EVENT_PINNED: AdapterEvent
 ADAPTER_EVENT_UNPINNED: AdapterEvent
+ADAPTER_EVENT_QUARANTINED: AdapterEvent
+ADAPTER_EVENT_ALIAS_CHANGED: AdapterEvent
+ADAPTER_EVENT_UPDATED: AdapterEvent
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("spec", "chunk")
@@ -60,7 +77,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[UploadSpec, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadSpec(_message.Message):
-    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace")
+    __slots__ = ("name", "files", "labels", "validate_only", "activate", "allow_replace", "resume", "etag")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -74,13 +91,17 @@ class UploadSpec(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
     ACTIVATE_FIELD_NUMBER: _ClassVar[int]
     ALLOW_REPLACE_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     files: _containers.RepeatedCompositeFieldContainer[UploadFile]
     labels: _containers.ScalarMap[str, str]
     validate_only: bool
     activate: bool
     allow_replace: bool
-    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ...) -> None: ...
+    resume: bool
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[UploadFile, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., validate_only: _Optional[bool] = ..., activate: _Optional[bool] = ..., allow_replace: _Optional[bool] = ..., resume: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class UploadFile(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -115,7 +136,7 @@ class UploadAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., published: _Optional[bool] = ..., replaced: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template")
+    __slots__ = ("name", "revision", "weights_digest", "base_model", "rank", "targets", "parameters", "bytes", "tier", "pinned", "leases", "created", "last_used", "labels", "training", "current", "etag", "has_chat_template", "state", "aliases", "disk_bytes", "retain")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +169,10 @@ class Adapter(_message.Message):
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETAIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     weights_digest: str
@@ -166,13 +191,17 @@ class Adapter(_message.Message):
     current: bool
     etag: str
     has_chat_template: bool
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ...) -> None: ...
+    state: AdapterState
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    disk_bytes: int
+    retain: int
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., base_model: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: _Optional[bool] = ..., leases: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., training: _Optional[_Mapping[str, str]] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., state: _Optional[_Union[AdapterState, str]] = ..., aliases: _Optional[_Iterable[str]] = ..., disk_bytes: _Optional[int] = ..., retain: _Optional[int] = ...) -> None: ...
 
 class GetUploadRequest(_message.Message):
-    __slots__ = ("upload_id",)
-    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
-    upload_id: str
-    def __init__(self, upload_id: _Optional[str] = ...) -> None: ...
+    __slots__ = ("spec",)
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    spec: UploadSpec
+    def __init__(self, spec: _Optional[_Union[UploadSpec, _Mapping]] = ...) -> None: ...
 
 class GetUploadResponse(_message.Message):
     __slots__ = ("committed",)
@@ -279,12 +308,14 @@ class EvictAdapterResponse(_message.Message):
     def __init__(self, evicted: _Optional[bool] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class DeleteAdapterRequest(_message.Message):
-    __slots__ = ("name", "etag")
+    __slots__ = ("name", "etag", "mode")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     name: str
     etag: str
-    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
+    mode: EvictMode
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., mode: _Optional[_Union[EvictMode, str]] = ...) -> None: ...
 
 class DeleteAdapterResponse(_message.Message):
     __slots__ = ("revisions",)
@@ -293,16 +324,48 @@ class DeleteAdapterResponse(_message.Message):
     def __init__(self, revisions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetAliasRequest(_message.Message):
-    __slots__ = ("alias", "revision")
+    __slots__ = ("alias", "revision", "targets", "rollback", "remove", "etag")
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     alias: str
     revision: str
-    def __init__(self, alias: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[AliasTarget]
+    rollback: bool
+    remove: bool
+    etag: str
+    def __init__(self, alias: _Optional[str] = ..., revision: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., rollback: _Optional[bool] = ..., remove: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
+
+class AliasTarget(_message.Message):
+    __slots__ = ("revision", "weight")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    weight: int
+    def __init__(self, revision: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+
+class Alias(_message.Message):
+    __slots__ = ("alias", "targets", "etag", "updated")
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_FIELD_NUMBER: _ClassVar[int]
+    alias: str
+    targets: _containers.RepeatedCompositeFieldContainer[AliasTarget]
+    etag: str
+    updated: _timestamp_pb2.Timestamp
+    def __init__(self, alias: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ..., etag: _Optional[str] = ..., updated: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class SetAliasResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("alias", "previous")
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    alias: Alias
+    previous: _containers.RepeatedCompositeFieldContainer[AliasTarget]
+    def __init__(self, alias: _Optional[_Union[Alias, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ...) -> None: ...
 
 class ListAliasesRequest(_message.Message):
     __slots__ = ("name",)
@@ -312,16 +375,9 @@ class ListAliasesRequest(_message.Message):
 
 class ListAliasesResponse(_message.Message):
     __slots__ = ("aliases",)
-    class AliasesEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ALIASES_FIELD_NUMBER: _ClassVar[int]
-    aliases: _containers.ScalarMap[str, str]
-    def __init__(self, aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    aliases: _containers.RepeatedCompositeFieldContainer[Alias]
+    def __init__(self, aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ...) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ("since_sequence",)
@@ -344,7 +400,7 @@ class WatchAdaptersResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., event: _Optional[_Union[AdapterEvent, str]] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UpdateAdapterRequest(_message.Message):
-    __slots__ = ("name", "pinned", "labels")
+    __slots__ = ("name", "pinned", "labels", "remove_labels", "retain", "current", "etag")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -355,10 +411,18 @@ class UpdateAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_LABELS_FIELD_NUMBER: _ClassVar[int]
+    RETAIN_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    remove_labels: _containers.RepeatedScalarFieldContainer[str]
+    retain: int
+    current: bool
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., remove_labels: _Optional[_Iterable[str]] = ..., retain: _Optional[int] = ..., current: _Optional[bool] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class UpdateAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
@@ -367,23 +431,89 @@ class UpdateAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class GetHistoryRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "page_size", "page_token")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    page_size: int
+    page_token: str
+    def __init__(self, name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class GetHistoryResponse(_message.Message):
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "next_page_token")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
-    def __init__(self, entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class HistoryEntry(_message.Message):
-    __slots__ = ("time", "event", "revision")
+    __slots__ = ("time", "event", "revision", "name", "actor", "peer", "detail")
     TIME_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     time: _timestamp_pb2.Timestamp
     event: str
     revision: str
-    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., event: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    name: str
+    actor: str
+    peer: str
+    detail: str
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., event: _Optional[str] = ..., revision: _Optional[str] = ..., name: _Optional[str] = ..., actor: _Optional[str] = ..., peer: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class UpdateBudgetsRequest(_message.Message):
+    __slots__ = ("host_cache_bytes", "device_adapter_bytes")
+    HOST_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    host_cache_bytes: int
+    device_adapter_bytes: int
+    def __init__(self, host_cache_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ...) -> None: ...
+
+class UpdateBudgetsResponse(_message.Message):
+    __slots__ = ("host_cache_bytes", "device_adapter_bytes", "host_bytes", "device_bytes")
+    HOST_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    host_cache_bytes: int
+    device_adapter_bytes: int
+    host_bytes: int
+    device_bytes: int
+    def __init__(self, host_cache_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ...) -> None: ...
+
+class SelfTestRequest(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SelfTestResponse(_message.Message):
+    __slots__ = ("passed", "results", "adapters_mixed")
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_MIXED_FIELD_NUMBER: _ClassVar[int]
+    passed: bool
+    results: _containers.RepeatedCompositeFieldContainer[SelfTestResult]
+    adapters_mixed: int
+    def __init__(self, passed: _Optional[bool] = ..., results: _Optional[_Iterable[_Union[SelfTestResult, _Mapping]]] = ..., adapters_mixed: _Optional[int] = ...) -> None: ...
+
+class SelfTestResult(_message.Message):
+    __slots__ = ("adapter", "passed", "max_difference", "bound", "nearest_other", "detail")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    MAX_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_OTHER_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    passed: bool
+    max_difference: float
+    bound: float
+    nearest_other: float
+    detail: str
+    def __init__(self, adapter: _Optional[str] = ..., passed: _Optional[bool] = ..., max_difference: _Optional[float] = ..., bound: _Optional[float] = ..., nearest_other: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...

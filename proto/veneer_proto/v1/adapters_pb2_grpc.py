@@ -100,6 +100,16 @@ class AdapterServiceStub:
                 request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryRequest.SerializeToString,
                 response_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryResponse.FromString,
                 _registered_method=True)
+        self.UpdateBudgets = channel.unary_unary(
+                '/veneer.v1.AdapterService/UpdateBudgets',
+                request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsRequest.SerializeToString,
+                response_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsResponse.FromString,
+                _registered_method=True)
+        self.SelfTest = channel.unary_unary(
+                '/veneer.v1.AdapterService/SelfTest',
+                request_serializer=veneer__proto_dot_v1_dot_adapters__pb2.SelfTestRequest.SerializeToString,
+                response_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.SelfTestResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -114,7 +124,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """Committed offsets of an interrupted upload. Later: UNIMPLEMENTED.
+        """How much of an upload the server has: what a broken one left, and files whose
+        content it holds already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,15 +172,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Later: UNIMPLEMENTED.
+        """Moves, rolls back or removes an alias, in one step for all who ask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAliases(self, request, context):
-        """Later: UNIMPLEMENTED.
-        """
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -182,14 +192,29 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Pins and unpins. Labels later: UNIMPLEMENTED when set.
+        """Pins, labels, retention, and which revision is current.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetHistory(self, request, context):
-        """Later: UNIMPLEMENTED.
+        """Who changed what when, newest first; kept when the name is deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateBudgets(self, request, context):
+        """Changes the memory budgets of the running server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SelfTest(self, request, context):
+        """Proves that the base and resident adapters answer, mixed in one batch, as a
+        reference computed from the files on disk says they must.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,6 +287,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.GetHistory,
                     request_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryRequest.FromString,
                     response_serializer=veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryResponse.SerializeToString,
+            ),
+            'UpdateBudgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateBudgets,
+                    request_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsRequest.FromString,
+                    response_serializer=veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsResponse.SerializeToString,
+            ),
+            'SelfTest': grpc.unary_unary_rpc_method_handler(
+                    servicer.SelfTest,
+                    request_deserializer=veneer__proto_dot_v1_dot_adapters__pb2.SelfTestRequest.FromString,
+                    response_serializer=veneer__proto_dot_v1_dot_adapters__pb2.SelfTestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -616,6 +651,60 @@ class AdapterService:
             '/veneer.v1.AdapterService/GetHistory',
             veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryRequest.SerializeToString,
             veneer__proto_dot_v1_dot_adapters__pb2.GetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veneer.v1.AdapterService/UpdateBudgets',
+            veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsRequest.SerializeToString,
+            veneer__proto_dot_v1_dot_adapters__pb2.UpdateBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SelfTest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/veneer.v1.AdapterService/SelfTest',
+            veneer__proto_dot_v1_dot_adapters__pb2.SelfTestRequest.SerializeToString,
+            veneer__proto_dot_v1_dot_adapters__pb2.SelfTestResponse.FromString,
             options,
             channel_credentials,
             insecure,

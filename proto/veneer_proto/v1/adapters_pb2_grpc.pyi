@@ -36,7 +36,9 @@ class AdapterServiceStub:
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
     """First message: `spec`; then `chunk`s. Nothing is visible before the commit."""
     GetUpload: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetUploadRequest, _adapters_pb2.GetUploadResponse]
-    """Committed offsets of an interrupted upload. Later: UNIMPLEMENTED."""
+    """How much of an upload the server has: what a broken one left, and files whose
+    content it holds already.
+    """
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]
     """Publish from a URI. Later: UNIMPLEMENTED."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
@@ -48,15 +50,20 @@ class AdapterServiceStub:
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
     """Removes a revision, or a name with all its revisions."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
-    """Later: UNIMPLEMENTED."""
+    """Moves, rolls back or removes an alias, in one step for all who ask."""
     ListAliases: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]
-    """Later: UNIMPLEMENTED."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
     """What happens to adapters, as it happens: see AdapterEvent."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
-    """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
+    """Pins, labels, retention, and which revision is current."""
     GetHistory: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]
-    """Later: UNIMPLEMENTED."""
+    """Who changed what when, newest first; kept when the name is deleted."""
+    UpdateBudgets: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]
+    """Changes the memory budgets of the running server."""
+    SelfTest: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]
+    """Proves that the base and resident adapters answer, mixed in one batch, as a
+    reference computed from the files on disk says they must.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -66,7 +73,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """First message: `spec`; then `chunk`s. Nothing is visible before the commit."""
     GetUpload: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetUploadRequest, _adapters_pb2.GetUploadResponse]  # type: ignore[assignment]
-    """Committed offsets of an interrupted upload. Later: UNIMPLEMENTED."""
+    """How much of an upload the server has: what a broken one left, and files whose
+    content it holds already.
+    """
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RegisterAdapterRequest, _adapters_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
     """Publish from a URI. Later: UNIMPLEMENTED."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
@@ -78,15 +87,20 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Removes a revision, or a name with all its revisions."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Later: UNIMPLEMENTED."""
+    """Moves, rolls back or removes an alias, in one step for all who ask."""
     ListAliases: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]  # type: ignore[assignment]
-    """Later: UNIMPLEMENTED."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """What happens to adapters, as it happens: see AdapterEvent."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
-    """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
+    """Pins, labels, retention, and which revision is current."""
     GetHistory: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetHistoryRequest, _adapters_pb2.GetHistoryResponse]  # type: ignore[assignment]
-    """Later: UNIMPLEMENTED."""
+    """Who changed what when, newest first; kept when the name is deleted."""
+    UpdateBudgets: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateBudgetsRequest, _adapters_pb2.UpdateBudgetsResponse]  # type: ignore[assignment]
+    """Changes the memory budgets of the running server."""
+    SelfTest: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SelfTestRequest, _adapters_pb2.SelfTestResponse]  # type: ignore[assignment]
+    """Proves that the base and resident adapters answer, mixed in one batch, as a
+    reference computed from the files on disk says they must.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adapters by name. A separate service, so that a proxy can guard it by path."""
@@ -105,7 +119,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetUploadResponse, _abc.Awaitable[_adapters_pb2.GetUploadResponse]]:
-        """Committed offsets of an interrupted upload. Later: UNIMPLEMENTED."""
+        """How much of an upload the server has: what a broken one left, and files whose
+        content it holds already.
+        """
 
     @_abc_1.abstractmethod
     def RegisterAdapter(
@@ -159,15 +175,14 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
-        """Later: UNIMPLEMENTED."""
+        """Moves, rolls back or removes an alias, in one step for all who ask."""
 
     @_abc_1.abstractmethod
     def ListAliases(
         self,
         request: _adapters_pb2.ListAliasesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.ListAliasesResponse, _abc.Awaitable[_adapters_pb2.ListAliasesResponse]]:
-        """Later: UNIMPLEMENTED."""
+    ) -> _typing.Union[_adapters_pb2.ListAliasesResponse, _abc.Awaitable[_adapters_pb2.ListAliasesResponse]]: ...
 
     @_abc_1.abstractmethod
     def WatchAdapters(
@@ -183,7 +198,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
-        """Pins and unpins. Labels later: UNIMPLEMENTED when set."""
+        """Pins, labels, retention, and which revision is current."""
 
     @_abc_1.abstractmethod
     def GetHistory(
@@ -191,6 +206,24 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetHistoryResponse, _abc.Awaitable[_adapters_pb2.GetHistoryResponse]]:
-        """Later: UNIMPLEMENTED."""
+        """Who changed what when, newest first; kept when the name is deleted."""
+
+    @_abc_1.abstractmethod
+    def UpdateBudgets(
+        self,
+        request: _adapters_pb2.UpdateBudgetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UpdateBudgetsResponse, _abc.Awaitable[_adapters_pb2.UpdateBudgetsResponse]]:
+        """Changes the memory budgets of the running server."""
+
+    @_abc_1.abstractmethod
+    def SelfTest(
+        self,
+        request: _adapters_pb2.SelfTestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SelfTestResponse, _abc.Awaitable[_adapters_pb2.SelfTestResponse]]:
+        """Proves that the base and resident adapters answer, mixed in one batch, as a
+        reference computed from the files on disk says they must.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

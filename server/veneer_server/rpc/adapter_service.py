@@ -246,6 +246,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetHistory(self, request: Any, context: Any) -> NoReturn:
         _later("GetHistory", "see GetAdapter for a name's revisions")
 
+    async def UpdateBudgets(self, request: Any, context: Any) -> NoReturn:
+        _later("UpdateBudgets", "start the server with other budgets")
+
+    async def SelfTest(self, request: Any, context: Any) -> NoReturn:
+        _later("SelfTest", "compare answers with PEFT's")
+
 
 def _later(rpc: str, instead: str) -> NoReturn:
     raise Unimplemented(f"{rpc} comes with a later version: {instead}", metadata={"rpc": rpc})
