@@ -7,82 +7,35 @@ connection writes, another reads, so that a reader never waits for an fsync.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import operator
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from veneer_registry.changes import Change
 from veneer_registry.errors import FailedPrecondition
+from veneer_registry.rows import (
+    SERVER,
+    AliasRow,
+    HistoryRow,
+    NameRow,
+    ResidentRow,
+    RevisionRow,
+    Who,
+)
+from veneer_registry.schema import upgrade
 from veneer_registry.store import disk_full
-from veneer_registry.strict_json import canonical_json
 
-__all__ = ["Catalog", "NameRow", "RevisionRow"]
-
-_VERSION: Final = 1
-
-_SCHEMA: Final = """
-CREATE TABLE counter (value INTEGER NOT NULL);
-INSERT INTO counter VALUES (0);
-CREATE TABLE names (
-    name TEXT PRIMARY KEY,
-    current TEXT,              -- NULL: its content was lost
-    generation INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE revisions (
-    name TEXT NOT NULL REFERENCES names(name) ON DELETE CASCADE,
-    revision TEXT NOT NULL,
-    weights TEXT NOT NULL,
-    base TEXT NOT NULL,        -- identity of the base it was checked against
-    manifest TEXT NOT NULL,
-    created REAL NOT NULL,
-    labels TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    sequence INTEGER NOT NULL, -- order of publishing
-    PRIMARY KEY (name, revision)
-);
-CREATE TABLE labels (
-    name TEXT NOT NULL,
-    revision TEXT NOT NULL,
-    key TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (name, revision, key),
-    FOREIGN KEY (name, revision) REFERENCES revisions(name, revision) ON DELETE CASCADE
-) WITHOUT ROWID;
-"""
+__all__ = ["Catalog"]
 
 _COLUMNS: Final = (
     "r.name, r.revision, r.weights, r.base, r.manifest, r.created, r.labels, r.bytes, "
     "n.current IS r.revision, n.generation"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RevisionRow:
-    """One stored revision; ``manifest`` is the text of `manifest_to_json`."""
-
-    name: str
-    revision: str
-    weights: str
-    base: str
-    manifest: str
-    created: float
-    labels: Mapping[str, str]
-    bytes: int
-    current: bool = True
-    generation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NameRow:
-    """What the index needs of a name: revisions are (revision, weights, base), newest first."""
-
-    name: str
-    current: str | None
-    generation: int
-    revisions: tuple[tuple[str, str, str], ...]
 
 
 class Catalog:
@@ -101,7 +54,7 @@ class Catalog:
         with self._errors():
             self._writer = self._connect()
             try:
-                self._set_up()
+                upgrade(self._writer, path)
                 self._reader = self._connect()
             except BaseException:
                 self._writer.close()
@@ -120,18 +73,6 @@ class Catalog:
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
 
-    def _set_up(self) -> None:
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            script = f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;"
-            self._writer.executescript(script)
-        elif version != _VERSION:
-            raise FailedPrecondition(
-                f"{self._path} has schema {version}, this Veneer knows {_VERSION}; start the "
-                "version that made it, or give another folder with --data-dir",
-                metadata={"schema": str(version)},
-            )
-
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -148,72 +89,24 @@ class Catalog:
             ) from error
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[int]:
-        """Yields the change's number, larger than any before, also over deletions."""
+    def change(self, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:
+        """One transaction, durable when the block ends; undone where it raises.
+
+        Args:
+            who, time: for the history; Unix seconds.
+        """
         with self._write_lock, self._errors():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 (number,) = self._writer.execute(
                     "UPDATE counter SET value = value + 1 RETURNING value"
                 ).fetchone()
-                yield number
+                yield Change(self._writer, number, who, time)
                 self._writer.execute("COMMIT")
             except BaseException:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
-
-    # ------------------------------------------------------------------- changes
-
-    def publish(self, row: RevisionRow) -> int:
-        """Make ``row`` the current revision of its name. Returns the new generation."""
-        with self._transaction() as number:
-            self._writer.execute(
-                "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE "
-                "SET current = excluded.current, generation = excluded.generation",
-                (row.name, row.revision, number),
-            )
-            self._forget(row.name, [row.revision])
-            self._writer.execute(
-                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(row.name, row.revision, row.weights, row.base, row.manifest, row.created),
-                    *(canonical_json(dict(row.labels)).decode(), row.bytes, number),
-                ),
-            )
-            self._writer.executemany(
-                "INSERT INTO labels VALUES (?, ?, ?, ?)",
-                [(row.name, row.revision, key, value) for key, value in row.labels.items()],
-            )
-        return number
-
-    def delete_name(self, name: str) -> None:
-        """Forget a name with all its revisions."""
-        with self._transaction():
-            self._writer.execute("DELETE FROM names WHERE name = ?", (name,))
-
-    def delete_revisions(self, name: str, revisions: Sequence[str]) -> int:
-        """Forget some revisions of a name, which stays without a current one if that
-        was among them. Returns the new generation."""
-        with self._transaction() as number:
-            self._forget(name, revisions)
-            self._writer.execute(
-                "UPDATE names SET generation = ?, current = (SELECT revision FROM revisions r "
-                "WHERE r.name = names.name AND r.revision = names.current) WHERE name = ?",
-                (number, name),
-            )
-        return number
-
-    def drop_superseded(self, name: str, revisions: Sequence[str]) -> None:
-        """Forget revisions that are not current; the generation stays."""
-        with self._transaction():
-            self._forget(name, revisions)
-
-    def _forget(self, name: str, revisions: Sequence[str]) -> None:
-        self._writer.executemany(
-            "DELETE FROM revisions WHERE name = ? AND revision = ?",
-            [(name, revision) for revision in revisions],
-        )
 
     # -------------------------------------------------------------------- queries
 
@@ -224,20 +117,64 @@ class Catalog:
     def names(self) -> Iterator[NameRow]:
         """Every name in order, for the index."""
         rows = self._query(
-            "SELECT n.name, n.current, n.generation, r.revision, r.weights, r.base "
+            "SELECT n.name, n.current, n.generation, n.retain, r.revision, r.weights, r.base "
             "FROM names n LEFT JOIN revisions r ON r.name = n.name "
             "ORDER BY n.name, r.sequence DESC",
             (),
         )
-        at = 0
-        while at < len(rows):
-            name, current, generation = rows[at][:3]
-            end = at
-            while end < len(rows) and rows[end][0] == name:
-                end += 1
-            revisions = tuple(row[3:] for row in rows[at:end] if row[3] is not None)
-            yield NameRow(name, current, generation, revisions)
-            at = end
+        aliases: dict[str, list[AliasRow]] = {}
+        for alias in self.aliases():
+            aliases.setdefault(alias.name, []).append(alias)
+        for name, group in itertools.groupby(rows, key=operator.itemgetter(0)):
+            found = list(group)
+            _, current, generation, retain = found[0][:4]
+            revisions = tuple(row[4:] for row in found if row[4] is not None)
+            yield NameRow(
+                name, current, generation, revisions, retain, tuple(aliases.get(name, ()))
+            )
+
+    def aliases(self) -> tuple[AliasRow, ...]:
+        """Every alias, in order of name and alias."""
+        rows = self._query("SELECT * FROM aliases ORDER BY name, alias", ())
+        return tuple(
+            AliasRow(name, alias, _targets(targets), _targets(previous), generation, updated)
+            for name, alias, targets, previous, generation, updated in rows
+        )
+
+    def quarantined(self) -> dict[str, str]:
+        """Weights digest -> why, of what is damaged."""
+        return dict(self._query("SELECT weights, why FROM quarantine", ()))
+
+    def file(self, sha256: str) -> tuple[str, str] | None:
+        """(digest of the folder, file name) of stored content with this SHA-256."""
+        rows = self._query("SELECT digest, file FROM files WHERE sha256 = ?", (sha256,))
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    def residents(self) -> tuple[ResidentRow, ...]:
+        """What was in memory when that was last written, most recently used first."""
+        rows = self._query("SELECT weights, tier, pin FROM residents ORDER BY place", ())
+        return tuple(ResidentRow(*row) for row in rows)
+
+    def history(self, name: str, before: int | None, limit: int) -> tuple[HistoryRow, ...]:
+        """Lines of a name (of all names if empty), newest first, older than line
+        ``before`` if that is given."""
+        where: list[str] = ["1"]
+        parameters: list[object] = []
+        if name:
+            where.append("name = ?")
+            parameters.append(name)
+        if before is not None:
+            where.append("sequence < ?")
+            parameters.append(before)
+        rows = self._query(
+            "SELECT sequence, time, name, event, revision, actor, peer, detail FROM history "
+            f"WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
+            [*parameters, limit],
+        )
+        return tuple(
+            HistoryRow(number, time, of, event, revision, Who(actor, peer), detail)
+            for number, time, of, event, revision, actor, peer, detail in rows
+        )
 
     def revision(self, name: str, revision: str) -> RevisionRow | None:
         """One revision, or None where it is gone."""
@@ -292,3 +229,7 @@ def _row(row: tuple[Any, ...]) -> RevisionRow:
         current=bool(current),
         generation=generation,
     )
+
+
+def _targets(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple((revision, weight) for revision, weight in json.loads(text))

@@ -9,49 +9,38 @@ from __future__ import annotations
 
 import bisect
 import difflib
-import re
 import string
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from veneer_registry.adapter import SHORT_REVISION, AdapterRef
-from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
-from veneer_registry.strict_json import show
-from veneer_registry.upload import short_name
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.entry import (
+    Entry,
+    Found,
+    by_alias,
+    by_prefix,
+    check_prefix,
+    short_name,
+    split_spec,
+)
+from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch
 
-__all__ = ["Entry", "Found", "Index"]
+__all__ = ["Garbage", "Index"]
 
-_PREFIX: Final = re.compile(rf"[0-9a-f]{{{SHORT_REVISION},64}}")
 _ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
 _NEIGHBOURS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One name.
+class Garbage:
+    """What `Index.take_garbage` found: weights digests and revisions, and for whom."""
 
-    Attributes:
-        current: what the plain name means; None where its content was lost.
-        revisions: all that are kept, newest first.
-        generation: the etag, as a number.
-        foreign: revisions that were checked against another base.
-    """
-
-    current: AdapterRef | None
-    revisions: tuple[AdapterRef, ...]
-    generation: int
-    foreign: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A resolved name: its entry, and the revision that was meant."""
-
-    entry: Entry
-    ref: AdapterRef
+    noted: frozenset[AdapterRef]
+    weights: set[str]
+    revisions: set[str]
 
 
 class Index:
@@ -70,34 +59,45 @@ class Index:
         self._by_weights: dict[str, Counter[AdapterRef]] = {}
         self._leases: Counter[str] = Counter()
         self._garbage: set[AdapterRef] = set()
+        self._quarantined: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._names)
 
     # ------------------------------------------------------------------- look-up
 
-    def find(self, spec: str) -> Found:
-        """What ``name`` or ``name@revision`` means, whichever base it was made for.
+    def find(self, spec: str, key: str = "") -> Found:
+        """What ``name``, ``name@revision`` or ``name/alias`` means, whichever base it was
+        made for. Of an alias with several targets, the one that ``key`` falls to; without
+        a key, one by chance.
 
         Raises:
             InvalidField: not of that form.
             AdapterNotFound: metadata ``did_you_mean`` where a name is near.
         """
         with self._lock:
-            return self._find(spec)
+            return self._find(spec, key)
 
-    def resolve(self, spec: str) -> AdapterRef:
-        """`find`, and refuse what was checked against another base."""
+    def resolve(self, spec: str, key: str = "") -> AdapterRef:
+        """`find`, and refuse what was checked against another base or is damaged."""
         with self._lock:
-            return self._servable(spec).ref
+            return self._servable(spec, key).ref
 
-    def acquire(self, spec: str) -> Found:
+    def acquire(self, spec: str, key: str = "") -> Found:
         """`resolve` and take a lease on the revision's content, in one step."""
         with self._lock:
-            found = self._servable(spec)
-            self._leases[found.ref.revision] += 1
-            self._leases[found.ref.weights_digest] += 1
+            found = self._servable(spec, key)
+            self._lease(found.ref)
             return found
+
+    def hold(self, ref: AdapterRef) -> None:
+        """A lease on content that no name need have; `release` ends it."""
+        with self._lock:
+            self._lease(ref)
+
+    def _lease(self, ref: AdapterRef) -> None:
+        self._leases[ref.revision] += 1
+        self._leases[ref.weights_digest] += 1
 
     def release(self, ref: AdapterRef) -> None:
         """Give one lease back; content that nothing needs any more becomes garbage."""
@@ -119,13 +119,30 @@ class Index:
             held = self._by_weights.get(weights_digest, ())
             return tuple(sorted(held, key=lambda ref: (ref.name, ref.revision)))
 
+    def find_entry(self, name: str) -> Entry:
+        """The entry of a plain name. Raises as `find`."""
+        with self._lock:
+            entry = self._names.get(name)
+            if entry is None:
+                short_name(name)
+                raise self._not_found(name)
+            return entry
+
     def entry(self, name: str) -> Entry | None:
         """The entry of a plain name, or None."""
         with self._lock:
             return self._names.get(name)
 
-    def _servable(self, spec: str) -> Found:
-        found = self._find(spec)
+    def _servable(self, spec: str, key: str) -> Found:
+        found = self._find(spec, key)
+        why = self._quarantined.get(found.ref.weights_digest)
+        if why is not None:
+            raise AdapterCorrupt(
+                f"adapter {found.ref.short} is in quarantine since its stored content is "
+                f"damaged ({why}); push the same files again to repair it, or name another "
+                "revision",
+                metadata={"adapter": found.ref.short},
+            )
         if found.ref.revision in found.entry.foreign:
             raise BaseModelMismatch(
                 f"adapter {found.ref.short} was registered for another base than "
@@ -135,39 +152,25 @@ class Index:
             )
         return found
 
-    def _find(self, spec: str) -> Found:
-        name, at, prefix = spec.partition("@")
+    def _find(self, spec: str, key: str) -> Found:
+        name, mark, rest = split_spec(spec)
         entry = self._names.get(name)
         if entry is None:
             short_name(name)
-        if at and not _PREFIX.fullmatch(prefix):
-            raise InvalidField(
-                f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 "
-                "lower-case hex digits after '@'",
-                metadata={"field": "adapter"},
-            )
+        if mark == "@":
+            check_prefix(rest)
         if entry is None:
             raise self._not_found(name)
-        if not at:
-            if entry.current is None:
-                raise AdapterNotFound(
-                    f"the content of adapter {name!r} was lost; push it again",
-                    metadata={"adapter": name},
-                )
-            return Found(entry, entry.current)
-        matches = [ref for ref in entry.revisions if ref.revision.startswith(prefix)]
-        if not matches:
-            kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
+        if mark == "@":
+            return Found(entry, by_prefix(name, entry, rest))
+        if mark == "/":
+            return Found(entry, by_alias(name, entry, rest, key))
+        if entry.current is None:
             raise AdapterNotFound(
-                f"adapter {name!r} has no revision {prefix[:SHORT_REVISION]}; it has {kept}",
-                metadata={"adapter": name, "revision": prefix},
+                f"the content of adapter {name!r} was lost; push it again",
+                metadata={"adapter": name},
             )
-        if len(matches) > 1:
-            raise InvalidField(
-                f"revision {prefix} of {name!r} is ambiguous; give more of its digits",
-                metadata={"field": "adapter"},
-            )
-        return Found(entry, matches[0])
+        return Found(entry, entry.current)
 
     def _not_found(self, name: str) -> AdapterNotFound:
         metadata = {"adapter": name}
@@ -238,6 +241,15 @@ class Index:
             for ref in old.revisions:
                 self._note(ref)
 
+    def set_quarantined(self, weights: Mapping[str, str]) -> None:
+        """Weights digest -> why, of all that is damaged now."""
+        with self._lock:
+            self._quarantined = dict(weights)
+
+    def quarantined(self, weights_digest: str) -> str | None:
+        """Why these weights are in quarantine, or None."""
+        return self._quarantined.get(weights_digest)
+
     # ------------------------------------------------------------------- garbage
 
     @property
@@ -245,22 +257,24 @@ class Index:
         """`take_garbage` would return something."""
         return bool(self._garbage)
 
-    def mark(self, ref: AdapterRef) -> None:
-        """Consider content that a failed publish may have left."""
-        with self._lock:
-            self._note(ref)
+    def take_garbage(self) -> Garbage:
+        """Content that no name and no lease needs.
 
-    def take_garbage(self) -> tuple[set[str], set[str]]:
-        """(weights digests, revisions) that no name and no lease needs.
-
-        The caller must keep publishes out until it has removed them.
+        The caller must keep publishes out until it has removed it, and `put_back` what it
+        could not remove.
         """
         with self._lock:
             noted, self._garbage = self._garbage, set()
             digests = {
                 ref.weights_digest for ref in noted if self._unneeded(ref.weights_digest)
             }
-            return digests, {ref.revision for ref in noted if self._unneeded(ref.revision)}
+            revisions = {ref.revision for ref in noted if self._unneeded(ref.revision)}
+            return Garbage(frozenset(noted), digests, revisions)
+
+    def put_back(self, garbage: Garbage) -> None:
+        """It could not be removed: the next `take_garbage` tells it again."""
+        with self._lock:
+            self._garbage |= garbage.noted
 
     def referenced(self, digest: str) -> bool:
         """A name refers to this weights digest or revision."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from veneer_registry.adapter import AdapterManifest, AdapterRef
+from veneer_registry.rows import AliasRow
+from veneer_registry.strict_json import canonical_json
 
-__all__ = ["AdapterRecord", "Published", "UploadFile", "UploadRequest"]
+__all__ = ["AdapterRecord", "AliasChange", "Published", "UploadFile", "UploadRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,21 @@ class UploadRequest:
         files: every file of the bundle.
         labels: free pairs to filter by.
         allow_replace: the name may hold other content now.
+        etag: if not empty, what the name's must be.
     """
 
     name: str
     files: tuple[UploadFile, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     allow_replace: bool = False
+    etag: str = ""
+
+    @property
+    def upload_id(self) -> str:
+        """64 hex digits: the same for the same files under the same name, so that an
+        upload that broke off is found again."""
+        files = sorted([file.name, file.size, file.sha256] for file in self.files)
+        return hashlib.sha256(canonical_json([self.name, files])).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,10 @@ class AdapterRecord:
         current: the plain name resolves to it.
         etag: changes with every change of the name's registration; "" if there is none.
         bytes: size of the bundle's files on disk.
+        aliases: names (without the adapter's) of aliases that may mean this revision.
+        retain: superseded revisions that its name keeps.
+        quarantined: why its stored content is not served, or None.
+        foreign: it was registered for another base.
     """
 
     ref: AdapterRef
@@ -57,6 +73,10 @@ class AdapterRecord:
     current: bool
     etag: str
     bytes: int
+    aliases: tuple[str, ...] = ()
+    retain: int = 0
+    quarantined: str | None = None
+    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +97,16 @@ class Published:
     replaced: bool
     warnings: tuple[str, ...]
     dropped: tuple[AdapterRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """Outcome of moving an alias.
+
+    Attributes:
+        alias: as it is now; without targets when it was removed.
+        before: what it meant: (revision, weight) pairs; empty for a new one.
+    """
+
+    alias: AliasRow
+    before: tuple[tuple[str, int], ...]

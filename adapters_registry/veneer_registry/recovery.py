@@ -6,8 +6,10 @@ import hashlib
 import logging
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
-from veneer_registry.catalog import Catalog, NameRow
-from veneer_registry.index import Entry, Index
+from veneer_registry.catalog import Catalog
+from veneer_registry.entry import Entry
+from veneer_registry.index import Index
+from veneer_registry.rows import NameRow, Who
 from veneer_registry.store import Store
 from veneer_registry.strict_json import canonical_json
 
@@ -27,7 +29,7 @@ def base_identity(base: BaseSpec) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
-def recover(store: Store, catalog: Catalog, index: Index, base_id: str) -> None:
+def recover(store: Store, catalog: Catalog, index: Index, base_id: str, time: float) -> None:
     """Make disk, catalog and index agree.
 
     Catalogued revisions whose content is gone are dropped with a warning; a name
@@ -36,10 +38,14 @@ def recover(store: Store, catalog: Catalog, index: Index, base_id: str) -> None:
     short) is removed.
     """
     weights, revisions = store.present()
+    quarantined = catalog.quarantined()
+    index.set_quarantined(quarantined)
     entries: dict[str, Entry] = {}
     foreign = 0
+    # What is in quarantine lies elsewhere, and waits to be pushed again.
+    known = weights | quarantined.keys()
     for row in list(catalog.names()):
-        entry = _check(row, weights, revisions, catalog, base_id)
+        entry = _check(row, known, revisions, catalog, base_id, time)
         if entry is None:
             continue
         entries[row.name] = entry
@@ -63,7 +69,12 @@ def recover(store: Store, catalog: Catalog, index: Index, base_id: str) -> None:
 
 
 def _check(
-    row: NameRow, weights: set[str], revisions: set[str], catalog: Catalog, base_id: str
+    row: NameRow,
+    weights: set[str],
+    revisions: set[str],
+    catalog: Catalog,
+    base_id: str,
+    time: float,
 ) -> Entry | None:
     lost = [
         revision
@@ -81,14 +92,20 @@ def _check(
             row.name,
             revision[:12],
         )
-    if not kept:
-        catalog.delete_name(row.name)
-        return None
     generation = row.generation
     if lost:
-        generation = catalog.delete_revisions(row.name, lost)
+        with catalog.change(Who(), time) as change:
+            for revision in lost:
+                change.note("lost", row.name, revision, "its content was gone at start")
+            if kept:
+                change.delete_revisions(row.name, lost)
+            else:
+                change.delete_name(row.name)
+        generation = change.number
+    if not kept:
+        return None
     current = next((ref for ref in kept if ref.revision == row.current), None)
     strange = frozenset(
         revision for revision, _, base in row.revisions if base != base_id
     ) - frozenset(lost)
-    return Entry(current, kept, generation, strange)
+    return Entry(current, kept, generation, strange, row.retain, row.aliases)

@@ -4,7 +4,9 @@
 
     store/weights/<weights digest>/   adapter_config.json  adapter_model.safetensors
     store/revisions/<revision>/       bundle.json and what else the bundle holds
-    store/staging/<random>/           uploads under way, and what is being removed
+    store/uploads/<upload id>/        what has arrived of an upload; it may be resumed
+    store/staging/<random>/           what is being put together or removed
+    store/quarantine/<digest>/        weights that were found damaged; for a look at them
 
 ``bundle.json`` is canonical: its SHA-256 is the revision. Paths are built from
 digests computed here and from random hex, never from a caller's words. A commit
@@ -86,13 +88,22 @@ class Store:
     """The folders under ``root``. No names here: the catalog has them."""
 
     def __init__(self, root: Path) -> None:
-        """Make the folders and empty staging: whatever lies there was never committed."""
+        """Make the folders and empty staging: whatever lies there was never committed.
+
+        Uploads that broke off stay, to be resumed; see `stale_uploads`.
+        """
         self._root = root
         self._weights = root / "weights"
         self._revisions = root / "revisions"
         self._staging = root / "staging"
+        self._uploads = root / "uploads"
+        self._quarantine = root / "quarantine"
+        folders = (
+            *(self._weights, self._revisions),
+            *(self._staging, self._uploads, self._quarantine),
+        )
         with disk_errors(root):
-            for folder in (self._weights, self._revisions, self._staging):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             for left in self._staging.iterdir():
                 _remove(left)
@@ -123,13 +134,71 @@ class Store:
         return folder
 
     def drop_staging(self, folder: Path) -> None:
-        """Remove a folder that `new_staging` or `discard` gave. May be called again."""
-        if folder.parent != self._staging:
+        """Remove a folder of staging or of an upload. May be called again."""
+        if folder.parent not in (self._staging, self._uploads):
             raise InternalError(f"{folder.name!r} is not a staging folder")
         _remove(folder)
 
-    def commit(self, staged: Path, bundle: Bundle) -> None:
+    # --------------------------------------------------------------------- uploads
+
+    def upload_folder(self, upload_id: str) -> Path:
+        """Folder of an upload, made if missing."""
+        folder = self._uploads / _checked(upload_id)
+        with disk_errors(self._root):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def received(self, upload_id: str) -> dict[str, int]:
+        """Bytes of each file that arrived of an upload; empty if there is none."""
+        folder = self._uploads / _checked(upload_id)
+        with contextlib.suppress(FileNotFoundError):
+            return {
+                entry.name: entry.stat().st_size
+                for entry in os.scandir(folder)
+                if entry.is_file(follow_symlinks=False)
+            }
+        return {}
+
+    def stale_uploads(self, older_than: float) -> list[Path]:
+        """Folders of uploads into which nothing came since ``older_than`` (Unix seconds)."""
+        stale = []
+        for folder in self._uploads.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                times = [folder.stat().st_mtime]
+                times += [path.stat().st_mtime for path in folder.iterdir()]
+                if max(times) < older_than:
+                    stale.append(folder)
+        return stale
+
+    def link(self, digest: str, file: str, to: Path) -> bool:
+        """Let ``to`` be a stored file, without copying it; False if it is not there."""
+        for parent in (self._weights, self._revisions):
+            with contextlib.suppress(FileNotFoundError):
+                os.link(parent / _checked(digest) / file, to, follow_symlinks=False)
+                return True
+        return False
+
+    # ------------------------------------------------------------------- quarantine
+
+    def quarantine(self, weights: str) -> None:
+        """Take damaged weights away from where they are served from, and keep them."""
+        kept = self._quarantine / _checked(weights)
+        with disk_errors(self._root):
+            if kept.exists():
+                kept.rename(self._staging / secrets.token_hex(16))
+            self._move_away(self.weights_folder(weights), kept)
+            _sync_folder(self._quarantine)
+            _sync_folder(self._weights)
+
+    def quarantined(self) -> list[Path]:
+        """Folders of weights that were found damaged."""
+        return sorted(self._quarantine.iterdir())
+
+    # ---------------------------------------------------------------------- commit
+
+    def commit(self, staged: Path, bundle: Bundle) -> bool:
         """Publish the staged files. On return they are on disk, whole and durable.
+        True if the staged weights were taken, False if the same were there.
 
         Content that is there already is verified; damaged content is replaced by
         the staged one, so that pushing again repairs.
@@ -139,20 +208,26 @@ class Store:
                 nothing refers to them).
         """
         with disk_errors(self._root):
-            if not self._weights_intact(bundle.weights):
+            intact = self._weights_intact(bundle.weights)
+            if not intact:
                 self._place(staged, self.weights_folder(bundle.weights), REQUIRED_FILES)
             if not self._revision_intact(bundle):
                 _write(staged / _BUNDLE, bundle.document)
                 names = (_BUNDLE, *bundle.files)
                 self._place(staged, self.revision_folder(bundle.revision), names)
+        return not intact
 
     def discard(self, weights: Iterable[str], revisions: Iterable[str]) -> Path:
         """Take committed folders away in one rename each; `drop_staging` the result."""
         trash = self.new_staging()
-        for digest in weights:
-            self._move_away(self.weights_folder(digest), trash / f"w-{digest}")
-        for revision in revisions:
-            self._move_away(self.revision_folder(revision), trash / f"r-{revision}")
+        try:
+            for digest in weights:
+                self._move_away(self.weights_folder(digest), trash / f"w-{digest}")
+            for revision in revisions:
+                self._move_away(self.revision_folder(revision), trash / f"r-{revision}")
+        except BaseException:
+            _remove(trash)
+            raise
         return trash
 
     def _move_away(self, folder: Path, to: Path) -> None:

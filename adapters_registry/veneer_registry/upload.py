@@ -1,35 +1,33 @@
-"""One upload: announced files, written in order into a staging folder, hashed as they come."""
+"""One upload: announced files, written in order into a folder of its own, hashed as they
+come. What has arrived can be kept when the connection breaks, and gone on with."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from veneer_registry.adapter import check_name
-from veneer_registry.errors import AdapterInvalid, ChecksumMismatch, InvalidField
+from veneer_registry.entry import short_name
+from veneer_registry.errors import Aborted, AdapterInvalid, ChecksumMismatch, InvalidField
 from veneer_registry.format import ALLOWED_FILES, REQUIRED_FILES, WEIGHTS_FILE, check_file_name
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.store import disk_errors
 from veneer_registry.strict_json import show
 
-__all__ = ["Upload", "check_request", "short_name"]
+__all__ = ["Upload", "check_labels", "check_request"]
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _LABEL_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 _MAX_LABELS: Final = 64
 _MAX_LABEL: Final = 256
-
-
-def short_name(name: str) -> str:
-    """`check_name` that never repeats more than 80 characters of a stranger's name."""
-    return check_name(name if len(name) <= 80 else name[:80])
+_CHUNK: Final = 1 << 20
 
 
 def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
@@ -55,9 +53,14 @@ def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
                 f"{name} is missing; send {' and '.join(REQUIRED_FILES)}",
                 metadata={"file": name, "why": "missing"},
             )
-    if len(request.labels) > _MAX_LABELS:
+    check_labels(request.labels)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise InvalidField unless a revision may carry these."""
+    if len(labels) > _MAX_LABELS:
         raise _bad_field("labels", f"at most {_MAX_LABELS} labels are allowed")
-    for key, value in request.labels.items():
+    for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
             raise _bad_field("labels", f"label {show(key)} needs 1 to 63 letters, digits, ._/-")
         if len(value) > _MAX_LABEL or not value.isprintable():
@@ -101,45 +104,70 @@ class Upload:
     """
 
     def __init__(
-        self, request: UploadRequest, folder: Path, discard: Callable[[Upload], None]
+        self,
+        request: UploadRequest,
+        folder: Path,
+        on_end: Callable[[Upload, bool], None],
+        *,
+        resumed: bool = False,
     ) -> None:
-        """Open the files of ``request`` in ``folder``; ``discard`` removes the folder."""
+        """Args:
+        folder: where the files go; with ``resumed`` what is there counts as received.
+        on_end: told once when it ends, and whether the folder may go.
+        """
         self.request = request
         self.folder = folder
-        self._discard = discard
+        self.resumed = resumed
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._open = True
+        self._taken_over = False
         self._files: dict[str, _Incoming] = {}
-        try:
-            with disk_errors(folder):
-                for file in request.files:
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                    fd = os.open(folder / file.name, flags, 0o644)
-                    self._files[file.name] = _Incoming(fd, file)
-        except BaseException:
-            self.abort()
-            raise
+
+    def open(self) -> None:
+        """Open the files, and read what is there of them.
+
+        Raises:
+            ChecksumMismatch: a file that is there whole is not the announced one. The
+                upload is aborted: begin it anew.
+            DiskFull: the upload is aborted.
+        """
+        with self._lock:
+            self._check_open()
+            try:
+                with disk_errors(self.folder.parent):
+                    for file in self.request.files:
+                        self._files[file.name] = _open(self.folder / file.name, file)
+            except BaseException:
+                self._end(keep=False)
+                raise
 
     @property
     def received_bytes(self) -> int:
-        """Bytes written so far, over all files."""
+        """Bytes that are there so far, over all files."""
         return sum(file.received for file in self._files.values())
 
+    @property
+    def committed(self) -> dict[str, int]:
+        """Bytes that are there so far, by file."""
+        return {name: file.received for name, file in self._files.items()}
+
     def write(self, name: str, offset: int, data: bytes) -> None:
-        """Append ``data`` to an announced file; ``offset`` must be where it ended.
+        """Append ``data`` to an announced file; ``offset`` must be where it ended. In a
+        resumed upload it may lie before that: what is there is not written again.
 
         Raises:
             InvalidField: unknown file, wrong offset, more bytes than announced, or
                 the upload has ended.
+            Aborted: another connection goes on with this upload.
             DiskFull: the upload is aborted.
         """
         with self._lock:
+            self._check_open()
             file = self._files.get(name)
-            if not self._open:
-                raise _bad_field("upload", "the upload has ended; begin a new one")
             if file is None:
                 raise _bad_field("file", f"file {show(name)} was not announced in the spec")
-            if offset != file.received:
+            if offset > file.received or (offset < file.received and not self.resumed):
                 raise _bad_field(
                     "offset",
                     f"{name}: chunk at offset {offset}, expected {file.received}; "
@@ -151,11 +179,12 @@ class Upload:
                     f"{name}: more than the {file.announced.size} bytes announced; "
                     "announce the size of the file that you send",
                 )
+            data = data[file.received - offset :]
             try:
                 with disk_errors(self.folder.parent):
                     _write_all(file.fd, data)
             except BaseException:
-                self._end()
+                self._end(keep=False)
                 raise
             file.digest.update(data)
             file.received += len(data)
@@ -168,8 +197,7 @@ class Upload:
             ChecksumMismatch: metadata ``file``, ``expected``, ``actual``.
         """
         with self._lock:
-            if not self._open:
-                raise _bad_field("upload", "the upload has ended; begin a new one")
+            self._check_open()
             for name, file in self._files.items():
                 if file.received != file.announced.size:
                     raise _bad_field(
@@ -177,29 +205,43 @@ class Upload:
                         f"{name}: {file.received} of {file.announced.size} bytes arrived; "
                         "send all of them",
                     )
-                actual = file.digest.hexdigest()
-                if actual != file.announced.sha256:
-                    raise ChecksumMismatch(
-                        f"{name}: the bytes that arrived have SHA-256 {actual[:12]}..., "
-                        f"announced was {file.announced.sha256[:12]}...; send the file again",
-                        metadata={
-                            "file": name,
-                            "expected": file.announced.sha256,
-                            "actual": actual,
-                        },
-                    )
+                _check_digest(file)
             self._close_files()
 
     def abort(self) -> None:
         """Drop everything that was received. May be called again, also after a publish."""
         with self._lock:
-            self._end()
+            self._end(keep=False)
 
-    def _end(self) -> None:
+    def suspend(self) -> None:
+        """End it, but keep what was received, to be resumed. May be called again."""
+        with self._lock:
+            self._end(keep=True)
+
+    def take_over(self) -> bool:
+        """`suspend` it since another connection goes on with it. False if it is being
+        published already."""
+        with self._lock:
+            if self._open and self._files and all(f.fd < 0 for f in self._files.values()):
+                return False
+            self._taken_over = True
+            self._end(keep=True)
+            return True
+
+    def _check_open(self) -> None:
+        if self._taken_over:
+            raise Aborted(
+                "another connection goes on with this upload; wait for its end, or send it "
+                "again"
+            )
+        if not self._open:
+            raise _bad_field("upload", "the upload has ended; begin a new one")
+
+    def _end(self, *, keep: bool) -> None:
         self._close_files()
         if self._open:
             self._open = False
-            self._discard(self)
+            self._on_end(self, keep)
 
     def _close_files(self) -> None:
         for file in self._files.values():
@@ -217,6 +259,38 @@ class Upload:
         trace: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def _open(path: Path, announced: UploadFile) -> _Incoming:
+    """Open a file for appending; what it holds is hashed and counts as received."""
+    with contextlib.suppress(FileNotFoundError):
+        there = path.stat(follow_symlinks=False)
+        # What the store has of it is linked here: that must never be written to.
+        linked = there.st_nlink > 1
+        if there.st_size > announced.size or (linked and there.st_size != announced.size):
+            path.unlink()
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    file = _Incoming(os.open(path, flags, 0o644), announced)
+    try:
+        while chunk := os.read(file.fd, _CHUNK):
+            file.digest.update(chunk)
+            file.received += len(chunk)
+        if file.received == announced.size:
+            _check_digest(file)
+    except BaseException:
+        os.close(file.fd)
+        raise
+    return file
+
+
+def _check_digest(file: _Incoming) -> None:
+    name, actual = file.announced.name, file.digest.hexdigest()
+    if actual != file.announced.sha256:
+        raise ChecksumMismatch(
+            f"{name}: the bytes that arrived have SHA-256 {actual[:12]}..., "
+            f"announced was {file.announced.sha256[:12]}...; send the file again",
+            metadata={"file": name, "expected": file.announced.sha256, "actual": actual},
+        )
 
 
 def _write_all(fd: int, data: bytes) -> None:

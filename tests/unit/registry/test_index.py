@@ -6,8 +6,9 @@ import hashlib
 
 import pytest
 from veneer_registry.adapter import AdapterRef
+from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
-from veneer_registry.index import Entry, Index
+from veneer_registry.index import Index
 
 
 def ref(name: str, number: int, weights: int | None = None) -> AdapterRef:
@@ -17,6 +18,11 @@ def ref(name: str, number: int, weights: int | None = None) -> AdapterRef:
 
 def entry(*refs: AdapterRef, foreign: frozenset[str] = frozenset()) -> Entry:
     return Entry(refs[0], refs, 1, foreign)
+
+
+def taken(index: Index) -> tuple[set[str], set[str]]:
+    garbage = index.take_garbage()
+    return garbage.weights, garbage.revisions
 
 
 @pytest.fixture
@@ -59,7 +65,6 @@ def test_holding_follows_every_change(index: Index) -> None:
         "@",
         "Chat",
         "../x",
-        "a/b",
         "chat@",
         "chat@abc",
         "chat@" + "g" * 12,
@@ -142,15 +147,15 @@ def test_garbage_waits_for_names_and_leases(index: Index) -> None:
     index.acquire("chat")
     assert index.leases(one.weights_digest) == 2
     index.remove("chat")
-    assert index.take_garbage() == (set(), set())
+    assert taken(index) == (set(), set())
     index.release(one)
     assert not index.has_garbage
     index.release(one)
     assert index.has_garbage
-    assert index.take_garbage() == (set(), {one.revision}), "code still has the weights"
+    assert taken(index) == (set(), {one.revision}), "code still has the weights"
     assert not index.has_garbage
     index.remove("code")
-    assert index.take_garbage() == ({one.weights_digest}, {other.revision})
+    assert taken(index) == ({one.weights_digest}, {other.revision})
 
 
 def test_garbage_that_is_wanted_again_is_kept(index: Index) -> None:
@@ -158,7 +163,7 @@ def test_garbage_that_is_wanted_again_is_kept(index: Index) -> None:
     index.put("chat", entry(one))
     index.remove("chat")
     index.put("chat", entry(one))
-    assert index.take_garbage() == (set(), set())
+    assert taken(index) == (set(), set())
 
 
 def test_a_replaced_revision_is_garbage(index: Index) -> None:
@@ -167,5 +172,5 @@ def test_a_replaced_revision_is_garbage(index: Index) -> None:
     index.put("chat", entry(two, one))
     assert not index.has_garbage
     index.put("chat", entry(two))
-    assert index.take_garbage() == ({one.weights_digest}, {one.revision})
+    assert taken(index) == ({one.weights_digest}, {one.revision})
     assert len(index) == 1

@@ -32,7 +32,7 @@ def step(event, args):
 
 EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "sqlite3.connect", "open"}
 registry = Registry.open(data, BASE)
-real_fsync, real_execute = os.fsync, registry._catalog._writer.execute
+real_fsync, real_execute = os.fsync, registry._core.catalog._writer.execute
 def fsync(fd):
     step("os.rename", ())
     real_fsync(fd)
@@ -49,7 +49,7 @@ class Writer:
         result = real_writer.execute(*args)
         step("os.rename", ())
         return result
-real_writer, registry._catalog._writer = registry._catalog._writer, Writer()
+real_writer, registry._core.catalog._writer = registry._core.catalog._writer, Writer()
 
 for name in ("1", "2", "3"):
     ref = push(registry, "chat", adapters / name, allow_replace=True).record.ref

@@ -67,7 +67,9 @@ def adapters(tmp_path: Path) -> Callable[[int], Path]:
 
 
 def staged(data: Path) -> list[str]:
-    return os.listdir(data / "store" / "staging")
+    return [
+        name for part in ("staging", "uploads") for name in os.listdir(data / "store" / part)
+    ]
 
 
 # ----------------------------------------------------------------------- publish
@@ -93,7 +95,7 @@ def test_publish_and_look_up(
     assert record.bytes == sum(len(d) for d in bundle_files(adapters(1)).values())
     verify_weights(registry.weights_folder(record.ref), record.ref.weights_digest)
     assert len(registry) == 1
-    assert staged(registry._lock.data_dir) == []
+    assert staged(registry._core.lock.data_dir) == []
 
 
 def test_same_content_again(registry: Registry, adapters: Callable[[int], Path]) -> None:
@@ -269,10 +271,10 @@ def test_bad_announcements(
 def test_no_room_for_the_announced_bytes(
     registry: Registry, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry._store, "free_bytes", lambda: 19)
+    monkeypatch.setattr(registry._core.store, "free_bytes", lambda: 19)
     with pytest.raises(DiskFull):
         registry.begin_upload(UploadRequest("x", GOOD))
-    monkeypatch.setattr(registry._store, "free_bytes", lambda: 20)
+    monkeypatch.setattr(registry._core.store, "free_bytes", lambda: 20)
     registry.begin_upload(UploadRequest("x", GOOD)).abort()
 
 
@@ -369,8 +371,8 @@ def test_full_disk(
             raise full
 
         if when == "catalog":
-            registry._catalog._writer.execute("PRAGMA max_page_count=1")
-            patch.setattr("veneer_registry.registry.manifest_to_json", lambda m: "x" * 10**6)
+            registry._core.catalog._writer.execute("PRAGMA max_page_count=1")
+            patch.setattr("veneer_registry.publishing.manifest_to_json", lambda m: "x" * 10**6)
         elif when == "rename":
             patch.setattr(Path, "rename", fail)
         else:
@@ -379,7 +381,7 @@ def test_full_disk(
             registry.publish(
                 send(registry.begin_upload(announce("chat", files, allow_replace=True)), files)
             )
-    registry._catalog._writer.execute("PRAGMA max_page_count=100000")
+    registry._core.catalog._writer.execute("PRAGMA max_page_count=100000")
     assert staged(data) == []
     assert registry.get("chat") == before
     registry.sweep()
@@ -429,7 +431,8 @@ def test_between_a_delete_s_two_steps(
 ) -> None:
     """The catalog has forgotten the name, the index has not yet: no spinning, no lease."""
     ref = push(registry, "chat", adapters(1)).record.ref
-    registry._catalog.delete_name("chat")
+    with registry._core.catalog.change() as change:
+        change.delete_name("chat")
     for use in (registry.acquire, registry.get):
         with pytest.raises(AdapterNotFound, match="deleted just now"):
             use("chat")
@@ -583,7 +586,7 @@ def test_another_base(
         for use in (registry.resolve, registry.acquire):
             with pytest.raises(BaseModelMismatch, match="push it again"):
                 use("chat")
-        assert registry.list() == (record,)
+        assert registry.list() == (replace(record, foreign=True),)
         again = push(registry, "chat", adapters(1))
         assert again.published, "it is checked against this base now"
         assert not again.replaced

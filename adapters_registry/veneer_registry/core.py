@@ -1,0 +1,132 @@
+"""What the parts of the registry share: folder, catalog, index, and how a row is read.
+
+Two locks: `changes` is held by whatever changes disk or catalog, for as long as that
+takes; the index has its own, never held across a system call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.catalog import Catalog
+from veneer_registry.changes import Change
+from veneer_registry.entry import Entry
+from veneer_registry.errors import EtagMismatch
+from veneer_registry.format import manifest_from_json
+from veneer_registry.index import Index
+from veneer_registry.lock import OwnerLock
+from veneer_registry.records import AdapterRecord
+from veneer_registry.rows import SERVER, RevisionRow, Who
+from veneer_registry.store import Store
+from veneer_registry.values import SERVING_BYTES
+
+__all__ = ["Core", "check_etag"]
+
+_CACHED_MANIFESTS: Final = 256
+
+
+class Core:
+    """Owner of a data folder's parts; `Registry` opens and closes it.
+
+    Attributes:
+        base_id: what of the base decides whether an adapter fits.
+        retain: superseded revisions that a name keeps, unless it has a number of its own.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        lock: OwnerLock,
+        store: Store,
+        catalog: Catalog,
+        index: Index,
+        base: BaseSpec,
+        base_id: str,
+        retain: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.lock = lock
+        self.store = store
+        self.catalog = catalog
+        self.index = index
+        self.base = base
+        self.base_id = base_id
+        self.retain = retain
+        self.clock = clock
+        self.changes = threading.Lock()
+        # Rows are read each time, their parsed manifests kept: keyed by their own
+        # text, so that an entry cannot be stale.
+        self._parse = functools.lru_cache(maxsize=_CACHED_MANIFESTS)(manifest_from_json)
+
+    def change(self, who: Who) -> AbstractContextManager[Change]:
+        """A transaction of the catalog; the caller holds `changes`."""
+        return self.catalog.change(who, self.clock())
+
+    def record(self, row: RevisionRow) -> AdapterRecord:
+        """What callers see of a row."""
+        manifest = self._parse(row.manifest)
+        # The server may have been started again with another serving dtype.
+        served = manifest.parameters * SERVING_BYTES[self.base.serving_dtype]
+        entry = self.index.entry(row.name)
+        retain = None if entry is None else entry.retain
+        return AdapterRecord(
+            ref=AdapterRef(row.name, row.revision, row.weights),
+            manifest=dataclasses.replace(manifest, serving_bytes=served),
+            created=row.created,
+            labels=row.labels,
+            current=row.current,
+            etag=str(row.generation),
+            bytes=row.bytes,
+            aliases=() if entry is None else entry.aliases_of(row.revision),
+            retain=self.retain if retain is None else retain,
+            quarantined=self.index.quarantined(row.weights),
+            foreign=row.base != self.base_id,
+        )
+
+    def sweep(self) -> int:
+        """Remove content that no name and no lease needs. Returns folders removed."""
+        with self.changes:
+            garbage = self.index.take_garbage()
+            if not garbage.weights and not garbage.revisions:
+                return 0
+            try:
+                with self.change(SERVER) as change:
+                    change.forget_files((*garbage.weights, *garbage.revisions))
+                    healed = [change.release(digest) for digest in garbage.weights]
+                if any(healed):
+                    self.index.set_quarantined(self.catalog.quarantined())
+                trash = self.store.discard(garbage.weights, garbage.revisions)
+            except BaseException:
+                self.index.put_back(garbage)
+                raise
+        self.store.drop_staging(trash)
+        return len(garbage.weights) + len(garbage.revisions)
+
+    def drop_superseded(self, name: str, entry: Entry, dropped: Iterable[AdapterRef]) -> None:
+        """Forget revisions that `entry`, which the index has already, does not hold.
+
+        After the index has moved on: a request that found one of them before asks again
+        and gets the new one.
+        """
+        with self.change(SERVER) as change:
+            change.forget(name, [ref.revision for ref in dropped])
+            for ref in dropped:
+                change.note("superseded", name, ref.revision)
+
+
+def check_etag(name: str, entry: Entry | None, etag: str) -> None:
+    """Raise EtagMismatch unless ``etag`` is empty or the name's."""
+    now = "" if entry is None else str(entry.generation)
+    if etag and etag != now:
+        raise EtagMismatch(
+            f"adapter {name!r} has etag {now or 'none'}, not {etag[:40]}: it was "
+            "changed meanwhile; read it again",
+            metadata={"adapter": name, "etag": now},
+        )

@@ -1,0 +1,157 @@
+"""What a name means: its revisions, its aliases, and how one of them is chosen."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_registry.adapter import SHORT_REVISION, AdapterRef, check_name
+from veneer_registry.errors import AdapterNotFound, InvalidField
+from veneer_registry.rows import AliasRow
+from veneer_registry.strict_json import show
+
+__all__ = [
+    "Entry",
+    "Found",
+    "by_alias",
+    "by_prefix",
+    "check_prefix",
+    "short_name",
+    "split_spec",
+]
+
+_PREFIX: Final = re.compile(rf"[0-9a-f]{{{SHORT_REVISION},64}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name.
+
+    Attributes:
+        current: what the plain name means; None where its content was lost.
+        revisions: all that are kept, newest first.
+        generation: the etag, as a number.
+        foreign: revisions that were checked against another base.
+        retain: superseded revisions that it keeps; None is the server's default.
+        aliases: in order of their names; each target is among `revisions`.
+    """
+
+    current: AdapterRef | None
+    revisions: tuple[AdapterRef, ...]
+    generation: int
+    foreign: frozenset[str] = frozenset()
+    retain: int | None = None
+    aliases: tuple[AliasRow, ...] = ()
+
+    def alias(self, name: str) -> AliasRow | None:
+        """The alias of that name (without the adapter's), or None."""
+        return next((alias for alias in self.aliases if alias.alias == name), None)
+
+    def aliases_of(self, revision: str) -> tuple[str, ...]:
+        """Names of the aliases that may mean this revision."""
+        return tuple(a.alias for a in self.aliases if revision in dict(a.targets))
+
+    def beyond(self, retain: int) -> tuple[AdapterRef, ...]:
+        """Superseded revisions that it keeps no longer. What an alias means, or meant
+        before its last move, stays: that can be undone."""
+        kept = {revision for a in self.aliases for revision, _ in (*a.targets, *a.previous)}
+        superseded = [ref for ref in self.revisions if ref != self.current]
+        if self.retain is not None:
+            retain = self.retain
+        return tuple(ref for ref in superseded[retain:] if ref.revision not in kept)
+
+    def without(self, revisions: tuple[str, ...]) -> tuple[AdapterRef, ...]:
+        """Its revisions but these."""
+        return tuple(ref for ref in self.revisions if ref.revision not in revisions)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A resolved name: its entry, and the revision that was meant."""
+
+    entry: Entry
+    ref: AdapterRef
+
+
+def short_name(name: str) -> str:
+    """`check_name` that never repeats more than 80 characters of a stranger's name."""
+    return check_name(name if len(name) <= 80 else name[:80])
+
+
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """(name, ``@`` or ``/`` or nothing, what follows)."""
+    for mark in "@/":
+        name, found, rest = spec.partition(mark)
+        if found:
+            return name, mark, rest
+    return spec, "", ""
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise InvalidField unless this may be the start of a revision."""
+    if not _PREFIX.fullmatch(prefix):
+        raise InvalidField(
+            f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 "
+            "lower-case hex digits after '@'",
+            metadata={"field": "adapter"},
+        )
+
+
+def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
+    """The one revision that begins so. Raises AdapterNotFound, or InvalidField for several."""
+    matches = [ref for ref in entry.revisions if ref.revision.startswith(prefix)]
+    if not matches:
+        kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
+        raise AdapterNotFound(
+            f"adapter {name!r} has no revision {prefix[:SHORT_REVISION]}; it has {kept}",
+            metadata={"adapter": name, "revision": prefix},
+        )
+    if len(matches) > 1:
+        raise InvalidField(
+            f"revision {prefix} of {name!r} is ambiguous; give more of its digits",
+            metadata={"field": "adapter"},
+        )
+    return matches[0]
+
+
+def by_alias(name: str, entry: Entry, alias: str, key: str) -> AdapterRef:
+    """What an alias means for this key. Raises AdapterNotFound."""
+    found = entry.alias(alias)
+    if found is None:
+        names = [a.alias for a in entry.aliases]
+        metadata = {"adapter": name}
+        if near := difflib.get_close_matches(alias, names, n=1):
+            metadata["did_you_mean"] = f"{name}/{near[0]}"
+        has = "it has none" if not names else f"it has {', '.join(names[:8])}"
+        raise AdapterNotFound(
+            f"adapter {name!r} has no alias {show(alias)}; {has}", metadata=metadata
+        )
+    revision = _share(found, key)
+    for ref in entry.revisions:
+        if ref.revision == revision:
+            return ref
+    raise AdapterNotFound(
+        f"the content of alias {name}/{alias} was lost; push it again, or move the alias",
+        metadata={"adapter": name, "revision": revision},
+    )
+
+
+def _share(alias: AliasRow, key: str) -> str:
+    """The target that a key falls to, by weight; the same one as long as they stand."""
+    if len(alias.targets) == 1:
+        return alias.targets[0][0]
+    total = sum(weight for _, weight in alias.targets)
+    if key:
+        text = f"{alias.name}/{alias.alias}\0{key}".encode()
+        at = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % total
+    else:
+        at = random.randrange(total)
+    for revision, weight in alias.targets:
+        at -= weight
+        if at < 0:
+            return revision
+    raise AssertionError("weights add up")

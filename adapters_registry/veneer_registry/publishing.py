@@ -1,0 +1,310 @@
+"""From announced files to a revision that a name means."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.changes import Change
+from veneer_registry.core import Core, check_etag
+from veneer_registry.entry import Entry
+from veneer_registry.errors import AdapterExists, InvalidField, VeneerError
+from veneer_registry.format import REQUIRED_FILES, manifest_to_json, read_adapter
+from veneer_registry.records import Published, UploadRequest
+from veneer_registry.rows import RevisionRow, Who
+from veneer_registry.store import Bundle, disk_full
+from veneer_registry.upload import Upload, check_request
+
+__all__ = ["Prepare", "Publisher"]
+
+_log = logging.getLogger(__name__)
+
+Prepare = Callable[[AdapterRef, AdapterRef | None], None]
+"""Called with the new revision, and the one that the name means now (if it is another),
+before the name moves; its error undoes the publish."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Content:
+    """What an upload brings: the bundle, the SHA-256 of each file, and whether its weights
+    were put on disk now (or the same were there)."""
+
+    bundle: Bundle
+    sums: Mapping[str, str]
+    fresh: bool = False
+
+
+class Publisher:
+    """Uploads under way, and their commits."""
+
+    def __init__(self, core: Core, max_adapter_bytes: int) -> None:
+        self._core = core
+        self._max_adapter_bytes = max_adapter_bytes
+        self._active: dict[str, Upload] = {}
+        self._uploads: set[Upload] = set()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End open uploads; what arrived of them can be resumed."""
+        with self._lock:
+            uploads = tuple(self._uploads)
+        for upload in uploads:
+            upload.suspend()
+
+    # --------------------------------------------------------------------- uploads
+
+    def check(self, request: UploadRequest) -> None:
+        """Refuse what can never become an adapter here."""
+        check_request(request, self._max_adapter_bytes)
+        if request.name == self._core.base.name:
+            # OpenAI's `model` names both kinds: the adapter could not be asked for.
+            raise InvalidField(
+                f"{request.name!r} is the base model's name: choose another for the adapter",
+                metadata={"field": "name"},
+            )
+
+    def committed(self, request: UploadRequest) -> Mapping[str, int]:
+        """Bytes of each file that a resumed upload need not send."""
+        self.check(request)
+        received = self._core.store.received(request.upload_id)
+        return {
+            file.name: file.size
+            if self._stored(file.sha256) is not None
+            else min(file.size, received.get(file.name, 0))
+            for file in request.files
+        }
+
+    def _stored(self, sha256: str) -> tuple[str, str] | None:
+        found = self._core.catalog.file(sha256)
+        if found is None or self._core.index.quarantined(found[0]) is not None:
+            return None
+        return found
+
+    def begin(self, request: UploadRequest, *, resume: bool) -> Upload:
+        """See `Registry.begin_upload`."""
+        self.check(request)
+        there = self.committed(request) if resume else {}
+        missing = sum(file.size - there.get(file.name, 0) for file in request.files)
+        if missing > self._core.store.free_bytes():
+            raise disk_full(self._core.lock.data_dir)
+        with self._lock:
+            active = self._active.get(request.upload_id)
+            own = active is not None and (not resume or not active.take_over())
+            upload = self._register(request, resume=resume, own_folder=own)
+        if resume and not own:
+            self._link_stored(upload)
+        upload.open()
+        return upload
+
+    def _register(self, request: UploadRequest, *, resume: bool, own_folder: bool) -> Upload:
+        store = self._core.store
+        if own_folder:
+            # Another connection sends the same: both go on, this one not to be resumed.
+            folder = store.new_staging()
+        else:
+            folder = store.upload_folder(request.upload_id)
+            if not resume:
+                store.drop_staging(folder)
+                folder = store.upload_folder(request.upload_id)
+        upload = Upload(request, folder, self._ended, resumed=resume)
+        self._uploads.add(upload)
+        if not own_folder:
+            self._active[request.upload_id] = upload
+        return upload
+
+    def _link_stored(self, upload: Upload) -> None:
+        for file in upload.request.files:
+            path = upload.folder / file.name
+            if (found := self._stored(file.sha256)) is None:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            self._core.store.link(*found, path)
+
+    def _ended(self, upload: Upload, keep: bool) -> None:
+        upload_id = upload.request.upload_id
+        resumable = self._active.get(upload_id) is upload
+        if not (keep and resumable and upload.received_bytes):
+            self._core.store.drop_staging(upload.folder)
+        if resumable:
+            # Last: from here on another connection may use the folder. Nobody else can
+            # have put another upload in its place, since that waits for this one's lock.
+            del self._active[upload_id]
+        self._uploads.discard(upload)
+
+    def sweep_uploads(self, idle_s: float) -> int:
+        """Remove what arrived of uploads that were left for so long. Returns how many."""
+        swept = 0
+        for folder in self._core.store.stale_uploads(time.time() - idle_s):
+            with self._lock:
+                if folder.name not in self._active:
+                    self._core.store.drop_staging(folder)
+                    swept += 1
+        return swept
+
+    # --------------------------------------------------------------------- publish
+
+    def publish(
+        self, upload: Upload, *, validate_only: bool, who: Who, prepare: Prepare | None
+    ) -> Published:
+        """See `Registry.publish`."""
+        request = upload.request
+        with upload:
+            upload.finish()
+            manifest = read_adapter(upload.folder, self._core.base)
+            sums = {file.name: file.sha256 for file in request.files}
+            extra = {name: sha for name, sha in sums.items() if name not in REQUIRED_FILES}
+            bundle = Bundle(manifest.weights_digest, extra)
+            row = RevisionRow(
+                name=request.name,
+                revision=bundle.revision,
+                weights=bundle.weights,
+                base=self._core.base_id,
+                manifest=manifest_to_json(manifest),
+                created=self._core.clock(),
+                labels=dict(request.labels),
+                bytes=upload.received_bytes,
+            )
+            if validate_only:
+                return self._preview(request, row)
+            try:
+                published = self._publish(upload, _Content(bundle, sums), row, who, prepare)
+            except BaseException:
+                # What was put on disk has no name; the error is what counts.
+                with contextlib.suppress(VeneerError, OSError):
+                    self._core.sweep()
+                raise
+        self._core.sweep()
+        return published
+
+    def _preview(self, request: UploadRequest, row: RevisionRow) -> Published:
+        entry = self._core.index.entry(request.name)
+        self._check_replace(request, entry, row.revision)
+        record = dataclasses.replace(self._core.record(row), current=False, etag="")
+        if entry is not None:
+            same = _means(entry, row.revision)
+            record = dataclasses.replace(record, current=same, etag=str(entry.generation))
+        return Published(record, False, False, record.manifest.warnings)
+
+    def _check_replace(
+        self, request: UploadRequest, entry: Entry | None, revision: str
+    ) -> None:
+        check_etag(request.name, entry, request.etag)
+        if entry is None or entry.current is None or request.allow_replace:
+            return
+        if entry.current.revision != revision:
+            raise AdapterExists(
+                f"adapter {request.name!r} holds other content ({entry.current.short}); "
+                "allow replacing it (--replace), or choose another name",
+                metadata={"adapter": request.name, "current": entry.current.revision},
+            )
+
+    def _publish(
+        self,
+        upload: Upload,
+        content: _Content,
+        row: RevisionRow,
+        who: Who,
+        prepare: Prepare | None,
+    ) -> Published:
+        """Content to disk; then, where there is something to prepare, that; then the name."""
+        core, ref = self._core, AdapterRef(row.name, row.revision, row.weights)
+        core.index.hold(ref)  # no sweep may take what no name has yet
+        try:
+            with core.changes:
+                entry = core.index.entry(row.name)
+                self._check_replace(upload.request, entry, row.revision)
+                content.fresh = core.store.commit(upload.folder, content.bundle)
+                if prepare is None:
+                    return self._commit(upload.request, row, content, who)
+            current = None if entry is None else entry.current
+            prepare(ref, None if current == ref else current)
+            with core.changes:
+                self._check_replace(upload.request, core.index.entry(row.name), row.revision)
+                return self._commit(upload.request, row, content, who)
+        finally:
+            core.index.release(ref)
+
+    def _commit(
+        self, request: UploadRequest, row: RevisionRow, content: _Content, who: Who
+    ) -> Published:
+        core = self._core
+        entry = core.index.entry(row.name)
+        same = entry is not None and _means(entry, row.revision)
+        if entry is not None and same and row.revision not in entry.foreign:
+            if content.fresh:
+                with core.change(who) as change:
+                    repaired = self._note_content(change, content, row.name)
+                self._heal(repaired)
+            return self._unchanged(request, row)
+        ref = AdapterRef(row.name, row.revision, row.weights)
+        before = None if entry is None else entry.current
+        replaced = before is not None and before != ref
+        with core.change(who) as change:
+            repaired = self._note_content(change, content, row.name)
+            change.publish(row)
+            change.note(
+                "replaced" if replaced else "published",
+                row.name,
+                row.revision,
+                f"before: {before.revision}" if replaced and before else "",
+            )
+        self._heal(repaired)
+        old = Entry(None, (), 0) if entry is None else entry
+        moved = Entry(
+            current=ref,
+            revisions=(ref, *old.without((ref.revision,))),
+            generation=change.number,
+            foreign=old.foreign - {ref.revision},
+            retain=old.retain,
+            aliases=old.aliases,
+        )
+        dropped = moved.beyond(core.retain)
+        gone = tuple(other.revision for other in dropped)
+        kept = dataclasses.replace(
+            moved, revisions=moved.without(gone), foreign=moved.foreign - set(gone)
+        )
+        core.index.put(row.name, kept)
+        if dropped:
+            try:
+                core.drop_superseded(row.name, kept, dropped)
+            except VeneerError as error:  # the publish itself stands
+                _log.warning("superseded revisions of %s stay listed: %s", row.name, error)
+        record = core.record(dataclasses.replace(row, generation=change.number))
+        return Published(record, True, replaced, record.manifest.warnings, dropped)
+
+    def _note_content(self, change: Change, content: _Content, name: str) -> bool:
+        """Where the files lie by their sums. True if weights in quarantine are whole again."""
+        bundle = content.bundle
+        change.add_files(bundle.revision, bundle.files)
+        if not content.fresh:
+            return False
+        change.add_files(bundle.weights, {f: content.sums[f] for f in REQUIRED_FILES})
+        if not change.release(bundle.weights):
+            return False
+        for ref in self._core.index.holding(bundle.weights):
+            change.note("repaired", ref.name, ref.revision, f"by a push to {name}")
+        return True
+
+    def _heal(self, repaired: bool) -> None:
+        if repaired:
+            self._core.index.set_quarantined(self._core.catalog.quarantined())
+
+    def _unchanged(self, request: UploadRequest, new: RevisionRow) -> Published:
+        row = self._core.catalog.revision(new.name, new.revision)
+        record = self._core.record(new if row is None else row)
+        warnings = record.manifest.warnings
+        if request.labels and dict(request.labels) != dict(record.labels):
+            warnings += (
+                "the name holds this content already; its labels were left as they are",
+            )
+        return Published(record, False, False, warnings)
+
+
+def _means(entry: Entry, revision: str) -> bool:
+    return entry.current is not None and entry.current.revision == revision

@@ -1,0 +1,127 @@
+"""The catalog's tables, and the steps from each version of them to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.errors import FailedPrecondition
+
+__all__ = ["VERSION", "upgrade"]
+
+_STEPS: Final = (
+    """
+    CREATE TABLE counter (value INTEGER NOT NULL);
+    INSERT INTO counter VALUES (0);
+    CREATE TABLE names (
+        name TEXT PRIMARY KEY,
+        current TEXT,              -- NULL: its content was lost
+        generation INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE revisions (
+        name TEXT NOT NULL REFERENCES names(name) ON DELETE CASCADE,
+        revision TEXT NOT NULL,
+        weights TEXT NOT NULL,
+        base TEXT NOT NULL,        -- identity of the base it was checked against
+        manifest TEXT NOT NULL,
+        created REAL NOT NULL,
+        labels TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        sequence INTEGER NOT NULL, -- order of publishing
+        PRIMARY KEY (name, revision)
+    );
+    CREATE TABLE labels (
+        name TEXT NOT NULL,
+        revision TEXT NOT NULL,
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (name, revision, key),
+        FOREIGN KEY (name, revision) REFERENCES revisions(name, revision) ON DELETE CASCADE
+    ) WITHOUT ROWID;
+    """,
+    """
+    ALTER TABLE names ADD COLUMN retain INTEGER;  -- NULL: the server's default
+    CREATE TABLE aliases (
+        name TEXT NOT NULL REFERENCES names(name) ON DELETE CASCADE,
+        alias TEXT NOT NULL,
+        targets TEXT NOT NULL,     -- JSON: [[revision, weight], ...]
+        previous TEXT NOT NULL,    -- the same, before its last move
+        generation INTEGER NOT NULL,
+        updated REAL NOT NULL,
+        PRIMARY KEY (name, alias)
+    ) WITHOUT ROWID;
+    CREATE TABLE history (         -- outlives the names that it tells of
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        time REAL NOT NULL,
+        name TEXT NOT NULL,
+        event TEXT NOT NULL,
+        revision TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        peer TEXT NOT NULL,
+        detail TEXT NOT NULL
+    );
+    CREATE INDEX history_of_name ON history (name, sequence);
+    CREATE TABLE quarantine (
+        weights TEXT PRIMARY KEY,
+        time REAL NOT NULL,
+        why TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE files (           -- content on disk, by the SHA-256 of the file
+        sha256 TEXT PRIMARY KEY,
+        digest TEXT NOT NULL,      -- weights digest or revision: the folder's name
+        file TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX files_of_digest ON files (digest);
+    CREATE TABLE residents (
+        place INTEGER PRIMARY KEY, -- most recently used first
+        weights TEXT NOT NULL,
+        tier TEXT NOT NULL,
+        pin TEXT
+    );
+    """,
+)
+
+VERSION: Final = len(_STEPS)
+
+
+def upgrade(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring an empty or older database to `VERSION`, in one transaction.
+
+    What an older Veneer wrote is copied to ``<path>.v<version>`` first, so that one can
+    go back to it.
+
+    Raises:
+        FailedPrecondition: the database is from a newer Veneer.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise FailedPrecondition(
+            f"{path} has schema {version}, this Veneer knows {VERSION}; start the version that "
+            "made it, or give another folder with --data-dir",
+            metadata={"schema": str(version)},
+        )
+    if version == VERSION:
+        return
+    if version:
+        _keep_copy(connection, path.with_name(f"{path.name}.v{version}"))
+    steps = "".join(_STEPS[version:])
+    try:
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {steps} PRAGMA user_version={VERSION}; COMMIT;"
+        )
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
+    if copy.exists():
+        return
+    partial = copy.with_name(copy.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(partial)) as target:
+        connection.backup(target)
+    partial.replace(copy)
