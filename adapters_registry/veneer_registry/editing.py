@@ -12,6 +12,7 @@ from veneer_registry.adapter import AdapterRef
 from veneer_registry.core import Core, check_etag
 from veneer_registry.entry import Entry, by_prefix, check_prefix, short_name, split_spec
 from veneer_registry.errors import (
+    AdapterInUse,
     AdapterNotFound,
     EtagMismatch,
     FailedPrecondition,
@@ -208,7 +209,7 @@ class Editor:
 
     # -------------------------------------------------------------------- deletion
 
-    def delete(self, spec: str, etag: str, who: Who) -> tuple[str, ...]:
+    def delete(self, spec: str, etag: str, who: Who, *, unless_leased: bool) -> tuple[str, ...]:
         """See `Registry.delete`."""
         plain, mark, _ = split_spec(spec)
         if mark == "/":
@@ -230,6 +231,13 @@ class Editor:
             left = entry.without(gone)
             if left:
                 self._check_unneeded(plain, entry, targets[0])
+            leases = sum(core.index.leases(revision) for revision in gone)
+            if unless_leased and leases:
+                raise AdapterInUse(
+                    f"adapter {spec} is used by {leases} request(s); wait, or delete with mode "
+                    "DRAIN or ABORT",
+                    metadata={"leases": str(leases)},
+                )
             aliases = tuple(_forgetting(alias, gone) for alias in entry.aliases)
             with core.change(who) as change:
                 for revision in gone:

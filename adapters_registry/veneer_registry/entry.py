@@ -118,8 +118,11 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
     return matches[0]
 
 
-def by_alias(name: str, entry: Entry, alias: str, key: str) -> AdapterRef:
-    """What an alias means for this key. Raises AdapterNotFound."""
+def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef:
+    """What an alias means for this key; with None it must mean one revision.
+
+    Raises AdapterNotFound, or InvalidField for one that means several.
+    """
     found = entry.alias(alias)
     if found is None:
         names = [a.alias for a in entry.aliases]
@@ -130,7 +133,13 @@ def by_alias(name: str, entry: Entry, alias: str, key: str) -> AdapterRef:
         raise AdapterNotFound(
             f"adapter {name!r} has no alias {show(alias)}; {has}", metadata=metadata
         )
-    revision = _share(found, key)
+    if key is None and len(found.targets) > 1:
+        kept = ", ".join(f"{name}@{revision[:SHORT_REVISION]}" for revision, _ in found.targets)
+        raise InvalidField(
+            f"alias {name}/{alias} means several revisions; name one of them: {kept}",
+            metadata={"field": "name"},
+        )
+    revision = _share(found, key or "")
     for ref in entry.revisions:
         if ref.revision == revision:
             return ref

@@ -66,20 +66,21 @@ class Index:
 
     # ------------------------------------------------------------------- look-up
 
-    def find(self, spec: str, key: str = "") -> Found:
+    def find(self, spec: str) -> Found:
         """What ``name``, ``name@revision`` or ``name/alias`` means, whichever base it was
-        made for. Of an alias with several targets, the one that ``key`` falls to; without
-        a key, one by chance.
+        made for.
 
         Raises:
-            InvalidField: not of that form.
+            InvalidField: not of that form, or an alias that means several revisions.
             AdapterNotFound: metadata ``did_you_mean`` where a name is near.
         """
         with self._lock:
-            return self._find(spec, key)
+            return self._find(spec, None)
 
     def resolve(self, spec: str, key: str = "") -> AdapterRef:
-        """`find`, and refuse what was checked against another base or is damaged."""
+        """`find`, and refuse what was checked against another base or is damaged. Of an
+        alias that means several revisions, the one that ``key`` falls to; without a key,
+        one by chance."""
         with self._lock:
             return self._servable(spec, key).ref
 
@@ -152,7 +153,7 @@ class Index:
             )
         return found
 
-    def _find(self, spec: str, key: str) -> Found:
+    def _find(self, spec: str, key: str | None) -> Found:
         name, mark, rest = split_spec(spec)
         entry = self._names.get(name)
         if entry is None:

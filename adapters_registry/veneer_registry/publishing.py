@@ -15,7 +15,7 @@ from veneer_registry.core import Core, check_etag
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterExists, InvalidField, VeneerError
 from veneer_registry.format import REQUIRED_FILES, manifest_to_json, read_adapter
-from veneer_registry.records import Published, UploadRequest
+from veneer_registry.records import AdapterRecord, Published, UploadRequest
 from veneer_registry.rows import RevisionRow, Who
 from veneer_registry.store import Bundle, disk_full
 from veneer_registry.upload import Upload, check_request
@@ -24,9 +24,9 @@ __all__ = ["Prepare", "Publisher"]
 
 _log = logging.getLogger(__name__)
 
-Prepare = Callable[[AdapterRef, AdapterRef | None], None]
-"""Called with the new revision, and the one that the name means now (if it is another),
-before the name moves; its error undoes the publish."""
+Prepare = Callable[[AdapterRecord, AdapterRef | None], None]
+"""Called with the new revision's record, and the revision that the name means now (if it
+is another), before the name moves; its error undoes the publish."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -223,7 +223,8 @@ class Publisher:
                 if prepare is None:
                     return self._commit(upload.request, row, content, who)
             current = None if entry is None else entry.current
-            prepare(ref, None if current == ref else current)
+            record = dataclasses.replace(core.record(row), current=False)
+            prepare(record, None if current == ref else current)
             with core.changes:
                 self._check_replace(upload.request, core.index.entry(row.name), row.revision)
                 return self._commit(upload.request, row, content, who)

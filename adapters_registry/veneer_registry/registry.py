@@ -178,8 +178,8 @@ class Registry:
 
         Args:
             who: for the history.
-            prepare: called when the content is on disk and the name does not mean it yet;
-                where it raises, nothing is published.
+            prepare: called with the record when the content is on disk and the name does
+                not mean it yet; where it raises, nothing is published.
 
         Raises:
             InvalidField, ChecksumMismatch: incomplete or damaged in transit.
@@ -253,7 +253,7 @@ class Registry:
 
     def get(self, name: str) -> AdapterRecord:
         """The record of ``name``, ``name@revision`` or ``name/alias``, whichever base it is
-        for. Of an alias with several targets, one by chance."""
+        for. Raises InvalidField for an alias that means several revisions."""
         before: AdapterRef | None = None
         while True:
             ref = self._core.index.find(name).ref
@@ -394,7 +394,14 @@ class Registry:
             who=who,
         )
 
-    def delete(self, name: str, etag: str | None = None, who: Who = SERVER) -> tuple[str, ...]:
+    def delete(
+        self,
+        name: str,
+        etag: str | None = None,
+        who: Who = SERVER,
+        *,
+        unless_leased: bool = False,
+    ) -> tuple[str, ...]:
         """Forget ``name`` with all its revisions and aliases, or one ``name@revision``.
 
         Running requests keep what they lease. Returns the revisions, newest first.
@@ -404,8 +411,9 @@ class Registry:
             EtagMismatch: ``etag`` is given and is not the name's.
             FailedPrecondition: ``name@revision`` is current and others are kept (the
                 name would silently mean an older one), or an alias means it.
+            AdapterInUse: ``unless_leased``, and requests use it.
         """
-        return self._editor.delete(name, etag or "", who)
+        return self._editor.delete(name, etag or "", who, unless_leased=unless_leased)
 
     def quarantine(
         self, weights_digest: str, why: str, who: Who = SERVER

@@ -8,7 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,28 +42,6 @@ from tests.unit.registry.kit import (
     push,
     send,
 )
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def registry(data: Path) -> Iterator[Registry]:
-    with Registry.open(data, BASE) as registry:
-        yield registry
-
-
-@pytest.fixture
-def adapters(tmp_path: Path) -> Callable[[int], Path]:
-    """Adapter number n: its own tensors."""
-
-    def make(number: int) -> Path:
-        folder = tmp_path / f"adapter-{number}"
-        return folder if folder.exists() else make_adapter(folder, seed=number)
-
-    return make
 
 
 def staged(data: Path) -> list[str]:

@@ -1,0 +1,255 @@
+"""An upload that breaks off: what arrived is told, kept, gone on with, and swept."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from veneer_registry.errors import Aborted, ChecksumMismatch, InvalidField
+from veneer_registry.format import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, verify_weights
+from veneer_registry.records import UploadRequest
+from veneer_registry.registry import Registry
+from veneer_registry.upload import Upload
+
+from tests.unit.registry.kit import BASE, announce, bundle_files, push, send
+
+Adapters = Callable[[int], Path]
+
+
+def rest(upload: Upload, files: dict[str, bytes], there: dict[str, int]) -> None:
+    """Send what is missing."""
+    for name, data in files.items():
+        if there[name] < len(data):
+            upload.write(name, there[name], data[there[name] :])
+
+
+def parts(data: Path) -> list[str]:
+    return os.listdir(data / "store" / "uploads")
+
+
+@pytest.fixture
+def files(adapters: Adapters) -> dict[str, bytes]:
+    return bundle_files(adapters(1))
+
+
+@pytest.fixture
+def request_(files: dict[str, bytes]) -> UploadRequest:
+    return announce("chat", files)
+
+
+def broken_off(registry: Registry, request: UploadRequest, files: dict[str, bytes]) -> None:
+    upload = registry.begin_upload(request)
+    upload.write(CONFIG_FILE, 0, files[CONFIG_FILE])
+    upload.write(WEIGHTS_FILE, 0, files[WEIGHTS_FILE][:1000])
+    upload.suspend()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_goes_on_where_it_broke_off(
+    data: Path, files: dict[str, bytes], request_: UploadRequest, restart: bool
+) -> None:
+    registry = Registry.open(data, BASE)
+    broken_off(registry, request_, files)
+    if restart:
+        registry.close()
+        registry = Registry.open(data, BASE)
+    there = registry.committed(request_)
+    assert there == {CONFIG_FILE: len(files[CONFIG_FILE]), WEIGHTS_FILE: 1000}
+    upload = registry.begin_upload(request_, resume=True)
+    rest(upload, files, dict(there))
+    published = registry.publish(upload)
+    folder = registry.weights_folder(published.record.ref)
+    assert (folder / WEIGHTS_FILE).read_bytes() == files[WEIGHTS_FILE]
+    assert parts(data) == []
+    registry.close()
+
+
+def test_a_server_that_is_killed_keeps_what_arrived(
+    data: Path, files: dict[str, bytes], request_: UploadRequest
+) -> None:
+    registry = Registry.open(data, BASE)
+    upload = registry.begin_upload(request_)
+    upload.write(WEIGHTS_FILE, 0, files[WEIGHTS_FILE][:5000])
+    # No suspend, no close: only the lock goes, as with kill -9.
+    registry._core.lock.release()
+    with Registry.open(data, BASE) as successor:
+        assert successor.committed(request_)[WEIGHTS_FILE] == 5000
+
+
+def test_nothing_is_told_of_an_upload_that_never_was(
+    registry: Registry, request_: UploadRequest, data: Path
+) -> None:
+    assert set(registry.committed(request_).values()) == {0}
+    registry.begin_upload(request_).suspend()
+    assert parts(data) == [], "nothing had arrived: there is nothing to keep"
+
+
+def test_another_adapter_under_that_name_is_another_upload(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest, adapters: Adapters
+) -> None:
+    broken_off(registry, request_, files)
+    other = announce("chat", bundle_files(adapters(2)))
+    assert registry.committed(other)[WEIGHTS_FILE] == 0
+    assert registry.committed(announce("code", files))[WEIGHTS_FILE] == 0
+
+
+def test_without_resume_it_begins_anew(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest
+) -> None:
+    broken_off(registry, request_, files)
+    upload = registry.begin_upload(request_)
+    assert upload.received_bytes == 0
+    with pytest.raises(InvalidField, match="expected 0"):
+        upload.write(WEIGHTS_FILE, 1000, files[WEIGHTS_FILE][1000:])
+
+
+def test_what_is_there_may_be_sent_again(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest
+) -> None:
+    broken_off(registry, request_, files)
+    upload = registry.begin_upload(request_, resume=True)
+    upload.write(WEIGHTS_FILE, 600, files[WEIGHTS_FILE][600:2000])
+    with pytest.raises(InvalidField, match="expected 2000"):
+        upload.write(WEIGHTS_FILE, 2001, b"x")
+    upload.write(WEIGHTS_FILE, 2000, files[WEIGHTS_FILE][2000:])
+    assert registry.publish(upload).published
+
+
+def test_damaged_parts_are_noticed(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest, data: Path
+) -> None:
+    broken_off(registry, request_, files)
+    (part,) = (data / "store" / "uploads").iterdir()
+    (part / CONFIG_FILE).write_bytes(b"\0" * len(files[CONFIG_FILE]))  # as after a power cut
+    with pytest.raises(ChecksumMismatch, match="send the file again"):
+        registry.begin_upload(request_, resume=True)
+    assert registry.committed(request_)[WEIGHTS_FILE] == 0, "the next one begins anew"
+    assert registry.publish(send(registry.begin_upload(request_), files)).published
+
+
+def test_content_that_is_stored_is_not_asked_for(
+    registry: Registry, files: dict[str, bytes], adapters: Adapters, data: Path
+) -> None:
+    first = push(registry, "chat", adapters(1)).record.ref
+    request = announce("twin", files)
+    there = registry.committed(request)
+    assert there == {name: len(content) for name, content in files.items()}
+    published = registry.publish(registry.begin_upload(request, resume=True))
+    assert published.record.ref.weights_digest == first.weights_digest
+    assert registry.resolve("twin").revision == first.revision
+    verify_weights(registry.weights_folder(first), first.weights_digest)
+    assert parts(data) == []
+
+
+def test_a_new_template_on_old_weights_is_all_that_is_sent(
+    registry: Registry, files: dict[str, bytes], adapters: Adapters
+) -> None:
+    push(registry, "chat", adapters(1))
+    changed = {**files, TEMPLATE_FILE: b"{{ x }}"}
+    request = announce("chat", changed, allow_replace=True)
+    there = registry.committed(request)
+    assert there[WEIGHTS_FILE] == len(files[WEIGHTS_FILE])
+    assert there[TEMPLATE_FILE] == 0
+    upload = registry.begin_upload(request, resume=True)
+    rest(upload, changed, dict(there))
+    published = registry.publish(upload)
+    assert published.replaced
+    assert published.record.manifest.chat_template == "{{ x }}"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow"])
+def test_damaged_stored_content_is_never_taken_nor_written_to(
+    registry: Registry, files: dict[str, bytes], adapters: Adapters, damage: str
+) -> None:
+    ref = push(registry, "chat", adapters(1)).record.ref
+    stored = registry.weights_folder(ref) / WEIGHTS_FILE
+    rotten = bytearray(stored.read_bytes())
+    if damage == "flip":
+        rotten[-1] ^= 1
+    elif damage == "cut":
+        del rotten[-500:]
+    else:
+        rotten += b"x" * 500
+    stored.write_bytes(bytes(rotten))
+    request = announce("twin", files)
+    if damage == "flip":
+        with pytest.raises(ChecksumMismatch):
+            registry.begin_upload(request, resume=True)
+    else:
+        upload = registry.begin_upload(request, resume=True)
+        assert upload.committed[WEIGHTS_FILE] == 0
+        upload.write(WEIGHTS_FILE, 0, b"y" * 100)
+        upload.abort()
+    assert stored.read_bytes() == bytes(rotten)
+    assert registry.publish(send(registry.begin_upload(request), files)).published
+    verify_weights(registry.weights_folder(ref), ref.weights_digest)  # repaired
+
+
+def test_what_was_removed_is_asked_for_again(
+    registry: Registry, files: dict[str, bytes], adapters: Adapters
+) -> None:
+    push(registry, "chat", adapters(1))
+    registry.delete("chat")
+    assert set(registry.committed(announce("chat", files)).values()) == {0}
+
+
+def test_a_second_connection_takes_a_resumed_upload_over(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest
+) -> None:
+    first = registry.begin_upload(request_)
+    first.write(CONFIG_FILE, 0, files[CONFIG_FILE])
+    first.write(WEIGHTS_FILE, 0, files[WEIGHTS_FILE][:3000])
+    second = registry.begin_upload(request_, resume=True)
+    assert second.committed[WEIGHTS_FILE] == 3000
+    with pytest.raises(Aborted, match="another connection"):
+        first.write(WEIGHTS_FILE, 3000, files[WEIGHTS_FILE][3000:])
+    first.abort()  # its handler ends: the second one's bytes stay
+    second.write(WEIGHTS_FILE, 3000, files[WEIGHTS_FILE][3000:])
+    assert registry.publish(second).published
+
+
+def test_two_that_begin_anew_do_not_disturb_each_other(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest, data: Path
+) -> None:
+    first, second = registry.begin_upload(request_), registry.begin_upload(request_)
+    for upload in (first, second):
+        send(upload, files)
+    assert registry.publish(first).published
+    assert not registry.publish(second).published, "it holds that content already"
+    assert parts(data) == []
+
+
+def test_left_uploads_are_swept(
+    registry: Registry, files: dict[str, bytes], request_: UploadRequest, data: Path
+) -> None:
+    broken_off(registry, request_, files)
+    assert registry.sweep_uploads(idle_s=3600) == 0
+    (part,) = (data / "store" / "uploads").iterdir()
+    for path in (*part.iterdir(), part):
+        os.utime(path, (1, 1))
+    running = registry.begin_upload(announce("code", files))
+    running.write(CONFIG_FILE, 0, files[CONFIG_FILE])
+    assert registry.sweep_uploads(idle_s=3600) == 1
+    assert registry.sweep_uploads(idle_s=-1) == 0, "one that runs stays"
+    assert registry.committed(request_)[WEIGHTS_FILE] == 0
+
+
+def test_an_upload_ends_at_the_limit_of_one_name(registry: Registry) -> None:
+    """Sanity of the id: it is of names and content, not of labels or order."""
+    a = announce("chat", {CONFIG_FILE: b"1", WEIGHTS_FILE: b"2"}, labels={"x": "y"})
+    b = announce("chat", {WEIGHTS_FILE: b"2", CONFIG_FILE: b"1"}, allow_replace=True)
+    assert a.upload_id == b.upload_id
+    assert announce("code", {CONFIG_FILE: b"1", WEIGHTS_FILE: b"2"}).upload_id != a.upload_id
+
+
+def test_sums_of_stored_files_follow_the_store(
+    data: Path, registry: Registry, adapters: Adapters
+) -> None:
+    push(registry, "chat", adapters(1))
+    push(registry, "chat", adapters(2), allow_replace=True)
+    registry.delete("chat")
+    with sqlite3.connect(data / "catalog.sqlite") as connection:
+        assert connection.execute("SELECT count(*) FROM files").fetchone() == (0,)
