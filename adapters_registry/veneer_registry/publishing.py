@@ -83,7 +83,7 @@ class Publisher:
         found = self._core.catalog.file(sha256)
         if found is None or self._core.index.quarantined(found[0]) is not None:
             return None
-        return found
+        return found if self._core.store.has(*found) else None
 
     def begin(self, request: UploadRequest, *, resume: bool) -> Upload:
         """See `Registry.begin_upload`."""

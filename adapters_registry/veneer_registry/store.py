@@ -134,8 +134,8 @@ class Store:
         return folder
 
     def drop_staging(self, folder: Path) -> None:
-        """Remove a folder of staging or of an upload. May be called again."""
-        if folder.parent not in (self._staging, self._uploads):
+        """Remove a folder of staging, of an upload or of quarantine. May be called again."""
+        if folder.parent not in (self._staging, self._uploads, self._quarantine):
             raise InternalError(f"{folder.name!r} is not a staging folder")
         _remove(folder)
 
@@ -169,6 +169,11 @@ class Store:
                 if max(times) < older_than:
                     stale.append(folder)
         return stale
+
+    def has(self, digest: str, file: str) -> bool:
+        """This file of committed content is there."""
+        parents = (self._weights, self._revisions)
+        return any((parent / _checked(digest) / file).is_file() for parent in parents)
 
     def link(self, digest: str, file: str, to: Path) -> bool:
         """Let ``to`` be a stored file, without copying it; False if it is not there."""

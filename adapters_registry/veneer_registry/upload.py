@@ -148,6 +148,11 @@ class Upload:
         return sum(file.received for file in self._files.values())
 
     @property
+    def missing_bytes(self) -> int:
+        """Bytes that were announced and are not there."""
+        return sum(file.announced.size - file.received for file in self._files.values())
+
+    @property
     def committed(self) -> dict[str, int]:
         """Bytes that are there so far, by file."""
         return {name: file.received for name, file in self._files.items()}

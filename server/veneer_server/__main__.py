@@ -47,8 +47,9 @@ cli = typer.Typer(
 )
 model_cli = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
 cli.add_typer(model_cli, name="model")
+store_cli = typer.Typer(help="The adapters in a data folder.", no_args_is_help=True)
+cli.add_typer(store_cli, name="store")
 
-_COMMANDS: Final = ("serve", "model", "doctor")
 _TOP_FLAGS: Final = ("--help", "--version")
 
 
@@ -142,6 +143,84 @@ def _resolve(name: str, flags: dict[str, Any]) -> None:
         name, config.cache_dir, progress=lambda line: print(line, file=sys.stderr, flush=True)
     )
     print(folder.path)
+
+
+_DATA: Final = tuple(option for option in OPTIONS if option.name == "data_dir")
+_UPLOADS: Final = tuple(o for o in OPTIONS if o.name in ("data_dir", "upload_ttl"))
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+
+@store_cli.command(
+    "verify",
+    epilog="""
+Examples:
+
+  veneer-server store verify                     beside a running server, too
+
+  veneer-server store verify --data-dir /srv/veneer --quarantine
+""",
+)
+@_with_flags(_DATA)
+def store_verify(
+    *,
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Serve damaged weights no more (no server may run)."),
+    ] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+    **flags: Any,
+) -> None:
+    """Read every stored byte and compare it with its digest; exit status 1 if one differs."""
+    from veneer_server.store_command import verify
+
+    def run() -> None:
+        folder = load_config(flags, os.environ).data_dir
+        whole = verify(folder, print, quarantine=quarantine, as_json=as_json)
+        raise typer.Exit(0 if whole else 1)
+
+    _guarded(run, debug)
+
+
+@store_cli.command(
+    "gc",
+    epilog="""
+Examples:
+
+  veneer-server store gc --dry-run
+
+  veneer-server store gc --upload-ttl 0 --quarantine
+""",
+)
+@_with_flags(_UPLOADS)
+def store_gc(
+    *,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Remove what lies in quarantine, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+    **flags: Any,
+) -> None:
+    """Remove what no adapter needs, and old parts of uploads.
+
+    A running server does so by itself.
+    """
+    from veneer_server.store_command import collect
+
+    def run() -> None:
+        config = load_config(flags, os.environ)
+        collect(
+            config.data_dir,
+            print,
+            upload_hours=config.upload_ttl,
+            quarantine=quarantine,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+
+    _guarded(run, debug)
 
 
 @cli.command(

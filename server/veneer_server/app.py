@@ -28,6 +28,7 @@ from veneer_server.adapter_log import AdapterLog
 from veneer_server.config import Address, ServerConfig
 from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineInfo
+from veneer_server.housekeeping import Housekeeping
 from veneer_server.logs import get_logger
 from veneer_server.memory import MemoryPlan
 from veneer_server.metrics import Metrics
@@ -166,7 +167,12 @@ class App:
             )
         )
         self._resources.callback(registry.close)
-        engine = self._engine(base_folder, base, memory, registry)
+        housekeeping = Housekeeping(
+            registry, self._events, upload_ttl_s=config.upload_ttl * 3600
+        )
+        self._resources.push_async_callback(housekeeping.stop)
+        housekeeping.start()
+        engine = self._engine(base_folder, base, memory, registry, housekeeping)
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
@@ -228,7 +234,12 @@ class App:
     # ----------------------------------------------------------------------- parts
 
     def _engine(
-        self, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan, registry: Registry
+        self,
+        folder: BaseFolder,
+        base: BaseSpec,
+        memory: MemoryPlan,
+        registry: Registry,
+        housekeeping: Housekeeping,
     ) -> EngineClient:
         config = self._config
         self._metrics.set_budgets(
@@ -237,16 +248,19 @@ class App:
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,
-            on_event=partial(self._engine_event, AdapterLog(registry)),
+            on_event=partial(self._engine_event, AdapterLog(registry), housekeeping),
             on_health=self._engine_health,
             # The name by which the engine knows them may be gone, and another have them.
             hold=lambda source: registry.acquire_weights(source.weights_digest),
         )
 
-    def _engine_event(self, adapters: AdapterLog, event: EngineEvent) -> None:
+    def _engine_event(
+        self, adapters: AdapterLog, housekeeping: Housekeeping, event: EngineEvent
+    ) -> None:
         adapters.on_engine_event(event)
         self._metrics.on_event(event)
         self._events.on_engine_event(event)
+        housekeeping.on_engine_event(event)
 
     def _engine_health(self, healthy: bool) -> None:
         self._health.engine_changed(healthy)

@@ -78,6 +78,7 @@ class ServerConfig:
     device_adapter_bytes: int
     max_adapter_bytes: int
     retain_superseded: int
+    upload_ttl: float
     grace: float
     reader_limit: float
     log_format: Literal["console", "json"]
@@ -138,6 +139,16 @@ def _whole(low: int, high: int = 1 << 31) -> Callable[[Any], int]:
         return number
 
     return parse
+
+
+def _hours(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0 <= number <= 8760:
+        raise ValueError("give hours from 0 to 8760")
+    return number
 
 
 def _seconds(value: Any) -> float:
@@ -255,6 +266,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option("max_adapter_bytes", "2GiB", "BYTES", _bytes, "Largest upload."),
     Option("retain_superseded", "2", "N", _whole(0, 1000),
            "Replaced revisions kept on disk for each name."),
+    Option("upload_ttl", "24", "HOURS", _hours,
+           "How long what arrived of a broken upload is kept, to be gone on with."),
     Option("grace", "30", "SECONDS", _seconds,
            "How long running requests may finish when the server is told to stop."),
     Option("reader_limit", "30", "SECONDS", _seconds,

@@ -44,7 +44,6 @@ IGNORED: Final = frozenset(
         "safety_identifier",
         "service_tier",
         "store",
-        "user",
     }
 )
 """Fields that change nothing in the text of an answer."""
@@ -158,6 +157,7 @@ class CommonFields(_Fields):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: str | _Texts = []
+    user: str | None = None
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -103,7 +104,9 @@ def _check_options(fields: CommonFields) -> None:
 def _common(fields: CommonFields, base: str) -> inference_pb2.GenerateRequest:
     _check_options(fields)
     request = inference_pb2.GenerateRequest(
-        adapter="" if fields.model == base else fields.model
+        adapter="" if fields.model == base else fields.model,
+        # Whoever asks gets the same target of a canary each time. Of any length here.
+        session_key=hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
     )
     sampling, stopping = request.sampling, request.stopping
     for name in (

@@ -94,6 +94,23 @@ class AdapterEvents:
             )
             self._append(kind, published.record)
 
+    def made_current(self, record: AdapterRecord) -> None:
+        """A name means an earlier revision again."""
+        self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
+
+    def updated(self, record: AdapterRecord) -> None:
+        """Labels or retention changed."""
+        self._append(adapters_pb2.ADAPTER_EVENT_UPDATED, record)
+
+    def alias_changed(self, record: AdapterRecord, alias: str) -> None:
+        """An alias means this revision now, or means it no more and was removed."""
+        self._append(adapters_pb2.ADAPTER_EVENT_ALIAS_CHANGED, record, alias)
+
+    def quarantined(self, records: Iterable[AdapterRecord], why: str) -> None:
+        """Stored content of these revisions is damaged."""
+        for record in records:
+            self._append(adapters_pb2.ADAPTER_EVENT_QUARANTINED, record, why)
+
     def deleted(self, records: Iterable[AdapterRecord]) -> None:
         """These revisions were deleted."""
         for record in records:

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
+import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import AdapterRef, Tier
-from veneer_registry.errors import InvalidField, Unimplemented, VeneerError
-from veneer_registry.registry import AdapterRecord, Registry
+from veneer_registry.errors import AdapterNotFound, InvalidField, Unimplemented, VeneerError
+from veneer_registry.publishing import Prepare
+from veneer_registry.registry import AdapterRecord, AliasChange, Registry, Who
 
 from veneer_server.engine.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.rpc import convert
+from veneer_server.rpc import convert_admin as admin
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_view import AdapterUse, AdapterView, source_of
+from veneer_server.rpc.replacing import Replacing
 from veneer_server.rpc.threads import to_the_end
-from veneer_server.rpc.upload import Uploads
+from veneer_server.rpc.upload import UploadOptions, Uploads
 from veneer_server.rpc.watch import AdapterWatch
+from veneer_server.rpc.who import who_calls
 
 __all__ = ["AdapterService"]
-
-DEFAULT_PAGE: Final = 100
-MAX_PAGE: Final = 1000
-
-_EVICT_MODES: Final[dict[int, Literal["drain", "fail_if_busy", "abort"]]] = {
-    adapters_pb2.EVICT_MODE_UNSPECIFIED: "drain",
-    adapters_pb2.EVICT_MODE_DRAIN: "drain",
-    adapters_pb2.EVICT_MODE_FAIL_IF_BUSY: "fail_if_busy",
-    adapters_pb2.EVICT_MODE_ABORT: "abort",
-}
 
 _log = get_logger(__name__)
 
@@ -61,7 +54,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UploadAdapterResponse:
         """Publish, and activate if asked to."""
         messages: AsyncIterator[adapters_pb2.UploadAdapterRequest] = aiter(request_iterator)
-        options, published = await self._uploads.receive(messages)
+        replacing: Replacing | None = None
+        loop = asyncio.get_running_loop()
+
+        def prepare(options: UploadOptions) -> Prepare:
+            nonlocal replacing
+            replacing = Replacing(
+                self._registry, self._engine, activate=options.activate, loop=loop
+            )
+            return replacing.prepare
+
+        options, published = await self._uploads.receive(
+            messages, who=who_calls(context), prepare=prepare
+        )
         ref = published.record.ref
         _log.info(
             "upload",
@@ -70,14 +75,28 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             replaced=published.replaced,
             validate_only=options.validate_only,
         )
+        warnings = published.warnings
+        if replacing is not None:
+            warnings += await asyncio.shield(replacing.pass_pin_on(published.record))
         await asyncio.shield(self._removed(published.dropped))
-        if options.activate:
-            await self._activate(published.record, "device", pin=False)
         return adapters_pb2.UploadAdapterResponse(
             adapter=self._view.adapter(published.record),
             published=published.published,
             replaced=published.replaced,
-            warnings=published.warnings,
+            warnings=warnings,
+        )
+
+    async def GetUpload(
+        self, request: adapters_pb2.GetUploadRequest, context: Any
+    ) -> adapters_pb2.GetUploadResponse:
+        """What need not be sent of an upload."""
+        if not request.HasField("spec"):
+            raise InvalidField(
+                "spec is unset: give the name and files of the upload",
+                metadata={"field": "spec"},
+            )
+        return adapters_pb2.GetUploadResponse(
+            committed=await self._uploads.committed(request.spec)
         )
 
     async def GetAdapter(
@@ -95,14 +114,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of current revisions, in name order."""
-        size = request.page_size or DEFAULT_PAGE
-        if size > MAX_PAGE:
-            raise InvalidField(
-                f"page_size is {size}: ask for at most {MAX_PAGE}",
-                metadata={"field": "page_size"},
-            )
+        size = admin.page_size(request.page_size)
         tier = convert.tier_from_proto(request.tier, "tier")
-        after = _decode_token(request.page_token)
+        after = admin.decode_token(request.page_token, "ListAdapters")
         labels = dict(request.labels)
         found: list[AdapterRecord] = []
         while len(found) <= size:  # one more than the page, to know whether it is the last
@@ -119,7 +133,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         more = len(found) > size
         return adapters_pb2.ListAdaptersResponse(
             adapters=[self._view.adapter(record) for record in page],
-            next_page_token=_encode_token(page[-1].ref.name) if more else "",
+            next_page_token=admin.encode_token(page[-1].ref.name) if more else "",
         )
 
     async def ActivateAdapter(
@@ -134,21 +148,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
         record = await self._get(request.name)
         await self._activate(record, "host" if tier is Tier.HOST else "device", request.pin)
+        if request.pin:
+            await self._note("pinned", record.ref, context)
         return adapters_pb2.ActivateAdapterResponse(adapter=self._view.adapter(record))
 
     async def EvictAdapter(
         self, request: adapters_pb2.EvictAdapterRequest, context: Any
     ) -> adapters_pb2.EvictAdapterResponse:
         """Free a revision's memory; it stays registered."""
-        mode = _EVICT_MODES.get(request.mode)
-        if mode is None:
-            raise InvalidField(
-                f"mode has the unknown value {request.mode}", metadata={"field": "mode"}
-            )
+        mode = admin.evict_mode(request.mode)
         ref = (await self._get(request.name)).ref
+        residency = self._engine.tier(ref.weights_digest)
         evicted, freed = await self._engine.evict(
             ref.weights_digest, mode=mode, unpin=request.unpin
         )
+        if request.unpin and residency is not None and residency.pinned:
+            await self._note("unpinned", ref, context)
         _log.info("evict", adapter=ref.short, mode=mode, evicted=evicted, freed_bytes=freed)
         return adapters_pb2.EvictAdapterResponse(evicted=evicted, freed_bytes=freed)
 
@@ -156,24 +171,94 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a revision or a name. Running requests keep what they started with."""
+        mode = admin.evict_mode(request.mode)
         # A caller that goes away must not leave deleted weights pinned in memory.
-        return await asyncio.shield(self._delete(request))
+        return await asyncio.shield(self._delete(request, mode, who_calls(context)))
 
     async def _delete(
-        self, request: adapters_pb2.DeleteAdapterRequest
+        self, request: adapters_pb2.DeleteAdapterRequest, mode: admin.EvictMode, who: Who
     ) -> adapters_pb2.DeleteAdapterResponse:
         record = await self._get(request.name)
         records: tuple[AdapterRecord, ...] = (record,)
         if "@" not in request.name:
             records = await to_the_end(lambda: self._registry.revisions(record.ref.name))
         deleted = await to_the_end(
-            lambda: self._registry.delete(request.name, request.etag or None)
+            lambda: self._registry.delete(
+                request.name,
+                request.etag or None,
+                who,
+                unless_leased=mode == "fail_if_busy",
+            )
         )
-        _log.info("delete", adapter=request.name, revisions=len(deleted))
+        _log.info("delete", adapter=request.name, revisions=len(deleted), mode=mode)
         gone = [record for record in records if record.ref.revision in deleted]
         self._events.deleted(gone)
-        await self._removed([record.ref for record in gone])
+        await self._removed(
+            [record.ref for record in gone], mode="abort" if mode == "abort" else "drain"
+        )
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
+
+    async def SetAlias(
+        self, request: adapters_pb2.SetAliasRequest, context: Any
+    ) -> adapters_pb2.SetAliasResponse:
+        """Move, roll back or remove an alias."""
+        targets, who = admin.alias_targets(request), who_calls(context)
+
+        def change() -> AliasChange:
+            registry, etag = self._registry, request.etag
+            if request.rollback:
+                return registry.rollback_alias(request.alias, etag=etag, who=who)
+            if request.remove:
+                return registry.remove_alias(request.alias, etag=etag, who=who)
+            return registry.set_alias(request.alias, targets, etag=etag, who=who)
+
+        changed = await to_the_end(change)
+        _log.info(
+            "alias",
+            alias=request.alias,
+            targets=[revision[:12] for revision, _ in changed.alias.targets],
+            before=[revision[:12] for revision, _ in changed.before],
+        )
+        await self._tell_alias(changed)
+        return admin.set_alias_response(changed.alias, changed.before)
+
+    async def _tell_alias(self, changed: AliasChange) -> None:
+        row = changed.alias
+        if row.targets == changed.before:
+            return
+        for revision, _ in row.targets or changed.before:
+            with contextlib.suppress(AdapterNotFound):  # deleted meanwhile
+                record = await self._get(f"{row.name}@{revision}")
+                self._events.alias_changed(record, f"{row.name}/{row.alias}")
+
+    async def ListAliases(
+        self, request: adapters_pb2.ListAliasesRequest, context: Any
+    ) -> adapters_pb2.ListAliasesResponse:
+        """Aliases of a name, or all."""
+        rows = await to_the_end(lambda: self._registry.aliases(request.name))
+        return adapters_pb2.ListAliasesResponse(aliases=map(admin.alias_message, rows))
+
+    async def GetHistory(
+        self, request: adapters_pb2.GetHistoryRequest, context: Any
+    ) -> adapters_pb2.GetHistoryResponse:
+        """One page of what was done, newest first."""
+        size = admin.page_size(request.page_size)
+        before = admin.decode_token(request.page_token, "GetHistory")
+        if before and not before.isdecimal():
+            raise InvalidField(
+                "page_token is not one that GetHistory gave: start without one",
+                metadata={"field": "page_token"},
+            )
+        lines = await to_the_end(
+            lambda: self._registry.history(
+                request.name, before=int(before) if before else None, limit=size
+            )
+        )
+        more = len(lines) == size
+        return adapters_pb2.GetHistoryResponse(
+            entries=map(admin.history_entry, lines),
+            next_page_token=admin.encode_token(str(lines[-1].sequence)) if more else "",
+        )
 
     async def WatchAdapters(  # type: ignore[override]  # writes instead of yielding
         self, request: adapters_pb2.WatchAdaptersRequest, context: Any
@@ -184,20 +269,56 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> adapters_pb2.UpdateAdapterResponse:
-        """Pin a revision, or remove its pin and leave it where it is."""
-        if request.labels:
-            _later("UpdateAdapter with labels", "give labels with the upload")
-        if not request.HasField("pinned"):
+        """Change a revision's labels, its name's retention or current revision, its pin."""
+        registered = bool(
+            request.labels
+            or request.remove_labels
+            or request.HasField("retain")
+            or request.current
+        )
+        if not registered and not request.HasField("pinned"):
             raise InvalidField(
-                "pinned is unset, so that nothing would change: set it to true or false",
+                "nothing is asked for: set pinned, labels, remove_labels, retain or current",
                 metadata={"field": "pinned"},
             )
         record = await self._get(request.name)
-        if request.pinned:
-            await self._activate(record, "device", pin=True)
-        else:
-            await self._engine.unpin(record.ref.weights_digest)
+        if registered:
+            record = await asyncio.shield(self._update(request, record, who_calls(context)))
+        if request.HasField("pinned"):
+            if request.pinned:
+                await self._activate(record, "device", pin=True)
+            else:
+                await self._engine.unpin(record.ref.weights_digest)
+            await self._note("pinned" if request.pinned else "unpinned", record.ref, context)
         return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
+
+    async def _update(
+        self, request: adapters_pb2.UpdateAdapterRequest, before: AdapterRecord, who: Who
+    ) -> AdapterRecord:
+        record, dropped = await to_the_end(
+            lambda: self._registry.update(
+                f"{before.ref.name}@{before.ref.revision}",
+                labels=dict(request.labels),
+                remove_labels=list(request.remove_labels),
+                retain=request.retain if request.HasField("retain") else None,
+                current=request.current,
+                etag=request.etag,
+                who=who,
+            )
+        )
+        _log.info(
+            "update", adapter=record.ref.short, current=request.current, dropped=len(dropped)
+        )
+        if record.current and not before.current:
+            self._events.made_current(record)
+        if record.etag != before.etag:
+            self._events.updated(record)
+        await self._removed(dropped)
+        return record
+
+    async def _note(self, event: str, ref: AdapterRef, context: Any) -> None:
+        who = who_calls(context)
+        await to_the_end(lambda: self._registry.note(event, ref, who))
 
     async def _get(self, name: str) -> AdapterRecord:
         return await to_the_end(lambda: self._registry.get(name))
@@ -210,41 +331,31 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
             await self._engine.activate(source_of(self._registry, record), tier=tier, pin=pin)
 
-    async def _removed(self, refs: Sequence[AdapterRef]) -> None:
+    async def _removed(
+        self, refs: Sequence[AdapterRef], *, mode: Literal["drain", "abort"] = "drain"
+    ) -> None:
         """Keep nothing of revisions that their name does not have any more."""
         for ref in refs:
             self._use.forget(ref)
         for weights_digest in {ref.weights_digest for ref in refs}:
-            # The memory, and a pin, are theirs too who have the same weights.
+            # The memory, a pin and running requests are theirs too who have the same weights.
             if not await to_the_end(lambda d=weights_digest: self._registry.holding(d)):  # type: ignore[misc]
-                await self._free(weights_digest)
+                await self._free(weights_digest, mode)
 
-    async def _free(self, weights_digest: str) -> None:
+    async def _free(self, weights_digest: str, mode: Literal["drain", "abort"]) -> None:
         """Memory of weights that are gone, once their last sequence has ended."""
-        if self._engine.tier(weights_digest) is None:
+        if self._engine.tier(weights_digest) is None and mode == "drain":
             return
         try:
-            await self._engine.evict(weights_digest, mode="drain", unpin=True)
+            await self._engine.evict(weights_digest, mode=mode, unpin=True)
         except VeneerError as error:
             # The adapter is gone all the same; its memory goes when room is needed.
             _log.warning("memory of a deleted adapter not freed", reason=error.reason)
 
     # ------------------------------------------------------------- later versions
 
-    async def GetUpload(self, request: Any, context: Any) -> NoReturn:
-        _later("GetUpload", "send the whole upload again")
-
     async def RegisterAdapter(self, request: Any, context: Any) -> NoReturn:
         _later("RegisterAdapter", "upload the files with UploadAdapter")
-
-    async def SetAlias(self, request: Any, context: Any) -> NoReturn:
-        _later("SetAlias", "name revisions as `name@revision`")
-
-    async def ListAliases(self, request: Any, context: Any) -> NoReturn:
-        _later("ListAliases", "see GetAdapter for a name's revisions")
-
-    async def GetHistory(self, request: Any, context: Any) -> NoReturn:
-        _later("GetHistory", "see GetAdapter for a name's revisions")
 
     async def UpdateBudgets(self, request: Any, context: Any) -> NoReturn:
         _later("UpdateBudgets", "start the server with other budgets")
@@ -255,17 +366,3 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 def _later(rpc: str, instead: str) -> NoReturn:
     raise Unimplemented(f"{rpc} comes with a later version: {instead}", metadata={"rpc": rpc})
-
-
-def _encode_token(name: str) -> str:
-    return base64.urlsafe_b64encode(name.encode()).decode()
-
-
-def _decode_token(token: str) -> str:
-    try:
-        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError) as error:
-        raise InvalidField(
-            "page_token is not one that ListAdapters gave: start without one",
-            metadata={"field": "page_token"},
-        ) from error

@@ -81,7 +81,19 @@ class AdapterView:
             current=record.current,
             etag=record.etag,
             has_chat_template=manifest.chat_template is not None,
+            state=_state(record),
+            aliases=[f"{ref.name}/{alias}" for alias in record.aliases],
+            disk_bytes=record.bytes,
+            retain=record.retain,
         )
         if (last := self._use.last(ref)) is not None:
             message.last_used.CopyFrom(convert.timestamp(last))
         return message
+
+
+def _state(record: AdapterRecord) -> adapters_pb2.AdapterState:
+    if record.quarantined is not None:
+        return adapters_pb2.ADAPTER_STATE_QUARANTINED
+    if record.foreign:
+        return adapters_pb2.ADAPTER_STATE_OTHER_BASE
+    return adapters_pb2.ADAPTER_STATE_READY

@@ -33,6 +33,8 @@ from veneer_server.rpc.records import (
     Sampling,
 )
 
+MAX_SESSION_KEY: Final = 256
+
 __all__ = [
     "ChatMessages",
     "FinishReason",
@@ -87,14 +89,19 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         use_prefix_cache=(
             request.use_prefix_cache if request.HasField("use_prefix_cache") else None
         ),
+        session_key=_session_key(request.session_key),
     )
 
 
 def _refuse_later(request: inference_pb2.GenerateRequest) -> None:
-    if request.session_key:
-        _later("session_key", "name the adapter's revision")
     if request.adapters:
         _later("adapters", "name one adapter in `adapter`")
+
+
+def _session_key(key: str) -> str:
+    if len(key) > MAX_SESSION_KEY:
+        refuse("session_key", f"has {len(key)} characters: give at most {MAX_SESSION_KEY}")
+    return key
 
 
 def _input(

@@ -213,7 +213,9 @@ class Generator:
         """
         arrived = time.perf_counter()
         self._check_deadline(time_remaining)
-        lease = self._registry.acquire(call.adapter) if call.adapter else None
+        lease = None
+        if call.adapter:
+            lease = self._registry.acquire(call.adapter, call.session_key)
         generation: Generation | None = None
         outcome = "cancelled"
         try:

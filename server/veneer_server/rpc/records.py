@@ -64,7 +64,8 @@ class GenerateCall:
     """A checked `GenerateRequest`.
 
     Attributes:
-        adapter: ``name`` or ``name@revision``; empty for the base model.
+        adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
+        session_key: which target of an alias answers: the same key, the same one.
         max_tokens: None means up to the context's end.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
@@ -83,6 +84,7 @@ class GenerateCall:
     stop_token_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
     use_prefix_cache: bool | None = None
+    session_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

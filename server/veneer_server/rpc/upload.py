@@ -1,6 +1,7 @@
-"""Receiving an upload: one spec, then chunks into the registry's staging area.
+"""Receiving an upload: one spec, then chunks into a folder of the registry.
 
-The engine is not involved, and nothing is visible before the registry's commit.
+Nothing is visible before the registry's commit. Of an upload that is refused nothing is
+left; of one whose connection breaks, what arrived is kept and can be gone on with.
 """
 
 from __future__ import annotations
@@ -8,13 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
-from veneer_registry.registry import Published, Registry, Upload, UploadFile, UploadRequest
+from veneer_registry.publishing import Prepare
+from veneer_registry.registry import (
+    Published,
+    Registry,
+    Upload,
+    UploadFile,
+    UploadRequest,
+    Who,
+)
 
 from veneer_server.rpc.threads import to_the_end
 
@@ -37,6 +46,7 @@ class UploadOptions:
     request: UploadRequest
     validate_only: bool
     activate: bool
+    resume: bool
 
 
 class Uploads:
@@ -58,16 +68,29 @@ class Uploads:
         self._idle_limit_s = idle_limit_s
         self._running = 0
 
+    async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
+        """Bytes of each announced file that need not be sent. Raises as `receive`."""
+        request = _options(spec).request
+        return await to_the_end(lambda: self._registry.committed(request))
+
     async def receive(
-        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+        self,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        *,
+        who: Who,
+        prepare: Callable[[UploadOptions], Prepare | None],
     ) -> tuple[UploadOptions, Published]:
-        """Take in one upload. Whatever goes wrong, nothing of it is left.
+        """Take in one upload.
+
+        Args:
+            who: for the history.
+            prepare: gives what `Registry.publish` shall call before the name moves.
 
         Raises:
             InvalidField, AdapterInvalid, ChecksumMismatch, AdapterExists,
             BaseModelMismatch, DiskFull: the upload is refused.
             QuotaExceeded: too many uploads run at once.
-            Aborted: the client sent nothing for too long.
+            Aborted: the client sent nothing for too long, or goes on elsewhere.
         """
         if self._running >= MAX_AT_ONCE:
             raise QuotaExceeded(
@@ -76,6 +99,7 @@ class Uploads:
             )
         self._running += 1
         upload: Upload | None = None
+        keep, ended_early = True, False
         try:
             first = await self._next(messages)
             if first is None or first.WhichOneof("message") != "spec":
@@ -86,26 +110,36 @@ class Uploads:
 
             def begin() -> None:
                 nonlocal upload
-                upload = self._registry.begin_upload(options.request)
+                upload = self._registry.begin_upload(options.request, resume=options.resume)
 
             await to_the_end(begin)
             assert upload is not None, "begin_upload returned"
             await self._chunks(messages, upload)
+            if ended_early := upload.missing_bytes > 0:
+                upload.finish()  # says what is missing
             opened, loop = upload, asyncio.get_running_loop()
 
             def publish() -> Published:
-                published = self._registry.publish(opened, validate_only=options.validate_only)
+                published = self._registry.publish(
+                    opened,
+                    validate_only=options.validate_only,
+                    who=who,
+                    prepare=None if options.validate_only else prepare(options),
+                )
                 loop.call_soon_threadsafe(self._on_published, published)
                 return published
 
             return options, await to_the_end(publish)
-        except VeneerError:
+        except VeneerError as error:
+            # A broken connection looks like an end that came too early.
+            keep = isinstance(error, Aborted) or ended_early
             await _discard(messages)
             raise
         finally:
             self._running -= 1
             if upload is not None:
-                await to_the_end(upload.abort)  # does nothing after a commit
+                # Both do nothing after a commit.
+                await to_the_end(upload.suspend if keep else upload.abort)
 
     async def _chunks(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], upload: Upload
@@ -133,7 +167,8 @@ class Uploads:
                 return await anext(messages, None)
         except TimeoutError as error:
             raise Aborted(
-                f"no part of the upload came for {self._idle_limit_s:g} s: send it again",
+                f"no part of the upload came for {self._idle_limit_s:g} s: what came before "
+                "is kept, so go on with it",
                 retry_after_s=0.0,
             ) from error
 
@@ -187,7 +222,9 @@ def _options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
             files=tuple(UploadFile(f.name, f.size, f.sha256) for f in spec.files),
             labels=dict(spec.labels),
             allow_replace=spec.allow_replace,
+            etag=spec.etag,
         ),
         spec.validate_only,
         spec.activate,
+        spec.resume,
     )

@@ -366,3 +366,10 @@ def test_best_of_only_as_n() -> None:
     assert completions(n=2, best_of=2) == completions(n=2)
     with pytest.raises(InvalidField, match="best_of"):
         completions(best_of=2)
+
+
+def test_a_user_gets_the_same_target_of_a_canary() -> None:
+    one, other = chat(user="anna"), chat(user="b" * 5000)
+    assert one == chat(user="anna")
+    assert one.session_key != other.session_key
+    assert chat(user="").session_key == chat().session_key == ""

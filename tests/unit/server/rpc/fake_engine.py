@@ -85,6 +85,7 @@ class FakeEngine:
     def reset(self) -> None:
         """Forget what tests set and saw."""
         self.submitted: list[dict[str, Any]] = []
+        self.evictions: list[tuple[str, str]] = []
         self.cancelled = 0
         self.pace: asyncio.Semaphore | None = None
         """When set, each output waits for a permit."""
@@ -108,6 +109,10 @@ class FakeEngine:
         """Report a decode step of 4 rows and 2 adapters."""
         self._on_event(StepDone(1, seconds, 0, 4, 2))
         self._on_event(Occupancy(4, 3, 1, 5, 10))
+
+    def tell(self, event: EngineEvent) -> None:
+        """Report any event."""
+        self._on_event(event)
 
     def crash(self) -> None:
         """End every stream as a dead engine process does."""
@@ -248,6 +253,7 @@ class FakeEngine:
         mode: Literal["drain", "fail_if_busy", "abort"],
         unpin: bool,
     ) -> tuple[bool, int]:
+        self.evictions.append((weights_digest, mode))
         if mode == "fail_if_busy" and self.in_flight:
             raise AdapterInUse("busy: wait, or use another mode")
         self._set_tier(weights_digest, "disk", pinned=False)

@@ -32,7 +32,8 @@ async def names(front: Front) -> list[str]:
 
 
 def staging(front: Front) -> list[Path]:
-    return list((front.data_dir / "store" / "staging").iterdir())
+    store = front.data_dir / "store"
+    return [*(store / "staging").iterdir(), *(store / "uploads").iterdir()]
 
 
 async def test_an_upload_says_what_was_published(front: Front, tmp_path: Path) -> None:
@@ -140,13 +141,16 @@ async def test_bad_uploads_say_why_and_leave_nothing(front: Front, tmp_path: Pat
         assert words in told
         assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
         assert failed.details["BadRequest"].field_violations[0].description
-        await until(lambda: staging(front) == [])
+        # What only came to an end too early can be gone on with.
+        left = 1 if words == "bytes arrived" else 0
+        await until(lambda left=left: len(staging(front)) == left)  # type: ignore[misc]
     assert await names(front) == []
     assert (await front.push(folder, "style")).published
 
 
-async def test_a_client_that_goes_away_leaves_nothing(front: Front, tmp_path: Path) -> None:
+async def test_a_client_that_goes_away_can_come_back(front: Front, tmp_path: Path) -> None:
     messages = list(upload(make_adapter(tmp_path / "a"), "style", chunk=1000))
+    spec = messages[0].spec
     written = asyncio.Event()
 
     async def some() -> AsyncIterator[pb.UploadAdapterRequest]:
@@ -157,10 +161,24 @@ async def test_a_client_that_goes_away_leaves_nothing(front: Front, tmp_path: Pa
 
     call = front.adapters.UploadAdapter(some())
     await written.wait()
-    await until(lambda: len(staging(front)) == 1)
+
+    async def committed() -> dict[str, int]:
+        reply = await front.adapters.GetUpload(pb.GetUploadRequest(spec=spec))
+        return dict(reply.committed)
+
+    sent = sum(len(message.chunk.data) for message in messages[:3])
+    while sum((there := await committed()).values()) < sent:  # noqa: ASYNC110 - see `until`
+        await asyncio.sleep(0.005)
     call.cancel()
-    await until(lambda: staging(front) == [])
+    await until(lambda: len(staging(front)) == 1)
+    assert await committed() == there
     assert await names(front) == []
+    spec.resume = True
+    skipped = messages[1:3]
+    rest = [m for m in messages if m not in skipped]
+    reply = await front.adapters.UploadAdapter(iter(rest))
+    assert reply.published
+    assert staging(front) == []
 
 
 async def test_pages_are_in_name_order_and_filtered(front: Front, tmp_path: Path) -> None:
@@ -314,18 +332,6 @@ async def test_a_pin_is_set_and_removed_without_moving_the_weights(
 
 
 async def test_what_comes_later_says_so(front: Front) -> None:
-    calls = [
-        front.adapters.GetUpload(pb.GetUploadRequest()),
-        front.adapters.RegisterAdapter(pb.RegisterAdapterRequest()),
-        front.adapters.SetAlias(pb.SetAliasRequest()),
-        front.adapters.ListAliases(pb.ListAliasesRequest()),
-        front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(labels={"a": "b"})),
-        front.adapters.GetHistory(pb.GetHistoryRequest()),
-    ]
-    for call in calls:
-        failed = await failure(call)
-        assert (failed.code, failed.reason) == (
-            grpc.StatusCode.UNIMPLEMENTED,
-            "UNIMPLEMENTED",
-        )
-        assert "later version" in failed.message
+    failed = await failure(front.adapters.RegisterAdapter(pb.RegisterAdapterRequest()))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
+    assert "later version" in failed.message

@@ -15,6 +15,7 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Aborted, Draining
+from veneer_registry.rows import Who
 from veneer_server.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -206,10 +207,12 @@ async def test_a_publish_whose_caller_left_is_told() -> None:
     class Slow:
         """A FAKE registry whose publish takes longer than its caller stays."""
 
-        def begin_upload(self, request: Any) -> Any:
-            return SimpleNamespace(abort=lambda: None)
+        def begin_upload(self, request: Any, *, resume: bool) -> Any:
+            return SimpleNamespace(
+                missing_bytes=0, abort=lambda: None, suspend=lambda: None
+            )
 
-        def publish(self, upload: Any, *, validate_only: bool) -> Any:
+        def publish(self, upload: Any, **options: Any) -> Any:
             loop.call_soon_threadsafe(begun.set)
             left.wait()
             return "published"
@@ -225,7 +228,9 @@ async def test_a_publish_whose_caller_left_is_told() -> None:
         told_of.set()
 
     uploads = Uploads(Slow(), on_published=listen)  # type: ignore[arg-type]
-    receiving = asyncio.create_task(uploads.receive(messages()))
+    receiving = asyncio.create_task(
+        uploads.receive(messages(), who=Who(), prepare=lambda options: None)
+    )
     await begun.wait()
     receiving.cancel()
     await asyncio.sleep(0)

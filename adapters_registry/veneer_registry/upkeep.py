@@ -1,0 +1,270 @@
+"""Looking after a data folder from outside a server: verify what is stored, remove what
+nothing needs. Needs no base model.
+
+`verify` only reads, so it may run beside the server that owns the folder. `collect`
+takes the folder's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.catalog import Catalog
+from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
+from veneer_registry.format import verify_weights
+from veneer_registry.lock import OwnerLock
+from veneer_registry.rows import Who
+from veneer_registry.schema import VERSION
+from veneer_registry.store import Store
+from veneer_registry.strict_json import parse_object
+
+__all__ = ["Collected", "Damage", "Verified", "collect", "quarantine", "verify"]
+
+COMMAND: Final = Who("veneer-server store", "command line")
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Stored content that is not what its digest says.
+
+    Attributes:
+        digest: weights digest or revision.
+        adapters: ``name@revision`` of those that need it.
+        why: one sentence.
+    """
+
+    kind: str
+    digest: str
+    adapters: tuple[str, ...]
+    why: str
+
+
+@dataclass(slots=True)
+class Verified:
+    """What `verify` found; sizes in bytes.
+
+    Attributes:
+        quarantined: weights that were found damaged before and are not served.
+        unreferenced: content that no adapter needs; `collect` removes it.
+    """
+
+    names: int = 0
+    revisions: int = 0
+    weights: int = 0
+    bytes: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    unreferenced: int = 0
+    uploads: int = 0
+
+
+@dataclass(slots=True)
+class Collected:
+    """What `collect` removed, or would remove; bytes as they were on disk."""
+
+    unreferenced: int = 0
+    uploads: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+
+
+Row = tuple[str, str, str]
+"""(name, revision, weights digest)"""
+
+
+@contextlib.contextmanager
+def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
+    path = data_dir / "catalog.sqlite"
+    if not path.exists():
+        raise InvalidField(
+            f"{data_dir} is not a data folder (it has no catalog.sqlite); give the one of a "
+            "server with --data-dir",
+            metadata={"field": "data_dir"},
+        )
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+        ) as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version != VERSION:
+                raise FailedPrecondition(
+                    f"{path} has schema {version}, this Veneer knows {VERSION}; start a server "
+                    "of this version on it once, which upgrades it",
+                    metadata={"schema": str(version)},
+                )
+            yield connection
+    except sqlite3.DatabaseError as error:
+        raise FailedPrecondition(
+            f"{path} is damaged ({error}); restore it, or move it away and push the adapters "
+            "again",
+            metadata={"file": str(path)},
+        ) from error
+
+
+def verify(
+    data_dir: Path, progress: Callable[[int, int], None] = lambda at, of: None
+) -> Verified:
+    """Read every stored byte and compare it with its digest.
+
+    Args:
+        progress: told after each piece of content: how many are done, of how many.
+
+    Raises:
+        InvalidField: that is not a data folder.
+        FailedPrecondition: the catalog is damaged, or of another version.
+    """
+    found = Verified()
+    root = data_dir / "store"
+    with _reading(data_dir) as db:
+        problems = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        if problems:
+            raise FailedPrecondition(
+                f"the catalog of {data_dir} is damaged ({problems[0]}); restore it, or move it "
+                "away and push the adapters again"
+            )
+        rows: list[Row] = db.execute("SELECT name, revision, weights FROM revisions").fetchall()
+        found.quarantined = dict(db.execute("SELECT weights, why FROM quarantine"))
+        (found.names,) = db.execute("SELECT count(*) FROM names").fetchone()
+        by_weights, by_revision = _group(rows, 2), _group(rows, 1)
+        found.revisions, found.weights = len(by_revision), len(by_weights)
+        total, at = len(by_weights) + len(by_revision), 0
+        for kind, group, check in (
+            ("weights", by_weights, _check_weights),
+            ("revisions", by_revision, _check_revision),
+        ):
+            for digest, users in group.items():
+                folder = root / kind / digest
+                if digest not in found.quarantined:
+                    why = check(folder, digest)
+                    # A server that owns the folder may have removed it meanwhile.
+                    if why is not None and _still_there(db, digest):
+                        found.damaged.append(Damage(kind, digest, tuple(users), why))
+                found.bytes += _size(folder)
+                at += 1
+                progress(at, total)
+        for kind, group in (("weights", by_weights), ("revisions", by_revision)):
+            found.unreferenced += sum(
+                path.name not in group and not _still_there(db, path.name)
+                for path in _entries(root / kind)
+            )
+    found.uploads = len(_entries(root / "uploads"))
+    return found
+
+
+def _group(rows: list[Row], by: int) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(f"{row[0]}@{row[1][:12]}")
+    return groups
+
+
+def _still_there(db: sqlite3.Connection, digest: str) -> bool:
+    sql = "SELECT 1 FROM revisions WHERE weights = ?1 OR revision = ?1 LIMIT 1"
+    return db.execute(sql, (digest,)).fetchone() is not None
+
+
+def _check_weights(folder: Path, digest: str) -> str | None:
+    try:
+        verify_weights(folder, digest)
+    except AdapterCorrupt as error:
+        return error.message
+    return None
+
+
+def _check_revision(folder: Path, revision: str) -> str | None:
+    try:
+        data = (folder / "bundle.json").read_bytes()
+        if hashlib.sha256(data).hexdigest() != revision:
+            return "bundle.json is not the one that was published; push the adapter again"
+        bundle = parse_object(data, file="bundle.json")
+        files = bundle["files"]
+        assert isinstance(files, dict)
+        for name, expected in files.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return f"{name} is not the one that was published; push the adapter again"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror}); push the adapter again"
+    return None
+
+
+def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
+    """Serve damaged weights no more, until they are pushed again. Returns how many.
+
+    Raises:
+        StoreLocked: a server owns the folder; it does so itself, at the next load.
+    """
+    weights = [damage for damage in damaged if damage.kind == "weights"]
+    with (
+        OwnerLock(data_dir),
+        contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog,
+    ):
+        store = Store(data_dir / "store")
+        for damage in weights:
+            with catalog.change(COMMAND, time.time()) as change:
+                change.quarantine(damage.digest, damage.why)
+                for adapter in damage.adapters:
+                    name, _, revision = adapter.partition("@")
+                    change.note("quarantined", name, revision, damage.why)
+            store.quarantine(damage.digest)
+    return len(weights)
+
+
+def collect(
+    data_dir: Path, *, uploads_older_than: float, quarantine: bool, dry_run: bool
+) -> Collected:
+    """Remove content that no adapter needs, old parts of uploads, and (if asked to) what
+    lies in quarantine.
+
+    Args:
+        uploads_older_than: Unix seconds of their last byte.
+
+    Raises:
+        StoreLocked: a server owns the folder; it removes such content by itself.
+        FailedPrecondition: the catalog is damaged, or of another version.
+    """
+    with _reading(data_dir) as db, OwnerLock(data_dir):
+        needed = {
+            digest
+            for row in db.execute("SELECT weights, revision FROM revisions")
+            for digest in row
+        }
+        store = Store(data_dir / "store")
+        weights, revisions = store.present()
+        unneeded = (weights - needed, revisions - needed)
+        folders = [store.weights_folder(digest) for digest in unneeded[0]]
+        folders += [store.revision_folder(revision) for revision in unneeded[1]]
+        stale = store.stale_uploads(uploads_older_than)
+        held = store.quarantined() if quarantine else []
+        collected = Collected(
+            unreferenced=len(folders),
+            uploads=len(stale),
+            quarantined=len(held),
+            bytes=sum(_size(folder) for folder in (*folders, *stale, *held)),
+        )
+        if not dry_run:
+            store.drop_staging(store.discard(*unneeded))
+            for folder in (*stale, *held):
+                store.drop_staging(folder)
+    return collected
+
+
+def _entries(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return list(folder.iterdir())
+    return []
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for path in _entries(folder):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    return size

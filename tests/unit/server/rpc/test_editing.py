@@ -1,0 +1,255 @@
+"""Aliases, rollback, labels, history, replaces and quarantine over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import AdapterBudgetExceeded
+from veneer_server.engine.messages import AdapterFailed, WireError
+
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    prompt,
+    until,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def pushed(front: Front, tmp_path: Path, *seeds: int, name: str = "chat") -> list[str]:
+    """Revisions of ``name``, oldest first; the last is current."""
+    revisions = []
+    for seed in seeds:
+        folder = make_adapter(tmp_path / f"{name}-{seed}", seed=seed)
+        reply = await front.push(folder, name, allow_replace=True)
+        revisions.append(reply.adapter.revision)
+    return revisions
+
+
+async def answered_by(front: Front, adapter: str, **fields: Any) -> str:
+    reply = await front.inference.Generate(prompt(adapter=adapter, **fields))
+    return str(reply.provenance.revision)
+
+
+def set_alias(front: Front, alias: str, revision: str = "", **fields: Any) -> Any:
+    request = pb.SetAliasRequest(alias=alias, revision=revision, **fields)
+    return front.adapters.SetAlias(request)
+
+
+async def test_an_alias_answers_moves_and_rolls_back(front: Front, tmp_path: Path) -> None:
+    old, new = await pushed(front, tmp_path, 1, 2)
+    made = await set_alias(front, "chat/prod", old[:12])
+    assert made.alias.targets[0].revision == old
+    assert not made.previous
+    assert await answered_by(front, "chat/prod") == old
+    moved = await set_alias(front, "chat/prod", new, etag=made.alias.etag)
+    assert [target.revision for target in moved.previous] == [old]
+    assert await answered_by(front, "chat/prod") == new
+    stale = await failure(set_alias(front, "chat/prod", old, etag=made.alias.etag))
+    assert (stale.code, stale.reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "ETAG_MISMATCH",
+    )
+    await set_alias(front, "chat/prod", rollback=True)
+    assert await answered_by(front, "chat/prod") == old
+    listed = await front.adapters.ListAliases(pb.ListAliasesRequest())
+    assert [alias.alias for alias in listed.aliases] == ["chat/prod"]
+    shown = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat/prod"))).adapter
+    assert (shown.revision, list(shown.aliases)) == (old, ["chat/prod"])
+    assert shown.state == pb.ADAPTER_STATE_READY
+    await set_alias(front, "chat/prod", remove=True)
+    gone = await failure(front.inference.Generate(prompt(adapter="chat/prod")))
+    assert gone.reason == "ADAPTER_NOT_FOUND"
+
+
+async def test_a_canary_is_sticky(front: Front, tmp_path: Path) -> None:
+    old, new = await pushed(front, tmp_path, 1, 2)
+    targets = [pb.AliasTarget(revision=old, weight=1), pb.AliasTarget(revision=new, weight=1)]
+    await set_alias(front, "chat/prod", targets=targets)
+    keys = [f"session-{number}" for number in range(40)]
+    first = [await answered_by(front, "chat/prod", session_key=key) for key in keys]
+    assert first == [await answered_by(front, "chat/prod", session_key=key) for key in keys]
+    # 2 in 10^12 that a fair coin falls on one side 40 times.
+    assert Counter(first).keys() == {old, new}
+    several = await failure(front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat/prod")))
+    assert "name one of them" in several.message
+    too_long = await failure(front.inference.Generate(prompt(session_key="x" * 257)))
+    assert too_long.metadata["field"] == "session_key"
+
+
+async def test_asking_an_alias_for_nothing_or_two_things(front: Front, tmp_path: Path) -> None:
+    (revision,) = await pushed(front, tmp_path, 1)
+    for fields in (
+        {},
+        {"revision": revision, "rollback": True},
+        {"rollback": True, "remove": True},
+    ):
+        refused = await failure(set_alias(front, "chat/prod", **fields))
+        assert "set one of" in refused.message
+
+
+async def test_rollback_of_a_name_and_its_history(front: Front, tmp_path: Path) -> None:
+    old, new = await pushed(front, tmp_path, 1, 2)
+    request = pb.UpdateAdapterRequest(
+        name=f"chat@{old}", current=True, labels={"why": "regression"}
+    )
+    reply = await front.adapters.UpdateAdapter(
+        request, metadata=(("veneer-actor", "anna@ops"),)
+    )
+    assert reply.adapter.current
+    assert dict(reply.adapter.labels) == {"why": "regression"}
+    assert await answered_by(front, "chat") == old
+    entries = []
+    token = ""
+    while True:
+        page = await front.adapters.GetHistory(
+            pb.GetHistoryRequest(name="chat", page_size=2, page_token=token)
+        )
+        entries += page.entries
+        token = page.next_page_token
+        if not token:
+            break
+    mine = [entry for entry in entries if entry.actor == "anna@ops"]
+    assert [entry.event for entry in mine] == ["made_current", "labels"]
+    assert mine[0].revision == old
+    assert new in mine[0].detail
+    assert mine[0].peer.startswith("ipv4:127.0.0.1")
+    assert {"published", "replaced"} <= {entry.event for entry in entries}
+    bad = await failure(front.adapters.GetHistory(pb.GetHistoryRequest(page_token="eA==")))
+    assert bad.metadata["field"] == "page_token"
+
+
+async def test_retention_and_etag_of_an_update(front: Front, tmp_path: Path) -> None:
+    await pushed(front, tmp_path, 1, 2, 3)
+    reply = await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", retain=0))
+    assert reply.adapter.retain == 0
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))
+    assert len(got.revisions) == 1
+    stale = await failure(
+        front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", retain=1, etag="1"))
+    )
+    assert stale.reason == "ETAG_MISMATCH"
+
+
+async def test_pins_are_in_the_history(front: Front, tmp_path: Path) -> None:
+    await pushed(front, tmp_path, 1)
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+    await front.adapters.EvictAdapter(pb.EvictAdapterRequest(name="chat", unpin=True))
+    page = await front.adapters.GetHistory(pb.GetHistoryRequest(name="chat"))
+    assert [entry.event for entry in page.entries][:2] == ["unpinned", "pinned"]
+
+
+# ----------------------------------------------------------------------- replaces
+
+
+async def test_a_replace_of_what_is_in_memory_is_warm(front: Front, tmp_path: Path) -> None:
+    await pushed(front, tmp_path, 1)
+    await answered_by(front, "chat")
+    await pushed(front, tmp_path, 2)
+    reply = await front.inference.Generate(prompt(adapter="chat"))
+    assert reply.provenance.tier == inference_pb2.TIER_DEVICE
+    cold = await pushed(front, tmp_path, 3, name="cold")
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name=f"cold@{cold[0]}"))
+    assert got.adapter.tier == inference_pb2.TIER_DISK, "nobody used what it replaced"
+
+
+async def test_a_pin_passes_on_to_the_new_revision(front: Front, tmp_path: Path) -> None:
+    (old,) = await pushed(front, tmp_path, 1)
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+    (new,) = await pushed(front, tmp_path, 2)
+    for revision, pinned in ((old, False), (new, True)):
+        got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name=f"chat@{revision}"))
+        assert got.adapter.pinned is pinned
+
+
+async def test_a_pin_that_another_name_needs_stays(front: Front, tmp_path: Path) -> None:
+    (old,) = await pushed(front, tmp_path, 1)
+    await front.push(tmp_path / "chat-1", "twin")
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+    await pushed(front, tmp_path, 2)
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="twin"))
+    assert (got.adapter.revision, got.adapter.pinned) == (old, True)
+
+
+async def test_an_activation_that_fails_publishes_nothing(
+    front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = await pushed(front, tmp_path, 1)
+
+    async def full(*args: Any, **options: Any) -> None:
+        raise AdapterBudgetExceeded("pins leave no room: evict one")
+
+    monkeypatch.setattr(front.engine, "activate", full)
+    folder = make_adapter(tmp_path / "b", seed=2)
+    failed = await failure(front.push(folder, "chat", allow_replace=True, activate=True))
+    assert failed.reason == "ADAPTER_BUDGET_EXCEEDED"
+    assert await answered_by(front, "chat") == old
+    # Where it is only a courtesy, the replace stands.
+    reply = await front.push(folder, "chat", allow_replace=True)
+    assert reply.replaced
+
+
+async def test_an_etag_guards_a_replace(front: Front, tmp_path: Path) -> None:
+    first = await front.push(make_adapter(tmp_path / "a", seed=1), "chat")
+    await pushed(front, tmp_path, 2)
+    folder = make_adapter(tmp_path / "c", seed=3)
+    stale = await failure(
+        front.push(folder, "chat", allow_replace=True, etag=first.adapter.etag)
+    )
+    assert stale.reason == "ETAG_MISMATCH"
+
+
+@pytest.mark.parametrize("mode", ["FAIL_IF_BUSY", "ABORT", "DRAIN"])
+async def test_deleting_what_is_in_use(front: Front, tmp_path: Path, mode: str) -> None:
+    (revision,) = await pushed(front, tmp_path, 1)
+    front.engine.pace = asyncio.Semaphore(0)
+    running = front.inference.Generate(prompt(adapter="chat"))
+    await until(lambda: front.engine.in_flight == 1)
+    request = pb.DeleteAdapterRequest(name="chat", mode=f"EVICT_MODE_{mode}")
+    if mode == "FAIL_IF_BUSY":
+        failed = await failure(front.adapters.DeleteAdapter(request))
+        assert failed.reason == "ADAPTER_IN_USE"
+        assert (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))).adapter
+    else:
+        await front.adapters.DeleteAdapter(request)
+        assert front.engine.evictions[-1][1] == mode.lower()
+    for _ in range(4):
+        front.engine.pace.release()
+    assert (await running).provenance.revision == revision
+
+
+# --------------------------------------------------------------------- quarantine
+
+
+async def test_content_that_is_damaged_at_load_is_put_into_quarantine(
+    front: Front, tmp_path: Path
+) -> None:
+    await pushed(front, tmp_path, 1)
+    got = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))
+    error = WireError("ADAPTER_CORRUPT", "a byte differs; push it again", {}, None)
+    front.engine.tell(AdapterFailed(got.adapter.weights_digest, error))
+
+    async def state() -> int:
+        reply = await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))
+        return int(reply.adapter.state)
+
+    while await state() != pb.ADAPTER_STATE_QUARANTINED:  # noqa: ASYNC110 - see `until`
+        await asyncio.sleep(0.005)
+    refused = await failure(front.inference.Generate(prompt(adapter="chat")))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.DATA_LOSS, "ADAPTER_CORRUPT")
+    assert "push the same files again" in refused.message
+    reply = await front.push(tmp_path / "chat-1", "chat")
+    assert not reply.published
+    assert reply.adapter.state == pb.ADAPTER_STATE_READY
+    assert await answered_by(front, "chat") == got.adapter.revision
+    page = await front.adapters.GetHistory(pb.GetHistoryRequest(name="chat"))
+    assert [entry.event for entry in page.entries][:2] == ["repaired", "quarantined"]
