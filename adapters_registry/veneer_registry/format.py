@@ -8,18 +8,19 @@ file, the tensor or key, and the fix.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from veneer_registry.adapter import PROJECTIONS, AdapterManifest, BaseSpec
+from veneer_registry.adapter import PROJECTIONS, AdapterManifest, BaseSpec, LoraModule
 from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
-from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, parse_config
+from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, LoraSettings, parse_config
 from veneer_registry.manifest_json import manifest_from_json, manifest_to_json
-from veneer_registry.safetensors_header import read_header
+from veneer_registry.safetensors_header import SafetensorsHeader, read_header
 from veneer_registry.strict_json import refuse, show
 from veneer_registry.tensor_names import module_path
 from veneer_registry.training_manifest import (
@@ -33,10 +34,13 @@ from veneer_registry.values import SERVING_BYTES, to_bfloat16
 from veneer_registry.weights import (
     WEIGHTS_FILE,
     ModuleTensors,
+    Pieces,
     TensorView,
     digest_weights,
     find_modules,
-    open_tensors,
+    mapped,
+    read_pieces,
+    view_tensors,
 )
 from veneer_registry.writer import write_adapter
 
@@ -54,7 +58,7 @@ __all__ = [
     "check_file_name",
     "manifest_from_json",
     "manifest_to_json",
-    "open_tensors",
+    "open_stored",
     "read_adapter",
     "select_files",
     "to_bfloat16",
@@ -185,18 +189,42 @@ def verify_weights(folder: Path, digest: str) -> AdapterManifest:
     Raises:
         AdapterCorrupt: files are missing, unreadable as an adapter, or differ.
     """
-    why = ""
-    try:
-        manifest = _read_weights(folder, None)
-        if manifest.weights_digest == digest:
-            return manifest
-        why = f"its content has digest {manifest.weights_digest[:12]}"
-    except (AdapterInvalid, OSError) as error:
-        why = str(error)[:200]
-    raise AdapterCorrupt(
-        f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
-        metadata={"weights_digest": digest, "why": why},
-    )
+    with open_stored(folder, digest) as (manifest, _):
+        return manifest
+
+
+@contextlib.contextmanager
+def open_stored(
+    folder: Path, digest: str
+) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors]]]:
+    """`verify_weights`, and views of the very bytes that were verified, in the order of
+    ``manifest.modules``. Copy what you keep before leaving: the views are invalid then.
+
+    Raises:
+        AdapterCorrupt: as `verify_weights`.
+    """
+    with contextlib.ExitStack() as stack:
+        why = ""
+        try:
+            settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
+            _check_regular(folder / WEIGHTS_FILE)
+            file = stack.enter_context((folder / WEIGHTS_FILE).open("rb"))
+            header = read_header(file, WEIGHTS_FILE)
+            modules = find_modules(header, settings, None)
+            content = stack.enter_context(mapped(file))
+            pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731
+            found = digest_weights(pieces, header, modules, None)
+            if found != digest:
+                why = f"its content has digest {found[:12]}"
+        except (AdapterInvalid, OSError) as error:
+            why = str(error)[:200]
+        if why:
+            raise AdapterCorrupt(
+                f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
+                metadata={"weights_digest": digest, "why": why},
+            )
+        manifest = _manifest(digest, header, settings, modules, None)
+        yield manifest, stack.enter_context(view_tensors(content, header, modules))
 
 
 def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
@@ -207,7 +235,17 @@ def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
         modules = find_modules(header, settings, base)
         # Without a base nothing is cast; the bound on magnitudes holds all the same.
         serving = "float32" if base is None else base.serving_dtype
-        digest = digest_weights(file, header, modules, serving)
+        digest = digest_weights(read_pieces(file), header, modules, serving)
+    return _manifest(digest, header, settings, modules, base)
+
+
+def _manifest(
+    digest: str,
+    header: SafetensorsHeader,
+    settings: LoraSettings,
+    modules: tuple[LoraModule, ...],
+    base: BaseSpec | None,
+) -> AdapterManifest:
     tensors = header.tensors.values()
     parameters = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)
     dtypes = {tensor.dtype for tensor in tensors}

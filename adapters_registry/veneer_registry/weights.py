@@ -1,8 +1,7 @@
 """``adapter_model.safetensors``: which modules it adapts, its digest, its tensors.
 
-Reading is done with plain reads into one buffer, never by mapping a file that a
-stranger could cut short meanwhile; `open_tensors` maps, but only files that the
-store has verified.
+What a stranger may still write to is read with plain reads into one buffer; only files
+of the store are mapped.
 """
 
 from __future__ import annotations
@@ -11,22 +10,19 @@ import contextlib
 import hashlib
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import (
     PROJECTIONS,
-    AdapterManifest,
     BaseSpec,
     LoraModule,
     Projection,
 )
-from veneer_registry.errors import AdapterCorrupt
 from veneer_registry.lora_config import LoraSettings
-from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo, read_header
+from veneer_registry.safetensors_header import SafetensorsHeader, TensorInfo
 from veneer_registry.strict_json import refuse
 from veneer_registry.tensor_names import Side, module_path, parse_tensor_name, tensor_keys
 from veneer_registry.values import ServingDtype, find_problem, peak_bits
@@ -37,7 +33,9 @@ __all__ = [
     "TensorView",
     "digest_weights",
     "find_modules",
-    "open_tensors",
+    "mapped",
+    "read_pieces",
+    "view_tensors",
 ]
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -164,17 +162,24 @@ def _check_base(
 # ------------------------------------------------------------------------ digest
 
 
+Pieces = Callable[[TensorInfo], Iterable[memoryview]]
+"""A tensor's bytes in pieces of whole elements, each valid until the next."""
+
+
 def digest_weights(
-    file: BufferedReader,
+    pieces: Pieces,
     header: SafetensorsHeader,
     modules: Iterable[LoraModule],
-    serving: ServingDtype,
+    serving: ServingDtype | None,
 ) -> str:
     """SHA-256 of everything that changes the result; refuses bad numbers on the way.
 
     Each field is length-prefixed, tensors go in name order, and the config counts
     by the scaling of each module: neither the order of the file, its metadata nor
-    the spelling of the config matter. One pass, one buffer of 1 MiB.
+    the spelling of the config matter.
+
+    Args:
+        serving: None where the numbers were checked when they were published.
 
     Raises:
         AdapterInvalid: a tensor that is not finite in ``serving`` or is too large.
@@ -182,31 +187,48 @@ def digest_weights(
     digest = hashlib.sha256(_DIGEST_TAG)
     names = sorted(header.tensors)
     digest.update(struct.pack(">Q", len(names)))
-    buffer = memoryview(bytearray(_CHUNK))
     for name in names:
         tensor = header.tensors[name]
-        _update(digest, name.encode(), tensor.dtype.encode())
-        digest.update(
-            struct.pack(f">{len(tensor.shape) + 1}Q", len(tensor.shape), *tensor.shape)
+        size = tensor.end - tensor.begin
+        shape = struct.pack(
+            f">{len(tensor.shape) + 2}Q", len(tensor.shape), *tensor.shape, size
         )
-        digest.update(struct.pack(">Q", tensor.end - tensor.begin))
+        digest.update(_fields(name.encode(), tensor.dtype.encode()) + shape)
         peak = 0
-        for chunk in _chunks(file, tensor, buffer):
-            digest.update(chunk)
-            peak = max(peak, peak_bits(chunk, tensor.dtype))
-        problem = find_problem(peak, tensor.dtype, serving)
-        if problem is not None:
-            refuse(WEIGHTS_FILE, problem, tensor=name)
+        for piece in pieces(tensor):
+            digest.update(piece)
+            if serving is not None:
+                peak = max(peak, peak_bits(piece, tensor.dtype))
+        if serving is not None:
+            problem = find_problem(peak, tensor.dtype, serving)
+            if problem is not None:
+                refuse(WEIGHTS_FILE, problem, tensor=name)
     for module in modules:
-        _update(digest, module.a_key.encode())
-        digest.update(struct.pack(">d", module.scaling))
+        digest.update(_fields(module.a_key.encode()) + struct.pack(">d", module.scaling))
     return digest.hexdigest()
 
 
-def _update(digest: hashlib._Hash, *fields: bytes) -> None:
-    for field in fields:
-        digest.update(struct.pack(">Q", len(field)))
-        digest.update(field)
+def read_pieces(file: BufferedReader) -> Pieces:
+    """Plain reads into one buffer of 1 MiB: a file that is cut short meanwhile is refused."""
+    buffer = memoryview(bytearray(_CHUNK))
+    return lambda tensor: _chunks(file, tensor, buffer)
+
+
+@contextlib.contextmanager
+def mapped(file: BufferedReader) -> Iterator[memoryview]:
+    """The whole file, mapped copy-on-write: writing changes no file. Only for files of the
+    store: one that is cut short meanwhile ends the process."""
+    # Private and writable: torch warns about buffers that it may not write to.
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        with memoryview(mapping) as whole:
+            yield whole
+    finally:
+        _close(mapping)
+
+
+def _fields(*fields: bytes) -> bytes:
+    return b"".join(struct.pack(">Q", len(field)) + field for field in fields)
 
 
 def _chunks(
@@ -255,45 +277,38 @@ class ModuleTensors:
 
 
 @contextlib.contextmanager
-def open_tensors(folder: Path, manifest: AdapterManifest) -> Iterator[Sequence[ModuleTensors]]:
-    """Zero-copy views of the tensors that ``manifest`` lists, in its order.
+def view_tensors(
+    content: memoryview, header: SafetensorsHeader, modules: Iterable[LoraModule]
+) -> Iterator[Sequence[ModuleTensors]]:
+    """Zero-copy views of the tensors of ``modules``, in their order.
 
-    Copy what you keep before leaving: the views are invalid afterwards. Verify the
-    folder first (`verify_weights`); this only maps it.
+    Copy what you keep before leaving: the views are invalid afterwards.
 
-    Raises:
-        AdapterCorrupt: the file has not the tensors of the manifest.
+    Args:
+        content: the whole file.
     """
-    path = folder / WEIGHTS_FILE
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
-        header = read_header(file, WEIGHTS_FILE)
-        # Private and writable: torch warns about buffers that it may not write to.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        stack.callback(_close, mapped)
-        whole = stack.enter_context(memoryview(mapped))
-        views: list[ModuleTensors] = []
-        for module in manifest.modules:
-            a, b = (_view(header, key, whole) for key in (module.a_key, module.b_key))
-            stack.callback(a.data.release)
-            stack.callback(b.data.release)
-            views.append(ModuleTensors(module, a, b))
+    views = [
+        ModuleTensors(
+            module, _view(header, module.a_key, content), _view(header, module.b_key, content)
+        )
+        for module in modules
+    ]
+    try:
         yield views
+    finally:
+        for view in views:
+            view.a.data.release()
+            view.b.data.release()
 
 
 def _view(header: SafetensorsHeader, key: str, whole: memoryview) -> TensorView:
-    tensor = header.tensors.get(key)
-    if tensor is None or len(tensor.shape) != 2:
-        raise AdapterCorrupt(
-            f"{WEIGHTS_FILE} has no matrix {key!r} any more; push the adapter again",
-            metadata={"file": WEIGHTS_FILE, "tensor": key},
-        )
+    tensor = header.tensors[key]
     rows, columns = tensor.shape
     return TensorView(tensor.dtype, (rows, columns), whole[tensor.begin : tensor.end])
 
 
-def _close(mapped: mmap.mmap) -> None:
+def _close(mapping: mmap.mmap) -> None:
     # A caller that still holds an array over a view keeps the mapping alive; it is
     # unmapped with the last of them.
     with contextlib.suppress(BufferError):
-        mapped.close()
+        mapping.close()

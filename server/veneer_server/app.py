@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -203,6 +204,9 @@ class App:
         _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
+        # A collection would look at all that was imported, and stop every stream meanwhile.
+        gc.collect()
+        gc.freeze()
         self._calls.serve()
         await self._health.loaded()
         self._ready(base, info, memory, grpc_address, metrics_address, openai_address)

@@ -24,8 +24,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from veneer_registry.adapter import Projection
-from veneer_registry.format import read_adapter
-from veneer_registry.weights import TensorView, open_tensors
+from veneer_registry.format import open_stored, read_adapter
+from veneer_registry.weights import TensorView
 
 from veneer_loadtest.peer import PeerError
 
@@ -66,7 +66,7 @@ def write_gguf_adapter(folder: Path, base_folder: Path, out: Path) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    with open_tensors(folder, manifest) as tensors:
+    with open_stored(folder, manifest.weights_digest) as (_, tensors):
         for tensor in tensors:
             module = tensor.module
             b = _float32(tensor.b)

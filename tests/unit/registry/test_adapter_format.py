@@ -20,7 +20,7 @@ from veneer_registry.format import (
     check_file_name,
     manifest_from_json,
     manifest_to_json,
-    open_tensors,
+    open_stored,
     read_adapter,
     select_files,
     verify_weights,
@@ -29,7 +29,7 @@ from veneer_registry.format import (
 )
 from veneer_registry.safetensors_header import read_header
 from veneer_registry.tensor_names import tensor_keys
-from veneer_registry.weights import digest_weights
+from veneer_registry.weights import digest_weights, read_pieces
 
 from tests.unit.registry.kit import BASE, SHAPES, make_adapter, make_tensors
 
@@ -602,14 +602,15 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         header = read_header(file, WEIGHTS_FILE)
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(AdapterInvalid, match="cut off"):
-            digest_weights(file, header, (), "bfloat16")
+            digest_weights(read_pieces(file), header, (), "bfloat16")
 
 
 def test_views_are_the_tensors(tmp_path: Path) -> None:
     tensors = make_tensors(dtype="F32")
     manifest = read_adapter(make_adapter(tmp_path, tensors=tensors), BASE)
     before = (tmp_path / WEIGHTS_FILE).read_bytes()
-    with open_tensors(tmp_path, manifest) as modules:
+    with open_stored(tmp_path, manifest.weights_digest) as (found, modules):
+        assert found.modules == manifest.modules
         assert [view.module for view in modules] == list(manifest.modules)
         for view in modules:
             for side, key in ((view.a, view.module.a_key), (view.b, view.module.b_key)):
@@ -626,7 +627,7 @@ def test_views_are_the_tensors(tmp_path: Path) -> None:
 def test_views_of_other_files(tmp_path: Path) -> None:
     manifest = read_adapter(make_adapter(tmp_path / "1"), BASE)
     other = make_adapter(tmp_path / "2", tensors=make_tensors(projections=["q_proj"]))
-    with pytest.raises(AdapterCorrupt), open_tensors(other, manifest):
+    with pytest.raises(AdapterCorrupt), open_stored(other, manifest.weights_digest):
         pass
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.format import open_tensors, read_adapter
+from veneer_registry.format import open_stored, read_adapter
 from veneer_registry.tensor_names import module_path
 
 from tests.unit.registry.kit import SHAPES
@@ -84,7 +84,7 @@ def test_agrees_with_peft(variant: str, tmp_path: Path) -> None:
     }
     ours = {module_path(m.layer, m.projection): m for m in manifest.modules}
     assert ours.keys() == theirs.keys()
-    with open_tensors(tmp_path, manifest) as tensors:
+    with open_stored(tmp_path, manifest.weights_digest) as (_, tensors):
         for view in tensors:
             path = module_path(view.module.layer, view.module.projection)
             module = theirs[path]
