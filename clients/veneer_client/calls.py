@@ -1,34 +1,22 @@
 """Every call as data: method, request, how to read the answer, whether to repeat it.
 
-The clients differ only in how they perform a `Call`; what they perform is here.
+The clients differ only in how they perform a `Call`; what they perform is here, and for
+adapters in `calls_admin`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
 from grpc_health.v1 import health_pb2
-from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
-from veneer_registry.adapter import Tier
+from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import InvalidField
 
-from veneer_client import convert, convert_admin
-from veneer_client.records import (
-    AdapterDetails,
-    AdapterInfo,
-    Capacity,
-    Eviction,
-    EvictMode,
-    ServerInfo,
-    ServingStatus,
-)
-from veneer_client.types import (
-    GenerateOptions,
-    Generation,
-    Prompt,
-)
+from veneer_client import convert, convert_server
+from veneer_client.server_records import Capacity, ServerInfo, ServingStatus
+from veneer_client.types import GenerateOptions, Generation, Prompt
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -36,32 +24,19 @@ __all__ = [
     "INFERENCE",
     "KEEPALIVE_S",
     "RECONNECT_S",
-    "UPLOAD",
-    "WATCH",
     "Call",
-    "Page",
-    "activate",
     "channel_options",
-    "delete",
-    "evict",
     "generate",
-    "get",
     "health",
     "info",
-    "page",
-    "pin",
     "plan",
 ]
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
 INFERENCE: Final = "veneer.v1.InferenceService"
-_ADAPTERS: Final = "veneer.v1.AdapterService"
 _GENERATE: Final = f"/{INFERENCE}/Generate"
 GENERATE_STREAM: Final = f"/{INFERENCE}/GenerateStream"
-UPLOAD: Final = f"/{_ADAPTERS}/UploadAdapter"
-
-WATCH: Final = f"/{_ADAPTERS}/WatchAdapters"
 
 KEEPALIVE_S: Final = 20.0
 """Silence after which a client asks whether the server still lives."""
@@ -70,7 +45,7 @@ _PLAN_RANK: Final = 16
 """Of an adapter that is only planned, as in the server where no shape is given."""
 
 RECONNECT_S: Final = 1.0
-"""First wait of a watch for a server that was there."""
+"""First wait of a watch or a push for a server that was there."""
 
 
 def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
@@ -137,106 +112,13 @@ def generate(
     )
 
 
-def get(name: str) -> Call[adapters_pb2.GetAdapterResponse, AdapterDetails]:
-    """One adapter by ``name`` or ``name@revision``."""
-    return Call(
-        f"/{_ADAPTERS}/GetAdapter",
-        adapters_pb2.GetAdapterRequest(name=name),
-        adapters_pb2.GetAdapterResponse.FromString,
-        convert_admin.adapter_details,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Adapters in name order, and the token of the next page ("" on the last)."""
-
-    adapters: tuple[AdapterInfo, ...]
-    next_token: str
-
-
-def page(
-    token: str,
-    *,
-    page_size: int,
-    name_prefix: str,
-    tier: Tier | None,
-    labels: Mapping[str, str],
-) -> Call[adapters_pb2.ListAdaptersResponse, Page]:
-    """One page of the list."""
-    return Call(
-        f"/{_ADAPTERS}/ListAdapters",
-        adapters_pb2.ListAdaptersRequest(
-            page_size=page_size,
-            page_token=token,
-            name_prefix=name_prefix,
-            tier=convert.TIERS[tier] if tier else inference_pb2.TIER_UNSPECIFIED,
-            labels=labels,
-        ),
-        adapters_pb2.ListAdaptersResponse.FromString,
-        lambda answer: Page(
-            tuple(convert_admin.adapter_info(adapter) for adapter in answer.adapters),
-            answer.next_page_token,
-        ),
-    )
-
-
-def activate(
-    name: str, *, tier: Tier, pin: bool
-) -> Call[adapters_pb2.ActivateAdapterResponse, AdapterInfo]:
-    """Bring an adapter to HOST or DEVICE."""
-    return Call(
-        f"/{_ADAPTERS}/ActivateAdapter",
-        adapters_pb2.ActivateAdapterRequest(name=name, tier=convert.TIERS[tier], pin=pin),
-        adapters_pb2.ActivateAdapterResponse.FromString,
-        lambda answer: convert_admin.adapter_info(answer.adapter),
-    )
-
-
-def pin(name: str, *, pinned: bool) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
-    """Keep an adapter in the DEVICE tier, or no longer."""
-    return Call(
-        f"/{_ADAPTERS}/UpdateAdapter",
-        adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned),
-        adapters_pb2.UpdateAdapterResponse.FromString,
-        lambda answer: convert_admin.adapter_info(answer.adapter),
-    )
-
-
-def evict(
-    name: str, *, mode: EvictMode, unpin: bool
-) -> Call[adapters_pb2.EvictAdapterResponse, Eviction]:
-    """Free an adapter's memory."""
-    return Call(
-        f"/{_ADAPTERS}/EvictAdapter",
-        adapters_pb2.EvictAdapterRequest(
-            name=name, mode=convert_admin.EVICT_MODES[mode], unpin=unpin
-        ),
-        adapters_pb2.EvictAdapterResponse.FromString,
-        convert_admin.eviction,
-    )
-
-
-def delete(
-    name: str, *, etag: str
-) -> Call[adapters_pb2.DeleteAdapterResponse, tuple[str, ...]]:
-    """Remove a name or a revision. Not repeated: the second time would say NOT_FOUND."""
-    return Call(
-        f"/{_ADAPTERS}/DeleteAdapter",
-        adapters_pb2.DeleteAdapterRequest(name=name, etag=etag),
-        adapters_pb2.DeleteAdapterResponse.FromString,
-        lambda answer: tuple(answer.revisions),
-        repeatable=False,
-    )
-
-
 def info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
     """What the server is."""
     return Call(
         "/veneer.v1.ServerService/GetServerInfo",
         server_pb2.GetServerInfoRequest(),
         server_pb2.GetServerInfoResponse.FromString,
-        convert_admin.server_info,
+        convert_server.server_info,
     )
 
 
@@ -267,7 +149,7 @@ def plan(
         "/veneer.v1.ServerService/PlanCapacity",
         request,
         server_pb2.PlanCapacityResponse.FromString,
-        convert_admin.capacity,
+        convert_server.capacity,
     )
 
 
@@ -277,6 +159,6 @@ def health(service: str) -> Call[health_pb2.HealthCheckResponse, ServingStatus]:
         "/grpc.health.v1.Health/Check",
         health_pb2.HealthCheckRequest(service=service),
         health_pb2.HealthCheckResponse.FromString,
-        convert_admin.serving_status,
+        convert_server.serving_status,
         repeatable=False,
     )

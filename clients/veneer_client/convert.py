@@ -1,6 +1,6 @@
 """Protobuf of the generate calls to records and back.
 
-Nothing but this module and `convert_admin` reads or writes a message's fields.
+Messages of the other services are read in `convert_admin` and `convert_server`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
 
 def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
     request = inference_pb2.GenerateRequest(
-        adapter=options.get("adapter", ""), request_id=options.get("request_id", "")
+        adapter=options.get("adapter", ""),
+        request_id=options.get("request_id", ""),
+        session_key=options.get("session_key", ""),
     )
     match prompt:
         case Text(text):

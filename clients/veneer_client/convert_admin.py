@@ -1,34 +1,28 @@
-"""Protobuf of the admin services to records and back."""
+"""Protobuf of the adapter service to records and back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from grpc_health.v1 import health_pb2
-from veneer_proto.v1 import adapters_pb2, server_pb2
-from veneer_registry.adapter import BaseFingerprint, Tier
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.adapter import Tier
 
-from veneer_client.convert import TIER_OF, seconds
+from veneer_client.convert import TIER_OF
 from veneer_client.records import (
-    AdapterCapacity,
     AdapterDetails,
     AdapterEvent,
     AdapterEventKind,
     AdapterInfo,
-    BaseModel,
-    Budgets,
-    Capacity,
+    AdapterState,
+    Alias,
+    AliasMove,
+    AliasTarget,
     Eviction,
     EvictMode,
-    Limit,
-    Memory,
-    MemoryPool,
-    SequenceCapacity,
-    ServerInfo,
-    ServingStatus,
-    Shortfall,
+    HistoryEntry,
 )
 
 __all__ = [
@@ -36,10 +30,10 @@ __all__ = [
     "adapter_details",
     "adapter_event",
     "adapter_info",
-    "capacity",
+    "alias",
+    "alias_move",
     "eviction",
-    "server_info",
-    "serving_status",
+    "history_entry",
 ]
 
 EVICT_MODES: Final = {
@@ -47,20 +41,15 @@ EVICT_MODES: Final = {
     EvictMode.FAIL_IF_BUSY: adapters_pb2.EVICT_MODE_FAIL_IF_BUSY,
     EvictMode.ABORT: adapters_pb2.EVICT_MODE_ABORT,
 }
-_STATUS: Final = {
-    health_pb2.HealthCheckResponse.SERVING: ServingStatus.SERVING,
-    health_pb2.HealthCheckResponse.NOT_SERVING: ServingStatus.NOT_SERVING,
+_STATES: Final = {
+    adapters_pb2.ADAPTER_STATE_READY: AdapterState.READY,
+    adapters_pb2.ADAPTER_STATE_QUARANTINED: AdapterState.QUARANTINED,
+    adapters_pb2.ADAPTER_STATE_OTHER_BASE: AdapterState.OTHER_BASE,
 }
 _KINDS: Final = {
     getattr(adapters_pb2, f"ADAPTER_EVENT_{kind.name}"): kind
     for kind in AdapterEventKind
     if kind is not AdapterEventKind.UNKNOWN
-}
-_LIMITS: Final = {
-    server_pb2.LIMIT_DEVICE_ADAPTERS: Limit.DEVICE_ADAPTERS,
-    server_pb2.LIMIT_HOST_ADAPTERS: Limit.HOST_ADAPTERS,
-    server_pb2.LIMIT_KV_CACHE: Limit.KV_CACHE,
-    server_pb2.LIMIT_MAX_RUNNING: Limit.MAX_RUNNING,
 }
 
 
@@ -85,6 +74,10 @@ def adapter_info(message: adapters_pb2.Adapter) -> AdapterInfo:
         current=message.current,
         etag=message.etag,
         has_chat_template=message.has_chat_template,
+        state=_STATES.get(message.state, AdapterState.UNKNOWN),
+        aliases=tuple(message.aliases),
+        disk_bytes=message.disk_bytes,
+        retain=message.retain,
     )
 
 
@@ -101,63 +94,6 @@ def eviction(message: adapters_pb2.EvictAdapterResponse) -> Eviction:
     return Eviction(evicted=message.evicted, freed_bytes=message.freed_bytes)
 
 
-def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
-    """What the server is."""
-    base, budgets = message.base_model, message.budgets
-    parts = base.fingerprint
-    return ServerInfo(
-        version=message.version,
-        base_model=BaseModel(
-            name=base.name,
-            architecture=base.architecture,
-            quantization=base.quantization,
-            dtype=base.dtype,
-            parameters=base.parameters,
-            size=base.bytes,
-            fingerprint=BaseFingerprint(
-                weights=parts.weights,
-                tokenizer=parts.tokenizer,
-                quantization=parts.quantization,
-                template=parts.template,
-            ),
-        ),
-        device=message.device,
-        backend=message.backend,
-        budgets=Budgets(
-            host_adapter_bytes=budgets.host_adapter_bytes,
-            device_adapter_bytes=budgets.device_adapter_bytes,
-            kv_cache_bytes=budgets.kv_cache_bytes,
-            kv_cache_tokens=budgets.kv_cache_tokens,
-            max_batch_tokens=budgets.max_batch_tokens,
-            max_running=budgets.max_running,
-            max_queue=budgets.max_queue,
-        ),
-        context_length=message.context_length,
-        uptime_s=seconds(message.uptime),
-        adapters_registered=message.adapters_registered,
-        adapters_on_device=message.adapters_on_device,
-        engine_starts=message.engine_starts,
-        memory=Memory(
-            pools=tuple(
-                MemoryPool(
-                    name=pool.name,
-                    uses={use.name: use.bytes for use in pool.uses},
-                    total=pool.total_bytes,
-                    limit=pool.limit_bytes,
-                )
-                for pool in message.memory.pools
-            ),
-            front_peak=message.memory.front_peak_bytes,
-            engine_peak=message.memory.engine_peak_bytes,
-        ),
-    )
-
-
-def serving_status(message: health_pb2.HealthCheckResponse) -> ServingStatus:
-    """Answer of the health service."""
-    return _STATUS.get(message.status, ServingStatus.UNKNOWN)
-
-
 def adapter_event(message: adapters_pb2.WatchAdaptersResponse) -> AdapterEvent:
     """One event of a watch."""
     return AdapterEvent(
@@ -169,34 +105,36 @@ def adapter_event(message: adapters_pb2.WatchAdaptersResponse) -> AdapterEvent:
     )
 
 
-def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
-    """What would fit."""
-    adapters, sequences = message.adapters, message.sequences
-    return Capacity(
-        adapters=AdapterCapacity(
-            parameters=adapters.parameters,
-            size=adapters.bytes,
-            on_device=adapters.on_device,
-            on_host=adapters.on_host,
-        ),
-        sequences=SequenceCapacity(
-            context_length=sequences.context_length,
-            size=sequences.bytes,
-            running=sequences.running,
-            limited_by=_LIMITS.get(sequences.limited_by, Limit.NONE),
-        ),
-        fits=message.fits,
-        shortfalls=tuple(
-            Shortfall(
-                limit=_LIMITS.get(short.limit, Limit.NONE),
-                flag=short.flag,
-                needed=short.needed,
-                available=short.available,
-                message=short.message,
-            )
-            for short in message.shortfalls
-        ),
+def alias(message: adapters_pb2.Alias) -> Alias:
+    """One alias."""
+    return Alias(
+        alias=message.alias,
+        targets=_targets(message.targets),
+        etag=message.etag,
+        updated=_time(message.updated),
     )
+
+
+def alias_move(message: adapters_pb2.SetAliasResponse) -> AliasMove:
+    """What an alias means now and meant before."""
+    return AliasMove(alias=alias(message.alias), previous=_targets(message.previous))
+
+
+def history_entry(message: adapters_pb2.HistoryEntry) -> HistoryEntry:
+    """One change."""
+    return HistoryEntry(
+        time=_time(message.time),
+        event=message.event,
+        name=message.name,
+        revision=message.revision,
+        actor=message.actor,
+        peer=message.peer,
+        detail=message.detail,
+    )
+
+
+def _targets(messages: Iterable[adapters_pb2.AliasTarget]) -> tuple[AliasTarget, ...]:
+    return tuple(AliasTarget(message.revision, message.weight) for message in messages)
 
 
 def _time(stamp: Timestamp) -> datetime:

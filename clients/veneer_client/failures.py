@@ -28,7 +28,15 @@ from veneer_registry.errors import (
     error_for_reason,
 )
 
-__all__ = ["Attempts", "RetryPolicy", "cancelled", "outcome", "starting", "to_error"]
+__all__ = [
+    "Attempts",
+    "RetryPolicy",
+    "cancelled",
+    "outcome",
+    "starting",
+    "to_error",
+    "write_broke",
+]
 
 Answer = TypeVar("Answer")
 
@@ -90,6 +98,12 @@ def to_error(
     return _BY_CODE.get(code, VeneerError)(f"{message} [{code.name} from {address}]")
 
 
+def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:
+    """Whether all that is known is that a message could not be sent: grpc.aio then says
+    INTERNAL, of itself, whatever ended the call."""
+    return error.code() is grpc.StatusCode.INTERNAL and _status(error) is None
+
+
 def cancelled() -> Cancelled:
     """The caller's own doing."""
     return Cancelled("the call was cancelled, or its client closed")
@@ -133,10 +147,11 @@ class RetryPolicy:
     A call is repeated only where the server said when (``RetryInfo``) with
     UNAVAILABLE or RESOURCE_EXHAUSTED, the call is safe to repeat, nothing of its
     answer has come, and the wait fits ``longest_wait_s`` and the call's deadline. A
-    server that said it drains may be gone the next time, until it is back.
+    server that said it drains may be gone the next time, until it is back. A watch and a
+    push also wait for a server that was there, and count anew after each progress.
 
     Attributes:
-        attempts: calls made in all; 1 turns retries off.
+        attempts: calls made in all, or without progress; 1 turns retries off.
         longest_wait_s: a longer delay than this is the caller's decision.
         growth: each wait is at least what the server said, and so many times the one
             before: with the defaults half a minute in all, enough for a restart.
@@ -157,12 +172,20 @@ class Attempts:
         repeatable: bool,
         timeout_s: float | None,
         reconnect_s: float | None = None,
+        repeated: tuple[type[VeneerError], ...] = (Unavailable, ResourceExhausted),
     ) -> None:
-        """Args: reconnect_s: wait for a server that was there once; None gives up."""
+        """Args:
+        reconnect_s: wait for a server that was there once, at most the policy's
+            ``longest_wait_s``; None gives up.
+        repeated: errors after which a call is repeated, if they say when.
+        """
         self._policy = policy
+        self._repeated = repeated
         self._allowed = policy.attempts if repeatable else 1
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._reconnect_s = reconnect_s
+        self._reconnect_s = (
+            None if reconnect_s is None else min(reconnect_s, policy.longest_wait_s)
+        )
         self._back_s: float | None = None
         self._made = 0
 
@@ -172,17 +195,21 @@ class Attempts:
             return None
         return max(0.0, self._deadline - time.monotonic())
 
+    def reached(self) -> None:
+        """The server is there: should it go, it is waited for."""
+        self._back_s = self._reconnect_s
+
     def succeeded(self) -> None:
         """An answer came: failures before it no longer count."""
         self._made = 0
-        self._back_s = self._reconnect_s
+        self.reached()
 
     def wait_s(self, error: VeneerError) -> float | None:
         """Seconds to wait before the next attempt; None when ``error`` is final."""
         self._made += 1
         if self._made >= self._allowed:
             return None
-        if not isinstance(error, Unavailable | ResourceExhausted):
+        if not isinstance(error, self._repeated):
             return None
         told = error.retry_after_s
         if isinstance(error, Draining):

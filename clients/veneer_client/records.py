@@ -1,4 +1,4 @@
-"""What the clients tell of adapters and the server: frozen records, no protobuf.
+"""What the clients tell of adapters: frozen records, no protobuf.
 
 Times are seconds, sizes are bytes, digests are 64 hex digits.
 """
@@ -10,30 +10,36 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 
-from veneer_registry.adapter import SHORT_REVISION, BaseFingerprint, Tier
+from veneer_registry.adapter import SHORT_REVISION, Tier
+from veneer_registry.errors import VeneerError
 
 __all__ = [
-    "AdapterCapacity",
     "AdapterDetails",
     "AdapterEvent",
     "AdapterEventKind",
     "AdapterInfo",
-    "BaseModel",
-    "Budgets",
-    "Capacity",
+    "AdapterState",
+    "Alias",
+    "AliasMove",
+    "AliasTarget",
     "EvictMode",
     "Eviction",
-    "Limit",
-    "Memory",
-    "MemoryPool",
+    "HistoryEntry",
     "Pushed",
-    "SequenceCapacity",
-    "ServerInfo",
-    "ServingStatus",
-    "Shortfall",
+    "Resumed",
 ]
 
-# ----------------------------------------------------------------------- adapters
+
+class AdapterState(Enum):
+    """Whether a revision can be used."""
+
+    READY = "ready"
+    QUARANTINED = "quarantined"
+    """Its content on disk is damaged: push the same content again."""
+    OTHER_BASE = "other_base"
+    """It was registered for another base model."""
+    UNKNOWN = "unknown"
+    """Of an older server, which does not say, or a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,11 @@ class AdapterInfo:
         last_used: None until first used since the server started.
         training: facts from the training manifest.
         current: the plain name resolves to this revision.
-        etag: `delete` takes it, so that nothing newer is deleted.
+        etag: changes whenever the name's registration changes. Calls that change it take
+            the etag, so that nothing newer is changed.
+        aliases: ``name/alias`` that may mean this revision.
+        disk_bytes: size of its files on disk.
+        retain: superseded revisions that the name keeps.
     """
 
     name: str
@@ -69,6 +79,10 @@ class AdapterInfo:
     current: bool
     etag: str
     has_chat_template: bool
+    state: AdapterState
+    aliases: tuple[str, ...]
+    disk_bytes: int
+    retain: int
 
     @property
     def short(self) -> str:
@@ -92,8 +106,10 @@ class Pushed:
         published: False when the name already held this content, and for a dry run.
         replaced: another revision of the name was current before.
         warnings: sentences from the local check and the server.
-        skipped: files of the folder that were not sent.
-        sent_bytes: bytes of the files that were.
+        skipped: files of the folder that are not part of a bundle.
+        sent_bytes: handed to the connection, also what a broken one lost.
+        skipped_bytes: that the server had before this push began.
+        resumes: how often the push went on after it was interrupted.
     """
 
     adapter: AdapterInfo
@@ -102,15 +118,32 @@ class Pushed:
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
     sent_bytes: int
+    skipped_bytes: int
+    resumes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A push goes on from what the server has.
+
+    Attributes:
+        at: bytes that it has, of all files; 0 where it must begin anew.
+        total: bytes of all files.
+        after: what interrupted the push; None at its beginning.
+    """
+
+    at: int
+    total: int
+    after: VeneerError | None
 
 
 class EvictMode(Enum):
-    """What becomes of the requests that use an evicted adapter."""
+    """What becomes of the requests that use an adapter which is evicted or deleted."""
 
     DRAIN = "drain"
     """They finish; memory is freed when the last one has."""
     FAIL_IF_BUSY = "fail_if_busy"
-    """The eviction is refused."""
+    """The call is refused."""
     ABORT = "abort"
     """They end with `AdapterEvicted`."""
 
@@ -121,6 +154,63 @@ class Eviction:
 
     evicted: bool
     freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AliasTarget:
+    """A revision that an alias means; ``weight`` is relative to the other targets'."""
+
+    revision: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """``name/alias`` and what it means; without targets once it is removed.
+
+    Attributes:
+        targets: several are a canary, each with its share of the requests.
+        etag: changes whenever it moves; `set_alias` takes it.
+    """
+
+    alias: str
+    targets: tuple[AliasTarget, ...]
+    etag: str
+    updated: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """An alias as it is now, and what it meant before (nothing, where it is new)."""
+
+    alias: Alias
+    previous: tuple[AliasTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """Something that was changed.
+
+    Attributes:
+        event: ``published``, ``replaced``, ``made_current``, ``deleted``, ``alias_set``,
+            ``labels`` ... ; the contract of ``GetHistory`` has them all.
+        revision: "" where it is not about one revision.
+        actor: who the caller said it was; a claim, not a proof.
+        peer: where the call came from; ``server`` where the server did it by itself.
+    """
+
+    time: datetime
+    event: str
+    name: str
+    revision: str
+    actor: str
+    peer: str
+    detail: str
+
+    @property
+    def short(self) -> str:
+        """``name@`` and 12 digits of the revision, or the name alone."""
+        return f"{self.name}@{self.revision[:SHORT_REVISION]}" if self.revision else self.name
 
 
 class AdapterEventKind(Enum):
@@ -144,6 +234,12 @@ class AdapterEventKind(Enum):
     FAILED = "failed"
     PINNED = "pinned"
     UNPINNED = "unpinned"
+    QUARANTINED = "quarantined"
+    """Its stored content is damaged."""
+    ALIAS_CHANGED = "alias_changed"
+    """An alias was moved or removed; one event for each revision that it means now."""
+    UPDATED = "updated"
+    """Labels or retention changed."""
     UNKNOWN = "unknown"
     """Of a newer server."""
 
@@ -156,7 +252,8 @@ class AdapterEvent:
         sequence: `watch` resumes after it; 0 in events that are no place to resume
             from (see the contract of ``WatchAdapters``).
         adapter: as the event left it; None for RESET and SYNCED.
-        detail: of EVICTED the cause, of FAILED why and what to do; else "".
+        detail: of EVICTED the cause, of FAILED why and what to do, of QUARANTINED the
+            damage, of ALIAS_CHANGED the alias; else "".
     """
 
     kind: AdapterEventKind
@@ -164,155 +261,3 @@ class AdapterEvent:
     time: datetime
     adapter: AdapterInfo | None
     detail: str
-
-
-# ------------------------------------------------------------------------- server
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """The resident base model; ``size`` in bytes."""
-
-    name: str
-    architecture: str
-    quantization: str
-    dtype: str
-    parameters: int
-    size: int
-    fingerprint: BaseFingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Limits that the server runs with; bytes and counts."""
-
-    host_adapter_bytes: int
-    device_adapter_bytes: int
-    kv_cache_bytes: int
-    kv_cache_tokens: int
-    max_batch_tokens: int
-    max_running: int
-    max_queue: int
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPool:
-    """Memory that the server plans with; bytes.
-
-    Attributes:
-        name: ``host``, or ``device`` where that has memory of its own.
-        uses: ``base``, ``kv_cache``, ``adapters`` ... ; adds up to ``total``.
-        limit: what there is, of the machine or its container.
-    """
-
-    name: str
-    uses: Mapping[str, int]
-    total: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The plan, and the largest resident sets so far; bytes."""
-
-    pools: tuple[MemoryPool, ...]
-    front_peak: int
-    engine_peak: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """What the server is.
-
-    Attributes:
-        backend: what executes a step, for example ``torch``.
-        context_length: longest prompt plus completion, in tokens.
-        engine_starts: 1 unless the engine process failed.
-    """
-
-    version: str
-    base_model: BaseModel
-    device: str
-    backend: str
-    budgets: Budgets
-    context_length: int
-    uptime_s: float
-    adapters_registered: int
-    adapters_on_device: int
-    engine_starts: int
-    memory: Memory
-
-
-class ServingStatus(Enum):
-    """Answer of the standard health service."""
-
-    SERVING = "serving"
-    NOT_SERVING = "not_serving"
-    UNKNOWN = "unknown"
-
-
-class Limit(Enum):
-    """What a server would run out of first."""
-
-    NONE = "none"
-    DEVICE_ADAPTERS = "device adapters"
-    HOST_ADAPTERS = "host adapters"
-    KV_CACHE = "kv cache"
-    MAX_RUNNING = "max running"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCapacity:
-    """Adapters of one shape, were there no others.
-
-    Attributes:
-        parameters, size: of one adapter; ``size`` in bytes, in either tier.
-        on_device, on_host: how many fit each tier.
-    """
-
-    parameters: int
-    size: int
-    on_device: int
-    on_host: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceCapacity:
-    """Sequences of one length, were there no others.
-
-    Attributes:
-        size: bytes of the keys and values of one.
-        running: how many run at once.
-        limited_by: what keeps more from running.
-    """
-
-    context_length: int
-    size: int
-    running: int
-    limited_by: Limit
-
-
-@dataclass(frozen=True, slots=True)
-class Shortfall:
-    """Something that was asked for and does not fit.
-
-    Attributes:
-        flag: of ``veneer-server``, to be raised from ``available`` to ``needed``.
-        message: the same for a person.
-    """
-
-    limit: Limit
-    flag: str
-    needed: int
-    available: int
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What would fit; ``shortfalls`` is empty where ``fits``."""
-
-    adapters: AdapterCapacity
-    sequences: SequenceCapacity
-    fits: bool
-    shortfalls: tuple[Shortfall, ...]

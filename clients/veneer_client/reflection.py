@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from veneer_registry.errors import InvalidField
 
 from veneer_client import calls
+from veneer_client.actor import actor_metadata
 from veneer_client.failures import to_error
 
 __all__ = ["Method", "ReflectionClient"]
@@ -40,6 +41,7 @@ class ReflectionClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._metadata = actor_metadata(None)
         self._channel = grpc.insecure_channel(
             address, options=calls.channel_options(calls.KEEPALIVE_S)
         )
@@ -108,7 +110,7 @@ class ReflectionClient:
             response_deserializer=answer_class.FromString,
         )
         try:
-            answers = invoke(message, timeout=timeout_s)
+            answers = invoke(message, timeout=timeout_s, metadata=self._metadata)
             for answer in answers if found.server_streaming else (answers,):
                 yield json_format.MessageToJson(
                     answer,

@@ -51,8 +51,7 @@ MessageLike = ChatMessage | Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages that the server renders with a chat template (the adapter's, if it
-    ships one)."""
+    """Messages that the server renders with the adapter's chat template, or the base's."""
 
     messages: tuple[ChatMessage, ...]
 
@@ -144,16 +143,17 @@ class BoundOptions(TypedDict, total=False):
     """The output is one of these texts."""
     use_prefix_cache: bool
     """Unset: the server's default."""
+    session_key: str
+    """Where an alias means several revisions, one key gets one."""
     timeout_s: float
     """Deadline of the whole call, retries included; unset: none."""
 
 
 class GenerateOptions(BoundOptions, total=False):
-    """Keyword arguments of every generate method; at most one of ``json_schema``,
-    ``regex`` and ``choice``."""
+    """With the adapter; at most one of ``json_schema``, ``regex`` and ``choice``."""
 
     adapter: str
-    """``name``, ``name@revision``, or nothing for the base model."""
+    """``name``, ``name@revision``, ``name/alias``, or nothing for the base model."""
 
 
 # ------------------------------------------------------------------------ answers

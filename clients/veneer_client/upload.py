@@ -1,28 +1,47 @@
-"""A push before it is sent: checked locally, hashed, cut into messages."""
+"""A push: checked locally, hashed, cut into messages, taken up again where it broke off.
+
+`Upload` decides; the clients only carry its question and its messages to the server.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import grpc
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import AdapterManifest, check_name
-from veneer_registry.errors import AdapterInvalid, VeneerError
+from veneer_registry.errors import (
+    Aborted,
+    AdapterInvalid,
+    ChecksumMismatch,
+    InvalidField,
+    ResourceExhausted,
+    ServerUnreachable,
+    Unavailable,
+    Unimplemented,
+    VeneerError,
+)
 from veneer_registry.format import read_adapter, select_files
 
-from veneer_client import convert_admin
-from veneer_client.records import Pushed
+from veneer_client import calls, calls_admin, convert_admin
+from veneer_client.failures import Attempts, RetryPolicy, to_error, write_broke
+from veneer_client.records import Pushed, Resumed
 
-__all__ = ["CHUNK_BYTES", "Progress", "PushOptions", "Upload", "prepare"]
+__all__ = ["CHUNK_BYTES", "OnResume", "Progress", "PushOptions", "Upload", "prepare"]
 
 CHUNK_BYTES: Final = 1 << 20
 """Bytes of one message; gRPC's receive limit is four times this."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes handed to gRPC, bytes in all), perhaps from another thread."""
+"""Told (bytes that the server has or gRPC was given, bytes in all), perhaps from another
+thread. The first number falls where a broken connection lost some."""
+
+OnResume = Callable[[Resumed], None]
+"""Told when a push goes on from what the server has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,70 +52,170 @@ class PushOptions:
     validate_only: bool
     activate: bool
     allow_replace: bool
+    etag: str
+    progress: Progress
+    on_resume: OnResume
+    retry: RetryPolicy
+    timeout_s: float | None
 
 
-@dataclass(slots=True)
-class Upload:
-    """A checked folder, ready to be sent (more than once, if the server says retry).
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """A folder that was checked and hashed.
 
     Attributes:
         manifest: what the local check found.
-        skipped: files of the folder that are not sent.
-        failure: set by `messages` when a file can no longer be read.
+        skipped: files of the folder that are not part of a bundle.
     """
 
-    spec: adapters_pb2.UploadSpec
     paths: tuple[Path, ...]
+    files: tuple[adapters_pb2.UploadFile, ...]
     manifest: AdapterManifest
     skipped: tuple[str, ...]
-    progress: Progress
-    failure: VeneerError | None = field(default=None, init=False)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.spec.files)
+
+class Upload:
+    """A checked folder on its way to the server, over as many connections as it takes.
+
+    Each attempt asks what the server has (`question`), begins there (`begin`) and sends
+    the rest (`messages`). Content decides the outcome, so that sending something twice
+    is sending it once. One that fails says whether to go on (`wait_s`): while the server
+    gets further, for ever; without progress `RetryPolicy.attempts` times.
+    """
+
+    def __init__(self, name: str, bundle: _Bundle, options: PushOptions) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._spec = adapters_pb2.UploadSpec(
+            name=name,
+            files=bundle.files,
+            labels=options.labels,
+            validate_only=options.validate_only,
+            activate=options.activate,
+            allow_replace=options.allow_replace,
+            etag=options.etag,
+        )
+        self._total = sum(file.size for file in bundle.files)
+        self._attempts = Attempts(
+            options.retry,
+            repeatable=True,
+            timeout_s=options.timeout_s,
+            reconnect_s=calls.RECONNECT_S,
+            repeated=(Unavailable, ResourceExhausted, Aborted),
+        )
+        self._attempt = 0
+        self._old_server = False
+        self._anew = False  # the next attempt begins at 0, without a question
+        self._was_anew = False
+        self._committed: Mapping[str, int] = {}
+        self._furthest = -1
+        self._interrupted_by: VeneerError | None = None
+        self._unreadable: VeneerError | None = None
+        self._sent = self._resumes = 0
+        self._skipped: int | None = None
+
+    def remaining_s(self) -> float | None:
+        """Seconds left until the push's deadline; None without one."""
+        return self._attempts.remaining_s()
+
+    def question(
+        self,
+    ) -> calls.Call[adapters_pb2.GetUploadResponse, Mapping[str, int]] | None:
+        """What to ask the server before the next attempt; None where nothing is to ask."""
+        return None if self._old_server or self._anew else calls_admin.committed(self._spec)
+
+    def begin(self, committed: Mapping[str, int]) -> None:
+        """Begin an attempt where the server is; ``committed`` is bytes by file."""
+        self._attempt += 1
+        self._anew = False
+        self._committed = {
+            file.name: min(committed.get(file.name, 0), file.size) for file in self._spec.files
+        }
+        at = sum(self._committed.values())
+        if self._skipped is None:
+            self._skipped = at
+        if at > self._furthest:
+            self._furthest = at
+            self._attempts.succeeded()
+        else:
+            self._attempts.reached()
+        self._spec.resume = at > 0
+        if at or self._interrupted_by is not None:
+            self._resumes += self._interrupted_by is not None
+            self._options.on_resume(Resumed(at, self._total, self._interrupted_by))
+        self._options.progress(at, self._total)
 
     def messages(self) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """The spec, then the files' chunks in order."""
-        self.failure = None
-        yield adapters_pb2.UploadAdapterRequest(spec=self.spec)
-        sent = 0
-        for path in self.paths:
-            offset = 0
-            try:
-                with path.open("rb") as file:
-                    while data := file.read(CHUNK_BYTES):
-                        yield adapters_pb2.UploadAdapterRequest(
-                            chunk=adapters_pb2.UploadChunk(
-                                file=path.name, offset=offset, data=data
-                            )
-                        )
-                        offset += len(data)
-                        sent += len(data)
-                        self.progress(sent, self.total_bytes)
-            except OSError as error:
-                # gRPC would turn it into UNKNOWN: end the stream here, and let the
-                # client raise this instead of the server's "incomplete".
-                self.failure = _unreadable(path, error)
-                return
+        """The spec, then what the server lacks, the files in order."""
+        return self._messages(self._attempt, self._committed)
+
+    def _messages(
+        self, attempt: int, committed: Mapping[str, int]
+    ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+        done = sum(committed.values())
+        yield adapters_pb2.UploadAdapterRequest(spec=self._spec)
+        try:
+            for path, file in zip(self._bundle.paths, self._bundle.files, strict=True):
+                for chunk in _chunks(path, committed[file.name], file.size):
+                    yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                    if attempt != self._attempt:
+                        return  # gRPC's thread still reads for a call that has ended
+                    done += len(chunk.data)
+                    self._sent += len(chunk.data)
+                    self._options.progress(done, self._total)
+        except OSError as error:
+            # gRPC would turn it into UNKNOWN: end the stream here, and let the client
+            # raise this instead of the server's "incomplete".
+            self._unreadable = _unreadable(path, error)
+
+    def failed(self, error: grpc.RpcError, address: str) -> VeneerError:
+        """What a failed call of this push means."""
+        if self._unreadable is not None:
+            return self._unreadable
+        failure = to_error(error, address, timeout_s=self._options.timeout_s)
+        if write_broke(error):
+            failure = ServerUnreachable(
+                f"the connection to {address} broke while the adapter was sent "
+                f"[{error.details()}]",
+                metadata={"address": address},
+            )
+        if isinstance(failure, ServerUnreachable) and self._attempt and not self._old_server:
+            failure.message += "; push again, and it goes on where it was"
+        return failure
+
+    def wait_s(self, failure: VeneerError) -> float | None:
+        """Seconds to wait before the next attempt; None when ``failure`` is final."""
+        if isinstance(failure, Unimplemented) and not self._old_server:
+            self._old_server = True  # it knows no GetUpload: all is sent, every time
+            return 0.0
+        self._interrupted_by = failure
+        if isinstance(failure, ChecksumMismatch):
+            # What an earlier attempt left is not what it should be: once from the start.
+            self._anew = self._spec.resume and not self._was_anew
+            self._was_anew, self._furthest = True, -1
+            return 0.0 if self._anew else None
+        if self._spec.resume and _out_of_step(failure):
+            failure = ServerUnreachable(failure.message)
+        return self._attempts.wait_s(failure)
 
     def result(self, answer: adapters_pb2.UploadAdapterResponse) -> Pushed:
         """The server's answer and what the local check had to say."""
-        if self.failure is not None:
-            raise self.failure
-        warnings = dict.fromkeys((*self.manifest.warnings, *answer.warnings))
+        if self._unreadable is not None:
+            raise self._unreadable
+        warnings = dict.fromkeys((*self._bundle.manifest.warnings, *answer.warnings))
         return Pushed(
             adapter=convert_admin.adapter_info(answer.adapter),
             published=answer.published,
             replaced=answer.replaced,
             warnings=tuple(warnings),
-            skipped=self.skipped,
-            sent_bytes=self.total_bytes,
+            skipped=self._bundle.skipped,
+            sent_bytes=self._sent,
+            skipped_bytes=self._skipped or 0,
+            resumes=self._resumes,
         )
 
 
-def prepare(folder: Path, name: str, options: PushOptions, progress: Progress) -> Upload:
+def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
     """Check an adapter folder as far as that is possible without its base; hash it.
 
     Raises:
@@ -107,18 +226,10 @@ def prepare(folder: Path, name: str, options: PushOptions, progress: Progress) -
     try:
         selection = select_files(folder)
         manifest = read_adapter(folder, None)
-        files = [_describe(path) for path in selection.files]
+        files = tuple(map(_describe, selection.files))
     except OSError as error:
         raise _unreadable(folder, error) from error
-    spec = adapters_pb2.UploadSpec(
-        name=name,
-        files=files,
-        labels=options.labels,
-        validate_only=options.validate_only,
-        activate=options.activate,
-        allow_replace=options.allow_replace,
-    )
-    return Upload(spec, selection.files, manifest, selection.skipped, progress)
+    return Upload(name, _Bundle(selection.files, files, manifest, selection.skipped), options)
 
 
 def _describe(path: Path) -> adapters_pb2.UploadFile:
@@ -128,6 +239,23 @@ def _describe(path: Path) -> adapters_pb2.UploadFile:
             digest.update(data)
             size += len(data)
     return adapters_pb2.UploadFile(name=path.name, size=size, sha256=digest.hexdigest())
+
+
+def _chunks(path: Path, offset: int, size: int) -> Iterator[adapters_pb2.UploadChunk]:
+    """The rest of a file, from ``offset``; a whole file is not even opened."""
+    if offset >= size:
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield adapters_pb2.UploadChunk(file=path.name, offset=offset, data=data)
+            offset += len(data)
+
+
+def _out_of_step(failure: VeneerError) -> bool:
+    """Whether the server took in more, after its answer, from a connection that was
+    thought dead: ask it again."""
+    return isinstance(failure, InvalidField) and failure.metadata.get("field") == "offset"
 
 
 def _unreadable(path: Path, error: OSError) -> AdapterInvalid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,14 @@ from rich.markup import escape
 from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_client.cli.context import DebugFlag, ServerOption, errors_shown, find_server
-from veneer_client.cli.generate import AdapterOption, MaxTokens, Seed, Temperature, given
+from veneer_client.cli.generate import (
+    AdapterOption,
+    MaxTokens,
+    Seed,
+    SessionOption,
+    Temperature,
+    given,
+)
 from veneer_client.cli.show import summary
 from veneer_client.client import Client
 from veneer_client.types import BoundOptions, ChatMessage
@@ -50,6 +58,7 @@ class Conversation:
 
     adapter: str = ""
     system: str = ""
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[ChatMessage] = field(default_factory=list)
 
     def asking(self, text: str) -> tuple[ChatMessage, ...]:
@@ -69,18 +78,21 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    session: SessionOption = None,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
     """Talk with the model, turn by turn."""
     options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with errors_shown(context, debug), Client(find_server(context, server)) as client:
-        session = Session(client, Conversation(system=system), options)
-        session.use(adapter)
+        conversation = Conversation(system=system)
+        conversation.session = session or conversation.session
+        talk = Session(client, conversation, options)
+        talk.use(adapter)
         if sys.stdin.isatty():
-            session.terminal()
+            talk.terminal()
         else:
-            session.script()
+            talk.script()
 
 
 class Session:
@@ -164,8 +176,11 @@ class Session:
     def _answer(self, text: str) -> None:
         conversation = self._conversation
         pieces: list[str] = []
+        options = self._options
+        if "/" in conversation.adapter:  # all of it with one share of the alias
+            options = {**options, "session_key": conversation.session}
         stream = self._client.chat_stream(
-            conversation.asking(text), adapter=conversation.adapter, **self._options
+            conversation.asking(text), adapter=conversation.adapter, **options
         )
         stopped = False
         try:

@@ -10,10 +10,11 @@ from veneer_registry.adapter import SHORT_REVISION
 from veneer_registry.errors import VeneerError
 
 from veneer_client.calls import DEFAULT_ADDRESS
+from veneer_client.cli.values import MODES
 from veneer_client.client import Client
 from veneer_client.failures import RetryPolicy
 
-__all__ = ["adapter_names"]
+__all__ = ["adapter_names", "kept_revisions", "modes"]
 
 PATIENCE_S: Final = 0.5
 """A shell waits for this at every press of Tab."""
@@ -21,23 +22,48 @@ _MOST: Final = 100
 
 
 def adapter_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Names that begin so; after an ``@`` the revisions of that name."""
+    """Names that begin so; after an ``@`` the revisions of that name, after a ``/`` its
+    aliases."""
     name, at, revision = incomplete.partition("@")
     try:
-        with Client(
-            _server(context), timeout_s=PATIENCE_S, retry=RetryPolicy(attempts=1)
-        ) as client:
-            if not at:
-                found = client.list(name_prefix=name, page_size=_MOST)
-                return [adapter.name for adapter in itertools.islice(found, _MOST)]
-            revisions = (r.revision for r in client.get(name).revisions)
-            return [
-                f"{name}@{digits[: max(SHORT_REVISION, len(revision))]}"
-                for digits in revisions
-                if digits.startswith(revision)
-            ]
+        with _client(context) as client:
+            if at:
+                return [f"{name}@{digits}" for digits in _revisions(client, name, revision)]
+            if "/" in name:
+                found = client.list_aliases(name.partition("/")[0])
+                return [one.alias for one in found if one.alias.startswith(name)]
+            listed = client.list(name_prefix=name, page_size=_MOST)
+            return [adapter.name for adapter in itertools.islice(listed, _MOST)]
     except VeneerError:
         return []
+
+
+def kept_revisions(context: typer.Context, incomplete: str) -> list[str]:
+    """Revisions, that begin so, of the name which the argument before says."""
+    name = str(context.params.get("name") or "").partition("/")[0]
+    try:
+        with _client(context) as client:
+            return _revisions(client, name, incomplete) if name else []
+    except VeneerError:
+        return []
+
+
+def modes(incomplete: str) -> list[str]:
+    """Ways to evict that begin so."""
+    return [mode for mode in MODES if mode.startswith(incomplete)]
+
+
+def _client(context: typer.Context) -> Client:
+    return Client(_server(context), timeout_s=PATIENCE_S, retry=RetryPolicy(attempts=1))
+
+
+def _revisions(client: Client, name: str, begin: str) -> list[str]:
+    revisions = (r.revision for r in client.get(name).revisions)
+    return [
+        digits[: max(SHORT_REVISION, len(begin))]
+        for digits in revisions
+        if digits.startswith(begin)
+    ]
 
 
 def _server(context: typer.Context) -> str:

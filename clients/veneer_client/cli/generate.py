@@ -33,15 +33,29 @@ from veneer_client.types import (
     TokenLogprob,
 )
 
-__all__ = ["AdapterOption", "MaxTokens", "Seed", "Temperature", "generate", "given"]
+__all__ = [
+    "AdapterOption",
+    "MaxTokens",
+    "Seed",
+    "SessionOption",
+    "Temperature",
+    "generate",
+    "given",
+]
 
 AdapterOption = Annotated[
     str,
     typer.Option(
         "-a",
         "--adapter",
-        help="NAME or NAME@REVISION; else the base.",
+        help="NAME, NAME@REVISION or NAME/ALIAS; else the base.",
         autocompletion=adapter_names,
+    ),
+]
+SessionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--session", metavar="KEY", help="Where an alias is shared out, one key gets one share."
     ),
 ]
 MaxTokens = Annotated[
@@ -68,6 +82,8 @@ Examples:
   veneer generate --json-schema person.json "Describe Ada Lovelace."
 
   veneer generate --n 3 --seed 1 --max-tokens 20 "Name a colour."
+
+  veneer generate -a chat/prod --session user-42 "Good morning."
 
   veneer generate --top-logprobs 3 --max-tokens 4 "The sky is"
 """
@@ -123,6 +139,7 @@ def generate(
         bool | None,
         typer.Option("--prefix-cache/--no-prefix-cache", help="Else the server's default."),
     ] = None,
+    session: SessionOption = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for all of it, retries included.")
     ] = None,
@@ -153,6 +170,7 @@ def generate(
             logprobs=logprobs or None,
             top_logprobs=top_logprobs,
             use_prefix_cache=prefix_cache,
+            session_key=session,
             timeout_s=timeout,
         )
         text = sys.stdin.read() if prompt == "-" else prompt

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from veneer_client.cli import chat, generate, plan
-from veneer_client.cli.adapter import adapter_cli, print_rows
+from veneer_client.cli import server as server_commands
+from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
@@ -17,10 +18,10 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
-from veneer_client.cli.show import as_json, info_rows
+from veneer_client.cli.show import as_json, info_rows, print_rows
 from veneer_client.client import Client
-from veneer_client.records import ServingStatus
 from veneer_client.reflection import ReflectionClient
+from veneer_client.server_records import ServingStatus
 
 __all__ = ["cli", "main"]
 
@@ -40,6 +41,9 @@ Examples:
   veneer --install-completion                                Tab completes names too
 
   veneer --server gpu1:50051 adapter ls                      another server
+
+VENEER_SERVER is the server's address, VENEER_ACTOR who you are in its history (else
+user@host).
 """
 
 cli = typer.Typer(
@@ -74,6 +78,8 @@ def place(
 cli.command(epilog=generate.EXAMPLES)(generate.generate)
 cli.command(epilog=chat.EXAMPLES)(chat.chat)
 cli.command(epilog=plan.EXAMPLES)(plan.plan)
+cli.command(epilog=server_commands.BUDGETS_EXAMPLES)(server_commands.budgets)
+cli.command("self-test", epilog=server_commands.SELF_TEST_EXAMPLES)(server_commands.self_test)
 
 
 @cli.command(epilog="Examples:\n\n  veneer info\n\n  veneer info --json | jq .budgets")

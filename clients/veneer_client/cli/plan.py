@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from veneer_client.cli.adapter import print_rows
 from veneer_client.cli.complete import adapter_names
 from veneer_client.cli.context import (
     DebugFlag,
@@ -15,9 +14,9 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
-from veneer_client.cli.show import as_json, byte_size
+from veneer_client.cli.show import as_json, byte_size, print_rows
 from veneer_client.client import Client
-from veneer_client.records import Capacity, Limit
+from veneer_client.server_records import Capacity, Limit
 
 __all__ = ["EXAMPLES", "plan"]
 

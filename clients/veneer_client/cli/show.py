@@ -7,21 +7,43 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
+from typing import Any, Final
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from veneer_registry.adapter import SHORT_REVISION
 
-from veneer_client.records import AdapterInfo, ServerInfo
+from veneer_client.records import (
+    AdapterDetails,
+    AdapterInfo,
+    AdapterState,
+    Alias,
+    AliasTarget,
+    HistoryEntry,
+)
+from veneer_client.server_records import SelfTest, ServerInfo
 from veneer_client.types import GenerationEnd
 
 __all__ = [
-    "adapter_rows",
     "adapter_table",
+    "alias_table",
     "as_json",
     "byte_size",
+    "detail_rows",
+    "history_table",
     "info_rows",
     "json_line",
+    "place_of",
+    "print_rows",
+    "print_table",
+    "self_test_table",
+    "shares",
     "summary",
 ]
+
+_WIDEST: Final = 10_000
+"""Of a line that a program reads."""
 
 
 def as_json(value: object) -> str:
@@ -86,49 +108,142 @@ def _ago(moment: datetime | None) -> str:
     return f"{seconds} s ago"
 
 
-def _state(adapter: AdapterInfo) -> str:
-    return adapter.tier.value + (" (pinned)" if adapter.pinned else "")
+def _columns(*names: str, right: Iterable[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    return table
+
+
+def place_of(adapter: AdapterInfo) -> str:
+    """Its tier, and what else is to know at a glance: ``disk (pinned, quarantined)``."""
+    notes = ["pinned"] if adapter.pinned else []
+    if adapter.state not in (AdapterState.READY, AdapterState.UNKNOWN):
+        notes.append(adapter.state.value.replace("_", " "))
+    return adapter.tier.value + (f" ({', '.join(notes)})" if notes else "")
 
 
 def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
     """One line for each adapter."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("adapter", "tier", "rank", "size", "in use", "last used", "labels"):
-        right = column in ("rank", "size", "in use")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    table = _columns(
+        *("adapter", "tier", "rank", "size", "in use", "last used", "labels"),
+        right=("rank", "size", "in use"),
+    )
     for adapter in adapters:
         table.add_row(
             adapter.short,
-            _state(adapter),
+            place_of(adapter),
             str(adapter.rank),
             byte_size(adapter.size),
             str(adapter.leases),
             _ago(adapter.last_used),
-            " ".join(f"{key}={value}" for key, value in adapter.labels.items()),
+            escape(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
         )
     return table
 
 
-def adapter_rows(adapter: AdapterInfo) -> dict[str, str]:
-    """Everything about one adapter, as label and text."""
+def detail_rows(details: AdapterDetails) -> dict[str, str]:
+    """Everything about one adapter and its name's revisions, as label and text."""
+    adapter = details.adapter
     rows = {
         "adapter": adapter.short,
         "revision": adapter.revision,
         "weights": adapter.weights_digest,
+        "state": adapter.state.value.replace("_", " "),
+        "aliases": ", ".join(adapter.aliases) or "none",
         "base model": adapter.base_model,
         "rank": str(adapter.rank),
         "targets": ", ".join(adapter.targets),
         "parameters": f"{adapter.parameters:,}",
-        "size": byte_size(adapter.size),
-        "tier": _state(adapter),
+        "size": f"{byte_size(adapter.size)} in memory, {byte_size(adapter.disk_bytes)} on disk",
+        "tier": place_of(adapter),
         "requests": str(adapter.leases),
         "created": adapter.created.isoformat(timespec="seconds"),
         "last used": _ago(adapter.last_used),
         "chat template": "its own" if adapter.has_chat_template else "the base's",
+        "retain": f"{adapter.retain} superseded revisions",
         "etag": adapter.etag,
     }
     rows |= {f"label {key}": value for key, value in adapter.labels.items()}
-    return rows | {f"training {key}": value for key, value in adapter.training.items()}
+    rows |= {f"training {key}": value for key, value in adapter.training.items()}
+    for number, revision in enumerate(details.revisions):
+        # A label of its own for each line, which looks like none.
+        rows["revisions" if number == 0 else " " * number] = _revision_line(revision)
+    return rows
+
+
+def _revision_line(revision: AdapterInfo) -> str:
+    notes = ["current"] if revision.current else []
+    notes += revision.aliases
+    parts = [
+        revision.revision[:SHORT_REVISION],
+        revision.created.isoformat(timespec="seconds"),
+        byte_size(revision.disk_bytes),
+        place_of(revision),
+    ]
+    return "  ".join(parts) + (f"  ({', '.join(notes)})" if notes else "")
+
+
+def shares(targets: Iterable[AliasTarget]) -> str:
+    """``1a2b3c4d5e6f``, or with several ``1a2b3c4d5e6f=90 6f5e4d3c2b1a=10``."""
+    found = tuple(targets)
+    if len(found) == 1:
+        return found[0].revision[:SHORT_REVISION]
+    return " ".join(f"{t.revision[:SHORT_REVISION]}={t.weight}" for t in found) or "nothing"
+
+
+def alias_table(aliases: Iterable[Alias]) -> Table:
+    """One line for each alias."""
+    table = _columns("alias", "revision", "moved", "etag")
+    for alias in aliases:
+        table.add_row(alias.alias, shares(alias.targets), _ago(alias.updated), alias.etag)
+    return table
+
+
+def history_table(entries: Iterable[HistoryEntry]) -> Table:
+    """One line for each change; times are local."""
+    table = _columns("time", "event", "adapter", "by", "from", "detail")
+    for entry in entries:
+        local = entry.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        told = (entry.event, entry.short, entry.actor, entry.peer, entry.detail)
+        table.add_row(local, *map(escape, told))
+    return table
+
+
+def self_test_table(test: SelfTest) -> Table:
+    """One line for each member of the batch."""
+    table = _columns(
+        *("adapter", "passed", "difference", "allowed", "to nearest other", "detail"),
+        right=("difference", "allowed", "to nearest other"),
+    )
+    for result in test.results:
+        numbers = (result.max_difference, result.bound, result.nearest_other)
+        table.add_row(
+            result.adapter or "base",
+            "yes" if result.passed else "NO",
+            *(f"{number:.2g}" for number in numbers),
+            escape(result.detail),
+        )
+    return table
+
+
+def print_table(table: Table) -> None:
+    """On a terminal in its width; through a pipe as wide as it is."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        unbounded = console.options.update(max_width=_WIDEST)
+        console.width = console.measure(table, options=unbounded).maximum
+    console.print(table)
+
+
+def print_rows(rows: dict[str, str]) -> None:
+    """Label and text, one pair a line."""
+    table: Any = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows.items():
+        table.add_row(label, escape(text))
+    Console(highlight=False).print(table)
 
 
 def info_rows(info: ServerInfo) -> dict[str, str]:

@@ -18,7 +18,7 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
-from veneer_client.cli.show import byte_size, json_line
+from veneer_client.cli.show import byte_size, json_line, place_of
 from veneer_client.client import Client
 from veneer_client.records import AdapterEvent, AdapterEventKind, AdapterInfo
 
@@ -108,7 +108,7 @@ class Board:
             table.add_row(
                 name,
                 revision[:12],
-                adapter.tier.value + (" (pinned)" if adapter.pinned else ""),
+                place_of(adapter),
                 byte_size(adapter.size),
                 str(adapter.leases),
                 last,
@@ -129,11 +129,10 @@ def _last(event: AdapterEvent) -> str:
 
 def event_line(event: AdapterEvent) -> str:
     """One event for a person or ``grep``; its columns are separated by two spaces."""
-    parts = [_clock(event.time), f"{event.kind.value:9}"]
+    parts = [_clock(event.time), f"{event.kind.value:13}"]
     if event.adapter is not None:
         adapter = event.adapter
-        pinned = " (pinned)" if adapter.pinned else ""
-        parts += [adapter.short, adapter.tier.value + pinned, byte_size(adapter.size)]
+        parts += [adapter.short, place_of(adapter), byte_size(adapter.size)]
     if event.detail:
         parts.append(event.detail)
     return "  ".join(parts)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+from veneer_client.cli.main import cli
 from veneer_registry.format import write_adapter
 
 from tests.unit.client.drivers import Driver, driver
 from tests.unit.client.fake_server import FakeServer
+from tests.unit.client.wire import Wire
 
 
 @pytest.fixture
@@ -28,6 +32,24 @@ def kind(request: pytest.FixtureRequest) -> str:
 def client(kind: str, server: FakeServer) -> Iterator[Driver]:
     with driver(kind, server.address) as made:
         yield made
+
+
+@pytest.fixture
+def wire(server: FakeServer) -> Iterator[Wire]:
+    made = Wire(server.address)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(server: FakeServer) -> Callable[..., Any]:
+    """Run a command line against the fake server, given by VENEER_SERVER."""
+
+    def invoke(*args: str, env: dict[str, str] | None = None, **kwargs: object) -> Any:
+        place = {"VENEER_SERVER": server.address, "COLUMNS": "200"}
+        return CliRunner().invoke(cli, args, env=place | (env or {}), **kwargs)
+
+    return invoke
 
 
 @pytest.fixture

@@ -33,11 +33,16 @@ class Driver:
 
     def all(self, **filters: Any) -> list[Any]:
         """`list` to its end."""
+        return self.collect("list", **filters)
+
+    def collect(self, method: str, *args: Any, **options: Any) -> list[Any]:
+        """What a method that iterates gives, to its end."""
+        found = getattr(self._client, method)
         if self._runner is None:
-            return list(self._client.list(**filters))
+            return list(found(*args, **options))
 
         async def collect() -> list[Any]:
-            return [adapter async for adapter in self._client.list(**filters)]
+            return [item async for item in found(*args, **options)]
 
         return self._runner.run(collect())
 

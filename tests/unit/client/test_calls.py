@@ -304,7 +304,9 @@ def test_admin_requests(server: FakeServer, client: Driver) -> None:
         adapters_pb2.EvictAdapterRequest(
             name="chat", mode=adapters_pb2.EVICT_MODE_ABORT, unpin=True
         ),
-        adapters_pb2.DeleteAdapterRequest(name="chat", etag="e1"),
+        adapters_pb2.DeleteAdapterRequest(
+            name="chat", etag="e1", mode=adapters_pb2.EVICT_MODE_DRAIN
+        ),
     ]
 
 

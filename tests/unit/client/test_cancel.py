@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +17,7 @@ from veneer_registry.errors import Cancelled, QueueFull, ServerUnreachable, Vene
 
 from tests.unit.client.drivers import Driver
 from tests.unit.client.fake_server import FakeServer, Refusal
+from tests.unit.client.wire import Wire
 
 
 class Interrupted:
@@ -38,7 +36,7 @@ class Interrupted:
 
 def test_ctrl_c_ends_a_unary_call_that_is_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Interrupted()
-    method = SimpleNamespace(future=lambda request, timeout: call)
+    method = SimpleNamespace(future=lambda request, **_: call)
     channel = SimpleNamespace(unary_unary=lambda *_, **__: method, close=lambda: None)
     monkeypatch.setattr(grpc, "insecure_channel", lambda *_, **__: channel)
     with Client("nowhere:1") as client, pytest.raises(KeyboardInterrupt):
@@ -202,66 +200,6 @@ async def test_cancelling_the_task_stays_what_it_is_for_a_stream(server: FakeSer
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await anext(stream)
-
-
-class Wire:
-    """A TCP proxy that can be cut: bytes vanish, no socket is closed."""
-
-    def __init__(self, address: str) -> None:
-        host, port = address.rsplit(":", 1)
-        self._target = (host, int(port))
-        self._whole = threading.Event()
-        self._whole.set()
-        self._sockets: list[socket.socket] = []
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def cut(self) -> None:
-        self._whole.clear()
-
-    def close(self) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._threads[0].join()
-        self._whole.set()
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join()
-        for one in self._sockets:
-            one.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listening.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            self._sockets += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                thread = threading.Thread(target=self._carry, args=(source, sink))
-                self._threads.append(thread)
-                thread.start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                self._whole.wait()
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
-
-
-@pytest.fixture
-def wire(server: FakeServer) -> Iterator[Wire]:
-    made = Wire(server.address)
-    yield made
-    made.close()
 
 
 def test_a_machine_that_went_silent_is_noticed(server: FakeServer, wire: Wire) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 
 import grpc
 import pytest
-from typer.testing import CliRunner
-from veneer_client.cli.main import cli
 from veneer_client.cli.show import byte_size
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.format import ALLOWED_FILES
@@ -24,17 +22,6 @@ from veneer_registry.format import ALLOWED_FILES
 from tests.unit.client.fake_server import FakeServer, Refusal
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def run(server: FakeServer) -> Run:
-    """Run a command line against the fake server, given by VENEER_SERVER."""
-
-    def invoke(*args: str, env: dict[str, str] | None = None, **kwargs: object) -> Any:
-        place = {"VENEER_SERVER": server.address, "COLUMNS": "200"}
-        return CliRunner().invoke(cli, args, env=place | (env or {}), **kwargs)
-
-    return invoke
 
 
 def test_place_of_the_server(server: FakeServer, run: Run) -> None:
@@ -351,8 +338,10 @@ def test_call_errors(args: tuple[str, ...], says: str, run: Run) -> None:
 def test_every_help_has_examples(run: Run) -> None:
     commands = [(), ("adapter",)]
     commands += [(c,) for c in ("generate", "chat", "info", "health", "plan", "call")]
+    commands += [(c,) for c in ("budgets", "self-test")]
     commands += [("adapter", c) for c in ("push", "ls", "show", "activate", "evict", "rm")]
-    commands += [("adapter", c) for c in ("pin", "unpin", "watch")]
+    commands += [("adapter", c) for c in ("pin", "unpin", "watch", "alias", "aliases")]
+    commands += [("adapter", c) for c in ("rollback", "label", "retain", "history")]
     for command in commands:
         done = run(*command, "--help")
         assert done.exit_code == 0

@@ -59,6 +59,21 @@ def test_the_table_follows_events() -> None:
     assert "(capacity)" in shown(board)[0]
 
 
+def test_the_table_tells_of_damage_and_aliases() -> None:
+    board = Board()
+    damaged = info(
+        "sql", "a", Tier.DISK, current=True, state=pb.ADAPTER_STATE_QUARANTINED, pinned=True
+    )
+    board.apply(event(Kind.QUARANTINED, damaged, "weights differ"))
+    (row,) = shown(board)
+    assert row[2:5] == ["disk", "(pinned,", "quarantined)"]
+    assert "(weights" in row
+    board.apply(event(Kind.ALIAS_CHANGED, info("sql", "b", Tier.HOST), "sql/prod"))
+    assert shown(board)[1][6:8] == ["alias_changed", "(sql/prod)"]
+    board.apply(event(Kind.UPDATED, info("sql", "a", Tier.DISK, current=True)))
+    assert "quarantined)" not in shown(board)[0], "repaired"
+
+
 def test_a_replaced_revision_stays_as_long_as_it_is_in_memory() -> None:
     board = Board()
     board.apply(event(Kind.PRESENT, info("sql", "a", Tier.DEVICE, current=True)))

@@ -64,6 +64,7 @@ def test_no_option_is_forgotten(server: FakeServer, client: Driver) -> None:
     values: dict[str, Any] = {
         "adapter": "a",
         "request_id": "r",
+        "session_key": "k",
         "stop": ["s"],
         "stop_token_ids": [1],
         "logit_bias": {1: 1.0},

@@ -86,17 +86,6 @@ def test_stream_is_not_repeated_after_it(server: FakeServer, client: Driver) -> 
     assert server.count("GenerateStream") == 1
 
 
-def test_upload_is_sent_again_from_the_start(
-    server: FakeServer, client: Driver, adapter_folder: Path
-) -> None:
-    server.refusals.append(RESTARTING)
-    client.push(adapter_folder, "chat")
-    assert server.count("UploadAdapter") == 2
-    (upload,) = server.uploads
-    assert upload.chunks[0].offset == 0
-    assert sum(len(c.data) for c in upload.chunks) == sum(f.size for f in upload.spec.files)
-
-
 def test_wrong_name_is_found_without_the_server(
     server: FakeServer, client: Driver, adapter_folder: Path
 ) -> None:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
-from veneer_registry.errors import AdapterInUse, EngineFailed, QueueFull, VeneerError
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterInUse,
+    EngineFailed,
+    QueueFull,
+    VeneerError,
+)
 from veneer_server.engine.client import EngineEvent
 from veneer_server.engine.messages import (
     AdapterSource,
+    BudgetsState,
     Constraint,
     EngineConfig,
     EngineInfo,
@@ -26,6 +33,7 @@ from veneer_server.engine.messages import (
     StepDone,
     TierName,
 )
+from veneer_server.engine.residents import Resident
 
 VOCABULARY = 49152
 CONTEXT = 64
@@ -76,6 +84,9 @@ class FakeEngine:
         self.load_gate = asyncio.Event()
         self.load_gate.set()
         self.residency: dict[str, Residency] = {}
+        self.sources: dict[str, AdapterSource] = {}
+        self.budgets = (config.host_adapter_bytes, config.device_adapter_bytes)
+        self.expected: list[Resident] = []
         self.reset()
         self._on_event = on_event
         self._on_health = on_health
@@ -244,6 +255,7 @@ class FakeEngine:
     async def activate(
         self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
     ) -> None:
+        self.sources[adapter.weights_digest] = adapter
         self._set_tier(adapter.weights_digest, tier, pinned=pin)
 
     async def evict(
@@ -262,6 +274,43 @@ class FakeEngine:
     async def unpin(self, weights_digest: str) -> None:
         if (state := self.residency.get(weights_digest)) is not None:
             self._set_tier(weights_digest, state.tier, pinned=False)
+
+    async def update_budgets(
+        self, *, host_bytes: int | None, device_bytes: int | None
+    ) -> BudgetsState:
+        if device_bytes is not None and device_bytes < 10 * len(self.pins):
+            raise AdapterBudgetExceeded("pins take more: unpin one")
+        host, device = self.budgets
+        self.budgets = (
+            host if host_bytes is None else host_bytes,
+            device if device_bytes is None else device_bytes,
+        )
+        return BudgetsState(*self.budgets, 10, 10)
+
+    @property
+    def pins(self) -> list[str]:
+        return [digest for digest, state in self.residency.items() if state.pinned]
+
+    @property
+    def residents_version(self) -> int:
+        return hash(self.resident_set())
+
+    def resident(self) -> list[str]:
+        return list(self.residency)
+
+    def resident_set(self) -> tuple[Resident, ...]:
+        return tuple(
+            Resident(
+                self.sources[digest],
+                "device" if state.tier == "device" else "host",
+                "device" if state.pinned else None,
+            )
+            for digest, state in self.residency.items()
+            if digest in self.sources
+        )
+
+    def expect_residents(self, residents: Iterable[Resident]) -> None:
+        self.expected = list(residents)
 
     def tier(self, weights_digest: str) -> Residency | None:
         return self.residency.get(weights_digest)

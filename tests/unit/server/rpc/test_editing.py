@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
-from veneer_proto.v1 import inference_pb2
+from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.engine.messages import AdapterFailed, WireError
 
@@ -19,6 +21,7 @@ from tests.unit.server.rpc.front_harness import (
     failure,
     make_adapter,
     prompt,
+    running,
     until,
 )
 
@@ -253,3 +256,52 @@ async def test_content_that_is_damaged_at_load_is_put_into_quarantine(
     assert await answered_by(front, "chat") == got.adapter.revision
     page = await front.adapters.GetHistory(pb.GetHistoryRequest(name="chat"))
     assert [entry.event for entry in page.entries][:2] == ["repaired", "quarantined"]
+
+
+# ------------------------------------------------------------- budgets, self-test
+
+
+async def test_budgets_change_while_serving(front: Front) -> None:
+    before = (await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())).budgets
+    request = pb.UpdateBudgetsRequest(device_adapter_bytes=300 << 20)
+    reply = await front.adapters.UpdateBudgets(request)
+    assert reply.device_adapter_bytes == 300 << 20
+    assert reply.host_cache_bytes == before.host_adapter_bytes
+    after = (await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())).budgets
+    assert after.device_adapter_bytes == 300 << 20
+    assert await front.adapters.UpdateBudgets(pb.UpdateBudgetsRequest()) == reply
+    too_much = pb.UpdateBudgetsRequest(host_cache_bytes=1 << 50)
+    refused = await failure(front.adapters.UpdateBudgets(too_much))
+    assert refused.reason == "ADAPTER_BUDGET_EXCEEDED"
+    assert "--host-cache-bytes" in refused.message
+    await front.adapters.UpdateBudgets(
+        pb.UpdateBudgetsRequest(device_adapter_bytes=before.device_adapter_bytes)
+    )
+
+
+async def test_pins_and_memory_outlive_the_server(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "server"
+    async with running(base_folder, front_cache, data) as front:
+        for seed, name in enumerate(("pinned", "used", "deleted")):
+            await front.push(make_adapter(tmp_path / name, seed=seed), name)
+            await front.adapters.ActivateAdapter(
+                pb.ActivateAdapterRequest(name=name, pin=name == "pinned")
+            )
+        await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="deleted"))
+    async with running(base_folder, front_cache, data) as front:
+        expected = {r.source.name.split("@")[0]: (r.tier, r.pin) for r in front.engine.expected}
+        assert expected == {"pinned": ("device", "device"), "used": ("device", None)}
+
+
+async def test_a_pin_is_written_down_before_it_is_acknowledged(
+    front: Front, tmp_path: Path
+) -> None:
+    await pushed(front, tmp_path, 1)
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+    digest = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))).adapter
+    # As a server that is killed now would leave it.
+    with closing(sqlite3.connect(front.data_dir / "catalog.sqlite")) as catalog:
+        rows = catalog.execute("SELECT weights, pin FROM residents").fetchall()
+    assert (digest.weights_digest, "device") in rows

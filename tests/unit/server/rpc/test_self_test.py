@@ -21,6 +21,7 @@ from veneer_registry.adapter import AdapterRef, BaseFingerprint, BaseSpec
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
     AdapterNotFound,
+    InternalError,
     InvalidField,
     QueueFull,
 )
@@ -28,6 +29,7 @@ from veneer_registry.registry import Registry
 from veneer_server.engine import model_runner
 from veneer_server.engine.client import EngineClient
 from veneer_server.engine.messages import EngineConfig, ToEngine
+from veneer_server.lora import references
 from veneer_server.lora.table import AdapterTable, GroupViews
 from veneer_server.models.config import read_decoder_config
 from veneer_server.rpc.adapter_view import source_of
@@ -289,6 +291,49 @@ async def test_who_goes_away_takes_nothing_along(tmp_path: Path) -> None:
             await asyncio.wait([task])
             assert made.registry.leases(made.ref("one").weights_digest) == 0
         assert (await made.run("one", "two")).passed
+
+
+async def test_files_are_kept_until_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who goes away while the engine reads an adapter's files must not free them."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(weights: Any, tokens: Any, adapter: Any) -> list[float]:
+        if adapter is not None:
+            reading.set()
+            assert go_on.wait(60)
+        return [0.0] * (len(tokens) - 1)
+
+    monkeypatch.setattr(references, "reference_logprobs", slow)
+    async with bench(tmp_path) as made:
+        digest = made.ref("one").weights_digest
+        task = asyncio.ensure_future(made.run("one"))
+        assert await asyncio.to_thread(reading.wait, 60)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=0)
+        assert not done
+        assert made.registry.leases(digest) == 1
+        go_on.set()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert made.registry.leases(digest) == 0
+
+
+async def test_a_reference_that_breaks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine and its worker live on, and the next test has its references."""
+
+    def broken(*args: Any) -> Any:
+        raise MemoryError("no room")
+
+    async with bench(tmp_path) as made:
+        with monkeypatch.context() as patched:
+            patched.setattr(references, "reference_logprobs", broken)
+            with pytest.raises(InternalError, match="MemoryError: no room"):
+                await made.run("one")
+        assert (await made.run("one")).passed
 
 
 # ---------------------------------------------------------------------- damage in memory

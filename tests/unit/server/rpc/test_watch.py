@@ -208,9 +208,7 @@ async def test_a_publish_whose_caller_left_is_told() -> None:
         """A FAKE registry whose publish takes longer than its caller stays."""
 
         def begin_upload(self, request: Any, *, resume: bool) -> Any:
-            return SimpleNamespace(
-                missing_bytes=0, abort=lambda: None, suspend=lambda: None
-            )
+            return SimpleNamespace(missing_bytes=0, abort=lambda: None, suspend=lambda: None)
 
         def publish(self, upload: Any, **options: Any) -> Any:
             loop.call_soon_threadsafe(begun.set)

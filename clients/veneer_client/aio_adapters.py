@@ -1,0 +1,234 @@
+"""What the asyncio client does with adapters; method for method as `client_adapters`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.adapter import Tier
+
+from veneer_client import calls, calls_admin
+from veneer_client.aio_connection import AsyncConnection, sleep_or_raise
+from veneer_client.failures import Attempts, outcome, starting, to_error
+from veneer_client.records import (
+    AdapterDetails,
+    AdapterInfo,
+    Alias,
+    AliasMove,
+    AliasTarget,
+    Eviction,
+    EvictMode,
+    HistoryEntry,
+    Pushed,
+)
+from veneer_client.streams import AsyncAdapterWatch, StreamStart, WatchReader
+from veneer_client.upload import OnResume, Progress, PushOptions, Upload, prepare
+
+__all__ = ["AsyncAdapterCalls"]
+
+
+class AsyncAdapterCalls(AsyncConnection):
+    """Publish, inspect, move, name and remove adapters."""
+
+    async def push(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+        activate: bool = False,
+        allow_replace: bool = False,
+        etag: str = "",
+        progress: Progress = lambda done, total: None,
+        on_resume: OnResume = lambda resumed: None,
+        timeout_s: float | None = None,
+    ) -> Pushed:
+        """Check an adapter folder locally, then publish it; see `Client.push`."""
+        options = PushOptions(
+            labels=labels or {},
+            validate_only=validate_only,
+            activate=activate,
+            allow_replace=allow_replace,
+            etag=etag,
+            progress=progress,
+            on_resume=on_resume,
+            retry=self._retry,
+            timeout_s=timeout_s,
+        )
+        upload = await asyncio.to_thread(prepare, folder, name, options)
+        while True:
+            try:
+                question = upload.question()
+                known = await self._once(question, upload.remaining_s()) if question else {}
+                upload.begin(known)
+                return upload.result(await self._send(upload))
+            except grpc.RpcError as error:
+                failure = upload.failed(error, self.address)
+                await sleep_or_raise(upload.wait_s(failure), failure, error)
+
+    async def _send(self, upload: Upload) -> adapters_pb2.UploadAdapterResponse:
+        send: Any = self._channel.stream_unary(
+            calls_admin.UPLOAD,
+            request_serializer=adapters_pb2.UploadAdapterRequest.SerializeToString,
+            response_deserializer=adapters_pb2.UploadAdapterResponse.FromString,
+        )
+        with starting():
+            running = send(
+                _messages(upload), timeout=upload.remaining_s(), metadata=self._metadata
+            )
+        answer: adapters_pb2.UploadAdapterResponse = await outcome(running)
+        return answer
+
+    async def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
+        """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and its name's
+        revisions."""
+        return await self._ask(calls_admin.get(name), timeout_s)
+
+    def list(
+        self,
+        *,
+        name_prefix: str = "",
+        tier: Tier | None = None,
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 100,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[AdapterInfo]:
+        """Current revisions in name order; fetches pages as they are needed, each within
+        ``timeout_s``."""
+        page = partial(
+            calls_admin.page,
+            page_size=page_size,
+            name_prefix=name_prefix,
+            tier=tier,
+            labels=labels or {},
+        )
+        return self._pages(page, timeout_s)
+
+    async def activate(
+        self,
+        name: str,
+        *,
+        tier: Tier = Tier.DEVICE,
+        pin: bool = False,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Bring an adapter to HOST or DEVICE, and keep it there if ``pin``."""
+        return await self._ask(calls_admin.activate(name, tier=tier, pin=pin), timeout_s)
+
+    async def pin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring an adapter to the device and keep it there until it is unpinned."""
+        return await self.update_adapter(name, pinned=True, timeout_s=timeout_s)
+
+    async def unpin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Remove the pin; the adapter stays where it is until room is needed."""
+        return await self.update_adapter(name, pinned=False, timeout_s=timeout_s)
+
+    async def update_adapter(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        labels: Mapping[str, str] | None = None,
+        remove_labels: Iterable[str] = (),
+        retain: int | None = None,
+        current: bool | None = None,
+        etag: str = "",
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Change what is said of an adapter; see `Client.update_adapter`."""
+        call = calls_admin.update(
+            name,
+            pinned=pinned,
+            labels=labels,
+            remove_labels=remove_labels,
+            retain=retain,
+            current=current,
+            etag=etag,
+        )
+        return await self._ask(call, timeout_s)
+
+    async def evict(
+        self,
+        name: str,
+        *,
+        mode: EvictMode = EvictMode.DRAIN,
+        unpin: bool = False,
+        timeout_s: float | None = None,
+    ) -> Eviction:
+        """Free an adapter's memory; it stays registered."""
+        return await self._ask(calls_admin.evict(name, mode=mode, unpin=unpin), timeout_s)
+
+    async def delete(
+        self,
+        name: str,
+        *,
+        etag: str = "",
+        mode: EvictMode = EvictMode.DRAIN,
+        timeout_s: float | None = None,
+    ) -> tuple[str, ...]:
+        """Remove ``name`` with all revisions, or ``name@revision``; what was removed."""
+        return await self._ask(calls_admin.delete(name, etag=etag, mode=mode), timeout_s)
+
+    async def set_alias(
+        self,
+        alias: str,
+        revision: str = "",
+        *,
+        targets: Mapping[str, int] | Sequence[AliasTarget] = (),
+        rollback: bool = False,
+        remove: bool = False,
+        etag: str = "",
+        timeout_s: float | None = None,
+    ) -> AliasMove:
+        """Move, roll back or remove ``name/alias``; see `Client.set_alias`."""
+        call = calls_admin.set_alias(
+            alias, revision, targets=targets, rollback=rollback, remove=remove, etag=etag
+        )
+        return await self._ask(call, timeout_s)
+
+    async def list_aliases(
+        self, name: str = "", *, timeout_s: float | None = None
+    ) -> tuple[Alias, ...]:
+        """Aliases of one name, or of all, in order."""
+        return await self._ask(calls_admin.list_aliases(name), timeout_s)
+
+    def history(
+        self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
+    ) -> AsyncIterator[HistoryEntry]:
+        """Who changed what when, newest first, also of deleted names; "" is all names.
+        Fetches pages as they are needed, each within ``timeout_s``."""
+        page = partial(calls_admin.history_page, name=name, page_size=page_size)
+        return self._pages(page, timeout_s)
+
+    def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AsyncAdapterWatch:
+        """Events of all adapters as they happen; see `Client.watch`."""
+        start = self._channel.unary_stream(
+            calls_admin.WATCH,
+            request_serializer=adapters_pb2.WatchAdaptersRequest.SerializeToString,
+            response_deserializer=adapters_pb2.WatchAdaptersResponse.FromString,
+        )
+        reader = WatchReader(since)
+        attempts = Attempts(
+            self._retry, repeatable=True, timeout_s=timeout_s, reconnect_s=calls.RECONNECT_S
+        )
+        return AsyncAdapterWatch(
+            StreamStart(
+                lambda left_s: start(reader.request(), timeout=left_s, metadata=self._metadata),
+                attempts,
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            ),
+            reader,
+        )
+
+
+async def _messages(upload: Upload) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+    """`Upload.messages`, its file reads outside the event loop."""
+    messages = upload.messages()
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

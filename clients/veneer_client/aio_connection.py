@@ -1,0 +1,116 @@
+"""How the asyncio client carries calls: one channel, deadlines, retries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from veneer_registry.errors import VeneerError
+
+from veneer_client import calls
+from veneer_client.actor import actor_metadata
+from veneer_client.calls_admin import Page
+from veneer_client.failures import Attempts, RetryPolicy, outcome, starting, to_error
+
+__all__ = ["AsyncConnection", "sleep_or_raise"]
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class AsyncConnection:
+    """A channel to one server, and how a `calls.Call` is performed on it."""
+
+    def __init__(
+        self,
+        address: str = calls.DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 30.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        keepalive_s: float = calls.KEEPALIVE_S,
+        actor: str | None = None,
+    ) -> None:
+        """Args:
+        address: ``HOST:PORT``.
+        timeout_s: deadline of every call, retries included, that is not given its
+            own; generate, push, watch and self_test have none unless given.
+        keepalive_s: see `calls.channel_options`.
+        actor: who calls, for the server's history; else VENEER_ACTOR, else
+            ``user@host``.
+        """
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._metadata = actor_metadata(actor)
+        self._channel = grpc.aio.insecure_channel(
+            address, options=calls.channel_options(keepalive_s)
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel running calls and close the connection."""
+        await self._channel.close()
+
+    async def _ask(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await self._perform(call, limit_s)
+
+    async def _perform(
+        self, call: calls.Call[Answer, Result], timeout_s: float | None
+    ) -> Result:
+        attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
+        while True:
+            try:
+                return await self._once(call, attempts.remaining_s())
+            except grpc.RpcError as error:
+                failure = to_error(error, self.address, timeout_s=timeout_s)
+                await sleep_or_raise(attempts.wait_s(failure), failure, error)
+
+    async def _once(self, call: calls.Call[Answer, Result], left_s: float | None) -> Result:
+        """One attempt. Raises grpc.RpcError."""
+        invoke: Any = self._channel.unary_unary(
+            call.method,
+            request_serializer=lambda request: request.SerializeToString(),
+            response_deserializer=call.decode,
+        )
+        with starting():
+            running = invoke(call.request, timeout=left_s, metadata=self._metadata)
+        return call.read(await outcome(running))
+
+    async def _pages(
+        self,
+        page: Callable[[str], calls.Call[Any, Page[Item]]],
+        timeout_s: float | None,
+    ) -> AsyncIterator[Item]:
+        """Items of all pages, each fetched when it is needed."""
+        token = ""
+        while True:
+            found = await self._ask(page(token), timeout_s)
+            for item in found.items:
+                yield item
+            token = found.next_token
+            if not token:
+                return
+
+
+async def sleep_or_raise(
+    wait_s: float | None, failure: VeneerError, cause: grpc.RpcError
+) -> None:
+    """Wait until the next attempt; without a next one, raise what the last one failed of."""
+    if wait_s is None:
+        raise failure from cause
+    await asyncio.sleep(wait_s)

@@ -1,0 +1,290 @@
+"""The calls of the adapter service as data; see `calls`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from veneer_proto.v1 import adapters_pb2, inference_pb2
+from veneer_registry.adapter import Tier
+from veneer_registry.errors import InvalidField
+
+from veneer_client import convert, convert_admin, convert_server
+from veneer_client.calls import Call
+from veneer_client.records import (
+    AdapterDetails,
+    AdapterInfo,
+    Alias,
+    AliasMove,
+    AliasTarget,
+    Eviction,
+    EvictMode,
+    HistoryEntry,
+)
+from veneer_client.server_records import BudgetUse, SelfTest
+
+__all__ = [
+    "UPLOAD",
+    "WATCH",
+    "Page",
+    "activate",
+    "committed",
+    "delete",
+    "evict",
+    "get",
+    "history_page",
+    "list_aliases",
+    "page",
+    "self_test",
+    "set_alias",
+    "update",
+    "update_budgets",
+]
+
+_ADAPTERS: Final = "veneer.v1.AdapterService"
+UPLOAD: Final = f"/{_ADAPTERS}/UploadAdapter"
+WATCH: Final = f"/{_ADAPTERS}/WatchAdapters"
+
+Item = TypeVar("Item")
+Request = TypeVar("Request")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """Some of a listing, and the token of the next page ("" on the last)."""
+
+    items: tuple[Item, ...]
+    next_token: str
+
+
+def get(name: str) -> Call[adapters_pb2.GetAdapterResponse, AdapterDetails]:
+    """One adapter by ``name``, ``name@revision`` or ``name/alias``."""
+    return Call(
+        f"/{_ADAPTERS}/GetAdapter",
+        adapters_pb2.GetAdapterRequest(name=name),
+        adapters_pb2.GetAdapterResponse.FromString,
+        convert_admin.adapter_details,
+    )
+
+
+def page(
+    token: str,
+    *,
+    page_size: int,
+    name_prefix: str,
+    tier: Tier | None,
+    labels: Mapping[str, str],
+) -> Call[adapters_pb2.ListAdaptersResponse, Page[AdapterInfo]]:
+    """One page of the list."""
+    return Call(
+        f"/{_ADAPTERS}/ListAdapters",
+        adapters_pb2.ListAdaptersRequest(
+            page_size=page_size,
+            page_token=token,
+            name_prefix=name_prefix,
+            tier=convert.TIERS[tier] if tier else inference_pb2.TIER_UNSPECIFIED,
+            labels=labels,
+        ),
+        adapters_pb2.ListAdaptersResponse.FromString,
+        lambda answer: Page(
+            tuple(convert_admin.adapter_info(adapter) for adapter in answer.adapters),
+            answer.next_page_token,
+        ),
+    )
+
+
+def committed(
+    spec: adapters_pb2.UploadSpec,
+) -> Call[adapters_pb2.GetUploadResponse, Mapping[str, int]]:
+    """Bytes of an upload that need not be sent, by file."""
+    return Call(
+        f"/{_ADAPTERS}/GetUpload",
+        adapters_pb2.GetUploadRequest(spec=spec),
+        adapters_pb2.GetUploadResponse.FromString,
+        lambda answer: dict(answer.committed),
+    )
+
+
+def activate(
+    name: str, *, tier: Tier, pin: bool
+) -> Call[adapters_pb2.ActivateAdapterResponse, AdapterInfo]:
+    """Bring an adapter to HOST or DEVICE."""
+    return Call(
+        f"/{_ADAPTERS}/ActivateAdapter",
+        adapters_pb2.ActivateAdapterRequest(name=name, tier=convert.TIERS[tier], pin=pin),
+        adapters_pb2.ActivateAdapterResponse.FromString,
+        lambda answer: convert_admin.adapter_info(answer.adapter),
+    )
+
+
+def update(
+    name: str,
+    *,
+    pinned: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+    remove_labels: Iterable[str] = (),
+    retain: int | None = None,
+    current: bool | None = None,
+    etag: str = "",
+) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
+    """Change what is said of an adapter. With an etag it is not repeated: had the first
+    time been carried out, the second would say ETAG_MISMATCH."""
+    request = _made(
+        lambda: adapters_pb2.UpdateAdapterRequest(
+            name=name,
+            pinned=pinned,
+            labels=labels,
+            remove_labels=remove_labels,
+            retain=retain,
+            current=current,
+            etag=etag,
+        )
+    )
+    return Call(
+        f"/{_ADAPTERS}/UpdateAdapter",
+        request,
+        adapters_pb2.UpdateAdapterResponse.FromString,
+        lambda answer: convert_admin.adapter_info(answer.adapter),
+        repeatable=not etag,
+    )
+
+
+def evict(
+    name: str, *, mode: EvictMode, unpin: bool
+) -> Call[adapters_pb2.EvictAdapterResponse, Eviction]:
+    """Free an adapter's memory."""
+    return Call(
+        f"/{_ADAPTERS}/EvictAdapter",
+        adapters_pb2.EvictAdapterRequest(
+            name=name, mode=convert_admin.EVICT_MODES[mode], unpin=unpin
+        ),
+        adapters_pb2.EvictAdapterResponse.FromString,
+        convert_admin.eviction,
+    )
+
+
+def delete(
+    name: str, *, etag: str, mode: EvictMode
+) -> Call[adapters_pb2.DeleteAdapterResponse, tuple[str, ...]]:
+    """Remove a name or a revision. Not repeated: the second time would say NOT_FOUND."""
+    return Call(
+        f"/{_ADAPTERS}/DeleteAdapter",
+        adapters_pb2.DeleteAdapterRequest(
+            name=name, etag=etag, mode=convert_admin.EVICT_MODES[mode]
+        ),
+        adapters_pb2.DeleteAdapterResponse.FromString,
+        lambda answer: tuple(answer.revisions),
+        repeatable=False,
+    )
+
+
+def set_alias(
+    alias: str,
+    revision: str,
+    *,
+    targets: Mapping[str, int] | Sequence[AliasTarget],
+    rollback: bool,
+    remove: bool,
+    etag: str,
+) -> Call[adapters_pb2.SetAliasResponse, AliasMove]:
+    """Move, roll back or remove an alias. Not repeated: a rollback would then go back to
+    where the first of two equal moves went."""
+    if [bool(revision), bool(targets), rollback, remove].count(True) != 1:
+        raise InvalidField(
+            f"what shall alias {alias!r} mean? Give exactly one of revision, targets, "
+            "rollback and remove",
+            metadata={"field": "revision"},
+        )
+    pairs = targets.items() if isinstance(targets, Mapping) else _pairs(targets)
+    request = _made(
+        lambda: adapters_pb2.SetAliasRequest(
+            alias=alias,
+            revision=revision,
+            targets=[
+                adapters_pb2.AliasTarget(revision=target, weight=weight)
+                for target, weight in pairs
+            ],
+            rollback=rollback,
+            remove=remove,
+            etag=etag,
+        )
+    )
+    return Call(
+        f"/{_ADAPTERS}/SetAlias",
+        request,
+        adapters_pb2.SetAliasResponse.FromString,
+        convert_admin.alias_move,
+        repeatable=False,
+    )
+
+
+def list_aliases(
+    name: str,
+) -> Call[adapters_pb2.ListAliasesResponse, tuple[Alias, ...]]:
+    """Aliases of a name; of all names where it is ""."""
+    return Call(
+        f"/{_ADAPTERS}/ListAliases",
+        adapters_pb2.ListAliasesRequest(name=name),
+        adapters_pb2.ListAliasesResponse.FromString,
+        lambda answer: tuple(map(convert_admin.alias, answer.aliases)),
+    )
+
+
+def history_page(
+    token: str, *, name: str, page_size: int
+) -> Call[adapters_pb2.GetHistoryResponse, Page[HistoryEntry]]:
+    """One page of what was changed, newest first."""
+    return Call(
+        f"/{_ADAPTERS}/GetHistory",
+        adapters_pb2.GetHistoryRequest(name=name, page_size=page_size, page_token=token),
+        adapters_pb2.GetHistoryResponse.FromString,
+        lambda answer: Page(
+            tuple(map(convert_admin.history_entry, answer.entries)), answer.next_page_token
+        ),
+    )
+
+
+def update_budgets(
+    *, host_cache_bytes: int | None, device_adapter_bytes: int | None
+) -> Call[adapters_pb2.UpdateBudgetsResponse, BudgetUse]:
+    """Change the memory budgets, or read them where nothing is given."""
+    request = _made(
+        lambda: adapters_pb2.UpdateBudgetsRequest(
+            host_cache_bytes=host_cache_bytes, device_adapter_bytes=device_adapter_bytes
+        )
+    )
+    return Call(
+        f"/{_ADAPTERS}/UpdateBudgets",
+        request,
+        adapters_pb2.UpdateBudgetsResponse.FromString,
+        convert_server.budget_use,
+    )
+
+
+def self_test(
+    adapters: Iterable[str],
+) -> Call[adapters_pb2.SelfTestResponse, SelfTest]:
+    """Whether base and adapters answer as their files say."""
+    return Call(
+        f"/{_ADAPTERS}/SelfTest",
+        adapters_pb2.SelfTestRequest(adapters=adapters),
+        adapters_pb2.SelfTestResponse.FromString,
+        convert_server.self_test,
+    )
+
+
+def _pairs(targets: Iterable[AliasTarget]) -> list[tuple[str, int]]:
+    return [(target.revision, target.weight) for target in targets]
+
+
+def _made(make: Callable[[], Request]) -> Request:
+    """A request; InvalidField where a value does not fit its field."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise InvalidField(
+            f"a value does not fit its field ({error}): sizes, counts and weights are whole "
+            "numbers of 0 or more, names and labels are texts",
+            metadata={"field": "request"},
+        ) from error

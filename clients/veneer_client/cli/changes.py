@@ -1,0 +1,135 @@
+"""``veneer adapter label|retain|history``: what is said of adapters, and who said it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated
+
+import typer
+from veneer_registry.errors import InvalidField
+
+from veneer_client.cli.complete import adapter_names
+from veneer_client.cli.context import (
+    DebugFlag,
+    JsonFlag,
+    ServerOption,
+    errors_shown,
+    find_server,
+)
+from veneer_client.cli.show import as_json, history_table, print_table
+from veneer_client.cli.values import parse_labels
+from veneer_client.client import Client
+
+__all__ = [
+    "HISTORY_EXAMPLES",
+    "LABEL_EXAMPLES",
+    "RETAIN_EXAMPLES",
+    "history",
+    "label",
+    "retain",
+]
+
+LABEL_EXAMPLES = """
+Examples:
+
+  veneer adapter label chat team=support stage=prod
+
+  veneer adapter label chat@1a2b3c4d5e6f --remove stage
+"""
+
+RETAIN_EXAMPLES = """
+Examples:
+
+  veneer adapter retain chat 5                                the last five can come back
+
+  veneer adapter retain chat 0                                only the current one stays
+"""
+
+HISTORY_EXAMPLES = """
+Examples:
+
+  veneer adapter history chat
+
+  veneer adapter history --limit 20                           of all names
+
+  veneer adapter history chat --json | jq '.[].actor'
+"""
+
+
+def label(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="NAME or NAME@REVISION.", autocompletion=adapter_names)
+    ],
+    labels: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="To set.", show_default=False),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="KEY", help="Repeatable.")
+    ] = None,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Set or remove labels of a revision; its others stay."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        given = parse_labels(labels or (), f"veneer adapter label {name} team=data")
+        if not given and not remove:
+            raise InvalidField(
+                f"no label is given: `veneer adapter label {name} KEY=VALUE` sets one, "
+                "`--remove KEY` removes one",
+                metadata={"field": "labels"},
+            )
+        adapter = client.update_adapter(name, labels=given, remove_labels=remove or ())
+        shown = " ".join(f"{key}={value}" for key, value in adapter.labels.items())
+        print(as_json(adapter) if json_ else f"{adapter.short}: {shown or 'no labels'}")
+
+
+def retain(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="NAME.", autocompletion=adapter_names)],
+    revisions: Annotated[
+        int, typer.Argument(metavar="N", help="Superseded revisions to keep.", min=0)
+    ],
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Say how many superseded revisions a name keeps; those beyond go at once."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        adapter = client.update_adapter(name, retain=revisions)
+        print(
+            as_json(adapter)
+            if json_
+            else f"{adapter.name} keeps {adapter.retain} superseded revisions"
+        )
+
+
+def history(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name, also a deleted one; else all.",
+            show_default=False,
+            autocompletion=adapter_names,
+        ),
+    ] = "",
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", help="So many, newest first.", min=1)
+    ] = 100,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Show who changed what when, newest first."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        entries = client.history(name, page_size=min(limit, 1000))
+        found = tuple(itertools.islice(entries, limit))
+        if json_:
+            print(as_json(found))
+        elif found:
+            print_table(history_table(found))
+        else:
+            print(f"nothing was changed{f' under the name {name}' if name else ''} yet")

@@ -1,0 +1,117 @@
+"""``veneer adapter push``: publish a folder, over as many connections as it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from veneer_registry.errors import ChecksumMismatch
+
+from veneer_client.cli.context import (
+    DebugFlag,
+    JsonFlag,
+    ServerOption,
+    errors_shown,
+    find_server,
+)
+from veneer_client.cli.show import as_json, byte_size
+from veneer_client.cli.values import parse_labels
+from veneer_client.client import Client
+from veneer_client.records import Pushed, Resumed
+
+__all__ = ["EXAMPLES", "push"]
+
+EXAMPLES = """
+Examples:
+
+  veneer adapter push runs/sql/adapter --name sql
+
+  veneer adapter push runs/sql/adapter --name sql --replace --activate --label team=data
+
+  veneer adapter push runs/sql/adapter --name sql --dry-run      check, publish nothing
+
+A push that was interrupted goes on where it was: by itself, or when you push again.
+"""
+
+
+def push(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.")],
+    name: Annotated[str, typer.Option("--name", help="Name to publish it under.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="The name may hold another revision.")
+    ] = False,
+    activate: Annotated[
+        bool, typer.Option("--activate", help="Return when it is on the device.")
+    ] = False,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")
+    ] = None,
+    etag: Annotated[
+        str, typer.Option("--etag", help="Only if the name's is still this (see `show`).")
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
+    ] = False,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Check an adapter folder here, then publish it."""
+    console = Console(stderr=True, highlight=False)
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        labels = parse_labels(label or ())
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(f"checking {escape(str(folder))}", total=None)
+            pushed = client.push(
+                folder,
+                name,
+                labels=labels,
+                validate_only=dry_run,
+                activate=activate,
+                allow_replace=replace,
+                etag=etag,
+                progress=lambda done, total: bar.update(
+                    task, description=f"sending {name}", completed=done, total=total
+                ),
+                on_resume=lambda resumed: console.print(_resumed(resumed), soft_wrap=True),
+            )
+        for file in pushed.skipped:
+            console.print(f"[yellow]skipped:[/yellow] {escape(file)} (not part of a bundle)")
+        for warning in pushed.warnings:
+            console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+        print(as_json(pushed) if json_ else _outcome(pushed, dry_run))
+
+
+def _resumed(resumed: Resumed) -> str:
+    at, total = byte_size(resumed.at), byte_size(resumed.total)
+    if isinstance(resumed.after, ChecksumMismatch):
+        return f"what the server had of it was damaged: sending all {total} again"
+    if resumed.after is None and resumed.at == resumed.total:
+        return f"{total} were there already"
+    interrupted = "" if resumed.after is None else "interrupted; "
+    return f"{interrupted}resumed at {at} of {total}"
+
+
+def _outcome(pushed: Pushed, dry_run: bool) -> str:
+    adapter = pushed.adapter
+    facts = f"rank {adapter.rank}, {byte_size(adapter.size)} resident"
+    if dry_run:
+        return f"valid: {adapter.short} would be published ({facts}); nothing was"
+    if not pushed.published:
+        return f"unchanged: {adapter.short} holds this content already"
+    verb = "replaced" if pushed.replaced else "published"
+    return f"{verb}: {adapter.short} ({facts}, now in {adapter.tier.value})"

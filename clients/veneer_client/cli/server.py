@@ -1,0 +1,110 @@
+"""``veneer budgets`` and ``veneer self-test``: a running server's memory and correctness."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from veneer_client.cli.complete import adapter_names
+from veneer_client.cli.context import (
+    DebugFlag,
+    JsonFlag,
+    ServerOption,
+    errors_shown,
+    find_server,
+)
+from veneer_client.cli.show import (
+    as_json,
+    byte_size,
+    print_rows,
+    print_table,
+    self_test_table,
+)
+from veneer_client.cli.values import parse_bytes
+from veneer_client.client import Client
+
+__all__ = ["BUDGETS_EXAMPLES", "SELF_TEST_EXAMPLES", "budgets", "self_test"]
+
+BUDGETS_EXAMPLES = """
+Examples:
+
+  veneer budgets                                             what they are, and what is used
+
+  veneer budgets --device 2GiB
+
+  veneer budgets --host 4GiB --device 512MiB --json
+"""
+
+SELF_TEST_EXAMPLES = """
+Examples:
+
+  veneer self-test                                           base and the two used last
+
+  veneer self-test chat sql@1a2b3c4d5e6f
+
+  veneer self-test --json || echo "do not use this server"
+"""
+
+
+def budgets(
+    context: typer.Context,
+    host: Annotated[
+        str, typer.Option("--host", metavar="BYTES", help="Of adapters in the host tier.")
+    ] = "",
+    device: Annotated[
+        str, typer.Option("--device", metavar="BYTES", help="Of adapters in the device tier.")
+    ] = "",
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Show the memory budgets of adapters, or change them while the server runs."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        use = client.update_budgets(
+            host_cache_bytes=parse_bytes(host, "--host") if host else None,
+            device_adapter_bytes=parse_bytes(device, "--device") if device else None,
+        )
+    if json_:
+        print(as_json(use))
+        return
+    tiers = {
+        "device": (use.device_bytes, use.device_adapter_bytes),
+        "host": (use.host_bytes, use.host_cache_bytes),
+    }
+    print_rows(
+        {
+            tier: f"{byte_size(used)} of {byte_size(budget)}"
+            + (" (over: leaves as running requests end)" if used > budget else "")
+            for tier, (used, budget) in tiers.items()
+        }
+    )
+
+
+def self_test(
+    context: typer.Context,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER]...",
+            help="NAME, NAME@REVISION or NAME/ALIAS; else the two used last.",
+            show_default=False,
+            autocompletion=adapter_names,
+        ),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; else none.")] = None,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Prove that base and adapters answer as their files say; exit status 1 if not."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        test = client.self_test(adapters or (), timeout_s=timeout)
+    if json_:
+        print(as_json(test))
+    else:
+        print_table(self_test_table(test))
+        verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
+        print(f"{verdict} ({test.adapters_mixed} adapters and the base in one batch)")
+    if not test.passed:
+        raise typer.Exit(1)

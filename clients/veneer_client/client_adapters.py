@@ -1,0 +1,277 @@
+"""What the synchronous client does with adapters; `Client` has these methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.adapter import Tier
+
+from veneer_client import calls, calls_admin
+from veneer_client.connection import Connection, outcome_of, sleep_or_raise
+from veneer_client.failures import Attempts, starting, to_error
+from veneer_client.records import (
+    AdapterDetails,
+    AdapterInfo,
+    Alias,
+    AliasMove,
+    AliasTarget,
+    Eviction,
+    EvictMode,
+    HistoryEntry,
+    Pushed,
+)
+from veneer_client.streams import AdapterWatch, StreamStart, WatchReader
+from veneer_client.upload import OnResume, Progress, PushOptions, Upload, prepare
+
+__all__ = ["AdapterCalls"]
+
+
+class AdapterCalls(Connection):
+    """Publish, inspect, move, name and remove adapters."""
+
+    def push(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+        activate: bool = False,
+        allow_replace: bool = False,
+        etag: str = "",
+        progress: Progress = lambda done, total: None,
+        on_resume: OnResume = lambda resumed: None,
+        timeout_s: float | None = None,
+    ) -> Pushed:
+        """Check an adapter folder locally, then publish it under ``name``.
+
+        Only what the server lacks is sent. Where the connection breaks or the server
+        restarts, the push goes on by itself where it was, as long as it gets further or
+        `RetryPolicy` has patience; a push that is started anew goes on, too.
+
+        Args:
+            validate_only: check everything, publish nothing.
+            activate: return when the adapter is on the device.
+            allow_replace: a name that holds other content may move to this one.
+            etag: must be the name's (`AdapterInfo.etag`), else nothing is published.
+            progress: told the bytes that are there or on their way, and the bytes in
+                all, perhaps from gRPC's thread.
+            on_resume: told where the push goes on, if not at the start.
+
+        Raises:
+            AdapterInvalid, BaseModelMismatch, AdapterExists, DiskFull, EtagMismatch:
+                nothing was published.
+            ServerUnreachable: it was away for too long; push again to go on.
+        """
+        options = PushOptions(
+            labels=labels or {},
+            validate_only=validate_only,
+            activate=activate,
+            allow_replace=allow_replace,
+            etag=etag,
+            progress=progress,
+            on_resume=on_resume,
+            retry=self._retry,
+            timeout_s=timeout_s,
+        )
+        upload = prepare(folder, name, options)
+        while True:
+            try:
+                question = upload.question()
+                known = self._once(question, upload.remaining_s()) if question else {}
+                upload.begin(known)
+                return upload.result(self._send(upload))
+            except grpc.RpcError as error:
+                failure = upload.failed(error, self.address)
+                sleep_or_raise(upload.wait_s(failure), failure, error)
+
+    def _send(self, upload: Upload) -> adapters_pb2.UploadAdapterResponse:
+        send: Any = self._channel.stream_unary(
+            calls_admin.UPLOAD,
+            request_serializer=adapters_pb2.UploadAdapterRequest.SerializeToString,
+            response_deserializer=adapters_pb2.UploadAdapterResponse.FromString,
+        )
+        with starting():
+            running = send.future(
+                upload.messages(), timeout=upload.remaining_s(), metadata=self._metadata
+            )
+        answer: adapters_pb2.UploadAdapterResponse = outcome_of(running)
+        return answer
+
+    def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
+        """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and its name's
+        revisions."""
+        return self._ask(calls_admin.get(name), timeout_s)
+
+    def list(
+        self,
+        *,
+        name_prefix: str = "",
+        tier: Tier | None = None,
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 100,
+        timeout_s: float | None = None,
+    ) -> Iterator[AdapterInfo]:
+        """Current revisions in name order; fetches pages as they are needed, each within
+        ``timeout_s``."""
+        page = partial(
+            calls_admin.page,
+            page_size=page_size,
+            name_prefix=name_prefix,
+            tier=tier,
+            labels=labels or {},
+        )
+        return self._pages(page, timeout_s)
+
+    def activate(
+        self,
+        name: str,
+        *,
+        tier: Tier = Tier.DEVICE,
+        pin: bool = False,
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Bring an adapter to HOST or DEVICE, and keep it there if ``pin``."""
+        return self._ask(calls_admin.activate(name, tier=tier, pin=pin), timeout_s)
+
+    def pin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring an adapter to the device and keep it there until it is unpinned."""
+        return self.update_adapter(name, pinned=True, timeout_s=timeout_s)
+
+    def unpin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Remove the pin; the adapter stays where it is until room is needed."""
+        return self.update_adapter(name, pinned=False, timeout_s=timeout_s)
+
+    def update_adapter(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        labels: Mapping[str, str] | None = None,
+        remove_labels: Iterable[str] = (),
+        retain: int | None = None,
+        current: bool | None = None,
+        etag: str = "",
+        timeout_s: float | None = None,
+    ) -> AdapterInfo:
+        """Change what is said of an adapter; what is left out stays as it is.
+
+        Args:
+            pinned: True brings it to the device and keeps it there.
+            labels: to set; its other labels stay.
+            remove_labels: keys.
+            retain: superseded revisions that the name keeps; those beyond go at once.
+            current: True makes ``name@revision`` what the plain name means: a rollback.
+            etag: must be the name's (`AdapterInfo.etag`), else nothing changes.
+        """
+        call = calls_admin.update(
+            name,
+            pinned=pinned,
+            labels=labels,
+            remove_labels=remove_labels,
+            retain=retain,
+            current=current,
+            etag=etag,
+        )
+        return self._ask(call, timeout_s)
+
+    def evict(
+        self,
+        name: str,
+        *,
+        mode: EvictMode = EvictMode.DRAIN,
+        unpin: bool = False,
+        timeout_s: float | None = None,
+    ) -> Eviction:
+        """Free an adapter's memory; it stays registered."""
+        return self._ask(calls_admin.evict(name, mode=mode, unpin=unpin), timeout_s)
+
+    def delete(
+        self,
+        name: str,
+        *,
+        etag: str = "",
+        mode: EvictMode = EvictMode.DRAIN,
+        timeout_s: float | None = None,
+    ) -> tuple[str, ...]:
+        """Remove ``name`` with all revisions, or ``name@revision``; what was removed."""
+        return self._ask(calls_admin.delete(name, etag=etag, mode=mode), timeout_s)
+
+    def set_alias(
+        self,
+        alias: str,
+        revision: str = "",
+        *,
+        targets: Mapping[str, int] | Sequence[AliasTarget] = (),
+        rollback: bool = False,
+        remove: bool = False,
+        etag: str = "",
+        timeout_s: float | None = None,
+    ) -> AliasMove:
+        """Move, roll back or remove ``name/alias``, in one step for all who ask.
+
+        Args:
+            revision: what it shall mean: 12 to 64 hex digits of a kept revision.
+            targets: instead, several revisions with their weights (a canary):
+                ``{"1a2b3c4d5e6f": 90, "6f5e4d3c2b1a": 10}``.
+            rollback: instead, what it meant before its last move.
+            remove: instead, nothing.
+            etag: must be the alias's (`Alias.etag`), else nothing changes.
+
+        Raises:
+            InvalidField: not exactly one of them.
+            AdapterNotFound: no such alias or revision.
+        """
+        call = calls_admin.set_alias(
+            alias, revision, targets=targets, rollback=rollback, remove=remove, etag=etag
+        )
+        return self._ask(call, timeout_s)
+
+    def list_aliases(
+        self, name: str = "", *, timeout_s: float | None = None
+    ) -> tuple[Alias, ...]:
+        """Aliases of one name, or of all, in order."""
+        return self._ask(calls_admin.list_aliases(name), timeout_s)
+
+    def history(
+        self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
+    ) -> Iterator[HistoryEntry]:
+        """Who changed what when, newest first, also of deleted names; "" is all names.
+        Fetches pages as they are needed, each within ``timeout_s``."""
+        page = partial(calls_admin.history_page, name=name, page_size=page_size)
+        return self._pages(page, timeout_s)
+
+    def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AdapterWatch:
+        """Events of all adapters as they happen, without end: first what was missed
+        after ``since`` (or, where the server no longer has that, RESET and what there
+        is), then SYNCED, then what happens.
+
+        It goes on by itself, without a gap, where the server restarts or the
+        connection breaks, as long as `RetryPolicy` has patience.
+
+        Args:
+            since: `AdapterEvent.sequence` of the last event seen; 0 at first.
+            timeout_s: of the whole watch; unset: none.
+        """
+        start = self._channel.unary_stream(
+            calls_admin.WATCH,
+            request_serializer=adapters_pb2.WatchAdaptersRequest.SerializeToString,
+            response_deserializer=adapters_pb2.WatchAdaptersResponse.FromString,
+        )
+        reader = WatchReader(since)
+        attempts = Attempts(
+            self._retry, repeatable=True, timeout_s=timeout_s, reconnect_s=calls.RECONNECT_S
+        )
+        return AdapterWatch(
+            StreamStart(
+                lambda left_s: start(reader.request(), timeout=left_s, metadata=self._metadata),
+                attempts,
+                lambda error: to_error(error, self.address, timeout_s=timeout_s),
+            ),
+            reader,
+        )

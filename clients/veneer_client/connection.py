@@ -1,0 +1,119 @@
+"""How the synchronous client carries calls: one channel, deadlines, retries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from veneer_registry.errors import VeneerError
+
+from veneer_client import calls
+from veneer_client.actor import actor_metadata
+from veneer_client.calls_admin import Page
+from veneer_client.failures import Attempts, RetryPolicy, starting, to_error
+
+__all__ = ["Connection", "outcome_of", "sleep_or_raise"]
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class Connection:
+    """A channel to one server, and how a `calls.Call` is performed on it."""
+
+    def __init__(
+        self,
+        address: str = calls.DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 30.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        keepalive_s: float = calls.KEEPALIVE_S,
+        actor: str | None = None,
+    ) -> None:
+        """Args:
+        address: ``HOST:PORT``.
+        timeout_s: deadline of every call, retries included, that is not given its
+            own; generate, push, watch and self_test have none unless given.
+        keepalive_s: see `calls.channel_options`.
+        actor: who calls, for the server's history; else VENEER_ACTOR, else
+            ``user@host``.
+        """
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._metadata = actor_metadata(actor)
+        self._channel = grpc.insecure_channel(
+            address, options=calls.channel_options(keepalive_s)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel running calls and close the connection."""
+        self._channel.close()
+
+    def _ask(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
+        return self._perform(call, self._timeout_s if timeout_s is None else timeout_s)
+
+    def _perform(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
+        attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
+        while True:
+            try:
+                return self._once(call, attempts.remaining_s())
+            except grpc.RpcError as error:
+                failure = to_error(error, self.address, timeout_s=timeout_s)
+                sleep_or_raise(attempts.wait_s(failure), failure, error)
+
+    def _once(self, call: calls.Call[Answer, Result], left_s: float | None) -> Result:
+        """One attempt. Raises grpc.RpcError."""
+        invoke: Any = self._channel.unary_unary(
+            call.method,
+            request_serializer=lambda request: request.SerializeToString(),
+            response_deserializer=call.decode,
+        )
+        with starting():
+            running = invoke.future(call.request, timeout=left_s, metadata=self._metadata)
+        return call.read(outcome_of(running))
+
+    def _pages(
+        self,
+        page: Callable[[str], calls.Call[Any, Page[Item]]],
+        timeout_s: float | None,
+    ) -> Iterator[Item]:
+        """Items of all pages, each fetched when it is needed."""
+        token = ""
+        while True:
+            found = self._ask(page(token), timeout_s)
+            yield from found.items
+            token = found.next_token
+            if not token:
+                return
+
+
+def outcome_of(running: Any) -> Any:
+    """The answer of a call; whatever ends the waiting (Ctrl-C) ends the call too."""
+    try:
+        return running.result()
+    except BaseException:
+        running.cancel()
+        raise
+
+
+def sleep_or_raise(wait_s: float | None, failure: VeneerError, cause: grpc.RpcError) -> None:
+    """Wait until the next attempt; without a next one, raise what the last one failed of."""
+    if wait_s is None:
+        raise failure from cause
+    time.sleep(wait_s)

@@ -1,0 +1,156 @@
+"""Protobuf of the server's service, budgets and self-test to records."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from grpc_health.v1 import health_pb2
+from veneer_proto.v1 import adapters_pb2, server_pb2
+from veneer_registry.adapter import BaseFingerprint
+
+from veneer_client.convert import seconds
+from veneer_client.server_records import (
+    AdapterCapacity,
+    BaseModel,
+    Budgets,
+    BudgetUse,
+    Capacity,
+    Limit,
+    Memory,
+    MemoryPool,
+    SelfTest,
+    SelfTestResult,
+    SequenceCapacity,
+    ServerInfo,
+    ServingStatus,
+    Shortfall,
+)
+
+__all__ = ["budget_use", "capacity", "self_test", "server_info", "serving_status"]
+
+_STATUS: Final = {
+    health_pb2.HealthCheckResponse.SERVING: ServingStatus.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING: ServingStatus.NOT_SERVING,
+}
+_LIMITS: Final = {
+    server_pb2.LIMIT_DEVICE_ADAPTERS: Limit.DEVICE_ADAPTERS,
+    server_pb2.LIMIT_HOST_ADAPTERS: Limit.HOST_ADAPTERS,
+    server_pb2.LIMIT_KV_CACHE: Limit.KV_CACHE,
+    server_pb2.LIMIT_MAX_RUNNING: Limit.MAX_RUNNING,
+}
+
+
+def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
+    """What the server is."""
+    base, budgets = message.base_model, message.budgets
+    parts = base.fingerprint
+    return ServerInfo(
+        version=message.version,
+        base_model=BaseModel(
+            name=base.name,
+            architecture=base.architecture,
+            quantization=base.quantization,
+            dtype=base.dtype,
+            parameters=base.parameters,
+            size=base.bytes,
+            fingerprint=BaseFingerprint(
+                weights=parts.weights,
+                tokenizer=parts.tokenizer,
+                quantization=parts.quantization,
+                template=parts.template,
+            ),
+        ),
+        device=message.device,
+        backend=message.backend,
+        budgets=Budgets(
+            host_adapter_bytes=budgets.host_adapter_bytes,
+            device_adapter_bytes=budgets.device_adapter_bytes,
+            kv_cache_bytes=budgets.kv_cache_bytes,
+            kv_cache_tokens=budgets.kv_cache_tokens,
+            max_batch_tokens=budgets.max_batch_tokens,
+            max_running=budgets.max_running,
+            max_queue=budgets.max_queue,
+        ),
+        context_length=message.context_length,
+        uptime_s=seconds(message.uptime),
+        adapters_registered=message.adapters_registered,
+        adapters_on_device=message.adapters_on_device,
+        engine_starts=message.engine_starts,
+        memory=Memory(
+            pools=tuple(
+                MemoryPool(
+                    name=pool.name,
+                    uses={use.name: use.bytes for use in pool.uses},
+                    total=pool.total_bytes,
+                    limit=pool.limit_bytes,
+                )
+                for pool in message.memory.pools
+            ),
+            front_peak=message.memory.front_peak_bytes,
+            engine_peak=message.memory.engine_peak_bytes,
+        ),
+    )
+
+
+def serving_status(message: health_pb2.HealthCheckResponse) -> ServingStatus:
+    """Answer of the health service."""
+    return _STATUS.get(message.status, ServingStatus.UNKNOWN)
+
+
+def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
+    """What would fit."""
+    adapters, sequences = message.adapters, message.sequences
+    return Capacity(
+        adapters=AdapterCapacity(
+            parameters=adapters.parameters,
+            size=adapters.bytes,
+            on_device=adapters.on_device,
+            on_host=adapters.on_host,
+        ),
+        sequences=SequenceCapacity(
+            context_length=sequences.context_length,
+            size=sequences.bytes,
+            running=sequences.running,
+            limited_by=_LIMITS.get(sequences.limited_by, Limit.NONE),
+        ),
+        fits=message.fits,
+        shortfalls=tuple(
+            Shortfall(
+                limit=_LIMITS.get(short.limit, Limit.NONE),
+                flag=short.flag,
+                needed=short.needed,
+                available=short.available,
+                message=short.message,
+            )
+            for short in message.shortfalls
+        ),
+    )
+
+
+def budget_use(message: adapters_pb2.UpdateBudgetsResponse) -> BudgetUse:
+    """Budgets as they are now, and what is taken of them."""
+    return BudgetUse(
+        host_cache_bytes=message.host_cache_bytes,
+        device_adapter_bytes=message.device_adapter_bytes,
+        host_bytes=message.host_bytes,
+        device_bytes=message.device_bytes,
+    )
+
+
+def self_test(message: adapters_pb2.SelfTestResponse) -> SelfTest:
+    """Outcome of a self-test."""
+    return SelfTest(
+        passed=message.passed,
+        results=tuple(
+            SelfTestResult(
+                adapter=result.adapter,
+                passed=result.passed,
+                max_difference=result.max_difference,
+                bound=result.bound,
+                nearest_other=result.nearest_other,
+                detail=result.detail,
+            )
+            for result in message.results
+        ),
+        adapters_mixed=message.adapters_mixed,
+    )
