@@ -279,9 +279,10 @@ class Registry:
     ) -> tuple[AdapterRecord, ...]:
         """Current revisions in name order; ``after`` is the last name of the page before.
 
-        Raises InvalidField for a limit outside 1 to 1000.
+        Raises InvalidField for a limit outside 1 to 1001: a page, and one more to know
+        whether it is the last.
         """
-        _check_limit(limit)
+        _check_limit(limit, _MAX_PAGE + 1)
         rows = self._core.catalog.page(prefix, labels or {}, after, limit)
         return tuple(map(self._core.record, rows))
 
@@ -452,9 +453,9 @@ class Registry:
         return self._core.sweep()
 
 
-def _check_limit(limit: int) -> None:
-    if not 1 <= limit <= _MAX_PAGE:
+def _check_limit(limit: int, most: int = _MAX_PAGE) -> None:
+    if not 1 <= limit <= most:
         raise InvalidField(
-            f"page size {limit} is not allowed: use 1 to {_MAX_PAGE}",
+            f"page size {limit} is not allowed: use 1 to {most}",
             metadata={"field": "page_size"},
         )

@@ -181,6 +181,14 @@ async def test_a_client_that_goes_away_can_come_back(front: Front, tmp_path: Pat
     assert staging(front) == []
 
 
+async def test_the_largest_page(front: Front, tmp_path: Path) -> None:
+    await front.push(make_adapter(tmp_path / "a"), "a")
+    listed = await front.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=1000))
+    assert [adapter.name for adapter in listed.adapters] == ["a"]
+    past = await failure(front.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=1001)))
+    assert past.metadata["field"] == "page_size"
+
+
 async def test_pages_are_in_name_order_and_filtered(front: Front, tmp_path: Path) -> None:
     for n in range(5):
         labels = {"parity": "odd" if n % 2 else "even"}
