@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench tools chromium dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench torture-quick torture tools chromium dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,12 @@ protos-check: protos
 
 bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
+
+torture-quick: base ## Every torture row in its quick form, with planted bugs that it must catch
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick
+
+torture: base ## Every torture row in full: hours
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --full
 
 tools: .cache/tools/usr/bin/prometheus chromium ## Bring what the tests need from Debian: Prometheus, Chromium
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import operator
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +29,12 @@ from veneer_registry.rows import (
     Who,
 )
 from veneer_registry.schema import upgrade
-from veneer_registry.store import disk_full
+from veneer_registry.store import disk_failed, disk_full
 
 __all__ = ["Catalog"]
+
+_FULL_BYTES: Final = 1 << 20
+"""A disk with less room than this counts as full."""
 
 _COLUMNS: Final = (
     "r.name, r.revision, r.weights, r.base, r.manifest, r.created, r.labels, r.bytes, "
@@ -78,8 +82,15 @@ class Catalog:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise disk_full(self._path.parent) from error
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            folder = self._path.parent
+            if code == sqlite3.SQLITE_FULL:
+                raise disk_full(folder) from error
+            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+                # SQLite does not say which error it got.
+                full = shutil.disk_usage(folder).free < _FULL_BYTES
+                failed = disk_full(folder) if full else disk_failed(folder, str(error))
+                raise failed from error
             if type(error) is not sqlite3.DatabaseError:
                 raise
             raise FailedPrecondition(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -17,7 +19,7 @@ from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
-from veneer_registry.errors import EtagMismatch
+from veneer_registry.errors import EtagMismatch, VeneerError
 from veneer_registry.format import manifest_from_json
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
@@ -29,6 +31,8 @@ from veneer_registry.values import SERVING_BYTES
 __all__ = ["Core", "check_etag"]
 
 _CACHED_MANIFESTS: Final = 256
+
+_log = logging.getLogger(__name__)
 
 
 class Core:
@@ -108,6 +112,14 @@ class Core:
                 raise
         self.store.drop_staging(trash)
         return len(garbage.weights) + len(garbage.revisions)
+
+    def sweep_quietly(self) -> None:
+        """`sweep` after a change that stands whatever becomes of this: what cannot be removed
+        now is tried again later."""
+        try:
+            self.sweep()
+        except (VeneerError, OSError, sqlite3.Error) as error:
+            _log.warning("content that nothing needs stays on disk for now: %s", error)
 
     def drop_superseded(self, name: str, entry: Entry, dropped: Iterable[AdapterRef]) -> None:
         """Forget revisions that `entry`, which the index has already, does not hold.

@@ -94,7 +94,7 @@ class Editor:
             rest = tuple(a for a in entry.aliases if a is not old)
             self._put(name, dataclasses.replace(entry, aliases=rest))
             gone = dataclasses.replace(old, targets=(), previous=old.targets)
-        core.sweep()
+        core.sweep_quietly()
         return AliasChange(gone, old.targets)
 
     def _alias(self, name: str, alias: str, etag: str) -> tuple[Entry, AliasRow | None]:
@@ -197,7 +197,7 @@ class Editor:
                 core.drop_superseded(ref.name, entry, dropped)
             after = core.catalog.revision(ref.name, ref.revision)
             record = core.record(row if after is None else after)
-        core.sweep()
+        core.sweep_quietly()
         return record, dropped
 
     def _check_base(self, entry: Entry, ref: AdapterRef) -> None:
@@ -260,7 +260,7 @@ class Editor:
                 self._put(plain, kept)
             else:
                 core.index.remove(plain)
-        core.sweep()
+        core.sweep_quietly()
         return gone
 
     def _check_unneeded(self, name: str, entry: Entry, ref: AdapterRef) -> None:

@@ -25,6 +25,7 @@ rebuilds the instance from it, so both sides catch the same classes::
     │   ├── QuotaExceeded           QUOTA_EXCEEDED
     │   └── DiskFull                DISK_FULL
     ├── Unavailable
+    │   ├── DiskFailed              DISK_FAILED
     │   ├── Draining                DRAINING
     │   ├── ModelLoading            MODEL_LOADING
     │   ├── EngineFailed            ENGINE_FAILED
@@ -62,6 +63,7 @@ __all__ = [
     "ContextTooLong",
     "DeadlineExceeded",
     "DeadlineTooShort",
+    "DiskFailed",
     "DiskFull",
     "Draining",
     "EngineFailed",
@@ -233,6 +235,12 @@ class Unavailable(VeneerError):
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
+
+
+class DiskFailed(Unavailable):
+    """The disk of the data folder reports errors; what was asked for did not happen."""
+
+    reason = "DISK_FAILED"
 
 
 class Draining(Unavailable):

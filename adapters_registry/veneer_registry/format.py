@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -59,6 +60,7 @@ __all__ = [
     "manifest_from_json",
     "manifest_to_json",
     "open_stored",
+    "open_unverified",
     "read_adapter",
     "select_files",
     "to_bfloat16",
@@ -203,28 +205,49 @@ def open_stored(
     Raises:
         AdapterCorrupt: as `verify_weights`.
     """
+    with open_unverified(folder, digest) as (manifest, tensors, verify):
+        verify()
+        yield manifest, tensors
+
+
+@contextlib.contextmanager
+def open_unverified(
+    folder: Path, digest: str
+) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors], Callable[[], None]]]:
+    """`open_stored`, but for the digest: the third item compares it, and may do so in another
+    thread while the caller works. Until it has returned nothing here is to be trusted.
+
+    Raises:
+        AdapterCorrupt: as `verify_weights`; also by the third item.
+    """
     with contextlib.ExitStack() as stack:
-        why = ""
         try:
             settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
             _check_regular(folder / WEIGHTS_FILE)
             file = stack.enter_context((folder / WEIGHTS_FILE).open("rb"))
+            if hasattr(os, "posix_fadvise"):  # let the disk read all of it meanwhile
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             header = read_header(file, WEIGHTS_FILE)
             modules = find_modules(header, settings, None)
             content = stack.enter_context(mapped(file))
+        except (AdapterInvalid, OSError) as error:
+            raise _damaged(digest, str(error)[:200]) from error
+
+        def verify() -> None:
             pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731
             found = digest_weights(pieces, header, modules, None)
             if found != digest:
-                why = f"its content has digest {found[:12]}"
-        except (AdapterInvalid, OSError) as error:
-            why = str(error)[:200]
-        if why:
-            raise AdapterCorrupt(
-                f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
-                metadata={"weights_digest": digest, "why": why},
-            )
+                raise _damaged(digest, f"its content has digest {found[:12]}")
+
         manifest = _manifest(digest, header, settings, modules, None)
-        yield manifest, stack.enter_context(view_tensors(content, header, modules))
+        yield manifest, stack.enter_context(view_tensors(content, header, modules)), verify
+
+
+def _damaged(digest: str, why: str) -> AdapterCorrupt:
+    return AdapterCorrupt(
+        f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
+        metadata={"weights_digest": digest, "why": why},
+    )
 
 
 def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:

@@ -7,14 +7,11 @@ delete could otherwise remove what was just found (as SGLang's registry notes).
 
 from __future__ import annotations
 
-import bisect
-import difflib
-import string
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TypeVar
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.entry import (
@@ -27,11 +24,11 @@ from veneer_registry.entry import (
     split_spec,
 )
 from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch
+from veneer_registry.suggest import NearNames
 
 __all__ = ["Garbage", "Index"]
 
-_ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
-_NEIGHBOURS: Final = 8
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +48,14 @@ class Index:
         self._base_name = base_name
         self._lock = threading.Lock()
         self._names: dict[str, Entry] = {}
-        self._sorted: list[str] = []
-        # Both keyed by digest as well as by revision: 64 hex digits of SHA-256 over
+        self._near = NearNames()
+        # Who refers to a revision, and to weights. Counted: while a name's entry is
+        # replaced, a revision stands in both. Plain numbers and dicts, since there may
+        # be a hundred thousand of them.
+        self._by_revision: dict[str, int] = {}
+        self._by_weights: dict[str, dict[AdapterRef, int]] = {}
+        # Keyed by digest as well as by revision: 64 hex digits of SHA-256 over
         # differently tagged documents, which do not collide.
-        self._references: Counter[str] = Counter()
-        # Counted: while a name's entry is replaced, a revision stands in both.
-        self._by_weights: dict[str, Counter[AdapterRef]] = {}
         self._leases: Counter[str] = Counter()
         self._garbage: set[AdapterRef] = set()
         self._quarantined: dict[str, str] = {}
@@ -175,26 +174,13 @@ class Index:
 
     def _not_found(self, name: str) -> AdapterNotFound:
         metadata = {"adapter": name}
-        near = self._suggest(name)
+        near = self._near.nearest(name, self._names)
         if near is None:
             hint = "push it first, or list the names with ListAdapters"
         else:
             metadata["did_you_mean"] = near
             hint = f"did you mean {near!r}?"
         return AdapterNotFound(f"no adapter is called {name!r}; {hint}", metadata=metadata)
-
-    def _suggest(self, name: str) -> str | None:
-        """The nearest name, in time that does not grow with the number of names.
-
-        Candidates are one edit away (looked up, not searched) or stand beside the
-        name in sorted order, where those with the longest common prefix are.
-        """
-        near = sorted({edited for edited in _edits(name) if edited in self._names})
-        if not near:
-            at = bisect.bisect(self._sorted, name)
-            near = self._sorted[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]
-        matches = difflib.get_close_matches(name, near[: 2 * _NEIGHBOURS], n=1)
-        return matches[0] if matches else None
 
     # ------------------------------------------------------------------- changes
 
@@ -203,7 +189,7 @@ class Index:
         with self._lock:
             old = self._names.get(name)
             if old is None:
-                bisect.insort(self._sorted, name)
+                self._near.add(name)
             self._names[name] = entry
             self._count(entry, 1)
             self._drop(old)
@@ -212,27 +198,22 @@ class Index:
         """Forget a name."""
         with self._lock:
             old = self._names.pop(name)
-            del self._sorted[bisect.bisect_left(self._sorted, name)]
+            self._near.remove(name)
             self._drop(old)
 
     def load(self, entries: dict[str, Entry]) -> None:
         """Fill an empty index at once (one sort instead of one insertion a name)."""
         with self._lock:
             self._names = dict(entries)
-            self._sorted = sorted(entries)
+            self._near = NearNames(entries)
             for entry in entries.values():
                 self._count(entry, 1)
 
     def _count(self, entry: Entry, by: int) -> None:
         for ref in entry.revisions:
-            for key in (ref.revision, ref.weights_digest):
-                self._references[key] += by
-                if not self._references[key]:
-                    del self._references[key]
-            held = self._by_weights.setdefault(ref.weights_digest, Counter())
-            held[ref] += by
-            if not held[ref]:
-                del held[ref]
+            _add(self._by_revision, ref.revision, by)
+            held = self._by_weights.setdefault(ref.weights_digest, {})
+            _add(held, ref, by)
             if not held:
                 del self._by_weights[ref.weights_digest]
 
@@ -280,25 +261,21 @@ class Index:
     def referenced(self, digest: str) -> bool:
         """A name refers to this weights digest or revision."""
         with self._lock:
-            return digest in self._references
+            return self._referenced(digest)
+
+    def _referenced(self, digest: str) -> bool:
+        return digest in self._by_weights or digest in self._by_revision
 
     def _note(self, ref: AdapterRef) -> None:
         if self._unneeded(ref.weights_digest) or self._unneeded(ref.revision):
             self._garbage.add(ref)
 
     def _unneeded(self, key: str) -> bool:
-        return key not in self._references and key not in self._leases
+        return not self._referenced(key) and key not in self._leases
 
 
-def _edits(name: str) -> Iterator[str]:
-    """All strings one deletion, swap, replacement or insertion away (Norvig)."""
-    for at in range(len(name) + 1):
-        head, tail = name[:at], name[at:]
-        if tail:
-            yield head + tail[1:]
-        if len(tail) > 1:
-            yield head + tail[1] + tail[0] + tail[2:]
-        for letter in _ALPHABET:
-            yield head + letter + tail
-            if tail:
-                yield head + letter + tail[1:]
+def _add(counts: dict[_Key, int], key: _Key, by: int) -> None:
+    """Count; what comes to nothing is left out."""
+    counts[key] = counts.get(key, 0) + by
+    if not counts[key]:
+        del counts[key]

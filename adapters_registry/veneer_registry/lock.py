@@ -5,6 +5,7 @@ Standard library only, so that a server can take it before its heavy imports.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -36,7 +37,7 @@ class OwnerLock:
         """
         self.data_dir = data_dir
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
+            _make(data_dir)
             self._fd = os.open(data_dir / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InvalidField(
@@ -57,8 +58,9 @@ class OwnerLock:
             ) from error
         self._held = True
         text = json.dumps({"pid": os.getpid(), "started": time.time()}).encode()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, text, 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text, 0)
 
     def release(self) -> None:
         """Give the folder back. May be called again."""
@@ -76,6 +78,19 @@ class OwnerLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _make(folder: Path) -> None:
+    """Make a folder with its parents, each durable: what is stored in it must not vanish with
+    it when the power goes."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        fd = os.open(each.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _pid(text: bytes) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from typing import Final
 
-from veneer_registry.adapter import AdapterManifest, BaseFingerprint, LoraModule
+from veneer_registry.adapter import AdapterManifest, BaseFingerprint, LoraModule, Projection
 from veneer_registry.strict_json import canonical_json
 from veneer_registry.tensor_names import tensor_keys
 
@@ -44,10 +45,17 @@ def manifest_from_json(text: str) -> AdapterManifest:
         raise ValueError("a manifest of another version of Veneer")
     print_ = document["base_fingerprint"]
     document["modules"] = tuple(
-        LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
+        _module(layer, projection, rank, scaling)
         for layer, projection, rank, scaling in document["modules"]
     )
     document["targets"] = tuple(document["targets"])
     document["warnings"] = tuple(document["warnings"])
     document["base_fingerprint"] = None if print_ is None else BaseFingerprint(**print_)
     return AdapterManifest(**document)
+
+
+@functools.lru_cache(maxsize=4096)
+def _module(layer: int, projection: Projection, rank: int, scaling: float) -> LoraModule:
+    """Most adapters of a base have the same few hundred: a page of them is read in a
+    fraction of the time."""
+    return LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))

@@ -175,11 +175,9 @@ class Publisher:
             try:
                 published = self._publish(upload, _Content(bundle, sums), row, who, prepare)
             except BaseException:
-                # What was put on disk has no name; the error is what counts.
-                with contextlib.suppress(VeneerError, OSError):
-                    self._core.sweep()
+                self._core.sweep_quietly()  # what was put on disk has no name
                 raise
-        self._core.sweep()
+        self._core.sweep_quietly()
         return published
 
     def _preview(self, request: UploadRequest, row: RevisionRow) -> Published:

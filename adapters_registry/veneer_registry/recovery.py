@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from typing import Final
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
@@ -16,6 +17,9 @@ from veneer_registry.strict_json import canonical_json
 __all__ = ["base_identity", "recover"]
 
 _log = logging.getLogger(__name__)
+
+_NONE: Final[frozenset[str]] = frozenset()
+"""One for all names: an empty set takes 200 bytes."""
 
 
 def base_identity(base: BaseSpec) -> str:
@@ -44,7 +48,7 @@ def recover(store: Store, catalog: Catalog, index: Index, base_id: str, time: fl
     foreign = 0
     # What is in quarantine lies elsewhere, and waits to be pushed again.
     known = weights | quarantined.keys()
-    for row in list(catalog.names()):
+    for row in catalog.names():
         entry = _check(row, known, revisions, catalog, base_id, time)
         if entry is None:
             continue
@@ -76,16 +80,17 @@ def _check(
     base_id: str,
     time: float,
 ) -> Entry | None:
-    lost = [
-        revision
-        for revision, digest, _ in row.revisions
-        if revision not in revisions or digest not in weights
-    ]
     kept = tuple(
-        AdapterRef(row.name, revision, digest)
-        for revision, digest, _ in row.revisions
-        if revision not in lost
+        [
+            AdapterRef(row.name, revision, digest)
+            for revision, digest, _ in row.revisions
+            if revision in revisions and digest in weights
+        ]
     )
+    lost = []
+    if len(kept) < len(row.revisions):
+        held = {ref.revision for ref in kept}
+        lost = [revision for revision, _, _ in row.revisions if revision not in held]
     for revision in lost:
         _log.warning(
             "adapter %s@%s: its content is gone from the disk; push it again",
@@ -104,8 +109,10 @@ def _check(
         generation = change.number
     if not kept:
         return None
-    current = next((ref for ref in kept if ref.revision == row.current), None)
-    strange = frozenset(
-        revision for revision, _, base in row.revisions if base != base_id
-    ) - frozenset(lost)
-    return Entry(current, kept, generation, strange, row.retain, row.aliases)
+    current = None
+    for ref in kept:
+        if ref.revision == row.current:
+            current = ref
+    strange = [r for r, _, base in row.revisions if base != base_id and r not in lost]
+    foreign = frozenset(strange) if strange else _NONE
+    return Entry(current, kept, generation, foreign, row.retain, row.aliases)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import AdapterCorrupt, DiskFull, InternalError
+from veneer_registry.errors import AdapterCorrupt, DiskFailed, DiskFull, InternalError
 from veneer_registry.format import REQUIRED_FILES, verify_weights
 from veneer_registry.strict_json import canonical_json
 
@@ -67,13 +67,13 @@ class Bundle:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn "no space" and "quota exceeded" into `DiskFull`; other errors pass."""
+    """Turn an operating system's error into `DiskFull` or `DiskFailed`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise disk_full(folder) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(folder) from error
+        raise disk_failed(folder, str(error)) from error
 
 
 def disk_full(folder: Path) -> DiskFull:
@@ -81,6 +81,16 @@ def disk_full(folder: Path) -> DiskFull:
     return DiskFull(
         f"the disk of {folder} is full, nothing was published; delete adapters or make room",
         metadata={"folder": str(folder)},
+    )
+
+
+def disk_failed(folder: Path, why: str) -> DiskFailed:
+    """The error for a disk that cannot be written to or read."""
+    return DiskFailed(
+        f"the disk of {folder} failed ({why[:200]}), nothing was changed; look at the system's "
+        "log, and try again",
+        metadata={"folder": str(folder), "why": why[:200]},
+        retry_after_s=5.0,
     )
 
 

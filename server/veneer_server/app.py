@@ -39,15 +39,17 @@ from veneer_server.openai import require_gateway
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
+from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.calls import Calls, Phase
 from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
+from veneer_server.rpc.self_test import SelfTest
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
-from veneer_server.startup import engine_config, fingerprint_of, memory_for
+from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
 
@@ -172,8 +174,16 @@ class App:
             registry, self._events, upload_ttl_s=config.upload_ttl * 3600
         )
         self._resources.push_async_callback(housekeeping.stop)
-        housekeeping.start()
         engine = self._engine(base_folder, base, memory, registry, housekeeping)
+        await housekeeping.start(engine)
+        budgets = AdapterBudgets(
+            config.host_cache_bytes,
+            config.device_adapter_bytes,
+            memory,
+            engine=engine,
+            metrics=self._metrics,
+            plan=partial(replan, decoder, config, memory),
+        )
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
@@ -198,8 +208,13 @@ class App:
                 use,
                 Uploads(registry, on_published=self._events.published),
                 self._events,
+                budgets=budgets,
+                self_test=SelfTest(
+                    registry, engine, prompts, dtype=config.dtype, exact=config.exact
+                ),
+                keep_residents=housekeeping.keep_residents,
             ),
-            ServerService(config, base, registry, engine, self._metrics, memory),
+            ServerService(config, base, registry, engine, self._metrics, budgets),
         )
         _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)
@@ -246,9 +261,6 @@ class App:
         housekeeping: Housekeeping,
     ) -> EngineClient:
         config = self._config
-        self._metrics.set_budgets(
-            host=config.host_cache_bytes, device=config.device_adapter_bytes
-        )
         return self._make_engine(
             engine_config(config, folder, base, memory),
             max_queue=config.max_queue,

@@ -6,20 +6,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from veneer_registry.errors import AdapterCorrupt, VeneerError
 from veneer_registry.registry import Registry
+from veneer_registry.rows import ResidentRow
 
-from veneer_server.engine.client import EngineEvent
+from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import AdapterFailed
+from veneer_server.engine.residents import Resident
 from veneer_server.logs import get_logger
 from veneer_server.rpc.adapter_events import AdapterEvents
+from veneer_server.rpc.adapter_view import source_of
 from veneer_server.rpc.threads import to_the_end
 
 __all__ = ["Housekeeping"]
 
 _SWEEP_S: Final = 600.0
+_KEEP_S: Final = 5.0
 
 _log = get_logger(__name__)
 
@@ -30,6 +34,7 @@ class Housekeeping:
     Args:
         upload_ttl_s: seconds that what arrived of a broken upload is kept.
         sweep_s: seconds between two looks at what may be swept.
+        keep_s: seconds after which what is in memory is written down, if it has changed.
     """
 
     def __init__(
@@ -39,22 +44,32 @@ class Housekeeping:
         *,
         upload_ttl_s: float,
         sweep_s: float = _SWEEP_S,
+        keep_s: float = _KEEP_S,
     ) -> None:
         self._registry = registry
         self._events = events
         self._upload_ttl_s = upload_ttl_s
         self._sweep_s = sweep_s
+        self._keep_s = keep_s
+        self._engine: EngineClient | None = None
+        self._kept_version = 0
+        self._keeping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self) -> None:
-        """Begin; `stop` ends it."""
+    async def start(self, engine: EngineClient) -> None:
+        """Tell the engine what the last run had in memory, and begin; `stop` ends it."""
+        self._engine = engine
+        engine.expect_residents(await to_the_end(self._expected))
+        self._kept_version = engine.residents_version
         self._begin(self._sweep())
+        self._begin(self._keep())
 
     async def stop(self) -> None:
         """End, once what is under way is done."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.keep_residents()
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Listener for `EngineClient`: content that did not have its digest at load."""
@@ -89,3 +104,40 @@ class Housekeeping:
                 if self._registry.needs_sweep:
                     await to_the_end(self._registry.sweep)
             await asyncio.sleep(self._sweep_s)
+
+    # ------------------------------------------------------------ what is in memory
+
+    def _expected(self) -> list[Resident]:
+        """What was in memory at the end of the last run, of what still can be loaded."""
+        expected = []
+        for row in self._registry.residents():
+            records = self._registry.holding(row.weights)
+            usable = [r for r in records if r.quarantined is None and not r.foreign]
+            if not usable:
+                continue
+            tier, pin = _tier(row.tier), None if row.pin is None else _tier(row.pin)
+            expected.append(Resident(source_of(self._registry, usable[0]), tier, pin))
+        return expected
+
+    async def keep_residents(self) -> None:
+        """Write down what is in memory, if that has changed."""
+        async with self._keeping:
+            engine = self._engine
+            if engine is None or engine.residents_version == self._kept_version:
+                return
+            version, residents = engine.residents_version, engine.resident_set()
+            rows = [ResidentRow(r.source.weights_digest, r.tier, r.pin) for r in residents]
+            await to_the_end(lambda: self._registry.set_residents(rows))
+            self._kept_version = version
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._keep_s)
+            try:
+                await self.keep_residents()
+            except VeneerError as error:
+                _log.warning("what is in memory is not written down", reason=error.reason)
+
+
+def _tier(text: str) -> Literal["host", "device"]:
+    return "device" if text == "device" else "host"

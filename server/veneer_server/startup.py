@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
@@ -15,7 +16,7 @@ from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
 
-__all__ = ["engine_config", "fingerprint_of", "memory_for"]
+__all__ = ["engine_config", "fingerprint_of", "memory_for", "replan"]
 
 _log = get_logger(__name__)
 
@@ -42,6 +43,23 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
             available_mib=host.available >> 20,
         )
     return plan
+
+
+def replan(
+    decoder: DecoderConfig, config: ServerConfig, plan: MemoryPlan, host: int, device: int
+) -> MemoryPlan:
+    """The plan with other budgets for adapters; the KV cache stays as it is.
+
+    Raises:
+        MemoryTooSmall: they do not fit this machine.
+    """
+    changed = replace(
+        config,
+        host_cache_bytes=host,
+        device_adapter_bytes=device,
+        kv_cache_bytes=plan.kv_cache_bytes,
+    )
+    return plan_memory(decoder, changed, host_memory(), find_gpu(config.device))
 
 
 def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:

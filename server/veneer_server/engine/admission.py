@@ -49,8 +49,8 @@ class Admission:
             self._lacking = (digest, now)
 
     def resident(self, sequence: Sequence) -> bool:
-        """Its weights are where a step needs them."""
-        return sequence.digest is None or self._residency.tier(sequence.digest) == "device"
+        """Its weights are where a step needs them, and stay there."""
+        return sequence.digest is None or self._residency.ready(sequence.digest)
 
     def order(
         self,

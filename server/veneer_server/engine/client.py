@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
@@ -28,6 +28,7 @@ from veneer_server.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterSource,
+    BudgetsState,
     Cancel,
     Constraint,
     EngineConfig,
@@ -37,6 +38,7 @@ from veneer_server.engine.messages import (
     FromEngine,
     Occupancy,
     OperationDone,
+    Reference,
     Residency,
     SamplingParams,
     SequenceFailed,
@@ -45,9 +47,10 @@ from veneer_server.engine.messages import (
     Submit,
     ToEngine,
     Unpin,
+    UpdateBudgets,
     WireError,
 )
-from veneer_server.engine.residents import Residents
+from veneer_server.engine.residents import Resident, Residents
 from veneer_server.engine.streams import OutputStream
 from veneer_server.engine.supervisor import Supervisor
 
@@ -145,7 +148,7 @@ class EngineClient:
 
     def _up(self, info: EngineInfo) -> None:
         self.info = info
-        self._residents.restore()
+        self._residents.restore(info.adapter_itemsize)
 
     # ------------------------------------------------------------------ messages
 
@@ -159,6 +162,8 @@ class EngineClient:
                 if (stream := self._streams.get(message.sequence)) is not None:
                     stream.fail(_rebuild(message.error))
             case OperationDone():
+                if message.budgets is not None:
+                    self._take_budgets(message.budgets)  # whether or not one still waits
                 waiting = self._operations.pop(message.operation, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
@@ -305,6 +310,43 @@ class EngineClient:
         self._residents.unpinned(weights_digest)
         await self._operate(lambda number: Unpin(number, weights_digest))
 
+    async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
+        """Log-probability of each token after the first, computed by the engine apart from
+        what serves: in float32, one at a time and at low priority, from the base's weights
+        and the adapter's files, which the caller keeps there until this returns.
+
+        Raises:
+            AdapterCorrupt: the files do not have their digest any more.
+        """
+        done = await self._operate(lambda number: Reference(number, tokens, adapter))
+        assert done.logprobs is not None
+        return done.logprobs
+
+    async def update_budgets(
+        self, *, host_bytes: int | None, device_bytes: int | None
+    ) -> BudgetsState:
+        """Change the bytes that adapters may take in memory; None leaves a budget as it is.
+        An engine that is started later gets them too.
+
+        What is past a lower budget and not in use goes at once, the rest when the requests
+        that use it have ended. A waiting request whose adapter can never fit any more ends
+        with `AdapterBudgetExceeded`.
+
+        Raises:
+            AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
+        """
+        self._residents.check_budgets(host=host_bytes, device=device_bytes)
+        done = await self._operate(
+            lambda number: UpdateBudgets(number, host_bytes, device_bytes)
+        )
+        assert done.budgets is not None
+        return done.budgets
+
+    def _take_budgets(self, budgets: BudgetsState) -> None:
+        host, device = budgets.host_budget, budgets.device_budget
+        self._residents.set_budgets(host=host, device=device)
+        self._supervisor.reconfigure(host_adapter_bytes=host, device_adapter_bytes=device)
+
     async def _operate(self, build: Callable[[int], ToEngine]) -> OperationDone:
         self._check_ready()
         number = next(self._numbers)
@@ -322,6 +364,24 @@ class EngineClient:
     def tier(self, weights_digest: str) -> Residency | None:
         """Last known residency of an adapter, or None where it is on disk only."""
         return self._residents.tier(weights_digest)
+
+    def resident(self) -> list[str]:
+        """Weights digests of the adapters in memory, most recently used first."""
+        return self._residents.in_memory()
+
+    @property
+    def residents_version(self) -> int:
+        """Changes whenever `resident_set` gives other adapters, tiers or pins."""
+        return self._residents.version
+
+    def resident_set(self) -> tuple[Resident, ...]:
+        """Adapters in memory, or being brought back there, the most recently used first."""
+        return self._residents.snapshot()
+
+    def expect_residents(self, residents: Iterable[Resident]) -> None:
+        """Before `start`: the `resident_set` of the server's last run, which is brought
+        back like after a restart of the engine."""
+        self._residents.expect(residents)
 
     def _check_ready(self) -> None:
         if self._supervisor.connection is not None:

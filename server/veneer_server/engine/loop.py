@@ -29,6 +29,7 @@ from veneer_server.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
     AdapterSource,
+    BudgetsState,
     Cancel,
     Constraint,
     Evict,
@@ -38,6 +39,7 @@ from veneer_server.engine.messages import (
     OperationDone,
     Ping,
     Pong,
+    Reference,
     SequenceFailed,
     SequenceOutput,
     StepDone,
@@ -45,6 +47,7 @@ from veneer_server.engine.messages import (
     Submit,
     ToEngine,
     Unpin,
+    UpdateBudgets,
     WireError,
 )
 from veneer_server.engine.messages import Residency as ResidencyMessage
@@ -77,7 +80,7 @@ class Compiled:
     error: InvalidField | None
 
 
-Inbox = queue.SimpleQueue[ToEngine | Arrived | Compiled]
+Inbox = queue.SimpleQueue[ToEngine | Arrived | Compiled | OperationDone]
 
 
 class Runner(Protocol):
@@ -109,6 +112,9 @@ class AdapterMemory(Protocol):
         """Make a complete copy visible to the runner; on the loop's thread."""
 
     def drop(self, weights_digest: str, tier: str) -> None: ...
+
+    def reference(self, wanted: Reference) -> None:
+        """Have it computed; the `OperationDone` that answers it comes to the inbox."""
 
 
 def wire_error(error: VeneerError) -> WireError:
@@ -191,7 +197,7 @@ class StepLoop:
                 return False
             self._handle(message)
 
-    def _handle(self, message: ToEngine | Arrived | Compiled) -> None:
+    def _handle(self, message: ToEngine | Arrived | Compiled | OperationDone) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -214,6 +220,12 @@ class StepLoop:
                 self._residency.unpin(message.weights_digest)
                 self._changed[message.weights_digest] = None
                 self._outgoing.append(OperationDone(message.operation))
+            case UpdateBudgets():
+                self._update_budgets(message)
+            case Reference():
+                self._memory.reference(message)
+            case OperationDone():  # a worker's answer
+                self._outgoing.append(message)
             case Ping():
                 self._outgoing.append(Pong(message.number, self.steps))
             case Arrived():
@@ -322,6 +334,22 @@ class StepLoop:
         )
         self._outgoing.append(OperationDone(message.operation, done=done, freed_bytes=freed))
 
+    def _update_budgets(self, message: UpdateBudgets) -> None:
+        residency = self._residency
+        try:
+            residency.set_budgets(host=message.host_bytes, device=message.device_bytes)
+        except VeneerError as error:
+            self._outgoing.append(OperationDone(message.operation, wire_error(error)))
+            return
+        self._start_transfers()  # what is not in use goes before the answer says what is held
+        budgets = BudgetsState(
+            host_budget=residency.budget("host"),
+            device_budget=residency.budget("device"),
+            host_bytes=residency.bytes_in("host"),
+            device_bytes=residency.bytes_in("device"),
+        )
+        self._outgoing.append(OperationDone(message.operation, budgets=budgets))
+
     # ------------------------------------------------------------------ adapters
 
     def _start_transfers(self) -> None:
@@ -329,8 +357,8 @@ class StepLoop:
         self._carry_out(actions)
         for digest in impossible:
             error = AdapterBudgetExceeded(
-                "pinned adapters leave no room for this one; evict one with unpin, or start "
-                "the server with larger adapter budgets"
+                "pinned adapters, or budgets that were lowered, leave no room for this one; "
+                "evict one with unpin, or raise the adapter budgets"
             )
             self._fail_adapter(digest, error)
 
@@ -355,10 +383,11 @@ class StepLoop:
             self._fail_adapter(digest, message.error)
             return
         self._memory.admit(message)
+        took = sum(message.stages.values())
         if message.tier == "host":
-            self._residency.loaded(digest)
+            self._residency.loaded(digest, took)
         else:
-            self._residency.moved(digest)
+            self._residency.moved(digest, took)
         self._outgoing.append(
             AdapterLoaded(digest, "disk" if message.tier == "host" else "host", message.stages)
         )
@@ -457,6 +486,7 @@ class StepLoop:
             queue_seconds=max(0.0, wait - sequence.load_seconds) if update.first else 0.0,
             finish=update.finish.value if update.finish else None,
             cached_tokens=sequence.cached_tokens if update.first else 0,
+            step=self.steps if update.first else 0,
         )
 
     def _flush(self) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "AdapterFailed",
     "AdapterLoaded",
     "AdapterSource",
+    "BudgetsState",
     "Cancel",
     "Constraint",
     "EngineConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "OperationDone",
     "Ping",
     "Pong",
+    "Reference",
     "Residency",
     "SamplingParams",
     "SequenceFailed",
@@ -40,6 +42,7 @@ __all__ = [
     "ToEngine",
     "Tops",
     "Unpin",
+    "UpdateBudgets",
     "WireError",
     "decode_from_engine",
     "decode_to_engine",
@@ -260,6 +263,32 @@ class Unpin(Message, frozen=True):
     weights_digest: str
 
 
+class UpdateBudgets(Message, frozen=True):
+    """Change the bytes that adapters may take; answered by `OperationDone`.
+
+    None leaves a budget as it is. What is past a lower one and not in use goes at once, the
+    rest when what uses it has ended. Refused where pinned adapters alone take more.
+    """
+
+    operation: int
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+class Reference(Message, frozen=True):
+    """Compute a prompt's log-probabilities apart from the serving path; answered by
+    `OperationDone`.
+
+    Attributes:
+        tokens: at least one; each after the first gets its log-probability.
+        adapter: read from its files, whether it is resident or not. None: the base alone.
+    """
+
+    operation: int
+    tokens: list[int]
+    adapter: AdapterSource | None = None
+
+
 class Ping(Message, frozen=True):
     """Answered by the step loop itself, so an answer proves that it advances."""
 
@@ -270,7 +299,7 @@ class Stop(Message, frozen=True):
     """End the engine process; the front has drained it."""
 
 
-ToEngine = Submit | Cancel | Activate | Evict | Unpin | Ping | Stop
+ToEngine = Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Reference | Ping | Stop
 
 
 # ------------------------------------------------------------ engine to front
@@ -301,6 +330,7 @@ class SequenceOutput(Message, frozen=True):
             log-probabilities, likeliest first, if asked for.
         prompt_top_logprobs: the same for `prompt_logprobs`.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
+        step: number of the step that gave it (see `StepDone`); first output only.
     """
 
     sequence: int
@@ -314,6 +344,7 @@ class SequenceOutput(Message, frozen=True):
     top_logprobs: list[Tops] | None = None
     prompt_top_logprobs: list[Tops] | None = None
     cached_tokens: int = 0
+    step: int = 0
 
 
 class SequenceFailed(Message, frozen=True):
@@ -395,13 +426,14 @@ class AdapterLoaded(Message, frozen=True):
     stages: dict[str, float]
 
 
-EvictionCause = Literal["capacity", "admin", "abort"]
+EvictionCause = Literal["capacity", "budget", "admin", "abort"]
 
 
 class Evicted(Message, frozen=True):
     """An adapter left a tier; for metrics.
 
-    ``cause``: ``capacity`` (room for another), ``admin``, or ``abort``.
+    ``cause``: ``capacity`` (room for another), ``budget`` (it was lowered), ``admin``,
+    or ``abort``.
     """
 
     weights_digest: str
@@ -416,16 +448,31 @@ class AdapterFailed(Message, frozen=True):
     error: WireError
 
 
-class OperationDone(Message, frozen=True):
-    """Answer to `Activate`, `Evict` or `Unpin`.
+class BudgetsState(Message, frozen=True):
+    """The budgets of adapters and what is taken of them now, in bytes.
 
-    ``done`` is False where a drain still waits for running sequences.
+    More may be taken than the budget while running sequences use what must go.
+    """
+
+    host_budget: int
+    device_budget: int
+    host_bytes: int
+    device_bytes: int
+
+
+class OperationDone(Message, frozen=True):
+    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets` or `Reference`.
+
+    ``done`` is False where a drain still waits for running sequences; ``budgets`` is the
+    answer to `UpdateBudgets`, ``logprobs`` that to `Reference`.
     """
 
     operation: int
     error: WireError | None = None
     done: bool = True
     freed_bytes: int = 0
+    budgets: BudgetsState | None = None
+    logprobs: list[float] | None = None
 
 
 class Pong(Message, frozen=True):

@@ -18,64 +18,74 @@ copy keeps that in HOST, and room in HOST is made by dropping both. HOST then co
 each byte that is really held, once, and may take the larger of the two budgets, which
 is what the memory plan counts.
 
-Wants are served in the order given (the arrival order of waiting sequences):
-what an earlier want needs is never evicted for a later one, so two adapters
-cannot push each other out for ever. Behind a want that finds no room nothing is
-evicted, but what is free may be taken; once it has waited too long (`Admission` says
-when), only where it is not what that one lacks.
+What waits is brought in order of arrival, see `planner`; what goes for it, see `eviction`.
+A budget that is lowered while its room is taken is reached when holds end: what is not in
+use goes at once, and of what is as much as is too much takes no further sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Final, Literal
 
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 
-from veneer_server.engine.messages import AdapterSource, TierName
-from veneer_server.engine.tiers import (
-    TIERS,
-    Action,
-    Cause,
-    Drop,
-    Entry,
-    Load,
-    MemoryTier,
-    MoveToDevice,
-    Plan,
-    Presence,
-)
+from veneer_server.engine.copies import FLAG, Copies
+from veneer_server.engine.eviction import EvictionOrder
+from veneer_server.engine.messages import AdapterSource, EvictionCause, TierName
+from veneer_server.engine.planner import Planner, Wants, shrink
+from veneer_server.engine.tiers import TIERS, Action, Drop, Entry, MemoryTier, Plan, Presence
 
 __all__ = ["Residency"]
 
+_MOST_OPERATORS: Final = 64
+"""Activations that are planned at once; more wait their turn, so that a step does too."""
 
-@dataclass(slots=True)
+
 class Residency:
     """The state machine.
 
-    Attributes:
+    Args:
+        host_budget, device_budget: bytes.
         itemsize: bytes of one resident number.
         shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
+        most_loads: loads from disk under way at once, at most.
+        order: who is evicted first, for one tier.
     """
 
-    host_budget: int
-    device_budget: int
-    itemsize: int
-    shared: bool = False
-    _entries: dict[str, Entry] = field(default_factory=dict)
-    _operator_wants: dict[str, None] = field(default_factory=dict)
-    _clock: int = 0
+    def __init__(
+        self,
+        host_budget: int,
+        device_budget: int,
+        itemsize: int,
+        *,
+        shared: bool = False,
+        most_loads: int = 4,
+        order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
+    ) -> None:
+        budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
+        self._copies = Copies(budgets, shared=shared, order=order)
+        self._entries = self._copies.entries
+        self._itemsize = itemsize
+        self._shared = shared
+        self._most_loads = most_loads
+        self._operator_wants: dict[str, None] = {}
+        self._shrinking = False
 
     # ------------------------------------------------------------- inspection
 
+    def budget(self, tier: MemoryTier) -> int:
+        """Bytes, as set: what is planned for, whatever is held now."""
+        return self._copies.budgets[tier]
+
     def bytes_in(self, tier: MemoryTier) -> int:
         """Bytes in use or reserved in a tier."""
-        return sum(e.bytes for e in self._entries.values() if e.at(tier) is not Presence.ABSENT)
+        return self._copies.bytes_in(tier)
 
     def count_in(self, tier: MemoryTier) -> int:
         """Adapters that are complete in a tier."""
-        return sum(e.at(tier) is Presence.THERE for e in self._entries.values())
+        return self._copies.count_in(tier)
 
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
@@ -85,6 +95,11 @@ class Residency:
         if entry.device is Presence.THERE:
             return "device"
         return "host" if entry.host is Presence.THERE else "disk"
+
+    def ready(self, digest: str) -> bool:
+        """A sequence may take hold of it now."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.device is Presence.THERE and not entry.leaving
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """To that tier, or to any."""
@@ -103,12 +118,11 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
-        entry = self._find_or_make(source)
-        self._entries[source.weights_digest] = entry
-        found = self.tier(source.weights_digest)
-        entry.leases += 1
+        entry = self._copies.find_or_make(source, self._itemsize)
+        self._entries[entry.digest] = entry
+        found = self.tier(entry.digest)
         entry.draining = False
-        self._touch(entry)
+        self._copies.request(entry)
         return found
 
     def release(self, digest: str) -> list[Action]:
@@ -116,19 +130,21 @@ class Residency:
         entry = self._entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
-        self._touch(entry)
+        self._copies.touch(entry)
+        if not entry.leases:
+            self._copies.rest(entry)
         if entry.draining:
             return self.settle(digest)
-        self._forget_if_idle(digest)
+        self._copies.forget_if_idle(entry)
         return []
 
     def try_hold(self, digest: str) -> bool:
         """Grip the DEVICE copy for a sequence that is about to be scheduled."""
-        entry = self._entries[digest]
-        if entry.device is not Presence.THERE:
+        if not self.ready(digest):
             return False
+        entry = self._entries[digest]
         entry.holds += 1
-        self._touch(entry)
+        self._copies.touch(entry)
         return True
 
     def unhold(self, digest: str) -> None:
@@ -138,98 +154,66 @@ class Residency:
 
     # ------------------------------------------------------------------ planning
 
-    def plan(self, wants: Sequence[str], overdue: str | None = None) -> Plan:
+    def plan(
+        self, wants: Sequence[str], overdue: str | None = None, near: int | None = None
+    ) -> Plan:
         """What to start now so that the wanted adapters become resident.
 
         Args:
             wants: digests of waiting sequences, oldest first, without repeats.
             overdue: the want that was `Plan.blocked` for too long, if any.
+            near: how many of the wants may be in use at the same time; all if None.
         """
-        if not wants and not self._operator_wants:
+        if not wants and not self._operator_wants and not self._shrinking:
             return Plan()
-        actions: list[Action] = []
-        protected: set[str] = set()
-        impossible: list[str] = []
-        blocked: str | None = None
-        left: dict[MemoryTier, int] = {}
-        for digest in dict.fromkeys([*self._operator_wants, *wants]):
-            entry = self._entries[digest]
-            target = self._next_tier(entry)
-            if target is None:
-                protected.add(digest)
-            elif blocked is not None:
-                if entry.bytes <= left[target]:
-                    left[target] -= entry.bytes
-                    actions.append(self._bring(entry, target))
-            elif (room := self._make_room(target, entry, protected)) is not None:
-                actions += [*room, self._bring(entry, target)]
-                protected.add(digest)
-            elif self._pins_forbid(target, entry):
-                impossible.append(digest)
-            else:
-                blocked = digest
-                left = self._left_for_younger(target, digest == overdue)
-        return Plan(tuple(actions), blocked, tuple(impossible))
+        entries = self._entries
+        waiting = tuple(entries[digest] for digest in wants)
+        drops = self._shrink(waiting)
+        operators = islice(self._operator_wants, _MOST_OPERATORS)
+        planner = Planner(
+            self._copies,
+            Wants(
+                operators=tuple(entries[digest] for digest in operators),
+                waiting=waiting,
+                near=len(waiting) if near is None else near,
+                overdue=overdue,
+                loads=self._most_loads,
+            ),
+        )
+        plan = planner.plan()
+        if not drops:
+            return plan
+        return Plan((*drops, *plan.actions), plan.blocked, plan.impossible)
 
-    def _left_for_younger(self, lacking: MemoryTier, overdue: bool) -> dict[MemoryTier, int]:
-        """Free bytes that wants behind a blocked one may take. An adapter that comes to
-        DEVICE keeps room taken in both tiers for as long as its sequences run, one that
-        stays in HOST takes none from DEVICE."""
-        left = {tier: self._budget(tier) - self.bytes_in(tier) for tier in TIERS}
-        if overdue:
-            left["device"] = 0
-            if lacking == "host":
-                left["host"] = 0
-        return left
-
-    def _bring(self, entry: Entry, target: MemoryTier) -> Action:
-        if target == "host":
-            entry.host = Presence.COMING
-            return Load(entry.source)
-        entry.device = Presence.COMING
-        return MoveToDevice(entry.source.weights_digest)
-
-    def _next_tier(self, entry: Entry) -> MemoryTier | None:
-        """The tier to bring a wanted adapter to now, or None if it is there or moving."""
-        if Presence.COMING in (entry.host, entry.device):
-            return None
-        if entry.host is Presence.ABSENT:
-            # A pin to HOST wants its copy also where there is one in DEVICE, which may go.
-            wanted = entry.device is Presence.ABSENT or entry.wanted == "host"
-            return "host" if wanted else None
-        if entry.device is Presence.THERE:
-            return None
-        only_host = entry.wanted == "host" and not entry.leases
-        return None if only_host else "device"
-
-    def loaded(self, digest: str) -> None:
-        """The HOST copy is complete."""
+    def loaded(self, digest: str, seconds: float = 0.0) -> None:
+        """The HOST copy is complete; reading it took ``seconds``, if measured."""
         entry = self._entries[digest]
-        entry.host = Presence.THERE
+        self._copies.cost.observe("host", entry.bytes, seconds)
+        self._copies.place(entry, "host", Presence.THERE)
         if entry.wanted == "host":
             self._unwant(digest)
-        self._touch(entry)
+        self._copies.touch(entry)
 
-    def moved(self, digest: str) -> None:
-        """The DEVICE copy is complete."""
+    def moved(self, digest: str, seconds: float = 0.0) -> None:
+        """The DEVICE copy is complete; copying it took ``seconds``, if measured."""
         entry = self._entries[digest]
-        entry.device = Presence.THERE
+        self._copies.cost.observe("device", entry.bytes, seconds)
+        self._copies.place(entry, "device", Presence.THERE)
         self._unwant(digest)
-        self._touch(entry)
+        self._copies.touch(entry)
 
     def failed(self, digest: str) -> None:
         """A load or move failed, or can never begin: a pin that it was for is void."""
         entry = self._entries.get(digest)
         if entry is None:
             return  # it was forgotten with its last sequence, which failed first
-        if entry.host is Presence.COMING:
-            entry.host = Presence.ABSENT
-        if entry.device is Presence.COMING:
-            entry.device = Presence.ABSENT
+        for tier in TIERS:
+            if entry.at(tier) is Presence.COMING:
+                self._copies.place(entry, tier, Presence.ABSENT)
         if entry.pinned is not None and entry.at(entry.pinned) is not Presence.THERE:
-            entry.pinned = None
+            self._copies.pin(entry, None)
         self._unwant(digest)
-        self._forget_if_idle(digest)
+        self._copies.forget_if_idle(entry)
 
     # ------------------------------------------------------------ operator calls
 
@@ -240,11 +224,11 @@ class Residency:
             AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
                 Nothing has changed.
         """
-        entry = self._find_or_make(source)
+        entry = self._copies.find_or_make(source, self._itemsize)
         if pin:
             self._check_pin_fits(entry, tier)
-            entry.pinned = tier
-        self._entries[source.weights_digest] = entry
+            self._copies.pin(entry, tier)
+        self._entries[entry.digest] = entry
         entry.draining = False
         there = entry.at(tier) is Presence.THERE
         if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
@@ -252,8 +236,8 @@ class Residency:
         if not there:
             if entry.wanted != "device":  # what an earlier call asked for still counts
                 entry.wanted = tier
-            self._operator_wants[source.weights_digest] = None
-        self._touch(entry)
+            self._operator_wants[entry.digest] = None
+        self._copies.expect(entry, tier)
         return there
 
     def evict(
@@ -280,21 +264,21 @@ class Residency:
                 "or evict with mode DRAIN or ABORT",
                 metadata={"leases": str(entry.leases)},
             )
-        entry.pinned = None
+        self._copies.pin(entry, None)
         self._unwant(digest)
         if entry.leases or Presence.COMING in (entry.host, entry.device):
             entry.draining = True
             return False, 0, []
-        actions = self._drop_both(digest, "abort" if mode == "abort" else "admin")
-        copies = min(1, len(actions)) if self.shared else len(actions)
+        actions = self._drop_both(entry, "abort" if mode == "abort" else "admin")
+        copies = min(1, len(actions)) if self._shared else len(actions)
         return True, copies * entry.bytes, actions
 
     def unpin(self, digest: str) -> None:
         """Remove the operator's flag, if set; the adapter stays until room is needed."""
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.pinned = None
-            self._forget_if_idle(digest)
+            self._copies.pin(entry, None)
+            self._copies.forget_if_idle(entry)
 
     def settle(self, digest: str) -> list[Action]:
         """Finish a draining eviction if nothing uses or moves the adapter any more."""
@@ -303,145 +287,70 @@ class Residency:
             return []
         if Presence.COMING in (entry.host, entry.device):
             return []
-        return self._drop_both(digest, "admin")
+        return self._drop_both(entry, "admin")
+
+    # -------------------------------------------------------------------- budgets
+
+    def set_budgets(self, *, host: int | None, device: int | None) -> None:
+        """Change budgets, in bytes; None leaves one as it is. The next `plan` drops what is
+        past them and not in use, and later ones the rest, when it is not any more.
+
+        Raises:
+            AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
+        """
+        copies, before = self._copies, dict(self._copies.budgets)
+        copies.budgets["host"] = before["host"] if host is None else host
+        copies.budgets["device"] = before["device"] if device is None else device
+        for tier in TIERS:
+            pinned = copies.pinned_bytes(tier)
+            if pinned > copies.budget(tier):
+                refused = copies.budget(tier)
+                copies.budgets.update(before)
+                raise AdapterBudgetExceeded(
+                    f"a {tier} budget of {refused} bytes is less than pinned adapters take "
+                    f"there ({pinned}): unpin some, or choose a larger one",
+                    metadata={"budget": str(refused), "pinned": str(pinned), "tier": tier},
+                )
+        copies.lower_ceilings()
+        self._shrinking = True
+
+    def _shrink(self, waiting: tuple[Entry, ...]) -> list[Drop]:
+        if not self._shrinking:
+            return []
+        drops = shrink(self._copies, waiting)
+        self._shrinking = any(self._copies.excess(tier) for tier in TIERS)
+        return drops
 
     # ------------------------------------------------------------------ internals
-
-    def _find_or_make(self, source: AdapterSource) -> Entry:
-        """Its entry, or one that the caller may put among the others."""
-        entry = self._entries.get(source.weights_digest)
-        if entry is not None:
-            return entry
-        size = source.parameters * self.itemsize
-        for tier in TIERS:
-            budget = self._budget(tier)
-            if size > budget:
-                raise AdapterBudgetExceeded(
-                    f"adapter {source.name} takes {size} bytes but the {tier} budget is "
-                    f"{budget}; start the server with a larger --{_FLAG[tier]}",
-                    metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
-                )
-        return Entry(source, size)
 
     def _unwant(self, digest: str) -> None:
         self._entries[digest].wanted = None
         self._operator_wants.pop(digest, None)
 
-    def _touch(self, entry: Entry) -> None:
-        self._clock += 1
-        entry.used = self._clock
-
-    def _make_room(
-        self, tier: MemoryTier, entry: Entry, protected: set[str]
-    ) -> list[Drop] | None:
-        """Drops that free enough of a tier, already applied; None if impossible now."""
-        missing = self.bytes_in(tier) + entry.bytes - self._budget(tier)
-        if missing <= 0:
-            return []
-        drops: list[Drop] = []
-        by_use = sorted(self._entries.items(), key=lambda it: (it[1].leases > 0, it[1].used))
-        for digest, victim in by_use:
-            if missing <= 0:
-                break
-            if victim is entry or digest in protected or not self._evictable(victim, tier):
-                continue
-            if self.shared and tier == "host" and victim.device is Presence.THERE:
-                drops.append(Drop(digest, "device", "capacity"))
-            drops.append(Drop(digest, tier, "capacity"))
-            missing -= victim.bytes
-        if missing > 0:
-            return None
-        self._apply(drops)
+    def _drop_both(self, entry: Entry, cause: EvictionCause) -> list[Action]:
+        entry.draining = False
+        drops: list[Action] = []
+        for tier in TIERS:
+            if entry.at(tier) is Presence.THERE:
+                drops += self._copies.drop(entry, tier, cause)
+        self._copies.forget_if_idle(entry)
         return drops
 
-    def _evictable(self, entry: Entry, tier: MemoryTier) -> bool:
-        """See the module. That someone wants it is no matter here: what an earlier want
-        needs is protected, and a later one must not stand in its way."""
-        if entry.at(tier) is not Presence.THERE or self._pin_keeps(entry, tier):
-            return False
-        if tier == "host" and entry.device is Presence.COMING:
-            return False
-        return entry.holds == 0 or (tier == "host" and not self.shared)
-
-    def _pin_keeps(self, entry: Entry, tier: MemoryTier) -> bool:
-        """A pin forbids to evict the copy in this tier."""
-        if entry.pinned is None:
-            return False
-        return entry.pinned == tier or (self.shared and tier == "host")
-
-    def _pins_forbid(self, tier: MemoryTier, entry: Entry) -> bool:
-        pinned = sum(
-            e.bytes
-            for e in self._entries.values()
-            if e is not entry and self._pin_keeps(e, tier) and e.at(tier) is not Presence.ABSENT
-        )
-        return pinned + entry.bytes > self._budget(tier)
-
-    def _budget(self, tier: MemoryTier) -> int:
-        if tier == "device":
-            return self.device_budget
-        return max(self.host_budget, self.device_budget) if self.shared else self.host_budget
-
-    def _drop_both(self, digest: str, cause: Cause) -> list[Action]:
-        entry = self._entries[digest]
-        entry.draining = False
-        drops = [Drop(digest, t, cause) for t in TIERS if entry.at(t) is Presence.THERE]
-        self._apply(drops)
-        self._forget_if_idle(digest)
-        return list(drops)
-
-    def _apply(self, drops: Iterable[Drop]) -> None:
-        for drop in drops:
-            entry = self._entries[drop.weights_digest]
-            if drop.tier == "device":
-                assert entry.holds == 0, "a held adapter was evicted"
-                entry.device = Presence.ABSENT
-            else:
-                entry.host = Presence.ABSENT
-            self._forget_if_idle(drop.weights_digest)
-
-    def _forget_if_idle(self, digest: str) -> None:
-        entry = self._entries.get(digest)
-        if entry is None:
-            return
-        idle = entry.host is Presence.ABSENT and entry.device is Presence.ABSENT
-        if idle and not entry.leases and entry.wanted is None:
-            del self._entries[digest]
-
     def _check_pin_fits(self, entry: Entry, tier: MemoryTier) -> None:
-        for kept in TIERS if self.shared and tier == "device" else (tier,):
-            others = sum(
-                e.bytes
-                for e in self._entries.values()
-                if e is not entry and self._pin_keeps(e, kept)
-            )
-            if others + entry.bytes > self._budget(kept):
+        for kept in TIERS if self._shared and tier == "device" else (tier,):
+            others = self._copies.pinned_bytes(kept, beside=entry)
+            budget = self._copies.budget(kept)
+            if others + entry.bytes > budget:
                 raise AdapterBudgetExceeded(
                     f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
-                    f"adapters past the {kept} budget of {self._budget(kept)}; unpin another "
-                    f"one or start the server with a larger --{_FLAG[kept]}",
+                    f"adapters past the {kept} budget of {budget}; unpin another one, or "
+                    f"raise the budget (--{FLAG[kept]} at start)",
                     metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": kept},
                 )
 
     def check_integrity(self, held: Iterable[str], leased: Iterable[str]) -> None:
-        """Holds and leases equal the sequences that claim them; budgets are kept."""
-        holds, leases = _count(held), _count(leased)
-        for digest, entry in self._entries.items():
-            assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
-            assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
-            if self.shared and entry.device is not Presence.ABSENT:
-                assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
-        assert not holds, "a hold on an unknown adapter"
-        assert not leases, "a lease on an unknown adapter"
-        for tier in TIERS:
-            assert self.bytes_in(tier) <= self._budget(tier), f"past the {tier} budget"
-
-
-_FLAG = {"device": "device-adapter-bytes", "host": "host-cache-bytes"}
-
-
-def _count(digests: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for digest in digests:
-        counts[digest] = counts.get(digest, 0) + 1
-    return counts
+        """Holds and leases equal the sequences that claim them; budgets are kept, and what
+        is past one that was lowered only becomes less."""
+        self._copies.check_integrity(held, leased)
+        for digest in self._operator_wants:
+            assert self._entries[digest].wanted is not None, f"{digest[:12]} is not wanted"

@@ -1,25 +1,30 @@
 """What the engine holds in memory, kept in the front so that a new process gets it back.
 
-After a restart the adapters are activated again in the background: pins first, then
-the most recently used, one at a time, within the budgets, and only while no request
-waits for an adapter of its own.
+After a restart of the engine, or of the server where it was told what to `expect`, the
+adapters are activated again in the background: pins first, then the most recently used,
+one at a time, within the budgets, and only while no request waits for an adapter of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
-from veneer_registry.errors import AdapterPinned, EngineFailed, VeneerError
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterPinned,
+    EngineFailed,
+    VeneerError,
+)
 
 from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
 
-__all__ = ["Lost", "Residents"]
+__all__ = ["Lost", "Resident", "Residents"]
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +37,22 @@ _MOST_KNOWN: Final = 4096
 """Adapters whose source is remembered; beyond it those not in memory are forgotten."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """An adapter in memory, as it is written down for the next start of the server.
+
+    Attributes:
+        tier: nearest tier that holds it.
+        pin: the tier that an operator pinned it to, if any.
+    """
+
+    source: AdapterSource
+    tier: MemoryTier
+    pin: MemoryTier | None
+
+
 @dataclass(slots=True)
-class _Resident:
+class _Known:
     source: AdapterSource
     now: Residency | None = None
     """As the engine last said; None where it holds nothing of it."""
@@ -53,7 +72,6 @@ class Lost:
     source: AdapterSource
     tier: MemoryTier
     pin: MemoryTier | None
-    bytes: int
     tries: int = 0
 
 
@@ -65,6 +83,10 @@ class Residents:
         activate: brings an adapter to a tier and pins it if told to.
         hold: keeps an adapter's files while they are read; raises `VeneerError` where
             the adapter is gone.
+
+    Attributes:
+        version: greater whenever `snapshot` gives other adapters, tiers or pins than
+            before; their order alone is no change.
     """
 
     def __init__(
@@ -72,9 +94,12 @@ class Residents:
     ) -> None:
         self._budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
         self._used: dict[MemoryTier, int] = {"host": 0, "device": 0}
+        self.version = 0
+        self._itemsize = 0
+        """Bytes of one resident number; 0 before the first engine."""
         self._activate = activate
         self._hold = hold
-        self._known: dict[str, _Resident] = {}
+        self._known: dict[str, _Known] = {}
         """By digest, least recently used first."""
         self._lost: dict[str, Lost] = {}
         """Not restored yet, in the order to restore them."""
@@ -87,11 +112,14 @@ class Residents:
     def used(self, source: AdapterSource) -> None:
         """A request wants this adapter now."""
         digest = source.weights_digest
-        known = self._known.pop(digest, None) or _Resident(source)
+        known = self._known.pop(digest, None) or _Known(source)
         known.source = source
         self._known[digest] = known
         if len(self._known) > _MOST_KNOWN:
-            idle = next((d for d, k in self._known.items() if k.now is None), digest)
+            idle = next(
+                (d for d, k in self._known.items() if k.now is None and d not in self._lost),
+                digest,
+            )
             if idle != digest:
                 del self._known[idle]
 
@@ -99,11 +127,13 @@ class Residents:
         """An operator's pin was set."""
         self.used(source)
         self._known[source.weights_digest].pin = tier
+        self.version += 1
 
     def unpinned(self, weights_digest: str) -> None:
         """An operator's pin was removed, maybe before it could be restored."""
         if (lost := self._lost.get(weights_digest)) is not None:
-            lost.pin = None
+            lost.pin = self._known[weights_digest].pin = None
+            self.version += 1
 
     @contextmanager
     def giving_up(self, weights_digest: str, *, unpin: bool) -> Iterator[None]:
@@ -122,12 +152,14 @@ class Residents:
                 f"adapter {lost.source.name} is pinned; evict it with unpin set"
             )
         del self._lost[weights_digest]
+        self.version += 1
         try:
             yield
         except VeneerError:
             self._lost[weights_digest] = lost
+            self.version += 1
             if self._task is not None and self._task.done():
-                self.restore()
+                self.restore(self._itemsize)
             raise
 
     def tier(self, weights_digest: str) -> Residency | None:
@@ -135,16 +167,27 @@ class Residents:
         known = self._known.get(weights_digest)
         return None if known is None else known.now
 
+    def in_memory(self) -> list[str]:
+        """Weights digests of what some memory tier holds, most recently used first."""
+        return [
+            digest
+            for digest, known in reversed(self._known.items())
+            if known.now is not None and known.now.tier != "disk"
+        ]
+
     def update(self, event: Residency) -> None:
         """The engine has told of a change."""
         self._used = {"host": event.host_bytes, "device": event.device_bytes}
         known = self._known.get(event.weights_digest)
         if known is None:
             return
+        before = None if known.now is None else (known.now.tier, known.now.pinned)
         gone = event.tier == "disk" and not event.pinned
         known.now = None if gone else event
         if not event.pinned:
             known.pin = None
+        if before != (None if gone else (event.tier, event.pinned)):
+            self.version += 1
 
     def occupancy(self, event: Occupancy) -> None:
         """The engine has told how many requests wait for an adapter."""
@@ -153,7 +196,60 @@ class Residents:
         else:
             self._calm.set()
 
+    # ------------------------------------------------------------------------ budgets
+
+    def check_budgets(self, *, host: int | None, device: int | None) -> None:
+        """Before budgets are changed while pins are not back yet, of which the engine does
+        not know.
+
+        Raises:
+            AdapterBudgetExceeded: they, and those that are back, would not fit.
+        """
+        if not any(lost.pin for lost in self._lost.values()):
+            return
+        wanted: dict[MemoryTier, int | None] = {"host": host, "device": device}
+        for tier, budget in wanted.items():
+            pinned = sum(self._bytes(r.source) for r in self.snapshot() if r.pin == tier)
+            if budget is not None and pinned > budget:
+                raise AdapterBudgetExceeded(
+                    f"a {tier} budget of {budget} bytes is less than pinned adapters take "
+                    f"there ({pinned}), some of which are still being brought back: unpin "
+                    "some, or choose a larger one",
+                    metadata={"budget": str(budget), "pinned": str(pinned), "tier": tier},
+                )
+
+    def set_budgets(self, *, host: int, device: int) -> None:
+        """The engine's budgets are other ones now."""
+        self._budgets = {"host": host, "device": device}
+
+    def _bytes(self, source: AdapterSource) -> int:
+        return source.parameters * self._itemsize
+
     # ------------------------------------------------------------------------ restart
+
+    def snapshot(self) -> tuple[Resident, ...]:
+        """What is in memory or being brought back, the most recently used first."""
+        found = []
+        for digest, known in reversed(self._known.items()):
+            lost = self._lost.get(digest)
+            if known.now is not None:
+                tier: MemoryTier = "device" if known.now.tier == "device" else "host"
+                pin = known.pin if lost is None else lost.pin or known.pin
+                found.append(Resident(known.source, tier, pin))
+            elif lost is not None:
+                found.append(Resident(lost.source, lost.tier, lost.pin))
+        return tuple(found)
+
+    def expect(self, residents: Iterable[Resident]) -> None:
+        """Before the first engine is up: what the server held when it ended, the most
+        recently used first, as `snapshot` gave it."""
+        expected = list(residents)
+        for resident in reversed(expected):
+            self.used(resident.source)
+            self._known[resident.source.weights_digest].pin = resident.pin
+        for resident in sorted(expected, key=lambda r: r.pin is None):
+            lost = Lost(resident.source, resident.tier, resident.pin)
+            self._lost[resident.source.weights_digest] = lost
 
     def lose(self) -> list[Residency]:
         """The engine has died. Returns the change of each adapter that it held."""
@@ -167,7 +263,8 @@ class Residents:
             if known.now is not None:
                 tier: MemoryTier = "device" if known.now.tier == "device" else "host"
                 tries = 0 if entry is None else entry.tries
-                entry = Lost(known.source, tier, known.pin, known.now.bytes, tries)
+                pin = known.pin if entry is None else entry.pin or known.pin
+                entry = Lost(known.source, tier, pin, tries)
                 changes.append(_gone(known.now))
                 known.now = None
             if entry is not None:
@@ -178,8 +275,13 @@ class Residents:
         self._calm.set()
         return changes
 
-    def restore(self) -> None:
-        """A new engine is up: begin to bring back what the last one held."""
+    def restore(self, itemsize: int) -> None:
+        """A new engine is up: begin to bring back what the last one held.
+
+        Args:
+            itemsize: bytes that one number of a resident adapter takes in it.
+        """
+        self._itemsize = itemsize
         if self._lost:
             self._task = asyncio.create_task(self._restore(), name="restore-adapters")
 
@@ -200,7 +302,8 @@ class Residents:
                 return  # `lose` keeps what is left for the next engine
             except VeneerError as error:
                 log.warning("adapter %s is not restored: %s", lost.source.name, error)
-            self._lost.pop(digest, None)
+            if self._lost.pop(digest, None) is not None:
+                self.version += 1
         log.info("%d of %d adapters are back in memory", restored, wanted)
 
     def _wants(self, lost: Lost) -> bool:
@@ -218,7 +321,7 @@ class Residents:
         if now is not None and (now.tier == "device" or lost.tier == "host"):
             return False
         return all(
-            self._used[tier] + lost.bytes <= self._budgets[tier]
+            self._used[tier] + self._bytes(lost.source) <= self._budgets[tier]
             for tier in self._budgets
             if tier == "host" or lost.tier == "device"
         )
@@ -227,8 +330,8 @@ class Residents:
         if lost.pin is not None:
             await self._activate(lost.source, lost.pin, True)
             self._known[lost.source.weights_digest].pin = lost.pin
-        if lost.tier == "device" and lost.pin != "device":
-            await self._activate(lost.source, "device", False)
+        if lost.pin is None or (lost.pin, lost.tier) == ("host", "device"):
+            await self._activate(lost.source, lost.tier, False)
 
 
 def _gone(residency: Residency) -> Residency:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from veneer_server.engine.admission import Admission
 from veneer_server.engine.block_manager import BlockManager
@@ -200,7 +201,9 @@ class Scheduler:
         """Loads, moves and drops to start for the waiting sequences, and the
         adapters that pins leave no room for (their sequences must be failed)."""
         wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
-        plan = self.residency.plan(list(wanted), self._admission.lacking_too_long(now))
+        first = islice(self._waiting, self.limits.max_running)
+        near = len({s.digest for s in first if s.digest is not None})
+        plan = self.residency.plan(list(wanted), self._admission.lacking_too_long(now), near)
         self._admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
 

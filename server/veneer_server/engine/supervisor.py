@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
 from veneer_registry.errors import EngineFailed, VeneerError
 
 from veneer_server.engine.connection import Connection
@@ -99,6 +100,10 @@ class Supervisor:
             await asyncio.wait([self._task])
         _tell(self._on_down, EngineFailed("the server is stopping"))
         await self._bury()
+
+    def reconfigure(self, **changes: int) -> None:
+        """From its next start on the process gets these fields of `EngineConfig`."""
+        self._config = msgspec.structs.replace(self._config, **changes)
 
     def write(self, message: ToEngine) -> None:
         """Send a message; without a process it is dropped."""

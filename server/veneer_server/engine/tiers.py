@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal
 
-from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.messages import AdapterSource, EvictionCause
 
 __all__ = [
     "TIERS",
     "Action",
-    "Cause",
     "Drop",
     "Entry",
     "Load",
@@ -19,10 +18,10 @@ __all__ = [
     "MoveToDevice",
     "Plan",
     "Presence",
+    "Standing",
 ]
 
 MemoryTier = Literal["host", "device"]
-Cause = Literal["capacity", "admin", "abort"]
 
 TIERS: Final[tuple[MemoryTier, ...]] = ("device", "host")
 
@@ -55,7 +54,7 @@ class Drop:
 
     weights_digest: str
     tier: MemoryTier
-    cause: Cause
+    cause: EvictionCause
 
 
 Action = Load | MoveToDevice | Drop
@@ -69,12 +68,25 @@ class Plan:
         actions: to carry out, in order.
         blocked: the first want that finds no room now: all else is held, or
             wanted by an earlier sequence. It fits when holds end.
-        impossible: wants that pinned adapters leave no room for, ever.
+        impossible: wants that the budgets, or pinned adapters, leave no room for, ever.
     """
 
     actions: tuple[Action, ...] = ()
     blocked: str | None = None
     impossible: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Standing:
+    """What speaks for keeping a copy in a tier, see `eviction`.
+
+    Attributes:
+        uses: requests that count for it; 0 while it is on trial.
+        age: the tier's age when it was used last.
+    """
+
+    uses: int = 0
+    age: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +105,17 @@ class Entry:
     draining: bool = False
     """Free both copies when the last lease ends."""
     used: int = 0
-    """Logical time of the last use, for LRU."""
+    """Logical time of the last use."""
+    leaving: bool = False
+    """A budget was lowered: the DEVICE copy goes when its last hold ends, and until then
+    no further sequence may take hold of it."""
+    standing: dict[MemoryTier, Standing] = field(
+        default_factory=lambda: {"device": Standing(), "host": Standing()}
+    )
+
+    @property
+    def digest(self) -> str:
+        return self.source.weights_digest
 
     def at(self, tier: MemoryTier) -> Presence:
         return self.device if tier == "device" else self.host

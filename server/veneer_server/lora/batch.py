@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer_server.lora.table import AdapterTable, Group, GroupViews
+from veneer_server.lora.layout import Group
+from veneer_server.lora.table import AdapterTable, GroupViews
 
 __all__ = ["LoraBatch", "LoraBuffers", "Segment"]
 

@@ -1,29 +1,31 @@
 """HOST and DEVICE copies of adapters, and the workers that make them.
 
-Implements the loop's `AdapterMemory`. Workers read, verify, convert and copy;
-the loop's thread only puts finished copies into dictionaries. On a CPU the
+Implements the loop's `AdapterMemory`. Processes of their own read, verify and convert
+(`loaders`), workers ask them and copy; the loop's thread only puts finished copies into
+dictionaries. On a CPU the
 DEVICE copy shares the HOST copy's memory: moving an adapter costs its table.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from veneer_registry.errors import InternalError, VeneerError
 
 from veneer_server.engine.loop import Arrived, Inbox
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora.reading import HostCopy, read_copy
+from veneer_server.engine.messages import AdapterSource, Reference
+from veneer_server.lora.loader_process import Setup
+from veneer_server.lora.loaders import HostCopy, Loaders
+from veneer_server.lora.reading import Dtype
+from veneer_server.lora.references import References
 from veneer_server.lora.table import AdapterTable
 from veneer_server.models.config import DecoderConfig
+from veneer_server.priority import lower_priority
 
 __all__ = ["LoraMemory"]
 
@@ -31,8 +33,11 @@ log = logging.getLogger(__name__)
 
 _Made = TypeVar("_Made")
 
-_NICE = 10
-"""Workers yield to the step: on two cores a busy thread doubles its time."""
+DTYPE_NAMES: Final[Mapping[torch.dtype, Dtype]] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
 
 
 class LoraMemory:
@@ -50,21 +55,33 @@ class LoraMemory:
         dtype: torch.dtype,
         device: torch.device,
         workers: int,
+        references: References,
     ) -> None:
         self.tables: dict[str, AdapterTable] = {}
         self._host: dict[str, HostCopy] = {}
         self._finished: dict[tuple[str, str], HostCopy | AdapterTable] = {}
         """Made by a worker, not yet admitted; written before its `Arrived` is sent."""
         self._inbox = inbox
-        self._config = config
-        self._dtype = dtype
         self._device = device
+        self._references = references
         self._side_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._workers = ThreadPoolExecutor(
-            workers, thread_name_prefix="adapter-load", initializer=_lower_priority
+        self._loaders = Loaders(
+            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
+            dtype,
+            count=workers,
+            pinned=self._side_stream is not None,
         )
+        self._workers = ThreadPoolExecutor(
+            workers, thread_name_prefix="adapter-load", initializer=lower_priority
+        )
+        # Of its own: a copy that sequences wait for must not wait for reads from disk.
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
+
+    def start(self) -> None:
+        """Start what reads adapters, so that the first need not wait for it."""
+        self._loaders.start()
 
     def load(self, source: AdapterSource) -> None:
         """Read an adapter from disk into HOST."""
@@ -73,7 +90,7 @@ class LoraMemory:
     def move(self, weights_digest: str) -> None:
         """Copy an adapter from HOST to DEVICE."""
         host = self._host[weights_digest]
-        self._workers.submit(self._guarded, weights_digest, "device", self._copy, host)
+        self._copier.submit(self._guarded, weights_digest, "device", self._copy, host)
 
     def admit(self, arrived: Arrived) -> None:
         copy = self._finished.pop((arrived.weights_digest, arrived.tier))
@@ -89,6 +106,10 @@ class LoraMemory:
             # No step is running: the loop is the only one that runs them. On CUDA
             # the allocator reuses memory in stream order.
             del self.tables[weights_digest]
+
+    def reference(self, wanted: Reference) -> None:
+        """Have it computed from the base and an adapter's files, on a worker of its own."""
+        self._references.start(wanted)
 
     # ------------------------------------------------------------ on a worker
 
@@ -115,13 +136,7 @@ class LoraMemory:
             self._inbox.put(Arrived(digest, tier, {}, failure))
 
     def _read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
-        return read_copy(
-            source,
-            self._config.shapes,
-            self._config.num_layers,
-            self._dtype,
-            pinned=self._side_stream is not None,
-        )
+        return self._loaders.read(source)
 
     def _copy(self, host: HostCopy) -> tuple[AdapterTable, dict[str, float]]:
         began = time.perf_counter()
@@ -134,9 +149,3 @@ class LoraMemory:
             run.record_stream(torch.cuda.default_stream(self._device))
         table = AdapterTable(host.layout, run)
         return table, {"copy": time.perf_counter() - began}
-
-
-def _lower_priority() -> None:
-    # Linux gives each thread its own nice value; elsewhere this may not be allowed.
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,54 +1,57 @@
-"""From an adapter's folder to a run of numbers, in a worker thread.
-
-Works without torch's thread pool where it can: torch operators would start a
-second team of threads beside the step's.
+"""From an adapter's folder to a run of numbers. Numpy alone: it runs in loader processes,
+which start without torch, and torch's operators would bring a team of threads along.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from veneer_registry.adapter import Projection
-from veneer_registry.format import open_stored
+from veneer_registry.adapter import LoraModule, Projection
+from veneer_registry.errors import VeneerError
+from veneer_registry.format import TensorView, open_unverified, to_bfloat16
 
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora.table import Layout
+from veneer_server.lora.layout import Layout
 
-__all__ = ["HostCopy", "read_copy"]
+__all__ = ["ITEMSIZE", "Dtype", "read_run"]
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+ITEMSIZE: Final[Mapping[Dtype, int]] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_STORED: Final[Mapping[Dtype, str]] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+_KIND: Final[Mapping[int, str]] = {2: "<u2", 4: "<u4"}
+"""Raw bits of a number of so many bytes."""
+_Bits = npt.NDArray[np.unsignedinteger]
 
 
-@dataclass(frozen=True, slots=True)
-class HostCopy:
-    """An adapter in HOST memory: ``run`` is [layout.length], ready to copy."""
-
-    layout: Layout
-    run: torch.Tensor
-
-
-def read_copy(
-    source: AdapterSource,
+def read_run(
+    folder: Path,
+    digest: str,
     shapes: Mapping[Projection, tuple[int, int]],
     num_layers: int,
-    dtype: torch.dtype,
-    *,
-    pinned: bool,
-) -> tuple[HostCopy, dict[str, float]]:
-    """Read, verify and convert; also the seconds of each stage.
+    dtype: Dtype,
+    allocate: Callable[[int], memoryview],
+) -> tuple[tuple[LoraModule, ...], dict[str, float]]:
+    """Read, verify and convert.
 
     Args:
-        dtype: of the copy.
-        pinned: page-locked memory, for asynchronous copies to a GPU.
+        shapes: projection -> (out_features, in_features).
+        dtype: of the run.
+        allocate: gives zeroed memory for so many bytes; it holds the run on return.
+
+    Returns:
+        What the adapter adapts, and the seconds of each stage: ``read`` (what is where),
+        ``convert``, and ``verify``, which goes on beside and counts where it takes longer.
 
     Raises:
-        AdapterCorrupt: the content no longer has its digest.
+        AdapterCorrupt: the content does not have its digest.
     """
-    folder = Path(source.folder)
     stages: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -58,52 +61,78 @@ def read_copy(
         stages[name] = now - clock
         clock = now
 
-    with open_stored(folder, source.weights_digest) as (manifest, tensors):
+    with open_unverified(folder, digest) as (manifest, tensors, verify):
+        verifying = _Beside(verify)
+        try:
+            layout = Layout.of(manifest.modules, shapes, num_layers)
+            memory = allocate(layout.length * ITEMSIZE[dtype])
+            places = {(s.module.layer, s.module.projection): s for s in layout.slots}
+            stage("read")
+            for pair in tensors:
+                slot = places[pair.module.layer, pair.module.projection]
+                _fill(memory, slot.a, (1, slot.a_stride), pair.a, dtype)
+                _fill(memory, slot.b, (1, slot.fan_out), pair.b, dtype)
+            stage("convert")
+        finally:
+            verifying.finish()
         stage("verify")
-        layout = Layout.of(manifest.modules, shapes, num_layers)
-        run = torch.empty(layout.length, dtype=dtype, pin_memory=pinned)
-        places = {(slot.module.layer, slot.module.projection): slot for slot in layout.slots}
-        stage("read")
-        same = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-        # Numpy moves bits into a transposed view twice as fast as torch casts into one.
-        bits = _bits(run)
-        for pair in tensors:
-            slot = places[pair.module.layer, pair.module.projection]
-            rank, fan_in, fan_out = slot.module.rank, slot.fan_in, slot.fan_out
-            for view, start, shape, stride in (
-                (pair.a, slot.a, (rank, fan_in), (1, slot.a_stride)),
-                (pair.b, slot.b, (fan_out, rank), (1, fan_out)),
-            ):
-                if same[view.dtype] == dtype:
-                    size = bits.itemsize
-                    steps = (stride[0] * size, stride[1] * size)
-                    to = np.ndarray(shape, bits.dtype, bits, start * size, steps)
-                    to[:] = np.frombuffer(view.data, bits.dtype).reshape(shape)
-                else:
-                    _cast(run.as_strided(shape, stride, start), view.dtype, view.data)
-    stage("convert")
-    return HostCopy(layout, run), stages
+        return manifest.modules, stages
 
 
-def _bits(run: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
-    """The same memory as raw bits."""
-    if run.itemsize == 4:
-        return run.view(torch.int32).numpy().view(np.uint32)
-    return run.view(torch.int16).numpy().view(np.uint16)
+class _Beside:
+    """A check that runs in a thread of its own; most of it holds no lock of Python's."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="verify")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._check()
+        except (VeneerError, OSError, MemoryError) as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for it, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
-def _cast(target: torch.Tensor, dtype: str, data: memoryview) -> None:
-    """Convert raw little-endian numbers (safetensors dtype) into ``target``."""
-    if target.dtype == torch.float32:
-        out = target.numpy()
-        if dtype == "BF16":
-            # A bfloat16 is the upper half of a float32. Straight into a transposed
-            # view it would take twice as long as by way of a copy.
-            half = np.frombuffer(data, dtype="<u2").reshape(out.shape)
-            out.view(np.uint32)[:] = np.left_shift(half, 16, dtype=np.uint32, casting="unsafe")
-        else:
-            kind = "<f2" if dtype == "F16" else "<f4"
-            out[:] = np.frombuffer(data, dtype=kind).reshape(out.shape)
+def _fill(
+    memory: memoryview, start: int, strides: tuple[int, int], stored: TensorView, dtype: Dtype
+) -> None:
+    """Put a stored matrix into zeroed memory, in ``dtype``, rounded to nearest with ties to
+    even.
+
+    Args:
+        start, strides: of the matrix there, in numbers.
+    """
+    size = ITEMSIZE[dtype]
+    at, steps = start * size, (strides[0] * size, strides[1] * size)
+    if stored.dtype == "BF16" and dtype == "float32":
+        # A bfloat16 is the upper half of a float32; the lower one is zero.
+        upper = np.ndarray(stored.shape, "<u2", memory, at + 2, steps)
+        upper[:] = np.frombuffer(stored.data, "<u2").reshape(stored.shape)
         return
-    source = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    target.copy_(torch.frombuffer(data, dtype=source).view(target.shape))
+    to: _Bits = np.ndarray(stored.shape, _KIND[size], memory, at, steps)
+    if stored.dtype == _STORED[dtype]:
+        to[:] = np.frombuffer(stored.data, _KIND[size]).reshape(stored.shape)
+    elif dtype == "bfloat16":
+        to[:] = to_bfloat16(_float32(stored))
+    else:
+        numbers = np.float16 if dtype == "float16" else np.float32
+        to[:] = _float32(stored).astype(numbers).view(_KIND[size])
+
+
+def _float32(stored: TensorView) -> npt.NDArray[np.float32]:
+    if stored.dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        half = np.frombuffer(stored.data, "<u2").reshape(stored.shape)
+        wide = np.left_shift(half, 16, dtype=np.uint32, casting="unsafe")
+        singles: npt.NDArray[np.float32] = wide.view(np.float32)
+        return singles
+    kind = "<f2" if stored.dtype == "F16" else "<f4"
+    return np.frombuffer(stored.data, kind).reshape(stored.shape).astype(np.float32)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from veneer_server.lora.batch import LoraBatch, LoraBuffers
-from veneer_server.lora.table import MEMBERS, Group
+from veneer_server.lora.layout import MEMBERS, Group
 from veneer_server.models.arrays import StepArrays
 from veneer_server.models.attention import AttentionPlan, KvCache, attend
 from veneer_server.models.linear import Linear

@@ -6,15 +6,18 @@ and v (or gate and up) gives the very same numbers as three products, in one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from veneer_server.models.packed import PackedFourBit, expanding_pays
+from veneer_server.models.packed import PackedFourBit, expanding_pays, row_slices, rows_of
 
-__all__ = ["Linear", "fuse"]
+__all__ = ["Expanded", "Linear", "fuse"]
+
+Expanded = tuple[torch.Tensor, torch.Tensor | None]
+"""Rows of a weight, [rows, in_features], and their biases, [rows]; both float32."""
 
 
 class Linear(Protocol):
@@ -30,6 +33,10 @@ class Linear(Protocol):
         for which it is too short to deserve its threads."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def expanded(self) -> Iterator[Expanded]:
+        """The weight as numbers, a few million at a time: its rows in order, with the
+        biases of these rows. For who computes without this linear's product."""
 
 
 class Dense:
@@ -48,6 +55,10 @@ class Dense:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+    def expanded(self) -> Iterator[Expanded]:
+        for rows in row_slices(*self.weight.shape):
+            yield self.weight[rows].float(), rows_of(self.bias, rows)
 
 
 class FourBit:
@@ -69,6 +80,25 @@ class FourBit:
         y: torch.Tensor = self._module(x)
         return y
 
+    def expanded(self) -> Iterator[Expanded]:
+        weight, state = self._module.weight.data, self._module.weight.quant_state
+        count, columns = state.shape
+        slices = row_slices(count, columns)
+        if columns % state.blocksize:
+            slices = iter([slice(0, count)])  # a slice of rows is no slice of blocks
+        for rows in slices:
+            cut = slice(rows.start * columns, rows.stop * columns)
+            numbers: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+                weight.view(-1)[cut.start // 2 : -(-cut.stop // 2)],
+                state.absmax[cut.start // state.blocksize : -(-cut.stop // state.blocksize)],
+                state.blocksize,
+                state.quant_type,
+                [rows.stop - rows.start, columns],
+                # The product rounds them to this, too.
+                state.dtype,
+            )
+            yield numbers.float(), rows_of(self._module.bias, rows)
+
 
 class SideBySide:
     """Several linears over one input, outputs concatenated: the fallback of `fuse`."""
@@ -85,6 +115,10 @@ class SideBySide:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(part.rounded(x)) for part in self._parts], dim=-1)
+
+    def expanded(self) -> Iterator[Expanded]:
+        for part in self._parts:
+            yield from part.expanded()
 
 
 def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["MANY_ROWS", "PackedFourBit", "expanding_pays"]
+__all__ = ["MANY_ROWS", "PackedFourBit", "expanding_pays", "row_slices", "rows_of"]
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +105,16 @@ class PackedFourBit:
         return torch.equal(self._call_library(function, probe), self._call_operator(probe))
 
     def _multiply_expanded(self, x: torch.Tensor) -> torch.Tensor:
-        out_features, in_features = self._shape
-        y = x.new_empty(len(x), out_features)
-        step = max(SLICE // in_features // 32, 1) * 32
-        for begin in range(0, out_features, step):
-            end = min(begin + step, out_features)
-            torch.mm(x, self._expand(begin, end).t(), out=y[:, begin:end])
+        y = x.new_empty(len(x), self._shape[0])
+        for rows in row_slices(*self._shape):
+            expanded = self._expand(rows.start, rows.stop)
+            torch.mm(x, expanded.t(), out=y[:, rows])
         return y
+
+    def expanded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """See `Linear.expanded`; with the scales rounded to bfloat16 when it was packed."""
+        for rows in row_slices(*self._shape):
+            yield self._expand(rows.start, rows.stop), rows_of(self._bias, rows)
 
     def _expand(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features] float32."""
@@ -127,6 +130,19 @@ class PackedFourBit:
                 torch.float32,
             )
             return weights
+
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """All rows of a weight in order, `SLICE` numbers at a time; each slice begins and
+    ends at a multiple of 32, or at the last row."""
+    step = max(SLICE // columns // 32, 1) * 32
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """These rows' biases in float32."""
+    return None if bias is None else bias[rows].float()
 
 
 def _unpacked(packed: torch.Tensor) -> torch.Tensor:

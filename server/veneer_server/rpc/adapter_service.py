@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
@@ -19,7 +19,9 @@ from veneer_server.rpc import convert
 from veneer_server.rpc import convert_admin as admin
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_view import AdapterUse, AdapterView, source_of
+from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.replacing import Replacing
+from veneer_server.rpc.self_test import SelfTest
 from veneer_server.rpc.threads import to_the_end
 from veneer_server.rpc.upload import UploadOptions, Uploads
 from veneer_server.rpc.watch import AdapterWatch
@@ -40,13 +42,21 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         use: AdapterUse,
         uploads: Uploads,
         events: AdapterEvents,
+        *,
+        budgets: AdapterBudgets,
+        self_test: SelfTest,
+        keep_residents: Callable[[], Awaitable[None]],
     ) -> None:
+        """Args: keep_residents: writes down what is in memory, for the next start."""
         self._registry = registry
         self._engine = engine
         self._use = use
         self._view = AdapterView(registry, engine, use)
         self._uploads = uploads
         self._events = events
+        self._budgets = budgets
+        self._self_test = self_test
+        self._keep_residents = keep_residents
         self._watch = AdapterWatch(registry, self._view, events)
 
     async def UploadAdapter(
@@ -149,7 +159,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         record = await self._get(request.name)
         await self._activate(record, "host" if tier is Tier.HOST else "device", request.pin)
         if request.pin:
-            await self._note("pinned", record.ref, context)
+            await self._pin_changed("pinned", record.ref, context)
         return adapters_pb2.ActivateAdapterResponse(adapter=self._view.adapter(record))
 
     async def EvictAdapter(
@@ -163,7 +173,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             ref.weights_digest, mode=mode, unpin=request.unpin
         )
         if request.unpin and residency is not None and residency.pinned:
-            await self._note("unpinned", ref, context)
+            await self._pin_changed("unpinned", ref, context)
         _log.info("evict", adapter=ref.short, mode=mode, evicted=evicted, freed_bytes=freed)
         return adapters_pb2.EvictAdapterResponse(evicted=evicted, freed_bytes=freed)
 
@@ -289,7 +299,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 await self._activate(record, "device", pin=True)
             else:
                 await self._engine.unpin(record.ref.weights_digest)
-            await self._note("pinned" if request.pinned else "unpinned", record.ref, context)
+            await self._pin_changed(
+                "pinned" if request.pinned else "unpinned", record.ref, context
+            )
         return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
 
     async def _update(
@@ -316,9 +328,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         await self._removed(dropped)
         return record
 
-    async def _note(self, event: str, ref: AdapterRef, context: Any) -> None:
+    async def _pin_changed(self, event: str, ref: AdapterRef, context: Any) -> None:
+        """Before the caller is told: a pin outlives the server."""
         who = who_calls(context)
         await to_the_end(lambda: self._registry.note(event, ref, who))
+        await self._keep_residents()
 
     async def _get(self, name: str) -> AdapterRecord:
         return await to_the_end(lambda: self._registry.get(name))
@@ -352,16 +366,31 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             # The adapter is gone all the same; its memory goes when room is needed.
             _log.warning("memory of a deleted adapter not freed", reason=error.reason)
 
+    async def UpdateBudgets(
+        self, request: adapters_pb2.UpdateBudgetsRequest, context: Any
+    ) -> adapters_pb2.UpdateBudgetsResponse:
+        """Change the memory budgets while serving."""
+        state = await self._budgets.update(
+            request.host_cache_bytes if request.HasField("host_cache_bytes") else None,
+            request.device_adapter_bytes if request.HasField("device_adapter_bytes") else None,
+        )
+        return adapters_pb2.UpdateBudgetsResponse(
+            host_cache_bytes=state.host_budget,
+            device_adapter_bytes=state.device_budget,
+            host_bytes=state.host_bytes,
+            device_bytes=state.device_bytes,
+        )
+
+    async def SelfTest(
+        self, request: adapters_pb2.SelfTestRequest, context: Any
+    ) -> adapters_pb2.SelfTestResponse:
+        """Compare what is served with references computed apart from it."""
+        return await self._self_test.answer(request)
+
     # ------------------------------------------------------------- later versions
 
     async def RegisterAdapter(self, request: Any, context: Any) -> NoReturn:
         _later("RegisterAdapter", "upload the files with UploadAdapter")
-
-    async def UpdateBudgets(self, request: Any, context: Any) -> NoReturn:
-        _later("UpdateBudgets", "start the server with other budgets")
-
-    async def SelfTest(self, request: Any, context: Any) -> NoReturn:
-        _later("SelfTest", "compare answers with PEFT's")
 
 
 def _later(rpc: str, instead: str) -> NoReturn:

@@ -15,9 +15,10 @@ from veneer_server.capacity import Budgets, Capacity, Limit, plan_capacity
 from veneer_server.config import ServerConfig
 from veneer_server.engine.client import EngineClient
 from veneer_server.machine import peak_bytes
-from veneer_server.memory import BLOCK_TOKENS, MemoryPlan
+from veneer_server.memory import BLOCK_TOKENS
 from veneer_server.metrics import Metrics
 from veneer_server.rpc import convert
+from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.threads import to_the_end
 
 __all__ = ["ServerService"]
@@ -43,14 +44,14 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         registry: Registry,
         engine: EngineClient,
         metrics: Metrics,
-        memory: MemoryPlan,
+        budgets: AdapterBudgets,
     ) -> None:
         self._config = config
         self._base = base
         self._registry = registry
         self._engine = engine
         self._metrics = metrics
-        self._memory = memory
+        self._budgets = budgets
         self._started = time.monotonic()
 
     async def GetServerInfo(
@@ -77,9 +78,9 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             device=info.device,
             backend=info.backend,
             budgets=server_pb2.Budgets(
-                host_adapter_bytes=config.host_cache_bytes,
-                device_adapter_bytes=config.device_adapter_bytes,
-                kv_cache_bytes=self._memory.kv_cache_bytes,
+                host_adapter_bytes=self._budgets.host,
+                device_adapter_bytes=self._budgets.device,
+                kv_cache_bytes=self._budgets.memory.kv_cache_bytes,
                 kv_cache_tokens=info.kv_cache_tokens,
                 max_batch_tokens=config.max_batch_tokens,
                 max_running=config.max_running,
@@ -106,7 +107,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                     total_bytes=pool.total,
                     limit_bytes=pool.limit,
                 )
-                for pool in self._memory.pools
+                for pool in self._budgets.memory.pools
             ],
             front_peak_bytes=peak_bytes("self"),
             engine_peak_bytes=0 if engine is None else peak_bytes(engine),
@@ -126,12 +127,12 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             )
         parameters = await self._parameters(request)
         budgets = Budgets(
-            host_adapters=config.host_cache_bytes,
-            device_adapters=config.device_adapter_bytes,
+            host_adapters=self._budgets.host,
+            device_adapters=self._budgets.device,
             itemsize=info.adapter_itemsize,
-            kv_bytes=self._memory.kv_cache_bytes,
+            kv_bytes=self._budgets.memory.kv_cache_bytes,
             kv_tokens=info.kv_cache_tokens,
-            kv_token_bytes=self._memory.kv_token_bytes,
+            kv_token_bytes=self._budgets.memory.kv_token_bytes,
             block_tokens=BLOCK_TOKENS,
             max_running=config.max_running,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from veneer_server.logs import get_logger
@@ -15,13 +17,21 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 
 
-async def to_the_end(work: Callable[[], T]) -> T:
+async def to_the_end(work: Callable[[], T], executor: Executor | None = None) -> T:
     """Run ``work`` in a thread; if cancelled, wait for it first and then be cancelled.
 
     A thread cannot be stopped, so what it uses (an upload's staging folder) must
     not be taken away while it still runs.
+
+    Args:
+        executor: whose thread; None is one of the loop's.
     """
-    return await outlast(asyncio.to_thread(work))
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+
+    async def run() -> T:
+        return await loop.run_in_executor(executor, lambda: context.run(work))
+
+    return await outlast(run())
 
 
 async def outlast(work: Coroutine[Any, Any, T]) -> T:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +26,7 @@ from veneer_registry.registry import (
     Who,
 )
 
+from veneer_server.priority import lower_priority
 from veneer_server.rpc.threads import to_the_end
 
 __all__ = ["UploadOptions", "Uploads"]
@@ -67,11 +69,15 @@ class Uploads:
         self._on_published = on_published
         self._idle_limit_s = idle_limit_s
         self._running = 0
+        # Hashing and checking would take the step's cores.
+        self._workers = ThreadPoolExecutor(
+            MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
+        )
 
     async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
         """Bytes of each announced file that need not be sent. Raises as `receive`."""
         request = _options(spec).request
-        return await to_the_end(lambda: self._registry.committed(request))
+        return await to_the_end(lambda: self._registry.committed(request), self._workers)
 
     async def receive(
         self,
@@ -112,7 +118,7 @@ class Uploads:
                 nonlocal upload
                 upload = self._registry.begin_upload(options.request, resume=options.resume)
 
-            await to_the_end(begin)
+            await to_the_end(begin, self._workers)
             assert upload is not None, "begin_upload returned"
             await self._chunks(messages, upload)
             if ended_early := upload.missing_bytes > 0:
@@ -129,7 +135,7 @@ class Uploads:
                 loop.call_soon_threadsafe(self._on_published, published)
                 return published
 
-            return options, await to_the_end(publish)
+            return options, await to_the_end(publish, self._workers)
         except VeneerError as error:
             # A broken connection looks like an end that came too early.
             keep = isinstance(error, Aborted) or ended_early
@@ -139,7 +145,7 @@ class Uploads:
             self._running -= 1
             if upload is not None:
                 # Both do nothing after a commit.
-                await to_the_end(upload.suspend if keep else upload.abort)
+                await to_the_end(upload.suspend if keep else upload.abort, self._workers)
 
     async def _chunks(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], upload: Upload
@@ -156,7 +162,7 @@ class Uploads:
                     f"a chunk has {len(chunk.data)} bytes: send at most {MAX_CHUNK}",
                     metadata={"field": "chunk.data"},
                 )
-            await to_the_end(_write(upload, chunk))
+            await to_the_end(_write(upload, chunk), self._workers)
 
     async def _next(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]

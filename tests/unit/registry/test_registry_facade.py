@@ -21,6 +21,7 @@ from veneer_registry.errors import (
     AdapterNotFound,
     BaseModelMismatch,
     ChecksumMismatch,
+    DiskFailed,
     DiskFull,
     EtagMismatch,
     FailedPrecondition,
@@ -374,8 +375,57 @@ def test_other_disk_errors_are_not_called_full(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(DiskFailed, match=r"Input/output.*nothing was changed"):
         push(registry, "chat", adapters(1))
+    assert registry.list() == ()
+
+
+def test_what_stands_is_not_called_failed_when_sweeping_fails(
+    registry: Registry,
+    adapters: Callable[[int], Path],
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref = push(registry, "chat", adapters(1)).record.ref
+
+    def fail(self: Path, to: Path) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        assert registry.delete("chat") == (ref.revision,)
+    assert registry.list() == ()
+    assert registry.needs_sweep
+    assert registry.sweep() == 2
+    assert staged(data) == []
+
+
+def test_a_data_folder_that_is_made_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    real = os.fsync
+
+    def record(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    OwnerLock(tmp_path / "a" / "b").release()
+    assert {tmp_path, tmp_path / "a"} <= set(synced)
+
+
+def test_a_lock_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        lock = OwnerLock(tmp_path)
+    with pytest.raises(StoreLocked):
+        OwnerLock(tmp_path)
+    lock.release()
+    OwnerLock(tmp_path).release()
 
 
 # ------------------------------------------------------------------- look-up, list
@@ -399,7 +449,7 @@ def test_list(registry: Registry, adapters: Callable[[int], Path]) -> None:
     assert names(prefix="a") == ["a1", "a2"]
     assert names(after="a1", limit=1) == ["a2"]
     assert names(labels={"n": "0", "all": "x"}) == ["b"]
-    for limit in (0, 1001, -1):
+    for limit in (0, 1002, -1):
         with pytest.raises(InvalidField, match="page size"):
             registry.list(limit=limit)
 

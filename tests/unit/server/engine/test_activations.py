@@ -32,7 +32,7 @@ class SlowMemory(FakeMemory):
 
 def engine(*, device: int = 1000, slow: bool = False) -> Engine:
     made = Engine(context=1000, blocks=1000)
-    made.scheduler.residency.device_budget = device
+    made.scheduler.residency.set_budgets(host=None, device=device)
     if slow:
         made.memory = made.loop._memory = SlowMemory(made.inbox)
     return made
@@ -107,7 +107,7 @@ def test_an_eviction_during_a_move_that_fails_frees_the_host_copy() -> None:
 def test_requests_go_on_in_device_when_a_pin_cannot_read_the_host_copy_again() -> None:
     """A GPU with little room in HOST: the copy there has gone, and the file is damaged."""
     made = engine(slow=True)
-    made.scheduler.residency.host_budget = SIZE
+    made.scheduler.residency.set_budgets(host=SIZE, device=None)
     turns(made, Activate(1, adapter("x"), "device"))
     for tier in ("host", "device"):
         turns(made, Arrived("x", tier, {}))

@@ -29,11 +29,14 @@ from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterP
 from veneer_server.engine import prefix_cache
 from veneer_server.engine.admission import Admission
 from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.copies import Copies
 from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.planner import Planner
 from veneer_server.engine.prefix_cache import PrefixCache
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, Update
 from veneer_server.engine.sequence import Sequence, StepPlan
+from veneer_server.engine.tiers import Drop, Entry, Plan
 
 from tests.unit.server.engine.world import BLOCK, CONTEXT, SIZE, World, adapter, token_of
 
@@ -193,6 +196,14 @@ class Histories(RuleBasedStateMachine):
             return
         self.world.carry_out(actions)
 
+    @rule(
+        host=st.sampled_from([None, 60, 2 * SIZE, 6 * SIZE]),
+        device=st.sampled_from([None, 60, SIZES["h"], 4 * SIZE]),
+    )
+    def set_budgets(self, host: int | None, device: int | None) -> None:
+        with suppress(AdapterBudgetExceeded):  # pins; nothing has changed
+            self.world.set_budgets(host=host, device=device)
+
     @invariant()
     def nothing_is_lost_or_doubled(self) -> None:
         self.world.check_integrity()
@@ -207,6 +218,9 @@ class Histories(RuleBasedStateMachine):
         world.drain()
         assert not world.live
         assert world.scheduler.blocks.used == 0
+        world.plan_adapters()
+        for tier in ("host", "device"):
+            assert world._used(tier) <= world._budget(tier), f"the {tier} budget is not kept"
         for number, (prompt, new) in self.asked.items():
             if number not in world.failed:
                 assert number in world.finished, f"{number} was lost"
@@ -219,6 +233,7 @@ class Histories(RuleBasedStateMachine):
             finished=len(world.finished),
             bounds_met=world.bounds_met,
             penalties=world.histories,
+            shrinks=world.shrinks,
         )
 
 
@@ -248,6 +263,7 @@ def test_random_histories() -> None:
     assert seen["finished"] > 10_000
     assert seen["bounds_met"] > 5_000
     assert seen["penalties"] > 5_000
+    assert seen["shrinks"] > 200
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -408,12 +424,50 @@ def _nobody_is_held_back(patch: pytest.MonkeyPatch) -> None:
 
 
 def _the_room_is_taken_for_ever(patch: pytest.MonkeyPatch) -> None:
-    right = Residency._left_for_younger
+    right = Residency.plan
 
-    def wrong(self: Residency, lacking: Any, overdue: bool) -> dict[Any, int]:
-        return right(self, lacking, False)
+    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> Plan:
+        return right(self, wants, None, near)
 
-    patch.setattr(Residency, "_left_for_younger", wrong)
+    patch.setattr(Residency, "plan", wrong)
+
+
+def _older_ones_lose_their_adapters(patch: pytest.MonkeyPatch) -> None:
+    right = Planner._take_in_demand
+
+    def wrong(self: Planner, tier: Any, missing: int, index: int) -> list[tuple[int, Entry]]:
+        return right(self, tier, missing, -1)
+
+    patch.setattr(Planner, "_take_in_demand", wrong)
+
+
+def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
+    right = Residency.plan
+
+    def wrong(self: Residency, wants: Any, overdue: Any, near: Any) -> Plan:
+        return right(self, wants, overdue, None)
+
+    patch.setattr(Residency, "plan", wrong)
+
+
+def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
+    def wrong(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
+        copies.lower_ceilings()
+        return []
+
+    patch.setattr("veneer_server.engine.residency.shrink", wrong)
+
+
+def _a_lower_budget_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What could not go at once is not looked at again."""
+    right = Residency._shrink
+
+    def wrong(self: Residency, waiting: tuple[Entry, ...]) -> list[Drop]:
+        drops = right(self, waiting)
+        self._shrinking = False
+        return drops
+
+    patch.setattr(Residency, "_shrink", wrong)
 
 
 def _held_adapters_are_evicted(patch: pytest.MonkeyPatch) -> None:
@@ -460,6 +514,10 @@ BUGS = [
     _nobody_is_overdue,
     _nobody_is_held_back,
     _the_room_is_taken_for_ever,
+    _older_ones_lose_their_adapters,
+    _reading_ahead_takes_what_others_use,
+    _lower_budgets_drop_nothing,
+    _a_lower_budget_is_forgotten,
     _held_adapters_are_evicted,
     _all_that_wait_is_ahead,
     _penalties_count_again_after_a_preemption,

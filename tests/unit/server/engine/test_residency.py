@@ -14,8 +14,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine.copies import Copies
 from veneer_server.engine.residency import Residency
-from veneer_server.engine.tiers import Action, Drop, Load, MemoryTier, Plan
+from veneer_server.engine.tiers import Action, Drop, Entry, Load, MemoryTier, Plan
 
 from tests.unit.server.engine.world import SIZE, adapter
 
@@ -35,6 +36,8 @@ class Memory:
     leases: list[str] = field(default_factory=list)
     pins: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
+    """Bytes by tier that may be held although a budget was lowered; less at each planning."""
 
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
@@ -70,6 +73,7 @@ class Memory:
             waiting.remove(name)
         plan = self.residency.plan(list(dict.fromkeys(waiting)))
         self.carry_out(plan.actions)
+        self.check_in_use()
         for name in plan.impossible:
             self.fail(name)
         return plan
@@ -111,6 +115,12 @@ class Memory:
         assert freed == before - self.held()
         assert done or not freed
 
+    def set_budgets(self, host: int | None, device: int | None) -> None:
+        self.residency.set_budgets(host=host, device=device)
+        self.host = self.host if host is None else host
+        self.device = self.device if device is None else device
+        self.most = {tier: self.used(tier) for tier in ("host", "device")}
+
     def settle(self) -> Plan:
         """Plan and let all transfers end, until nothing changes."""
         while True:
@@ -129,16 +139,38 @@ class Memory:
             return sum(self.sizes[name] for name in {name for name, _ in copies})
         return sum(self.sizes[name] for name, _ in copies)
 
-    def check(self) -> None:
+    def budget(self, tier: str) -> int:
+        if tier == "device":
+            return self.device
+        return max(self.host, self.device) if self.shared else self.host
+
+    def used(self, tier: str) -> int:
         copies = self.there | self.coming
+        return sum(self.sizes[name] for name, where in copies if where == tier)
+
+    def check(self) -> None:
+        for tier in ("host", "device"):
+            most = max(self.budget(tier), self.most.get(tier, 0))
+            assert self.used(tier) <= most, f"more in {tier} than was planned"
         if self.shared:
-            assert self.held() <= max(self.host, self.device), "more than was planned"
-        for tier, budget in (("device", self.device), ("host", self.host)):
-            used = sum(self.sizes[name] for name, where in copies if where == tier)
-            assert used <= (max(self.host, self.device) if self.shared else budget), tier
+            most = max(self.host, self.device, self.most.get("host", 0))
+            assert self.held() <= most, "more than was planned"
         for name in self.holds:
             assert (name, "device") in self.there, "a held adapter was evicted"
         self.residency.check_integrity(self.holds, self.leases)
+
+    def check_in_use(self) -> None:
+        """After a planning: what is past a budget that was lowered is in use."""
+        for tier in ("host", "device"):
+            self.most[tier] = self.used(tier)
+            if self.most[tier] <= self.budget(tier):
+                continue
+            for name in (name for name, where in self.there if where == tier):
+                in_use = (tier == "device" or self.shared) and name in self.holds
+                in_use = in_use or (name, "device") in self.coming
+                pin = self.pins.get(name)
+                pinned = pin == tier or (self.shared and pin is not None)
+                assert in_use or pinned, f"{name} is past the {tier} budget, and not in use"
 
 
 # ----------------------------------------------------------------------- properties
@@ -164,6 +196,12 @@ _STEPS = st.lists(
         st.tuples(
             st.just("evict"),
             st.tuples(_NAMES, st.sampled_from(["drain", "fail_if_busy"]), st.booleans()),
+        ),
+        st.tuples(
+            st.just("budgets"),
+            st.tuples(
+                st.sampled_from([None, 90, 150, 400]), st.sampled_from([None, 90, 150, 400])
+            ),
         ),
     ),
     min_size=20,
@@ -209,6 +247,8 @@ def _do(memory: Memory, kind: str, what: object) -> None:
             memory.fail(list(memory.coming)[at % len(memory.coming)][0])
         case "activate", (str(name), ("host" | "device") as tier, bool(pin)):
             memory.activate(name, tier, pin, SIZES[name])
+        case "budgets", ((int() | None) as host, (int() | None) as device):
+            memory.set_budgets(host, device)
         case "evict", (str(name), ("drain" | "fail_if_busy") as mode, bool(unpin)):
             memory.evict(name, mode, unpin)
 
@@ -227,7 +267,9 @@ def check_service(steps: Steps, budgets: tuple[int, int], shared: bool) -> None:
     while memory.leases:
         memory.release(0)
     memory.settle()
-    host, device = budgets
+    assert all(memory.used(tier) <= memory.budget(tier) for tier in ("host", "device"))
+    host, device = memory.host, memory.device
+    budgets = (host, device)
     for name, size in SIZES.items():
         others = {n: tier for n, tier in memory.pins.items() if n != name}
         on_device = sum(SIZES[n] for n, tier in others.items() if tier == "device")
@@ -266,24 +308,43 @@ def test_whatever_happens(check: Check) -> None:
 
 def _host_copies_leave_alone(patch: pytest.MonkeyPatch) -> None:
     """As with memory of its own: what a DEVICE copy shares is dropped from HOST."""
-    right = Residency._make_room
+    right = Copies.drop
 
-    def wrong(self: Residency, *args: Any) -> list[Drop] | None:
+    def wrong(self: Copies, *args: Any) -> list[Drop]:
         shared, self.shared = self.shared, False
         try:
             return right(self, *args)
         finally:
             self.shared = shared
 
-    patch.setattr(Residency, "_make_room", wrong)
+    patch.setattr(Copies, "drop", wrong)
 
 
 def _pins_count_for_both_tiers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Residency, "_pin_keeps", lambda self, entry, tier: entry.pinned is not None)
+    patch.setattr(Copies, "pin_keeps", lambda self, entry, tier: entry.pinned is not None)
 
 
 def _pins_keep_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Residency, "_pin_keeps", lambda self, entry, tier: False)
+    patch.setattr(Copies, "pin_keeps", lambda self, entry, tier: False)
+
+
+def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
+    def wrong(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
+        copies.lower_ceilings()
+        return []
+
+    patch.setattr("veneer_server.engine.residency.shrink", wrong)
+
+
+def _what_is_dropped_still_counts(patch: pytest.MonkeyPatch) -> None:
+    right = Copies.drop
+
+    def wrong(self: Copies, *args: Any) -> list[Drop]:
+        drops = right(self, *args)
+        self._bytes["host"] += len(drops)
+        return drops
+
+    patch.setattr(Copies, "drop", wrong)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +353,8 @@ def _pins_keep_nothing(patch: pytest.MonkeyPatch) -> None:
         (_host_copies_leave_alone, check_budgets),
         (_pins_count_for_both_tiers, check_service),
         (_pins_keep_nothing, check_budgets),
+        (_lower_budgets_drop_nothing, check_budgets),
+        (_what_is_dropped_still_counts, check_budgets),
     ],
 )
 def test_a_planted_bug_is_caught(

@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 from veneer_registry.errors import (
+    AdapterBudgetExceeded,
     AdapterInUse,
     AdapterNotFound,
     AdapterPinned,
@@ -83,7 +84,7 @@ class Engine:
     async def restart(self) -> list[str]:
         """A new engine; the names of adapters that were brought back, in order."""
         self.asked.clear()
-        self.residents.restore()
+        self.residents.restore(itemsize=1)
         if (task := self.residents._task) is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -106,6 +107,21 @@ async def test_pins_come_first_then_the_most_recently_used() -> None:
     assert engine.asked[1] == ("b", "device", False)
     engine.die()
     assert (await engine.restart())[0] == "a", "the pin outlives a second death"
+
+
+async def test_what_was_in_host_is_brought_back_there() -> None:
+    engine = Engine()
+    for name in "ab":
+        engine.request(name)
+    engine.residents.used(source("c"))
+    engine.residents.update(Residency("c", "host", False, SIZE, 3 * SIZE, 2 * SIZE, 3, 2))
+    engine.die()
+    await engine.restart()
+    assert engine.asked == [
+        ("c", "host", False),
+        ("b", "device", False),
+        ("a", "device", False),
+    ]
 
 
 async def test_what_a_request_brought_back_is_not_asked_for_again() -> None:
@@ -141,7 +157,7 @@ async def test_requests_that_wait_for_an_adapter_go_first(
     engine.request("a")
     engine.die()
     engine.residents.occupancy(Occupancy(0, 1, 1, 0, 1))
-    engine.residents.restore()
+    engine.residents.restore(itemsize=1)
     task = engine.residents._task
     assert task is not None
     waiting = asyncio.create_task(waits.wait())
@@ -249,3 +265,110 @@ async def test_what_was_used_once_is_forgotten_in_time(
         engine.residents.used(source(name))
     assert len(engine.residents._known) == 3
     assert engine.residents.tier("kept") is not None
+
+
+async def test_a_pin_that_is_not_back_yet_outlives_another_death() -> None:
+    """A request was faster than the restoring of the pin, so the copy there has none."""
+    engine = pinned_and_lost("a")
+    engine.request("a")
+    engine.die()
+    await engine.restart()
+    assert engine.asked == [("a", "device", True)]
+
+
+# ------------------------------------------------------------- restarts of the server
+
+
+def held(engine: Engine) -> list[tuple[str, str, str | None]]:
+    return [(r.source.name, r.tier, r.pin) for r in engine.residents.snapshot()]
+
+
+async def test_what_the_server_held_is_brought_back_by_the_next_one() -> None:
+    before = Engine()
+    for name in "abcd":
+        before.request(name)
+    before.request("b")
+    before.residents.pinned(source("a"), "device")
+    before.loaded("a", pinned=True)
+    before.residents.pinned(source("h"), "host")
+    before.residents.update(Residency("h", "host", True, SIZE, 50, 40, 5, 4))
+    assert held(before) == [
+        ("h", "host", "host"),
+        ("a", "device", "device"),
+        ("b", "device", None),
+        ("d", "device", None),
+        ("c", "device", None),
+    ]
+    after = Engine(gone=frozenset("d"))
+    after.residents.expect(before.residents.snapshot())
+    assert held(after) == held(before), "a server that dies before it has them forgets none"
+    assert await after.restart() == ["h", "a", "b", "c"], "pins, then by last use"
+    assert after.asked[:2] == [("h", "host", True), ("a", "device", True)]
+    assert [name for name, _, _ in held(after)] == ["h", "a", "b", "c"], "in the same order"
+
+
+async def test_what_is_expected_is_brought_back_within_the_budgets_of_this_start() -> None:
+    after = Engine(device_budget=2 * SIZE)
+    after.residents.expect(
+        [residents.Resident(source(name), "device", None) for name in "abcd"]
+    )
+    assert await after.restart() == ["a", "b"]
+    assert [name for name, _, _ in held(after)] == ["a", "b"]
+    other = Engine(device_budget=4 * SIZE - 1)
+    other.residents.expect(after.residents.snapshot())
+    other.residents.restore(itemsize=3)  # another dtype: each takes three times as much
+    task = other.residents._task
+    assert task is not None
+    await task
+    assert [name for name, _, _ in other.asked] == ["a"]
+
+
+async def test_the_version_tells_when_there_is_something_to_write_down() -> None:
+    engine = Engine()
+    versions = [engine.residents.version]
+
+    def changed() -> bool:
+        versions.append(engine.residents.version)
+        return versions[-1] != versions[-2]
+
+    engine.residents.used(source("a"))
+    assert not changed(), "asked for, not in memory"
+    engine.loaded("a")
+    assert changed()
+    engine.request("a")
+    assert not changed(), "the order alone"
+    engine.residents.pinned(source("a"), "device")
+    assert changed()
+    engine.loaded("a", pinned=True)
+    assert changed()
+    engine.loaded("a", pinned=False)
+    assert changed()
+    assert held(engine) == [("a", "device", None)]
+    engine.die()
+    assert held(engine) == [("a", "device", None)], "it is going to be back"
+    with engine.residents.giving_up("a", unpin=False):
+        assert changed()
+    assert held(engine) == []
+
+
+async def test_a_lower_budget_is_refused_while_pins_that_need_it_are_not_back() -> None:
+    engine = pinned_and_lost("a", "b")
+    engine.residents.restore(itemsize=1)
+    with pytest.raises(AdapterBudgetExceeded, match="brought back"):
+        engine.residents.check_budgets(host=None, device=2 * SIZE - 1)
+    engine.residents.check_budgets(host=None, device=2 * SIZE)
+    task = engine.residents._task
+    assert task is not None
+    await task
+    engine.residents.check_budgets(host=None, device=1)  # the engine knows, and will say
+
+
+async def test_what_is_not_back_yet_is_not_forgotten_for_what_is_used_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residents, "_MOST_KNOWN", 3)
+    engine = pinned_and_lost("a", "b")
+    for name in "cdefg":
+        engine.residents.used(source(name))
+    assert await engine.restart() == ["b", "a"]
+    assert {name: pinned for name, _, pinned in engine.asked} == {"a": True, "b": True}

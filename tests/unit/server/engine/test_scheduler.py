@@ -80,7 +80,7 @@ def test_a_want_without_room_stops_only_what_would_take_its_room(shared: bool) -
     which it does not lack where the tiers have memory of their own."""
     world = World(device=3 * SIZE, host=3 * SIZE, blocks=60, patience=5, shared=shared)
     if not shared:
-        world.residency.host_budget = world.host = 10 * SIZE
+        world.set_budgets(host=10 * SIZE)
     world.submit(1, 2, 50, adapter("busy", 2 * SIZE))
     for _ in range(3):
         world.step()

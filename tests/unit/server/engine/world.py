@@ -15,7 +15,7 @@ A token is a function of its sequence and position, so mixed-up results show too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from veneer_server.engine.block_manager import BlockManager
@@ -99,6 +99,11 @@ class World:
     starts: list[int] = field(default_factory=list)
     """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
+    most: dict[str, int] = field(default_factory=dict)
+    """Bytes by tier that may be held: less at each planning, until a budget that was
+    lowered is kept."""
+    shrinks: int = 0
+    """Plannings that could not keep a budget yet."""
     cached_reads: int = 0
     computed: int = 0
     """Tokens of all steps."""
@@ -183,42 +188,101 @@ class World:
                 case _:
                     assert (action.weights_digest, "host") in self.memory
                     self.pending.append((action.weights_digest, "device"))
-            if self.shared:
-                held = {digest for digest, _ in [*self.memory, *self.pending]}
-                used = sum(self.residency.bytes_of(digest) for digest in held)
-                assert used <= max(self.host, self.device), "more than was planned"
+            self._check_room()
+
+    def set_budgets(self, *, host: int | None = None, device: int | None = None) -> None:
+        """Raises AdapterBudgetExceeded."""
+        self.residency.set_budgets(host=host, device=device)
+        self.host = self.host if host is None else host
+        self.device = self.device if device is None else device
+        self.most = {tier: self._used(tier) for tier in ("host", "device")}
+
+    def _budget(self, tier: str) -> int:
+        if tier == "device":
+            return self.device
+        return max(self.host, self.device) if self.shared else self.host
+
+    def _used(self, tier: str) -> int:
+        """Bytes really held; with shared memory a DEVICE copy is its HOST copy."""
+        copies = {*self.memory, *self.pending}
+        if self.shared and tier == "host":
+            held = {digest for digest, _ in copies}
+        else:
+            held = {digest for digest, where in copies if where == tier}
+        return sum(self.residency.bytes_of(digest) for digest in held)
+
+    def _check_room(self) -> None:
+        """No more is held than the budgets allow, but for what was in use when they were
+        lowered."""
+        for tier in ("host", "device"):
+            most = max(self._budget(tier), self.most.get(tier, 0))
+            assert self._used(tier) <= most, f"more in {tier} than was planned"
+
+    def _check_in_use(self) -> None:
+        """What is past a budget that was lowered is in use."""
+        running = {s.digest for s in self.live.values() if s.state is SequenceState.RUNNING}
+        moving = {digest for digest, tier in self.pending if tier == "device"}
+        for tier in ("host", "device"):
+            self.most[tier] = self._used(tier)
+            if self.most[tier] <= self._budget(tier):
+                continue
+            self.shrinks += 1
+            for digest in (digest for digest, where in self.memory if where == tier):
+                used = digest in moving or (
+                    digest in running and (tier == "device" or self.shared)
+                )
+                pinned = self.residency.pinned(digest, None if self.shared else tier)
+                assert used or pinned, f"{digest} is past the {tier} budget, and not in use"
 
     def plan_adapters(self) -> None:
         waiting = [s.digest for s in self.scheduler._waiting if s.digest is not None]
         wants = list(dict.fromkeys([*self.residency._operator_wants, *waiting]))
         overdue = self._lacking()
+        near = {s.digest for s in list(self.scheduler._waiting)[: self.max_running]}
         actions, impossible = self.scheduler.plan_adapters(self.now)
         self._check_passed_over(actions, wants, overdue)
+        self._check_evicted(actions, wants, {*near, *self.residency._operator_wants})
         self.carry_out(actions)
+        self._check_in_use()
         for digest in impossible:
             self.fail_adapter(digest)
 
     def _check_passed_over(
         self, actions: Iterable[Action], wants: list[str], overdue: str | None
     ) -> None:
-        """Behind a want without room nobody evicts, and nobody takes that room for long."""
+        """Behind a want without room nobody takes that room for long."""
         lacking = self.scheduler._admission._lacking
         if lacking is None:
             return
         blocked, _ = lacking
         behind = wants[wants.index(blocked) + 1 :]
-        evicts = False
-        for action in actions:
-            if isinstance(action, Drop):
-                evicts = True
+        for drops, action in _with_drops(actions):
+            digest = _digest(action)
+            if digest not in behind:
                 continue
-            loads = isinstance(action, Load)
-            digest = action.source.weights_digest if loads else action.weights_digest
-            if digest in behind:
-                assert not evicts, f"{digest} evicts, though {blocked} is before it"
-                harmless = loads and (blocked, "host") in self.memory
-                assert blocked != overdue or harmless, f"{digest} takes {blocked}'s room"
-            evicts = False
+            harmless = isinstance(action, Load) and (blocked, "host") in self.memory
+            assert harmless or blocked != overdue, f"{digest} takes {blocked}'s room"
+            assert harmless or not drops, f"{digest} evicts, though {blocked} is before it"
+            self._check_idle(drops, digest)
+
+    def _check_evicted(
+        self, actions: Iterable[Action], wants: list[str], near: set[str | None]
+    ) -> None:
+        """Who waits loses an adapter only to older ones, and reading ahead takes nobody's."""
+        for drops, action in _with_drops(actions):
+            digest = _digest(action)
+            if digest not in near:
+                assert isinstance(action, Load) or not drops, f"{digest} is not needed yet"
+                self._check_idle(drops, digest)
+            for drop in drops:
+                if drop.weights_digest in wants:
+                    later = wants.index(drop.weights_digest) > wants.index(digest)
+                    assert later, f"{drop.weights_digest} is evicted for a younger {digest}"
+
+    def _check_idle(self, drops: Iterable[Drop], digest: str) -> None:
+        used = {s.digest for s in self.live.values()}
+        for drop in drops:
+            assert drop.weights_digest not in used, f"{digest} is read ahead over a used one"
 
     def fail_adapter(self, digest: str) -> None:
         for sequence in self.scheduler.using(digest):
@@ -276,7 +340,15 @@ class World:
         return plan
 
     def _on_device(self, sequence: Sequence) -> bool:
-        return sequence.digest is None or (sequence.digest, "device") in self.memory
+        if sequence.digest is None:
+            return True
+        there = (sequence.digest, "device") in self.memory
+        if there and not self.residency.ready(sequence.digest):
+            assert any(self.most[tier] > self._budget(tier) for tier in self.most), (
+                f"{sequence.digest} is kept from sequences for no reason"
+            )
+            return False
+        return there
 
     def _check_order(self, queue: list[Sequence], resident: set[int]) -> None:
         """Nobody is overtaken past the bound."""
@@ -439,3 +511,19 @@ class World:
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
             content = None if bad else self._content(sequence, position)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
+
+
+def _digest(action: Action) -> str:
+    return action.source.weights_digest if isinstance(action, Load) else action.weights_digest
+
+
+def _with_drops(actions: Iterable[Action]) -> Iterator[tuple[list[Drop], Action]]:
+    """Each load and move with what is evicted for it."""
+    drops: list[Drop] = []
+    for action in actions:
+        if not isinstance(action, Drop):
+            yield drops, action
+            drops = []
+        elif action.cause == "capacity":
+            drops.append(action)
+    assert not drops, "evicted for nothing"

@@ -9,7 +9,7 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,12 @@ class Bench:
 
     async def run(self, *names: str) -> Report:
         return await self.self_test.run(names)
+
+    async def score(self, name: str) -> list[int]:
+        """A request to an adapter."""
+        adapter = source_of(self.registry, self.registry.get(name))
+        outputs = self.client.generate([5, 6], max_tokens=1, sampling=GREEDY, adapter=adapter)
+        return [token async for output in outputs for token in output.tokens]
 
     async def failed(self, *names: str) -> list[str]:
         """Plain names of those that failed; ``base`` for the base."""
@@ -273,6 +279,35 @@ async def test_as_many_as_allowed_share_one_step(tmp_path: Path) -> None:
             await made.run(*names, "one-more")
 
 
+@pytest.mark.parametrize(("always", "mixed"), [(False, 2), (True, 0)])
+async def test_adapters_that_came_too_late_for_the_batch_are_tried_again(
+    always: bool, mixed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time, or every time, they are held back until the base has answered alone."""
+    async with bench(tmp_path) as made:
+        generate, base_answered = made.client.generate, asyncio.Event()
+        left = 2  # the base, and the one that goes before it
+
+        async def late(tokens: Any, *, adapter: Any, **options: Any) -> AsyncIterator[Any]:
+            nonlocal left
+            if adapter is not None:
+                await base_answered.wait()
+            async with aclosing(generate(tokens, adapter=adapter, **options)) as outputs:
+                async for output in outputs:
+                    left -= adapter is None
+                    if not left:
+                        base_answered.set()
+                    yield output
+            if always and adapter is not None and not made.client.in_flight:
+                left = 2
+                base_answered.clear()
+
+        monkeypatch.setattr(made.client, "generate", late)
+        report = await made.run("one", "two")
+        assert report.passed
+        assert report.adapters_mixed == mixed
+
+
 async def test_tests_take_turns(tmp_path: Path) -> None:
     async with bench(tmp_path, max_running=4) as made:
         # Four places for each, of twelve: beside each other they would not fit.
@@ -310,6 +345,8 @@ async def test_files_are_kept_until_they_are_read(
         digest = made.ref("one").weights_digest
         task = asyncio.ensure_future(made.run("one"))
         assert await asyncio.to_thread(reading.wait, 60)
+        # Steps and loads go on meanwhile.
+        await asyncio.wait_for(made.score("two"), 30)
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=0)
         assert not done

@@ -1,0 +1,166 @@
+"""The engine's side of the loader processes: start them, ask them, start them again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import queue
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import torch
+from veneer_registry.adapter import LoraModule
+from veneer_registry.errors import InternalError, VeneerError, error_for_reason
+
+from veneer_server.engine.messages import AdapterSource
+from veneer_server.lora.layout import Layout
+from veneer_server.lora.loader_process import Load, Loaded, Setup, read_frame, write_frame
+
+__all__ = ["HostCopy", "Loaders"]
+
+log = logging.getLogger(__name__)
+
+_MODULE: Final = "veneer_server.lora.loader_process"
+_TRIES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """An adapter in HOST memory: ``run`` is [layout.length], ready to copy."""
+
+    layout: Layout
+    run: torch.Tensor
+
+
+class Loaders:
+    """Reads adapters, each in the first process that is free. Any thread may call `read`.
+
+    Args:
+        count: processes.
+        pinned: page-locked copies, for asynchronous copies to a GPU.
+    """
+
+    def __init__(self, setup: Setup, dtype: torch.dtype, *, count: int, pinned: bool) -> None:
+        self._setup = setup
+        self._dtype = dtype
+        self._pinned = pinned
+        self._processes = [_Loader(setup) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Loader] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+
+    def start(self) -> None:
+        """Start all processes now, so that the first load need not wait for one."""
+        for process in self._processes:
+            process.start()
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self._processes:
+            process.end()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the processes that run."""
+        return tuple(p.pid for p in self._processes if p.pid is not None)
+
+    def read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
+        """Read, verify and convert; also the seconds of each stage.
+
+        Raises:
+            AdapterCorrupt: the content no longer has its digest.
+            InternalError: loaders end while they read it.
+        """
+        process = self._idle.get()
+        try:
+            loaded, fd = process.load(source)
+        finally:
+            self._idle.put(process)
+        try:
+            run = self._map(fd, loaded.size)
+        finally:
+            os.close(fd)
+        modules = (LoraModule(*facts, "", "") for facts in loaded.modules)
+        return HostCopy(
+            Layout.of(modules, self._setup.shapes, self._setup.num_layers), run
+        ), loaded.stages
+
+    def _map(self, fd: int, size: int) -> torch.Tensor:
+        # All pages at once: else the first step that reads them would bring them in.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        run = torch.frombuffer(mmap.mmap(fd, size, flags=flags), dtype=self._dtype)
+        return run.pin_memory() if self._pinned else run
+
+
+class _Loader:
+    """One process, started when it is first asked, and again when it has ended."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = msgspec.msgpack.encode(setup)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    def start(self) -> socket.socket:
+        """The connection to the process, which is started if there is none."""
+        if self._connection is not None:
+            return self._connection
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        self._connection = ours
+        write_frame(ours, self._setup)
+        return ours
+
+    def load(self, source: AdapterSource) -> tuple[Loaded, int]:
+        """The answer, and the descriptor of the run's memory."""
+        ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError):  # it has ended: see below
+                connection = self.start()
+                write_frame(connection, ask)
+                if (body := read_frame(connection)) is not None:
+                    return self._answer(body, connection)
+            ended = self.end()
+            log.warning("a loader ended (%s) while it read %s", ended, source.name)
+        raise InternalError(
+            f"adapter {source.name} could not be loaded: the process that reads it ended "
+            f"{_TRIES} times ({ended}); check the disk and push it again"
+        )
+
+    def _answer(self, body: bytes, connection: socket.socket) -> tuple[Loaded, int]:
+        loaded = msgspec.msgpack.decode(body, type=Loaded)
+        if loaded.error is not None:
+            raise _rebuild(*loaded.error)
+        _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
+        return loaded, fd
+
+    def __del__(self) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int | None:
+        """None where it does not run."""
+        return None if self._connection is None or self._process is None else self._process.pid
+
+    def end(self) -> str:
+        """End the process, or clear away what is left of it; says how it ended."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is None:
+            return "it could not be started"
+        code = self._process.wait()
+        return f"signal {-code}" if code < 0 else f"status {code}"
+
+
+def _rebuild(reason: str, message: str, metadata: dict[str, str]) -> VeneerError:
+    return error_for_reason(reason)(message, metadata=metadata)

@@ -1,0 +1,289 @@
+"""Who is evicted, against LRU, and what planning costs: ``python -m tests.bench.residency``.
+
+Four times as many adapters as DEVICE holds, and twice as many as HOST holds, asked for in
+turn (LRU's worst case), by Zipf's law and evenly, by streams that each have one request at
+a time. The product's scheduler and residency decide; a FAKE runner and FAKE load workers
+take the time that `Costs` says, on a clock of their own, so that the figures depend on the
+seed alone. Then, in CPU time, what one planning takes on the step thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Final
+
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.eviction import EvictionOrder, Key
+from veneer_server.engine.limits import SchedulerLimits
+from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.scheduler import Scheduler
+from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
+from veneer_server.engine.tiers import Action, Drop, Entry, Load, MemoryTier
+
+SIZE: Final = 10_000_000
+"""Bytes of an adapter."""
+PROMPT: Final = 32
+TOKENS: Final = (8, 56)
+"""Fewest and most new tokens of a request."""
+WORKLOADS: Final = ("round robin", "zipf", "uniform")
+
+
+class LeastRecentlyUsed(EvictionOrder):
+    """What the product did before; whatever else is as it is."""
+
+    def key(self, entry: Entry, cost: float) -> Key:
+        return float(entry.used), 0.0, 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, about those of two CPU cores and SmolLM2-135M."""
+
+    step: float = 2.5e-3
+    row: float = 0.7e-3
+    adapter: float = 0.3e-3
+    prompt_token: float = 0.1e-3
+    read: float = 25e-3
+    copy: float = 1e-3
+
+    def of_step(self, plan: StepPlan) -> float:
+        rows = plan.rows - plan.prefill_tokens
+        return (
+            self.step
+            + rows * self.row
+            + plan.prefill_tokens * self.prompt_token
+            + len(plan.adapters) * self.adapter
+        )
+
+
+@dataclass
+class Simulation:
+    """One server under one load.
+
+    Attributes:
+        order: who is evicted first; the product's if None.
+        device, host: adapters that a tier holds.
+        streams: requests in flight, each with an adapter from ``wanted``.
+    """
+
+    order: Callable[[MemoryTier], EvictionOrder] | None
+    device: int
+    host: int
+    streams: int
+    wanted: Iterator[str]
+    requests: int
+    seed: int
+    shared: bool = False
+    costs: Costs = field(default_factory=Costs)
+    now: float = 0.0
+    steps: int = 0
+    found: Counter[str] = field(default_factory=Counter)
+    evictions: Counter[str] = field(default_factory=Counter)
+    longest_wait: int = 0
+    """In steps, from the request to its first token."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds."""
+    done: int = 0
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.residency = Residency(
+            self.host * SIZE,
+            self.device * SIZE,
+            1,
+            shared=self.shared,
+            order=self.order or EvictionOrder,
+        )
+        self.scheduler = Scheduler(
+            SchedulerLimits(512, max_running=64, context_length=128),
+            BlockManager(64 * 128 // 16 + 1, 16, prefix_cache=False),
+            self.residency,
+            frozenset({0}),
+        )
+        self._numbers = itertools.count(1)
+        self._random = random.Random(self.seed)
+        self._asked_at: dict[int, tuple[int, float]] = {}
+        self._worker_free = 0.0
+        self._coming: list[tuple[float, int, str, MemoryTier]] = []
+
+    def run(self) -> Simulation:
+        for _ in range(self.streams):
+            self._submit()
+        while self.done < self.requests:
+            self._arrivals()
+            actions, impossible = self.scheduler.plan_adapters(self.now)
+            self._carry_out(actions)
+            self.failures += len(impossible)
+            plan = self.scheduler.schedule(self.now)
+            if plan is not None:
+                self._step(plan)
+            else:
+                self.now = self._coming[0][0]  # fails if nothing can go on
+        self.scheduler.check_integrity()
+        return self
+
+    def _submit(self) -> None:
+        name, number = next(self.wanted), next(self._numbers)
+        source = AdapterSource(weights_digest=name, folder="", parameters=SIZE, name=name)
+        new = self._random.randint(*TOKENS)
+        request = Submit(number, [1] * PROMPT, new, SamplingParams(), source)
+        found = self.residency.lease(source)
+        self.found[found] += 1
+        self._asked_at[number] = self.steps, self.now
+        self.scheduler.add(Sequence(request, self.now, found))
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Drop():
+                    self.evictions[action.tier] += 1
+                case Load():
+                    self._begin(action.source.weights_digest, "host", self.costs.read)
+                case _:
+                    self._begin(action.weights_digest, "device", self.costs.copy)
+
+    def _begin(self, digest: str, tier: MemoryTier, seconds: float) -> None:
+        self._worker_free = max(self.now, self._worker_free) + seconds
+        item = (self._worker_free, next(self._numbers), digest, tier)
+        heapq.heappush(self._coming, item)
+
+    def _arrivals(self) -> None:
+        while self._coming and self._coming[0][0] <= self.now:
+            _, _, digest, tier = heapq.heappop(self._coming)
+            if tier == "host":
+                self.residency.loaded(digest, self.costs.read)
+            else:
+                self.residency.moved(digest, self.costs.copy)
+            self._carry_out(self.residency.settle(digest))
+
+    def _step(self, plan: StepPlan) -> None:
+        self.steps += 1
+        self.now += self.costs.of_step(plan)
+        count = len(plan.sequences)
+        result = StepResult(
+            tokens=tuple(5 if p.samples else None for p in plan.sequences),
+            logprobs=(None,) * count,
+            scores=((),) * count,
+            finite=(True,) * count,
+        )
+        for update in self.scheduler.update(plan, result, self._carry_out):
+            if update.first:
+                step, now = self._asked_at.pop(update.sequence.id)
+                self.longest_wait = max(self.longest_wait, self.steps - step)
+                self.waits.append(self.now - now)
+            if update.finish is not None:
+                self.done += 1
+                self._submit()
+
+
+def wanted(workload: str, count: int, seed: int) -> Iterator[str]:
+    """The adapters that requests ask for, one after the other."""
+    if workload == "round robin":
+        yield from (f"{i % count}" for i in itertools.count())
+    random_ = random.Random(seed)
+    weights = [1 / (i + 1) if workload == "zipf" else 1.0 for i in range(count)]
+    cumulated = list(itertools.accumulate(weights))
+    while True:
+        yield str(random_.choices(range(count), cum_weights=cumulated)[0])
+
+
+def compare(
+    workload: str, *, device: int, streams: int, requests: int, seed: int, shared: bool
+) -> None:
+    runs = {
+        name: Simulation(
+            order,
+            device=device,
+            host=2 * device,
+            streams=streams,
+            wanted=wanted(workload, 4 * device, seed),
+            requests=requests,
+            seed=seed,
+            shared=shared,
+        ).run()
+        for name, order in (("new", None), ("LRU", LeastRecentlyUsed))
+    }
+    for name, run in runs.items():
+        total = sum(run.found.values())
+        hits = ", ".join(
+            f"{tier} {run.found[tier] / total:.3f}" for tier in ("device", "host", "disk")
+        )
+        print(
+            f"  {workload:11} {name}: {run.done} requests, {run.failures} failures, longest "
+            f"wait {run.longest_wait} steps, {max(run.waits):.2f} s (half of them "
+            f"{median(run.waits):.3f} s), found in {hits}, {run.done / run.now:.1f} a second"
+        )
+    ratio = runs["LRU"].now / runs["new"].now * runs["new"].done / runs["LRU"].done
+    print(f"  {workload:11} throughput new/LRU {ratio:.3f}")
+
+
+def time_planning(adapters: int, waiting: int) -> None:
+    """Planning with so many resident, all of DEVICE taken, and so many others waiting: the
+    first time, when it evicts for them, and then while nothing comes free."""
+    first, then = [], []
+    for seed in range(20):
+        random_ = random.Random(seed)
+        residency = Residency(adapters * SIZE, adapters * SIZE, 1, shared=True)
+        names = [f"resident {i}" for i in range(adapters)]
+        for name in names:
+            source = AdapterSource(weights_digest=name, folder="", parameters=SIZE, name=name)
+            residency.lease(source)
+            residency.plan([name])
+            residency.loaded(name)
+            residency.plan([name])
+            residency.moved(name)
+            residency.release(name)
+        for _ in range(adapters):
+            name = random_.choice(names)
+            residency.lease(AdapterSource(name, "", SIZE, name))
+            residency.release(name)
+        wants = [f"new {i}" for i in range(waiting)]
+        for name in wants:
+            residency.lease(AdapterSource(name, "", SIZE, name))
+        for times in (first, then):
+            began = time.thread_time()
+            residency.plan(wants, None, 64)
+            times.append(time.thread_time() - began)
+    print(
+        f"  {adapters} resident, {waiting} waiting: {median(first) * 1e3:.3f} ms when it "
+        f"evicts ({max(first) * 1e3:.3f} at most), {median(then) * 1e3:.3f} ms after that"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=2000)
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}")
+    for device, streams in ((8, 2), (8, 4), (8, 16), (32, 8), (32, 64)):
+        for shared in (False, True):
+            print(
+                f"{device} adapters in DEVICE, {2 * device} in HOST, {4 * device} in all, "
+                f"{streams} streams{', one memory' if shared else ''}"
+            )
+            for workload in WORKLOADS:
+                compare(
+                    workload,
+                    device=device,
+                    streams=streams,
+                    requests=arguments.requests,
+                    seed=arguments.seed,
+                    shared=shared,
+                )
+    print("one planning")
+    for adapters, waiting in ((2000, 0), (2000, 256), (5000, 256)):
+        time_planning(adapters, waiting)
+
+
+if __name__ == "__main__":
+    main()

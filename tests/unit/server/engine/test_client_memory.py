@@ -1,0 +1,160 @@
+"""The client and the step loop together: budgets that outlive an engine, and adapters that
+outlive a server. `LoopConnection` is a FAKE: the real loop and residency, in this process,
+with a runner and a memory that take no time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import ClassVar
+
+import msgspec
+import pytest
+from veneer_registry.errors import AdapterBudgetExceeded
+from veneer_server.engine import supervisor
+from veneer_server.engine.client import EngineClient, EngineEvent
+from veneer_server.engine.messages import (
+    BudgetsState,
+    EngineConfig,
+    FromEngine,
+    Residency,
+    ToEngine,
+    decode_from_engine,
+    decode_to_engine,
+    encode,
+)
+from veneer_server.engine.residents import Resident
+
+from tests.unit.server.engine.test_loop import Engine
+from tests.unit.server.engine.test_supervisor import INFO
+from tests.unit.server.engine.world import SIZE, adapter
+
+CONFIG = EngineConfig(
+    "", "", "", "", host_adapter_bytes=4 * SIZE, device_adapter_bytes=4 * SIZE
+)
+
+
+class LoopConnection:
+    """FAKE: see the module. Messages go through the wire's encoding."""
+
+    made: ClassVar[list[LoopConnection]] = []
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.info = msgspec.structs.replace(INFO, adapter_itemsize=1)
+        self.pid = 1
+        self.config = config
+        self.engine = Engine(context=1000, blocks=1000)
+        self.engine.scheduler.residency.set_budgets(
+            host=config.host_adapter_bytes, device=config.device_adapter_bytes
+        )
+        self.said: asyncio.Queue[FromEngine | None] = asyncio.Queue()
+        self.made.append(self)
+
+    @classmethod
+    async def open(cls, config: EngineConfig) -> LoopConnection:
+        return cls(config)
+
+    def write(self, message: ToEngine) -> None:
+        (decoded,) = decode_to_engine(encode([message])[4:])
+        self.engine.inbox.put(decoded)
+        for _ in range(6):
+            self.engine.turn()
+        said, self.engine.sent[:] = list(self.engine.sent), []
+        for each in decode_from_engine(encode(said)[4:]):
+            self.said.put_nowait(each)
+
+    async def messages(self) -> AsyncIterator[FromEngine]:
+        while (message := await self.said.get()) is not None:
+            yield message
+
+    def kill(self) -> None:
+        self.said.put_nowait(None)
+
+    async def close(self) -> None:
+        pass
+
+
+class Server:
+    """A client, and a way to wait for what it tells."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Condition()
+        self.client = EngineClient(CONFIG, max_queue=4, on_event=self._note)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def _note(self, event: EngineEvent) -> None:
+        if isinstance(event, Residency):
+            task = asyncio.create_task(self._tell())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def _tell(self) -> None:
+        async with self.told:
+            self.told.notify_all()
+
+    async def until(self, tiers: dict[str, str], *, starts: int = 1) -> None:
+        """Until adapters are in these tiers of the engine that was started so often."""
+
+        def reached() -> bool:
+            found = {name: self.client.tier(name) for name in tiers}
+            there = {name: r.tier for name, r in found.items() if r is not None}
+            return there == tiers and self.client.starts == starts
+
+        async with self.told:
+            await self.told.wait_for(reached)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoopConnection, "made", [])
+    monkeypatch.setattr(supervisor, "Connection", LoopConnection)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
+
+
+@pytest.mark.timeout(30)
+async def test_an_engine_that_is_started_again_gets_the_budgets_of_now() -> None:
+    server = Server()
+    await server.client.start()
+    for name in "abc":
+        await server.client.activate(adapter(name), tier="device", pin=False)
+    state = await server.client.update_budgets(host_bytes=None, device_bytes=2 * SIZE)
+    assert state == BudgetsState(4 * SIZE, 2 * SIZE, 3 * SIZE, 2 * SIZE)
+    await server.client.activate(adapter("c"), tier="device", pin=True)
+    await server.client.activate(adapter("b"), tier="device", pin=True)
+    with pytest.raises(AdapterBudgetExceeded, match="pinned"):
+        await server.client.update_budgets(host_bytes=None, device_bytes=SIZE)
+    first, *_ = LoopConnection.made
+    first.kill()
+    await server.until({"b": "device", "c": "device", "a": "host"}, starts=2)
+    second = LoopConnection.made[1]
+    assert second.config.device_adapter_bytes == 2 * SIZE
+    assert second.config.host_adapter_bytes == 4 * SIZE
+    assert {r.source.name: r.pin for r in server.client.resident_set()} == {
+        "a": None,
+        "b": "device",
+        "c": "device",
+    }
+    await server.client.stop()
+
+
+@pytest.mark.timeout(30)
+async def test_a_server_that_is_started_again_gets_its_adapters_back() -> None:
+    server = Server()
+    await server.client.start()
+    versions = {server.client.residents_version}
+    await server.client.activate(adapter("a"), tier="device", pin=False)
+    versions.add(server.client.residents_version)
+    await server.client.activate(adapter("b"), tier="host", pin=True)
+    versions.add(server.client.residents_version)
+    await server.client.activate(adapter("c"), tier="device", pin=False)
+    assert len(versions) == 3
+    kept = server.client.resident_set()
+    await server.client.stop()
+    assert server.client.resident_set() == kept, "stopping is no eviction"
+    again = Server()
+    again.client.expect_residents(kept)
+    await again.client.start()
+    await again.until({"a": "device", "b": "host", "c": "device"})
+    assert again.client.resident_set() == kept
+    assert Resident(adapter("b"), "host", "host") in kept
+    await again.client.stop()

@@ -1,0 +1,150 @@
+"""The processes that read adapters: the right numbers, and what happens when they end."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from veneer_registry.errors import AdapterCorrupt, InternalError
+from veneer_registry.format import WEIGHTS_FILE, weights_digest
+from veneer_server.engine.messages import AdapterSource
+from veneer_server.lora import loaders
+from veneer_server.lora.loader_process import Setup
+from veneer_server.lora.loaders import Loaders
+from veneer_server.lora.table import AdapterTable
+
+from tests.unit.registry.kit import SHAPES, make_adapter, make_tensors
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def source(folder: Path) -> AdapterSource:
+    return AdapterSource(weights_digest(folder), str(folder), 0, "chat@000000000000")
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[str], Loaders]]:
+    """Loaders of a dtype; their processes are gone at the end."""
+    made = []
+
+    def start(dtype: str = "float32") -> Loaders:
+        setup = Setup(dict(SHAPES), 2, dtype)  # type: ignore[arg-type]
+        made.append(Loaders(setup, DTYPES[dtype], count=1, pinned=False))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("stored", sorted(STORED))
+def test_every_dtype_is_rounded_as_torch_does(
+    make: Callable[[str], Loaders], tmp_path: Path, dtype: str, stored: str
+) -> None:
+    tensors = make_tensors(4, seed=3, dtype=stored)
+    copy, stages = make(dtype).read(source(make_adapter(tmp_path / "a", tensors=tensors)))
+    assert stages.keys() == {"read", "convert", "verify"}
+    assert copy.run.dtype == DTYPES[dtype]
+    table = AdapterTable(copy.layout, copy.run)
+    seen = 0
+    for slot in copy.layout.slots:
+        stem = f"base_model.model.model.layers.{slot.module.layer}."
+        (a_key,) = [
+            k for k in tensors if k.startswith(stem) and f"{slot.module.projection}.lora_A" in k
+        ]
+        for key, found in (
+            (a_key, table.run.as_strided((slot.fan_in, 4), (slot.a_stride, 1), slot.a).t()),
+            (
+                a_key.replace("lora_A", "lora_B"),
+                table.run[slot.b : slot.b + 4 * slot.fan_out].view(4, slot.fan_out).t(),
+            ),
+        ):
+            bits = torch.from_numpy(tensors[key].view(np.uint8).copy())
+            wanted = bits.view(STORED[stored]).view(found.shape).to(DTYPES[dtype])
+            assert torch.equal(found, wanted), key
+            seen += 1
+    assert seen == len(tensors)
+
+
+def test_damage_is_told_and_the_next_load_goes_on(
+    make: Callable[[str], Loaders], tmp_path: Path
+) -> None:
+    good, bad = (make_adapter(tmp_path / name, seed=n) for n, name in enumerate("ab"))
+    wanted = source(bad)
+    path = bad / WEIGHTS_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    reader = make("float32")
+    with pytest.raises(AdapterCorrupt, match="push the adapter again") as caught:
+        reader.read(wanted)
+    assert caught.value.metadata["weights_digest"] == wanted.weights_digest
+    pid = reader.pids[0]
+    assert reader.read(source(good))[0].run.numel()
+    assert reader.pids == (pid,), "it did not have to be started again"
+
+
+def test_a_loader_that_was_killed_is_started_again(
+    make: Callable[[str], Loaders], tmp_path: Path
+) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    reader = make("float32")
+    first = reader.read(wanted)[0]
+    (pid,) = reader.pids
+    os.kill(pid, signal.SIGKILL)
+    again = reader.read(wanted)[0]
+    assert reader.pids != (pid,)
+    assert torch.equal(first.run, again.run), "memory that was handed over is the engine's"
+
+
+def test_an_adapter_that_ends_every_loader_is_an_error_and_no_more(
+    make: Callable[[str], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    reader = make("float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "_MODULE", "this")  # prints a poem and leaves
+        with pytest.raises(InternalError, match="ended 2 times"):
+            reader.read(wanted)
+    assert reader.read(wanted)[0].run.numel()
+
+
+def test_loaders_end_with_the_engine(tmp_path: Path) -> None:
+    """Even with one that is killed."""
+    program = f"""
+import os, signal, sys
+from tests.unit.server.engine.test_loaders import Loaders, Setup, SHAPES, source, torch
+from pathlib import Path
+loaders = Loaders(Setup(dict(SHAPES), 2, "float32"), torch.float32, count=2, pinned=False)
+loaders.start()
+loaders.read(source(Path({str(make_adapter(tmp_path / "a"))!r})))
+print(*loaders.pids, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    pids = ended.stdout.split()
+    assert len(pids) == 2
+    for pid in map(int, pids):
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        select.select([fd], [], [])  # until it has ended; pytest's timeout bounds it
+        os.close(fd)
