@@ -27,8 +27,12 @@ from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerE
 from veneer_server.lora.reading import Dtype, read_run
 from veneer_server.priority import lower_priority
 
-__all__ = ["Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
+__all__ = ["NO_MEMORY", "Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
 
+NO_MEMORY: Final = (
+    "there is no memory to load the adapter; lower the adapter budgets, or stop what else takes "
+    "memory, and retry"
+)
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -123,11 +127,7 @@ def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
     except VeneerError as error:
         return Loaded([], {}, 0, (error.reason, error.message, error.metadata))
     except MemoryError:
-        why = (
-            "there is no memory to load the adapter; lower the adapter budgets, or stop what "
-            "else takes memory, and retry"
-        )
-        return Loaded([], {}, 0, (AdapterBudgetExceeded.reason, why, {}))
+        return Loaded([], {}, 0, (AdapterBudgetExceeded.reason, NO_MEMORY, {}))
     except Exception as error:
         why = f"the adapter could not be loaded ({type(error).__name__}: {error}); retry"
         return Loaded([], {}, 0, (InternalError.reason, why, {}))

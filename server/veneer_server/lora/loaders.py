@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
@@ -124,11 +123,18 @@ class _Loader:
         """The answer, and the descriptor of the run's memory."""
         ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
         for _ in range(_TRIES):
-            with contextlib.suppress(OSError):  # it has ended: see below
+            try:
                 connection = self.start()
                 write_frame(connection, ask)
                 if (body := read_frame(connection)) is not None:
                     return self._answer(body, connection)
+            except OSError:
+                pass  # it has ended: see below
+            except VeneerError:
+                raise
+            except BaseException:
+                self.end()  # what it still sends must not be taken for the next answer
+                raise
             ended = self.end()
             log.warning("a loader ended (%s) while it read %s", ended, source.name)
         raise InternalError(

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import torch
-from veneer_registry.errors import InternalError, VeneerError
+from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
 from veneer_server.engine.loop import Arrived, Inbox
 from veneer_server.engine.messages import AdapterSource, Reference
-from veneer_server.lora.loader_process import Setup
+from veneer_server.lora.loader_process import NO_MEMORY, Setup
 from veneer_server.lora.loaders import HostCopy, Loaders
 from veneer_server.lora.reading import Dtype
 from veneer_server.lora.references import References
@@ -127,6 +127,8 @@ class LoraMemory:
             self._inbox.put(Arrived(digest, tier, stages))
         except VeneerError as error:
             self._inbox.put(Arrived(digest, tier, {}, error))
+        except MemoryError:
+            self._inbox.put(Arrived(digest, tier, {}, AdapterBudgetExceeded(NO_MEMORY)))
         except Exception as error:
             log.exception("adapter %s could not be loaded", digest[:12])
             failure = InternalError(

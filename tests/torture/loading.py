@@ -1,0 +1,31 @@
+"""A load in this process, as a loader process does it: for faults that must be injected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from veneer_server.engine.messages import AdapterSource
+from veneer_server.lora.layout import Layout
+from veneer_server.lora.loaders import HostCopy
+from veneer_server.lora.reading import read_run
+
+__all__ = ["load_here"]
+
+
+def load_here(
+    source: AdapterSource, shapes: Mapping[Any, tuple[int, int]], layers: int
+) -> HostCopy:
+    """The copy in float32. Raises as `read_run`."""
+    memory = bytearray()
+
+    def allocate(size: int) -> memoryview:
+        memory.extend(bytes(size))
+        return memoryview(memory)
+
+    folder = Path(source.folder)
+    modules, _ = read_run(folder, source.weights_digest, shapes, layers, "float32", allocate)
+    run = torch.frombuffer(memory, dtype=torch.float32)
+    return HostCopy(Layout.of(modules, shapes, layers), run)

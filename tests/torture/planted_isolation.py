@@ -1,0 +1,286 @@
+"""Planted bugs that mix up adapters, as context managers that patch the product.
+
+`PLANTED` names them. They are used in this process, or in a server's own engine process
+by ``python -m tests.torture.planted_server``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
+
+import torch
+from veneer_registry import index
+from veneer_server.engine import model_runner, prefix_cache
+from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.exact import ExactRunner
+from veneer_server.engine.loop import Arrived
+from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
+from veneer_server.lora.batch import Segment
+from veneer_server.lora.loaders import HostCopy, Loaders
+from veneer_server.lora.memory import LoraMemory
+from veneer_server.lora.table import AdapterTable
+from veneer_server.rpc.generation import Generation
+
+__all__ = [
+    "PLANTED",
+    "Planted",
+    "not_exact",
+    "one_adapter_scaled",
+    "prefixes_by_name",
+    "prefixes_without_scope",
+    "two_exchanged",
+]
+
+
+def _name(source: AdapterSource) -> str:
+    return source.name.partition("@")[0]
+
+
+@contextmanager
+def _tables_by_name() -> Iterator[None]:
+    """Memory asks for names: what a name had first is what it gets."""
+    with _at_admission(lambda tables, mine, new: tables[mine[0]] if mine else new):
+        yield
+
+
+@contextmanager
+def _replace_under_running() -> Iterator[None]:
+    """A replaced name's new table takes the place of the old one, also where it runs."""
+
+    def put(tables: dict[str, AdapterTable], mine: list[str], new: AdapterTable) -> Any:
+        tables.update(dict.fromkeys(mine, new))
+        return new
+
+    with _at_admission(put):
+        yield
+
+
+@contextmanager
+def _at_admission(
+    choose: Callable[[dict[str, AdapterTable], list[str], AdapterTable], AdapterTable],
+) -> Iterator[None]:
+    """``choose`` says which table a digest gets, of all tables, the digests of other
+    revisions of the same name that are there, and the new table."""
+    names: dict[str, str] = {}
+    load, admit = LoraMemory.load, LoraMemory.admit
+
+    def loading(self: LoraMemory, source: AdapterSource) -> None:
+        names[source.weights_digest] = _name(source)
+        load(self, source)
+
+    def admitting(self: LoraMemory, arrived: Arrived) -> None:
+        admit(self, arrived)
+        digest = arrived.weights_digest
+        if arrived.tier == "device":
+            mine = [d for d in self.tables if d != digest and names[d] == names[digest]]
+            self.tables[digest] = choose(self.tables, mine, self.tables[digest])
+
+    with (
+        patch.object(LoraMemory, "load", loading),
+        patch.object(LoraMemory, "admit", admitting),
+    ):
+        yield
+
+
+@contextmanager
+def _recycled_memory() -> Iterator[None]:
+    """A table's numbers are written over once it leaves DEVICE, though HOST shares them."""
+    spare: dict[int, torch.Tensor] = {}
+    drop, read = LoraMemory.drop, Loaders.read
+
+    def dropping(self: LoraMemory, digest: str, tier: str) -> None:
+        if tier == "device":
+            run = self.tables[digest].run
+            spare[run.numel()] = run
+        drop(self, digest, tier)
+
+    def read_again(self: Loaders, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
+        copy, stages = read(self, source)
+        run = spare.pop(copy.run.numel(), None)
+        if run is None:
+            return copy, stages
+        run.copy_(copy.run)
+        return HostCopy(copy.layout, run), stages
+
+    with (
+        patch.object(LoraMemory, "drop", dropping),
+        patch.object(Loaders, "read", read_again),
+    ):
+        yield
+
+
+@contextmanager
+def _segments_shifted() -> Iterator[None]:
+    """Where a step has several adapters, each gets the next one's table."""
+    right = model_runner._segments
+
+    def shifted(*args: Any) -> tuple[Segment, ...]:
+        found = right(*args)
+        tables = [segment.table for segment in found]
+        turned = zip(found, tables[1:] + tables[:1], strict=True)
+        return tuple(replace(segment, table=table) for segment, table in turned)
+
+    with patch.object(model_runner, "_segments", shifted):
+        yield
+
+
+@contextmanager
+def _prefixes_without_weights() -> Iterator[None]:
+    """The prefix cache's keys leave the weights digest out."""
+    right = prefix_cache._root
+    with patch.object(prefix_cache, "_root", lambda scope, digest: right(scope, None)):
+        yield
+
+
+@contextmanager
+def _holds_ignored() -> Iterator[None]:
+    """A hold is given back at once, so that room is made of what running sequences use."""
+    hold, unhold = Residency.try_hold, Residency.unhold
+
+    def holding(self: Residency, digest: str) -> bool:
+        held = hold(self, digest)
+        if held:
+            unhold(self, digest)
+        return held
+
+    with (
+        patch.object(Residency, "try_hold", holding),
+        patch.object(Residency, "unhold", lambda self, digest: None),
+    ):
+        yield
+
+
+@contextmanager
+def _late_name() -> Iterator[None]:
+    """The answer names the revision that is current when it ends."""
+    make, right = Generation.__init__, Generation._provenance
+    registries: WeakKeyDictionary[Generation, Any] = WeakKeyDictionary()
+
+    def making(self: Generation, *args: Any) -> None:
+        make(self, *args)
+        registries[self] = args[4]._registry
+
+    def late(self: Generation, now: float) -> Any:
+        if self.ref is not None:
+            self.ref = registries[self].resolve(self.ref.name)
+        return right(self, now)
+
+    with (
+        patch.object(Generation, "__init__", making),
+        patch.object(Generation, "_provenance", late),
+    ):
+        yield
+
+
+@contextmanager
+def _alias_unread() -> Iterator[None]:
+    """An alias means what its name means."""
+    with patch.object(index, "by_alias", lambda name, entry, alias, key: entry.current):
+        yield
+
+
+@contextmanager
+def one_adapter_scaled(digest: str, factor: float) -> Iterator[None]:
+    """The loader gives one adapter's modules a wrong scaling."""
+    right = Loaders.read
+
+    def read_scaled(self: Loaders, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
+        copy, stages = right(self, source)
+        if source.weights_digest != digest:
+            return copy, stages
+        slots = tuple(
+            replace(slot, module=replace(slot.module, scaling=slot.module.scaling * factor))
+            for slot in copy.layout.slots
+        )
+        return HostCopy(replace(copy.layout, slots=slots), copy.run), stages
+
+    with patch.object(Loaders, "read", read_scaled):
+        yield
+
+
+@contextmanager
+def two_exchanged(one: str, other: str) -> Iterator[None]:
+    """The runner takes the one adapter's table for the other, and the other way round."""
+    right = model_runner._segments
+    turned = {one: other, other: one}
+
+    def exchanged(sequences: Any, starts: Any, tables: Mapping[str, AdapterTable]) -> Any:
+        return right(
+            sequences, starts, {d: tables.get(turned.get(d, d), t) for d, t in tables.items()}
+        )
+
+    with patch.object(model_runner, "_segments", exchanged):
+        yield
+
+
+@contextmanager
+def prefixes_by_name() -> Iterator[None]:
+    """The prefix cache's keys hold the adapter's name in place of its weights."""
+
+    def keys(self: BlockManager, sequence: Sequence, count: int) -> list[bytes]:
+        adapter = sequence.adapter
+        prefix_cache.extend_chain(
+            sequence.block_keys,
+            count,
+            scope=sequence.request.cache_scope,
+            digest=adapter.name.partition("@")[0] if adapter else None,
+            tokens=sequence.tokens,
+            block_size=self.block_size,
+        )
+        return sequence.block_keys[:count]
+
+    with patch.object(BlockManager, "_keys", keys):
+        yield
+
+
+@contextmanager
+def prefixes_without_scope() -> Iterator[None]:
+    """The prefix cache's keys leave the isolation scope out."""
+    right = prefix_cache._root
+    with patch.object(prefix_cache, "_root", lambda scope, digest: right("", digest)):
+        yield
+
+
+@contextmanager
+def not_exact() -> Iterator[None]:
+    """Exact mode computes the sequences of a step together."""
+
+    def execute(self: ExactRunner, plan: StepPlan) -> StepResult:
+        return self._runner.execute(plan)
+
+    with patch.object(ExactRunner, "execute", execute):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """A bug.
+
+    Attributes:
+        engine: it is in the engine process, not in the front.
+        tight: it shows where memory is short; the others where old and new tables of a
+            name are there together.
+    """
+
+    bug: Callable[[], AbstractContextManager[None]]
+    tight: bool = False
+    engine: bool = True
+
+
+PLANTED: Final[Mapping[str, Planted]] = {
+    "tables keyed by name": Planted(_tables_by_name),
+    "a replace swaps the table under a running sequence": Planted(_replace_under_running),
+    "segments get their neighbour's table": Planted(_segments_shifted),
+    "prefix cache keyed without the weights": Planted(_prefixes_without_weights),
+    "memory recycled while another tier shares it": Planted(_recycled_memory, tight=True),
+    "a drop of what a running sequence holds": Planted(_holds_ignored, tight=True),
+    "the answer names the revision of its end": Planted(_late_name, engine=False),
+    "an alias means what its name means": Planted(_alias_unread, engine=False),
+}

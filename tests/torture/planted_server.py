@@ -1,0 +1,80 @@
+"""A real server whose engine process has a planted bug: the command line of
+``veneer-server``, another process underneath.
+
+`planted_server` puts it in the place of ``veneer-server`` for `running_server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from tests import server_harness
+
+__all__ = ["planted_server"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ENGINE = ("-m", "veneer_server.engine.process")
+
+
+@contextmanager
+def planted_server(planted: str, folder: Path) -> Iterator[None]:
+    """While the block runs, `running_server` starts servers with a bug of `PLANTED`.
+
+    Args:
+        folder: for the command that stands in for ``veneer-server``.
+    """
+    command = folder / "veneer-server"
+    command.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(_ROOT)!r})\n"
+        "from tests.torture.planted_server import _front\n"
+        f"_front({planted!r})\n"
+    )
+    command.chmod(0o755)
+    beside = SimpleNamespace(executable=str(folder / "python"))
+    with patch.object(server_harness, "sys", beside):
+        yield
+
+
+def _front(planted: str) -> None:
+    """The front process: as it is, but the engine that it starts is `_engine`."""
+    from veneer_server.__main__ import main
+
+    right: Any = asyncio.create_subprocess_exec
+
+    async def start(program: str, *arguments: str, **options: Any) -> Any:
+        if arguments[: len(_ENGINE)] == _ENGINE:
+            module = ("-m", "tests.torture.planted_server", planted)
+            options["env"] = {**options.get("env", os.environ), "PYTHONPATH": _python_path()}
+            arguments = (*module, *arguments[len(_ENGINE) :])
+        return await right(program, *arguments, **options)
+
+    with patch.object(asyncio, "create_subprocess_exec", start):
+        main()
+
+
+def _python_path() -> str:
+    found = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(_ROOT), *([found] if found else [])])
+
+
+def _engine(planted: str) -> None:
+    from veneer_server.engine.process import main
+
+    from tests.torture.planted_isolation import PLANTED
+
+    with PLANTED[planted].bug():
+        main()
+
+
+if __name__ == "__main__":
+    _engine(sys.argv.pop(1))

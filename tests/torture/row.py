@@ -1,0 +1,113 @@
+"""The shape of a row of the reliability scoreboard.
+
+A row is a module ``tests/torture/rows/row_NN_what.py`` with four names; the runner finds
+it by its file name and needs no list::
+
+    ROW = 4
+    TITLE = "power loss"
+
+    def run(scale: Scale) -> Outcome:
+        '''The product under torture. `Outcome.failures` is empty when it held.'''
+
+    def controls(scale: Scale) -> Iterable[Control]:
+        '''Planted bugs. Each runs the same check against a broken product.'''
+
+Both get the same `Scale`: quick or full, a seed, an empty folder of their own. The two
+must share the code that judges (so that a control shows that *this* check can fail), and
+everything random comes from `Scale.random`, so that a seed repeats a run. `controls`
+plants its bugs at the product's edge: an argument, a subclass, a patched function that is
+restored at once, a child process; never an edit of a file. Each row has a process of its own.
+
+The runner fails (exit 1) for a row with failures, without controls, or with a control
+that was not caught.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+__all__ = ["Control", "Outcome", "RowModule", "Scale"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much to do.
+
+    Attributes:
+        full: the scoreboard's numbers; else the quick form for every test run.
+        seed: printed by the runner; the same seed repeats the run.
+        work: an empty folder, removed afterwards.
+    """
+
+    full: bool
+    seed: int
+    work: Path
+
+    def pick(self, quick: _T, full: _T) -> _T:
+        """``full`` in the full form, else ``quick``."""
+        return full if self.full else quick
+
+    def random(self, purpose: str = "") -> random.Random:
+        """A generator of its own for each purpose: adding one moves no other."""
+        return random.Random(f"{self.seed} {purpose}")
+
+    def folder(self, name: str) -> Path:
+        """A new empty folder in `work`."""
+        folder = self.work / name
+        folder.mkdir(parents=True)
+        return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        figure: what was done and measured, for a table's cell.
+        bar: what the figure must meet.
+        failures: one line each, with what repeats it; empty when the bar is met.
+        notes: what a reader must know beside the figure, for example a part left out.
+        skipped: why nothing was run, with what to install; "" where it was. A skipped row
+            is printed as such, does not fail, and its controls are not asked for.
+    """
+
+    figure: str
+    bar: str
+    failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    skipped: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A planted bug and what the check said of it.
+
+    Attributes:
+        planted: the bug, in a few words.
+        caught: first failure that the check reported; "" when it saw nothing.
+    """
+
+    planted: str
+    caught: str
+
+    @classmethod
+    def of(cls, planted: str, outcome: Outcome) -> Control:
+        """The control whose check ran to ``outcome``."""
+        return cls(planted, outcome.failures[0] if outcome.failures else "")
+
+
+class RowModule(Protocol):
+    """What the runner needs of a row's module."""
+
+    ROW: int
+    TITLE: str
+
+    def run(self, scale: Scale) -> Outcome: ...
+
+    def controls(self, scale: Scale) -> Iterable[Control]: ...

@@ -1,0 +1,224 @@
+"""Row 9: adapters come, go and change under traffic, and no token is of the wrong one.
+
+First the whole server in this process on a FAKE decoder, whose tokens are a hash of what
+was read (`tests.torture.hash_backend`): any crossed wire is an exact mismatch. Then real
+server processes on a tiny Llama in float32, judged by PEFT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from veneer_server.engine import process
+
+from tests.server_harness import Server, running_server
+from tests.tiny_llama import make_tiny_llama
+from tests.torture.cancels import all_free
+from tests.torture.churn import churn
+from tests.torture.churn_record import Churn, Traffic
+from tests.torture.hash_backend import HashBackend
+from tests.torture.in_process import InProcess, in_process
+from tests.torture.isolation import HashReference, failures_of, outcomes
+from tests.torture.peft_reference import BOUND, PeftReference
+from tests.torture.planted_isolation import PLANTED, Planted
+from tests.torture.planted_server import planted_server
+from tests.torture.row import Control, Outcome, Scale
+
+__all__ = ["ROW", "TITLE", "controls", "run"]
+
+ROW = 9
+TITLE = "isolation under churn"
+BAR = "0 tokens from a wrong digest"
+
+FREE_SECONDS = 30
+ROUNDS = 6
+"""A bug that needs a coincidence gets this many runs to show itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a server has: small, so that adapters and prefixes are swapped all the time."""
+
+    device: str
+    host: str
+    kv: str = "0.5MiB"
+    running: str = "12"
+
+    def settings(self) -> dict[str, str]:
+        return {
+            "device_adapter_bytes": self.device,
+            "host_cache_bytes": self.host,
+            "kv_cache_bytes": self.kv,
+            "max_running": self.running,
+        }
+
+
+# An adapter of one module takes 1,536 bytes for each rank, of all modules 20,736.
+ONE_MODULE = ("self_attn.q_proj",)
+HASHED = Memory(device="24KiB", host="48KiB")
+TIGHT = Memory(device="12KiB", host="24KiB")
+ROOMY = Memory(device="48KiB", host="96KiB")
+SMALL = Memory(device="256KiB", host="512KiB")
+LARGE = Memory(device="1MiB", host="2MiB")
+SERVED = Traffic(requests=2_000, most_tokens=16, sampled=0.3, logprobs=True)
+
+
+def run(scale: Scale) -> Outcome:
+    """Both forms, after one another."""
+    base = make_tiny_llama(scale.work / "base", seed=scale.seed)
+    hashed = _hashed(scale, base)
+    traffic = replace(SERVED, requests=scale.pick(150, 2_000))
+    served = asyncio.run(_served(scale, base, traffic, SMALL, scale.folder("served")))
+    return Outcome(
+        figure=f"{hashed.figure}; real processes: {served.figure}",
+        bar=BAR,
+        failures=hashed.failures + served.failures,
+        notes=hashed.notes + served.notes,
+    )
+
+
+def controls(scale: Scale) -> Iterator[Control]:
+    """Each bug under the hashing decoder; some in a real engine process too."""
+    base = make_tiny_llama(scale.work / "base", seed=scale.seed)
+    for name, planted in PLANTED.items():
+        yield _control(scale, base, name, planted)
+    traffic = replace(SERVED, requests=scale.pick(90, 300), names=4, each=3)
+    plain = [name for name, bug in PLANTED.items() if bug.engine and not bug.tight]
+    for name in plain[: scale.pick(1, len(plain))]:
+        folder = scale.folder(f"served {name}")
+        with planted_server(name, folder):
+            outcome = asyncio.run(_served(scale, base, traffic, LARGE, folder))
+        yield Control.of(f"{name}, in a real engine process", outcome)
+
+
+# -------------------------------------------------------------- the hashing decoder
+
+
+def _hashed(scale: Scale, base: Path) -> Outcome:
+    traffic = Traffic(requests=scale.pick(400, 20_000), modules=ONE_MODULE)
+    with patch.object(process, "Decoder", HashBackend):
+        record, seen, leaks = asyncio.run(
+            _in_process(scale, base, traffic, HASHED, scale.folder("hashed"))
+        )
+    failures = (*leaks, *failures_of(record, HashReference()))
+    revisions = len({attempt.revision for attempt in record.attempts} - {""})
+    return Outcome(
+        figure=(
+            f"{traffic.requests:,} requests over {traffic.names} adapters, "
+            f"{len(failures)} wrong ({_listed(outcomes(record))}; {revisions} revisions "
+            f"answered, {seen['AdapterLoaded']} loads and moves, {seen['Evicted']} drops, "
+            f"{seen['prefix tokens']} prompt tokens from the prefix cache)"
+        ),
+        bar=BAR,
+        failures=failures,
+        notes=(f"changes: {_listed(record.changes)}",),
+    )
+
+
+async def _in_process(
+    scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path
+) -> tuple[Churn, Counter[str], list[str]]:
+    """The record of a run, the engine's messages counted, and what leaked."""
+    async with in_process(base, folder, **memory.settings()) as server:
+        record = await churn(server, traffic, scale.random(folder.name), folder / "adapters")
+        leaks = await _leaks(server)
+        return record, server.seen, leaks
+
+
+async def _leaks(server: InProcess) -> list[str]:
+    """Blocks, holds and leases that nothing uses any more, and a loop that ended."""
+    if server.engine_error is not None:
+        return [f"the step loop ended: {server.engine_error!r}"]
+    try:
+        await server.end()
+    except (AssertionError, TimeoutError) as error:
+        return [f"after all had ended: {error!r}"]
+    return []
+
+
+def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
+    traffic = Traffic(
+        requests=120,
+        names=8 if planted.tight else 4,
+        each=3,
+        modules=ONE_MODULE,
+        ranks=(2,),
+        most_tokens=24,
+    )
+    memory = TIGHT if planted.tight else ROOMY
+    for attempt in range(ROUNDS):
+        folder = scale.folder(f"{name} {attempt}")
+        with patch.object(process, "Decoder", HashBackend), planted.bug():
+            record, _, leaks = asyncio.run(_in_process(scale, base, traffic, memory, folder))
+        failures = (*leaks, *failures_of(record, HashReference()))
+        if failures:
+            return Control(name, failures[0])
+    return Control(name, "")
+
+
+# ------------------------------------------------------------- real server processes
+
+
+async def _served(
+    scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path
+) -> Outcome:
+    """A server process, judged by PEFT."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in memory.settings().items()]
+    flags += ["--base", str(base), "--dtype", "float32", "--quantization", "none"]
+    async with running_server(folder / "data", folder / "cache", *flags) as server:
+        record = await churn(server, traffic, scale.random(folder.name), folder / "adapters")
+        seen = await _counted(server)
+        leaks = await _left(server)
+        stopped = await server.stop()
+    reference = PeftReference(base)
+    failures = (*leaks, *failures_of(record, reference))
+    if stopped:
+        failures += (f"the server ended with status {stopped}",)
+    revisions = len({attempt.revision for attempt in record.attempts} - {""})
+    return Outcome(
+        figure=(
+            f"{traffic.requests:,} requests over {traffic.names} adapters, "
+            f"{len(failures)} wrong ({_listed(outcomes(record))}; {revisions} revisions "
+            f"answered, {_listed(seen)}; "
+            f"log-probabilities within {reference.worst:.0e} of PEFT's, bound {BOUND:.0e})"
+        ),
+        bar=BAR,
+        failures=failures,
+        notes=(
+            f"changes of the real server: {_listed(record.changes)}; "
+            f"{reference.near_ties} near ties",
+        ),
+    )
+
+
+async def _left(server: Server) -> list[str]:
+    """Places, blocks and leases that nothing uses, and an engine that had to begin anew."""
+    try:
+        async with asyncio.timeout(FREE_SECONDS):
+            await all_free(server)
+    except (AssertionError, TimeoutError) as error:
+        return [f"after all had ended: {error!r}"]
+    return []
+
+
+async def _counted(server: Server) -> Counter[str]:
+    """How much was swapped, by the server's own metrics."""
+    names = {
+        "evictions": "veneer_adapter_evictions_total",
+        "activations": "veneer_adapter_activate_seconds_count",
+        "prompt tokens from the prefix cache": "veneer_prefix_cache_hit_tokens_total",
+    }
+    found: list[dict[str, float]] = await server.scrape(*names.values())
+    return Counter(
+        {what: int(sum(samples.values())) for what, samples in zip(names, found, strict=True)}
+    )
+
+
+def _listed(counts: Counter[Any]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.most_common())

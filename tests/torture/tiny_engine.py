@@ -1,0 +1,41 @@
+"""The real engine on a tiny Llama in float32, for rows that torture what it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from veneer_server.engine.messages import EngineConfig
+
+from tests.engine_harness import EngineHarness, engine
+from tests.tiny_llama import make_tiny_llama
+
+__all__ = ["ask", "tiny_engine"]
+
+
+@contextmanager
+def tiny_engine(work: Path) -> Iterator[EngineHarness]:
+    """Started, with room for a few sequences; checks on leaving that nothing leaked."""
+    base = make_tiny_llama(work / "base")
+    settings = EngineConfig(
+        base_folder=str(base),
+        cache_folder=str(work / "cache"),
+        base_name="tiny",
+        weights_fingerprint="",
+        device="cpu",
+        quantization="none",
+        dtype="float32",
+        max_batch_tokens=64,
+        max_running=8,
+        kv_cache_bytes=8 << 20,
+    )
+    with engine(settings) as harness:
+        yield harness
+
+
+def ask(seed: int, **more: Any) -> dict[str, Any]:
+    """A request whose prompt follows from ``seed``."""
+    prompt = [3 + (seed * 37 + n * 11) % 500 for n in range(6)]
+    return {"prompt": prompt, "max_tokens": 4, "logprobs": True, "ignore_eos": True, **more}
