@@ -71,6 +71,7 @@ class EngineHarness:
     def close(self) -> None:
         self.inbox.put(Stop())
         self._thread.join()
+        self.memory.close()
         self.loop.check_integrity()
 
     def tell(self, message: ToEngine) -> None:

@@ -30,8 +30,8 @@ from veneer_server.priority import lower_priority
 __all__ = ["NO_MEMORY", "Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
 
 NO_MEMORY: Final = (
-    "there is no memory to load the adapter; lower the adapter budgets, or stop what else takes "
-    "memory, and retry"
+    "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
+    "takes memory, and retry"
 )
 _LENGTH: Final = struct.Struct(">I")
 

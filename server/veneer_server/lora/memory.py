@@ -83,6 +83,12 @@ class LoraMemory:
         """Start what reads adapters, so that the first need not wait for it."""
         self._loaders.start()
 
+    def close(self) -> None:
+        """End the workers, and what reads adapters."""
+        self._workers.shutdown()
+        self._copier.shutdown()
+        self._loaders.close()
+
     def load(self, source: AdapterSource) -> None:
         """Read an adapter from disk into HOST."""
         self._workers.submit(self._guarded, source.weights_digest, "host", self._read, source)

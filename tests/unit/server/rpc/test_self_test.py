@@ -27,8 +27,6 @@ from tests.engine_harness import GREEDY
 from tests.unit.registry.kit import push
 from tests.unit.server.rpc.self_test_kit import NAMES, bench
 
-# ------------------------------------------------------------------------ all is well
-
 
 async def test_a_healthy_server_passes_with_all_in_one_batch(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:

@@ -16,9 +16,6 @@ from veneer_server.rpc.verdicts import Answers, judge
 
 from tests.unit.server.rpc.self_test_kit import NAMES, Bench, bench
 
-# ---------------------------------------------------------------------- damage in memory
-
-
 Damage = Callable[[Bench], None]
 
 
