@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench torture-quick torture tools chromium dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench torture-quick torture tools packages dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,12 +57,12 @@ bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
 
 torture-quick: base ## Every torture row in its quick form, with planted bugs that it must catch
-	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick --jobs 2
 
 torture: base ## Every torture row in full: hours
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --full
 
-tools: .cache/tools/usr/bin/prometheus chromium ## Bring what the tests need from Debian: Prometheus, Chromium
+tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -72,15 +72,16 @@ tools: .cache/tools/usr/bin/prometheus chromium ## Bring what the tests need fro
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
 
-# Installed, not unpacked: it needs some forty libraries. The font is what pages are drawn with.
-CHROMIUM_PACKAGES := chromium-headless-shell fonts-dejavu-core
-chromium:
-	@if dpkg-query -W -f '$${db:Status-Status}\n' $(CHROMIUM_PACKAGES) 2>/dev/null \
-	    | grep -c '^installed' | grep -q '^$(words $(CHROMIUM_PACKAGES))$$'; then :; \
+# Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
+# drawn with; strace records and breaks what the registry asks of the disk (torture).
+DEBIAN_PACKAGES := chromium-headless-shell fonts-dejavu-core strace
+packages:
+	@if dpkg-query -W -f '$${db:Status-Status}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
+	    | grep -c '^installed' | grep -q '^$(words $(DEBIAN_PACKAGES))$$'; then :; \
 	elif [ "$$(id -u)" != 0 ]; then \
-	  echo 'not root: for the test of the report page, install $(CHROMIUM_PACKAGES)'; \
+	  echo 'not root: for the test of the report page and torture rows 4 and 5, install $(DEBIAN_PACKAGES)'; \
 	else \
-	  install='apt-get install -q -y --no-install-recommends $(CHROMIUM_PACKAGES)'; \
+	  install='apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES)'; \
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  $$install || { apt-get update -q && $$install; }; \
 	fi

@@ -81,6 +81,10 @@ _STEPS: Final = (
         pin TEXT
     );
     """,
+    """
+    -- Listing by a label must not look at every name.
+    CREATE INDEX labels_of_value ON labels (key, value, name, revision);
+    """,
 )
 
 VERSION: Final = len(_STEPS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +66,25 @@ async def target(
 
 @asynccontextmanager
 async def published(
-    client: AsyncClient, named: Mapping[str, Path], *, activate: bool = True
+    client: AsyncClient,
+    named: Mapping[str, Path] | Iterable[tuple[str, Path]],
+    *,
+    activate: bool = True,
+    keep: bool = False,
 ) -> AsyncIterator[None]:
     """Adapters on the server, activated unless told not to be; at the end those are
     deleted that were not there before: the server may be somebody's.
+
+    Args:
+        named: pairs are asked for one at a time, so that many need not lie on disk at once.
+        keep: delete none.
 
     Raises:
         AdapterExists: a name holds something else, which stays as it is.
     """
     async with AsyncExitStack() as new:
-        for name, folder in named.items():
-            if (await client.push(folder, name)).published:
+        for name, folder in named.items() if isinstance(named, Mapping) else named:
+            if (await client.push(folder, name)).published and not keep:
                 new.push_async_callback(remove, client, name)
             if activate:
                 await client.activate(name)

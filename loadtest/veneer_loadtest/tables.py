@@ -206,13 +206,16 @@ def probes_table(probes: Sequence[Probe]) -> Table:
 def split_table(level: LoadLevel) -> Table:
     """A level by the tier in which the server found the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("found in", no_wrap=True)
-    for column in ("requests", "failed", "TTFT p50", "TTFT p99", "load p50"):
+    adapters = "1 adapter" if level.adapters == 1 else f"{level.adapters} adapters"
+    table.add_column(f"{adapters}, found in", no_wrap=True)
+    for column in ("requests", "share", "failed", "TTFT p50", "TTFT p99", "load p50"):
         table.add_column(column, justify="right", no_wrap=True)
+    requests = sum(split.requests for split in level.by_tier.values())
     for tier, split in level.by_tier.items():
         table.add_row(
             tier,
             str(split.requests),
+            f"{split.requests / requests:.1%}",
             str(split.failed),
             _ms(split.first_token_p50_ms),
             _ms(split.first_token_p99_ms),

@@ -8,7 +8,7 @@ read the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,8 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ATTENTION",
+    "PROJECTIONS",
     "BaseShape",
     "Stream",
+    "adapter_name",
+    "adapter_seed",
     "make_adapter",
     "make_adapters",
     "make_streams",
@@ -27,6 +31,9 @@ __all__ = [
 
 SCALING: Final = 2.0
 """alpha / rank of the synthetic adapters."""
+
+ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 B_STD: Final = 0.05
 """Spread of B: large enough that each adapter's log-probabilities are its own,
@@ -92,17 +99,39 @@ def make_adapters(
 ) -> dict[str, Path]:
     """Write ``count`` adapters under ``folder``; name -> adapter folder."""
     return {
-        name: make_adapter(folder / name, base, rank=rank, seed=seed * 1000 + i)
-        for i, name in enumerate(f"load-{n}" for n in range(count))
+        name: make_adapter(folder / name, base, rank=rank, seed=adapter_seed(seed, i))
+        for i, name in enumerate(map(adapter_name, range(count)))
     }
 
 
-def make_adapter(folder: Path, base: BaseShape, *, rank: int, seed: int) -> Path:
-    """Write one random adapter on all seven projections, in bf16; returns ``folder``."""
+def adapter_name(number: int) -> str:
+    """What synthetic adapter ``number``, from 0, is called."""
+    return f"load-{number}"
+
+
+def adapter_seed(seed: int, number: int) -> int:
+    """The seed of synthetic adapter ``number`` of a run with ``seed``."""
+    return seed * 1000 + number
+
+
+def make_adapter(
+    folder: Path,
+    base: BaseShape,
+    *,
+    rank: int,
+    seed: int,
+    targets: Collection[str] = PROJECTIONS,
+) -> Path:
+    """Write one random adapter on some projections, in bf16; returns ``folder``."""
+    modules = {
+        module: shape
+        for module, shape in base.projections().items()
+        if module.rpartition(".")[2] in targets
+    }
     rng = np.random.default_rng(seed)
     tensors: dict[str, npt.NDArray[np.uint16]] = {}
     for layer in range(base.layers):
-        for module, (out_features, in_features) in base.projections().items():
+        for module, (out_features, in_features) in modules.items():
             key = f"base_model.model.model.layers.{layer}.{module}"
             a = rng.normal(0.0, in_features**-0.5, (rank, in_features))
             b = rng.normal(0.0, B_STD, (out_features, rank))
@@ -117,7 +146,7 @@ def make_adapter(folder: Path, base: BaseShape, *, rank: int, seed: int) -> Path
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(m.rpartition(".")[2] for m in base.projections()),
+        "target_modules": sorted(m.rpartition(".")[2] for m in modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }

@@ -156,7 +156,7 @@ def find_max(
                     names=names_of(names),
                     folder=adapters,
                     generate=() if names or adapters or openai else (generate,),
-                    rank=rank,
+                    ranks=(rank,),
                     seed=seed,
                 ),
                 None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from veneer_loadtest import workload
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.spec import (
     Arrivals,
@@ -22,10 +24,12 @@ __all__ = [
     "ApiChoice",
     "BaseFolderOfLoad",
     "CancelShare",
+    "First",
     "Flags",
     "Generate",
     "GenerateOne",
     "IgnoreEos",
+    "Keep",
     "Metrics",
     "Model",
     "Names",
@@ -33,8 +37,10 @@ __all__ = [
     "PopularityText",
     "PrefixCache",
     "PromptTokens",
+    "Ranks",
     "ServerAddress",
     "SpawnOne",
+    "Targets",
     "Text",
     "ThreadCount",
     "Timeout",
@@ -43,7 +49,11 @@ __all__ = [
     "load_spec",
     "names_of",
     "numbers_of",
+    "ranks_of",
+    "targets_of",
 ]
+
+_MOST_NAMES: int = 1_000_000
 
 
 class ApiChoice(Enum):
@@ -100,7 +110,30 @@ GenerateOne = Annotated[
 AdaptersFolder = Annotated[
     Path | None, typer.Option("--adapters", help="Publish the adapter folders in there.")
 ]
-Names = Annotated[str, typer.Option(metavar="A,B", help="Adapters that the server has.")]
+Ranks = Annotated[
+    str,
+    typer.Option("--rank", metavar="R[,R...]", help="Of the synthetic adapters; in turn."),
+]
+Targets = Annotated[
+    str,
+    typer.Option(help="Projections of the synthetic adapters: all, attention, or q_proj,..."),
+]
+Keep = Annotated[
+    bool, typer.Option("--keep", help="Leave what is published there, for a further run.")
+]
+Names = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B", help="Adapters that the server has; load-{0..99} stands for 100."
+    ),
+]
+First = Annotated[
+    str,
+    typer.Option(
+        metavar="N[,N...]",
+        help="Of --names or --adapters, the first so many; several: a load for each.",
+    ),
+]
 PopularityText = Annotated[
     str,
     typer.Option(
@@ -166,8 +199,53 @@ def load_spec(
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """``a,b``; ``base`` alone stays a name: the base model is no name at all."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """``a,b``; ``a-{0..9}`` stands for ten names. ``base`` alone stays a name: the base
+    model is no name at all.
+
+    Raises:
+        BadOption: a range that counts down, or has more than a million names.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(name for part in parts for name in _counted(part))
+
+
+def _counted(part: str) -> tuple[str, ...]:
+    found = re.fullmatch(r"([^{}]*)\{(\d{1,9})\.\.(\d{1,9})\}([^{}]*)", part)
+    if found is None:
+        return (part,)
+    low, high = int(found[2]), int(found[3])
+    if not low <= high < low + _MOST_NAMES:
+        raise BadOption(f"--names {part!r}: give a range such as load-{{0..99}}")
+    return tuple(f"{found[1]}{number}{found[4]}" for number in range(low, high + 1))
+
+
+def ranks_of(text: str) -> tuple[int, ...]:
+    """``16`` or ``8,16,32,64``.
+
+    Raises:
+        BadOption: anything else.
+    """
+    ranks = numbers_of("--rank", text)
+    if not ranks or min(ranks) < 1:
+        raise BadOption(f"--rank {text!r}: give ranks of 1 or more, such as 16 or 8,16,32,64")
+    return ranks
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """``all``, ``attention``, or projections by name.
+
+    Raises:
+        BadOption: anything else.
+    """
+    if text in ("all", "attention"):
+        return workload.PROJECTIONS if text == "all" else workload.ATTENTION
+    targets = tuple(part.strip() for part in text.split(","))
+    if not set(targets) <= set(workload.PROJECTIONS):
+        raise BadOption(
+            f"--targets {text!r}: give all, attention, or some of "
+            f"{', '.join(workload.PROJECTIONS)}"
+        )
+    return targets
 
 
 def numbers_of(option: str, text: str) -> tuple[int, ...]:

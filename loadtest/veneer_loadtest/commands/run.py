@@ -14,7 +14,6 @@ from veneer_loadtest.commands.common import (
     PACKAGES,
     Debug,
     JsonFile,
-    Rank,
     Seed,
     print_notes,
     warn_if_busy,
@@ -26,9 +25,11 @@ from veneer_loadtest.commands.load_options import (
     ApiChoice,
     BaseFolderOfLoad,
     CancelShare,
+    First,
     Flags,
     Generate,
     IgnoreEos,
+    Keep,
     Metrics,
     Model,
     Names,
@@ -36,8 +37,10 @@ from veneer_loadtest.commands.load_options import (
     PopularityText,
     PrefixCache,
     PromptTokens,
+    Ranks,
     ServerAddress,
     SpawnOne,
+    Targets,
     Text,
     ThreadCount,
     Timeout,
@@ -46,6 +49,8 @@ from veneer_loadtest.commands.load_options import (
     load_spec,
     names_of,
     numbers_of,
+    ranks_of,
+    targets_of,
 )
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
 from veneer_loadtest.errors import BadOption
@@ -68,6 +73,10 @@ EXAMPLES = (
     "--popularity zipf:1.2 --duration 1m --warmup 10s --slo ttft=1s,tpot=100ms "
     "--json a.json --html a.html\n\n"
     "  veneer-loadtest run --spawn --streams 8 --generate 1,8,32 --popularity distinct\n\n"
+    "  veneer-loadtest run --spawn --server-flag=--data-dir=many --generate 2000 "
+    "--rank 8,16,32,64 --targets attention --keep --streams 1 --requests 1\n\n"
+    "  veneer-loadtest run --spawn --server-flag=--data-dir=many --names 'load-{0..1999}' "
+    "--first 5,2000 --popularity powerlaw:0.5 --streams 32 --duration 2m\n\n"
     "  veneer-loadtest run --openai http://127.0.0.1:8000 --model base --names sql,chat "
     "--rate 2\n\n"
     "  veneer-loadtest run --server 127.0.0.1:50051 --trace requests.jsonl --speed 2 "
@@ -102,6 +111,7 @@ def run(
     generate: Generate = "",
     adapters: AdaptersFolder = None,
     names: Names = "",
+    first: First = "",
     popularity: PopularityText = "uniform",
     prompt_tokens: PromptTokens = "16..64",
     tokens: Tokens = "64",
@@ -115,7 +125,9 @@ def run(
         str, typer.Option(help="Limits for goodput, such as ttft=1s,tpot=100ms,e2e=20s.")
     ] = "",
     metrics: Metrics = None,
-    rank: Rank = 16,
+    rank: Ranks = "16",
+    targets: Targets = "all",
+    keep: Keep = False,
     base_folder: BaseFolderOfLoad = None,
     threads: ThreadCount = 0,
     server_flag: Flags = None,
@@ -188,11 +200,15 @@ def run(
                 AdapterOptions(
                     names=names_of(names),
                     folder=adapters,
+                    first=numbers_of("--first", first),
                     generate=numbers_of("--generate", generate),
-                    rank=rank,
+                    ranks=ranks_of(rank),
+                    targets=targets_of(targets),
+                    keep=keep,
                     seed=seed,
                 ),
                 traced,
+                lambda told: OUT.print(told, style="dim"),
             ) as target:
                 print_notes(target.notes)
                 session = Session(
@@ -221,10 +237,10 @@ def run(
             partial=stop.event.is_set(),
             why=stop.why,
             levels=levels,
-            summary=summary(levels[-1]) if levels else {},
+            summary=summary(levels[-1], levels[0]) if levels else {},
         )
         OUT.print(levels_table(levels))
-        for each in levels[-1:]:
+        for each in levels:
             OUT.print(split_table(each))
         outputs.deliver(result)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +14,12 @@ from veneer_client.local import LocalServer
 
 from veneer_loadtest import report, setup, workload
 from veneer_loadtest.errors import BadOption, TargetFailed
+from veneer_loadtest.load.adapters import AdapterOptions, chosen, names_of
 from veneer_loadtest.load.spec import Traced
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
-from veneer_loadtest.load.trace import read_trace
 from veneer_loadtest.server_metrics import read_counters
 
 __all__ = ["AdapterOptions", "Opened", "TargetOptions", "opened"]
-
-_SYNTHETIC: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +66,6 @@ class TargetOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterOptions:
-    """Which adapters: those that are there (``names``), folders, or synthetic ones.
-
-    Attributes:
-        generate: how many synthetic ones, by level; empty: 8 where nothing else is given.
-    """
-
-    names: Sequence[str] = ()
-    folder: Path | None = None
-    generate: Sequence[int] = ()
-    rank: int = 16
-    seed: int = 1
-
-    def check(self, target: TargetOptions, *, traced: bool) -> None:
-        """Raise `BadOption` for options that do not go together."""
-        given = bool(self.names) + (self.folder is not None) + bool(self.generate)
-        if given > 1:
-            raise BadOption("give one of --names, --adapters and --generate")
-        if target.openai is not None and given and not self.names:
-            raise BadOption(
-                "adapters can be pushed to a Veneer server only (--spawn or --server): load "
-                "them there, and give their names with --names a,b"
-            )
-        if traced and self.generate:
-            raise BadOption("a trace names its adapters itself: leave out --generate")
-
-
-@dataclass(frozen=True, slots=True)
 class Opened:
     """A target that answers, with its adapters.
 
@@ -117,11 +87,17 @@ class Opened:
 
 @asynccontextmanager
 async def opened(
-    target: TargetOptions, adapters: AdapterOptions, traced: Traced | None
+    target: TargetOptions,
+    adapters: AdapterOptions,
+    traced: Traced | None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Opened]:
     """Start or find the target, publish adapters and check every name.
 
-    What was published is deleted at the end, unless it was there before.
+    What was published is deleted at the end, unless it was there before or is to be kept.
+
+    Args:
+        tell: told how far it is, where that takes long.
 
     Raises:
         BadOption: options that do not go together.
@@ -129,15 +105,15 @@ async def opened(
         BadTrace: see `read_trace`.
     """
     target.check()
-    adapters.check(target, traced=traced is not None)
+    adapters.check(openai=target.openai is not None, traced=traced is not None)
     if target.openai is not None:
-        yield await _openai(target, adapters, _names(adapters, traced))
+        yield await _openai(target, adapters, names_of(adapters, traced))
         return
     folder = _base_folder(target, adapters)
     threads = target.threads or report.usable_cores()
     if target.server is not None:
         async with _veneer(
-            target, adapters, traced, target.server, target.metrics, folder, "(running)"
+            target, adapters, traced, target.server, target.metrics, folder, "(running)", tell
         ) as it:
             yield it
         return
@@ -146,7 +122,7 @@ async def opened(
     with LocalServer(flags) as server:
         async with _veneer(
             target, adapters, traced, server.address, server.metrics_address, folder,
-            report.without_folders(server.command),
+            report.without_folders(server.command), tell,
         ) as it:  # fmt: skip
             yield it
 
@@ -162,12 +138,6 @@ def _base_folder(target: TargetOptions, adapters: AdapterOptions) -> Path | None
         return None
 
 
-def _names(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]:
-    if traced is not None:
-        return tuple(sorted({line.adapter for line in read_trace(Path(traced.path))}))
-    return tuple(adapters.names) or ("",)
-
-
 @asynccontextmanager
 async def _veneer(
     target: TargetOptions,
@@ -177,6 +147,7 @@ async def _veneer(
     metrics: str | None,
     folder: Path | None,
     command: str,
+    tell: Callable[[str], None],
 ) -> AsyncIterator[Opened]:
     shape = None if folder is None else workload.read_base_shape(folder)
     async with AsyncClient(address, timeout_s=120.0, retry=RetryPolicy(attempts=4)) as client:
@@ -192,9 +163,9 @@ async def _veneer(
                 "words (give --base-folder its folder for token ids)"
             )
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
-            named, levels = _chosen(adapters, traced, shape, Path(scratch))
-            async with setup.published(client, named, activate=False):
-                for name in levels[-1]:
+            named, levels = chosen(adapters, traced, shape, Path(scratch), tell)
+            async with setup.published(client, named, activate=False, keep=adapters.keep):
+                for name in max(levels, key=len):
                     await _check(client, name)
                 yield Opened(
                     spec=VeneerSpec(address, target.prefix_cache),
@@ -212,26 +183,6 @@ async def _veneer(
                     metrics=metrics,
                     notes=notes,
                 )
-
-
-def _chosen(
-    adapters: AdapterOptions,
-    traced: Traced | None,
-    shape: workload.BaseShape | None,
-    scratch: Path,
-) -> tuple[Mapping[str, Path], Sequence[tuple[str, ...]]]:
-    """What to publish, and the names of each level."""
-    if adapters.folder is not None:
-        found = setup.find_adapters(adapters.folder)
-        return found, [_names(adapters, traced) if traced else tuple(found)]
-    if adapters.names or traced is not None:
-        return {}, [_names(adapters, traced)]
-    assert shape is not None
-    counts = tuple(adapters.generate) or (_SYNTHETIC,)
-    made = workload.make_adapters(
-        scratch, shape, count=max(counts), rank=adapters.rank, seed=adapters.seed
-    )
-    return made, [tuple(made)[:count] or ("",) for count in counts]
 
 
 async def _check(client: AsyncClient, name: str) -> None:
@@ -270,7 +221,7 @@ async def _openai(
     return Opened(
         spec=OpenAiSpec(url=target.openai, base_model=target_model, api=target.api),
         facts={"api": "openai", "endpoint": target.api, "base_model": target_model},
-        adapters=[names],
+        adapters=adapters.levels(names),
         vocab=0 if text or shape is None else shape.vocab,
         metrics=None,
     )

@@ -25,18 +25,30 @@ KEYS: Final = (
     "end_to_end_p99_ms",
     "queue_p50_ms",
     "queue_p99_ms",
+    "first_token_max_ms",
+    "device_hit_share",
+    "host_hit_share",
+    "disk_share",
     "error_share",
     "slo_share",
     "goodput_per_s",
     "late_p99_ms",
     "lost",
+    "requests_ratio",
+    "tokens_ratio",
 )
 """Of the summary of a run; a figure that there is no data for is left out."""
 
 
-def summary(level: Level) -> dict[str, float]:
-    """The figures of `KEYS`."""
+def summary(level: Level, first: Level | None = None) -> dict[str, float]:
+    """The figures of `KEYS`.
+
+    Args:
+        first: the level that ``*_ratio`` are against: requests and tokens a second here,
+            by those there.
+    """
     told = level.requests.ok + level.requests.failed
+    base = first if first is not level else None
     found: dict[str, float | None] = {
         "requests_per_s": level.requests_per_s,
         "tokens_per_s": level.tokens_per_s,
@@ -44,13 +56,29 @@ def summary(level: Level) -> dict[str, float]:
         **_ends("inter_token", level.inter_token_ms),
         **_ends("end_to_end", level.end_to_end_ms),
         **_ends("queue", level.queue_ms),
+        "first_token_max_ms": level.first_token_ms.max if level.first_token_ms else None,
+        **found_in(level),
         "error_share": level.requests.failed / told if told else None,
         "slo_share": level.slo.share if level.slo else None,
         "goodput_per_s": level.slo.goodput_per_s if level.slo else None,
         "late_p99_ms": level.generator.late_p99_ms,
         "lost": float(level.generator.lost),
+        "requests_ratio": _ratio(level.requests_per_s, base.requests_per_s if base else None),
+        "tokens_ratio": _ratio(level.tokens_per_s, base.tokens_per_s if base else None),
     }
     return {key: value for key in KEYS if (value := found[key]) is not None}
+
+
+def _ratio(value: float, by: float | None) -> float | None:
+    return value / by if by else None
+
+
+def found_in(level: Level) -> dict[str, float | None]:
+    """Shares of the requests with an adapter, by the tier in which the server found it."""
+    tiers = {"device": "device_hit_share", "host": "host_hit_share", "disk": "disk_share"}
+    counts = {tier: level.by_tier[tier].requests for tier in tiers if tier in level.by_tier}
+    of = sum(counts.values())
+    return {key: counts.get(tier, 0) / of if of else None for tier, key in tiers.items()}
 
 
 def _ends(name: str, values: Distribution | None) -> dict[str, float | None]:

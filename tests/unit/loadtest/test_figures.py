@@ -85,6 +85,22 @@ def test_percentiles_are_of_all_values() -> None:
     assert distribution([]) is None
 
 
+def test_shares_by_tier_and_the_ratio_of_two_levels() -> None:
+    tiers = ["device"] * 5 + ["host"] * 3 + ["disk"] * 2 + [""] * 4
+    many = figures([record(n, 3.0 + n / 10, [0.1], tier=tier) for n, tier in enumerate(tiers)])
+    few = figures([record(n, 3.0 + n / 10, [0.1, 0.2]) for n in range(7)])
+    found = summary(many, few)
+    assert found["device_hit_share"] == pytest.approx(0.5), "of those with an adapter"
+    assert found["host_hit_share"] == pytest.approx(0.3)
+    assert found["disk_share"] == pytest.approx(0.2)
+    assert found["requests_ratio"] == pytest.approx(many.requests_per_s / few.requests_per_s)
+    assert found["tokens_ratio"] == pytest.approx(many.tokens_per_s / few.tokens_per_s)
+    assert found["requests_ratio"] > 1, "14 against 7"
+    assert found["requests_ratio"] != pytest.approx(found["tokens_ratio"]), "1 token against 2"
+    assert found["first_token_max_ms"] == pytest.approx(100)
+    assert not {"device_hit_share", "requests_ratio", "tokens_ratio"} & set(summary(few, few))
+
+
 def test_warm_up_is_in_no_figure_but_in_the_totals() -> None:
     found = figures(
         [

@@ -58,6 +58,23 @@ def test_result_files_and_summary(server: FastTarget, tmp_path: Path) -> None:
     assert all(float(row["first_token_ms"]) <= float(row["end_to_end_ms"]) for row in rows)
 
 
+def test_a_load_on_the_first_of_them_and_on_all(server: FastTarget, tmp_path: Path) -> None:
+    json_file = tmp_path / "a.json"
+    done = run(
+        *("--server", server.grpc, "--names", "a-{0..8}", "--first", "2,9", "--streams", "2"),
+        *("--requests", "30", "--popularity", "roundrobin", "--json", str(json_file)),
+    )
+    assert done.exit_code == 0, done.output
+    result = read_result(json_file)
+    assert isinstance(result, RunResult)
+    few, many = result.levels
+    assert set(few.by_adapter) == {"a-0", "a-1"}
+    assert set(many.by_adapter) == {f"a-{n}" for n in range(9)}
+    ratio = many.requests_per_s / few.requests_per_s
+    assert result.summary["requests_ratio"] == pytest.approx(ratio)
+    assert "9 adapters, found in" in done.output
+
+
 def test_an_openai_endpoint(server: FastTarget, tmp_path: Path) -> None:
     json_file = tmp_path / "a.json"
     url = f"http://{server.http}"
@@ -125,6 +142,8 @@ def test_bad_options_are_told_in_one_line(server: FastTarget, tmp_path: Path) ->
         (*some, "--slo", "fast"): "--slo",
         (*some, "--fail-if", "speed<1"): "tokens_per_s",
         (*some, "--generate", "3"): "give one of --names",
+        (*some, "--first", "1,2"): "there are 1 adapters",
+        ("--spawn", "--streams", "1", "--first", "1"): "--first goes with --names",
         (*some, "--json", str(tmp_path / "nowhere" / "a.json")): "folder that exists",
         (*some, "--json", str(tmp_path)): "folder that exists",
         (*some, "--metrics", f"127.0.0.1:{free_port()}"): "--metrics",

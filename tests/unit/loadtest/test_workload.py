@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from veneer_client import VeneerError
 from veneer_loadtest import report, setup, workload
+from veneer_loadtest.commands.load_options import names_of, ranks_of, targets_of
+from veneer_loadtest.load.adapters import AdapterOptions, chosen
 from veneer_loadtest.workload import BaseShape, make_adapter, make_adapters, make_streams
 from veneer_registry.format import read_adapter
 
@@ -34,6 +37,50 @@ def test_adapters_differ_and_are_reproducible(tmp_path: Path) -> None:
     assert len(set(digests)) == 3
     assert digests == [read_adapter(path, None).weights_digest for path in again.values()]
     assert not set(digests) & {read_adapter(p, None).weights_digest for p in other.values()}
+
+
+def test_an_adapter_on_some_projections(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", SHAPE, rank=2, seed=1, targets=workload.ATTENTION)
+    manifest = read_adapter(folder, None)
+    assert manifest.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (len(manifest.modules), manifest.max_rank) == (2 * 4, 2)
+
+
+class Server:
+    """FAKE client of a server that has ``old`` and notes what happens to it."""
+
+    def __init__(self) -> None:
+        self.names = ["old"]
+
+    async def push(self, _: Path, name: str) -> SimpleNamespace:
+        new = name not in self.names
+        if new:
+            self.names.append(name)
+        return SimpleNamespace(published=new)
+
+    async def delete(self, name: str) -> None:
+        self.names.remove(name)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_what_is_published_goes_again_unless_kept(tmp_path: Path, keep: bool) -> None:
+    server = Server()
+    pairs = ((name, tmp_path) for name in ("old", "new"))
+    async with setup.published(server, pairs, activate=False, keep=keep):  # type: ignore[arg-type]
+        assert server.names == ["old", "new"]
+    assert server.names == (["old", "new"] if keep else ["old"])
+
+
+def test_synthetic_adapters_take_ranks_in_turn_and_little_disk(tmp_path: Path) -> None:
+    options = AdapterOptions(generate=(1, 5), ranks=(2, 4), targets=("q_proj",), seed=3)
+    made, levels = chosen(options, None, SHAPE, tmp_path, lambda text: None)
+    assert [len(level) for level in levels] == [1, 5]
+    ranks = []
+    for _, folder in made:
+        ranks.append(read_adapter(folder, None).max_rank)
+        assert len(list(tmp_path.iterdir())) == 1, "only the one that is being pushed"
+    assert ranks == [2, 4, 2, 4, 2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_b_is_not_zero(tmp_path: Path) -> None:
@@ -110,3 +157,27 @@ async def test_a_server_must_be_given(tmp_path: Path) -> None:
 def test_percentile_is_numpys(values: list[float], share: float) -> None:
     wanted = float(np.quantile(values, share))
     assert report.percentile(values, share) == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+
+
+def test_names_with_a_range() -> None:
+    assert names_of("sql, load-{8..10}-x ,chat") == (
+        *("sql", "load-8-x", "load-9-x", "load-10-x"),
+        "chat",
+    )
+    assert names_of("a{1..1}") == ("a1",)
+    for bad in ("a-{9..1}", "a-{0..1000000}"):
+        with pytest.raises(VeneerError, match=r"load-\{0\.\.99\}"):
+            names_of(bad)
+
+
+def test_ranks_and_targets() -> None:
+    assert ranks_of("8,16,32,64") == (8, 16, 32, 64)
+    for bad in ("", "0", "8,x"):
+        with pytest.raises(VeneerError, match="--rank"):
+            ranks_of(bad)
+    assert targets_of("attention") == workload.ATTENTION
+    assert set(targets_of("all")) == {m.rpartition(".")[2] for m in SHAPE.projections()}
+    assert targets_of("q_proj, up_proj") == ("q_proj", "up_proj")
+    for bad in ("", "mlp", "q_proj,x"):
+        with pytest.raises(VeneerError, match="--targets"):
+            targets_of(bad)

@@ -644,6 +644,25 @@ def test_manifest_json_round_trip(tmp_path: Path) -> None:
         manifest_from_json(text.replace('"version":1', '"version":2'))
 
 
+@pytest.mark.parametrize(
+    "text", ['"modules":[[0,"q_proj",1,1.0]],', '\\"modules\\":[[]]', "]],[[", '"modules":null']
+)
+def test_manifest_json_with_strings_that_look_like_it(tmp_path: Path, text: str) -> None:
+    """A template, and a base's name, are a stranger's."""
+    folder = make_adapter(tmp_path, {"base_model_name_or_path": text})
+    (folder / TEMPLATE_FILE).write_text(text)
+    manifest = read_adapter(folder, BASE)
+    assert manifest.chat_template == manifest.base_name == text
+    assert manifest_from_json(manifest_to_json(manifest)) == manifest
+
+
+def test_manifests_do_not_share_what_differs(tmp_path: Path) -> None:
+    for number, projections in enumerate((["q_proj"], ["q_proj", "up_proj"], ["o_proj"])):
+        tensors = make_tensors(projections=projections)
+        manifest = read_adapter(make_adapter(tmp_path / f"{number}", tensors=tensors), BASE)
+        assert manifest_from_json(manifest_to_json(manifest)) == manifest
+
+
 def test_writer_refuses_other_dtypes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="int64"):
         write_adapter(tmp_path, {}, {"x": np.ones((2, 2), np.int64)})

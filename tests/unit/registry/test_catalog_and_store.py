@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,39 @@ def test_publish_and_read(catalog: Catalog) -> None:
     (name,) = catalog.names()
     assert (name.name, name.current, name.generation) == ("chat", "r2", second)
     assert name.revisions == (("r2", "w2", "base"), ("r1", "w1", "base"))
+
+
+def test_pages_are_those_of_a_plain_search(catalog: Catalog) -> None:
+    """Any prefix, place and labels, among names whose superseded revisions have others."""
+    seed = 1
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    values = {
+        "stage": ["dev", "prod"],
+        "team": ["a", "b", "c", "d"],
+        "rare": ["no"] * 20 + ["x"],
+    }
+    now: dict[str, Mapping[str, str]] = {}
+    for number in range(300):
+        name = f"{draw.choice('ab')}-{draw.randrange(100):02}"
+        labels = {key: draw.choice(some) for key, some in values.items() if draw.random() < 0.8}
+        publish(catalog, row(name, number, **labels))
+        now[name] = labels
+    found = 0
+    for _ in range(300):
+        asked = {key: draw.choice(some) for key, some in values.items() if draw.random() < 0.4}
+        prefix, after = draw.choice(["", "a", "b-1", "c"]), draw.choice(["", *now])
+        limit = draw.choice([1, 5, 1000])
+        wanted = [
+            name
+            for name in sorted(now)
+            if name.startswith(prefix) and name > after and asked.items() <= now[name].items()
+        ][:limit]
+        rows = catalog.page(prefix, asked, after, limit)
+        assert [(r.name, r.labels) for r in rows] == [(name, now[name]) for name in wanted]
+        assert all(r.current for r in rows)
+        found += len(rows)
+    assert found > 500
 
 
 def test_publishing_an_old_revision_again_makes_it_newest(catalog: Catalog) -> None:

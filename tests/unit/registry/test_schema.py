@@ -34,6 +34,7 @@ def first_version(
         for table in ("aliases", "history", "quarantine", "files", "residents"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE names DROP COLUMN retain")
+        connection.execute("DROP INDEX labels_of_value")
         connection.execute("PRAGMA user_version = 1")
     return catalog
 

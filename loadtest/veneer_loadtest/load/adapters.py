@@ -1,0 +1,125 @@
+"""Which adapters a load is on: those that are there, folders, or synthetic ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer_loadtest import setup, workload
+from veneer_loadtest.errors import BadOption
+from veneer_loadtest.load.spec import Traced
+from veneer_loadtest.load.trace import read_trace
+
+__all__ = ["AdapterOptions", "chosen", "names_of"]
+
+_SYNTHETIC: int = 8
+_TELL_EVERY: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """Which adapters: those that are there (``names``), folders, or synthetic ones.
+
+    Attributes:
+        first: a level on the first so many of ``names`` or ``folder``; empty: all of them.
+        generate: how many synthetic ones, by level; empty: 8 where nothing else is given.
+        ranks: of the synthetic ones, in turn.
+        targets: projections that they adapt.
+        keep: what is published stays.
+    """
+
+    names: Sequence[str] = ()
+    folder: Path | None = None
+    first: Sequence[int] = ()
+    generate: Sequence[int] = ()
+    ranks: Sequence[int] = (16,)
+    targets: Sequence[str] = workload.PROJECTIONS
+    keep: bool = False
+    seed: int = 1
+
+    def check(self, *, openai: bool, traced: bool) -> None:
+        """Raise `BadOption` for options that do not go together."""
+        given = bool(self.names) + (self.folder is not None) + bool(self.generate)
+        if given > 1:
+            raise BadOption("give one of --names, --adapters and --generate")
+        if openai and given and not self.names:
+            raise BadOption(
+                "adapters can be pushed to a Veneer server only (--spawn or --server): load "
+                "them there, and give their names with --names a,b"
+            )
+        if traced and (self.generate or self.first):
+            raise BadOption(
+                "a trace names its adapters itself: leave out --generate and --first"
+            )
+        if self.first and not (self.names or self.folder):
+            raise BadOption(
+                "--first goes with --names and --adapters; --generate takes several numbers"
+            )
+
+    def levels(self, names: tuple[str, ...]) -> Sequence[tuple[str, ...]]:
+        """The names of each level; ``("",)`` is the base.
+
+        Raises:
+            BadOption: ``first`` asks for more than there are.
+        """
+        if self.first and max(self.first) > len(names):
+            raise BadOption(f"--first {max(self.first)}: there are {len(names)} adapters")
+        return [names[:count] or ("",) for count in self.first] or [names]
+
+
+def names_of(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]:
+    """What a trace asks for, else the names given; ``""`` is the base."""
+    if traced is not None:
+        return tuple(sorted({line.adapter for line in read_trace(Path(traced.path))}))
+    return tuple(adapters.names) or ("",)
+
+
+def chosen(
+    adapters: AdapterOptions,
+    traced: Traced | None,
+    shape: workload.BaseShape | None,
+    scratch: Path,
+    tell: Callable[[str], None],
+) -> tuple[Mapping[str, Path] | Iterable[tuple[str, Path]], Sequence[tuple[str, ...]]]:
+    """What to publish, and the names of each level.
+
+    Args:
+        shape: of the base that synthetic adapters are for.
+        scratch: a folder for them.
+        tell: told how far it is.
+    """
+    if adapters.folder is not None:
+        found = setup.find_adapters(adapters.folder)
+        return found, adapters.levels(names_of(adapters, traced) if traced else tuple(found))
+    if adapters.names or traced is not None:
+        return {}, adapters.levels(names_of(adapters, traced))
+    assert shape is not None
+    counts = tuple(adapters.generate) or (_SYNTHETIC,)
+    names = tuple(map(workload.adapter_name, range(max(counts))))
+    made = _made(adapters, names, shape, scratch, tell)
+    return made, [names[:count] or ("",) for count in counts]
+
+
+def _made(
+    adapters: AdapterOptions,
+    names: Sequence[str],
+    shape: workload.BaseShape,
+    scratch: Path,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[str, Path]]:
+    """Synthetic adapters, each removed when the next one is asked for: thousands of them
+    would fill a disk twice."""
+    for number, name in enumerate(names):
+        folder = workload.make_adapter(
+            scratch / name,
+            shape,
+            rank=adapters.ranks[number % len(adapters.ranks)],
+            seed=workload.adapter_seed(adapters.seed, number),
+            targets=adapters.targets,
+        )
+        yield name, folder
+        shutil.rmtree(folder)
+        if (number + 1) % _TELL_EVERY == 0:
+            tell(f"{number + 1} of {len(names)} adapters made and pushed")
