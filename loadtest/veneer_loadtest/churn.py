@@ -224,7 +224,7 @@ def figures(streams: int, quiet: Sequence[Phase], churned: Sequence[Phase]) -> C
         publish_ms=spread([end - begin for begin, end in windows]),
         quiet_ms=spread(calm),
         inside_ms=spread(inside),
-        outside_ms=spread(outside),
+        outside_ms=spread(outside) if len(outside) else None,
         quiet_gaps=len(calm),
         inside_gaps=len(inside),
         longest_ms=longest * 1e3,

@@ -156,6 +156,8 @@ def churn_table(churn: ChurnFigures) -> Table:
         ("upload, until in DEVICE", churn.publish_ms),
     )
     for name, row in rows:
+        if row is None:
+            continue
         table.add_row(name, f"{row.p50:.1f} ms", f"{row.p99:.1f} ms", f"{row.high:.1f} ms")
     return table
 

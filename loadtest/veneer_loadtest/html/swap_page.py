@@ -156,6 +156,8 @@ def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
             width = 0.8 / len(told)
             for place, field in enumerate(_PHASES):
                 spread = getattr(churn, field)
+                if spread is None:
+                    continue
                 at = place - 0.4 + width * (number + 0.5)
                 axis.bar(at, spread.p99, width * 0.9, color=COLOURS[number], alpha=0.35)
                 axis.bar(at, spread.p50, width * 0.45, color=COLOURS[number])
@@ -212,5 +214,6 @@ def _churn_table(result: SwapResult, name: str) -> str:
             ("between uploads", churn.outside_ms),
             ("upload until in DEVICE", churn.publish_ms),
         )
+        if each is not None
     ]
     return tables.plain([name, "p50", "p99", "longest"], rows)

@@ -49,7 +49,8 @@ class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
         publish_ms: from the upload's start to the adapter's being in DEVICE.
         quiet_ms: time between tokens in phases without uploads.
         inside_ms: between tokens of which the later came while an adapter was uploaded or
-            loaded; ``outside_ms``: the rest of those phases.
+            loaded; ``outside_ms``: the rest of those phases, None where uploads followed
+            one another without a break.
         longest_ms: the longest one inside; ``steps``: it in median quiet ones.
     """
 
@@ -58,7 +59,7 @@ class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
     publish_ms: Spread
     quiet_ms: Spread
     inside_ms: Spread
-    outside_ms: Spread
+    outside_ms: Spread | None
     quiet_gaps: int
     inside_gaps: int
     longest_ms: float

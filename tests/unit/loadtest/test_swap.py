@@ -99,6 +99,7 @@ def test_gaps_inside_an_upload_are_told_from_the_others() -> None:
     assert found.steps == pytest.approx(4)
     # The long one, and the three after the upload's end.
     assert found.inside_gaps == 4
+    assert found.outside_ms is not None
     assert found.outside_ms.high == pytest.approx(10)
     assert found.publish_ms.p50 == pytest.approx(20)
     assert churn_table(found).row_count == 4
@@ -112,7 +113,17 @@ def test_a_stream_that_began_after_an_upload_has_nothing_in_it() -> None:
     )
     found = figures(2, [_phase([1.0, 1.01, 1.02])], [churned])
     assert found.longest_ms == pytest.approx(40)
+    assert found.outside_ms is not None
     assert found.outside_ms.high == pytest.approx(100)
+
+
+def test_uploads_without_a_break_between_them() -> None:
+    """A slow machine: each takes longer than the time until the next."""
+    churned = _phase([1.0, 1.05, 1.1, 1.15], (1.0, 1.08), (1.08, 1.2))
+    found = figures(1, [_phase([1.0, 1.01, 1.02])], [churned])
+    assert found.outside_ms is None
+    assert found.inside_gaps == 3
+    assert churn_table(found).row_count == 3
 
 
 async def test_nobodys_adapter_is_replaced_or_deleted(
@@ -131,7 +142,9 @@ async def test_nobodys_adapter_is_replaced_or_deleted(
 
 def test_a_file_can_be_dropped_from_the_page_cache(tmp_path: Path) -> None:
     file = tmp_path / "large"
-    file.write_bytes(os.urandom(2 << 20))
+    with file.open("wb") as out:
+        out.write(os.urandom(2 << 20))
+        os.fsync(out.fileno())  # pages that are not on disk yet cannot be dropped
     assert page_cache.is_cached(file)
     if not page_cache.drop(tmp_path):
         pytest.skip("this file system keeps its pages")
