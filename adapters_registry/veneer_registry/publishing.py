@@ -218,6 +218,8 @@ class Publisher:
                 entry = core.index.entry(row.name)
                 self._check_replace(upload.request, entry, row.revision)
                 content.fresh = core.store.commit(upload.folder, content.bundle)
+                # Whole on disk since a push that was not published: it heals all the same.
+                content.fresh |= core.index.quarantined(row.weights) is not None
                 if prepare is None:
                     return self._commit(upload.request, row, content, who)
             current = None if entry is None else entry.current

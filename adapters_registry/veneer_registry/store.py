@@ -189,7 +189,7 @@ class Store:
         """Let ``to`` be a stored file, without copying it; False if it is not there."""
         for parent in (self._weights, self._revisions):
             with contextlib.suppress(FileNotFoundError):
-                os.link(parent / _checked(digest) / file, to, follow_symlinks=False)
+                _link(parent / _checked(digest) / file, to)
                 return True
         return False
 
@@ -200,7 +200,7 @@ class Store:
         kept = self._quarantine / _checked(weights)
         with disk_errors(self._root):
             if kept.exists():
-                kept.rename(self._staging / secrets.token_hex(16))
+                _remove(kept)
             self._move_away(self.weights_folder(weights), kept)
             _sync_folder(self._quarantine)
             _sync_folder(self._weights)
@@ -269,7 +269,8 @@ class Store:
         ready = staged / secrets.token_hex(8)
         ready.mkdir()
         for name in names:
-            (staged / name).rename(ready / name)
+            # Linked, so that an upload whose server is killed now need not be sent again.
+            _link(staged / name, ready / name)
             _sync_file(ready / name)
         _sync_folder(ready)
         if target.exists():
@@ -310,6 +311,16 @@ def _sync_file(path: Path) -> None:
 
 
 _sync_folder = _sync_file
+
+
+def _link(source: Path, to: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+            raise
+        shutil.copyfile(source, to)
 
 
 def _remove(path: Path) -> None:

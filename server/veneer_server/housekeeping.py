@@ -52,7 +52,7 @@ class Housekeeping:
         self._sweep_s = sweep_s
         self._keep_s = keep_s
         self._engine: EngineClient | None = None
-        self._kept_version = 0
+        self._kept_version: int | None = None
         self._keeping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,7 +60,7 @@ class Housekeeping:
         """Tell the engine what the last run had in memory, and begin; `stop` ends it."""
         self._engine = engine
         engine.expect_residents(await to_the_end(self._expected))
-        self._kept_version = engine.residents_version
+        await self.keep_residents()  # without what could not be expected any more
         self._begin(self._sweep())
         self._begin(self._keep())
 

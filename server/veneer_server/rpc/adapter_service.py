@@ -89,6 +89,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if replacing is not None:
             warnings += await asyncio.shield(replacing.pass_pin_on(published.record))
         await asyncio.shield(self._removed(published.dropped))
+        await self._keep_residents()  # a pin that passed on outlives the server
         return adapters_pb2.UploadAdapterResponse(
             adapter=self._view.adapter(published.record),
             published=published.published,
@@ -206,6 +207,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         await self._removed(
             [record.ref for record in gone], mode="abort" if mode == "abort" else "drain"
         )
+        await self._keep_residents()  # its pin must not come back with the same content
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
 
     async def SetAlias(

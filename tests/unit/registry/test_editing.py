@@ -375,3 +375,33 @@ def test_history_of_a_name_is_bounded(registry: Registry, adapters: Adapters) ->
     assert lines[0].detail == "1004"
     assert registry.history("chat", before=lines[-1].sequence) == ()
     assert events(registry, "code") == ["published"]
+
+
+def test_a_repair_whose_publish_failed_is_made_good_by_the_next(
+    registry: Registry, adapters: Adapters
+) -> None:
+    ref = push(registry, "chat", adapters(1)).record.ref
+    (registry.weights_folder(ref) / WEIGHTS_FILE).write_bytes(b"rotten")
+    registry.quarantine(ref.weights_digest, "rot")
+    files = bundle_files(adapters(1))
+
+    def prepare(new: AdapterRecord, current: AdapterRef | None) -> None:
+        raise FailedPrecondition("no room")
+
+    upload = send(registry.begin_upload(announce("chat", files)), files)
+    with pytest.raises(FailedPrecondition):
+        registry.publish(upload, prepare=prepare)
+    push(registry, "chat", adapters(1))
+    assert registry.resolve("chat") == ref
+    verify_weights(registry.weights_folder(ref), ref.weights_digest)
+
+
+def test_damage_that_comes_again_leaves_nothing_behind(
+    data: Path, registry: Registry, adapters: Adapters
+) -> None:
+    for _ in range(2):
+        ref = push(registry, "chat", adapters(1)).record.ref
+        (registry.weights_folder(ref) / WEIGHTS_FILE).write_bytes(b"rotten")
+        registry.quarantine(ref.weights_digest, "rot")
+    assert list((data / "store" / "staging").iterdir()) == []
+    assert len(list((data / "store" / "quarantine").iterdir())) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable
@@ -253,3 +254,44 @@ def test_sums_of_stored_files_follow_the_store(
     registry.delete("chat")
     with sqlite3.connect(data / "catalog.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM files").fetchone() == (0,)
+
+
+def test_a_server_that_is_killed_while_it_publishes_keeps_what_arrived(
+    data: Path,
+    files: dict[str, bytes],
+    request_: UploadRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Killed(BaseException):
+        """As with kill -9, nothing is cleaned up after it."""
+
+    registry = Registry.open(data, BASE)
+    upload = send(registry.begin_upload(request_), files)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda self, to: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Upload, "abort", lambda self: None)
+        patch.setattr(registry._core, "sweep", lambda: 0)
+        with pytest.raises(Killed):
+            registry.publish(upload)
+    registry._core.lock.release()
+    with Registry.open(data, BASE) as successor:
+        assert successor.committed(request_) == {n: len(d) for n, d in files.items()}
+        assert successor.publish(successor.begin_upload(request_, resume=True)).published
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_links(
+    registry: Registry,
+    files: dict[str, bytes],
+    adapters: Adapters,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int,
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", refuse)
+    ref = push(registry, "chat", adapters(1)).record.ref
+    request = announce("twin", files)
+    published = registry.publish(registry.begin_upload(request, resume=True))
+    assert published.record.ref.revision == ref.revision

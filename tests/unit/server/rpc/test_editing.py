@@ -295,13 +295,20 @@ async def test_pins_and_memory_outlive_the_server(
         assert expected == {"pinned": ("device", "device"), "used": ("device", None)}
 
 
-async def test_a_pin_is_written_down_before_it_is_acknowledged(
+def pins_on_disk(front: Front) -> set[str]:
+    """Weights that a server which is killed now would leave pinned."""
+    with closing(sqlite3.connect(front.data_dir / "catalog.sqlite")) as catalog:
+        rows = catalog.execute("SELECT weights FROM residents WHERE pin IS NOT NULL")
+        return {weights for (weights,) in rows}
+
+
+async def test_pins_are_written_down_before_anything_is_acknowledged(
     front: Front, tmp_path: Path
 ) -> None:
-    await pushed(front, tmp_path, 1)
+    first = await front.push(make_adapter(tmp_path / "a", seed=1), "chat")
     await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
-    digest = (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))).adapter
-    # As a server that is killed now would leave it.
-    with closing(sqlite3.connect(front.data_dir / "catalog.sqlite")) as catalog:
-        rows = catalog.execute("SELECT weights, pin FROM residents").fetchall()
-    assert (digest.weights_digest, "device") in rows
+    assert pins_on_disk(front) == {first.adapter.weights_digest}
+    second = await front.push(make_adapter(tmp_path / "b", seed=2), "chat", allow_replace=True)
+    assert pins_on_disk(front) == {second.adapter.weights_digest}, "it passed on"
+    await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="chat"))
+    assert pins_on_disk(front) == set()

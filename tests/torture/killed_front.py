@@ -1,0 +1,199 @@
+"""A front process that is killed: the real `App` on real sockets and a real data folder,
+with a FAKE engine.
+
+``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, says
+``{"imported": seconds}`` and waits for a line ``POINT``: then it starts and says when it is
+ready. At the POINT-th thing that it does to the data folder (0 for none) it kills itself
+with SIGKILL, before or after that thing; whoever started it kills it at any other time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvloop
+from veneer_registry.catalog import Catalog
+from veneer_registry.changes import Change
+from veneer_registry.rows import SERVER, Who
+from veneer_registry.store import Store
+from veneer_server.app import App
+from veneer_server.config import load_config
+from veneer_server.housekeeping import Housekeeping
+
+from tests.unit.server.rpc.fake_engine import FakeEngine
+
+__all__ = ["PLANTED", "RETAIN"]
+
+RETAIN = 1
+"""Superseded revisions that a name keeps."""
+
+_CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil.rmtree"}
+
+
+class RestoringEngine(FakeEngine):
+    """FAKE, as `FakeEngine`; brings back what the last run had in memory, as the real
+    client does, and like the real engine keeps a pin when it is asked to activate again."""
+
+    async def start(self) -> Any:
+        info = await super().start()
+        for resident in self.expected:
+            digest = resident.source.weights_digest
+            self.sources[digest] = resident.source
+            self._set_tier(digest, resident.tier, pinned=resident.pin is not None)
+        return info
+
+    async def activate(self, adapter: Any, *, tier: Any, pin: bool) -> None:
+        await super().activate(
+            adapter, tier=tier, pin=pin or adapter.weights_digest in self.pins
+        )
+
+
+def die_at(point: int, data: Path) -> None:
+    """Kill this process at the ``point``-th system call that changes ``data``, or statement
+    that changes the catalog."""
+    count, lock = 0, threading.Lock()
+    root = str(data)
+
+    def step() -> None:
+        nonlocal count
+        with lock:
+            count += 1
+            if count == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _CHANGES or event == "open":
+            path = arguments[0]
+            if isinstance(path, int | bytes) or not os.fspath(path).startswith(root):
+                return
+            if event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                step()
+
+    def around(real: Callable[..., Any]) -> Callable[..., Any]:
+        def stepping(*arguments: Any) -> Any:
+            step()
+            result = real(*arguments)
+            step()
+            return result
+
+        return stepping
+
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+            if sql.startswith("SELECT"):
+                return super().execute(sql, *rest)
+            return around(super().execute)(sql, *rest)  # type: ignore[no-any-return]
+
+    real_connect = sqlite3.connect
+    sqlite3.connect = lambda *a, **k: real_connect(*a, factory=Connection, **k)  # type: ignore[assignment]
+    os.fsync, os.write = around(os.fsync), around(os.write)
+    sys.addaudithook(hook)
+
+
+# ------------------------------------------------------------------- planted bugs
+
+
+def _commit_later() -> None:
+    """A change is acknowledged when its statements ran; the next one commits it."""
+    right = Catalog.__init__
+
+    def made(self: Catalog, path: Path) -> None:
+        right(self, path)
+        self._reader = self._writer
+
+    @contextmanager
+    def change(self: Catalog, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:
+        with self._write_lock:
+            if self._writer.in_transaction:
+                self._writer.execute("COMMIT")
+            self._writer.execute("BEGIN IMMEDIATE")
+            sql = "UPDATE counter SET value = value + 1 RETURNING value"
+            (number,) = self._writer.execute(sql).fetchone()
+            yield Change(self._writer, number, who, time)
+
+    Catalog.__init__ = made  # type: ignore[method-assign]
+    Catalog.change = change  # type: ignore[method-assign,assignment]
+
+
+def _empty_uploads() -> None:
+    """What arrived of uploads is taken for rubbish at start."""
+    right = Store.__init__
+
+    def made(self: Store, root: Path) -> None:
+        shutil.rmtree(root / "uploads", ignore_errors=True)
+        right(self, root)
+
+    Store.__init__ = made  # type: ignore[method-assign]
+
+
+def _pins_later() -> None:
+    """What is pinned is written down at the end of a run alone."""
+
+    async def kept(self: Housekeeping) -> None:
+        return None
+
+    Housekeeping.keep_residents = kept  # type: ignore[method-assign]
+
+
+PLANTED = {
+    "acknowledged before the catalog's commit": _commit_later,
+    "uploads are emptied at start": _empty_uploads,
+    "pins are written down later": _pins_later,
+}
+
+
+async def serve(base: str, cache: str, data: Path) -> None:
+    config = load_config(
+        {
+            "base": base,
+            "cache_dir": cache,
+            "data_dir": str(data),
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "",
+            "port_file": str(data.with_name("ports.json")),
+            "retain_superseded": str(RETAIN),
+        },
+        {},
+    )
+    began = time.perf_counter()
+
+    def ready(line: str) -> None:
+        ports = json.loads(data.with_name("ports.json").read_text())
+        told = {"ready": time.perf_counter() - began, "cpu": time.process_time()}
+        print(json.dumps({**told, "grpc": ports["grpc"]}), flush=True)
+
+    await App(config, ready, RestoringEngine).run()  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("cache")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--planted", choices=sorted(PLANTED))
+    given = parser.parse_args()
+    if given.planted:
+        PLANTED[given.planted]()
+    imported = time.time() - psutil.Process().create_time()
+    print(json.dumps({"imported": imported}), flush=True)
+    if line := sys.stdin.readline():
+        if point := int(line):
+            die_at(point, given.data)
+        uvloop.run(serve(given.base, given.cache, given.data))
+
+
+if __name__ == "__main__":
+    main()

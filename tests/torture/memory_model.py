@@ -1,0 +1,373 @@
+"""What adapter memory must be: a model of `Residency` that carries out what it decides and
+judges each decision. For row 7.
+
+It knows which requests wait and run, what was pinned, and which copies it was told to
+make and to drop; nothing of how residency ranks them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.residency import Residency
+from veneer_server.engine.tiers import TIERS, Action, Drop, Load, MemoryTier, Plan
+
+__all__ = ["Memory", "Request"]
+
+ROUNDS: Final = 4
+"""Plannings after which the oldest waiting request has its adapter when nothing is held, and
+as many for each activation that is before it."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One that waits or runs. `end` is called once, when it has ended."""
+
+    digest: str
+    end: Callable[[], None]
+    running: bool = False
+
+
+class Memory:
+    """See the module. Sizes are bytes; a number takes one."""
+
+    def __init__(self, host: int, device: int, *, shared: bool) -> None:
+        self.residency = Residency(host, device, itemsize=1, shared=shared)
+        self.shared = shared
+        self.budgets: dict[str, int] = {"host": host, "device": device}
+        self.sizes: dict[str, int] = {}
+        self.there: set[tuple[str, str]] = set()
+        self.coming: list[tuple[str, MemoryTier]] = []
+        self.requests: list[Request] = []
+        self.pins: dict[str, str] = {}
+        self.wanted: dict[str, str] = {}
+        """Activations that are not carried out yet, oldest first."""
+        self.draining: set[str] = set()
+        self.most: dict[str, int] = {}
+        self.blocked: tuple[str, int] | None = None
+        """Which want found no room, in so many plannings one after another."""
+        self.seen: Counter[str] = Counter()
+
+    # ----------------------------------------------------------------- what it holds
+
+    def budget(self, tier: str) -> int:
+        if tier == "host" and self.shared:
+            return max(self.budgets.values())
+        return self.budgets[tier]
+
+    def used(self, tier: str) -> int:
+        copies = {*self.there, *self.coming}
+        shared = self.shared and tier == "host"
+        return sum(self.sizes[d] for d in {d for d, t in copies if shared or t == tier})
+
+    def held(self, digest: str) -> bool:
+        return any(r.running and r.digest == digest for r in self.requests)
+
+    def leases(self, digest: str) -> int:
+        return sum(r.digest == digest for r in self.requests)
+
+    def pinned_bytes(self, tier: str, beside: str) -> int:
+        return sum(self.sizes[d] for d in self.pins if d != beside and self._kept(d, tier))
+
+    def _kept(self, digest: str, tier: str) -> bool:
+        pin = self.pins.get(digest)
+        return pin is not None and (pin == tier or (self.shared and tier == "host"))
+
+    def _is_coming(self, digest: str) -> bool:
+        return any(d == digest for d, _ in self.coming)
+
+    def waiting(self) -> list[str]:
+        """Digests of waiting requests, oldest first, without repeats."""
+        return list(dict.fromkeys(r.digest for r in self.requests if not r.running))
+
+    # --------------------------------------------------------------------- requests
+
+    def ask(self, source: AdapterSource, end: Callable[[], None]) -> Request | None:
+        """A request; None where it can never fit."""
+        digest, size = source.weights_digest, source.parameters
+        if any(size > self.budget(tier) for tier in TIERS):
+            with pytest.raises(AdapterBudgetExceeded):
+                self.residency.lease(source)
+            return None
+        self.sizes[digest] = size
+        assert self.residency.lease(source) == self._tier(digest)
+        self.draining.discard(digest)
+        request = Request(digest, end)
+        self.requests.append(request)
+        return request
+
+    def start(self, request: Request) -> bool:
+        """It is scheduled, if its adapter is there."""
+        there = (request.digest, "device") in self.there
+        got = self.residency.try_hold(request.digest)
+        if there and not got:
+            past = [tier for tier in TIERS if self.used(tier) > self.budget(tier)]
+            assert past, f"{request.digest[:12]} is kept from requests for no reason"
+        assert there or not got, f"{request.digest[:12]} is not in DEVICE"
+        request.running = got
+        return got
+
+    def finish(self, request: Request) -> None:
+        """It has ended: by itself, cancelled or failed."""
+        self.requests.remove(request)
+        if request.running:
+            self.residency.unhold(request.digest)
+        self.carry_out(self.residency.release(request.digest))
+        self._drained(request.digest)
+        request.end()
+
+    # ------------------------------------------------------------------------ plans
+
+    def plan(self, near: int | None = None) -> None:
+        """One planning, judged and carried out."""
+        wants = list(dict.fromkeys([*self.wanted, *self.waiting()]))
+        overdue = self.blocked[0] if self.blocked and self.blocked[1] > 2 else None
+        overdue = overdue if overdue in wants else None
+        plan = self.residency.plan(self.waiting(), overdue, near)
+        self._check_order(plan, wants, overdue)
+        self.carry_out(plan.actions)
+        self._check_lowered()
+        if plan.blocked is None:
+            self.blocked = None
+        else:
+            before = self.blocked if self.blocked and self.blocked[0] == plan.blocked else None
+            self.blocked = (plan.blocked, before[1] + 1 if before else 1)
+            self.seen["blocked"] += 1
+        for digest in plan.impossible:
+            self._check_impossible(digest)
+            self.fail(digest)
+            self.seen["impossible"] += 1
+
+    def _check_order(self, plan: Plan, wants: list[str], overdue: str | None) -> None:
+        """What waits loses its copy only to what is before it."""
+        for drops, action in _with_drops(plan.actions):
+            digest = (
+                action.source.weights_digest
+                if isinstance(action, Load)
+                else (action.weights_digest)
+            )
+            place = wants.index(digest)
+            for drop in drops:
+                self.seen["evicted"] += 1
+                assert drop.weights_digest != digest, f"{digest[:12]} evicts itself"
+                if drop.weights_digest in wants:
+                    later = wants.index(drop.weights_digest) > place
+                    # One that has its DEVICE copy does not need the one in HOST.
+                    own = drop.tier == "host" and (drop.weights_digest, "device") in self.there
+                    assert later or own, f"{drop.weights_digest[:12]} is evicted for a younger"
+            if overdue is not None and plan.blocked == overdue:
+                ahead = isinstance(action, Load) and (overdue, "host") in self.there
+                harmless = ahead or place <= wants.index(overdue)
+                assert harmless, f"{digest[:12]} takes the room of {overdue[:12]}"
+
+    def _check_impossible(self, digest: str) -> None:
+        size = self.sizes[digest]
+        never = any(
+            size > self.budget(t) or self.pinned_bytes(t, digest) + size > self.budget(t)
+            for t in TIERS
+        )
+        assert never, f"{digest[:12]} is given up, but would fit"
+
+    def _check_lowered(self) -> None:
+        """What is past a budget that was lowered is in use."""
+        for tier in TIERS:
+            self.most[tier] = self.used(tier)
+            if self.most[tier] <= self.budget(tier):
+                continue
+            self.seen["past a budget"] += 1
+            for digest in [d for d, t in self.there if t == tier]:
+                used = (digest, "device") in self.coming or (
+                    self.held(digest) and (tier == "device" or self.shared)
+                )
+                assert used or self._kept(digest, tier), f"{digest[:12]} is past the budget"
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Load(source):
+                    self._begin(source.weights_digest, "host")
+                case Drop():
+                    self._drop(action)
+                case _:
+                    assert (action.weights_digest, "host") in self.there, "moved from nowhere"
+                    self._begin(action.weights_digest, "device")
+            for tier in TIERS:
+                most = max(self.budget(tier), self.most.get(tier, 0))
+                assert self.used(tier) <= most, f"more in {tier} than its budget"
+
+    def _begin(self, digest: str, tier: MemoryTier) -> None:
+        assert (digest, tier) not in {*self.there, *self.coming}, "brought twice"
+        needed = self.leases(digest) or digest in self.wanted
+        assert needed, f"{digest[:12]} is brought for nobody"
+        self.coming.append((digest, tier))
+
+    def _drop(self, drop: Drop) -> None:
+        digest, tier = drop.weights_digest, drop.tier
+        in_use = self.held(digest) and (tier == "device" or self.shared)
+        assert not in_use, f"{digest[:12]} was evicted from {tier} while held"
+        if drop.cause in ("capacity", "budget"):
+            assert not self._kept(digest, tier), f"pinned {digest[:12]} was evicted"
+        if tier == "host":
+            assert (digest, "device") not in self.coming, "evicted while it was copied"
+        self.there.remove((digest, tier))
+
+    def arrive(self, index: int = 0) -> None:
+        digest, tier = self.coming.pop(index)
+        self.there.add((digest, tier))
+        (self.residency.loaded if tier == "host" else self.residency.moved)(digest)
+        if tier == "device" or self.wanted.get(digest) == "host":
+            self.wanted.pop(digest, None)
+        self.carry_out(self.residency.settle(digest))
+        self._drained(digest)
+
+    def fail(self, digest: str) -> None:
+        """It cannot be brought: all that waits for it ends."""
+        if (digest, "device") not in self.there:
+            self.end_all(digest)
+        self.coming = [(d, t) for d, t in self.coming if d != digest]
+        self.residency.failed(digest)
+        self.wanted.pop(digest, None)
+        if digest in self.pins and (digest, self.pins[digest]) not in self.there:
+            del self.pins[digest]
+        self.carry_out(self.residency.settle(digest))
+        self._drained(digest)
+
+    def end_all(self, digest: str) -> None:
+        for request in [r for r in self.requests if r.digest == digest]:
+            self.finish(request)
+
+    # --------------------------------------------------------------------- operators
+
+    def activate(self, source: AdapterSource, tier: MemoryTier, *, pin: bool) -> bool:
+        """False where it was refused, which must be so where it cannot fit."""
+        digest, size = source.weights_digest, source.parameters
+        refused = any(size > self.budget(each) for each in TIERS)
+        if pin:
+            kept = TIERS if self.shared and tier == "device" else (tier,)
+            refused |= any(self.pinned_bytes(t, digest) + size > self.budget(t) for t in kept)
+        if refused:
+            with pytest.raises(AdapterBudgetExceeded):
+                self.residency.activate(source, tier, pin)
+            return False
+        self.sizes[digest] = size
+        there = (digest, tier) in self.there
+        there |= not pin and (digest, "device") in self.there
+        assert self.residency.activate(source, tier, pin) == there
+        self.draining.discard(digest)
+        if pin:
+            self.pins[digest] = tier
+        if not there and self.wanted.get(digest) != "device":
+            self.wanted[digest] = tier
+        return True
+
+    def evict(self, digest: str, mode: str, *, unpin: bool) -> None:
+        """As the engine's loop does it; refused where it must be."""
+        if mode == "abort":
+            self.end_all(digest)
+        refused: type[Exception] | None = None
+        if digest in self.pins and not unpin:
+            refused = AdapterPinned
+        elif self.leases(digest) and mode == "fail_if_busy":
+            refused = AdapterInUse
+        if refused is not None:
+            with pytest.raises(refused):
+                self.residency.evict(digest, mode, unpin)  # type: ignore[arg-type]
+            return
+        busy = bool(self.leases(digest)) or self._is_coming(digest)
+        copies = sum(d == digest for d, _ in self.there)
+        freed = (min(1, copies) if self.shared else copies) * self.sizes.get(digest, 0)
+        now, count, actions = self.residency.evict(digest, mode, unpin)  # type: ignore[arg-type]
+        assert (now, count) == ((False, 0) if busy else (True, freed))
+        self.pins.pop(digest, None)
+        self.wanted.pop(digest, None)
+        if busy:
+            self.draining.add(digest)
+        self.carry_out(actions)
+        assert busy or self._tier(digest) == "disk"
+
+    def unpin(self, digest: str) -> None:
+        self.residency.unpin(digest)
+        self.pins.pop(digest, None)
+
+    def set_budgets(self, host: int | None, device: int | None) -> None:
+        before = dict(self.budgets)
+        self.budgets["host"] = before["host"] if host is None else host
+        self.budgets["device"] = before["device"] if device is None else device
+        if any(self.pinned_bytes(tier, "") > self.budget(tier) for tier in TIERS):
+            self.budgets = before
+            with pytest.raises(AdapterBudgetExceeded):
+                self.residency.set_budgets(host=host, device=device)
+            return
+        self.residency.set_budgets(host=host, device=device)
+        self.most = {tier: self.used(tier) for tier in TIERS}
+
+    # ------------------------------------------------------------------------ checks
+
+    def _tier(self, digest: str) -> str:
+        return next((tier for tier in TIERS if (digest, tier) in self.there), "disk")
+
+    def _drained(self, digest: str) -> None:
+        if digest not in self.draining or self.leases(digest) or self._is_coming(digest):
+            return
+        self.draining.remove(digest)
+        assert self._tier(digest) == "disk", f"{digest[:12]} should have been drained"
+
+    def check(self) -> None:
+        """What residency says is what it was told and what it told."""
+        residency = self.residency
+        running = [r.digest for r in self.requests if r.running]
+        residency.check_integrity(running, [r.digest for r in self.requests])
+        for digest in self.sizes:
+            assert residency.tier(digest) == self._tier(digest)
+            for tier in TIERS:
+                pinned = self.pins.get(digest) == tier
+                assert residency.pinned(digest, tier) == pinned, f"pin of {digest[:12]} differs"
+        for tier in TIERS:
+            assert residency.bytes_in(tier) == self.used(tier)
+            assert residency.count_in(tier) == sum(t == tier for _, t in self.there)
+            assert residency.budget(tier) == self.budgets[tier]
+
+    def settle(self) -> None:
+        """Nothing goes wrong and nothing new comes: every request gets its adapter, every
+        activation is carried out, every budget is kept."""
+        for request in [r for r in self.requests if r.running]:
+            self.finish(request)
+        while self.requests:
+            oldest = self.requests[0]
+            for _ in range(ROUNDS * (1 + len(self.wanted))):
+                self._round()
+                if oldest not in self.requests or self.start(oldest):
+                    break
+            else:
+                raise AssertionError(f"{oldest.digest[:12]} waits for ever")
+            if oldest in self.requests:
+                self.finish(oldest)
+        for _ in range(ROUNDS * (1 + len(self.wanted))):
+            self._round()
+        assert not self.wanted, "an activation is never carried out"
+        for tier in TIERS:
+            assert self.used(tier) <= self.budget(tier), f"the {tier} budget is not kept"
+        self.check()
+
+    def _round(self) -> None:
+        self.plan()
+        while self.coming:
+            self.arrive()
+
+
+def _with_drops(actions: Iterable[Action]) -> Iterator[tuple[list[Drop], Action]]:
+    """Each load and move with what is evicted for it."""
+    drops: list[Drop] = []
+    for action in actions:
+        if not isinstance(action, Drop):
+            yield drops, action
+            drops = []
+        elif action.cause == "capacity":
+            drops.append(action)
+    assert not drops, "evicted for nothing"
