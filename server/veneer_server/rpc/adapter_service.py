@@ -70,13 +70,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         def prepare(options: UploadOptions) -> Prepare:
             nonlocal replacing
             replacing = Replacing(
-                self._registry, self._engine, activate=options.activate, loop=loop
+                self._registry,
+                self._engine,
+                activate=options.activate,
+                keep_residents=self._keep_residents,
+                loop=loop,
             )
             return replacing.prepare
 
-        options, published = await self._uploads.receive(
-            messages, who=who_calls(context), prepare=prepare
-        )
+        try:
+            options, published = await self._uploads.receive(
+                messages, who=who_calls(context), prepare=prepare
+            )
+        except VeneerError:
+            if replacing is not None:
+                await asyncio.shield(replacing.undo())
+            raise
         ref = published.record.ref
         _log.info(
             "upload",
@@ -87,7 +96,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
         warnings = published.warnings
         if replacing is not None:
-            warnings += await asyncio.shield(replacing.pass_pin_on(published.record))
+            warnings += await asyncio.shield(replacing.finish())
         await asyncio.shield(self._removed(published.dropped))
         await self._keep_residents()  # a pin that passed on outlives the server
         return adapters_pb2.UploadAdapterResponse(

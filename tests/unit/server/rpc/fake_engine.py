@@ -256,6 +256,7 @@ class FakeEngine:
         self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
     ) -> None:
         self.sources[adapter.weights_digest] = adapter
+        pin = pin or adapter.weights_digest in self.pins
         self._set_tier(adapter.weights_digest, tier, pinned=pin)
 
     async def evict(

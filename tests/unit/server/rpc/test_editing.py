@@ -14,7 +14,8 @@ import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.engine.messages import AdapterFailed, WireError
+from veneer_server.engine.messages import AdapterFailed, AdapterSource, WireError
+from veneer_server.engine.residents import Resident
 
 from tests.unit.server.rpc.front_harness import (
     Front,
@@ -312,3 +313,29 @@ async def test_pins_are_written_down_before_anything_is_acknowledged(
     assert pins_on_disk(front) == {second.adapter.weights_digest}, "it passed on"
     await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="chat"))
     assert pins_on_disk(front) == set()
+
+
+async def test_a_publish_that_fails_takes_its_pin_back(
+    front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await front.push(make_adapter(tmp_path / "a", seed=1), "chat")
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+    real = front.engine.activate
+
+    async def full(adapter: AdapterSource, *, tier: Any, pin: bool) -> None:
+        await real(adapter, tier=tier, pin=pin)
+        if not pin:
+            raise AdapterBudgetExceeded("no room on the device: evict one")
+
+    monkeypatch.setattr(front.engine, "activate", full)
+    monkeypatch.setattr(front.engine, "resident_set", lambda: host_pins(front))
+    folder = make_adapter(tmp_path / "b", seed=2)
+    failed = await failure(front.push(folder, "chat", allow_replace=True, activate=True))
+    assert failed.reason == "ADAPTER_BUDGET_EXCEEDED"
+    assert front.engine.pins == [first.adapter.weights_digest]
+
+
+def host_pins(front: Front) -> tuple[Resident, ...]:
+    """The resident set, as if all were pinned to HOST."""
+    sources = front.engine.sources
+    return tuple(Resident(sources[digest], "host", "host") for digest in front.engine.pins)
