@@ -4,7 +4,6 @@ memory is written down for the next start, and what was left lying is swept."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
 from typing import Any, Final, Literal
 
@@ -69,7 +68,10 @@ class Housekeeping:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.keep_residents()
+        try:
+            await self.keep_residents()
+        except VeneerError as error:
+            _log.warning("what is in memory is not written down", reason=error.reason)
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Listener for `EngineClient`: content that did not have its digest at load."""
@@ -95,7 +97,7 @@ class Housekeeping:
 
     async def _sweep(self) -> None:
         while True:
-            with contextlib.suppress(VeneerError, OSError):
+            try:
                 swept = await to_the_end(
                     lambda: self._registry.sweep_uploads(self._upload_ttl_s)
                 )
@@ -103,6 +105,8 @@ class Housekeeping:
                     _log.info("broken uploads removed", count=swept)
                 if self._registry.needs_sweep:
                     await to_the_end(self._registry.sweep)
+            except Exception as error:  # it must go on whatever a disk does
+                _log.error("sweeping failed", error)
             await asyncio.sleep(self._sweep_s)
 
     # ------------------------------------------------------------ what is in memory
@@ -135,8 +139,8 @@ class Housekeeping:
             await asyncio.sleep(self._keep_s)
             try:
                 await self.keep_residents()
-            except VeneerError as error:
-                _log.warning("what is in memory is not written down", reason=error.reason)
+            except Exception as error:  # it must go on whatever a disk does
+                _log.error("what is in memory is not written down", error)
 
 
 def _tier(text: str) -> Literal["host", "device"]:

@@ -239,12 +239,11 @@ async def test_a_bad_request_is_refused_and_names_the_field(case: str, server: S
 
 
 async def test_what_comes_later_says_so(server: Server) -> None:
-    for name in ("GetUpload", "SetAlias", "GetHistory", "RegisterAdapter"):
-        call = getattr(server.adapters, name)
-        message = getattr(adapters_pb2, f"{name}Request")()
-        refused = await server.refused(call(message))
-        assert (refused.code, refused.reason) == ("UNIMPLEMENTED", "UNIMPLEMENTED")
-        assert len(refused.message.split()) > 3
+    refused = await server.refused(
+        server.adapters.RegisterAdapter(adapters_pb2.RegisterAdapterRequest())
+    )
+    assert (refused.code, refused.reason) == ("UNIMPLEMENTED", "UNIMPLEMENTED")
+    assert len(refused.message.split()) > 3
 
 
 async def test_after_all_of_this_the_server_answers_as_before(server: Server) -> None:

@@ -210,11 +210,7 @@ async def test_watch_and_retries_over_damage_a_full_queue_a_dead_engine_and_a_re
         ]
         await client.push(EXAMPLES / "adapters" / "chat", "chat", activate=True)
         seen = [e.kind async for e in _up_to(watch, AdapterEventKind.ACTIVATED)]
-        assert seen == [
-            AdapterEventKind.PUBLISHED,
-            AdapterEventKind.LOADED,
-            AdapterEventKind.ACTIVATED,
-        ]
+        assert seen == [AdapterEventKind.PUBLISHED, AdapterEventKind.ACTIVATED]
 
         # Damage at rest: told to those who watch, repaired by pushing again.
         chat = (await client.get("chat")).adapter
@@ -230,7 +226,11 @@ async def test_watch_and_retries_over_damage_a_full_queue_a_dead_engine_and_a_re
         assert "push the adapter again" in events[-1].detail
         await client.push(EXAMPLES / "adapters" / "chat", "chat", activate=True)
         seen = [e.kind async for e in _up_to(watch, AdapterEventKind.ACTIVATED)]
-        assert seen == [AdapterEventKind.LOADED, AdapterEventKind.ACTIVATED]
+        assert seen == [
+            AdapterEventKind.QUARANTINED,
+            AdapterEventKind.LOADED,
+            AdapterEventKind.ACTIVATED,
+        ]
 
         # A full queue: told to come back, it does.
         stream = server.stream(prompt="Go", stopping=endless)

@@ -93,6 +93,16 @@ class AdapterEvents:
                 else adapters_pb2.ADAPTER_EVENT_PUBLISHED
             )
             self._append(kind, published.record)
+            # Where it was brought into memory first, that was about weights without a name.
+            state = self._residency.get(published.record.ref.weights_digest)
+            if state is not None and state.tier != "disk":
+                activated = state.tier == "device"
+                self._append(
+                    adapters_pb2.ADAPTER_EVENT_ACTIVATED
+                    if activated
+                    else adapters_pb2.ADAPTER_EVENT_LOADED,
+                    published.record,
+                )
 
     def made_current(self, record: AdapterRecord) -> None:
         """A name means an earlier revision again."""

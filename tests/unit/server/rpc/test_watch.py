@@ -322,3 +322,13 @@ async def test_what_happened_before_the_end_is_told_before_it() -> None:
     with pytest.raises(Draining):
         await lonely_watch(events).serve(since, write)
     assert seen == [pb.ADAPTER_EVENT_SYNCED]
+
+
+async def test_one_that_is_activated_before_it_is_published_is_told_in_that_order(
+    front: Front, tmp_path: Path
+) -> None:
+    watcher = Watcher(front)
+    await watcher.to_present()
+    await front.push(make_adapter(tmp_path / "a"), "one", activate=True)
+    kinds = [(await watcher.next())[:2] for _ in range(2)]
+    assert kinds == [("PUBLISHED", "one"), ("ACTIVATED", "one")]
