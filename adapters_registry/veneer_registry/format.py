@@ -205,20 +205,35 @@ def open_stored(
     Raises:
         AdapterCorrupt: as `verify_weights`.
     """
-    with open_unverified(folder, digest) as (manifest, tensors, verify):
-        verify()
-        yield manifest, tensors
+    with open_unverified(folder, digest) as stored:
+        stored.verify()
+        manifest = _manifest(digest, stored.header, stored.settings, stored.modules, None)
+        yield manifest, stored.tensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """An adapter of the store, opened: see `open_unverified`.
+
+    Attributes:
+        tensors: views, in the order of `modules`.
+        verify: compares the content with its digest.
+    """
+
+    settings: LoraSettings
+    header: SafetensorsHeader
+    modules: tuple[LoraModule, ...]
+    tensors: Sequence[ModuleTensors]
+    verify: Callable[[], None]
 
 
 @contextlib.contextmanager
-def open_unverified(
-    folder: Path, digest: str
-) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors], Callable[[], None]]]:
-    """`open_stored`, but for the digest: the third item compares it, and may do so in another
+def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
+    """`open_stored`, but for the digest: ``verify`` compares it, and may do so in another
     thread while the caller works. Until it has returned nothing here is to be trusted.
 
     Raises:
-        AdapterCorrupt: as `verify_weights`; also by the third item.
+        AdapterCorrupt: as `verify_weights`; also by ``verify``.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -239,8 +254,8 @@ def open_unverified(
             if found != digest:
                 raise _damaged(digest, f"its content has digest {found[:12]}")
 
-        manifest = _manifest(digest, header, settings, modules, None)
-        yield manifest, stack.enter_context(view_tensors(content, header, modules)), verify
+        tensors = stack.enter_context(view_tensors(content, header, modules))
+        yield Stored(settings, header, modules, tensors, verify)
 
 
 def _damaged(digest: str, why: str) -> AdapterCorrupt:

@@ -33,6 +33,8 @@ NO_MEMORY: Final = (
     "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
     "takes memory, and retry"
 )
+_MOST_SPARE: Final = 32 << 20
+"""Bytes that a loader keeps ready for the next load."""
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -98,16 +100,48 @@ def _memory(size: int) -> int:
     return fd
 
 
+def _mapped(fd: int, size: int) -> mmap.mmap:
+    """All its pages at once, where the system can."""
+    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+
+
+class _Spare:
+    """Memory for the next load, made ready after the last one: to find and zero pages takes
+    as long as to fill them."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._size = 0
+
+    def take(self, size: int) -> int:
+        """A file descriptor of so many zeroed bytes."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._size >= size:
+            os.ftruncate(fd, size)
+            return fd
+        if fd >= 0:
+            os.close(fd)
+        return _memory(size)
+
+    def prepare(self, size: int) -> None:
+        """Have so many bytes ready, if they are not too many to keep idle."""
+        if self._fd >= 0 or not 0 < size <= _MOST_SPARE:
+            return
+        self._fd, self._size = _memory(size), size
+        _mapped(self._fd, size).close()
+
+
 class _Job:
     """One load; owns the memory until it is handed over."""
 
-    def __init__(self) -> None:
+    def __init__(self, spare: _Spare) -> None:
         self.fd = -1
         self.size = 0
+        self._spare = spare
 
     def allocate(self, size: int) -> memoryview:
-        self.fd, self.size = _memory(size), size
-        return memoryview(mmap.mmap(self.fd, size))
+        self.fd, self.size = self._spare.take(size), size
+        return memoryview(_mapped(self.fd, size))
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -144,8 +178,9 @@ def main() -> None:
     if first is None:
         return
     setup = msgspec.msgpack.decode(first, type=Setup)
+    spare = _Spare()
     while (body := read_frame(connection)) is not None:
-        job = _Job()
+        job = _Job(spare)
         try:
             loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
             write_frame(connection, msgspec.msgpack.encode(loaded))
@@ -155,6 +190,7 @@ def main() -> None:
             return
         finally:
             job.close()
+        spare.prepare(job.size)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,14 @@ def read_run(
         stages[name] = now - clock
         clock = now
 
-    with open_unverified(folder, digest) as (manifest, tensors, verify):
-        verifying = _Beside(verify)
+    with open_unverified(folder, digest) as stored:
+        verifying = _Beside(stored.verify)
         try:
-            layout = Layout.of(manifest.modules, shapes, num_layers)
+            layout = Layout.of(stored.modules, shapes, num_layers)
             memory = allocate(layout.length * ITEMSIZE[dtype])
             places = {(s.module.layer, s.module.projection): s for s in layout.slots}
             stage("read")
-            for pair in tensors:
+            for pair in stored.tensors:
                 slot = places[pair.module.layer, pair.module.projection]
                 _fill(memory, slot.a, (1, slot.a_stride), pair.a, dtype)
                 _fill(memory, slot.b, (1, slot.fan_out), pair.b, dtype)
@@ -76,7 +76,7 @@ def read_run(
         finally:
             verifying.finish()
         stage("verify")
-        return manifest.modules, stages
+        return stored.modules, stages
 
 
 class _Beside:

@@ -148,3 +148,19 @@ os.kill(os.getpid(), signal.SIGKILL)
             continue
         select.select([fd], [], [])  # until it has ended; pytest's timeout bounds it
         os.close(fd)
+
+
+def test_loads_of_other_sizes_follow_one_another(
+    make: Callable[[str], Loaders], tmp_path: Path
+) -> None:
+    """The memory that is ready for the next one may be too small, or too large."""
+    folders = [
+        make_adapter(tmp_path / str(rank), {"r": rank}, make_tensors(rank, seed=rank))
+        for rank in (2, 8, 4, 4)
+    ]
+    one = make("float32")
+    for folder in folders:
+        copy = one.read(source(folder))[0]
+        alone = make("float32").read(source(folder))[0]
+        assert torch.equal(copy.run, alone.run)
+        assert copy.run.abs().sum() > 0
