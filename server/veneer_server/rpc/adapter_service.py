@@ -98,7 +98,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if replacing is not None:
             warnings += await asyncio.shield(replacing.finish())
         await asyncio.shield(self._removed(published.dropped))
-        await self._keep_residents()  # a pin that passed on outlives the server
+        await self._keep_after()  # a pin that passed on outlives the server
         return adapters_pb2.UploadAdapterResponse(
             adapter=self._view.adapter(published.record),
             published=published.published,
@@ -216,7 +216,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         await self._removed(
             [record.ref for record in gone], mode="abort" if mode == "abort" else "drain"
         )
-        await self._keep_residents()  # its pin must not come back with the same content
+        await self._keep_after()  # its pin must not come back with the same content
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
 
     async def SetAlias(
@@ -338,6 +338,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             self._events.updated(record)
         await self._removed(dropped)
         return record
+
+    async def _keep_after(self) -> None:
+        """After a change that stands whatever becomes of this; housekeeping tries again."""
+        try:
+            await self._keep_residents()
+        except VeneerError as error:
+            _log.warning("what is in memory is not written down", reason=error.reason)
 
     async def _pin_changed(self, event: str, ref: AdapterRef, context: Any) -> None:
         """Before the caller is told: a pin outlives the server."""

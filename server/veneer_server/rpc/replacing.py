@@ -97,18 +97,19 @@ class Replacing:
         await self._keep_residents()
 
     async def finish(self) -> tuple[str, ...]:
-        """After the name has moved: the old one's pin ends. Returns warnings."""
+        """After the name has moved: the old one's pin ends. Returns warnings, since the
+        publish stands whatever becomes of it."""
         if self._pin is None or self._old is None or self._source is None:
             return ()
-        await self._engine.unpin(self._old.weights_digest)
-        if not self._pinned:
-            try:
+        try:
+            await self._engine.unpin(self._old.weights_digest)
+            if not self._pinned:
                 await self._engine.activate(self._source, tier=self._pin, pin=True)
-            except VeneerError as error:
-                return (
-                    f"{self._old.short} was pinned, and the new revision could not be: "
-                    f"{error.message}",
-                )
+        except VeneerError as error:
+            return (
+                f"{self._old.short} was pinned, and its pin could not be passed on whole: "
+                f"{error.message}",
+            )
         return ()
 
     async def undo(self) -> None:

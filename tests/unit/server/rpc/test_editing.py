@@ -13,7 +13,8 @@ import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, server_pb2
-from veneer_registry.errors import AdapterBudgetExceeded
+from veneer_registry.errors import AdapterBudgetExceeded, DiskFailed, EngineFailed
+from veneer_registry.registry import Registry
 from veneer_server.engine.messages import AdapterFailed, AdapterSource, WireError
 from veneer_server.engine.residents import Resident
 
@@ -339,3 +340,34 @@ def host_pins(front: Front) -> tuple[Resident, ...]:
     """The resident set, as if all were pinned to HOST."""
     sources = front.engine.sources
     return tuple(Resident(sources[digest], "host", "host") for digest in front.engine.pins)
+
+
+async def test_what_stands_is_not_answered_with_an_error_of_what_comes_after(
+    front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await pushed(front, tmp_path, 1)
+    await front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="chat", pinned=True))
+
+    def fail(*args: Any) -> None:
+        raise DiskFailed("the disk failed: look at the system's log")
+
+    async def gone(*args: Any) -> None:
+        raise EngineFailed("the engine process is being started again; retry")
+
+    folder = make_adapter(tmp_path / "b", seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(front.engine, "unpin", gone)
+        reply = await front.push(folder, "chat", allow_replace=True)
+    assert reply.replaced
+    assert any("pinned" in warning for warning in reply.warnings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_residents", fail)
+        assert (await front.push(make_adapter(tmp_path / "c", seed=3), "other")).published
+        await front.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="chat"))
+        # But a pin that would not outlive the server is not acknowledged.
+        refused = await failure(
+            front.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="other", pinned=True))
+        )
+    assert refused.reason == "DISK_FAILED"
+    listed = await front.adapters.ListAdapters(pb.ListAdaptersRequest())
+    assert [adapter.name for adapter in listed.adapters] == ["other"]
