@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import AdapterRef, Tier
@@ -28,6 +28,9 @@ from veneer_server.rpc.watch import AdapterWatch
 from veneer_server.rpc.who import who_calls
 
 __all__ = ["AdapterService"]
+
+_MOST_DIGITS: Final = 18
+"""Of a history line's number: SQLite's integers have 63 bits."""
 
 _log = get_logger(__name__)
 
@@ -265,7 +268,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """One page of what was done, newest first."""
         size = admin.page_size(request.page_size)
         before = admin.decode_token(request.page_token, "GetHistory")
-        if before and not before.isdecimal():
+        if before and not (before.isdecimal() and len(before) <= _MOST_DIGITS):
             raise InvalidField(
                 "page_token is not one that GetHistory gave: start without one",
                 metadata={"field": "page_token"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import sqlite3
 from collections import Counter
 from contextlib import closing
@@ -129,8 +130,10 @@ async def test_rollback_of_a_name_and_its_history(front: Front, tmp_path: Path) 
     assert new in mine[0].detail
     assert mine[0].peer.startswith("ipv4:127.0.0.1")
     assert {"published", "replaced"} <= {entry.event for entry in entries}
-    bad = await failure(front.adapters.GetHistory(pb.GetHistoryRequest(page_token="eA==")))
-    assert bad.metadata["field"] == "page_token"
+    for text in (b"x", b"-1", b"9" * 30):
+        token = base64.urlsafe_b64encode(text).decode()
+        bad = await failure(front.adapters.GetHistory(pb.GetHistoryRequest(page_token=token)))
+        assert (bad.reason, bad.metadata["field"]) == ("INVALID_FIELD", "page_token")
 
 
 async def test_retention_and_etag_of_an_update(front: Front, tmp_path: Path) -> None:
