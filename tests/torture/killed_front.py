@@ -31,6 +31,7 @@ from veneer_registry.rows import SERVER, Who
 from veneer_registry.store import Store
 from veneer_server.app import App
 from veneer_server.config import load_config
+from veneer_server.engine.residents import Resident
 from veneer_server.housekeeping import Housekeeping
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
@@ -45,7 +46,11 @@ _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil
 
 class RestoringEngine(FakeEngine):
     """FAKE, as `FakeEngine`; brings back what the last run had in memory, as the real
-    client does, and like the real engine keeps a pin when it is asked to activate again."""
+    client does (which counts as held from the moment that it is expected), and like the real
+    engine keeps a pin when it is asked to activate again."""
+
+    def resident_set(self) -> tuple[Resident, ...]:
+        return super().resident_set() if self.starts else tuple(self.expected)
 
     async def start(self) -> Any:
         info = await super().start()
