@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +90,8 @@ ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
 """Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
 
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_HEADER_BYTES: Final = 64 << 10
+"""What the header of a weights file takes, or a good part of it."""
 
 
 def check_file_name(name: str) -> str:
@@ -239,9 +243,10 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
         try:
             settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
             _check_regular(folder / WEIGHTS_FILE)
-            file = stack.enter_context((folder / WEIGHTS_FILE).open("rb"))
-            if hasattr(os, "posix_fadvise"):  # let the disk read all of it meanwhile
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            raw = io.FileIO(folder / WEIGHTS_FILE)
+            file = stack.enter_context(io.BufferedReader(raw, _HEADER_BYTES))
+            file.peek()  # before all the rest is asked for, or it would wait for that
+            stack.enter_context(_read_ahead(file.fileno()))
             header = read_header(file, WEIGHTS_FILE)
             modules = find_modules(header, settings, None)
             content = stack.enter_context(mapped(file))
@@ -256,6 +261,26 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
 
         tensors = stack.enter_context(view_tensors(content, header, modules))
         yield Stored(settings, header, modules, tensors, verify)
+
+
+@contextlib.contextmanager
+def _read_ahead(fd: int) -> Iterator[None]:
+    """Have the disk read all of a file meanwhile. In a thread: asking takes as long as to find
+    that much memory."""
+    if not hasattr(os, "posix_fadvise"):
+        yield
+        return
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read-ahead")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _damaged(digest: str, why: str) -> AdapterCorrupt:

@@ -235,6 +235,8 @@ def _by_path(
     pattern: str, values: Mapping[str, _Number], default: _Number, paths: Iterable[str]
 ) -> dict[str, _Number]:
     """The value of each path: of the first key, in file order, that matches it."""
+    if not values:
+        return dict.fromkeys(paths, default)
     keys = list(values)
     hits = _hits(pattern, keys, paths)
     used = {_literal(pattern, keys[index]) for found in hits.values() for index in found}

@@ -9,12 +9,13 @@ duplicate keys, a shape of [0, 2^60], and 100,000 empty tensors.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TypeGuard
 
 from veneer_registry.strict_json import parse_object, refuse, show
 
@@ -159,8 +160,9 @@ def _metadata(name: str, value: object) -> dict[str, str]:
     return value
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of sizes."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _tensor(
@@ -172,22 +174,20 @@ def _tensor(
     if not isinstance(dtype, str) or dtype not in limits.bits:
         allowed = ", ".join(limits.bits)
         refuse(file, f"has dtype {show(dtype)}; save it as one of {allowed}", tensor=name)
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+    if not _sizes(shape):
         refuse(file, f"has a shape that is no list of sizes: {show(shape)}", tensor=name)
     if len(shape) > limits.dimensions:
         refuse(file, f"has {len(shape)} dimensions; at most {limits.dimensions}", tensor=name)
-    if not all(limits.smallest <= n <= limits.largest for n in shape):
+    if shape and not (limits.smallest <= min(shape) and max(shape) <= limits.largest):
         refuse(
             file,
             f"has shape {show(shape)}; each size must be {limits.smallest} to {limits.largest}",
             tensor=name,
         )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not _sizes(offsets) or len(offsets) != 2:
         refuse(file, f"has data_offsets {show(offsets)}; need [begin, end]", tensor=name)
     begin, end = offsets
-    bits = limits.bits[dtype]
-    for n in shape:
-        bits *= n
+    bits = limits.bits[dtype] * math.prod(shape)
     if bits % 8 or end - begin != bits // 8:
         refuse(
             file,

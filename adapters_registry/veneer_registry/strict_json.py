@@ -79,8 +79,9 @@ def parse_object(data: bytes, *, file: str) -> dict[str, object]:
             parse_constant=_constant,
             parse_float=_float,
         )
-        # Escapes such as "\ud800" parse, but no digest or database can take them.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in data:
+            # Escapes such as "\ud800" parse, but no digest or database can take them.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except _DuplicateKeyError as error:
         refuse(file, "occurs twice in one object; keep one", key=str(error))
     except RecursionError:

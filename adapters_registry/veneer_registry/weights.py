@@ -12,8 +12,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
-from typing import Final
+from typing import BinaryIO, Final
 
 from veneer_registry.adapter import (
     PROJECTIONS,
@@ -215,7 +214,7 @@ def read_pieces(file: BufferedReader) -> Pieces:
 
 
 @contextlib.contextmanager
-def mapped(file: BufferedReader) -> Iterator[memoryview]:
+def mapped(file: BinaryIO) -> Iterator[memoryview]:
     """The whole file, mapped copy-on-write: writing changes no file. Only for files of the
     store: one that is cut short meanwhile ends the process."""
     # Private and writable: torch warns about buffers that it may not write to.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from veneer_registry.adapter import LoraModule
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora.layout import Layout
 from veneer_server.lora.loaders import HostCopy
@@ -19,13 +20,14 @@ def load_here(
     source: AdapterSource, shapes: Mapping[Any, tuple[int, int]], layers: int
 ) -> HostCopy:
     """The copy in float32. Raises as `read_run`."""
-    memory = bytearray()
+    memory, adapted = bytearray(), list[LoraModule]()
 
-    def allocate(size: int) -> memoryview:
+    def begin(modules: Sequence[LoraModule], size: int) -> memoryview:
+        adapted.extend(modules)
         memory.extend(bytes(size))
         return memoryview(memory)
 
     folder = Path(source.folder)
-    modules, _ = read_run(folder, source.weights_digest, shapes, layers, "float32", allocate)
+    read_run(folder, source.weights_digest, shapes, layers, "float32", begin)
     run = torch.frombuffer(memory, dtype=torch.float32)
-    return HostCopy(Layout.of(modules, shapes, layers), run)
+    return HostCopy(Layout.of(adapted, shapes, layers), run)

@@ -4,30 +4,34 @@ In the engine itself a worker would hold Python's lock now and then, at low prio
 the step would wait for a thread that gets no processor. It would also share the step's
 fate: a file that is cut short while it is mapped ends the process that reads it.
 
-Frames on a socket, as `engine.process` has them: a 4-byte length, then MessagePack. A
-`Loaded` without an error is followed by a file descriptor, of memory that holds the run.
+Frames on a socket, as `engine.process` has them: a 4-byte length, then MessagePack. To a
+`Load` come `Begun`, followed by the file descriptor of the memory for the run, and then
+`Loaded`; or `Loaded` with an error alone. So the engine gets its own part ready while the
+run is filled, but must use nothing of it before `Loaded`.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import select
 import signal
 import socket
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from veneer_registry.adapter import Projection
+from veneer_registry.adapter import LoraModule, Projection
 from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
 from veneer_server.lora.reading import Dtype, read_run
 from veneer_server.priority import lower_priority
 
-__all__ = ["NO_MEMORY", "Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
+__all__ = ["NO_MEMORY", "Begun", "Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
 
 NO_MEMORY: Final = (
     "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
@@ -35,6 +39,9 @@ NO_MEMORY: Final = (
 )
 _MOST_SPARE: Final = 32 << 20
 """Bytes that a loader keeps ready for the next load."""
+_PIECE: Final = 256 << 10
+_PAUSE_S: Final = 0.0025
+"""Before each piece of that."""
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -53,18 +60,27 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     digest: str
 
 
-class Loaded(msgspec.Struct, frozen=True, array_like=True):
-    """The answer.
+class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What is being read.
 
     Attributes:
         modules: (layer, projection, rank, scaling) of each.
         size: bytes of the run.
-        error: reason, message and metadata of a `VeneerError`, or None.
     """
 
     modules: list[tuple[int, Projection, int, float]]
-    stages: dict[str, float]
     size: int
+
+
+class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The end: the run is whole and has its digest, unless there is an error.
+
+    Attributes:
+        stages: seconds of each.
+        error: reason, message and metadata of a `VeneerError`, or None.
+    """
+
+    stages: dict[str, float]
     error: tuple[str, str, dict[str, str]] | None = None
 
 
@@ -100,73 +116,90 @@ def _memory(size: int) -> int:
     return fd
 
 
-def _mapped(fd: int, size: int) -> mmap.mmap:
+def _mapped(fd: int, size: int, offset: int = 0) -> mmap.mmap:
     """All its pages at once, where the system can."""
-    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(fd, size, flags=flags, offset=offset)
 
 
 class _Spare:
     """Memory for the next load, made ready after the last one: to find and zero pages takes
-    as long as to fill them."""
+    as long as to fill them.
+
+    That goes piece by piece, each after a pause, since what follows a load at once is the
+    prompt that waited for it: all pages in one go made that 12 ms slower.
+    """
 
     def __init__(self) -> None:
         self._fd = -1
         self._size = 0
+        self._ready = 0
 
     def take(self, size: int) -> int:
         """A file descriptor of so many zeroed bytes."""
         fd, self._fd = self._fd, -1
-        if fd >= 0 and self._size >= size:
+        if fd >= 0:
             os.ftruncate(fd, size)
             return fd
-        if fd >= 0:
-            os.close(fd)
         return _memory(size)
 
-    def prepare(self, size: int) -> None:
-        """Have so many bytes ready, if they are not too many to keep idle."""
-        if self._fd >= 0 or not 0 < size <= _MOST_SPARE:
-            return
-        self._fd, self._size = _memory(size), size
-        _mapped(self._fd, size).close()
+    def want(self, size: int) -> None:
+        """Have so many bytes ready soon, if they are not too many to keep idle."""
+        if self._fd < 0 and 0 < size <= _MOST_SPARE:
+            self._fd, self._size, self._ready = _memory(size), size, 0
+
+    @property
+    def complete(self) -> bool:
+        return self._fd < 0 or self._ready >= self._size
+
+    def prepare(self) -> None:
+        """One more piece."""
+        piece = min(_PIECE, self._size - self._ready)
+        _mapped(self._fd, piece, self._ready).close()
+        self._ready += piece
 
 
 class _Job:
     """One load; owns the memory until it is handed over."""
 
-    def __init__(self, spare: _Spare) -> None:
-        self.fd = -1
+    def __init__(self, spare: _Spare, connection: socket.socket) -> None:
         self.size = 0
         self._spare = spare
+        self._connection = connection
 
-    def allocate(self, size: int) -> memoryview:
-        self.fd, self.size = self._spare.take(size), size
-        return memoryview(_mapped(self.fd, size))
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+    def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
+        """Memory of so many bytes, once the engine has it too."""
+        self.size = size
+        fd = self._spare.take(size)
+        try:
+            facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
+            write_frame(self._connection, msgspec.msgpack.encode(Begun(facts, size)))
+            socket.send_fds(self._connection, [b"\0"], [fd])
+            return memoryview(_mapped(fd, size))
+        finally:
+            os.close(fd)
 
 
 def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
     try:
-        modules, stages = read_run(
+        stages = read_run(
             Path(load.folder),
             load.digest,
             setup.shapes,
             setup.num_layers,
             setup.dtype,
-            job.allocate,
+            job.begin,
         )
     except VeneerError as error:
-        return Loaded([], {}, 0, (error.reason, error.message, error.metadata))
+        return Loaded({}, (error.reason, error.message, error.metadata))
     except MemoryError:
-        return Loaded([], {}, 0, (AdapterBudgetExceeded.reason, NO_MEMORY, {}))
+        return Loaded({}, (AdapterBudgetExceeded.reason, NO_MEMORY, {}))
+    except BrokenPipeError:
+        raise
     except Exception as error:
         why = f"the adapter could not be loaded ({type(error).__name__}: {error}); retry"
-        return Loaded([], {}, 0, (InternalError.reason, why, {}))
-    kept = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
-    return Loaded(kept, stages, job.size)
+        return Loaded({}, (InternalError.reason, why, {}))
+    return Loaded(stages)
 
 
 def main() -> None:
@@ -179,18 +212,18 @@ def main() -> None:
         return
     setup = msgspec.msgpack.decode(first, type=Setup)
     spare = _Spare()
-    while (body := read_frame(connection)) is not None:
-        job = _Job(spare)
+    while True:
+        while not spare.complete and not select.select([connection], [], [], _PAUSE_S)[0]:
+            spare.prepare()
+        if (body := read_frame(connection)) is None:
+            return
+        job = _Job(spare, connection)
         try:
             loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
             write_frame(connection, msgspec.msgpack.encode(loaded))
-            if loaded.error is None:
-                socket.send_fds(connection, [b"\0"], [job.fd])
         except BrokenPipeError:
             return
-        finally:
-            job.close()
-        spare.prepare(job.size)
+        spare.want(job.size)
 
 
 if __name__ == "__main__":

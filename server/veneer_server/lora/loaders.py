@@ -9,6 +9,8 @@ import queue
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +21,15 @@ from veneer_registry.errors import InternalError, VeneerError, error_for_reason
 
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora.layout import Layout
-from veneer_server.lora.loader_process import Load, Loaded, Setup, read_frame, write_frame
+from veneer_server.lora.loader_process import (
+    Begun,
+    Load,
+    Loaded,
+    Setup,
+    read_frame,
+    write_frame,
+)
+from veneer_server.lora.table import AdapterTable
 
 __all__ = ["HostCopy", "Loaders"]
 
@@ -29,12 +39,23 @@ _MODULE: Final = "veneer_server.lora.loader_process"
 _TRIES: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostCopy:
-    """An adapter in HOST memory: ``run`` is [layout.length], ready to copy."""
+    """An adapter in HOST memory.
+
+    Attributes:
+        run: [layout.length], ready to copy.
+        table: of the run as it lies here, made ahead for the first move; see `take_table`.
+    """
 
     layout: Layout
     run: torch.Tensor
+    table: Future[AdapterTable] | None = None
+
+    def take_table(self) -> AdapterTable:
+        """Once: a copy that is in HOST alone has no use for a table."""
+        ahead, self.table = self.table, None
+        return AdapterTable(self.layout, self.run) if ahead is None else ahead.result()
 
 
 class Loaders:
@@ -43,12 +64,23 @@ class Loaders:
     Args:
         count: processes.
         pinned: page-locked copies, for asynchronous copies to a GPU.
+        begun: called with each copy while it is being filled: it may look at where things
+            lie, not at what they are.
     """
 
-    def __init__(self, setup: Setup, dtype: torch.dtype, *, count: int, pinned: bool) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        dtype: torch.dtype,
+        *,
+        count: int,
+        pinned: bool,
+        begun: Callable[[HostCopy], None] | None = None,
+    ) -> None:
         self._setup = setup
         self._dtype = dtype
         self._pinned = pinned
+        self._begun = begun
         self._processes = [_Loader(setup) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Loader] = queue.SimpleQueue()
         for process in self._processes:
@@ -78,23 +110,23 @@ class Loaders:
         """
         process = self._idle.get()
         try:
-            loaded, fd = process.load(source)
+            copy, stages = process.load(source, self._prepare)
         finally:
             self._idle.put(process)
-        try:
-            run = self._map(fd, loaded.size)
-        finally:
-            os.close(fd)
-        modules = (LoraModule(*facts, "", "") for facts in loaded.modules)
-        return HostCopy(
-            Layout.of(modules, self._setup.shapes, self._setup.num_layers), run
-        ), loaded.stages
+        if self._pinned:  # page-locked memory is a copy: only now is there something to copy
+            copy.run = copy.run.pin_memory()
+        return copy, stages
 
-    def _map(self, fd: int, size: int) -> torch.Tensor:
+    def _prepare(self, begun: Begun, fd: int) -> HostCopy:
+        modules = (LoraModule(*facts, "", "") for facts in begun.modules)
+        layout = Layout.of(modules, self._setup.shapes, self._setup.num_layers)
         # All pages at once: else the first step that reads them would bring them in.
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        run = torch.frombuffer(mmap.mmap(fd, size, flags=flags), dtype=self._dtype)
-        return run.pin_memory() if self._pinned else run
+        run = torch.frombuffer(mmap.mmap(fd, begun.size, flags=flags), dtype=self._dtype)
+        copy = HostCopy(layout, run)
+        if self._begun is not None:
+            self._begun(copy)
+        return copy
 
 
 class _Loader:
@@ -119,15 +151,18 @@ class _Loader:
         write_frame(ours, self._setup)
         return ours
 
-    def load(self, source: AdapterSource) -> tuple[Loaded, int]:
-        """The answer, and the descriptor of the run's memory."""
+    def load(
+        self, source: AdapterSource, prepare: Callable[[Begun, int], HostCopy]
+    ) -> tuple[HostCopy, dict[str, float]]:
+        """What ``prepare`` makes of the descriptor of the run's memory, which is whole then,
+        and the seconds of each stage."""
         ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
         for _ in range(_TRIES):
             try:
                 connection = self.start()
                 write_frame(connection, ask)
-                if (body := read_frame(connection)) is not None:
-                    return self._answer(body, connection)
+                if (loaded := self._loaded(connection, prepare)) is not None:
+                    return loaded
             except OSError:
                 pass  # it has ended: see below
             except VeneerError:
@@ -142,12 +177,26 @@ class _Loader:
             f"{_TRIES} times ({ended}); check the disk and push it again"
         )
 
-    def _answer(self, body: bytes, connection: socket.socket) -> tuple[Loaded, int]:
-        loaded = msgspec.msgpack.decode(body, type=Loaded)
-        if loaded.error is not None:
-            raise _rebuild(*loaded.error)
-        _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
-        return loaded, fd
+    def _loaded(
+        self, connection: socket.socket, prepare: Callable[[Begun, int], HostCopy]
+    ) -> tuple[HostCopy, dict[str, float]] | None:
+        """As `load`; None where the process has ended."""
+        copy = None
+        while (body := read_frame(connection)) is not None:
+            match msgspec.msgpack.decode(body, type=Begun | Loaded):
+                case Begun() as begun:
+                    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+                    if not fds:
+                        return None
+                    try:
+                        copy = prepare(begun, fds[0])
+                    finally:
+                        os.close(fds[0])
+                case Loaded(error=None, stages=stages) if copy is not None:
+                    return copy, stages
+                case Loaded(error=(reason, message, metadata)):
+                    raise error_for_reason(reason)(message, metadata=metadata)
+        return None
 
     def __del__(self) -> None:
         self.end()
@@ -166,7 +215,3 @@ class _Loader:
             return "it could not be started"
         code = self._process.wait()
         return f"signal {-code}" if code < 0 else f"status {code}"
-
-
-def _rebuild(reason: str, message: str, metadata: dict[str, str]) -> VeneerError:
-    return error_for_reason(reason)(message, metadata=metadata)

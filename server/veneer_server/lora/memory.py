@@ -67,17 +67,19 @@ class LoraMemory:
         self._side_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._loaders = Loaders(
-            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
-            dtype,
-            count=workers,
-            pinned=self._side_stream is not None,
-        )
         self._workers = ThreadPoolExecutor(
             workers, thread_name_prefix="adapter-load", initializer=lower_priority
         )
         # Of its own: a copy that sequences wait for must not wait for reads from disk.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
+        on_gpu = self._side_stream is not None
+        self._loaders = Loaders(
+            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
+            dtype,
+            count=workers,
+            pinned=on_gpu,
+            begun=None if on_gpu else self._table_ahead,
+        )
 
     def start(self) -> None:
         """Start what reads adapters, so that the first need not wait for it."""
@@ -146,14 +148,19 @@ class LoraMemory:
     def _read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
         return self._loaders.read(source)
 
+    def _table_ahead(self, host: HostCopy) -> None:
+        # Where DEVICE is HOST memory, its table can be made while that is being filled.
+        host.table = self._copier.submit(AdapterTable, host.layout, host.run)
+
     def _copy(self, host: HostCopy) -> tuple[AdapterTable, dict[str, float]]:
         began = time.perf_counter()
-        run = host.run
-        if self._side_stream is not None:
+        if self._side_stream is None:
+            table = host.take_table()
+        else:
             with torch.cuda.stream(self._side_stream):
-                run = run.to(self._device, non_blocking=True)
+                run = host.run.to(self._device, non_blocking=True)
             self._side_stream.synchronize()
             # The step's stream will use memory that the side stream allocated.
             run.record_stream(torch.cuda.default_stream(self._device))
-        table = AdapterTable(host.layout, run)
+            table = AdapterTable(host.layout, run)
         return table, {"copy": time.perf_counter() - began}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -36,18 +36,19 @@ def read_run(
     shapes: Mapping[Projection, tuple[int, int]],
     num_layers: int,
     dtype: Dtype,
-    allocate: Callable[[int], memoryview],
-) -> tuple[tuple[LoraModule, ...], dict[str, float]]:
+    begin: Callable[[Sequence[LoraModule], int], memoryview],
+) -> dict[str, float]:
     """Read, verify and convert.
 
     Args:
         shapes: projection -> (out_features, in_features).
         dtype: of the run.
-        allocate: gives zeroed memory for so many bytes; it holds the run on return.
+        begin: is told what the adapter adapts, not verified yet, and gives zeroed memory for
+            so many bytes; it holds the run on return.
 
     Returns:
-        What the adapter adapts, and the seconds of each stage: ``read`` (what is where),
-        ``convert``, and ``verify``, which goes on beside and counts where it takes longer.
+        The seconds of each stage: ``read`` (what is where), ``convert``, and ``verify``, which
+        goes on beside and counts where it takes longer.
 
     Raises:
         AdapterCorrupt: the content does not have its digest.
@@ -65,7 +66,7 @@ def read_run(
         verifying = _Beside(stored.verify)
         try:
             layout = Layout.of(stored.modules, shapes, num_layers)
-            memory = allocate(layout.length * ITEMSIZE[dtype])
+            memory = begin(stored.modules, layout.length * ITEMSIZE[dtype])
             places = {(s.module.layer, s.module.projection): s for s in layout.slots}
             stage("read")
             for pair in stored.tensors:
@@ -76,7 +77,7 @@ def read_run(
         finally:
             verifying.finish()
         stage("verify")
-        return stored.modules, stages
+        return stages
 
 
 class _Beside:
