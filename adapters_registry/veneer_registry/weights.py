@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import BinaryIO, Final
 
 from veneer_registry.adapter import (
