@@ -100,10 +100,10 @@ def _resumed(resumed: Resumed) -> str:
     at, total = byte_size(resumed.at), byte_size(resumed.total)
     if isinstance(resumed.after, ChecksumMismatch):
         return f"what the server had of it was damaged: sending all {total} again"
-    if resumed.after is None and resumed.at == resumed.total:
-        return f"{total} were there already"
-    interrupted = "" if resumed.after is None else "interrupted; "
-    return f"{interrupted}resumed at {at} of {total}"
+    if resumed.after is None:
+        # Of an earlier push of the same, or of another adapter that has such a file.
+        return f"{total if at == total else f'{at} of {total}'} were there already"
+    return f"interrupted; resumed at {at} of {total}"
 
 
 def _outcome(pushed: Pushed, dry_run: bool) -> str:

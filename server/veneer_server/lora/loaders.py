@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,12 +50,12 @@ class HostCopy:
 
     layout: Layout
     run: torch.Tensor
-    table: Future[AdapterTable] | None = None
+    table: AdapterTable | None = None
 
     def take_table(self) -> AdapterTable:
         """Once: a copy that is in HOST alone has no use for a table."""
         ahead, self.table = self.table, None
-        return AdapterTable(self.layout, self.run) if ahead is None else ahead.result()
+        return AdapterTable(self.layout, self.run) if ahead is None else ahead
 
 
 class Loaders:
@@ -64,8 +64,7 @@ class Loaders:
     Args:
         count: processes.
         pinned: page-locked copies, for asynchronous copies to a GPU.
-        begun: called with each copy while it is being filled: it may look at where things
-            lie, not at what they are.
+        tables: make the table of each copy too, while that is being filled.
     """
 
     def __init__(
@@ -75,16 +74,19 @@ class Loaders:
         *,
         count: int,
         pinned: bool,
-        begun: Callable[[HostCopy], None] | None = None,
+        tables: bool = False,
     ) -> None:
         self._setup = setup
         self._dtype = dtype
         self._pinned = pinned
-        self._begun = begun
+        self._tables = tables
         self._processes = [_Loader(setup) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Loader] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
+        # Not in the caller's thread: at low priority it would hold Python's lock, and the
+        # step wait for it, while the loader has the processor.
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-map")
 
     def start(self) -> None:
         """Start all processes now, so that the first load need not wait for one."""
@@ -93,6 +95,7 @@ class Loaders:
 
     def close(self) -> None:
         """End all processes."""
+        self._preparer.shutdown()
         for process in self._processes:
             process.end()
 
@@ -110,7 +113,9 @@ class Loaders:
         """
         process = self._idle.get()
         try:
-            copy, stages = process.load(source, self._prepare)
+            copy, stages = process.load(
+                source, lambda body, fd: self._preparer.submit(self._prepare, body, fd)
+            )
         finally:
             self._idle.put(process)
         if self._pinned:  # page-locked memory is a copy: only now is there something to copy
@@ -118,15 +123,20 @@ class Loaders:
         return copy, stages
 
     def _prepare(self, begun: Begun, fd: int) -> HostCopy:
+        try:
+            # All pages at once: else the first step that reads them would bring them in.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            memory = mmap.mmap(fd, begun.size, flags=flags)
+        finally:
+            os.close(fd)
         modules = (LoraModule(*facts, "", "") for facts in begun.modules)
         layout = Layout.of(modules, self._setup.shapes, self._setup.num_layers)
-        # All pages at once: else the first step that reads them would bring them in.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        run = torch.frombuffer(mmap.mmap(fd, begun.size, flags=flags), dtype=self._dtype)
-        copy = HostCopy(layout, run)
-        if self._begun is not None:
-            self._begun(copy)
-        return copy
+        run = torch.frombuffer(memory, dtype=self._dtype)
+        return HostCopy(layout, run, AdapterTable(layout, run) if self._tables else None)
+
+
+_Prepare = Callable[[Begun, int], "Future[HostCopy]"]
+"""Begins to make a copy of the descriptor of the run's memory, which it closes."""
 
 
 class _Loader:
@@ -152,10 +162,9 @@ class _Loader:
         return ours
 
     def load(
-        self, source: AdapterSource, prepare: Callable[[Begun, int], HostCopy]
+        self, source: AdapterSource, prepare: _Prepare
     ) -> tuple[HostCopy, dict[str, float]]:
-        """What ``prepare`` makes of the descriptor of the run's memory, which is whole then,
-        and the seconds of each stage."""
+        """The copy, whole and verified, and the seconds of each stage."""
         ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
         for _ in range(_TRIES):
             try:
@@ -178,7 +187,7 @@ class _Loader:
         )
 
     def _loaded(
-        self, connection: socket.socket, prepare: Callable[[Begun, int], HostCopy]
+        self, connection: socket.socket, prepare: _Prepare
     ) -> tuple[HostCopy, dict[str, float]] | None:
         """As `load`; None where the process has ended."""
         copy = None
@@ -188,12 +197,9 @@ class _Loader:
                     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
                     if not fds:
                         return None
-                    try:
-                        copy = prepare(begun, fds[0])
-                    finally:
-                        os.close(fds[0])
+                    copy = prepare(begun, fds[0])
                 case Loaded(error=None, stages=stages) if copy is not None:
-                    return copy, stages
+                    return copy.result(), stages
                 case Loaded(error=(reason, message, metadata)):
                     raise error_for_reason(reason)(message, metadata=metadata)
         return None

@@ -78,7 +78,7 @@ class LoraMemory:
             dtype,
             count=workers,
             pinned=on_gpu,
-            begun=None if on_gpu else self._table_ahead,
+            tables=not on_gpu,  # where DEVICE is HOST memory
         )
 
     def start(self) -> None:
@@ -147,10 +147,6 @@ class LoraMemory:
 
     def _read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
         return self._loaders.read(source)
-
-    def _table_ahead(self, host: HostCopy) -> None:
-        # Where DEVICE is HOST memory, its table can be made while that is being filled.
-        host.table = self._copier.submit(AdapterTable, host.layout, host.run)
 
     def _copy(self, host: HostCopy) -> tuple[AdapterTable, dict[str, float]]:
         began = time.perf_counter()

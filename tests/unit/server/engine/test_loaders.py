@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from veneer_registry.format import WEIGHTS_FILE, weights_digest
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora import loaders
 from veneer_server.lora.loader_process import Setup
-from veneer_server.lora.loaders import HostCopy, Loaders
+from veneer_server.lora.loaders import Loaders
 from veneer_server.lora.table import AdapterTable
 
 from tests.unit.registry.kit import SHAPES, make_adapter, make_tensors
@@ -99,44 +98,26 @@ def test_damage_is_told_and_the_next_load_goes_on(
     assert reader.pids == (pid,), "it did not have to be started again"
 
 
-def test_a_copy_that_is_damaged_is_never_given_though_its_table_was_begun(
-    tmp_path: Path,
-) -> None:
-    good, bad = (make_adapter(tmp_path / name, seed=n) for n, name in enumerate("ab"))
-    wanted = source(bad)
-    path = bad / WEIGHTS_FILE
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    begun: list[HostCopy] = []
-    reader = Loaders(
-        Setup(dict(SHAPES), 2, "float32"),
-        torch.float32,
-        count=1,
-        pinned=False,
-        begun=begun.append,
-    )
+def test_a_table_made_ahead_is_of_the_whole_run_and_taken_once(tmp_path: Path) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    setup = Setup(dict(SHAPES), 2, "float32")
+    reader = Loaders(setup, torch.float32, count=1, pinned=False, tables=True)
     try:
-        with pytest.raises(AdapterCorrupt):
-            reader.read(wanted)
-        copy, _ = reader.read(source(good))
-        assert [each is copy for each in begun] == [False, True]
-        assert AdapterTable(begun[1].layout, begun[1].run).run.abs().sum() > 0
+        copy, _ = reader.read(wanted)
     finally:
         reader.close()
-
-
-def test_a_table_made_ahead_is_taken_once(
-    make: Callable[[str], Loaders], tmp_path: Path
-) -> None:
-    copy, _ = make("float32").read(source(make_adapter(tmp_path / "a")))
-    ahead: Future[AdapterTable] = Future()
-    ahead.set_result(AdapterTable(copy.layout, copy.run))
-    copy.table = ahead
-    assert copy.take_table() is ahead.result()
+    plain = AdapterTable(copy.layout, copy.run)
+    ahead = copy.take_table()
     again = copy.take_table()
-    assert again is not ahead.result(), "it is not kept beside a copy in HOST"
-    assert again.ranks == ahead.result().ranks
+    assert again is not ahead, "it is not kept beside a copy in HOST"
+    for table in (ahead, again):
+        assert table.ranks == plain.ranks
+        for mine, right in zip(table.views, plain.views, strict=True):
+            for one, other in zip(mine, right, strict=True):
+                assert one is not None
+                assert other is not None
+                assert torch.equal(one.a_t, other.a_t)
+                assert one.a_t.abs().sum() > 0
 
 
 def test_a_loader_that_was_killed_is_started_again(
