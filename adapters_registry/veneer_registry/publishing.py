@@ -238,11 +238,12 @@ class Publisher:
         entry = core.index.entry(row.name)
         same = entry is not None and _means(entry, row.revision)
         if entry is not None and same and row.revision not in entry.foreign:
+            repaired = False
             if content.fresh:
                 with core.change(who) as change:
                     repaired = self._note_content(change, content, row.name)
                 self._heal(repaired)
-            return self._unchanged(request, row)
+            return self._unchanged(request, row, repaired=repaired)
         ref = AdapterRef(row.name, row.revision, row.weights)
         before = None if entry is None else entry.current
         replaced = before is not None and before != ref
@@ -296,10 +297,14 @@ class Publisher:
         if repaired:
             self._core.index.set_quarantined(self._core.catalog.quarantined())
 
-    def _unchanged(self, request: UploadRequest, new: RevisionRow) -> Published:
+    def _unchanged(
+        self, request: UploadRequest, new: RevisionRow, *, repaired: bool
+    ) -> Published:
         row = self._core.catalog.revision(new.name, new.revision)
         record = self._core.record(new if row is None else row)
         warnings = record.manifest.warnings
+        if repaired:
+            warnings += ("its stored weights had been damaged: this push repaired them",)
         if request.labels and dict(request.labels) != dict(record.labels):
             warnings += (
                 "the name holds this content already; its labels were left as they are",

@@ -70,13 +70,18 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     """The wire form of a call; options that are left out stay unset.
 
     Raises:
-        TypeError: an option that there is not.
+        TypeError: an option that there is not, or a prompt that is none.
         InvalidField: a value that the field cannot hold. Ranges are the server's.
     """
     if unknown := sorted(options.keys() - GenerateOptions.__optional_keys__):
         raise TypeError(
             f"unknown option {unknown[0]!r}: the options are "
             f"{', '.join(sorted(GenerateOptions.__optional_keys__))}"
+        )
+    if not isinstance(prompt, Text | Chat | Tokens):
+        raise TypeError(
+            f"a prompt is a Text, Chat or Tokens, not {type(prompt).__name__}: Chat.user('Hi') "
+            "is a user's turn in the chat template, Text('Hi') is tokenised as it stands"
         )
     try:
         return _request(prompt, options)

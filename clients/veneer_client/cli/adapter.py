@@ -82,6 +82,8 @@ def ls(
             print(as_json(found))
         elif found:
             print_table(adapter_table(found))
+        elif prefix or tier or label:
+            print("no adapter is like that: `veneer adapter ls` lists all")
         else:
             print("no adapters: publish one with `veneer adapter push FOLDER --name NAME`")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -44,6 +45,8 @@ __all__ = [
 
 _WIDEST: Final = 10_000
 """Of a line that a program reads."""
+_REVISION: Final = re.compile(rf"\b([0-9a-f]{{{SHORT_REVISION}}})[0-9a-f]{{52}}\b")
+"""A whole one; `SHORT_REVISION` digits are enough for a reader."""
 
 
 def as_json(value: object) -> str:
@@ -205,7 +208,8 @@ def history_table(entries: Iterable[HistoryEntry]) -> Table:
     table = _columns("time", "event", "adapter", "by", "from", "detail")
     for entry in entries:
         local = entry.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        told = (entry.event, entry.short, entry.actor, entry.peer, entry.detail)
+        detail = _REVISION.sub(r"\1", entry.detail)
+        told = (entry.event, entry.short, entry.actor, entry.peer, detail)
         table.add_row(local, *map(escape, told))
     return table
 

@@ -264,6 +264,7 @@ def test_adapter_commands(server: FakeServer, run: Run) -> None:
     assert "no adapters" in run("adapter", "ls").stdout
     server.add("chat")
     assert "chat@" in run("adapter", "ls").stdout
+    assert "publish" not in run("adapter", "ls", "--label", "team=none").stdout
     assert json.loads(run("adapter", "ls", "--json").stdout)[0]["name"] == "chat"
     assert "(current)" in run("adapter", "show", "chat").stdout
     assert json.loads(run("adapter", "show", "chat", "--json").stdout)["adapter"]["rank"] == 4

@@ -207,6 +207,14 @@ def test_history(server: FakeServer, run: Run) -> None:
     ]
 
 
+def test_history_shortens_revisions_for_a_reader_alone(server: FakeServer, run: Run) -> None:
+    server.add("chat")
+    run("adapter", "label", "chat", "team=x")
+    server.changes[-1].detail = f"before: {'ab12' * 16}=80"
+    assert "before: ab12ab12ab12=80" in run("adapter", "history", "chat").stdout
+    assert "ab12" * 16 in run("adapter", "history", "chat", "--json").stdout
+
+
 def test_show_and_ls_tell_state(server: FakeServer, run: Run) -> None:
     two(server)
     (adapter,) = server.adapters.values()

@@ -113,6 +113,12 @@ def test_what_a_field_cannot_hold(
     assert server.calls == []
 
 
+def test_a_plain_string_is_no_prompt(server: FakeServer, client: Driver) -> None:
+    with pytest.raises(TypeError, match=r"not str: Chat.user\('Hi'\).*Text\('Hi'\)"):
+        client.generate("Hello")  # type: ignore[arg-type]
+    assert server.calls == []
+
+
 def test_a_misspelt_option_is_no_silence(server: FakeServer, client: Driver) -> None:
     with pytest.raises(TypeError, match=r"max_token'.*max_tokens"):
         client.generate(Text("x"), max_token=4)

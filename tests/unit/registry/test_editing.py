@@ -325,6 +325,8 @@ def test_damaged_weights_are_served_no_more_until_pushed_again(
         assert again.committed(announce("chat", bundle_files(adapters(1))))[WEIGHTS_FILE] == 0
         pushed = push(again, "twin", adapters(1))
         assert not pushed.published, "it holds that content, which is whole again"
+        assert "this push repaired them" in " ".join(pushed.warnings)
+        assert "repaired" not in " ".join(push(again, "twin", adapters(1)).warnings)
         assert again.resolve("chat") == ref
         verify_weights(again.weights_folder(ref), ref.weights_digest)
         assert events(again)[:2] == ["repaired", "quarantined"]
