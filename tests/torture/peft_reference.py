@@ -87,7 +87,9 @@ def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]
     padded = torch.zeros(len(texts), width, dtype=torch.int64)
     for row, text in zip(padded, texts, strict=True):
         row[: len(text)] = torch.tensor(text)
-    logits = model(padded).logits.float()
+    logits = model(padded).logits
+    if logits.dtype is not torch.float64:
+        logits = logits.float()
     return [
         torch.log_softmax(rows[: len(text)], dim=-1)
         for rows, text in zip(logits, texts, strict=True)
@@ -97,7 +99,8 @@ def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]
 def each_adapter(model: Any, folders: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     """The model bare, under "", then with one adapter at a time."""
     yield "", model.eval()
+    double = model.dtype is torch.float64
     for name, folder in folders.items():
         wrapped = PeftModel.from_pretrained(model, folder).eval()
-        yield name, wrapped
+        yield name, wrapped.double() if double else wrapped
         model = wrapped.unload()

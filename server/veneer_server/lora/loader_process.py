@@ -31,7 +31,17 @@ from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerE
 from veneer_server.lora.reading import Dtype, read_run
 from veneer_server.priority import lower_priority
 
-__all__ = ["NO_MEMORY", "Begun", "Load", "Loaded", "Setup", "main", "read_frame", "write_frame"]
+__all__ = [
+    "NO_MEMORY",
+    "Begun",
+    "Load",
+    "Loaded",
+    "Setup",
+    "main",
+    "map_pages",
+    "read_frame",
+    "write_frame",
+]
 
 NO_MEMORY: Final = (
     "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
@@ -116,10 +126,18 @@ def _memory(size: int) -> int:
     return fd
 
 
-def _mapped(fd: int, size: int, offset: int = 0) -> mmap.mmap:
-    """All its pages at once, where the system can."""
+def map_pages(fd: int, size: int, offset: int = 0) -> mmap.mmap:
+    """Map a file, all its pages at once where the system can: the first to read or write
+    them would wait for each.
+
+    Raises:
+        MemoryError: there is no room for the mapping.
+    """
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(fd, size, flags=flags, offset=offset)
+    try:
+        return mmap.mmap(fd, size, flags=flags, offset=offset)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
 
 
 class _Spare:
@@ -155,7 +173,7 @@ class _Spare:
     def prepare(self) -> None:
         """One more piece."""
         piece = min(_PIECE, self._size - self._ready)
-        _mapped(self._fd, piece, self._ready).close()
+        map_pages(self._fd, piece, self._ready).close()
         self._ready += piece
 
 
@@ -175,7 +193,7 @@ class _Job:
             facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
             write_frame(self._connection, msgspec.msgpack.encode(Begun(facts, size)))
             socket.send_fds(self._connection, [b"\0"], [fd])
-            return memoryview(_mapped(fd, size))
+            return memoryview(map_pages(fd, size))
         finally:
             os.close(fd)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import queue
 import socket
@@ -26,6 +25,7 @@ from veneer_server.lora.loader_process import (
     Load,
     Loaded,
     Setup,
+    map_pages,
     read_frame,
     write_frame,
 )
@@ -124,9 +124,7 @@ class Loaders:
 
     def _prepare(self, begun: Begun, fd: int) -> HostCopy:
         try:
-            # All pages at once: else the first step that reads them would bring them in.
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            memory = mmap.mmap(fd, begun.size, flags=flags)
+            memory = map_pages(fd, begun.size)
         finally:
             os.close(fd)
         modules = (LoraModule(*facts, "", "") for facts in begun.modules)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from veneer_client import calls
 from veneer_proto.v1 import adapters_pb2 as pb
 
 from tests.unit.client.fake_server import FakeServer
@@ -41,7 +42,10 @@ def test_push_says_where_it_went_on(server: FakeServer, run: Run, adapter_folder
     assert done.stdout.startswith("published: chat@")
 
 
-def test_push_again_goes_on(server: FakeServer, run: Run, adapter_folder: Path) -> None:
+def test_push_again_goes_on(
+    server: FakeServer, run: Run, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "RECONNECT_S", 0.02)  # this one does not come back
     push = ("adapter", "push", str(adapter_folder), "--name", "chat")
     server.breaks.extend([1 << 20] * 2)
     server.on_break = server.close

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import select
 import signal
@@ -118,6 +120,22 @@ def test_a_table_made_ahead_is_of_the_whole_run_and_taken_once(tmp_path: Path) -
                 assert other is not None
                 assert torch.equal(one.a_t, other.a_t)
                 assert one.a_t.abs().sum() > 0
+
+
+def test_no_room_to_map_a_run_is_no_memory_and_no_dead_loader(
+    make: Callable[[str], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    reader = make("float32")
+
+    def full(*args: object, **named: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", full)
+        with pytest.raises(MemoryError, match="Cannot allocate"):
+            reader.read(wanted)
+    assert reader.read(wanted)[0].run.numel()
 
 
 def test_a_loader_that_was_killed_is_started_again(
