@@ -6,22 +6,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 from tests import server_harness
+from tests.other_engine import engine_of
 
 __all__ = ["planted_server"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ENGINE = ("-m", "veneer_server.engine.process")
 
 
 @contextmanager
@@ -49,22 +46,8 @@ def _front(planted: str) -> None:
     """The front process: as it is, but the engine that it starts is `_engine`."""
     from veneer_server.__main__ import main
 
-    right: Any = asyncio.create_subprocess_exec
-
-    async def start(program: str, *arguments: str, **options: Any) -> Any:
-        if arguments[: len(_ENGINE)] == _ENGINE:
-            module = ("-m", "tests.torture.planted_server", planted)
-            options["env"] = {**options.get("env", os.environ), "PYTHONPATH": _python_path()}
-            arguments = (*module, *arguments[len(_ENGINE) :])
-        return await right(program, *arguments, **options)
-
-    with patch.object(asyncio, "create_subprocess_exec", start):
+    with engine_of("tests.torture.planted_server", planted):
         main()
-
-
-def _python_path() -> str:
-    found = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join([str(_ROOT), *([found] if found else [])])
 
 
 def _engine(planted: str) -> None:

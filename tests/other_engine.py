@@ -1,0 +1,37 @@
+"""A front process that starts another module as its engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+__all__ = ["engine_of"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_ENGINE = ("-m", "veneer_server.engine.process")
+
+
+@contextmanager
+def engine_of(*module: str) -> Iterator[None]:
+    """While the block runs, engines are ``python -m MODULE ARGUMENTS``, with what the front
+    gives them after that; the module is found from this folder up."""
+    right: Any = asyncio.create_subprocess_exec
+
+    async def start(program: str, *arguments: str, **options: Any) -> Any:
+        if arguments[: len(_ENGINE)] == _ENGINE:
+            options["env"] = {**options.get("env", os.environ), "PYTHONPATH": _python_path()}
+            arguments = ("-m", *module, *arguments[len(_ENGINE) :])
+        return await right(program, *arguments, **options)
+
+    with patch.object(asyncio, "create_subprocess_exec", start):
+        yield
+
+
+def _python_path() -> str:
+    found = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(_ROOT), *([found] if found else [])])
