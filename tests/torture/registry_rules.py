@@ -585,6 +585,28 @@ class RegistryRules(RuleBasedStateMachine):
             self.seen["deleted"] += 1
             self.set_name(name, state.delete(number))
 
+    def _meant_before(self) -> list[tuple[str, str, int]]:
+        """(name, alias, content) that the alias could roll back to and that may be deleted."""
+        return [
+            (name, alias, number)
+            for name, state in self.names.items()
+            for alias, meant in state.aliases.items()
+            for number, _ in meant.previous
+            if number in state.deletable()
+        ]
+
+    @precondition(lambda self: self._meant_before())
+    @rule(which=WHICH)
+    def delete_what_an_alias_meant(self, which: int) -> None:
+        found = self._meant_before()
+        name, alias, number = found[which % len(found)]
+        with self.changed(name):
+            self.registry.delete(self.spec(name, number))
+            self.set_name(name, self.name(name).delete(number))
+        if alias in self.name(name).aliases:
+            with pytest.raises(FailedPrecondition):
+                self.registry.rollback_alias(f"{name}/{alias}")
+
     # ------------------------------------------------------------- leases and sweeps
 
     @rule(which_name=SOME_NAME, alias=st.none() | ALIASES, key=st.sampled_from(["", "k", "m"]))

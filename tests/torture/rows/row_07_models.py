@@ -158,5 +158,5 @@ def controls(scale: Scale) -> Iterator[Control]:
     for planted in list(PLANTED)[: scale.pick(3, None)]:
         machine, plant = PLANTED[planted]
         with plant():
-            caught = histories(machine, scale.pick(200, 1000), scale.seed, (Phase.generate,))
+            caught = histories(machine, scale.pick(200, 3000), scale.seed, (Phase.generate,))
         yield Control(planted, caught)
