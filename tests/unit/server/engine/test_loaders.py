@@ -122,7 +122,7 @@ def test_a_table_made_ahead_is_of_the_whole_run_and_taken_once(tmp_path: Path) -
                 assert one.a_t.abs().sum() > 0
 
 
-def test_no_room_to_map_a_run_is_no_memory_and_no_dead_loader(
+def test_no_room_to_map_a_run_is_no_memory_and_the_next_load_goes_on(
     make: Callable[[str], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = source(make_adapter(tmp_path / "a"))
