@@ -1,20 +1,20 @@
-"""Adapters published beside decoding streams: what those notice.
+"""Adapters published, or loaded, beside decoding streams: what those notice.
 
 Phases without and with uploads in turn (quiet, churn, churn, quiet ...). In each phase all
 streams decode from its beginning to its end (one that is as long as the context allows is
 followed by another), in a process of their own, so that this process's work on uploads is
 not taken for the server's. In a churn phase an
-adapter is replaced by another revision, which is activated, once a second.
+adapter is replaced by another revision, which is activated, once a second; or one that is
+on DISK is activated, which leaves out what an upload costs on the machine of the client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ from veneer_loadtest.load.generator import Loaded, generate
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
 from veneer_loadtest.load.targets import VeneerSpec
 from veneer_loadtest.report import spread
-from veneer_loadtest.results import ChurnFigures
+from veneer_loadtest.results import ChurnBy, ChurnFigures
 from veneer_loadtest.setup import remove
 from veneer_loadtest.workload import BaseShape, make_adapter
 
@@ -43,6 +43,13 @@ _TOKENS: Final = 1900
 _EVERY_S: Final = 1.0
 
 
+Window = tuple[float, float]
+"""Of ``time.monotonic()``, seconds."""
+
+Bring = Callable[[int], Awaitable[Window | None]]
+"""Brings the adapter whose turn it is to DEVICE, as its number says; None: none is left."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChurnOptions:
     """What is measured.
@@ -52,6 +59,7 @@ class ChurnOptions:
         phase_s: seconds of each phase, without its settling.
         phases: of each kind.
         context: tokens of the server's context.
+        by: what a churn phase does.
     """
 
     base: BaseShape
@@ -61,6 +69,7 @@ class ChurnOptions:
     phases: int
     context: int
     seed: int
+    by: ChurnBy = "upload"
     streams: int = 4
 
 
@@ -70,12 +79,12 @@ class Phase:
 
     Attributes:
         arrivals: of each stream, when tokens came; seconds of ``time.monotonic()``.
-        windows: of each upload, from its start to the adapter's being active.
+        windows: of each upload or activation, from its start to the adapter's being active.
     """
 
     begin: float
     arrivals: Sequence[np.ndarray[tuple[int], np.dtype[np.float64]]]
-    windows: Sequence[tuple[float, float]]
+    windows: Sequence[Window]
 
 
 async def churn(
@@ -93,7 +102,7 @@ async def churn(
     Raises:
         TargetFailed: a stream failed.
     """
-    per_phase = int(options.phase_s / _EVERY_S) + 1
+    uploaded = int(options.phase_s / _EVERY_S) + 1 if options.by == "upload" else 0
     fresh = await asyncio.to_thread(
         lambda: [
             make_adapter(
@@ -102,22 +111,24 @@ async def churn(
                 rank=options.rank,
                 seed=options.seed * 100_000 + number,
             )
-            for number in range(len(NAMES) + per_phase * options.phases)
+            for number in range(len(NAMES) + uploaded * options.phases)
         ]
     )
     uploads = iter(fresh)
     order = [kind for n in range(options.phases) for kind in _pair(n)]
     quiet: list[Phase] = []
     churned: list[Phase] = []
+
+    async def bring(number: int) -> Window | None:
+        return await _bring(client, NAMES[number % len(NAMES)], uploads, options.by)
+
     async with _published(client, NAMES, uploads):
         for number, kind in enumerate(order):
             if stopped():
                 break
-            found = await _phase(
-                client, options, number, uploads if kind == "churn" else iter(())
-            )
+            found = await _phase(client, options, number, bring if kind == "churn" else None)
             (churned if kind == "churn" else quiet).append(found)
-    return figures(options.streams, quiet, churned) if quiet and churned else None
+    return figures(options.streams, quiet, churned, options.by) if quiet and churned else None
 
 
 def _pair(number: int) -> tuple[str, str]:
@@ -141,7 +152,7 @@ async def _published(
 
 
 async def _phase(
-    client: AsyncClient, options: ChurnOptions, number: int, uploads: Iterator[Path]
+    client: AsyncClient, options: ChurnOptions, number: int, bring: Bring | None
 ) -> Phase:
     load = LoadSpec(
         adapters=options.adapters,
@@ -179,7 +190,7 @@ async def _phase(
         await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(_SETTLE_S)
         begin = time.monotonic()
-        windows = await _uploads(client, uploads, begin + options.phase_s)
+        windows = await _windows(bring, begin + options.phase_s)
     finally:
         waiting.cancel()
         stop.set()
@@ -194,23 +205,38 @@ async def _phase(
     return Phase(begin, arrivals, windows)
 
 
-async def _uploads(
-    client: AsyncClient, folders: Iterator[Path], end: float
-) -> list[tuple[float, float]]:
-    """Publish one a second until ``end``; without folders, wait for it."""
-    windows: list[tuple[float, float]] = []
+async def _windows(bring: Bring | None, end: float) -> list[Window]:
+    """Bring an adapter in once a second until ``end``; without one, or when there is none
+    left, wait for it."""
+    windows: list[Window] = []
     begin = time.monotonic()
-    for number, folder in zip(count(), folders, strict=False):
-        await asyncio.sleep(max(0.0, begin + number * _EVERY_S - time.monotonic()))
-        if (now := time.monotonic()) >= end:
+    while bring is not None and (window := await bring(len(windows))) is not None:
+        windows.append(window)
+        await asyncio.sleep(max(0.0, begin + len(windows) * _EVERY_S - time.monotonic()))
+        if time.monotonic() >= end:
             return windows
-        await client.push(folder, NAMES[number % len(NAMES)], allow_replace=True, activate=True)
-        windows.append((now, time.monotonic()))
     await asyncio.sleep(max(0.0, end - time.monotonic()))
     return windows
 
 
-def figures(streams: int, quiet: Sequence[Phase], churned: Sequence[Phase]) -> ChurnFigures:
+async def _bring(
+    client: AsyncClient, name: str, uploads: Iterator[Path], by: ChurnBy
+) -> Window | None:
+    if by == "load":
+        await client.evict(name)
+        begin = time.monotonic()
+        await client.activate(name)
+    else:
+        if (folder := next(uploads, None)) is None:
+            return None
+        begin = time.monotonic()
+        await client.push(folder, name, allow_replace=True, activate=True)
+    return begin, time.monotonic()
+
+
+def figures(
+    streams: int, quiet: Sequence[Phase], churned: Sequence[Phase], by: ChurnBy = "upload"
+) -> ChurnFigures:
     """From phases to figures; milliseconds."""
     calm = np.concatenate([_gaps(phase)[0] for phase in quiet])
     parts = [_gaps(phase) for phase in churned]
@@ -219,6 +245,7 @@ def figures(streams: int, quiet: Sequence[Phase], churned: Sequence[Phase]) -> C
     longest = float(inside.max())
     windows = [window for phase in churned for window in phase.windows]
     return ChurnFigures(
+        by=by,
         streams=streams,
         publishes=len(windows),
         publish_ms=spread([end - begin for begin, end in windows]),

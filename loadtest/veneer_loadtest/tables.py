@@ -146,14 +146,14 @@ def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
 def churn_table(churn: ChurnFigures) -> Table:
     """Time between tokens, beside uploads and without."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{churn.streams} streams beside {churn.publishes} uploads")
+    table.add_column(f"{churn.streams} streams beside {churn.publishes} {churn.by}s")
     for column in ("p50", "p99", "longest"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = (
         ("between tokens, quiet", churn.quiet_ms),
-        ("between tokens, while one is uploaded or loaded", churn.inside_ms),
-        ("between tokens, between uploads", churn.outside_ms),
-        ("upload, until in DEVICE", churn.publish_ms),
+        ("between tokens, during one, to its end in DEVICE", churn.inside_ms),
+        (f"between tokens, between {churn.by}s", churn.outside_ms),
+        (f"{churn.by}, until in DEVICE", churn.publish_ms),
     )
     for name, row in rows:
         if row is None:

@@ -32,7 +32,7 @@ from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
 from veneer_loadtest.load.session import StopSignal, stop_on_signals
 from veneer_loadtest.load.summary import parse_limit, parse_seconds
-from veneer_loadtest.results import Case, ChurnFigures, SwapResult
+from veneer_loadtest.results import Case, ChurnBy, ChurnFigures, SwapResult
 from veneer_loadtest.tables import churn_table, swap_table
 
 __all__ = ["EXAMPLES", "KEYS", "swap"]
@@ -40,6 +40,7 @@ __all__ = ["EXAMPLES", "KEYS", "swap"]
 EXAMPLES = (
     "Examples:\n\n  veneer-loadtest swap --spawn\n\n"
     "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json\n\n"
+    "  veneer-loadtest swap --spawn --samples 1 --churn-by load\n\n"
     "  veneer-loadtest swap --spawn --churn 0 --fail-if 'disk_delta_ms>100'"
 )
 
@@ -69,6 +70,12 @@ def swap(
             help="Time of each phase of uploads beside streams, and of each without; 0: none.",
         ),
     ] = "15s",
+    churn_by: Annotated[
+        ChurnBy,
+        typer.Option(
+            help="What goes on beside the streams: uploads, or loads of what is on DISK.",
+        ),
+    ] = "upload",
     churn_phases: Annotated[int, typer.Option(help="Of each kind.", min=1)] = 2,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
@@ -121,7 +128,13 @@ def swap(
                 churned = None
                 if phase_s and not stop.event.is_set():
                     churned = await _churn(
-                        ours.client, options, info.context_length, phase_s, churn_phases, stop
+                        ours.client,
+                        options,
+                        stop,
+                        context=info.context_length,
+                        phase_s=phase_s,
+                        phases=churn_phases,
+                        by=churn_by,
                     )
                     if churned is not None:
                         OUT.print(churn_table(churned))
@@ -160,17 +173,19 @@ def swap(
 async def _churn(
     client: AsyncClient,
     options: swapping.SwapOptions,
+    stop: StopSignal,
+    *,
     context: int,
     phase_s: float,
     phases: int,
-    stop: StopSignal,
+    by: ChurnBy,
 ) -> ChurnFigures | None:
     with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
         named = workload.make_adapters(
             Path(scratch), options.base, count=4, rank=options.rank, seed=options.seed
         )
         async with setup.published(client, named):
-            with Console(stderr=True).status("streams beside uploads"):
+            with Console(stderr=True).status(f"streams beside {by}s"):
                 return await churn(
                     client,
                     ChurnOptions(
@@ -181,6 +196,7 @@ async def _churn(
                         phases=phases,
                         context=context,
                         seed=options.seed,
+                        by=by,
                     ),
                     Path(scratch),
                     stop.event.is_set,

@@ -33,9 +33,9 @@ CASES: Final = {
     "publish": "new, just\nuploaded",
 }
 _PHASES: Final = {
-    "quiet_ms": "without uploads",
-    "inside_ms": "during an upload",
-    "outside_ms": "between uploads",
+    "quiet_ms": "with nothing beside",
+    "inside_ms": "during an upload or load",
+    "outside_ms": "between those",
 }
 
 
@@ -57,7 +57,7 @@ def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
             "<h2>Tables</h2>",
             "<h3>First token by where the adapter was</h3>",
             *(_cases_table(result, name) for result, name in zip(results, told, strict=True)),
-            "<h3>Between tokens, beside uploads</h3>",
+            "<h3>Between tokens, beside uploads or loads</h3>",
             *(_churn_table(result, name) for result, name in zip(results, told, strict=True)),
         ],
         "Written by veneer-loadtest. Differences are within one round of requests, so that "
@@ -146,10 +146,12 @@ def _first_tokens_caption(results: Sequence[SwapResult], names: Sequence[str]) -
 
 
 def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
-    title = "Time between tokens of running streams, beside uploads"
+    title = "Time between tokens of running streams, beside uploads or loads"
     told = [(r.churn, n) for r, n in zip(results, names, strict=True) if r.churn is not None]
     if not told:
-        return Plot(title, "No adapter was uploaded beside running streams (--churn 0).")
+        return Plot(
+            title, "No adapter was uploaded or loaded beside running streams (--churn 0)."
+        )
     with canvas(1, 1, 3.4) as (figure, axes):
         axis = axes[0][0]
         for number, (churn, _) in enumerate(told[:MOST_DRAWN]):
@@ -179,8 +181,8 @@ def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
 
 def _churn_words(churn: ChurnFigures) -> str:
     return (
-        f"{churn.streams} streams, {churn.publishes} adapters uploaded, one a second: p99 "
-        f"{ms(churn.inside_ms.p99)} during uploads, {ms(churn.quiet_ms.p99)} without; the "
+        f"{churn.streams} streams, {churn.publishes} adapters {churn.by}ed, one a second: p99 "
+        f"{ms(churn.inside_ms.p99)} during {churn.by}s, {ms(churn.quiet_ms.p99)} without; the "
         f"longest wait was {ms(churn.longest_ms)}, {churn.steps:.1f} median steps."
     )
 
@@ -205,14 +207,14 @@ def _cases_table(result: SwapResult, name: str) -> str:
 def _churn_table(result: SwapResult, name: str) -> str:
     churn = result.churn
     if churn is None:
-        return '<p class="note">No uploads beside streams.</p>'
+        return '<p class="note">No uploads or loads beside streams.</p>'
     rows = [
         [words, ms(each.p50), ms(each.p99), ms(each.high)]
         for words, each in (
-            ("between tokens, without uploads", churn.quiet_ms),
-            ("during an upload", churn.inside_ms),
-            ("between uploads", churn.outside_ms),
-            ("upload until in DEVICE", churn.publish_ms),
+            (f"between tokens, without {churn.by}s", churn.quiet_ms),
+            (f"during {churn.by}s", churn.inside_ms),
+            (f"between {churn.by}s", churn.outside_ms),
+            (f"{churn.by} until in DEVICE", churn.publish_ms),
         )
         if each is not None
     ]

@@ -34,7 +34,14 @@ from veneer_loadtest.results.load import (
     Timeline,
     Totals,
 )
-from veneer_loadtest.results.swap import Case, CaseFigures, ChurnFigures, Spread, SwapResult
+from veneer_loadtest.results.swap import (
+    Case,
+    CaseFigures,
+    ChurnBy,
+    ChurnFigures,
+    Spread,
+    SwapResult,
+)
 
 __all__ = [
     "FORMAT",
@@ -42,6 +49,7 @@ __all__ = [
     "AnswersGate",
     "Case",
     "CaseFigures",
+    "ChurnBy",
     "ChurnFigures",
     "CompareLevel",
     "CompareResult",

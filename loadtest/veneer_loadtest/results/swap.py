@@ -8,12 +8,16 @@ import msgspec
 
 from veneer_loadtest.results.facts import FORMAT
 
-__all__ = ["Case", "CaseFigures", "ChurnFigures", "Spread", "SwapResult"]
+__all__ = ["Case", "CaseFigures", "ChurnBy", "ChurnFigures", "Spread", "SwapResult"]
 
 Case = Literal["same", "device", "host", "disk", "disk_cold", "publish"]
 """What the adapter of a first token was: the one before (the yardstick), another one in
 DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one from
 its acknowledged upload on."""
+
+ChurnBy = Literal["upload", "load"]
+"""What goes on beside the streams: adapters uploaded and activated, or such as are on
+DISK activated only."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +46,12 @@ class CaseFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Streams that decode while adapters are published and activated beside them.
+    """Streams that decode while adapters come to DEVICE beside them.
 
     Attributes:
-        publishes: uploads, each acknowledged, loaded and activated.
-        publish_ms: from the upload's start to the adapter's being in DEVICE.
+        by: how they come.
+        publishes: uploads, each acknowledged, loaded and activated; or activations.
+        publish_ms: from the start of one to the adapter's being in DEVICE.
         quiet_ms: time between tokens in phases without uploads.
         inside_ms: between tokens of which the later came while an adapter was uploaded or
             loaded; ``outside_ms``: the rest of those phases, None where uploads followed
@@ -54,6 +59,7 @@ class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
         longest_ms: the longest one inside; ``steps``: it in median quiet ones.
     """
 
+    by: ChurnBy = "upload"
     streams: int
     publishes: int
     publish_ms: Spread

@@ -28,7 +28,7 @@ def test_a_swap_tells_what_each_tier_adds() -> None:
     assert "40.0 ms from DISK" in found.text
     row = found.row("another, on DISK, in page cache")
     assert (row[0], row[3]) == ("100 ms", "+30.0 ms")
-    assert found.row("during an upload") == ["44.0 ms", "88.0 ms", "132 ms"]
+    assert found.row("during uploads") == ["44.0 ms", "88.0 ms", "132 ms"]
     assert "the longest wait was 132 ms, 3.3 median steps" in found.text
 
 
