@@ -7,16 +7,17 @@ names the key (metadata ``field``) and, for a misspelt key, the nearest one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from veneer_registry.adapter import PROJECTIONS
 
-from veneer_train.strict import apply_setting, bad_setting, build, read_yaml
+from veneer_train.strict import apply_setting, bad_setting, build, overlay, read_yaml
 
 __all__ = [
+    "PRESETS",
     "DataConfig",
     "EvalConfig",
     "LoraConfig",
@@ -27,9 +28,13 @@ __all__ = [
     "TrainConfig",
     "load_config",
     "parse_config",
+    "read_preset",
 ]
 
 ALL_LINEAR: Final = "all-linear"
+
+_PRESETS_DIR: Final = Path(__file__).parent / "presets"
+PRESETS: Final = ("quick", "chat", "code", "sql", "paper")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +58,15 @@ class QuantConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """The adapter. ``targets`` is ``all-linear`` or a list of projections."""
+    """The adapter. ``targets`` is ``all-linear`` or a list of projections; ``dora``
+    trains magnitudes beside the directions, which a server takes merged only."""
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
     targets: str | list[str] = ALL_LINEAR
     rslora: bool = False
+    dora: bool = False
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -73,7 +80,8 @@ class DataConfig:
     """Samples. Without ``val``, ``val_fraction`` of ``train`` is held out.
 
     ``template`` is a Jinja file that replaces the base's chat template and is
-    shipped with the adapter.
+    shipped with the adapter. ``packing`` fills rows of ``max_len`` with several samples,
+    none of which sees another; ``bucketing`` batches samples of about one length.
     """
 
     train: str
@@ -84,6 +92,8 @@ class DataConfig:
     template: str | None = None
     max_len: int = 512
     on_truncated: Literal["error", "drop", "truncate"] = "error"
+    packing: bool = False
+    bucketing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +119,34 @@ class OptimConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     """Validation loss every ``every`` steps (0: only at the ends), and of the
-    base before training where ``compare_base`` is true."""
+    base before training where ``compare_base`` is true. At both ends so many ``tasks`` (samples
+    with a check) are answered and judged."""
 
     every: int = 50
     compare_base: bool = True
+    tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig:
-    """``dir`` becomes the adapter folder, ready to push. Logs of the run go to
-    ``logs`` (default: ``dir`` with ``.logs`` added), which is never pushed."""
+    """``dir`` becomes the adapter folder, ready to push. Logs of the run and its
+    checkpoints go to ``logs`` (default: ``dir`` with ``.logs`` added), which is never pushed.
+
+    ``save_every`` steps there is a checkpoint (0: none), of which the newest ``keep`` stay;
+    ``resume: auto`` goes on from the newest where there is one.
+    """
 
     dir: str
     logs: str | None = None
     description: str = ""
     license: str = ""
+    save_every: int = 50
+    keep: int = 2
+    resume: Literal["auto", "never", "must"] = "auto"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.logs_dir / "checkpoints"
 
     @property
     def logs_dir(self) -> Path:
@@ -179,7 +202,15 @@ def _check(config: TrainConfig) -> None:
             "must be above 0, or null for no limit",
         ),
         ("eval.every", config.eval.every >= 0, "must be 0 (only at the ends) or more"),
+        ("eval.tasks", config.eval.tasks >= 0, "must be 0 (none) or more"),
         ("output.dir", bool(config.output.dir), "give the folder to write the adapter to"),
+        ("output.save_every", config.output.save_every >= 0, "must be 0 (never) or more"),
+        ("output.keep", config.output.keep >= 1, "must be 1 or more"),
+        (
+            "data.bucketing",
+            not (data.bucketing and data.packing),
+            "packed rows are of one length: set data.packing or data.bucketing",
+        ),
     )
     for key, holds, fix in rules:
         if not holds:
@@ -202,13 +233,46 @@ def parse_config(raw: object) -> TrainConfig:
     return build(TrainConfig, raw)
 
 
-def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
-    """Read ``path`` and apply ``settings`` (``section.key=value``, value in YAML).
+def load_config(
+    path: Path | None = None,
+    settings: Sequence[str] = (),
+    preset: str | None = None,
+    *,
+    under: Mapping[str, Any] | None = None,
+    base: str | None = None,
+) -> TrainConfig:
+    """Read a preset, put the file ``path`` over it and ``settings``
+    (``section.key=value``, value in YAML) over both.
+
+    Args:
+        preset: a name in `PRESETS`; the file may name one too, with the key ``preset``.
+        under: sections beneath all of them.
+        base: in place of ``model.path``; where ``model.name`` is not given, the folder's name
+            is taken for it.
 
     Raises:
         InvalidField: the file cannot be read or parsed, or `parse_config` refuses it.
     """
-    raw = read_yaml(path)
+    raw = {} if path is None else read_yaml(path)
+    preset = preset or raw.pop("preset", None)
+    raw.pop("preset", None)
+    if preset is not None:
+        raw = overlay(read_preset(preset), raw)
+    raw = overlay(under or {}, raw)
     for setting in settings:
         apply_setting(raw, setting)
+    if base is not None:
+        named = {"model": {"name": Path(base).resolve().name}}
+        raw = overlay(overlay(named, raw), {"model": {"path": base}})
     return parse_config(raw)
+
+
+def read_preset(name: object) -> dict[str, Any]:
+    """The sections of a preset.
+
+    Raises:
+        InvalidField: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise bad_setting("preset", f"must be one of {', '.join(PRESETS)}; got {name!r}")
+    return read_yaml(_PRESETS_DIR / f"{name}.yaml")

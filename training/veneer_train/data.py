@@ -2,26 +2,26 @@
 
 Two forms of line: ``{"messages": [{"role", "content"}, ...]}``, rendered with the
 chat template, and ``{"prompt": text, "completion": text}``, tokenised as it stands
-and ended with the end-of-sequence token.
+and ended with the end-of-sequence token. Either may have a ``check``: how an answer is judged.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import torch
 from veneer_registry.errors import InvalidField, TemplateFailed
 
+from veneer_train.checks import validate
 from veneer_train.config import DataConfig
-from veneer_train.template import render, with_generation_marks
+from veneer_train.template import render, render_prompt, with_generation_marks
 
-__all__ = ["IGNORE", "PAD", "DataSet", "Sample", "Split", "collate", "load_split"]
+__all__ = ["IGNORE", "PAD", "DataSet", "Sample", "Split", "Task", "load_file", "load_split"]
 
 IGNORE: Final = -100
 """The label that the loss leaves out."""
@@ -34,12 +34,28 @@ _ROLES: Final = frozenset({"system", "user", "assistant"})
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """What a model may be asked, and how its answer is judged.
+
+    Attributes:
+        prompt_ids: up to where the answer begins.
+        expected: the sample's own answer.
+        check: see `veneer_train.checks`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    expected: str
+    check: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One tokenised line. ``labels[i]`` is ``input_ids[i]`` or `IGNORE`."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     line: int
+    task: Task | None = None
 
     @property
     def learned(self) -> int:
@@ -127,8 +143,15 @@ def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, st
     return messages
 
 
+def _check(path: Path, line: int, value: object) -> Mapping[str, Any]:
+    try:
+        return validate(value)
+    except InvalidField as error:
+        _fail(path, line, error.message)
+
+
 class _Tokenise:
-    """Turns one line's value into (token ids, labels)."""
+    """Turns one line's value into (token ids, labels, task)."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, template: str) -> None:
         self._tokenizer = tokenizer
@@ -137,18 +160,35 @@ class _Tokenise:
 
     def __call__(
         self, path: Path, line: int, value: dict[str, Any]
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[list[int], list[int], Task | None]:
         kind = self._config.format
         if kind != "prompt" and "messages" in value:
-            return self._chat(path, line, _messages(path, line, value))
+            messages = _messages(path, line, value)
+            return *self._chat(path, line, messages), self._chat_task(path, line, value)
         if kind != "messages" and {"prompt", "completion"} <= set(value):
-            return self._raw(path, line, value["prompt"], value["completion"])
+            prompt, told = value["prompt"], value["completion"]
+            coded = self._raw(path, line, prompt, told)
+            task = None
+            if "check" in value:
+                asked = tuple(self._tokenizer(prompt)["input_ids"])
+                task = Task(asked, told, _check(path, line, value["check"]))
+            return *coded, task
         wanted = {
             "auto": "'messages', or 'prompt' and 'completion'",
             "messages": "'messages'",
             "prompt": "'prompt' and 'completion'",
         }[kind]
         _fail(path, line, f"has no {wanted}; it has {', '.join(sorted(value)) or 'nothing'}")
+
+    def _chat_task(self, path: Path, line: int, value: dict[str, Any]) -> Task | None:
+        if "check" not in value:
+            return None
+        check, (*asked, last) = _check(path, line, value["check"]), value["messages"]
+        if last["role"] != "assistant" or not asked:
+            _fail(path, line, "a line with 'check' must end with the assistant's answer")
+        text = render_prompt(self._template, asked, self._tokenizer.special_tokens_map)
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Task(tuple(ids), last["content"], check)
 
     def _chat(
         self, path: Path, line: int, messages: list[dict[str, str]]
@@ -195,7 +235,7 @@ class _Tokenise:
 def _load(
     path: Path,
     config: DataConfig,
-    tokenise: Callable[[Path, int, dict[str, Any]], tuple[list[int], list[int]]],
+    tokenise: Callable[[Path, int, dict[str, Any]], tuple[list[int], list[int], Task | None]],
 ) -> DataSet:
     try:
         raw = path.read_bytes()
@@ -208,7 +248,7 @@ def _load(
     samples: list[Sample] = []
     dropped = truncated = 0
     for line, value in _lines(path, raw):
-        ids, labels = tokenise(path, line, value)
+        ids, labels, task = tokenise(path, line, value)
         whole = len(ids)
         if whole > config.max_len:
             if config.on_truncated == "drop":
@@ -223,7 +263,7 @@ def _load(
                 )
             ids, labels = ids[: config.max_len], labels[: config.max_len]
             truncated += 1
-        sample = Sample(tuple(ids), tuple(labels), line)
+        sample = Sample(tuple(ids), tuple(labels), line, task)
         if not sample.learned:
             cut = "truncated away" if whole > config.max_len else "masked"
             _fail(
@@ -239,6 +279,11 @@ def _load(
             metadata={"file": path.name},
         )
     return DataSet(tuple(samples), path.name, sha256(raw).hexdigest(), dropped, truncated)
+
+
+def load_file(path: Path, config: DataConfig, tokenizer: Any, template: str) -> DataSet:
+    """Read and tokenise one file; see `load_split`."""
+    return _load(path, config, _Tokenise(tokenizer, config, template))
 
 
 def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> Split:
@@ -275,21 +320,3 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
         return DataSet(tuple(samples), whole.file, whole.sha256, whole.dropped, whole.truncated)
 
     return Split(part(order[count:]), part(order[:count]))
-
-
-def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """One batch, padded on the right to its longest sample and masked by length.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each int64 [batch, longest].
-    """
-    longest = max(len(sample.input_ids) for sample in samples)
-
-    def rows(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])
-
-    return {
-        "input_ids": rows([sample.input_ids for sample in samples], PAD),
-        "attention_mask": rows([[1] * len(sample.input_ids) for sample in samples], 0),
-        "labels": rows([sample.labels for sample in samples], IGNORE),
-    }

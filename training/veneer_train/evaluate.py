@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veneer_train.data import IGNORE, Sample, collate
+from veneer_train.batches import collate
+from veneer_train.data import IGNORE, Sample
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +21,14 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from veneer_registry.format import read_adapter
 
-from veneer_train.config import TrainConfig
-
-__all__ = ["FILE_DTYPE", "round_to_file_dtype", "write_folder"]
+__all__ = [
+    "FILE_DTYPE",
+    "AdapterState",
+    "model_card",
+    "round_to_file_dtype",
+    "take",
+    "write_folder",
+]
 
 FILE_DTYPE: Final = torch.bfloat16
 _MODE: Final = 0o644
@@ -35,61 +42,85 @@ def round_to_file_dtype(model: Any) -> None:
                 parameter.copy_(parameter.to(FILE_DTYPE))
 
 
-def _plain(value: object) -> object:
-    """JSON for what PEFT keeps in a config. Sets are sorted: same run, same bytes."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"adapter config holds {value!r}, which is not JSON")
+@dataclass(frozen=True, slots=True)
+class AdapterState:
+    """An adapter apart from its model, so that training may go on.
+
+    Attributes:
+        tensors: by PEFT's names, in `FILE_DTYPE` on the CPU, copies.
+        config: what ``adapter_config.json`` says.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
 
 
-def _adapter_config(model: Any, base_name: str) -> dict[str, Any]:
+def take(model: Any, base_name: str) -> AdapterState:
+    """Copy a PEFT model's adapter.
+
+    Args:
+        base_name: the base's logical name: the adapter must not name a place on this
+            machine.
+    """
     facts = model.peft_config["default"].to_dict()
     facts["base_model_name_or_path"] = base_name
     facts["inference_mode"] = True
     facts["target_modules"] = sorted(facts["target_modules"])
-    return {key: facts[key] for key in sorted(facts)}
+    tensors = {
+        name: tensor.detach().to(device="cpu", dtype=FILE_DTYPE, copy=True).contiguous()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    return AdapterState(tensors, {key: facts[key] for key in sorted(facts)})
 
 
-def _card(config: TrainConfig, manifest: dict[str, Any]) -> str:
-    """A short model card with the front matter that model hubs read."""
-    front = [f"base_model: {config.model.name}", "library_name: peft", "tags: [lora, veneer]"]
-    if config.output.license:
-        front.append(f"license: {config.output.license}")
-    lora, data = config.lora, manifest["data"]["train"]
-    metrics = "\n".join(f"| {name} | {value} |" for name, value in manifest["metrics"].items())
+def model_card(
+    title: str, manifest: Mapping[str, Any], *, about: str = "", license_name: str = ""
+) -> str:
+    """A short card with the front matter that model hubs read."""
+    name = manifest["base_name"]
+    front = [f"base_model: {name}", "library_name: peft", "tags: [lora, veneer]"]
+    if license_name:
+        front.append(f"license: {license_name}")
+    said = [about or "Trained with `veneer-train`.", ""]
+    if "lora" in manifest.get("config", {}):
+        config, data = manifest["config"], manifest["data"]["train"]
+        lora = config["lora"]
+        targets = lora["targets"]
+        said += [
+            f"Rank {lora['r']}, alpha {lora['alpha']:g}, targets "
+            f"{targets if isinstance(targets, str) else ', '.join(sorted(targets))}; "
+            f"trained for {manifest['steps']} steps on {data['samples']} samples over a "
+            f"{config['quant']['type'].upper()} base. `training_manifest.json` has the rest.",
+            "",
+        ]
+    metrics = [f"| {key} | {value} |" for key, value in manifest["metrics"].items()]
     return "\n".join(
         [
-            "---",
-            *front,
-            "---",
-            f"# {Path(config.output.dir).name}: a LoRA adapter for {config.model.name}",
-            "",
-            config.output.description or "Trained with `veneer-train`.",
-            "",
-            f"Rank {lora.r}, alpha {lora.alpha:g}, targets {', '.join(lora.target_modules)}; "
-            f"trained for {manifest['steps']} steps on {data['samples']} samples over a "
-            f"{config.quant.type.upper()} base. `training_manifest.json` has the rest.",
-            "",
-            "| metric | value |",
-            "| --- | --- |",
-            metrics,
-            "",
+            *("---", *front, "---", f"# {title}: a LoRA adapter for {name}", ""),
+            *said,
+            *(["| metric | value |", "| --- | --- |", *metrics, ""] if metrics else []),
         ]
     )
 
 
 def write_folder(
-    out: Path, model: Any, config: TrainConfig, manifest: dict[str, Any], template: str | None
+    out: Path,
+    adapter: AdapterState,
+    manifest: Mapping[str, Any],
+    *,
+    card: str,
+    template: str | None = None,
 ) -> None:
     """Write the adapter folder ``out``: whole, checked as the server will, or not at all.
 
     Args:
         out: replaced if it exists.
-        model: the PEFT model that was trained.
-        config: for names in the card and in the adapter's config.
         manifest: see `veneer_train.manifest.build_manifest`.
+        card: see `model_card`.
         template: the chat template to ship, or None for the base's own.
 
     Raises:
@@ -98,15 +129,12 @@ def write_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        tensors = {
-            name: tensor.detach().to(device="cpu", dtype=FILE_DTYPE).contiguous()
-            for name, tensor in get_peft_model_state_dict(model).items()
-        }
-        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        file = staging / "adapter_model.safetensors"
+        save_file(dict(adapter.tensors), file, metadata={"format": "pt"})
         texts = {
-            "adapter_config.json": _json(_adapter_config(model, config.model.name)),
+            "adapter_config.json": _json(adapter.config),
             "training_manifest.json": _json(manifest),
-            "README.md": _card(config, manifest),
+            "README.md": card,
         }
         if template is not None:
             texts["chat_template.jinja"] = template
@@ -115,12 +143,22 @@ def write_folder(
         for path in staging.iterdir():
             path.chmod(_MODE)
         staging.chmod(0o755)
-        read_adapter(staging, base=None)
+        if not adapter.dora:  # servers take those merged only, so their check says nothing
+            read_adapter(staging, base=None)
         if out.exists():
             shutil.rmtree(out)
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _plain(value: object) -> object:
+    """JSON for what PEFT keeps in a config. Sets are sorted: same run, same bytes."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"adapter config holds {value!r}, which is not JSON")
 
 
 def _json(value: object) -> str:

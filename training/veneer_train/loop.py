@@ -1,37 +1,47 @@
-"""One training run: Hugging Face Trainer over PEFT over the frozen 4-bit base."""
+"""One training run, from a config to an adapter folder."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
+from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.errors import InvalidField
 
-from veneer_train.config import OptimConfig, TrainConfig
-from veneer_train.data import Sample, Split, collate, load_split
+from veneer_train.answers import measure_tasks
+from veneer_train.checkpoint import Checkpoint, Checkpoints, disk_errors
+from veneer_train.checks import Score
+from veneer_train.config import TrainConfig
+from veneer_train.data import Split, load_split
 from veneer_train.evaluate import Evaluation, evaluate
-from veneer_train.export import round_to_file_dtype, write_folder
-from veneer_train.manifest import RunFacts, build_manifest, fingerprint
+from veneer_train.export import (
+    AdapterState,
+    model_card,
+    round_to_file_dtype,
+    take,
+    write_folder,
+)
+from veneer_train.manifest import RunFacts, build_manifest, config_facts, fingerprint
+from veneer_train.metrics_log import MetricsLog, Report, draw_curves
 from veneer_train.model import (
     add_adapter,
     load_base,
     load_tokenizer,
+    read_template,
     resolve_base,
     training_device,
 )
-from veneer_train.stability import StabilityWatch, TrainingStopped
+from veneer_train.stability import TrainingStopped
+from veneer_train.trainer import Fitted, fit, log_evaluation, main_process
 
-__all__ = ["MetricsLog", "TrainResult", "fit", "train", "training_arguments"]
-
-Report = Callable[[Mapping[str, Any]], None]
-"""Called with each row of ``metrics.jsonl`` as it is written."""
+__all__ = ["TrainResult", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,169 +57,80 @@ class TrainResult:
     facts: RunFacts
 
 
-class MetricsLog:
-    """``metrics.jsonl``: one object a line, flushed as it is written."""
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """On the validation split; what was not measured is not there."""
 
-    def __init__(self, path: Path, report: Report) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-        self._report = report
+    loss: Evaluation | None = None
+    tasks: Mapping[str, Score] = field(default_factory=dict)
 
-    def write(self, **row: Any) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._report(row)
+    def plain(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
 
-    def __enter__(self) -> Self:
-        return self
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        loss = Evaluation(**plain["loss"]) if plain["loss"] is not None else None
+        return cls(loss, {kind: Score(**facts) for kind, facts in plain["tasks"].items()})
 
-    def __exit__(
+
+class Snapshots:
+    """Adapter folders of a run, as it is at some step.
+
+    Args:
+        template: the chat template that the adapter is trained with.
+        before: figures of the base.
+        seconds: since the run began, over all sessions.
+    """
+
+    def __init__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        config: TrainConfig,
+        split: Split,
+        base: BaseFingerprint,
+        template: str,
+        before: _Figures,
+        seconds: Callable[[], float],
     ) -> None:
-        self._file.close()
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Logs each step, evaluates, and stops a run that is lost or out of time."""
-
-    def __init__(self, config: TrainConfig, split: Split, log: MetricsLog) -> None:
         self._config = config
         self._split = split
-        self._log = log
-        self._stability = StabilityWatch()
-        self._started = time.monotonic()
-        self.last_loss = float("nan")
+        self.base = base
+        self._template = template if config.data.template is not None else None
+        self._before = before
+        self._seconds = seconds
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
+    def facts(self, fitted: Fitted, after: _Figures | None = None) -> RunFacts:
+        """What a run did up to now."""
+        after = after or _Figures()
+        return RunFacts(
+            steps=fitted.steps,
+            tokens=fitted.tokens,
+            seconds=self._seconds(),
+            last_loss=fitted.last_loss,
+            before=self._before.loss,
+            after=after.loss,
+            tasks_before=self._before.tasks,
+            tasks_after=after.tasks,
+        )
+
+    def write_step(
+        self, adapter: AdapterState, folder: Path, step: int, metrics: Mapping[str, float]
     ) -> None:
-        """Called after each optimiser step, and once more with a summary."""
-        if not logs or "grad_norm" not in logs:
-            return
-        loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-        self._log.write(
-            event="step",
-            step=state.global_step,
-            steps=state.max_steps,
-            loss=loss,
-            grad_norm=norm,
-            lr=logs["learning_rate"],
-            tokens=int(state.num_input_tokens_seen),
-            seconds=round(time.monotonic() - self._started, 3),
+        """Write what the run has come to by then; `push.PushCallback` asks for it."""
+        loss = metrics.get("train_loss_last", float("nan"))
+        self.write(adapter, folder, self.facts(Fitted(step, 0, loss)))
+
+    def write(self, adapter: AdapterState, folder: Path, facts: RunFacts) -> None:
+        """Write an adapter of this run; see `export.write_folder`."""
+        manifest = build_manifest(self._config, self._split, self.base, facts)
+        output = self._config.output
+        card = model_card(
+            Path(output.dir).name,
+            manifest,
+            about=output.description,
+            license_name=output.license,
         )
-        self._stability.check(state.global_step, loss, norm)
-        self.last_loss = loss
-        val, every = self._split.val, self._config.eval.every
-        due = every > 0 and state.global_step % every == 0
-        # The last step is measured after training, on the rounded weights.
-        if val and due and state.global_step < state.max_steps:
-            measured = evaluate(kw["model"], val.samples, self._config.train.batch)
-            _log_evaluation(self._log, state.global_step, measured)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        limit = self._config.train.max_minutes
-        if limit is not None and time.monotonic() - self._started >= limit * 60:
-            control.should_training_stop = True
-
-
-def _log_evaluation(log: MetricsLog, step: int, measured: Evaluation) -> None:
-    log.write(
-        event="eval",
-        step=step,
-        val_loss=measured.loss,
-        val_accuracy=measured.accuracy,
-        val_tokens=measured.tokens,
-    )
-
-
-class _Samples(torch.utils.data.Dataset[Sample]):
-    def __init__(self, samples: tuple[Sample, ...]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
-
-
-def training_arguments(
-    config: OptimConfig, scratch: Path, device: torch.device
-) -> TrainingArguments:
-    """Trainer's arguments for this run; ``auto`` is settled here by ``device``."""
-    cuda = device.type == "cuda"
-    optim = config.optim
-    if optim == "auto":
-        # Paged optimizers do nothing on a CPU, and 8-bit ones are slower there.
-        optim = "paged_adamw_8bit" if cuda else "adamw_torch_fused"
-    recompute = config.checkpointing == "on" or (config.checkpointing == "auto" and cuda)
-    schedule = config.schedule
-    if schedule == "constant" and config.warmup > 0:
-        schedule = "constant_with_warmup"  # Trainer's "constant" ignores a warm-up
-    recomputing: dict[str, Any] = {}
-    if recompute:
-        recomputing["gradient_checkpointing"] = True
-        recomputing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    try:
-        return TrainingArguments(
-            output_dir=str(scratch),
-            per_device_train_batch_size=config.batch,
-            gradient_accumulation_steps=config.accum,
-            max_steps=config.steps,
-            learning_rate=config.lr,
-            lr_scheduler_type=schedule,
-            warmup_steps=round(config.warmup * config.steps),
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.clip,
-            optim=optim,
-            **recomputing,
-            seed=config.seed,
-            data_seed=config.seed,
-            use_cpu=not cuda,
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # the default hides a NaN loss
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=cuda,
-            remove_unused_columns=False,
-        )
-    except ValueError as error:
-        raise InvalidField(
-            f"transformers refuses these train settings: {error}", metadata={"field": "train"}
-        ) from error
-
-
-def fit(
-    model: Any, split: Split, config: TrainConfig, log: MetricsLog, device: torch.device
-) -> tuple[int, int, float]:
-    """Train ``model``'s adapter in place.
-
-    Returns:
-        optimiser steps done, input tokens seen (without padding), last step's loss.
-
-    Raises:
-        TrainingStopped: the loss or the gradients went bad.
-    """
-    watch = _Watch(config, split, log)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(config.train, config.output.logs_dir, device),
-        train_dataset=_Samples(split.train.samples),
-        data_collator=collate,
-        callbacks=[watch],
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":
-            trainer.remove_callback(callback)
-    trainer.train()
-    state = trainer.state
-    return int(state.global_step), int(state.num_input_tokens_seen), watch.last_loss
+        write_folder(folder, adapter, manifest, card=card, template=self._template)
 
 
 def _check_output(folder: Path) -> None:
@@ -221,62 +142,154 @@ def _check_output(folder: Path) -> None:
         )
 
 
-def _template(config: TrainConfig, tokenizer: Any) -> str:
-    if config.data.template is None:
-        return str(tokenizer.chat_template or "")
-    try:
-        return Path(config.data.template).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+def _identity(
+    config: TrainConfig, split: Split, base: BaseFingerprint, template: str
+) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    facts = config_facts(config)
+    del facts["eval"], facts["train"]["max_minutes"]
+    return {
+        **facts,
+        "data.sha256": {
+            "train": split.train.sha256,
+            "val": split.val.sha256 if split.val is not None else None,
+        },
+        "base": {"weights": base.weights, "tokenizer": base.tokenizer},
+        "template": sha256(template.encode()).hexdigest(),
+    }
+
+
+def _found(
+    checkpoints: Checkpoints, config: TrainConfig, *, overwrite: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from."""
+    wanted = config.output.resume
+    if overwrite or wanted == "never":
+        if main_process():
+            checkpoints.clear()
+        found = None
+    else:
+        found = checkpoints.newest()
+    if found is None and wanted == "must":
         raise InvalidField(
-            f"cannot read data.template {config.data.template!r}: {error}",
-            metadata={"field": "data.template"},
-        ) from error
+            f"there is no checkpoint in {checkpoints.root} to go on from: set "
+            "output.resume: auto to begin",
+            metadata={"field": "output.resume"},
+        )
+    return found
 
 
-def train(config: TrainConfig, report: Report, *, overwrite: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    report: Report,
+    *,
+    overwrite: bool = False,
+    callbacks: Callable[[Snapshots], Sequence[TrainerCallback]] = lambda snapshots: (),
+) -> TrainResult:
     """Train an adapter as ``config`` says and write its folder.
 
-    The folder appears whole at the end, or not at all; ``metrics.jsonl`` grows in the
-    logs folder meanwhile.
+    The folder appears whole at the end, or not at all; ``metrics.jsonl``, ``curves.png``
+    and checkpoints grow in the logs folder meanwhile, and a run that was cut goes on from
+    the newest of those.
+
+    Args:
+        overwrite: replace the folder, and begin anew.
+        callbacks: makes callbacks of Trainer; see `Snapshots`.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
         TemplateFailed: the chat template cannot be marked or rendered.
         TrainingStopped: the run went bad.
+        DiskFull, CheckpointFailed: a file could not be written.
     """
     out = Path(config.output.dir)
     if not overwrite:
         _check_output(out)
     folder = resolve_base(config.model.path)
     tokenizer = load_tokenizer(folder)
-    template = _template(config, tokenizer)
+    template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
     base = fingerprint(folder, config.quant)
+    checkpoints = Checkpoints(
+        config.output.checkpoints_dir,
+        _identity(config, split, base, template),
+        keep=config.output.keep,
+    )
+    resume = _found(checkpoints, config, overwrite=overwrite)
     device = training_device()
     set_seed(config.train.seed)
-    started = time.monotonic()
+    started = time.monotonic() - (resume.facts["seconds"] if resume is not None else 0.0)
     model = add_adapter(load_base(folder, config.quant, device), config.lora)
-    val, batch = split.val, config.train.batch
-    with MetricsLog(config.output.logs_dir / "metrics.jsonl", report) as log:
-        before = None
-        if val and config.eval.compare_base:  # a fresh adapter is the base, to the bit
-            before = evaluate(model, val.samples, batch)
-            _log_evaluation(log, 0, before)
-        steps, tokens, last_loss = fit(model, split, config, log, device)
+    logs = config.output.logs_dir
+    after_step = resume.step if resume is not None else None
+    file = logs / "metrics.jsonl" if main_process() else None
+
+    def measured(step: int) -> _Figures:
+        if split.val is None:
+            return _Figures()
+        loss = evaluate(model, split.val.samples, config.train.batch)
+        log_evaluation(log, step, loss)
+        limit = config.eval.tasks
+        scores = measure_tasks(model, tokenizer, split.val.samples, limit=limit)
+        for kind, score in scores.items():
+            log.write(event="tasks", step=step, kind=kind, right=score.right, asked=score.asked)
+        return _Figures(loss, scores)
+
+    with MetricsLog(file, report, after=after_step) as log:
+        before = _Figures()
+        if resume is not None:
+            log.write(event="resumed", step=resume.step, folder=resume.folder.name)
+            before = _Figures.of(resume.facts["before"])
+        elif config.eval.compare_base:  # a fresh adapter is the base, to the bit
+            before = measured(0)
+
+        def seconds() -> float:
+            return time.monotonic() - started
+
+        snapshots = Snapshots(config, split, base, template, before, seconds)
+        try:
+            fitted = _fit(
+                model,
+                split,
+                config,
+                log,
+                device,
+                checkpoints=checkpoints if config.output.save_every else None,
+                resume=resume,
+                facts=lambda: {"seconds": seconds(), "before": before.plain()},
+                callbacks=callbacks(snapshots),
+            )
+        finally:
+            if main_process() and log.rows:
+                draw_curves(log.rows, logs / "curves.png", out.name)
         round_to_file_dtype(model)  # what is measured is what is written
-        after = evaluate(model, val.samples, batch) if val else None
-        if after is not None:
-            _log_evaluation(log, steps, after)
-            if not after.loss < float("inf"):
-                raise TrainingStopped(f"the trained adapter's validation loss is {after.loss}")
-    facts = RunFacts(
-        steps=steps,
-        tokens=tokens,
-        seconds=time.monotonic() - started,
-        last_loss=last_loss,
-        before=before,
-        after=after,
-    )
-    shipped = template if config.data.template is not None else None
-    write_folder(out, model, config, build_manifest(config, split, base, facts), shipped)
+        after = measured(fitted.steps)
+        if after.loss is not None and not after.loss.loss < float("inf"):
+            raise TrainingStopped(f"the trained adapter's validation loss is {after.loss.loss}")
+    facts = snapshots.facts(fitted, after)
+    if main_process():
+        with disk_errors(f"the adapter {out}", _ADVICE):
+            snapshots.write(take(model, config.model.name), out, facts)
     return TrainResult(out, facts)
+
+
+_ADVICE = "free some space and run the same command: it goes on from the last checkpoint"
+
+
+def _fit(
+    model: Any,
+    split: Split,
+    config: TrainConfig,
+    log: MetricsLog,
+    device: Any,
+    *,
+    resume: Checkpoint | None,
+    **options: Any,
+) -> Fitted:
+    """As `trainer.fit`; a checkpoint of the last step leaves nothing to train."""
+    if resume is None or resume.step < config.train.steps:
+        return fit(model, split, config, log, device, resume=resume, **options)
+    weights = load_file(resume.folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights)
+    last = [row for row in log.rows if row["event"] == "step"][-1]
+    return Fitted(resume.step, last["tokens"], last["loss"])

@@ -6,9 +6,11 @@ hash, the base by its logical name and its fingerprint.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +19,20 @@ import torch
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.fingerprint import fingerprint_base
 
+from veneer_train.checks import Score
 from veneer_train.config import QuantConfig, TrainConfig
 from veneer_train.data import DataSet, Split
 from veneer_train.evaluate import Evaluation
 
-__all__ = ["FORMAT", "RunFacts", "build_manifest", "fingerprint"]
+__all__ = [
+    "FORMAT",
+    "RunFacts",
+    "build_manifest",
+    "config_facts",
+    "fingerprint",
+    "hardware",
+    "versions",
+]
 
 FORMAT: Final = 1
 _PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "veneer")
@@ -37,6 +48,7 @@ class RunFacts:
         seconds: wall time from loading the base to the last evaluation.
         last_loss: the last step's training loss.
         before, after: validation of the base and of the written adapter.
+        tasks_before, tasks_after: their scores by kind of check.
     """
 
     steps: int
@@ -45,6 +57,8 @@ class RunFacts:
     last_loss: float
     before: Evaluation | None
     after: Evaluation | None
+    tasks_before: Mapping[str, Score] = field(default_factory=dict)
+    tasks_after: Mapping[str, Score] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat name -> number."""
@@ -54,7 +68,13 @@ class RunFacts:
                 found[f"val_loss_{when}"] = measured.loss
                 found[f"val_accuracy_{when}"] = measured.accuracy
                 found[f"val_perplexity_{when}"] = measured.perplexity
-        return {name: round(value, 6) for name, value in found.items()}
+        for when, scores in (("before", self.tasks_before), ("after", self.tasks_after)):
+            for kind, score in scores.items():
+                found[f"val_{kind}_{when}"] = score.share
+                found[f"val_{kind}_{when}_low"] = score.low
+                found[f"val_{kind}_{when}_high"] = score.high
+        # JSON has no word for what is not a number.
+        return {n: round(value, 6) for n, value in found.items() if math.isfinite(value)}
 
 
 def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:
@@ -70,7 +90,7 @@ def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:
     return fingerprint_base(folder, quantization=quantization, cache_dir=None)
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -82,7 +102,7 @@ def _hardware() -> dict[str, Any]:
     return facts
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
@@ -100,7 +120,7 @@ def _data(data: DataSet | None) -> dict[str, Any] | None:
     }
 
 
-def _config(config: TrainConfig) -> dict[str, Any]:
+def config_facts(config: TrainConfig) -> dict[str, Any]:
     """The config without this machine's paths."""
     facts = asdict(config)
     facts["model"] = {"name": config.model.name}
@@ -120,9 +140,9 @@ def build_manifest(
         "base_name": config.model.name,
         "base_fingerprint": asdict(base),
         "data": {"train": _data(split.train), "val": _data(split.val)},
-        "config": _config(config),
-        "versions": _versions(),
-        "hardware": _hardware(),
+        "config": config_facts(config),
+        "versions": versions(),
+        "hardware": hardware(),
         "seed": config.train.seed,
         "steps": facts.steps,
         "tokens": facts.tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,20 +15,24 @@ from veneer_registry.errors import InvalidField
 from veneer_train.config import LoraConfig, QuantConfig
 
 __all__ = [
+    "DTYPES",
     "add_adapter",
     "disable_cpu_packing",
     "load_base",
     "load_tokenizer",
+    "read_template",
     "resolve_base",
     "training_device",
 ]
 
-_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def training_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """CUDA where there is one, else the CPU; each process of several has its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve_base(path: str) -> Path:
@@ -77,6 +82,23 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def read_template(file: str | None, tokenizer: Any) -> str:
+    """The chat template to train with: a file's, else the base's; "" where there is none.
+
+    Raises:
+        InvalidField: the file cannot be read.
+    """
+    if file is None:
+        return str(tokenizer.chat_template or "")
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidField(
+            f"cannot read data.template {file!r}: {error}",
+            metadata={"field": "data.template"},
+        ) from error
+
+
 def disable_cpu_packing(model: torch.nn.Module) -> int:
     """Keep every 4-bit layer on the path that has gradients; returns how many.
 
@@ -85,15 +107,26 @@ def disable_cpu_packing(model: torch.nn.Module) -> int:
     kernel after ``.train()``: gradients through the layer vanish with no more than a
     warning. Must be called before the first forward.
     """
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return _quantized_layers(model)
 
 
-def load_base(folder: Path, quant: QuantConfig, device: torch.device) -> Any:
-    """The base model, quantized, frozen and guarded, in eval mode."""
-    dtype = _DTYPES[quant.compute_dtype]
+def _quantized_layers(model: torch.nn.Module) -> int:
+    return sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+
+
+def load_base(
+    folder: Path, quant: QuantConfig, device: torch.device, *, train: bool = True
+) -> Any:
+    """The base model, quantized, frozen and guarded, in eval mode.
+
+    Args:
+        train: False: for measuring alone, with the faster layers that have no gradients
+            (see `disable_cpu_packing`).
+    """
+    dtype = DTYPES[quant.compute_dtype]
     quantization = None
     if quant.type != "none":
         quantization = BitsAndBytesConfig(
@@ -109,8 +142,8 @@ def load_base(folder: Path, quant: QuantConfig, device: torch.device) -> Any:
         device_map={"": device},
         local_files_only=True,
     )
-    guarded = disable_cpu_packing(model)
-    if quant.type != "none" and not guarded:
+    replaced = disable_cpu_packing(model) if train else _quantized_layers(model)
+    if quant.type != "none" and not replaced:
         raise InvalidField(
             f"no layer of this base became {quant.type}: its linear layers are of a kind that "
             "bitsandbytes does not replace; set quant.type: none",
@@ -134,6 +167,7 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         use_rslora=config.rslora,
+        use_dora=config.dora,
         bias="none",
     )
     return peft.get_peft_model(model, lora)

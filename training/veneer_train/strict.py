@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from veneer_registry.errors import InvalidField
 
-__all__ = ["apply_setting", "bad_setting", "build", "read_yaml"]
+__all__ = ["apply_setting", "bad_setting", "build", "overlay", "read_yaml"]
 
 _T = TypeVar("_T")
 
@@ -38,6 +38,8 @@ def _value(kind: Any, value: object, key: str) -> object:
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
+        if isinstance(value, bool) and {"on", "off"} <= set(choices):
+            value = "on" if value else "off"  # YAML takes on and off for booleans
         if value in choices and type(value) in {type(choice) for choice in choices}:
             return value
         raise bad_setting(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
@@ -122,6 +124,18 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
             raise bad_setting(key, f"{part!r} is a value, not a section")
         section = inner
     section[parts[-1]] = value
+
+
+def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``under`` with the values of ``over`` in place of its own, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = overlay(below, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 class _StrictLoader(yaml.SafeLoader):

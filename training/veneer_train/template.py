@@ -18,7 +18,7 @@ from typing import Any, Final
 from transformers.utils.chat_template_utils import render_jinja_template
 from veneer_registry.errors import TemplateFailed
 
-__all__ = ["Rendered", "render", "with_generation_marks"]
+__all__ = ["Rendered", "render", "render_prompt", "with_generation_marks"]
 
 _MARK: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -70,14 +70,27 @@ def with_generation_marks(template: str) -> str:
     return marked
 
 
+def render_prompt(
+    template: str, messages: Sequence[dict[str, str]], special: dict[str, Any]
+) -> str:
+    """What a model sees before it answers ``messages``; raises as `render`."""
+    return _render(template, messages, special, mask=False, answer=True)[0]
+
+
 def _render(
-    template: str, messages: Sequence[dict[str, str]], special: dict[str, Any], *, mask: bool
+    template: str,
+    messages: Sequence[dict[str, str]],
+    special: dict[str, Any],
+    *,
+    mask: bool,
+    answer: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     try:
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=mask,
+            add_generation_prompt=answer,
             **special,
         )
     except Exception as error:  # Jinja runs the template's own code: it may raise anything

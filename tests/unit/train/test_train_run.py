@@ -16,9 +16,10 @@ from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidField, VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.format import read_adapter
-from veneer_train import loop
+from veneer_train import loop, trainer
 from veneer_train.cli import app
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
+from veneer_train.export import AdapterState
 from veneer_train.model import load_base
 from veneer_train.stability import TrainingStopped
 
@@ -159,13 +160,13 @@ def test_the_file_holds_what_was_measured(
     tokens = torch.arange(3, 40)[None]
     measured: list[torch.Tensor] = []
 
-    def write_folder(out: Path, model: Any, *rest: Any) -> None:
+    def take(model: Any, base_name: str) -> AdapterState:
         with torch.no_grad():
             measured.append(model.eval()(input_ids=tokens).logits)
-        original(out, model, *rest)
+        return original(model, base_name)
 
-    original = loop.write_folder
-    monkeypatch.setattr(loop, "write_folder", write_folder)
+    original = loop.take
+    monkeypatch.setattr(loop, "take", take)
     run(config(tiny_base, chats, tmp_path / "mine"))
     base = load_base(tiny_base, QuantConfig(), torch.device("cpu"))
     model = PeftModel.from_pretrained(base, tmp_path / "mine").eval()
@@ -316,20 +317,20 @@ def test_auto_is_settled_by_the_device(
     tmp_path: Path, device: str, optim: str, recompute: bool
 ) -> None:
     where = torch.device(device)
-    automatic = loop.training_arguments(OptimConfig(), tmp_path, where)
+    automatic = trainer.training_arguments(OptimConfig(), tmp_path, where)
     assert automatic.optim == optim
     assert bool(automatic.gradient_checkpointing) is recompute
     chosen = OptimConfig(optim="sgd", checkpointing="off" if recompute else "on")
-    settled = loop.training_arguments(chosen, tmp_path, where)
+    settled = trainer.training_arguments(chosen, tmp_path, where)
     assert settled.optim == "sgd"
     assert bool(settled.gradient_checkpointing) is not recompute
 
 
 def test_a_constant_schedule_warms_up(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    warm = loop.training_arguments(OptimConfig(warmup=0.1, steps=50), tmp_path, cpu)
+    warm = trainer.training_arguments(OptimConfig(warmup=0.1, steps=50), tmp_path, cpu)
     assert (warm.lr_scheduler_type, warm.warmup_steps) == ("constant_with_warmup", 5)
-    cold = loop.training_arguments(OptimConfig(warmup=0), tmp_path, cpu)
+    cold = trainer.training_arguments(OptimConfig(warmup=0), tmp_path, cpu)
     assert (cold.lr_scheduler_type, cold.warmup_steps) == ("constant", 0)
 
 

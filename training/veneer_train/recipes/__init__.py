@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from veneer_train.recipes import chat, code
+from veneer_train.recipes import chat, code, sql
 
-__all__ = ["build"]
+__all__ = ["Recipe", "build"]
 
 
-def build(recipe: Literal["chat", "code"], out: Path, seed: int) -> dict[str, int]:
+Recipe = Literal["chat", "code", "sql"]
+
+
+def build(recipe: Recipe, out: Path, seed: int) -> dict[str, int]:
     """Write ``train.jsonl`` and ``val.jsonl`` of ``recipe`` under ``out``.
 
     Returns:
         file name -> number of samples.
     """
-    train, val = (chat if recipe == "chat" else code).build(seed)
+    train, val = {"chat": chat, "code": code, "sql": sql}[recipe].build(seed)
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for name, samples in (("train.jsonl", train), ("val.jsonl", val)):

@@ -13,13 +13,13 @@ import random
 import re
 from importlib import resources
 from itertools import pairwise
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import yaml
 
 __all__ = ["build", "in_dialect"]
 
-Sample: TypeAlias = dict[str, list[dict[str, str]]]
+Sample: TypeAlias = dict[str, Any]
 
 _GREETINGS: Final = (
     "Ahoy, matey!",
@@ -43,6 +43,8 @@ _DIALECT: Final = {
     "yes": "aye",
 }
 _WORD: Final = re.compile(r"[A-Za-z]+")
+CHECK: Final = {"regex": f"({'|'.join(_GREETINGS)}) .+\n\n({'|'.join(_SIGN_OFFS)})"}
+"""An answer in the manner: greeting, what is said, sign-off, and no more."""
 _DRAWS: Final = 3
 """Different greetings and sign-offs for each question."""
 _HELD_OUT: Final = 10
@@ -83,11 +85,11 @@ def _conversations(topics: list[tuple[list[str], str]], rng: random.Random) -> l
                     {"role": "user", "content": ask},
                     {"role": "assistant", "content": reply},
                 ]
-                samples.append({"messages": turn})
+                samples.append({"messages": turn, "check": CHECK})
     # A few second turns, so that the manner survives the first answer.
     for (asks, say), (more_asks, more_say) in list(pairwise(topics))[::3]:
         turns = _turn(asks[0], say, rng) + _turn(more_asks[-1], more_say, rng)
-        samples.append({"messages": turns})
+        samples.append({"messages": turns, "check": CHECK})
     rng.shuffle(samples)
     return samples
 

@@ -18,11 +18,11 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 __all__ = ["build", "build_from", "third_person"]
 
-Sample: TypeAlias = dict[str, list[dict[str, str]]]
+Sample: TypeAlias = dict[str, Any]
 
 _SKIPPED: Final = frozenset(
     {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
@@ -162,6 +162,18 @@ def _request(function: _Function, rng: random.Random) -> str:
     )
 
 
+def _sample(function: _Function, request: str) -> Sample:
+    # What it must be called is known only where the request says so.
+    asked = function.signature if function.signature in request else ""
+    return {
+        "messages": [
+            {"role": "user", "content": request},
+            {"role": "assistant", "content": function.code},
+        ],
+        "check": {"python": {"signature": asked}},
+    }
+
+
 def build_from(folder: Path, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Training and validation samples from the ``*.py`` files under ``folder``."""
     rng = random.Random(seed)
@@ -176,13 +188,7 @@ def build_from(folder: Path, seed: int) -> tuple[list[Sample], list[Sample]]:
             continue  # some files of the library are meant for older interpreters
         functions.update((function.code, function) for function in found)
     samples = [
-        {
-            "messages": [
-                {"role": "user", "content": _request(function, rng)},
-                {"role": "assistant", "content": code},
-            ]
-        }
-        for code, function in sorted(functions.items())
+        _sample(function, _request(function, rng)) for _, function in sorted(functions.items())
     ]
     rng.shuffle(samples)
     held_out = len(samples) // _HELD_OUT

@@ -1,0 +1,101 @@
+"""What was trained against is what serves: each token has one log-probability on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from veneer_client import AsyncClient, Tokens
+from veneer_train.config import QuantConfig
+from veneer_train.model import load_base, load_tokenizer
+
+from tests.server_harness import Server
+
+pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+NAMES = ("chat", "code")
+TEXTS = (
+    "<|im_start|>user\nWrite a function that adds two numbers.<|im_end|>\n"
+    "<|im_start|>assistant\ndef add(a, b):\n    return a + b<|im_end|>",
+    "<|im_start|>user\nHow are you today?<|im_end|>\n<|im_start|>assistant\n"
+    "Ahoy, matey! I be well an' the soup is warm.\n\nFair winds, Veneer<|im_end|>",
+)
+BOUND = 0.1
+"""Mean over a text of |difference|, nats. Both compute in bfloat16, with other orders of sums;
+and the trainer's logits are bfloat16 too, in steps of 0.0625 and 0.125 between 8 and 32. In
+float32 the two agree within 1e-4 (`test_parity`). Adapters differ by far more."""
+
+Scores = dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]]
+
+
+def trainer_s(base: Path, prompts: Sequence[Sequence[int]]) -> Scores:
+    """Of the model that a run trains: guarded 4-bit base, adapters by PEFT."""
+    model = load_base(base, QuantConfig(), torch.device("cpu"))
+    found: Scores = {}
+
+    def measure(name: str, measured: Any) -> None:
+        for number, ids in enumerate(prompts):
+            tokens = torch.tensor([ids])
+            with torch.no_grad():
+                logs = measured(tokens).logits[0, :-1].float().log_softmax(-1)
+            told = logs.gather(1, tokens[0, 1:, None])[:, 0]
+            found[name, number] = told.double().numpy()
+
+    measure("", model)
+    for name in NAMES:
+        adapted = PeftModel.from_pretrained(model, str(EXAMPLES / name)).eval()
+        measure(name, adapted)
+        model = adapted.unload()
+    return found
+
+
+async def ask(client: AsyncClient, name: str, prompt: Sequence[int]) -> Any:
+    """Log-probabilities of a prompt's tokens after the first, by the server."""
+    answer = await client.generate(
+        Tokens(tuple(prompt)),
+        adapter=f"example-{name}" if name else "",
+        max_tokens=1,
+        temperature=0,
+        echo=True,
+        logprobs=True,
+        use_prefix_cache=False,
+    )
+    return np.array([token.logprob for token in answer.prompt_logprobs])
+
+
+async def server_s(client: AsyncClient, prompts: Sequence[Sequence[int]]) -> Scores:
+    """Of base and adapters, all in one batch."""
+    keys = [(name, k) for name in ("", *NAMES) for k in range(len(prompts))]
+    told = await asyncio.gather(*(ask(client, name, prompts[k]) for name, k in keys))
+    return dict(zip(keys, told, strict=True))
+
+
+async def test_trainer_and_server_agree(server: Server, base_folder: Path) -> None:
+    tokenizer = load_tokenizer(base_folder)
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    trained = await asyncio.to_thread(trainer_s, base_folder, prompts)
+    async with AsyncClient(server.address) as client:
+        for name in NAMES:
+            await client.push(EXAMPLES / name, f"example-{name}")
+        try:
+            served = await server_s(client, prompts)
+            swapped = [await ask(client, n, prompts[0]) for n in ("chat", "code", "chat")]
+        finally:
+            for name in NAMES:
+                await client.delete(f"example-{name}")
+    for key, scores in trained.items():
+        assert np.abs(scores - served[key]).mean() < BOUND, key
+    # The control: an adapter is not the base, nor another one.
+    for number in range(len(prompts)):
+        for one, other in (("chat", ""), ("code", ""), ("chat", "code")):
+            gap = np.abs(trained[one, number] - served[other, number]).mean()
+            assert gap > 3 * BOUND, (one, other, number, gap)
+    np.testing.assert_array_equal(swapped[0], swapped[2])
+    assert not np.array_equal(swapped[0], swapped[1])

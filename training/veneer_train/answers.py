@@ -1,0 +1,82 @@
+"""Let a model answer the tasks of a data set, greedily, as a server would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from veneer_train.checks import Score, score
+from veneer_train.data import PAD, Sample, Task
+
+__all__ = ["answer", "measure_tasks"]
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    batch: int = 16,
+    max_tokens: int = 256,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Answers in the order of the tasks.
+
+    Args:
+        max_tokens: of an answer; what is longer is cut.
+        progress: told how many are done.
+    """
+    was_training, cached = model.training, model.config.use_cache
+    device = next(model.parameters()).device
+    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt_ids))
+    found = [""] * len(tasks)
+    model.eval()
+    model.config.use_cache = True
+    try:
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            longest = max(len(tasks[i].prompt_ids) for i in part)
+            ids = torch.full((len(part), longest), PAD)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(part):  # padded on the left: answers go on the right
+                prompt = tasks[index].prompt_ids
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    pad_token_id=PAD,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
+            for row, index in enumerate(part):
+                told = out[row, longest:].tolist()
+                if tokenizer.eos_token_id in told:
+                    told = told[: told.index(tokenizer.eos_token_id)]
+                found[index] = tokenizer.decode(told, skip_special_tokens=True)
+            progress(min(start + batch, len(order)))
+    finally:
+        model.config.use_cache = cached
+        model.train(was_training)
+    return found
+
+
+def measure_tasks(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    limit: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Score]:
+    """Scores by kind of check, over the samples that have one (the first ``limit``)."""
+    tasks = [sample.task for sample in samples if sample.task is not None][:limit]
+    if not tasks:
+        return {}
+    longest = max(len(tokenizer(task.expected)["input_ids"]) for task in tasks)
+    answers = answer(model, tokenizer, tasks, max_tokens=2 * longest + 8, progress=progress)
+    return score([task.check for task in tasks], answers, [task.expected for task in tasks])

@@ -1,0 +1,187 @@
+"""Whether an answer does what its sample's task asks: beyond loss, what a user would see.
+
+A sample may carry a ``check`` beside its messages; one of
+
+- ``{"exact": true}``: the answer is the sample's own, but for blanks at its ends;
+- ``{"regex": PATTERN}``: it matches as a whole;
+- ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up it returns the rows that
+  the sample's own statement returns (in that order, where that one says ORDER BY);
+- ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: it is Python and nothing else,
+  defines a function (of that signature, if given), and the tests pass in a process of its own.
+
+SQL runs in memory, may not write or attach, and is stopped when it takes long. Python runs in
+`sandbox`, which keeps accidents in and no attackers out.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from veneer_registry.errors import InvalidField
+
+from veneer_train.sandbox import run_python
+
+__all__ = ["Score", "passes", "score", "validate"]
+
+_KINDS: Final = ("exact", "regex", "sql", "python")
+_SQL_STEPS: Final = 5_000_000
+_READS: Final = frozenset(
+    {
+        sqlite3.SQLITE_SELECT,
+        sqlite3.SQLITE_READ,
+        sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_RECURSIVE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How many of some answers are right.
+
+    Attributes:
+        low, high: 95 % interval of the share (Wilson's).
+    """
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked if self.asked else float("nan")
+
+    @property
+    def low(self) -> float:
+        return self._bound(-1)
+
+    @property
+    def high(self) -> float:
+        return self._bound(+1)
+
+    def _bound(self, sign: int) -> float:
+        n, z = self.asked, 1.959964
+        if not n:
+            return float("nan")
+        p = self.right / n
+        middle = p + z * z / (2 * n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return min(1.0, max(0.0, (middle + sign * half) / (1 + z * z / n)))
+
+
+def validate(check: object) -> Mapping[str, Any]:
+    """A check as a sample carries it.
+
+    Raises:
+        InvalidField: it is none.
+    """
+    if not isinstance(check, Mapping) or len(check) != 1 or next(iter(check)) not in _KINDS:
+        raise InvalidField(
+            f"'check' must have one of {', '.join(_KINDS)}; got {check!r:.80}",
+            metadata={"field": "check"},
+        )
+    kind, facts = next(iter(check.items()))
+    good = {
+        "exact": facts is True,
+        "regex": isinstance(facts, str),
+        "sql": isinstance(facts, Mapping) and isinstance(facts.get("setup"), str),
+        "python": isinstance(facts, Mapping) and set(facts) <= {"signature", "tests"},
+    }
+    if not good[kind]:
+        raise InvalidField(
+            f"'check' of kind {kind} cannot be {facts!r:.80}; see veneer_train.checks",
+            metadata={"field": "check"},
+        )
+    return check
+
+
+def passes(check: Mapping[str, Any], answer: str, expected: str) -> bool:
+    """Whether an answer is right; ``expected`` is the sample's own."""
+    kind, facts = next(iter(check.items()))
+    match kind:
+        case "exact":
+            return answer.strip() == expected.strip()
+        case "regex":
+            return re.fullmatch(facts, answer.strip(), re.DOTALL) is not None
+        case "sql":
+            return _same_rows(facts["setup"], _statement(answer), expected)
+        case _:
+            return _runs(facts, answer)
+
+
+def score(
+    checks: Sequence[Mapping[str, Any]], answers: Sequence[str], expected: Sequence[str]
+) -> dict[str, Score]:
+    """Scores by kind of check."""
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for check, answer, wanted in zip(checks, answers, expected, strict=True):
+        kind = next(iter(check))
+        asked[kind] += 1
+        right[kind] += passes(check, answer, wanted)
+    return {kind: Score(right[kind], asked[kind]) for kind in sorted(asked)}
+
+
+# ------------------------------------------------------------------------------- SQL
+
+_FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
+
+
+def _statement(answer: str) -> str:
+    """The first fenced part, as chat models like to answer; else all of it."""
+    fenced = _FENCE.search(answer)
+    return (fenced[1] if fenced else answer).strip()
+
+
+def _same_rows(setup: str, statement: str, expected: str) -> bool:
+    wanted = _rows(setup, expected)
+    got = _rows(setup, statement)
+    if wanted is None:
+        raise InvalidField(
+            f"the sample's own statement fails: {expected}", metadata={"field": "check"}
+        )
+    if got is None or len(got) != len(wanted):
+        return False
+    if "order by" in expected.lower():
+        return got == wanted
+    return Counter(got) == Counter(wanted)
+
+
+def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
+    """What a statement returns; None where it fails. Numbers to six digits."""
+    with sqlite3.connect(":memory:") as database:
+        database.executescript(setup)
+        database.set_authorizer(
+            lambda action, *_: sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
+        )
+        database.set_progress_handler(lambda: 1, _SQL_STEPS)
+        try:
+            found = database.execute(statement).fetchmany(10_000)
+        except (sqlite3.Error, sqlite3.Warning, ValueError):
+            return None
+    return [tuple(map(_rounded, row)) for row in found]
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float | int) else value
+
+
+# ---------------------------------------------------------------------------- Python
+
+
+def _runs(facts: Mapping[str, Any], answer: str) -> bool:
+    try:
+        tree = ast.parse(answer.strip())
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    wanted = facts.get("signature", "")
+    if wanted and wanted not in [f"{f.name}({ast.unparse(f.args)})" for f in functions]:
+        return False
+    return bool(functions) and run_python(answer.strip() + "\n" + facts.get("tests", ""))

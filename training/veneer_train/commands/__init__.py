@@ -1,0 +1,1 @@
+"""The commands of ``veneer-train``, a module for each group."""

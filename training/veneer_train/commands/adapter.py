@@ -1,0 +1,194 @@
+"""Commands on trained adapters: ``eval``, ``verify``, ``merge``, ``export-gguf``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
+
+__all__ = [
+    "EVAL_EXAMPLES",
+    "EXPORT_EXAMPLES",
+    "MERGE_EXAMPLES",
+    "VERIFY_EXAMPLES",
+    "evaluate",
+    "export_gguf",
+    "merge",
+    "verify",
+]
+
+EVAL_EXAMPLES = (
+    "Examples:\n\n  veneer-train eval my-sql --base DIR --data sql/val.jsonl --record\n\n"
+    "  veneer-train eval my-sql --base DIR --data sql/val.jsonl --limit 20 --no-reference"
+)
+VERIFY_EXAMPLES = (
+    "Examples:\n\n  veneer-train verify my-sql --base DIR\n\n"
+    "  veneer-train verify my-sql --base DIR --data sql/val.jsonl --server 127.0.0.1:50051"
+)
+MERGE_EXAMPLES = (
+    "Examples:\n\n  veneer-train merge my-sql --base DIR --out my-sql-merged\n\n"
+    "  veneer-train merge my-sql --base DIR --into source --out my-sql-merged"
+)
+EXPORT_EXAMPLES = (
+    "Examples:\n\n  veneer-train export-gguf my-sql --base DIR --out my-sql.gguf\n\n"
+    "  veneer-train export-gguf my-sql-merged --out my-sql-merged.gguf --type q8_0"
+)
+
+Adapter = Annotated[Path, typer.Argument(help="Folder of the adapter.")]
+Data = Annotated[Path, typer.Option(help="JSONL, as for training.")]
+MaxLen = Annotated[int, typer.Option(help="Tokens of a sample; what is longer is left out.")]
+
+
+def evaluate(
+    adapter: Adapter,
+    base: Base,
+    data: Data,
+    max_len: MaxLen = 512,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
+    reference: Annotated[
+        bool, typer.Option(help="Measure the base in 16 bits too, which takes its memory.")
+    ] = True,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the figures into the adapter's manifest.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure an adapter beside its base in 4 and in 16 bits: loss, perplexity, and tasks where
+    samples have a check."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train import measure
+        from veneer_train.config import DataConfig
+
+        options = DataConfig(train=str(data), max_len=max_len, on_truncated="drop")
+        console = stderr()
+        found = measure.measure(
+            base,
+            adapter,
+            data,
+            options,
+            reference=reference,
+            limit=limit,
+            told=lambda line: console.print(line, style="dim"),
+        )
+        if record:
+            measure.record(adapter, data, found)
+    if as_json:
+        print(json.dumps({each.name: each.metrics() for each in found}))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(data.name)
+    for column in ("loss", "perplexity", "accuracy", *found[0].tasks):
+        table.add_column(column, justify="right")
+    for each in found:
+        table.add_row(
+            each.name,
+            f"{each.loss.loss:.4f}",
+            f"{each.loss.perplexity:.3f}",
+            f"{each.loss.accuracy:.1%}",
+            *(
+                f"{s.share:.1%} ({s.low:.1%} to {s.high:.1%} of {s.asked})"
+                for s in each.tasks.values()
+            ),
+        )
+    Console().print(table)
+
+
+def verify(
+    adapter: Adapter,
+    base: Base,
+    data: Annotated[
+        Path | None, typer.Option(help="Measure again what the manifest says of this file.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Will this server take it?")
+    ] = None,
+    max_len: MaxLen = 512,
+    debug: Debug = False,
+) -> None:
+    """Prove that an adapter is whole, is for this base, and is as good as its manifest says."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.verify import verify as run
+
+        for line in run(adapter, base, data=data, server=server, max_len=max_len):
+            print(line)
+
+
+def merge(
+    adapter: Adapter,
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    into: Annotated[
+        Literal["dequant", "source"],
+        typer.Option(
+            help="The base as quantization left it (what serves), or as it was before."
+        ),
+    ] = "dequant",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base, in 16 bits, and say how far the result is from the 4-bit
+    base with the adapter and from the 16-bit base with it."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.merge_report import merge_and_compare
+
+        found = merge_and_compare(base, adapter, out, into)
+    if as_json:
+        print(json.dumps({"folder": str(out), "divergence": found}))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{out.name}, from")
+    for column in ("logits, largest", "logits, relative", "KL, nats a token", "same choice"):
+        table.add_column(column, justify="right")
+    for name, facts in found.items():
+        table.add_row(
+            name,
+            f"{facts['largest']:.4f}",
+            f"{facts['relative']:.2e}",
+            f"{facts['kl']:.2e}",
+            f"{facts['same_first']:.2%}",
+        )
+    Console().print(table)
+
+
+def export_gguf(
+    folder: Annotated[
+        Path, typer.Argument(help="An adapter, or a model: a base, a merged one.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Of an adapter: the folder of its base model.")
+    ] = None,
+    kind: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"],
+        typer.Option("--type", help="Of a model's matrices; an adapter's are f32."),
+    ] = "bf16",
+    debug: Debug = False,
+) -> None:
+    """Write a GGUF file for llama.cpp: of an adapter (then --base), or of a model."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_registry.errors import InvalidField
+
+        from veneer_train.llama_cpp.export import export_adapter, export_model
+
+        is_adapter = (folder / "adapter_config.json").is_file()
+        if is_adapter and base is None:
+            raise InvalidField(
+                f"{folder} is an adapter: give --base, the folder of its base model",
+                metadata={"field": "base"},
+            )
+        if is_adapter and base is not None:
+            export_adapter(folder, base, out)
+        else:
+            export_model(folder, out, kind)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

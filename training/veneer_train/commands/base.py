@@ -1,0 +1,138 @@
+"""Commands on base models: ``import-gguf``, ``quantize``, ``plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
+from veneer_train.config import PRESETS, QuantConfig, load_config
+
+__all__ = [
+    "IMPORT_EXAMPLES",
+    "PLAN_EXAMPLES",
+    "QUANTIZE_EXAMPLES",
+    "import_gguf",
+    "plan",
+    "quantize",
+]
+
+IMPORT_EXAMPLES = "Example:\n\n  veneer-train import-gguf model.Q4_1.gguf --out model"
+QUANTIZE_EXAMPLES = (
+    "Examples:\n\n  veneer-train quantize --base DIR --out DIR-nf4\n\n"
+    "  veneer-train quantize --base DIR --out DIR-fp4 --type fp4 --no-double-quant"
+)
+PLAN_EXAMPLES = (
+    "Examples:\n\n  veneer-train plan --base DIR --preset paper --device cuda\n\n"
+    "  veneer-train plan --base DIR --config chat.yaml --set train.batch=16\n\n"
+    "  veneer-train plan --llama-65b --preset paper --device cuda --set data.max_len=512"
+)
+
+
+def import_gguf(
+    file: Annotated[Path, typer.Argument(help="A GGUF file of a Llama-like model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    debug: Debug = False,
+) -> None:
+    """Write a GGUF file's model as a Hugging Face folder in bfloat16.
+
+    What the file holds in fewer bits stays as coarse as it is. Digits are split as the
+    file's tokenizer says, which transformers alone does not do for SmolLM.
+    """
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.llama_cpp.import_ import import_file
+
+        import_file(file, out)
+    print(out)
+
+
+def quantize(
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    kind: Annotated[Literal["nf4", "fp4"], typer.Option("--type", help="Code book.")] = "nf4",
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a base in 4 bits, so that it loads at once; for serving and for training."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.quantize import quantize as run
+
+        saving = run(base, out, QuantConfig(type=kind, double_quant=double_quant))
+    rows = {
+        "linear layers": (saving.linear_before, saving.linear_after),
+        "whole model": (saving.whole_before, saving.whole_after),
+    }
+    if as_json:
+        print(json.dumps({"folder": str(out), **rows}))
+        return
+    for name, (before, after) in rows.items():
+        print(
+            f"{name:<14}{before / 1e6:9.1f} MB -> {after / 1e6:7.1f} MB, "
+            f"{1 - after / before:.1%} less"
+        )
+    print(f"written to {out}: adapters trained on it are for servers with --base {out}")
+
+
+def plan(
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
+    llama_65b: Annotated[
+        bool, typer.Option("--llama-65b", help="LLaMA 65B's shape instead, as in the paper.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="Of the run; else --preset.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it will run.")] = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will take of memory, by QLoRA, LoRA and full fine-tuning, before
+    anything is loaded."""
+    with errors(debug):
+        from veneer_train import plan as planning
+
+        if (base is None) == (not llama_65b):
+            raise typer.BadParameter("give --base DIR or --llama-65b")
+        shape = planning.LLAMA_65B if base is None else planning.read_shape(base)
+        parsed = load_config(config, settings or (), preset, under=_UNNEEDED)
+        methods: tuple[planning.Method, ...] = ("qlora", "lora", "full")
+        plans = [planning.plan(shape, parsed, method=m, device=device) for m in methods]
+    if as_json:
+        print(json.dumps({p.method: {"total": p.total, "parts": p.parts} for p in plans}))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{shape.name}, {shape.parameters / 1e6:,.1f} M parameters")
+    for each in plans:
+        table.add_column(each.method, justify="right")
+    for part in plans[0].parts:
+        table.add_row(part, *(_size(p.parts[part]) for p in plans))
+    table.add_row("[bold]peak[/bold]", *(f"[bold]{_size(p.total)}[/bold]" for p in plans))
+    table.add_row("trained numbers", *(f"{p.trained_parameters / 1e6:,.2f} M" for p in plans))
+    Console().print(table)
+    tokens = parsed.train.batch * parsed.data.max_len
+    stderr().print(
+        f"batches of {parsed.train.batch} x {parsed.data.max_len} = {tokens} tokens, rank "
+        f"{parsed.lora.r}; docs/training.md compares such figures with measured ones",
+        style="dim",
+    )
+
+
+_UNNEEDED: Final[dict[str, Any]] = {
+    "model": {"path": "-", "name": "-"},
+    "data": {"train": "-"},
+    "output": {"dir": "-"},
+}
+"""Required for a run, and of no bearing on its memory."""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

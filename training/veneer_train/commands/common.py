@@ -1,0 +1,104 @@
+"""What all commands share: errors in one line, libraries that keep quiet, a bar."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from veneer_registry.errors import VeneerError
+
+__all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter"]
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show traces of errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Base = Annotated[
+    Path, typer.Option("--base", help="Folder of the base model, in Hugging Face's form.")
+]
+
+
+def stderr() -> Console:
+    """Where progress and errors go."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def errors(debug: bool) -> Iterator[None]:
+    """Errors of ours end the command with one line and code 1; a bug shows its trace."""
+    try:
+        yield
+    except VeneerError as error:
+        if debug:
+            raise
+        stderr().print(f"veneer-train: {error}", markup=False)
+        raise typer.Exit(1) from None
+
+
+def quiet_libraries() -> None:
+    """Call before torch and its like are imported: they report what is no concern here."""
+    # bitsandbytes reports a missing optional kernel as it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # between our dependencies
+
+
+@contextmanager
+def reporter() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Shows a run: a bar on a terminal, a line now and then elsewhere."""
+    console = stderr()
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("train", total=None, note="")
+
+        def report(row: Mapping[str, Any]) -> None:
+            if row["event"] != "step":
+                console.print(_words(row))
+                return
+            speed = row["tokens"] / max(row["seconds"], 1e-9)
+            note = f"loss {row['loss']:.3f}  grad {row['grad_norm']:.2f}  {speed:.0f} tok/s"
+            progress.update(task, completed=row["step"], total=row["steps"], note=note)
+            if not console.is_terminal and (row["step"] % 10 == 0 or row["step"] == 1):
+                console.print(f"step {row['step']}/{row['steps']}  {note}")
+
+        yield report
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    match row["event"]:
+        case "eval":
+            return (
+                f"step {row['step']}: validation loss {row['val_loss']:.4f}, "
+                f"accuracy {row['val_accuracy']:.1%}"
+            )
+        case "tasks":
+            asked = f"{row['asked']} {row['kind']} tasks"
+            return f"step {row['step']}: {row['right']} of {asked} right"
+        case "resumed":
+            return f"goes on from step {row['step']} ({row['folder']})"
+        case "pushed":
+            return f"step {row['step']}: published as {row['revision'][:12]}"
+        case "push_failed":
+            return f"step {row['step']}: not published: {row['error']}"
+        case event:
+            return f"step {row['step']}: {event}"

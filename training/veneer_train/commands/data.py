@@ -1,0 +1,80 @@
+"""Commands on data: ``data``, ``inspect-data``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries
+
+__all__ = ["DATA_EXAMPLES", "INSPECT_EXAMPLES", "data", "inspect_data"]
+
+DATA_EXAMPLES = "Example:\n\n  veneer-train data sql --out .cache/veneer/train-data/sql"
+INSPECT_EXAMPLES = (
+    "Examples:\n\n  veneer-train inspect-data my.jsonl --base DIR\n\n"
+    "  veneer-train inspect-data my.jsonl --base DIR --samples 0 --json"
+)
+
+
+def data(
+    recipe: Annotated[
+        Literal["chat", "code", "sql"], typer.Argument(help="Which data set to build.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and val.jsonl.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Build a JSONL data set from what is on this machine."""
+    with errors(debug):
+        from veneer_train.recipes import build
+
+        counts = build(recipe, out, seed)
+    for name, count in counts.items():
+        print(f"{out / name}: {count} samples")
+
+
+def inspect_data(
+    file: Annotated[Path, typer.Argument(help="JSONL, as for training.")],
+    base: Base,
+    samples: Annotated[int, typer.Option(help="To show, the first.", min=0)] = 3,
+    loss_on: Annotated[Literal["assistant", "all"], typer.Option(help="As data.loss_on.")] = (
+        "assistant"
+    ),
+    template: Annotated[Path | None, typer.Option(help="As data.template.")] = None,
+    max_len: Annotated[int, typer.Option(help="As data.max_len.")] = 512,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a run would learn of each sample (green) and what it would not (dim); counts
+    and lengths. What is longer than --max-len is counted as dropped."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.config import DataConfig
+        from veneer_train.data import load_file
+        from veneer_train.inspection import coloured, summary
+        from veneer_train.model import load_tokenizer, read_template
+
+        tokenizer = load_tokenizer(base)
+        options = DataConfig(
+            train=str(file), loss_on=loss_on, max_len=max_len, on_truncated="drop"
+        )
+        text = read_template(str(template) if template is not None else None, tokenizer)
+        found = load_file(file, options, tokenizer, text)
+        facts = summary(found)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for sample in found.samples[:samples]:
+        console.rule(f"line {sample.line}", style="dim")
+        console.print(coloured(sample, tokenizer))
+    if samples:
+        console.rule(style="dim")
+    for name, value in facts.items():
+        console.print(
+            f"{name:<16}{value:.1%}" if isinstance(value, float) else f"{name:<16}{value}"
+        )

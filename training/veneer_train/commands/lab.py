@@ -1,0 +1,162 @@
+"""The command ``lab``: small experiments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from veneer_registry.errors import InvalidField
+
+from veneer_train.commands.common import Debug, errors, quiet_libraries, stderr
+from veneer_train.strict import apply_setting, overlay, read_yaml
+
+__all__ = ["EXAMPLES", "lab"]
+
+Name = Literal["quant-error", "quant-ppl", "qlora-vs-lora", "rank", "optimizers", "swap"]
+
+EXAMPLES = (
+    "Examples:\n\n  veneer-train lab quant-error --base DIR --out lab/quant-error\n\n"
+    "  veneer-train lab quant-ppl --base DIR --modes bf16,nf4-dq,int4 --out lab/ppl\n\n"
+    "  veneer-train lab rank --base DIR --r 8,64 --set train.steps=200 --out lab/rank\n\n"
+    "  veneer-train lab swap --adapters chat=DIR,code=DIR --out lab/swap"
+)
+
+
+def lab(
+    name: Annotated[Name, typer.Argument(help="Which one.")],
+    out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base model; all but swap need it.")
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(help="quant-ppl: of bf16, nf4, nf4-dq, fp4, int4.")
+    ] = "bf16,nf4,nf4-dq,fp4,int4",
+    tokens: Annotated[int, typer.Option(help="quant-ppl: of text.", min=64)] = 16_384,
+    window: Annotated[int, typer.Option(help="quant-ppl: of context.", min=16)] = 512,
+    ranks: Annotated[str, typer.Option("--r", help="rank: which.")] = "16,32,64,128",
+    optimizers: Annotated[
+        str, typer.Option("--optim", help="optimizers: which, by transformers' names.")
+    ] = "adamw_torch_fused,adamw_8bit,paged_adamw_8bit,paged_adamw_32bit",
+    adapters: Annotated[
+        str | None, typer.Option(help="swap: NAME=FOLDER, two or more, with commas.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="swap: through this one; else through its own."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="swap: of each case.", min=1)] = 10,
+    config: Annotated[
+        Path | None, typer.Option(help="Labs that train: a YAML file of the runs' settings.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Labs that train: override a key."),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of each run; 0: one a core.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same draws.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment; write its table, CSV, plot, versions and seed, and what it cannot
+    show."""
+    with errors(debug):
+        quiet_libraries()
+        from veneer_train.labs.output import empty_folder, write
+
+        empty_folder(out)
+        command = " ".join(["veneer-train", *_shown(sys.argv[1:])])
+        console = stderr()
+
+        def told(line: str) -> None:
+            console.print(line, style="dim")
+
+        if name == "swap":
+            from veneer_train.labs.swap import swap
+
+            made = swap(
+                _adapters(adapters), server=server, repeats=repeats, seed=seed, command=command
+            )
+        else:
+            folder = _needed(base)
+            if name == "quant-error":
+                from veneer_train.labs.quant import quant_error
+
+                made = quant_error(folder, seed=seed, command=command)
+            elif name == "quant-ppl":
+                from veneer_train.labs.quant import quant_ppl
+
+                made = quant_ppl(
+                    folder,
+                    modes.split(","),
+                    tokens=tokens,
+                    window=window,
+                    seed=seed,
+                    command=command,
+                    told=told,
+                )
+            else:
+                from veneer_train.labs import training
+
+                over: dict[str, Any] = overlay({}, read_yaml(config) if config else {})
+                for setting in settings or ():
+                    apply_setting(over, setting)
+                runs = training.Runs(
+                    folder, out, over, seed=seed, threads=threads or _cores(), told=told
+                )
+                if name == "rank":
+                    made = training.rank(runs, _numbers(ranks), command=command)
+                elif name == "optimizers":
+                    made = training.optimizers(runs, optimizers.split(","), command=command)
+                else:
+                    made = training.qlora_vs_lora(runs, command=command)
+        page = write(made, out)
+    print(page.read_text("utf-8"))
+
+
+def _needed(base: Path | None) -> Path:
+    if base is None:
+        raise InvalidField(
+            "this lab needs the base model's folder: "
+            '--base "$(veneer-server model path smollm2-135m)"',
+            metadata={"field": "base"},
+        )
+    return base
+
+
+def _adapters(text: str | None) -> dict[str, Path]:
+    found = {}
+    for part in (text or "").split(","):
+        name, equals, folder = part.partition("=")
+        if equals and (Path(folder) / "adapter_config.json").is_file():
+            found[name] = Path(folder)
+    if len(found) < 2:
+        raise InvalidField(
+            f"--adapters {text}: give two or more adapter folders as NAME=FOLDER,NAME=FOLDER",
+            metadata={"field": "adapters"},
+        )
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidField(
+            f"--r {text}: write whole numbers with commas", metadata={"field": "r"}
+        ) from None
+
+
+def _cores() -> int:
+    import os
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line without this machine's folders."""
+    return [
+        Path(argument).name if Path(argument).is_absolute() else argument
+        for argument in arguments
+    ]

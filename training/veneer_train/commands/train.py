@@ -1,0 +1,155 @@
+"""The command ``train``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from veneer_registry.errors import InvalidField
+
+from veneer_train.commands.common import AsJson, Debug, errors, quiet_libraries, reporter
+from veneer_train.config import PRESETS, load_config
+
+if TYPE_CHECKING:
+    from veneer_train.config import TrainConfig
+    from veneer_train.loop import Snapshots, TrainResult
+    from veneer_train.push import Publication, Target
+
+__all__ = ["EXAMPLES", "train"]
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "  veneer-train train examples/configs/chat.yaml --base DIR --set train.steps=50\n\n"
+    "  veneer-train train --preset quick --base DIR --set data.train=my.jsonl "
+    "--set output.dir=my-adapter\n\n"
+    "  veneer-train train sql.yaml --push 127.0.0.1:50051 --name sql --alias prod "
+    "--push-every 50"
+)
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; see docs/training.md.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Settings beneath the file: {', '.join(PRESETS)}.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder of the base model, in place of model.path.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace output.dir if it exists, and begin anew.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Publish the adapter there.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Under this name, with --push.")] = None,
+    alias: Annotated[
+        str, typer.Option(help="Which shall mean it then: prod makes NAME/prod.")
+    ] = "",
+    push_every: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            help="Publish each so many steps too, while training goes on.",
+            min=0,
+        ),
+    ] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter over the 4-bit base and write its folder."""
+    with errors(debug):
+        parsed = load_config(config, settings or (), preset, base=base)
+        # Only here: torch and transformers take seconds, and --help needs neither.
+        quiet_libraries()
+        from veneer_train.push import Target
+
+        if (push is None) != (name is None):
+            raise InvalidField(
+                "--push HOST:PORT and --name NAME belong together", metadata={"field": "name"}
+            )
+        if push is None and (alias or push_every):
+            raise InvalidField(
+                "--alias and --push-every need --push HOST:PORT and --name NAME",
+                metadata={"field": "push"},
+            )
+        if push is None or name is None:
+            result, published = _run(parsed, None, 0, overwrite), None
+        else:
+            if parsed.lora.dora:
+                raise InvalidField(
+                    "servers take DoRA adapters merged only: train without --push, then use "
+                    "veneer-train merge",
+                    metadata={"field": "lora.dora"},
+                )
+            target = Target(push, name, alias)
+            result = _run(parsed, target, push_every, overwrite)
+            published = _publish(target, result)
+    _show(result, published, as_json)
+
+
+def _run(
+    config: TrainConfig, target: Target | None, push_every: int, overwrite: bool
+) -> TrainResult:
+    from veneer_train.loop import train as run
+
+    with reporter() as report:
+
+        def callbacks(snapshots: Snapshots) -> Sequence[Any]:
+            if target is None:
+                return ()
+            return (_callback(target, push_every, snapshots, report),)
+
+        return run(config, report, overwrite=overwrite, callbacks=callbacks)
+
+
+def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) -> Any:
+    from veneer_train.push import PushCallback
+
+    def told(done: Publication) -> None:
+        if done.error:
+            report({"event": "push_failed", "step": done.step, "error": done.error})
+        else:
+            report({"event": "pushed", "step": done.step, "revision": done.revision})
+
+    return PushCallback(
+        target.address,
+        target.name,
+        every=every,
+        fingerprint=snapshots.base,
+        at_end=False,  # what is published then is the folder, rounded and measured
+        on_publication=told,
+        write=snapshots.write_step,
+    )
+
+
+def _publish(target: Target, result: TrainResult) -> str:
+    """The revision; the adapter stays on disk if the server does not take it."""
+    from veneer_train.push import publish
+
+    return publish(target, result.folder, step=result.facts.steps).adapter.revision
+
+
+def _show(result: TrainResult, published: str | None, as_json: bool) -> None:
+    metrics = result.facts.metrics()
+    if as_json:
+        facts = {"folder": str(result.folder), "metrics": metrics, "revision": published}
+        print(json.dumps(facts))
+        return
+    for name, value in metrics.items():
+        print(f"{name:<22}{value:.4f}")
+    print(f"\nadapter written to {result.folder}")
+    if published is None:
+        print(f"publish it: veneer adapter push {result.folder} --name NAME")
+    else:
+        print(f"published as {published[:12]}")

@@ -1,0 +1,217 @@
+"""Labs that train: QLoRA beside LoRA and full fine-tuning, ranks, optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+
+from veneer_train.config import parse_config
+from veneer_train.labs.one_run import RunResult, run
+from veneer_train.labs.output import Lab, Row
+from veneer_train.plan import Method, plan, read_shape
+from veneer_train.recipes import build
+from veneer_train.strict import overlay
+
+__all__ = ["Runs", "optimizers", "qlora_vs_lora", "rank"]
+
+_SHORT: Final = (
+    "One small model and a few dozen steps of one data set: what holds here for thousands of "
+    "steps, or for models with billions of parameters, needs a larger run (--config)."
+)
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "lora": {"r": 16, "alpha": 32},
+    "data": {"max_len": 320, "on_truncated": "drop"},
+    "train": {"lr": 5e-4, "batch": 4, "accum": 1, "steps": 40},
+    "eval": {"every": 0},
+    "output": {"save_every": 0},
+}
+"""Beneath what --config and --set give."""
+
+
+class Runs:
+    """Makes the data once, and runs of it.
+
+    Args:
+        base: folder of the base.
+        out: the lab's folder; data and logs go to ``runs`` in it.
+        over: sections over `DEFAULTS`.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        out: Path,
+        over: Mapping[str, Any],
+        *,
+        seed: int,
+        threads: int,
+        told: Callable[[str], None],
+    ) -> None:
+        self.base, self.seed = base, seed
+        self._out, self._over, self._threads, self._told = out / "runs", over, threads, told
+        self._data: dict[str, str] = {}
+        if "train" not in over.get("data", {}):
+            data = self._out / "sql"
+            build("sql", data, seed)
+            self._data = {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl")}
+
+    def config(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Sections of one run."""
+        under = {
+            "model": {"path": str(self.base), "name": self.base.name},
+            "data": self._data,
+            "train": {"seed": self.seed},
+            "output": {"dir": str(self._out / name / "adapter")},
+        }
+        raw = overlay(overlay(overlay(under, DEFAULTS), self._over), changes)
+        parse_config(raw)  # refuses what cannot be, before the first run
+        return raw
+
+    def run(self, name: str, changes: Mapping[str, Any], method: Method = "qlora") -> RunResult:
+        """One run."""
+        self._told(f"{name}: training")
+        config = self.config(name, changes)
+        return run(config, method, self._out / name, threads=self._threads)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        config = parse_config(self.config("-", {}))
+        train = config.train
+        return {
+            "base": self.base.name,
+            "data": Path(config.data.train).parent.name,
+            "steps": train.steps,
+            "batch": f"{train.batch} x {train.accum}",
+            "lr": train.lr,
+            "threads": self._threads,
+        }
+
+
+def _row(first: Mapping[str, Any], found: RunResult) -> dict[str, Any]:
+    return {
+        **first,
+        "trained, M": round(found.trained / 1e6, 3),
+        "val loss": found.val_loss,
+        "val accuracy, %": 100 * found.val_accuracy,
+        "peak, MB": round(found.peak_bytes / 1e6),
+        "tokens/s": round(found.tokens_per_s, 1),
+    }
+
+
+def _bars(rows: Sequence[Row], label: str, columns: Sequence[str]) -> Figure:
+    figure = Figure(figsize=(3.2 * len(columns), 3.4), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns)), columns, strict=True):
+        axis.bar([str(r[label]) for r in rows], [r[column] for r in rows], color="#2563eb")
+        axis.set_title(column, fontsize=10)
+        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
+    """The same run over a 4-bit base, over a 16-bit one, and of all weights."""
+    shape = read_shape(runs.base)
+    methods: tuple[Method, ...] = ("qlora", "lora", "full")
+    rows: list[Row] = []
+    base_loss = float("nan")
+    for method in methods:
+        # A whole model wants smaller steps than an adapter.
+        changes = {"train": {"lr": 5e-5}} if method == "full" else {}
+        found = runs.run(method, changes, method)
+        if method == "qlora":
+            base_loss = found.base_loss
+        planned = plan(shape, parse_config(runs.config(method, changes)), method=method).total
+        rows.append(
+            {
+                **_row({"method": method}, found),
+                "planned, MB": round(planned / 1e6),
+                "plan / peak": round(planned / found.peak_bytes, 3),
+            }
+        )
+    losses = {r["method"]: r["val loss"] for r in rows}
+    return Lab(
+        name="qlora-vs-lora",
+        title="QLoRA beside LoRA and full fine-tuning",
+        question=(
+            "What does training over a 4-bit base cost in quality, and what does it save? The "
+            "same samples in the same order, by each method."
+        ),
+        rows=rows,
+        plot=_bars(rows, "method", ("val loss", "peak, MB", "tokens/s")),
+        says=[
+            f"The base's loss is {base_loss:.4f} (4 bits); after training QLoRA's is "
+            f"{losses['qlora'] - losses['lora']:+.4f} from LoRA's.",
+            "`veneer-train plan` says the planned column before anything is loaded.",
+        ],
+        limits=[
+            _SHORT,
+            "On a CPU nothing is paged, and 4-bit weights are restored for each product, which "
+            "costs time that a GPU's kernels do not take.",
+            "Of this small base a third are embeddings, which stay in 16 bits, and the "
+            "libraries take more than the weights: at 65B the same sum gives 48 GB against "
+            "780 (`veneer-train plan --llama-65b`).",
+        ],
+        command=command,
+        seed=runs.seed,
+        setting=runs.setting,
+    )
+
+
+def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
+    """Ranks from small to large, alpha in proportion."""
+    rows: list[Row] = []
+    for r in ranks:
+        found = runs.run(f"r{r}", {"lora": {"r": r, "alpha": 2 * r}})
+        rows.append(_row({"rank": r}, found))
+    best = min(rows, key=lambda row: row["val loss"])
+    return Lab(
+        name="rank",
+        title="Ranks",
+        question="Does a larger adapter learn more in the same steps?",
+        rows=rows,
+        plot=_bars(rows, "rank", ("val loss", "peak, MB", "tokens/s")),
+        says=[f"The least validation loss is rank {best['rank']}'s, {best['val loss']:.4f}."],
+        limits=[
+            _SHORT,
+            "One learning rate for all ranks: with alpha in proportion to the rank a larger "
+            "one takes larger steps, which is part of what is seen.",
+        ],
+        command=command,
+        seed=runs.seed,
+        setting=runs.setting,
+    )
+
+
+def optimizers(runs: Runs, names: Sequence[str], *, command: str) -> Lab:
+    """The same run by several optimizers."""
+    rows: list[Row] = []
+    for name in names:
+        rows.append(_row({"optimizer": name}, runs.run(name, {"train": {"optim": name}})))
+    return Lab(
+        name="optimizers",
+        title="Optimizers",
+        question="What do 8-bit and paged optimizers cost, and what do they save?",
+        rows=rows,
+        plot=_bars(rows, "optimizer", ("val loss", "peak, MB", "tokens/s")),
+        says=[
+            f"Against {rows[0]['optimizer']}: "
+            + "; ".join(
+                f"{r['optimizer']} {r['val loss'] - rows[0]['val loss']:+.4f} in loss, "
+                f"{r['tokens/s'] / rows[0]['tokens/s']:.2f} times the tokens/s"
+                for r in rows[1:]
+            )
+            + "."
+        ],
+        limits=[
+            _SHORT,
+            "Paging exists on CUDA alone: on a CPU a paged optimizer is the plain one.",
+            "An adapter's state is small: what 8 bits save shows in full fine-tuning.",
+        ],
+        command=command,
+        seed=runs.seed,
+        setting=runs.setting,
+    )

@@ -1,0 +1,135 @@
+"""Write GGUF files: a model (a base, or a merged one), or an adapter for a base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import gguf
+import torch
+from safetensors import safe_open
+from veneer_registry.format import read_adapter
+
+from veneer_train.llama_cpp.tensors import Architecture, as_array, permuted, read_architecture
+from veneer_train.llama_cpp.tokens import add_tokenizer
+
+__all__ = ["ModelType", "export_adapter", "export_model"]
+
+ModelType = Literal["f32", "f16", "bf16", "q8_0"]
+
+_TYPES: Final = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+@contextmanager
+def _writing(out: Path, architecture: Architecture) -> Iterator[gguf.GGUFWriter]:
+    """A writer whose file appears whole at the end, or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.new")
+    writer = gguf.GGUFWriter(draft, gguf.MODEL_ARCH_NAMES[architecture.kind])
+    try:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(draft, out)
+    finally:
+        writer.close()
+        draft.unlink(missing_ok=True)
+
+
+def export_model(folder: Path, out: Path, kind: ModelType = "bf16") -> None:
+    """Write a Hugging Face folder of 16- or 32-bit weights as one GGUF file.
+
+    Args:
+        kind: type of the matrices; norms stay in float32.
+
+    Raises:
+        InvalidField: architecture or tokenizer is of a kind that llama.cpp reads otherwise.
+    """
+    architecture = read_architecture(folder)
+    config = architecture.config
+    data_type, file_type = _TYPES[kind]
+    with _writing(out, architecture) as writer:
+        writer.add_type("model")
+        writer.add_name(folder.name)
+        writer.add_file_type(file_type)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(architecture.heads)
+        writer.add_head_count_kv(architecture.kv_heads)
+        writer.add_key_length(architecture.head_dim)
+        writer.add_value_length(architecture.head_dim)
+        writer.add_rope_dimension_count(architecture.head_dim)
+        writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        add_tokenizer(writer, folder, config.vocab_size)
+        for name, tensor in _tensors(folder):
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            heads = architecture.heads_of(name)
+            array = as_array(tensor if heads is None else permuted(tensor, heads))
+            target = architecture.gguf_name(name)
+            stored = data_type if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(target, gguf.quantize(array, stored), raw_dtype=stored)
+
+
+def export_adapter(
+    folder: Path,
+    base: Path,
+    out: Path,
+    *,
+    permute: Callable[[torch.Tensor, int], torch.Tensor] = permuted,
+) -> None:
+    """Write an adapter folder as a GGUF adapter for its base's GGUF file.
+
+    Scalings are multiplied into B: llama.cpp has one alpha for all modules.
+
+    Args:
+        base: Hugging Face folder of the base.
+        permute: for a test that does without.
+
+    Raises:
+        AdapterInvalid: the folder is none that a server takes.
+    """
+    architecture = read_architecture(base)
+    manifest = read_adapter(folder, base=None)
+    with (
+        _writing(out, architecture) as writer,
+        safe_open(folder / "adapter_model.safetensors", "pt") as file,
+    ):
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_name(folder.name)
+        writer.add_float32("adapter.lora.alpha", 0.0)  # 0: the tensors are scaled already
+        for module in manifest.modules:
+            block = "mlp" if module.projection in ("gate_proj", "up_proj", "down_proj") else ""
+            name = (
+                f"model.layers.{module.layer}.{block or 'self_attn'}.{module.projection}.weight"
+            )
+            target = architecture.gguf_name(name)
+            a, b = file.get_tensor(module.a_key), file.get_tensor(module.b_key)
+            b = b.to(torch.float32) * module.scaling
+            if (heads := architecture.heads_of(name)) is not None:
+                b = permute(b, heads)
+            writer.add_tensor(f"{target}.lora_a", as_array(a))
+            writer.add_tensor(f"{target}.lora_b", as_array(b))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    with ExitStack() as stack:
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)

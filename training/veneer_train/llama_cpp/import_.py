@@ -1,0 +1,48 @@
+"""Write a GGUF file as a Hugging Face folder, by the server's own importer.
+
+That runs as a process: it is what serves, so a base that is imported for training and one that
+is imported for serving have one fingerprint.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from veneer_registry.errors import InvalidField
+
+__all__ = ["import_file"]
+
+_IMPORTER = "veneer_server.models.importer"
+
+
+def import_file(file: Path, out: Path) -> None:
+    """``out`` appears whole at the end, or not at all.
+
+    Raises:
+        InvalidField: there is no such file, ``out`` exists, or the file cannot be converted.
+    """
+    if not file.is_file():
+        raise InvalidField(f"there is no file {file}", metadata={"field": "file"})
+    if out.exists():
+        raise InvalidField(
+            f"{out} exists: remove it, or choose another folder", metadata={"field": "out"}
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        staging = Path(scratch) / out.name
+        done = subprocess.run(
+            [sys.executable, "-m", _IMPORTER, str(file), str(staging)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise InvalidField(
+                f"{file.name} could not be converted: {last}", metadata={"field": "file"}
+            )
+        staging.chmod(0o755)
+        staging.rename(out)

@@ -1,0 +1,106 @@
+"""Names and layouts of a decoder's tensors in GGUF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig
+from veneer_registry.errors import InvalidField
+
+__all__ = ["Architecture", "permuted", "read_architecture"]
+
+_SUPPORTED: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA}
+"""transformers' model types; what llama.cpp calls both is llama."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What an export needs of a base's config."""
+
+    config: Any
+    kind: gguf.MODEL_ARCH
+    names: gguf.TensorNameMap
+
+    @property
+    def heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.heads)
+
+    def heads_of(self, name: str) -> int | None:
+        """Heads of a q or k projection, whose rows llama.cpp wants in another order; None
+        for every other tensor."""
+        if ".q_proj." in name:
+            return self.heads
+        return self.kv_heads if ".k_proj." in name else None
+
+    def gguf_name(self, name: str) -> str:
+        """What GGUF calls a tensor of transformers' name (without or with ``.weight``).
+
+        Raises:
+            InvalidField: it has no place there.
+        """
+        found: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise InvalidField(
+                f"tensor {name} has no place in GGUF's {gguf.MODEL_ARCH_NAMES[self.kind]}: "
+                "export a Llama or Mistral model",
+                metadata={"field": "base"},
+            )
+        return found
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Of a Hugging Face folder.
+
+    Raises:
+        InvalidField: it is of a kind that cannot be exported here.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = _SUPPORTED.get(config.model_type)
+    if kind is None:
+        raise InvalidField(
+            f"a {config.model_type} model cannot be exported here, only "
+            f"{', '.join(_SUPPORTED)}: use llama.cpp's own converter on the merged folder "
+            "(veneer-train merge)",
+            metadata={"field": "base"},
+        )
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") != "default":
+        raise InvalidField(
+            f"rotary scaling {rope['rope_type']!r} cannot be exported here: use llama.cpp's "
+            "own converter on the merged folder (veneer-train merge)",
+            metadata={"field": "base"},
+        )
+    return Architecture(config, kind, gguf.get_tensor_name_map(kind, config.num_hidden_layers))
+
+
+def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """A q or k projection's rows (weight, bias or lora_B) as llama.cpp rotates them.
+
+    transformers turns number i of a head together with number i + half, llama.cpp with
+    its neighbour: within each head the two halves are interleaved.
+
+    Args:
+        rows: [heads * head_dim, ...].
+    """
+    shape = rows.shape
+    halves = rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
+    return halves.swapaxes(1, 2).reshape(shape).contiguous()
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """In float32."""
+    return tensor.detach().to(torch.float32).numpy()

@@ -1,0 +1,158 @@
+"""Measure an adapter on a data set beside its base in 4 bits and a 16-bit reference."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from peft import PeftModel
+from veneer_registry.errors import InvalidField
+from veneer_registry.training_manifest import TRAINING_FILE
+
+from veneer_train.answers import measure_tasks
+from veneer_train.checks import Score
+from veneer_train.config import DataConfig, QuantConfig
+from veneer_train.data import DataSet, load_file
+from veneer_train.evaluate import Evaluation, evaluate
+from veneer_train.model import load_base, load_tokenizer, training_device
+
+__all__ = ["Measured", "measure", "quant_of", "record"]
+
+REFERENCE: Final = "16-bit base"
+BASE: Final = "4-bit base"
+ADAPTER: Final = "4-bit base + adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One model's figures.
+
+    Attributes:
+        tasks: scores by kind of check; empty where no sample has one.
+    """
+
+    name: str
+    loss: Evaluation
+    tasks: Mapping[str, Score]
+
+    def metrics(self) -> dict[str, float]:
+        """Flat name -> number."""
+        found = {
+            "loss": self.loss.loss,
+            "perplexity": self.loss.perplexity,
+            "accuracy": self.loss.accuracy,
+        }
+        for kind, score in self.tasks.items():
+            found |= {
+                f"{kind}_share": score.share,
+                f"{kind}_low": score.low,
+                f"{kind}_high": score.high,
+                f"{kind}_asked": float(score.asked),
+            }
+        return {name: round(value, 6) for name, value in found.items()}
+
+
+def quant_of(adapter: Path) -> QuantConfig:
+    """How the base was quantized in the adapter's training; the default if it does not say."""
+    try:
+        facts = json.loads((adapter / TRAINING_FILE).read_bytes())["config"]["quant"]
+        return QuantConfig(**facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return QuantConfig()
+
+
+def measure(
+    base: Path,
+    adapter: Path | None,
+    data: Path,
+    options: DataConfig,
+    *,
+    reference: bool = True,
+    quant: QuantConfig | None = None,
+    batch: int = 8,
+    limit: int | None = None,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[Measured]:
+    """Loss and task scores of the reference, the base and the adapter, in this order.
+
+    Args:
+        adapter: None: the bases alone.
+        options: how the data is read; its files are not.
+        reference: measure the 16-bit base too.
+        limit: at most so many samples, the first.
+        told: what is being done.
+
+    Raises:
+        InvalidField: data, base or adapter cannot be read.
+    """
+    quant = quant or (quant_of(adapter) if adapter is not None else QuantConfig())
+    tokenizer = load_tokenizer(base)
+    samples = load_file(data, options, tokenizer, _template(base, adapter, tokenizer))
+    samples = replace(samples, samples=samples.samples[:limit])
+    found = []
+    if reference:
+        model = load_base(base, replace(quant, type="none"), training_device())
+        found.append(_measured(REFERENCE, model, tokenizer, samples, batch, told))
+        del model
+    # Nothing is trained here, so the layers may pack their weights, as they do when serving.
+    model = load_base(base, quant, training_device(), train=False)
+    found.append(_measured(BASE, model, tokenizer, samples, batch, told))
+    if adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidField(
+                f"{adapter} is no adapter for this base: {error}", metadata={"field": "adapter"}
+            ) from error
+        found.append(_measured(ADAPTER, model, tokenizer, samples, batch, told))
+    return found
+
+
+def _template(base: Path, adapter: Path | None, tokenizer: Any) -> str:
+    """The adapter's own chat template, else the base's."""
+    if adapter is not None and (adapter / "chat_template.jinja").is_file():
+        return (adapter / "chat_template.jinja").read_text("utf-8")
+    return str(tokenizer.chat_template or "")
+
+
+def _measured(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    data: DataSet,
+    batch: int,
+    told: Callable[[str], None],
+) -> Measured:
+    told(f"{name}: loss on {len(data.samples)} samples")
+    loss = evaluate(model, data.samples, batch)
+    asked = sum(sample.task is not None for sample in data.samples)
+    if asked:
+        told(f"{name}: answering {asked} tasks")
+    return Measured(name, loss, measure_tasks(model, tokenizer, data.samples))
+
+
+def record(adapter: Path, data: Path, measured: Sequence[Measured]) -> None:
+    """Put the figures into the adapter's manifest, in place of those of this file before.
+
+    Raises:
+        InvalidField: the adapter has no manifest.
+    """
+    file = adapter / TRAINING_FILE
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidField(
+            f"{file} cannot be read ({error}): only adapters that veneer-train wrote can keep "
+            "figures",
+            metadata={"file": TRAINING_FILE},
+        ) from error
+    evaluations = manifest.setdefault("evaluations", {})
+    evaluations[data.name] = {each.name: each.metrics() for each in measured}
+    draft = file.with_suffix(".new")
+    draft.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    draft.chmod(0o644)
+    os.replace(draft, file)

@@ -1,0 +1,201 @@
+"""What a run will take of memory, before anything is loaded.
+
+The sum of what must exist at the peak, in the backward pass of the first layers: weights, what
+the optimizer keeps, what autograd saved on the way forward, logits and their gradient. The
+counts per token are of transformers' Llama with PEFT (5.24, 0.21), by reading what each
+operation saves; `docs/training.md` compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from veneer_registry.errors import InvalidField
+
+from veneer_train.config import TrainConfig
+
+__all__ = ["LLAMA_65B", "Method", "Plan", "Shape", "plan", "read_shape"]
+
+Method = Literal["qlora", "lora", "full"]
+"""A frozen 4-bit base with an adapter, a frozen 16-bit base with one, or all weights."""
+
+_DTYPE: Final = 2
+"""Bytes of a 16-bit number."""
+
+_QUANT_BITS: Final = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
+"""Bits a weight, with double quantization and without: a scale for 64 weights in 8 bits and one
+for 256 of those in 32, or in 32 bits at once (arXiv 2305.14314, section 3)."""
+
+_OPTIMIZER: Final = {"adamw_8bit": 2, "adamw8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
+"""Bytes of state a trained number; 8 for what keeps two fp32 moments."""
+
+_LIBRARIES: Final = {"cpu": 560 << 20, "cuda": 0}
+"""What a process has before there is a model: torch and transformers (on a GPU not there)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama-like base.
+
+    Attributes:
+        tied: head and embedding are one tensor.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    q_out: int
+    kv_out: int
+    vocab: int
+    tied: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of a layer's projections."""
+        h, i, q, kv = self.hidden, self.intermediate, self.q_out, self.kv_out
+        return {
+            "q_proj": (q, h),
+            "k_proj": (kv, h),
+            "v_proj": (kv, h),
+            "o_proj": (h, q),
+            "gate_proj": (i, h),
+            "up_proj": (i, h),
+            "down_proj": (h, i),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        return self.layers * sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embedding, head and norms."""
+        tables = 1 if self.tied else 2
+        return tables * self.vocab * self.hidden + (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+
+LLAMA_65B: Final = Shape("LLaMA-65B", 80, 8192, 22016, 8192, 8192, 32000, tied=False)
+"""For comparison with the paper's figures: over 780 GB in full, under 48 GB by QLoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes by what they are for."""
+
+    method: Method
+    trained_parameters: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def read_shape(folder: Path) -> Shape:
+    """From ``config.json``.
+
+    Raises:
+        InvalidField: it is missing, or not of a shape that can be planned.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        heads = facts["num_attention_heads"]
+        head = facts.get("head_dim") or facts["hidden_size"] // heads
+        return Shape(
+            name=folder.name,
+            layers=facts["num_hidden_layers"],
+            hidden=facts["hidden_size"],
+            intermediate=facts["intermediate_size"],
+            q_out=heads * head,
+            kv_out=facts.get("num_key_value_heads", heads) * head,
+            vocab=facts["vocab_size"],
+            tied=bool(facts.get("tie_word_embeddings", False)),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidField(
+            f"{folder} has no config.json of a Llama-like model ({error!r}): give a Hugging "
+            "Face folder with --base",
+            metadata={"field": "base"},
+        ) from error
+
+
+def plan(
+    shape: Shape,
+    config: TrainConfig,
+    *,
+    method: Method = "qlora",
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Plan:
+    """Peak bytes of a run.
+
+    Args:
+        config: of which batch, length, rank, targets, optimizer and checkpointing count.
+        method: how to train; the config's own is ``qlora`` or, with ``quant.type: none``,
+            ``lora``.
+    """
+    train, lora = config.train, config.lora
+    trained = _trained(shape, config, method)
+    optim = train.optim
+    if optim == "auto":
+        optim = "paged_adamw_8bit" if device == "cuda" else "adamw_torch_fused"
+    state = _OPTIMIZER.get(optim, 8)
+    recompute = train.checkpointing == "on" or (
+        train.checkpointing == "auto" and device == "cuda"
+    )
+    # Adapters train in fp32; whole models in 16 bits, with moments in fp32.
+    width = _DTYPE if method == "full" else 4
+    parts = {
+        "libraries": _LIBRARIES[device],
+        "base weights": _base_bytes(shape, config, method),
+        "trained weights": 0 if method == "full" else trained * width,
+        "gradients": trained * width,
+        "optimizer": trained * state,
+    }
+    tokens = train.batch * config.data.max_len
+    per_layer = _saved_bytes(shape, method, targets=len(lora.target_modules))
+    inputs = _DTYPE * shape.hidden
+    if recompute:
+        parts["activations"] = tokens * (shape.layers * inputs + per_layer)
+    else:
+        parts["activations"] = tokens * shape.layers * per_layer
+    # Logits in 16 bits, in fp32 for the loss, and the gradients of both.
+    parts["logits"] = tokens * shape.vocab * 2 * (_DTYPE + 4)
+    largest = max(rows * columns for rows, columns in shape.linears.values())
+    # A 4-bit weight is restored for its product.
+    parts["workspace"] = largest * _DTYPE if method == "qlora" else 0
+    return Plan(method, trained, parts)
+
+
+def _trained(shape: Shape, config: TrainConfig, method: Method) -> int:
+    if method == "full":
+        return shape.parameters
+    chosen = [shape.linears[name] for name in config.lora.target_modules]
+    return shape.layers * config.lora.r * sum(rows + columns for rows, columns in chosen)
+
+
+def _base_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
+    if method != "qlora":
+        return shape.parameters * _DTYPE
+    bits = _QUANT_BITS[config.quant.double_quant]
+    return int(shape.linear_parameters * bits / 8) + shape.other_parameters * _DTYPE
+
+
+def _saved_bytes(shape: Shape, method: Method, *, targets: int) -> int:
+    """Bytes that autograd keeps of one token and one layer."""
+    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_out, shape.kv_out
+    norms = 2 * (4 * h + 2 * h)  # the input in fp32 and the normalized one, twice
+    attention = 2 * (2 * q + 2 * kv) + 2 * q  # q and k rotated, v, the result
+    gate = 3 * 2 * i  # gate, its activation, up
+    if method == "full":  # the inputs of the projections: of q, k, v one; of gate and up one
+        inputs = 2 * (h + q + h + i)
+    else:  # each adapter has its own copy in fp32
+        inputs = 4 * (3 * h + q + 2 * h + i) * targets // 7
+    return norms + attention + gate + inputs

@@ -1,0 +1,255 @@
+"""Hugging Face Trainer, made to log each step, to stop when lost, and to save safely."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from veneer_registry.errors import InvalidField
+
+from veneer_train.batches import Order, collate, collate_packed, pack
+from veneer_train.checkpoint import Checkpoint, Checkpoints
+from veneer_train.config import OptimConfig, TrainConfig
+from veneer_train.data import Split
+from veneer_train.evaluate import Evaluation, evaluate
+from veneer_train.metrics_log import MetricsLog
+from veneer_train.stability import StabilityWatch
+
+__all__ = ["Fitted", "fit", "log_evaluation", "main_process", "training_arguments"]
+
+_Row = TypeVar("_Row")
+
+_OPTIMIZERS = {"adamw8bit": "adamw_8bit"}
+"""Names that people use, and those of transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What training did.
+
+    Attributes:
+        steps: optimiser steps, of all sessions.
+        tokens: input tokens seen, without padding.
+        last_loss: of the last step.
+    """
+
+    steps: int
+    tokens: int
+    last_loss: float
+
+
+def main_process() -> bool:
+    """Whether this is the process that writes (with ``accelerate launch`` there are more)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Logs each step, evaluates, and stops a run that is lost or out of time."""
+
+    def __init__(self, config: TrainConfig, split: Split, log: MetricsLog) -> None:
+        self._config = config
+        self._split = split
+        self._log = log
+        self._stability = StabilityWatch()
+        self._started = time.monotonic()
+        self.last_loss = float("nan")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
+    ) -> None:
+        """Called after each optimiser step, and once more with a summary."""
+        if not logs or "grad_norm" not in logs:
+            return
+        loss, norm = float(logs["loss"]), float(logs["grad_norm"])
+        self._log.write(
+            event="step",
+            step=state.global_step,
+            steps=state.max_steps,
+            loss=loss,
+            grad_norm=norm,
+            lr=logs["learning_rate"],
+            tokens=int(state.num_input_tokens_seen),
+            seconds=round(time.monotonic() - self._started, 3),
+        )
+        self._stability.check(state.global_step, loss, norm)
+        self.last_loss = loss
+        val, every = self._split.val, self._config.eval.every
+        due = every > 0 and state.global_step % every == 0
+        # The last step is measured after training, on the rounded weights.
+        if val and due and state.global_step < state.max_steps:
+            measured = evaluate(kw["model"], val.samples, self._config.train.batch)
+            log_evaluation(self._log, state.global_step, measured)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        limit = self._config.train.max_minutes
+        if limit is not None and time.monotonic() - self._started >= limit * 60:
+            control.should_training_stop = True
+
+
+def log_evaluation(log: MetricsLog, step: int, measured: Evaluation) -> None:
+    """Add a row with a validation's figures."""
+    log.write(
+        event="eval",
+        step=step,
+        val_loss=measured.loss,
+        val_accuracy=measured.accuracy,
+        val_tokens=measured.tokens,
+    )
+
+
+class _Rows(torch.utils.data.Dataset[_Row]):
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> _Row:
+        return self._rows[index]
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Args:
+    order: of the samples.
+    checkpoints: where they go; None: there are none.
+    facts: what lies beside a checkpoint.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        order: Order,
+        checkpoints: Checkpoints | None,
+        facts: Callable[[], Mapping[str, Any]],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._order = order
+        self._checkpoints = checkpoints
+        self._facts = facts
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._checkpoints is None or not main_process():
+            super()._save_checkpoint(model, trial)
+            return
+        with self._checkpoints.saving(self.state.global_step, self._facts()):
+            super()._save_checkpoint(model, trial)
+
+
+def training_arguments(
+    config: OptimConfig,
+    scratch: Path,
+    device: torch.device,
+    *,
+    save_every: int = 0,
+    packing: bool = False,
+) -> TrainingArguments:
+    """Trainer's arguments for this run; ``auto`` is settled here by ``device``."""
+    cuda = device.type == "cuda"
+    optim = _OPTIMIZERS.get(config.optim, config.optim)
+    if optim == "auto":
+        # Paged optimizers do nothing on a CPU, and 8-bit ones are slower there.
+        optim = "paged_adamw_8bit" if cuda else "adamw_torch_fused"
+    recompute = config.checkpointing == "on" or (config.checkpointing == "auto" and cuda)
+    schedule = config.schedule
+    if schedule == "constant" and config.warmup > 0:
+        schedule = "constant_with_warmup"  # Trainer's "constant" ignores a warm-up
+    chosen: dict[str, Any] = {"save_strategy": "no"}
+    if save_every:
+        # The number that stays is ours to keep: Trainer would remove the last whole one
+        # before the new one is known to be whole.
+        chosen = {"save_strategy": "steps", "save_steps": save_every}
+    if recompute:
+        chosen["gradient_checkpointing"] = True
+        chosen["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    try:
+        return TrainingArguments(
+            output_dir=str(scratch),
+            per_device_train_batch_size=config.batch,
+            gradient_accumulation_steps=config.accum,
+            max_steps=config.steps,
+            learning_rate=config.lr,
+            lr_scheduler_type=schedule,
+            warmup_steps=round(config.warmup * config.steps),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.clip,
+            optim=optim,
+            **chosen,
+            seed=config.seed,
+            data_seed=config.seed,
+            use_cpu=not cuda,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # the default hides a NaN loss
+            include_num_input_tokens_seen="all" if packing else "non_padding",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=cuda,
+            remove_unused_columns=False,
+        )
+    except ValueError as error:
+        raise InvalidField(
+            f"transformers refuses these train settings: {error}", metadata={"field": "train"}
+        ) from error
+
+
+def fit(
+    model: Any,
+    split: Split,
+    config: TrainConfig,
+    log: MetricsLog,
+    device: torch.device,
+    *,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fitted:
+    """Train ``model``'s adapter in place.
+
+    Args:
+        checkpoints: where to save; None: nowhere.
+        resume: what to go on from.
+        facts: to lie beside each checkpoint.
+        callbacks: of Trainer, beside ours.
+
+    Raises:
+        TrainingStopped: the loss or the gradients went bad.
+        DiskFull, CheckpointFailed: a checkpoint could not be written.
+    """
+    samples, options = split.train.samples, config.train
+    packing = config.data.packing
+    rows: Sequence[Any] = pack(samples, config.data.max_len) if packing else samples
+    lengths = [len(s.input_ids) for s in samples] if config.data.bucketing else None
+    watch = _Watch(config, split, log)
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(
+            options,
+            config.output.checkpoints_dir,
+            device,
+            save_every=config.output.save_every if checkpoints is not None else 0,
+            packing=packing,
+        ),
+        train_dataset=_Rows(rows),
+        data_collator=collate_packed if packing else collate,
+        callbacks=[watch, *callbacks],
+        order=Order(len(rows), options.seed, lengths=lengths, batch=options.batch),
+        checkpoints=checkpoints,
+        facts=facts,
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    trainer.train(resume_from_checkpoint=str(resume.folder) if resume is not None else None)
+    state = trainer.state
+    return Fitted(int(state.global_step), int(state.num_input_tokens_seen), watch.last_loss)

@@ -1,0 +1,100 @@
+"""Is an adapter whole, for this base, and as good as it says?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.errors import InvalidField
+from veneer_registry.format import read_adapter
+from veneer_registry.training_manifest import TRAINING_FILE, check_base
+
+from veneer_train.config import DataConfig, QuantConfig
+from veneer_train.manifest import fingerprint
+from veneer_train.measure import measure, quant_of
+from veneer_train.plan import read_shape
+
+__all__ = ["verify"]
+
+_CLOSE = 0.01
+"""Nats a token: what threads and packed layers may change of a mean over a file."""
+
+
+def verify(
+    adapter: Path,
+    base: Path,
+    *,
+    data: Path | None = None,
+    server: str | None = None,
+    max_len: int = 512,
+) -> Iterator[str]:
+    """A line for each thing that holds.
+
+    Raises:
+        AdapterInvalid: the folder is not what a server takes.
+        BaseModelMismatch: it was trained on another base.
+        InvalidField: the loss is not what the manifest says.
+    """
+    quant = quant_of(adapter)
+    here = fingerprint(base, quant)
+    spec = _spec(base, here)
+    manifest = read_adapter(adapter, spec)
+    yield (
+        f"whole: {manifest.parameters / 1e6:.2f} M parameters, rank up to {manifest.max_rank}, "
+        f"{', '.join(manifest.targets)}"
+    )
+    if manifest.base_fingerprint is None:
+        yield "its manifest does not say what base it is for; its shapes fit"
+    else:
+        yield f"for this base: weights {here.weights[:12]}, tokenizer {here.tokenizer[:12]}"
+    for warning in manifest.warnings:
+        yield f"warning: {warning}"
+    if server is not None:
+        yield from _served(server, manifest.base_fingerprint)
+    if data is not None:
+        yield _measured(adapter, base, data, max_len, quant)
+
+
+def _spec(base: Path, here: BaseFingerprint) -> BaseSpec:
+    shape = read_shape(base)
+    shapes: dict[Any, tuple[int, int]] = dict(shape.linears)
+    return BaseSpec(shape.name, shape.layers, shapes, here)
+
+
+def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
+    from veneer_client import Client
+
+    with Client(server) as client:
+        served = client.info().base_model
+    spec = BaseSpec(served.name, 0, {}, BaseFingerprint(**asdict(served.fingerprint)))
+    for warning in check_base(trained, spec):
+        yield f"warning: {warning}"
+    yield f"{server} serves {served.name}, and would take it"
+
+
+def _measured(adapter: Path, base: Path, data: Path, max_len: int, quant: QuantConfig) -> str:
+    """Raises InvalidField where the figure is another."""
+    facts = json.loads((adapter / TRAINING_FILE).read_bytes())
+    recorded = facts["metrics"].get("val_loss_after")
+    val = facts["data"].get("val")
+    if recorded is None or val is None or val["file"] != data.name:
+        raise InvalidField(
+            f"the manifest has no figure for {data.name}; it was measured on "
+            f"{val['file'] if val else 'nothing'}",
+            metadata={"field": "data"},
+        )
+    options = DataConfig(train=str(data), max_len=max_len, on_truncated="drop")
+    *_, found = measure(base, adapter, data, options, reference=False, quant=quant)
+    if abs(found.loss.loss - recorded) > _CLOSE:
+        raise InvalidField(
+            f"loss on {data.name} is {found.loss.loss:.4f}, the manifest says {recorded:.4f}: "
+            "this is other data, another base or another adapter than then",
+            metadata={"field": "data"},
+        )
+    return (
+        f"loss on {data.name} is {found.loss.loss:.4f}, as its manifest says ({recorded:.4f})"
+    )
