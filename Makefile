@@ -27,8 +27,9 @@ demo: base ## Serve the base and two adapters, answer one prompt three ways
 	@$(BIN)/python examples/demo.py
 
 # OpenMP threads that spin at barriers slow a loaded machine down several times.
-test: base ## Run the whole test suite
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# A file is one worker's, since those that start a server share it.
+test: base ## Run the whole test suite, two files at a time
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install protos-check ## ruff, mypy, import-linter, buf, hadolint
 	$(BIN)/ruff check .

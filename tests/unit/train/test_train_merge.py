@@ -172,3 +172,18 @@ def test_an_export_that_cannot_be_says_what_can(tiny_base: Path, tmp_path: Path)
     with pytest.raises(InvalidField, match="qwen2 model cannot be exported"):
         export_model(other, tmp_path / "x.gguf")
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_an_import_that_cannot_be_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    broken, out = tmp_path / "broken.gguf", tmp_path / "out"
+    export_model(tiny_base, broken, "bf16")
+    broken.write_bytes(broken.read_bytes()[:1000])
+    for file, target, told in (
+        (broken, out, "could not be converted"),
+        (broken, tiny_base, "exists"),
+        (tmp_path / "none.gguf", out, "no file"),
+    ):
+        asked = ["import-gguf", str(file), "--out", str(target)]
+        done = CliRunner().invoke(app, asked)
+        assert (done.exit_code, told in done.stderr) == (1, True), done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]
