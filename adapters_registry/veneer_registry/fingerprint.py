@@ -22,7 +22,7 @@ from veneer_registry.errors import AdapterInvalid, InvalidField
 from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["fingerprint_base"]
+__all__ = ["fingerprint_base", "weight_files"]
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -51,7 +51,7 @@ def fingerprint_base(
     Raises:
         InvalidField: (metadata ``field`` = ``base``) no safetensors, or broken ones.
     """
-    shards = _shards(folder)
+    shards = weight_files(folder)
     quantized = "" if quantization is None else _sha256(canonical_json(dict(quantization)))
     return BaseFingerprint(
         weights=_cached_weights(shards, cache_dir),
@@ -69,8 +69,12 @@ def _bad_base(message: str) -> InvalidField:
     return InvalidField(message, metadata={"field": "base"})
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that transformers would load: the single one, else the index's."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load: the single one, else the index's.
+
+    Raises:
+        InvalidField: (metadata ``field`` = ``base``) there are none.
+    """
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():

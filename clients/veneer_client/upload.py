@@ -157,11 +157,13 @@ class Upload:
         try:
             for path, file in zip(self._bundle.paths, self._bundle.files, strict=True):
                 for chunk in _chunks(path, committed[file.name], file.size):
+                    # Before it goes: a call may end, and the next attempt begin, before
+                    # this goes on.
+                    self._sent += len(chunk.data)
                     yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
                     if attempt != self._attempt:
                         return  # gRPC's thread still reads for a call that has ended
                     done += len(chunk.data)
-                    self._sent += len(chunk.data)
                     self._options.progress(done, self._total)
         except OSError as error:
             # gRPC would turn it into UNKNOWN: end the stream here, and let the client

@@ -203,6 +203,21 @@ async def test_a_server_of_another_base_is_refused_before_training(
     assert trainer.state.global_step == 0
 
 
+async def test_the_command_asks_before_it_loads_anything(
+    server: Server, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    other = _other_base(base_folder, tmp_path / "base")
+    for base, address, told in (
+        (other, server.address, "another base"),
+        (base_folder, f"127.0.0.1:{free_port()}", "no Veneer server answers"),
+    ):
+        asked = [*command(address, base, data, tmp_path / "mine"), "--name", "foreign"]
+        done = await asyncio.to_thread(CliRunner().invoke, app, asked)
+        assert done.exit_code == 1
+        assert told in done.stderr
+    assert not (tmp_path / "mine.logs").exists()
+
+
 async def test_nobody_there_is_known_before_training(base_folder: Path, tmp_path: Path) -> None:
     callback = PushCallback(f"127.0.0.1:{free_port()}", "foreign", base=base_folder)
     trainer = _trainer(base_folder, tmp_path, callback)

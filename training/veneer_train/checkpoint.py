@@ -94,7 +94,7 @@ class Checkpoints:
         """
         folder = self.root / f"{_PREFIX}{step}"
         try:
-            with disk_errors(f"checkpoint {folder}", self._advice()):
+            with disk_errors(f"checkpoint {folder}", self.advice()):
                 yield folder
                 _record(folder, {"step": step, "facts": facts, "identity": self._identity})
         except BaseException:
@@ -112,7 +112,8 @@ class Checkpoints:
         found = [p for p in self.root.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit()]
         return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]), reverse=True)
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """What to do where a file of the run cannot be written."""
         whole = [folder for folder in self._folders() if (folder / RECORD).is_file()]
         if not whole:
             return "free some space and start again"

@@ -75,30 +75,47 @@ class Score:
         return min(1.0, max(0.0, (middle + sign * half) / (1 + z * z / n)))
 
 
-def validate(check: object) -> Mapping[str, Any]:
-    """A check as a sample carries it.
+def validate(check: object, expected: str) -> Mapping[str, Any]:
+    """A check as a sample carries it, tried on the sample's own answer.
 
     Raises:
-        InvalidField: it is none.
+        InvalidField: it is none, or cannot judge.
     """
     if not isinstance(check, Mapping) or len(check) != 1 or next(iter(check)) not in _KINDS:
-        raise InvalidField(
-            f"'check' must have one of {', '.join(_KINDS)}; got {check!r:.80}",
-            metadata={"field": "check"},
-        )
+        raise _bad(f"'check' must have one of {', '.join(_KINDS)}; got {check!r:.80}")
     kind, facts = next(iter(check.items()))
-    good = {
-        "exact": facts is True,
-        "regex": isinstance(facts, str),
-        "sql": isinstance(facts, Mapping) and isinstance(facts.get("setup"), str),
-        "python": isinstance(facts, Mapping) and set(facts) <= {"signature", "tests"},
-    }
-    if not good[kind]:
-        raise InvalidField(
-            f"'check' of kind {kind} cannot be {facts!r:.80}; see veneer_train.checks",
-            metadata={"field": "check"},
-        )
+    match kind:
+        case "exact":
+            good = facts is True
+        case "regex":
+            good = isinstance(facts, str)
+        case "sql":
+            good = isinstance(facts, Mapping) and isinstance(facts.get("setup"), str)
+        case _:
+            good = (
+                isinstance(facts, Mapping)
+                and set(facts) <= {"signature", "tests"}
+                and all(isinstance(value, str) for value in facts.values())
+            )
+    if not good:
+        raise _bad(f"'check' of kind {kind} cannot be {facts!r:.80}; see veneer_train.checks")
+    try:
+        match kind:
+            case "regex":
+                re.compile(facts)
+            case "sql":
+                if _rows(facts["setup"], expected) is None:
+                    raise _bad(f"'check': the line's own statement fails: {expected!r:.120}")
+            case "python":
+                ast.parse(facts.get("tests", ""))
+                _plain_signature(facts.get("signature", ""))
+    except (re.error, sqlite3.Error, SyntaxError) as error:
+        raise _bad(f"'check' of kind {kind} cannot be used: {error}") from error
     return check
+
+
+def _bad(message: str) -> InvalidField:
+    return InvalidField(message, metadata={"field": "check"})
 
 
 def passes(check: Mapping[str, Any], answer: str, expected: str) -> bool:
@@ -142,19 +159,23 @@ def _statement(answer: str) -> str:
 def _same_rows(setup: str, statement: str, expected: str) -> bool:
     wanted = _rows(setup, expected)
     got = _rows(setup, statement)
-    if wanted is None:
-        raise InvalidField(
-            f"the sample's own statement fails: {expected}", metadata={"field": "check"}
-        )
-    if got is None or len(got) != len(wanted):
+    if wanted is None or got is None or len(got) != len(wanted):
         return False
-    if "order by" in expected.lower():
+    if _ordered(expected):
         return got == wanted
     return Counter(got) == Counter(wanted)
 
 
+def _ordered(statement: str) -> bool:
+    """Whether it says ORDER BY, outside of subqueries and texts."""
+    bare = re.sub(r"'[^']*'", "", statement)
+    while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
+        bare = inner
+    return "order by" in bare.lower()
+
+
 def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
-    """What a statement returns; None where it fails. Numbers to six digits."""
+    """What a statement returns; None where it fails. Fractions to six digits."""
     with sqlite3.connect(":memory:") as database:
         database.executescript(setup)
         database.set_authorizer(
@@ -169,7 +190,7 @@ def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
 
 
 def _rounded(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float | int) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------------------- Python
@@ -181,7 +202,16 @@ def _runs(facts: Mapping[str, Any], answer: str) -> bool:
     except (SyntaxError, ValueError, RecursionError):
         return False
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    wanted = facts.get("signature", "")
+    wanted = _plain_signature(facts.get("signature", ""))
     if wanted and wanted not in [f"{f.name}({ast.unparse(f.args)})" for f in functions]:
         return False
     return bool(functions) and run_python(answer.strip() + "\n" + facts.get("tests", ""))
+
+
+def _plain_signature(text: str) -> str:
+    """``add(a,b)`` as `ast` writes it: ``add(a, b)``. Raises SyntaxError where it is none."""
+    if not text:
+        return ""
+    (function,) = ast.parse(f"def {text}: pass").body
+    assert isinstance(function, ast.FunctionDef), "it was parsed as one"
+    return f"{function.name}({ast.unparse(function.args)})"

@@ -204,6 +204,18 @@ def _check(config: TrainConfig) -> None:
         ("eval.every", config.eval.every >= 0, "must be 0 (only at the ends) or more"),
         ("eval.tasks", config.eval.tasks >= 0, "must be 0 (none) or more"),
         ("output.dir", bool(config.output.dir), "give the folder to write the adapter to"),
+        (
+            "output.dir",
+            Path(config.output.dir).name not in ("", ".."),
+            "give a folder of its own: what is there is replaced",
+        ),
+        (
+            "output.logs",
+            not config.output.logs_dir.resolve().is_relative_to(
+                Path(config.output.dir).resolve()
+            ),
+            "must not lie in output.dir, which is replaced at the end",
+        ),
         ("output.save_every", config.output.save_every >= 0, "must be 0 (never) or more"),
         ("output.keep", config.output.keep >= 1, "must be 1 or more"),
         (
@@ -224,13 +236,35 @@ def _check(config: TrainConfig) -> None:
         raise bad_setting("lora.targets", "names a projection twice")
 
 
+_PATHS: Final = (
+    ("model", "path"),
+    ("data", "train"),
+    ("data", "val"),
+    ("data", "template"),
+    ("output", "dir"),
+    ("output", "logs"),
+)
+
+
+def _at_home(raw: object) -> object:
+    """``~`` in paths is the home folder, as a shell has it."""
+    if not isinstance(raw, Mapping):
+        return raw
+    found = dict(raw)
+    for section, key in _PATHS:
+        inner = found.get(section)
+        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
+            found[section] = {**inner, key: str(Path(inner[key]).expanduser())}
+    return found
+
+
 def parse_config(raw: object) -> TrainConfig:
     """A config from parsed YAML.
 
     Raises:
         InvalidField: an unknown key, a wrong type or a value out of range.
     """
-    return build(TrainConfig, raw)
+    return build(TrainConfig, _at_home(raw))
 
 
 def load_config(

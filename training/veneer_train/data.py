@@ -143,9 +143,9 @@ def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, st
     return messages
 
 
-def _check(path: Path, line: int, value: object) -> Mapping[str, Any]:
+def _check(path: Path, line: int, value: object, expected: str) -> Mapping[str, Any]:
     try:
-        return validate(value)
+        return validate(value, expected)
     except InvalidField as error:
         _fail(path, line, error.message)
 
@@ -171,7 +171,7 @@ class _Tokenise:
             task = None
             if "check" in value:
                 asked = tuple(self._tokenizer(prompt)["input_ids"])
-                task = Task(asked, told, _check(path, line, value["check"]))
+                task = Task(asked, told, _check(path, line, value["check"], told))
             return *coded, task
         wanted = {
             "auto": "'messages', or 'prompt' and 'completion'",
@@ -183,9 +183,10 @@ class _Tokenise:
     def _chat_task(self, path: Path, line: int, value: dict[str, Any]) -> Task | None:
         if "check" not in value:
             return None
-        check, (*asked, last) = _check(path, line, value["check"]), value["messages"]
+        *asked, last = value["messages"]
         if last["role"] != "assistant" or not asked:
             _fail(path, line, "a line with 'check' must end with the assistant's answer")
+        check = _check(path, line, value["check"], last["content"])
         text = render_prompt(self._template, asked, self._tokenizer.special_tokens_map)
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return Task(tuple(ids), last["content"], check)

@@ -66,13 +66,15 @@ def take(model: Any, base_name: str) -> AdapterState:
         base_name: the base's logical name: the adapter must not name a place on this
             machine.
     """
-    facts = model.peft_config["default"].to_dict()
+    (name,) = model.active_adapters
+    facts = model.peft_config[name].to_dict()
     facts["base_model_name_or_path"] = base_name
     facts["inference_mode"] = True
-    facts["target_modules"] = sorted(facts["target_modules"])
+    if not isinstance(facts["target_modules"], str):  # a pattern stays one
+        facts["target_modules"] = sorted(facts["target_modules"])
     tensors = {
-        name: tensor.detach().to(device="cpu", dtype=FILE_DTYPE, copy=True).contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
+        key: tensor.detach().to(device="cpu", dtype=FILE_DTYPE, copy=True).contiguous()
+        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
     }
     return AdapterState(tensors, {key: facts[key] for key in sorted(facts)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ from veneer_train.model import (
     resolve_base,
     training_device,
 )
+from veneer_train.push import Moment
 from veneer_train.stability import TrainingStopped
 from veneer_train.trainer import Fitted, fit, log_evaluation, main_process
 
@@ -51,10 +53,12 @@ class TrainResult:
     Attributes:
         folder: the adapter, ready to push.
         facts: what happened, as the manifest tells it.
+        dora: it can only be served merged.
     """
 
     folder: Path
     facts: RunFacts
+    dora: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +117,10 @@ class Snapshots:
             tasks_after=after.tasks,
         )
 
-    def write_step(
-        self, adapter: AdapterState, folder: Path, step: int, metrics: Mapping[str, float]
-    ) -> None:
+    def write_moment(self, adapter: AdapterState, folder: Path, moment: Moment) -> None:
         """Write what the run has come to by then; `push.PushCallback` asks for it."""
-        loss = metrics.get("train_loss_last", float("nan"))
-        self.write(adapter, folder, self.facts(Fitted(step, 0, loss)))
+        loss = moment.metrics.get("train_loss_last", float("nan"))
+        self.write(adapter, folder, self.facts(Fitted(moment.step, moment.tokens, loss)))
 
     def write(self, adapter: AdapterState, folder: Path, facts: RunFacts) -> None:
         """Write an adapter of this run; see `export.write_folder`."""
@@ -133,13 +135,24 @@ class Snapshots:
         write_folder(folder, adapter, manifest, card=card, template=self._template)
 
 
-def _check_output(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidField(
-            f"output.dir {str(folder)!r} exists and is not empty: remove it, choose another, "
-            "or use --overwrite",
-            metadata={"field": "output.dir"},
-        )
+def _check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raises InvalidField where something is there that must not be replaced."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        why, fix = "is no folder", "remove it, or choose another"
+    elif not any(folder.iterdir()):
+        return
+    elif not overwrite:
+        why = "exists and is not empty"
+        fix = "remove it, choose another, or use --overwrite"
+    elif not (folder / "adapter_config.json").is_file():
+        why, fix = "holds something else than an adapter", "choose another"
+    else:
+        return
+    raise InvalidField(
+        f"output.dir {str(folder)!r} {why}: {fix}", metadata={"field": "output.dir"}
+    )
 
 
 def _identity(
@@ -162,20 +175,23 @@ def _identity(
 def _found(
     checkpoints: Checkpoints, config: TrainConfig, *, overwrite: bool
 ) -> Checkpoint | None:
-    """The checkpoint to go on from."""
+    """The checkpoint to go on from. With ``overwrite`` those of another run are cleared."""
     wanted = config.output.resume
-    if overwrite or wanted == "never":
-        if main_process():
-            checkpoints.clear()
-        found = None
-    else:
-        found = checkpoints.newest()
+    found = None
+    if wanted != "never":
+        try:
+            found = checkpoints.newest()
+        except InvalidField:
+            if not overwrite or wanted == "must":
+                raise
     if found is None and wanted == "must":
         raise InvalidField(
             f"there is no checkpoint in {checkpoints.root} to go on from: set "
             "output.resume: auto to begin",
             metadata={"field": "output.resume"},
         )
+    if found is None and main_process():
+        checkpoints.clear()
     return found
 
 
@@ -185,16 +201,18 @@ def train(
     *,
     overwrite: bool = False,
     callbacks: Callable[[Snapshots], Sequence[TrainerCallback]] = lambda snapshots: (),
+    check_base: Callable[[BaseFingerprint], object] = lambda base: None,
 ) -> TrainResult:
     """Train an adapter as ``config`` says and write its folder.
 
     The folder appears whole at the end, or not at all; ``metrics.jsonl``, ``curves.png``
-    and checkpoints grow in the logs folder meanwhile, and a run that was cut goes on from
-    the newest of those.
+    and checkpoints grow in the logs folder meanwhile. A run that was cut goes on from the
+    newest checkpoint; one that has ended has none left.
 
     Args:
-        overwrite: replace the folder, and begin anew.
+        overwrite: replace the folder, and checkpoints of another run.
         callbacks: makes callbacks of Trainer; see `Snapshots`.
+        check_base: called before anything is loaded; may raise.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
@@ -203,13 +221,14 @@ def train(
         DiskFull, CheckpointFailed: a file could not be written.
     """
     out = Path(config.output.dir)
-    if not overwrite:
-        _check_output(out)
+    _check_output(out, overwrite=overwrite)
     folder = resolve_base(config.model.path)
     tokenizer = load_tokenizer(folder)
     template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
     base = fingerprint(folder, config.quant)
+    if main_process():
+        check_base(base)
     checkpoints = Checkpoints(
         config.output.checkpoints_dir,
         _identity(config, split, base, template),
@@ -260,7 +279,8 @@ def train(
                 callbacks=callbacks(snapshots),
             )
         finally:
-            if main_process() and log.rows:
+            # What the run ended with counts, not that there was no room for a picture of it.
+            with contextlib.suppress(OSError):
                 draw_curves(log.rows, logs / "curves.png", out.name)
         round_to_file_dtype(model)  # what is measured is what is written
         after = measured(fitted.steps)
@@ -268,12 +288,10 @@ def train(
             raise TrainingStopped(f"the trained adapter's validation loss is {after.loss.loss}")
     facts = snapshots.facts(fitted, after)
     if main_process():
-        with disk_errors(f"the adapter {out}", _ADVICE):
+        with disk_errors(f"the adapter {out}", checkpoints.advice()):
             snapshots.write(take(model, config.model.name), out, facts)
-    return TrainResult(out, facts)
-
-
-_ADVICE = "free some space and run the same command: it goes on from the last checkpoint"
+        checkpoints.clear()
+    return TrainResult(out, facts, config.lora.dora)
 
 
 def _fit(
@@ -291,5 +309,4 @@ def _fit(
         return fit(model, split, config, log, device, resume=resume, **options)
     weights = load_file(resume.folder / "adapter_model.safetensors")
     set_peft_model_state_dict(model, weights)
-    last = [row for row in log.rows if row["event"] == "step"][-1]
-    return Fitted(resume.step, last["tokens"], last["loss"])
+    return Fitted(resume.step, resume.facts["tokens"], resume.facts["last_loss"])

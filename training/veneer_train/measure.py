@@ -18,13 +18,25 @@ from veneer_train.checks import Score
 from veneer_train.config import DataConfig, QuantConfig
 from veneer_train.data import DataSet, load_file
 from veneer_train.evaluate import Evaluation, evaluate
-from veneer_train.model import load_base, load_tokenizer, training_device
+from veneer_train.model import (
+    load_base,
+    load_tokenizer,
+    read_template,
+    stored_quantization,
+    training_device,
+)
 
-__all__ = ["Measured", "measure", "quant_of", "record"]
+__all__ = [
+    "Measured",
+    "check_recordable",
+    "data_options",
+    "manifest_of",
+    "measure",
+    "quant_of",
+    "record",
+]
 
 REFERENCE: Final = "16-bit base"
-BASE: Final = "4-bit base"
-ADAPTER: Final = "4-bit base + adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,7 @@ class Measured:
             "loss": self.loss.loss,
             "perplexity": self.loss.perplexity,
             "accuracy": self.loss.accuracy,
+            "tokens": float(self.loss.tokens),
         }
         for kind, score in self.tasks.items():
             found |= {
@@ -56,13 +69,37 @@ class Measured:
         return {name: round(value, 6) for name, value in found.items()}
 
 
+def manifest_of(adapter: Path) -> dict[str, Any]:
+    """What ``training_manifest.json`` says; nothing where there is none that can be read."""
+    try:
+        found = json.loads((adapter / TRAINING_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def quant_of(adapter: Path) -> QuantConfig:
     """How the base was quantized in the adapter's training; the default if it does not say."""
     try:
-        facts = json.loads((adapter / TRAINING_FILE).read_bytes())["config"]["quant"]
-        return QuantConfig(**facts)
-    except (OSError, ValueError, KeyError, TypeError):
+        return QuantConfig(**manifest_of(adapter)["config"]["quant"])
+    except (KeyError, TypeError):
         return QuantConfig()
+
+
+def data_options(adapter: Path, data: Path, *, max_len: int | None = None) -> DataConfig:
+    """How the adapter's training read its data, for another file.
+
+    Args:
+        max_len: instead of its own.
+    """
+    chosen = {"format", "loss_on", "max_len", "on_truncated"}
+    facts = manifest_of(adapter).get("config", {}).get("data", {})
+    kept = {key: value for key, value in facts.items() if key in chosen}
+    if kept.get("on_truncated", "error") == "error":
+        kept["on_truncated"] = "drop"  # what was too long is no reason not to measure
+    if max_len is not None:
+        kept["max_len"] = max_len
+    return DataConfig(train=str(data), **kept)
 
 
 def measure(
@@ -89,6 +126,7 @@ def measure(
     Raises:
         InvalidField: data, base or adapter cannot be read.
     """
+    reference = reference and stored_quantization(base) is None
     quant = quant or (quant_of(adapter) if adapter is not None else QuantConfig())
     tokenizer = load_tokenizer(base)
     samples = load_file(data, options, tokenizer, _template(base, adapter, tokenizer))
@@ -100,7 +138,9 @@ def measure(
         del model
     # Nothing is trained here, so the layers may pack their weights, as they do when serving.
     model = load_base(base, quant, training_device(), train=False)
-    found.append(_measured(BASE, model, tokenizer, samples, batch, told))
+    name = "16-bit" if quant.type == "none" else "4-bit"
+    if quant.type != "none" or not reference:
+        found.append(_measured(f"{name} base", model, tokenizer, samples, batch, told))
     if adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
@@ -108,7 +148,9 @@ def measure(
             raise InvalidField(
                 f"{adapter} is no adapter for this base: {error}", metadata={"field": "adapter"}
             ) from error
-        found.append(_measured(ADAPTER, model, tokenizer, samples, batch, told))
+        found.append(
+            _measured(f"{name} base + adapter", model, tokenizer, samples, batch, told)
+        )
     return found
 
 
@@ -116,7 +158,7 @@ def _template(base: Path, adapter: Path | None, tokenizer: Any) -> str:
     """The adapter's own chat template, else the base's."""
     if adapter is not None and (adapter / "chat_template.jinja").is_file():
         return (adapter / "chat_template.jinja").read_text("utf-8")
-    return str(tokenizer.chat_template or "")
+    return read_template(None, tokenizer)
 
 
 def _measured(
@@ -135,23 +177,24 @@ def _measured(
     return Measured(name, loss, measure_tasks(model, tokenizer, data.samples))
 
 
+def check_recordable(adapter: Path) -> None:
+    """Raises InvalidField where the adapter has no manifest to keep figures in."""
+    if not manifest_of(adapter):
+        raise InvalidField(
+            f"{adapter / TRAINING_FILE} cannot be read: only adapters that veneer-train wrote "
+            "can keep figures",
+            metadata={"file": TRAINING_FILE},
+        )
+
+
 def record(adapter: Path, data: Path, measured: Sequence[Measured]) -> None:
     """Put the figures into the adapter's manifest, in place of those of this file before.
-
-    Raises:
-        InvalidField: the adapter has no manifest.
-    """
-    file = adapter / TRAINING_FILE
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidField(
-            f"{file} cannot be read ({error}): only adapters that veneer-train wrote can keep "
-            "figures",
-            metadata={"file": TRAINING_FILE},
-        ) from error
+    Raises as `check_recordable`."""
+    check_recordable(adapter)
+    manifest = manifest_of(adapter)
     evaluations = manifest.setdefault("evaluations", {})
     evaluations[data.name] = {each.name: each.metrics() for each in measured}
+    file = adapter / TRAINING_FILE
     draft = file.with_suffix(".new")
     draft.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
     draft.chmod(0o644)

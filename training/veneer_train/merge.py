@@ -20,9 +20,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
+from veneer_registry.errors import InvalidField
 
 from veneer_train.config import QuantConfig
-from veneer_train.model import DTYPES
+from veneer_train.model import DTYPES, stored_quantization
 
 __all__ = [
     "Divergence",
@@ -62,7 +63,16 @@ class Divergence:
 
 
 def source_base(folder: Path) -> Any:
-    """The base in float32, as its files have it."""
+    """The base in float32, as its files have it.
+
+    Raises:
+        InvalidField: the files are in 4 bits.
+    """
+    if stored_quantization(folder) is not None:
+        raise InvalidField(
+            f"{folder} is in 4 bits: give the folder in 16 bits that it was made of",
+            metadata={"field": "base"},
+        )
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )
@@ -72,6 +82,8 @@ def source_base(folder: Path) -> Any:
 def dequantized_base(folder: Path, quant: QuantConfig) -> Any:
     """The base in float32, each weight as quantization left it: what a 4-bit layer holds."""
     model = source_base(folder)
+    if quant.type == "none":
+        return model
     for layer in linears(model):
         # A 4-bit layer restores its weight in the dtype that the model is loaded in.
         weight = layer.weight.to(DTYPES[quant.compute_dtype])

@@ -50,11 +50,13 @@ def merge_and_compare(base: Path, adapter: Path, out: Path, into: Into) -> dict[
     tokenizer = load_tokenizer(base)
     batches = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
     merged = source_base(out)
-    found = {}
-    for name, exact in (
-        (f"{quant.type} base + adapter", False),
-        ("16-bit base + adapter", True),
-    ):
-        reference = source_base(base) if exact else dequantized_base(base, quant)
-        found[name] = asdict(divergence(merged, adapted(reference, adapter), batches))
-    return found
+    references = {"16-bit base + adapter": source_base}
+    if quant.type != "none":
+        references = {
+            f"{quant.type} base + adapter": lambda folder: dequantized_base(folder, quant),
+            **references,
+        }
+    return {
+        name: asdict(divergence(merged, adapted(made(base), adapter), batches))
+        for name, made in references.items()
+    }

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from veneer_train.checkpoint import disk_errors
+
 __all__ = ["MetricsLog", "Report", "draw_curves"]
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -34,18 +36,19 @@ class MetricsLog:
         if after is not None and path.is_file():
             self.rows = [row for row in _read(path) if row["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-        for row in self.rows:
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        draft = path.with_name(path.name + ".new")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")
+        draft.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, **row: Any) -> None:
         """Add a row."""
         if self._file is None:
             return
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with disk_errors(self._file.name, "free some space and run the same command"):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         self._report(row)
 
     def __enter__(self) -> Self:
@@ -75,6 +78,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> No
     """Loss (of steps and validations) and gradient norm against steps, as a PNG."""
     from matplotlib.figure import Figure
 
+    if not rows:
+        return
     steps = [row for row in rows if row["event"] == "step"]
     evals = [row for row in rows if row["event"] == "eval"]
     figure = Figure(figsize=(8, 6), layout="constrained")

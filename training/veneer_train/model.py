@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from veneer_registry.errors import InvalidField
+from veneer_registry.format import TEMPLATE_LIMIT
 
 from veneer_train.config import LoraConfig, QuantConfig
 
@@ -22,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "read_template",
     "resolve_base",
+    "stored_quantization",
     "training_device",
 ]
 
@@ -86,17 +89,41 @@ def read_template(file: str | None, tokenizer: Any) -> str:
     """The chat template to train with: a file's, else the base's; "" where there is none.
 
     Raises:
-        InvalidField: the file cannot be read.
+        InvalidField: the file cannot be read, or is larger than a server takes.
     """
     if file is None:
-        return str(tokenizer.chat_template or "")
+        found = tokenizer.chat_template
+        if isinstance(found, dict):  # several by name
+            found = found.get("default")
+        return str(found or "")
     try:
-        return Path(file).read_text("utf-8")
+        text = Path(file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidField(
             f"cannot read data.template {file!r}: {error}",
             metadata={"field": "data.template"},
         ) from error
+    if len(text.encode()) > TEMPLATE_LIMIT:
+        raise InvalidField(
+            f"data.template {file!r} is larger than the {TEMPLATE_LIMIT} bytes that a server "
+            "takes: shorten it",
+            metadata={"field": "data.template"},
+        )
+    return text
+
+
+def stored_quantization(folder: Path) -> QuantConfig | None:
+    """How a folder in 4 bits was quantized; None for one that is not."""
+    try:
+        facts = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not isinstance(facts, dict) or not facts.get("load_in_4bit"):
+        return None
+    return QuantConfig(
+        type=facts.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(facts.get("bnb_4bit_use_double_quant", False)),
+    )
 
 
 def disable_cpu_packing(model: torch.nn.Module) -> int:
@@ -127,9 +154,21 @@ def load_base(
             (see `disable_cpu_packing`).
     """
     dtype = DTYPES[quant.compute_dtype]
-    quantization = None
-    if quant.type != "none":
-        quantization = BitsAndBytesConfig(
+    options: dict[str, Any] = {}
+    stored = stored_quantization(folder)
+    if stored is not None and (stored.type, stored.double_quant) != (
+        quant.type,
+        quant.double_quant,
+    ):
+        double = str(stored.double_quant).lower()
+        raise InvalidField(
+            f"{folder} is in {stored.type} already, with double_quant {double}: set "
+            f"quant.type: {stored.type} and quant.double_quant: {double}, or give the folder "
+            "in 16 bits",
+            metadata={"field": "quant.type"},
+        )
+    if quant.type != "none" and stored is None:
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quant.type,
             bnb_4bit_use_double_quant=quant.double_quant,
@@ -138,7 +177,7 @@ def load_base(
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=quantization,
+        **options,  # a folder in 4 bits would not be one beside a None
         device_map={"": device},
         local_files_only=True,
     )

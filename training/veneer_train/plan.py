@@ -3,7 +3,7 @@
 The sum of what must exist at the peak, in the backward pass of the first layers: weights, what
 the optimizer keeps, what autograd saved on the way forward, logits and their gradient. The
 counts per token are of transformers' Llama with PEFT (5.24, 0.21), by reading what each
-operation saves; `docs/training.md` compares them with measured peaks.
+operation saves; the lab ``qlora-vs-lora`` compares them with measured peaks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,17 @@ _QUANT_BITS: Final = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
 """Bits a weight, with double quantization and without: a scale for 64 weights in 8 bits and one
 for 256 of those in 32, or in 32 bits at once (arXiv 2305.14314, section 3)."""
 
-_OPTIMIZER: Final = {"adamw_8bit": 2, "adamw8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
-"""Bytes of state a trained number; 8 for what keeps two fp32 moments."""
+_OPTIMIZER: Final = {
+    "adamw_8bit": 2,
+    "adamw8bit": 2,
+    "paged_adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "paged_adamw": 8,
+    "sgd": 0,
+}
+"""Bytes of state a trained number. torch's AdamW is not here: it keeps two moments in the dtype
+of what it trains."""
 
 _LIBRARIES: Final = {"cpu": 560 << 20, "cuda": 0}
 """What a process has before there is a model: torch and transformers (on a GPU not there)."""
@@ -141,17 +150,17 @@ def plan(
         method: how to train; the config's own is ``qlora`` or, with ``quant.type: none``,
             ``lora``.
     """
-    train, lora = config.train, config.lora
+    train = config.train
     trained = _trained(shape, config, method)
     optim = train.optim
     if optim == "auto":
         optim = "paged_adamw_8bit" if device == "cuda" else "adamw_torch_fused"
-    state = _OPTIMIZER.get(optim, 8)
     recompute = train.checkpointing == "on" or (
         train.checkpointing == "auto" and device == "cuda"
     )
-    # Adapters train in fp32; whole models in 16 bits, with moments in fp32.
+    # Adapters train in fp32, whole models in what they are loaded in.
     width = _DTYPE if method == "full" else 4
+    state = _OPTIMIZER.get(optim, 2 * width)
     parts = {
         "libraries": _LIBRARIES[device],
         "base weights": _base_bytes(shape, config, method),
@@ -160,7 +169,7 @@ def plan(
         "optimizer": trained * state,
     }
     tokens = train.batch * config.data.max_len
-    per_layer = _saved_bytes(shape, method, targets=len(lora.target_modules))
+    per_layer = _saved_bytes(shape, config, method)
     inputs = _DTYPE * shape.hidden
     if recompute:
         parts["activations"] = tokens * (shape.layers * inputs + per_layer)
@@ -188,14 +197,19 @@ def _base_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
     return int(shape.linear_parameters * bits / 8) + shape.other_parameters * _DTYPE
 
 
-def _saved_bytes(shape: Shape, method: Method, *, targets: int) -> int:
+def _saved_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
     """Bytes that autograd keeps of one token and one layer."""
     h, i, q, kv = shape.hidden, shape.intermediate, shape.q_out, shape.kv_out
     norms = 2 * (4 * h + 2 * h)  # the input in fp32 and the normalized one, twice
     attention = 2 * (2 * q + 2 * kv) + 2 * q  # q and k rotated, v, the result
     gate = 3 * 2 * i  # gate, its activation, up
     if method == "full":  # the inputs of the projections: of q, k, v one; of gate and up one
-        inputs = 2 * (h + q + h + i)
-    else:  # each adapter has its own copy in fp32
-        inputs = 4 * (3 * h + q + 2 * h + i) * targets // 7
+        return norms + attention + gate + 2 * (h + q + h + i)
+    lora = config.lora
+    inputs = 0
+    for name in lora.target_modules:
+        _, columns = shape.linears[name]
+        # Each adapter has its own copy in fp32, and between A and B one of its rank; dropout
+        # keeps a mask.
+        inputs += 4 * (columns + lora.r) + (columns if lora.dropout else 0)
     return norms + attention + gate + inputs

@@ -12,15 +12,15 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from transformers import TrainerCallback
 from veneer_client import Client, Pushed
 from veneer_registry.adapter import BaseFingerprint, BaseSpec, check_name
-from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.errors import InvalidField
 from veneer_registry.training_manifest import check_base
 
 from veneer_train.config import QuantConfig
@@ -28,12 +28,28 @@ from veneer_train.export import AdapterState, model_card, take, write_folder
 from veneer_train.manifest import FORMAT, versions
 from veneer_train.manifest import fingerprint as fingerprint_of
 
-__all__ = ["Publication", "PushCallback", "Target", "check_target", "publish"]
+__all__ = ["Moment", "Publication", "PushCallback", "Target", "check_target", "publish"]
 
 _NICE: Final = 10
 
-Write = Callable[[AdapterState, Path, int, Mapping[str, float]], None]
-"""Writes an adapter's folder, as it is after so many steps, with such metrics."""
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where training is.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: seen by then; 0 where the trainer does not count them.
+        metrics: the newest numbers that it logged.
+    """
+
+    step: int
+    tokens: int
+    metrics: Mapping[str, float]
+
+
+Write = Callable[[AdapterState, Path, Moment], None]
+"""Writes an adapter's folder, as it is then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +125,6 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         base: folder of the base model, for the fingerprint that lets a server refuse
             adapters of another base; None: the adapter says nothing of it.
         base_name: the base's logical name.
-        quant: how the base was quantized in training.
         fingerprint: of the base, in place of the folder.
         at_end: publish what there is when training ends; else that is somebody else's, and so
             is the last step.
@@ -134,7 +149,6 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         alias: str = "",
         base: Path | None = None,
         base_name: str = "",
-        quant: QuantConfig | None = None,
         fingerprint: BaseFingerprint | None = None,
         at_end: bool = True,
         on_publication: Callable[[Publication], None] = lambda done: None,
@@ -148,85 +162,91 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         self._target = Target(address, name, alias)
         self._every = every
         self._base_name = base_name or (base.name if base is not None else "")
+        self._folder = base
         self._base = fingerprint
-        if base is not None:
-            self._base = fingerprint_of(base, quant or QuantConfig())
         self._at_end = at_end
         self._told = on_publication
         self._write = write or self._write_plain
         self._worker: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self._waiting: tuple[AdapterState, int, Mapping[str, float]] | None = None
-        self._running: Future[None] | None = None
+        self._waiting: tuple[AdapterState, Moment, Target] | None = None
         self.publications: list[Publication] = []
 
     # ------------------------------------------------------------- Trainer's calls
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raises as `check_target`: a run whose result nobody takes does not begin."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises as `check_target`, and InvalidField for a model without an adapter: a run
+        whose result nobody takes does not begin."""
         if not state.is_world_process_zero:
             return
+        model = _peft_model(kwargs["model"])
+        if self._folder is not None:
+            self._base = fingerprint_of(self._folder, quant_of_model(model))
         check_target(self._target, self._base)
         self._worker = ThreadPoolExecutor(
             1, thread_name_prefix="push", initializer=_lower_priority
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Publish what there is, every so many steps."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Publish what there is, every so many steps. Not at a step's end: whether that one
+        was sound is looked at after it."""
         step = int(state.global_step)
-        due = self._every and step % self._every == 0
-        if self._worker is not None and due and step < state.max_steps:
-            self._submit(kwargs["model"], step, _metrics(state))
+        if self._worker is not None and self._every and step and step % self._every == 0:
+            self._submit(kwargs["model"], state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for what is under way; publish the end."""
         if self._worker is None:
             return
         if self._at_end:
-            self._submit(kwargs["model"], int(state.global_step), _metrics(state), last=True)
+            self._submit(kwargs["model"], state, last=True)
         self._worker.shutdown(wait=True)
         self._worker = None
 
     # ---------------------------------------------------------------------- parts
 
-    def _submit(
-        self, model: Any, step: int, metrics: Mapping[str, float], *, last: bool = False
-    ) -> None:
-        adapter = take(_peft_model(model), self._base_name)
+    def _submit(self, model: Any, state: Any, *, last: bool = False) -> None:
+        tokens = int(getattr(state, "num_input_tokens_seen", 0) or 0)
+        moment = Moment(int(state.global_step), tokens, _metrics(state))
+        # The alias moves at the end alone.
+        target = self._target if last else replace(self._target, alias="")
+        try:
+            adapter = take(_peft_model(model), self._base_name)
+        except Exception as error:  # whatever it is, training goes on
+            self._done(Publication(moment.step, error=f"{type(error).__name__}: {error}"))
+            return
         with self._lock:
-            self._waiting = (adapter, step, metrics)
+            self._waiting = (adapter, moment, target)
         assert self._worker is not None, "called between the run's begin and end"
-        self._worker.submit(self._next, last)
+        self._worker.submit(self._next)
 
-    def _next(self, last: bool) -> None:
+    def _next(self) -> None:
         with self._lock:
             taken, self._waiting = self._waiting, None
         if taken is None:
             return  # a newer one took its place, and was published
-        adapter, step, metrics = taken
-        target = self._target
-        if not last:
-            target = Target(target.address, target.name)
+        adapter, moment, target = taken
         try:
             with tempfile.TemporaryDirectory(prefix="veneer-push-") as scratch:
                 folder = Path(scratch) / target.name
-                self._write(adapter, folder, step, metrics)
-                pushed = publish(target, folder, step=step)
-            done = Publication(step, pushed.adapter.revision)
-        except (VeneerError, OSError) as error:
-            done = Publication(step, error=str(error))
+                self._write(adapter, folder, moment)
+                pushed = publish(target, folder, step=moment.step)
+            done = Publication(moment.step, pushed.adapter.revision)
+        except Exception as error:  # also what libraries raise where the disk is full
+            done = Publication(moment.step, error=str(error) or type(error).__name__)
+        self._done(done)
+
+    def _done(self, done: Publication) -> None:
         self.publications.append(done)
         self._told(done)
 
-    def _write_plain(
-        self, adapter: AdapterState, folder: Path, step: int, metrics: Mapping[str, float]
-    ) -> None:
+    def _write_plain(self, adapter: AdapterState, folder: Path, moment: Moment) -> None:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "base_name": self._base_name,
             "versions": versions(),
-            "steps": step,
-            "metrics": dict(metrics),
+            "steps": moment.step,
+            "metrics": dict(moment.metrics),
         }
         if self._base is not None:
             manifest["base_fingerprint"] = asdict(self._base)
@@ -243,6 +263,21 @@ def _peft_model(model: Any) -> Any:
             metadata={"field": "model"},
         )
     return model
+
+
+def quant_of_model(model: Any) -> QuantConfig:
+    """How a loaded base is quantized, by its own config."""
+    facts = getattr(model.config, "quantization_config", None)
+    if facts is None:
+        return QuantConfig(type="none")
+    if not isinstance(facts, Mapping):
+        facts = facts.to_dict()
+    if not facts.get("load_in_4bit"):
+        return QuantConfig(type="none")
+    return QuantConfig(
+        type=facts.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=bool(facts.get("bnb_4bit_use_double_quant", False)),
+    )
 
 
 def _metrics(state: Any) -> dict[str, float]:

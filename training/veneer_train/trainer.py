@@ -35,7 +35,7 @@ class Fitted:
 
     Attributes:
         steps: optimiser steps, of all sessions.
-        tokens: input tokens seen, without padding.
+        tokens: input tokens seen, without padding (with packing, with what little there is).
         last_loss: of the last step.
     """
 
@@ -52,12 +52,15 @@ def main_process() -> bool:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Logs each step, evaluates, and stops a run that is lost or out of time."""
 
-    def __init__(self, config: TrainConfig, split: Split, log: MetricsLog) -> None:
+    def __init__(
+        self, config: TrainConfig, split: Split, log: MetricsLog, order: Order, before_s: float
+    ) -> None:
         self._config = config
         self._split = split
         self._log = log
+        self._order = order
         self._stability = StabilityWatch()
-        self._started = time.monotonic()
+        self._started = time.monotonic() - before_s
         self.last_loss = float("nan")
 
     def on_log(
@@ -85,6 +88,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if val and due and state.global_step < state.max_steps:
             measured = evaluate(kw["model"], val.samples, self._config.train.batch)
             log_evaluation(self._log, state.global_step, measured)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # With several processes a resumed loader does not hand it down.
+        self._order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         limit = self._config.train.max_minutes
@@ -117,6 +124,7 @@ class _Rows(torch.utils.data.Dataset[_Row]):
 class _Trainer(Trainer):  # type: ignore[misc]
     """Args:
     order: of the samples.
+    watch: knows the last loss.
     checkpoints: where they go; None: there are none.
     facts: what lies beside a checkpoint.
     """
@@ -125,12 +133,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         order: Order,
+        watch: _Watch,
         checkpoints: Checkpoints | None,
         facts: Callable[[], Mapping[str, Any]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._order = order
+        self._watch = watch
         self._checkpoints = checkpoints
         self._facts = facts
 
@@ -139,10 +149,20 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._checkpoints is None or not main_process():
-            super()._save_checkpoint(model, trial)
+            self._save_together(model, trial)
             return
-        with self._checkpoints.saving(self.state.global_step, self._facts()):
-            super()._save_checkpoint(model, trial)
+        facts = {
+            **self._facts(),
+            "tokens": int(self.state.num_input_tokens_seen),
+            "last_loss": self._watch.last_loss,
+        }
+        with self._checkpoints.saving(self.state.global_step, facts):
+            self._save_together(model, trial)
+
+    def _save_together(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        # Each process writes the state of its random numbers.
+        self.accelerator.wait_for_everyone()
 
 
 def training_arguments(
@@ -172,7 +192,7 @@ def training_arguments(
         chosen["gradient_checkpointing"] = True
         chosen["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(scratch),
             per_device_train_batch_size=config.batch,
             gradient_accumulation_steps=config.accum,
@@ -196,6 +216,11 @@ def training_arguments(
             dataloader_pin_memory=cuda,
             remove_unused_columns=False,
         )
+        if cuda and arguments.n_gpu > 1:
+            # One process, one GPU: with more of them visible, batches and losses would be
+            # counted for all.
+            arguments._n_gpu = 1
+        return arguments
     except ValueError as error:
         raise InvalidField(
             f"transformers refuses these train settings: {error}", metadata={"field": "train"}
@@ -230,7 +255,9 @@ def fit(
     packing = config.data.packing
     rows: Sequence[Any] = pack(samples, config.data.max_len) if packing else samples
     lengths = [len(s.input_ids) for s in samples] if config.data.bucketing else None
-    watch = _Watch(config, split, log)
+    order = Order(len(rows), options.seed, lengths=lengths, batch=options.batch)
+    before_s = resume.facts["seconds"] if resume is not None else 0.0
+    watch = _Watch(config, split, log, order, before_s)
     trainer = _Trainer(
         model=model,
         args=training_arguments(
@@ -243,7 +270,8 @@ def fit(
         train_dataset=_Rows(rows),
         data_collator=collate_packed if packing else collate,
         callbacks=[watch, *callbacks],
-        order=Order(len(rows), options.seed, lengths=lengths, batch=options.batch),
+        order=order,
+        watch=watch,
         checkpoints=checkpoints,
         facts=facts,
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.errors import InvalidField
 from veneer_registry.format import read_adapter
-from veneer_registry.training_manifest import TRAINING_FILE, check_base
+from veneer_registry.training_manifest import check_base
 
-from veneer_train.config import DataConfig, QuantConfig
+from veneer_train.config import QuantConfig
 from veneer_train.manifest import fingerprint
-from veneer_train.measure import measure, quant_of
+from veneer_train.measure import data_options, manifest_of, measure, quant_of
 from veneer_train.plan import read_shape
 
 __all__ = ["verify"]
@@ -30,7 +30,6 @@ def verify(
     *,
     data: Path | None = None,
     server: str | None = None,
-    max_len: int = 512,
 ) -> Iterator[str]:
     """A line for each thing that holds.
 
@@ -56,7 +55,7 @@ def verify(
     if server is not None:
         yield from _served(server, manifest.base_fingerprint)
     if data is not None:
-        yield _measured(adapter, base, data, max_len, quant)
+        yield _measured(adapter, base, data, quant)
 
 
 def _spec(base: Path, here: BaseFingerprint) -> BaseSpec:
@@ -76,23 +75,31 @@ def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
     yield f"{server} serves {served.name}, and would take it"
 
 
-def _measured(adapter: Path, base: Path, data: Path, max_len: int, quant: QuantConfig) -> str:
-    """Raises InvalidField where the figure is another."""
-    facts = json.loads((adapter / TRAINING_FILE).read_bytes())
-    recorded = facts["metrics"].get("val_loss_after")
-    val = facts["data"].get("val")
-    if recorded is None or val is None or val["file"] != data.name:
+def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
+    """Raises InvalidField where the figure is another, or there is none to compare with."""
+    manifest = manifest_of(adapter)
+    recorded = manifest.get("metrics", {}).get("val_loss_after")
+    val, train = (manifest.get("data", {}).get(part) or {} for part in ("val", "train"))
+    with data.open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    if recorded is None or val.get("sha256") != digest:
         raise InvalidField(
-            f"the manifest has no figure for {data.name}; it was measured on "
-            f"{val['file'] if val else 'nothing'}",
+            f"the manifest has no figure for {data.name} as it is now; it was measured on "
+            f"{val.get('file', 'nothing')} ({str(val.get('sha256'))[:12]})",
             metadata={"field": "data"},
         )
-    options = DataConfig(train=str(data), max_len=max_len, on_truncated="drop")
+    if train.get("sha256") == digest:
+        raise InvalidField(
+            f"it was measured on a part of {data.name} that was held out, which is no file: "
+            "name a data.val file in training to verify its figure later",
+            metadata={"field": "data"},
+        )
+    options = data_options(adapter, data)
     *_, found = measure(base, adapter, data, options, reference=False, quant=quant)
     if abs(found.loss.loss - recorded) > _CLOSE:
         raise InvalidField(
             f"loss on {data.name} is {found.loss.loss:.4f}, the manifest says {recorded:.4f}: "
-            "this is other data, another base or another adapter than then",
+            "this is another base or another adapter than then",
             metadata={"field": "data"},
         )
     return (

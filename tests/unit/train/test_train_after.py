@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
+from veneer_registry.errors import InvalidField
 from veneer_train.cli import app
 
 from tests.unit.train.test_train_run import config, run
@@ -67,6 +68,12 @@ def test_verify_refuses_what_does_not_hold(
     adapter: Path, tiny_base: Path, val: Path, tmp_path: Path
 ) -> None:
     file = adapter / "training_manifest.json"
+    again = val.with_name("other.jsonl")
+    again.write_text(val.read_text().replace("Say 1", "Tell 1"))
+    done = invoke("verify", adapter, "--base", tiny_base, "--data", again)
+    assert done.exit_code == 1
+    assert "no figure for other.jsonl" in done.stderr
+
     manifest = json.loads(file.read_text())
     manifest["metrics"]["val_loss_after"] -= 0.5
     file.write_text(json.dumps(manifest))
@@ -124,3 +131,74 @@ def test_bad_data_names_file_and_line(
     assert done.exit_code == 1
     assert "bad.jsonl" in done.stderr
     assert told in done.stderr
+
+
+def test_what_was_held_out_of_the_training_file_cannot_be_verified(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    run(config(tiny_base, chats, out))
+    done = invoke("verify", out, "--base", tiny_base, "--data", chats)
+    assert done.exit_code == 1
+    assert "name a data.val file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "ADAPTER", "--data", "VAL"],
+        ["verify", "ADAPTER"],
+        ["merge", "ADAPTER", "--out", "new"],
+        ["quantize", "--out", "new"],
+        ["inspect-data", "VAL"],
+        ["lab", "quant-error", "--out", "new"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_base_that_is_not_there_is_one_line(
+    adapter: Path, val: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    names = {"ADAPTER": adapter, "VAL": val, "new": tmp_path / "new"}
+    asked = [names.get(a, a) for a in arguments]
+    done = invoke(*asked, "--base", tmp_path / "typo")
+    assert done.exit_code == 1
+    assert "not a model folder" in done.stderr
+
+
+def test_a_folder_in_4_bits_is_taken_as_what_it_is(
+    tiny_base: Path, chats: Path, val: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tiny-fp4"
+    asked = (
+        "quantize",
+        "--base",
+        tiny_base,
+        "--out",
+        out,
+        "--type",
+        "fp4",
+        "--no-double-quant",
+    )
+    assert invoke(*asked).exit_code == 0
+    with pytest.raises(InvalidField, match="is in fp4 already"):
+        run(config(out, chats, tmp_path / "mine"))
+    quant = {"type": "fp4", "double_quant": False}
+    run(config(out, chats, tmp_path / "mine", quant=quant))
+    done = invoke("eval", tmp_path / "mine", "--base", out, "--data", val, "--json")
+    assert list(json.loads(done.stdout)) == ["4-bit base", "4-bit base + adapter"]
+    done = invoke("merge", tmp_path / "mine", "--base", out, "--out", tmp_path / "merged")
+    assert done.exit_code == 1
+    assert "in 4 bits" in done.stderr
+
+
+def test_a_run_over_16_bits_can_be_measured_and_merged(
+    tiny_base: Path, chats: Path, val: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    run(config(tiny_base, chats, out, quant={"type": "none"}))
+    done = invoke("eval", out, "--base", tiny_base, "--data", val, "--json")
+    assert list(json.loads(done.stdout)) == ["16-bit base", "16-bit base + adapter"]
+    asked = ("merge", out, "--base", tiny_base, "--out", tmp_path / "merged", "--json")
+    found = json.loads(invoke(*asked).stdout)["divergence"]
+    assert list(found) == ["16-bit base + adapter"]
+    assert found["16-bit base + adapter"]["relative"] < 2e-2  # bf16 weights

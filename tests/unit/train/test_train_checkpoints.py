@@ -23,7 +23,8 @@ from veneer_train.checkpoint import RECORD, CheckpointFailed, disk_errors
 
 from tests.unit.train.test_train_run import config, run
 
-STEPS, CUT = 8, 5
+STEPS, CUT = 10, 8
+"""Of 9 samples in batches of 2: the run is cut in its second epoch."""
 
 
 class _Cut(TrainerCallback):
@@ -55,23 +56,23 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("bucketing", [False, True])
+@pytest.mark.parametrize(("bucketing", "accum"), [(False, 1), (True, 1), (False, 2)])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    tiny_base: Path, chats: Path, tmp_path: Path, bucketing: bool
+    tiny_base: Path, chats: Path, tmp_path: Path, bucketing: bool, accum: int
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    data = {"data": {"bucketing": bucketing}}
+    data: dict[str, Any] = {"data": {"bucketing": bucketing}, "train": {"accum": accum}}
     expected = run(settings(tiny_base, chats, whole, **data))
     cut(settings(tiny_base, chats, parts, **data))
     rows = run(settings(tiny_base, chats, parts, **data))
 
-    assert rows[0] == {"event": "resumed", "step": 4, "folder": "checkpoint-4"}
+    assert rows[0] == {"event": "resumed", "step": 6, "folder": "checkpoint-6"}
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         # bf16 files: a difference of 1e-5 in fp32 may round to a neighbour, no further.
         torch.testing.assert_close(tensor, b[name], rtol=2**-7, atol=1e-5)
-    losses = [row["loss"] for row in expected if row["event"] == "step"][4:]
+    losses = [row["loss"] for row in expected if row["event"] == "step"][6:]
     again = [row["loss"] for row in rows if row["event"] == "step"]
     assert again == pytest.approx(losses, abs=1e-5)
 
@@ -93,17 +94,19 @@ def test_what_is_torn_does_not_count(tiny_base: Path, chats: Path, tmp_path: Pat
     chosen = settings(tiny_base, chats, out)
     cut(chosen)
     folder = chosen.output.checkpoints_dir
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-    file = folder / "checkpoint-4" / "adapter_model.safetensors"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    file = folder / "checkpoint-6" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert run(chosen)[0]["step"] == 2
-    assert (folder / f"checkpoint-{STEPS}" / RECORD).is_file()
+    assert run(chosen)[0]["step"] == 4
+    assert not folder.exists()  # a run that has ended needs none
 
 
 def test_only_the_newest_are_kept(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
     chosen = settings(tiny_base, chats, tmp_path / "mine", output={"keep": 1})
-    run(chosen)
-    assert [p.name for p in chosen.output.checkpoints_dir.iterdir()] == [f"checkpoint-{STEPS}"]
+    cut(chosen)
+    (left,) = chosen.output.checkpoints_dir.iterdir()
+    assert left.name == "checkpoint-6"
+    assert (left / RECORD).is_file()
 
 
 @pytest.mark.parametrize(
@@ -251,3 +254,32 @@ def test_kill_in_the_middle_of_a_save(tiny_base: Path, chats: Path, tmp_path: Pa
     rows = run(chosen)
     assert (rows[0]["event"], rows[0]["step"]) == ("resumed", 2)
     assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_what_lies_at_the_folder_is_not_replaced_unless_it_is_an_adapter(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Not even with --overwrite: a mistyped folder must not cost what is in it."""
+    mine = tmp_path / "adapters"
+    (mine / "one").mkdir(parents=True)
+    (mine / "one" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidField, match="something else than an adapter"):
+        run(settings(tiny_base, chats, mine), overwrite=True)
+    assert (mine / "one" / "adapter_config.json").is_file()
+    link = tmp_path / "link"
+    link.symlink_to(mine)
+    with pytest.raises(InvalidField, match="no folder"):
+        run(settings(tiny_base, chats, link), overwrite=True)
+
+
+def test_a_cut_run_that_replaces_a_folder_goes_on_too(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    run(settings(tiny_base, chats, out, lora={"r": 2}))
+    chosen = settings(tiny_base, chats, out)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(
+            chosen, lambda row: None, overwrite=True, callbacks=lambda snapshots: (_Cut(),)
+        )
+    assert run(chosen, overwrite=True)[0]["step"] == 6

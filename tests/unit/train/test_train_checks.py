@@ -58,6 +58,22 @@ def test_sql_may_not_write() -> None:
     assert not passes(SQL, "UPDATE t SET a = 0 RETURNING a", "SELECT 0 FROM t;")
 
 
+def test_an_order_within_is_no_order() -> None:
+    expected = "SELECT a FROM (SELECT a FROM t ORDER BY a LIMIT 2);"
+    assert passes(SQL, "SELECT a FROM t WHERE a < 3 ORDER BY a DESC", expected)
+
+
+def test_whole_numbers_are_whole() -> None:
+    setup = {"sql": {"setup": "CREATE TABLE n (x INTEGER);"}}
+    assert not passes(setup, "SELECT 1234567", "SELECT 1234568")
+    assert passes(setup, "SELECT 0.1 + 0.2", "SELECT 0.3")
+
+
+def test_a_signature_is_the_same_however_it_is_spaced() -> None:
+    check = {"python": {"signature": "add(a: int,b=0)"}}
+    assert passes(check, "def add(a: int, b=0):\n    return a + b", "")
+
+
 PYTHON = {"python": {"signature": "add(a, b)", "tests": "assert add(2, 3) == 5"}}
 
 
@@ -110,11 +126,23 @@ def test_an_interval_holds_the_share() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [{}, {"exact": False}, {"exact": True, "regex": "x"}, {"sql": {}}, {"other": 1}, [], "x"],
+    [
+        {"regex": "("},
+        {"python": {"tests": 5}},
+        {"python": {"signature": "add(a"}},
+        {"sql": {"setup": "CREATE TABEL t"}},
+        {},
+        {"exact": False},
+        {"exact": True, "regex": "x"},
+        {"sql": {}},
+        {"other": 1},
+        [],
+        "x",
+    ],
 )
 def test_a_check_that_is_none_is_refused(check: object) -> None:
     with pytest.raises(InvalidField, match="check"):
-        validate(check)
+        validate(check, "")
 
 
 def test_a_bad_check_names_its_line(tokenizer: Any, jsonl: Callable[..., Path]) -> None:

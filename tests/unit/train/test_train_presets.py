@@ -43,7 +43,7 @@ def test_the_nearer_setting_wins(tmp_path: Path) -> None:
 def test_a_base_on_the_command_line_names_itself() -> None:
     given = {key: value for key, value in GIVEN.items() if key != "model"}
     found = load_config(preset="quick", under=given, base="/bases/smollm2-135m/")
-    assert found.model.path == "/bases/smollm2-135m/"
+    assert found.model.path == "/bases/smollm2-135m"
     assert found.model.name == "smollm2-135m"
     named = load_config(preset="quick", under=GIVEN, base="/elsewhere/snapshot")
     assert named.model.name == "base"

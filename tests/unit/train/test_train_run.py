@@ -243,14 +243,13 @@ def test_an_output_that_exists_is_kept_unless_asked(
 ) -> None:
     out = tmp_path / "mine"
     out.mkdir()
-    (out / "precious.txt").write_text("x")
+    (out / "adapter_config.json").write_text("an older one")
     settings = config(tiny_base, chats, out, train={"steps": 1})
     with pytest.raises(InvalidField, match="--overwrite"):
         run(settings)
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert (out / "adapter_config.json").read_text() == "an older one"
     run(settings, overwrite=True)
-    assert (out / "adapter_config.json").is_file()
-    assert not (out / "precious.txt").exists()
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.mark.parametrize(
@@ -334,19 +333,28 @@ def test_a_constant_schedule_warms_up(tmp_path: Path) -> None:
     assert (cold.lr_scheduler_type, cold.warmup_steps) == ("constant", 0)
 
 
-def test_a_folder_that_the_server_would_refuse_does_not_appear(
+def test_a_template_that_no_server_takes_is_refused_before_training(
     tiny_base: Path, chats: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
     template = tmp_path / "long.jinja"
     template.write_text(tokenizer.chat_template + "{# " + "x" * (1 << 17) + " #}")
-    settings = config(
-        tiny_base,
-        chats,
-        tmp_path / "mine",
-        data={"template": str(template)},
-        train={"steps": 1},
-    )
-    with pytest.raises(AdapterInvalid, match=r"chat_template\.jinja"):
-        run(settings)
+    data = {"template": str(template)}
+    with pytest.raises(InvalidField, match="larger than"):
+        run(config(tiny_base, chats, tmp_path / "mine", data=data))
+    assert not (tmp_path / "mine.logs").exists()
+
+
+def test_a_folder_that_the_server_would_refuse_does_not_appear(
+    tiny_base: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Any, base_name: str) -> AdapterState:
+        taken = original(model, base_name)
+        tensors = {key: torch.full_like(t, float("nan")) for key, t in taken.tensors.items()}
+        return AdapterState(tensors, taken.config)
+
+    original = loop.take
+    monkeypatch.setattr(loop, "take", broken)
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.safetensors"):
+        run(config(tiny_base, chats, tmp_path / "mine", train={"steps": 1}))
     assert not (tmp_path / "mine").exists()
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -42,14 +42,17 @@ EXPORT_EXAMPLES = (
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of the adapter.")]
 Data = Annotated[Path, typer.Option(help="JSONL, as for training.")]
-MaxLen = Annotated[int, typer.Option(help="Tokens of a sample; what is longer is left out.")]
+MaxLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a sample, longer ones are left out; else as in training."),
+]
 
 
 def evaluate(
     adapter: Adapter,
     base: Base,
     data: Data,
-    max_len: MaxLen = 512,
+    max_len: MaxLen = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
     reference: Annotated[
         bool, typer.Option(help="Measure the base in 16 bits too, which takes its memory.")
@@ -65,12 +68,14 @@ def evaluate(
     with errors(debug):
         quiet_libraries()
         from veneer_train import measure
-        from veneer_train.config import DataConfig
+        from veneer_train.model import resolve_base
 
-        options = DataConfig(train=str(data), max_len=max_len, on_truncated="drop")
+        if record:
+            measure.check_recordable(adapter)
+        options = measure.data_options(adapter, data, max_len=max_len)
         console = stderr()
         found = measure.measure(
-            base,
+            resolve_base(base),
             adapter,
             data,
             options,
@@ -110,15 +115,15 @@ def verify(
     server: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Will this server take it?")
     ] = None,
-    max_len: MaxLen = 512,
     debug: Debug = False,
 ) -> None:
     """Prove that an adapter is whole, is for this base, and is as good as its manifest says."""
     with errors(debug):
         quiet_libraries()
+        from veneer_train.model import resolve_base
         from veneer_train.verify import verify as run
 
-        for line in run(adapter, base, data=data, server=server, max_len=max_len):
+        for line in run(adapter, resolve_base(base), data=data, server=server):
             print(line)
 
 
@@ -140,8 +145,9 @@ def merge(
     with errors(debug):
         quiet_libraries()
         from veneer_train.merge_report import merge_and_compare
+        from veneer_train.model import resolve_base
 
-        found = merge_and_compare(base, adapter, out, into)
+        found = merge_and_compare(resolve_base(base), adapter, out, into)
     if as_json:
         print(json.dumps({"folder": str(out), "divergence": found}))
         return
@@ -166,7 +172,7 @@ def export_gguf(
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
     base: Annotated[
-        Path | None, typer.Option(help="Of an adapter: the folder of its base model.")
+        str | None, typer.Option(help="Of an adapter: its base model's folder or hub name.")
     ] = None,
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"],
@@ -180,6 +186,7 @@ def export_gguf(
         from veneer_registry.errors import InvalidField
 
         from veneer_train.llama_cpp.export import export_adapter, export_model
+        from veneer_train.model import resolve_base
 
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter and base is None:
@@ -188,7 +195,7 @@ def export_gguf(
                 metadata={"field": "base"},
             )
         if is_adapter and base is not None:
-            export_adapter(folder, base, out)
+            export_adapter(folder, resolve_base(base), out)
         else:
-            export_model(folder, out, kind)
+            export_model(resolve_base(str(folder)), out, kind)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

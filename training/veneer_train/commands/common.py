@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,7 @@ __all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show traces of errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
-    Path, typer.Option("--base", help="Folder of the base model, in Hugging Face's form.")
+    str, typer.Option("--base", help="The base model: a Hugging Face folder, or a hub name.")
 ]
 
 

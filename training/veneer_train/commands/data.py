@@ -56,9 +56,9 @@ def inspect_data(
         from veneer_train.config import DataConfig
         from veneer_train.data import load_file
         from veneer_train.inspection import coloured, summary
-        from veneer_train.model import load_tokenizer, read_template
+        from veneer_train.model import load_tokenizer, read_template, resolve_base
 
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(resolve_base(base))
         options = DataConfig(
             train=str(file), loss_on=loss_on, max_len=max_len, on_truncated="drop"
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from veneer_registry.errors import InvalidField
 
 from veneer_train.commands.common import Debug, errors, quiet_libraries, stderr
+from veneer_train.config import read_preset
 from veneer_train.strict import apply_setting, overlay, read_yaml
 
 __all__ = ["EXAMPLES", "lab"]
@@ -28,7 +30,7 @@ def lab(
     name: Annotated[Name, typer.Argument(help="Which one.")],
     out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
     base: Annotated[
-        Path | None, typer.Option(help="Folder of the base model; all but swap need it.")
+        str | None, typer.Option(help="Folder of the base model; all but swap need it.")
     ] = None,
     modes: Annotated[
         str, typer.Option(help="quant-ppl: of bf16, nf4, nf4-dq, fp4, int4.")
@@ -98,7 +100,9 @@ def lab(
             else:
                 from veneer_train.labs import training
 
-                over: dict[str, Any] = overlay({}, read_yaml(config) if config else {})
+                over: dict[str, Any] = read_yaml(config) if config else {}
+                if preset := over.pop("preset", None):
+                    over = overlay(read_preset(preset), over)
                 for setting in settings or ():
                     apply_setting(over, setting)
                 runs = training.Runs(
@@ -114,14 +118,16 @@ def lab(
     print(page.read_text("utf-8"))
 
 
-def _needed(base: Path | None) -> Path:
-    if base is None:
-        raise InvalidField(
-            "this lab needs the base model's folder: "
-            '--base "$(veneer-server model path smollm2-135m)"',
-            metadata={"field": "base"},
-        )
-    return base
+def _needed(base: str | None) -> Path:
+    from veneer_train.model import resolve_base
+
+    if base is not None:
+        return resolve_base(base)
+    raise InvalidField(
+        "this lab needs the base model's folder: "
+        '--base "$(veneer-server model path smollm2-135m)"',
+        metadata={"field": "base"},
+    )
 
 
 def _adapters(text: str | None) -> dict[str, Path]:
@@ -156,7 +162,8 @@ def _cores() -> int:
 
 def _shown(arguments: list[str]) -> list[str]:
     """The command line without this machine's folders."""
-    return [
-        Path(argument).name if Path(argument).is_absolute() else argument
-        for argument in arguments
-    ]
+    return [_FOLDERS.sub("", argument) for argument in arguments]
+
+
+_FOLDERS: Final = re.compile(r"(?<![\w.~-])[~/](?:[^/\s,=]*/)+(?=[^/\s,=])")
+"""What comes before the last part of an absolute path."""

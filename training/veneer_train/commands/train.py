@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from veneer_registry.errors import InvalidField
+from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_train.commands.common import AsJson, Debug, errors, quiet_libraries, reporter
 from veneer_train.config import PRESETS, load_config
@@ -73,6 +73,7 @@ def train(
         # Only here: torch and transformers take seconds, and --help needs neither.
         quiet_libraries()
         from veneer_train.push import Target
+        from veneer_train.trainer import main_process
 
         if (push is None) != (name is None):
             raise InvalidField(
@@ -83,18 +84,17 @@ def train(
                 "--alias and --push-every need --push HOST:PORT and --name NAME",
                 metadata={"field": "push"},
             )
-        if push is None or name is None:
-            result, published = _run(parsed, None, 0, overwrite), None
-        else:
-            if parsed.lora.dora:
-                raise InvalidField(
-                    "servers take DoRA adapters merged only: train without --push, then use "
-                    "veneer-train merge",
-                    metadata={"field": "lora.dora"},
-                )
-            target = Target(push, name, alias)
-            result = _run(parsed, target, push_every, overwrite)
-            published = _publish(target, result)
+        target = None if push is None or name is None else Target(push, name, alias)
+        if target is not None and parsed.lora.dora:
+            raise InvalidField(
+                "servers take DoRA adapters merged only: train without --push, then use "
+                "veneer-train merge",
+                metadata={"field": "lora.dora"},
+            )
+        result = _run(parsed, target, push_every, overwrite)
+        if not main_process():
+            return
+        published = _publish(target, result) if target is not None else None
     _show(result, published, as_json)
 
 
@@ -103,14 +103,20 @@ def _run(
 ) -> TrainResult:
     from veneer_train.loop import train as run
 
+    if target is None:
+        with reporter() as report:
+            return run(config, report, overwrite=overwrite)
+    from veneer_train.push import check_target
+
     with reporter() as report:
-
-        def callbacks(snapshots: Snapshots) -> Sequence[Any]:
-            if target is None:
-                return ()
-            return (_callback(target, push_every, snapshots, report),)
-
-        return run(config, report, overwrite=overwrite, callbacks=callbacks)
+        return run(
+            config,
+            report,
+            overwrite=overwrite,
+            callbacks=lambda snapshots: (_callback(target, push_every, snapshots, report),),
+            # Before hours of training, not after.
+            check_base=lambda base: check_target(target, base),
+        )
 
 
 def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) -> Any:
@@ -129,15 +135,23 @@ def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) 
         fingerprint=snapshots.base,
         at_end=False,  # what is published then is the folder, rounded and measured
         on_publication=told,
-        write=snapshots.write_step,
+        write=snapshots.write_moment,
     )
 
 
 def _publish(target: Target, result: TrainResult) -> str:
-    """The revision; the adapter stays on disk if the server does not take it."""
+    """The revision.
+
+    Raises:
+        VeneerError: the server does not take it; says where the adapter is.
+    """
     from veneer_train.push import publish
 
-    return publish(target, result.folder, step=result.facts.steps).adapter.revision
+    try:
+        return publish(target, result.folder, step=result.facts.steps).adapter.revision
+    except VeneerError as error:
+        error.message += f"; the adapter is in {result.folder}: veneer adapter push it later"
+        raise
 
 
 def _show(result: TrainResult, published: str | None, as_json: bool) -> None:
@@ -149,7 +163,9 @@ def _show(result: TrainResult, published: str | None, as_json: bool) -> None:
     for name, value in metrics.items():
         print(f"{name:<22}{value:.4f}")
     print(f"\nadapter written to {result.folder}")
-    if published is None:
+    if published is None and result.dora:
+        print(f"servers take DoRA merged: veneer-train merge {result.folder} --out DIR ...")
+    elif published is None:
         print(f"publish it: veneer adapter push {result.folder} --name NAME")
     else:
         print(f"published as {published[:12]}")

@@ -92,12 +92,18 @@ def train(raw: dict[str, Any], method: Method) -> RunResult:
     from veneer_train.data import load_split
     from veneer_train.evaluate import evaluate
     from veneer_train.metrics_log import MetricsLog
-    from veneer_train.model import add_adapter, load_base, load_tokenizer, training_device
+    from veneer_train.model import (
+        add_adapter,
+        load_base,
+        load_tokenizer,
+        read_template,
+        training_device,
+    )
     from veneer_train.trainer import fit
 
     folder = Path(config.model.path)
     tokenizer = load_tokenizer(folder)
-    template = str(tokenizer.chat_template or "")
+    template = read_template(config.data.template, tokenizer)
     split = load_split(config.data, tokenizer, template, config.train.seed)
     device = training_device()
     set_seed(config.train.seed)

@@ -22,6 +22,8 @@ _SHORT: Final = (
     "steps, or for models with billions of parameters, needs a larger run (--config)."
 )
 
+FULL_LR: Final = 5e-5
+
 DEFAULTS: Final[Mapping[str, Any]] = {
     "lora": {"r": 16, "alpha": 32},
     "data": {"max_len": 320, "on_truncated": "drop"},
@@ -61,13 +63,16 @@ class Runs:
 
     def config(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Sections of one run."""
-        under = {
+        own = {
             "model": {"path": str(self.base), "name": self.base.name},
-            "data": self._data,
             "train": {"seed": self.seed},
-            "output": {"dir": str(self._out / name / "adapter")},
+            "output": {
+                "dir": str(self._out / name / "adapter"),
+                "logs": str(self._out / name / "logs"),
+            },
         }
-        raw = overlay(overlay(overlay(under, DEFAULTS), self._over), changes)
+        raw = overlay(overlay({"data": self._data}, DEFAULTS), self._over)
+        raw = overlay(overlay(raw, changes), own)
         parse_config(raw)  # refuses what cannot be, before the first run
         return raw
 
@@ -76,6 +81,10 @@ class Runs:
         self._told(f"{name}: training")
         config = self.config(name, changes)
         return run(config, method, self._out / name, threads=self._threads)
+
+    def given(self, section: str, key: str) -> bool:
+        """Whether --config or --set say what it is."""
+        return key in self._over.get(section, {})
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -119,8 +128,9 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
     rows: list[Row] = []
     base_loss = float("nan")
     for method in methods:
-        # A whole model wants smaller steps than an adapter.
-        changes = {"train": {"lr": 5e-5}} if method == "full" else {}
+        # A whole model wants smaller steps than an adapter, unless it was said which.
+        smaller = method == "full" and not runs.given("train", "lr")
+        changes = {"train": {"lr": FULL_LR}} if smaller else {}
         found = runs.run(method, changes, method)
         if method == "qlora":
             base_loss = found.base_loss
@@ -128,6 +138,7 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         rows.append(
             {
                 **_row({"method": method}, found),
+                "lr": parse_config(runs.config(method, changes)).train.lr,
                 "planned, MB": round(planned / 1e6),
                 "plan / peak": round(planned / found.peak_bytes, 3),
             }
@@ -152,8 +163,8 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
             "On a CPU nothing is paged, and 4-bit weights are restored for each product, which "
             "costs time that a GPU's kernels do not take.",
             "Of this small base a third are embeddings, which stay in 16 bits, and the "
-            "libraries take more than the weights: at 65B the same sum gives 48 GB against "
-            "780 (`veneer-train plan --llama-65b`).",
+            "libraries take more than the weights: at 65B the same sum is what the paper says, "
+            "48 GB against 780 (`veneer-train plan --llama-65b --preset paper --device cuda`).",
         ],
         command=command,
         seed=runs.seed,

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import gguf
 import torch
 from safetensors import safe_open
+from veneer_registry.fingerprint import weight_files
 from veneer_registry.format import read_adapter
 
 from veneer_train.llama_cpp.tensors import Architecture, as_array, permuted, read_architecture
@@ -129,7 +130,7 @@ def export_adapter(
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     with ExitStack() as stack:
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             file = stack.enter_context(safe_open(path, "pt"))
             for name in sorted(file.keys()):
                 yield name, file.get_tensor(name)

@@ -288,8 +288,8 @@ def _join(draw: _Draw) -> tuple[str, str]:
     ask = draw.say(
         f"Show the {shown.words} of each of the {child.words} with the {about.words} of its "
         f"{_one(parent)}.",
-        f"List the {child.words} by {shown.words}, each with the {about.words} of its "
-        f"{_one(parent)}.",
+        f"List the {shown.words} of each of the {child.words} together with the "
+        f"{about.words} of its {_one(parent)}.",
     )
     return ask, f"SELECT {child.name}.{shown.name}, {parent.name}.{about.name} {joined};"
 
