@@ -170,6 +170,7 @@ class App:
             )
         )
         self._resources.callback(registry.close)
+        self._events.name_by(registry.names)
         housekeeping = Housekeeping(
             registry, self._events, upload_ttl_s=config.upload_ttl * 3600
         )

@@ -36,11 +36,17 @@ Kind = adapters_pb2.AdapterEvent
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights and where they are after an event; names share them, so it has none."""
+    """Weights and where they are after an event.
+
+    Attributes:
+        names: that had a revision with them then; one that is published later hears of
+            its own publication first. None: whoever has one.
+    """
 
     digest: str
     tier: Tier
     pinned: bool
+    names: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,15 @@ class AdapterEvents:
         self._row: deque[Happened] = deque(maxlen=kept)
         self._more = asyncio.Event()
         self._closed = False
+        self._names: Callable[[str], Iterable[str]] | None = None
         self._residency: dict[str, Residency] = {}
         self._frame: list[_LoadEvent] = []
 
     # --------------------------------------------------------------------- sources
+
+    def name_by(self, names: Callable[[str], Iterable[str]]) -> None:
+        """Tell which names have a revision with some weights."""
+        self._names = names
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Listener for `EngineClient`."""
@@ -186,7 +197,8 @@ class AdapterEvents:
         state = self._residency.get(digest)
         tier = Tier.DISK if state is None else Tier(state.tier)
         pinned = state is not None and state.pinned
-        self._append(kind, Weights(digest, tier, pinned), detail)
+        names = None if self._names is None else frozenset(self._names(digest))
+        self._append(kind, Weights(digest, tier, pinned, names), detail)
 
     def _append(self, kind: Kind, subject: Weights | AdapterRecord, detail: str = "") -> None:
         self.last += 1

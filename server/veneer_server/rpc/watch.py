@@ -121,6 +121,8 @@ class AdapterWatch:
 
     async def _sharing(self, weights: Weights) -> list[adapters_pb2.Adapter]:
         records = await to_the_end(lambda: self._registry.holding(weights.digest))
+        if weights.names is not None:
+            records = tuple(r for r in records if r.ref.name in weights.names)
         adapters = [self._view.adapter(record) for record in records]
         for adapter in adapters:
             adapter.tier = convert.tier_to_proto(weights.tier)

@@ -301,6 +301,37 @@ async def test_what_happens_during_the_snapshot_follows_it() -> None:
     assert seen[1:] == [(pb.ADAPTER_EVENT_LOADED, 0), (pb.ADAPTER_EVENT_SYNCED, 0)]
 
 
+async def test_what_happened_to_weights_is_not_told_of_a_name_that_came_later() -> None:
+    """As seen on a busy machine: one that was activated for its own publication was told
+    ACTIVATED, PUBLISHED, ACTIVATED."""
+    events, seen = AdapterEvents(), []
+    since = events.last
+    events.name_by(lambda digest: ("old",))
+    await told(events, state("device"), AdapterLoaded(DIGEST, "host", {}))
+    events.name_by(lambda digest: ("old", "new"))
+    await told(events, state("host"), Evicted(DIGEST, "device", "admin"))
+    events.close()
+
+    async def write(message: Any) -> None:
+        if message.event != pb.ADAPTER_EVENT_SYNCED:
+            seen.append((message.event, message.adapter.name))
+
+    class Both(Nobody):
+        def holding(self, digest: str) -> Any:
+            return tuple(
+                SimpleNamespace(ref=SimpleNamespace(name=name)) for name in ("old", "new")
+            )
+
+    view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record.ref.name))
+    with pytest.raises(Draining):
+        await AdapterWatch(Both(), view, events).serve(since, write)  # type: ignore[arg-type]
+    assert seen == [
+        (pb.ADAPTER_EVENT_ACTIVATED, "old"),
+        (pb.ADAPTER_EVENT_EVICTED, "old"),
+        (pb.ADAPTER_EVENT_EVICTED, "new"),
+    ]
+
+
 async def test_who_stops_reading_is_closed() -> None:
     async def write(message: Any) -> None:
         await asyncio.Event().wait()
