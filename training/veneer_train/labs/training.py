@@ -163,8 +163,8 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
             "On a CPU nothing is paged, and 4-bit weights are restored for each product, which "
             "costs time that a GPU's kernels do not take.",
             "Of this small base a third are embeddings, which stay in 16 bits, and the "
-            "libraries take more than the weights: at 65B the same sum is what the paper says, "
-            "48 GB against 780 (`veneer-train plan --llama-65b --preset paper --device cuda`).",
+            "libraries take more than the weights: at 65B the same sum gives 49 GB "
+            "against 784 (`veneer-train plan --llama-65b --preset paper --device cuda`).",
         ],
         command=command,
         seed=runs.seed,
