@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -23,18 +24,21 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     """The whole example."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="of training; fewer for a look")
+    steps = parser.parse_args().steps
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="veneer-example-") as scratch:
         console.print("starting a server ...", style="dim")
         server = LocalServer()
         try:
-            asyncio.run(show(server.address, Path(scratch)))
+            asyncio.run(show(server.address, Path(scratch), steps))
         finally:
             server.stop()
     console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim")
 
 
-async def show(address: str, scratch: Path) -> None:
+async def show(address: str, scratch: Path, steps: int) -> None:
     """Data, training beside serving, then the swap."""
     await run("veneer-train", "data", "sql", "--out", str(scratch / "data"))
     sample = json.loads((scratch / "data" / "val.jsonl").read_text("utf-8").splitlines()[0])
@@ -47,9 +51,9 @@ async def show(address: str, scratch: Path) -> None:
             run(
                 *("veneer-train", "train", str(HERE / "sql.yaml"), "--base", base),
                 *("--set", f"data.train={scratch / 'data' / 'train.jsonl'}"),
-                *("--set", f"data.val={scratch / 'data' / 'val.jsonl'}"),
                 *("--set", f"output.dir={scratch / 'sql'}"),
-                *("--push", address, "--name", "sql", "--push-every", "20"),
+                *("--set", f"train.steps={steps}", "--push", address, "--name", "sql"),
+                *("--push-every", str(max(1, steps // 3))),
                 shown=True,
             )
         )

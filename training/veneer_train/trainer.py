@@ -63,6 +63,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._started = time.monotonic() - before_s
         self.last_loss = float("nan")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A checkpoint brings the interval that it was saved by.
+        state.save_steps = args.save_steps
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
     ) -> None:

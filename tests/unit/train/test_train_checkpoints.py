@@ -108,6 +108,17 @@ def test_only_the_newest_are_kept(tiny_base: Path, chats: Path, tmp_path: Path) 
     assert (left / RECORD).is_file()
 
 
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    cut(settings(tiny_base, chats, out))  # each two steps: 4 and 6 are there
+    often = settings(tiny_base, chats, out, output={"save_every": 1})
+    cut(often)
+    left = {path.name for path in often.output.checkpoints_dir.iterdir()}
+    assert left == {"checkpoint-6", "checkpoint-7"}
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "field"),
     [("lora", "alpha", 9.0, "lora.alpha"), ("train", "lr", 0.02, "train.lr")],
