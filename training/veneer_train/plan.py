@@ -42,8 +42,8 @@ _OPTIMIZER: Final = {
 of what it trains."""
 
 _LIBRARIES: Final = {"cpu": 735 << 20, "cuda": 0}
-"""What a process has besides: torch, transformers and what loading the base leaves (on a GPU not
-there). Measured: `python -m tests.bench.plan_memory`."""
+"""What a process has besides: torch, transformers and what loading the base leaves (on a GPU
+not there). Measured: `python -m tests.bench.plan_memory`."""
 
 
 @dataclass(frozen=True, slots=True)

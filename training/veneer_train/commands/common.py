@@ -60,9 +60,10 @@ def quiet_libraries() -> None:
 def share_cores(server: str) -> None:
     """Call before torch is imported, if a server is to be published to.
 
-    On this machine it needs the cores as well: OpenMP threads that spin at barriers, as they do
-    unless told otherwise, make a step beside one busy process three to twenty times as long (2
-    cores), and the streams' too. Threads that sleep cost a run that is alone a third of its speed.
+    On this machine it needs the cores as well: OpenMP threads that spin at barriers, as they
+    do unless told otherwise, make a step beside one busy process three to twenty times as long
+    (2 cores), and those of the streams too. Threads that sleep cost a run that is alone a third
+    of its speed.
     """
     host = server.rpartition(":")[0].strip("[]")
     if host in ("localhost", "::1") or host.startswith("127."):
