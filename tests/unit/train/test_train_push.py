@@ -138,6 +138,9 @@ def test_a_run_shares_its_cores_with_a_server_on_the_same_machine(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    niceness: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda which, who, value: niceness.append(value))
     share_cores(server)
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert bool(niceness) == (server != "gpu.example:50051"), "people wait for streams"
     os.environ.pop("OMP_WAIT_POLICY", None)

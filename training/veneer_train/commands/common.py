@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -27,6 +27,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Base = Annotated[
     str, typer.Option("--base", help="The base model: a Hugging Face folder, or a hub name.")
 ]
+
+
+_YIELDS: Final = 10
+"""Niceness of a run beside a server."""
 
 
 def stderr() -> Console:
@@ -63,11 +67,13 @@ def share_cores(server: str) -> None:
     On this machine it needs the cores as well: OpenMP threads that spin at barriers, as they
     do unless told otherwise, make a step beside one busy process three to twenty times as long
     (2 cores), and those of the streams too. Threads that sleep cost a run that is alone a third
-    of its speed.
+    of its speed. And people wait for the server's streams: the run yields to them.
     """
     host = server.rpartition(":")[0].strip("[]")
     if host in ("localhost", "::1") or host.startswith("127."):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, max(niceness, _YIELDS))
 
 
 @contextmanager
