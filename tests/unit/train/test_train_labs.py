@@ -36,7 +36,7 @@ def lab(*arguments: object) -> list[dict[str, str]]:
 
 def test_quant_error(tiny_base: Path, tmp_path: Path) -> None:
     rows = lab("quant-error", "--base", tiny_base, "--out", tmp_path / "lab")
-    errors = {r["mode"]: float(r["mean |error| on N(0, 1)"]) for r in rows}
+    errors = {r["mode"]: float(r["mean absolute error on N(0, 1)"]) for r in rows}
     assert errors["nf4"] < errors["int4"] < errors["fp4"]
 
 
