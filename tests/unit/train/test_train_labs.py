@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def lab(*arguments: object) -> list[dict[str, str]]:
     page = (out / "README.md").read_text()
     assert "cannot show" in page
     assert str(out.parent) not in page  # no place on this machine
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, table
     with (out / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
