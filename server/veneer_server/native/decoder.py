@@ -51,7 +51,12 @@ def check(config: DecoderConfig, block_size: int) -> None:
 
 
 class NativeDecoder:
-    """Implements `Backend` over weights whose linears are all `NativeLinear`."""
+    """Implements `Backend` over weights whose linears are all `NativeLinear`.
+
+    Args:
+        head: how the head is kept: `EIGHT_BIT` halves what a step of one row reads of it, and
+            is off by half a 127th of the largest weight of 64; or `BFLOAT16`.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class NativeDecoder:
         num_blocks: int,
         block_size: int,
         threads: int,
+        head: int = EIGHT_BIT,
     ) -> None:
         config = weights.config
         self._library = library
@@ -69,7 +75,7 @@ class NativeDecoder:
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
         self._keys = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
         self._values = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
-        self._head = pack_dense(library, EIGHT_BIT, weights.head)
+        self._head = pack_dense(library, head, weights.head)
         self._layers = (Layer * len(weights.layers))()
         for index, layer in enumerate(weights.layers):
             to = self._layers[index]

@@ -11,7 +11,7 @@ from torch import nn
 from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
 from veneer_server.models.packed import row_slices, rows_of
 from veneer_server.native.compiler import NativeUnavailable
-from veneer_server.native.library import BFLOAT16, BLOCK, FOUR_BIT, Library, Linear, address
+from veneer_server.native.library import BFLOAT16, BLOCK, EIGHT_BIT, FOUR_BIT, Library, Linear, address
 
 __all__ = ["NativeLinear", "fuse", "pack_dense"]
 
@@ -65,25 +65,30 @@ class NativeLinear:
         tiles = self._packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         for rows in row_slices(outputs, inputs):
             part = tiles[rows.start // _TILE : -(-rows.stop // _TILE)]
-            numbers = self._pairs(part) if self._table is None else self._codes(part)
+            numbers = self._numbers(part)
             yield numbers[: rows.stop - rows.start], rows_of(self._bias, rows)
 
-    def _pairs(self, tiles: torch.Tensor) -> torch.Tensor:
-        pairs = tiles.view(torch.bfloat16).view(len(tiles), -1, _TILE, 2)
-        return pairs.transpose(1, 2).reshape(len(tiles) * _TILE, -1).float()
-
-    def _codes(self, tiles: torch.Tensor) -> torch.Tensor:
-        assert self._table is not None
+    def _numbers(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Of some tiles: [outputs, inputs] float32."""
         count, blocks, _ = tiles.shape
-        codes = tiles[..., : _TILE * BLOCK // 2].contiguous().view(torch.int16)
-        scales = tiles[..., _TILE * BLOCK // 2 :].contiguous().view(torch.float32)
-        # half, group, output of the half, which of its pair
-        words = codes.view(count, blocks, 2, 8, 16, 2).int()
-        fours = torch.stack([(words >> 4 * q) & 15 for q in range(4)], dim=4)
-        # [tile, half, output, block, group, q, of its pair]
-        ordered = fours.permute(0, 2, 5, 1, 3, 4, 6).reshape(count, _TILE, blocks, BLOCK)
-        numbers = self._table.float()[ordered] * scales.transpose(1, 2).unsqueeze(-1)
-        return numbers.view(count * _TILE, blocks * BLOCK)
+        if self.struct.kind == BFLOAT16:
+            pairs = tiles.view(torch.bfloat16).view(count, blocks * BLOCK // 2, _TILE, 2)
+            return pairs.transpose(1, 2).reshape(count * _TILE, -1).float()
+        scales = tiles[..., -4 * _TILE :].contiguous().view(torch.float32)
+        codes = tiles[..., : -4 * _TILE].contiguous()
+        if self.struct.kind == EIGHT_BIT:
+            pairs = codes.view(torch.int8).view(count, blocks, BLOCK // 2, _TILE, 2)
+            plain = pairs.permute(0, 3, 1, 2, 4).reshape(count, _TILE, blocks, BLOCK).float()
+        else:
+            assert self._table is not None
+            # half, group, output of the half, which of its pair
+            words = codes.view(torch.int16).view(count, blocks, 2, 8, 16, 2).int()
+            fours = torch.stack([(words >> 4 * q) & 15 for q in range(4)], dim=4)
+            # [tile, half, output, block, group, q, which of its pair]
+            ordered = fours.permute(0, 2, 5, 1, 3, 4, 6).reshape(count, _TILE, blocks, BLOCK)
+            plain = self._table.float()[ordered]
+        scaled = plain * scales.transpose(1, 2).unsqueeze(-1)
+        return scaled.view(count * _TILE, blocks * BLOCK)
 
 
 def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:

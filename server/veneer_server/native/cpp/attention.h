@@ -41,6 +41,17 @@ inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int he
     for (int d = 0; d < shape.dim; ++d) to[2 * d] = to_bf16(value[d]);
 }
 
+// Ask for what a token's key and value will be written to: they touch a line for each pair of
+// dimensions.
+inline void ask_for_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
+                         int head) {
+    const size_t run = shape.run(slot, head);
+    const bf16* key = keys + run + slot % kRun * 2;
+    const bf16* value = values + run + slot % kRun / 2 * 2 * shape.dim;
+    for (int pair = 0; pair < shape.dim / 2; ++pair) __builtin_prefetch(key + pair * 2 * kRun, 1);
+    for (int d = 0; d < 2 * shape.dim; d += 32) __builtin_prefetch(value + d, 1);
+}
+
 // One sequence's view of a layer's cache.
 struct Sequence {
     const bf16* keys;
@@ -67,13 +78,21 @@ template <int Queries>
 inline void score(const Sequence& sequence, const KvShape& shape, const Query* queries,
                   int first_run, int end_run, float scale, float* scores, size_t stride) {
     for (int run = first_run; run < end_run; ++run) {
-        const bf16* keys = sequence.keys + sequence.run(shape, run);
+        const size_t at = sequence.run(shape, run);
+        const bf16* keys = sequence.keys + at;
+        const bf16* values = sequence.values + at;
+        const int next = run + 1 < end_run ? run + 1 : run;
+        const bf16* next_keys = sequence.keys + sequence.run(shape, next);
         Floats sums[2][Queries];
         for (auto& chain : sums)
             for (auto& each : chain) each = zeros();
         for (int pair = 0; pair < shape.dim / 2; pair += 2) {
             for (int c = 0; c < 2; ++c) {
-                const Pairs key = load_pairs(keys + (pair + c) * 2 * kRun);
+                const size_t line = size_t(pair + c) * 2 * kRun;
+                // A cache of many sequences lies in memory: the next K, and V for later.
+                prefetch(next_keys + line);
+                prefetch(values + line);
+                const Pairs key = load_pairs(keys + line);
                 for (int q = 0; q < Queries; ++q)
                     sums[c][q] = dot(sums[c][q], key, same_pair(queries[q].query + 2 * (pair + c)));
             }

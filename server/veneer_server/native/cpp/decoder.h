@@ -261,6 +261,7 @@ class Decoder {
     void rotate(int index, int64_t row, int head) {
         const Layer& layer = m_.layers[index];
         const int group = m_.heads / m_.kv_heads, dim = m_.dim;
+        ask_for_slot(layer.keys, layer.values, kv_, step_->slots[row], head);
         float* query = y(row) + head * group * dim;
         float* key = y(row) + query_width_ + head * dim;
         float* value = key + kv_width_;

@@ -112,33 +112,43 @@ inline void shrink(const LoraGroup& group, int chunk, const float* x, size_t x_s
 }
 
 // y[0 to count - 1] += s (h B^T)[first to first + count - 1] for one row.
-template <class Number>
-inline void expand_row(const LoraMember& member, int outputs, const float* h, int first, int count,
-                       float* y) {
-    constexpr int wide = 4;
-    const Number* b = static_cast<const Number*>(member.b) + first;
-    const float* shrunk = h + member.first;
-    int n = 0;
-    for (; n + wide * kLanes <= count; n += wide * kLanes) {
-        Floats sums[wide];
+template <int Vectors, class Number>
+inline int expand_vectors(const LoraMember& member, int outputs, const Number* b,
+                          const float* shrunk, int n, int count, float* y) {
+    constexpr int width = Vectors * kLanes;
+    for (; n + width <= count; n += width) {
+        Floats sums[Vectors];
         for (auto& each : sums) each = zeros();
-        for (int r = 0; r < member.rank; ++r) {
+        const Number* line = b + n;
+        for (int r = 0; r < member.rank; ++r, line += outputs) {
+            // Lines of B are far apart: ask for one that comes soon.
+            for (int v = 0; v < Vectors; v += 64 / int(kLanes * sizeof(Number)))
+                prefetch(line + 4 * size_t(outputs) + v * kLanes);
             const Floats input = all(shrunk[r]);
-            const Number* line = b + size_t(r) * outputs + n;
-            for (int v = 0; v < wide; ++v) sums[v] = fma(load(line + v * kLanes), input, sums[v]);
+            for (int v = 0; v < Vectors; ++v) sums[v] = fma(load(line + v * kLanes), input, sums[v]);
         }
-        for (int v = 0; v < wide; ++v) {
+        for (int v = 0; v < Vectors; ++v) {
             float* to = y + n + v * kLanes;
             store(to, fma(sums[v], all(member.scaling), load(to)));
         }
     }
-    for (; n < count; n += kLanes) {
-        const int width = std::min(kLanes, count - n);
-        Floats total = zeros();
-        for (int r = 0; r < member.rank; ++r)
-            total = fma(load(b + size_t(r) * outputs + n, width), all(shrunk[r]), total);
-        store(y + n, fma(total, all(member.scaling), load(y + n, width)), width);
-    }
+    return n;
+}
+
+template <class Number>
+inline void expand_row(const LoraMember& member, int outputs, const float* h, int first, int count,
+                       float* y) {
+    const Number* b = static_cast<const Number*>(member.b) + first;
+    const float* shrunk = h + member.first;
+    int n = expand_vectors<12>(member, outputs, b, shrunk, 0, count, y);
+    n = expand_vectors<4>(member, outputs, b, shrunk, n, count, y);
+    n = expand_vectors<1>(member, outputs, b, shrunk, n, count, y);
+    if (n == count) return;
+    const int width = count - n;
+    Floats total = zeros();
+    for (int r = 0; r < member.rank; ++r)
+        total = fma(load(b + size_t(r) * outputs + n, width), all(shrunk[r]), total);
+    store(y + n, fma(total, all(member.scaling), load(y + n, width)), width);
 }
 
 inline void expand_row(const LoraAdapter& adapter, const LoraMember& member, int outputs,
