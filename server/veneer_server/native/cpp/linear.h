@@ -62,7 +62,9 @@ constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 // pair of a group is the Q-th four bits of its codes.
 struct FromCodes {
     const uint8_t* at;
-    const Table& table;
+    const Table* table;
+
+    static FromCodes at_block(const uint8_t* block, const Table& table) { return {block, &table}; }
 
     void ask_ahead(int group) const {
         prefetch(at + kAhead + group * 64);
@@ -72,8 +74,8 @@ struct FromCodes {
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
-        low = look_up<Q>(table, load_codes(at + group * 64));
-        high = look_up<Q>(table, load_codes(at + 512 + group * 64));
+        low = look_up<Q>(*table, load_codes(at + group * 64));
+        high = look_up<Q>(*table, load_codes(at + 512 + group * 64));
     }
 };
 
@@ -81,6 +83,10 @@ struct FromCodes {
 struct FromPairs {
     const bf16* at;
     bool streamed;  // from memory, not looked up before
+
+    static FromPairs at_block(const uint8_t* block, const Table&) {
+        return {reinterpret_cast<const bf16*>(block), true};
+    }
 
     void ask_ahead(int group) const {
         if (!streamed) return;
@@ -99,6 +105,10 @@ struct FromPairs {
 // From 8-bit numbers.
 struct FromBytes {
     const int8_t* at;
+
+    static FromBytes at_block(const uint8_t* block, const Table&) {
+        return {reinterpret_cast<const int8_t*>(block)};
+    }
 
     void ask_ahead(int group) const {
         for (int i = 0; i < 4; ++i) prefetch(at + kAhead + group * 256 + i * 64);
@@ -126,107 +136,53 @@ inline void expand(const Source& codes, bf16* pairs) {
     }
 }
 
-// A block's products of Rows rows: sums[row][half]. With few rows several sums for each are
-// kept, so that a product need not wait for the one before it.
-template <int Rows, class Source>
-inline void multiply_block(const Source& source, const bf16* x, size_t stride,
-                           Floats (&sums)[Rows][2]) {
-    constexpr int chains = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
-    Floats partial[chains][Rows][2];
-    for (int c = 0; c < chains; ++c)
-        for (int r = 0; r < Rows; ++r) partial[c][r][0] = partial[c][r][1] = zeros();
+// Sums of a row are added in one order, whatever rows share the product: a row's result does not
+// depend on its company, to the bit. So what keeps the unit busy where rows are few is not more
+// sums for each output, but more outputs: several tiles at once.
+constexpr int tiles_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+// Add a block's products of Rows rows and Tiles tiles to `totals` [tile][row][32].
+template <int Rows, int Tiles, class Source>
+inline void add_block(const Source* sources, const float* const* scales, const bf16* x,
+                      size_t stride, float* totals, size_t tile_stride) {
+    Floats sums[Tiles][Rows][2];
+    for (auto& tile : sums)
+        for (auto& row : tile) row[0] = row[1] = zeros();
     for (int group = 0; group < 8; ++group) {
-        Pairs low, high;
-        source.ask_ahead(group);
+        for (int t = 0; t < Tiles; ++t) sources[t].ask_ahead(group);
         const bf16* here = x + group * 8;
-        auto multiply = [&](int q) {
+        auto multiply = [&](int q, int t, Pairs low, Pairs high) {
             for (int r = 0; r < Rows; ++r) {
                 const Pairs input = same_pair(here + r * stride + 2 * q);
-                Floats* to = partial[q % chains][r];
-                to[0] = dot(to[0], low, input);
-                to[1] = dot(to[1], high, input);
+                sums[t][r][0] = dot(sums[t][r][0], low, input);
+                sums[t][r][1] = dot(sums[t][r][1], high, input);
             }
         };
-        source.template pairs<0>(group, low, high), multiply(0);
-        source.template pairs<1>(group, low, high), multiply(1);
-        source.template pairs<2>(group, low, high), multiply(2);
-        source.template pairs<3>(group, low, high), multiply(3);
-    }
-    for (int r = 0; r < Rows; ++r) {
-        for (int half = 0; half < 2; ++half) {
-            sums[r][half] = partial[0][r][half];
-            for (int c = 1; c < chains; ++c)
-                sums[r][half] = add(sums[r][half], partial[c][r][half]);
+        for (int t = 0; t < Tiles; ++t) {
+            Pairs low, high;
+            sources[t].template pairs<0>(group, low, high), multiply(0, t, low, high);
+            sources[t].template pairs<1>(group, low, high), multiply(1, t, low, high);
+            sources[t].template pairs<2>(group, low, high), multiply(2, t, low, high);
+            sources[t].template pairs<3>(group, low, high), multiply(3, t, low, high);
         }
     }
-}
-
-// Add a block's products to `totals` [rows][32].
-template <int Rows, class Source>
-inline void add_block(const Source& source, Floats low_scale, Floats high_scale, const bf16* x,
-                      size_t stride, float* totals) {
-    Floats sums[Rows][2];
-    multiply_block<Rows>(source, x, stride, sums);
-    for (int r = 0; r < Rows; ++r) {
-        float* total = totals + r * kTile;
-        store(total, fma(sums[r][0], low_scale, load(total)));
-        store(total + 16, fma(sums[r][1], high_scale, load(total + 16)));
-    }
-}
-
-template <class Source>
-inline void add_block(const Source& source, Floats low, Floats high, const bf16* x, size_t stride,
-                      int rows, float* totals) {
-    switch (rows) {
-#define VENEER_ROWS(n) \
-    case n: return add_block<n>(source, low, high, x, stride, totals);
-        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3) VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6)
-        VENEER_ROWS(7) VENEER_ROWS(8) VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11)
-        VENEER_ROWS(12)
-#undef VENEER_ROWS
+    for (int t = 0; t < Tiles; ++t) {
+        const Floats low = scales != nullptr ? load(scales[t]) : all(1.0f);
+        const Floats high = scales != nullptr ? load(scales[t] + 16) : low;
+        for (int r = 0; r < Rows; ++r) {
+            float* total = totals + t * tile_stride + r * kTile;
+            store(total, fma(sums[t][r][0], low, load(total)));
+            store(total + 16, fma(sums[t][r][1], high, load(total + 16)));
+        }
     }
 }
 
 // Rows at a time so that a panel's totals and inputs stay in the first cache.
 constexpr int kPanel = 96;
 
-// One tile for up to kPanel rows: y[row * y_stride + output].
-inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
-                          float* y, size_t y_stride) {
-    alignas(64) float totals[kPanel * kTile];
-    alignas(64) bf16 expanded[kTile * kBlock];
-    std::fill(totals, totals + size_t(rows) * kTile, 0.0f);
-    const Table table(w.table);
-    const int groups = (rows + kMostRows - 1) / kMostRows;
-    const size_t bytes = block_bytes(w.kind);
-    const uint8_t* block = w.tile(tile);
-    for (int b = 0; b < w.blocks(); ++b, block += bytes) {
-        const bf16* here = x + b * kBlock;
-        Floats low = all(1.0f), high = low;
-        FromPairs pairs{reinterpret_cast<const bf16*>(block), groups == 1};
-        if (w.kind != Kind::bfloat16) {
-            const float* scales = reinterpret_cast<const float*>(block + code_bytes(w.kind));
-            low = load(scales), high = load(scales + 16);
-            auto straight = [&](const auto& source) {
-                if (groups == 1) {
-                    add_block(source, low, high, here, x_stride, rows, totals);
-                } else {
-                    expand(source, expanded);
-                    pairs = {expanded, false};
-                }
-            };
-            if (w.kind == Kind::four_bit)
-                straight(FromCodes{block, table});
-            else
-                straight(FromBytes{reinterpret_cast<const int8_t*>(block)});
-            if (groups == 1) continue;
-        }
-        for (int g = 0; g < groups; ++g) {  // groups of about one size
-            const int begin = rows * g / groups, end = rows * (g + 1) / groups;
-            add_block(pairs, low, high, here + begin * x_stride, x_stride, end - begin,
-                      totals + begin * kTile);
-        }
-    }
+// y[row * y_stride + output] = what was added up of a tile, and the bias.
+inline void store_tile(const Linear& w, int tile, const float* totals, int rows, float* y,
+                       size_t y_stride) {
     const int width = std::min(kTile, w.outputs - tile * kTile);
     for (int r = 0; r < rows; ++r) {
         for (int half = 0; half * 16 < width; ++half) {
@@ -239,14 +195,121 @@ inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_str
     }
 }
 
-// Tiles first to last - 1 for any number of rows.
+// Some tiles for up to kMostRows rows, straight from the weights as they are kept.
+template <int Rows, int Tiles, class Source>
+inline void multiply_straight(const Linear& w, int tile, const bf16* x, size_t x_stride, float* y,
+                              size_t y_stride) {
+    alignas(64) float totals[Tiles * Rows * kTile] = {};
+    const Table table(w.table);
+    const size_t bytes = block_bytes(w.kind);
+    for (int b = 0; b < w.blocks(); ++b) {
+        Source sources[Tiles];
+        const float* scales[Tiles];
+        for (int t = 0; t < Tiles; ++t) {
+            const uint8_t* block = w.tile(tile + t) + b * bytes;
+            sources[t] = Source::at_block(block, table);
+            scales[t] = reinterpret_cast<const float*>(block + code_bytes(w.kind));
+        }
+        add_block<Rows, Tiles>(sources, w.kind == Kind::bfloat16 ? nullptr : scales,
+                               x + b * kBlock, x_stride, totals, Rows * kTile);
+    }
+    for (int t = 0; t < Tiles; ++t)
+        store_tile(w, tile + t, totals + t * Rows * kTile, Rows, y, y_stride);
+}
+
+template <int Rows, class Source>
+inline void multiply_few(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
+                         float* y, size_t y_stride) {
+    constexpr int most = tiles_at_once(Rows);
+    int tile = first;
+    for (; tile + most <= last; tile += most)
+        multiply_straight<Rows, most, Source>(w, tile, x, x_stride, y, y_stride);
+    for (; tile < last; ++tile)
+        multiply_straight<Rows, 1, Source>(w, tile, x, x_stride, y, y_stride);
+}
+
+template <class Source>
+inline void multiply_few(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
+                         int rows, float* y, size_t y_stride) {
+    switch (rows) {
+#define VENEER_ROWS(n) \
+    case n: return multiply_few<n, Source>(w, first, last, x, x_stride, y, y_stride);
+        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
+#if VENEER_AVX512
+        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
+        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
+#endif
+#undef VENEER_ROWS
+    }
+}
+
+inline void add_looked_up(const bf16* pairs, const float* scales, const bf16* x, size_t stride,
+                          int rows, float* totals) {
+    const FromPairs source{pairs, false};
+    const float* const* given = scales != nullptr ? &scales : nullptr;
+    switch (rows) {
+#define VENEER_ROWS(n) \
+    case n: return add_block<n, 1>(&source, given, x, stride, totals, 0);
+        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
+#if VENEER_AVX512
+        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
+        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
+#endif
+#undef VENEER_ROWS
+    }
+}
+
+// One tile for up to kPanel rows: a block is looked up once, for one group of rows after another.
+template <class Source>
+inline void multiply_many(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
+                          float* y, size_t y_stride) {
+    alignas(64) float totals[kPanel * kTile];
+    alignas(64) bf16 looked_up[kTile * kBlock];
+    std::fill(totals, totals + size_t(rows) * kTile, 0.0f);
+    const Table table(w.table);
+    const int groups = (rows + kMostRows - 1) / kMostRows;
+    const size_t bytes = block_bytes(w.kind);
+    const uint8_t* block = w.tile(tile);
+    for (int b = 0; b < w.blocks(); ++b, block += bytes) {
+        const bf16* pairs = reinterpret_cast<const bf16*>(block);
+        const float* scales = nullptr;
+        if (w.kind != Kind::bfloat16) {
+            expand(Source::at_block(block, table), looked_up);
+            pairs = looked_up;
+            scales = reinterpret_cast<const float*>(block + code_bytes(w.kind));
+        }
+        for (int g = 0; g < groups; ++g) {  // groups of about one size
+            const int begin = rows * g / groups, end = rows * (g + 1) / groups;
+            add_looked_up(pairs, scales, x + begin * x_stride + b * kBlock, x_stride, end - begin,
+                          totals + begin * kTile);
+        }
+    }
+    store_tile(w, tile, totals, rows, y, y_stride);
+}
+
+template <class Source>
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride) {
+    if (rows <= kMostRows)
+        return multiply_few<Source>(w, first, last, x, x_stride, rows, y, y_stride);
     for (int begin = 0; begin < rows; begin += kPanel) {
         const int count = std::min(kPanel, rows - begin);
         for (int tile = first; tile < last; ++tile)
-            multiply_tile(w, tile, x + begin * x_stride, x_stride, count, y + begin * y_stride,
-                          y_stride);
+            multiply_many<Source>(w, tile, x + begin * x_stride, x_stride, count,
+                                  y + begin * y_stride, y_stride);
+    }
+}
+
+// Tiles first to last - 1 for any number of rows.
+inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
+                           int rows, float* y, size_t y_stride) {
+    switch (w.kind) {
+        case Kind::four_bit:
+            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride);
+        case Kind::eight_bit:
+            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride);
+        case Kind::bfloat16:
+            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride);
     }
 }
 

@@ -48,8 +48,9 @@ constexpr int kRankChunk = 64;  // ranks that one call of `shrink` computes
 template <int Rows, int Vectors, class Number>
 inline void shrink_rows(const Number* a, int ranks, int width, const float* x, size_t x_stride,
                         int inputs, float* h, size_t h_stride) {
-    // Several sums where there are few, so that one need not wait for the last.
-    constexpr int chains = Rows * Vectors >= 6 ? 1 : Rows * Vectors >= 3 ? 2 : 4;
+    // Several sums each, so that one need not wait for the last; not by the number of rows: a
+    // row's result must not depend on its company.
+    constexpr int chains = Vectors <= 2 ? 4 : 2;
     Floats sums[chains][Rows][Vectors];
     for (auto& chain : sums)
         for (auto& row : chain)
@@ -84,7 +85,7 @@ inline void shrink_rows(const Number* a, int ranks, int width, const float* x, s
 template <int Vectors, class Number>
 inline void shrink_width(const Number* a, int ranks, int width, const float* x, size_t x_stride,
                          int inputs, int rows, float* h, size_t h_stride) {
-    constexpr int most = 4;
+    constexpr int most = Vectors == 1 || Vectors == 3 ? 4 : 3;  // 16 to 24 sums
     int r = 0;
     for (; r + most <= rows; r += most)
         shrink_rows<most, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,33 @@ def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
             results.append(torch.cat(run_all(native, steps(pair))))  # type: ignore[arg-type]
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+def test_a_row_s_logits_do_not_depend_on_its_company(library: Library, tmp_path: Path) -> None:
+    """To the bit: alone or beside others, in one chunk or several, whoever shares a product."""
+    print(f"seed {SEED}")
+    folder = saved("qwen2-window", tmp_path)
+    native = decoder(library, folder)
+    config = native._weights.config
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, 320, (70,), generator=generator).tolist()
+    table = adapter(config, torch.bfloat16, (16, 3, 70))
+    mine = [2, 14, 5, 9, 20]
+
+    def ask(begin: int, end: int, *others: tuple[list[int], int, list[int]]) -> torch.Tensor:
+        arrays = oracle.step([(tokens[begin:end], begin, mine), *others])
+        fields = {name: getattr(arrays, name) for name in StepArrays.__slots__}
+        fields["segments"] = (Segment(0, end - begin, table),)
+        return native.execute(StepArrays(**fields))[: end - begin]
+
+    alone = torch.cat([ask(at, at + 1) for at in range(70)])
+    native.clear(mine)
+    assert torch.equal(ask(0, 70), alone)
+    native.clear(mine)
+    crowd = [(tokens[i : i + 3], 0, [21 + i]) for i in range(15)]
+    edges = (0, 2, 5, 9, 20, 21, 48, 70)
+    chunks = [
+        ask(begin, end, *crowd[: 2 * number])
+        for number, (begin, end) in enumerate(pairwise(edges))
+    ]
+    assert torch.equal(torch.cat(chunks), alone)
