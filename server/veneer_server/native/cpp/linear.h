@@ -136,44 +136,54 @@ inline void expand(const Source& codes, bf16* pairs) {
     }
 }
 
+// Add a block's products of Rows rows to `totals` [row][32].
+//
 // Sums of a row are added in one order, whatever rows share the product: a row's result does not
-// depend on its company, to the bit. So what keeps the unit busy where rows are few is not more
-// sums for each output, but more outputs: several tiles at once.
-constexpr int tiles_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-
-// Add a block's products of Rows rows and Tiles tiles to `totals` [tile][row][32].
-template <int Rows, int Tiles, class Source>
-inline void add_block(const Source* sources, const float* const* scales, const bf16* x,
-                      size_t stride, float* totals, size_t tile_stride) {
-    Floats sums[Tiles][Rows][2];
-    for (auto& tile : sums)
-        for (auto& row : tile) row[0] = row[1] = zeros();
+// depend on its company, to the bit. Nor would more sums, or more tiles at once, be faster where
+// rows are few: one tile at a time reads memory as fast as it can be read.
+template <int Rows, class Source>
+inline void add_block(const Source& source, const float* scales, const bf16* x, size_t stride,
+                      float* totals) {
+    Floats sums[Rows][2];
+    for (auto& row : sums) row[0] = row[1] = zeros();
     for (int group = 0; group < 8; ++group) {
-        for (int t = 0; t < Tiles; ++t) sources[t].ask_ahead(group);
+        source.ask_ahead(group);
+        Pairs low, high;
         const bf16* here = x + group * 8;
-        auto multiply = [&](int q, int t, Pairs low, Pairs high) {
+        auto multiply = [&](int q) {
             for (int r = 0; r < Rows; ++r) {
                 const Pairs input = same_pair(here + r * stride + 2 * q);
-                sums[t][r][0] = dot(sums[t][r][0], low, input);
-                sums[t][r][1] = dot(sums[t][r][1], high, input);
+                sums[r][0] = dot(sums[r][0], low, input);
+                sums[r][1] = dot(sums[r][1], high, input);
             }
         };
-        for (int t = 0; t < Tiles; ++t) {
-            Pairs low, high;
-            sources[t].template pairs<0>(group, low, high), multiply(0, t, low, high);
-            sources[t].template pairs<1>(group, low, high), multiply(1, t, low, high);
-            sources[t].template pairs<2>(group, low, high), multiply(2, t, low, high);
-            sources[t].template pairs<3>(group, low, high), multiply(3, t, low, high);
-        }
+        source.template pairs<0>(group, low, high), multiply(0);
+        source.template pairs<1>(group, low, high), multiply(1);
+        source.template pairs<2>(group, low, high), multiply(2);
+        source.template pairs<3>(group, low, high), multiply(3);
     }
-    for (int t = 0; t < Tiles; ++t) {
-        const Floats low = scales != nullptr ? load(scales[t]) : all(1.0f);
-        const Floats high = scales != nullptr ? load(scales[t] + 16) : low;
-        for (int r = 0; r < Rows; ++r) {
-            float* total = totals + t * tile_stride + r * kTile;
-            store(total, fma(sums[t][r][0], low, load(total)));
-            store(total + 16, fma(sums[t][r][1], high, load(total + 16)));
-        }
+    const Floats low = scales != nullptr ? load(scales) : all(1.0f);
+    const Floats high = scales != nullptr ? load(scales + 16) : low;
+    for (int r = 0; r < Rows; ++r) {
+        float* total = totals + r * kTile;
+        store(total, fma(sums[r][0], low, load(total)));
+        store(total + 16, fma(sums[r][1], high, load(total + 16)));
+    }
+}
+
+// The same for a number of rows that is known when it runs.
+template <class Source>
+inline void add_block(const Source& source, const float* scales, const bf16* x, size_t stride,
+                      int rows, float* totals) {
+    switch (rows) {
+#define VENEER_ROWS(n) \
+    case n: return add_block<n>(source, scales, x, stride, totals);
+        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
+#if VENEER_AVX512
+        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
+        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
+#endif
+#undef VENEER_ROWS
     }
 }
 
@@ -195,73 +205,10 @@ inline void store_tile(const Linear& w, int tile, const float* totals, int rows,
     }
 }
 
-// Some tiles for up to kMostRows rows, straight from the weights as they are kept.
-template <int Rows, int Tiles, class Source>
-inline void multiply_straight(const Linear& w, int tile, const bf16* x, size_t x_stride, float* y,
-                              size_t y_stride) {
-    alignas(64) float totals[Tiles * Rows * kTile] = {};
-    const Table table(w.table);
-    const size_t bytes = block_bytes(w.kind);
-    for (int b = 0; b < w.blocks(); ++b) {
-        Source sources[Tiles];
-        const float* scales[Tiles];
-        for (int t = 0; t < Tiles; ++t) {
-            const uint8_t* block = w.tile(tile + t) + b * bytes;
-            sources[t] = Source::at_block(block, table);
-            scales[t] = reinterpret_cast<const float*>(block + code_bytes(w.kind));
-        }
-        add_block<Rows, Tiles>(sources, w.kind == Kind::bfloat16 ? nullptr : scales,
-                               x + b * kBlock, x_stride, totals, Rows * kTile);
-    }
-    for (int t = 0; t < Tiles; ++t)
-        store_tile(w, tile + t, totals + t * Rows * kTile, Rows, y, y_stride);
-}
-
-template <int Rows, class Source>
-inline void multiply_few(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                         float* y, size_t y_stride) {
-    constexpr int most = tiles_at_once(Rows);
-    int tile = first;
-    for (; tile + most <= last; tile += most)
-        multiply_straight<Rows, most, Source>(w, tile, x, x_stride, y, y_stride);
-    for (; tile < last; ++tile)
-        multiply_straight<Rows, 1, Source>(w, tile, x, x_stride, y, y_stride);
-}
-
+// One tile for up to kPanel rows. Few rows take the weights straight as they are kept; for more
+// a block is looked up once, for one group of rows after another.
 template <class Source>
-inline void multiply_few(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                         int rows, float* y, size_t y_stride) {
-    switch (rows) {
-#define VENEER_ROWS(n) \
-    case n: return multiply_few<n, Source>(w, first, last, x, x_stride, y, y_stride);
-        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
-#if VENEER_AVX512
-        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
-        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
-#endif
-#undef VENEER_ROWS
-    }
-}
-
-inline void add_looked_up(const bf16* pairs, const float* scales, const bf16* x, size_t stride,
-                          int rows, float* totals) {
-    const FromPairs source{pairs, false};
-    const float* const* given = scales != nullptr ? &scales : nullptr;
-    switch (rows) {
-#define VENEER_ROWS(n) \
-    case n: return add_block<n, 1>(&source, given, x, stride, totals, 0);
-        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
-#if VENEER_AVX512
-        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
-        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
-#endif
-#undef VENEER_ROWS
-    }
-}
-
-// One tile for up to kPanel rows: a block is looked up once, for one group of rows after another.
-template <class Source>
-inline void multiply_many(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
+inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
                           float* y, size_t y_stride) {
     alignas(64) float totals[kPanel * kTile];
     alignas(64) bf16 looked_up[kTile * kBlock];
@@ -271,17 +218,20 @@ inline void multiply_many(const Linear& w, int tile, const bf16* x, size_t x_str
     const size_t bytes = block_bytes(w.kind);
     const uint8_t* block = w.tile(tile);
     for (int b = 0; b < w.blocks(); ++b, block += bytes) {
-        const bf16* pairs = reinterpret_cast<const bf16*>(block);
+        const bf16* here = x + b * kBlock;
+        const Source source = Source::at_block(block, table);
         const float* scales = nullptr;
-        if (w.kind != Kind::bfloat16) {
-            expand(Source::at_block(block, table), looked_up);
-            pairs = looked_up;
+        if (w.kind != Kind::bfloat16)
             scales = reinterpret_cast<const float*>(block + code_bytes(w.kind));
+        if (groups == 1) {
+            add_block(source, scales, here, x_stride, rows, totals);
+            continue;
         }
+        expand(source, looked_up);
         for (int g = 0; g < groups; ++g) {  // groups of about one size
             const int begin = rows * g / groups, end = rows * (g + 1) / groups;
-            add_looked_up(pairs, scales, x + begin * x_stride + b * kBlock, x_stride, end - begin,
-                          totals + begin * kTile);
+            add_block(FromPairs{looked_up, false}, scales, here + begin * x_stride, x_stride,
+                      end - begin, totals + begin * kTile);
         }
     }
     store_tile(w, tile, totals, rows, y, y_stride);
@@ -290,12 +240,10 @@ inline void multiply_many(const Linear& w, int tile, const bf16* x, size_t x_str
 template <class Source>
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride) {
-    if (rows <= kMostRows)
-        return multiply_few<Source>(w, first, last, x, x_stride, rows, y, y_stride);
     for (int begin = 0; begin < rows; begin += kPanel) {
         const int count = std::min(kPanel, rows - begin);
         for (int tile = first; tile < last; ++tile)
-            multiply_many<Source>(w, tile, x + begin * x_stride, x_stride, count,
+            multiply_tile<Source>(w, tile, x + begin * x_stride, x_stride, count,
                                   y + begin * y_stride, y_stride);
     }
 }
