@@ -22,7 +22,9 @@ def test_from_data_to_a_live_adapter_and_a_swap() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = re.findall(r"^(base model|while it trains|sql|chat) +(.*)\n +(\S+)", done.stdout, re.M)
+    told = re.findall(
+        r"^(base model|while it trains|sql|chat) +(.*)\n +(\S+)", done.stdout, re.M
+    )
     who = [name for name, _, _ in told]
     assert who[0] == "base model"
     assert who[-3:] == ["sql", "chat", "sql"]

@@ -100,9 +100,7 @@ def build_engine(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
     )
-    runner: Runner = ModelRunner(
-        chosen.backend, memory.tables, config.block_size, grammars
-    )
+    runner: Runner = ModelRunner(chosen.backend, memory.tables, config.block_size, grammars)
     if config.exact:
         runner = ExactRunner(runner)
     info = EngineInfo(

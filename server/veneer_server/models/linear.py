@@ -146,7 +146,7 @@ def _fuse_dense(modules: Sequence[Any], dtype: torch.dtype) -> Dense:
 
 
 def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
-    """The modules' biases, one after the other, with zeros for who has none; None if none has."""
+    """The modules' biases in a row, zeros for who has none; None if nobody has."""
     if all(m.bias is None for m in modules):
         return None
     parts = [

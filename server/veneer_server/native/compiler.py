@@ -26,7 +26,10 @@ FLAGS: Final = (
     # NaN and infinity stay what they are: they tell that an adapter is broken.
     "-ffp-contract=fast",
 )
-_NEEDED: Final = (frozenset({"avx512_bf16", "avx512bw", "avx512vl"}), frozenset({"avx2", "fma"}))
+_NEEDED: Final = (
+    frozenset({"avx512_bf16", "avx512bw", "avx512vl"}),
+    frozenset({"avx2", "fma"}),
+)
 
 
 class NativeUnavailable(Exception):  # noqa: N818: it is no error, the torch backend serves

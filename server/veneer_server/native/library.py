@@ -204,7 +204,9 @@ class Library:
         try:
             self._functions = functions = ctypes.CDLL(str(file))
         except OSError as error:
-            raise NativeUnavailable(f"the compiled kernels cannot be loaded: {error}") from error
+            raise NativeUnavailable(
+                f"the compiled kernels cannot be loaded: {error}"
+            ) from error
         functions.veneer_instructions.restype = ctypes.c_char_p
         functions.veneer_packed_bytes.restype = c_int64
         functions.veneer_create.restype = c_void_p
@@ -244,7 +246,9 @@ class Library:
         """
         packed = self._packed(kind, *weight.shape)
         functions = self._functions
-        pack = functions.veneer_pack_bf16 if kind == BFLOAT16 else functions.veneer_pack_eight_bit
+        pack = (
+            functions.veneer_pack_bf16 if kind == BFLOAT16 else functions.veneer_pack_eight_bit
+        )
         pack(c_void_p(address(weight)), *weight.shape, c_void_p(address(packed)))
         return packed
 

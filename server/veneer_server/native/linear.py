@@ -11,7 +11,15 @@ from torch import nn
 from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
 from veneer_server.models.packed import row_slices, rows_of
 from veneer_server.native.compiler import NativeUnavailable
-from veneer_server.native.library import BFLOAT16, BLOCK, EIGHT_BIT, FOUR_BIT, Library, Linear, address
+from veneer_server.native.library import (
+    BFLOAT16,
+    BLOCK,
+    EIGHT_BIT,
+    FOUR_BIT,
+    Library,
+    Linear,
+    address,
+)
 
 __all__ = ["NativeLinear", "fuse", "pack_dense"]
 

@@ -28,7 +28,9 @@ ROWS = (1, 2, 3, 5, 12, 13, 40, 97, 200)
 
 
 @pytest.fixture(scope="module", params=["best", "avx2"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Library:
     wanted = "" if request.param == "best" else "avx2"
     try:
         made = Library(build(tmp_path_factory.getbasetemp() / "native", instructions=wanted))
@@ -167,7 +169,9 @@ def steps(tables: tuple[AdapterTable | None, AdapterTable | None]) -> list[StepA
     parts = [[(first[:60], 0, one[:4]), (second[:20], 0, other[:2])]]
     parts.append([(first[60:61], 60, one[:4]), (second[20:40], 20, other)])
     for i in range(5):
-        parts.append([(first[61 + i : 62 + i], 61 + i, one), (second[40 + i :][:1], 40 + i, other)])
+        parts.append(
+            [(first[61 + i : 62 + i], 61 + i, one), (second[40 + i :][:1], 40 + i, other)]
+        )
     made = []
     for part in parts:
         arrays = oracle.step(part)
