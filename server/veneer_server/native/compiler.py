@@ -32,7 +32,7 @@ _NEEDED: Final = (
 )
 
 
-class NativeUnavailable(Exception):  # noqa: N818: it is no error, the torch backend serves
+class NativeUnavailable(Exception):  # noqa: N818
     """Why the native backend cannot serve here, in words for an operator."""
 
 
