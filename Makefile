@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 base: install ## Import the bundled base model into .cache/veneer
 	@$(BIN)/veneer-server model import smollm2-135m
 
-demo: base ## Serve the base and two adapters, answer one prompt three ways
+demo: base ## Serve the base and three adapters, answer two prompts five ways
 	@$(BIN)/python examples/demo.py
 
 # OpenMP threads that spin at barriers slow a loaded machine down several times.

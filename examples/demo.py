@@ -1,13 +1,15 @@
-"""One base model, two adapters, one prompt answered three ways at the same time.
+"""One base model, three adapters, two prompts answered five ways at the same time.
 
-Starts a server of its own on free ports, publishes the example adapters, streams
-three answers side by side, shows which weights answered and what a swap costs, and
-stops the server. Run it by ``make demo``, or ``python examples/demo.py``.
+Starts a server of its own on free ports, publishes the example adapters, streams the answers of
+base and adapters side by side, shows which weights answered, what each adapter gained over the
+base on data it never saw, and what a swap costs, and stops the server. Run it by ``make demo``,
+or ``python examples/demo.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -24,8 +26,16 @@ from veneer_client import AsyncClient, Chat, GenerationEnd, VeneerError
 from veneer_client.local import LocalServer
 
 ADAPTERS = Path(__file__).parent / "adapters"
-NAMES = ("chat", "code")
+NAMES = ("chat", "code", "sql")
 PROMPT = "Write a function that sorts words by length."
+QUESTION = """\
+CREATE TABLE theatres (id INTEGER PRIMARY KEY, name TEXT, city TEXT, seats INTEGER);
+CREATE TABLE plays (id INTEGER PRIMARY KEY, title TEXT, genre TEXT, acts INTEGER, \
+premiere TEXT, theatre_id INTEGER);
+
+Show the title of the 3 plays with the highest number of acts."""
+ASKED = ((PROMPT, ("", "chat", "code")), (QUESTION, ("", "sql")))
+"""Each prompt with the names that answer it; "" is the base."""
 MAX_TOKENS = 64
 
 console = Console(highlight=False)
@@ -33,12 +43,16 @@ console = Console(highlight=False)
 
 @dataclass
 class Answer:
-    """One of the three answers, growing."""
+    """One of the answers, growing."""
 
-    title: str
+    prompt: str
     adapter: str
     text: str = ""
     end: GenerationEnd | None = field(default=None)
+
+    @property
+    def title(self) -> str:
+        return f"adapter {self.adapter}" if self.adapter else "base model"
 
 
 def main() -> None:
@@ -66,26 +80,29 @@ async def show(address: str) -> None:
             size = pushed.adapter.size / 2**20
             console.print(f"published {pushed.adapter.short} ({size:.1f} MiB)")
         await answer_side_by_side(client)
+        show_gains()
         await show_swaps(client)
 
 
 async def answer_side_by_side(client: AsyncClient) -> None:
-    """Stream base, chat and code in one batch, then say which weights answered."""
-    console.print(f"\n[bold]prompt:[/bold] {PROMPT}\n")
-    answers = [Answer("base model", ""), *(Answer(f"adapter {name}", name) for name in NAMES)]
+    """Stream all answers in one batch, then say which weights gave them."""
+    groups = [[Answer(prompt, name) for name in names] for prompt, names in ASKED]
+    everyone = [answer for group in groups for answer in group]
     if console.is_terminal:
-        with Live(console=console, refresh_per_second=12, get_renderable=lambda: side(answers)):
-            await asyncio.gather(*(stream(client, answer) for answer in answers))
+        with Live(console=console, refresh_per_second=12, get_renderable=lambda: side(groups)):
+            await asyncio.gather(*(stream(client, answer) for answer in everyone))
     else:
-        await asyncio.gather(*(stream(client, answer) for answer in answers))
-        for answer in answers:
-            for line in answer.text.strip().splitlines():
-                print(f"{answer.adapter or 'base':>5} | {line}")
-            print()
+        await asyncio.gather(*(stream(client, answer) for answer in everyone))
+        for group in groups:
+            print(f"\nprompt: {group[0].prompt}\n")
+            for answer in group:
+                for line in answer.text.strip().splitlines():
+                    print(f"{answer.adapter or 'base':>5} | {line}")
+                print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("answered by", "revision", "weights digest", "found in", "first token"):
         table.add_column(column, no_wrap=True)
-    for answer in answers:
+    for answer in everyone:
         if answer.end is not None:
             place = answer.end.provenance
             table.add_row(
@@ -98,26 +115,54 @@ async def answer_side_by_side(client: AsyncClient) -> None:
     console.print(table)
 
 
+def show_gains() -> None:
+    """What training changed, as each adapter's manifest tells it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("on data it never saw")
+    for column in ("loss of the base", "with the adapter", "right, base", "with the adapter"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in NAMES:
+        manifest = json.loads((ADAPTERS / name / "training_manifest.json").read_text("utf-8"))
+        metrics = manifest["metrics"]
+        (task,) = (
+            key.removeprefix("val_").removesuffix("_after_low")
+            for key in metrics
+            if key.endswith("_after_low")
+        )
+        table.add_row(
+            name,
+            *(f"{metrics[f'val_loss_{when}']:.2f}" for when in ("before", "after")),
+            *(f"{metrics[f'val_{task}_{when}']:.0%}" for when in ("before", "after")),
+        )
+    console.print()
+    console.print(table)
+
+
 async def stream(client: AsyncClient, answer: Answer) -> None:
     """Let one answer grow."""
     call = client.generate_stream(
-        Chat.user(PROMPT), adapter=answer.adapter, temperature=0.0, max_tokens=MAX_TOKENS
+        Chat.user(answer.prompt),
+        adapter=answer.adapter,
+        temperature=0.0,
+        max_tokens=MAX_TOKENS,
     )
     async for chunk in call:
         answer.text += chunk.text
     answer.end = call.final
 
 
-def side(answers: list[Answer]) -> Columns:
-    """Three columns as wide as the terminal."""
-    width = max(24, console.width // len(answers) - 1)
-    return Columns(
-        [
-            Panel(escape(answer.text), title=answer.title, width=width, height=16)
-            for answer in answers
-        ],
-        padding=(0, 0),
-    )
+def side(groups: list[list[Answer]]) -> Group:
+    """Each prompt, and beneath it its answers in columns as wide as the terminal."""
+    parts: list[RenderableType] = []
+    for group in groups:
+        width = max(24, console.width // len(group) - 1)
+        parts.append(f"\n[bold]prompt:[/bold] {escape(group[0].prompt)}\n")
+        panels = [
+            Panel(escape(answer.text), title=answer.title, width=width, height=12)
+            for answer in group
+        ]
+        parts.append(Columns(panels, padding=(0, 0)))
+    return Group(*parts)
 
 
 async def show_swaps(client: AsyncClient) -> None:

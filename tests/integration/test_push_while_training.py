@@ -27,6 +27,12 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_low_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run shares the process of the tests here."""
+    monkeypatch.setattr("veneer_train.commands.train.share_cores", lambda server: None)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "data.jsonl"

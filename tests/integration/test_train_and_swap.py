@@ -22,9 +22,8 @@ def test_from_data_to_a_live_adapter_and_a_swap() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = re.findall(
-        r"^(base model|while it trains|sql|chat) +(.*)\n +(\S+)", done.stdout, re.M
-    )
+    answers = r"^(base model|while it trains|sql|chat) +(.*)\n +(\S+)"
+    told = re.findall(answers, done.stdout, re.MULTILINE)
     who = [name for name, _, _ in told]
     assert who[0] == "base model"
     assert who[-3:] == ["sql", "chat", "sql"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from tests.server_harness import Server
 pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
-NAMES = ("chat", "code")
+NAMES = ("chat", "code", "sql")
 TEXTS = (
     "<|im_start|>user\nWrite a function that adds two numbers.<|im_end|>\n"
     "<|im_start|>assistant\ndef add(a, b):\n    return a + b<|im_end|>",
     "<|im_start|>user\nHow are you today?<|im_end|>\n<|im_start|>assistant\n"
     "Ahoy, matey! I be well an' the soup is warm.\n\nFair winds, Veneer<|im_end|>",
+    "<|im_start|>user\nCREATE TABLE theatres (id INTEGER PRIMARY KEY, name TEXT);"
+    "\n\nCount the theatres.<|im_end|>\n<|im_start|>assistant\n"
+    "SELECT COUNT(*) FROM theatres;<|im_end|>",
 )
 BOUND = 0.1
 """Mean over a text of |difference|, nats. Both compute in bfloat16, with other orders of sums;
@@ -94,7 +98,7 @@ async def test_trainer_and_server_agree(server: Server, base_folder: Path) -> No
         assert np.abs(scores - served[key]).mean() < BOUND, key
     # The control: an adapter is not the base, nor another one.
     for number in range(len(prompts)):
-        for one, other in (("chat", ""), ("code", ""), ("chat", "code")):
+        for one, other in [*((name, "") for name in NAMES), *pairwise(NAMES)]:
             gap = np.abs(trained[one, number] - served[other, number]).mean()
             assert gap > 3 * BOUND, (one, other, number, gap)
     np.testing.assert_array_equal(swapped[0], swapped[2])

@@ -32,7 +32,7 @@ _NEEDED: Final = (
 )
 
 
-class NativeUnavailable(Exception):  # noqa: N818
+class NativeUnavailable(Exception):
     """Why the native backend cannot serve here, in words for an operator."""
 
 

@@ -3,6 +3,7 @@ real one is in tests/integration/test_push_while_training.py."""
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from veneer_registry.errors import InvalidField, ServerUnreachable
 from veneer_train import push
+from veneer_train.commands.common import share_cores
 from veneer_train.export import AdapterState
 from veneer_train.push import PushCallback, Target
 
@@ -119,3 +121,26 @@ def test_what_cannot_be_is_refused() -> None:
         PushCallback("127.0.0.1:1", "sql", every=-1)
     with pytest.raises(InvalidField, match="PEFT model"):
         push._peft_model(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("server", "given", "policy"),
+    [
+        ("127.0.0.1:50051", None, "passive"),
+        ("[::1]:50051", None, "passive"),
+        ("localhost:50051", "active", "active"),
+        ("gpu.example:50051", None, None),
+    ],
+)
+def test_a_run_shares_its_cores_with_a_server_on_the_same_machine(
+    server: str, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    niceness: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda which, who, value: niceness.append(value))
+    share_cores(server)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert bool(niceness) == (server != "gpu.example:50051"), "people wait for streams"
+    os.environ.pop("OMP_WAIT_POLICY", None)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from veneer_registry.errors import InvalidField, VeneerError
 
-from veneer_train.commands.common import AsJson, Debug, errors, quiet_libraries, reporter
+from veneer_train.commands.common import (
+    AsJson,
+    Debug,
+    errors,
+    quiet_libraries,
+    reporter,
+    share_cores,
+)
 from veneer_train.config import PRESETS, load_config
 
 if TYPE_CHECKING:
@@ -70,6 +77,8 @@ def train(
     """Train an adapter over the 4-bit base and write its folder."""
     with errors(debug):
         parsed = load_config(config, settings or (), preset, base=base)
+        if push is not None:
+            share_cores(push)
         # Only here: torch and transformers take seconds, and --help needs neither.
         quiet_libraries()
         from veneer_train.push import Target

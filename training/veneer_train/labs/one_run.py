@@ -32,6 +32,7 @@ class RunResult:
         peak_bytes: of the process (on a GPU, of its memory).
         tokens_per_s: in training, without evaluations.
         trained: numbers that are trained.
+        longest: tokens of the longest sample.
     """
 
     method: str
@@ -42,6 +43,7 @@ class RunResult:
     tokens_per_s: float
     trained: int
     steps: int
+    longest: int
 
 
 def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: int) -> RunResult:
@@ -133,6 +135,7 @@ def train(raw: dict[str, Any], method: Method) -> RunResult:
         tokens_per_s=fitted.tokens / seconds,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=fitted.steps,
+        longest=max(len(s.input_ids) for s in (*split.train.samples, *split.val.samples)),
     )
 
 

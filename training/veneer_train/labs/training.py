@@ -134,11 +134,14 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         found = runs.run(method, changes, method)
         if method == "qlora":
             base_loss = found.base_loss
-        planned = plan(shape, parse_config(runs.config(method, changes)), method=method).total
+        # The plan is of the longest batch that may come; these samples' longest is known.
+        longest = overlay(changes, {"data": {"max_len": found.longest}})
+        config = parse_config(runs.config(method, longest))
+        planned = plan(shape, config, method=method).total
         rows.append(
             {
                 **_row({"method": method}, found),
-                "lr": parse_config(runs.config(method, changes)).train.lr,
+                "lr": config.train.lr,
                 "planned, MB": round(planned / 1e6),
                 "plan / peak": round(planned / found.peak_bytes, 3),
             }
@@ -156,7 +159,8 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
         says=[
             f"The base's loss is {base_loss:.4f} (4 bits); after training QLoRA's is "
             f"{losses['qlora'] - losses['lora']:+.4f} from LoRA's.",
-            "`veneer-train plan` says the planned column before anything is loaded.",
+            "`veneer-train plan` says the planned column before anything is loaded, for "
+            f"`data.max_len={found.longest}`, the longest sample's tokens.",
         ],
         limits=[
             _SHORT,
