@@ -163,17 +163,16 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
     else:
         yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
     if facts["device"] == "cpu":
-        native = _native(config)
-        yield native
-        if native.status != "ok":
+        native = _native(config) if config.backend != "torch" else None
+        if native is not None:
+            yield native
+        if native is None or native.status != "ok":
             yield _packed(facts["packed"])
 
 
 def _native(config: ServerConfig) -> Check:
     """Whether steps are executed by the kernels; compiles them."""
     fix = "see --backend; the torch backend takes several times as long"
-    if config.backend == "torch":
-        return Check("native step", "warning", "--backend torch", fix)
     if config.dtype != "bfloat16":
         return Check("native step", "warning", f"not for {config.dtype}", fix)
     try:
