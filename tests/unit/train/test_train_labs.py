@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ def lab(*arguments: object) -> list[dict[str, str]]:
     page = (out / "README.md").read_text()
     assert "cannot show" in page
     assert str(out.parent) not in page  # no place on this machine
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, table
     with (out / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_quant_error(tiny_base: Path, tmp_path: Path) -> None:
     rows = lab("quant-error", "--base", tiny_base, "--out", tmp_path / "lab")
-    errors = {r["mode"]: float(r["mean |error| on N(0, 1)"]) for r in rows}
+    errors = {r["mode"]: float(r["mean absolute error on N(0, 1)"]) for r in rows}
     assert errors["nf4"] < errors["int4"] < errors["fp4"]
 
 

@@ -78,7 +78,7 @@ def write(lab: Lab, out: Path) -> Path:
         "hardware": hardware(),
     }
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    head = f"| {' | '.join(columns)} |"
+    head = f"| {' | '.join(map(_told, columns))} |"
     rule = f"| {' | '.join('---' for _ in columns)} |"
     body = [f"| {' | '.join(_told(row[c]) for c in columns)} |" for row in lab.rows]
     made = ", ".join(f"{k} {v}" for k, v in {**lab.setting, "seed": lab.seed}.items())
@@ -97,4 +97,5 @@ def write(lab: Lab, out: Path) -> Path:
 
 
 def _told(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    """As a cell of a Markdown table."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", r"\|")

@@ -81,20 +81,20 @@ def quant_error(base: Path, *, seed: int, command: str) -> Lab:
             {
                 "mode": mode,
                 "bits a weight": BITS[mode],
-                "mean |error| on N(0, 1)": on_normal,
+                "mean absolute error on N(0, 1)": on_normal,
                 "relative error on the base": math.sqrt(gap / scale),
             }
         )
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, column in (
-        (left, "mean |error| on N(0, 1)"),
+        (left, "mean absolute error on N(0, 1)"),
         (right, "relative error on the base"),
     ):
         axis.bar([r["mode"] for r in rows], [r[column] for r in rows], color="#2563eb")
         axis.set_title(column, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
-    ordered = sorted(rows, key=lambda r: r["mean |error| on N(0, 1)"])
+    ordered = sorted(rows, key=lambda r: r["mean absolute error on N(0, 1)"])
     double = BITS["nf4"] - BITS["nf4-dq"]
     return Lab(
         name="quant-error",
