@@ -62,6 +62,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         ),
         device=message.device,
         backend=message.backend,
+        why_not_native=message.why_not_native,
         budgets=Budgets(
             host_adapter_bytes=budgets.host_adapter_bytes,
             device_adapter_bytes=budgets.device_adapter_bytes,

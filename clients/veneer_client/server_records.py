@@ -85,7 +85,9 @@ class ServerInfo:
     """What the server is.
 
     Attributes:
-        backend: what executes a step, for example ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)`` or
+            ``torch``.
+        why_not_native: in words; empty where the native one does.
         context_length: longest prompt plus completion, in tokens.
         engine_starts: 1 unless the engine process failed.
     """
@@ -101,6 +103,7 @@ class ServerInfo:
     adapters_on_device: int
     engine_starts: int
     memory: Memory
+    why_not_native: str = ""
 
 
 class ServingStatus(Enum):

@@ -220,6 +220,7 @@ class App:
         _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
+        self._metrics.engine_started(info.device, info.backend)
         # A collection would look at all that was imported, and stop every stream meanwhile.
         gc.collect()
         gc.freeze()

@@ -66,6 +66,7 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"]
     quantization: Literal["nf4", "fp4", "none"]
     dtype: Literal["bfloat16", "float16", "float32"]
+    backend: Literal["auto", "native", "torch"]
     threads: int
     max_running: int
     max_batch_tokens: int
@@ -247,6 +248,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option("dtype", "bfloat16", "bfloat16|float16|float32",
            _one_of("bfloat16", "float16", "float32"),
            "Of activations, KV cache and adapters."),
+    Option("backend", "torch", "auto|native|torch", _one_of("auto", "native", "torch"),
+           "What executes a step; auto takes the native CPU kernels (new) where they can run."),
     Option("threads", "0", "N", _whole(0, 1024), "CPU threads of a step; 0 means all cores."),
     Option("max_running", "64", "N", _whole(1, 4096), "Most sequences in one batch."),
     Option("max_batch_tokens", "512", "N", _whole(16, 1 << 20), "Most tokens in one step."),

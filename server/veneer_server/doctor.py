@@ -30,6 +30,7 @@ from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_core
 from veneer_server.memory import plan_memory
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BUNDLED
+from veneer_server.native.compiler import NativeUnavailable, build
 from veneer_server.openai import require_gateway
 
 __all__ = ["Check", "examine", "report"]
@@ -162,7 +163,23 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
     else:
         yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
     if facts["device"] == "cpu":
-        yield _packed(facts["packed"])
+        native = _native(config) if config.backend != "torch" else None
+        if native is not None:
+            yield native
+        if native is None or native.status != "ok":
+            yield _packed(facts["packed"])
+
+
+def _native(config: ServerConfig) -> Check:
+    """Whether steps are executed by the kernels; compiles them."""
+    fix = "see --backend; the torch backend takes several times as long"
+    if config.dtype != "bfloat16":
+        return Check("native step", "warning", f"not for {config.dtype}", fix)
+    try:
+        build(config.cache_dir)
+    except NativeUnavailable as reason:
+        return Check("native step", "warning", str(reason), fix)
+    return Check("native step", "ok", "compiled for this CPU")
 
 
 def _packed(packed: bool) -> Check:

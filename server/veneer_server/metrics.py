@@ -101,6 +101,7 @@ class Metrics:
         self.engine_healthy = gauge(
             "engine_healthy", "1 while the engine is up and its step loop answers."
         )
+        self.engine_info = gauge("engine_info", "1; what computes.", "device", "backend")
         self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
         self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
         self.resident = gauge("adapters_resident", "Adapters held.", "tier")
@@ -191,6 +192,11 @@ class Metrics:
         self.adapter_budget.labels("host").set(host)
         self.adapter_budget.labels("device").set(device)
         self.adapters.device_budget = device
+
+    def engine_started(self, device: str, backend: str) -> None:
+        """What computes from now on."""
+        self.engine_info.clear()
+        self.engine_info.labels(device, backend).set(1)
 
     def ask(self, catalog: SizedCatalog) -> None:
         """Whom to ask, from another thread, at each scrape."""

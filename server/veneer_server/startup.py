@@ -87,6 +87,7 @@ def engine_config(
         device=config.device,
         quantization=config.quantization,
         dtype=config.dtype,
+        backend=config.backend,
         threads=config.threads,
         max_batch_tokens=config.max_batch_tokens,
         max_prefill_tokens=config.max_prefill_tokens,

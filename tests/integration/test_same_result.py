@@ -3,7 +3,7 @@
 What may differ is the order of sums, since it follows the shapes of a step. So the
 bound is that of the arithmetic: float32 keeps 1e-4; NF4 with bfloat16 activations
 keeps `BFLOAT16_BOUND`, and the distance between two plain runs with other company is
-of the same size. In exact mode nothing differs at all.
+of the same size. In exact mode nothing differs at all, nor with the native backend.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from veneer_server.engine.messages import EngineConfig, SamplingParams
 from veneer_server.engine.scheduler import Scheduler
 from veneer_server.engine.sequence import Sequence
+from veneer_server.native.compiler import NativeUnavailable, build
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
 from tests.server_harness import Server, running_server
@@ -35,7 +36,9 @@ LENGTHS = (30, 60)
 """Not far from the end of a block, so that each sequence grows soon."""
 
 
-def start(base: Path, cache: Path, quantization: Any, dtype: Any) -> Iterator[EngineHarness]:
+def start(
+    base: Path, cache: Path, quantization: Any, dtype: Any, backend: Any = "torch"
+) -> Iterator[EngineHarness]:
     config = EngineConfig(
         base_folder=str(base),
         cache_folder=str(cache),
@@ -44,6 +47,7 @@ def start(base: Path, cache: Path, quantization: Any, dtype: Any) -> Iterator[En
         device="cpu",
         quantization=quantization,
         dtype=dtype,
+        backend=backend,
         max_batch_tokens=1024,
         max_prefill_tokens=1024,
         kv_cache_bytes=128 << 20,
@@ -60,6 +64,17 @@ def full(base_folder: Path, cache_dir: Path) -> Iterator[EngineHarness]:
 @pytest.fixture(scope="module")
 def served(base_folder: Path, cache_dir: Path) -> Iterator[EngineHarness]:
     yield from start(base_folder, cache_dir, "nf4", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def native(base_folder: Path, cache_dir: Path) -> Iterator[EngineHarness]:
+    try:
+        build(cache_dir)
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    threads = torch.get_num_threads()
+    yield from start(base_folder, cache_dir, "nf4", "bfloat16", "native")
+    torch.set_num_threads(threads)
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -197,6 +212,28 @@ def test_exact_mode_is_bitwise_the_same_in_any_company(
     small = [r | {"prompt": r["prompt"][:10]} for r in others[:1]]
     assert place(1, small) == alone
     assert preemptions, "the pool was not small enough"
+
+
+def test_native_every_way_gives_the_same_bits(
+    native: EngineHarness,
+    served: EngineHarness,
+    real_adapters: dict[str, Path],
+    preemptions: list[int],
+) -> None:
+    """No kernel chooses its order of sums by what shares the step: no exact mode needed."""
+    requests = batch(real_adapters)
+    ways = all_ways(native, requests, preemptions)
+    plain = [(a.tokens, a.logprobs) for a in ways["plain"]]
+    for way, answers in ways.items():
+        assert [(a.tokens, a.logprobs) for a in answers] == plain, way
+    alone = [native.run([request])[0] for request in requests]
+    assert [(a.tokens, a.logprobs) for a in alone] == plain
+    # And it is the same model as torch's.
+    served.reconfigure()
+    torch_s = served.run(requests)
+    apart = max(distance(a, b) for a, b in zip(ways["plain"], torch_s, strict=True))
+    print("from torch", apart)
+    assert apart < BFLOAT16_BOUND
 
 
 @pytest.mark.asyncio(loop_scope="session")

@@ -262,7 +262,8 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         "weights": f"{base.quantization}, {byte_size(base.size)}; activations {base.dtype}",
         "fingerprint": f"weights {base.fingerprint.weights[:12]}, "
         f"tokenizer {base.fingerprint.tokenizer[:12]}",
-        "device": f"{info.device}, backend {info.backend}",
+        "device": f"{info.device}, backend {info.backend}"
+        + (f" ({info.why_not_native})" if info.why_not_native else ""),
         "context": f"{info.context_length:,} tokens",
         "adapters": f"{info.adapters_registered} registered, "
         f"{info.adapters_on_device} on the device",

@@ -74,7 +74,8 @@ class EngineConfig(Message, frozen=True):
         device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.
-        threads: intra-op threads; 0 means the number of usable cores.
+        backend: ``native`` and ``torch`` insist on one, see `engine.backends`.
+        threads: of a step; 0 means the number of usable cores.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
         max_running: most sequences running at once.
@@ -93,6 +94,7 @@ class EngineConfig(Message, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "native", "torch"] = "torch"
     threads: int = 0
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 256
@@ -110,7 +112,9 @@ class EngineInfo(Message, frozen=True):
     """First message from a started engine; sizes in bytes unless named otherwise.
 
     Attributes:
-        backend: what executes a step, for example ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)`` or
+            ``torch``.
+        why_not_native: in words; empty where the native one serves.
         kv_cache_tokens: tokens that the KV cache holds in all.
         adapter_itemsize: bytes of one number of a resident adapter.
         load_seconds: from start to ready.
@@ -126,6 +130,7 @@ class EngineInfo(Message, frozen=True):
     kv_cache_tokens: int
     adapter_itemsize: int
     load_seconds: float
+    why_not_native: str = ""
 
 
 # ------------------------------------------------------------ front to engine

@@ -23,6 +23,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from veneer_server import logs
+from veneer_server.engine.backends import choose
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.exact import ExactRunner
 from veneer_server.engine.grammar import Grammars
@@ -42,9 +43,8 @@ from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
 from veneer_server.lora.memory import LoraMemory
 from veneer_server.lora.references import References
 from veneer_server.machine import usable_cores
-from veneer_server.models.attention import KvCache
-from veneer_server.models.decoder import Decoder
-from veneer_server.models.loader import load_weights, torch_dtype
+from veneer_server.models.config import read_decoder_config
+from veneer_server.models.loader import torch_dtype
 
 __all__ = ["build_engine", "main"]
 
@@ -59,28 +59,11 @@ def build_engine(
     device = _device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
     dtype = torch_dtype(config.dtype)
-    weights = load_weights(
-        Path(config.base_folder),
-        quantization=config.quantization,
-        dtype=dtype,
-        device=device,
-        cache_dir=Path(config.cache_folder),
-        fingerprint=config.weights_fingerprint,
-    )
-    model = weights.config
+    model = read_decoder_config(Path(config.base_folder))
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
-    cache = KvCache(
-        num_layers=model.num_layers,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    # See `Decoder`: float32 is what small products on a CPU are fast in.
-    lora_dtype = torch.float32 if device.type == "cpu" else dtype
+    chosen = choose(config, device, dtype, num_blocks)
+    weights, lora_dtype = chosen.weights, chosen.lora_dtype
     memory = LoraMemory(
         inbox=inbox,
         config=model,
@@ -117,14 +100,13 @@ def build_engine(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
     )
-    runner: Runner = ModelRunner(
-        Decoder(weights, cache, lora_dtype), memory.tables, config.block_size, grammars
-    )
+    runner: Runner = ModelRunner(chosen.backend, memory.tables, config.block_size, grammars)
     if config.exact:
         runner = ExactRunner(runner)
     info = EngineInfo(
         device=_describe(device),
-        backend="torch",
+        backend=chosen.name,
+        why_not_native=chosen.why_not_native,
         architecture=model.architecture,
         parameters=weights.parameters,
         weights_bytes=weights.nbytes,

@@ -14,7 +14,7 @@ from torch import nn
 
 from veneer_server.models.packed import PackedFourBit, expanding_pays, row_slices, rows_of
 
-__all__ = ["Expanded", "Linear", "fuse"]
+__all__ = ["Expanded", "Linear", "fuse", "stack_biases", "stack_four_bit"]
 
 Expanded = tuple[torch.Tensor, torch.Tensor | None]
 """Rows of a weight, [rows, in_features], and their biases, [rows]; both float32."""
@@ -132,7 +132,7 @@ def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
     import bitsandbytes as bnb
 
     if all(isinstance(m, bnb.nn.Linear4bit) for m in modules):
-        fused = _fuse_four_bit(modules)
+        fused = stack_four_bit(modules)
         if fused is not None:
             return _four_bit(fused, dtype)
     elif len(modules) == 1 or not any(isinstance(m, bnb.nn.Linear4bit) for m in modules):
@@ -142,10 +142,11 @@ def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
 
 def _fuse_dense(modules: Sequence[Any], dtype: torch.dtype) -> Dense:
     weight = torch.cat([m.weight.data for m in modules]).to(dtype).contiguous()
-    return Dense(weight, _fuse_bias(modules, dtype))
+    return Dense(weight, stack_biases(modules, dtype))
 
 
-def _fuse_bias(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+    """The modules' biases in a row, zeros for who has none; None if nobody has."""
     if all(m.bias is None for m in modules):
         return None
     parts = [
@@ -155,7 +156,7 @@ def _fuse_bias(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | Non
     return torch.cat(parts).to(dtype)
 
 
-def _fuse_four_bit(modules: Sequence[Any]) -> Any | None:
+def stack_four_bit(modules: Sequence[Any]) -> Any | None:
     """A Linear4bit over the stacked rows, its nested absmax expanded; None where
     the modules differ in kind or blocks would straddle rows."""
     import bitsandbytes as bnb
@@ -193,7 +194,7 @@ def _fuse_four_bit(modules: Sequence[Any]) -> Any | None:
         quant_type=first.quant_type,
         bnb_quantized=True,
     )
-    bias = _fuse_bias(modules, modules[0].compute_dtype or torch.float32)
+    bias = stack_biases(modules, modules[0].compute_dtype or torch.float32)
     fused.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return fused.eval()
 

@@ -10,16 +10,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.linear import Linear, fuse
 
-__all__ = ["DecoderWeights", "LayerWeights", "load_weights", "torch_dtype"]
+__all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype"]
+
+Fuse = Callable[[Sequence[nn.Module], torch.dtype], Linear]
+"""One linear for modules that share an input; see `models.linear.fuse`."""
 
 _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
@@ -81,6 +86,7 @@ def load_weights(
     device: torch.device,
     cache_dir: Path | None = None,
     fingerprint: str = "",
+    fuse: Fuse = fuse,
 ) -> DecoderWeights:
     """Load a Hugging Face folder.
 
@@ -90,6 +96,7 @@ def load_weights(
     Args:
         cache_dir: where 4-bit checkpoints are kept; None keeps none.
         fingerprint: identity of the weights, part of the cache's key.
+        fuse: makes the linears; another backend has its own.
 
     Raises:
         UnsupportedModel: the decoder cannot run it.
@@ -98,7 +105,7 @@ def load_weights(
     stored = config.quantization is not None
     model = _load_model(folder, stored, quantization, dtype, device, cache_dir, fingerprint)
     with torch.no_grad():
-        return _take_apart(model.eval(), config, dtype, device)
+        return _take_apart(model.eval(), config, dtype, device, fuse)
 
 
 def _load_model(
@@ -164,7 +171,7 @@ def _save(model: Any, target: Path) -> None:
 
 
 def _take_apart(
-    model: Any, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    model: Any, config: DecoderConfig, dtype: torch.dtype, device: torch.device, fuse: Fuse
 ) -> DecoderWeights:
     body = model.model
     parameters = _count_parameters(model)

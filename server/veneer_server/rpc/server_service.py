@@ -77,6 +77,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ),
             device=info.device,
             backend=info.backend,
+            why_not_native=info.why_not_native,
             budgets=server_pb2.Budgets(
                 host_adapter_bytes=self._budgets.host,
                 device_adapter_bytes=self._budgets.device,

@@ -1,0 +1,140 @@
+"""Which code executes the steps here: the native kernels where they can, torch elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from veneer_registry.errors import VeneerError
+
+from veneer_server.engine.messages import EngineConfig
+from veneer_server.machine import usable_cores
+from veneer_server.models.arrays import Backend
+from veneer_server.models.attention import KvCache
+from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.models.decoder import Decoder
+from veneer_server.models.linear import Linear
+from veneer_server.models.linear import fuse as fuse_for_torch
+from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
+from veneer_server.native import linear as native_linear
+from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.native.decoder import NativeDecoder, check
+from veneer_server.native.library import Library
+
+__all__ = ["BackendUnavailable", "Chosen", "choose"]
+
+log = logging.getLogger(__name__)
+
+
+class BackendUnavailable(VeneerError):
+    """The backend that was asked for cannot serve here."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BACKEND_UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A backend over the loaded base.
+
+    Attributes:
+        name: ``native (avx512-bf16)``, ``native (avx2)`` or ``torch``.
+        why_not_native: empty where it is.
+        lora_dtype: of resident adapters.
+    """
+
+    backend: Backend
+    weights: DecoderWeights
+    lora_dtype: torch.dtype
+    name: str
+    why_not_native: str = ""
+
+
+def choose(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+) -> Chosen:
+    """Load the base for the best backend that `EngineConfig.backend` allows.
+
+    Raises:
+        BackendUnavailable: it insists on the native one, which cannot serve here.
+        UnsupportedModel: no backend can run the base.
+    """
+    why = "--backend torch"
+    if config.backend != "torch":
+        try:
+            return _native(config, device, dtype, num_blocks)
+        except NativeUnavailable as reason:
+            if config.backend == "native":
+                raise BackendUnavailable(
+                    f"--backend native cannot serve here: {reason}; use --backend auto"
+                ) from reason
+            why = str(reason)
+    if config.backend == "auto" and device.type == "cpu":
+        log.warning("the torch backend serves, which is slower: %s", why)
+    return _torch(config, device, dtype, num_blocks, why)
+
+
+def _load(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, fuse: Fuse
+) -> DecoderWeights:
+    return load_weights(
+        Path(config.base_folder),
+        quantization=config.quantization,
+        dtype=dtype,
+        device=device,
+        cache_dir=Path(config.cache_folder),
+        fingerprint=config.weights_fingerprint,
+        fuse=fuse,
+    )
+
+
+def _native(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+) -> Chosen:
+    if device.type != "cpu":
+        raise NativeUnavailable(f"it is for CPUs, and the base is on {device.type}")
+    if dtype != torch.bfloat16:
+        raise NativeUnavailable(
+            f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        )
+    check(read_decoder_config(Path(config.base_folder)), config.block_size)
+    library = Library(build(Path(config.cache_folder)))
+
+    def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
+        return native_linear.fuse(library, modules, dtype)
+
+    weights = _load(config, device, dtype, fuse)
+    decoder = NativeDecoder(
+        library,
+        weights,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        threads=config.threads or usable_cores(),
+    )
+    # What is left to torch is short: a second thread would cost more than it brings, and
+    # spin where a thread of the step could run.
+    torch.set_num_threads(1)
+    return Chosen(decoder, weights, torch.bfloat16, f"native ({library.instructions})")
+
+
+def _torch(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int, why: str
+) -> Chosen:
+    weights = _load(config, device, dtype, fuse_for_torch)
+    model: DecoderConfig = weights.config
+    cache = KvCache(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    # See `Decoder`: float32 is what small products on a CPU are fast in.
+    lora_dtype = torch.float32 if device.type == "cpu" else dtype
+    return Chosen(Decoder(weights, cache, lora_dtype), weights, lora_dtype, "torch", why)

@@ -1,0 +1,1 @@
+"""The CPU backend in C++: a whole step in one call, compiled at first start."""

@@ -1,0 +1,184 @@
+// Paged attention with grouped queries, for one key head and up to 12 queries of one sequence.
+//
+// A KV block is cut into runs of 16 tokens. Of a run and a key head, K lies as pairs of
+// dimensions, each for 16 tokens [dim / 2][16][2], so that a score is a sum down the lanes and
+// nothing has to be added across them; V as pairs of tokens, each for all dimensions
+// [8][dim][2]. Both bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace veneer {
+
+constexpr int kRun = 16;  // tokens
+constexpr int kMostQueries = 12;
+
+struct KvShape {
+    int32_t kv_heads, dim, block_size;  // block_size: a multiple of 16
+
+    size_t run_numbers() const { return size_t(kRun) * dim; }
+    // Where the run of a token slot and a head begins.
+    size_t run(int64_t slot, int head) const {
+        const int64_t block = slot / block_size;
+        const int64_t within = slot % block_size / kRun;
+        return ((block * kv_heads + head) * (block_size / kRun) + within) * run_numbers();
+    }
+};
+
+inline void write_key(bf16* keys, const KvShape& shape, int64_t slot, int head, const float* key) {
+    bf16* to = keys + shape.run(slot, head) + slot % kRun * 2;
+    for (int d = 0; d < shape.dim; ++d) to[d / 2 * 2 * kRun + d % 2] = to_bf16(key[d]);
+}
+
+inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int head,
+                        const float* value) {
+    const int64_t token = slot % kRun;
+    bf16* to = values + shape.run(slot, head) + token / 2 * 2 * shape.dim + token % 2;
+    for (int d = 0; d < shape.dim; ++d) to[2 * d] = to_bf16(value[d]);
+}
+
+// Ask for what a token's key and value will be written to: they touch a line for each pair of
+// dimensions.
+inline void ask_for_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
+                         int head) {
+    const size_t run = shape.run(slot, head);
+    const bf16* key = keys + run + slot % kRun * 2;
+    const bf16* value = values + run + slot % kRun / 2 * 2 * shape.dim;
+    for (int pair = 0; pair < shape.dim / 2; ++pair) __builtin_prefetch(key + pair * 2 * kRun, 1);
+    for (int d = 0; d < 2 * shape.dim; d += 32) __builtin_prefetch(value + d, 1);
+}
+
+// One sequence's view of a layer's cache.
+struct Sequence {
+    const bf16* keys;
+    const bf16* values;
+    const int64_t* blocks;
+    int head;
+
+    size_t run(const KvShape& shape, int number) const {
+        const int runs = shape.block_size / kRun;
+        return ((blocks[number / runs] * shape.kv_heads + head) * runs + number % runs) *
+               shape.run_numbers();
+    }
+};
+
+// Attributes: query: [dim] bfloat16; out: [dim] float; tokens first to end - 1 are seen.
+struct Query {
+    const bf16* query;
+    float* out;
+    int first, end;
+};
+
+// Scores of the runs [first_run, end_run): scores[query][(run - first_run) * 16 + token].
+template <int Queries>
+inline void score(const Sequence& sequence, const KvShape& shape, const Query* queries,
+                  int first_run, int end_run, float scale, float* scores, size_t stride) {
+    for (int run = first_run; run < end_run; ++run) {
+        const size_t at = sequence.run(shape, run);
+        const bf16* keys = sequence.keys + at;
+        const bf16* values = sequence.values + at;
+        const int next = run + 1 < end_run ? run + 1 : run;
+        const bf16* next_keys = sequence.keys + sequence.run(shape, next);
+        Floats sums[2][Queries];
+        for (auto& chain : sums)
+            for (auto& each : chain) each = zeros();
+        for (int pair = 0; pair < shape.dim / 2; pair += 2) {
+            for (int c = 0; c < 2; ++c) {
+                const size_t line = size_t(pair + c) * 2 * kRun;
+                // A cache of many sequences lies in memory: the next K, and V for later.
+                prefetch(next_keys + line);
+                prefetch(values + line);
+                const Pairs key = load_pairs(keys + line);
+                for (int q = 0; q < Queries; ++q)
+                    sums[c][q] = dot(sums[c][q], key, same_pair(queries[q].query + 2 * (pair + c)));
+            }
+        }
+        for (int q = 0; q < Queries; ++q)
+            store(scores + q * stride + size_t(run - first_run) * kRun,
+                  mul(add(sums[0][q], sums[1][q]), all(scale)));
+    }
+}
+
+// Scores of one query to weights, in place and as bfloat16; 1 / their sum.
+inline float soften(const Query& query, int first_run, int end_run, float* scores, bf16* weights) {
+    const float none = -std::numeric_limits<float>::infinity();
+    const int begin = first_run * kRun, count = (end_run - first_run) * kRun;
+    for (int t = 0; t < query.first - begin; ++t) scores[t] = none;
+    for (int t = query.end - begin; t < count; ++t) scores[t] = none;
+    Floats most = load(scores);
+    for (int t = kRun; t < count; t += kRun) most = max(most, load(scores + t));
+    const Floats top = all(largest(most));
+    Floats total = zeros();
+    for (int t = 0; t < count; t += kRun) {
+        // What is not seen is e^-87 of nothing: its weight must be 0, and so it is.
+        store_bf16(weights + t, exp(sub(load(scores + t), top)));
+        total = add(total, load(weights + t));
+    }
+    for (int t = 0; t < query.first - begin; ++t) weights[t] = 0;
+    for (int t = query.end - begin; t < count; ++t) weights[t] = 0;
+    return 1.0f / sum(total);
+}
+
+template <int Queries>
+inline void combine(const Sequence& sequence, const KvShape& shape, const Query* queries,
+                    int first_run, int end_run, const bf16* weights, size_t stride,
+                    const float* inverse) {
+    for (int d = 0; d < shape.dim; d += kLanes) {
+        Floats sums[Queries];
+        for (auto& each : sums) each = zeros();
+        for (int run = first_run; run < end_run; ++run) {
+            const bf16* values = sequence.values + sequence.run(shape, run) + 2 * d;
+            const bf16* here = weights + size_t(run - first_run) * kRun;
+            for (int pair = 0; pair < kRun / 2; ++pair) {
+                const Pairs value = load_pairs(values + size_t(pair) * 2 * shape.dim);
+                for (int q = 0; q < Queries; ++q)
+                    sums[q] = dot(sums[q], value, same_pair(here + q * stride + 2 * pair));
+            }
+        }
+        for (int q = 0; q < Queries; ++q)
+            store(queries[q].out + d, mul(sums[q], all(inverse[q])));
+    }
+}
+
+// Floats that `attend` needs for a context of so many tokens.
+inline size_t attention_scratch(int64_t context) {
+    const size_t width = size_t(context + kRun) / kRun * kRun + kRun;
+    return kMostQueries * (width + width / 2);
+}
+
+template <int Queries>
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
+                   float scale, float* scratch) {
+    int first = queries[0].first, end = queries[0].end;
+    for (int q = 1; q < Queries; ++q) {
+        first = std::min(first, queries[q].first);
+        end = std::max(end, queries[q].end);
+    }
+    const int first_run = first / kRun, end_run = (end + kRun - 1) / kRun;
+    const size_t stride = size_t(end_run - first_run) * kRun;
+    bf16* weights = reinterpret_cast<bf16*>(scratch + Queries * stride);
+    float inverse[Queries];
+    score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
+    for (int q = 0; q < Queries; ++q)
+        inverse[q] = soften(queries[q], first_run, end_run, scratch + q * stride,
+                            weights + q * stride);
+    combine<Queries>(sequence, shape, queries, first_run, end_run, weights, stride, inverse);
+}
+
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
+                   int count, float scale, float* scratch) {
+    switch (count) {
+#define VENEER_QUERIES(n) \
+    case n: return attend<n>(sequence, shape, queries, scale, scratch);
+        VENEER_QUERIES(1) VENEER_QUERIES(2) VENEER_QUERIES(3) VENEER_QUERIES(4)
+        VENEER_QUERIES(5) VENEER_QUERIES(6) VENEER_QUERIES(7) VENEER_QUERIES(8)
+        VENEER_QUERIES(9) VENEER_QUERIES(10) VENEER_QUERIES(11) VENEER_QUERIES(12)
+#undef VENEER_QUERIES
+    }
+}
+
+}  // namespace veneer

@@ -1,0 +1,92 @@
+// The C interface. Functions that can fail return 0, or a message to be read at once.
+#include <exception>
+#include <new>
+
+#include "decoder.h"
+
+using namespace veneer;
+
+namespace {
+
+struct Engine {
+    Engine(const Model& given, int threads) : model(given), team(threads), decoder(model, team) {}
+
+    Model model;
+    Team team;
+    Decoder decoder;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Sizes of the structs, for the caller to compare with its own.
+void veneer_sizes(int64_t* to) {
+    to[0] = sizeof(Linear), to[1] = sizeof(Layer), to[2] = sizeof(Model), to[3] = sizeof(Step);
+    to[4] = sizeof(Segment), to[5] = sizeof(LoraAdapter), to[6] = sizeof(LoraGroup);
+}
+
+const char* veneer_instructions() {
+#if VENEER_AVX512
+    return "avx512-bf16";
+#else
+    return "avx2";
+#endif
+}
+
+int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
+    const int64_t tiles = (outputs + kTile - 1) / kTile;
+    return tiles * (inputs / kBlock) * int64_t(block_bytes(Kind(kind)));
+}
+
+void veneer_pack_four_bit(const uint8_t* codes, const float* scales, int32_t outputs,
+                          int32_t inputs, uint8_t* to) {
+    pack_four_bit(codes, scales, outputs, inputs, to);
+}
+
+void veneer_pack_eight_bit(const bf16* weights, int32_t outputs, int32_t inputs, uint8_t* to) {
+    pack_eight_bit(weights, outputs, inputs, to);
+}
+
+void veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, bf16* to) {
+    pack_bf16(weights, outputs, inputs, to);
+}
+
+// y [rows, outputs] = x [rows, inputs] W^T, on the calling thread.
+void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y) {
+    multiply_tiles(*linear, 0, linear->tiles(), x, size_t(linear->inputs), int(rows), y,
+                   size_t(linear->outputs));
+}
+
+void* veneer_create(const Model* model, int32_t threads) {
+    try {
+        return new Engine(*model, threads);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+void veneer_destroy(void* engine) { delete static_cast<Engine*>(engine); }
+
+const char* veneer_step(void* handle, const Step* step) {
+    Engine& engine = *static_cast<Engine*>(handle);
+    const char* failed = nullptr;
+    engine.team.call();
+    try {
+        engine.decoder.run(*step);
+    } catch (const std::bad_alloc&) {
+        failed = "no memory for a step's buffers";
+    } catch (const std::exception&) {
+        failed = "the native step failed";
+    }
+    engine.team.rest();
+    return failed;
+}
+
+// Seconds in each part of all steps so far (`Part`); zeros unless compiled with VENEER_TIMES.
+void veneer_times(void* handle, double* to) {
+    const Times& times = static_cast<Engine*>(handle)->decoder.times;
+    std::memcpy(to, times.seconds, sizeof times.seconds);
+}
+
+}  // extern "C"
