@@ -118,8 +118,8 @@ async def answer_side_by_side(client: AsyncClient) -> None:
 def show_gains() -> None:
     """What training changed, as each adapter's manifest tells it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("on data it never saw")
-    for column in ("loss of the base", "with the adapter", "right, base", "with the adapter"):
+    table.add_column("on unseen data", no_wrap=True)
+    for column in ("loss: base", "adapter", "right: base", "adapter"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in NAMES:
         manifest = json.loads((ADAPTERS / name / "training_manifest.json").read_text("utf-8"))
