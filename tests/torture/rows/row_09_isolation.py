@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from veneer_server.engine import process
+from veneer_server.engine import backends
 
 from tests.server_harness import Server, running_server
 from tests.tiny_llama import make_tiny_llama
@@ -102,7 +102,7 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 def _hashed(scale: Scale, base: Path) -> Outcome:
     traffic = Traffic(requests=scale.pick(400, 20_000), modules=ONE_MODULE)
-    with patch.object(process, "Decoder", HashBackend):
+    with patch.object(backends, "Decoder", HashBackend):
         record, seen, leaks = asyncio.run(
             _in_process(scale, base, traffic, HASHED, scale.folder("hashed"))
         )
@@ -154,7 +154,7 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
     memory = TIGHT if planted.tight else ROOMY
     for attempt in range(ROUNDS):
         folder = scale.folder(f"{name} {attempt}")
-        with patch.object(process, "Decoder", HashBackend), planted.bug():
+        with patch.object(backends, "Decoder", HashBackend), planted.bug():
             record, _, leaks = asyncio.run(_in_process(scale, base, traffic, memory, folder))
         failures = (*leaks, *failures_of(record, HashReference()))
         if failures:
