@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
+from veneer_registry.errors import VeneerError
 
 from veneer_server import logs
 from veneer_server.engine.backends import choose
@@ -190,7 +191,11 @@ def main() -> None:
     logs.configure(config.log_format, process="engine")
     logging.captureWarnings(True)
     inbox: Inbox = queue.SimpleQueue()
-    info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
+    try:
+        info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
+    except VeneerError as error:
+        log.error("%s", error.message)
+        sys.exit(1)
 
     def send(messages: list[FromEngine]) -> None:
         connection.sendall(encode(messages))

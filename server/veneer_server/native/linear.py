@@ -141,8 +141,7 @@ def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
             f"need blocks of {BLOCK} that fill its rows"
         )
     scales = state.absmax
-    if state.nested:  # of a single module, which was not stacked
-        raise AssertionError("stacking expands nested scales")
+    assert not state.nested, "stacking expands nested scales"
     packed = library.pack_four_bit(
         fused.weight.data.contiguous().view(outputs, inputs // 2),
         scales.contiguous().view(outputs, inputs // BLOCK),

@@ -1,0 +1,68 @@
+"""Which backend serves, and what is said where the native one cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from veneer_server.engine.backends import BackendUnavailable, Chosen, choose
+from veneer_server.engine.messages import EngineConfig
+from veneer_server.models.decoder import Decoder
+
+from tests.tiny_llama import make_tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_tiny_llama(folder)
+    return folder
+
+
+def asked(base: Path, cache: Path, dtype: torch.dtype = torch.bfloat16, **own: Any) -> Chosen:
+    config = EngineConfig(
+        base_folder=str(base),
+        cache_folder=str(cache),
+        base_name="tiny",
+        weights_fingerprint="",
+        quantization="none",
+        **own,
+    )
+    return choose(config, CPU, dtype, 8)
+
+
+def test_without_a_compiler_torch_serves_and_says_why(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = asked(base, tmp_path, backend="auto")
+    assert found.name == "torch"
+    assert isinstance(found.backend, Decoder)
+    assert "/nowhere/c++ does not run" in found.why_not_native
+    with pytest.raises(BackendUnavailable, match=r"does not run.*use --backend auto"):
+        asked(base, tmp_path, backend="native")
+
+
+def test_what_a_compiler_says_is_told(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    with pytest.raises(BackendUnavailable, match="no-such-option"):
+        asked(base, tmp_path, backend="native")
+    assert list((tmp_path / "native").iterdir()) == []
+
+
+def test_another_dtype_is_torch_s(base: Path, tmp_path: Path) -> None:
+    found = asked(base, tmp_path, torch.float32, backend="auto")
+    assert found.name == "torch"
+    assert "bfloat16, not in float32" in found.why_not_native
+
+
+def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:
+    found = asked(base, tmp_path)
+    assert (found.name, found.why_not_native) == ("torch", "--backend torch")
+    assert not (tmp_path / "native").exists()
