@@ -273,6 +273,17 @@ def test_a_broken_adapter_harms_its_own_rows_alone(library: Library, tmp_path: P
     assert not bool(got[60:].isfinite().all(-1).all())
 
 
+def test_what_is_no_number_in_a_query_stays_none(library: Library, tmp_path: Path) -> None:
+    """It reaches the logits through softmax alone, whose bounds must not make it a number."""
+    folder = saved("llama", tmp_path)
+    native = decoder(library, folder)
+    broken = adapter(native._weights.config, torch.bfloat16, (8,), ("q_proj",))
+    broken.run.fill_(torch.nan)
+    (got, *_) = run_all(native, steps((None, broken))[:1])
+    assert bool(got[:60].isfinite().all())
+    assert bool(got[60:].isnan().all(-1).all())
+
+
 def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     results = []
