@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from veneer_registry.errors import VeneerError
 
 from veneer_server.engine.messages import EngineConfig
+from veneer_server.engine.sampler import Draws, TorchDraws
 from veneer_server.machine import usable_cores
 from veneer_server.models.arrays import Backend
 from veneer_server.models.attention import KvCache
@@ -45,6 +46,7 @@ class Chosen:
         name: ``native (avx512-bf16)``, ``native (avx2)`` or ``torch``.
         why_not_native: empty where it is.
         lora_dtype: of resident adapters.
+        draws: from its logits to tokens.
     """
 
     backend: Backend
@@ -52,6 +54,7 @@ class Chosen:
     lora_dtype: torch.dtype
     name: str
     why_not_native: str = ""
+    draws: Draws = field(default_factory=TorchDraws)
 
 
 def choose(
@@ -118,7 +121,8 @@ def _native(
     # What is left to torch is short: a second thread would cost more than it brings, and
     # spin where a thread of the step could run.
     torch.set_num_threads(1)
-    return Chosen(decoder, weights, torch.bfloat16, f"native ({library.instructions})")
+    name = f"native ({library.instructions})"
+    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws)
 
 
 def _torch(

@@ -10,7 +10,14 @@ import torch
 
 from veneer_server.engine.grammar import GrammarFailed, Grammars
 from veneer_server.engine.messages import Tops
-from veneer_server.engine.sampler import Choice, sample, token_logprobs, top_tokens
+from veneer_server.engine.sampler import (
+    Choice,
+    Draws,
+    TorchDraws,
+    sample,
+    token_logprobs,
+    top_tokens,
+)
 from veneer_server.engine.sequence import PlannedSequence, StepPlan, StepResult
 from veneer_server.lora.batch import Segment
 from veneer_server.lora.table import AdapterTable
@@ -27,6 +34,7 @@ class ModelRunner:
             every digest of a plan is in it.
         grammars: what constrained sequences may say; None where the base's tokenizer
             allows no constraints, and no plan has any.
+        draws: who draws tokens; torch where there is none.
     """
 
     def __init__(
@@ -35,7 +43,9 @@ class ModelRunner:
         tables: Mapping[str, AdapterTable],
         block_size: int,
         grammars: Grammars | None = None,
+        draws: Draws | None = None,
     ) -> None:
+        self._draws = draws or TorchDraws()
         self._grammars = grammars
         self._backend = backend
         self._tables = tables
@@ -67,7 +77,7 @@ class ModelRunner:
             plan.sequences, places, drafts, finite, strict=True
         ):
             if sequence.score and good:
-                _score(logits, sequence, place, draft)
+                _score(logits, sequence, place, draft, self._draws)
         return StepResult(
             tokens=tuple(d.token for d in drafts),
             logprobs=tuple(d.logprob for d in drafts),
@@ -91,8 +101,10 @@ class ModelRunner:
                 row.draft.failure = str(error)
         if not ready:
             return
-        logits = logits.index_select(0, _index([row.at for row in ready], logits))
-        for row, token in zip(ready, sample(logits, choices), strict=True):
+        at = [row.at for row in ready]
+        if at != list(range(len(logits))):
+            logits = logits.index_select(0, _index(at, logits))
+        for row, token in zip(ready, sample(logits, choices, self._draws), strict=True):
             row.draft.token = token
             if token is None:
                 row.draft.finite = False
@@ -100,7 +112,7 @@ class ModelRunner:
                 self._advance(row, token)
         wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
         if wanted:
-            _add_logprobs(logits[wanted], [ready[k] for k in wanted])
+            _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
     def _choice(self, sequence: PlannedSequence) -> Choice:
         allowed = None
@@ -146,29 +158,33 @@ class _SampledRow:
     draft: _Draft
 
 
-def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow]) -> None:
+def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -> None:
     """Raw log-probabilities of the chosen tokens, and of the likeliest where wanted."""
     tokens = [row.draft.token or 0 for row in rows]
     for row, value in zip(
-        rows, token_logprobs(logits, _index(tokens, logits)).tolist(), strict=True
+        rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
     ):
         row.draft.logprob = value
     topped = [k for k, row in enumerate(rows) if row.sequence.top_logprobs]
     if topped:
         counts = [rows[k].sequence.top_logprobs for k in topped]
-        for k, tops in zip(topped, top_tokens(logits[topped], counts), strict=True):
+        for k, tops in zip(topped, top_tokens(logits[topped], counts, draws), strict=True):
             rows[k].draft.tops = tops
 
 
 def _score(
-    logits: torch.Tensor, sequence: PlannedSequence, place: _Place, draft: _Draft
+    logits: torch.Tensor,
+    sequence: PlannedSequence,
+    place: _Place,
+    draft: _Draft,
+    draws: Draws,
 ) -> None:
     """Log-probabilities of a chunk of the prompt."""
     rows = logits[place.begin : place.begin + len(sequence.score)]
     following = _index(list(sequence.score), logits)
-    draft.scores = tuple(token_logprobs(rows, following).tolist())
+    draft.scores = tuple(token_logprobs(rows, following, draws).tolist())
     if sequence.top_logprobs:
-        draft.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows)))
+        draft.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
 
 
 @dataclass(frozen=True, slots=True)

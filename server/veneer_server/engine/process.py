@@ -101,7 +101,9 @@ def build_engine(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
     )
-    runner: Runner = ModelRunner(chosen.backend, memory.tables, config.block_size, grammars)
+    runner: Runner = ModelRunner(
+        chosen.backend, memory.tables, config.block_size, grammars, chosen.draws
+    )
     if config.exact:
         runner = ExactRunner(runner)
     info = EngineInfo(

@@ -15,6 +15,8 @@ A token is a function of its own row, its settings and its position: nothing is
 shared between rows, so it does not depend on what shares the batch (as far as the
 logits do not). A batch that only takes likeliest tokens costs one argmax.
 
+Steps 5 to 7 are `Draws`: in torch here, or by the native backend (``native/draws.py``).
+
 Log-probabilities are of the logits as the model gave them, before all of this.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +33,15 @@ from numpy.typing import NDArray
 from veneer_server.engine.history import Seen
 from veneer_server.engine.messages import SamplingParams, Tops
 
-__all__ = ["Choice", "sample", "token_logprobs", "top_tokens", "uniform"]
+__all__ = [
+    "Choice",
+    "Draws",
+    "TorchDraws",
+    "sample",
+    "token_logprobs",
+    "top_tokens",
+    "uniform",
+]
 
 _HEAD = 512
 """Most likely tokens looked at first for top-k, top-p and min-p; sorting a whole
@@ -71,28 +82,72 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(stream).random())
 
 
-def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+class Draws(Protocol):
+    """From adjusted logits to tokens."""
+
+    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+        """See `sample`; bias, penalties and masks are in the logits already."""
+
+    def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows] float32: log(sum of e^logit)."""
+
+
+def sample(
+    logits: torch.Tensor, choices: Sequence[Choice], draws: Draws | None = None
+) -> list[int | None]:
     """One token a row; None for a row that has nothing to draw from, which no request
     that was checked can bring about.
 
     Args:
         logits: [rows, vocab] float32, finite; not changed.
         choices: one a row.
+        draws: torch's where there is none.
     """
-    logits = _adjusted(logits, choices)
-    chosen = logits.argmax(dim=-1)
-    drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
-    if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
-        chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
-    return [None if token == _NOTHING else token for token in chosen.tolist()]
+    draws = draws or TorchDraws()
+    changed = [i for i, choice in enumerate(choices) if _changes(choice)]
+    if not changed:
+        return draws.tokens(logits, choices)
+    those = [choices[i] for i in changed]
+    adjusted = _adjusted(logits[torch.tensor(changed, device=logits.device)], those)
+    if len(changed) == len(choices):
+        return draws.tokens(adjusted, those)
+    tokens = draws.tokens(logits, choices)  # some of them in vain: rare, and one call
+    for i, token in zip(changed, draws.tokens(adjusted, those), strict=True):
+        tokens[i] = token
+    return tokens
+
+
+class TorchDraws:
+    """`Draws` in torch, on any device."""
+
+    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+        chosen = logits.argmax(dim=-1)
+        drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
+        return [None if token == _NOTHING else token for token in chosen.tolist()]
+
+    def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(logits, dim=-1)
 
 
 # ------------------------------------------------------------------- adjustments
 
 
+def _changes(choice: Choice) -> bool:
+    params = choice.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or choice.allowed is not None
+    )
+
+
 def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-    """Bias, penalties and masks; ``logits`` itself where no row has any."""
+    """Bias, penalties and masks, in place."""
     biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
     repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
     counted = [
@@ -101,9 +156,6 @@ def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         if c.params.presence_penalty or c.params.frequency_penalty
     ]
     masks = {i: c.allowed for i, c in enumerate(choices) if c.allowed is not None}
-    if not (biased or repeated or counted or masks):
-        return logits
-    logits = logits.clone()
     if biased:
         _add_bias(logits, biased, choices)
     if repeated:
@@ -269,30 +321,36 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, draws: Draws | None = None
+) -> torch.Tensor:
     """Raw log-probabilities, natural logarithm.
 
     Args:
         logits: [rows, vocab] float32.
         tokens: [rows] int64.
+        draws: torch's where there is none.
 
     Returns:
         [rows] float32.
     """
     picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return picked - torch.logsumexp(logits, dim=-1)
+    return picked - (draws or TorchDraws()).log_sums(logits)
 
 
-def top_tokens(logits: torch.Tensor, counts: Sequence[int]) -> list[Tops]:
+def top_tokens(
+    logits: torch.Tensor, counts: Sequence[int], draws: Draws | None = None
+) -> list[Tops]:
     """The most likely tokens of each row with their raw log-probabilities.
 
     Args:
         logits: [rows, vocab] float32.
         counts: how many are wanted, one a row, at most 20.
+        draws: torch's where there is none.
     """
     values, tokens = logits.topk(min(logits.shape[1], _TOPS))
     values, tokens = _in_order(values, tokens)
-    values = values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    values = values - (draws or TorchDraws()).log_sums(logits).unsqueeze(1)
     return [
         list(zip(ids[:count], logprobs[:count], strict=True))
         for ids, logprobs, count in zip(tokens.tolist(), values.tolist(), counts, strict=True)

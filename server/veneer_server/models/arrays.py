@@ -47,7 +47,8 @@ class Backend(Protocol):
     """Executes a whole step in one call."""
 
     def execute(self, step: StepArrays) -> torch.Tensor:
-        """Write the rows' K and V, return logits [L, vocab] in float32."""
+        """Write the rows' K and V, return logits [L, vocab] in float32, which are the
+        caller's until the next step."""
 
     def clear(self, blocks: list[int]) -> None:
         """Make these KV blocks finite again. Attention gives what is beyond a sequence's

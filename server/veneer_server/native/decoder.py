@@ -13,6 +13,7 @@ from veneer_server.models.arrays import StepArrays
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.native.compiler import NativeUnavailable
+from veneer_server.native.draws import NativeDraws
 from veneer_server.native.library import (
     BLOCK,
     EIGHT_BIT,
@@ -56,6 +57,9 @@ class NativeDecoder:
     Args:
         head: how the head is kept: `EIGHT_BIT` halves what a step of one row reads of it, and
             is off by half a 127th of the largest weight of 64; or `BFLOAT16`.
+
+    Attributes:
+        draws: from logits to tokens, on the same threads.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class NativeDecoder:
         self._library = library
         self._weights = weights
         self._vocab = config.vocab_size
+        self._logits = torch.empty(0, self._vocab)
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
         self._keys = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
         self._values = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
@@ -112,11 +117,14 @@ class NativeDecoder:
             weakref.WeakKeyDictionary()
         )
         self._engine = library.create(self._model, threads)
+        self.draws = NativeDraws(library, self._engine)
         self._finalizer = weakref.finalize(self, library.destroy, self._engine)
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""
-        logits = torch.empty(len(step.logit_rows), self._vocab)
+        if len(self._logits) < len(step.logit_rows):
+            self._logits = torch.empty(len(step.logit_rows), self._vocab)
+        logits = self._logits[: len(step.logit_rows)]
         segments = (Segment * len(step.segments))()
         for to, segment in zip(segments, step.segments, strict=True):
             to.begin, to.end = segment.begin, segment.end

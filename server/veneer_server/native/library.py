@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_uint16, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK",
     "EIGHT_BIT",
     "FOUR_BIT",
+    "Draw",
     "Layer",
     "Library",
     "Linear",
@@ -51,7 +52,7 @@ class Linear(ctypes.Structure):
         ("outputs", c_int32),
         ("inputs", c_int32),
         ("kind", c_int32),
-        ("reserved", c_int32),
+        ("parts", c_int32),
         ("table", c_uint16 * 16),
     ]
 
@@ -157,7 +158,22 @@ class Step(ctypes.Structure):
     ]
 
 
-_STRUCTS: Final = (Linear, Layer, Model, Step, Segment, LoraAdapter, LoraGroup)
+class Draw(ctypes.Structure):
+    """A row of logits, and how its token is drawn."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("seed", c_uint64),
+        ("position", c_uint64),
+        ("top_p", c_double),
+        ("top_k", c_int64),
+        ("temperature", c_float),
+        ("min_p", c_float),
+        ("token", c_int64),
+    ]
+
+
+_STRUCTS: Final = (Linear, Layer, Model, Step, Segment, LoraAdapter, LoraGroup, Draw)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -281,6 +297,21 @@ class Library:
         failed = self._functions.veneer_step(engine, ctypes.byref(step))
         if failed is not None:
             raise MemoryError(failed.decode())
+
+    def sample(self, engine: int | None, draws: ctypes.Array[Draw], vocab: int) -> None:
+        """Fill in their tokens."""
+        self._functions.veneer_sample(
+            c_void_p(engine), draws, c_int64(len(draws)), c_int64(vocab)
+        )
+
+    def log_sums(
+        self, engine: int | None, logits: int | None, shape: Sequence[int], to: int | None
+    ) -> None:
+        """log(sum of e^logit) of each row of [rows, vocab] float32."""
+        rows, vocab = shape
+        self._functions.veneer_log_sums(
+            c_void_p(engine), c_void_p(logits), c_int64(rows), c_int64(vocab), c_void_p(to)
+        )
 
     def destroy(self, engine: int) -> None:
         """End its threads."""

@@ -24,6 +24,8 @@ from veneer_server.native.library import (
 __all__ = ["NativeLinear", "fuse", "pack_dense"]
 
 _TILE = 32
+_TOGETHER = 64
+"""Outputs of one of two parts that lie together."""
 
 
 class NativeLinear:
@@ -41,6 +43,7 @@ class NativeLinear:
         shape: tuple[int, int],
         bias: torch.Tensor | None,
         table: torch.Tensor | None,
+        parts: int = 1,
     ) -> None:
         self._library = library
         self._packed = packed
@@ -53,6 +56,7 @@ class NativeLinear:
             outputs=shape[0],
             inputs=shape[1],
             kind=kind,
+            parts=parts,
         )
         if table is not None:
             self.struct.table[:] = [code & 0xFFFF for code in table.view(torch.int16).tolist()]
@@ -71,6 +75,9 @@ class NativeLinear:
         """See `models.linear.Linear.expanded`: the very numbers that the kernels multiply."""
         outputs, inputs = self.shape
         tiles = self._packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
+        if self.struct.parts == 2:
+            tiles = tiles.view(-1, 2, _TOGETHER // _TILE, *tiles.shape[1:])
+            tiles = tiles.transpose(0, 1).flatten(0, 2)
         for rows in row_slices(outputs, inputs):
             part = tiles[rows.start // _TILE : -(-rows.stop // _TILE)]
             numbers = self._numbers(part)
@@ -115,18 +122,37 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
         raise NativeUnavailable("some linears of a group are in 4 bits and others are not")
     weights: list[Any] = [m.weight for m in modules]
     weight = torch.cat([w.data for w in weights]).to(dtype).contiguous()
-    return pack_dense(library, BFLOAT16, weight, stack_biases(modules, torch.float32))
+    bias = stack_biases(modules, torch.float32)
+    return pack_dense(library, BFLOAT16, weight, bias, _parts(len(modules), len(weight)))
+
+
+def _parts(modules: int, outputs: int) -> int:
+    """Two linears, gate and up, lie by turns: the thread that computes a column of one computes
+    it of the other, and reads memory in order all the same."""
+    return 2 if modules == 2 and outputs % (2 * _TOGETHER) == 0 else 1
+
+
+def _by_turns(rows: torch.Tensor, parts: int) -> torch.Tensor:
+    """[outputs, ...] in the order in which they are packed."""
+    if parts == 1:
+        return rows.contiguous()
+    turns = rows.view(2, -1, _TOGETHER, *rows.shape[1:]).transpose(0, 1)
+    return turns.reshape(rows.shape)
 
 
 def pack_dense(
-    library: Library, kind: int, weight: torch.Tensor, bias: torch.Tensor | None = None
+    library: Library,
+    kind: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> NativeLinear:
     """A weight [outputs, inputs] in bfloat16, kept so or in 8 bits."""
     outputs, inputs = weight.shape
     if inputs % BLOCK:
         raise NativeUnavailable(f"a linear has {inputs} inputs, no multiple of {BLOCK}")
-    packed = library.pack_dense(kind, weight)
-    return NativeLinear(library, kind, packed, (outputs, inputs), bias, None)
+    packed = library.pack_dense(kind, _by_turns(weight, parts))
+    return NativeLinear(library, kind, packed, (outputs, inputs), bias, None, parts)
 
 
 def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
@@ -142,9 +168,10 @@ def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
         )
     scales = state.absmax
     assert not state.nested, "stacking expands nested scales"
+    parts = _parts(len(modules), outputs)
     packed = library.pack_four_bit(
-        fused.weight.data.contiguous().view(outputs, inputs // 2),
-        scales.contiguous().view(outputs, inputs // BLOCK),
+        _by_turns(fused.weight.data.contiguous().view(outputs, inputs // 2), parts),
+        _by_turns(scales.contiguous().view(outputs, inputs // BLOCK), parts),
     )
     return NativeLinear(
         library,
@@ -153,4 +180,5 @@ def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
         (outputs, inputs),
         fused.bias.float().contiguous() if fused.bias is not None else None,
         state.code.to(torch.bfloat16),
+        parts,
     )

@@ -66,10 +66,10 @@ struct Sequence {
     }
 };
 
-// Attributes: query: [dim] bfloat16; out: [dim] float; tokens first to end - 1 are seen.
+// Attributes: query, out: [dim] bfloat16; tokens first to end - 1 are seen.
 struct Query {
     const bf16* query;
-    float* out;
+    bf16* out;
     int first, end;
 };
 
@@ -140,7 +140,7 @@ inline void combine(const Sequence& sequence, const KvShape& shape, const Query*
             }
         }
         for (int q = 0; q < Queries; ++q)
-            store(queries[q].out + d, mul(sums[q], all(inverse[q])));
+            store_bf16(queries[q].out + d, mul(sums[q], all(inverse[q])));
     }
 }
 

@@ -3,18 +3,37 @@
 #include <new>
 
 #include "decoder.h"
+#include "sample.h"
 
 using namespace veneer;
 
 namespace {
 
 struct Engine {
-    Engine(const Model& given, int threads) : model(given), team(threads), decoder(model, team) {}
+    Engine(const Model& given, int threads)
+        : model(given), team(threads), decoder(model, team), samplers(size_t(threads)) {}
 
     Model model;
     Team team;
     Decoder decoder;
+    std::vector<Sampler> samplers;  // by thread
 };
+
+// Call `function(row, sampler)` for each row; by an engine's threads where there are several.
+template <class Function>
+void each_row(void* handle, int64_t rows, const Function& function) {
+    if (handle == nullptr) {
+        Sampler sampler;
+        for (int64_t row = 0; row < rows; ++row) function(row, sampler);
+        return;
+    }
+    Engine& engine = *static_cast<Engine*>(handle);
+    if (rows > 1) engine.team.call();
+    engine.team.run(int(rows), [&](int row, int thread) {
+        function(row, engine.samplers[size_t(thread)]);
+    });
+    if (rows > 1) engine.team.rest();
+}
 
 }  // namespace
 
@@ -24,6 +43,7 @@ extern "C" {
 void veneer_sizes(int64_t* to) {
     to[0] = sizeof(Linear), to[1] = sizeof(Layer), to[2] = sizeof(Model), to[3] = sizeof(Step);
     to[4] = sizeof(Segment), to[5] = sizeof(LoraAdapter), to[6] = sizeof(LoraGroup);
+    to[7] = sizeof(Draw);
 }
 
 const char* veneer_instructions() {
@@ -54,8 +74,9 @@ void veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, bf16
 
 // y [rows, outputs] = x [rows, inputs] W^T, on the calling thread.
 void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y) {
+    Asking nothing;
     multiply_tiles(*linear, 0, linear->tiles(), x, size_t(linear->inputs), int(rows), y,
-                   size_t(linear->outputs));
+                   size_t(linear->outputs), nothing);
 }
 
 void* veneer_create(const Model* model, int32_t threads) {
@@ -81,6 +102,19 @@ const char* veneer_step(void* handle, const Step* step) {
     }
     engine.team.rest();
     return failed;
+}
+
+// The tokens of rows of logits; without an engine on the calling thread.
+void veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
+    each_row(engine, count, [&](int64_t row, Sampler& sampler) {
+        draws[row].token = sampler.token(draws[row], vocab);
+    });
+}
+
+// log(sum of e^logit) of each row.
+void veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
+    each_row(engine, rows,
+             [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
 }
 
 // Seconds in each part of all steps so far (`Part`); zeros unless compiled with VENEER_TIMES.

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ask.h"
 #include "simd.h"
 
 namespace veneer {
@@ -22,11 +23,6 @@ namespace veneer {
 constexpr int kTile = 32;    // outputs
 constexpr int kBlock = 64;   // inputs
 constexpr int kBlockPairs = kBlock / 2;
-#if VENEER_AVX512
-constexpr int kMostRows = 12;  // sums of 12 rows x 32 outputs: 24 of 32 registers
-#else
-constexpr int kMostRows = 3;  // 12 of 16 registers
-#endif
 
 enum class Kind : int32_t { four_bit = 0, bfloat16 = 1, eight_bit = 2 };
 
@@ -44,13 +40,15 @@ struct Linear {
     int32_t outputs;
     int32_t inputs;  // a multiple of 64
     Kind kind;
-    int32_t reserved;
+    int32_t parts;   // two that lie by turns, a pair of tiles each: gate and up; else one
     bf16 table[16];  // of 4-bit codes
 
     int tiles() const { return (outputs + kTile - 1) / kTile; }
     int blocks() const { return inputs / kBlock; }
     const uint8_t* tile(int index) const {
-        return weights + size_t(index) * blocks() * block_bytes(kind);
+        const int each = tiles() / parts, within = index % each;
+        const int place = (within / 2 * parts + index / each) * 2 + within % 2;
+        return weights + size_t(parts == 1 ? index : place) * blocks() * block_bytes(kind);
     }
 };
 
@@ -58,40 +56,52 @@ struct Linear {
 // look a block up before they multiply, took a third longer.
 constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
-// A block's weights as pairs, straight from 4-bit codes. Eight groups of four pairs; the Q-th
-// pair of a group is the Q-th four bits of its codes.
-struct FromCodes {
-    const uint8_t* at;
-    const Table* table;
+// An eighth of a block, and a bit more than that of one whose scales add two lines.
+template <size_t Bytes>
+inline void ask_ahead(const void* block, int group) {
+    const char* line = static_cast<const char*>(block) + kAhead;
+    constexpr size_t lines = Bytes / kLine, each = lines / 8;
+    for (size_t i = 0; i < each; ++i) prefetch(line + (group * each + i) * kLine);
+    if (size_t(group) < lines % 8) prefetch(line + (8 * each + group) * kLine);
+}
 
-    static FromCodes at_block(const uint8_t* block, const Table& table) { return {block, &table}; }
+// A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row
+// and an output have, added up at the end of a block: one row alone would wait for each
+// sum before the next. `rows`: how many are multiplied at once, as the registers allow.
+
+// From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. To look up
+// costs less than to keep what was looked up: a product of 32 rows was 20 % slower so.
+struct FromCodes {
+#if VENEER_AVX512
+    static constexpr int chains = 2, rows = 6;  // 24 of 32 registers
+#else
+    static constexpr int chains = 1, rows = 3;  // 12 of 16
+#endif
+    const uint8_t* at;
+    const Table& table;
+
+    FromCodes(const uint8_t* block, const Table& given) : at(block), table(given) {}
 
     void ask_ahead(int group) const {
-        prefetch(at + kAhead + group * 64);
-        prefetch(at + kAhead + 512 + group * 64);
-        if (group < 2) prefetch(at + kAhead + 1024 + group * 64);
+        veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group);
     }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
-        low = look_up<Q>(*table, load_codes(at + group * 64));
-        high = look_up<Q>(*table, load_codes(at + 512 + group * 64));
+        low = look_up<Q>(table, load_codes(at + group * 64));
+        high = look_up<Q>(table, load_codes(at + 512 + group * 64));
     }
 };
 
-// The same from memory: the stored bf16 weights, or codes that were looked up before.
+// From weights in bf16.
 struct FromPairs {
+    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
     const bf16* at;
-    bool streamed;  // from memory, not looked up before
 
-    static FromPairs at_block(const uint8_t* block, const Table&) {
-        return {reinterpret_cast<const bf16*>(block), true};
-    }
+    FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
 
     void ask_ahead(int group) const {
-        if (!streamed) return;
-        const char* line = reinterpret_cast<const char*>(at + group * 4 * 2 * kTile) + kAhead;
-        for (int i = 0; i < 8; ++i) prefetch(line + i * 64);
+        veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group);
     }
 
     template <int Q>
@@ -102,17 +112,15 @@ struct FromPairs {
     }
 };
 
-// From 8-bit numbers.
+// From 8-bit numbers; widening them is work, shared by more rows.
 struct FromBytes {
+    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
     const int8_t* at;
 
-    static FromBytes at_block(const uint8_t* block, const Table&) {
-        return {reinterpret_cast<const int8_t*>(block)};
-    }
+    FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}
 
     void ask_ahead(int group) const {
-        for (int i = 0; i < 4; ++i) prefetch(at + kAhead + group * 256 + i * 64);
-        if (group < 2) prefetch(at + kAhead + 2048 + group * 64);
+        veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group);
     }
 
     template <int Q>
@@ -123,38 +131,27 @@ struct FromBytes {
     }
 };
 
-template <class Source>
-inline void expand(const Source& codes, bf16* pairs) {
-    for (int group = 0; group < 8; ++group) {
-        Pairs low, high;
-        codes.ask_ahead(group);
-        bf16* to = pairs + group * 4 * 2 * kTile;
-        codes.template pairs<0>(group, low, high), store_pairs(to, low), store_pairs(to + 32, high);
-        codes.template pairs<1>(group, low, high), store_pairs(to + 64, low), store_pairs(to + 96, high);
-        codes.template pairs<2>(group, low, high), store_pairs(to + 128, low), store_pairs(to + 160, high);
-        codes.template pairs<3>(group, low, high), store_pairs(to + 192, low), store_pairs(to + 224, high);
-    }
-}
-
 // Add a block's products of Rows rows to `totals` [row][32].
 //
 // Sums of a row are added in one order, whatever rows share the product: a row's result does not
-// depend on its company, to the bit. Nor would more sums, or more tiles at once, be faster where
-// rows are few: one tile at a time reads memory as fast as it can be read.
+// depend on its company, to the bit.
 template <int Rows, class Source>
-inline void add_block(const Source& source, const float* scales, const bf16* x, size_t stride,
-                      float* totals) {
-    Floats sums[Rows][2];
-    for (auto& row : sums) row[0] = row[1] = zeros();
+inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
+                      size_t stride, float* totals) {
+    constexpr int chains = Source::chains;
+    Floats sums[chains][Rows][2];
+    for (auto& chain : sums)
+        for (auto& row : chain) row[0] = row[1] = zeros();
     for (int group = 0; group < 8; ++group) {
-        source.ask_ahead(group);
+        if (first) source.ask_ahead(group);
         Pairs low, high;
         const bf16* here = x + group * 8;
         auto multiply = [&](int q) {
             for (int r = 0; r < Rows; ++r) {
+                Floats* row = sums[q % chains][r];
                 const Pairs input = same_pair(here + r * stride + 2 * q);
-                sums[r][0] = dot(sums[r][0], low, input);
-                sums[r][1] = dot(sums[r][1], high, input);
+                row[0] = dot(row[0], low, input);
+                row[1] = dot(row[1], high, input);
             }
         };
         source.template pairs<0>(group, low, high), multiply(0);
@@ -165,25 +162,24 @@ inline void add_block(const Source& source, const float* scales, const bf16* x, 
     const Floats low = scales != nullptr ? load(scales) : all(1.0f);
     const Floats high = scales != nullptr ? load(scales + 16) : low;
     for (int r = 0; r < Rows; ++r) {
+        Floats first = sums[0][r][0], second = sums[0][r][1];
+        for (int c = 1; c < chains; ++c) {
+            first = add(first, sums[c][r][0]);
+            second = add(second, sums[c][r][1]);
+        }
         float* total = totals + r * kTile;
-        store(total, fma(sums[r][0], low, load(total)));
-        store(total + 16, fma(sums[r][1], high, load(total + 16)));
+        store(total, fma(first, low, load(total)));
+        store(total + 16, fma(second, high, load(total + 16)));
     }
 }
 
-// The same for a number of rows that is known when it runs.
-template <class Source>
-inline void add_block(const Source& source, const float* scales, const bf16* x, size_t stride,
-                      int rows, float* totals) {
-    switch (rows) {
-#define VENEER_ROWS(n) \
-    case n: return add_block<n>(source, scales, x, stride, totals);
-        VENEER_ROWS(1) VENEER_ROWS(2) VENEER_ROWS(3)
-#if VENEER_AVX512
-        VENEER_ROWS(4) VENEER_ROWS(5) VENEER_ROWS(6) VENEER_ROWS(7) VENEER_ROWS(8)
-        VENEER_ROWS(9) VENEER_ROWS(10) VENEER_ROWS(11) VENEER_ROWS(12)
-#endif
-#undef VENEER_ROWS
+// The same for 1 to Rows rows, known when it runs.
+template <int Rows, class Source>
+inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
+                      size_t stride, int rows, float* totals) {
+    if constexpr (Rows > 0) {
+        if (rows == Rows) return add_block<Rows>(source, first, scales, x, stride, totals);
+        add_block<Rows - 1>(source, first, scales, x, stride, rows, totals);
     }
 }
 
@@ -205,59 +201,78 @@ inline void store_tile(const Linear& w, int tile, const float* totals, int rows,
     }
 }
 
-// One tile for up to kPanel rows. Few rows take the weights straight as they are kept; for more
-// a block is looked up once, for one group of rows after another.
+// Rows are multiplied in so many groups of about one size.
+template <class Source>
+inline int row_groups(int rows) {
+    return (rows + Source::rows - 1) / Source::rows;
+}
+
+// One tile for up to kPanel rows.
 template <class Source>
 inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
-                          float* y, size_t y_stride) {
+                          float* y, size_t y_stride, Asking& asking) {
     alignas(64) float totals[kPanel * kTile];
-    alignas(64) bf16 looked_up[kTile * kBlock];
     std::fill(totals, totals + size_t(rows) * kTile, 0.0f);
     const Table table(w.table);
-    const int groups = (rows + kMostRows - 1) / kMostRows;
+    const int groups = row_groups<Source>(rows);
     const size_t bytes = block_bytes(w.kind);
     const uint8_t* block = w.tile(tile);
     for (int b = 0; b < w.blocks(); ++b, block += bytes) {
-        const bf16* here = x + b * kBlock;
-        const Source source = Source::at_block(block, table);
+        // Where the results go, which another thread has read since they were last written, ...
+        for (int r = rows * b / w.blocks(); r < rows * (b + 1) / w.blocks(); ++r)
+            for (int i = 0; i < kTile; i += kLanes)
+                __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
+        // ... and inputs that no tile has read yet: another thread has just written half of them.
+        if (asking.inputs && b + 1 < w.blocks()) {
+            const bf16* next = x + (b + 1) * kBlock;
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < 2; ++i) __builtin_prefetch(next + r * x_stride + i * 32);
+        }
+        const Source source(block, table);
         const float* scales = nullptr;
         if (w.kind != Kind::bfloat16)
             scales = reinterpret_cast<const float*>(block + code_bytes(w.kind));
-        if (groups == 1) {
-            add_block(source, scales, here, x_stride, rows, totals);
-            continue;
-        }
-        expand(source, looked_up);
-        for (int g = 0; g < groups; ++g) {  // groups of about one size
+        for (int g = 0; g < groups; ++g) {
+            asking.some();
             const int begin = rows * g / groups, end = rows * (g + 1) / groups;
-            add_block(FromPairs{looked_up, false}, scales, here + begin * x_stride, x_stride,
-                      end - begin, totals + begin * kTile);
+            add_block<Source::rows>(source, g == 0, scales, x + b * kBlock + begin * x_stride,
+                                    x_stride, end - begin, totals + begin * kTile);
         }
     }
+    asking.inputs = false;
     store_tile(w, tile, totals, rows, y, y_stride);
 }
 
 template <class Source>
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                           int rows, float* y, size_t y_stride) {
+                           int rows, float* y, size_t y_stride, Asking& asking) {
     for (int begin = 0; begin < rows; begin += kPanel) {
         const int count = std::min(kPanel, rows - begin);
         for (int tile = first; tile < last; ++tile)
             multiply_tile<Source>(w, tile, x + begin * x_stride, x_stride, count,
-                                  y + begin * y_stride, y_stride);
+                                  y + begin * y_stride, y_stride, asking);
     }
 }
 
-// Tiles first to last - 1 for any number of rows.
+// How often `multiply_tiles` asks in each block of a tile.
+inline int row_groups(const Linear& w, int rows) {
+    switch (w.kind) {
+        case Kind::four_bit: return row_groups<FromCodes>(rows);
+        case Kind::eight_bit: return row_groups<FromBytes>(rows);
+        default: return row_groups<FromPairs>(rows);
+    }
+}
+
+// Tiles first to last - 1 for any number of rows; between its blocks, ask for what comes next.
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                           int rows, float* y, size_t y_stride) {
+                           int rows, float* y, size_t y_stride, Asking& asking) {
     switch (w.kind) {
         case Kind::four_bit:
-            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride);
+            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
         case Kind::eight_bit:
-            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride);
+            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
         case Kind::bfloat16:
-            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride);
+            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride, asking);
     }
 }
 

@@ -2,8 +2,8 @@
 //
 // Rows of one adapter are neighbours (a segment). Its matrices lie transposed, as the registry's
 // loaders lay them out (lora/layout.py): A^T [inputs, ranks of a group side by side] and, of each
-// projection, B^T [rank, outputs]; in bfloat16 or float, any rank. Sums are float, and so are x
-// and h: as PEFT computes.
+// projection, B^T [rank, outputs]; in bfloat16 or float, any rank. x is the bfloat16 that the
+// base's product takes too; sums and h are float.
 #pragma once
 
 #include <algorithm>
@@ -45,34 +45,60 @@ struct Segment {
 
 constexpr int kRankChunk = 64;  // ranks that one call of `shrink` computes
 
+// Of two neighbouring inputs the weights of sixteen ranks.
+template <class Number>
+struct TwoInputs;
+
+template <>
+struct TwoInputs<bf16> {
+    Pairs pairs;
+    TwoInputs() = default;
+    TwoInputs(const bf16* first, const bf16* second) : pairs(pair_up(first, second)) {}
+    TwoInputs(const bf16* first, const bf16* second, int count)
+        : pairs(pair_up(first, second, count)) {}
+    Floats dot(Floats sums, const bf16* x) const { return veneer::dot(sums, pairs, same_pair(x)); }
+};
+
+template <>
+struct TwoInputs<float> {
+    Floats first, second;
+    TwoInputs() = default;
+    TwoInputs(const float* a, const float* b) : first(load(a)), second(load(b)) {}
+    TwoInputs(const float* a, const float* b, int count)
+        : first(load(a, count)), second(load(b, count)) {}
+    Floats dot(Floats sums, const bf16* x) const {
+        return fma(second, all(to_float(x[1])), fma(first, all(to_float(x[0])), sums));
+    }
+};
+
 template <int Rows, int Vectors, class Number>
-inline void shrink_rows(const Number* a, int ranks, int width, const float* x, size_t x_stride,
+inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, size_t x_stride,
                         int inputs, float* h, size_t h_stride) {
     // Several sums each, so that one need not wait for the last; not by the number of rows: a
     // row's result must not depend on its company.
-    constexpr int chains = Vectors <= 2 ? 4 : 2;
+    constexpr int chains = Vectors == 1 ? 4 : 2;
     Floats sums[chains][Rows][Vectors];
     for (auto& chain : sums)
         for (auto& row : chain)
             for (auto& each : row) each = zeros();
+    // The last vector may be short; past it lies the next line, or what is not ours.
     const int tail = width - (Vectors - 1) * kLanes;
-    auto add_input = [&](int k, int chain) {
-        const Number* line = a + size_t(k) * ranks;
-        Floats weights[Vectors];
-        for (int v = 0; v + 1 < Vectors; ++v) weights[v] = load(line + v * kLanes);
-        // The last vector may be short; past it lies the next line, or what is not ours.
-        weights[Vectors - 1] = tail == kLanes ? load(line + (Vectors - 1) * kLanes)
-                                              : load(line + (Vectors - 1) * kLanes, tail);
-        for (int r = 0; r < Rows; ++r) {
-            const Floats input = all(x[r * x_stride + k]);
-            for (int v = 0; v < Vectors; ++v)
-                sums[chain][r][v] = fma(weights[v], input, sums[chain][r][v]);
+    for (int k = 0; k < inputs; k += 2 * chains) {  // inputs: a multiple of 64
+        for (int c = 0; c < chains; ++c) {
+            const bf16* input = x + k + 2 * c;
+            const Number* line = a + size_t(k + 2 * c) * ranks;
+            TwoInputs<Number> weights[Vectors];
+            for (int v = 0; v < Vectors; ++v) {
+                const Number* at = line + v * kLanes;
+                const bool whole = v + 1 < Vectors || tail == kLanes;
+                weights[v] = whole ? TwoInputs<Number>(at, at + ranks)
+                                   : TwoInputs<Number>(at, at + ranks, tail);
+            }
+            for (int r = 0; r < Rows; ++r)
+                for (int v = 0; v < Vectors; ++v)
+                    sums[c][r][v] = weights[v].dot(sums[c][r][v], input + r * x_stride);
         }
-    };
-    int k = 0;
-    for (; k + chains <= inputs; k += chains)
-        for (int c = 0; c < chains; ++c) add_input(k + c, c);
-    for (; k < inputs; ++k) add_input(k, 0);
+    }
     for (int r = 0; r < Rows; ++r) {
         for (int v = 0; v < Vectors; ++v) {
             Floats total = sums[0][r][v];
@@ -82,83 +108,125 @@ inline void shrink_rows(const Number* a, int ranks, int width, const float* x, s
     }
 }
 
-template <int Vectors, class Number>
-inline void shrink_width(const Number* a, int ranks, int width, const float* x, size_t x_stride,
+template <int Most, int Vectors, class Number>
+inline void shrink_width(const Number* a, int ranks, int width, const bf16* x, size_t x_stride,
                          int inputs, int rows, float* h, size_t h_stride) {
-    constexpr int most = Vectors == 1 || Vectors == 3 ? 4 : 3;  // 16 to 24 sums
-    int r = 0;
-    for (; r + most <= rows; r += most)
-        shrink_rows<most, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
-                                   h + r * h_stride, h_stride);
-    for (; r < rows; ++r)
-        shrink_rows<1, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
-                                h + r * h_stride, h_stride);
+    if constexpr (Most > 0) {
+        int r = 0;
+        for (; r + Most <= rows; r += Most)
+            shrink_rows<Most, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
+                                       h + r * h_stride, h_stride);
+        if (r < rows)
+            shrink_width<Most - 1, Vectors>(a, ranks, width, x + r * x_stride, x_stride, inputs,
+                                            rows - r, h + r * h_stride, h_stride);
+    }
 }
 
 // Columns chunk * 64 and up to 63 more of h [rows, ranks].
 template <class Number>
-inline void shrink(const LoraGroup& group, int chunk, const float* x, size_t x_stride, int inputs,
+inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_stride, int inputs,
                    int rows, float* h, size_t h_stride) {
-    const int first = chunk * kRankChunk;
-    const int width = std::min(kRankChunk, group.ranks - first);
+    const int first = chunk * kRankChunk, ranks = group.ranks;
+    const int width = std::min(kRankChunk, ranks - first);
     const Number* a = static_cast<const Number*>(group.a) + first;
     h += first;
-    switch ((width + kLanes - 1) / kLanes) {
-        case 1: return shrink_width<1>(a, group.ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        case 2: return shrink_width<2>(a, group.ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        case 3: return shrink_width<3>(a, group.ranks, width, x, x_stride, inputs, rows, h, h_stride);
+    switch ((width + kLanes - 1) / kLanes) {  // 16 to 24 sums
+        case 1: return shrink_width<4, 1>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        case 2: return shrink_width<4, 2>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        case 3: return shrink_width<4, 3>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         default:
-            return shrink_width<4>(a, group.ranks, width, x, x_stride, inputs, rows, h, h_stride);
+            return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
     }
 }
 
-// y[0 to count - 1] += s (h B^T)[first to first + count - 1] for one row.
-template <int Vectors, class Number>
+// Rows of one adapter whose updates are computed together: B is read and widened once for them.
+constexpr int kBunch = 4;
+
+// Sixteens of outputs at once for so many rows: what the registers hold.
+constexpr int expand_width(int rows) {
+#if VENEER_AVX512
+    return rows == 1 ? 12 : rows == 2 ? 8 : rows == 3 ? 6 : 4;
+#else
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+#endif
+}
+
+// Rows of h [rows, stride], and of what their updates are added to.
+struct Expanded {
+    const float* h;
+    size_t h_stride;
+    float* y;
+    size_t y_stride;
+};
+
+// y[row][n to n + width - 1] += s (h B^T)[same], and so on as long as whole widths are left;
+// where it ended. Sums run down the ranks, whatever rows share them.
+template <int Rows, int Vectors, class Number>
 inline int expand_vectors(const LoraMember& member, int outputs, const Number* b,
-                          const float* shrunk, int n, int count, float* y) {
+                          const Expanded& rows, int n, int count) {
     constexpr int width = Vectors * kLanes;
     for (; n + width <= count; n += width) {
-        Floats sums[Vectors];
-        for (auto& each : sums) each = zeros();
+        Floats sums[Rows][Vectors];
+        for (auto& row : sums)
+            for (auto& each : row) each = zeros();
         const Number* line = b + n;
-        for (int r = 0; r < member.rank; ++r, line += outputs) {
-            // Lines of B are far apart: ask for one that comes soon.
-            for (int v = 0; v < Vectors; v += 64 / int(kLanes * sizeof(Number)))
-                prefetch(line + 4 * size_t(outputs) + v * kLanes);
-            const Floats input = all(shrunk[r]);
-            for (int v = 0; v < Vectors; ++v) sums[v] = fma(load(line + v * kLanes), input, sums[v]);
+        for (int rank = 0; rank < member.rank; ++rank, line += outputs) {
+            Floats weights[Vectors];
+            for (int v = 0; v < Vectors; ++v) weights[v] = load(line + v * kLanes);
+            for (int r = 0; r < Rows; ++r) {
+                const Floats input = all(rows.h[r * rows.h_stride + rank]);
+                for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(weights[v], input, sums[r][v]);
+            }
         }
-        for (int v = 0; v < Vectors; ++v) {
-            float* to = y + n + v * kLanes;
-            store(to, fma(sums[v], all(member.scaling), load(to)));
+        for (int r = 0; r < Rows; ++r) {
+            for (int v = 0; v < Vectors; ++v) {
+                float* to = rows.y + r * rows.y_stride + n + v * kLanes;
+                store(to, fma(sums[r][v], all(member.scaling), load(to)));
+            }
         }
     }
     return n;
 }
 
-template <class Number>
-inline void expand_row(const LoraMember& member, int outputs, const float* h, int first, int count,
-                       float* y) {
-    const Number* b = static_cast<const Number*>(member.b) + first;
-    const float* shrunk = h + member.first;
-    int n = expand_vectors<12>(member, outputs, b, shrunk, 0, count, y);
-    n = expand_vectors<4>(member, outputs, b, shrunk, n, count, y);
-    n = expand_vectors<1>(member, outputs, b, shrunk, n, count, y);
+template <int Rows, class Number>
+inline void expand_rows(const LoraMember& member, int outputs, const Number* b,
+                        const Expanded& rows, int count) {
+    int n = expand_vectors<Rows, expand_width(Rows)>(member, outputs, b, rows, 0, count);
+    n = expand_vectors<Rows, 4>(member, outputs, b, rows, n, count);
+    n = expand_vectors<Rows, 1>(member, outputs, b, rows, n, count);
     if (n == count) return;
     const int width = count - n;
-    Floats total = zeros();
-    for (int r = 0; r < member.rank; ++r)
-        total = fma(load(b + size_t(r) * outputs + n, width), all(shrunk[r]), total);
-    store(y + n, fma(total, all(member.scaling), load(y + n, width)), width);
+    for (int r = 0; r < Rows; ++r) {
+        Floats total = zeros();
+        for (int rank = 0; rank < member.rank; ++rank)
+            total = fma(load(b + size_t(rank) * outputs + n, width),
+                        all(rows.h[r * rows.h_stride + rank]), total);
+        float* to = rows.y + r * rows.y_stride + n;
+        store(to, fma(total, all(member.scaling), load(to, width)), width);
+    }
 }
 
-inline void expand_row(const LoraAdapter& adapter, const LoraMember& member, int outputs,
-                       const float* h, int first, int count, float* y) {
+template <class Number>
+inline void expand(const LoraMember& member, int outputs, int first, int count, int row_count,
+                   Expanded rows) {
+    const Number* b = static_cast<const Number*>(member.b) + first;
+    rows.h += member.first;
+    switch (row_count) {
+        case 1: return expand_rows<1>(member, outputs, b, rows, count);
+        case 2: return expand_rows<2>(member, outputs, b, rows, count);
+        case 3: return expand_rows<3>(member, outputs, b, rows, count);
+        default: return expand_rows<kBunch>(member, outputs, b, rows, count);
+    }
+}
+
+// y[row][0 to count - 1] += s (h B^T)[row][first to first + count - 1] for up to kBunch rows.
+inline void expand(const LoraAdapter& adapter, const LoraMember& member, int outputs, int first,
+                   int count, int row_count, const Expanded& rows) {
     if (member.b == nullptr) return;
     if (adapter.is_float)
-        expand_row<float>(member, outputs, h, first, count, y);
+        expand<float>(member, outputs, first, count, row_count, rows);
     else
-        expand_row<bf16>(member, outputs, h, first, count, y);
+        expand<bf16>(member, outputs, first, count, row_count, rows);
 }
 
 }  // namespace veneer

@@ -14,7 +14,9 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define VENEER_AVX512 1
-#elif !defined(__AVX2__) || !defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
+#define VENEER_AVX512 0
+#else
 #error "the native backend needs AVX512-BF16, or AVX2 with FMA"
 #endif
 
@@ -98,11 +100,32 @@ inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 // a * 2^n
 inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Bit i: is a[i] > b[i]?
+inline uint32_t above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// a where not x < limit, else 0.
+inline Floats keep_above(Floats a, Floats x, Floats limit) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
+}
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
-inline void store_pairs(bf16* at, Pairs a) { _mm512_storeu_si512(at, a.v); }
+// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+inline Pairs pair_up(__m256i first, __m256i second) {
+    alignas(64) static constexpr uint16_t order[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), _mm512_load_si512(order),
+                                      _mm512_castsi256_si512(second))};
+}
+inline Pairs pair_up(const bf16* first_line, const bf16* second_line) {
+    return pair_up(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_line)),
+                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second_line)));
+}
+inline Pairs pair_up(const bf16* first_line, const bf16* second_line, int count) {
+    return pair_up(_mm256_maskz_loadu_epi16(first(count), first_line),
+                   _mm256_maskz_loadu_epi16(first(count), second_line));
+}
 inline Pairs same_pair(const bf16* at) {
     int32_t both;
     std::memcpy(&both, at, sizeof both);
@@ -219,6 +242,17 @@ inline __m256 power_of_two(__m256 n) {
 inline Floats scale_by_power(Floats a, Floats n) {
     return {_mm256_mul_ps(a.lo, power_of_two(n.lo)), _mm256_mul_ps(a.hi, power_of_two(n.hi))};
 }
+// Bit i: is a[i] > b[i]?
+inline uint32_t above(Floats a, Floats b) {
+    const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
+    const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
+    return uint32_t(lo | hi << 8);
+}
+// a where not x < limit, else 0.
+inline Floats keep_above(Floats a, Floats x, Floats limit) {
+    return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ)),
+            _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ))};
+}
 inline float sum(Floats a) {
     alignas(32) float numbers[8];
     _mm256_store_ps(numbers, _mm256_add_ps(a.lo, a.hi));
@@ -238,10 +272,19 @@ inline Pairs load_pairs(const bf16* at) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(at);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
-inline void store_pairs(bf16* at, Pairs a) {
-    __m256i* halves = reinterpret_cast<__m256i*>(at);
-    _mm256_storeu_si256(halves, a.lo);
-    _mm256_storeu_si256(halves + 1, a.hi);
+// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+inline Pairs pair_up(const bf16* first, const bf16* second) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    // Unpacking works on 128 bits apart.
+    const __m256i lo = _mm256_unpacklo_epi16(a, b), hi = _mm256_unpackhi_epi16(a, b);
+    return {_mm256_permute2x128_si256(lo, hi, 0x20), _mm256_permute2x128_si256(lo, hi, 0x31)};
+}
+inline Pairs pair_up(const bf16* first, const bf16* second, int count) {
+    alignas(32) bf16 padded[2][kLanes] = {};
+    std::memcpy(padded[0], first, count * sizeof(bf16));
+    std::memcpy(padded[1], second, count * sizeof(bf16));
+    return pair_up(padded[0], padded[1]);
 }
 inline Pairs same_pair(const bf16* at) {
     int32_t both;
@@ -308,5 +351,8 @@ inline Floats exp(Floats x) {
     p = fma(p, mul(r, r), add(r, all(1.0f)));
     return scale_by_power(p, n);
 }
+
+// e^x, and 0 where it would be below e^-87.
+inline Floats exp_or_zero(Floats x) { return keep_above(exp(x), x, all(-87.0f)); }
 
 }  // namespace veneer

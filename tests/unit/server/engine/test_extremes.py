@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
 from veneer_server.engine.messages import SamplingParams
-from veneer_server.engine.sampler import Choice, sample
+from veneer_server.engine.sampler import Choice, Draws, sample
 from veneer_server.rpc.checks import checked_sampling
 from veneer_server.rpc.limits import resolve_sampling
 from veneer_server.text.defaults import SamplingDefaults
@@ -107,12 +107,12 @@ def test_whatever_a_request_may_ask_for_gives_a_token_of_the_vocabulary(
         assert choice.allowed is None or choice.allowed[token]
 
 
-def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token() -> None:
+def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) -> None:
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3))
     for top_k in (0, 1, 5, 550):
         asked = pb.SamplingOptions(top_p=TINY, top_k=top_k, seed=1)
         choice = Choice(resolve_sampling(checked_sampling(asked), SamplingDefaults()), 1)
-        assert sample(logits, [choice]) == logits.argmax(dim=-1).tolist()
+        assert sample(logits, [choice], draws) == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("penalty", [TINY, 1e-300, 1e-39, 1e-3, math.nextafter(0.01, 0)])
@@ -123,25 +123,29 @@ def test_a_repetition_penalty_that_could_overflow_is_refused(penalty: float) -> 
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
-def test_a_penalty_that_overflows_all_the_same_harms_no_row(cut: dict[str, Any]) -> None:
+def test_a_penalty_that_overflows_all_the_same_harms_no_row(
+    cut: dict[str, Any], draws: Draws
+) -> None:
     """The sampler's own guard, behind the range that requests are held to."""
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(1))
     usual = Choice(SamplingParams(seed=4, **cut), 1)
     params = SamplingParams(seed=4, repetition_penalty=1e-39, **cut)
     wild = Choice(params, 1, seen_in(range(600), []))
-    first, overflowed, last = sample(logits, [usual, wild, usual])
+    first, overflowed, last = sample(logits, [usual, wild, usual], draws)
     assert overflowed is not None
     assert logits[1, overflowed] > 0, "one of those that became infinitely likely"
-    assert [first, last] == [sample(logits[i : i + 1], [usual])[0] for i in (0, 2)]
+    assert [first, last] == [sample(logits[i : i + 1], [usual], draws)[0] for i in (0, 2)]
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
-def test_a_row_without_any_probability_is_told_and_harms_no_other(cut: dict[str, Any]) -> None:
+def test_a_row_without_any_probability_is_told_and_harms_no_other(
+    cut: dict[str, Any], draws: Draws
+) -> None:
     """An infinite temperature is no request's: minus infinity by infinity is NaN."""
     logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(2))
     usual = Choice(SamplingParams(seed=4, **cut), 1)
     allowed = np.arange(600) > 300
     wild = Choice(SamplingParams(temperature=math.inf, **cut), 1, allowed=allowed)
-    first, none, last = sample(logits, [usual, wild, usual])
+    first, none, last = sample(logits, [usual, wild, usual], draws)
     assert none is None
-    assert [first, last] == [sample(logits[i : i + 1], [usual])[0] for i in (0, 2)]
+    assert [first, last] == [sample(logits[i : i + 1], [usual], draws)[0] for i in (0, 2)]

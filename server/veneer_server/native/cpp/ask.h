@@ -1,0 +1,113 @@
+// Asking for memory ahead of its use, while a product computes.
+//
+// Where a step has several rows its products are bound by computing, and the memory has time to
+// bring what comes after: adapters, which lie apart and are read once, and the KV cache. What
+// a thread asks for comes into its own cache, so each asks for its share of the next part.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "simd.h"
+
+namespace veneer {
+
+constexpr size_t kLine = 64;  // bytes
+
+// Pieces of memory in the order in which they are wanted.
+class Wanted {
+  public:
+    void clear() { pieces_.clear(), lines_ = 0; }
+
+    void add(const void* at, size_t bytes) { add(at, bytes, 1, 0); }
+
+    // So many runs of bytes, `stride` bytes apart.
+    void add(const void* at, size_t bytes, size_t runs, size_t stride) {
+        const size_t lines = (bytes + kLine - 1) / kLine;
+        lines_ += lines * runs;
+        pieces_.push_back({static_cast<const char*>(at), lines, stride, lines_});
+    }
+
+    // No more than a thread's cache would keep until it is used.
+    size_t lines() const { return lines_ <= kMost ? lines_ : 0; }
+
+  private:
+    friend class Asking;
+    static constexpr size_t kMost = (4 << 20) / kLine;
+    struct Piece {
+        const char* at;
+        size_t run, stride;  // lines of a run, bytes from one to the next
+        size_t end;          // lines of all pieces up to this one's last
+    };
+    std::vector<Piece> pieces_;
+    size_t lines_ = 0;
+};
+
+// A share of each of some lists, a few lines at a time.
+class Asking {
+  public:
+    bool inputs = true;  // of the product too: no tile has read them yet
+
+    Asking() = default;
+
+    // Share `share` of `shares` of equal size.
+    template <size_t Count>
+    Asking(const Wanted (&lists)[Count], int share, int shares) {
+        static_assert(Count <= kLists);
+        for (size_t i = 0; i < Count; ++i) lists_[i] = List(lists[i], share, shares);
+    }
+
+    // Ask for all that is left in so many calls of `some`. More than a few lines at once would
+    // fill the queue to memory, and what is computed would wait behind them.
+    void spread(size_t calls) {
+        for (List& list : lists_) list.at_once = (list.left + calls - 1) / calls;
+    }
+
+    void some() {
+        for (List& list : lists_) list.some();
+    }
+
+  private:
+    static constexpr size_t kLists = 3;
+
+    struct List {
+        List() = default;
+        List(const Wanted& wanted, int share, int shares) {
+            const size_t all = wanted.lines();
+            const size_t first = all * size_t(share) / size_t(shares);
+            left = all * size_t(share + 1) / size_t(shares) - first;
+            if (left == 0) return;
+            const Wanted::Piece* pieces = wanted.pieces_.data();
+            piece = std::upper_bound(
+                pieces, pieces + wanted.pieces_.size(), first,
+                [](size_t number, const Wanted::Piece& other) { return number < other.end; });
+            const size_t within = first - (piece == pieces ? 0 : piece[-1].end);
+            run = piece->at + within / piece->run * piece->stride;
+            line = within % piece->run;
+            in_piece = piece->end - first;
+        }
+
+        void some() {
+            for (size_t count = std::min(at_once, left); count > 0; --count, --left) {
+                if (in_piece == 0) {
+                    in_piece = piece[1].end - piece->end;
+                    run = (++piece)->at;
+                    line = 0;
+                }
+                prefetch(run + line * kLine);
+                --in_piece;
+                if (++line == piece->run) run += piece->stride, line = 0;
+            }
+        }
+
+        const Wanted::Piece* piece = nullptr;
+        const char* run = nullptr;  // where the current one begins
+        size_t line = 0;            // of it, the next
+        size_t in_piece = 0, left = 0, at_once = 0;
+    };
+
+    List lists_[kLists];
+};
+
+}  // namespace veneer

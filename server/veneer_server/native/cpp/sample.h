@@ -1,0 +1,213 @@
+// From a row of logits to its token: what engine/sampler.py does in torch, a row at a time.
+//
+// A row's token is a function of the row, its settings, its seed and its position.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.h"
+
+namespace veneer {
+
+// As it is handed over the C interface.
+struct Draw {
+    const float* logits;  // [vocab]
+    uint64_t seed, position;
+    double top_p;        // 1: all
+    int64_t top_k;       // 0: all
+    float temperature;   // below `kColdest`: the likeliest
+    float min_p;         // 0: all
+    int64_t token;       // the result; -1 where the logits give no probabilities
+};
+
+constexpr float kColdest = 1e-5f;  // dividing by less would overflow
+constexpr float kFloor = 4.5e-5f;  // e^-10: of the likeliest, what is looked at first
+constexpr int kSumWidth = 1024;    // probabilities that one sum of many holds
+
+// The first double in [0, 1) of the generator Philox 4x64-10 (Salmon et al. 2011) with this key
+// and counter, as numpy gives it.
+inline double uniform(uint64_t key, uint64_t counter) {
+    uint64_t c[4] = {counter + 1, 0, 0, 0}, k[2] = {key, 0};
+    if (c[0] == 0) c[1] = 1;
+    for (int round = 0; round < 10; ++round) {
+        const unsigned __int128 a = (unsigned __int128)0xD2E7470EE14C6C93u * c[0];
+        const unsigned __int128 b = (unsigned __int128)0xCA5A826395121157u * c[2];
+        const uint64_t next[4] = {uint64_t(b >> 64) ^ c[1] ^ k[0], uint64_t(b),
+                                  uint64_t(a >> 64) ^ c[3] ^ k[1], uint64_t(a)};
+        std::copy(next, next + 4, c);
+        k[0] += 0x9E3779B97F4A7C15u;
+        k[1] += 0xBB67AE8584CAA73Bu;
+    }
+    return double(c[0] >> 11) * 0x1p-53;
+}
+
+inline Floats load_some(const float* at, int count, float otherwise) {
+    alignas(64) float padded[kLanes];
+    for (int i = 0; i < kLanes; ++i) padded[i] = i < count ? at[i] : otherwise;
+    return load(padded);
+}
+
+inline float largest(const float* at, int64_t count) {
+    Floats most = all(-INFINITY);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) most = max(most, load(at + i));
+    if (i < count) most = max(most, load_some(at + i, int(count - i), -INFINITY));
+    return largest(most);
+}
+
+// The first of equals.
+inline int64_t likeliest(const float* logits, int64_t vocab) {
+    const float most = largest(logits, vocab);
+    for (int64_t i = 0; i < vocab; ++i)
+        if (logits[i] == most) return i;
+    return -1;  // not a number
+}
+
+// Draws tokens; its buffers are kept.
+class Sampler {
+  public:
+    int64_t token(const Draw& draw, int64_t vocab) {
+        if (draw.temperature < kColdest) return likeliest(draw.logits, vocab);
+        weigh(draw, vocab);
+        if (!(total_ > 0) || !std::isfinite(total_)) return -1;
+        const double random = uniform(draw.seed, draw.position);
+        const bool cut = draw.top_k > 0 || draw.top_p < 1 || draw.min_p > 0;
+        return cut ? among_kept(draw, vocab, random) : among_all(vocab, random);
+    }
+
+  private:
+    struct Candidate {
+        float weight;
+        int32_t token;
+        bool operator<(const Candidate& other) const {
+            return weight != other.weight ? weight > other.weight : token < other.token;
+        }
+    };
+
+    // e^(logit - most) / temperature of each token, and their sums.
+    void weigh(const Draw& draw, int64_t vocab) {
+        weights_.resize(size_t(vocab + kLanes));
+        sums_.clear();
+        const Floats top = all(largest(draw.logits, vocab));
+        const Floats warmth = all(draw.temperature);
+        total_ = 0;
+        for (int64_t begin = 0; begin < vocab; begin += kSumWidth) {
+            const int64_t end = std::min<int64_t>(begin + kSumWidth, vocab);
+            Floats sum = zeros();
+            for (int64_t i = begin; i < end; i += kLanes) {
+                const bool whole = i + kLanes <= end;
+                const Floats logit = whole ? load(draw.logits + i)
+                                           : load_some(draw.logits + i, int(end - i), -INFINITY);
+                const Floats x = div(sub(logit, top), warmth);
+                const Floats weight = exp_or_zero(x);
+                store(weights_.data() + i, weight);
+                sum = add(sum, weight);
+            }
+            sums_.push_back(veneer::sum(sum));
+            total_ += sums_.back();
+        }
+    }
+
+    // In the order of tokens, the first running sum above the random share.
+    int64_t among_all(int64_t vocab, double random) const {
+        const double target = total_ * random;
+        double before = 0;
+        int64_t last = -1;
+        for (size_t s = 0; s < sums_.size(); ++s) {
+            if (before + sums_[s] <= target && s + 1 < sums_.size()) {
+                before += sums_[s];
+                continue;
+            }
+            // The sum of floats and that of doubles differ a little: a share that falls
+            // between is the next token's.
+            const int64_t begin = int64_t(s) * kSumWidth;
+            for (int64_t i = begin; i < std::min<int64_t>(begin + kSumWidth, vocab); ++i) {
+                if (weights_[size_t(i)] == 0) continue;
+                last = i;
+                before += double(weights_[size_t(i)]);
+                if (before > target) return i;
+            }
+        }
+        return last;
+    }
+
+    // Likeliest first, among those that top-k, then top-p and min-p leave.
+    int64_t among_kept(const Draw& draw, int64_t vocab, double random) {
+        collect(kFloor, vocab);
+        if (!enough(draw)) collect(0, vocab);
+        std::sort(candidates_.begin(), candidates_.end());
+        size_t count = candidates_.size();
+        if (draw.top_k > 0) count = std::min(count, size_t(draw.top_k));
+        double whole = total_;
+        if (draw.top_k > 0) {
+            whole = 0;
+            for (size_t i = 0; i < count; ++i) whole += double(candidates_[i].weight);
+        }
+        double kept = 0;
+        size_t left = 0;
+        for (; left < count; ++left) {
+            const float weight = candidates_[left].weight;
+            const bool spent = draw.top_p < 1 && kept >= draw.top_p * whole;
+            if (left > 0 && (spent || weight < draw.min_p * candidates_[0].weight)) break;
+            kept += double(weight);
+        }
+        const double target = kept * random;
+        double before = 0;
+        for (size_t i = 0; i < left; ++i) {
+            before += double(candidates_[i].weight);
+            if (before > target) return candidates_[i].token;
+        }
+        return candidates_[left - 1].token;
+    }
+
+    void collect(float least, int64_t vocab) {
+        candidates_.clear();
+        collected_ = 0;
+        for (int64_t i = 0; i < vocab; i += kLanes) {
+            uint32_t found = above(load(weights_.data() + i), all(least));
+            for (; found != 0; found &= found - 1) {
+                const int64_t token = i + __builtin_ctz(found);
+                const float weight = weights_[size_t(token)];
+                candidates_.push_back({weight, int32_t(token)});
+                collected_ += double(weight);
+            }
+        }
+    }
+
+    // Do the collected ones hold all that is kept?
+    bool enough(const Draw& draw) const {
+        if (draw.min_p > 2 * kFloor) return true;
+        if (draw.top_k > 0 && candidates_.size() >= size_t(draw.top_k)) return true;
+        return draw.top_k == 0 && draw.top_p < 1 &&
+               collected_ > draw.top_p * total_ * (1 + 1e-5);
+    }
+
+    std::vector<float> weights_;
+    std::vector<double> sums_;
+    std::vector<Candidate> candidates_;
+    double total_ = 0, collected_ = 0;
+};
+
+// log(sum of e^logit) of a row.
+inline float log_sum(const float* logits, int64_t vocab) {
+    const float most = largest(logits, vocab);
+    const Floats top = all(most);
+    double total = 0;
+    for (int64_t begin = 0; begin < vocab; begin += kSumWidth) {
+        const int64_t end = std::min<int64_t>(begin + kSumWidth, vocab);
+        Floats sum = zeros();
+        for (int64_t i = begin; i < end; i += kLanes) {
+            const bool whole = i + kLanes <= end;
+            sum = add(sum, exp_or_zero(sub(
+                               whole ? load(logits + i)
+                                     : load_some(logits + i, int(end - i), -INFINITY),
+                               top)));
+        }
+        total += veneer::sum(sum);
+    }
+    return float(most + std::log(total));
+}
+
+}  // namespace veneer

@@ -1,0 +1,22 @@
+"""What several tests of the engine share."""
+
+from __future__ import annotations
+
+import pytest
+from veneer_server.engine.sampler import Draws, TorchDraws
+from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.native.draws import NativeDraws
+from veneer_server.native.library import Library
+
+
+@pytest.fixture(params=["torch", "native", "native avx2"])
+def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draws:
+    """Whoever draws: the tests that take it say what all must do."""
+    if request.param == "torch":
+        return TorchDraws()
+    folder = tmp_path_factory.getbasetemp() / "native"
+    instructions = request.param.partition(" ")[2]
+    try:
+        return NativeDraws(Library(build(folder, instructions=instructions)))
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
