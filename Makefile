@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench torture-quick torture tools packages dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize torture-quick torture tools packages dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,16 @@ protos-check: protos
 
 bench: base ## Tokens/s and latencies beside PEFT at 1, 8 and 32 streams
 	$(BIN)/veneer-loadtest compare --spawn --peer peft --streams 1,8,32 --json bench-compare.json
+
+bench-guard: base ## The native backend's speed beside torch's, against what is recorded for this CPU
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.guard
+
+bench-kernels: base ## Each native kernel's time beside the machine's limit
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.kernels
+
+# GCC with its libasan, libubsan and libtsan; about a minute.
+sanitize: install ## The kernels' tests under ASan and UBSan, the threads' team under TSan
+	$(BIN)/python -m tests.sanitize
 
 torture-quick: base ## Every torture row in its quick form, with planted bugs that it must catch
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick --jobs 2

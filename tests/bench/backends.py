@@ -9,86 +9,77 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from veneer_registry.adapter import LoraModule
-from veneer_server.engine.backends import Chosen, choose
-from veneer_server.engine.messages import EngineConfig
-from veneer_server.lora.batch import Segment
-from veneer_server.lora.layout import Layout
+from veneer_server.engine.backends import Chosen
 from veneer_server.lora.table import AdapterTable
-from veneer_server.models.arrays import StepArrays
-from veneer_server.models.source import import_bundled
 
-__all__: list[str] = []
+from tests.bench.steps import PROMPT, ROWS, blocks_for, load, make_adapters, run_round
 
-REPOSITORY = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
-BLOCK = 16
-PROMPT, NEW = 40, 64
-BLOCKS = -(-(PROMPT + NEW) // BLOCK)
-ADAPTERS, RANK = 8, 16
+__all__ = ["Kind", "Peers", "ratios"]
+
+NEW = 60
 
 
-def _adapter(config: Any, dtype: torch.dtype, seed: int) -> AdapterTable:
-    modules = [
-        LoraModule(layer, projection, RANK, 2.0, "", "")
-        for layer in range(config.num_layers)
-        for projection in config.shapes
-    ]
-    layout = Layout.of(modules, config.shapes, config.num_layers)
-    generator = torch.Generator().manual_seed(seed)
-    run = 0.02 * torch.randn(layout.length, generator=generator)
-    return AdapterTable(layout, run.to(dtype))
+class Kind(NamedTuple):
+    """What a round's time is of."""
+
+    backend: str
+    mixed: bool
+
+    def __str__(self) -> str:
+        return f"{self.backend} {'mixed' if self.mixed else 'base'}"
 
 
-def _step(
-    sequences: int, start: int, new: int, tables: Sequence[AdapterTable] | None
-) -> StepArrays:
-    """``new`` tokens each from position ``start`` on; neighbours share an adapter."""
-    rng = np.random.default_rng(start)
-    within = np.tile(np.arange(start, start + new), sequences)
-    owner = np.repeat(np.arange(sequences), new)
-    blocks = 1 + np.arange(sequences * BLOCKS).reshape(sequences, BLOCKS)
-    segments = []
-    if tables is not None:
-        edges = [sequences * i // len(tables) * new for i in range(len(tables) + 1)]
-        segments = [
-            Segment(begin, end, table)
-            for begin, end, table in zip(edges, edges[1:], tables, strict=False)
-            if end > begin
-        ]
-    return StepArrays(
-        tokens=rng.integers(10, 40_000, sequences * new),
-        positions=within,
-        slots=blocks[owner, within // BLOCK] * BLOCK + within % BLOCK,
-        row_starts=np.arange(sequences + 1) * new,
-        contexts=np.full(sequences, start + new),
-        block_tables=blocks,
-        segments=tuple(segments),
-        logit_rows=np.arange(1, sequences + 1) * new - 1,
-    )
+KINDS = tuple(Kind(name, mixed) for name in ("torch", "native") for mixed in (False, True))
 
 
-def _round(chosen: Chosen, threads: int, rows: int, tables: Any) -> list[float]:
-    """Seconds of each step."""
-    torch.set_num_threads(threads)
-    backend = chosen.backend
-    backend.execute(_step(rows, 0, PROMPT, tables))
-    times = []
-    for at in range(PROMPT, PROMPT + NEW):
-        step = _step(rows, at, 1, tables)
-        began = time.perf_counter()
-        backend.execute(step)
-        times.append(time.perf_counter() - began)
-    return times[4:]
+class Peers:
+    """Both backends, loaded.
+
+    Args:
+        threads: of each.
+        most: tokens that a sequence may reach.
+    """
+
+    def __init__(self, threads: int, most: int) -> None:
+        self._threads = threads
+        self._chosen: dict[str, Chosen] = {}
+        self._tables: dict[str, list[AdapterTable]] = {}
+        for name in ("torch", "native"):
+            chosen = load(name, threads, num_blocks=max(ROWS) * blocks_for(most) + 1)
+            self._chosen[name] = chosen
+            self._tables[name] = make_adapters(chosen.weights.config, chosen.lora_dtype)
+
+    @property
+    def native_name(self) -> str:
+        """With its instruction set: ``native (avx512-bf16)``."""
+        return self._chosen["native"].name
+
+    def rounds(self, rows: int, count: int, new: int) -> Iterator[dict[Kind, float]]:
+        """Median seconds a step of each kind, for each round; every second round backwards."""
+        for number in range(count):
+            times = {}
+            for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+                # What is left to torch in the native backend runs on one thread, as when it
+                # serves.
+                torch.set_num_threads(1 if kind.backend == "native" else self._threads)
+                tables = self._tables[kind.backend][:rows] if kind.mixed else []
+                times[kind] = run_round(self._chosen[kind.backend].backend, rows, new, tables)
+            yield times
+
+
+def ratios(times: dict[Kind, float]) -> dict[str, float]:
+    """Speeds to each other, of seconds a step."""
+    torch_base, torch_mixed, base, mixed = (times[kind] for kind in KINDS)
+    return {
+        "native / torch, base": torch_base / base,
+        "native / torch, mixed": torch_mixed / mixed,
+        "native mixed / base": base / mixed,
+    }
 
 
 def main() -> None:
@@ -98,54 +89,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    backends = {}
-    for name in ("torch", "native"):
-        config = EngineConfig(
-            base_folder=str(import_bundled(CACHE).path),
-            cache_folder=str(CACHE),
-            base_name="smollm2-135m",
-            weights_fingerprint="bench-backends",
-            backend=name,  # type: ignore[arg-type]
-            threads=given.threads,
-        )
-        torch.set_num_threads(given.threads)
-        backends[name] = choose(config, torch.device("cpu"), torch.bfloat16, 32 * BLOCKS + 1)
-    model = backends["torch"].weights.config
-    tables = {
-        name: [_adapter(model, c.lora_dtype, seed) for seed in range(ADAPTERS)]
-        for name, c in backends.items()
-    }
-    found: dict[str, Any] = {"threads": given.threads, "rounds": given.rounds, "rows": {}}
-    for rows in (1, 8, 32):
-        times: dict[tuple[str, bool], list[float]] = {}
-        for number in range(given.rounds):
-            order = list(backends) if number % 2 == 0 else list(backends)[::-1]
-            for name in order:
-                for mixed in (False, True):
-                    own = times.setdefault((name, mixed), [])
-                    # What is left to torch there runs on one thread, as when it serves.
-                    count = 1 if name == "native" else given.threads
-                    own += _round(
-                        backends[name], count, rows, tables[name][:rows] if mixed else None
-                    )
-        speed = {key: rows / statistics.median(values) for key, values in times.items()}
-        found["rows"][rows] = {
-            **{
-                f"{name} {'mixed' if mixed else 'base'}, tokens/s": round(value, 1)
-                for (name, mixed), value in speed.items()
-            },
-            "native / torch, base": round(speed["native", False] / speed["torch", False], 2),
-            "native / torch, mixed": round(speed["native", True] / speed["torch", True], 2),
-            "native mixed / base": round(speed["native", True] / speed["native", False], 3),
+    peers = Peers(given.threads, PROMPT + 2 * NEW)
+    found: dict[str, dict[str, float]] = {}
+    for rows in ROWS:
+        rounds = list(peers.rounds(rows, given.rounds, NEW))
+        times = {kind: statistics.median(each[kind] for each in rounds) for kind in KINDS}
+        found[str(rows)] = {
+            **{f"{kind}, tokens/s": round(rows / time, 1) for kind, time in times.items()},
+            **{name: round(value, 3) for name, value in ratios(times).items()},
         }
         if not given.json:
             print(
-                f"{rows} rows",
-                *(f"  {k}: {v}" for k, v in found["rows"][rows].items()),
-                sep="\n",
+                f"{rows} rows", *(f"  {k}: {v}" for k, v in found[str(rows)].items()), sep="\n"
             )
     if given.json:
-        print(json.dumps(found, indent=2))
+        print(
+            json.dumps(
+                {"threads": given.threads, "rounds": given.rounds, "rows": found}, indent=2
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -200,7 +200,9 @@ class _HugePages:
         """So many bytes that begin with a line of the cache."""
         begin = -(-self._used // self._LINE) * self._LINE
         if begin + size > len(self._piece):
-            memory = mmap.mmap(-1, max(size, self._PIECE))
+            # Private: what could be shared with other processes gets no such pages.
+            kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
