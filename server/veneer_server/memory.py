@@ -187,8 +187,12 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
     quantization = model.quantization or config.quantization
     each = itemsize if quantization == "none" else 0.5 + 4 / 64
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_head else 2)
-    return int(linears * each) + embeddings * itemsize
+    embedding = model.vocab_size * model.hidden_size
+    embeddings = embedding * (1 if model.tied_head else 2) * itemsize
+    # The native kernels' head, in 8 bits, is beside the one that it was packed from.
+    native = config.backend != "torch" and config.dtype == "bfloat16"
+    packed_head = embedding * (1 + 4 / 64) if native and config.device != "cuda" else 0
+    return int(linears * each) + embeddings + int(packed_head)
 
 
 def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:

@@ -3,6 +3,9 @@
 The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with 8
 different adapters of rank 16 on all projections mixed. Backends take turns, round by round, so
 that a slow minute of the machine hits both; medians of all rounds, and ratios of those.
+
+With ``--llama-batched-bench`` and ``--llama-model`` llama.cpp decodes its base, without
+adapters, as long in each round: what its server cannot do with adapters that are mixed.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from veneer_server.engine.backends import Chosen
@@ -82,22 +86,53 @@ def ratios(times: dict[Kind, float]) -> dict[str, float]:
     }
 
 
+def llama_decode(given: argparse.Namespace, rows: int) -> float:
+    """Tokens a second that llama.cpp decodes."""
+    sizes = ["-c", str(rows * (PROMPT + 2 * NEW)), "-npp", str(PROMPT), "-ntg", str(NEW)]
+    threads = ["-t", str(given.threads), "-tb", str(given.threads)]
+    command = [given.llama_batched_bench, "-m", given.llama_model, *sizes, *threads]
+    printed = subprocess.run(
+        [*command, "-npl", str(rows), "--output-format", "jsonl"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    ).stdout
+    (line,) = (line for line in printed.splitlines() if line.startswith("{"))
+    return float(json.loads(line)["speed_tg"])
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-batched-bench", metavar="PROGRAM")
+    parser.add_argument("--llama-model", metavar="GGUF")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     peers = Peers(given.threads, PROMPT + 2 * NEW)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for rows in ROWS:
-        rounds = list(peers.rounds(rows, given.rounds, NEW))
+        rounds, llama = [], []
+        for each in peers.rounds(rows, given.rounds, NEW):
+            rounds.append(each)
+            if given.llama_batched_bench:
+                llama.append(llama_decode(given, rows))
         times = {kind: statistics.median(each[kind] for each in rounds) for kind in KINDS}
         found[str(rows)] = {
             **{f"{kind}, tokens/s": round(rows / time, 1) for kind, time in times.items()},
             **{name: round(value, 3) for name, value in ratios(times).items()},
         }
+        if llama:
+            theirs = statistics.median(llama)
+            found[str(rows)] |= {
+                "llama.cpp base, tokens/s": round(theirs, 1),
+                "llama.cpp base, least and most": (min(llama), max(llama)),
+                "native mixed / llama.cpp base": round(
+                    rows / times[Kind("native", True)] / theirs, 2
+                ),
+            }
         if not given.json:
             print(
                 f"{rows} rows", *(f"  {k}: {v}" for k, v in found[str(rows)].items()), sep="\n"

@@ -4,6 +4,7 @@ that come with the project."""
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,7 +159,10 @@ class Bench:
                 return None
             return replace(views, expands=tuple((b, by * s) for b, s in views.expands))
 
-        table.views = tuple(tuple(map(scaled, column)) for column in table.views)
+        # A table of its own: a backend may keep what it read of one.
+        other = copy.copy(table)
+        other.views = tuple(tuple(map(scaled, column)) for column in table.views)
+        self.harness.memory.tables[self.sources[name].weights_digest] = other  # type: ignore[union-attr]
 
     def perturb(self, name: str, layer: int) -> None:
         """A tenth more in one matrix B: that of q."""

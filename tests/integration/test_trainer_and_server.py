@@ -31,10 +31,15 @@ TEXTS = (
     "\n\nCount the theatres.<|im_end|>\n<|im_start|>assistant\n"
     "SELECT COUNT(*) FROM theatres;<|im_end|>",
 )
-BOUND = 0.1
-"""Mean over a text of |difference|, nats. Both compute in bfloat16, with other orders of sums;
-and the trainer's logits are bfloat16 too, in steps of 0.0625 and 0.125 between 8 and 32. In
-float32 the two agree within 1e-4 (`test_parity`). Adapters differ by far more."""
+BOUND, MEAN_BOUND = 0.15, 0.08
+"""Of |difference| in nats, its mean over one text and over all. Both compute in bfloat16, with
+other orders of sums; and the trainer's logits are bfloat16 too, in steps of 0.0625 and 0.125
+between 8 and 32. So it is the trainer's rounding that is seen: from float32 it is up to 0.096
+away (0.051 over all), the native backend 0.039 (0.028), the torch one 0.058 (0.033). In float32
+trainer and server agree within 1e-4 (`test_parity`)."""
+
+APART = 0.3
+"""What adapters differ by at least."""
 
 Scores = dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]]
 
@@ -94,12 +99,14 @@ async def test_trainer_and_server_agree(server: Server, base_folder: Path) -> No
         finally:
             for name in NAMES:
                 await client.delete(f"example-{name}")
-    for key, scores in trained.items():
-        assert np.abs(scores - served[key]).mean() < BOUND, key
+    gaps = {key: np.abs(scores - served[key]).mean() for key, scores in trained.items()}
+    for key, gap in gaps.items():
+        assert gap < BOUND, key
+    assert np.mean(list(gaps.values())) < MEAN_BOUND
     # The control: an adapter is not the base, nor another one.
     for number in range(len(prompts)):
         for one, other in [*((name, "") for name in NAMES), *pairwise(NAMES)]:
             gap = np.abs(trained[one, number] - served[other, number]).mean()
-            assert gap > 3 * BOUND, (one, other, number, gap)
+            assert gap > APART, (one, other, number, gap)
     np.testing.assert_array_equal(swapped[0], swapped[2])
     assert not np.array_equal(swapped[0], swapped[1])

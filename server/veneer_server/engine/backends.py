@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class Chosen:
         name: ``native (avx512-bf16)``, ``native (avx2)`` or ``torch``.
         why_not_native: empty where it is.
         lora_dtype: of resident adapters.
+        invariant: whether a row's numbers are the same to the bit whatever shares its step.
         draws: from its logits to tokens.
     """
 
@@ -55,6 +56,7 @@ class Chosen:
     name: str
     why_not_native: str = ""
     draws: Draws = field(default_factory=TorchDraws)
+    invariant: bool = False
 
 
 def choose(
@@ -69,7 +71,9 @@ def choose(
     why = "--backend torch"
     if config.backend != "torch":
         try:
-            return _native(config, device, dtype, num_blocks)
+            chosen = _native(config, device, dtype, num_blocks)
+            log.info("the backend is %s", chosen.name)
+            return chosen
         except NativeUnavailable as reason:
             if config.backend == "native":
                 raise BackendUnavailable(
@@ -122,7 +126,8 @@ def _native(
     # spin where a thread of the step could run.
     torch.set_num_threads(1)
     name = f"native ({library.instructions})"
-    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws)
+    weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
+    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
 
 
 def _torch(

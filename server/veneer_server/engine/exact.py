@@ -7,6 +7,9 @@ alone; with the scheduler's canonical chunks (`SchedulerLimits.exact`) tokens an
 log-probabilities are bitwise the same in any company, preempted or not, on the
 same machine with the same number of threads.
 
+Only where the backend needs it (`Chosen.invariant`): the native one's rows are the same to
+the bit in any company as they are.
+
 The price: no weight is read once for several sequences any more, so a step of n
 sequences takes about n steps' time; there is no prefix cache; and a preempted
 sequence computes its own tokens again one a step.

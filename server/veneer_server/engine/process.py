@@ -82,18 +82,20 @@ def build_engine(
         # behind those that were begun for adapters which are needed last.
         most_loads=4 * config.load_workers,
     )
+    # A backend that gives the same bits in any company is exact as it is.
+    alone = config.exact and not chosen.invariant
     blocks = BlockManager(
         num_blocks,
         config.block_size,
         # A cached prefix was computed in other chunks than a sequence's own would be.
-        prefix_cache=config.prefix_cache and not config.exact,
+        prefix_cache=config.prefix_cache and not alone,
     )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
         max_running=config.max_running,
         context_length=model.context_length,
         prefill_beside_decode=config.max_prefill_tokens,
-        exact=config.exact,
+        exact=alone,
     )
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
     grammars = Grammars.of_base(
@@ -104,7 +106,7 @@ def build_engine(
     runner: Runner = ModelRunner(
         chosen.backend, memory.tables, config.block_size, grammars, chosen.draws
     )
-    if config.exact:
+    if alone:
         runner = ExactRunner(runner)
     info = EngineInfo(
         device=_describe(device),

@@ -34,6 +34,10 @@ __all__ = ["NativeDecoder", "check"]
 _RUN = 16
 """Tokens that lie together in the cache."""
 
+_KEPT_LOGITS = 64
+"""Rows of logits whose memory is kept from step to step: what decoding takes. More of them,
+for prompts that are scored, are allocated and given back."""
+
 
 def check(config: DecoderConfig, block_size: int) -> None:
     """Raises NativeUnavailable where the kernels do not fit the base."""
@@ -76,10 +80,10 @@ class NativeDecoder:
         self._library = library
         self._weights = weights
         self._vocab = config.vocab_size
-        self._logits = torch.empty(0, self._vocab)
+        self._logits = library.zeros((_KEPT_LOGITS, self._vocab), torch.float32)
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
-        self._keys = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
-        self._values = [torch.zeros(shape, dtype=torch.bfloat16) for _ in weights.layers]
+        self._keys = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
+        self._values = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
         self._head = pack_dense(library, head, weights.head)
         self._layers = (Layer * len(weights.layers))()
         for index, layer in enumerate(weights.layers):
@@ -120,11 +124,17 @@ class NativeDecoder:
         self.draws = NativeDraws(library, self._engine)
         self._finalizer = weakref.finalize(self, library.destroy, self._engine)
 
+    @property
+    def head_bytes(self) -> int:
+        """Of the packed head, which is beside the weights it was packed from: where head and
+        embedding are tied those are needed too, mapped from the base's file."""
+        return self._head.nbytes
+
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""
-        if len(self._logits) < len(step.logit_rows):
-            self._logits = torch.empty(len(step.logit_rows), self._vocab)
-        logits = self._logits[: len(step.logit_rows)]
+        wanted = len(step.logit_rows)
+        kept = wanted <= len(self._logits)
+        logits = self._logits[:wanted] if kept else torch.empty(wanted, self._vocab)
         segments = (Segment * len(step.segments))()
         for to, segment in zip(segments, step.segments, strict=True):
             to.begin, to.end = segment.begin, segment.end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p
@@ -274,6 +275,11 @@ class Library:
     def _packed(self, kind: int, outputs: int, inputs: int) -> torch.Tensor:
         size = int(self._functions.veneer_packed_bytes(kind, outputs, inputs))
         return self._memory.take(size)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in large pages."""
+        size = math.prod(shape) * dtype.itemsize
+        return self._memory.take(size).view(dtype).view(*shape)
 
     def multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """x [rows, inputs] bfloat16 -> [rows, outputs] float32, on this thread."""

@@ -81,14 +81,16 @@ def save_random(config: Any, folder: Path, seed: int = 0) -> Any:
     return model
 
 
-def build(folder: Path, dtype: torch.dtype, quantization: Any = "none") -> Decoder:
+def build(
+    folder: Path, dtype: torch.dtype, quantization: Any = "none", num_blocks: int = 40
+) -> Decoder:
     weights = load_weights(
         folder, quantization=quantization, dtype=dtype, device=torch.device("cpu")
     )
     config = weights.config
     cache = KvCache(
         num_layers=config.num_layers,
-        num_blocks=40,
+        num_blocks=num_blocks,
         block_size=BLOCK,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,

@@ -4,6 +4,10 @@
 // dimensions, each for 16 tokens [dim / 2][16][2], so that a score is a sum down the lanes and
 // nothing has to be added across them; V as pairs of tokens, each for all dimensions
 // [8][dim][2]. Both bfloat16.
+//
+// A context is cut into pieces of 512 tokens, always at the same places. Each is computed by
+// itself, by any thread, and then they are put together in order: a query's result does not
+// depend on who computed what, and one long context can have all threads.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +20,9 @@ namespace veneer {
 
 constexpr int kRun = 16;  // tokens
 constexpr int kMostQueries = 12;
+constexpr int kPiece = 512;  // tokens
+
+constexpr int pieces(int64_t tokens) { return int((tokens + kPiece - 1) / kPiece); }
 
 struct KvShape {
     int32_t kv_heads, dim, block_size;  // block_size: a multiple of 16
@@ -66,10 +73,9 @@ struct Sequence {
     }
 };
 
-// Attributes: query, out: [dim] bfloat16; tokens first to end - 1 are seen.
+// query: [dim] bfloat16; tokens first to end - 1 are seen.
 struct Query {
     const bf16* query;
-    bf16* out;
     int first, end;
 };
 
@@ -103,12 +109,30 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
     }
 }
 
-// Scores of one query to weights, in place and as bfloat16; 1 / their sum.
-inline float soften(const Query& query, int first_run, int end_run, float* scores, bf16* weights) {
+// What a query gets from one piece: `numbers` of them.
+struct Piece {
+    float* at;
+
+    static size_t numbers(int dim) { return size_t(dim) + kLanes; }
+    float& top() const { return at[0]; }    // the largest score
+    float& total() const { return at[1]; }  // sum of e^(score - top); 0 where nothing is seen
+    float* out() const { return at + kLanes; }  // [dim] sum of e^(score - top) V
+};
+
+// Scores of one query to weights, in place and as bfloat16; their largest and their sum.
+inline void soften(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
+                   const Piece& piece) {
     const float none = -std::numeric_limits<float>::infinity();
     const int begin = first_run * kRun, count = (end_run - first_run) * kRun;
-    for (int t = 0; t < query.first - begin; ++t) scores[t] = none;
-    for (int t = query.end - begin; t < count; ++t) scores[t] = none;
+    const int unseen = std::max(query.first - begin, 0);  // before the first, ...
+    const int seen = std::min(query.end - begin, count);  // ... and past the last
+    if (seen <= unseen) {
+        std::fill(weights, weights + count, bf16(0));
+        piece.top() = none, piece.total() = 0;
+        return;
+    }
+    std::fill(scores, scores + unseen, none);
+    std::fill(scores + seen, scores + count, none);
     Floats most = load(scores);
     for (int t = kRun; t < count; t += kRun) most = max(most, load(scores + t));
     const Floats top = all(largest(most));
@@ -118,15 +142,14 @@ inline float soften(const Query& query, int first_run, int end_run, float* score
         store_bf16(weights + t, exp(sub(load(scores + t), top)));
         total = add(total, load(weights + t));
     }
-    for (int t = 0; t < query.first - begin; ++t) weights[t] = 0;
-    for (int t = query.end - begin; t < count; ++t) weights[t] = 0;
-    return 1.0f / sum(total);
+    std::fill(weights, weights + unseen, bf16(0));
+    std::fill(weights + seen, weights + count, bf16(0));
+    piece.top() = largest(most), piece.total() = sum(total);
 }
 
 template <int Queries>
-inline void combine(const Sequence& sequence, const KvShape& shape, const Query* queries,
-                    int first_run, int end_run, const bf16* weights, size_t stride,
-                    const float* inverse) {
+inline void combine(const Sequence& sequence, const KvShape& shape, int first_run, int end_run,
+                    const bf16* weights, size_t stride, const Piece* to) {
     for (int d = 0; d < shape.dim; d += kLanes) {
         Floats sums[Queries];
         for (auto& each : sums) each = zeros();
@@ -140,44 +163,69 @@ inline void combine(const Sequence& sequence, const KvShape& shape, const Query*
             }
         }
         for (int q = 0; q < Queries; ++q)
-            store_bf16(queries[q].out + d, mul(sums[q], all(inverse[q])));
+            store(to[q].out() + d, sums[q]);
     }
 }
 
-// Floats that `attend` needs for a context of so many tokens.
-inline size_t attention_scratch(int64_t context) {
-    const size_t width = size_t(context + kRun) / kRun * kRun + kRun;
-    return kMostQueries * (width + width / 2);
-}
+// Floats that `attend` needs.
+constexpr size_t kAttentionScratch = kMostQueries * (kPiece + kPiece / 2);
 
 template <int Queries>
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
-                   float scale, float* scratch) {
+                   int number, float scale, float* scratch, const Piece* to) {
     int first = queries[0].first, end = queries[0].end;
     for (int q = 1; q < Queries; ++q) {
         first = std::min(first, queries[q].first);
         end = std::max(end, queries[q].end);
     }
+    first = std::max(first, number * kPiece), end = std::min(end, (number + 1) * kPiece);
+    if (first >= end) {
+        for (int q = 0; q < Queries; ++q) to[q].total() = 0;
+        return;
+    }
     const int first_run = first / kRun, end_run = (end + kRun - 1) / kRun;
     const size_t stride = size_t(end_run - first_run) * kRun;
     bf16* weights = reinterpret_cast<bf16*>(scratch + Queries * stride);
-    float inverse[Queries];
     score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
     for (int q = 0; q < Queries; ++q)
-        inverse[q] = soften(queries[q], first_run, end_run, scratch + q * stride,
-                            weights + q * stride);
-    combine<Queries>(sequence, shape, queries, first_run, end_run, weights, stride, inverse);
+        soften(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride, to[q]);
+    combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
 }
 
+// One piece's part of what up to 12 queries of one sequence get: to[query].
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
-                   int count, float scale, float* scratch) {
+                   int count, int number, float scale, float* scratch, const Piece* to) {
     switch (count) {
 #define VENEER_QUERIES(n) \
-    case n: return attend<n>(sequence, shape, queries, scale, scratch);
+    case n: return attend<n>(sequence, shape, queries, number, scale, scratch, to);
         VENEER_QUERIES(1) VENEER_QUERIES(2) VENEER_QUERIES(3) VENEER_QUERIES(4)
         VENEER_QUERIES(5) VENEER_QUERIES(6) VENEER_QUERIES(7) VENEER_QUERIES(8)
         VENEER_QUERIES(9) VENEER_QUERIES(10) VENEER_QUERIES(11) VENEER_QUERIES(12)
 #undef VENEER_QUERIES
+    }
+}
+
+// Put a query's pieces together, which lie `stride` apart.
+inline void gather(const KvShape& shape, float* first, int count, size_t stride, bf16* out) {
+    float top = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int i = 0; i < count; ++i) {
+        const Piece piece{first + i * stride};
+        // Where a score is no number, neither is the result.
+        if (piece.total() != 0 && !(piece.top() <= top)) top = piece.top();
+    }
+    for (int i = 0; i < count; ++i) {
+        const Piece piece{first + i * stride};
+        if (piece.total() == 0) continue;
+        piece.top() = std::exp(piece.top() - top);  // its share from here on
+        total += piece.top() * piece.total();
+    }
+    for (int d = 0; d < shape.dim; d += kLanes) {
+        Floats sum = zeros();
+        for (int i = 0; i < count; ++i) {
+            const Piece piece{first + i * stride};
+            if (piece.total() != 0) sum = fma(load(piece.out() + d), all(piece.top()), sum);
+        }
+        store_bf16(out + d, mul(sum, all(1.0f / total)));
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "step.h"
@@ -98,9 +99,12 @@ class Decoder {
   private:
     // ------------------------------------------------------------------------- a step
 
+    // Some rows' queries that see one key head.
     struct AttentionItem {
         int64_t sequence, row;
         int rows, kv_head, first_head, head_count;
+        int pieces;       // of the longest row's context
+        size_t in_parts;  // where its pieces' results lie, if several threads compute them
     };
 
     // Neighbouring rows of one adapter, or of none.
@@ -168,24 +172,40 @@ class Decoder {
         const int group = m_.heads / m_.kv_heads;
         const int heads_at_once = std::min(group, kMostQueries);
         const int rows_at_once = std::max(1, kMostQueries / group);
-        int64_t longest = 0;
+        int longest = 0;
         items_.clear();
         blocks_.clear();
         for (int64_t s = 0; s < step.sequences; ++s) {
-            longest = std::max(longest, step.contexts[s]);
+            longest = std::max(longest, pieces(step.contexts[s]));
             const int64_t* blocks = step.block_tables + s * step.table_width;
             const int64_t used = (step.contexts[s] + m_.block_size - 1) / m_.block_size;
             blocks_.insert(blocks_.end(), blocks, blocks + used);
             const int64_t end = step.row_starts[s + 1];
             for (int64_t row = step.row_starts[s]; row < end; row += rows_at_once) {
                 const int rows = int(std::min<int64_t>(rows_at_once, end - row));
+                const int seen = pieces(step.positions[row + rows - 1] + 1);
                 for (int head = 0; head < m_.kv_heads; ++head)
                     for (int first = 0; first < group; first += heads_at_once)
                         items_.push_back({s, row, rows, head, head * group + first,
-                                          std::min(heads_at_once, group - first)});
+                                          std::min(heads_at_once, group - first), seen, 0});
             }
         }
-        for (auto& scratch : attention_) scratch.take(attention_scratch(longest));
+        const size_t results = size_t(longest) * kMostQueries * Piece::numbers(m_.dim);
+        for (auto& scratch : attention_) scratch.take(kAttentionScratch + results);
+        prepare_parts(longest);
+    }
+
+    // A few items with long contexts have their pieces computed by all threads.
+    void prepare_parts(int longest) {
+        parts_.clear();
+        if (longest == 1 || int(items_.size()) >= kItemsToShare * team_.size()) return;
+        size_t taken = 0;
+        for (size_t i = 0; i < items_.size(); ++i) {
+            items_[i].in_parts = taken;
+            taken += size_t(items_[i].pieces) * kMostQueries * Piece::numbers(m_.dim);
+            for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.push_back({i, piece});
+        }
+        results_ = results_buffer_.take(taken);
     }
 
     // Call `function` for 0 to count - 1, a few at a time.
@@ -450,31 +470,67 @@ class Decoder {
     }
 
     void attend(const Layer& layer) {
+        if (!parts_.empty()) return attend_in_parts(layer);
         const int64_t count = int64_t(items_.size());
         const int64_t chunks = std::min<int64_t>(count, team_.size() * kAttentionChunks);
         team_.run(int(chunks), [&](int chunk, int thread) {
             float* scratch = attention_[size_t(thread)].take(0);
-            for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
-                attend(layer, items_[size_t(i)], scratch);
+            float* results = scratch + kAttentionScratch;
+            for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
+                const AttentionItem& item = items_[size_t(i)];
+                for (int piece = 0; piece < item.pieces; ++piece)
+                    attend(layer, item, piece, scratch, results);
+                gather(item, results);
+            }
         });
     }
 
-    void attend(const Layer& layer, const AttentionItem& item, float* scratch) {
-        Query queries[kMostQueries];
+    void attend_in_parts(const Layer& layer) {
+        team_.run(int(parts_.size()), [&](int part, int thread) {
+            const auto& [item, piece] = parts_[size_t(part)];
+            attend(layer, items_[item], piece, attention_[size_t(thread)].take(0),
+                   results_ + items_[item].in_parts);
+        });
+        team_.run(int(items_.size()), [&](int i, int) {
+            gather(items_[size_t(i)], results_ + items_[size_t(i)].in_parts);
+        });
+    }
+
+    // An item's queries, row by row; how many there are.
+    int queries(const Layer& layer, const AttentionItem& item, Query* to) {
         int count = 0;
         for (int64_t row = item.row; row < item.row + item.rows; ++row) {
             const int64_t end = step_->positions[row] + 1;
             const int64_t first = layer.window > 0 ? std::max<int64_t>(0, end - layer.window) : 0;
             for (int h = 0; h < item.head_count; ++h) {
                 const int at = (item.first_head + h) * m_.dim;
-                queries[count++] = {queries_ + row * query_width_ + at, rounded(row) + at,
-                                    int(first), int(end)};
+                to[count++] = {queries_ + row * query_width_ + at, int(first), int(end)};
             }
         }
+        return count;
+    }
+
+    // One piece of an item: its queries' results into results[piece][query].
+    void attend(const Layer& layer, const AttentionItem& item, int piece, float* scratch,
+                float* results) {
+        Query found[kMostQueries];
+        Piece to[kMostQueries];
+        const int count = queries(layer, item, found);
+        for (int q = 0; q < count; ++q)
+            to[q].at = results + size_t(piece * kMostQueries + q) * Piece::numbers(m_.dim);
         const Sequence sequence{layer.keys, layer.values,
                                 step_->block_tables + item.sequence * step_->table_width,
                                 item.kv_head};
-        veneer::attend(sequence, kv_, queries, count, 1.0f / std::sqrt(float(m_.dim)), scratch);
+        veneer::attend(sequence, kv_, found, count, piece, 1.0f / std::sqrt(float(m_.dim)),
+                       scratch, to);
+    }
+
+    void gather(const AttentionItem& item, float* results) {
+        const size_t numbers = Piece::numbers(m_.dim);
+        for (int64_t row = item.row; row < item.row + item.rows; ++row)
+            for (int h = 0; h < item.head_count; ++h, results += numbers)
+                veneer::gather(kv_, results, item.pieces, kMostQueries * numbers,
+                               rounded(row) + (item.first_head + h) * m_.dim);
     }
 
     // -------------------------------------------------------------------- gate, head
@@ -523,6 +579,7 @@ class Decoder {
 
     static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do
     static constexpr int kAttentionChunks = 16;
+    static constexpr int kItemsToShare = 8;  // a thread's; more are shared well enough whole
     static constexpr int kHeadChunks = 64;
     static constexpr int64_t kShrinkRows = 32;
 
@@ -542,6 +599,9 @@ class Decoder {
     std::vector<int64_t> blocks_;  // of the cache, in the order in which attention reads them
     Wanted wanted_[3];
     std::vector<AttentionItem> items_;
+    std::vector<std::pair<size_t, int>> parts_;  // item and piece
+    Buffer<float> results_buffer_;
+    float* results_ = nullptr;  // of all items' pieces
     std::vector<ShrinkItem> shrinks_;
 };
 

@@ -9,13 +9,13 @@ from veneer_server.native.draws import NativeDraws
 from veneer_server.native.library import Library
 
 
-@pytest.fixture(params=["torch", "native", "native avx2"])
+@pytest.fixture(params=["torch", "best", "avx2"])
 def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draws:
     """Whoever draws: the tests that take it say what all must do."""
     if request.param == "torch":
         return TorchDraws()
     folder = tmp_path_factory.getbasetemp() / "native"
-    instructions = request.param.partition(" ")[2]
+    instructions = "" if request.param == "best" else request.param
     try:
         return NativeDraws(Library(build(folder, instructions=instructions)))
     except NativeUnavailable as reason:

@@ -63,6 +63,6 @@ def test_another_dtype_is_torch_s(base: Path, tmp_path: Path) -> None:
 
 
 def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:
-    found = asked(base, tmp_path)
+    found = asked(base, tmp_path, backend="torch")
     assert (found.name, found.why_not_native) == ("torch", "--backend torch")
     assert not (tmp_path / "native").exists()

@@ -134,7 +134,11 @@ def test_what_the_kernels_cannot_multiply_is_told(library: Library) -> None:
 
 
 def decoder(
-    library: Library, folder: Path, threads: int = 2, head: int = EIGHT_BIT
+    library: Library,
+    folder: Path,
+    threads: int = 2,
+    head: int = EIGHT_BIT,
+    num_blocks: int = 40,
 ) -> NativeDecoder:
     weights = load_weights(
         folder,
@@ -146,7 +150,7 @@ def decoder(
     return NativeDecoder(
         library,
         weights,
-        num_blocks=40,
+        num_blocks=num_blocks,
         block_size=oracle.BLOCK,
         threads=threads,
         head=head,
@@ -325,3 +329,32 @@ def test_a_row_s_logits_do_not_depend_on_its_company(library: Library, tmp_path:
         for number, (begin, end) in enumerate(pairwise(edges))
     ]
     assert torch.equal(torch.cat(chunks), alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_a_long_context_is_the_same_shared_by_threads_or_not(
+    name: str, library: Library, tmp_path: Path
+) -> None:
+    """1,100 tokens: three pieces of attention, which threads share where sequences are few."""
+    print(f"seed {SEED}")
+    folder = saved(name, tmp_path)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, 320, (1105,), generator=generator).tolist()
+    mine = list(range(1, 71))
+    crowd = [(tokens[i : i + 3], 0, [80 + i]) for i in range(20)]
+
+    def run(backend: Any, *others: Any) -> torch.Tensor:
+        parts = [(tokens[:700], 0, mine), (tokens[700:1100], 700, mine)]
+        parts += [(tokens[i : i + 1], i, mine) for i in range(1100, 1105)]
+        logits = [
+            backend.execute(oracle.step([part, *others]))[: len(part[0])].clone()
+            for part in parts
+        ]
+        return torch.cat(logits)
+
+    alone = run(decoder(library, folder, threads=1, num_blocks=120))
+    assert torch.equal(run(decoder(library, folder, threads=3, num_blocks=120)), alone)
+    # Beside twenty others nothing is cut.
+    assert torch.equal(run(decoder(library, folder, num_blocks=120), *crowd), alone)
+    exact = run(oracle.build(folder, torch.float32, num_blocks=120))
+    assert wrong_by([alone], [exact]) < 0.02

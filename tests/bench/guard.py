@@ -1,0 +1,155 @@
+"""Guards the native backend's speed: ``python -m tests.bench.guard`` (``make bench-guard``).
+
+Ratios, not times, since those move with the machine: native / torch, plain and with adapters
+mixed, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a process of
+its own, where both backends take turns, and gives the median of its rounds. Runs of the same
+code were seen to differ by more than the rounds of one do, so `judge` goes by runs: a record,
+in ``guard.json``, has several for each CPU, instruction set and number of threads. Where a
+first run shows a loss, two more follow, and the median of all three counts.
+
+Exits 1 with a sentence for each loss. Where nothing is recorded for this CPU it prints what it
+found and how to record it, and exits 0. ``--record`` measures and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.bench.backends import Peers, ratios
+from tests.bench.judge import Record, Spread, judge, read_records, write_record
+from tests.bench.steps import PROMPT, REPOSITORY, ROWS
+
+__all__: list[str] = []
+
+FILE = Path(__file__).with_name("guard.json")
+NEW = 16
+"""Steps of a round: many short rounds, in turns, tell more than few long ones."""
+_CPU_FIELDS = ("model name", "cpu family", "model")
+
+
+def cpu_name() -> str:
+    """As Linux has it, with family and model: a virtual machine's name may say little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return "unknown CPU"
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    model, family, number = (fields.get(field, "?") for field in _CPU_FIELDS)
+    return f"{model} (family {family}, model {number})"
+
+
+class Run(NamedTuple):
+    """What one process found.
+
+    Attributes:
+        cpu: with the instruction set and the number of threads: the record's key.
+        ratios: by name, the median of the rounds.
+    """
+
+    cpu: str
+    ratios: dict[str, float]
+
+
+def measure(rounds: int, threads: int) -> Run:
+    """A run, in this process."""
+    peers = Peers(threads, PROMPT + 2 * NEW)
+    values: dict[str, list[float]] = {}
+    for rows in ROWS:
+        for times in peers.rounds(rows, rounds, NEW):
+            for name, value in ratios(times).items():
+                values.setdefault(f"{name}, {rows} row{'s' * (rows > 1)}", []).append(value)
+    medians = {name: round(statistics.median(each), 4) for name, each in values.items()}
+    return Run(f"{cpu_name()}, {peers.native_name}, {threads} threads", medians)
+
+
+def run_apart(given: argparse.Namespace) -> Run:
+    """A run, in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.guard", "--once"]
+    command += ["--rounds", str(given.rounds), "--threads", str(given.threads)]
+    printed = subprocess.check_output(command, cwd=REPOSITORY, text=True)
+    return Run(**json.loads(printed.splitlines()[-1]))
+
+
+def spreads(runs: list[Run]) -> dict[str, Spread]:
+    return {name: Spread.of([run.ratios[name] for run in runs]) for name in runs[0].ratios}
+
+
+def held_against(record: Record, first: Run, given: argparse.Namespace) -> int:
+    """Prints the ratios and the losses; the exit status."""
+    if record.about["torch"] != torch.__version__:
+        print(f"note: recorded beside torch {record.about['torch']}")
+    runs = [first]
+    if judge(record.ratios, spreads(runs)):
+        print("below the record: two more runs", flush=True)
+        runs += [run_apart(given) for _ in range(2)]
+    found = spreads(runs)
+    for name, spread in found.items():
+        print(f"{name}: {spread.median:.3f} (recorded {record.ratios[name].median:.3f})")
+    losses = judge(record.ratios, found)
+    for loss in losses:
+        print(f"LOST: {loss}")
+    return 1 if losses else 0
+
+
+def record_runs(first: Run, given: argparse.Namespace) -> None:
+    """Measure as often as a record needs, and write it."""
+    runs = [first, *(run_apart(given) for _ in range(given.runs - 1))]
+    found = spreads(runs)
+    for name, spread in found.items():
+        print(f"{name}: {spread.median:.3f} (MAD {spread.mad:.3f} of {len(runs)} runs)")
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "runs": str(len(runs)),
+    }
+    write_record(given.file, first.cpu, Record(about, found))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="write what is found")
+    parser.add_argument("--runs", type=int, default=5, help="of a record")
+    parser.add_argument("--rounds", type=int, default=5, help="of a run")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--file", type=Path, default=FILE, help="the records")
+    parser.add_argument("--once", action="store_true", help="one run, printed as JSON")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure; compare or record; the exit status."""
+    given = _parse()
+    if given.once:
+        print(json.dumps(measure(given.rounds, given.threads)._asdict()))
+        return 0
+    first = run_apart(given)
+    print(f"{first.cpu}; torch {torch.__version__}", flush=True)
+    if given.record:
+        record_runs(first, given)
+        return 0
+    record = read_records(given.file).get(first.cpu)
+    if record is not None:
+        return held_against(record, first, given)
+    for name, value in first.ratios.items():
+        print(f"{name}: {value:.3f}")
+    print("nothing is recorded for this CPU: record with python -m tests.bench.guard --record")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

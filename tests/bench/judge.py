@@ -1,0 +1,120 @@
+"""Whether ratios of speeds have fallen below recorded ones by more than noise.
+
+A ratio is recorded as the median of several runs with their spread (the median absolute
+deviation, MAD). It is lost where the median found now is below the recorded one by more than
+the tolerance: 10 % of what was recorded, or three times the larger of both MADs if that is
+more. A MAD is about two thirds of a normal distribution's standard deviation, so three of them
+are two standard deviations of a single run; 10 % is for what few runs do not show, such as a
+virtual machine's other hours. Nobody complains about gains.
+
+Ratios depend on the CPU: there is a record for each.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Loss", "Record", "Spread", "judge", "read_records", "write_record"]
+
+LEAST_TOLERANCE = 0.10
+"""Of the recorded ratio."""
+MADS = 3
+
+
+class Spread(NamedTuple):
+    """A ratio over several runs."""
+
+    median: float
+    mad: float
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> Spread:
+        median = statistics.median(runs)
+        return cls(median, statistics.median(abs(value - median) for value in runs))
+
+
+class Loss(NamedTuple):
+    """A ratio that fell past the noise."""
+
+    name: str
+    recorded: Spread
+    found: Spread
+    tolerance: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: recorded {self.recorded.median:.3f}, found {self.found.median:.3f}, "
+            f"a loss of {self.recorded.median - self.found.median:.3f} where noise allows "
+            f"{self.tolerance:.3f} (MAD {self.recorded.mad:.3f} recorded, {self.found.mad:.3f} "
+            "found)"
+        )
+
+
+class Record(NamedTuple):
+    """What was measured on one CPU.
+
+    Attributes:
+        about: version of torch, date and runs, for the reader.
+        ratios: by name.
+    """
+
+    about: dict[str, str]
+    ratios: dict[str, Spread]
+
+
+def tolerance(recorded: Spread, found: Spread) -> float:
+    """By how much a ratio may be lower."""
+    return max(LEAST_TOLERANCE * recorded.median, MADS * max(recorded.mad, found.mad))
+
+
+def judge(recorded: Mapping[str, Spread], found: Mapping[str, Spread]) -> list[Loss]:
+    """The ratios that are lost.
+
+    Raises:
+        ValueError: one is recorded that was not measured, or the other way round.
+    """
+    if recorded.keys() != found.keys():
+        apart = ", ".join(sorted(recorded.keys() ^ found.keys()))
+        raise ValueError(f"recorded or measured alone: {apart}; record again")
+    losses = []
+    for name, then in recorded.items():
+        allowed = tolerance(then, found[name])
+        if then.median - found[name].median > allowed:
+            losses.append(Loss(name, then, found[name], allowed))
+    return losses
+
+
+def read_records(file: Path) -> dict[str, Record]:
+    """By CPU; none where there is no file."""
+    if not file.is_file():
+        return {}
+    return {
+        cpu: Record(
+            kept["about"],
+            {
+                name: Spread(each["median"], each["mad"])
+                for name, each in kept["ratios"].items()
+            },
+        )
+        for cpu, kept in json.loads(file.read_text("utf-8")).items()
+    }
+
+
+def write_record(file: Path, cpu: str, record: Record) -> None:
+    """In the place of the CPU's own; those of other CPUs stay."""
+    records = read_records(file) | {cpu: record}
+    kept = {
+        cpu: {
+            "about": each.about,
+            "ratios": {
+                name: {"median": round(spread.median, 3), "mad": round(spread.mad, 3)}
+                for name, spread in each.ratios.items()
+            },
+        }
+        for cpu, each in sorted(records.items())
+    }
+    file.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")

@@ -1,0 +1,127 @@
+"""What the benchmarks of backends execute: the bundled base, drawn adapters, steps."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from veneer_registry.adapter import LoraModule
+from veneer_server.engine.backends import Chosen, choose
+from veneer_server.engine.messages import EngineConfig
+from veneer_server.lora.batch import Segment
+from veneer_server.lora.layout import Layout
+from veneer_server.lora.table import AdapterTable
+from veneer_server.models.arrays import Backend, StepArrays
+from veneer_server.models.config import DecoderConfig
+from veneer_server.models.source import import_bundled
+
+__all__ = [
+    "ADAPTERS",
+    "BLOCK",
+    "RANK",
+    "ROWS",
+    "load",
+    "make_adapters",
+    "make_step",
+    "run_round",
+]
+
+REPOSITORY = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
+BLOCK = 16
+"""Tokens of a block of the KV cache."""
+PROMPT = 40
+ADAPTERS, RANK = 8, 16
+ROWS = (1, 8, 32)
+_WARM_UP = 4
+"""Steps of a round that are not counted."""
+
+
+def load(name: str, threads: int, *, num_blocks: int) -> Chosen:
+    """The base in NF4 for a backend, ``torch`` or ``native``."""
+    config = EngineConfig(
+        base_folder=str(import_bundled(CACHE).path),
+        cache_folder=str(CACHE),
+        base_name="smollm2-135m",
+        weights_fingerprint="bench-backends",
+        backend=name,  # type: ignore[arg-type]
+        threads=threads,
+    )
+    torch.set_num_threads(threads)
+    chosen = choose(config, torch.device("cpu"), torch.bfloat16, num_blocks)
+    # Written once: memory that never was is one page of zeros, which stays in caches.
+    chosen.backend.clear(list(range(num_blocks)))
+    return chosen
+
+
+def make_adapters(config: DecoderConfig, dtype: torch.dtype) -> list[AdapterTable]:
+    """`ADAPTERS` different ones of `RANK` on all projections, none of whose B is zero."""
+    return [_adapter(config, dtype, seed) for seed in range(ADAPTERS)]
+
+
+def _adapter(config: DecoderConfig, dtype: torch.dtype, seed: int) -> AdapterTable:
+    modules = [
+        LoraModule(layer, projection, RANK, 2.0, "", "")
+        for layer in range(config.num_layers)
+        for projection in config.shapes
+    ]
+    layout = Layout.of(modules, config.shapes, config.num_layers)
+    generator = torch.Generator().manual_seed(seed)
+    run = 0.02 * torch.randn(layout.length, generator=generator)
+    return AdapterTable(layout, run.to(dtype))
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that so many tokens of a sequence fill."""
+    return -(-tokens // BLOCK)
+
+
+def make_step(
+    sequences: int, start: int, new: int, tables: Sequence[AdapterTable], *, most: int
+) -> StepArrays:
+    """``new`` tokens each from position ``start`` on; neighbours share an adapter.
+
+    Args:
+        tables: one for each of as many equal parts of the sequences; none: no adapters.
+        most: tokens that a sequence may reach, on which its blocks depend.
+    """
+    rng = np.random.default_rng(start)
+    within = np.tile(np.arange(start, start + new), sequences)
+    owner = np.repeat(np.arange(sequences), new)
+    width = blocks_for(most)
+    blocks = 1 + np.arange(sequences * width).reshape(sequences, width)
+    edges = [sequences * i // max(1, len(tables)) * new for i in range(len(tables) + 1)]
+    return StepArrays(
+        tokens=rng.integers(10, 40_000, sequences * new),
+        positions=within,
+        slots=blocks[owner, within // BLOCK] * BLOCK + within % BLOCK,
+        row_starts=np.arange(sequences + 1) * new,
+        contexts=np.full(sequences, start + new),
+        block_tables=blocks,
+        segments=tuple(
+            Segment(begin, end, table)
+            for begin, end, table in zip(edges, edges[1:], tables, strict=False)
+            if end > begin
+        ),
+        logit_rows=np.arange(1, sequences + 1) * new - 1,
+    )
+
+
+def run_round(backend: Backend, rows: int, new: int, tables: Sequence[AdapterTable]) -> float:
+    """Median seconds of ``new`` steps of decoding, the first after `PROMPT` tokens a row.
+
+    Those were never computed: a step takes as long over whatever the cache holds.
+    """
+    most = PROMPT + _WARM_UP + new
+    times = []
+    for at in range(PROMPT, most):
+        step = make_step(rows, at, 1, tables, most=most)
+        began = time.perf_counter()
+        backend.execute(step)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[_WARM_UP:])

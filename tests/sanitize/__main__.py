@@ -1,0 +1,115 @@
+"""The kernels' tests under sanitizers: ``python -m tests.sanitize`` (``make sanitize``).
+
+AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of the native kernels: the
+backend compiles them as ever, with ``tests/sanitize/c++`` as the compiler, so it is the tests'
+own library that is instrumented. Python, numpy and torch are not, but what they allocate has
+ASan's red zones, and a kernel that reads or writes past it is caught. Packed weights lie in
+mapped pages, where a fault within a piece is not. ThreadSanitizer cannot be loaded into Python:
+`team.cpp` drives team.h alone.
+
+Exits 1, with the sanitizer's report printed, if any of it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__: list[str] = []
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+KERNELS = REPOSITORY / "server" / "veneer_server" / "native" / "cpp"
+TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
+FORMS = ("best", "avx2")
+"""As the tests' fixture names what it compiles."""
+
+
+def _compiler() -> list[str]:
+    """GCC: it is the one whose sanitizers are shared libraries under these names."""
+    return shlex.split(os.environ.get("VENEER_CXX", "g++"))
+
+
+def _preloaded() -> str:
+    """What must be loaded before Python: the sanitizers, and the C++ library whose exceptions
+    ASan intercepts."""
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    found = [
+        subprocess.check_output([*_compiler(), f"-print-file-name={name}"], text=True).strip()
+        for name in names
+    ]
+    return " ".join(found)
+
+
+def _kernel_tests(form: str) -> tuple[bool, str]:
+    """Whether the tests pass with one form of the kernels, and what was printed."""
+    environment = {
+        **os.environ,
+        "CXX": str(HERE / "c++"),
+        "LD_PRELOAD": _preloaded(),
+        # Python frees little of what it has at exit: leaks cannot be told.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    # Nothing captured: a report ends the process, and what pytest holds back would be lost.
+    chosen = ["--capture=no", "--timeout=600", "-x", "-k", form, *TESTS]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *chosen],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode == 0, done.stdout.strip()
+
+
+def _team() -> tuple[bool, str]:
+    """The same of team.h under ThreadSanitizer."""
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-mavx2"]
+    with tempfile.TemporaryDirectory(prefix="veneer-sanitize-") as folder:
+        program = str(Path(folder) / "team")
+        command = [*_compiler(), *flags, f"-I{KERNELS}", "-o", program, str(HERE / "team.cpp")]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            return False, built.stderr.strip()
+        # Before GCC 14 it dies where the kernel lays memory out at random in more than 28 bits.
+        fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+        done = subprocess.run(
+            [*fixed, program],
+            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return done.returncode == 0, (done.stdout + done.stderr).strip()
+
+
+def main() -> int:
+    """Run all of it, two at a time; the exit status."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = {
+            f"address, undefined: {form}": pool.submit(_kernel_tests, form) for form in FORMS
+        }
+        waiting["thread: team.h"] = pool.submit(_team)
+        results = {name: future.result() for name, future in waiting.items()}
+    for name, (passed, told) in results.items():
+        # What passed says it in its last line.
+        print(f"--- {name}: {'passed' if passed else 'FAILED'}")
+        print(told.splitlines()[-1] if passed else told)
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0 if all(passed for passed, _ in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
