@@ -15,6 +15,7 @@ from veneer_server.engine.backends import Chosen, choose
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.lora.batch import Segment
 from veneer_server.lora.layout import Layout
+from veneer_server.lora.pages import make_ready, map_pages, memory
 from veneer_server.lora.table import AdapterTable
 from veneer_server.models.arrays import Backend, StepArrays
 from veneer_server.models.config import DecoderConfig
@@ -73,7 +74,19 @@ def _adapter(config: DecoderConfig, dtype: torch.dtype, seed: int) -> AdapterTab
     layout = Layout.of(modules, config.shapes, config.num_layers)
     generator = torch.Generator().manual_seed(seed)
     run = 0.02 * torch.randn(layout.length, generator=generator)
-    return AdapterTable(layout, run.to(dtype))
+    return AdapterTable(layout, _as_loaded(run.to(dtype)))
+
+
+def _as_loaded(run: torch.Tensor) -> torch.Tensor:
+    """In memory as the server's loaders make it."""
+    fd, ready = memory(run.nbytes), 0
+    try:
+        while ready < run.nbytes:
+            ready = make_ready(fd, run.nbytes, ready)
+        copy = torch.frombuffer(map_pages(fd, run.nbytes), dtype=run.dtype)
+    finally:
+        os.close(fd)
+    return copy.copy_(run)
 
 
 def blocks_for(tokens: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import mmap
 import os
 import socket
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import msgspec
 import torch
 from veneer_server.engine.messages import AdapterSource
+from veneer_server.lora import pages
 from veneer_server.lora.loaders import HostCopy
 
 from tests.engine_harness import EngineHarness, source
@@ -126,7 +126,7 @@ class Scarcity:
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """Everything that a load allocates with goes through `take`."""
-        places: list[tuple[Any, str]] = [(mmap, "mmap"), (torch, "frombuffer")]
+        places: list[tuple[Any, str]] = [(pages, "_map"), (torch, "frombuffer")]
         places += [(socket, "recv_fds"), (msgspec.msgpack, "decode")]
         real = [getattr(module, name) for module, name in places]
         for (module, name), function in zip(places, real, strict=True):

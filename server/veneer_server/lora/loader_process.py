@@ -12,14 +12,12 @@ run is filled, but must use nothing of it before `Loaded`.
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import signal
 import socket
 import struct
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -28,6 +26,7 @@ import msgspec
 from veneer_registry.adapter import LoraModule, Projection
 from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
+from veneer_server.lora.pages import make_ready, map_pages, memory
 from veneer_server.lora.reading import Dtype, read_run
 from veneer_server.priority import lower_priority
 
@@ -38,7 +37,6 @@ __all__ = [
     "Loaded",
     "Setup",
     "main",
-    "map_pages",
     "read_frame",
     "write_frame",
 ]
@@ -49,7 +47,6 @@ NO_MEMORY: Final = (
 )
 _MOST_SPARE: Final = 32 << 20
 """Bytes that a loader keeps ready for the next load."""
-_PIECE: Final = 256 << 10
 _PAUSE_S: Final = 0.0025
 """Before each piece of that."""
 _LENGTH: Final = struct.Struct(">I")
@@ -115,31 +112,6 @@ def _exactly(connection: socket.socket, size: int) -> bytes | None:
     return bytes(body)
 
 
-def _memory(size: int) -> int:
-    """A file descriptor of so many bytes of memory."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("veneer-adapter")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
-    return fd
-
-
-def map_pages(fd: int, size: int, offset: int = 0) -> mmap.mmap:
-    """Map a file, all its pages at once where the system can: the first to read or write
-    them would wait for each.
-
-    Raises:
-        MemoryError: there is no room for the mapping.
-    """
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    try:
-        return mmap.mmap(fd, size, flags=flags, offset=offset)
-    except OSError as error:
-        raise MemoryError(str(error)) from error
-
-
 class _Spare:
     """Memory for the next load, made ready after the last one: to find and zero pages takes
     as long as to fill them.
@@ -153,18 +125,18 @@ class _Spare:
         self._size = 0
         self._ready = 0
 
-    def take(self, size: int) -> int:
-        """A file descriptor of so many zeroed bytes."""
+    def take(self, size: int) -> tuple[int, int]:
+        """A file descriptor of so many zeroed bytes, and how many of them are ready."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.ftruncate(fd, size)
-            return fd
-        return _memory(size)
+        if fd < 0:
+            return memory(size), 0
+        os.ftruncate(fd, size)
+        return fd, min(self._ready, size)
 
     def want(self, size: int) -> None:
         """Have so many bytes ready soon, if they are not too many to keep idle."""
         if self._fd < 0 and 0 < size <= _MOST_SPARE:
-            self._fd, self._size, self._ready = _memory(size), size, 0
+            self._fd, self._size, self._ready = memory(size), size, 0
 
     @property
     def complete(self) -> bool:
@@ -172,9 +144,7 @@ class _Spare:
 
     def prepare(self) -> None:
         """One more piece."""
-        piece = min(_PIECE, self._size - self._ready)
-        map_pages(self._fd, piece, self._ready).close()
-        self._ready += piece
+        self._ready = make_ready(self._fd, self._size, self._ready)
 
 
 class _Job:
@@ -188,12 +158,14 @@ class _Job:
     def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
         """Memory of so many bytes, once the engine has it too."""
         self.size = size
-        fd = self._spare.take(size)
+        fd, ready = self._spare.take(size)
         try:
+            while ready < size:
+                ready = make_ready(fd, size, ready)
             facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
             write_frame(self._connection, msgspec.msgpack.encode(Begun(facts, size)))
             socket.send_fds(self._connection, [b"\0"], [fd])
-            return memoryview(map_pages(fd, size))
+            return map_pages(fd, size)
         finally:
             os.close(fd)
 

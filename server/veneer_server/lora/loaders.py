@@ -25,10 +25,10 @@ from veneer_server.lora.loader_process import (
     Load,
     Loaded,
     Setup,
-    map_pages,
     read_frame,
     write_frame,
 )
+from veneer_server.lora.pages import map_pages
 from veneer_server.lora.table import AdapterTable
 
 __all__ = ["HostCopy", "Loaders"]

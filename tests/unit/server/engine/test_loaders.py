@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import select
 import signal
@@ -18,7 +16,7 @@ import torch
 from veneer_registry.errors import AdapterCorrupt, InternalError
 from veneer_registry.format import WEIGHTS_FILE, weights_digest
 from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora import loaders
+from veneer_server.lora import loaders, pages
 from veneer_server.lora.loader_process import Setup
 from veneer_server.lora.loaders import Loaders
 from veneer_server.lora.table import AdapterTable
@@ -129,10 +127,10 @@ def test_no_room_to_map_a_run_is_no_memory_and_the_next_load_goes_on(
     reader = make("float32")
 
     def full(*args: object, **named: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        raise MemoryError("Cannot allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mmap, "mmap", full)
+        patch.setattr(pages, "_map", full)
         with pytest.raises(MemoryError, match="Cannot allocate"):
             reader.read(wanted)
     assert reader.read(wanted)[0].run.numel()
