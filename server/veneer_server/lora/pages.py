@@ -74,6 +74,7 @@ def make_ready(fd: int, size: int, begin: int) -> int:
     written; where the next ones begin. At ``size`` nothing is left."""
     if not _LINUX:
         return size
+    begin -= begin % mmap.PAGESIZE  # the last page may have been ready in part
     if begin % _LARGE == 0 and begin + _LARGE <= size and _collapse(fd, begin):
         return begin + _LARGE
     piece = min(PIECE, size - begin, _LARGE - begin % _LARGE)

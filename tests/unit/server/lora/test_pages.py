@@ -48,6 +48,18 @@ def test_what_one_writes_the_other_reads(fd: int) -> None:
     assert all(other[at] == at % 251 + 1 for at in (0, 1, 2 * MB - 1, 2 * MB, size - 1))
 
 
+def test_memory_that_was_made_ready_for_less_serves_for_more(fd: int) -> None:
+    """A loader keeps memory of the last adapter's size, whose last page is not whole."""
+    odd, size = 3 * MB + 1234, 5 * MB
+    ready = 0
+    while ready < odd:
+        ready = make_ready(fd, odd, ready)
+    assert ready == odd
+    while ready < size:
+        ready = make_ready(fd, size, ready)
+    assert bytes(map_pages(fd, size)) == bytes(size)
+
+
 def test_its_pages_are_large_where_linux_has_them(fd: int) -> None:
     first = make_ready(fd, 5 * MB, 0)
     if first < 2 * MB:
