@@ -52,8 +52,7 @@ struct Linear {
     }
 };
 
-// Bytes ahead of what is read that memory is asked for. Without it a product of 16 rows, which
-// look a block up before they multiply, took a third longer.
+// Bytes ahead of what is read that memory is asked for.
 constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
 // An eighth of a block, and a bit more than that of one whose scales add two lines.
