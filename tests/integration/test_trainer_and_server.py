@@ -31,12 +31,14 @@ TEXTS = (
     "\n\nCount the theatres.<|im_end|>\n<|im_start|>assistant\n"
     "SELECT COUNT(*) FROM theatres;<|im_end|>",
 )
+SERVER, SERVER_MEAN = 0.075, 0.042
+"""Of |difference| from float32 (the same NF4 weights, the rest in float32), in nats: its mean
+over one text, and over all. Found: native 0.039 and 0.028, torch 0.058 and 0.033."""
+
 BOUND, MEAN_BOUND = 0.15, 0.08
-"""Of |difference| in nats, its mean over one text and over all. Both compute in bfloat16, with
-other orders of sums; and the trainer's logits are bfloat16 too, in steps of 0.0625 and 0.125
-between 8 and 32. So it is the trainer's rounding that is seen: from float32 it is up to 0.096
-away (0.051 over all), the native backend 0.039 (0.028), the torch one 0.058 (0.033). In float32
-trainer and server agree within 1e-4 (`test_parity`)."""
+"""The same between trainer and server, wider, since it is the trainer's rounding that is seen:
+its logits are bfloat16 too, in steps of 0.0625 and 0.125 between 8 and 32, which takes it up to
+0.096 from float32 (0.051 over all)."""
 
 APART = 0.3
 """What adapters differ by at least."""
@@ -44,9 +46,9 @@ APART = 0.3
 Scores = dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def trainer_s(base: Path, prompts: Sequence[Sequence[int]]) -> Scores:
+def trainer_s(base: Path, prompts: Sequence[Sequence[int]], quant: QuantConfig) -> Scores:
     """Of the model that a run trains: guarded 4-bit base, adapters by PEFT."""
-    model = load_base(base, QuantConfig(), torch.device("cpu"))
+    model = load_base(base, quant, torch.device("cpu"))
     found: Scores = {}
 
     def measure(name: str, measured: Any) -> None:
@@ -86,10 +88,22 @@ async def server_s(client: AsyncClient, prompts: Sequence[Sequence[int]]) -> Sco
     return dict(zip(keys, told, strict=True))
 
 
+def check(what: str, ours: Scores, others: Scores, bound: float, mean_bound: float) -> None:
+    """Each text within ``bound``, all of them on average within ``mean_bound``."""
+    gaps = {key: float(np.abs(scores - others[key]).mean()) for key, scores in ours.items()}
+    mean = float(np.mean(list(gaps.values())))
+    print(f"{what}: at most {max(gaps.values()):.4f} nats, {mean:.4f} over all")
+    assert max(gaps.values()) < bound, (what, gaps)
+    assert mean < mean_bound, (what, gaps)
+
+
 async def test_trainer_and_server_agree(server: Server, base_folder: Path) -> None:
     tokenizer = load_tokenizer(base_folder)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    trained = await asyncio.to_thread(trainer_s, base_folder, prompts)
+    trained = await asyncio.to_thread(trainer_s, base_folder, prompts, QuantConfig())
+    exact = await asyncio.to_thread(
+        trainer_s, base_folder, prompts, QuantConfig(compute_dtype="fp32")
+    )
     async with AsyncClient(server.address) as client:
         for name in NAMES:
             await client.push(EXAMPLES / name, f"example-{name}")
@@ -99,10 +113,8 @@ async def test_trainer_and_server_agree(server: Server, base_folder: Path) -> No
         finally:
             for name in NAMES:
                 await client.delete(f"example-{name}")
-    gaps = {key: np.abs(scores - served[key]).mean() for key, scores in trained.items()}
-    for key, gap in gaps.items():
-        assert gap < BOUND, key
-    assert np.mean(list(gaps.values())) < MEAN_BOUND
+    check("server from float32", served, exact, SERVER, SERVER_MEAN)
+    check("trainer from server", trained, served, BOUND, MEAN_BOUND)
     # The control: an adapter is not the base, nor another one.
     for number in range(len(prompts)):
         for one, other in [*((name, "") for name in NAMES), *pairwise(NAMES)]:
