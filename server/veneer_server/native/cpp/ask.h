@@ -19,6 +19,7 @@ constexpr size_t kLine = 64;  // bytes
 class Wanted {
   public:
     void clear() { pieces_.clear(), lines_ = 0; }
+    void reserve(size_t pieces) { pieces_.reserve(pieces); }
 
     void add(const void* at, size_t bytes) { add(at, bytes, 1, 0); }
 

@@ -116,6 +116,7 @@ struct Piece {
     static size_t numbers(int dim) { return size_t(dim) + kLanes; }
     float& top() const { return at[0]; }    // the largest score
     float& total() const { return at[1]; }  // sum of e^(score - top); 0 where nothing is seen
+    float& share() const { return at[2]; }  // e^(top - the largest of all pieces)
     float* out() const { return at + kLanes; }  // [dim] sum of e^(score - top) V
 };
 
@@ -216,14 +217,14 @@ inline void gather(const KvShape& shape, float* first, int count, size_t stride,
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
         if (piece.total() == 0) continue;
-        piece.top() = std::exp(piece.top() - top);  // its share from here on
-        total += piece.top() * piece.total();
+        piece.share() = std::exp(piece.top() - top);
+        total += piece.share() * piece.total();
     }
     for (int d = 0; d < shape.dim; d += kLanes) {
         Floats sum = zeros();
         for (int i = 0; i < count; ++i) {
             const Piece piece{first + i * stride};
-            if (piece.total() != 0) sum = fma(load(piece.out() + d), all(piece.top()), sum);
+            if (piece.total() != 0) sum = fma(load(piece.out() + d), all(piece.share()), sum);
         }
         store_bf16(out + d, mul(sum, all(1.0f / total)));
     }

@@ -1,12 +1,18 @@
-// A whole step: nine parallel parts a layer, with nothing but these headers' kernels in them.
+// A whole step as a program of parts (see team.h): ten a layer, with nothing but these headers'
+// kernels in them.
+//
+// A chunk of a part may be done twice, at one time too. So a part never changes what it reads, and
+// puts nothing but results into memory that other threads see: what is under way is in registers
+// and in the thread's own scratch.
 #pragma once
 
-#include <memory>
+#include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
+#include "state.h"
 #include "step.h"
-#include "team.h"
 
 #ifdef VENEER_TIMES
 #include <chrono>
@@ -15,48 +21,13 @@
 namespace veneer {
 
 // Where a step's time goes. Kept only where it is compiled with VENEER_TIMES (by the benchmark).
-enum Part { kNorm, kQkvPart, kRotate, kAttend, kOutputPart, kGatePart, kSilu, kDownPart, kHead };
-constexpr int kPartCount = 9;
-struct Times {
-    double seconds[kPartCount] = {};
-
-    template <class Function>
-    void measure(Part part, const Function& function) {
-#ifdef VENEER_TIMES
-        const auto began = std::chrono::steady_clock::now();
-        function();
-        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
-        seconds[part] += took.count();
-#else
-        (void)part;
-        function();
-#endif
-    }
+enum Time {
+    kNormTime, kQkvTime, kRotateTime, kAttendTime, kOutputTime, kGateUpTime, kGateTime, kDownTime,
+    kHeadTime,
+    kTimes
 };
 
-// Numbers that grow with the largest step and are never given back.
-template <class Number>
-class Buffer {
-  public:
-    Number* take(size_t count) {
-        if (count > size_) {
-            at_.reset();  // not both at once
-            at_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), kAlign)));
-            size_ = count;
-        }
-        return at_.get();
-    }
-
-  private:
-    static constexpr std::align_val_t kAlign{64};
-    struct Free {
-        void operator()(Number* at) const { ::operator delete(at, kAlign); }
-    };
-    std::unique_ptr<Number, Free> at_;
-    size_t size_ = 0;
-};
-
-class Decoder {
+class Decoder final : Program {
   public:
     Decoder(const Model& model, Team& team)
         : m_(model),
@@ -64,39 +35,214 @@ class Decoder {
           kv_{model.kv_heads, model.dim, model.block_size},
           query_width_(model.heads * model.dim),
           kv_width_(model.kv_heads * model.dim),
-          attention_(team.size()) {}
+          scratch_(size_t(team.size())) {
+        work_.push_back({kEmbed});
+        for (int layer = 0; layer < m_.layer_count; ++layer) {
+            const bool last = layer + 1 == m_.layer_count;
+            work_.push_back({kProduct, layer, kQkv});
+            work_.push_back({kRotate, layer, kQkv});
+            work_.push_back({kAttend, layer});
+            work_.push_back({kGather, layer});
+            work_.push_back({kProduct, layer, kOutput});
+            work_.push_back({kAdd, layer, kOutput, m_.layers[layer].post_norm});
+            work_.push_back({kProduct, layer, kGateUp});
+            work_.push_back({kGate, layer, kGateUp});
+            work_.push_back({kProduct, layer, kDown});
+            work_.push_back(
+                {kAdd, layer, kDown, last ? nullptr : m_.layers[layer + 1].input_norm});
+        }
+        work_.push_back({kNormalize});
+        work_.push_back({kLogits});
+        places_.reset(parts());
+    }
 
     void run(const Step& step) {
         prepare(step);
-        each(kNorm, step.rows, [&](int64_t row) {
-            embed(row);
-            normalize(row, m_.layers[0].input_norm);
-        });
-        for (int index = 0; index < m_.layer_count; ++index) {
-            const Layer& layer = m_.layers[index];
-            product(kQkvPart, index, kQkv);
-            each(kRotate, bunches() * m_.kv_heads, [&](int64_t item) {
-                rotate(index, bunches_[size_t(item / m_.kv_heads)], int(item % m_.kv_heads));
-            });
-            times.measure(kAttend, [&] { attend(layer); });
-            product(kOutputPart, index, kOutput);
-            each(kNorm, bunches(), [&](int64_t item) {
-                add(index, kOutput, bunches_[size_t(item)], layer.post_norm);
-            });
-            product(kGatePart, index, kGateUp);
-            gate(index);
-            product(kDownPart, index, kDown);
-            const bool last = index + 1 == m_.layer_count;
-            const float* next = last ? nullptr : m_.layers[index + 1].input_norm;
-            each(kNorm, bunches(),
-                 [&](int64_t item) { add(index, kDown, bunches_[size_t(item)], next); });
-        }
-        times.measure(kHead, [&] { logits(); });
+        begin_times();
+        team_.run(*this);
+        add_time(parts() - 1);
     }
 
-    Times times;
+    double seconds[kTimes] = {};
 
   private:
+    enum What { kEmbed, kProduct, kRotate, kAttend, kGather, kAdd, kGate, kNormalize, kLogits };
+    struct Work {
+        What what;
+        int layer = 0;
+        Group group = kQkv;
+        const float* norm = nullptr;  // of what is added; null after the last layer
+    };
+
+    // Where a part's arrays are: those it reads, and those it writes.
+    struct Arrays {
+        const float* hidden_before;
+        const bf16* rounded_before;
+        float* hidden;
+        bf16* rounded;
+        float* y;
+        float* shrunk;
+        bf16* queries;
+        float* results;
+    };
+
+    // ----------------------------------------------------------------------- program
+
+    int parts() const override { return int(work_.size()); }
+
+    int prepare(int part, Stragglers stragglers) override {
+        const Work& work = work_[size_t(part)];
+        if (!places_.prepare(part, writes(work), stragglers)) return -1;
+        if (part > 0) add_time(part - 1);
+        if (work.what == kProduct) list(part);
+        return chunks(part);
+    }
+
+    // What later parts read: nothing where a part is left out.
+    unsigned writes(const Work& work) const {
+        switch (work.what) {
+            case kEmbed: case kAdd: return 1u << kHidden | 1u << kRounded;
+            case kProduct: return 1u << kY | 1u << kShrunk | 1u << kLists;
+            case kRotate: return 1u << kQueries;
+            case kAttend: return in_parts() ? 1u << kResults : 1u << kRounded;
+            case kGather: return in_parts() ? 1u << kRounded : 0;
+            case kGate: case kNormalize: return 1u << kRounded;
+            case kLogits: return 0;
+        }
+        return 0;
+    }
+
+    int chunks(int part) const {
+        const Work& work = work_[size_t(part)];
+        switch (work.what) {
+            case kEmbed: return few(step_->rows);
+            case kProduct: return shrink_chunks(part) + columns(work).chunks;
+            case kRotate: return few(bunches() * m_.kv_heads);
+            case kAttend:
+                return in_parts() ? few(int64_t(parts_.size()), kMostChunks)
+                                  : few(int64_t(items_.size()), kAttentionChunks * team_.size());
+            case kGather: return in_parts() ? few(int64_t(items_.size())) : 0;
+            case kAdd: return few(bunches());
+            case kGate: return columns(work).chunks;
+            case kNormalize: return few(step_->logit_count);
+            case kLogits: return few(m_.head.tiles(), team_.size() * kHeadChunks);
+        }
+        return 0;
+    }
+
+    int begin(int part, int chunks, int thread, int size) const override {
+        auto even = [&](int count) { return Program::begin(part, count, thread, size); };
+        if (work_[size_t(part)].what != kProduct) return even(chunks);
+        // Of both kinds of chunks a share: shrinks first, since a tile is shorter, then
+        // neighbouring tiles.
+        const int shrinks = shrink_chunks(part);
+        return even(shrinks) + even(chunks - shrinks);
+    }
+
+    void chunk(int part, int chunk, int thread) override {
+        const Work& work = work_[size_t(part)];
+        const Arrays at = arrays(part);
+        const int count = chunks(part);
+        // `function` for a chunk's share of so many.
+        auto each = [&](int64_t of, const auto& function) {
+            for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
+        };
+        switch (work.what) {
+            case kEmbed:
+                return each(step_->rows, [&](int64_t row) { embed(at, row); });
+            case kProduct: return product(part, at, chunk);
+            case kRotate:
+                return each(bunches() * m_.kv_heads, [&](int64_t item) {
+                    rotate(work.layer, at, bunches_[size_t(item / m_.kv_heads)],
+                         int(item % m_.kv_heads), scratch(thread));
+                });
+            case kAttend:
+                if (in_parts())
+                    return each(int64_t(parts_.size()), [&](int64_t i) {
+                        const auto& [item, piece] = parts_[size_t(i)];
+                        attend(work.layer, at, items_[item], piece, scratch(thread),
+                             at.results + items_[item].in_parts);
+                    });
+                return each(int64_t(items_.size()), [&](int64_t i) {
+                    const AttentionItem& item = items_[size_t(i)];
+                    float* results = scratch(thread) + kAttentionScratch;
+                    for (int piece = 0; piece < item.pieces; ++piece)
+                        attend(work.layer, at, item, piece, scratch(thread), results);
+                    gather(at, item, results);
+                });
+            case kGather:
+                return each(int64_t(items_.size()), [&](int64_t i) {
+                    const AttentionItem& item = items_[size_t(i)];
+                    gather(at, item, at.results + item.in_parts);
+                });
+            case kAdd:
+                return each(bunches(), [&](int64_t item) {
+                    add(work, at, bunches_[size_t(item)], scratch(thread));
+                });
+            case kGate: {
+                const Columns cut = columns(work);
+                const int first = kTile * cut.begin(chunk), last = kTile * cut.begin(chunk + 1);
+                for (const Bunch& bunch : bunches_)
+                    gate(work.layer, at, bunch, first, last - first, scratch(thread));
+                return;
+            }
+            case kNormalize:
+                return each(step_->logit_count, [&](int64_t i) {
+                    normalize(at.hidden + step_->logit_rows[i] * m_.hidden, m_.final_norm,
+                              at.rounded + i * width_);
+                });
+            case kLogits: {
+                Asking asking;  // for nothing: it is the last
+                const int tiles = m_.head.tiles();
+                multiply_tiles(m_.head, tiles * chunk / count, tiles * (chunk + 1) / count,
+                               at.rounded, size_t(width_), int(step_->logit_count), step_->logits,
+                               size_t(m_.vocab), asking);
+            }
+        }
+    }
+
+    // No more chunks than the threads need to share them well.
+    int few(int64_t count) const { return few(count, team_.size() * kChunks); }
+    static int few(int64_t count, int most) {
+        return int(std::min<int64_t>(count, std::min(most, kMostChunks)));
+    }
+
+    Arrays arrays(int part) const {
+        auto now = [&](Array array) { return places_.wrote(part, array); };
+        auto before = [&](Array array) { return places_.wrote(part > 0 ? part - 1 : 0, array); };
+        return {hidden_[before(kHidden)], rounded_[before(kRounded)], hidden_[now(kHidden)],
+                rounded_[now(kRounded)],  y_[now(kY)],                shrunk_[now(kShrunk)],
+                queries_[now(kQueries)],  results_[now(kResults)]};
+    }
+    float* scratch(int thread) { return scratch_[size_t(thread)].take(0); }
+
+#ifdef VENEER_TIMES
+    void begin_times() { began_ = std::chrono::steady_clock::now(); }
+    void add_time(int part) {
+        const auto now = std::chrono::steady_clock::now();
+        seconds[time_of(work_[size_t(part)])] += std::chrono::duration<double>(now - began_).count();
+        began_ = now;
+    }
+    static Time time_of(const Work& work) {
+        switch (work.what) {
+            case kProduct:
+                return work.group == kQkv      ? kQkvTime
+                       : work.group == kOutput ? kOutputTime
+                       : work.group == kGateUp ? kGateUpTime
+                                               : kDownTime;
+            case kRotate: return kRotateTime;
+            case kAttend: case kGather: return kAttendTime;
+            case kGate: return kGateTime;
+            case kLogits: return kHeadTime;
+            default: return kNormTime;
+        }
+    }
+    std::chrono::steady_clock::time_point began_;
+#else
+    void begin_times() {}
+    void add_time(int) {}
+#endif
+
     // ------------------------------------------------------------------------- a step
 
     // Some rows' queries that see one key head.
@@ -127,11 +273,11 @@ class Decoder {
                 ranks_ = std::max(ranks_, step.segments[s].adapter->groups[g].ranks);
         prepare_bunches(step);
         const size_t normed = std::max(rows, size_t(step.logit_count));
-        hidden_ = hidden_buffer_.take(rows * m_.hidden);
-        rounded_ = rounded_buffer_.take(normed * width_);
-        y_ = y_buffer_.take(rows * wide_);
-        shrunk_ = shrunk_buffer_.take(rows * size_t(ranks_) + kLanes);
-        queries_ = queries_buffer_.take(rows * query_width_);
+        hidden_.take(rows * m_.hidden);
+        rounded_.take(normed * width_);
+        y_.take(rows * wide_);
+        shrunk_.take(rows * size_t(ranks_) + kLanes);
+        queries_.take(rows * query_width_);
         cos_ = angles_buffer_.take(2 * rows * half);
         sin_ = cos_ + rows * half;
         for (size_t row = 0; row < rows; ++row) {
@@ -142,6 +288,11 @@ class Decoder {
             }
         }
         prepare_attention(step);
+        const size_t pieces = size_t(8 * step.segment_count) + 2 * blocks_.size();
+        for (Lists& lists : lists_) {
+            lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks(step));
+            for (Wanted& wanted : lists.wanted) wanted.reserve(pieces);
+        }
     }
 
     // A row's length in memory. Rows that are an even number of lines apart, as those of most
@@ -191,7 +342,10 @@ class Decoder {
             }
         }
         const size_t results = size_t(longest) * kMostQueries * Piece::numbers(m_.dim);
-        for (auto& scratch : attention_) scratch.take(kAttentionScratch + results);
+        const int head_group = (m_.heads / m_.kv_heads + 2) * m_.dim;
+        const int widest = std::max({m_.hidden, head_group, 2 * m_.intermediate});
+        for (auto& each : scratch_)
+            each.take(std::max(kAttentionScratch + results, size_t(kBunch * widest)));
         prepare_parts(longest);
     }
 
@@ -205,34 +359,19 @@ class Decoder {
             taken += size_t(items_[i].pieces) * kMostQueries * Piece::numbers(m_.dim);
             for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.push_back({i, piece});
         }
-        results_ = results_buffer_.take(taken);
+        results_.take(taken);
     }
+    bool in_parts() const { return !parts_.empty(); }
 
-    // Call `function` for 0 to count - 1, a few at a time.
-    template <class Function>
-    void each(Part part, int64_t count, const Function& function) {
-        const int64_t chunks = std::min<int64_t>(count, team_.size() * kChunks);
-        times.measure(part, [&] {
-            team_.run(int(chunks), [&](int chunk, int) {
-                for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
-                    function(i);
-            });
-        });
-    }
-
-    bf16* rounded(int64_t row) { return rounded_ + row * width_; }
-    float* y(int64_t row) { return y_ + row * wide_; }
-    float* hidden(int64_t row) { return hidden_ + row * m_.hidden; }
-
-    void embed(int64_t row) {
+    void embed(const Arrays& at, int64_t row) {
         const bf16* from = m_.embedding + step_->tokens[row] * m_.hidden;
-        for (int i = 0; i < m_.hidden; i += kLanes) store(hidden(row) + i, load(from + i));
+        float* to = at.hidden + row * m_.hidden;
+        for (int i = 0; i < m_.hidden; i += kLanes) store(to + i, load(from + i));
+        normalize(to, m_.layers[0].input_norm, at.rounded + row * width_);
     }
-
-    void normalize(int64_t row, const float* weight) { normalize(hidden(row), weight, row); }
 
     // RMS norm into a row of the next product's inputs.
-    void normalize(const float* from, const float* weight, int64_t row) {
+    void normalize(const float* from, const float* weight, bf16* to) const {
         Floats squares = zeros();
         for (int i = 0; i < m_.hidden; i += kLanes) {
             const Floats number = load(from + i);
@@ -240,7 +379,7 @@ class Decoder {
         }
         const Floats scale = all(1.0f / std::sqrt(sum(squares) / float(m_.hidden) + m_.epsilon));
         for (int i = 0; i < m_.hidden; i += kLanes) {
-            store_bf16(rounded(row) + i, mul(mul(load(from + i), scale), load(weight + i)));
+            store_bf16(to + i, mul(mul(load(from + i), scale), load(weight + i)));
         }
     }
 
@@ -253,49 +392,69 @@ class Decoder {
         int chunk;
     };
 
-    // y = W x of a group's fused linear, and h = A x of all adapters. Meanwhile, what the parts
-    // after it read is brought.
-    void product(Part part, int layer, Group group) {
-        const Linear& linear = m_.layers[layer].linears[group];
-        shrinks_.clear();
+    // What a product's chunks go by.
+    struct Lists {
+        std::vector<ShrinkItem> shrinks;
+        Wanted wanted[3];
+    };
+    Lists& lists(int part) { return lists_[places_.wrote(part, kLists)]; }
+    const Lists& lists(int part) const { return lists_[places_.wrote(part, kLists)]; }
+
+    size_t most_shrinks(const Step& step) const {
+        const size_t chunks = size_t(ranks_ + kRankChunk - 1) / kRankChunk;
+        return chunks * size_t(step.segment_count + step.rows / kShrinkRows);
+    }
+
+    int shrink_chunks(int part) const { return few(int64_t(lists(part).shrinks.size()), kShrinks); }
+
+    void list(int part) {
+        const Work& work = work_[size_t(part)];
+        std::vector<ShrinkItem>& shrinks = lists(part).shrinks;
+        shrinks.clear();
         for (int64_t s = 0; s < step_->segment_count; ++s) {
             const Segment& segment = step_->segments[s];
-            const LoraGroup& lora = segment.adapter->groups[layer * kGroups + group];
+            const LoraGroup& lora = group_of(*segment.adapter, work.layer, work.group);
             if (lora.a == nullptr) continue;
             const int chunks = (lora.ranks + kRankChunk - 1) / kRankChunk;
             for (int64_t row = segment.begin; row < segment.end; row += kShrinkRows)
                 for (int chunk = 0; chunk < chunks; ++chunk)
-                    shrinks_.push_back({&segment, &lora, row,
-                                        std::min(kShrinkRows, segment.end - row), chunk});
+                    shrinks.push_back({&segment, &lora, row,
+                                       std::min(kShrinkRows, segment.end - row), chunk});
         }
-        want(layer, group);
-        const Columns columns(linear, team_.size() * kChunks);
-        const int shrinks = int(shrinks_.size()), chunks = columns.chunks;
-        // Each thread's share: shrinks first, since a tile is shorter, then neighbouring tiles.
-        auto begin = [&](int thread) {
-            return team_.begin(shrinks, thread) + team_.begin(chunks, thread);
-        };
-        times.measure(part, [&] {
-            team_.run(shrinks + chunks, begin, [&](int number, int) {
-                int thread = team_.size() - 1;
-                while (number < begin(thread)) --thread;
-                const int shrink_number = number - team_.begin(chunks, thread);
-                if (shrink_number < team_.begin(shrinks, thread + 1))
-                    return shrink(shrinks_[size_t(shrink_number)], linear.inputs);
-                const int chunk = number - team_.begin(shrinks, thread + 1);
-                const int first = columns.begin(chunk), last = columns.begin(chunk + 1);
-                Asking asking(wanted_, chunk, chunks);
-                asking.spread(row_groups(linear, int(step_->rows)) * linear.blocks() *
-                              (last - first) * linear.parts);
-                // In the order in which they lie.
-                const int run = linear.parts == 1 ? last - first : 2;
-                for (int tile = first; tile < last; tile += run)
-                    for (int p = 0; p < linear.parts; ++p)
-                        multiply_tiles(linear, p * columns.tiles + tile,
-                                       p * columns.tiles + tile + run, rounded_, size_t(width_),
-                                       int(step_->rows), y_, size_t(wide_), asking);
-            });
-        });
+        want(work.layer, work.group, lists(part).wanted);
+    }
+
+    // y = W x of a group's fused linear, and h = A x of all adapters. Meanwhile, what the parts
+    // after it read is brought.
+    void product(int part, const Arrays& at, int number) const {
+        const Work& work = work_[size_t(part)];
+        const Linear& linear = m_.layers[work.layer].linears[work.group];
+        const Lists& list = lists(part);
+        const Columns cut = columns(work);
+        const int shrinks = shrink_chunks(part), size = team_.size();
+        // See `begin`.
+        auto even = [&](int count, int thread) { return int(int64_t(count) * thread / size); };
+        int thread = size - 1;
+        while (number < even(shrinks, thread) + even(cut.chunks, thread)) --thread;
+        const int shrink_number = number - even(cut.chunks, thread);
+        if (shrink_number < even(shrinks, thread + 1)) {
+            const size_t all = list.shrinks.size();
+            for (size_t i = all * shrink_number / shrinks; i < all * (shrink_number + 1) / shrinks; ++i)
+                shrink(at, list.shrinks[i], linear.inputs);
+            return;
+        }
+        const int chunk = number - even(shrinks, thread + 1);
+        const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
+        Asking asking(list.wanted, chunk, cut.chunks);
+        asking.spread(row_groups(linear, int(step_->rows)) * linear.blocks() * (last - first) *
+                      linear.parts);
+        // In the order in which they lie.
+        const int run = linear.parts == 1 ? last - first : 2;
+        for (int tile = first; tile < last; tile += run)
+            for (int p = 0; p < linear.parts; ++p)
+                multiply_tiles(linear, p * cut.tiles + tile, p * cut.tiles + tile + run,
+                               at.rounded_before, size_t(width_), int(step_->rows), at.y,
+                               size_t(wide_), asking);
     }
 
     // How a linear's tiles are cut into chunks. A gate and what it multiplies are computed by
@@ -313,14 +472,17 @@ class Decoder {
         // The first tile of a chunk.
         int begin(int chunk) const { return tiles / unit * chunk / chunks * unit; }
     };
+    Columns columns(const Work& work) const {
+        return {m_.layers[work.layer].linears[work.group], few(kMostChunks)};
+    }
 
     // What is read after a product: the adapters' B of its own group, the cache after the keys'
     // and values' own, and the adapters' A of the next group.
-    void want(int layer, Group group) {
-        Wanted& expanding = wanted_[0];
-        Wanted& cache = wanted_[1];
-        Wanted& shrinking = wanted_[2];
-        for (Wanted& list : wanted_) list.clear();
+    void want(int layer, Group group, Wanted (&lists)[3]) const {
+        Wanted& expanding = lists[0];
+        Wanted& cache = lists[1];
+        Wanted& shrinking = lists[2];
+        for (Wanted& list : lists) list.clear();
         for (int64_t s = 0; s < step_->segment_count; ++s) {
             const LoraGroup& lora = group_of(*step_->segments[s].adapter, layer, group);
             for (int member = 0; member < kMembers; ++member) {
@@ -349,12 +511,12 @@ class Decoder {
     }
 
     // Of each thread, the columns of B that belong to its tiles.
-    void want_columns(int layer, Wanted& expanding) {
-        const Linear& linear = m_.layers[layer].linears[kGateUp];
-        const Columns columns(linear, team_.size() * kChunks);
-        for (int thread = 0; thread < team_.size(); ++thread) {
-            const int first = kTile * columns.begin(team_.begin(columns.chunks, thread));
-            const int last = kTile * columns.begin(team_.begin(columns.chunks, thread + 1));
+    void want_columns(int layer, Wanted& expanding) const {
+        const Columns cut = columns({kProduct, layer, kGateUp});
+        const int size = team_.size();
+        for (int thread = 0; thread < size; ++thread) {
+            const int first = kTile * cut.begin(cut.chunks * thread / size);
+            const int last = kTile * cut.begin(cut.chunks * (thread + 1) / size);
             for (int64_t s = 0; s < step_->segment_count; ++s) {
                 const Segment& segment = step_->segments[s];
                 const LoraGroup& lora = group_of(*segment.adapter, layer, kGateUp);
@@ -383,76 +545,90 @@ class Decoder {
         }
     }
 
-    void shrink(const ShrinkItem& item, int inputs) {
-        float* h = shrunk_ + item.row * ranks_;
+    void shrink(const Arrays& at, const ShrinkItem& item, int inputs) const {
+        const bf16* x = at.rounded_before + item.row * width_;
+        float* h = at.shrunk + item.row * ranks_;
         if (item.segment->adapter->is_float)
-            veneer::shrink<float>(*item.group, item.chunk, rounded(item.row), size_t(width_), inputs,
+            veneer::shrink<float>(*item.group, item.chunk, x, size_t(width_), inputs,
                                   int(item.rows), h, size_t(ranks_));
         else
-            veneer::shrink<bf16>(*item.group, item.chunk, rounded(item.row), size_t(width_), inputs,
+            veneer::shrink<bf16>(*item.group, item.chunk, x, size_t(width_), inputs,
                                  int(item.rows), h, size_t(ranks_));
     }
 
-    // y[row][0 to count - 1] += the updates of one of a bunch's projections, from its output
-    // `first` on.
-    void update(int layer, Group group, int member, const Bunch& bunch, int first, int count,
-                float* to) {
+    // One of a bunch's projections with its adapter's update, `count` outputs from `first` on:
+    // `at.y` from `column` on and that, into `to` [rows, stride].
+    void updated(const Arrays& at, int layer, Group group, int member, const Bunch& bunch,
+                 int column, int first, int count, float* to, size_t stride) const {
+        for (int row = 0; row < bunch.rows; ++row)
+            std::memcpy(to + row * stride, at.y + (bunch.row + row) * wide_ + column,
+                        size_t(count) * sizeof(float));
         if (bunch.adapter == nullptr) return;
         expand(*bunch.adapter, group_of(*bunch.adapter, layer, group).members[member],
                member_outputs(group, member), first, count, bunch.rows,
-               {shrunk_ + bunch.row * ranks_, size_t(ranks_), to, size_t(wide_)});
+               {at.shrunk + bunch.row * ranks_, size_t(ranks_), to, stride});
     }
 
     // Ask for a bunch's y[first to first + count - 1]: half of it another thread has just
     // written, and its core may be far away.
-    void ask_for_y(const Bunch& bunch, int first, int count) {
+    void ask_for_y(const Arrays& at, const Bunch& bunch, int first, int count) const {
         for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row)
-            for (int i = 0; i < count; i += kLanes) __builtin_prefetch(y(row) + first + i);
+            for (int i = 0; i < count; i += kLanes)
+                __builtin_prefetch(at.y + row * wide_ + first + i);
     }
 
-    // hidden += y, then the next norm.
-    void add(int layer, Group group, const Bunch& bunch, const float* norm) {
-        ask_for_y(bunch, 0, m_.hidden);
-        update(layer, group, 0, bunch, 0, m_.hidden, y(bunch.row));
-        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row) {
+    // hidden + y, then the next norm.
+    void add(const Work& work, const Arrays& at, const Bunch& bunch, float* scratch) const {
+        ask_for_y(at, bunch, 0, m_.hidden);
+        const float* from = at.y + bunch.row * wide_;
+        size_t stride = size_t(wide_);
+        if (bunch.adapter != nullptr) {
+            stride = size_t(m_.hidden);
+            updated(at, work.layer, work.group, 0, bunch, 0, 0, m_.hidden, scratch, stride);
+            from = scratch;
+        }
+        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row, from += stride) {
+            const float* before = at.hidden_before + row * m_.hidden;
+            float* to = at.hidden + row * m_.hidden;
             for (int i = 0; i < m_.hidden; i += kLanes)
-                store(hidden(row) + i, veneer::add(load(hidden(row) + i), load(y(row) + i)));
-            if (norm != nullptr) normalize(row, norm);
+                store(to + i, veneer::add(load(before + i), load(from + i)));
+            if (work.norm != nullptr) normalize(to, work.norm, at.rounded + row * width_);
         }
     }
 
     // --------------------------------------------------------------------- attention
 
     // Of a bunch and a key head: finish its queries, keys and values.
-    void rotate(int index, const Bunch& bunch, int head) {
+    void rotate(int index, const Arrays& at, const Bunch& bunch, int head, float* scratch) const {
         const Layer& layer = m_.layers[index];
-        const int group = m_.heads / m_.kv_heads, dim = m_.dim;
-        const int query_at = head * group * dim, key_at = query_width_ + head * dim;
+        const int group = m_.heads / m_.kv_heads, dim = m_.dim, queries = group * dim;
+        const int query_at = head * queries, key_at = query_width_ + head * dim;
         const int value_at = key_at + kv_width_;
         const int64_t end = bunch.row + bunch.rows;
-        ask_for_y(bunch, query_at, group * dim);
-        ask_for_y(bunch, key_at, dim);
-        ask_for_y(bunch, value_at, dim);
+        ask_for_y(at, bunch, query_at, queries);
+        ask_for_y(at, bunch, key_at, dim);
+        ask_for_y(at, bunch, value_at, dim);
         for (int64_t row = bunch.row; row < end; ++row)
             ask_for_slot(layer.keys, layer.values, kv_, step_->slots[row], head);
-        float* first = y(bunch.row);
-        update(index, kQkv, 0, bunch, query_at, group * dim, first + query_at);
-        update(index, kQkv, 1, bunch, head * dim, dim, first + key_at);
-        update(index, kQkv, 2, bunch, head * dim, dim, first + value_at);
-        for (int64_t row = bunch.row; row < end; ++row) {
-            bf16* to = queries_ + row * query_width_ + query_at;
-            float* query = y(row) + query_at;
+        const size_t stride = size_t(queries + 2 * dim);
+        updated(at, index, kQkv, 0, bunch, query_at, query_at, queries, scratch, stride);
+        updated(at, index, kQkv, 1, bunch, key_at, head * dim, dim, scratch + queries, stride);
+        updated(at, index, kQkv, 2, bunch, value_at, head * dim, dim, scratch + queries + dim,
+                stride);
+        float* query = scratch;
+        for (int64_t row = bunch.row; row < end; ++row, query += 2 * dim) {
+            bf16* to = at.queries + row * query_width_ + query_at;
             for (int g = 0; g < group; ++g, query += dim, to += dim) {
                 turn(query, layer.query_norm, row);
                 for (int d = 0; d < dim; d += kLanes) store_bf16(to + d, load(query + d));
             }
-            turn(y(row) + key_at, layer.key_norm, row);
-            write_key(layer.keys, kv_, step_->slots[row], head, y(row) + key_at);
-            write_value(layer.values, kv_, step_->slots[row], head, y(row) + value_at);
+            turn(query, layer.key_norm, row);
+            write_key(layer.keys, kv_, step_->slots[row], head, query);
+            write_value(layer.values, kv_, step_->slots[row], head, query + dim);
         }
     }
 
-    void turn(float* head, const float* norm, int64_t row) {
+    void turn(float* head, const float* norm, int64_t row) const {
         const int half = m_.dim / 2;
         if (norm != nullptr) {
             float squares = 0;
@@ -469,53 +645,27 @@ class Decoder {
         }
     }
 
-    void attend(const Layer& layer) {
-        if (!parts_.empty()) return attend_in_parts(layer);
-        const int64_t count = int64_t(items_.size());
-        const int64_t chunks = std::min<int64_t>(count, team_.size() * kAttentionChunks);
-        team_.run(int(chunks), [&](int chunk, int thread) {
-            float* scratch = attention_[size_t(thread)].take(0);
-            float* results = scratch + kAttentionScratch;
-            for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i) {
-                const AttentionItem& item = items_[size_t(i)];
-                for (int piece = 0; piece < item.pieces; ++piece)
-                    attend(layer, item, piece, scratch, results);
-                gather(item, results);
-            }
-        });
-    }
-
-    void attend_in_parts(const Layer& layer) {
-        team_.run(int(parts_.size()), [&](int part, int thread) {
-            const auto& [item, piece] = parts_[size_t(part)];
-            attend(layer, items_[item], piece, attention_[size_t(thread)].take(0),
-                   results_ + items_[item].in_parts);
-        });
-        team_.run(int(items_.size()), [&](int i, int) {
-            gather(items_[size_t(i)], results_ + items_[size_t(i)].in_parts);
-        });
-    }
-
     // An item's queries, row by row; how many there are.
-    int queries(const Layer& layer, const AttentionItem& item, Query* to) {
+    int queries(const Layer& layer, const Arrays& at, const AttentionItem& item, Query* to) const {
         int count = 0;
         for (int64_t row = item.row; row < item.row + item.rows; ++row) {
             const int64_t end = step_->positions[row] + 1;
             const int64_t first = layer.window > 0 ? std::max<int64_t>(0, end - layer.window) : 0;
             for (int h = 0; h < item.head_count; ++h) {
-                const int at = (item.first_head + h) * m_.dim;
-                to[count++] = {queries_ + row * query_width_ + at, int(first), int(end)};
+                const int column = (item.first_head + h) * m_.dim;
+                to[count++] = {at.queries + row * query_width_ + column, int(first), int(end)};
             }
         }
         return count;
     }
 
     // One piece of an item: its queries' results into results[piece][query].
-    void attend(const Layer& layer, const AttentionItem& item, int piece, float* scratch,
-                float* results) {
+    void attend(int index, const Arrays& at, const AttentionItem& item, int piece, float* scratch,
+                float* results) const {
+        const Layer& layer = m_.layers[index];
         Query found[kMostQueries];
         Piece to[kMostQueries];
-        const int count = queries(layer, item, found);
+        const int count = queries(layer, at, item, found);
         for (int q = 0; q < count; ++q)
             to[q].at = results + size_t(piece * kMostQueries + q) * Piece::numbers(m_.dim);
         const Sequence sequence{layer.keys, layer.values,
@@ -525,56 +675,36 @@ class Decoder {
                        scratch, to);
     }
 
-    void gather(const AttentionItem& item, float* results) {
+    void gather(const Arrays& at, const AttentionItem& item, float* results) const {
         const size_t numbers = Piece::numbers(m_.dim);
         for (int64_t row = item.row; row < item.row + item.rows; ++row)
             for (int h = 0; h < item.head_count; ++h, results += numbers)
                 veneer::gather(kv_, results, item.pieces, kMostQueries * numbers,
-                               rounded(row) + (item.first_head + h) * m_.dim);
+                               at.rounded + row * width_ + (item.first_head + h) * m_.dim);
     }
 
     // -------------------------------------------------------------------- gate, head
 
     // silu(gate) * up, of the columns that a thread has computed.
-    void gate(int layer) {
-        const Linear& linear = m_.layers[layer].linears[kGateUp];
-        const Columns columns(linear, team_.size() * kChunks);
-        times.measure(kSilu, [&] {
-            team_.run(columns.chunks, [&](int chunk, int) {
-                const int first = kTile * columns.begin(chunk);
-                const int last = kTile * columns.begin(chunk + 1);
-                for (const Bunch& bunch : bunches_) gate(layer, bunch, first, last - first);
-            });
-        });
-    }
-
-    void gate(int layer, const Bunch& bunch, int first, int count) {
-        float* start = y(bunch.row) + first;
-        update(layer, kGateUp, 0, bunch, first, count, start);
-        update(layer, kGateUp, 1, bunch, first, count, start + m_.intermediate);
-        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row) {
-            const float* gates = y(row) + first;
-            const float* ups = gates + m_.intermediate;
+    void gate(int layer, const Arrays& at, const Bunch& bunch, int first, int count,
+              float* scratch) const {
+        const float* from = at.y + bunch.row * wide_ + first;
+        size_t stride = size_t(wide_), apart = size_t(m_.intermediate);
+        if (bunch.adapter != nullptr) {
+            apart = size_t(count), stride = 2 * apart;
+            updated(at, layer, kGateUp, 0, bunch, first, first, count, scratch, stride);
+            updated(at, layer, kGateUp, 1, bunch, m_.intermediate + first, first, count,
+                    scratch + apart, stride);
+            from = scratch;
+        }
+        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row, from += stride) {
+            bf16* to = at.rounded + row * width_ + first;
             for (int i = 0; i < count; i += kLanes) {
-                const Floats gate = load(gates + i);
+                const Floats gate = load(from + i);
                 const Floats divisor = veneer::add(all(1.0f), exp(sub(zeros(), gate)));
-                store_bf16(rounded(row) + first + i, mul(div(gate, divisor), load(ups + i)));
+                store_bf16(to + i, mul(div(gate, divisor), load(from + apart + i)));
             }
         }
-    }
-
-    void logits() {
-        each(kNorm, step_->logit_count, [&](int64_t i) {
-            normalize(hidden(step_->logit_rows[i]), m_.final_norm, i);
-        });
-        const int tiles = m_.head.tiles();
-        const int chunks = std::min(tiles, team_.size() * kHeadChunks);
-        team_.run(chunks, [&](int chunk, int) {
-            Asking asking;  // for nothing: it is the last
-            multiply_tiles(m_.head, tiles * chunk / chunks, tiles * (chunk + 1) / chunks, rounded_,
-                           size_t(width_), int(step_->logit_count), step_->logits,
-                           size_t(m_.vocab), asking);
-        });
     }
 
     static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do
@@ -583,26 +713,28 @@ class Decoder {
     static constexpr int kHeadChunks = 64;
     static constexpr int64_t kShrinkRows = 32;
 
+    static constexpr int kShrinks = 512;
+
     const Model& m_;
     Team& team_;
     const KvShape kv_;
     const int query_width_, kv_width_;
+    std::vector<Work> work_;
+    Places places_;
+    // Of the step under way; what no part changes.
     const Step* step_ = nullptr;
     int width_ = 0, wide_ = 0, ranks_ = 0;
-    float *hidden_ = nullptr, *y_ = nullptr, *shrunk_ = nullptr;
+    Buffer<float> angles_buffer_;
     float *cos_ = nullptr, *sin_ = nullptr;
-    bf16 *rounded_ = nullptr, *queries_ = nullptr;
-    Buffer<float> hidden_buffer_, y_buffer_, shrunk_buffer_, angles_buffer_;
-    Buffer<bf16> rounded_buffer_, queries_buffer_;
-    std::vector<Buffer<float>> attention_;
     std::vector<Bunch> bunches_;
     std::vector<int64_t> blocks_;  // of the cache, in the order in which attention reads them
-    Wanted wanted_[3];
     std::vector<AttentionItem> items_;
     std::vector<std::pair<size_t, int>> parts_;  // item and piece
-    Buffer<float> results_buffer_;
-    float* results_ = nullptr;  // of all items' pieces
-    std::vector<ShrinkItem> shrinks_;
+    // What parts write.
+    Placed<float> hidden_, y_, shrunk_, results_;
+    Placed<bf16> rounded_, queries_;
+    Lists lists_[kPlaces];
+    std::vector<Buffer<float>> scratch_;  // by thread
 };
 
 }  // namespace veneer

@@ -29,7 +29,7 @@ void each_row(void* handle, int64_t rows, const Function& function) {
     }
     Engine& engine = *static_cast<Engine*>(handle);
     if (rows > 1) engine.team.call();
-    engine.team.run(int(rows), [&](int row, int thread) {
+    engine.team.each(rows, [&](int64_t row, int thread) {
         function(row, engine.samplers[size_t(thread)]);
     });
     if (rows > 1) engine.team.rest();
@@ -117,10 +117,10 @@ void veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vo
              [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
 }
 
-// Seconds in each part of all steps so far (`Part`); zeros unless compiled with VENEER_TIMES.
+// Seconds in each part of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.
 void veneer_times(void* handle, double* to) {
-    const Times& times = static_cast<Engine*>(handle)->decoder.times;
-    std::memcpy(to, times.seconds, sizeof times.seconds);
+    const Decoder& decoder = static_cast<Engine*>(handle)->decoder;
+    std::memcpy(to, decoder.seconds, sizeof decoder.seconds);
 }
 
 }  // extern "C"

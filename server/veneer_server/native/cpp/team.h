@@ -1,12 +1,18 @@
-// Threads that share a step's work by taking chunks of it, and never wait for one that is not
-// running.
+// Threads that do a program's parts together, and never wait for one that is not running.
 //
-// Each thread has a share of a part's chunks and takes them in order, so that it reads memory
-// in order, and so that a later part's share finds in its caches what an earlier one's brought.
-// Who has done its own share takes chunks from the end of another's: on few cores some other
-// process has one of them now and then, and with fixed shares the step would wait for the
-// scheduler to bring the missing thread back, at each of its hundreds of parallel parts. Here
-// it goes on alone, and waits for chunks under way only.
+// A program is a list of parts, a part is a number of chunks. All threads go through it side by
+// side. Each has a share of a part's chunks and takes them in order, so that it reads memory in
+// order, and so that a later part's share finds in its caches what an earlier one's brought; who
+// has done its own takes chunks from the end of another's.
+//
+// On few cores other processes have one of them now and then, for a time in which dozens of parts
+// would be done, and a thread that is put aside may hold a chunk. So whoever has waited for a
+// chunk longer than one takes does it again: chunks only read what earlier parts wrote and write
+// what they alone write, so twice is the same as once. Then all but the thread that was put aside
+// go on. It will write its chunk's results once more whenever it is back: until then nothing may
+// be put where it reads or writes, so a program is told of such stragglers as it prepares a part,
+// and has it write elsewhere (see `Program::prepare`). Any thread can lead, so it does not matter
+// which one is put aside.
 #pragma once
 
 #include <atomic>
@@ -15,17 +21,55 @@
 #include <thread>
 #include <vector>
 
-#include <immintrin.h>
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <x86intrin.h>
+
+#ifdef VENEER_STALLS
+#include <cstdlib>
+#endif
 
 namespace veneer {
 
+constexpr int kMostChunks = 1024;  // of a part
+
+// The parts of threads that some process has put aside with a chunk of them.
+struct Stragglers {
+    const int* parts;
+    int count;
+};
+
+class Program {
+  public:
+    virtual ~Program() = default;
+
+    virtual int parts() const = 0;
+
+    // How many chunks a part has, up to kMostChunks; 0 where there is nothing to do in it, -1 to
+    // be asked again since it has to wait for stragglers. Called for one part after the other, by
+    // any thread, when all chunks of the part before are done. What stragglers read and write
+    // must stay as it is.
+    virtual int prepare(int part, Stragglers stragglers) = 0;
+
+    // The first chunk of a thread's share of a part; for `size` threads, thread `size` has the
+    // end.
+    virtual int begin(int part, int chunks, int thread, int size) const {
+        (void)part;
+        return int(int64_t(chunks) * thread / size);
+    }
+
+    // Threads are 0, which is who called `run`, to size - 1.
+    virtual void chunk(int part, int chunk, int thread) = 0;
+};
+
 class Team {
   public:
-    explicit Team(int size) : size_(size), shares_(new Share[size_t(size)]) {
+    // `patient`: no chunk is done twice; for a test.
+    explicit Team(int size, bool patient = false)
+        : size_(size), patient_(patient), shares_(new Share[size_t(size)]),
+          finished_(new std::atomic<uint64_t>[kMostChunks]()), straggling_(new int[size_t(size)]) {
         for (int thread = 1; thread < size; ++thread)
             threads_.emplace_back([this, thread] { serve(thread); });
     }
@@ -48,37 +92,77 @@ class Team {
     }
     void rest() { awake_.store(0, std::memory_order_seq_cst); }
 
-    // The first chunk of a thread's share of so many.
-    int begin(int chunks, int thread) const { return int(int64_t(chunks) * thread / size_); }
-
-    // Call `function(chunk, thread)` for each of up to 65,535 chunks, where `thread` is 0 for
-    // the caller, else 1 to size - 1; all are done on return.
-    template <class Function>
-    void run(int chunks, const Function& function) {
-        run(chunks, [&](int thread) { return begin(chunks, thread); }, function);
+    // Do a program; on return no thread is in it any more.
+    void run(Program& program) {
+        if (size_ == 1) return run_alone(program);
+        program_ = &program;
+        first_ = claimed_.load(std::memory_order_relaxed);
+        parts_ = program.parts();
+        lead(first_, 0);
+        help(0);
+        for (int other = 1; other < size_; ++other)
+            wait([&] { return shares_[other].inside.load(std::memory_order_acquire) == 0; });
     }
 
-    // The same with shares that begin at `begin(thread)`; `begin(size)` is the end.
-    template <class Begin, class Function>
-    void run(int chunks, const Begin& begin, const Function& function) {
-        if (chunks <= 1 || size_ == 1) {
-            for (int chunk = 0; chunk < chunks; ++chunk) function(chunk, 0);
-            return;
+    // Call `function(number, thread)` for 0 to count - 1.
+    template <class Function>
+    void each(int64_t count, const Function& function) {
+        Each<Function> program(count, function);
+        run(program);
+    }
+
+  private:
+    // Parts are numbered on from program to program, from 1.
+
+    template <class Function>
+    struct Each final : Program {
+        Each(int64_t count_, const Function& function_) : count(count_), function(function_) {}
+        int parts() const override { return 1; }
+        int prepare(int, Stragglers) override {
+            return chunks = int(count < kMostChunks ? count : kMostChunks);
         }
-        const uint32_t part = part_.load(std::memory_order_relaxed) + 1;
-        what_ = &function;
-        work_ = [](const void* what, int chunk, int thread) {
-            (*static_cast<const Function*>(what))(chunk, thread);
-        };
-        done_.store(0, std::memory_order_relaxed);
-        // A late comer's exchange compares the part's number too; the release of a share is
-        // what makes `what_` and `work_` seen by who takes a chunk of it.
-        for (int thread = 0; thread < size_; ++thread)
-            shares_[thread].left.store(left(part, begin(thread), begin(thread + 1)),
-                                       std::memory_order_release);
-        part_.store(part, std::memory_order_release);
-        work(part, 0);
-        for (int turns = 0; done_.load(std::memory_order_acquire) != chunks;) {
+        void chunk(int, int chunk, int thread) override {
+            for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
+                function(i, thread);
+        }
+        int64_t count;
+        int chunks = 0;
+        const Function& function;
+    };
+
+    struct alignas(64) Share {
+        // A part's number (its lower half), and which chunks of the share nobody has begun.
+        std::atomic<uint64_t> left{0};
+        // The part that the share's owner is in, or 0: it may read and write what that does.
+        alignas(64) std::atomic<uint64_t> inside{0};
+
+        static uint64_t pack(uint64_t part, int begin, int end) {
+            return part << 32 | uint64_t(begin) << 16 | uint64_t(end);
+        }
+
+        // A chunk of its beginning for its owner, of its end for others; -1 where none is left.
+        int take(uint64_t part, bool owner) {
+            uint64_t seen = left.load(std::memory_order_acquire);
+            for (;;) {
+                const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
+                if (uint32_t(seen >> 32) != uint32_t(part) || begin >= end) return -1;
+                const uint64_t next = owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
+                if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
+                    return owner ? begin : end - 1;
+            }
+        }
+    };
+
+    static void run_alone(Program& program) {
+        for (int part = 0; part < program.parts(); ++part) {
+            const int chunks = program.prepare(part, {nullptr, 0});
+            for (int chunk = 0; chunk < chunks; ++chunk) program.chunk(part, chunk, 0);
+        }
+    }
+
+    template <class Holds>
+    static void wait(const Holds& holds) {
+        for (int turns = 0; !holds();) {
             if (++turns < kSpins)
                 _mm_pause();
             else
@@ -86,69 +170,160 @@ class Team {
         }
     }
 
-  private:
-    static constexpr int kSpins = 2000;
-
-    // A part's number, and which of a share's chunks nobody has begun.
-    static uint64_t left(uint32_t part, int begin, int end) {
-        return uint64_t(part) << 32 | uint64_t(begin) << 16 | uint64_t(end);
-    }
-    struct alignas(64) Share {
-        std::atomic<uint64_t> left{0};
-
-        // A chunk of its beginning for its owner, of its end for others; -1 where none is left.
-        int take(uint32_t part, bool owner) {
-            uint64_t seen = left.load(std::memory_order_acquire);
-            for (;;) {
-                const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
-                if (seen >> 32 != part || begin >= end) return -1;
-                const uint64_t next =
-                    owner ? Team::left(part, begin + 1, end) : Team::left(part, begin, end - 1);
-                if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
-                    return owner ? begin : end - 1;
-            }
+    void serve(int thread) {
+        for (;;) {
+            while (awake_.load(std::memory_order_acquire) == 0)
+                syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
+            if (stopping_.load()) return;
+            help(thread);
+            _mm_pause();
         }
-    };
+    }
 
-    // Do what is left of a part. The part is there as long as a chunk of it is under way.
-    void work(uint32_t part, int thread) {
-        int did = 0;
+    // Take part in the program under way until it has ended.
+    void help(int thread) {
+        for (;;) {
+            const uint64_t current = current_.load(std::memory_order_acquire);
+            if (!(current & kUnderWay)) return;
+            const uint64_t part = current >> 1;
+            if (enter(part, thread)) {
+                const int chunks = chunks_.load(std::memory_order_relaxed);
+                const uint64_t patience = work(part, thread);
+                leave(thread);
+                finish(current, chunks, patience, thread);
+            }
+            wait([&] { return current_.load(std::memory_order_acquire) != current; });
+        }
+    }
+
+    // Begin to read and write what a part does, unless it is over. Either we see that it is, or
+    // who ends it sees us.
+    bool enter(uint64_t part, int thread) {
+        std::atomic<uint64_t>& inside = shares_[thread].inside;
+        inside.store(part, std::memory_order_seq_cst);
+        if (claimed_.load(std::memory_order_seq_cst) == part) return true;
+        inside.store(0, std::memory_order_release);
+        return false;
+    }
+    void leave(int thread) { shares_[thread].inside.store(0, std::memory_order_release); }
+
+    // Do what nobody has begun; how long to wait for others' chunks before they are done again.
+    uint64_t work(uint64_t part, int thread) {
+        uint64_t longest = 0, before = __rdtsc();
         for (int other = 0; other < size_; ++other) {
             Share& share = shares_[(thread + other) % size_];
             for (;;) {
                 const int chunk = share.take(part, other == 0);
                 if (chunk < 0) break;
-                work_(what_, chunk, thread);
-                ++did;
+                stall();
+                do_chunk(part, chunk, thread);
+                const uint64_t now = __rdtsc();
+                if (now - before > longest) longest = now - before;
+                before = now;
             }
         }
-        if (did > 0) done_.fetch_add(did, std::memory_order_release);
+        return kPatience + 2 * longest;
     }
 
-    void serve(int thread) {
-        uint32_t last = 0;
-        for (;;) {
-            while (awake_.load(std::memory_order_acquire) == 0)
-                syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
-            if (stopping_.load()) return;
-            const uint32_t part = part_.load(std::memory_order_acquire);
-            if (part == last) {
+    void do_chunk(uint64_t part, int chunk, int thread) {
+        program_->chunk(int(part - first_), chunk, thread);
+        // Who comes late finds a later part's number there.
+        std::atomic<uint64_t>& finished = finished_[chunk];
+        uint64_t seen = finished.load(std::memory_order_relaxed);
+        while (seen < part &&
+               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {}
+    }
+
+    // Wait until all chunks are done, doing again those that take too long, then lead on; or
+    // until somebody else has.
+    void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
+        const uint64_t part = current >> 1, began = __rdtsc();
+        int done = 0;
+        auto skip = [&] {
+            while (done < chunks && finished_[done].load(std::memory_order_acquire) >= part) ++done;
+        };
+        for (int turns = 0; current_.load(std::memory_order_acquire) == current;) {
+            skip();
+            if (done == chunks) {
+                uint64_t expected = part;
+                if (claimed_.compare_exchange_strong(expected, part + 1)) lead(part + 1, thread);
+                return;
+            }
+            if (!patient_ && __rdtsc() - began > patience) {
+                if (!enter(part, thread)) return;
+                for (; done < chunks; skip()) do_chunk(part, done, thread);
+                leave(thread);
+            } else if (++turns < kSpins) {
                 _mm_pause();
-                continue;
+            } else {
+                sched_yield();
             }
-            last = part;
-            work(part, thread);
         }
     }
 
-    using Work = void (*)(const void* what, int chunk, int thread);
+    // Prepare the next part and let all begin it, or end the program. One thread at a time is
+    // here: who has claimed the part.
+    void lead(uint64_t part, int thread) {
+        for (;; claimed_.store(++part, std::memory_order_seq_cst)) {
+            const int number = int(part - first_);
+            if (number == parts_) return current_.store(part << 1, std::memory_order_release);
+            int chunks = -1;
+            while (chunks < 0) {
+                chunks = program_->prepare(number, stragglers(thread));
+            }
+            if (chunks == 0) continue;
+            chunks_.store(chunks, std::memory_order_relaxed);
+            int begin = program_->begin(number, chunks, 0, size_);
+            for (int other = 0; other < size_; ++other) {
+                const int end = program_->begin(number, chunks, other + 1, size_);
+                shares_[other].left.store(Share::pack(part, begin, end), std::memory_order_release);
+                begin = end;
+            }
+            return current_.store(part << 1 | kUnderWay, std::memory_order_release);
+        }
+    }
+
+    // The parts that other threads are still in. Who is just leaving is given a moment.
+    Stragglers stragglers(int thread) {
+        int count = 0;
+        for (int turns = 0; turns < kMoment; ++turns) {
+            count = 0;
+            for (int other = 0; other < size_; ++other) {
+                const uint64_t inside = shares_[other].inside.load(std::memory_order_seq_cst);
+                // What is older is of a program that is over, and will be found to be.
+                if (other != thread && inside >= first_) straggling_[count++] = int(inside - first_);
+            }
+            if (count == 0) break;
+            _mm_pause();
+        }
+        return {straggling_.get(), count};
+    }
+
+    // For tests: threads are put aside with a chunk in their hands.
+    static void stall() {
+#ifdef VENEER_STALLS
+        thread_local unsigned seed = unsigned(__rdtsc());
+        if (rand_r(&seed) % 32 == 0) usleep(unsigned(rand_r(&seed)) % 500);
+#endif
+    }
+
+    static constexpr uint64_t kUnderWay = 1;     // beside a part's number
+    static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
+    static constexpr int kSpins = 2000;
+    static constexpr int kMoment = 20;
 
     const int size_;
-    std::unique_ptr<Share[]> shares_;
-    const void* what_ = nullptr;
-    Work work_ = nullptr;
-    alignas(64) std::atomic<uint32_t> part_{0};
-    alignas(64) std::atomic<int> done_{0};
+    const bool patient_;
+    std::unique_ptr<Share[]> shares_;                    // one a thread
+    std::unique_ptr<std::atomic<uint64_t>[]> finished_;  // by chunk, the last part it was done in
+    std::unique_ptr<int[]> straggling_;                  // who leads writes there
+    // Of the program under way: set before its first part, and read by who has entered it.
+    Program* program_ = nullptr;
+    uint64_t first_ = 1;
+    int parts_ = 0;
+    std::atomic<int> chunks_{0};
+    alignas(64) std::atomic<uint64_t> current_{0};  // the part that all are to do, and kUnderWay
+    alignas(64) std::atomic<uint64_t> claimed_{1};  // no part before this one can be entered
     alignas(64) std::atomic<uint32_t> awake_{0};
     std::atomic<bool> stopping_{false};
     std::vector<std::thread> threads_;  // last: they use the rest
