@@ -107,11 +107,12 @@ def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
 
 
 def part_names() -> list[str]:
-    """As decoder.h orders them: its ``kQkvPart`` is ``qkv`` here."""
+    """As decoder.h orders them: its ``kQkvTime`` is ``qkv`` here."""
     source = (resources.files("veneer_server.native") / "cpp" / "decoder.h").read_text("utf-8")
-    found = re.search(r"enum Part \{([^}]*)\}", source)
-    assert found, "decoder.h has no enum Part"
-    return [re.sub(r"^k|Part$", "", name.strip()).lower() for name in found[1].split(",")]
+    found = re.search(r"enum Time \{([^}]*)\}", source)
+    assert found, "decoder.h has no enum Time"
+    names = [name.strip() for name in found[1].split(",")]
+    return [re.sub(r"^k|Time$", "", name).lower() for name in names if name != "kTimes"]
 
 
 class Steps:

@@ -22,15 +22,15 @@ _BYTES: Final = 2  # of a bfloat16
 _GROUPS: Final[dict[str, tuple[Projection, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "output": ("o_proj",),
-    "gate": ("gate_proj", "up_proj"),
+    "gateup": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
 """The projections that are one product, by the part that multiplies them."""
 SHRINKS: Final = tuple(_GROUPS)
 """Parts that multiply A beside the base's weights."""
-EXPANDS: Final = ("norm", "rotate", "silu")
+EXPANDS: Final = ("norm", "rotate", "gate")
 """Parts that multiply B beside what they do: of o and down; of q, k and v; of gate and up."""
-_EXPANDED_IN: Final = {"qkv": "rotate", "output": "norm", "gate": "silu", "down": "norm"}
+_EXPANDED_IN: Final = {"qkv": "rotate", "output": "norm", "gateup": "gate", "down": "norm"}
 
 
 def packed_bytes(kind: str, outputs: int, inputs: int) -> float:

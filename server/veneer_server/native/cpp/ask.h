@@ -45,7 +45,7 @@ class Wanted {
     size_t lines_ = 0;
 };
 
-// A share of each of some lists, a few lines at a time.
+// A share of each of some lists, one list after the other, a few lines at a time.
 class Asking {
   public:
     bool inputs = true;  // of the product too: no tile has read them yet
@@ -56,17 +56,22 @@ class Asking {
     template <size_t Count>
     Asking(const Wanted (&lists)[Count], int share, int shares) {
         static_assert(Count <= kLists);
-        for (size_t i = 0; i < Count; ++i) lists_[i] = List(lists[i], share, shares);
+        for (const Wanted& list : lists) {
+            lists_[count_] = List(list, share, shares);
+            left_ += lists_[count_].left;
+            count_ += lists_[count_].left > 0;
+        }
     }
 
     // Ask for all that is left in so many calls of `some`. More than a few lines at once would
     // fill the queue to memory, and what is computed would wait behind them.
-    void spread(size_t calls) {
-        for (List& list : lists_) list.at_once = (list.left + calls - 1) / calls;
-    }
+    void spread(size_t calls) { at_once_ = (left_ + calls - 1) / calls; }
 
     void some() {
-        for (List& list : lists_) list.some();
+        for (size_t count = at_once_; count > 0 && now_ < count_;) {
+            count -= lists_[now_].some(count);
+            now_ += lists_[now_].left == 0;
+        }
     }
 
   private:
@@ -85,30 +90,36 @@ class Asking {
                 [](size_t number, const Wanted::Piece& other) { return number < other.end; });
             const size_t within = first - (piece == pieces ? 0 : piece[-1].end);
             run = piece->at + within / piece->run * piece->stride;
-            line = within % piece->run;
+            next = run + within % piece->run * kLine;
+            in_run = piece->run - within % piece->run;
             in_piece = piece->end - first;
         }
 
-        void some() {
-            for (size_t count = std::min(at_once, left); count > 0; --count, --left) {
-                if (in_piece == 0) {
+        // Up to so many lines of one run; how many.
+        size_t some(size_t count) {
+            count = std::min({count, in_run, left});
+            for (const char* end = next + count * kLine; next < end; next += kLine) prefetch(next);
+            left -= count, in_run -= count, in_piece -= count;
+            if (in_run == 0 && left > 0) {
+                if (in_piece > 0) {
+                    next = run += piece->stride;
+                } else {
                     in_piece = piece[1].end - piece->end;
-                    run = (++piece)->at;
-                    line = 0;
+                    next = run = (++piece)->at;
                 }
-                prefetch(run + line * kLine);
-                --in_piece;
-                if (++line == piece->run) run += piece->stride, line = 0;
+                in_run = piece->run;
             }
+            return count;
         }
 
         const Wanted::Piece* piece = nullptr;
-        const char* run = nullptr;  // where the current one begins
-        size_t line = 0;            // of it, the next
-        size_t in_piece = 0, left = 0, at_once = 0;
+        const char* run = nullptr;   // where the current one begins
+        const char* next = nullptr;  // of it, the next line
+        size_t in_run = 0, in_piece = 0, left = 0;
     };
 
     List lists_[kLists];
+    size_t count_ = 0, now_ = 0, left_ = 0, at_once_ = 0;
 };
 
 }  // namespace veneer
