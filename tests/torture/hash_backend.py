@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from veneer_server.lora.table import AdapterTable, Group
-from veneer_server.models.arrays import StepArrays
+from veneer_server.models.arrays import StepArrays, finite_rows
 
 from tests.tiny_llama import LAYERS, VOCABULARY
 
@@ -104,6 +104,10 @@ class HashBackend:
             cells = self._pool[blocks * self._size + places % self._size]
             logits[index, _next(identities[row], cells.tobytes())] = 20.0
         return logits
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`."""
+        return finite_rows(logits)
 
     def clear(self, blocks: list[int]) -> None:
         """See `Backend.clear`."""

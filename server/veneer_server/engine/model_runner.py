@@ -55,8 +55,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         arrays, places = _to_arrays(plan, self._tables, self._block_size)
         logits = self._backend.execute(arrays)
-        # A sum is finite only if every term is; one pass and no mask.
-        finite_rows = logits.sum(dim=-1).isfinite().tolist()
+        finite_rows = self._backend.finite(logits)
         finite = [all(finite_rows[p.begin : p.end]) for p in places]
         for sequence, good in zip(plan.sequences, finite, strict=True):
             if not good:
@@ -204,16 +203,26 @@ def _index(values: list[int], like: torch.Tensor) -> torch.Tensor:
 def _to_arrays(
     plan: StepPlan, tables: Mapping[str, AdapterTable], block_size: int
 ) -> tuple[StepArrays, list[_Place]]:
+    # Lists, since most steps have few rows: each call of numpy's costs as much as a few rows.
     tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    contexts: list[int] = []
     row_starts = [0]
     logit_rows: list[int] = []
     places: list[_Place] = []
     for sequence in plan.sequences:
-        first = len(tokens)
-        tokens.extend(sequence.tokens)
+        first, start, blocks = len(tokens), sequence.start, sequence.blocks
+        end = start + len(sequence.tokens)
+        tokens += sequence.tokens
+        positions += range(start, end)
+        slots += [
+            blocks[at // block_size] * block_size + at % block_size for at in range(start, end)
+        ]
+        contexts.append(end)
         row_starts.append(len(tokens))
         begin = len(logit_rows)
-        logit_rows.extend(range(first, first + len(sequence.score)))
+        logit_rows += range(first, first + len(sequence.score))
         sampled = None
         if sequence.samples:
             sampled = len(logit_rows)
@@ -222,23 +231,15 @@ def _to_arrays(
             # Only for the check: a chunk's K and V may be shared if its logits are finite.
             logit_rows.append(len(tokens) - 1)
         places.append(_Place(begin, len(logit_rows), sampled))
-    starts = np.array([s.start for s in plan.sequences], dtype=np.int64)
-    counts = np.diff(row_starts)
     width = max(len(s.blocks) for s in plan.sequences)
-    table = np.zeros((len(plan.sequences), width), dtype=np.int64)
-    for i, sequence in enumerate(plan.sequences):
-        table[i, : len(sequence.blocks)] = sequence.blocks
-    owner = np.repeat(np.arange(len(plan.sequences)), counts)
-    within = np.arange(len(tokens)) - np.repeat(row_starts[:-1], counts)
-    positions = starts[owner] + within
-    slots = table[owner, positions // block_size] * block_size + positions % block_size
+    table = [[*s.blocks, *[0] * (width - len(s.blocks))] for s in plan.sequences]
     arrays = StepArrays(
         tokens=np.array(tokens, dtype=np.int64),
-        positions=positions,
-        slots=slots,
+        positions=np.array(positions, dtype=np.int64),
+        slots=np.array(slots, dtype=np.int64),
         row_starts=np.array(row_starts, dtype=np.int64),
-        contexts=starts + counts,
-        block_tables=table,
+        contexts=np.array(contexts, dtype=np.int64),
+        block_tables=np.array(table, dtype=np.int64),
         segments=_segments(plan.sequences, row_starts, tables),
         logit_rows=np.array(logit_rows, dtype=np.int64),
     )

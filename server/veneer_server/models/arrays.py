@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from veneer_server.lora.batch import Segment
 
-__all__ = ["Backend", "StepArrays"]
+__all__ = ["Backend", "StepArrays", "finite_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,17 @@ class Backend(Protocol):
         """Write the rows' K and V, return logits [L, vocab] in float32, which are the
         caller's until the next step."""
 
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """Of each row of what the last `execute` gave, whether it is all numbers."""
+
     def clear(self, blocks: list[int]) -> None:
         """Make these KV blocks finite again. Attention gives what is beyond a sequence's
         end the weight 0, and 0 x NaN is NaN: what one sequence leaves in a block would
         reach the next one that gets it."""
+
+
+def finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Whether a row of [rows, vocab] is all numbers."""
+    # A sum is finite only if every term is; one pass and no mask.
+    found: list[bool] = logits.sum(dim=-1).isfinite().tolist()
+    return found

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from veneer_server.lora.batch import LoraBatch, LoraBuffers
 from veneer_server.lora.layout import MEMBERS, Group
-from veneer_server.models.arrays import StepArrays
+from veneer_server.models.arrays import StepArrays, finite_rows
 from veneer_server.models.attention import AttentionPlan, KvCache, attend
 from veneer_server.models.linear import Linear
 from veneer_server.models.loader import DecoderWeights, LayerWeights
@@ -60,6 +60,10 @@ class Decoder:
         widest = len(step.tokens) * 2 * self._weights.config.intermediate_size
         with self._threads.step(widest):
             return self._execute(step)
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`."""
+        return finite_rows(logits)
 
     def clear(self, blocks: list[int]) -> None:
         """See `Backend.clear`."""

@@ -81,6 +81,7 @@ class NativeDecoder:
         self._weights = weights
         self._vocab = config.vocab_size
         self._logits = library.zeros((_KEPT_LOGITS, self._vocab), torch.float32)
+        self._finite = torch.empty(_KEPT_LOGITS, dtype=torch.bool)
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
         self._keys = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
         self._values = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
@@ -135,6 +136,8 @@ class NativeDecoder:
         wanted = len(step.logit_rows)
         kept = wanted <= len(self._logits)
         logits = self._logits[:wanted] if kept else torch.empty(wanted, self._vocab)
+        if wanted > len(self._finite):
+            self._finite = torch.empty(wanted, dtype=torch.bool)
         segments = (Segment * len(step.segments))()
         for to, segment in zip(segments, step.segments, strict=True):
             to.begin, to.end = segment.begin, segment.end
@@ -151,6 +154,7 @@ class NativeDecoder:
                 segments=segments,
                 logit_rows=pointer(step.logit_rows),
                 logits=address(logits),
+                finite=address(self._finite),
                 rows=len(step.tokens),
                 sequences=len(step.contexts),
                 table_width=step.block_tables.shape[1],
@@ -159,6 +163,10 @@ class NativeDecoder:
             ),
         )
         return logits
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`; the kernels have looked."""
+        return self._finite[: len(logits)].tolist()
 
     def clear(self, blocks: list[int]) -> None:
         """See `Backend.clear`."""

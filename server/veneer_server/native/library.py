@@ -151,6 +151,7 @@ class Step(ctypes.Structure):
         ("segments", ctypes.POINTER(Segment)),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
+        ("finite", c_void_p),
         ("rows", c_int64),
         ("sequences", c_int64),
         ("table_width", c_int64),

@@ -192,11 +192,8 @@ class Decoder final : Program {
                               at.rounded + i * width_);
                 });
             case kLogits: {
-                Asking asking;  // for nothing: it is the last
                 const int tiles = m_.head.tiles();
-                multiply_tiles(m_.head, tiles * chunk / count, tiles * (chunk + 1) / count,
-                               at.rounded, size_t(width_), int(step_->logit_count), step_->logits,
-                               size_t(m_.vocab), asking);
+                return logits(at, tiles * chunk / count, tiles * (chunk + 1) / count);
             }
         }
     }
@@ -288,6 +285,7 @@ class Decoder final : Program {
             }
         }
         prepare_attention(step);
+        std::fill(step.finite, step.finite + step.logit_count, uint8_t(1));
         const size_t pieces = size_t(8 * step.segment_count) + 2 * blocks_.size();
         for (Lists& lists : lists_) {
             lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks(step));
@@ -705,6 +703,24 @@ class Decoder final : Program {
                 store_bf16(to + i, mul(div(gate, divisor), load(from + apart + i)));
             }
         }
+    }
+
+    void logits(const Arrays& at, int tile, int end) const {
+        Asking asking;  // for nothing: it is the last
+        multiply_tiles(m_.head, tile, end, at.rounded, size_t(width_), int(step_->logit_count),
+                       step_->logits, size_t(m_.vocab), asking);
+        const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
+        for (int64_t i = 0; i < step_->logit_count; ++i)
+            if (!finite(step_->logits + i * m_.vocab + first, count))
+                __atomic_store_n(step_->finite + i, uint8_t(0), __ATOMIC_RELAXED);
+    }
+
+    static bool finite(const float* numbers, int count) {
+        Floats none = zeros();  // 0 times a number is 0, of what is none it is none
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes) none = fma(load(numbers + i), zeros(), none);
+        if (i < count) none = fma(load(numbers + i, count - i), zeros(), none);
+        return sum(none) == 0;
     }
 
     static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do

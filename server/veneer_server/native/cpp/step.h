@@ -42,7 +42,8 @@ struct Step {
     const int64_t* block_tables;
     const Segment* segments;
     const int64_t* logit_rows;
-    float* logits;  // [logit_count, vocab]
+    float* logits;    // [logit_count, vocab]
+    uint8_t* finite;  // [logit_count] 1 where all of a row's logits are numbers, else 0
     int64_t rows, sequences, table_width, segment_count, logit_count;
 };
 

@@ -28,7 +28,7 @@ from veneer_server.engine.model_runner import ModelRunner
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
 from veneer_server.engine.sequence import PlannedSequence, StepPlan
-from veneer_server.models.arrays import StepArrays
+from veneer_server.models.arrays import StepArrays, finite_rows
 
 VOCAB, EOS, BLOCK = 49152, 2, 4
 PEOPLE = Constraint(
@@ -62,6 +62,9 @@ class FakeBackend:
             logits = torch.randn(VOCAB, generator=generator) * 2
             rows.append(logits * torch.nan if token in self.spoiled else logits)
         return torch.stack(rows)
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        return finite_rows(logits)
 
     def clear(self, blocks: list[int]) -> None:
         """There is no cache to clear."""
