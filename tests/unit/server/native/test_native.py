@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -299,6 +300,35 @@ def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
             results.append(torch.cat(run_all(native, steps(pair))))  # type: ignore[arg-type]
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+def test_threads_that_are_put_aside_change_nothing(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled so that threads sleep with a chunk of work in their hands, now and then: others
+    do it again and go on, and it is done once more when they are back."""
+    folder = saved("llama", tmp_path)
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX', 'c++')} -DVENEER_STALLS")
+    wanted = "avx2" if library.instructions == "avx2" else ""
+    stalling = Library(build(tmp_path, instructions=wanted))
+
+    def run(chosen: Library, threads: int) -> list[torch.Tensor]:
+        native = decoder(chosen, folder, threads)
+        config = native._weights.config
+        pair = tuple(adapter(config, torch.bfloat16, (8, 70), seed=s) for s in (1, 2))
+        mine = list(range(1, 35))  # 521 tokens: pieces of attention that threads share
+        tokens = [3 + at % 300 for at in range(521)]
+        long = [
+            oracle.step([(tokens[:520], 0, mine)]),
+            oracle.step([(tokens[520:], 520, mine)]),
+        ]
+        return run_all(native, [*steps(pair), *long])  # type: ignore[arg-type]
+
+    expected = run(library, 1)
+    for threads in (2, 3, 5):
+        for _ in range(4):
+            for got, want in zip(run(stalling, threads), expected, strict=True):
+                assert torch.equal(got, want), threads
 
 
 def test_a_row_s_logits_do_not_depend_on_its_company(library: Library, tmp_path: Path) -> None:
