@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from veneer_server.engine import process
+from veneer_server.engine.backends import Chosen
+from veneer_server.engine.messages import EngineConfig
 from veneer_server.models.source import import_bundled
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_backend() -> Iterator[None]:
+    """``VENEER_BACKEND=torch make test``: engines inside a test take it too, where the test
+    does not say which."""
+    wanted, chosen = os.environ.get("VENEER_BACKEND"), process.choose
+
+    def choose(config: EngineConfig, *rest: Any) -> Chosen:
+        if wanted and config.backend == "auto":
+            config = msgspec.structs.replace(config, backend=wanted)
+        return chosen(config, *rest)
+
+    process.choose = choose
+    yield
+    process.choose = chosen
 
 
 @pytest.fixture(scope="session")

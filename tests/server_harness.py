@@ -240,7 +240,12 @@ async def running_server(
             *flags,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            env={k: v for k, v in os.environ.items() if not k.startswith("VENEER_")},
+            # But for the backend that the whole suite is to run with.
+            env={
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("VENEER_") or name == "VENEER_BACKEND"
+            },
         )
     assert process.stdout is not None
     try:
