@@ -37,7 +37,7 @@ TITLE = "isolation under churn"
 BAR = "0 tokens from a wrong digest"
 
 FREE_SECONDS = 30
-ROUNDS = 6
+ROUNDS = 10
 """A bug that needs a coincidence gets this many runs to show itself."""
 
 
