@@ -24,8 +24,10 @@ from veneer_server.models.source import import_bundled
 __all__ = [
     "ADAPTERS",
     "BLOCK",
+    "PROMPT",
     "RANK",
     "ROWS",
+    "blocks_for",
     "load",
     "make_adapters",
     "make_step",
