@@ -276,6 +276,8 @@ def test_a_broken_adapter_harms_its_own_rows_alone(library: Library, tmp_path: P
     (got, *_) = run_all(native, steps((whole, broken))[:1])
     assert torch.equal(got[:60], want[:60])
     assert not bool(got[60:].isfinite().all(-1).all())
+    # The kernels say of each row whether it is all numbers.
+    assert native.finite(got) == got.isfinite().all(-1).tolist()
 
 
 def test_what_is_no_number_in_a_query_stays_none(library: Library, tmp_path: Path) -> None:
@@ -287,6 +289,7 @@ def test_what_is_no_number_in_a_query_stays_none(library: Library, tmp_path: Pat
     (got, *_) = run_all(native, steps((None, broken))[:1])
     assert bool(got[:60].isfinite().all())
     assert bool(got[60:].isnan().all(-1).all())
+    assert native.finite(got) == [True] * 60 + [False] * 20
 
 
 def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
