@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kChunks = 37;
 constexpr int kParts = 50;   // of a program
-constexpr int kPlaces = 12;  // arrays; as many as stragglers can hold, and two
+constexpr int kPlaces = 4;   // arrays; several stragglers hold more, and are waited for
 
 // Each part adds to what its neighbours wrote in the part before. `Number` is what they write.
 template <class Number>

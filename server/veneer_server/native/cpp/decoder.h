@@ -1,9 +1,9 @@
 // A whole step as a program of parts (see team.h): ten a layer, with nothing but these headers'
 // kernels in them.
 //
-// A chunk of a part may be done twice, at one time too. So a part never changes what it reads, and
-// puts nothing but results into memory that other threads see: what is under way is in registers
-// and in the thread's own scratch.
+// A chunk of a part may be done twice, at one time too. So a part never changes what it reads (but
+// for a share in attention's pieces, which nothing else reads), and puts nothing but results into
+// memory that other threads see: what is under way is in registers and in the thread's own scratch.
 #pragma once
 
 #include <algorithm>
@@ -286,7 +286,9 @@ class Decoder final : Program {
         }
         prepare_attention(step);
         std::fill(step.finite, step.finite + step.logit_count, uint8_t(1));
-        const size_t pieces = size_t(8 * step.segment_count) + 2 * blocks_.size();
+        // What `list` adds at most: it is called while others are at work.
+        const size_t pieces =
+            size_t((8 + 2 * team_.size()) * step.segment_count) + 2 * blocks_.size();
         for (Lists& lists : lists_) {
             lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks(step));
             for (Wanted& wanted : lists.wanted) wanted.reserve(pieces);
@@ -471,7 +473,7 @@ class Decoder final : Program {
         int begin(int chunk) const { return tiles / unit * chunk / chunks * unit; }
     };
     Columns columns(const Work& work) const {
-        return {m_.layers[work.layer].linears[work.group], few(kMostChunks)};
+        return {m_.layers[work.layer].linears[work.group], few(kMostChunks - kShrinks)};
     }
 
     // What is read after a product: the adapters' B of its own group, the cache after the keys'

@@ -21,7 +21,7 @@ struct Engine {
 
 // Call `function(row, sampler)` for each row; by an engine's threads where there are several.
 template <class Function>
-void each_row(void* handle, int64_t rows, const Function& function) {
+void each_row(void* handle, int64_t rows, const Function& function) noexcept {
     if (handle == nullptr) {
         Sampler sampler;
         for (int64_t row = 0; row < rows; ++row) function(row, sampler);

@@ -22,7 +22,7 @@ class Buffer {
   public:
     Number* take(size_t count) {
         if (count > size_) {
-            at_.reset();  // not both at once
+            at_.reset(), size_ = 0;  // not both at once
             at_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), kAlign)));
             size_ = count;
         }

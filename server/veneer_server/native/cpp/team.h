@@ -1,4 +1,4 @@
-// Threads that do a program's parts together, and never wait for one that is not running.
+// Threads that do a program's parts together, and hardly ever wait for one that is not running.
 //
 // A program is a list of parts, a part is a number of chunks. All threads go through it side by
 // side. Each has a share of a part's chunks and takes them in order, so that it reads memory in
@@ -11,11 +11,13 @@
 // what they alone write, so twice is the same as once. Then all but the thread that was put aside
 // go on. It will write its chunk's results once more whenever it is back: until then nothing may
 // be put where it reads or writes, so a program is told of such stragglers as it prepares a part,
-// and has it write elsewhere (see `Program::prepare`). Any thread can lead, so it does not matter
-// which one is put aside.
+// and has it write elsewhere (see `Program::prepare`). Any thread can lead from part to part. All
+// wait for one that is put aside while it leads, which takes about a microsecond, for stragglers
+// at a program's end, and for them where a program has no room left to write elsewhere.
 #pragma once
 
 #include <atomic>
+#include <cassert>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -51,6 +53,7 @@ class Program {
     // be asked again since it has to wait for stragglers. Called for one part after the other, by
     // any thread, when all chunks of the part before are done. What stragglers read and write
     // must stay as it is.
+    // It must not throw, nor `chunk`: others are at work.
     virtual int prepare(int part, Stragglers stragglers) = 0;
 
     // The first chunk of a thread's share of a part; for `size` threads, thread `size` has the
@@ -70,15 +73,16 @@ class Team {
     explicit Team(int size, bool patient = false)
         : size_(size), patient_(patient), shares_(new Share[size_t(size)]),
           finished_(new std::atomic<uint64_t>[kMostChunks]()), straggling_(new int[size_t(size)]) {
-        for (int thread = 1; thread < size; ++thread)
-            threads_.emplace_back([this, thread] { serve(thread); });
+        try {
+            for (int thread = 1; thread < size; ++thread)
+                threads_.emplace_back([this, thread] { serve(thread); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
 
-    ~Team() {
-        stopping_.store(true);
-        call();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
 
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -101,7 +105,7 @@ class Team {
         lead(first_, 0);
         help(0);
         for (int other = 1; other < size_; ++other)
-            wait([&] { return shares_[other].inside.load(std::memory_order_acquire) == 0; });
+            wait([&] { return shares_[other].inside.load(std::memory_order_seq_cst) == 0; });
     }
 
     // Call `function(number, thread)` for 0 to count - 1.
@@ -170,7 +174,13 @@ class Team {
         }
     }
 
-    void serve(int thread) {
+    void end() {
+        stopping_.store(true);
+        call();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    void serve(int thread) noexcept {
         for (;;) {
             while (awake_.load(std::memory_order_acquire) == 0)
                 syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
@@ -187,7 +197,8 @@ class Team {
             if (!(current & kUnderWay)) return;
             const uint64_t part = current >> 1;
             if (enter(part, thread)) {
-                const int chunks = chunks_.load(std::memory_order_relaxed);
+                // Of a later part, where we were put aside in between; then that has been claimed.
+                const int chunks = chunks_.load(std::memory_order_acquire);
                 const uint64_t patience = work(part, thread);
                 leave(thread);
                 finish(current, chunks, patience, thread);
@@ -199,8 +210,10 @@ class Team {
     // Begin to read and write what a part does, unless it is over. Either we see that it is, or
     // who ends it sees us.
     bool enter(uint64_t part, int thread) {
+        stall();
         std::atomic<uint64_t>& inside = shares_[thread].inside;
         inside.store(part, std::memory_order_seq_cst);
+        stall();
         if (claimed_.load(std::memory_order_seq_cst) == part) return true;
         inside.store(0, std::memory_order_release);
         return false;
@@ -215,17 +228,17 @@ class Team {
             for (;;) {
                 const int chunk = share.take(part, other == 0);
                 if (chunk < 0) break;
-                stall();
                 do_chunk(part, chunk, thread);
                 const uint64_t now = __rdtsc();
                 if (now - before > longest) longest = now - before;
                 before = now;
             }
         }
-        return kPatience + 2 * longest;
+        return longest > 0 ? kPatience + 2 * longest : kGuess;
     }
 
     void do_chunk(uint64_t part, int chunk, int thread) {
+        stall();
         program_->chunk(int(part - first_), chunk, thread);
         // Who comes late finds a later part's number there.
         std::atomic<uint64_t>& finished = finished_[chunk];
@@ -264,15 +277,15 @@ class Team {
     // Prepare the next part and let all begin it, or end the program. One thread at a time is
     // here: who has claimed the part.
     void lead(uint64_t part, int thread) {
+        stall();
         for (;; claimed_.store(++part, std::memory_order_seq_cst)) {
             const int number = int(part - first_);
             if (number == parts_) return current_.store(part << 1, std::memory_order_release);
-            int chunks = -1;
-            while (chunks < 0) {
-                chunks = program_->prepare(number, stragglers(thread));
-            }
+            int chunks;
+            while ((chunks = program_->prepare(number, stragglers(thread))) < 0) sched_yield();
+            assert(chunks <= kMostChunks);
             if (chunks == 0) continue;
-            chunks_.store(chunks, std::memory_order_relaxed);
+            chunks_.store(chunks, std::memory_order_release);
             int begin = program_->begin(number, chunks, 0, size_);
             for (int other = 0; other < size_; ++other) {
                 const int end = program_->begin(number, chunks, other + 1, size_);
@@ -309,6 +322,7 @@ class Team {
 
     static constexpr uint64_t kUnderWay = 1;     // beside a part's number
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
+    static constexpr uint64_t kGuess = 100000;    // where nothing tells how long a chunk takes
     static constexpr int kSpins = 2000;
     static constexpr int kMoment = 20;
 
