@@ -12,7 +12,7 @@
 // go on. It will write its chunk's results once more whenever it is back: until then nothing may
 // be put where it reads or writes, so a program is told of such stragglers as it prepares a part,
 // and has it write elsewhere (see `Program::prepare`). Any thread can lead from part to part. All
-// wait for one that is put aside while it leads, which takes about a microsecond, for stragglers
+// wait for one that is put aside while it leads (it prepares lists, no more), for stragglers
 // at a program's end, and for them where a program has no room left to write elsewhere.
 #pragma once
 
