@@ -32,6 +32,10 @@ struct Model {
     float epsilon, rotary_scale;
 };
 
+inline const LoraGroup& group_of(const LoraAdapter& adapter, int layer, Group group) {
+    return adapter.groups[layer * kGroups + group];
+}
+
 // `StepArrays` of models/arrays.py, and where its logits go.
 struct Step {
     const int64_t* tokens;

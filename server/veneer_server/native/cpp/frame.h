@@ -1,0 +1,156 @@
+// What all parts of the step under way go by and none of them changes: its rows, the lengths of
+// its arrays' rows in memory, and how its work is cut.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "step.h"
+#include "team.h"
+
+namespace veneer {
+
+// Where a part's arrays are: those it reads, and those it writes.
+struct Arrays {
+    const float* hidden_before;
+    const bf16* rounded_before;
+    float* hidden;   // [rows, hidden]
+    bf16* rounded;   // [rows, width] a product's inputs
+    float* y;        // [rows, wide] a product's results, without the adapters' updates
+    float* shrunk;   // [rows, ranks]
+    bf16* queries;   // [rows, query width]
+    float* results;  // of attention's pieces
+};
+
+// Neighbouring rows of one adapter, or of none.
+struct Bunch {
+    const LoraAdapter* adapter;  // or null
+    int64_t row;
+    int rows;
+};
+
+// No more chunks than the threads need to share them well.
+inline int few(int64_t count, int most) {
+    return int(std::min<int64_t>(count, std::min(most, kMostChunks)));
+}
+
+// How a linear's tiles are cut into chunks. A gate and what it multiplies are computed by
+// one thread, which finds both in its cache when it goes on with them.
+struct Columns {
+    int unit;   // tiles that lie together
+    int tiles;  // of each part
+    int chunks;
+
+    Columns(const Linear& linear, int most)
+        : unit(linear.parts),
+          tiles(linear.tiles() / linear.parts),
+          chunks(std::min(tiles / unit, most)) {}
+
+    // The first tile of a chunk.
+    int begin(int chunk) const { return tiles / unit * chunk / chunks * unit; }
+};
+
+constexpr int kShrinks = 512;  // chunks of a product that are not its tiles, at most
+
+struct Frame {
+    Frame(const Model& model_, int threads_)
+        : model(model_),
+          threads(threads_),
+          kv{model.kv_heads, model.dim, model.block_size},
+          query_width(model.heads * model.dim),
+          kv_width(model.kv_heads * model.dim),
+          width(padded<bf16>(std::max({model.hidden, query_width, model.intermediate}))),
+          wide(padded<float>(
+              std::max({model.hidden, query_width + 2 * kv_width, 2 * model.intermediate}))) {}
+
+    void prepare(const Step& of) {
+        step = &of;
+        ranks = 0;
+        for (int64_t s = 0; s < step->segment_count; ++s)
+            for (int g = 0; g < model.layer_count * kGroups; ++g)
+                ranks = std::max(ranks, step->segments[s].adapter->groups[g].ranks);
+        prepare_bunches();
+    }
+
+    // See `few`.
+    int chunks(int64_t count) const { return few(count, threads * kChunks); }
+
+    Columns columns(int layer, Group group) const {
+        return {model.layers[layer].linears[group], chunks(kMostChunks - kShrinks)};
+    }
+
+    // Numbers of a thread's own that a bunch's rows take up in between.
+    size_t scratch() const {
+        const int head_group = (model.heads / model.kv_heads + 2) * model.dim;
+        return size_t(kBunch * std::max({model.hidden, head_group, 2 * model.intermediate}));
+    }
+
+    int member_outputs(Group group, int member) const {
+        switch (group) {
+            case kQkv: return member == 0 ? query_width : kv_width;
+            case kGateUp: return model.intermediate;
+            default: return model.hidden;
+        }
+    }
+
+    // One of a bunch's projections with its adapter's update, `count` outputs from `first` on:
+    // `at.y` from `column` on and that, into `to` [rows, stride].
+    void updated(const Arrays& at, int layer, Group group, int member, const Bunch& bunch,
+                 int column, int first, int count, float* to, size_t stride) const {
+        for (int row = 0; row < bunch.rows; ++row)
+            std::memcpy(to + row * stride, at.y + (bunch.row + row) * wide + column,
+                        size_t(count) * sizeof(float));
+        if (bunch.adapter == nullptr) return;
+        expand(*bunch.adapter, group_of(*bunch.adapter, layer, group).members[member],
+               member_outputs(group, member), first, count, bunch.rows,
+               {at.shrunk + bunch.row * ranks, size_t(ranks), to, stride});
+    }
+
+    // Ask for a bunch's y[first to first + count - 1]: half of it another thread has just
+    // written, and its core may be far away.
+    void ask_for_y(const Arrays& at, const Bunch& bunch, int first, int count) const {
+        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row)
+            for (int i = 0; i < count; i += kLanes)
+                __builtin_prefetch(at.y + row * wide + first + i);
+    }
+
+    const Model& model;
+    const int threads;
+    const KvShape kv;
+    const int query_width, kv_width;
+    const int width;  // numbers in memory of a row of `rounded`
+    const int wide;   // of `y`
+    const Step* step = nullptr;
+    int ranks = 0;  // of the group and adapter with the most
+    std::vector<Bunch> bunches;
+
+  private:
+    static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do
+
+    // A row's length in memory. Rows that are an even number of lines apart, as those of most
+    // bases are, share a few sets of a cache and push each other out.
+    template <class Number>
+    static int padded(int width) {
+        constexpr int line = kLine / sizeof(Number);
+        return ((width + line - 1) / line | 1) * line;
+    }
+
+    void prepare_bunches() {
+        // As many as the threads can share, and no larger than `expand` takes.
+        const int64_t most = std::clamp<int64_t>(step->rows / threads, 1, kBunch);
+        bunches.clear();
+        int64_t row = 0;
+        auto cut = [&](int64_t end, const LoraAdapter* adapter) {
+            for (; row < end; row = std::min(row + most, end))
+                bunches.push_back({adapter, row, int(std::min(most, end - row))});
+        };
+        for (int64_t s = 0; s < step->segment_count; ++s) {
+            cut(step->segments[s].begin, nullptr);
+            cut(step->segments[s].end, step->segments[s].adapter);
+        }
+        cut(step->rows, nullptr);
+    }
+};
+
+}  // namespace veneer

@@ -1,0 +1,218 @@
+// A step's attention, cut for threads: queries, keys and values finished and written to the
+// cache, and each few rows' queries that see one key head; long contexts in pieces.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "frame.h"
+#include "state.h"
+
+namespace veneer {
+
+class Heads {
+  public:
+    explicit Heads(const Frame& frame) : f_(frame), m_(frame.model) {}
+
+    void prepare() {
+        prepare_angles();
+        prepare_items();
+        prepare_parts();
+    }
+
+    // Numbers of a thread's own that attention needs.
+    size_t scratch() const {
+        return kAttentionScratch + size_t(longest_) * kMostQueries * Piece::numbers(m_.dim);
+    }
+    // Numbers of `Arrays::results`.
+    size_t results() const { return results_; }
+    // Blocks of the cache, in the order in which they are read.
+    const std::vector<int64_t>& blocks() const { return blocks_; }
+
+    // Whether an item's pieces are computed one by one and gathered by the next part.
+    bool in_parts() const { return !parts_.empty(); }
+    int64_t items() const { return int64_t(items_.size()); }
+    int64_t parts() const { return int64_t(parts_.size()); }
+    int chunks() const {
+        return in_parts() ? few(parts(), kMostChunks) : few(items(), kAttentionChunks * f_.threads);
+    }
+
+    // Of a bunch and a key head: finish its queries, keys and values.
+    void rotate(int index, const Arrays& at, const Bunch& bunch, int head, float* scratch) const {
+        const Layer& layer = m_.layers[index];
+        const int group = m_.heads / m_.kv_heads, dim = m_.dim, queries = group * dim;
+        const int query_at = head * queries, key_at = f_.query_width + head * dim;
+        const int value_at = key_at + f_.kv_width;
+        const int64_t end = bunch.row + bunch.rows;
+        f_.ask_for_y(at, bunch, query_at, queries);
+        f_.ask_for_y(at, bunch, key_at, dim);
+        f_.ask_for_y(at, bunch, value_at, dim);
+        for (int64_t row = bunch.row; row < end; ++row)
+            ask_for_slot(layer.keys, layer.values, f_.kv, f_.step->slots[row], head);
+        const size_t stride = size_t(queries + 2 * dim);
+        f_.updated(at, index, kQkv, 0, bunch, query_at, query_at, queries, scratch, stride);
+        f_.updated(at, index, kQkv, 1, bunch, key_at, head * dim, dim, scratch + queries, stride);
+        f_.updated(at, index, kQkv, 2, bunch, value_at, head * dim, dim, scratch + queries + dim,
+                   stride);
+        float* query = scratch;
+        for (int64_t row = bunch.row; row < end; ++row, query += 2 * dim) {
+            bf16* to = at.queries + row * f_.query_width + query_at;
+            for (int g = 0; g < group; ++g, query += dim, to += dim) {
+                turn(query, layer.query_norm, row);
+                for (int d = 0; d < dim; d += kLanes) store_bf16(to + d, load(query + d));
+            }
+            turn(query, layer.key_norm, row);
+            write_key(layer.keys, f_.kv, f_.step->slots[row], head, query);
+            write_value(layer.values, f_.kv, f_.step->slots[row], head, query + dim);
+        }
+    }
+
+    // One piece of one item.
+    void attend_part(int layer, const Arrays& at, int64_t part, float* scratch) const {
+        const auto& [item, piece] = parts_[size_t(part)];
+        attend(layer, at, items_[item], piece, scratch, at.results + items_[item].in_parts);
+    }
+    void gather_item(const Arrays& at, int64_t item) const {
+        gather(at, items_[size_t(item)], at.results + items_[size_t(item)].in_parts);
+    }
+
+    // One item as a whole.
+    void attend_item(int layer, const Arrays& at, int64_t number, float* scratch) const {
+        const Item& item = items_[size_t(number)];
+        float* results = scratch + kAttentionScratch;
+        for (int piece = 0; piece < item.pieces; ++piece)
+            attend(layer, at, item, piece, scratch, results);
+        gather(at, item, results);
+    }
+
+  private:
+    // Some rows' queries that see one key head.
+    struct Item {
+        int64_t sequence, row;
+        int rows, kv_head, first_head, head_count;
+        int pieces;       // of the longest row's context
+        size_t in_parts;  // where its pieces' results lie, if several threads compute them
+    };
+
+    void prepare_angles() {
+        const size_t rows = size_t(f_.step->rows), half = size_t(m_.dim / 2);
+        cos_ = angles_.take(2 * rows * half);
+        sin_ = cos_ + rows * half;
+        for (size_t row = 0; row < rows; ++row) {
+            for (size_t i = 0; i < half; ++i) {
+                const float angle = float(f_.step->positions[row]) * m_.inv_freq[i];
+                cos_[row * half + i] = std::cos(angle) * m_.rotary_scale;
+                sin_[row * half + i] = std::sin(angle) * m_.rotary_scale;
+            }
+        }
+    }
+
+    void prepare_items() {
+        const Step& step = *f_.step;
+        const int group = m_.heads / m_.kv_heads;
+        const int heads_at_once = std::min(group, kMostQueries);
+        const int rows_at_once = std::max(1, kMostQueries / group);
+        longest_ = 0;
+        items_.clear();
+        blocks_.clear();
+        for (int64_t s = 0; s < step.sequences; ++s) {
+            longest_ = std::max(longest_, pieces(step.contexts[s]));
+            const int64_t* blocks = step.block_tables + s * step.table_width;
+            const int64_t used = (step.contexts[s] + m_.block_size - 1) / m_.block_size;
+            blocks_.insert(blocks_.end(), blocks, blocks + used);
+            const int64_t end = step.row_starts[s + 1];
+            for (int64_t row = step.row_starts[s]; row < end; row += rows_at_once) {
+                const int rows = int(std::min<int64_t>(rows_at_once, end - row));
+                const int seen = pieces(step.positions[row + rows - 1] + 1);
+                for (int head = 0; head < m_.kv_heads; ++head)
+                    for (int first = 0; first < group; first += heads_at_once)
+                        items_.push_back({s, row, rows, head, head * group + first,
+                                          std::min(heads_at_once, group - first), seen, 0});
+            }
+        }
+    }
+
+    // A few items with long contexts have their pieces computed by all threads.
+    void prepare_parts() {
+        parts_.clear();
+        results_ = 0;
+        if (longest_ == 1 || int(items_.size()) >= kItemsToShare * f_.threads) return;
+        for (size_t i = 0; i < items_.size(); ++i) {
+            items_[i].in_parts = results_;
+            results_ += size_t(items_[i].pieces) * kMostQueries * Piece::numbers(m_.dim);
+            for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.push_back({i, piece});
+        }
+    }
+
+    void turn(float* head, const float* norm, int64_t row) const {
+        const int half = m_.dim / 2;
+        if (norm != nullptr) {
+            float squares = 0;
+            for (int d = 0; d < m_.dim; ++d) squares += head[d] * head[d];
+            const float scale = 1.0f / std::sqrt(squares / float(m_.dim) + m_.epsilon);
+            for (int d = 0; d < m_.dim; ++d) head[d] *= scale * norm[d];
+        }
+        const float* cosine = cos_ + row * half;
+        const float* sine = sin_ + row * half;
+        for (int d = 0; d < half; ++d) {
+            const float first = head[d], second = head[d + half];
+            head[d] = first * cosine[d] - second * sine[d];
+            head[d + half] = second * cosine[d] + first * sine[d];
+        }
+    }
+
+    // An item's queries, row by row; how many there are.
+    int queries(const Layer& layer, const Arrays& at, const Item& item, Query* to) const {
+        int count = 0;
+        for (int64_t row = item.row; row < item.row + item.rows; ++row) {
+            const int64_t end = f_.step->positions[row] + 1;
+            const int64_t first = layer.window > 0 ? std::max<int64_t>(0, end - layer.window) : 0;
+            for (int h = 0; h < item.head_count; ++h) {
+                const int column = (item.first_head + h) * m_.dim;
+                to[count++] = {at.queries + row * f_.query_width + column, int(first), int(end)};
+            }
+        }
+        return count;
+    }
+
+    // One piece of an item: its queries' results into results[piece][query].
+    void attend(int index, const Arrays& at, const Item& item, int piece, float* scratch,
+                float* results) const {
+        const Layer& layer = m_.layers[index];
+        Query found[kMostQueries];
+        Piece to[kMostQueries];
+        const int count = queries(layer, at, item, found);
+        for (int q = 0; q < count; ++q)
+            to[q].at = results + size_t(piece * kMostQueries + q) * Piece::numbers(m_.dim);
+        const Sequence sequence{layer.keys, layer.values,
+                                f_.step->block_tables + item.sequence * f_.step->table_width,
+                                item.kv_head};
+        veneer::attend(sequence, f_.kv, found, count, piece, 1.0f / std::sqrt(float(m_.dim)),
+                       scratch, to);
+    }
+
+    void gather(const Arrays& at, const Item& item, float* results) const {
+        const size_t numbers = Piece::numbers(m_.dim);
+        for (int64_t row = item.row; row < item.row + item.rows; ++row)
+            for (int h = 0; h < item.head_count; ++h, results += numbers)
+                veneer::gather(f_.kv, results, item.pieces, kMostQueries * numbers,
+                               at.rounded + row * f_.width + (item.first_head + h) * m_.dim);
+    }
+
+    static constexpr int kAttentionChunks = 16;  // a thread's
+    static constexpr int kItemsToShare = 8;      // a thread's; more are shared well enough whole
+
+    const Frame& f_;
+    const Model& m_;
+    Buffer<float> angles_;
+    float *cos_ = nullptr, *sin_ = nullptr;
+    int longest_ = 0;  // pieces
+    size_t results_ = 0;
+    std::vector<int64_t> blocks_;
+    std::vector<Item> items_;
+    std::vector<std::pair<size_t, int>> parts_;  // item and piece
+};
+
+}  // namespace veneer

@@ -1,0 +1,192 @@
+// A step's products: y = W x of a group's fused linear and h = A x of all adapters, cut into
+// chunks. Meanwhile, what the parts after it read is brought.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "ask.h"
+#include "frame.h"
+#include "state.h"
+
+namespace veneer {
+
+class Products {
+  public:
+    explicit Products(const Frame& frame) : f_(frame) {}
+
+    // `blocks`: of the cache, in the order in which attention reads them.
+    void prepare(const std::vector<int64_t>& blocks) {
+        blocks_ = &blocks;
+        // What `list` adds at most: it is called while others are at work.
+        const size_t pieces =
+            size_t((8 + 2 * f_.threads) * f_.step->segment_count) + 2 * blocks.size();
+        for (Lists& lists : lists_) {
+            lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks());
+            for (Wanted& wanted : lists.wanted) wanted.reserve(pieces);
+        }
+    }
+
+    // List what a product's chunks go by, in one of the places.
+    void list(int layer, Group group, int place) {
+        std::vector<ShrinkItem>& shrinks = lists_[place].shrinks;
+        shrinks.clear();
+        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
+            const Segment& segment = f_.step->segments[s];
+            const LoraGroup& lora = group_of(*segment.adapter, layer, group);
+            if (lora.a == nullptr) continue;
+            const int chunks = (lora.ranks + kRankChunk - 1) / kRankChunk;
+            for (int64_t row = segment.begin; row < segment.end; row += kShrinkRows)
+                for (int chunk = 0; chunk < chunks; ++chunk)
+                    shrinks.push_back({&segment, &lora, row,
+                                       std::min(kShrinkRows, segment.end - row), chunk});
+        }
+        want(layer, group, lists_[place].wanted);
+    }
+
+    int chunks(int layer, Group group, int place) const {
+        return shrink_chunks(place) + f_.columns(layer, group).chunks;
+    }
+
+    // A thread's share begins here: of both kinds of chunks as much as of the other, shrinks
+    // first, since a tile is shorter, then neighbouring tiles.
+    int begin(int chunks, int place, int thread) const {
+        const int shrinks = shrink_chunks(place);
+        return even(shrinks, thread) + even(chunks - shrinks, thread);
+    }
+
+    void chunk(int layer, Group group, int place, const Arrays& at, int number) const {
+        const Linear& linear = f_.model.layers[layer].linears[group];
+        const Lists& list = lists_[place];
+        const Columns cut = f_.columns(layer, group);
+        const int shrinks = shrink_chunks(place);
+        int thread = f_.threads - 1;
+        while (number < begin(shrinks + cut.chunks, place, thread)) --thread;
+        const int shrink_number = number - even(cut.chunks, thread);
+        if (shrink_number < even(shrinks, thread + 1)) {
+            const size_t all = list.shrinks.size();
+            const size_t end = all * (shrink_number + 1) / shrinks;
+            for (size_t i = all * shrink_number / shrinks; i < end; ++i)
+                shrink(at, list.shrinks[i], linear.inputs);
+            return;
+        }
+        multiply(linear, cut, number - even(shrinks, thread + 1), list.wanted, at);
+    }
+
+  private:
+    struct ShrinkItem {
+        const Segment* segment;
+        const LoraGroup* group;
+        int64_t row, rows;
+        int chunk;
+    };
+
+    // What a product's chunks go by.
+    struct Lists {
+        std::vector<ShrinkItem> shrinks;
+        Wanted wanted[3];
+    };
+
+    size_t most_shrinks() const {
+        const size_t chunks = size_t(f_.ranks + kRankChunk - 1) / kRankChunk;
+        return chunks * size_t(f_.step->segment_count + f_.step->rows / kShrinkRows);
+    }
+    int shrink_chunks(int place) const {
+        return few(int64_t(lists_[place].shrinks.size()), kShrinks);
+    }
+    int even(int count, int thread) const { return int(int64_t(count) * thread / f_.threads); }
+
+    void multiply(const Linear& linear, const Columns& cut, int chunk, const Wanted (&wanted)[3],
+                  const Arrays& at) const {
+        const int rows = int(f_.step->rows);
+        const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
+        Asking asking(wanted, chunk, cut.chunks);
+        asking.spread(row_groups(linear, rows) * linear.blocks() * (last - first) * linear.parts);
+        // In the order in which they lie.
+        const int run = linear.parts == 1 ? last - first : 2;
+        for (int tile = first; tile < last; tile += run)
+            for (int p = 0; p < linear.parts; ++p)
+                multiply_tiles(linear, p * cut.tiles + tile, p * cut.tiles + tile + run,
+                               at.rounded_before, size_t(f_.width), rows, at.y, size_t(f_.wide),
+                               asking);
+    }
+
+    void shrink(const Arrays& at, const ShrinkItem& item, int inputs) const {
+        const bf16* x = at.rounded_before + item.row * f_.width;
+        float* h = at.shrunk + item.row * f_.ranks;
+        if (item.segment->adapter->is_float)
+            veneer::shrink<float>(*item.group, item.chunk, x, size_t(f_.width), inputs,
+                                  int(item.rows), h, size_t(f_.ranks));
+        else
+            veneer::shrink<bf16>(*item.group, item.chunk, x, size_t(f_.width), inputs,
+                                 int(item.rows), h, size_t(f_.ranks));
+    }
+
+    // What is read after a product: the adapters' B of its own group, the cache after the keys'
+    // and values' own, and the adapters' A of the next group.
+    void want(int layer, Group group, Wanted (&lists)[3]) const {
+        Wanted& expanding = lists[0];
+        Wanted& cache = lists[1];
+        Wanted& shrinking = lists[2];
+        for (Wanted& list : lists) list.clear();
+        const Model& model = f_.model;
+        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
+            const LoraGroup& lora = group_of(*f_.step->segments[s].adapter, layer, group);
+            for (int member = 0; member < kMembers; ++member) {
+                const LoraMember& update = lora.members[member];
+                if (update.b != nullptr && group != kGateUp)
+                    expanding.add(update.b, bytes(f_.step->segments[s], update.rank) *
+                                                size_t(f_.member_outputs(group, member)));
+            }
+        }
+        if (group == kGateUp) want_columns(layer, expanding);
+        if (group == kGateUp && layer + 1 < model.layer_count) {
+            const size_t block = size_t(model.kv_heads) * model.block_size * model.dim;
+            for (const int64_t id : *blocks_) {
+                cache.add(model.layers[layer + 1].keys + size_t(id) * block, block * sizeof(bf16));
+                cache.add(model.layers[layer + 1].values + size_t(id) * block,
+                          block * sizeof(bf16));
+            }
+        }
+        const int next = layer * kGroups + group + 1;
+        if (next == model.layer_count * kGroups) return;
+        const int inputs = model.layers[next / kGroups].linears[next % kGroups].inputs;
+        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
+            const LoraGroup& lora = f_.step->segments[s].adapter->groups[next];
+            if (lora.a != nullptr)
+                shrinking.add(lora.a, bytes(f_.step->segments[s], lora.ranks) * size_t(inputs));
+        }
+    }
+
+    // Of each thread, the columns of B that belong to its tiles.
+    void want_columns(int layer, Wanted& expanding) const {
+        const Columns cut = f_.columns(layer, kGateUp);
+        for (int thread = 0; thread < f_.threads; ++thread) {
+            const int first = kTile * cut.begin(even(cut.chunks, thread));
+            const int last = kTile * cut.begin(even(cut.chunks, thread + 1));
+            for (int64_t s = 0; s < f_.step->segment_count; ++s) {
+                const Segment& segment = f_.step->segments[s];
+                const LoraGroup& lora = group_of(*segment.adapter, layer, kGateUp);
+                for (int member = 0; member < 2; ++member) {
+                    const LoraMember& update = lora.members[member];
+                    if (update.b == nullptr) continue;
+                    expanding.add(static_cast<const char*>(update.b) + bytes(segment, first),
+                                  bytes(segment, last - first), size_t(update.rank),
+                                  bytes(segment, f_.model.intermediate));
+                }
+            }
+        }
+    }
+
+    static size_t bytes(const Segment& segment, int numbers) {
+        return size_t(numbers) * (segment.adapter->is_float ? sizeof(float) : sizeof(bf16));
+    }
+
+    static constexpr int64_t kShrinkRows = 32;
+
+    const Frame& f_;
+    const std::vector<int64_t>* blocks_ = nullptr;
+    Lists lists_[kPlaces];
+};
+
+}  // namespace veneer

@@ -1,0 +1,108 @@
+// What a step does row by row: embeddings, norms, sums, gates, and the head's logits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "frame.h"
+
+namespace veneer {
+
+class Rows {
+  public:
+    explicit Rows(const Frame& frame) : f_(frame), m_(frame.model) {}
+
+    void embed(const Arrays& at, int64_t row) const {
+        const bf16* from = m_.embedding + f_.step->tokens[row] * m_.hidden;
+        float* to = at.hidden + row * m_.hidden;
+        for (int i = 0; i < m_.hidden; i += kLanes) store(to + i, load(from + i));
+        normalize(to, m_.layers[0].input_norm, at.rounded + row * f_.width);
+    }
+
+    // hidden + y, then the next norm; null: there is none.
+    void add(int layer, Group group, const float* norm, const Arrays& at, const Bunch& bunch,
+             float* scratch) const {
+        f_.ask_for_y(at, bunch, 0, m_.hidden);
+        const float* from = at.y + bunch.row * f_.wide;
+        size_t stride = size_t(f_.wide);
+        if (bunch.adapter != nullptr) {
+            stride = size_t(m_.hidden);
+            f_.updated(at, layer, group, 0, bunch, 0, 0, m_.hidden, scratch, stride);
+            from = scratch;
+        }
+        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row, from += stride) {
+            const float* before = at.hidden_before + row * m_.hidden;
+            float* to = at.hidden + row * m_.hidden;
+            for (int i = 0; i < m_.hidden; i += kLanes)
+                store(to + i, veneer::add(load(before + i), load(from + i)));
+            if (norm != nullptr) normalize(to, norm, at.rounded + row * f_.width);
+        }
+    }
+
+    // silu(gate) * up, of the columns that a thread has computed.
+    void gate(int layer, const Arrays& at, const Bunch& bunch, int first, int count,
+              float* scratch) const {
+        const float* from = at.y + bunch.row * f_.wide + first;
+        size_t stride = size_t(f_.wide), apart = size_t(m_.intermediate);
+        if (bunch.adapter != nullptr) {
+            apart = size_t(count), stride = 2 * apart;
+            f_.updated(at, layer, kGateUp, 0, bunch, first, first, count, scratch, stride);
+            f_.updated(at, layer, kGateUp, 1, bunch, m_.intermediate + first, first, count,
+                       scratch + apart, stride);
+            from = scratch;
+        }
+        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row, from += stride) {
+            bf16* to = at.rounded + row * f_.width + first;
+            for (int i = 0; i < count; i += kLanes) {
+                const Floats gate = load(from + i);
+                const Floats divisor = veneer::add(all(1.0f), exp(sub(zeros(), gate)));
+                store_bf16(to + i, mul(div(gate, divisor), load(from + apart + i)));
+            }
+        }
+    }
+
+    // The last norm of the i-th row whose logits are wanted.
+    void normalize_last(const Arrays& at, int64_t i) const {
+        normalize(at.hidden + f_.step->logit_rows[i] * m_.hidden, m_.final_norm,
+                  at.rounded + i * f_.width);
+    }
+
+    // Logits of the head's tiles `tile` to end - 1, and whether they are numbers.
+    void logits(const Arrays& at, int tile, int end) const {
+        const Step& step = *f_.step;
+        Asking asking;  // for nothing: it is the last
+        multiply_tiles(m_.head, tile, end, at.rounded, size_t(f_.width), int(step.logit_count),
+                       step.logits, size_t(m_.vocab), asking);
+        const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
+        for (int64_t i = 0; i < step.logit_count; ++i)
+            if (!finite(step.logits + i * m_.vocab + first, count))
+                __atomic_store_n(step.finite + i, uint8_t(0), __ATOMIC_RELAXED);
+    }
+
+  private:
+    // RMS norm into a row of the next product's inputs.
+    void normalize(const float* from, const float* weight, bf16* to) const {
+        Floats squares = zeros();
+        for (int i = 0; i < m_.hidden; i += kLanes) {
+            const Floats number = load(from + i);
+            squares = fma(number, number, squares);
+        }
+        const Floats scale = all(1.0f / std::sqrt(sum(squares) / float(m_.hidden) + m_.epsilon));
+        for (int i = 0; i < m_.hidden; i += kLanes) {
+            store_bf16(to + i, mul(mul(load(from + i), scale), load(weight + i)));
+        }
+    }
+
+    static bool finite(const float* numbers, int count) {
+        Floats none = zeros();  // 0 times a number is 0, of what is none it is none
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes) none = fma(load(numbers + i), zeros(), none);
+        if (i < count) none = fma(load(numbers + i, count - i), zeros(), none);
+        return sum(none) == 0;
+    }
+
+    const Frame& f_;
+    const Model& m_;
+};
+
+}  // namespace veneer
