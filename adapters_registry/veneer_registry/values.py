@@ -31,6 +31,16 @@ MAX_MAGNITUDE: Final = 1e4
 """Largest |x| of an adapter's element. Trained ones stay below 10; past this bound
 a product over a few thousand inputs leaves fp16's range and harms its batch."""
 
+_LARGEST_BITS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "F32": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]),
+        "F16": int(np.array([MAX_MAGNITUDE], dtype=np.float16).view(np.uint16)[0]),
+        # Cut, not rounded: what has no more bits than this is no larger.
+        "BF16": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]) >> 16,
+    }
+)
+"""Of `MAX_MAGNITUDE`, by dtype. What passes it is finite in every serving dtype."""
+
 SERVING_BYTES: Final[Mapping[ServingDtype, int]] = MappingProxyType(
     {"bfloat16": 2, "float16": 2, "float32": 4}
 )
@@ -52,6 +62,8 @@ def find_problem(bits: int, dtype: str, serving: ServingDtype) -> str | None:
         dtype: of the tensor in the file.
         serving: what it will be cast to; the check holds after that cast.
     """
+    if bits <= _LARGEST_BITS[dtype]:
+        return None
     value = _value(bits, dtype)
     if math.isnan(value):
         return "holds NaN; train it again with a lower learning rate"

@@ -31,6 +31,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "ModuleTensors",
     "TensorView",
+    "check_numbers",
     "digest_weights",
     "find_modules",
     "mapped",
@@ -200,12 +201,24 @@ def digest_weights(
             if serving is not None:
                 peak = max(peak, peak_bits(piece, tensor.dtype))
         if serving is not None:
-            problem = find_problem(peak, tensor.dtype, serving)
-            if problem is not None:
-                refuse(WEIGHTS_FILE, problem, tensor=name)
+            _check_peak(peak, tensor, serving)
     for module in modules:
         digest.update(_fields(module.a_key.encode()) + struct.pack(">d", module.scaling))
     return digest.hexdigest()
+
+
+def check_numbers(pieces: Pieces, header: SafetensorsHeader, serving: ServingDtype) -> None:
+    """What `digest_weights` refuses, for who needs no digest."""
+    for name in sorted(header.tensors):
+        tensor = header.tensors[name]
+        peaks = (peak_bits(piece, tensor.dtype) for piece in pieces(tensor))
+        _check_peak(max(peaks, default=0), tensor, serving)
+
+
+def _check_peak(peak: int, tensor: TensorInfo, serving: ServingDtype) -> None:
+    problem = find_problem(peak, tensor.dtype, serving)
+    if problem is not None:
+        refuse(WEIGHTS_FILE, problem, tensor=tensor.name)
 
 
 def read_pieces(file: BufferedReader) -> Pieces:

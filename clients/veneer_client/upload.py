@@ -13,7 +13,7 @@ from typing import Final
 
 import grpc
 from veneer_proto.v1 import adapters_pb2
-from veneer_registry.adapter import AdapterManifest, check_name
+from veneer_registry.adapter import check_name
 from veneer_registry.errors import (
     Aborted,
     AdapterInvalid,
@@ -25,7 +25,7 @@ from veneer_registry.errors import (
     Unimplemented,
     VeneerError,
 )
-from veneer_registry.format import read_adapter, select_files
+from veneer_registry.format import check_adapter, select_files
 
 from veneer_client import calls, calls_admin, convert_admin
 from veneer_client.failures import Attempts, RetryPolicy, to_error, write_broke
@@ -64,13 +64,13 @@ class _Bundle:
     """A folder that was checked and hashed.
 
     Attributes:
-        manifest: what the local check found.
+        warnings: of the local check.
         skipped: files of the folder that are not part of a bundle.
     """
 
     paths: tuple[Path, ...]
     files: tuple[adapters_pb2.UploadFile, ...]
-    manifest: AdapterManifest
+    warnings: tuple[str, ...]
     skipped: tuple[str, ...]
 
 
@@ -156,14 +156,14 @@ class Upload:
         yield adapters_pb2.UploadAdapterRequest(spec=self._spec)
         try:
             for path, file in zip(self._bundle.paths, self._bundle.files, strict=True):
-                for chunk in _chunks(path, committed[file.name], file.size):
+                for offset, data in _chunks(path, committed[file.name], file.size):
                     # Before it goes: a call may end, and the next attempt begin, before
                     # this goes on.
-                    self._sent += len(chunk.data)
-                    yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                    self._sent += len(data)
+                    yield _message(path.name, offset, data)
                     if attempt != self._attempt:
                         return  # gRPC's thread still reads for a call that has ended
-                    done += len(chunk.data)
+                    done += len(data)
                     self._options.progress(done, self._total)
         except OSError as error:
             # gRPC would turn it into UNKNOWN: end the stream here, and let the client
@@ -204,7 +204,7 @@ class Upload:
         """The server's answer and what the local check had to say."""
         if self._unreadable is not None:
             raise self._unreadable
-        warnings = dict.fromkeys((*self._bundle.manifest.warnings, *answer.warnings))
+        warnings = dict.fromkeys((*self._bundle.warnings, *answer.warnings))
         return Pushed(
             adapter=convert_admin.adapter_info(answer.adapter),
             published=answer.published,
@@ -227,11 +227,11 @@ def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
     check_name(name)
     try:
         selection = select_files(folder)
-        manifest = read_adapter(folder, None)
+        warnings = check_adapter(folder)
         files = tuple(map(_describe, selection.files))
     except OSError as error:
         raise _unreadable(folder, error) from error
-    return Upload(name, _Bundle(selection.files, files, manifest, selection.skipped), options)
+    return Upload(name, _Bundle(selection.files, files, warnings, selection.skipped), options)
 
 
 def _describe(path: Path) -> adapters_pb2.UploadFile:
@@ -243,14 +243,21 @@ def _describe(path: Path) -> adapters_pb2.UploadFile:
     return adapters_pb2.UploadFile(name=path.name, size=size, sha256=digest.hexdigest())
 
 
-def _chunks(path: Path, offset: int, size: int) -> Iterator[adapters_pb2.UploadChunk]:
+def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterRequest:
+    """One chunk. Filled in where it lies: a chunk made before is copied once more."""
+    message = adapters_pb2.UploadAdapterRequest()
+    message.chunk.file, message.chunk.offset, message.chunk.data = file, offset, data
+    return message
+
+
+def _chunks(path: Path, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
     """The rest of a file, from ``offset``; a whole file is not even opened."""
     if offset >= size:
         return
     with path.open("rb") as file:
         file.seek(offset)
         while data := file.read(CHUNK_BYTES):
-            yield adapters_pb2.UploadChunk(file=path.name, offset=offset, data=data)
+            yield offset, data
             offset += len(data)
 
 

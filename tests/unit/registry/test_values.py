@@ -25,9 +25,12 @@ def test_nan_stays_nan() -> None:
     assert np.isnan(rounded.view(np.float32)).all()
 
 
+NEAR_THE_LIMIT = st.floats(9900, 10100, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("serving", ["float32", "float16", "bfloat16"])
-@given(values=st.lists(st.floats(width=16), min_size=1, max_size=20))
+@given(values=st.lists(st.floats(width=16) | NEAR_THE_LIMIT, min_size=1, max_size=20))
 def test_verdict_equals_a_look_at_every_element(
     dtype: str, serving: str, values: list[float]
 ) -> None:
