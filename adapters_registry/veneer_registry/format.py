@@ -167,8 +167,7 @@ def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
 
 
 def check_adapter(folder: Path) -> tuple[str, ...]:
-    """The check of `read_adapter` without a base, and its warnings. It hashes nothing, which
-    is a third of the work.
+    """The check of `read_adapter` without a base, and its warnings. It takes no digest.
 
     Raises:
         AdapterInvalid: as `read_adapter`.
