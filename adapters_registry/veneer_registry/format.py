@@ -91,6 +91,9 @@ ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
 )
 """Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
 
+_SERVING_ANYWHERE: Final = "float32"
+"""Without a base nothing is cast; the bound on magnitudes holds all the same."""
+
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _HEADER_BYTES: Final = 64 << 10
 """What the header of a weights file takes, or a good part of it."""
@@ -155,8 +158,8 @@ def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
     Args:
         folder: what PEFT's ``save_pretrained`` wrote. Files outside the allow-list
             are not opened.
-        base: what it must fit; None for a client's local check, which leaves out
-            shapes against the base, its layers, and the fingerprint.
+        base: what it must fit; None leaves out shapes against the base, its layers, and
+            the fingerprint. See `check_adapter` too.
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``tensor`` or ``key``.
@@ -174,7 +177,7 @@ def check_adapter(folder: Path) -> tuple[str, ...]:
     """
     selection = select_files(folder)
     with _opened_weights(folder, None) as (file, header, settings, modules):
-        check_numbers(read_pieces(file), header, "float32")
+        check_numbers(read_pieces(file), header, _SERVING_ANYWHERE)
     manifest = _manifest("", header, settings, modules, None)
     return _read_rest(folder, None, selection, manifest).warnings
 
@@ -313,8 +316,7 @@ def _damaged(digest: str, why: str) -> AdapterCorrupt:
 
 
 def _read_weights(folder: Path, base: BaseSpec | None) -> AdapterManifest:
-    # Without a base nothing is cast; the bound on magnitudes holds all the same.
-    serving = "float32" if base is None else base.serving_dtype
+    serving = _SERVING_ANYWHERE if base is None else base.serving_dtype
     with _opened_weights(folder, base) as (file, header, settings, modules):
         digest = digest_weights(read_pieces(file), header, modules, serving)
     return _manifest(digest, header, settings, modules, base)

@@ -35,11 +35,12 @@ _LARGEST_BITS: Final[Mapping[str, int]] = MappingProxyType(
     {
         "F32": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]),
         "F16": int(np.array([MAX_MAGNITUDE], dtype=np.float16).view(np.uint16)[0]),
-        # Cut, not rounded: what has no more bits than this is no larger.
+        # Cut, where rounding would go past it; the others hold it exactly.
         "BF16": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]) >> 16,
     }
 )
-"""Of `MAX_MAGNITUDE`, by dtype. What passes it is finite in every serving dtype."""
+"""Of `MAX_MAGNITUDE`, by dtype. What has no more is finite in every serving dtype, since
+float16 ends at 65,504."""
 
 SERVING_BYTES: Final[Mapping[ServingDtype, int]] = MappingProxyType(
     {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -71,9 +72,7 @@ def find_problem(bits: int, dtype: str, serving: ServingDtype) -> str | None:
         return "holds an infinite value; train it again with a lower learning rate"
     if math.isinf(_cast(value, serving)):
         return f"holds a magnitude of {value:.4g}, which is infinite in {serving}"
-    if value > MAX_MAGNITUDE:
-        return f"holds a magnitude of {value:.4g}; the largest allowed is {MAX_MAGNITUDE:g}"
-    return None
+    return f"holds a magnitude of {value:.4g}; the largest allowed is {MAX_MAGNITUDE:g}"
 
 
 def _value(bits: int, dtype: str) -> float:

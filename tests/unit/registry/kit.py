@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
-from veneer_registry.format import ALLOWED_FILES, to_bfloat16, write_adapter
+from veneer_registry.errors import VeneerError
+from veneer_registry.format import (
+    ALLOWED_FILES,
+    check_adapter,
+    read_adapter,
+    to_bfloat16,
+    write_adapter,
+)
 from veneer_registry.records import Published, UploadFile, UploadRequest
 from veneer_registry.registry import Registry
 from veneer_registry.tensor_names import tensor_keys
@@ -69,6 +76,19 @@ def make_adapter(
     whole = {"r": 4, "lora_alpha": 8, **(config or {})}
     write_adapter(folder, whole, make_tensors(seed=seed) if tensors is None else tensors)
     return folder
+
+
+def assert_checks_agree(folder: Path) -> None:
+    """The check without a digest says what the whole one says without a base."""
+
+    def outcome(check: Callable[[], tuple[str, ...]]) -> object:
+        try:
+            return check()
+        except VeneerError as error:
+            return type(error), error.message, error.metadata
+
+    local = outcome(lambda: check_adapter(folder))
+    assert local == outcome(lambda: read_adapter(folder, None).warnings)
 
 
 def raw_file(header: object, data: bytes) -> bytes:

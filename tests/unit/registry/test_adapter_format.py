@@ -29,9 +29,15 @@ from veneer_registry.format import (
 )
 from veneer_registry.safetensors_header import read_header
 from veneer_registry.tensor_names import tensor_keys
-from veneer_registry.weights import digest_weights, read_pieces
+from veneer_registry.weights import check_numbers, digest_weights, read_pieces
 
-from tests.unit.registry.kit import BASE, SHAPES, make_adapter, make_tensors
+from tests.unit.registry.kit import (
+    BASE,
+    SHAPES,
+    assert_checks_agree,
+    make_adapter,
+    make_tensors,
+)
 
 Q0A, Q0B = tensor_keys(0, "q_proj")
 
@@ -39,6 +45,7 @@ Q0A, Q0B = tensor_keys(0, "q_proj")
 def refused(folder: Path, base: BaseSpec | None = BASE) -> AdapterInvalid:
     with pytest.raises(AdapterInvalid) as caught:
         read_adapter(folder, base)
+    assert_checks_agree(folder)
     return caught.value
 
 
@@ -603,6 +610,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(AdapterInvalid, match="cut off"):
             digest_weights(read_pieces(file), header, (), "bfloat16")
+        with pytest.raises(AdapterInvalid, match="cut off"):
+            check_numbers(read_pieces(file), header, "bfloat16")
 
 
 def test_views_are_the_tensors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@
 #include "products.h"
 #include "rows.h"
 #include "state.h"
+#include "step.h"
 
 #ifdef VENEER_TIMES
 #include <chrono>
@@ -57,6 +58,9 @@ class Decoder final : Program {
         work_.push_back({kLogits});
         places_.reset(parts());
     }
+
+    Decoder(const Decoder&) = delete;  // its parts refer to one another
+    Decoder& operator=(const Decoder&) = delete;
 
     void run(const Step& step) {
         prepare(step);

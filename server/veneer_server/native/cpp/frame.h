@@ -11,7 +11,8 @@
 
 namespace veneer {
 
-// Where a part's arrays are: those it reads, and those it writes.
+// Where a part's arrays are: those it reads, and those it writes. See decoder.h for how they may
+// be written: a chunk may be done twice, at one time too.
 struct Arrays {
     const float* hidden_before;
     const bf16* rounded_before;

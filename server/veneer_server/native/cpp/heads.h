@@ -193,6 +193,7 @@ class Heads {
                        scratch, to);
     }
 
+    // Writes into `results` too, which nothing else reads: the pieces' shares.
     void gather(const Arrays& at, const Item& item, float* results) const {
         const size_t numbers = Piece::numbers(m_.dim);
         for (int64_t row = item.row; row < item.row + item.rows; ++row)

@@ -48,8 +48,8 @@ class Products {
         return shrink_chunks(place) + f_.columns(layer, group).chunks;
     }
 
-    // A thread's share begins here: of both kinds of chunks as much as of the other, shrinks
-    // first, since a tile is shorter, then neighbouring tiles.
+    // A thread's share begins here: of each kind of chunks an even part, shrinks first, since a
+    // tile is shorter, then neighbouring tiles.
     int begin(int chunks, int place, int thread) const {
         const int shrinks = shrink_chunks(place);
         return even(shrinks, thread) + even(chunks - shrinks, thread);

@@ -1,4 +1,4 @@
-// What a step does row by row: embeddings, norms, sums, gates, and the head's logits.
+// What a step does to rows: embeddings, norms, sums, gates, and the head's logits.
 #pragma once
 
 #include <algorithm>

@@ -27,9 +27,10 @@ def mapped(fd: int, what: str) -> int:
         text = Path("/proc/self/smaps").read_text("utf-8")
     except OSError:
         pytest.skip("no /proc")
-    found = 0
+    found, inode = 0, str(os.fstat(fd).st_ino)
     for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text):
-        if part.split(maxsplit=5)[4] == str(os.fstat(fd).st_ino):
+        head = part.splitlines()[0]
+        if "veneer-adapter" in head and head.split()[4] == inode:
             found += int(re.search(rf"^{what}: *(\d+) kB", part, re.M)[1])  # type: ignore[index]
     return found
 
