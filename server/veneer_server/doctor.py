@@ -143,12 +143,16 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
             "torch works", "problem", last, "install the torch build that fits this machine"
         )
         return
+    native = None
+    if facts["device"] == "cpu" and config.backend != "torch":
+        native = _native(config)
+    by = "native" if native is not None and native.status == "ok" else "torch"
     cores = usable_cores()
     on = facts["cuda"] if facts["device"] == "cuda" else f"the CPU, {cores} cores"
     if config.device == "cuda" and not facts["cuda"]:
         yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
     else:
-        yield Check("would serve", "ok", f"torch on {on}")
+        yield Check("would serve", "ok", f"the {by} backend on {on}")
     threads = config.threads or cores
     fix = f"--threads {cores}, or 0" if threads > cores else ""
     found = f"{threads} of {cores} usable cores, {facts['cpu']}"
@@ -163,10 +167,9 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
     else:
         yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
     if facts["device"] == "cpu":
-        native = _native(config) if config.backend != "torch" else None
         if native is not None:
             yield native
-        if native is None or native.status != "ok":
+        if by == "torch":
             yield _packed(facts["packed"])
 
 

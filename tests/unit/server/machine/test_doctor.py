@@ -57,10 +57,22 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     answer: dict[str, Any] = json.loads(done.stdout)
     assert answer["healthy"]
     found = {check["name"]: check for check in answer["checks"]}
-    assert found["would serve"]["found"].startswith("torch on the CPU")
+    step = found.get("native step")
+    by = "native" if step is not None and step["status"] == "ok" else "torch"
+    assert found["would serve"]["found"].startswith(f"the {by} backend on the CPU")
     assert "agrees" in found["4-bit product"]["found"]
     assert found["torch"]["found"]
     assert "kv_cache 1024" in found["memory"]["found"]
+
+
+def test_without_a_compiler_it_says_who_would_serve_and_why(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = checks(**flags, backend="auto")
+    assert found["would serve"].found.startswith("the torch backend on the CPU")
+    assert found["native step"].status == "warning"
+    assert "/nowhere/c++" in found["native step"].found
 
 
 @pytest.mark.usefixtures("quick")
