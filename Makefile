@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize torture-quick torture tools packages dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick tools packages dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,7 +29,20 @@ demo: base ## Serve the base and three adapters, answer two prompts five ways
 # OpenMP threads that spin at barriers slow a loaded machine down several times.
 # A file is one worker's, since those that start a server share it.
 test: base ## Run the whole test suite, two files at a time
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --whole
+
+# A run of the suite for each: an hour or two. `python -m tests.matrix --only NAME` runs one.
+test-matrix: base ## The suite with other instruction sets, threads, locales, umasks and users
+	@$(BIN)/python -m tests.matrix
+
+test-matrix-quick: base ## The part of it that CI runs
+	@$(BIN)/python -m tests.matrix --quick
+
+test-numeric: base ## Tests that compare numbers, with each instruction set and 1 and 4 threads
+	@$(BIN)/python -m tests.matrix --numeric
+
+mutants: base ## Wrong kernels, each of which the kernels' tests must notice
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.mutants
 
 check: install protos-check ## ruff, mypy, import-linter, buf, hadolint
 	$(BIN)/ruff check .
@@ -73,6 +86,12 @@ torture-quick: base ## Every torture row in its quick form, with planted bugs th
 torture: base ## Every torture row in full: hours
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --full
 
+attacks: base ## Each attack on a server beside normal streams, with their longest gaps
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks --full
+
+attacks-quick: base ## The same in short, judged by answers, memory and bounds, not by times
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks
+
 tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 
 # Unpacked, not installed: no root, no service that starts.
@@ -84,8 +103,9 @@ tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need fro
 	rm .cache/tools/*.deb
 
 # Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
-# drawn with; strace records and breaks what the registry asks of the disk (torture).
-DEBIAN_PACKAGES := chromium-headless-shell fonts-dejavu-core strace
+# drawn with; strace records and breaks what the registry asks of the disk (torture); locales
+# has the sources of those that the suite is run in (test-matrix).
+DEBIAN_PACKAGES := chromium-headless-shell fonts-dejavu-core locales strace
 packages:
 	@if dpkg-query -W -f '$${db:Status-Status}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
 	    | grep -c '^installed' | grep -q '^$(words $(DEBIAN_PACKAGES))$$'; then :; \

@@ -7,30 +7,68 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+import torch
 from veneer_server.engine import process
 from veneer_server.engine.backends import Chosen
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.models.source import import_bundled
+
+from tests.backends_ran import RAN, check, missing, with_asked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _asked_backend() -> Iterator[None]:
-    """``VENEER_BACKEND=torch make test``: engines inside a test take it too, where the test
-    does not say which."""
-    wanted, chosen = os.environ.get("VENEER_BACKEND"), process.choose
+    """Engines inside a test take what the suite is run with (see `tests.backends_ran`), and
+    are native where they can be."""
+    chosen = process.choose
 
     def choose(config: EngineConfig, *rest: Any) -> Chosen:
-        if wanted and config.backend == "auto":
-            config = msgspec.structs.replace(config, backend=wanted)
-        return chosen(config, *rest)
+        config = with_asked(config)
+        found = chosen(config, *rest)
+        device, dtype = rest[:2]
+        elsewhere = device.type != "cpu" or dtype != torch.bfloat16
+        torch_wanted = config.backend == "torch" or elsewhere
+        check(found.name, torch_wanted=torch_wanted, why=found.why_not_native)
+        return found
 
     process.choose = choose
     yield
     process.choose = chosen
+
+
+# ------------------------------------------------------------- what the whole run ran with
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="the run is of the whole suite: fail if no engine was native where one can be",
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of xdist has ended: its engines count too."""
+    RAN.update(getattr(node, "workeroutput", {}).get("backends", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["backends"] = dict(RAN)
+    elif session.config.getoption("whole") and missing(RAN):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    ran = ", ".join(f"{name}: {count}" for name, count in sorted(RAN.items()))
+    terminalreporter.write_line(f"engines by backend: {ran or 'none'}")
+    if terminalreporter.config.getoption("whole") and (wrong := missing(RAN)):
+        terminalreporter.write_line(f"FAILED: {wrong}", red=True)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,8 @@ class EngineHarness:
         self.inbox.put(Stop())
         self._thread.join()
         self.memory.close()
+        if self.grammars is not None:
+            self.grammars.close()
         self.loop.check_integrity()
 
     def tell(self, message: ToEngine) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from veneer_registry.child_python import child_python
+
 __all__ = ["engine_of"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_ENGINE = ("-m", "veneer_server.engine.process")
+_ENGINE = tuple(child_python("-m", "veneer_server.engine.process")[1:])
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def engine_of(*module: str) -> Iterator[None]:
     async def start(program: str, *arguments: str, **options: Any) -> Any:
         if arguments[: len(_ENGINE)] == _ENGINE:
             options["env"] = {**options.get("env", os.environ), "PYTHONPATH": _python_path()}
-            arguments = ("-m", *module, *arguments[len(_ENGINE) :])
+            arguments = ("-P", "-m", *module, *arguments[len(_ENGINE) :])
         return await right(program, *arguments, **options)
 
     with patch.object(asyncio, "create_subprocess_exec", start):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -25,6 +24,8 @@ from veneer_proto.v1 import (
     inference_pb2_grpc,
     server_pb2_grpc,
 )
+
+from tests.backends_ran import check_ready_line, server_environment
 
 CHUNK = 1 << 20
 READY_SECONDS = 90
@@ -224,14 +225,26 @@ def request(
 
 @asynccontextmanager
 async def running_server(
-    data_dir: Path, cache_dir: Path, *flags: str, log: Path | None = None
+    data_dir: Path,
+    cache_dir: Path,
+    *flags: str,
+    log: Path | None = None,
+    open_files: int | None = None,
 ) -> AsyncIterator[Server]:
-    """Start a server and wait until it says that it is ready."""
+    """Start a server and wait until it says that it is ready.
+
+    Args:
+        open_files: its limit of file descriptors, if not that of the tests.
+    """
     port_file = data_dir.parent / f"{data_dir.name}-ports.json"
     port_file.unlink(missing_ok=True)
     log = log or data_dir.parent / f"{data_dir.name}.log"
     with log.open("ab") as stderr:
+        limited: tuple[str, ...] = ()
+        if open_files is not None:
+            limited = ("sh", "-c", f'ulimit -n {open_files}; exec "$@"', "")
         process = await asyncio.create_subprocess_exec(
+            *limited,
             str(Path(sys.executable).with_name("veneer-server")),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
             *("--openai-listen", "127.0.0.1:0"),
@@ -240,17 +253,13 @@ async def running_server(
             *flags,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            # But for the backend that the whole suite is to run with.
-            env={
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith("VENEER_") or name == "VENEER_BACKEND"
-            },
+            env=server_environment(),
         )
     assert process.stdout is not None
     try:
         line = await asyncio.wait_for(process.stdout.readline(), READY_SECONDS)
         assert b"ready" in line, f"server did not start:\n{log.read_text()}"
+        check_ready_line(line.decode(), flags)
         ports = json.loads(port_file.read_text())
         server = Server(process, ports["grpc"], ports["metrics"], ports["openai"])
         yield server

@@ -121,6 +121,8 @@ class BaseSpec:
         shapes: projection -> (out_features, in_features), the same in each layer.
         fingerprint: identity of the checkpoint and tokenizer.
         serving_dtype: dtype that adapter tensors are served in.
+        names: other names that an adapter's config may call this base by: its hub name,
+            its folder, what an operator allows (`base_names`).
     """
 
     name: str
@@ -128,6 +130,7 @@ class BaseSpec:
     shapes: Mapping[Projection, tuple[int, int]]
     fingerprint: BaseFingerprint
     serving_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,8 @@ class AdapterManifest:
         serving_bytes: bytes of A and B in the base's serving dtype: what a
             resident adapter costs.
         file_dtype: dtype of the tensors in the file ("mixed" if several).
-        base_name: ``base_model_name_or_path`` as written, for messages only.
+        base_name: ``base_model_name_or_path`` as written; compared with the base's names,
+            never fetched.
         base_fingerprint: the base it was trained on, where its manifest says so.
         chat_template: template shipped with the adapter, or None.
         training: flat facts from ``training_manifest.json`` (metrics, origin).

@@ -7,18 +7,24 @@ connection writes, another reads, so that a reader never waits for an fsync.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import logging
 import operator
+import os
+import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
 
+from veneer_registry.adapter import check_name
 from veneer_registry.changes import Change
-from veneer_registry.errors import FailedPrecondition
+from veneer_registry.disk import create_file, disk_errors, disk_failed, disk_full, sync
+from veneer_registry.errors import InvalidField
+from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.rows import (
     SERVER,
     AliasRow,
@@ -27,11 +33,13 @@ from veneer_registry.rows import (
     ResidentRow,
     RevisionRow,
     Who,
+    damaged_row,
 )
-from veneer_registry.schema import upgrade
-from veneer_registry.store import disk_failed, disk_full
+from veneer_registry.schema import damaged, upgrade
 
-__all__ = ["Catalog"]
+__all__ = ["BEGINNINGS", "ENDS", "Catalog"]
+
+_log = logging.getLogger(__name__)
 
 _FULL_BYTES: Final = 1 << 20
 """A disk with less room than this counts as full."""
@@ -39,25 +47,53 @@ _FULL_BYTES: Final = 1 << 20
 _FEW: Final = 1000
 """Of how many revisions with a label it is counted which of two labels is the rarer."""
 
-_COLUMNS: Final = (
-    "r.name, r.revision, r.weights, r.base, r.manifest, r.created, r.labels, r.bytes, "
-    "n.current IS r.revision, n.generation"
+_REVISION: Final = (
+    "name, revision, weights, base, created, labels, bytes, sequence, manifest_sha256"
 )
+"""What a revision's digest covers, in its order."""
+_COLUMNS: Final = (
+    ", ".join(f"r.{column}" for column in _REVISION.split(", "))
+    + ", r.digest, r.manifest, n.current IS r.revision, n.generation"
+)
+_sequence: Final = operator.itemgetter(8)
+
+BEGINNINGS: Final = ("published", "replaced", "lost")
+"""Events after which a revision has a row. An older Veneer noted as lost, and forgot, what it
+did not find at one start."""
+ENDS: Final = ("deleted", "superseded")
+
+_DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
+"""What SQLite says of a database whose own tables are damaged."""
+
+
+def _nothing(number: int) -> None:
+    pass
 
 
 class Catalog:
     """The database at ``path``. Every method may be called from any thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, after_change: Callable[[int], None] = _nothing) -> None:
         """Open or make the database.
 
+        Args:
+            after_change: told the number of each change once it is durable.
+
         Raises:
-            FailedPrecondition: it is damaged, or from a newer Veneer.
+            FailedPrecondition: it is from a newer Veneer.
+            CatalogDamaged: it cannot be read.
             DiskFull: there is no room for it.
         """
         self._path = path
+        self._after_change = after_change
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
+        if not path.exists():
+            # Private, which SQLite would leave to the umask; its other files follow this one's
+            # mode. Not where there is one: closing it would drop SQLite's locks on it.
+            with disk_errors(path.parent):
+                create_file(path)
+                sync(path.parent)
         with self._errors():
             self._writer = self._connect()
             try:
@@ -75,9 +111,13 @@ class Catalog:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @contextlib.contextmanager
@@ -94,13 +134,16 @@ class Catalog:
                 full = shutil.disk_usage(folder).free < _FULL_BYTES
                 failed = disk_full(folder) if full else disk_failed(folder, str(error))
                 raise failed from error
-            if type(error) is not sqlite3.DatabaseError:
-                raise
-            raise FailedPrecondition(
-                f"{self._path} is damaged ({error}); restore it, or move it away and push "
-                "the adapters again",
-                metadata={"file": str(self._path)},
-            ) from error
+            if code == sqlite3.SQLITE_READONLY and not os.access(self._path, os.W_OK):
+                raise disk_failed(folder, str(error)) from error
+            if code == sqlite3.SQLITE_READONLY:  # its header forbids writing
+                raise damaged(self._path, str(error)) from error
+            if type(error) is sqlite3.DatabaseError or _DAMAGE.search(str(error)):
+                raise damaged(self._path, str(error)) from error
+            raise
+        except UnicodeDecodeError as error:
+            # SQLite's error quotes the damaged schema, and Python cannot decode that.
+            raise damaged(self._path, "the SQL of its schema is not valid UTF-8") from error
 
     @contextlib.contextmanager
     def change(self, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:
@@ -121,39 +164,95 @@ class Catalog:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+            self._after_change(number)
 
     # -------------------------------------------------------------------- queries
 
-    def _query(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+    def _query(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         with self._read_lock, self._errors():
-            return self._reader.execute(sql, parameters).fetchall()
+            try:
+                return self._reader.execute(sql, parameters).fetchall()
+            except sqlite3.OperationalError as error:
+                if "UTF-8" not in str(error):
+                    raise
+            # A bit flipped inside a text: its row's digest tells which.
+            self._reader.text_factory = _lenient
+            try:
+                return self._reader.execute(sql, parameters).fetchall()
+            finally:
+                self._reader.text_factory = str
+
+    def fact(self, key: str) -> str | None:
+        """A fact about the whole catalog; None where it is not there, or is damaged."""
+        for value, digest in self._query(
+            "SELECT value, digest FROM facts WHERE key = ?", [key]
+        ):
+            if digest == row_digest("facts", key, value):
+                return str(value)
+        return None
+
+    @property
+    def number(self) -> int:
+        """Of the last change."""
+        ((number,),) = self._query("SELECT value FROM counter")
+        return int(number)
+
+    @property
+    def empty(self) -> bool:
+        """It has neither names nor revisions."""
+        ((some,),) = self._query(
+            "SELECT EXISTS (SELECT 1 FROM names) OR EXISTS (SELECT 1 FROM revisions)"
+        )
+        return not some
 
     def names(self) -> Iterator[NameRow]:
-        """Every name in order, for the index."""
-        rows = self._query(
-            "SELECT n.name, n.current, n.generation, n.retain, r.revision, r.weights, r.base "
-            "FROM names n LEFT JOIN revisions r ON r.name = n.name "
-            "ORDER BY n.name, r.sequence DESC",
-            (),
-        )
-        aliases: dict[str, list[AliasRow]] = {}
-        for alias in self.aliases():
-            aliases.setdefault(alias.name, []).append(alias)
-        for name, group in itertools.groupby(rows, key=operator.itemgetter(0)):
-            found = list(group)
-            _, current, generation, retain = found[0][:4]
-            revisions = tuple(row[4:] for row in found if row[4] is not None)
-            yield NameRow(
-                name, current, generation, revisions, retain, tuple(aliases.get(name, ()))
-            )
+        """Every name in order, for the index. Damaged rows are counted at the name that they
+        seem to be about, or at an empty one."""
+        aliases, damage = self._aliases()
+        # A start is made of this: tens of thousands of rows, most names with one revision.
+        revisions: dict[str, list[tuple[Any, ...]]] = {}
+        for row in self._query(f"SELECT digest, {_REVISION} FROM revisions"):
+            if row[0] != row_digest("revisions", *row[1:]):
+                damage[_name(row[1])] += 1
+            elif row[1] in revisions:
+                revisions[row[1]].append(row)
+            else:
+                revisions[row[1]] = [row]
+        nothing: list[tuple[Any, ...]] = []
+        for row in self._query(
+            "SELECT digest, name, current, generation, retain FROM names ORDER BY name"
+        ):
+            if row[0] != row_digest("names", *row[1:]):
+                damage[_name(row[1])] += 1
+                continue
+            _, name, current, generation, retain = row
+            kept = _newest_first(revisions.pop(name, nothing))
+            also = tuple(aliases.pop(name, ())) if name in aliases else ()
+            bad = damage.pop(name, 0) if damage else 0
+            yield NameRow(name, current, generation, kept, retain, also, bad)
+        # What is left is about names whose own row is damaged, or gone.
+        for name in sorted({*revisions, *aliases, *damage}):
+            kept = _newest_first(revisions.get(name, nothing))
+            also = tuple(aliases.get(name, ()))
+            yield NameRow(name, None, 0, kept, None, also, max(1, damage[name]))
 
     def aliases(self) -> tuple[AliasRow, ...]:
-        """Every alias, in order of name and alias."""
-        rows = self._query("SELECT * FROM aliases ORDER BY name, alias", ())
-        return tuple(
-            AliasRow(name, alias, _targets(targets), _targets(previous), generation, updated)
-            for name, alias, targets, previous, generation, updated in rows
-        )
+        """Every alias, in order of name and alias; not those whose row is damaged."""
+        return tuple(alias for group in self._aliases()[0].values() for alias in group)
+
+    def _aliases(self) -> tuple[dict[str, list[AliasRow]], Counter[str]]:
+        rows, damage = self._query("SELECT * FROM aliases ORDER BY name, alias"), Counter[str]()
+        found: dict[str, list[AliasRow]] = {}
+        for *values, digest in rows:
+            if digest != row_digest("aliases", *values):
+                damage[_name(values[0])] += 1
+                continue
+            name, alias, targets, previous, generation, updated = values
+            row = AliasRow(
+                name, alias, _targets(targets), _targets(previous), generation, updated
+            )
+            found.setdefault(name, []).append(row)
+        return found, damage
 
     def quarantined(self) -> dict[str, str]:
         """Weights digest -> why, of what is damaged."""
@@ -181,38 +280,53 @@ class Catalog:
             where.append("sequence < ?")
             parameters.append(before)
         rows = self._query(
-            "SELECT sequence, time, name, event, revision, actor, peer, detail FROM history "
-            f"WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
+            "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "
+            f"FROM history WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
             [*parameters, limit],
         )
-        return tuple(
-            HistoryRow(number, time, of, event, revision, Who(actor, peer), detail)
-            for number, time, of, event, revision, actor, peer, detail in rows
-        )
+        return tuple(_line(row) for row in rows)
+
+    def vanished(self, revisions: Set[str]) -> set[str]:
+        """Which of these revisions, that no row names, a row must have named: the history
+        tells of their publishing and of no end."""
+        last: dict[tuple[str, str], str] = {}
+        events = ", ".join(f"'{event}'" for event in (*ENDS, *BEGINNINGS))
+        for name, revision, event in self._query(
+            "SELECT name, revision, event FROM history "
+            f"WHERE event IN ({events}) ORDER BY sequence"
+        ):
+            if revision in revisions:
+                last[name, revision] = event
+        return {revision for (_, revision), event in last.items() if event in BEGINNINGS}
 
     def revision(self, name: str, revision: str) -> RevisionRow | None:
-        """One revision, or None where it is gone."""
+        """One revision, or None where it is gone. Raises AdapterCorrupt for a damaged row."""
         rows = self._query(
             f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? AND r.revision = ?",
             (name, revision),
         )
-        return _row(rows[0]) if rows else None
+        if not rows:
+            return None
+        row = _row(rows[0])
+        if row is None:
+            raise damaged_row(f"{name}@{revision[:12]}")
+        return row
 
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
-        """All revisions of a name, newest first."""
+        """All revisions of a name, newest first; not those whose row is damaged."""
         rows = self._query(
             f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? ORDER BY r.sequence DESC",
             (name,),
         )
-        return tuple(map(_row, rows))
+        return _rows(rows)
 
     def page(
         self, prefix: str, labels: Mapping[str, str], after: str, limit: int
     ) -> tuple[RevisionRow, ...]:
         """Current revisions in name order: those of names that start with ``prefix``,
-        carry all of ``labels`` and come after ``after``."""
+        carry all of ``labels`` and come after ``after``. Damaged rows are left out."""
         pairs = self._rarest_first(labels)
         first, at = "names n", "n"
         if pairs:
@@ -235,8 +349,13 @@ class Catalog:
                     "o.revision = n.current AND o.key = ? AND o.value = ?)"
                 )
             parameters += pair
-        rows = self._query(sql + f" ORDER BY {at}.name LIMIT ?", [*parameters, limit])
-        return tuple(map(_row, rows))
+        sql += f" ORDER BY {at}.name LIMIT ?"
+        rows = self._query(sql, [*parameters, limit])
+        found = _rows(rows)
+        if len(found) < len(rows) == limit:  # what is left out must not look like the end
+            beyond = self.page(prefix, labels, str(rows[-1][0]), limit - len(found))
+            return found + beyond
+        return found
 
     def _rarest_first(self, labels: Mapping[str, str]) -> list[tuple[str, str]]:
         """Pairs of a filter, the one that fewest revisions have in front."""
@@ -251,8 +370,29 @@ class Catalog:
         return sorted(labels.items(), key=count)
 
 
-def _row(row: tuple[Any, ...]) -> RevisionRow:
-    name, revision, weights, base, manifest, created, labels, size, current, generation = row
+def _newest_first(rows: list[tuple[Any, ...]]) -> tuple[tuple[str, str, str], ...]:
+    if len(rows) > 1:
+        rows.sort(key=_sequence, reverse=True)
+    return tuple([(row[2], row[3], row[4]) for row in rows])
+
+
+def _rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
+    found = tuple(row for row in map(_row, rows) if row is not None)
+    if len(found) < len(rows):
+        _log.error(
+            "%d damaged rows of the catalog are left out of a listing; stop the server and run "
+            "`veneer-server store recover`",
+            len(rows) - len(found),
+        )
+    return found
+
+
+def _row(row: tuple[Any, ...]) -> RevisionRow | None:
+    """A row of `_COLUMNS`; None where it is not what was written."""
+    *values, digest, manifest, current, generation = row
+    if digest != row_digest("revisions", *values) or values[-1] != text_digest(manifest):
+        return None
+    name, revision, weights, base, created, labels, size, _, _ = values
     return RevisionRow(
         name=name,
         revision=revision,
@@ -267,5 +407,25 @@ def _row(row: tuple[Any, ...]) -> RevisionRow:
     )
 
 
+def _line(row: tuple[Any, ...]) -> HistoryRow:
+    number, *values, digest = row
+    if digest != row_digest("history", *values):
+        return HistoryRow(number, 0.0, "", "damaged", "", SERVER, "this line is damaged")
+    time, name, event, revision, actor, peer, detail = values
+    return HistoryRow(number, time, name, event, revision, Who(actor, peer), detail)
+
+
 def _targets(text: str) -> tuple[tuple[str, int], ...]:
     return tuple((revision, weight) for revision, weight in json.loads(text))
+
+
+def _name(value: object) -> str:
+    """A name that may be damaged: itself, or nothing where no adapter can have it."""
+    try:
+        return check_name(value) if isinstance(value, str) else ""
+    except InvalidField:
+        return ""
+
+
+def _lenient(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from veneer_registry.rows import AliasRow, ResidentRow, RevisionRow, Who
+from veneer_registry.errors import AdapterCorrupt
+from veneer_registry.integrity import row_digest, text_digest
+from veneer_registry.rows import (
+    AliasRow,
+    HistoryRow,
+    ResidentRow,
+    RevisionRow,
+    Who,
+    damaged_row,
+)
 from veneer_registry.strict_json import canonical_json
 
 __all__ = ["Change"]
@@ -37,29 +47,73 @@ class Change:
     # ------------------------------------------------------------------- revisions
 
     def publish(self, row: RevisionRow) -> None:
-        """Make ``row`` the newest revision of its name, and the current one."""
+        """Make ``row`` the newest revision of its name, and the current one. A damaged row of
+        the name is written anew."""
+        retain = None
+        with contextlib.suppress(AdapterCorrupt):
+            self._check_name(row.name)
+            sql = "SELECT retain FROM names WHERE name = ?"
+            (retain,) = self._db.execute(sql, (row.name,)).fetchone() or (None,)
+        self.put_name(row.name, row.revision, self.number, retain)
+        self.put_revision(row, self.number)
+
+    def put_name(
+        self, name: str, current: str | None, generation: int, retain: int | None
+    ) -> None:
+        """Write a name's row, whatever it was before."""
         self._db.execute(
-            "INSERT INTO names (name, current, generation) VALUES (?, ?, ?) "
-            "ON CONFLICT (name) DO UPDATE "
-            "SET current = excluded.current, generation = excluded.generation",
-            (row.name, row.revision, self.number),
-        )
-        self.forget(row.name, [row.revision])
-        self._db.execute(
-            "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO names (name, current, generation, retain, digest) "
+            "VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+            "current = excluded.current, generation = excluded.generation, "
+            "retain = excluded.retain, digest = excluded.digest",
             (
-                *(row.name, row.revision, row.weights, row.base, row.manifest, row.created),
-                *(canonical_json(dict(row.labels)).decode(), row.bytes, self.number),
+                *(name, current, generation, retain),
+                row_digest("names", name, current, generation, retain),
             ),
+        )
+
+    def put_revision(self, row: RevisionRow, sequence: int) -> None:
+        """Write a revision's row, whatever it was before. Its name must be there."""
+        self.forget(row.name, [row.revision])
+        values = (
+            *(row.name, row.revision, row.weights, row.base, float(row.created)),
+            *(canonical_json(dict(row.labels)).decode(), row.bytes, sequence),
+            text_digest(row.manifest),
+        )
+        self._db.execute(
+            "INSERT INTO revisions (name, revision, weights, base, created, labels, bytes, "
+            "sequence, manifest_sha256, digest, manifest) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, row_digest("revisions", *values), row.manifest),
         )
         self._add_labels(row.name, row.revision, row.labels)
 
     def make_current(self, name: str, revision: str) -> None:
         """Let a name mean one of its revisions."""
+        self._update_name(name, "current = ?", revision)
+
+    def _update_name(self, name: str, assignment: str, *values: object) -> None:
+        """Change a name's row and give it this change's number as its generation. A damaged
+        row stays as it is: a new digest would make it look whole."""
+        self._check_name(name)
         self._db.execute(
-            "UPDATE names SET current = ?, generation = ? WHERE name = ?",
-            (revision, self.number, name),
+            f"UPDATE names SET {assignment}, generation = ? WHERE name = ?",
+            (*values, self.number, name),
         )
+        self._db.execute(
+            "UPDATE names SET digest = row_digest('names', name, current, generation, retain) "
+            "WHERE name = ?",
+            (name,),
+        )
+
+    def _check_name(self, name: str) -> None:
+        (intact,) = self._db.execute(
+            "SELECT count(*) FILTER (WHERE digest IS NOT row_digest('names', name, current, "
+            "generation, retain)) = 0 FROM names WHERE name = ?",
+            (name,),
+        ).fetchone()
+        if not intact:
+            raise damaged_row(name)
 
     def delete_name(self, name: str) -> None:
         """Forget a name with its revisions and aliases."""
@@ -69,10 +123,10 @@ class Change:
         """Forget some revisions of a name, which stays without a current one if that
         was among them."""
         self.forget(name, revisions)
-        self._db.execute(
-            "UPDATE names SET generation = ?, current = (SELECT revision FROM revisions r "
-            "WHERE r.name = names.name AND r.revision = names.current) WHERE name = ?",
-            (self.number, name),
+        self._update_name(
+            name,
+            "current = (SELECT revision FROM revisions r "
+            "WHERE r.name = names.name AND r.revision = names.current)",
         )
 
     def forget(self, name: str, revisions: Iterable[str]) -> None:
@@ -85,14 +139,25 @@ class Change:
     # ------------------------------------------------------------ labels, retention
 
     def set_labels(self, name: str, revision: str, labels: Mapping[str, str]) -> None:
-        """Give a revision these labels, and no others."""
+        """Give a revision, whose row was just read and is whole, just these labels."""
         self._db.execute(
-            "UPDATE revisions SET labels = ? WHERE name = ? AND revision = ?",
+            "UPDATE revisions SET labels = ?1, digest = row_digest('revisions', name, "
+            "revision, weights, base, created, ?1, bytes, sequence, manifest_sha256) "
+            "WHERE name = ?2 AND revision = ?3",
             (canonical_json(dict(labels)).decode(), name, revision),
         )
         self._db.execute("DELETE FROM labels WHERE name = ? AND revision = ?", (name, revision))
         self._add_labels(name, revision, labels)
         self.touch(name)
+
+    def set_base(self, row: RevisionRow, base: str) -> None:
+        """The revision was checked against this base."""
+        self._db.execute(
+            "UPDATE revisions SET base = ?1, digest = row_digest('revisions', name, revision, "
+            "weights, ?1, created, labels, bytes, sequence, manifest_sha256) "
+            "WHERE name = ?2 AND revision = ?3",
+            (base, row.name, row.revision),
+        )
 
     def _add_labels(self, name: str, revision: str, labels: Mapping[str, str]) -> None:
         self._db.executemany(
@@ -102,23 +167,25 @@ class Change:
 
     def set_retain(self, name: str, retain: int) -> None:
         """How many superseded revisions a name keeps."""
-        self._db.execute("UPDATE names SET retain = ? WHERE name = ?", (retain, name))
-        self.touch(name)
+        self._update_name(name, "retain = ?", retain)
 
     def touch(self, name: str) -> None:
         """Give a name this change's number as its generation."""
-        self._db.execute("UPDATE names SET generation = ? WHERE name = ?", (self.number, name))
+        self._update_name(name, "generation = generation")
 
     # ---------------------------------------------------------------------- aliases
 
     def set_alias(self, row: AliasRow) -> None:
         """Make or move an alias."""
+        values = (
+            *(row.name, row.alias, _pairs(row.targets), _pairs(row.previous)),
+            *(row.generation, float(row.updated)),
+        )
         self._db.execute(
-            "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                *(row.name, row.alias, _pairs(row.targets), _pairs(row.previous)),
-                *(row.generation, row.updated),
-            ),
+            "INSERT OR REPLACE INTO aliases "
+            "(name, alias, targets, previous, generation, updated, digest) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*values, row_digest("aliases", *values)),
         )
 
     def remove_alias(self, name: str, alias: str) -> None:
@@ -166,19 +233,38 @@ class Change:
 
     def note(self, event: str, name: str, revision: str = "", detail: str = "") -> None:
         """Add a line to the history."""
-        self._db.execute(
-            "INSERT INTO history (time, name, event, revision, actor, peer, detail) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(self._time, name, event, revision, self._who.actor, self._who.peer),
-                detail[:_DETAIL],
-            ),
-        )
+        who = self._who
+        self.add_line(HistoryRow(0, self._time, name, event, revision, who, detail[:_DETAIL]))
         self._db.execute(
             "DELETE FROM history WHERE name = ?1 AND sequence <= (SELECT sequence FROM history "
             "WHERE name = ?1 ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
             (name, _LINES),
         )
+
+    def add_line(self, line: HistoryRow) -> None:
+        """Add a line as it is, but for its sequence."""
+        values = (
+            *(float(line.time), line.name, line.event, line.revision),
+            *(line.who.actor, line.who.peer, line.detail),
+        )
+        self._db.execute(
+            "INSERT INTO history (time, name, event, revision, actor, peer, detail, digest) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, row_digest("history", *values)),
+        )
+
+    # ------------------------------------------------------------------------ facts
+
+    def set_fact(self, key: str, value: str) -> None:
+        """One of the few facts about the whole catalog: see `Catalog.fact`."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)",
+            (key, value, row_digest("facts", key, value)),
+        )
+
+    def raise_counter(self, least: int) -> None:
+        """Let the numbers of later changes be larger than ``least``."""
+        self._db.execute("UPDATE counter SET value = max(value, ?)", (least,))
 
 
 def _pairs(targets: Sequence[tuple[str, int]]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Final
 
+from veneer_registry import registration
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
@@ -23,6 +24,7 @@ from veneer_registry.errors import EtagMismatch, VeneerError
 from veneer_registry.format import manifest_from_json
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
+from veneer_registry.pairing import ChangeMark
 from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.store import Store
@@ -49,6 +51,7 @@ class Core:
         *,
         lock: OwnerLock,
         store: Store,
+        mark: ChangeMark,
         catalog: Catalog,
         index: Index,
         base: BaseSpec,
@@ -58,6 +61,7 @@ class Core:
     ) -> None:
         self.lock = lock
         self.store = store
+        self.mark = mark
         self.catalog = catalog
         self.index = index
         self.base = base
@@ -78,10 +82,11 @@ class Core:
         manifest = self._parse(row.manifest)
         # The server may have been started again with another serving dtype.
         served = manifest.parameters * SERVING_BYTES[self.base.serving_dtype]
+        ref = AdapterRef(row.name, row.revision, row.weights)
         entry = self.index.entry(row.name)
         retain = None if entry is None else entry.retain
         return AdapterRecord(
-            ref=AdapterRef(row.name, row.revision, row.weights),
+            ref=ref,
             manifest=dataclasses.replace(manifest, serving_bytes=served),
             created=row.created,
             labels=row.labels,
@@ -90,7 +95,7 @@ class Core:
             bytes=row.bytes,
             aliases=() if entry is None else entry.aliases_of(row.revision),
             retain=self.retain if retain is None else retain,
-            quarantined=self.index.quarantined(row.weights),
+            quarantined=self.index.unusable(ref),
             foreign=row.base != self.base_id,
         )
 
@@ -127,10 +132,27 @@ class Core:
         After the index has moved on: a request that found one of them before asks again
         and gets the new one.
         """
+        dropped = tuple(dropped)
         with self.change(SERVER) as change:
             change.forget(name, [ref.revision for ref in dropped])
             for ref in dropped:
                 change.note("superseded", name, ref.revision)
+        self.unregister(name, [ref.revision for ref in dropped])
+
+    def unregister(self, name: str, revisions: Iterable[str]) -> None:
+        """A name has these revisions no longer: `store recover` must not bring them back."""
+        for revision in revisions:
+            try:
+                self.store.unregister(revision, registration.file_name(name))
+            except VeneerError as error:  # the change stands; only a recovery would miss it
+                _log.warning("%s is still registered in the store: %s", name, error)
+
+    def register(self, row: RevisionRow) -> None:
+        """Keep what the catalog says about a revision beside its bundle, too."""
+        try:
+            self.store.register(row.revision, *registration.write(row))
+        except VeneerError as error:
+            _log.warning("the registration of %s in the store is old: %s", row.name, error)
 
 
 def check_etag(name: str, entry: Entry | None, etag: str) -> None:

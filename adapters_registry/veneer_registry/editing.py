@@ -196,6 +196,8 @@ class Editor:
             if dropped:
                 core.drop_superseded(ref.name, entry, dropped)
             after = core.catalog.revision(ref.name, ref.revision)
+            if relabelled and after is not None:
+                core.register(after)
             record = core.record(row if after is None else after)
         core.sweep_quietly()
         return record, dropped
@@ -260,6 +262,7 @@ class Editor:
                 self._put(plain, kept)
             else:
                 core.index.remove(plain)
+            core.unregister(plain, gone)
         core.sweep_quietly()
         return gone
 

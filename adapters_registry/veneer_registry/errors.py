@@ -11,6 +11,7 @@ rebuilds the instance from it, so both sides catch the same classes::
     │   ├── AdapterInvalid          ADAPTER_INVALID
     │   ├── ChecksumMismatch        CHECKSUM_MISMATCH
     │   ├── ContextTooLong          CONTEXT_TOO_LONG
+    │   ├── MalformedMessage        MALFORMED_MESSAGE
     │   └── TemplateFailed          TEMPLATE_FAILED
     ├── AdapterNotFound             ADAPTER_NOT_FOUND
     ├── AdapterExists               ADAPTER_EXISTS
@@ -18,7 +19,9 @@ rebuilds the instance from it, so both sides catch the same classes::
     │   ├── BaseModelMismatch       BASE_MODEL_MISMATCH
     │   ├── AdapterInUse            ADAPTER_IN_USE
     │   ├── AdapterPinned           ADAPTER_PINNED
-    │   └── EtagMismatch            ETAG_MISMATCH
+    │   ├── EtagMismatch            ETAG_MISMATCH
+    │   ├── CatalogDamaged          CATALOG_DAMAGED
+    │   └── StoreMismatch           STORE_MISMATCH  (start-up only, never on the wire)
     ├── ResourceExhausted
     │   ├── QueueFull               QUEUE_FULL
     │   ├── AdapterBudgetExceeded   ADAPTER_BUDGET_EXCEEDED
@@ -59,6 +62,7 @@ __all__ = [
     "AdapterPinned",
     "BaseModelMismatch",
     "Cancelled",
+    "CatalogDamaged",
     "ChecksumMismatch",
     "ContextTooLong",
     "DeadlineExceeded",
@@ -72,6 +76,7 @@ __all__ = [
     "InternalError",
     "InvalidArgument",
     "InvalidField",
+    "MalformedMessage",
     "ModelLoading",
     "NonFiniteOutput",
     "QueueFull",
@@ -79,6 +84,7 @@ __all__ = [
     "ResourceExhausted",
     "ServerUnreachable",
     "StoreLocked",
+    "StoreMismatch",
     "TemplateFailed",
     "Unavailable",
     "Unimplemented",
@@ -148,6 +154,12 @@ class ContextTooLong(InvalidArgument):
     reason = "CONTEXT_TOO_LONG"
 
 
+class MalformedMessage(InvalidArgument):
+    """The bytes of the request are no message of this call (metadata ``message``)."""
+
+    reason = "MALFORMED_MESSAGE"
+
+
 class TemplateFailed(InvalidArgument):
     """The chat template could not render these messages."""
 
@@ -197,6 +209,19 @@ class EtagMismatch(FailedPrecondition):
     """The adapter changed since it was read."""
 
     reason = "ETAG_MISMATCH"
+
+
+class CatalogDamaged(FailedPrecondition):
+    """The catalog cannot be read; ``veneer-server store recover`` rebuilds it."""
+
+    reason = "CATALOG_DAMAGED"
+
+
+class StoreMismatch(FailedPrecondition):
+    """Catalog and stored adapters are not of one piece: one is missing, empty, older or
+    another folder's. Nothing was changed (start-up only; metadata ``found`` and ``fix``)."""
+
+    reason = "STORE_MISMATCH"
 
 
 class ResourceExhausted(VeneerError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ from veneer_registry.errors import AdapterInvalid, InvalidField
 from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["fingerprint_base", "weight_files"]
+__all__ = ["fingerprint_base", "weight_files", "weights_fingerprint"]
+
+_log = logging.getLogger(__name__)
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -59,6 +62,15 @@ def fingerprint_base(
         quantization=quantized,
         template=_template(folder),
     )
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """`BaseFingerprint.weights` of what the folder holds now: reads every byte.
+
+    Raises:
+        InvalidField: (metadata ``field`` = ``base``) no safetensors, or broken ones.
+    """
+    return _hash_weights(weight_files(folder))
 
 
 def _sha256(data: bytes) -> str:
@@ -98,17 +110,29 @@ def weight_files(folder: Path) -> list[Path]:
 def _cached_weights(shards: list[Path], cache_dir: Path | None) -> str:
     if cache_dir is None:
         return _hash_weights(shards)
-    entry = cache_dir / "fingerprints" / f"{_cache_key(shards)}.json"
+    key = _cache_key(shards)
+    entry = cache_dir / "fingerprints" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        digest = json.loads(entry.read_bytes())["weights"]
-        if isinstance(digest, str) and len(digest) == 64:
-            return digest
+        found = json.loads(entry.read_bytes())
+        if found == _entry(key, found["weights"]):
+            return str(found["weights"])
+    if entry.exists():
+        _log.warning(
+            "%s is damaged, or of an older version: the base's weights are hashed again", entry
+        )
     digest = _hash_weights(shards)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    scratch = entry.with_suffix(f".{os.getpid()}")
-    scratch.write_bytes(canonical_json({"weights": digest}))
-    scratch.replace(entry)
+    with contextlib.suppress(OSError):  # it costs the next start the time to hash again
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        scratch = entry.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(canonical_json(_entry(key, digest)))
+        scratch.replace(entry)
     return digest
+
+
+def _entry(key: str, digest: str) -> dict[str, str]:
+    """What is kept of a digest: with a checksum, since a flipped bit would make it that of
+    another base."""
+    return {"weights": digest, "check": _sha256(f"{key} {digest}".encode())}
 
 
 def _cache_key(shards: list[Path]) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from veneer_registry.adapter import PROJECTIONS, AdapterManifest, BaseSpec, Lora
 from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
 from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, LoraSettings, parse_config
 from veneer_registry.manifest_json import manifest_from_json, manifest_to_json
+from veneer_registry.regular_files import open_regular, stat_regular
 from veneer_registry.safetensors_header import SafetensorsHeader, read_header
 from veneer_registry.strict_json import refuse, show
 from veneer_registry.tensor_names import module_path
@@ -61,11 +61,13 @@ __all__ = [
     "TensorView",
     "check_adapter",
     "check_file_name",
+    "check_fit",
     "manifest_from_json",
     "manifest_to_json",
     "open_stored",
     "open_unverified",
     "read_adapter",
+    "read_small",
     "select_files",
     "to_bfloat16",
     "verify_weights",
@@ -132,9 +134,12 @@ def select_files(folder: Path) -> FileSelection:
     Trainers leave ``training_args.bin``, optimizer states and checkpoints beside an
     adapter: they are skipped, never sent.
 
+    Only names, kinds and sizes are looked at: nothing is read before all of them are fine.
+
     Raises:
         AdapterInvalid: the folder or a required file is missing; where only a
-            pickle is there, it is named with the way to convert it.
+            pickle is there, it is named with the way to convert it. A file of the bundle is
+            empty, too large, not a regular file, or a link that leaves the folder.
     """
     if not folder.is_dir():
         refuse(show(str(folder)), "is not a folder; give the folder that PEFT saved")
@@ -149,7 +154,18 @@ def select_files(folder: Path) -> FileSelection:
     for name in REQUIRED_FILES:
         if name not in names:
             refuse(name, "is missing; save the adapter with save_pretrained")
+    for path in files:
+        _check_size(path)
     return FileSelection(files, skipped)
+
+
+def _check_size(path: Path) -> None:
+    size, limit = stat_regular(path).st_size, ALLOWED_FILES[path.name]
+    if not size:
+        fix = "save the adapter again" if path.name in REQUIRED_FILES else "remove it"
+        refuse(path.name, f"is empty; {fix}")
+    if limit is not None and size > limit:
+        refuse(path.name, f"is larger than {limit} bytes, it has {size}; make it smaller")
 
 
 def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
@@ -163,7 +179,7 @@ def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``tensor`` or ``key``.
-        BaseModelMismatch: its manifest names another base; both are shown.
+        BaseModelMismatch: its manifest or its config names another base; both are shown.
     """
     selection = select_files(folder)
     return _read_rest(folder, base, selection, _read_weights(folder, base))
@@ -190,13 +206,13 @@ def _read_rest(
     warnings = list(manifest.warnings)
     training = TrainingManifest(None, {}, ())
     if TRAINING_FILE in names:
-        training = parse_training(_read_small(folder, TRAINING_FILE, TRAINING_LIMIT))
+        training = parse_training(read_small(folder, TRAINING_FILE))
         warnings += training.warnings
     if base is not None:
-        warnings += check_base(training.fingerprint, base)
+        warnings += check_base(training.fingerprint, base, manifest.base_name)
     template = None
     if TEMPLATE_FILE in names:
-        template = _template(_read_small(folder, TEMPLATE_FILE, TEMPLATE_LIMIT))
+        template = _template(read_small(folder, TEMPLATE_FILE))
     return dataclasses.replace(
         manifest,
         base_fingerprint=training.fingerprint,
@@ -204,6 +220,12 @@ def _read_rest(
         training=training.facts,
         warnings=tuple(warnings),
     )
+
+
+def check_fit(folder: Path, base: BaseSpec) -> None:
+    """Compare modules and shapes of stored weights with a base. Raises as `read_adapter`."""
+    with _opened_weights(folder, base):
+        pass
 
 
 def weights_digest(folder: Path) -> str:
@@ -266,9 +288,8 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
-            _check_regular(folder / WEIGHTS_FILE)
-            raw = io.FileIO(folder / WEIGHTS_FILE)
+            settings = parse_config(read_small(folder, CONFIG_FILE))
+            raw = open_regular(folder / WEIGHTS_FILE)
             file = stack.enter_context(io.BufferedReader(raw, _HEADER_BYTES))
             file.peek()  # before all the rest is asked for, or it would wait for that
             stack.enter_context(_read_ahead(file.fileno()))
@@ -328,9 +349,8 @@ _Opened = tuple[io.BufferedReader, SafetensorsHeader, LoraSettings, tuple[LoraMo
 @contextlib.contextmanager
 def _opened_weights(folder: Path, base: BaseSpec | None) -> Iterator[_Opened]:
     """The two weight files, checked but for the numbers."""
-    settings = parse_config(_read_small(folder, CONFIG_FILE, CONFIG_LIMIT))
-    _check_regular(folder / WEIGHTS_FILE)
-    with (folder / WEIGHTS_FILE).open("rb") as file:
+    settings = parse_config(read_small(folder, CONFIG_FILE))
+    with _buffered(folder / WEIGHTS_FILE) as file:
         header = read_header(file, WEIGHTS_FILE)
         yield file, header, settings, find_modules(header, settings, base)
 
@@ -360,19 +380,20 @@ def _manifest(
     )
 
 
-def _check_regular(path: Path) -> None:
-    # Opening a FIFO would block for ever, a device could never end.
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        regular = False
-    if not regular:
-        refuse(path.name, "is missing or not a regular file; save the adapter again")
+def _buffered(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(open_regular(path))
 
 
-def _read_small(folder: Path, name: str, limit: int) -> bytes:
-    _check_regular(folder / name)
-    with (folder / name).open("rb") as file:
+def read_small(folder: Path, name: str) -> bytes:
+    """All of a bundle's file other than the weights.
+
+    Raises:
+        AdapterInvalid: it is missing, too large, not a regular file, or a link that leaves
+            the folder.
+    """
+    limit = ALLOWED_FILES[name]
+    assert limit is not None, "the weights are read in pieces"
+    with _buffered(folder / name) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         refuse(name, f"is larger than {limit} bytes; make it smaller")

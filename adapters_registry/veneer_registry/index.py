@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Final, TypeVar
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.entry import (
@@ -24,11 +25,15 @@ from veneer_registry.entry import (
     split_spec,
 )
 from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch
+from veneer_registry.rows import damaged_row
 from veneer_registry.suggest import NearNames
 
 __all__ = ["Garbage", "Index"]
 
 _Key = TypeVar("_Key")
+
+LOST: Final = "its content is gone from the disk"
+_NO_DAMAGE: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,10 @@ class Index:
         self._leases: Counter[str] = Counter()
         self._garbage: set[AdapterRef] = set()
         self._quarantined: dict[str, str] = {}
+        # Weights and revisions whose content was not on disk at start.
+        self._lost: set[str] = set()
+        # Names of which the catalog has damaged rows.
+        self._damaged: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -143,6 +152,13 @@ class Index:
                 "revision",
                 metadata={"adapter": found.ref.short},
             )
+        if self._is_lost(found.ref):
+            raise AdapterCorrupt(
+                f"the content of adapter {found.ref.short} is gone from the server's disk; "
+                "push the same files again, or restore the data folder's store/ and start the "
+                "server again",
+                metadata={"adapter": found.ref.short, "why": LOST},
+            )
         if found.ref.revision in found.entry.foreign:
             raise BaseModelMismatch(
                 f"adapter {found.ref.short} was registered for another base than "
@@ -161,6 +177,14 @@ class Index:
             check_prefix(rest)
         if entry is None:
             raise self._not_found(name)
+        try:
+            return self._choose(name, mark, rest, entry, key)
+        except AdapterNotFound:
+            if name in self._damaged:  # it may be there, in a row that cannot be read
+                raise damaged_row(spec[:80]) from None
+            raise
+
+    def _choose(self, name: str, mark: str, rest: str, entry: Entry, key: str | None) -> Found:
         if mark == "@":
             return Found(entry, by_prefix(name, entry, rest))
         if mark == "/":
@@ -201,10 +225,15 @@ class Index:
             self._near.remove(name)
             self._drop(old)
 
-    def load(self, entries: dict[str, Entry]) -> None:
-        """Fill an empty index at once (one sort instead of one insertion a name)."""
+    def load(self, entries: dict[str, Entry], damaged: Mapping[str, int] = _NO_DAMAGE) -> None:
+        """Fill an empty index at once (one sort instead of one insertion a name).
+
+        Args:
+            damaged: name -> how many rows about it could not be read.
+        """
         with self._lock:
             self._names = dict(entries)
+            self._damaged = dict(damaged)
             self._near = NearNames(entries)
             for entry in entries.values():
                 self._count(entry, 1)
@@ -231,6 +260,59 @@ class Index:
     def quarantined(self, weights_digest: str) -> str | None:
         """Why these weights are in quarantine, or None."""
         return self._quarantined.get(weights_digest)
+
+    def unusable(self, ref: AdapterRef) -> str | None:
+        """Why the content of a revision is not served, or None."""
+        why = self._quarantined.get(ref.weights_digest)
+        return LOST if why is None and self._is_lost(ref) else why
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in order."""
+        with self._lock:
+            return tuple(sorted(self._names))
+
+    def weights(self) -> set[str]:
+        """Weights digests that names refer to."""
+        with self._lock:
+            return set(self._by_weights)
+
+    def revisions(self) -> set[str]:
+        """Revisions that names refer to."""
+        with self._lock:
+            return set(self._by_revision)
+
+    def set_lost(self, digests: Set[str]) -> None:
+        """Weights digests and revisions whose content is not on disk."""
+        with self._lock:
+            self._lost = set(digests)
+
+    def found(self, ref: AdapterRef) -> bool:
+        """The content of a revision is on disk. True if it was not before."""
+        with self._lock:
+            before = self._is_lost(ref)
+            self._lost -= {ref.weights_digest, ref.revision}
+            return before
+
+    def damaged(self, name: str) -> bool:
+        """The catalog has damaged rows about a name."""
+        return name in self._damaged
+
+    def mended(self, name: str) -> None:
+        """The row of a name, and of its current revision, was written anew."""
+        with self._lock:
+            self._damaged.pop(name, None)
+
+    def lost_adapters(self) -> tuple[AdapterRef, ...]:
+        """Revisions whose content is not on disk, by name."""
+        with self._lock:
+            if not self._lost:
+                return ()
+            entries = (self._names[name] for name in sorted(self._names))
+            return tuple(r for entry in entries for r in entry.revisions if self._is_lost(r))
+
+    def _is_lost(self, ref: AdapterRef) -> bool:
+        lost = self._lost
+        return bool(lost) and (ref.weights_digest in lost or ref.revision in lost)
 
     # ------------------------------------------------------------------- garbage
 

@@ -38,7 +38,7 @@ class OwnerLock:
         self.data_dir = data_dir
         try:
             _make(data_dir)
-            self._fd = os.open(data_dir / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(data_dir / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InvalidField(
                 f"data folder {data_dir} cannot be used ({error.strerror}); give another "
@@ -84,7 +84,7 @@ def _make(folder: Path) -> None:
     """Make a folder with its parents, each durable: what is stored in it must not vanish with
     it when the power goes."""
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     for each in made:
         fd = os.open(each.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -17,14 +17,21 @@ from typing import Final, NoReturn, TypeVar
 
 from veneer_registry.strict_json import parse_object, refuse, show
 
-__all__ = ["CONFIG_FILE", "CONFIG_LIMIT", "MAX_RANK", "LoraSettings", "parse_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "CONFIG_LIMIT",
+    "MAX_ALPHA",
+    "MAX_RANK",
+    "LoraSettings",
+    "parse_config",
+]
 
 CONFIG_FILE: Final = "adapter_config.json"
 CONFIG_LIMIT: Final = 1 << 20
 """Most bytes of the file; PEFT's own with every module listed by name is 30 KB."""
 
 MAX_RANK: Final = 4096
-_MAX_ALPHA: Final = 1e6
+MAX_ALPHA: Final = 1e6
 
 # Keys that cannot change what the tensors and scalings of this project compute.
 _WITHOUT_EFFECT: Final = frozenset(
@@ -87,7 +94,8 @@ class LoraSettings:
         rank, alpha: defaults for modules that no pattern names.
         rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
         rank_pattern, alpha_pattern: literal keys, in the order of the file.
-        base_name: ``base_model_name_or_path``, for messages only.
+        base_name: ``base_model_name_or_path`` as written, "" if there is none. Does not
+            change the result.
     """
 
     rank: int
@@ -199,8 +207,8 @@ def _alpha(key: str, value: object) -> float:
     # int stays int: PEFT divides what the file holds, and so do we.
     if not isinstance(value, int | float) or isinstance(value, bool):
         refuse(CONFIG_FILE, f"is {show(value)}; alpha is a number", key=key)
-    if abs(value) > _MAX_ALPHA:
-        refuse(CONFIG_FILE, f"is {show(value)}; at most {_MAX_ALPHA:g} is allowed", key=key)
+    if abs(value) > MAX_ALPHA:
+        refuse(CONFIG_FILE, f"is {show(value)}; at most {MAX_ALPHA:g} is allowed", key=key)
     return value
 
 

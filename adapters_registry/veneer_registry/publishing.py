@@ -7,26 +7,26 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
+from veneer_registry import registration
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.changes import Change
 from veneer_registry.core import Core, check_etag
+from veneer_registry.disk import disk_full
 from veneer_registry.entry import Entry
-from veneer_registry.errors import AdapterExists, InvalidField, VeneerError
+from veneer_registry.errors import AdapterCorrupt, AdapterExists, InvalidField, VeneerError
 from veneer_registry.format import REQUIRED_FILES, manifest_to_json, read_adapter
 from veneer_registry.records import AdapterRecord, Published, UploadRequest
 from veneer_registry.rows import RevisionRow, Who
-from veneer_registry.store import Bundle, disk_full
+from veneer_registry.store import Bundle
 from veneer_registry.upload import Upload, check_request
 
-__all__ = ["Prepare", "Publisher"]
+__all__ = ["Publisher", "Staged"]
 
 _log = logging.getLogger(__name__)
-
-Prepare = Callable[[AdapterRecord, AdapterRef | None], None]
-"""Called with the new revision's record, and the revision that the name means now (if it
-is another), before the name moves; its error undoes the publish."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -37,6 +37,51 @@ class _Content:
     bundle: Bundle
     sums: Mapping[str, str]
     fresh: bool = False
+    found: bool = False
+
+
+class Staged:
+    """Content that is on disk and that no name means yet, until `Registry.commit` or
+    `discard` ends it. No sweep takes it meanwhile.
+
+    Attributes:
+        record: of the new revision, which is not current.
+        current: the revision that the name meant when it was staged, if that is another.
+    """
+
+    def __init__(
+        self,
+        request: UploadRequest,
+        row: RevisionRow,
+        content: _Content,
+        record: AdapterRecord,
+        current: AdapterRef | None,
+        end: contextlib.ExitStack,
+    ) -> None:
+        """Use `Registry.stage`."""
+        self.request = request
+        self.row = row
+        self.content = content
+        self.record = record
+        self.current = current
+        self.open = True
+        self._end = end
+
+    def discard(self) -> None:
+        """End it; what no name has goes. May be called again, also after a commit."""
+        self.open = False
+        self._end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
 
 
 class Publisher:
@@ -147,38 +192,103 @@ class Publisher:
                     swept += 1
         return swept
 
+    def trim_uploads(self, *, most: int, most_bytes: int) -> int:
+        """Remove the oldest of what broken uploads left, until no more than ``most`` with
+        ``most_bytes`` are there; the newest stays whatever its size. Returns how many went.
+        """
+        trimmed = 0
+        with self._lock:
+            broken = [
+                (size, folder)
+                for _, size, folder in self._core.store.kept_uploads()
+                if folder.name not in self._active
+            ]
+            total = sum(size for size, _ in broken)
+            for at, (size, folder) in enumerate(broken[:-1]):
+                if len(broken) - at <= most and total <= most_bytes:
+                    break
+                self._core.store.drop_staging(folder)
+                total -= size
+                trimmed += 1
+        return trimmed
+
     # --------------------------------------------------------------------- publish
 
-    def publish(
-        self, upload: Upload, *, validate_only: bool, who: Who, prepare: Prepare | None
-    ) -> Published:
-        """See `Registry.publish`."""
-        request = upload.request
+    def validate(self, upload: Upload) -> Published:
+        """See `Registry.validate`."""
         with upload:
-            upload.finish()
-            manifest = read_adapter(upload.folder, self._core.base)
-            sums = {file.name: file.sha256 for file in request.files}
-            extra = {name: sha for name, sha in sums.items() if name not in REQUIRED_FILES}
-            bundle = Bundle(manifest.weights_digest, extra)
-            row = RevisionRow(
-                name=request.name,
-                revision=bundle.revision,
-                weights=bundle.weights,
-                base=self._core.base_id,
-                manifest=manifest_to_json(manifest),
-                created=self._core.clock(),
-                labels=dict(request.labels),
-                bytes=upload.received_bytes,
+            return self._preview(upload.request, self._read(upload)[0])
+
+    def stage(self, upload: Upload) -> Staged:
+        """See `Registry.stage`."""
+        core, request = self._core, upload.request
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(upload)  # aborts it; nothing is left of it after a commit
+            row, content = self._read(upload)
+            ref = AdapterRef(row.name, row.revision, row.weights)
+            undo.callback(core.sweep_quietly)  # what was put on disk has no name
+            core.index.hold(ref)  # no sweep may take what no name has yet
+            undo.callback(core.index.release, ref)
+            with core.changes:
+                entry = core.index.entry(row.name)
+                self._check_replace(request, entry, row.revision)
+                kept = self._registered(row, entry)
+                undo.callback(self._unregister, ref)
+                content.fresh = core.store.commit(
+                    upload.folder, content.bundle, registration.write(kept)
+                )
+                content.found = core.index.found(ref)
+                # Whole on disk since a push that was not published: it heals all the same.
+                content.fresh |= core.index.quarantined(row.weights) is not None
+            current = None if entry is None else entry.current
+            return Staged(
+                request=request,
+                row=row,
+                content=content,
+                record=dataclasses.replace(core.record(row), current=False),
+                current=None if current == ref else current,
+                end=undo.pop_all(),
             )
-            if validate_only:
-                return self._preview(request, row)
-            try:
-                published = self._publish(upload, _Content(bundle, sums), row, who, prepare)
-            except BaseException:
-                self._core.sweep_quietly()  # what was put on disk has no name
-                raise
-        self._core.sweep_quietly()
-        return published
+
+    def _unregister(self, ref: AdapterRef) -> None:
+        """A recovery must not bring back what was staged and never committed."""
+        with self._core.changes:
+            entry = self._core.index.entry(ref.name)
+            if entry is None or ref not in entry.revisions:
+                self._core.unregister(ref.name, [ref.revision])
+
+    def commit(self, staged: Staged, who: Who) -> Published:
+        """See `Registry.commit`."""
+        assert staged.open, "a publish that has ended already"
+        core, row = self._core, staged.row
+        with staged, core.changes:
+            entry = core.index.entry(row.name)
+            self._check_replace(staged.request, entry, row.revision)
+            registered = registration.write(self._registered(row, entry))
+            if not core.store.has(row.revision, registered[0]):
+                # Another publish of the same was staged beside this one, and given up.
+                core.store.register(row.revision, *registered)
+            return self._commit(staged.request, row, staged.content, who)
+
+    def _read(self, upload: Upload) -> tuple[RevisionRow, _Content]:
+        """What a complete upload is, once it is checked."""
+        request = upload.request
+        upload.finish()
+        manifest = read_adapter(upload.folder, self._core.base)
+        sums = {file.name: file.sha256 for file in request.files}
+        extra = {name: sha for name, sha in sums.items() if name not in REQUIRED_FILES}
+        bundle = Bundle(manifest.weights_digest, extra)
+        row = RevisionRow(
+            name=request.name,
+            revision=bundle.revision,
+            weights=bundle.weights,
+            base=self._core.base_id,
+            manifest=manifest_to_json(manifest),
+            created=self._core.clock(),
+            labels=dict(request.labels),
+            bytes=upload.received_bytes,
+        )
+        return row, _Content(bundle, sums)
 
     def _preview(self, request: UploadRequest, row: RevisionRow) -> Published:
         entry = self._core.index.entry(request.name)
@@ -202,44 +312,24 @@ class Publisher:
                 metadata={"adapter": request.name, "current": entry.current.revision},
             )
 
-    def _publish(
-        self,
-        upload: Upload,
-        content: _Content,
-        row: RevisionRow,
-        who: Who,
-        prepare: Prepare | None,
-    ) -> Published:
-        """Content to disk; then, where there is something to prepare, that; then the name."""
-        core, ref = self._core, AdapterRef(row.name, row.revision, row.weights)
-        core.index.hold(ref)  # no sweep may take what no name has yet
-        try:
-            with core.changes:
-                entry = core.index.entry(row.name)
-                self._check_replace(upload.request, entry, row.revision)
-                content.fresh = core.store.commit(upload.folder, content.bundle)
-                # Whole on disk since a push that was not published: it heals all the same.
-                content.fresh |= core.index.quarantined(row.weights) is not None
-                if prepare is None:
-                    return self._commit(upload.request, row, content, who)
-            current = None if entry is None else entry.current
-            record = dataclasses.replace(core.record(row), current=False)
-            prepare(record, None if current == ref else current)
-            with core.changes:
-                self._check_replace(upload.request, core.index.entry(row.name), row.revision)
-                return self._commit(upload.request, row, content, who)
-        finally:
-            core.index.release(ref)
+    def _registered(self, row: RevisionRow, entry: Entry | None) -> RevisionRow:
+        """What the catalog says about the revision, or will say."""
+        if entry is not None and _means(entry, row.revision):
+            with contextlib.suppress(AdapterCorrupt):
+                before = self._core.catalog.revision(row.name, row.revision)
+                if before is not None and row.revision not in entry.foreign:
+                    return before
+        return row
 
     def _commit(
         self, request: UploadRequest, row: RevisionRow, content: _Content, who: Who
     ) -> Published:
         core = self._core
         entry = core.index.entry(row.name)
-        same = entry is not None and _means(entry, row.revision)
+        same = entry is not None and _means(entry, row.revision) and self._is_sound(row)
         if entry is not None and same and row.revision not in entry.foreign:
             repaired = False
-            if content.fresh:
+            if content.fresh or content.found:
                 with core.change(who) as change:
                     repaired = self._note_content(change, content, row.name)
                 self._heal(repaired)
@@ -272,6 +362,7 @@ class Publisher:
             moved, revisions=moved.without(gone), foreign=moved.foreign - set(gone)
         )
         core.index.put(row.name, kept)
+        core.index.mended(row.name)
         if dropped:
             try:
                 core.drop_superseded(row.name, kept, dropped)
@@ -280,14 +371,23 @@ class Publisher:
         record = core.record(dataclasses.replace(row, generation=change.number))
         return Published(record, True, replaced, record.manifest.warnings, dropped)
 
+    def _is_sound(self, row: RevisionRow) -> bool:
+        """The rows of what a name means now are whole. Else the push writes them anew."""
+        if self._core.index.damaged(row.name):
+            return False
+        try:
+            return self._core.catalog.revision(row.name, row.revision) is not None
+        except AdapterCorrupt:
+            return False
+
     def _note_content(self, change: Change, content: _Content, name: str) -> bool:
         """Where the files lie by their sums. True if weights in quarantine are whole again."""
         bundle = content.bundle
         change.add_files(bundle.revision, bundle.files)
-        if not content.fresh:
+        if not content.fresh and not content.found:
             return False
         change.add_files(bundle.weights, {f: content.sums[f] for f in REQUIRED_FILES})
-        if not change.release(bundle.weights):
+        if not change.release(bundle.weights) and not content.found:
             return False
         for ref in self._core.index.holding(bundle.weights):
             change.note("repaired", ref.name, ref.revision, f"by a push to {name}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
+from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.entry import Entry
+from veneer_registry.errors import VeneerError
+from veneer_registry.format import check_fit, manifest_from_json
 from veneer_registry.index import Index
+from veneer_registry.pairing import check_vanished
 from veneer_registry.rows import NameRow, Who
 from veneer_registry.store import Store
 from veneer_registry.strict_json import canonical_json
+from veneer_registry.training_manifest import check_base
 
 __all__ = ["base_identity", "recover"]
 
@@ -20,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _NONE: Final[frozenset[str]] = frozenset()
 """One for all names: an empty set takes 200 bytes."""
+_SHOWN: Final = 20
+"""Adapters that a log line names at most."""
 
 
 def base_identity(base: BaseSpec) -> str:
@@ -33,86 +41,137 @@ def base_identity(base: BaseSpec) -> str:
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
-def recover(store: Store, catalog: Catalog, index: Index, base_id: str, time: float) -> None:
-    """Make disk, catalog and index agree.
+def recover(
+    store: Store,
+    catalog: Catalog,
+    index: Index,
+    base: BaseSpec,
+    data_dir: Path,
+    time: float,
+) -> None:
+    """Fill the index, and make disk and catalog agree without losing anything.
 
-    Catalogued revisions whose content is gone are dropped with a warning; a name
-    that loses its current one stays without, since an older revision in its place
-    would be a silent change. Content that no row refers to (a publish was cut
-    short) is removed.
+    A revision whose content is gone keeps its row, name, labels and aliases, and is refused
+    with DATA_LOSS: the next start that finds the content serves it again. A damaged row is
+    refused likewise. Whole content that no row names moves to quarantine.
+
+    Raises:
+        StoreMismatch: the catalog has lost rows that it must have had.
     """
+    base_id = base_identity(base)
     weights, revisions = store.present()
     quarantined = catalog.quarantined()
     index.set_quarantined(quarantined)
     entries: dict[str, Entry] = {}
-    foreign = 0
-    # What is in quarantine lies elsewhere, and waits to be pushed again.
-    known = weights | quarantined.keys()
+    damaged: dict[str, int] = {}
+    foreign = unchecked = 0
     for row in catalog.names():
-        entry = _check(row, known, revisions, catalog, base_id, time)
-        if entry is None:
+        if row.damaged:
+            damaged[row.name] = row.damaged
+        if not row.name:
             continue
+        entry = _entry(row, base_id)
         entries[row.name] = entry
-        foreign += entry.current is not None and entry.current.revision in entry.foreign
+        if entry.foreign:
+            unchecked += any(base == "" for _, _, base in row.revisions)
+            foreign += entry.current is not None and entry.current.revision in entry.foreign
+    if unchecked:
+        _check_recovered(store, catalog, entries, base, base_id, time)
     if foreign:
         _log.warning(
             "%d adapters were registered for another base and are refused here; push them "
             "again, or start the server with their own base",
             foreign,
         )
-    index.load(entries)
-    digests = {digest for digest in weights if not index.referenced(digest)}
-    bundles = {revision for revision in revisions if not index.referenced(revision)}
-    if digests or bundles:
-        _log.warning(
-            "removing %d weights and %d revisions that no name refers to",
-            len(digests),
-            len(bundles),
+    index.load(entries, damaged)
+    named = (index.weights(), index.revisions())
+    unnamed = (weights - named[0], revisions - named[1])
+    _find_lost(store, index, named[0] - weights - quarantined.keys(), named[1] - revisions)
+    if damaged:
+        _log.error(
+            "%d rows of the catalog are damaged, about %s: these are refused, the others are "
+            "served; stop the server and run `veneer-server store recover`",
+            sum(damaged.values()),
+            ", ".join(sorted(damaged.keys() - {""})[:_SHOWN]) or "adapters it cannot tell",
         )
-        store.drop_staging(store.discard(digests, bundles))
+    elif any(unnamed):
+        check_vanished(data_dir, catalog, unnamed[1])
+        store.set_aside(*unnamed)
+        _log.warning(
+            "moved %d weights and %d revisions that no adapter names (a publish or delete was "
+            "cut short) to %s; push them again to use them, or let the quarantine's limits "
+            "remove them",
+            len(unnamed[0]),
+            len(unnamed[1]),
+            store.root / "quarantine" / "unnamed",
+        )
 
 
-def _check(
-    row: NameRow,
-    weights: set[str],
-    revisions: set[str],
-    catalog: Catalog,
-    base_id: str,
-    time: float,
-) -> Entry | None:
-    kept = tuple(
-        [
-            AdapterRef(row.name, revision, digest)
-            for revision, digest, _ in row.revisions
-            if revision in revisions and digest in weights
-        ]
+def _entry(row: NameRow, base_id: str) -> Entry:
+    refs = tuple(
+        [AdapterRef(row.name, revision, digest) for revision, digest, _ in row.revisions]
     )
-    lost = []
-    if len(kept) < len(row.revisions):
-        held = {ref.revision for ref in kept}
-        lost = [revision for revision, _, _ in row.revisions if revision not in held]
-    for revision in lost:
-        _log.warning(
-            "adapter %s@%s: its content is gone from the disk; push it again",
-            row.name,
-            revision[:12],
-        )
-    generation = row.generation
-    if lost:
-        with catalog.change(Who(), time) as change:
-            for revision in lost:
-                change.note("lost", row.name, revision, "its content was gone at start")
-            if kept:
-                change.delete_revisions(row.name, lost)
-            else:
-                change.delete_name(row.name)
-        generation = change.number
-    if not kept:
-        return None
     current = None
-    for ref in kept:
+    foreign = _NONE
+    for ref, (_, _, base) in zip(refs, row.revisions, strict=True):
         if ref.revision == row.current:
             current = ref
-    strange = [r for r, _, base in row.revisions if base != base_id and r not in lost]
-    foreign = frozenset(strange) if strange else _NONE
-    return Entry(current, kept, generation, foreign, row.retain, row.aliases)
+        if base != base_id:
+            foreign |= {ref.revision}
+    return Entry(current, refs, row.generation, foreign, row.retain, row.aliases)
+
+
+def _find_lost(
+    store: Store, index: Index, gone_weights: set[str], gone_revisions: set[str]
+) -> None:
+    """Tell the index which named content is nowhere; take back what is in quarantine though
+    a row names it (an earlier start had another catalog)."""
+    if not gone_weights and not gone_revisions:
+        return
+    back = store.bring_back(gone_weights, gone_revisions)
+    if back:
+        _log.warning("took %d folders back from quarantine, since adapters name them", back)
+        weights, revisions = store.present()
+        gone_weights, gone_revisions = gone_weights - weights, gone_revisions - revisions
+    index.set_lost(gone_weights | gone_revisions)
+    lost = index.lost_adapters()
+    for ref in lost[:_SHOWN]:
+        _log.warning(
+            "adapter %s: its content is gone from the disk; it is refused until the content is "
+            "back at a start, or is pushed again",
+            ref.short,
+        )
+    if len(lost) > _SHOWN:
+        _log.warning("... and %d more whose content is gone", len(lost) - _SHOWN)
+
+
+def _check_recovered(
+    store: Store,
+    catalog: Catalog,
+    entries: dict[str, Entry],
+    base: BaseSpec,
+    base_id: str,
+    time: float,
+) -> None:
+    """Revisions that `store recover` found without their registration were never checked
+    against a base: do so now."""
+    for name, entry in entries.items():
+        for ref in entry.revisions:
+            if ref.revision not in entry.foreign:
+                continue
+            try:
+                row = catalog.revision(name, ref.revision)
+                if row is None or row.base:
+                    continue
+                check_fit(store.weights_folder(ref.weights_digest), base)
+                manifest = manifest_from_json(row.manifest)
+                check_base(manifest.base_fingerprint, base, manifest.base_name)
+            except (VeneerError, OSError, ValueError) as error:
+                _log.warning(
+                    "recovered adapter %s does not fit this base: %s", ref.short, error
+                )
+                continue
+            with catalog.change(Who(), time) as change:
+                change.set_base(row, base_id)
+            entry = dataclasses.replace(entry, foreign=entry.foreign - {ref.revision})
+            entries[name] = entry

@@ -1,7 +1,7 @@
 """The registry: the facade over format, store, catalog and index.
 
-A publish is: check the received files, commit content to disk, one catalog
-transaction, then the index. Nothing is visible before it is whole and durable,
+A publish is: check the received files, bring content to disk (`stage`), one catalog
+transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
 and what was acknowledged survives ``kill -9``. `publishing` brings content in,
 `editing` changes what is there; `core` is what they share. The index is never
 locked across a system call, so `resolve`, `acquire` and `release` may be called
@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
+from veneer_registry.completing import Completing
 from veneer_registry.core import Core
+from veneer_registry.disk import make_private
 from veneer_registry.editing import Editor
-from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
+from veneer_registry.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    BaseModelMismatch,
+    InvalidField,
+)
 from veneer_registry.index import Index
 from veneer_registry.lease import RevisionLease
 from veneer_registry.lock import OwnerLock
-from veneer_registry.publishing import Prepare, Publisher
+from veneer_registry.pairing import ChangeMark, check_catalog, check_pair, settle_id, survey
+from veneer_registry.publishing import Publisher, Staged
 from veneer_registry.records import (
     AdapterRecord,
     AliasChange,
@@ -44,6 +52,7 @@ __all__ = [
     "Published",
     "Registry",
     "RevisionLease",
+    "Staged",
     "Upload",
     "UploadFile",
     "UploadRequest",
@@ -61,6 +70,7 @@ class Registry:
         self._core = core
         self._publisher = Publisher(core, max_adapter_bytes)
         self._editor = Editor(core)
+        self._completing = Completing(core)
 
     @classmethod
     def open(
@@ -73,7 +83,7 @@ class Registry:
         max_adapter_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.time,
     ) -> Self:
-        """Take the folder and bring it to a consistent state.
+        """Take the folder, check that its parts belong together, and fill the index.
 
         Args:
             data_dir: made if missing; one owner at a time.
@@ -86,32 +96,58 @@ class Registry:
 
         Raises:
             StoreLocked: another process owns the folder.
-            FailedPrecondition: the catalog is damaged or from another version.
+            StoreMismatch: catalog and store do not belong together; nothing was changed.
+            CatalogDamaged: the catalog cannot be read; nothing was changed.
+            FailedPrecondition: the catalog is from another version.
+            InvalidField: the folder belongs to another user.
             DiskFull: there is no room to open it.
         """
         if lock is None:
             lock = OwnerLock(data_dir)
         try:
-            store = Store(data_dir / "store")
-            catalog = Catalog(data_dir / "catalog.sqlite")
+            return cls._opened(
+                data_dir, base, lock, retain_superseded, max_adapter_bytes, clock
+            )
         except BaseException:
             lock.release()
             raise
+
+    @classmethod
+    def _opened(
+        cls,
+        data_dir: Path,
+        base: BaseSpec,
+        lock: OwnerLock,
+        retain: int,
+        max_adapter_bytes: int,
+        clock: Callable[[], float],
+    ) -> Self:
+        root = data_dir / "store"
+        make_private(data_dir, _owned(data_dir))
+        found = survey(root)
+        check_catalog(data_dir, found)
+        mark = ChangeMark(root)
+        catalog = Catalog(data_dir / "catalog.sqlite", after_change=mark.write)
         try:
+            # Nothing is made or moved before both sides are known to belong together.
+            check_pair(data_dir, found, catalog)
+            store = Store(root)
+            settle_id(root, found, catalog)
             index = Index(base.name)
-            recover(store, catalog, index, base_identity(base), clock())
+            recover(store, catalog, index, base, data_dir, clock())
         except BaseException:
             catalog.close()
-            lock.release()
+            mark.close()
             raise
         core = Core(
             lock=lock,
             store=store,
+            mark=mark,
             catalog=catalog,
             index=index,
             base=base,
             base_id=base_identity(base),
-            retain=retain_superseded,
+            retain=retain,
             clock=clock,
         )
         return cls(core, max_adapter_bytes=max_adapter_bytes)
@@ -121,6 +157,7 @@ class Registry:
         self._publisher.close()
         with self._core.changes:
             self._core.catalog.close()
+            self._core.mark.close()
             self._core.lock.release()
 
     def __enter__(self) -> Self:
@@ -162,39 +199,52 @@ class Registry:
         """
         return self._publisher.begin(request, resume=resume)
 
-    def publish(
-        self,
-        upload: Upload,
-        *,
-        validate_only: bool = False,
-        who: Who = SERVER,
-        prepare: Prepare | None = None,
-    ) -> Published:
-        """Check a complete upload and make it the current revision of its name.
+    def publish(self, upload: Upload, *, who: Who = SERVER) -> Published:
+        """`stage` and `commit` in one: make a complete upload the current revision of its
+        name. Raises as they do."""
+        return self.commit(self.stage(upload), who)
 
-        The upload is used up, whatever the outcome. Same content as the current
-        revision succeeds with ``published=False`` (and repairs what is damaged on
-        disk).
+    def validate(self, upload: Upload) -> Published:
+        """Check a complete upload as `stage` does, and publish nothing; it is used up."""
+        return self._publisher.validate(upload)
 
-        Args:
-            who: for the history.
-            prepare: called with the record when the content is on disk and the name does
-                not mean it yet; where it raises, nothing is published.
+    def stage(self, upload: Upload) -> Staged:
+        """Check a complete upload and bring its content to disk; its name still means what
+        it meant before. `commit` what it gives, or ``discard`` it.
+
+        The upload is used up, whatever the outcome.
 
         Raises:
             InvalidField, ChecksumMismatch: incomplete or damaged in transit.
             AdapterInvalid, BaseModelMismatch: see `read_adapter`.
             AdapterExists: the name holds other content, ``allow_replace`` is not set.
             EtagMismatch: the request has an etag, and it is not the name's.
+            DiskFull: nothing is left of it.
+        """
+        return self._publisher.stage(upload)
+
+    def commit(self, staged: Staged, who: Who = SERVER) -> Published:
+        """Make staged content the current revision of its name, in one transaction. Same
+        content as the current revision succeeds with ``published=False`` (and repairs what
+        is damaged on disk). It is used up, whatever the outcome.
+
+        Args:
+            who: for the history.
+
+        Raises:
+            AdapterExists, EtagMismatch: the name has moved since it was staged.
             DiskFull: nothing was published.
         """
-        return self._publisher.publish(
-            upload, validate_only=validate_only, who=who, prepare=prepare
-        )
+        return self._publisher.commit(staged, who)
 
     def sweep_uploads(self, idle_s: float) -> int:
         """Remove what arrived of uploads that nobody went on with for so many seconds."""
         return self._publisher.sweep_uploads(idle_s)
+
+    def trim_uploads(self, *, most: int, most_bytes: int) -> int:
+        """Remove the oldest of what broken uploads left, beyond a number and bytes. None
+        that is being sent goes, and the newest stays."""
+        return self._publisher.trim_uploads(most=most, most_bytes=most_bytes)
 
     # ------------------------------------------------------------------- look-up
 
@@ -210,7 +260,7 @@ class Registry:
             InvalidField: not of that form, or ambiguous.
             AdapterNotFound: metadata ``did_you_mean`` where a name is near.
             BaseModelMismatch: it was registered for another base.
-            AdapterCorrupt: its stored content is damaged.
+            AdapterCorrupt: its stored content is damaged or gone, or its catalog row is.
         """
         return self._core.index.resolve(name, key)
 
@@ -235,8 +285,8 @@ class Registry:
     def acquire_weights(self, weights_digest: str) -> RevisionLease:
         """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""
         for ref in self._core.index.holding(weights_digest):
-            # Deleted just now, or registered for another base.
-            with contextlib.suppress(AdapterNotFound, BaseModelMismatch):
+            # Deleted just now, registered for another base, or its row is damaged.
+            with contextlib.suppress(AdapterNotFound, BaseModelMismatch, AdapterCorrupt):
                 return self.acquire(f"{ref.name}@{ref.revision}")
         raise AdapterNotFound(
             f"no adapter has the weights {weights_digest[:12]} any more; push them again"
@@ -289,8 +339,12 @@ class Registry:
     def holding(self, weights_digest: str) -> tuple[AdapterRecord, ...]:
         """All kept revisions, of any name, that have these weights."""
         refs = self._core.index.holding(weights_digest)
-        rows = (self._core.catalog.revision(ref.name, ref.revision) for ref in refs)
-        return tuple(self._core.record(row) for row in rows if row is not None)
+        found = []
+        for ref in refs:
+            with contextlib.suppress(AdapterCorrupt):
+                if (row := self._core.catalog.revision(ref.name, ref.revision)) is not None:
+                    found.append(self._core.record(row))
+        return tuple(found)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._core.index.entry(name) is not None
@@ -448,9 +502,36 @@ class Registry:
         """A released lease left content to remove: call `sweep` from a worker thread."""
         return self._core.index.has_garbage
 
+    def complete_store(self, limit: int = 100) -> bool:
+        """Bring what an older Veneer stored up to date: registrations that `store recover`
+        needs, and modes. So many names a call; False once there is nothing left to do.
+        """
+        return self._completing.more(limit)
+
+    def prune_quarantine(self, most_bytes: int, idle_s: float) -> Sequence[tuple[str, int]]:
+        """Keep the quarantine within bounds: remove what has been there for longer than so many
+        seconds, and then the oldest until at most so many bytes are left.
+
+        Returns (folder's name, bytes) of what was removed.
+        """
+        with self._core.changes:
+            return self._core.store.prune_quarantine(most_bytes, time.time() - idle_s)
+
     def sweep(self) -> int:
         """Remove content that no name and no lease needs. Returns folders removed."""
         return self._core.sweep()
+
+
+def _owned(data_dir: Path) -> Iterator[Path]:
+    """What of a data folder must belong to the server, outermost first. The adapters' own
+    folders are not looked at one by one: nobody gets past these."""
+    yield data_dir
+    yield data_dir / "LOCK"
+    yield from sorted(data_dir.glob("catalog.sqlite*"))
+    store = data_dir / "store"
+    yield store
+    for name in ("weights", "revisions", "staging", "uploads", "quarantine", "id", "changes"):
+        yield store / name
 
 
 def _check_limit(limit: int, most: int = _MAX_PAGE) -> None:

@@ -5,7 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["SERVER", "AliasRow", "HistoryRow", "NameRow", "ResidentRow", "RevisionRow", "Who"]
+from veneer_registry.errors import AdapterCorrupt
+
+__all__ = [
+    "SERVER",
+    "AliasRow",
+    "HistoryRow",
+    "NameRow",
+    "ResidentRow",
+    "RevisionRow",
+    "Who",
+    "damaged_row",
+]
+
+
+def damaged_row(adapter: str) -> AdapterCorrupt:
+    """The error for a row of the catalog that is not what was written."""
+    return AdapterCorrupt(
+        f"what the catalog holds about adapter {adapter} is damaged; push the adapter again, "
+        "or stop the server and run `veneer-server store recover`",
+        metadata={
+            "adapter": adapter,
+            "why": "damaged catalog row",
+            "fix": "veneer-server store recover",
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +89,8 @@ class NameRow:
 
     Attributes:
         retain: superseded revisions to keep; None is the server's default.
+        damaged: rows about it that are not what was written; they are left out here.
+            Of what is left out with the name's own row, nothing is known but the name.
     """
 
     name: str
@@ -73,6 +99,7 @@ class NameRow:
     revisions: tuple[tuple[str, str, str], ...]
     retain: int | None = None
     aliases: tuple[AliasRow, ...] = ()
+    damaged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

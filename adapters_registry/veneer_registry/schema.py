@@ -7,9 +7,11 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import FailedPrecondition
+from veneer_registry.disk import create_file
+from veneer_registry.errors import CatalogDamaged, FailedPrecondition
+from veneer_registry.integrity import add_functions
 
-__all__ = ["VERSION", "upgrade"]
+__all__ = ["VERSION", "damaged", "upgrade", "version_of"]
 
 _STEPS: Final = (
     """
@@ -85,9 +87,72 @@ _STEPS: Final = (
     -- Listing by a label must not look at every name.
     CREATE INDEX labels_of_value ON labels (key, value, name, revision);
     """,
+    """
+    -- Every row that says what is served or shown gets a digest (`integrity`). The manifest
+    -- moves to the end of its row: start-up reads all rows, but no manifest.
+    ALTER TABLE names ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+    UPDATE names SET digest = row_digest('names', name, current, generation, retain);
+    CREATE TABLE new_revisions (
+        name TEXT NOT NULL REFERENCES names(name) ON DELETE CASCADE,
+        revision TEXT NOT NULL,
+        weights TEXT NOT NULL,
+        base TEXT NOT NULL,            -- "": recovered, not checked against any base yet
+        created REAL NOT NULL,
+        labels TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        manifest_sha256 TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        manifest TEXT NOT NULL,
+        PRIMARY KEY (name, revision)
+    );
+    INSERT INTO new_revisions
+        SELECT name, revision, weights, base, created, labels, bytes, sequence, sha,
+            row_digest('revisions', name, revision, weights, base, created, labels, bytes,
+                sequence, sha),
+            manifest
+        FROM (SELECT *, text_digest(manifest) AS sha FROM revisions);
+    DROP TABLE revisions;
+    ALTER TABLE new_revisions RENAME TO revisions;
+    ALTER TABLE aliases ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+    UPDATE aliases SET digest =
+        row_digest('aliases', name, alias, targets, previous, generation, updated);
+    ALTER TABLE history ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+    UPDATE history SET digest =
+        row_digest('history', time, name, event, revision, actor, peer, detail);
+    CREATE TABLE facts (
+        key TEXT PRIMARY KEY,          -- store: the id of the store that this belongs to
+        value TEXT NOT NULL,
+        digest TEXT NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )
 
 VERSION: Final = len(_STEPS)
+
+
+def damaged(path: Path, why: str) -> CatalogDamaged:
+    """The error for a catalog that cannot be read."""
+    return CatalogDamaged(
+        f"{path} is damaged ({why[:200]}); nothing was changed. Restore it from a backup, or "
+        f"stop the server and run `veneer-server store recover --data-dir {path.parent}`: it "
+        "keeps what can still be read and takes the rest from the stored adapters",
+        metadata={"file": str(path), "why": why[:200], "fix": "veneer-server store recover"},
+    )
+
+
+def version_of(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of the tables; 0 for a database that has none.
+
+    Raises:
+        CatalogDamaged: it has tables and says that it has none.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables:
+            raise damaged(path, f"it has {tables} tables and indexes, but no version")
+    return int(version)
 
 
 def upgrade(connection: sqlite3.Connection, path: Path) -> None:
@@ -98,12 +163,15 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
 
     Raises:
         FailedPrecondition: the database is from a newer Veneer.
+        CatalogDamaged: see `version_of`.
     """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    add_functions(connection)
+    version = version_of(connection, path)
     if version > VERSION:
         raise FailedPrecondition(
             f"{path} has schema {version}, this Veneer knows {VERSION}; start the version that "
-            "made it, or give another folder with --data-dir",
+            "made it, or give another folder with --data-dir (if no newer version was ever "
+            "used here, the file is damaged: run `veneer-server store recover`)",
             metadata={"schema": str(version)},
         )
     if version == VERSION:
@@ -111,6 +179,8 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
     if version:
         _keep_copy(connection, path.with_name(f"{path.name}.v{version}"))
     steps = "".join(_STEPS[version:])
+    # A table that others refer to is replaced, which must not delete what refers to it.
+    connection.execute("PRAGMA foreign_keys=OFF")
     try:
         connection.executescript(
             f"BEGIN IMMEDIATE; {steps} PRAGMA user_version={VERSION}; COMMIT;"
@@ -119,6 +189,8 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
         with contextlib.suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise
+    finally:
+        connection.execute("PRAGMA foreign_keys=ON")
 
 
 def _keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
@@ -126,6 +198,7 @@ def _keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
         return
     partial = copy.with_name(copy.name + ".partial")
     partial.unlink(missing_ok=True)
+    create_file(partial)  # private, which SQLite would leave to the umask
     with contextlib.closing(sqlite3.connect(partial)) as target:
         connection.backup(target)
     partial.replace(copy)

@@ -3,43 +3,58 @@
 ::
 
     store/weights/<weights digest>/   adapter_config.json  adapter_model.safetensors
-    store/revisions/<revision>/       bundle.json and what else the bundle holds
+    store/revisions/<revision>/       bundle.json, what else the bundle holds, and for each
+                                      name that has it its registration (`registration`)
     store/uploads/<upload id>/        what has arrived of an upload; it may be resumed
     store/staging/<random>/           what is being put together or removed
     store/quarantine/<digest>/        weights that were found damaged; for a look at them
+    store/quarantine/unnamed/         whole content that no row of the catalog named at a start
+    store/id  store/changes           what ties it to its catalog (`pairing`)
 
 ``bundle.json`` is canonical: its SHA-256 is the revision. Paths are built from
 digests computed here and from random hex, never from a caller's words. A commit
 is: fsync files, fsync folder, rename, fsync parent; so a folder that exists under
 its digest is whole, whenever the power went. Callers serialise commit and remove.
+Folders are 0700 and files 0600, whatever the umask.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
+import json
 import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import AdapterCorrupt, DiskFailed, DiskFull, InternalError
+from veneer_registry.disk import (
+    FOLDER_MODE,
+    disk_errors,
+    link,
+    make_folder,
+    make_private,
+    remove,
+    sync,
+    write_file,
+)
+from veneer_registry.errors import AdapterCorrupt, InternalError
 from veneer_registry.format import REQUIRED_FILES, verify_weights
 from veneer_registry.strict_json import canonical_json
 
-__all__ = ["Bundle", "Store", "disk_errors"]
+__all__ = ["REGISTRATION", "Bundle", "Store", "size_of"]
 
 _log = logging.getLogger(__name__)
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _BUNDLE: Final = "bundle.json"
-_CHUNK: Final = 1 << 20
+REGISTRATION: Final = "registered-"
+"""What the name of a registration's file begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,60 +80,37 @@ class Bundle:
         return hashlib.sha256(self.document).hexdigest()
 
 
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn an operating system's error into `DiskFull` or `DiskFailed`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(folder) from error
-        raise disk_failed(folder, str(error)) from error
-
-
-def disk_full(folder: Path) -> DiskFull:
-    """The error for a full disk."""
-    return DiskFull(
-        f"the disk of {folder} is full, nothing was published; delete adapters or make room",
-        metadata={"folder": str(folder)},
-    )
-
-
-def disk_failed(folder: Path, why: str) -> DiskFailed:
-    """The error for a disk that cannot be written to or read."""
-    return DiskFailed(
-        f"the disk of {folder} failed ({why[:200]}), nothing was changed; look at the system's "
-        "log, and try again",
-        metadata={"folder": str(folder), "why": why[:200]},
-        retry_after_s=5.0,
-    )
-
-
 class Store:
     """The folders under ``root``. No names here: the catalog has them."""
 
     def __init__(self, root: Path) -> None:
-        """Make the folders and empty staging: whatever lies there was never committed.
+        """Make the folders and empty staging: what is there was never committed.
 
-        Uploads that broke off stay, to be resumed; see `stale_uploads`.
+        Interrupted uploads stay, to be resumed; see `stale_uploads`.
         """
-        self._root = root
+        self.root = root
         self._weights = root / "weights"
         self._revisions = root / "revisions"
         self._staging = root / "staging"
         self._uploads = root / "uploads"
         self._quarantine = root / "quarantine"
-        folders = (
-            *(self._weights, self._revisions),
-            *(self._staging, self._uploads, self._quarantine),
-        )
+        self._unnamed = self._quarantine / "unnamed"
         with disk_errors(root):
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
+            root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+            for folder in self.folders:
+                make_folder(folder, exist_ok=True)
             for left in self._staging.iterdir():
                 _remove(left)
             _sync_folder(root)
             _sync_folder(root.parent)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders right below the root."""
+        return (
+            *(self._weights, self._revisions),
+            *(self._staging, self._uploads, self._quarantine),
+        )
 
     def weights_folder(self, digest: str) -> Path:
         """Folder of committed weights; it need not exist."""
@@ -134,18 +126,19 @@ class Store:
 
     def free_bytes(self) -> int:
         """Bytes that the disk has left for us."""
-        return shutil.disk_usage(self._root).free
+        return shutil.disk_usage(self.root).free
 
     def new_staging(self) -> Path:
         """A new empty folder for one upload."""
         folder = self._staging / secrets.token_hex(16)
-        with disk_errors(self._root):
-            folder.mkdir()
+        with disk_errors(self.root):
+            make_folder(folder)
         return folder
 
     def drop_staging(self, folder: Path) -> None:
         """Remove a folder of staging, of an upload or of quarantine. May be called again."""
-        if folder.parent not in (self._staging, self._uploads, self._quarantine):
+        parents = (self._staging, self._uploads, self._quarantine, self._unnamed)
+        if folder.parent not in parents or folder == self._unnamed:
             raise InternalError(f"{folder.name!r} is not a staging folder")
         _remove(folder)
 
@@ -154,8 +147,8 @@ class Store:
     def upload_folder(self, upload_id: str) -> Path:
         """Folder of an upload, made if missing."""
         folder = self._uploads / _checked(upload_id)
-        with disk_errors(self._root):
-            folder.mkdir(exist_ok=True)
+        with disk_errors(self.root):
+            make_folder(folder, exist_ok=True)
         return folder
 
     def received(self, upload_id: str) -> dict[str, int]:
@@ -180,6 +173,18 @@ class Store:
                     stale.append(folder)
         return stale
 
+    def kept_uploads(self) -> list[tuple[float, int, Path]]:
+        """(time of the last byte, bytes of its own, folder) of each upload, oldest first."""
+        kept = []
+        for folder in self._uploads.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                files = [path.stat(follow_symlinks=False) for path in folder.iterdir()]
+                last = max((file.st_mtime for file in files), default=folder.stat().st_mtime)
+                # What the store has is only linked here.
+                size = sum(file.st_size for file in files if file.st_nlink == 1)
+                kept.append((last, size, folder))
+        return sorted(kept)
+
     def has(self, digest: str, file: str) -> bool:
         """This file of committed content is there."""
         parents = (self._weights, self._revisions)
@@ -197,40 +202,165 @@ class Store:
 
     def quarantine(self, weights: str) -> None:
         """Take damaged weights away from where they are served from, and keep them."""
-        kept = self._quarantine / _checked(weights)
-        with disk_errors(self._root):
-            if kept.exists():
-                _remove(kept)
-            self._move_away(self.weights_folder(weights), kept)
+        with disk_errors(self.root):
+            self._set_aside(self.weights_folder(weights), self._quarantine / weights)
             _sync_folder(self._quarantine)
             _sync_folder(self._weights)
 
+    def set_aside(self, weights: Iterable[str], revisions: Iterable[str]) -> None:
+        """Take whole content that no name has out of the way, and keep it."""
+        with disk_errors(self.root):
+            make_folder(self._unnamed, exist_ok=True)
+            for digest in weights:
+                self._set_aside(self.weights_folder(digest), self._unnamed / f"w-{digest}")
+            for revision in revisions:
+                self._set_aside(self.revision_folder(revision), self._unnamed / f"r-{revision}")
+            for folder in (self._quarantine, self._unnamed, self._weights, self._revisions):
+                _sync_folder(folder)
+
+    def _set_aside(self, folder: Path, to: Path) -> None:
+        if to.exists():
+            _remove(to)
+        self._move_away(folder, to)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(to)  # since when it is there
+
+    def bring_back(self, weights: Iterable[str], revisions: Iterable[str]) -> int:
+        """Undo `set_aside` for what of this is there. Returns how many folders came back."""
+        found = [(self._unnamed / f"w-{d}", self.weights_folder(d)) for d in weights]
+        found += [(self._unnamed / f"r-{r}", self.revision_folder(r)) for r in revisions]
+        found = [(aside, folder) for aside, folder in found if aside.exists()]
+        if found:
+            with disk_errors(self.root):
+                for aside, folder in found:
+                    aside.rename(folder)
+                for parent in (self._unnamed, self._weights, self._revisions):
+                    _sync_folder(parent)
+        return len(found)
+
     def quarantined(self) -> list[Path]:
-        """Folders of weights that were found damaged."""
-        return sorted(self._quarantine.iterdir())
+        """Folders of what is in quarantine, damaged or unnamed, oldest first."""
+        found = [path for path in self._quarantine.iterdir() if path != self._unnamed]
+        if self._unnamed.exists():
+            found += self._unnamed.iterdir()
+        return sorted(found, key=lambda path: (_changed(path), path.name))
+
+    def prune_quarantine(self, most_bytes: int, older_than: float) -> list[tuple[str, int]]:
+        """Remove from quarantine what is there since before ``older_than`` (Unix seconds),
+        and then the oldest until ``most_bytes`` are left. Returns (folder's name, bytes)."""
+        held = [(path, size_of(path)) for path in self.quarantined()]
+        left = sum(size for _, size in held)
+        removed = []
+        for path, size in held:
+            if left <= most_bytes and _changed(path) >= older_than:
+                continue
+            # In one step: half of it must not be taken back by `bring_back`.
+            trash = self.new_staging()
+            path.rename(trash / path.name)
+            _remove(trash)
+            left -= size
+            removed.append((path.name, size))
+        return removed
 
     # ---------------------------------------------------------------------- commit
 
-    def commit(self, staged: Path, bundle: Bundle) -> bool:
+    def commit(
+        self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
+    ) -> bool:
         """Publish the staged files. On return they are on disk, whole and durable.
         True if the staged weights were taken, False if the same were there.
 
         Content that is there already is verified; damaged content is replaced by
         the staged one, so that pushing again repairs.
 
+        Args:
+            registration: name and content of a file to keep beside the bundle, which is
+                not part of it: see `registration`.
+
         Raises:
             DiskFull: nothing was published (weights without a revision may remain;
                 nothing refers to them).
         """
-        with disk_errors(self._root):
+        with disk_errors(self.root):
             intact = self._weights_intact(bundle.weights)
             if not intact:
                 self._place(staged, self.weights_folder(bundle.weights), REQUIRED_FILES)
-            if not self._revision_intact(bundle):
-                _write(staged / _BUNDLE, bundle.document)
-                names = (_BUNDLE, *bundle.files)
-                self._place(staged, self.revision_folder(bundle.revision), names)
+            revision = self.revision_folder(bundle.revision)
+            if self._revision_intact(bundle):
+                if registration is not None:
+                    self._add(staged, revision, *registration)
+            else:
+                write_file(staged / _BUNDLE, bundle.document)
+                names = [_BUNDLE, *bundle.files]
+                # Other names keep their registrations.
+                for path in self.registrations(bundle.revision):
+                    remove(staged / path.name)
+                    _link(path, staged / path.name)
+                    names.append(path.name)
+                if registration is not None:
+                    name, data = registration
+                    remove(staged / name)
+                    write_file(staged / name, data)
+                    names += [] if name in names else [name]
+                self._place(staged, revision, names)
         return not intact
+
+    def _add(self, staged: Path, folder: Path, name: str, data: bytes) -> None:
+        """Put one more file into a committed folder, or another one in its place."""
+        ready = staged / secrets.token_hex(8)
+        write_file(ready, data)
+        _sync_file(ready)
+        ready.rename(folder / name)
+        _sync_folder(folder)
+
+    def bundle(self, revision: str) -> Bundle:
+        """What a stored revision is made of, as its ``bundle.json`` says."""
+        document = json.loads((self.revision_folder(revision) / _BUNDLE).read_bytes())
+        return Bundle(document["weights"], document["files"])
+
+    def link_all(self, bundle: Bundle, to: Path) -> None:
+        """Put all files of a stored revision into one folder, as they were pushed."""
+        for name in REQUIRED_FILES:
+            _link(self.weights_folder(bundle.weights) / name, to / name)
+        for name in bundle.files:
+            _link(self.revision_folder(bundle.revision) / name, to / name)
+
+    # --------------------------------------------------------------- registrations
+
+    def registrations(self, revision: str) -> list[Path]:
+        """Files that say under which names a stored revision is registered."""
+        folder = self.revision_folder(revision)
+        return sorted(folder.glob(f"{REGISTRATION}*"))
+
+    def register(self, revision: str, name: str, data: bytes) -> None:
+        """Write such a file beside a committed revision. Does nothing where that is gone."""
+        folder = self.revision_folder(revision)
+        if not folder.is_dir():
+            return
+        staged = self.new_staging()
+        try:
+            with disk_errors(self.root):
+                self._add(staged, folder, name, data)
+        finally:
+            _remove(staged)
+
+    def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
+        """`register` unless it is there, not durable yet; and private modes for all of it."""
+        folder = self.revision_folder(revision)
+        with disk_errors(self.root):
+            if folder.is_dir() and not (folder / name).exists():
+                staged = self.new_staging()
+                write_file(staged / name, data)
+                (staged / name).rename(folder / name)
+                remove(staged)
+            for each in (folder, self.weights_folder(weights)):
+                if each.is_dir():
+                    make_private(self.root.parent, (each, *each.iterdir()))
+
+    def unregister(self, revision: str, name: str) -> None:
+        """Remove such a file. May be called again."""
+        with disk_errors(self.root):
+            (self.revision_folder(revision) / name).unlink(missing_ok=True)
 
     def discard(self, weights: Iterable[str], revisions: Iterable[str]) -> Path:
         """Take committed folders away in one rename each; `drop_staging` the result."""
@@ -267,7 +397,7 @@ class Store:
 
     def _place(self, staged: Path, target: Path, names: Iterable[str]) -> None:
         ready = staged / secrets.token_hex(8)
-        ready.mkdir()
+        make_folder(ready)
         for name in names:
             # Linked, so that an upload whose server is killed now need not be sent again.
             _link(staged / name, ready / name)
@@ -297,34 +427,23 @@ def _sha256_or_none(path: Path) -> str | None:
         return None
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
+def _changed(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_mtime
+    return 0.0
 
 
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def size_of(folder: Path) -> int:
+    """Bytes of the files right below a folder."""
+    size = 0
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                size += path.lstat().st_size
+    return size
 
 
-_sync_folder = _sync_file
-
-
-def _link(source: Path, to: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    try:
-        os.link(source, to, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
-            raise
-        shutil.copyfile(source, to)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+_sync_file: Final = sync
+_sync_folder: Final = sync
+_link: Final = link
+_remove: Final = remove

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.base_names import is_named
 from veneer_registry.errors import BaseModelMismatch
-from veneer_registry.strict_json import canonical_json, parse_object, refuse
+from veneer_registry.lora_config import CONFIG_FILE
+from veneer_registry.strict_json import canonical_json, parse_object, refuse, show
 
 __all__ = [
     "TRAINING_FILE",
@@ -25,6 +27,8 @@ TRAINING_LIMIT: Final = 1 << 20
 _MAX_FACTS: Final = 256
 _MAX_FACT: Final = 512
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
+_SAFE: Final = re.compile(r"[A-Za-z0-9._/@-]{1,200}")
+"""A name that may stand in a command that people copy."""
 _PARTS: Final = ("weights", "tokenizer", "quantization", "template")
 
 
@@ -101,18 +105,24 @@ def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
         yield prefix, canonical_json(value).decode()
 
 
-def check_base(trained: BaseFingerprint | None, base: BaseSpec) -> tuple[str, ...]:
+def check_base(
+    trained: BaseFingerprint | None, base: BaseSpec, named: str = ""
+) -> tuple[str, ...]:
     """Warnings about the base that an adapter was trained on.
 
-    A part that either side does not know ("") cannot differ.
+    A fingerprint decides where there is one: a part that either side does not know ("")
+    cannot differ. Without one the name that the adapter's config gives must be one of the
+    base's.
+
+    Args:
+        named: ``base_model_name_or_path``, or "".
 
     Raises:
-        BaseModelMismatch: weights or tokenizer differ; metadata holds both sides.
+        BaseModelMismatch: weights or tokenizer differ, or the name is another base's;
+            metadata holds both sides.
     """
     if trained is None:
-        return (
-            f"the adapter does not say which base it was made for; its shapes fit {base.name}",
-        )
+        return _check_name(named, base)
     served = base.fingerprint
     differing = [
         part
@@ -141,4 +151,27 @@ def check_base(trained: BaseFingerprint | None, base: BaseSpec) -> tuple[str, ..
         f"the {part} of the base differs from the one in training "
         f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
         for part in differing
+    )
+
+
+def _check_name(named: str, base: BaseSpec) -> tuple[str, ...]:
+    if not named.strip():
+        return (
+            f"the adapter does not say which base it was made for; its shapes fit {base.name}",
+        )
+    names = (base.name, *base.names)
+    safe = _SAFE.fullmatch(named) is not None
+    if is_named(named, names):
+        return ()
+    raise BaseModelMismatch(
+        f"the adapter's config names another base, {show(named)}; this server serves "
+        f"{base.name}. Push it to a server of its own base; if it is the same base by another "
+        f"name, start this one with --allow-base-name {named if safe else 'NAME'}",
+        metadata={
+            "base": base.name,
+            "adapter_base": named[:200],
+            "base_names": ", ".join(dict.fromkeys(names)),
+            "file": CONFIG_FILE,
+            "key": "base_model_name_or_path",
+        },
     )

@@ -20,12 +20,23 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
 from veneer_registry.format import verify_weights
 from veneer_registry.lock import OwnerLock
+from veneer_registry.pairing import check_catalog, check_pair, survey
 from veneer_registry.rows import Who
-from veneer_registry.schema import VERSION
-from veneer_registry.store import Store
+from veneer_registry.schema import VERSION, damaged
+from veneer_registry.store import Store, size_of
 from veneer_registry.strict_json import parse_object
 
-__all__ = ["Collected", "Damage", "Verified", "collect", "quarantine", "verify"]
+__all__ = [
+    "COMMAND",
+    "Collected",
+    "Damage",
+    "Verified",
+    "check_revision",
+    "check_weights",
+    "collect",
+    "quarantine",
+    "verify",
+]
 
 COMMAND: Final = Who("veneer-server store", "command line")
 
@@ -100,12 +111,8 @@ def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
                     metadata={"schema": str(version)},
                 )
             yield connection
-    except sqlite3.DatabaseError as error:
-        raise FailedPrecondition(
-            f"{path} is damaged ({error}); restore it, or move it away and push the adapters "
-            "again",
-            metadata={"file": str(path)},
-        ) from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise damaged(path, str(error)) from error
 
 
 def verify(
@@ -125,10 +132,7 @@ def verify(
     with _reading(data_dir) as db:
         problems = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
         if problems:
-            raise FailedPrecondition(
-                f"the catalog of {data_dir} is damaged ({problems[0]}); restore it, or move it "
-                "away and push the adapters again"
-            )
+            raise damaged(data_dir / "catalog.sqlite", problems[0])
         rows: list[Row] = db.execute("SELECT name, revision, weights FROM revisions").fetchall()
         found.quarantined = dict(db.execute("SELECT weights, why FROM quarantine"))
         (found.names,) = db.execute("SELECT count(*) FROM names").fetchone()
@@ -136,8 +140,8 @@ def verify(
         found.revisions, found.weights = len(by_revision), len(by_weights)
         total, at = len(by_weights) + len(by_revision), 0
         for kind, group, check in (
-            ("weights", by_weights, _check_weights),
-            ("revisions", by_revision, _check_revision),
+            ("weights", by_weights, check_weights),
+            ("revisions", by_revision, check_revision),
         ):
             for digest, users in group.items():
                 folder = root / kind / digest
@@ -146,7 +150,7 @@ def verify(
                     # A server that owns the folder may have removed it meanwhile.
                     if why is not None and _still_there(db, digest):
                         found.damaged.append(Damage(kind, digest, tuple(users), why))
-                found.bytes += _size(folder)
+                found.bytes += size_of(folder)
                 at += 1
                 progress(at, total)
         for kind, group in (("weights", by_weights), ("revisions", by_revision)):
@@ -170,7 +174,7 @@ def _still_there(db: sqlite3.Connection, digest: str) -> bool:
     return db.execute(sql, (digest,)).fetchone() is not None
 
 
-def _check_weights(folder: Path, digest: str) -> str | None:
+def check_weights(folder: Path, digest: str) -> str | None:
     try:
         verify_weights(folder, digest)
     except AdapterCorrupt as error:
@@ -178,7 +182,7 @@ def _check_weights(folder: Path, digest: str) -> str | None:
     return None
 
 
-def _check_revision(folder: Path, revision: str) -> str | None:
+def check_revision(folder: Path, revision: str) -> str | None:
     try:
         data = (folder / "bundle.json").read_bytes()
         if hashlib.sha256(data).hexdigest() != revision:
@@ -228,14 +232,11 @@ def collect(
 
     Raises:
         StoreLocked: a server owns the folder; it removes such content by itself.
+        StoreMismatch, CatalogDamaged: what the catalog does not name may be needed.
         FailedPrecondition: the catalog is damaged, or of another version.
     """
-    with _reading(data_dir) as db, OwnerLock(data_dir):
-        needed = {
-            digest
-            for row in db.execute("SELECT weights, revision FROM revisions")
-            for digest in row
-        }
+    with _reading(data_dir), OwnerLock(data_dir):
+        needed = _needed(data_dir)
         store = Store(data_dir / "store")
         weights, revisions = store.present()
         unneeded = (weights - needed, revisions - needed)
@@ -247,7 +248,7 @@ def collect(
             unreferenced=len(folders),
             uploads=len(stale),
             quarantined=len(held),
-            bytes=sum(_size(folder) for folder in (*folders, *stale, *held)),
+            bytes=sum(size_of(folder) for folder in (*folders, *stale, *held)),
         )
         if not dry_run:
             store.drop_staging(store.discard(*unneeded))
@@ -256,15 +257,25 @@ def collect(
     return collected
 
 
+def _needed(data_dir: Path) -> set[str]:
+    """Weights and revisions that the catalog names, where it can be believed: what it does not
+    name is about to be removed."""
+    found = survey(data_dir / "store")
+    check_catalog(data_dir, found)
+    with contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog:
+        check_pair(data_dir, found, catalog)
+        rows = tuple(catalog.names())
+    if wrong := sum(row.damaged for row in rows):
+        raise damaged(data_dir / "catalog.sqlite", f"{wrong} rows are not what was written")
+    return {
+        digest
+        for row in rows
+        for revision, weights, _ in row.revisions
+        for digest in (revision, weights)
+    }
+
+
 def _entries(folder: Path) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):
         return list(folder.iterdir())
     return []
-
-
-def _size(folder: Path) -> int:
-    size = 0
-    for path in _entries(folder):
-        with contextlib.suppress(OSError):
-            size += path.stat().st_size
-    return size

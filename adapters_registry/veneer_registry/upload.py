@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from veneer_registry.disk import FILE_MODE, disk_errors
 from veneer_registry.entry import short_name
 from veneer_registry.errors import Aborted, AdapterInvalid, ChecksumMismatch, InvalidField
 from veneer_registry.format import ALLOWED_FILES, REQUIRED_FILES, WEIGHTS_FILE, check_file_name
 from veneer_registry.records import UploadFile, UploadRequest
-from veneer_registry.store import disk_errors
 from veneer_registry.strict_json import show
 
 __all__ = ["Upload", "check_labels", "check_request"]
@@ -275,7 +275,7 @@ def _open(path: Path, announced: UploadFile) -> _Incoming:
         if there.st_size > announced.size or (linked and there.st_size != announced.size):
             path.unlink()
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    file = _Incoming(os.open(path, flags, 0o644), announced)
+    file = _Incoming(os.open(path, flags, FILE_MODE), announced)
     try:
         while chunk := os.read(file.fd, _CHUNK):
             file.digest.update(chunk)

@@ -28,6 +28,7 @@ from veneer_registry.tensor_names import Side, module_path, parse_tensor_name, t
 from veneer_registry.values import ServingDtype, find_problem, peak_bits
 
 __all__ = [
+    "MAX_SCALING",
     "WEIGHTS_FILE",
     "ModuleTensors",
     "TensorView",

@@ -36,6 +36,7 @@ from veneer_client.records import (
 from veneer_client.server_records import (
     AdapterCapacity,
     BaseModel,
+    BaseShape,
     Budgets,
     BudgetUse,
     Capacity,
@@ -93,6 +94,7 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
     "BaseModel",
+    "BaseShape",
     "BoundOptions",
     "BudgetUse",
     "Budgets",

@@ -61,16 +61,16 @@ class AsyncAdapterCalls(AsyncConnection):
             retry=self._retry,
             timeout_s=timeout_s,
         )
-        upload = await asyncio.to_thread(prepare, folder, name, options)
-        while True:
-            try:
-                question = upload.question()
-                known = await self._once(question, upload.remaining_s()) if question else {}
-                upload.begin(known)
-                return upload.result(await self._send(upload))
-            except grpc.RpcError as error:
-                failure = upload.failed(error, self.address)
-                await sleep_or_raise(upload.wait_s(failure), failure, error)
+        with await _prepared(folder, name, options) as upload:
+            while True:
+                try:
+                    asked = upload.question()
+                    known = await self._once(asked, upload.remaining_s()) if asked else {}
+                    upload.begin(known)
+                    return upload.result(await self._send(upload))
+                except grpc.RpcError as error:
+                    failure = upload.failed(error, self.address)
+                    await sleep_or_raise(upload.wait_s(failure), failure, error)
 
     async def _send(self, upload: Upload) -> adapters_pb2.UploadAdapterResponse:
         send: Any = self._channel.stream_unary(
@@ -196,7 +196,8 @@ class AsyncAdapterCalls(AsyncConnection):
         self, name: str = "", *, timeout_s: float | None = None
     ) -> tuple[Alias, ...]:
         """Aliases of one name, or of all, in order."""
-        return await self._ask(calls_admin.list_aliases(name), timeout_s)
+        pages = self._pages(partial(calls_admin.alias_page, name=name), timeout_s)
+        return tuple([alias async for alias in pages])
 
     def history(
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
@@ -225,6 +226,21 @@ class AsyncAdapterCalls(AsyncConnection):
             ),
             reader,
         )
+
+
+async def _prepared(folder: Path, name: str, options: PushOptions) -> Upload:
+    """`prepare` outside the event loop."""
+    preparing = asyncio.ensure_future(asyncio.to_thread(prepare, folder, name, options))
+    try:
+        return await asyncio.shield(preparing)
+    except asyncio.CancelledError:
+        preparing.add_done_callback(_close)  # the thread goes on to its end
+        raise
+
+
+def _close(prepared: asyncio.Future[Upload]) -> None:
+    if not prepared.cancelled() and prepared.exception() is None:
+        prepared.result().close()
 
 
 async def _messages(upload: Upload) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:

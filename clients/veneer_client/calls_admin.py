@@ -29,12 +29,12 @@ __all__ = [
     "WATCH",
     "Page",
     "activate",
+    "alias_page",
     "committed",
     "delete",
     "evict",
     "get",
     "history_page",
-    "list_aliases",
     "page",
     "self_test",
     "set_alias",
@@ -219,15 +219,15 @@ def set_alias(
     )
 
 
-def list_aliases(
-    name: str,
-) -> Call[adapters_pb2.ListAliasesResponse, tuple[Alias, ...]]:
-    """Aliases of a name; of all names where it is ""."""
+def alias_page(token: str, *, name: str) -> Call[adapters_pb2.ListAliasesResponse, Page[Alias]]:
+    """One page of the aliases of a name; of all names where it is ""."""
     return Call(
         f"/{_ADAPTERS}/ListAliases",
-        adapters_pb2.ListAliasesRequest(name=name),
+        adapters_pb2.ListAliasesRequest(name=name, page_token=token),
         adapters_pb2.ListAliasesResponse.FromString,
-        lambda answer: tuple(map(convert_admin.alias, answer.aliases)),
+        lambda answer: Page(
+            tuple(map(convert_admin.alias, answer.aliases)), answer.next_page_token
+        ),
     )
 
 

@@ -151,8 +151,8 @@ class Client(AdapterCalls):
         """Prove that base and adapters answer, mixed in one batch, as their files say.
 
         Args:
-            adapters: names, ``name@revision`` or ``name/alias``; none: the two resident
-                ones that were used last.
+            adapters: names, ``name@revision`` or ``name/alias``; none: the two in
+                memory that were used last, else two registered ones.
             timeout_s: unset: none, since a reference is computed for each.
         """
         return self._perform(calls_admin.self_test(adapters), timeout_s)

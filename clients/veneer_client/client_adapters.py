@@ -79,16 +79,16 @@ class AdapterCalls(Connection):
             retry=self._retry,
             timeout_s=timeout_s,
         )
-        upload = prepare(folder, name, options)
-        while True:
-            try:
-                question = upload.question()
-                known = self._once(question, upload.remaining_s()) if question else {}
-                upload.begin(known)
-                return upload.result(self._send(upload))
-            except grpc.RpcError as error:
-                failure = upload.failed(error, self.address)
-                sleep_or_raise(upload.wait_s(failure), failure, error)
+        with prepare(folder, name, options) as upload:
+            while True:
+                try:
+                    question = upload.question()
+                    known = self._once(question, upload.remaining_s()) if question else {}
+                    upload.begin(known)
+                    return upload.result(self._send(upload))
+                except grpc.RpcError as error:
+                    failure = upload.failed(error, self.address)
+                    sleep_or_raise(upload.wait_s(failure), failure, error)
 
     def _send(self, upload: Upload) -> adapters_pb2.UploadAdapterResponse:
         send: Any = self._channel.stream_unary(
@@ -236,7 +236,7 @@ class AdapterCalls(Connection):
         self, name: str = "", *, timeout_s: float | None = None
     ) -> tuple[Alias, ...]:
         """Aliases of one name, or of all, in order."""
-        return self._ask(calls_admin.list_aliases(name), timeout_s)
+        return tuple(self._pages(partial(calls_admin.alias_page, name=name), timeout_s))
 
     def history(
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None

@@ -195,7 +195,10 @@ def generation_end(message: inference_pb2.GenerateStreamResponse) -> GenerationE
 def _logprobs(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(
-            m.token_id, m.logprob, tuple(TopLogprob(t.token_id, t.logprob) for t in m.top)
+            m.token_id,
+            m.logprob,
+            tuple(TopLogprob(t.token_id, t.logprob, t.token) for t in m.top),
+            m.token,
         )
         for m in messages
     )

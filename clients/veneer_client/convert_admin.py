@@ -86,6 +86,7 @@ def adapter_details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
     return AdapterDetails(
         adapter=adapter_info(message.adapter),
         revisions=tuple(adapter_info(revision) for revision in message.revisions),
+        revisions_left_out=message.revisions_left_out,
     )
 
 

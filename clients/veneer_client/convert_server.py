@@ -12,6 +12,7 @@ from veneer_client.convert import seconds
 from veneer_client.server_records import (
     AdapterCapacity,
     BaseModel,
+    BaseShape,
     Budgets,
     BudgetUse,
     Capacity,
@@ -59,6 +60,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
                 quantization=parts.quantization,
                 template=parts.template,
             ),
+            shape=_base_shape(base.shape) if base.HasField("shape") else None,
         ),
         device=message.device,
         backend=message.backend,
@@ -71,6 +73,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
             max_batch_tokens=budgets.max_batch_tokens,
             max_running=budgets.max_running,
             max_queue=budgets.max_queue,
+            max_prefill_tokens=budgets.max_prefill_tokens,
         ),
         context_length=message.context_length,
         uptime_s=seconds(message.uptime),
@@ -90,6 +93,15 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
             front_peak=message.memory.front_peak_bytes,
             engine_peak=message.memory.engine_peak_bytes,
         ),
+        longest_step_s=seconds(message.longest_step),
+    )
+
+
+def _base_shape(message: server_pb2.BaseShape) -> BaseShape:
+    return BaseShape(
+        layers=message.layers,
+        vocabulary=message.vocabulary,
+        projections={p.name: (p.out_features, p.in_features) for p in message.projections},
     )
 
 
@@ -154,4 +166,5 @@ def self_test(message: adapters_pb2.SelfTestResponse) -> SelfTest:
             for result in message.results
         ),
         adapters_mixed=message.adapters_mixed,
+        note=message.note,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import ServerUnreachable
 
 __all__ = ["LocalServer"]
@@ -58,7 +58,7 @@ class LocalServer:
         self.data_dir = folder / "data"
         own += ["--data-dir", str(self.data_dir), "--port-file", str(ports)]
         # A flag that the caller gives again comes later, and the last one wins.
-        command = [sys.executable, "-m", "veneer_server", "serve", *own, *flags]
+        command = child_python("-m", "veneer_server", "serve", *own, *flags)
         self.command = " ".join(["veneer-server", *flags])
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(

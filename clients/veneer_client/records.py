@@ -92,10 +92,16 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDetails:
-    """One adapter and all stored revisions of its name, newest first."""
+    """One adapter and the stored revisions of its name, newest first.
+
+    Attributes:
+        revisions_left_out: older ones that did not fit the answer; `Client.history` names
+            them.
+    """
 
     adapter: AdapterInfo
     revisions: tuple[AdapterInfo, ...]
+    revisions_left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

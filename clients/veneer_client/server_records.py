@@ -14,6 +14,7 @@ from veneer_registry.adapter import BaseFingerprint
 __all__ = [
     "AdapterCapacity",
     "BaseModel",
+    "BaseShape",
     "BudgetUse",
     "Budgets",
     "Capacity",
@@ -30,8 +31,23 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
+class BaseShape:
+    """What an adapter for a base must fit.
+
+    Attributes:
+        vocabulary: token ids are below it.
+        projections: ``q_proj`` and so on -> (out_features, in_features), as in every layer.
+    """
+
+    layers: int
+    vocabulary: int
+    projections: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The resident base model; ``size`` in bytes."""
+    """The resident base model; ``size`` in bytes. ``shape`` is None where the server is too
+    old to tell it."""
 
     name: str
     architecture: str
@@ -40,11 +56,17 @@ class BaseModel:
     parameters: int
     size: int
     fingerprint: BaseFingerprint
+    shape: BaseShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Limits that the server runs with; bytes and counts."""
+    """Limits that the server runs with; bytes and counts.
+
+    Attributes:
+        max_batch_tokens: of one step; fewer than configured on a slow machine.
+        max_prefill_tokens: prompt tokens of a step that also decodes.
+    """
 
     host_adapter_bytes: int
     device_adapter_bytes: int
@@ -53,6 +75,7 @@ class Budgets:
     max_batch_tokens: int
     max_running: int
     max_queue: int
+    max_prefill_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +113,8 @@ class ServerInfo:
         why_not_native: in words; empty where the native one does.
         context_length: longest prompt plus completion, in tokens.
         engine_starts: 1 unless the engine process failed.
+        longest_step_s: how long the longest step may take, by what was measured before
+            serving.
     """
 
     version: str
@@ -104,6 +129,7 @@ class ServerInfo:
     engine_starts: int
     memory: Memory
     why_not_native: str = ""
+    longest_step_s: float = 0.0
 
 
 class ServingStatus(Enum):
@@ -224,9 +250,17 @@ class SelfTest:
     """Whether base and adapters answer as their files say they must.
 
     Attributes:
+        passed: every result did, and an adapter was tested if any is registered.
         adapters_mixed: adapters that were in one batch together with the base.
+        note: why no adapter was tested; "" if one was.
     """
 
     passed: bool
     results: tuple[SelfTestResult, ...]
     adapters_mixed: int
+    note: str = ""
+
+    @property
+    def adapters_tested(self) -> int:
+        """Adapters that were compared with their references."""
+        return sum(bool(result.adapter) for result in self.results)

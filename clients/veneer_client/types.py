@@ -171,10 +171,15 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """One of the most likely tokens at a place; natural logarithm."""
+    """One of the most likely tokens at a place; natural logarithm.
+
+    Attributes:
+        token: as in `TokenLogprob`.
+    """
 
     token_id: int
     logprob: float
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +188,15 @@ class TokenLogprob:
 
     Attributes:
         top: the most likely tokens at its place, likeliest first, if asked for.
+        token: what it is called: its text, ``bytes:\\xf0\\x9f`` for a fragment of a
+            character, or a special token's name. No two tokens share one. Empty from a
+            server that does not send it.
     """
 
     token_id: int
     logprob: float
     top: tuple[TopLogprob, ...] = ()
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

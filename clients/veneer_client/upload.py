@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import grpc
 from veneer_proto.v1 import adapters_pb2
@@ -26,6 +30,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 from veneer_registry.format import check_adapter, select_files
+from veneer_registry.regular_files import open_regular
 
 from veneer_client import calls, calls_admin, convert_admin
 from veneer_client.failures import Attempts, RetryPolicy, to_error, write_broke
@@ -59,16 +64,66 @@ class PushOptions:
     timeout_s: float | None
 
 
+class _Source:
+    """A file to send: opened once, so that what is sent is what was hashed, whatever its
+    name means by then. The thread of an attempt that has ended may still read while the
+    next one does, hence the lock, and an offset with each read."""
+
+    def __init__(self, path: Path, file: io.FileIO) -> None:
+        self.path = path
+        self._file = file
+        self._lock = threading.Lock()
+
+    def chunks(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """Its bytes from ``offset`` to ``size``, which was its end.
+
+        Raises:
+            AdapterInvalid: it is shorter now.
+        """
+        while offset < size:
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(min(CHUNK_BYTES, size - offset))
+            if not data:
+                raise _changed(self.path)
+            yield offset, data
+            offset += len(data)
+
+    def describe(self) -> adapters_pb2.UploadFile:
+        """Its announcement.
+
+        Raises:
+            AdapterInvalid: it grows or shrinks meanwhile.
+        """
+        digest, size = hashlib.sha256(), self._size()
+        for _, data in self.chunks(0, size):
+            digest.update(data)
+        if self._size() != size:
+            raise _changed(self.path)
+        return adapters_pb2.UploadFile(
+            name=self.path.name, size=size, sha256=digest.hexdigest()
+        )
+
+    def _size(self) -> int:
+        with self._lock:
+            return self._file.seek(0, io.SEEK_END)
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Bundle:
     """A folder that was checked and hashed.
 
     Attributes:
+        sources: open, in the order of ``files``.
         warnings: of the local check.
         skipped: files of the folder that are not part of a bundle.
     """
 
-    paths: tuple[Path, ...]
+    sources: tuple[_Source, ...]
     files: tuple[adapters_pb2.UploadFile, ...]
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -81,6 +136,7 @@ class Upload:
     the rest (`messages`). Content decides the outcome, so that sending something twice
     is sending it once. One that fails says whether to go on (`wait_s`): while the server
     gets further, for ever; without progress `RetryPolicy.attempts` times.
+    A context manager: its files are open until it is left.
     """
 
     def __init__(self, name: str, bundle: _Bundle, options: PushOptions) -> None:
@@ -113,6 +169,23 @@ class Upload:
         self._unreadable: VeneerError | None = None
         self._sent = self._resumes = 0
         self._skipped: int | None = None
+
+    def close(self) -> None:
+        """Close the files. May be called again."""
+        self._attempt += 1  # gRPC's thread may still be reading
+        for source in self._bundle.sources:
+            source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def remaining_s(self) -> float | None:
         """Seconds left until the push's deadline; None without one."""
@@ -155,20 +228,24 @@ class Upload:
         done = sum(committed.values())
         yield adapters_pb2.UploadAdapterRequest(spec=self._spec)
         try:
-            for path, file in zip(self._bundle.paths, self._bundle.files, strict=True):
-                for offset, data in _chunks(path, committed[file.name], file.size):
+            for source, file in zip(self._bundle.sources, self._bundle.files, strict=True):
+                for offset, data in source.chunks(committed[file.name], file.size):
                     # Before it goes: a call may end, and the next attempt begin, before
                     # this goes on.
                     self._sent += len(data)
-                    yield _message(path.name, offset, data)
+                    yield _message(file.name, offset, data)
                     if attempt != self._attempt:
                         return  # gRPC's thread still reads for a call that has ended
                     done += len(data)
                     self._options.progress(done, self._total)
-        except OSError as error:
+        except (OSError, ValueError, AdapterInvalid) as error:
+            if attempt != self._attempt:
+                return  # the push has ended and its files are closed: a ValueError
             # gRPC would turn it into UNKNOWN: end the stream here, and let the client
             # raise this instead of the server's "incomplete".
-            self._unreadable = _unreadable(path, error)
+            self._unreadable = (
+                error if isinstance(error, AdapterInvalid) else _unreadable(source.path, error)
+            )
 
     def failed(self, error: grpc.RpcError, address: str) -> VeneerError:
         """What a failed call of this push means."""
@@ -220,27 +297,28 @@ class Upload:
 def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
     """Check an adapter folder as far as that is possible without its base; hash it.
 
+    Kinds and sizes of the files come first: see `select_files`.
+
     Raises:
         InvalidField: the name is not a legal adapter name.
         AdapterInvalid: the server would refuse these files; says which and why.
     """
     check_name(name)
-    try:
-        selection = select_files(folder)
-        warnings = check_adapter(folder)
-        files = tuple(map(_describe, selection.files))
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    return Upload(name, _Bundle(selection.files, files, warnings, selection.skipped), options)
-
-
-def _describe(path: Path) -> adapters_pb2.UploadFile:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            digest.update(data)
-            size += len(data)
-    return adapters_pb2.UploadFile(name=path.name, size=size, sha256=digest.hexdigest())
+    with ExitStack() as opened:
+        try:
+            selection = select_files(folder)
+            sources = []
+            for path in selection.files:
+                sources.append(_Source(path, open_regular(path)))
+                opened.callback(sources[-1].close)
+            warnings = check_adapter(folder)
+            files = tuple(source.describe() for source in sources)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        bundle = _Bundle(tuple(sources), files, warnings, selection.skipped)
+        upload = Upload(name, bundle, options)
+        opened.pop_all()  # from here on the upload closes them
+        return upload
 
 
 def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterRequest:
@@ -250,25 +328,19 @@ def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterR
     return message
 
 
-def _chunks(path: Path, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """The rest of a file, from ``offset``; a whole file is not even opened."""
-    if offset >= size:
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        while data := file.read(CHUNK_BYTES):
-            yield offset, data
-            offset += len(data)
-
-
 def _out_of_step(failure: VeneerError) -> bool:
     """Whether the server took in more, after its answer, from a connection that was
     thought dead: ask it again."""
     return isinstance(failure, InvalidField) and failure.metadata.get("field") == "offset"
 
 
-def _unreadable(path: Path, error: OSError) -> AdapterInvalid:
+def _unreadable(path: Path, error: OSError | ValueError) -> AdapterInvalid:
+    why = (error.strerror if isinstance(error, OSError) else None) or error
     return AdapterInvalid(
-        f"{path} cannot be read ({error.strerror or error}): check its permissions",
-        metadata={"file": path.name},
+        f"{path} cannot be read ({why}): check its permissions", metadata={"file": path.name}
     )
+
+
+def _changed(path: Path) -> AdapterInvalid:
+    why = "changed while it was read; push again when nothing writes to it"
+    return AdapterInvalid(f"{path} {why}", metadata={"file": path.name, "why": why})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from veneer_client import VeneerError
+from veneer_registry.child_python import child_python
 
 from veneer_loadtest.peer_messages import (
     FromPeer,
@@ -62,9 +62,7 @@ class PeftPeerProcess:
     async def __aenter__(self) -> PeftPeerProcess:
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "veneer_loadtest.peft_process",
+                *child_python("-m", "veneer_loadtest.peft_process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -38,8 +38,13 @@ _WINDOW_S: Final = 0.2
 _QUIET_WINDOWS: Final = 2
 _QUIET_PERCENT: Final = 5.0
 
-_FOLDERS: Final = re.compile(r"(?<![^=:,\s])/(?:[^/=:,\s]*/)*")
-"""The folders of an absolute path: of a word, or after ``=``, ``:`` or ``,``."""
+_FOLDERS: Final = re.compile(
+    r"(?P<url>\b(?!file:)[a-z][a-z0-9+.-]+://[^\s,]*)"
+    r"|(?P<scheme>\bfile://)?(?<![^=:,/\s])/(?:[^/=:,\s]*/)*",
+    re.IGNORECASE,
+)
+"""A URL, which is kept; or the folders of an absolute path: of a word, of a file URL, or
+after ``=``, ``:`` or ``,``."""
 
 
 def usable_cores() -> int:
@@ -108,8 +113,8 @@ async def wait_until_idle(limit_s: float) -> bool:
 
 def without_folders(argument: str) -> str:
     """A part of a command line for a result, which others may read: of absolute paths only
-    the last name."""
-    return _FOLDERS.sub("", argument)
+    the last name. URLs stay as they are, but for those of files."""
+    return _FOLDERS.sub(lambda found: found["url"] or found["scheme"] or "", argument)
 
 
 def conditions() -> dict[str, object]:

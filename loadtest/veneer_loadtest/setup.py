@@ -9,9 +9,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer_client import AsyncClient, VeneerError
+from veneer_client import AsyncClient, ServerInfo, VeneerError
 from veneer_client.local import LocalServer
+from veneer_registry.child_python import child_python
 
+from veneer_loadtest import workload
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.report import without_folders
 
@@ -19,9 +21,11 @@ __all__ = [
     "Target",
     "find_adapters",
     "find_base_folder",
+    "needed_shape",
     "parse_range",
     "parse_streams",
     "published",
+    "served_shape",
     "target",
 ]
 
@@ -44,12 +48,20 @@ class Target:
 
 @asynccontextmanager
 async def target(
-    *, spawn: bool, address: str | None, base_folder: Path, threads: int, flags: Sequence[str]
+    *,
+    spawn: bool,
+    address: str | None,
+    base_folder: Path | None,
+    threads: int,
+    flags: Sequence[str],
 ) -> AsyncIterator[Target]:
     """A server of this run's own (``spawn``), or the one at ``address``.
 
+    Args:
+        base_folder: what a spawned one serves; None: the bundled base.
+
     Raises:
-        BadOption: neither, or both.
+        BadOption: neither, or both; or there is no base to spawn a server with.
         ServerUnreachable: it did not start.
     """
     if spawn == (address is not None):
@@ -58,7 +70,8 @@ async def target(
         async with AsyncClient(address, timeout_s=120.0) as client:
             yield Target(client, f"(running at {address})")
         return
-    all_flags = ["--base", str(base_folder), "--threads", str(threads), *flags]
+    folder = find_base_folder(base_folder)
+    all_flags = ["--base", str(folder), "--threads", str(threads), *flags]
     with LocalServer(all_flags) as server:
         async with AsyncClient(server.address, timeout_s=120.0) as client:
             yield Target(client, without_folders(server.command), server.data_dir)
@@ -99,6 +112,38 @@ async def remove(client: AsyncClient, name: str) -> None:
         print(f"could not delete {name}: {error}", file=sys.stderr)
 
 
+def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape | None:
+    """Sizes of the base that a server serves, for adapters and token ids, as it says itself.
+    An older server does not: then those of the folder ``given``, else of the bundled base
+    where that is what it serves, else None.
+
+    Raises:
+        BadOption: ``given`` is not a base's folder.
+    """
+    base = info.base_model
+    if base.shape is not None:
+        return workload.served_base_shape(base.name, base.shape)
+    if given is None and base.name != BUNDLED:
+        return None
+    return workload.read_base_shape(find_base_folder(given))
+
+
+def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape:
+    """`served_shape`, for a load that cannot do without.
+
+    Raises:
+        BadOption: it is not known, or as `served_shape`.
+    """
+    shape = served_shape(info, given)
+    if shape is None:
+        raise BadOption(
+            f"the server (version {info.version}) does not say what an adapter for its base, "
+            f"{info.base_model.name!r}, must look like: give --base-folder, the Hugging Face "
+            "folder of that base, or use --names with adapters that it has"
+        )
+    return shape
+
+
 def find_base_folder(given: Path | None) -> Path:
     """The base's Hugging Face folder: as given, else the bundled one's.
 
@@ -107,7 +152,7 @@ def find_base_folder(given: Path | None) -> Path:
     """
     if given is None:
         asked = subprocess.run(
-            [sys.executable, "-m", "veneer_server", "model", "path", BUNDLED],
+            child_python("-m", "veneer_server", "model", "path", BUNDLED),
             stdout=subprocess.PIPE,
             text=True,
             check=False,

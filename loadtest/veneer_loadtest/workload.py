@@ -15,6 +15,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import veneer_client
+
+from veneer_loadtest.errors import BadOption
 
 __all__ = [
     "ATTENTION",
@@ -27,6 +30,7 @@ __all__ = [
     "make_adapters",
     "make_streams",
     "read_base_shape",
+    "served_base_shape",
 ]
 
 SCALING: Final = 2.0
@@ -42,7 +46,7 @@ small enough that the model still writes (see the gate's figures in a result).""
 
 @dataclass(frozen=True, slots=True)
 class BaseShape:
-    """Sizes read from a base model's ``config.json``."""
+    """Sizes of a base model."""
 
     name: str
     layers: int
@@ -92,6 +96,35 @@ def read_base_shape(folder: Path) -> BaseShape:
         kv_out=int(config.get("num_key_value_heads") or heads) * head_dim,
         vocab=int(config["vocab_size"]),
     )
+
+
+def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
+    """Sizes of the base model ``name``, as its server tells them.
+
+    Raises:
+        BadOption: it is not a Llama-like decoder.
+    """
+    sizes = told.projections
+    try:
+        shape = BaseShape(
+            name=name,
+            layers=told.layers,
+            hidden=sizes["q_proj"][1],
+            intermediate=sizes["gate_proj"][0],
+            q_out=sizes["q_proj"][0],
+            kv_out=sizes["k_proj"][0],
+            vocab=told.vocabulary,
+        )
+        ours = {path.rpartition(".")[2]: size for path, size in shape.projections().items()}
+        fits = ours == dict(sizes)
+    except KeyError:
+        fits = False
+    if not fits:
+        raise BadOption(
+            f"the server's base {name!r} has projections that synthetic adapters are not made "
+            "for: use --names with adapters that it has"
+        )
+    return shape
 
 
 def make_adapters(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+    # `python -m` puts the current folder first, where a msgspec.py may lie. As pip does.
+    del sys.path[0]
+
 import inspect
 import logging
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,14 +60,19 @@ _TOP_FLAGS: Final = ("--help", "--version")
 
 
 def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
+    _open_standard_descriptors()
     # The engine is forked from a process that runs gRPC, and becomes another program
     # at once: gRPC's own fork handling has nothing to do, and would complain.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # From the first moment: the app says so once it runs. Its default ends the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     import uvloop
 
     from veneer_server.app import App
+    from veneer_server.heap import configure_malloc
     from veneer_server.logs import configure
 
+    configure_malloc()
     config = load_config(flags, os.environ, config_file)
     configure(config.log_format)
     logging.captureWarnings(True)
@@ -69,7 +80,31 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     async def run() -> None:
         await App(config, lambda line: print(line, flush=True)).run_until_signal()
 
-    uvloop.run(run())
+    try:
+        uvloop.run(run())
+    finally:
+        _forget_closed_outputs()
+
+
+def _open_standard_descriptors() -> None:
+    """Those that were closed (``>&-``) lead nowhere: a socket would get their number, and
+    libuv aborts over one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _forget_closed_outputs() -> None:
+    """What could not be written to a terminal that has closed is not tried again: Python
+    would end with status 120 for it, after a server that stopped as it should."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # as after `>&-`
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _flag_parameter(option: Option) -> inspect.Parameter:
@@ -80,7 +115,7 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
         kind: Any = Annotated[bool | None, typer.Option(option.flag + off, help=text)]
     else:
         info = typer.Option(option.flag, metavar=option.metavar, help=text)
-        kind = Annotated[str | None, info]
+        kind = Annotated[list[str] | None if option.repeated else str | None, info]
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
     )
@@ -221,6 +256,31 @@ def store_gc(
         )
 
     _guarded(run, debug)
+
+
+@store_cli.command(
+    "recover",
+    epilog="""
+Examples:
+
+  veneer-server store recover                    the catalog is gone, damaged or too old
+
+  veneer-server store recover --data-dir /srv/veneer --json
+""",
+)
+@_with_flags(_DATA)
+def store_recover(*, as_json: _Json = False, debug: _Debug = False, **flags: Any) -> None:
+    """Rebuild the catalog from what can be read of it and from the stored adapters.
+
+    Every stored file is compared with its digest. The old catalog is kept beside the new one.
+    What only the catalog knew and cannot be read (aliases, history, retention, pins) is lost.
+    No server may run.
+    """
+    from veneer_server.store_command import recover
+
+    _guarded(
+        lambda: recover(load_config(flags, os.environ).data_dir, print, as_json=as_json), debug
+    )
 
 
 @cli.command(

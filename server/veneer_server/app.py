@@ -21,14 +21,17 @@ from veneer_proto.v1 import (
     server_pb2_grpc,
 )
 from veneer_registry.adapter import BaseSpec
+from veneer_registry.base_names import known_names
 from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
 from veneer_server.adapter_log import AdapterLog
 from veneer_server.config import Address, ServerConfig
+from veneer_server.descriptors import Descriptors, share_descriptors
 from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineInfo
+from veneer_server.hosts import AllowedHosts
 from veneer_server.housekeeping import Housekeeping
 from veneer_server.logs import get_logger
 from veneer_server.memory import MemoryPlan
@@ -36,19 +39,24 @@ from veneer_server.metrics import Metrics
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
+from veneer_server.pace import Pace
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
 from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.calls import Calls, Phase
+from veneer_server.rpc.channel import channel_options
 from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.health import SERVICES, Health
-from veneer_server.rpc.inference_service import InferenceService
+from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
+from veneer_server.rpc.open_calls import OpenCalls
+from veneer_server.rpc.receiving import Receiving
 from veneer_server.rpc.self_test import SelfTest
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
+from veneer_server.scrape import ScrapeServer
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
 from veneer_server.text.defaults import read_sampling_defaults
 from veneer_server.text.prompts import Prompts
@@ -91,13 +99,20 @@ class App:
         self._calls = Calls()
         self._health = Health()
         self._events = AdapterEvents()
+        self._pace = Pace(config.refusal_rate)
+        self._descriptors = Descriptors(limit=0, connections=config.max_connections)
         self._stop_asked = asyncio.Event()
         self._server: Any = None
         self._gateway: Gateway | None = None
 
     async def run_until_signal(self) -> None:
-        """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once."""
+        """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once. SIGHUP
+        changes nothing: a terminal that closes must not end the streams of others."""
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(
+            signal.SIGHUP,
+            lambda: _log.info("SIGHUP ignored", why="nothing to reload; SIGTERM stops"),
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await self.run()
@@ -137,6 +152,9 @@ class App:
         config = self._config
         if config.openai_listen is not None:
             require_gateway()
+        self._descriptors = share_descriptors(
+            wanted=config.max_connections, ports=1 if config.openai_listen is None else 2
+        )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
         base_folder = await asyncio.to_thread(
@@ -159,6 +177,7 @@ class App:
             shapes=decoder.shapes,
             fingerprint=fingerprint,
             serving_dtype=config.dtype,
+            names=known_names(base_folder.name, base_folder.path, *config.allow_base_name),
         )
         registry = await asyncio.to_thread(
             lambda: Registry.open(
@@ -172,7 +191,12 @@ class App:
         self._resources.callback(registry.close)
         self._events.name_by(registry.names)
         housekeeping = Housekeeping(
-            registry, self._events, upload_ttl_s=config.upload_ttl * 3600
+            registry,
+            self._events,
+            upload_ttl_s=config.upload_ttl * 3600,
+            broken_uploads=(config.max_broken_uploads, config.max_broken_upload_bytes),
+            quarantine_bytes=config.quarantine_bytes,
+            quarantine_ttl_s=config.quarantine_ttl * 3600,
         )
         self._resources.push_async_callback(housekeeping.stop)
         engine = self._engine(base_folder, base, memory, registry, housekeeping)
@@ -196,22 +220,28 @@ class App:
             use=use,
             background=background,
             base_name=base.name,
+            constraint_bytes=config.constraint_bytes,
             # When nothing runs, the last busy minute's steps say nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
-        metrics_address = self._serve_metrics(registry)
+        metrics_address = await self._serve_metrics(registry)
         openai_address = await self._serve_openai(generator, registry, engine, base)
         grpc_address = await self._serve_grpc(
+            engine,
             InferenceService(generator, reader_limit_s=config.reader_limit),
             AdapterService(
                 registry,
                 engine,
                 use,
-                Uploads(registry, on_published=self._events.published),
+                Uploads(
+                    registry,
+                    min_rate=config.min_upload_rate,
+                    broken=(config.max_broken_uploads, config.max_broken_upload_bytes),
+                ),
                 self._events,
                 budgets=budgets,
                 self_test=SelfTest(
-                    registry, engine, prompts, dtype=config.dtype, exact=config.exact
+                    registry, engine, prompts, use, dtype=config.dtype, exact=config.exact
                 ),
                 keep_residents=housekeeping.keep_residents,
             ),
@@ -232,6 +262,7 @@ class App:
         """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
         await self._health.drain()
         self._calls.drain()
+        self._pace.stop()
         self._events.close()  # a watch has no end of its own
         if self._gateway is not None:
             self._gateway.stop_accepting()
@@ -286,32 +317,46 @@ class App:
         if self._calls.phase is not Phase.DRAINING:
             (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
 
-    def _serve_metrics(self, registry: Registry) -> Address | None:
+    async def _serve_metrics(self, registry: Registry) -> Address | None:
         wanted = self._config.metrics_listen
         if wanted is None:
             return None
         self._metrics.ask(registry)
+        hosts = AllowedHosts(wanted, self._config.allowed_hosts)
+        scraping = ScrapeServer(self._metrics.registry, hosts)
         try:
-            scraping = self._metrics.serve(wanted)
+            address = await scraping.start(wanted)
         except OSError as error:
             raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
-        self._resources.callback(scraping.close)
-        return scraping.address
+        self._resources.push_async_callback(scraping.stop)
+        return address
 
     async def _serve_grpc(
-        self, inference: InferenceService, adapters: AdapterService, about: ServerService
+        self,
+        engine: EngineClient,
+        inference: InferenceService,
+        adapters: AdapterService,
+        about: ServerService,
     ) -> Address:
         wanted = self._config.listen
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._metrics, self._calls)],
-            # Without this a second server would take half of this one's calls.
-            options=[
-                ("grpc.so_reuseport", 0),
-                # Clients ask every 20 s whether a quiet server still lives; gRPC's own
-                # rule (5 minutes) would close their connections for it.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                *_keepalive(self._config.reader_limit),
+            interceptors=[
+                CallInterceptor(
+                    self._metrics,
+                    self._calls,
+                    Receiving(limit_s=self._config.reader_limit),
+                    open_calls=OpenCalls(
+                        generations=engine.capacity, watchers=self._config.max_watchers
+                    ),
+                    checks=dict.fromkeys(GENERATE_METHODS, inference.check_wire),
+                    pace=self._pace,
+                )
             ],
+            options=channel_options(
+                reader_limit_s=self._config.reader_limit,
+                connections=self._descriptors.connections,
+                generations=engine.capacity,
+            ),
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
@@ -344,7 +389,10 @@ class App:
             calls=self._calls,
             metrics=self._metrics,
             base=base,
+            hosts=AllowedHosts(wanted, self._config.allowed_hosts),
             reader_limit_s=self._config.reader_limit,
+            max_connections=self._descriptors.connections,
+            pace=self._pace,
         )
         try:
             address = await gateway.start(wanted)
@@ -383,17 +431,6 @@ class App:
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
-
-
-def _keepalive(limit_s: float) -> list[tuple[str, int]]:
-    """gRPC options: a connection whose other end answers no ping, since its process is
-    stopped or its machine gone, is closed after ``limit_s`` while it has calls."""
-    limit_ms = max(1_000, int(limit_s * 1000))
-    return [
-        ("grpc.keepalive_time_ms", limit_ms * 2 // 3),
-        ("grpc.keepalive_timeout_ms", limit_ms // 3),
-        ("grpc.http2.max_pings_without_data", 0),
-    ]
 
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:

@@ -60,6 +60,7 @@ class ServerConfig:
     listen: Address
     metrics_listen: Address | None
     openai_listen: Address | None
+    allowed_hosts: tuple[str, ...]
     insecure: bool
     data_dir: Path
     cache_dir: Path
@@ -67,6 +68,7 @@ class ServerConfig:
     quantization: Literal["nf4", "fp4", "none"]
     dtype: Literal["bfloat16", "float16", "float32"]
     backend: Literal["auto", "native", "torch"]
+    native_instructions: Literal["auto", "avx512-bf16", "avx2"]
     threads: int
     max_running: int
     max_batch_tokens: int
@@ -74,14 +76,30 @@ class ServerConfig:
     prefix_cache: bool
     exact: bool
     max_queue: int
+    max_connections: int
+    max_watchers: int
+    refusal_rate: int
     kv_cache_bytes: int | None
     host_cache_bytes: int
     device_adapter_bytes: int
     max_adapter_bytes: int
     retain_superseded: int
     upload_ttl: float
+    min_upload_rate: int
+    max_broken_uploads: int
+    max_broken_upload_bytes: int
+    quarantine_ttl: float
+    quarantine_bytes: int
+    allow_base_name: tuple[str, ...]
     grace: float
     reader_limit: float
+    constraint_bytes: int
+    constraint_workers: int
+    constraint_seconds: float
+    constraint_memory: int
+    constraint_mask_seconds: float
+    constraint_fuel: int
+    constraint_matcher_memory: int
     log_format: Literal["console", "json"]
     port_file: Path | None
 
@@ -162,12 +180,37 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _cpu_seconds(value: Any) -> float:
+    number = _seconds(value)
+    if not 0.001 <= number <= 60:
+        raise ValueError("give seconds from 0.001 to 60")
+    return number
+
+
+def _bytes_between(low: str, high: str) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = _bytes(value)
+        if not _bytes(low) <= number <= _bytes(high):
+            raise ValueError(f"give {low} to {high}")
+        return number
+
+    return parse
+
+
 def _flag(value: Any) -> bool:
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     parsed = known.get(str(value).strip().lower())
     if parsed is None:
         raise ValueError("give true or false")
     return parsed
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Several names: a list, or one text with commas between them."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(p, str) for p in parts):
+        raise ValueError("give names, such as meta-llama/Llama-3.2-1B")
+    return tuple(name for part in parts for p in part.split(",") if (name := p.strip()))
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -192,6 +235,17 @@ def _optional_address(value: Any) -> Address | None:
     return None if value == "" else _address(value)
 
 
+def _hosts(value: Any) -> tuple[str, ...]:
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ValueError("give names, such as veneer.internal,gpu1")
+    names = tuple(name.strip().lower() for name in given if name.strip())
+    for name in names:
+        if name != "*" and not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", name):
+            raise ValueError(f"{name!r} is no host name: give it without scheme and port")
+    return names
+
+
 # -------------------------------------------------------------------------- table
 
 
@@ -204,6 +258,8 @@ class Option:
             names follow from it.
         default: as a person would write it.
         metavar: what the help shows for the value; empty for a switch.
+        repeated: the flag may be given several times, the file's key is a list, and the
+            variable has commas.
         parse: string or TOML value -> field value.
     """
 
@@ -212,6 +268,7 @@ class Option:
     metavar: str
     parse: Callable[[Any], Any]
     help: str
+    repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -235,6 +292,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "Address for Prometheus; empty turns it off."),
     Option("openai_listen", "", "HOST:PORT", _optional_address,
            "Address for the OpenAI-compatible HTTP gateway; empty leaves it off."),
+    Option("allowed_hosts", "", "NAME,NAME", _hosts,
+           "Host names that the HTTP gateway and the metrics port answer to, beside localhost "
+           "and their address; * is any. Empty allows any where other machines can connect."),
     Option("insecure", "false", "", _flag,
            "Allow addresses that other machines can reach, without authentication."),
     Option("data_dir", "~/.local/share/veneer", "DIR", _path,
@@ -250,6 +310,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "Of activations, KV cache and adapters."),
     Option("backend", "auto", "auto|native|torch", _one_of("auto", "native", "torch"),
            "What executes a step; auto takes the native CPU kernels where they can run."),
+    Option("native_instructions", "auto", "auto|avx512-bf16|avx2",
+           _one_of("auto", "avx512-bf16", "avx2"),
+           "Instructions that the native kernels use; auto is the most that the CPU has."),
     Option("threads", "0", "N", _whole(0, 1024), "CPU threads of a step; 0 means all cores."),
     Option("max_running", "64", "N", _whole(1, 4096), "Most sequences in one batch."),
     Option("max_batch_tokens", "512", "N", _whole(16, 1 << 20), "Most tokens in one step."),
@@ -262,6 +325,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "with the torch backend much slower, and without the prefix cache."),
     Option("max_queue", "256", "N", _whole(0, 1 << 20),
            "Requests that may wait; more are refused."),
+    Option("max_connections", "512", "N", _whole(8, 1 << 20),
+           "Connections to the gRPC port, and to the HTTP gateway; more are refused."),
+    Option("max_watchers", "256", "N", _whole(1, 1 << 20),
+           "WatchAdapters calls that may be open; more are refused."),
+    Option("refusal_rate", "100", "N", _whole(0, 1 << 20),
+           "Invalid requests a second from one host that are refused at once; refusals beyond "
+           "that are delayed by up to 3 s. 0 delays none."),
     Option("kv_cache_bytes", "auto", "BYTES", _auto_bytes,
            "Memory for keys and values; auto is 1 GiB, or less where memory is short."),
     Option("host_cache_bytes", "2GiB", "BYTES", _bytes, "Adapters ready in host memory."),
@@ -270,11 +340,38 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option("retain_superseded", "2", "N", _whole(0, 1000),
            "Replaced revisions kept on disk for each name."),
     Option("upload_ttl", "24", "HOURS", _hours,
-           "How long what arrived of a broken upload is kept, to be gone on with."),
+           "How long what arrived of an interrupted upload is kept, to be resumed."),
+    Option("min_upload_rate", "16KiB", "BYTES", _bytes,
+           "Bytes a second that an upload must bring, over a minute; a slower one is ended."),
+    Option("max_broken_uploads", "16", "N", _whole(1, 1 << 20),
+           "Interrupted uploads that are kept; the oldest beyond that go."),
+    Option("max_broken_upload_bytes", "512MiB", "BYTES", _bytes,
+           "Bytes of all interrupted uploads kept; the newest stays whatever its size."),
+    Option("quarantine_ttl", "720", "HOURS", _hours,
+           "How long damaged adapters, and content that no adapter names, are kept aside."),
+    Option("quarantine_bytes", "10GiB", "BYTES", _bytes,
+           "Most that is kept aside; the oldest goes first."),
+    Option("allow_base_name", "", "NAME", _names,
+           "Another name that adapters' configs may give the base; may be repeated.",
+           repeated=True),
     Option("grace", "30", "SECONDS", _seconds,
            "How long running requests may finish when the server is told to stop."),
     Option("reader_limit", "30", "SECONDS", _seconds,
            "How long a stream may wait for a caller that reads nothing, before it is ended."),
+    Option("constraint_bytes", "32KiB", "BYTES", _bytes_between("1KiB", "128KiB"),
+           "Largest JSON schema, regular expression or list of choices."),
+    Option("constraint_workers", "2", "N", _whole(1, 64),
+           "Constraints that are compiled at once; one caller has all of them but one."),
+    Option("constraint_seconds", "0.5", "SECONDS", _cpu_seconds,
+           "CPU time that compiling a constraint may take."),
+    Option("constraint_memory", "16MiB", "BYTES", _bytes_between("4MiB", "64GiB"),
+           "Memory that compiling or following one constraint may take."),
+    Option("constraint_mask_seconds", "0.1", "SECONDS", _cpu_seconds,
+           "CPU time for finding the tokens that may come next, before each token."),
+    Option("constraint_fuel", "50000", "N", _whole(1000, 10_000_000),
+           "The same, in llguidance's own count (step_lexer_fuel), whatever the machine."),
+    Option("constraint_matcher_memory", "48MiB", "BYTES", _bytes_between("16MiB", "64GiB"),
+           "Memory for following all constrained sequences; half of it more for slow ones."),
     Option("log_format", "console", "console|json", _one_of("console", "json"),
            "Format of the log on stderr."),
     Option("port_file", "", "FILE", _optional_path,
@@ -286,7 +383,7 @@ _BY_NAME: Final = {option.name: option for option in OPTIONS}
 
 
 def load_config(
-    flags: Mapping[str, str | bool | None],
+    flags: Mapping[str, str | bool | list[str] | None],
     environ: Mapping[str, str],
     file: Path | None = None,
 ) -> ServerConfig:
@@ -317,12 +414,13 @@ def load_config(
 
 def _pick(
     option: Option,
-    flags: Mapping[str, str | bool | None],
+    flags: Mapping[str, str | bool | list[str] | None],
     environ: Mapping[str, str],
     file: Path | None,
     in_file: Mapping[str, Any],
 ) -> tuple[str, Any]:
-    if (flag := flags.get(option.name)) is not None:
+    flag = flags.get(option.name)
+    if flag is not None and flag != []:
         return option.flag, flag
     if option.variable in environ:
         return option.variable, environ[option.variable]

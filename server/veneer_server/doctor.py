@@ -17,20 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import VeneerError
 
 from veneer_server.config import Address, ServerConfig
 from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_cores
 from veneer_server.memory import plan_memory
 from veneer_server.models.config import DecoderConfig, read_decoder_config
-from veneer_server.models.source import BUNDLED
-from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
+from veneer_server.native.compiler import NativeUnavailable, build, try_out
 from veneer_server.openai import require_gateway
 
 __all__ = ["Check", "examine", "report"]
@@ -89,7 +90,7 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     yield from _folder("data folder", "--data-dir", config.data_dir)
     if owner is not None:
         yield _running(owner, config.data_dir)
-    yield from _folder("cache folder", "--cache-dir", config.cache_dir)
+    yield from map(_only_slower, _folder("cache folder", "--cache-dir", config.cache_dir))
     for flag, address in (
         ("--listen", config.listen),
         ("--metrics-listen", config.metrics_listen),
@@ -130,7 +131,7 @@ def _no_kernels() -> Check:
 
 def _torch(config: ServerConfig) -> Iterator[Check]:
     done = subprocess.run(
-        [sys.executable, "-m", "veneer_server.doctor_probe", config.device],
+        child_python("-m", "veneer_server.doctor_probe", config.device),
         capture_output=True,
         text=True,
         check=False,
@@ -174,15 +175,16 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
 
 
 def _native(config: ServerConfig) -> Check:
-    """Whether steps are executed by the kernels; compiles them."""
+    """Whether steps are executed by the kernels; compiles them, and has a process try them."""
     fix = "see --backend; the torch backend takes several times as long"
     if config.dtype != "bfloat16":
         return Check("native step", "warning", f"not for {config.dtype}", fix)
     try:
-        build(config.cache_dir)
+        avx2 = "avx2" if config.native_instructions == "avx2" else ""
+        instructions = try_out(build(config.cache_dir, instructions=avx2))
     except NativeUnavailable as reason:
         return Check("native step", "warning", str(reason), fix)
-    return Check("native step", "ok", "compiled for this CPU")
+    return Check("native step", "ok", f"compiled for this CPU, and runs here ({instructions})")
 
 
 def _packed(packed: bool) -> Check:
@@ -202,7 +204,17 @@ def _base(config: ServerConfig) -> Iterator[Check]:
     folder = _base_folder(config)
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
+        if any(check.status == "problem" for check in _folder("", "", config.cache_dir)):
+            found = f"{config.base} is not here, and {config.cache_dir} cannot hold it"
+            yield Check(
+                "base", "problem", found, "choose another --cache-dir, or give a folder"
+            )
+            return
         yield Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        return
+    if config.base == BUNDLED and (damage := bundled_damage(folder)):
+        found = f"{folder} is damaged: {damage}"
+        yield Check("base", "warning", found, "it is fetched again at the next start")
         return
     try:
         decoder = read_decoder_config(folder)
@@ -252,7 +264,7 @@ def _gateway() -> Check:
 
 def _base_folder(config: ServerConfig) -> Path | None:
     """Where the base is, if it is on this machine or should be."""
-    bundled = config.cache_dir / "bases" / BUNDLED
+    bundled = bundled_folder(config.cache_dir)
     if config.base == BUNDLED:
         return bundled if bundled.is_dir() else None
     folder = Path(config.base).expanduser()
@@ -303,6 +315,15 @@ def _folder(name: str, flag: str, folder: Path) -> Iterator[Check]:
         yield Check(name, "warning", found, f"free some disk, or {fix}")
     else:
         yield Check(name, "ok", found)
+
+
+def _only_slower(check: Check) -> Check:
+    """Of the cache folder: without it a start prepares again what it would have kept. A base
+    that is still to be fetched says itself that it cannot be."""
+    if check.status != "problem":
+        return check
+    found = f"{check.found}: each start quantizes the base and compiles the kernels again"
+    return replace(check, status="warning", found=found)
 
 
 def _on_tmpfs(folder: Path) -> bool:
@@ -367,13 +388,14 @@ def _port(flag: str, address: Address, *, running: bool) -> Check:
 
 def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= _LEAST_FILES:
-        return Check("open files", "ok", f"at most {soft}")
+    # The server raises its soft limit by itself.
+    if resource.RLIM_INFINITY in (soft, hard) or hard >= _LEAST_FILES:
+        return Check("open files", "ok", f"at most {max(soft, hard)}")
     return Check(
         "open files",
         "warning",
-        f"at most {soft}: each connection takes one",
-        f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}",
+        f"at most {hard}: each connection takes one",
+        "raise the hard limit (ulimit -Hn 65536, or LimitNOFILE of the service)",
     )
 
 

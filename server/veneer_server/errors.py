@@ -7,7 +7,7 @@ that the contract names for its code, in ``grpc-status-details-bin``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -33,8 +33,12 @@ __all__ = [
     "GrpcStatus",
     "clip",
     "internal_error",
+    "one_line",
     "to_grpc_status",
+    "without_frames",
 ]
+
+E = TypeVar("E", bound=BaseException)
 
 DOMAIN: Final = "veneer"
 """``ErrorInfo.domain`` of every error."""
@@ -75,7 +79,7 @@ def internal_error(request_id: str) -> InternalError:
 def to_grpc_status(error: VeneerError) -> GrpcStatus:
     """Code, sentence and trailing metadata of an error."""
     code: grpc.StatusCode = getattr(grpc.StatusCode, error.code)
-    message = clip(error.message, MAX_MESSAGE)
+    message = clip(one_line(error.message), MAX_MESSAGE)
     retry_s = error.retry_after_s
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
@@ -98,6 +102,14 @@ def clip(text: str, size: int) -> str:
     if len(data) <= size:
         return text
     return data[: size - 3].decode(errors="ignore") + "…"
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, which a caller's own words may
+    bring into an error."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _first(metadata: Mapping[str, str], keys: tuple[str, ...]) -> str:
@@ -141,3 +153,21 @@ def _details(error: VeneerError, message: str, retry_s: float | None) -> list[Me
         delay.FromNanoseconds(int(retry_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details
+
+
+def without_frames(error: E) -> E:
+    """The same error, without tracebacks, those of what it came from included.
+
+    A refused call keeps its error until the next full garbage collection: gRPC's abort is
+    part of a cycle, and so is an error that is kept in a variable of the function that
+    caught it. The frames of its traceback would keep the caller's prompt as long.
+    """
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            todo += [one.__cause__, one.__context__]
+    return error

@@ -18,11 +18,13 @@ from veneer_server.logs import get_logger
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_view import source_of
 from veneer_server.rpc.threads import to_the_end
+from veneer_server.rpc.upload import MAX_BROKEN, MAX_BROKEN_BYTES
 
 __all__ = ["Housekeeping"]
 
 _SWEEP_S: Final = 600.0
 _KEEP_S: Final = 5.0
+_PAUSE_S: Final = 0.05
 
 _log = get_logger(__name__)
 
@@ -31,7 +33,9 @@ class Housekeeping:
     """Belongs to one event loop.
 
     Args:
-        upload_ttl_s: seconds that what arrived of a broken upload is kept.
+        upload_ttl_s: seconds that what arrived of an interrupted upload is kept.
+        broken_uploads: how many are kept, and how many bytes of them.
+        quarantine_bytes, quarantine_ttl_s: most that is kept in quarantine, and for how long.
         sweep_s: seconds between two looks at what may be swept.
         keep_s: seconds after which what is in memory is written down, if it has changed.
     """
@@ -42,12 +46,18 @@ class Housekeeping:
         events: AdapterEvents,
         *,
         upload_ttl_s: float,
+        broken_uploads: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
+        quarantine_bytes: int = 10 << 30,
+        quarantine_ttl_s: float = 720 * 3600.0,
         sweep_s: float = _SWEEP_S,
         keep_s: float = _KEEP_S,
     ) -> None:
         self._registry = registry
         self._events = events
         self._upload_ttl_s = upload_ttl_s
+        self._most_broken, self._most_broken_bytes = broken_uploads
+        self._quarantine_bytes = quarantine_bytes
+        self._quarantine_ttl_s = quarantine_ttl_s
         self._sweep_s = sweep_s
         self._keep_s = keep_s
         self._engine: EngineClient | None = None
@@ -61,6 +71,7 @@ class Housekeeping:
         engine.expect_residents(await to_the_end(self._expected))
         await self.keep_residents()  # without what could not be expected any more
         self._begin(self._sweep())
+        self._begin(self._complete())
         self._begin(self._keep())
 
     async def stop(self) -> None:
@@ -101,13 +112,39 @@ class Housekeeping:
                 swept = await to_the_end(
                     lambda: self._registry.sweep_uploads(self._upload_ttl_s)
                 )
+                swept += await to_the_end(
+                    lambda: self._registry.trim_uploads(
+                        most=self._most_broken, most_bytes=self._most_broken_bytes
+                    )
+                )
                 if swept:
-                    _log.info("broken uploads removed", count=swept)
+                    _log.info("interrupted uploads removed", count=swept)
+                pruned = await to_the_end(
+                    lambda: self._registry.prune_quarantine(
+                        self._quarantine_bytes, self._quarantine_ttl_s
+                    )
+                )
+                if pruned:
+                    _log.warning(
+                        "removed from quarantine, which is full or held them long enough",
+                        folders=[name for name, _ in pruned],
+                        bytes=sum(size for _, size in pruned),
+                    )
                 if self._registry.needs_sweep:
                     await to_the_end(self._registry.sweep)
             except Exception as error:  # it must go on whatever a disk does
                 _log.error("sweeping failed", error)
             await asyncio.sleep(self._sweep_s)
+
+    async def _complete(self) -> None:
+        """Bring what an older version stored up to date, a little at a time."""
+        try:
+            more = True
+            while more:
+                more = await to_the_end(self._registry.complete_store)
+                await asyncio.sleep(_PAUSE_S)
+        except Exception as error:  # tried again at the next start
+            _log.error("what an older version stored is not brought up to date", error)
 
     # ------------------------------------------------------------ what is in memory
 

@@ -5,8 +5,12 @@ Prompts and completions are never logged: fields are names, numbers and digests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import select
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +23,12 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the call that the current task serves; added to each of its lines."""
 
 _FIELDS: Final = "veneer_fields"
+
+_LOST: Final = "log lines were lost"
+
+_PIECE: Final = 1024
+"""Bytes of a write. A pipe or socket that polls as writable takes 4 KiB without blocking; other
+processes may write to it at the same time."""
 
 
 class Logger:
@@ -56,18 +66,76 @@ def get_logger(name: str) -> Logger:
 
 def configure(
     log_format: Literal["console", "json"],
-    stream: TextIO = sys.stderr,
+    stream: TextIO | None = sys.stderr,
     *,
     process: Literal["front", "engine"] = "front",
 ) -> None:
     """Send everything of ours, and warnings of others, to ``stream``."""
-    handler = logging.StreamHandler(stream)
+    handler = _handler(stream)
     handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     for name in ("veneer_server", "veneer_registry"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _handler(stream: TextIO | None) -> logging.Handler:
+    if stream is None:  # Python's, of a process that was started without one
+        return logging.NullHandler()
+    try:
+        return _Unblocked(stream.fileno())
+    except OSError:  # not a file
+        return logging.StreamHandler(stream)
+
+
+def _non_blocking(file: int) -> int:
+    """The same pipe or terminal, opened again so that only our writes do not block: other
+    processes share the flags of what is open. The file itself where that cannot be done."""
+    kind = os.fstat(file).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            return os.open(f"/proc/self/fd/{file}", flags)
+    return file
+
+
+class _Unblocked(logging.Handler):
+    """Drops and counts lines that cannot be written at once: a log that nobody reads, such as
+    a full pipe or a stopped terminal, must not stop the server."""
+
+    def __init__(self, file: int) -> None:
+        super().__init__()
+        self._file = file = _non_blocking(file)
+        self._poll = select.poll()
+        self._poll.register(file, select.POLLOUT)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lost:
+            notice = logging.LogRecord(__name__, logging.WARNING, "", 0, _LOST, None, None)
+            setattr(notice, _FIELDS, {"lines": self._lost})
+            if self._write(notice):
+                self._lost = 0
+        if not self._write(record):
+            self._lost += 1
+
+    def _write(self, record: logging.LogRecord) -> bool:
+        try:
+            line = self.format(record)
+        except Exception as error:  # a bug in a log call must not fail the caller
+            line = f"cannot format a log line: {record.msg!r}: {error!r}"
+        try:
+            data = f"{line}\n".encode(errors="backslashreplace")
+            for at in range(0, len(data), _PIECE):
+                if not self._poll.poll(0):
+                    return False
+                piece = data[at : at + _PIECE]
+                if os.write(self._file, piece) < len(piece):
+                    return False
+        except OSError:  # closed at the other end, or a full disk
+            return False
+        return True
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, object]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+
+from veneer_registry.child_python import child_python
 
 __all__ = ["Gpu", "HostMemory", "find_gpu", "host_memory", "peak_bytes", "usable_cores"]
 
@@ -91,7 +92,7 @@ def find_gpu(device: Literal["auto", "cpu", "cuda"]) -> Gpu | None:
     if device == "cpu" or (device == "auto" and not any(d.exists() for d in _DRIVERS)):
         return None
     done = subprocess.run(
-        [sys.executable, "-c", _ASK_GPU], capture_output=True, text=True, check=False
+        child_python("-c", _ASK_GPU), capture_output=True, text=True, check=False
     )
     name, _, numbers = done.stdout.strip().partition("|")
     total, _, free = numbers.partition("|")

@@ -5,11 +5,8 @@ Adapter names become labels in `adapter_series` alone, which bounds them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sized
-from dataclasses import dataclass
 from typing import Final, Protocol, get_args
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,24 +15,26 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 
 from veneer_server.adapter_series import AdapterSeries, Catalog
-from veneer_server.config import Address
 from veneer_server.engine.client import EngineEvent
 from veneer_server.engine.messages import (
+    LOST,
     AdapterFailed,
     AdapterLoaded,
+    ConstraintDone,
+    ConstraintOutcome,
     Evicted,
     EvictionCause,
+    MatcherEnded,
     Occupancy,
     Residency,
     StepDone,
     TierName,
 )
 
-__all__ = ["Metrics", "MetricsServer"]
+__all__ = ["Metrics"]
 
 _FIRST_TOKEN: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
@@ -55,21 +54,6 @@ _ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 
 class SizedCatalog(Catalog, Sized, Protocol):
     """A catalog that knows how many names it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsServer:
-    """The running scrape endpoint."""
-
-    address: Address
-    _server: WSGIServer
-    _thread: threading.Thread
-
-    def close(self) -> None:
-        """Stop answering; returns when the thread has ended."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class Metrics:
@@ -133,6 +117,10 @@ class Metrics:
         self.load_failures = counter(
             "adapter_load_failures_total", "Loads and activations that failed.", "reason"
         )
+        self.loader_restarts = counter(
+            "adapter_loader_restarts_total",
+            "Processes that read adapters and ended, or were killed for taking too long.",
+        )
         self.step_seconds = histogram("step_seconds", "One step.", _INTER_TOKEN, "phase")
         self.step_rows = histogram("step_batch_rows", "Tokens computed in a step.", _ROWS)
         self.step_adapters = histogram(
@@ -154,6 +142,20 @@ class Metrics:
         self.evictions = counter(
             "adapter_evictions_total", "Adapters that left a tier.", "tier", "cause"
         )
+        self.constraints = counter(
+            "constraints_total",
+            "Constraints compiled for the first time, and those that stopped a generation.",
+            "phase",
+            "outcome",
+        )
+        self.constraint_seconds = histogram(
+            "constraint_compile_seconds", "CPU time of compiling a constraint.", _SWAP
+        )
+        self.matcher_ends = counter(
+            "constraint_matcher_ends_total",
+            "Processes that follow constraints, ended and replaced.",
+            "cause",
+        )
         self.adapters = AdapterSeries(registry)
         """By adapter name."""
         self.handled = Counter(
@@ -173,19 +175,14 @@ class Metrics:
         """Smoothed seconds of a decode step; 0 before the first."""
         self.on_device = 0
         """Adapters in the DEVICE tier."""
+        for outcome in get_args(ConstraintOutcome):
+            self.constraints.labels("trial", outcome)
         for tier in ("host", "device"):
             self.adapter_bytes.labels(tier).set(0)
             self.resident.labels(tier).set(0)
             # A series that begins above 0 has no increase for its first event.
             for cause in get_args(EvictionCause):
                 self.evictions.labels(tier, cause)
-
-    def serve(self, address: Address) -> MetricsServer:
-        """Answer scrapes in a thread. Raises OSError if the port is taken."""
-        server, thread = start_http_server(
-            address.port, addr=address.host, registry=self.registry
-        )
-        return MetricsServer(Address(address.host, server.server_port), server, thread)
 
     def set_budgets(self, *, host: int, device: int) -> None:
         """Byte budgets of the two memory tiers."""
@@ -221,13 +218,21 @@ class Metrics:
             case Residency():
                 self._residency(event)
             case AdapterLoaded():
+                self.loader_restarts.inc(LOST in event.stages)
                 for stage, seconds in event.stages.items():
                     self.load_seconds.labels(event.source, stage).observe(seconds)
                 self.activate_seconds.observe(sum(event.stages.values()))
             case AdapterFailed():
                 self.load_failures.labels(event.error.reason).inc()
+                self.loader_restarts.inc(int(event.error.metadata.get("loaders", "0")))
             case Evicted():
                 self.evictions.labels(event.tier, event.cause).inc()
+            case ConstraintDone():
+                self.constraints.labels(event.phase, event.outcome).inc()
+                if event.seconds:
+                    self.constraint_seconds.observe(event.seconds)
+            case MatcherEnded():
+                self.matcher_ends.labels(event.cause).inc()
 
     def engine_health(self, healthy: bool) -> None:
         """The engine's step loop advances, or nothing runs until it does again."""

@@ -9,7 +9,7 @@ from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.fingerprint import fingerprint_base
 
 from veneer_server.config import ServerConfig
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.engine.messages import ConstraintLimits, EngineConfig
 from veneer_server.logs import get_logger
 from veneer_server.machine import find_gpu, host_memory
 from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
@@ -88,6 +88,7 @@ def engine_config(
         quantization=config.quantization,
         dtype=config.dtype,
         backend=config.backend,
+        native_instructions=config.native_instructions,
         threads=config.threads,
         max_batch_tokens=config.max_batch_tokens,
         max_prefill_tokens=config.max_prefill_tokens,
@@ -98,4 +99,12 @@ def engine_config(
         kv_cache_bytes=memory.kv_cache_bytes,
         host_adapter_bytes=config.host_cache_bytes,
         device_adapter_bytes=config.device_adapter_bytes,
+        constraints=ConstraintLimits(
+            workers=config.constraint_workers,
+            compile_seconds=config.constraint_seconds,
+            memory=config.constraint_memory,
+            mask_seconds=config.constraint_mask_seconds,
+            fuel=config.constraint_fuel,
+            matcher_memory=config.constraint_matcher_memory,
+        ),
     )

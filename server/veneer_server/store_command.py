@@ -1,4 +1,4 @@
-"""``veneer-server store verify`` and ``store gc``: what they print."""
+"""``veneer-server store verify``, ``store gc`` and ``store recover``: what they print."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from veneer_registry import upkeep
+from veneer_registry import rebuild, upkeep
 
-__all__ = ["collect", "verify"]
+__all__ = ["collect", "recover", "verify"]
 
 _MIB = 1 << 20
 
@@ -75,6 +75,35 @@ def collect(
         f"adapter needs, {removed.uploads} old uploads, {removed.quarantined} from quarantine: "
         f"{removed.bytes / _MIB:.1f} MiB"
     )
+
+
+def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> None:
+    """Rebuild the catalog. Raises as `rebuild.recover`."""
+    found = rebuild.recover(data_dir, _progress if sys.stderr.isatty() else _silent)
+    if as_json:
+        tell(json.dumps(asdict(found)))
+        return
+    tell(
+        f"{'recovered' if found.changed else 'nothing to recover: the catalog is whole,'} "
+        f"{found.names} names, {found.revisions} revisions"
+        + (f", {found.aliases} aliases" if found.changed else "")
+    )
+    for spec in found.from_store:
+        tell(f"  {spec}: from the store, the catalog did not have it")
+    for name, revision in found.current.items():
+        tell(f"  {name} means {revision[:12]} now")
+    for name in found.nameless:
+        tell(f"  {name}: its name is not known; push it under its own name and delete this one")
+    for spec in found.missing:
+        tell(f"  {spec}: its content is not in the store; refused until it is, or is pushed")
+    for digest, why in found.damaged.items():
+        tell(f"  damaged {digest[:12]}: {why}")
+    if found.lost_rows:
+        tell(f"  {found.lost_rows} rows of the old catalog could not be read")
+    if found.changed:
+        tell("  aliases, history, retention and pins that could not be read are lost")
+    if found.aside:
+        tell(f"  the old catalog is kept: {found.aside}")
 
 
 def _silent(at: int, total: int) -> None:

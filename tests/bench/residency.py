@@ -4,7 +4,8 @@ Four times as many adapters as DEVICE holds, and twice as many as HOST holds, as
 turn (LRU's worst case), by Zipf's law and evenly, by streams that each have one request at
 a time. The product's scheduler and residency decide; a FAKE runner and FAKE load workers
 take the time that `Costs` says, on a clock of their own, so that the figures depend on the
-seed alone. Then, in CPU time, what one planning takes on the step thread.
+seed alone. And, in CPU time on the step thread, what one planning takes, and what a message
+to an idle loop takes (``--idle``: nothing else).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import queue
 import random
 import time
 from collections import Counter
@@ -23,7 +25,19 @@ from typing import Final
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.eviction import EvictionOrder, Key
 from veneer_server.engine.limits import SchedulerLimits
-from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
+from veneer_server.engine.loop import Arrived, Inbox, StepLoop
+from veneer_server.engine.messages import (
+    Activate,
+    AdapterSource,
+    FromEngine,
+    OperationDone,
+    Ping,
+    Pong,
+    Reference,
+    SamplingParams,
+    Stop,
+    Submit,
+)
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler
 from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
@@ -259,11 +273,88 @@ def time_planning(adapters: int, waiting: int) -> None:
     )
 
 
+class NoMemory:
+    """FAKE adapter memory: it holds nothing, and a load or move has ended at once."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+
+    def load(self, source: AdapterSource) -> None:
+        self._inbox.put(Arrived(source.weights_digest, "host", {}))
+
+    def move(self, weights_digest: str) -> None:
+        self._inbox.put(Arrived(weights_digest, "device", {}))
+
+    def admit(self, arrived: Arrived) -> None:
+        pass
+
+    def drop(self, weights_digest: str, tier: str) -> None:
+        pass
+
+    def reference(self, wanted: Reference) -> None:
+        pass
+
+
+class NoRunner:
+    """FAKE runner: no sequence is ever submitted."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise NotImplementedError
+
+
+def time_idle(adapters: int, pings: int) -> None:
+    """A message to an idle step loop that holds so many adapters, from its handling to the
+    next one's: the loop's own thread, in CPU time. Also the full check."""
+    inbox: Inbox = queue.SimpleQueue()
+    residency = Residency(adapters * SIZE, adapters * SIZE, 1, shared=True)
+    limits = SchedulerLimits(512, max_running=64, context_length=8192)
+    blocks = BlockManager(64 * 8192 // 16 + 1, 16)
+    scheduler = Scheduler(limits, blocks, residency, frozenset({0}))
+    numbers, times, activated = iter(range(pings)), [], 0
+
+    def send(messages: list[FromEngine]) -> None:
+        nonlocal activated
+        activated += sum(isinstance(message, OperationDone) for message in messages)
+        if activated < adapters:
+            return
+        if not times or any(isinstance(message, Pong) for message in messages):
+            times.append(time.thread_time())
+            number = next(numbers, None)
+            inbox.put(Stop() if number is None else Ping(number))
+
+    loop = StepLoop(
+        inbox=inbox,
+        scheduler=scheduler,
+        residency=residency,
+        runner=NoRunner(),
+        memory=NoMemory(inbox),
+        send=send,
+    )
+    for number in range(adapters):
+        source = AdapterSource(weights_digest=f"{number}", folder="", parameters=SIZE, name="")
+        inbox.put(Activate(number, source))
+    loop.run()
+    took = [after - before for before, after in itertools.pairwise(times)][1:]
+    ends = [time.thread_time(), *(time.thread_time() for _ in scheduler.integrity())]
+    slices = [after - before for before, after in itertools.pairwise(ends)]
+    print(
+        f"  {adapters} resident: {median(took) * 1e3:.3f} ms a message, {max(took) * 1e3:.3f} "
+        f"at most; the full check takes {sum(slices) * 1e3:.1f} ms, its longest slice "
+        f"{max(slices) * 1e3:.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--idle", action="store_true", help="only what an idle loop costs")
     arguments = parser.parse_args()
+    print("a message to an idle loop")
+    for adapters in (100, 1000, 10_000):
+        time_idle(adapters, 50)
+    if arguments.idle:
+        return
     print(f"seed {arguments.seed}")
     for device, streams in ((8, 2), (8, 4), (8, 16), (32, 8), (32, 64)):
         for shared in (False, True):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from veneer_registry.adapter import LoraModule
+from veneer_registry.fingerprint import fingerprint_base
 from veneer_server.engine.backends import Chosen, choose
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.lora.batch import Segment
@@ -47,11 +48,12 @@ _WARM_UP = 4
 
 def load(name: str, threads: int, *, num_blocks: int) -> Chosen:
     """The base in NF4 for a backend, ``torch`` or ``native``."""
+    base = import_bundled(CACHE).path
     config = EngineConfig(
-        base_folder=str(import_bundled(CACHE).path),
+        base_folder=str(base),
         cache_folder=str(CACHE),
         base_name="smollm2-135m",
-        weights_fingerprint="bench-backends",
+        weights_fingerprint=fingerprint_base(base, cache_dir=CACHE).weights,
         backend=name,  # type: ignore[arg-type]
         threads=threads,
     )

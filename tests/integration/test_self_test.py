@@ -228,6 +228,21 @@ def test_float32_finds_a_tenth_more_in_one_matrix(full: Bench) -> None:
     assert full.failed() == list(EXAMPLES)
 
 
+def test_bfloat16_finds_a_layer_of_the_base_that_was_lost(rounded: Bench) -> None:
+    """One linear of thirty layers, zeroed in the 4-bit weights that serve. The reference that
+    is computed then is what it was: it reads the base's files."""
+    linear = rounded.harness.runner._backend._weights.layers[0].down  # type: ignore[attr-defined]
+    packed = linear._packed
+    kept, before = packed.clone(), rounded._references[""]
+    packed.zero_()
+    try:
+        assert "" in rounded.failed()
+        np.testing.assert_allclose(rounded._reference(""), before, atol=1e-4)
+    finally:
+        packed.copy_(kept)
+    assert rounded.failed() == []
+
+
 def test_the_references_tell_the_examples_apart(rounded: Bench) -> None:
     """Negative control of the bound: all three lie farther apart than it is."""
     values = [np.array(reference) for reference in rounded._references.values()]

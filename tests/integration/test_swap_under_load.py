@@ -40,7 +40,7 @@ async def test_streams_go_on_while_adapters_come_and_go(
         for i in range(STREAMS)
     ]
     # Every stream is admitted before anything changes.
-    await asyncio.gather(*(stream.first() for stream in streams))
+    first = await asyncio.gather(*(stream.first() for stream in streams))
     running = [asyncio.create_task(run(stream)) for stream in streams]
     replaced = {}
     for turn, name in enumerate(names):
@@ -58,7 +58,8 @@ async def test_streams_go_on_while_adapters_come_and_go(
     for i, task in enumerate(running):
         tokens, revision = await task
         assert revision == current[names[i % 8]], "a running stream changed its revision"
-        assert tokens == NEW_TOKENS - 1
+        # A message holds more than one token where its reader was slow.
+        assert len(first[i].token_ids) + tokens == NEW_TOKENS
     for turn, name in enumerate(names):
         await server.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name=name))
         await server.adapters.DeleteAdapter(

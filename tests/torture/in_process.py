@@ -24,6 +24,7 @@ from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 from veneer_registry.errors import EngineFailed, VeneerError
 from veneer_server.app import App
 from veneer_server.config import load_config
+from veneer_server.constraints.grammars import Grammars
 from veneer_server.engine.client import EngineClient
 from veneer_server.engine.loop import Inbox, StepLoop
 from veneer_server.engine.messages import (
@@ -39,6 +40,8 @@ from veneer_server.engine.messages import (
     encode,
 )
 from veneer_server.engine.process import build_engine
+
+from tests.torture.forms import TORCH, Form
 
 __all__ = ["InProcess", "in_process"]
 
@@ -116,18 +119,19 @@ class _EngineThread:
         self.error: BaseException | None = None
         self._inbox: Inbox = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._grammars: Grammars | None = None
 
     async def start(self) -> None:
         self._here = asyncio.get_running_loop()
         parts = await asyncio.to_thread(build_engine, self._config, self._inbox)
-        info, scheduler, residency, runner, memory, grammars = parts
+        info, scheduler, residency, runner, memory, self._grammars = parts
         self.loop = StepLoop(
             inbox=self._inbox,
             scheduler=scheduler,
             residency=residency,
             runner=runner,
             memory=memory,
-            grammars=grammars,
+            grammars=self._grammars,
             send=self._send,
         )
         self._thread = threading.Thread(target=self._run, name="engine")
@@ -143,6 +147,9 @@ class _EngineThread:
         self._inbox.put(Stop())
         self._thread.join(STOP_SECONDS)
         assert not self._thread.is_alive(), "the step loop does not end"
+        if self._grammars is not None:
+            self._grammars.close()
+            self._grammars = None
 
     async def stop(self) -> None:
         if self._thread is None:
@@ -199,8 +206,10 @@ class _ThreadClient(EngineClient):
 
 
 @asynccontextmanager
-async def in_process(base: Path, folder: Path, **flags: str) -> AsyncIterator[InProcess]:
-    """Serve ``base`` in float32 from this process until the block ends.
+async def in_process(
+    base: Path, folder: Path, form: Form = TORCH, **flags: str
+) -> AsyncIterator[InProcess]:
+    """Serve ``base`` from this process until the block ends.
 
     Args:
         folder: exists; for data, caches and the port file.
@@ -217,13 +226,12 @@ async def in_process(base: Path, folder: Path, **flags: str) -> AsyncIterator[In
             "listen": "127.0.0.1:0",
             "metrics_listen": "",
             "data_dir": str(folder / "data"),
-            "cache_dir": str(folder / "cache"),
+            "cache_dir": str(form.cache(folder / "cache")),
             "port_file": str(port_file),
             "device": "cpu",
-            "dtype": "float32",
-            "quantization": "none",
             "threads": "1",
             "grace": "5",
+            **form.settings,
             **flags,
         },
         {},

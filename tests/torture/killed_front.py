@@ -115,8 +115,8 @@ def _commit_later() -> None:
     """A change is acknowledged when its statements ran; the next one commits it."""
     right = Catalog.__init__
 
-    def made(self: Catalog, path: Path) -> None:
-        right(self, path)
+    def made(self: Catalog, path: Path, **options: Any) -> None:
+        right(self, path, **options)
         self._reader = self._writer
 
     @contextmanager

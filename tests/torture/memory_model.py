@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine import integrity
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.tiers import TIERS, Action, Drop, Load, MemoryTier, Plan
@@ -49,6 +50,9 @@ class Memory:
         self.wanted: dict[str, str] = {}
         """Activations that are not carried out yet, oldest first."""
         self.draining: set[str] = set()
+        """Evicted while requests ran on it; none may start on it before it is gone."""
+        self.forgotten: set[str] = set()
+        """Evicted since no name has it any more; it is gone when its last request is."""
         self.most: dict[str, int] = {}
         self.blocked: tuple[str, int] | None = None
         """Which want found no room, in so many plannings one after another."""
@@ -96,8 +100,9 @@ class Memory:
                 self.residency.lease(source)
             return None
         self.sizes[digest] = size
-        assert self.residency.lease(source) == self._tier(digest)
-        self.draining.discard(digest)
+        found = "disk" if digest in self.draining else self._tier(digest)
+        assert self.residency.lease(source) == found
+        self.forgotten.discard(digest)
         request = Request(digest, end)
         self.requests.append(request)
         return request
@@ -108,7 +113,9 @@ class Memory:
         got = self.residency.try_hold(request.digest)
         if there and not got:
             past = [tier for tier in TIERS if self.used(tier) > self.budget(tier)]
-            assert past, f"{request.digest[:12]} is kept from requests for no reason"
+            wrong = not past and request.digest not in self.draining
+            assert not wrong, f"{request.digest[:12]} is kept from requests for no reason"
+        assert not got or request.digest not in self.draining, "it starts on what was drained"
         assert there or not got, f"{request.digest[:12]} is not in DEVICE"
         request.running = got
         return got
@@ -260,6 +267,7 @@ class Memory:
         there |= not pin and (digest, "device") in self.there
         assert self.residency.activate(source, tier, pin) == there
         self.draining.discard(digest)
+        self.forgotten.discard(digest)
         if pin:
             self.pins[digest] = tier
         if not there and self.wanted.get(digest) != "device":
@@ -279,7 +287,9 @@ class Memory:
             with pytest.raises(refused):
                 self.residency.evict(digest, mode, unpin)  # type: ignore[arg-type]
             return
-        busy = bool(self.leases(digest)) or self._is_coming(digest)
+        forget = mode == "forget"
+        busy = bool(self.leases(digest)) if forget else self.held(digest)
+        busy |= self._is_coming(digest)
         copies = sum(d == digest for d, _ in self.there)
         freed = (min(1, copies) if self.shared else copies) * self.sizes.get(digest, 0)
         now, count, actions = self.residency.evict(digest, mode, unpin)  # type: ignore[arg-type]
@@ -287,8 +297,9 @@ class Memory:
         self.pins.pop(digest, None)
         self.wanted.pop(digest, None)
         if busy:
-            self.draining.add(digest)
+            (self.forgotten if forget else self.draining).add(digest)
         self.carry_out(actions)
+        self._drained(digest)
         assert busy or self._tier(digest) == "disk"
 
     def unpin(self, digest: str) -> None:
@@ -313,16 +324,22 @@ class Memory:
         return next((tier for tier in TIERS if (digest, tier) in self.there), "disk")
 
     def _drained(self, digest: str) -> None:
-        if digest not in self.draining or self.leases(digest) or self._is_coming(digest):
+        """Call it when something that an eviction waits for has ended."""
+        if self._is_coming(digest):
             return
-        self.draining.remove(digest)
-        assert self._tier(digest) == "disk", f"{digest[:12]} should have been drained"
+        if digest in self.draining and not self.held(digest):
+            self.draining.remove(digest)
+            self.seen["drained"] += 1
+            assert self._tier(digest) == "disk", f"{digest[:12]} should have been drained"
+        if digest in self.forgotten and not self.leases(digest):
+            self.forgotten.remove(digest)
+            assert self._tier(digest) == "disk", f"{digest[:12]} should have been forgotten"
 
     def check(self) -> None:
         """What residency says is what it was told and what it told."""
         residency = self.residency
         running = [r.digest for r in self.requests if r.running]
-        residency.check_integrity(running, [r.digest for r in self.requests])
+        integrity.run(residency.integrity(running, [r.digest for r in self.requests]))
         for digest in self.sizes:
             assert residency.tier(digest) == self._tier(digest)
             for tier in TIERS:

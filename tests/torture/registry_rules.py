@@ -48,8 +48,7 @@ from veneer_registry.format import (
     weights_digest,
 )
 from veneer_registry.lease import RevisionLease
-from veneer_registry.records import AdapterRecord
-from veneer_registry.registry import Registry
+from veneer_registry.registry import Published, Registry, Staged
 from veneer_registry.store import Bundle
 from veneer_registry.upload import Upload
 
@@ -122,13 +121,6 @@ class Sending:
     @property
     def key(self) -> tuple[str, int]:
         return self.name, self.content
-
-
-class Unready(VeneerError):
-    """FAKE: what a `prepare` may raise."""
-
-    code = "UNAVAILABLE"
-    reason = "ENGINE_FAILED"
 
 
 class RegistryRules(RuleBasedStateMachine):
@@ -323,13 +315,6 @@ class RegistryRules(RuleBasedStateMachine):
         sending = self.sending.pop(which % len(self.sending))
         if whole:
             self._write(sending, 1.0)
-        prepared: list[tuple[AdapterRecord, AdapterRef | None]] = []
-
-        def prepare(record: AdapterRecord, current: AdapterRef | None) -> None:
-            prepared.append((record, current))
-            if unready:
-                raise Unready("not now")
-
         name, number, content = sending.name, sending.content, contents()[sending.content]
         before = self.name(name)
         sizes = {file: len(data) for file, data in content.files.items()}
@@ -340,27 +325,25 @@ class RegistryRules(RuleBasedStateMachine):
             refused = EtagMismatch
         elif before.kept and before.current != number and not sending.allow:
             refused = AdapterExists
-        elif unready and not only_validate:
-            refused = Unready
-            self._repaired_on_disk(content)
         if refused is not None:
             self.seen[f"publish: {refused.__name__}"] += 1
             with pytest.raises(refused):
-                self._publish(sending, only_validate, prepare)
-            assert bool(prepared) == (refused is Unready)
+                self._publish(sending, only_validate)
+            return
+        same = before.current == number and bool(before.kept)
+        if unready and not only_validate:
+            self.seen["discarded"] += 1
+            self._repaired_on_disk(content)
+            self._stage(sending, before, same).discard()
             return
         with self.changed(name, expected=not only_validate and before.current != number):
-            published = self._publish(sending, only_validate, prepare)
+            published = self._publish(sending, only_validate)
             ref = published.record.ref
             assert ref == self.ref(name, number)
-            same = before.current == number and bool(before.kept)
             assert published.published == (not same and not only_validate)
             assert published.replaced == (bool(before.kept) and not same and not only_validate)
             if only_validate:
                 return
-            assert [(record.ref, current) for record, current in prepared] == [
-                (ref, self.ref(name, before.current) if before.kept and not same else None)
-            ]
             self._repaired_on_disk(content)
             self.seen["published"] += 1
             self.seen["repaired"] += content.weights in self.quarantined
@@ -390,10 +373,17 @@ class RegistryRules(RuleBasedStateMachine):
     def replaced(self, name: str, before: Name, after: Name) -> None:
         """A publish has moved the name."""
 
-    def _publish(self, sending: Sending, only_validate: bool, prepare: Any) -> Any:
-        return self.registry.publish(
-            sending.upload, validate_only=only_validate, prepare=prepare
-        )
+    def _publish(self, sending: Sending, only_validate: bool) -> Published:
+        if only_validate:
+            return self.registry.validate(sending.upload)
+        return self.registry.publish(sending.upload)
+
+    def _stage(self, sending: Sending, before: Name, same: bool) -> Staged:
+        staged = self.registry.stage(sending.upload)
+        assert staged.record.ref == self.ref(sending.name, sending.content)
+        old = self.ref(sending.name, before.current) if before.kept and not same else None
+        assert staged.current == old
+        return staged
 
     def _repaired_on_disk(self, content: Content) -> None:
         self.rotten.discard(content.weights)

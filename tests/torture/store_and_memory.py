@@ -236,7 +236,7 @@ class StoreAndMemory(RegistryRules):
             digest = contents()[number].weights
             if not self.held(number) and digest in self.memory.sizes:
                 assert not self.registry.holding(digest)
-                self.memory.evict(digest, "drain", unpin=True)
+                self.memory.evict(digest, "forget", unpin=True)
         self._operators_done()
 
     def replaced(self, name: str, before: Name, after: Name) -> None:

@@ -1,4 +1,4 @@
-"""The real engine on a tiny Llama in float32, for rows that torture what it loads."""
+"""The real engine on a tiny Llama, for rows that torture what it loads."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from veneer_server.engine.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine
 from tests.tiny_llama import make_tiny_llama
+from tests.torture.forms import TORCH, Form
 
 __all__ = ["ask", "tiny_engine"]
 
 
 @contextmanager
-def tiny_engine(work: Path) -> Iterator[EngineHarness]:
+def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:
     """Started, with room for a few sequences; checks on leaving that nothing leaked."""
     base = make_tiny_llama(work / "base")
     settings = EngineConfig(
         base_folder=str(base),
-        cache_folder=str(work / "cache"),
+        cache_folder=str(form.cache(work / "cache")),
         base_name="tiny",
         weights_fingerprint="",
         device="cpu",
-        quantization="none",
-        dtype="float32",
         max_batch_tokens=64,
         max_running=8,
         kv_cache_bytes=8 << 20,
+        **form.settings,
     )
     with engine(settings) as harness:
         yield harness

@@ -7,12 +7,15 @@ names the key (metadata ``field``) and, for a misspelt key, the nearest one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from veneer_registry.adapter import PROJECTIONS
+from veneer_registry.lora_config import MAX_ALPHA
+from veneer_registry.weights import MAX_SCALING
 
 from veneer_train.strict import apply_setting, bad_setting, build, overlay, read_yaml
 
@@ -67,6 +70,11 @@ class LoraConfig:
     targets: str | list[str] = ALL_LINEAR
     rslora: bool = False
     dora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -169,8 +177,20 @@ class TrainConfig:
         _check(self)
 
 
+def _check_finite(config: TrainConfig) -> None:
+    """Also of a config that was not read from YAML."""
+    for section in fields(config):
+        settings = getattr(config, section.name)
+        for setting in fields(settings):
+            value = getattr(settings, setting.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                key = f"{section.name}.{setting.name}"
+                raise bad_setting(key, f"must be a finite number; got {value}")
+
+
 def _check(config: TrainConfig) -> None:
     """Ranges. Each line is (key, whether it holds, what to write instead)."""
+    _check_finite(config)
     lora, data, train = config.lora, config.data, config.train
     rules: Sequence[tuple[str, bool, str]] = (
         ("model.path", bool(config.model.path), "give a model folder, or use --base DIR"),
@@ -181,7 +201,17 @@ def _check(config: TrainConfig) -> None:
             "this is the base's logical name (such as smollm2-135m), not a path",
         ),
         ("lora.r", 1 <= lora.r <= 512, "must be from 1 to 512"),
-        ("lora.alpha", lora.alpha > 0, "must be above 0"),
+        (
+            "lora.alpha",
+            0 < lora.alpha <= MAX_ALPHA,
+            f"must be above 0, and at most {MAX_ALPHA:g}: a server takes no more",
+        ),
+        (
+            "lora.alpha",
+            lora.r < 1 or lora.scaling <= MAX_SCALING,
+            f"alpha / r (with rslora: / sqrt(r)) must be at most {MAX_SCALING:g}: a server "
+            "takes no more",
+        ),
         ("lora.dropout", 0 <= lora.dropout < 1, "must be from 0 to below 1"),
         ("data.max_len", data.max_len >= 8, "must be 8 tokens or more"),
         (
@@ -196,6 +226,7 @@ def _check(config: TrainConfig) -> None:
         ("train.batch", train.batch >= 1, "must be 1 or more"),
         ("train.accum", train.accum >= 1, "must be 1 or more"),
         ("train.steps", train.steps >= 1, "must be 1 or more"),
+        ("train.seed", 0 <= train.seed < 2**32, "must be from 0 to 4294967295"),
         (
             "train.max_minutes",
             train.max_minutes is None or train.max_minutes > 0,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from veneer_registry.errors import InvalidField, TemplateFailed
+from veneer_registry.strict_json import show
 
 from veneer_train.checks import validate
 from veneer_train.config import DataConfig
@@ -29,6 +30,9 @@ IGNORE: Final = -100
 PAD: Final = 0
 """Fills a batch, and is masked by length. Never the end-of-sequence token: a model
 taught to ignore that one never stops."""
+
+_SHOWN: Final = 120
+"""Most characters of a line that an error repeats."""
 
 _ROLES: Final = frozenset({"system", "user", "assistant"})
 
@@ -105,17 +109,15 @@ def _fail(path: Path, line: int, message: str) -> NoReturn:
 
 
 def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's object. Windows' line ends and a byte order mark are fine."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         _fail(path, raw[: error.start].count(b"\n") + 1, "is not UTF-8; save it as UTF-8")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})")
+        value = _object(path, number, line)
         if not isinstance(value, dict):
             _fail(
                 path, number, "must be an object with 'messages', or 'prompt' and 'completion'"
@@ -123,23 +125,64 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
+def _object(path: Path, number: int, line: str) -> Any:
+    try:
+        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_number)
+        if "\\u" in line:  # no other way to write what UTF-8 cannot hold
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})")
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        _fail(
+            path,
+            number,
+            f"holds half of a surrogate pair (\\u{half:04x}), which is no text: write the "
+            "whole character, or remove it",
+        )
+    except RecursionError:
+        _fail(path, number, "is nested too deeply")
+    except ValueError as error:  # of the two hooks, and of numbers of thousands of digits
+        _fail(path, number, f"is not JSON ({show(str(error))})")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice: keep one")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, str]]:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         _fail(path, line, "'messages' must be a list of {role, content}, not empty")
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            _fail(
-                path, line, f"a message must have 'role' and 'content' alone; got {message!r}"
-            )
-        if message["role"] not in _ROLES:
             _fail(
                 path,
                 line,
-                f"role {message['role']!r} is not one of {', '.join(sorted(_ROLES))}",
+                f"a message must have 'role' and 'content' alone; got {show(message)}",
             )
-        if not isinstance(message["content"], str):
-            _fail(path, line, "'content' must be text")
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in _ROLES:
+            _fail(path, line, f"role {show(role)} is not one of {', '.join(sorted(_ROLES))}")
+        if not isinstance(content, str):
+            _fail(path, line, f"'content' must be text; got {show(content)}")
+        if role == "assistant" and not content.strip():
+            _fail(
+                path,
+                line,
+                f"message {number}, the assistant's, is empty, which would teach to answer "
+                "nothing: write an answer, or remove the line",
+            )
     return messages
 
 
@@ -178,7 +221,8 @@ class _Tokenise:
             "messages": "'messages'",
             "prompt": "'prompt' and 'completion'",
         }[kind]
-        _fail(path, line, f"has no {wanted}; it has {', '.join(sorted(value)) or 'nothing'}")
+        told = ", ".join(sorted(value))[:_SHOWN]
+        _fail(path, line, f"has no {wanted}; it has {told or 'nothing'}")
 
     def _chat_task(self, path: Path, line: int, value: dict[str, Any]) -> Task | None:
         if "check" not in value:
@@ -224,6 +268,13 @@ class _Tokenise:
         if not isinstance(prompt, str) or not isinstance(completion, str):
             _fail(
                 path, line, "'prompt' and 'completion' must be text; use 'messages' for chats"
+            )
+        if not completion.strip():
+            _fail(
+                path,
+                line,
+                "the completion is empty, which would teach to answer nothing: write one, or "
+                "remove the line",
             )
         # Tokenised apart, as at serving: no token crosses from prompt to completion.
         asked: list[int] = self._tokenizer(prompt)["input_ids"]

@@ -6,13 +6,11 @@ the order of a Python set, and fp32 tensors; so the folder is written here.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +18,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from veneer_registry.format import read_adapter
+
+from veneer_train.plain_json import plain_json, plain_text
 
 __all__ = [
     "FILE_DTYPE",
@@ -134,9 +134,9 @@ def write_folder(
         file = staging / "adapter_model.safetensors"
         save_file(dict(adapter.tensors), file, metadata={"format": "pt"})
         texts = {
-            "adapter_config.json": _json(adapter.config),
-            "training_manifest.json": _json(manifest),
-            "README.md": card,
+            "adapter_config.json": plain_json(adapter.config),
+            "training_manifest.json": plain_json(manifest),
+            "README.md": plain_text(card),
         }
         if template is not None:
             texts["chat_template.jinja"] = template
@@ -152,16 +152,3 @@ def write_folder(
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _plain(value: object) -> object:
-    """JSON for what PEFT keeps in a config. Sets are sorted: same run, same bytes."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"adapter config holds {value!r}, which is not JSON")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n"

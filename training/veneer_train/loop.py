@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -122,6 +123,20 @@ class Snapshots:
         loss = moment.metrics.get("train_loss_last", float("nan"))
         self.write(adapter, folder, self.facts(Fitted(moment.step, moment.tokens, loss)))
 
+    def rehearse(self, adapter: AdapterState, folder: Path) -> None:
+        """Write the adapter as it is before training, check it as at the end, and remove it:
+        what a server would refuse whatever is learned, or a folder that cannot be written,
+        must not show after hours.
+
+        Raises:
+            AdapterInvalid: a server would refuse it.
+            OSError: it cannot be written.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+            nothing = Fitted(steps=0, tokens=0, last_loss=float("nan"))
+            self.write(adapter, Path(work) / folder.name, self.facts(nothing))
+
     def write(self, adapter: AdapterState, folder: Path, facts: RunFacts) -> None:
         """Write an adapter of this run; see `export.write_folder`."""
         manifest = build_manifest(self._config, self._split, self.base, facts)
@@ -216,6 +231,7 @@ def train(
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
+        AdapterInvalid: a server would refuse what it would write, whatever is learned.
         TemplateFailed: the chat template cannot be marked or rendered.
         TrainingStopped: the run went bad.
         DiskFull, CheckpointFailed: a file could not be written.
@@ -243,6 +259,16 @@ def train(
     after_step = resume.step if resume is not None else None
     file = logs / "metrics.jsonl" if main_process() else None
 
+    def seconds() -> float:
+        return time.monotonic() - started
+
+    def snapshots_from(before: _Figures) -> Snapshots:
+        return Snapshots(config, split, base, template, before, seconds)
+
+    if main_process():
+        with disk_errors(f"the adapter {out}", "choose another output.dir"):
+            snapshots_from(_Figures()).rehearse(take(model, config.model.name), out)
+
     def measured(step: int) -> _Figures:
         if split.val is None:
             return _Figures()
@@ -262,10 +288,7 @@ def train(
         elif config.eval.compare_base:  # a fresh adapter is the base, to the bit
             before = measured(0)
 
-        def seconds() -> float:
-            return time.monotonic() - started
-
-        snapshots = Snapshots(config, split, base, template, before, seconds)
+        snapshots = snapshots_from(before)
         try:
             fitted = _fit(
                 model,

@@ -6,7 +6,6 @@ hash, the base by its logical name and its fingerprint.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from veneer_train.checks import Score
 from veneer_train.config import QuantConfig, TrainConfig
 from veneer_train.data import DataSet, Split
 from veneer_train.evaluate import Evaluation
+from veneer_train.plain_json import finite
 
 __all__ = [
     "FORMAT",
@@ -73,8 +73,8 @@ class RunFacts:
                 found[f"val_{kind}_{when}"] = score.share
                 found[f"val_{kind}_{when}_low"] = score.low
                 found[f"val_{kind}_{when}_high"] = score.high
-        # JSON has no word for what is not a number.
-        return {n: round(value, 6) for n, value in found.items() if math.isfinite(value)}
+        # A reader takes numbers only, and JSON has no word for what is not one.
+        return {name: round(value, 6) for name, value in finite(found).items()}
 
 
 def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:

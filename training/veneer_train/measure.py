@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from peft import PeftModel
 from veneer_registry.errors import InvalidField
+from veneer_registry.format import TEMPLATE_FILE, read_small, select_files
 from veneer_registry.training_manifest import TRAINING_FILE
 
 from veneer_train.answers import measure_tasks
@@ -25,6 +26,7 @@ from veneer_train.model import (
     stored_quantization,
     training_device,
 )
+from veneer_train.plain_json import finite, plain_json
 
 __all__ = [
     "Measured",
@@ -34,6 +36,7 @@ __all__ = [
     "measure",
     "quant_of",
     "record",
+    "template_of",
 ]
 
 REFERENCE: Final = "16-bit base"
@@ -66,13 +69,19 @@ class Measured:
                 f"{kind}_high": score.high,
                 f"{kind}_asked": float(score.asked),
             }
-        return {name: round(value, 6) for name, value in found.items()}
+        return {name: round(value, 6) for name, value in finite(found).items()}
 
 
 def manifest_of(adapter: Path) -> dict[str, Any]:
-    """What ``training_manifest.json`` says; nothing where there is none that can be read."""
+    """What ``training_manifest.json`` says; nothing where there is none that can be read.
+
+    Raises:
+        AdapterInvalid: it is not a regular file, or a link that leaves the folder.
+    """
+    if not os.path.lexists(adapter / TRAINING_FILE):
+        return {}
     try:
-        found = json.loads((adapter / TRAINING_FILE).read_bytes())
+        found = json.loads(read_small(adapter, TRAINING_FILE))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -125,11 +134,14 @@ def measure(
 
     Raises:
         InvalidField: data, base or adapter cannot be read.
+        AdapterInvalid: a file of the adapter is missing, or not a regular file.
     """
+    if adapter is not None:
+        select_files(adapter)  # PEFT opens whatever is there, pickles too
     reference = reference and stored_quantization(base) is None
     quant = quant or (quant_of(adapter) if adapter is not None else QuantConfig())
     tokenizer = load_tokenizer(base)
-    samples = load_file(data, options, tokenizer, _template(base, adapter, tokenizer))
+    samples = load_file(data, options, tokenizer, template_of(base, adapter, tokenizer))
     samples = replace(samples, samples=samples.samples[:limit])
     found = []
     if reference:
@@ -154,10 +166,10 @@ def measure(
     return found
 
 
-def _template(base: Path, adapter: Path | None, tokenizer: Any) -> str:
+def template_of(base: Path, adapter: Path | None, tokenizer: Any) -> str:
     """The adapter's own chat template, else the base's."""
-    if adapter is not None and (adapter / "chat_template.jinja").is_file():
-        return (adapter / "chat_template.jinja").read_text("utf-8")
+    if adapter is not None and os.path.lexists(adapter / TEMPLATE_FILE):
+        return read_small(adapter, TEMPLATE_FILE).decode("utf-8")
     return read_template(None, tokenizer)
 
 
@@ -196,6 +208,6 @@ def record(adapter: Path, data: Path, measured: Sequence[Measured]) -> None:
     evaluations[data.name] = {each.name: each.metrics() for each in measured}
     file = adapter / TRAINING_FILE
     draft = file.with_suffix(".new")
-    draft.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    draft.write_text(plain_json(manifest), "utf-8")
     draft.chmod(0o644)
     os.replace(draft, file)

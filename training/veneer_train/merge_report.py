@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from veneer_registry.errors import InvalidField
 
-from veneer_train.measure import quant_of
-from veneer_train.merge import Into, adapted, dequantized_base, divergence, merge, source_base
+from veneer_train.data import Sample, load_file
+from veneer_train.evaluate import evaluate
+from veneer_train.measure import data_options, quant_of, template_of
+from veneer_train.merge import (
+    DTYPES,
+    Divergence,
+    Dtype,
+    Into,
+    Rounding,
+    adapted,
+    dequantized_base,
+    divergence,
+    merge,
+    source_base,
+)
 from veneer_train.model import load_tokenizer
+from veneer_train.plain_json import plain_json
 
-__all__ = ["TEXTS", "merge_and_compare"]
+__all__ = [
+    "MUCH_ROUNDING",
+    "REPORT_FILE",
+    "TEXTS",
+    "MergeReport",
+    "merge_and_compare",
+    "rounding_of",
+]
+
+MUCH_ROUNDING: Final = 0.1
+"""Of the delta's norm: above it a reader is warned."""
+
+REPORT_FILE: Final = "veneer_merge.json"
+"""In the merged folder: what it was made of, and how far it is from that."""
+
+_BATCH: Final = 8
 
 TEXTS = (
     "Water boils at a lower temperature on a mountain, because the air above it is thinner.",
@@ -24,12 +55,88 @@ TEXTS = (
 """What divergences are measured on, beside each other."""
 
 
-def merge_and_compare(base: Path, adapter: Path, out: Path, into: Into) -> dict[str, Any]:
-    """Write the merged folder; divergences of it (in the dtype that it is written in) from the
-    4-bit base with the adapter and from the 16-bit base with it.
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """How far a merged model, as it was written, is from what it stands for.
+
+    Attributes:
+        data: the file that was measured on; "" for `TEXTS`.
+        samples: of it.
+        divergences: by what the merged model is compared with.
+        losses: nats a token over what an answer to ``data`` should be: of the merged model
+            (``merged``), and of the others.
+    """
+
+    dtype: Dtype
+    into: Into
+    rounding: Rounding
+    data: str
+    samples: int
+    divergences: dict[str, Divergence]
+    losses: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts, and for the merged folder."""
+        return {
+            "dtype": self.dtype,
+            "into": self.into,
+            "rounding": asdict(self.rounding),
+            "data": {"file": self.data, "samples": self.samples},
+            "divergence": {name: asdict(found) for name, found in self.divergences.items()},
+            "loss": self.losses,
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader must not miss."""
+        found = []
+        rounding = self.rounding
+        if not rounding.modules:
+            found.append("the adapter changes no weight: the merged model is the base")
+        if rounding.of_delta > MUCH_ROUNDING:
+            wider = "float32" if self.dtype == "float16" else "float16 or float32"
+            found.append(
+                f"rounding to {self.dtype} loses {rounding.of_delta:.0%} of what the adapter "
+                f"changes ({rounding.worst:.0%} of {rounding.worst_module}): use --dtype "
+                f"{wider}, or serve the adapter beside its base"
+            )
+        if not self.data:
+            found.append(
+                "measured on four texts that are not of the adapter's kind, where it changes "
+                "little: give --data a file of what it is for"
+            )
+        return found
+
+
+def rounding_of(folder: Path) -> Rounding | None:
+    """What a merged folder's report says of rounding; None where it is no merged folder."""
+    try:
+        facts = json.loads((folder / REPORT_FILE).read_bytes())["rounding"]
+        return Rounding(**{**facts, "modules": tuple(facts["modules"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def merge_and_compare(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    into: Into,
+    *,
+    dtype: Dtype = "float32",
+    data: Path | None = None,
+    limit: int = 64,
+) -> MergeReport:
+    """Write the merged folder, and compare it, in the dtype that it is written in, with the
+    4-bit base with the adapter and with the 16-bit base with it.
+
+    Args:
+        data: JSONL of the adapter's own kind to compare on; None: `TEXTS`.
+        limit: at most so many samples of it, the first.
 
     Raises:
-        InvalidField: ``out`` exists, or the adapter does not fit the base.
+        InvalidField: ``out`` exists, the data cannot be read, a weight is not finite in
+            ``dtype``, or the adapter does not fit the base.
+        AdapterInvalid: a file of the adapter is missing, or not a regular file.
     """
     if out.exists():
         raise InvalidField(
@@ -41,14 +148,21 @@ def merge_and_compare(base: Path, adapter: Path, out: Path, into: Into) -> dict[
             metadata={"field": "adapter"},
         )
     quant = quant_of(adapter)
+    tokenizer = load_tokenizer(base)
+    samples: tuple[Sample, ...] = ()
+    if data is not None:  # before the work: it may be unreadable
+        template = template_of(base, adapter, tokenizer)
+        options = data_options(adapter, data)
+        samples = load_file(data, options, tokenizer, template).samples[:limit]
     try:
-        merge(base, adapter, out, into, quant, dtype=torch.bfloat16)
+        rounding = merge(base, adapter, out, into, quant, dtype=DTYPES[dtype])
     except (ValueError, RuntimeError) as error:
         raise InvalidField(
             f"{adapter} does not fit this base: {error}", metadata={"field": "adapter"}
         ) from error
-    tokenizer = load_tokenizer(base)
-    batches = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+    batches = [torch.tensor([sample.input_ids]) for sample in samples]
+    if data is None:
+        batches = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
     merged = source_base(out)
     references = {"16-bit base + adapter": source_base}
     if quant.type != "none":
@@ -56,7 +170,18 @@ def merge_and_compare(base: Path, adapter: Path, out: Path, into: Into) -> dict[
             f"{quant.type} base + adapter": lambda folder: dequantized_base(folder, quant),
             **references,
         }
-    return {
-        name: asdict(divergence(merged, adapted(made(base), adapter), batches))
-        for name, made in references.items()
-    }
+    losses = _losses("merged", merged, samples)
+    divergences = {}
+    for name, made in references.items():
+        reference = adapted(made(base), adapter)
+        divergences[name] = divergence(merged, reference, batches)
+        losses |= _losses(name, reference, samples)
+    report = MergeReport(
+        dtype, into, rounding, data.name if data else "", len(samples), divergences, losses
+    )
+    (out / REPORT_FILE).write_text(plain_json(report.as_json()), "utf-8")
+    return report
+
+
+def _losses(name: str, model: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    return {name: evaluate(model, samples, _BATCH).loss} if samples else {}

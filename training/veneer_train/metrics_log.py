@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from veneer_train.checkpoint import disk_errors
+from veneer_train.plain_json import plain_json
 
 __all__ = ["MetricsLog", "Report", "draw_curves"]
 
@@ -17,7 +18,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
-    """One object a line, flushed as it is written.
+    """One object a line, flushed as it is written; what is not finite is null.
 
     Args:
         path: None where another process of the run writes it.
@@ -37,7 +38,7 @@ class MetricsLog:
             self.rows = [row for row in _read(path) if row["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".new")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")
+        draft.write_text("".join(plain_json(row, indent=None) for row in self.rows), "utf-8")
         draft.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -47,7 +48,7 @@ class MetricsLog:
             return
         self.rows.append(row)
         with disk_errors(self._file.name, "free some space and run the same command"):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(plain_json(row, indent=None))
             self._file.flush()
         self._report(row)
 

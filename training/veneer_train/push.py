@@ -27,6 +27,7 @@ from veneer_train.config import QuantConfig
 from veneer_train.export import AdapterState, model_card, take, write_folder
 from veneer_train.manifest import FORMAT, versions
 from veneer_train.manifest import fingerprint as fingerprint_of
+from veneer_train.plain_json import finite
 
 __all__ = ["Moment", "Publication", "PushCallback", "Target", "check_target", "publish"]
 
@@ -246,7 +247,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
             "base_name": self._base_name,
             "versions": versions(),
             "steps": moment.step,
-            "metrics": dict(moment.metrics),
+            "metrics": finite(moment.metrics),
         }
         if self._base is not None:
             manifest["base_fingerprint"] = asdict(self._base)

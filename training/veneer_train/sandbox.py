@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from typing import Final
+
+from veneer_registry.child_python import child_python
 
 __all__ = ["run_python"]
 
@@ -56,7 +57,7 @@ def run_python(source: str) -> bool:
     try:
         with tempfile.TemporaryDirectory(prefix="veneer-answer-") as folder:
             subprocess.run(
-                [sys.executable, "-I", "-S", "-c", frame],
+                child_python("-I", "-S", "-c", frame),
                 input=source.encode(),
                 cwd=folder,
                 env={},

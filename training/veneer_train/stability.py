@@ -12,7 +12,12 @@ from veneer_registry.errors import Aborted
 __all__ = ["StabilityWatch", "TrainingStopped"]
 
 _WINDOW: Final = 20
+_ENOUGH: Final = 5
+"""Gradient norms to compare with: those of the first steps already, since a learning rate
+that is far too high does its harm there."""
 _JUMP: Final = 100.0
+_WORSE_THAN_GUESSING: Final = 2.0
+"""Nats a token above guessing that no sound run reaches twice in a row."""
 
 
 class TrainingStopped(Aborted):
@@ -25,12 +30,22 @@ class StabilityWatch:
     """Raises when loss or gradient norm say that the run is lost.
 
     Not finite: at once. A jump: the gradient norm before clipping is more than 100
-    times the median of the last 20 steps, and there are 20 to compare with. Low
-    precision may cause both; a smaller learning rate is the first thing to try.
+    times the median of the last 20 steps, or of those that there are, from the sixth step
+    on. Lost: in two steps running the loss is 2 nats above that of guessing evenly among all
+    tokens, or above the first step's if that was worse; a step's loss is measured before it
+    changes anything, so that this holds from the third step on. One such step alone may be
+    an odd batch. Low precision may cause each of them; a smaller learning rate is the first
+    thing to try.
+
+    Args:
+        vocabulary: tokens that the model chooses among.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
         self._norms: deque[float] = deque(maxlen=_WINDOW)
+        self._worst: float | None = None
+        self._above: float | None = None  # the last step's loss, if it was that high
 
     def check(self, step: int, loss: float, grad_norm: float) -> None:
         """Look at one optimiser step.
@@ -41,13 +56,29 @@ class StabilityWatch:
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 raise self._stop(step, f"the {what} is {value}")
-        if len(self._norms) == _WINDOW:
+        self._check_loss(step, loss)
+        if len(self._norms) >= _ENOUGH:
             usual = median(self._norms)
             if usual > 0 and grad_norm > _JUMP * usual:
                 raise self._stop(
                     step, f"the gradient norm jumped from about {usual:.3g} to {grad_norm:.3g}"
                 )
         self._norms.append(grad_norm)
+
+    def _check_loss(self, step: int, loss: float) -> None:
+        guessing = math.log(self._vocabulary)
+        if self._worst is None:
+            self._worst = max(guessing, loss) + _WORSE_THAN_GUESSING
+        if loss <= self._worst:
+            self._above = None
+            return
+        if self._above is not None:
+            raise self._stop(
+                step,
+                f"the loss is {loss:.3g} after {self._above:.3g}, and guessing among all "
+                f"{self._vocabulary} tokens gives {guessing:.3g}",
+            )
+        self._above = loss
 
     @staticmethod
     def _stop(step: int, seen: str) -> TrainingStopped:

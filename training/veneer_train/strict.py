@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,28 +45,51 @@ def _value(kind: Any, value: object, key: str) -> object:
             return value
         raise bad_setting(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
     if origin in (typing.Union, types.UnionType):
+        refusals = []
         for option in typing.get_args(kind):
             try:
                 return _value(option, value, key)
-            except InvalidField:
-                continue
-        raise bad_setting(key, f"{value!r} has the wrong type")
+            except InvalidField as error:
+                refusals.append(error)
+        raise refusals[0]  # the others are the less usual ways to write it
     if origin is list:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            for item in value:
+                _check_text(item, key)
             return list(value)
         raise bad_setting(key, f"must be a list of names; got {value!r}")
     if kind is float:
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise bad_setting(key, f"must be a number; got {value!r}") from None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return _number(value, key)
     elif type(value) is kind:
+        if isinstance(value, str):
+            _check_text(value, key)
         return value
     wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     raise bad_setting(key, f"must be {wanted.get(kind, 'null')}; got {value!r}")
+
+
+def _number(value: str | float, key: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise bad_setting(key, f"must be a number; got {value!r}") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise bad_setting(key, f"must be a finite number; got {str(value)[:40]}")
+    return number
+
+
+def _check_text(value: str, key: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise bad_setting(
+            key,
+            f"must be text that UTF-8 can hold; character {error.start + 1} of {value!r} "
+            "cannot be: write it in UTF-8",
+        ) from None
 
 
 def build(cls: type[_T], raw: object, prefix: str = "") -> _T:
@@ -115,7 +139,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
         raise bad_setting(key, f"write --set section.key=value; got {setting!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise bad_setting(key, f"{text!r} is not a YAML value; quote it") from None
     section = raw
     for part in parts[:-1]:
@@ -162,7 +186,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise bad_setting("config", f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Of a date that there is not, or a number of thousands of digits, too.
         raise bad_setting("config", f"{path} is not YAML: {error}") from error
     if raw is None:
         return {}

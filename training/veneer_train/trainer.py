@@ -53,13 +53,20 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     """Logs each step, evaluates, and stops a run that is lost or out of time."""
 
     def __init__(
-        self, config: TrainConfig, split: Split, log: MetricsLog, order: Order, before_s: float
+        self,
+        config: TrainConfig,
+        split: Split,
+        log: MetricsLog,
+        order: Order,
+        *,
+        before_s: float,
+        vocabulary: int,
     ) -> None:
         self._config = config
         self._split = split
         self._log = log
         self._order = order
-        self._stability = StabilityWatch()
+        self._stability = StabilityWatch(vocabulary)
         self._started = time.monotonic() - before_s
         self.last_loss = float("nan")
 
@@ -261,7 +268,9 @@ def fit(
     lengths = [len(s.input_ids) for s in samples] if config.data.bucketing else None
     order = Order(len(rows), options.seed, lengths=lengths, batch=options.batch)
     before_s = resume.facts["seconds"] if resume is not None else 0.0
-    watch = _Watch(config, split, log, order, before_s)
+    watch = _Watch(
+        config, split, log, order, before_s=before_s, vocabulary=model.config.vocab_size
+    )
     trainer = _Trainer(
         model=model,
         args=training_arguments(

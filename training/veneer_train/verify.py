@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.base_names import known_names
 from veneer_registry.errors import InvalidField
 from veneer_registry.format import read_adapter
 from veneer_registry.training_manifest import check_base
@@ -61,7 +62,8 @@ def verify(
 def _spec(base: Path, here: BaseFingerprint) -> BaseSpec:
     shape = read_shape(base)
     shapes: dict[Any, tuple[int, int]] = dict(shape.linears)
-    return BaseSpec(shape.name, shape.layers, shapes, here)
+    names = known_names(shape.name, base)
+    return BaseSpec(shape.name, shape.layers, shapes, here, names=names)
 
 
 def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:

@@ -31,6 +31,7 @@ from veneer_client.types import (
     Sample,
     Text,
     TokenLogprob,
+    TopLogprob,
 )
 
 __all__ = [
@@ -264,9 +265,15 @@ def _show_scores(notes: Console, scores: Iterable[TokenLogprob]) -> None:
     scores = tuple(scores)
     if not any(score.top for score in scores):
         if scores:
-            pairs = " ".join(f"{s.token_id}:{s.logprob:.3f}" for s in scores)
+            pairs = " ".join(map(_shown, scores))
             notes.print(f"token:logprob  {pairs}", style="dim")
         return
     for score in scores:
-        beside = " ".join(f"{top.token_id}:{top.logprob:.3f}" for top in score.top)
-        notes.print(f"{score.token_id}:{score.logprob:.3f}  of  {beside}", style="dim")
+        beside = " ".join(map(_shown, score.top))
+        notes.print(f"{_shown(score)}  of  {beside}", style="dim")
+
+
+def _shown(score: TokenLogprob | TopLogprob) -> str:
+    """Quoted, since a space or a line's end is a token too; the id from an older server."""
+    name = json.dumps(score.token, ensure_ascii=False) if score.token else score.token_id
+    return f"{name}:{score.logprob:.3f}"

@@ -23,6 +23,7 @@ from veneer_client.cli.show import (
 )
 from veneer_client.cli.values import parse_bytes
 from veneer_client.client import Client
+from veneer_client.server_records import SelfTest
 
 __all__ = ["BUDGETS_EXAMPLES", "SELF_TEST_EXAMPLES", "budgets", "self_test"]
 
@@ -104,7 +105,15 @@ def self_test(
         print(as_json(test))
     else:
         print_table(self_test_table(test))
-        verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
-        print(f"{verdict} ({test.adapters_mixed} adapters and the base in one batch)")
+        print(_verdict(test))
     if not test.passed:
         raise typer.Exit(1)
+
+
+def _verdict(test: SelfTest) -> str:
+    if not test.adapters_tested and all(result.passed for result in test.results):
+        # A base that answers as it must says nothing of the adapters.
+        why = test.note or "no adapter was tested: name one to test it"
+        return f"{'passed' if test.passed else 'NOT PROVEN'}: {why}"
+    verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
+    return f"{verdict} ({test.adapters_mixed} adapters and the base in one batch)"

@@ -270,8 +270,8 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         "adapter memory": f"device {byte_size(budgets.device_adapter_bytes)}, "
         f"host {byte_size(budgets.host_adapter_bytes)}",
         "kv cache": f"{byte_size(budgets.kv_cache_bytes)}, {budgets.kv_cache_tokens:,} tokens",
-        "batch": f"{budgets.max_batch_tokens} tokens a step, {budgets.max_running} running, "
-        f"{budgets.max_queue} waiting",
+        "batch": f"{budgets.max_batch_tokens} tokens a step ({budgets.max_prefill_tokens} of "
+        f"prompts beside decoding), {budgets.max_running} running, {budgets.max_queue} waiting",
         "up": f"{info.uptime_s:.0f} s{restarts}",
     }
     for pool in info.memory.pools:

@@ -60,7 +60,8 @@ Server = Annotated[
     ),
 ]
 BaseFolder = Annotated[
-    Path | None, typer.Option(help="Hugging Face folder of the base; else the bundled one.")
+    Path | None,
+    typer.Option(help="Hugging Face folder of the base to spawn; else the bundled one."),
 ]
 Threads = Annotated[int, typer.Option(help="Of each system; 0: one for each usable core.")]
 ServerFlag = Annotated[

@@ -90,7 +90,9 @@ Metrics = Annotated[
 BaseFolderOfLoad = Annotated[
     Path | None,
     typer.Option(
-        "--base-folder", help="Hugging Face folder of the base; else the bundled one's."
+        "--base-folder",
+        help="Hugging Face folder of the base to spawn, else the bundled one; of --openai: "
+        "for prompts of token ids.",
     ),
 ]
 ThreadCount = Annotated[int, typer.Option("--threads", help="Of a spawned server; 0: all.")]

@@ -57,25 +57,22 @@ def prefix(
 
     async def work() -> None:
         levels = setup.parse_streams(streams)
-        folder = setup.find_base_folder(base_folder)
-        shape = workload.read_base_shape(folder)
         used = threads or report.usable_cores()
         result: dict[str, Any] = {"kind": "prefix", "conditions": report.conditions()}
         warn_if_busy()
-        with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
-            named = workload.make_adapters(
-                Path(scratch), shape, count=generate, rank=rank, seed=seed
-            )
-            async with (
-                setup.target(
-                    spawn=spawn,
-                    address=server,
-                    base_folder=folder,
-                    threads=used,
-                    flags=server_flag or (),
-                ) as ours,
-                setup.published(ours.client, named),
-            ):
+        async with setup.target(
+            spawn=spawn,
+            address=server,
+            base_folder=base_folder,
+            threads=used,
+            flags=server_flag or (),
+        ) as ours:
+            info = await ours.client.info()
+            shape = setup.needed_shape(info, base_folder)
+            with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
+                named = workload.make_adapters(
+                    Path(scratch), shape, count=generate, rank=rank, seed=seed
+                )
                 options = prefixes.PrefixOptions(
                     adapters=tuple(named) or ("",),
                     vocab=shape.vocab,
@@ -85,35 +82,35 @@ def prefix(
                     repeat=repeat,
                     seed=seed,
                 )
-                info = await ours.client.info()
                 OUT.print(f"seed {seed}; {len(named)} adapters", style="dim")
-                measured = [
-                    await prefixes.measure(ours.client, options, count) for count in levels
-                ]
-                result |= {
-                    "device": {"server": info.device},
-                    "versions": report.versions(PACKAGES),
-                    "commands": {"server": ours.command},
-                    "workload": {
-                        "adapters": len(named),
-                        "rank": rank,
-                        "shared": shared,
-                        "own": own,
-                        "tokens": tokens,
-                        "repeat": repeat,
-                        "threads": used,
-                        "seed": seed,
-                    },
-                    "levels": [level.as_json() for level in measured],
-                    "summary": {
-                        key: value
-                        for level in measured
-                        for key, value in (
-                            (f"first_token_gain_{level.streams}", level.first_token_gain),
-                            (f"throughput_gain_{level.streams}", level.throughput_gain),
-                        )
-                    },
-                }
+                async with setup.published(ours.client, named):
+                    measured = [
+                        await prefixes.measure(ours.client, options, count) for count in levels
+                    ]
+            result |= {
+                "device": {"server": info.device},
+                "versions": report.versions(PACKAGES),
+                "commands": {"server": ours.command},
+                "workload": {
+                    "adapters": len(named),
+                    "rank": rank,
+                    "shared": shared,
+                    "own": own,
+                    "tokens": tokens,
+                    "repeat": repeat,
+                    "threads": used,
+                    "seed": seed,
+                },
+                "levels": [level.as_json() for level in measured],
+                "summary": {
+                    key: value
+                    for level in measured
+                    for key, value in (
+                        (f"first_token_gain_{level.streams}", level.first_token_gain),
+                        (f"throughput_gain_{level.streams}", level.throughput_gain),
+                    )
+                },
+            }
         OUT.print(prefix_table(measured))
         finish(result, json_file)
 

@@ -95,7 +95,6 @@ def swap(
         outputs = Outputs(json_file, html_file, limits, {})
         outputs.check()
         phase_s = parse_seconds("--churn", churn_text)
-        folder = setup.find_base_folder(base_folder)
         used = threads or report.usable_cores()
         conditions = report.conditions()
         warn_if_busy()
@@ -104,13 +103,13 @@ def swap(
             async with setup.target(
                 spawn=spawn,
                 address=server,
-                base_folder=folder,
+                base_folder=base_folder,
                 threads=used,
                 flags=server_flag or (),
             ) as ours:
                 info = await ours.client.info()
                 options = swapping.SwapOptions(
-                    base=workload.read_base_shape(folder),
+                    base=setup.needed_shape(info, base_folder),
                     rank=rank,
                     prompt_tokens=prompt_tokens,
                     samples=samples,

@@ -95,13 +95,17 @@ def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
 
 
 def _residency_caption(column: Column, held: Residency, named: bool) -> str:
+    # The metrics count all that the server holds: also adapters of other levels and callers.
+    most = {tier: max(held.adapters[tier], default=0) for tier in held.adapters}
     parts = [
-        f"at most {max(rows):,} in {tier.upper()} "
-        f"({bytes_words(max(held.bytes.get(tier, [0]) or [0]))})"
-        for tier in tiers_in_order([*held.adapters])
-        if (rows := held.adapters[tier])
+        f"{most[tier]:,} in {tier.upper()} ({bytes_words(max(held.bytes.get(tier) or [0]))})"
+        for tier in tiers_in_order([*most])
     ]
-    told = f"{' and '.join(parts)} of {column.level.adapters:,}"
+    asked = column.level.adapters
+    told = f"the load asked for {count(asked, 'adapter')}; the server held "
+    told += f"at most {' and '.join(parts)}" if parts else "none"
+    if max(most.values(), default=0) > asked:
+        told += ", others than the load's among them"
     server = column.level.server
     if server is not None:
         evicted = {key: n for key, n in sorted(server.evictions.items()) if n}

@@ -58,6 +58,10 @@ class AdapterOptions:
                 "--first goes with --names and --adapters; --generate takes several numbers"
             )
 
+    def synthetic(self, *, traced: bool) -> bool:
+        """Whether they are made here, for the base that is served."""
+        return self.folder is None and not self.names and not traced
+
     def levels(self, names: tuple[str, ...]) -> Sequence[tuple[str, ...]]:
         """The names of each level; ``("",)`` is the base.
 
@@ -86,14 +90,14 @@ def chosen(
     """What to publish, and the names of each level.
 
     Args:
-        shape: of the base that synthetic adapters are for.
+        shape: of the base that synthetic adapters are for; None where there are none.
         scratch: a folder for them.
         tell: told how far it is.
     """
     if adapters.folder is not None:
         found = setup.find_adapters(adapters.folder)
         return found, adapters.levels(names_of(adapters, traced) if traced else tuple(found))
-    if adapters.names or traced is not None:
+    if not adapters.synthetic(traced=traced is not None):
         return {}, adapters.levels(names_of(adapters, traced))
     assert shape is not None
     counts = tuple(adapters.generate) or (_SYNTHETIC,)

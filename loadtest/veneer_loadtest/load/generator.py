@@ -7,12 +7,13 @@ to itself, and what reads the answers late would be taken for a slow server.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from veneer_registry.child_python import child_python
 
 from veneer_loadtest.errors import GeneratorFailed, TargetFailed
 from veneer_loadtest.load.records import Record
@@ -155,9 +156,7 @@ class _Worker:
 
     async def __aenter__(self) -> _Worker:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "veneer_loadtest.load.worker",
+            *child_python("-m", "veneer_loadtest.load.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

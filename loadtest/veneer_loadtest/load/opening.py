@@ -109,33 +109,21 @@ async def opened(
     if target.openai is not None:
         yield await _openai(target, adapters, names_of(adapters, traced))
         return
-    folder = _base_folder(target, adapters)
     threads = target.threads or report.usable_cores()
     if target.server is not None:
         async with _veneer(
-            target, adapters, traced, target.server, target.metrics, folder, "(running)", tell
+            target, adapters, traced, target.server, target.metrics, "(running)", tell
         ) as it:
             yield it
         return
-    assert folder is not None
+    folder = setup.find_base_folder(target.base_folder)
     flags = ["--base", str(folder), "--threads", str(threads), *target.flags]
     with LocalServer(flags) as server:
         async with _veneer(
-            target, adapters, traced, server.address, server.metrics_address, folder,
+            target, adapters, traced, server.address, server.metrics_address,
             report.without_folders(server.command), tell,
         ) as it:  # fmt: skip
             yield it
-
-
-def _base_folder(target: TargetOptions, adapters: AdapterOptions) -> Path | None:
-    """Needed to start a server, to make adapters and to draw token ids."""
-    needed = target.spawn or target.base_folder is not None
-    try:
-        return setup.find_base_folder(target.base_folder)
-    except BadOption:
-        if needed or not (adapters.names or adapters.folder):
-            raise
-        return None
 
 
 @asynccontextmanager
@@ -145,22 +133,23 @@ async def _veneer(
     traced: Traced | None,
     address: str,
     metrics: str | None,
-    folder: Path | None,
     command: str,
     tell: Callable[[str], None],
 ) -> AsyncIterator[Opened]:
-    shape = None if folder is None else workload.read_base_shape(folder)
     async with AsyncClient(address, timeout_s=120.0, retry=RetryPolicy(attempts=4)) as client:
         info = await client.info()
         if metrics is not None:
             await read_counters(metrics)
+        if adapters.synthetic(traced=traced is not None):
+            shape: workload.BaseShape | None = setup.needed_shape(info, target.base_folder)
+        else:
+            shape = setup.served_shape(info, target.base_folder)
         notes = []
         text = target.text or shape is None
-        if shape is not None and not text and info.base_model.name != shape.name:
-            text = True
+        if text and not target.text:
             notes.append(
-                f"the server's base is {info.base_model.name}, not {shape.name}: prompts are "
-                "words (give --base-folder its folder for token ids)"
+                f"the server does not tell the vocabulary of its base {info.base_model.name}: "
+                "prompts are words (give --base-folder its folder for token ids)"
             )
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:
             named, levels = chosen(adapters, traced, shape, Path(scratch), tell)

@@ -29,6 +29,10 @@ _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TCMALLOC: Final = "libtcmalloc_minimal.so.4"
 """Found by the dynamic linker, in its own folders."""
 
+_SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
+"""Keeps the current folder off the path, as `child_python` does. A variable, since that Python
+may be older than 3.11: it would refuse ``-P``, and ignores this."""
+
 # Runs in the peer's Python, which need not be ours: prints what is needed of it.
 _PROBE: Final = f"""
 import importlib.metadata, json, sys
@@ -90,6 +94,7 @@ def vllm_peer(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
+        **_SAFE_PATH,
     }
     return HttpPeer(
         name="vllm",
@@ -133,7 +138,7 @@ def _probe(python: Path) -> _Probe:
     try:
         asked = subprocess.run(
             [str(python), "-c", _PROBE],
-            env={**os.environ, "LD_PRELOAD": _TCMALLOC},
+            env={**os.environ, "LD_PRELOAD": _TCMALLOC, **_SAFE_PATH},
             capture_output=True,
             text=True,
             check=True,

@@ -237,12 +237,14 @@ class GetAdapterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class GetAdapterResponse(_message.Message):
-    __slots__ = ("adapter", "revisions")
+    __slots__ = ("adapter", "revisions", "revisions_left_out")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     revisions: _containers.RepeatedCompositeFieldContainer[Adapter]
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., revisions: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+    revisions_left_out: int
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., revisions: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., revisions_left_out: _Optional[int] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "name_prefix", "tier", "labels")
@@ -368,16 +370,22 @@ class SetAliasResponse(_message.Message):
     def __init__(self, alias: _Optional[_Union[Alias, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[AliasTarget, _Mapping]]] = ...) -> None: ...
 
 class ListAliasesRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "page_size", "page_token")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    page_size: int
+    page_token: str
+    def __init__(self, name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListAliasesResponse(_message.Message):
-    __slots__ = ("aliases",)
+    __slots__ = ("aliases", "next_page_token")
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     aliases: _containers.RepeatedCompositeFieldContainer[Alias]
-    def __init__(self, aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ("since_sequence",)
@@ -493,14 +501,16 @@ class SelfTestRequest(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SelfTestResponse(_message.Message):
-    __slots__ = ("passed", "results", "adapters_mixed")
+    __slots__ = ("passed", "results", "adapters_mixed", "note")
     PASSED_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_MIXED_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     passed: bool
     results: _containers.RepeatedCompositeFieldContainer[SelfTestResult]
     adapters_mixed: int
-    def __init__(self, passed: _Optional[bool] = ..., results: _Optional[_Iterable[_Union[SelfTestResult, _Mapping]]] = ..., adapters_mixed: _Optional[int] = ...) -> None: ...
+    note: str
+    def __init__(self, passed: _Optional[bool] = ..., results: _Optional[_Iterable[_Union[SelfTestResult, _Mapping]]] = ..., adapters_mixed: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
 
 class SelfTestResult(_message.Message):
     __slots__ = ("adapter", "passed", "max_difference", "bound", "nearest_other", "detail")

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class AdapterServiceStub:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
     """
 
     def __init__(self, channel):
@@ -114,6 +118,10 @@ class AdapterServiceStub:
 
 class AdapterServiceServicer:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
     """
 
     def UploadAdapter(self, request_iterator, context):
@@ -308,6 +316,10 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
     """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
     """
 
     @staticmethod

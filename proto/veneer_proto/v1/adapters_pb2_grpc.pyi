@@ -27,7 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Adapters by name. A separate service, so that a proxy can guard it by path."""
+    """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -67,7 +72,12 @@ class AdapterServiceStub:
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Adapters by name. A separate service, so that a proxy can guard it by path."""
+    """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
@@ -103,7 +113,12 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Adapters by name. A separate service, so that a proxy can guard it by path."""
+    """Adapters by name. A separate service, so that a proxy can guard it by path.
+
+    A call that changes something is carried out whole or not at all, whether or not its
+    caller waits for the answer. An upload whose caller leaves before the name has moved
+    publishes nothing.
+    """
 
     @_abc_1.abstractmethod
     def UploadAdapter(

@@ -28,7 +28,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native")
+    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native", "longest_step")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GetServerInfoResponse(_message.Message):
     ENGINE_STARTS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     WHY_NOT_NATIVE_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_STEP_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_model: BaseModel
     device: str
@@ -53,7 +54,8 @@ class GetServerInfoResponse(_message.Message):
     engine_starts: int
     memory: Memory
     why_not_native: str
-    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ...) -> None: ...
+    longest_step: _duration_pb2.Duration
+    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ..., longest_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("pools", "front_peak_bytes", "engine_peak_bytes")
@@ -86,7 +88,7 @@ class MemoryUse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class BaseModel(_message.Message):
-    __slots__ = ("name", "architecture", "quantization", "dtype", "parameters", "bytes", "fingerprint")
+    __slots__ = ("name", "architecture", "quantization", "dtype", "parameters", "bytes", "fingerprint", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +96,7 @@ class BaseModel(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     quantization: str
@@ -101,7 +104,28 @@ class BaseModel(_message.Message):
     parameters: int
     bytes: int
     fingerprint: BaseFingerprint
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., fingerprint: _Optional[_Union[BaseFingerprint, _Mapping]] = ...) -> None: ...
+    shape: BaseShape
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., fingerprint: _Optional[_Union[BaseFingerprint, _Mapping]] = ..., shape: _Optional[_Union[BaseShape, _Mapping]] = ...) -> None: ...
+
+class BaseShape(_message.Message):
+    __slots__ = ("layers", "vocabulary", "projections")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    vocabulary: int
+    projections: _containers.RepeatedCompositeFieldContainer[ProjectionShape]
+    def __init__(self, layers: _Optional[int] = ..., vocabulary: _Optional[int] = ..., projections: _Optional[_Iterable[_Union[ProjectionShape, _Mapping]]] = ...) -> None: ...
+
+class ProjectionShape(_message.Message):
+    __slots__ = ("name", "in_features", "out_features")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    in_features: int
+    out_features: int
+    def __init__(self, name: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ...) -> None: ...
 
 class BaseFingerprint(_message.Message):
     __slots__ = ("weights", "tokenizer", "quantization", "template")
@@ -116,7 +140,7 @@ class BaseFingerprint(_message.Message):
     def __init__(self, weights: _Optional[str] = ..., tokenizer: _Optional[str] = ..., quantization: _Optional[str] = ..., template: _Optional[str] = ...) -> None: ...
 
 class Budgets(_message.Message):
-    __slots__ = ("host_adapter_bytes", "device_adapter_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_batch_tokens", "max_running", "max_queue")
+    __slots__ = ("host_adapter_bytes", "device_adapter_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_batch_tokens", "max_running", "max_queue", "max_prefill_tokens")
     HOST_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +148,7 @@ class Budgets(_message.Message):
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     host_adapter_bytes: int
     device_adapter_bytes: int
     kv_cache_bytes: int
@@ -131,7 +156,8 @@ class Budgets(_message.Message):
     max_batch_tokens: int
     max_running: int
     max_queue: int
-    def __init__(self, host_adapter_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_queue: _Optional[int] = ...) -> None: ...
+    max_prefill_tokens: int
+    def __init__(self, host_adapter_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class PlanCapacityRequest(_message.Message):
     __slots__ = ("shape", "like", "adapters", "context_length", "concurrency")

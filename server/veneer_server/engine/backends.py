@@ -21,6 +21,7 @@ from veneer_server.models.decoder import Decoder
 from veneer_server.models.linear import Linear
 from veneer_server.models.linear import fuse as fuse_for_torch
 from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
+from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
 from veneer_server.native import linear as native_linear
 from veneer_server.native.compiler import NativeUnavailable, build
 from veneer_server.native.decoder import NativeDecoder, check
@@ -88,15 +89,26 @@ def choose(
 def _load(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, fuse: Fuse
 ) -> DecoderWeights:
-    return load_weights(
-        Path(config.base_folder),
-        quantization=config.quantization,
-        dtype=dtype,
-        device=device,
-        cache_dir=Path(config.cache_folder),
-        fingerprint=config.weights_fingerprint,
-        fuse=fuse,
-    )
+    def load() -> DecoderWeights:
+        return load_weights(
+            Path(config.base_folder),
+            quantization=config.quantization,
+            dtype=dtype,
+            device=device,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
+            fuse=fuse,
+        )
+
+    try:
+        return load()
+    except BaseDamaged as damage:
+        cache = Path(config.cache_folder)
+        if Path(config.base_folder) != bundled_folder(cache):
+            raise
+        log.warning("%s", damage)
+        import_bundled(cache, lambda doing: log.info("base: %s", doing), anew=True)
+        return load()
 
 
 def _native(
@@ -109,7 +121,7 @@ def _native(
             f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
         )
     check(read_decoder_config(Path(config.base_folder)), config.block_size)
-    library = Library(build(Path(config.cache_folder)))
+    library = _library(config)
 
     def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
         return native_linear.fuse(library, modules, dtype)
@@ -128,6 +140,18 @@ def _native(
     name = f"native ({library.instructions})"
     weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
     return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
+
+
+def _library(config: EngineConfig) -> Library:
+    """The kernels in the form that is asked for."""
+    wanted = config.native_instructions
+    cache = Path(config.cache_folder)
+    library = Library(build(cache, instructions="avx2" if wanted == "avx2" else ""))
+    if wanted not in ("auto", library.instructions):
+        raise NativeUnavailable(
+            f"this CPU has {library.instructions} at most, not --native-instructions {wanted}"
+        )
+    return library
 
 
 def _torch(

@@ -11,7 +11,10 @@ Block 0 is never handed out: padded places in a block table point at it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
 
+from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.prefix_cache import PrefixCache, extend_chain
 from veneer_server.engine.sequence import Sequence
 
@@ -166,18 +169,26 @@ class BlockManager:
         )
         return sequence.block_keys[:count]
 
-    def check_integrity(self, owners: list[Sequence]) -> None:
-        """Every block is free, idle or referred to as counted; raises AssertionError."""
+    def check_unused(self) -> None:
+        """While no sequence is there, no block is used. Costs nothing."""
+        assert not self.used, f"{self.used} KV blocks are used by nobody"
+
+    def integrity(self, owners: list[Sequence]) -> Iterator[None]:
+        """Every block is free, idle or referred to as counted. In slices, see `integrity`."""
         counted = Counter(block for sequence in owners for block in sequence.blocks)
-        idle = self._cache.check_integrity(set(counted))
-        everything = sorted([*self._free, *idle, *counted])
-        assert everything == list(range(1, self.total + 1)), (
-            f"KV blocks: {len(self._free)} free + {len(idle)} idle + {len(counted)} used "
-            f"of {self.total}"
-        )
-        assert all(n == counted[block] for block, n in enumerate(self._references)), (
-            "reference counts differ from the block tables"
-        )
+        yield from self._cache.integrity(counted)
+        seen = bytearray(self.total + 1)
+        seen[0] = 1
+        for blocks in in_slices(chain(self._free, self._cache.idle_blocks(), counted)):
+            for block in blocks:
+                assert not seen[block], f"KV block {block} is in two places, or is padding"
+                seen[block] = 1
+            yield
+        assert all(seen), f"{seen.count(0)} KV blocks are neither free, idle nor used"
+        for counts in in_slices(enumerate(self._references)):
+            for block, references in counts:
+                assert references == counted[block], f"references to KV block {block} differ"
+            yield
         for sequence in owners:
             writable = sequence.blocks[sequence.computed // self.block_size :]
             assert all(counted[block] == 1 for block in writable), (

@@ -31,11 +31,14 @@ from veneer_server.engine.messages import (
     BudgetsState,
     Cancel,
     Constraint,
+    ConstraintDone,
     EngineConfig,
     EngineInfo,
     Evict,
     Evicted,
+    EvictMode,
     FromEngine,
+    MatcherEnded,
     Occupancy,
     OperationDone,
     Reference,
@@ -56,7 +59,16 @@ from veneer_server.engine.supervisor import Supervisor
 
 __all__ = ["EngineClient", "EngineEvent"]
 
-EngineEvent = StepDone | Occupancy | Residency | AdapterLoaded | AdapterFailed | Evicted
+EngineEvent = (
+    StepDone
+    | Occupancy
+    | Residency
+    | AdapterLoaded
+    | AdapterFailed
+    | Evicted
+    | ConstraintDone
+    | MatcherEnded
+)
 """What a listener (metrics) is told, in the front's event loop."""
 
 
@@ -173,7 +185,14 @@ class EngineClient:
             case Occupancy():
                 self._residents.occupancy(message)
                 self._on_event(message)
-            case StepDone() | AdapterLoaded() | AdapterFailed() | Evicted():
+            case (
+                StepDone()
+                | AdapterLoaded()
+                | AdapterFailed()
+                | Evicted()
+                | ConstraintDone()
+                | MatcherEnded()
+            ):
                 self._on_event(message)
 
     def fail_everything(self, error: VeneerError) -> None:
@@ -234,6 +253,7 @@ class EngineClient:
         constraint: Constraint | None = None,
         use_prefix_cache: bool = True,
         deadline_s: float | None = None,
+        caller: str = "",
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
         that wait when the caller comes back (a slow reader) are joined into one.
@@ -265,6 +285,7 @@ class EngineClient:
                     use_prefix_cache=use_prefix_cache,
                     # A time, not a length: it runs on while the message waits.
                     deadline=None if deadline_s is None else time.monotonic() + deadline_s,
+                    caller=caller,
                 )
             )
             while not ended:
@@ -279,12 +300,20 @@ class EngineClient:
 
     async def activate(
         self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
-    ) -> None:
-        """Bring an adapter to a tier; raises what the load raised."""
+    ) -> bool:
+        """Bring an adapter to a tier; raises what the load raised.
+
+        Returns:
+            Whether it is pinned as was asked for: another call may have ended that while
+            this one waited for the load.
+        """
         self._residents.used(adapter)
         await self._activate(adapter, tier, pin)
-        if pin:
-            self._residents.pinned(adapter, tier)
+        now = self._residents.tier(adapter.weights_digest)
+        if not pin or now is None or not now.pinned:
+            return False
+        self._residents.pinned(adapter, tier)
+        return True
 
     async def _activate(
         self, adapter: AdapterSource, tier: Literal["host", "device"], pin: bool
@@ -295,10 +324,15 @@ class EngineClient:
         self,
         weights_digest: str,
         *,
-        mode: Literal["drain", "fail_if_busy", "abort"],
+        mode: EvictMode,
         unpin: bool,
     ) -> tuple[bool, int]:
-        """(evicted now, bytes freed); raises AdapterInUse, AdapterPinned."""
+        """(evicted now, bytes freed), see `messages.Evict`. What is under way then is carried
+        out, whether or not the caller waits.
+
+        Raises:
+            AdapterInUse, AdapterPinned
+        """
         with self._residents.giving_up(weights_digest, unpin=unpin):
             done = await self._operate(
                 lambda number: Evict(number, weights_digest, mode, unpin)

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator
 
 import msgspec
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import EngineFailed
 
 from veneer_server.engine.messages import (
@@ -121,12 +121,11 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
     with contextlib.ExitStack() as failed, theirs:
         failed.enter_context(ours)
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "veneer_server.engine.process",
-            str(theirs.fileno()),
+            *child_python("-m", "veneer_server.engine.process", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
             env=_environment(),
+            # Away from the terminal: its hangup and its Ctrl-C are for the front alone.
+            start_new_session=True,
         )
         failed.pop_all()
     return process, ours

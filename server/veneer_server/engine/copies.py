@@ -6,13 +6,15 @@ Nothing here costs more than the logarithm of the number of adapters, but for ch
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from veneer_registry.errors import AdapterBudgetExceeded
 
 from veneer_server.engine.eviction import EvictionOrder, ReloadCost
+from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.messages import AdapterSource, EvictionCause
 from veneer_server.engine.tiers import TIERS, Drop, Entry, MemoryTier, Presence
 
@@ -36,7 +38,9 @@ class Copies:
         ceilings: bytes that a tier may hold now: its budget, or what it held when that was
             lowered and could not be let go yet.
         leased: entries that sequences use, waiting or running.
+        draining: entries whose flag says so.
         loads: loads to HOST under way.
+        holds: of all entries together.
     """
 
     def __init__(
@@ -50,9 +54,11 @@ class Copies:
         self.shared = shared
         self.entries: dict[str, Entry] = {}
         self.leased: dict[str, Entry] = {}
+        self.draining: dict[str, Entry] = {}
         self.orders = {tier: order(tier) for tier in TIERS}
         self.cost = ReloadCost()
         self.loads = 0
+        self.holds = 0
         self.ceilings = {tier: self.budget(tier) for tier in TIERS}
         self._pinned: dict[str, Entry] = {}
         self._bytes = dict.fromkeys(TIERS, 0)
@@ -157,6 +163,18 @@ class Copies:
             order.rested(entry)
         self.sort(entry)
 
+    def hold(self, entry: Entry) -> None:
+        """A sequence that uses it is scheduled."""
+        entry.holds += 1
+        self.holds += 1
+        self.touch(entry)
+
+    def unhold(self, entry: Entry) -> None:
+        """A sequence that used it is not scheduled any more."""
+        assert entry.holds > 0, "hold released twice"
+        entry.holds -= 1
+        self.holds -= 1
+
     def touch(self, entry: Entry) -> None:
         self._clock += 1
         entry.used = self._clock
@@ -169,6 +187,14 @@ class Copies:
         else:
             self._pinned[entry.digest] = entry
         self.sort(entry)
+
+    def drain(self, entry: Entry, *, draining: bool) -> None:
+        """Set the flag, or remove it."""
+        entry.draining = draining
+        if draining:
+            self.draining[entry.digest] = entry
+        else:
+            self.draining.pop(entry.digest, None)
 
     def place(self, entry: Entry, tier: MemoryTier, presence: Presence) -> None:
         """A copy begins to come, is there, or is no more."""
@@ -204,6 +230,7 @@ class Copies:
         if idle and not entry.leases and entry.wanted is None:
             self.entries.pop(entry.digest, None)
             self._pinned.pop(entry.digest, None)
+            self.draining.pop(entry.digest, None)
 
     def sort(self, entry: Entry) -> None:
         """Offer to evict what is idle, and nothing else."""
@@ -223,35 +250,74 @@ class Copies:
 
     # ------------------------------------------------------------------- checks
 
-    def check_integrity(self, held: Iterable[str], leased: Iterable[str]) -> None:
+    def check_unused(self) -> None:
+        """While no sequence is there, nothing is leased or held. Costs nothing."""
+        assert not self.leased, "a lease without a sequence"
+        assert not self.holds, "a hold without a sequence"
+
+    def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
         """Holds and leases equal the sequences that claim them; sums are right and within
-        the budgets, or what is left of before they were lowered."""
-        holds, leases = _count(held), _count(leased)
-        for digest, entry in self.entries.items():
-            assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
-            assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
-            if self.shared and entry.device is not Presence.ABSENT:
-                assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
+        the budgets, or what is left of before they were lowered. In slices."""
+        holds, leases = Counter(held), Counter(leased)
+        assert self.holds == holds.total(), "holds differ"
+        found = {tier: _Found() for tier in TIERS}
+        leasing = pinned = drains = loads = 0
+        for part in in_slices(self.entries.values()):
+            for entry in part:
+                digest = entry.digest
+                assert self.entries.get(digest) is entry, f"{digest[:12]} is filed wrongly"
+                assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
+                assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
+                if self.shared and entry.device is not Presence.ABSENT:
+                    assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
+                assert (self.leased.get(digest) is entry) == (entry.leases > 0), "leased differ"
+                pin = self._pinned.get(digest) is entry
+                assert pin == (entry.pinned is not None), "pinned ones differ"
+                draining = self.draining.get(digest) is entry
+                assert draining == entry.draining, "draining ones differ"
+                leasing += entry.leases > 0
+                pinned += pin
+                drains += draining
+                loads += entry.host is Presence.COMING
+                for tier in TIERS:
+                    idle = self._idle(entry, tier)
+                    found[tier].count(entry, tier, idle=idle)
+                    self.orders[tier].check_entry(entry, idle=idle)
+            yield
         assert not holds, "a hold on an unknown adapter"
         assert not leases, "a lease on an unknown adapter"
-        everyone = self.entries.values()
-        assert self.leased == {e.digest: e for e in everyone if e.leases}, "leased ones differ"
-        assert self._pinned == {e.digest: e for e in everyone if e.pinned}, "pinned ones differ"
-        assert self.loads == sum(e.host is Presence.COMING for e in everyone), "loads differ"
-        for tier in TIERS:
-            here = [e for e in everyone if e.at(tier) is not Presence.ABSENT]
-            idle = [e for e in everyone if self._idle(e, tier)]
-            there = sum(e.at(tier) is Presence.THERE for e in here)
-            assert self._bytes[tier] == sum(e.bytes for e in here), f"bytes in {tier} differ"
-            assert self._counts[tier] == there, f"adapters in {tier} differ"
+        assert len(self.leased) == leasing, "leased ones differ"
+        assert len(self._pinned) == pinned, "pinned ones differ"
+        assert len(self.draining) == drains, "draining ones differ"
+        assert self.loads == loads, "loads differ"
+        for tier, sums in found.items():
+            assert self._bytes[tier] == sums.bytes, f"bytes in {tier} differ"
+            assert self._counts[tier] == sums.there, f"adapters in {tier} differ"
             assert self._bytes[tier] <= self.ceilings[tier], f"past the {tier} budget"
-            self.orders[tier].check_integrity(
-                {e.digest for e in here}, {e.digest for e in idle}, sum(e.bytes for e in idle)
-            )
+            yield from self.orders[tier].integrity(sums.here, sums.idle, sums.idle_bytes)
 
 
-def _count(digests: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for digest in digests:
-        counts[digest] = counts.get(digest, 0) + 1
-    return counts
+@dataclass(slots=True)
+class _Found:
+    """Sums over the entries of one tier.
+
+    Attributes:
+        here, bytes: copies that take room, and how much.
+        there: complete copies.
+        idle, idle_bytes: copies that may go.
+    """
+
+    here: int = 0
+    bytes: int = 0
+    there: int = 0
+    idle: int = 0
+    idle_bytes: int = 0
+
+    def count(self, entry: Entry, tier: MemoryTier, *, idle: bool) -> None:
+        if (presence := entry.at(tier)) is not Presence.ABSENT:
+            self.here += 1
+            self.bytes += entry.bytes
+            self.there += presence is Presence.THERE
+        if idle:
+            self.idle += 1
+            self.idle_bytes += entry.bytes

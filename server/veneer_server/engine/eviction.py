@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final
 
+from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.tiers import Entry, MemoryTier, Presence
 
 __all__ = ["EvictionOrder", "Key", "ReloadCost"]
@@ -184,12 +186,23 @@ class EvictionOrder:
             self._heap = [(key, digest) for digest, (key, _) in self._offered.items()]
             heapq.heapify(self._heap)
 
-    def check_integrity(self, here: set[str], idle: set[str], idle_bytes: int) -> None:
-        """It knows of the copies here and of those that may go, and of no others."""
-        assert self._last_uses.keys() == here, f"uses of copies in {self.tier} differ"
-        assert self._offered.keys() == idle, f"what may leave {self.tier} differs"
+    def check_entry(self, entry: Entry, *, idle: bool) -> None:
+        """This tier's lists have the entry where they must and nowhere else."""
+        here = entry.at(self.tier) is not Presence.ABSENT
+        digest = entry.digest
+        assert (digest in self._last_uses) == here, f"uses of copies in {self.tier} differ"
+        assert (digest in self._offered) == idle, f"what may leave {self.tier} differs"
+
+    def integrity(self, here: int, idle: int, idle_bytes: int) -> Iterator[None]:
+        """After `check_entry` of all: so many copies are here, so many of them may go, and
+        nothing else is known. In slices, see `integrity.in_slices`."""
+        assert len(self._last_uses) == here, f"uses of copies in {self.tier} differ"
+        assert len(self._offered) == idle, f"what may leave {self.tier} differs"
         assert self.idle_bytes == idle_bytes, f"bytes that may leave {self.tier} differ"
-        valid = {
-            digest for key, digest in self._heap if self._offered.get(digest, (0,))[0] == key
-        }
-        assert valid == idle, f"what may leave {self.tier} cannot be found"
+        valid = set()
+        for part in in_slices(self._heap):
+            for key, digest in part:
+                if self._offered.get(digest, (0,))[0] == key:
+                    valid.add(digest)
+            yield
+        assert len(valid) == idle, f"what may leave {self.tier} cannot be found"

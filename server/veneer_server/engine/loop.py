@@ -25,6 +25,7 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.engine.messages import (
+    LOST,
     Activate,
     AdapterFailed,
     AdapterLoaded,
@@ -32,9 +33,11 @@ from veneer_server.engine.messages import (
     BudgetsState,
     Cancel,
     Constraint,
+    ConstraintDone,
     Evict,
     Evicted,
     FromEngine,
+    MatcherEnded,
     Occupancy,
     OperationDone,
     Ping,
@@ -54,12 +57,34 @@ from veneer_server.engine.messages import Residency as ResidencyMessage
 from veneer_server.engine.pace import Pace
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, Update
-from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
+from veneer_server.engine.sequence import (
+    ConstraintFailure,
+    Following,
+    Sequence,
+    StepPlan,
+    StepResult,
+)
 from veneer_server.engine.tiers import Action, Drop, Load
 
-__all__ = ["AdapterMemory", "Arrived", "Compiled", "Inbox", "Runner", "StepLoop", "wire_error"]
+__all__ = [
+    "AdapterMemory",
+    "Arrived",
+    "Compiled",
+    "GrammarMemory",
+    "Inbox",
+    "Runner",
+    "StepLoop",
+    "Unheld",
+    "wire_error",
+]
 
 log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 60.0
+"""An idle engine looks this often at everything it holds, which takes milliseconds for each
+thousand adapters; what ended sequences must have given back it checks after each message."""
+CHECK_AGAIN_SECONDS = 1.0
+"""Until the next try where a message has interrupted that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +105,17 @@ class Compiled:
     error: InvalidField | None
 
 
-Inbox = queue.SimpleQueue[ToEngine | Arrived | Compiled | OperationDone]
+@dataclass(frozen=True, slots=True)
+class Unheld:
+    """What may come next in a sequence is known, late: it can go on, or it ends."""
+
+    sequence: int
+
+
+News = Arrived | Compiled | Unheld | OperationDone | ConstraintDone | MatcherEnded
+"""What comes from other threads of the engine."""
+
+Inbox = queue.SimpleQueue[ToEngine | News]
 
 
 class Runner(Protocol):
@@ -90,14 +125,21 @@ class Runner(Protocol):
 
 
 class GrammarMemory(Protocol):
-    """What holds the state of constraints (`veneer_server.engine.grammar`)."""
+    """What holds the state of constraints (`veneer_server.constraints.grammars`)."""
 
     def compile(
-        self, sequence: int, constraint: Constraint, done: Callable[[InvalidField | None], None]
+        self,
+        sequence: int,
+        constraint: Constraint,
+        done: Callable[[InvalidField | None], None],
+        caller: str = "",
     ) -> None:
-        """Return at once; ``done`` is called in a worker."""
+        """Return at once; ``done`` is called in any thread."""
 
     def forget(self, sequence: int) -> None: ...
+
+    def ending(self, sequence: int) -> ConstraintFailure | Following:
+        """How a sequence that was late goes on."""
 
 
 class AdapterMemory(Protocol):
@@ -119,6 +161,17 @@ class AdapterMemory(Protocol):
 
 def wire_error(error: VeneerError) -> WireError:
     return WireError(error.reason, error.message, error.metadata, error.retry_after_s)
+
+
+def _cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
+    metadata = {"field": "constraint"} | ({"limit": failure.limit} if failure.limit else {})
+    return wire_error(
+        InvalidField(
+            f"constraint cannot be followed after {sequence.generated} tokens: "
+            f"{failure.problem}. Simplify it",
+            metadata=metadata,
+        )
+    )
 
 
 class StepLoop:
@@ -157,7 +210,8 @@ class StepLoop:
         self._outgoing: list[FromEngine] = []
         self._changed: dict[str, None] = {}
         self._occupancy: Occupancy | None = None
-        self._pace = Pace(scheduler.limits.max_batch_tokens)
+        self._pace = Pace(scheduler.limits.prompt_tokens)
+        self._next_check = self._clock() + CHECK_SECONDS
         self.steps = 0
 
     def run(self) -> None:
@@ -175,13 +229,26 @@ class StepLoop:
                 continue
             self._flush()
             if not self._scheduler.has_work():
-                self.check_integrity()
+                self._scheduler.check_unused()
+                self._check_when_due()
             if not self._take_messages(block=True):
                 return
 
     def check_integrity(self) -> None:
         """Raises AssertionError if anything leaked."""
         self._scheduler.check_integrity()
+
+    def _check_when_due(self) -> None:
+        """`check_integrity` once in `CHECK_SECONDS`, until a message arrives. No timer of its
+        own: the front pings an idle engine every second."""
+        now = self._clock()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_AGAIN_SECONDS  # where it is interrupted
+        for _ in self._scheduler.integrity():
+            if not self._inbox.empty():
+                return
+        self._next_check = now + CHECK_SECONDS
 
     # ------------------------------------------------------------------ messages
 
@@ -197,7 +264,7 @@ class StepLoop:
                 return False
             self._handle(message)
 
-    def _handle(self, message: ToEngine | Arrived | Compiled | OperationDone) -> None:
+    def _handle(self, message: ToEngine | News) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -224,7 +291,9 @@ class StepLoop:
                 self._update_budgets(message)
             case Reference():
                 self._memory.reference(message)
-            case OperationDone():  # a worker's answer
+            case Unheld():
+                self._unheld(message.sequence)
+            case OperationDone() | ConstraintDone() | MatcherEnded():  # a worker's
                 self._outgoing.append(message)
             case Ping():
                 self._outgoing.append(Pong(message.number, self.steps))
@@ -245,7 +314,10 @@ class StepLoop:
             number = message.sequence
             self._compiling[number] = message
             self._grammars.compile(
-                number, message.constraint, lambda e: self._inbox.put(Compiled(number, e))
+                number,
+                message.constraint,
+                lambda e: self._inbox.put(Compiled(number, e)),
+                message.caller,
             )
 
     def _compiled(self, message: Compiled) -> None:
@@ -253,9 +325,29 @@ class StepLoop:
         if waited is None:
             self._ended(message.sequence)  # cancelled meanwhile
         elif message.error is not None:
+            self._ended(message.sequence)
             self._outgoing.append(SequenceFailed(message.sequence, wire_error(message.error)))
         else:
             self._admit(waited)
+
+    def _unheld(self, number: int) -> None:
+        assert self._grammars is not None, "what was never constrained is not late"
+        how = self._grammars.ending(number)
+        if how is Following.LATE:
+            return  # it was told before the last token was chosen
+        self._scheduler.unhold(number)
+        if how is Following.GOES_ON:
+            return
+        sequence, actions = self._scheduler.cancel(number)
+        if sequence is None:
+            return
+        self._carry_out(actions)
+        self._ended(number)
+        self._outgoing.append(
+            SequenceOutput(number, [], finish="stop")
+            if how is Following.COMPLETE
+            else SequenceFailed(number, _cannot_follow(sequence, how))
+        )
 
     def _ended(self, sequence: int) -> None:
         if self._grammars is not None:
@@ -383,7 +475,7 @@ class StepLoop:
             self._fail_adapter(digest, message.error)
             return
         self._memory.admit(message)
-        took = sum(message.stages.values())
+        took = sum(s for stage, s in message.stages.items() if stage != LOST)
         if message.tier == "host":
             self._residency.loaded(digest, took)
         else:
@@ -448,12 +540,10 @@ class StepLoop:
         if update.finish is not None or update.token is None:
             self._ended(sequence.id)
         if update.failure is not None:
-            error = InvalidField(
-                f"constraint cannot be followed after {sequence.generated} tokens: "
-                f"{update.failure}. Simplify it",
-                metadata={"field": "constraint"},
-            )
-            return SequenceFailed(sequence.id, wire_error(error))
+            return SequenceFailed(sequence.id, _cannot_follow(sequence, update.failure))
+        if update.token is None and update.finish is not None:
+            # Its constraint was complete before this step, which came too soon to know it.
+            return SequenceOutput(sequence.id, [], finish=update.finish.value)
         if not update.finite or update.token is None:
             name = sequence.adapter.name if sequence.adapter else "the base model"
             return SequenceFailed(

@@ -21,11 +21,16 @@ __all__ = [
     "BudgetsState",
     "Cancel",
     "Constraint",
+    "ConstraintDone",
+    "ConstraintLimits",
+    "ConstraintOutcome",
     "EngineConfig",
     "EngineInfo",
     "Evict",
+    "EvictMode",
     "Evicted",
     "FromEngine",
+    "MatcherEnded",
     "Occupancy",
     "OperationDone",
     "Ping",
@@ -51,6 +56,8 @@ __all__ = [
 
 TierName = Literal["disk", "host", "device"]
 
+EvictMode = Literal["drain", "fail_if_busy", "abort", "forget"]
+
 Tops = list[tuple[int, float]]
 """The most likely tokens at one place with their log-probabilities."""
 
@@ -60,6 +67,26 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 # --------------------------------------------------------------- configuration
+
+
+class ConstraintLimits(Message, frozen=True):
+    """What one constraint may take, and all of them. Times are of CPU, sizes in bytes.
+
+    Attributes:
+        workers: constraints that are compiled at once.
+        compile_seconds, memory: of compiling one; ``memory`` also of following it.
+        mask_seconds: of finding the tokens that may follow, each time.
+        fuel: the same in the library's own count (`step_lexer_fuel`).
+        matcher_memory: of the process that follows sequences, for all of them together; the
+            one for slow ones has half of it.
+    """
+
+    workers: int = 2
+    compile_seconds: float = 0.5
+    memory: int = 16 << 20
+    mask_seconds: float = 0.1
+    fuel: int = 50_000
+    matcher_memory: int = 48 << 20
 
 
 class EngineConfig(Message, frozen=True):
@@ -75,6 +102,7 @@ class EngineConfig(Message, frozen=True):
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.
         backend: ``native`` and ``torch`` insist on one, see `engine.backends`.
+        native_instructions: of the native kernels; ``auto`` is the most that the CPU has.
         threads: of a step; 0 means the number of usable cores.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
@@ -84,6 +112,7 @@ class EngineConfig(Message, frozen=True):
         load_workers: threads that read and convert adapters.
         prefix_cache: keep the K and V of prefixes and share them.
         exact: results do not depend on what shares a step; no prefix cache then.
+        constraints: bounds of constrained output.
     """
 
     base_folder: str
@@ -95,6 +124,7 @@ class EngineConfig(Message, frozen=True):
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "native", "torch"] = "auto"
+    native_instructions: Literal["auto", "avx512-bf16", "avx2"] = "auto"
     threads: int = 0
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 128
@@ -106,6 +136,7 @@ class EngineConfig(Message, frozen=True):
     load_workers: int = 1
     prefix_cache: bool = True
     exact: bool = False
+    constraints: ConstraintLimits = ConstraintLimits()
 
 
 class EngineInfo(Message, frozen=True):
@@ -118,6 +149,11 @@ class EngineInfo(Message, frozen=True):
         kv_cache_tokens: tokens that the KV cache holds in all.
         adapter_itemsize: bytes of one number of a resident adapter.
         load_seconds: from start to ready.
+        max_batch_tokens, max_prefill_tokens: as configured, or fewer where a step of so
+            many would take too long on this machine.
+        step_seconds: a step of one token, as measured before serving.
+        token_seconds: each further token of it.
+        longest_step_seconds: the longest step that may be planned, by these.
     """
 
     device: str
@@ -131,6 +167,11 @@ class EngineInfo(Message, frozen=True):
     adapter_itemsize: int
     load_seconds: float
     why_not_native: str = ""
+    max_batch_tokens: int = 0
+    max_prefill_tokens: int = 0
+    step_seconds: float = 0.0
+    token_seconds: float = 0.0
+    longest_step_seconds: float = 0.0
 
 
 # ------------------------------------------------------------ front to engine
@@ -214,6 +255,8 @@ class Submit(Message, frozen=True):
         cache_scope: prefixes are shared only within a scope.
         deadline: when the first token must have come, on the monotonic clock, which the
             processes of a machine share; a sequence that cannot meet it is refused.
+        caller: who asks, as far as that is known; callers take turns where they wait for
+            a constraint to be compiled.
     """
 
     sequence: int
@@ -230,6 +273,7 @@ class Submit(Message, frozen=True):
     use_prefix_cache: bool = True
     cache_scope: str = ""
     deadline: float | None = None
+    caller: str = ""
 
 
 class Cancel(Message, frozen=True):
@@ -251,13 +295,15 @@ class Activate(Message, frozen=True):
 class Evict(Message, frozen=True):
     """Free an adapter's memory; answered by `OperationDone`.
 
-    ``drain`` frees it when its last sequence has ended, ``fail_if_busy`` refuses
-    while there is one, ``abort`` ends them with ADAPTER_EVICTED.
+    ``drain`` frees it when the sequences that run now have ended: others wait, and load it
+    anew. ``fail_if_busy`` refuses while there is a sequence, ``abort`` ends them with
+    ADAPTER_EVICTED. ``forget`` is for weights that no name has any more: it frees them when
+    the last of their sequences, waiting ones included, has ended.
     """
 
     operation: int
     weights_digest: str
-    mode: Literal["drain", "fail_if_busy", "abort"] = "drain"
+    mode: EvictMode = "drain"
     unpin: bool = False
 
 
@@ -420,10 +466,14 @@ class Residency(Message, frozen=True):
     device_count: int
 
 
+LOST: Final = "lost"
+
+
 class AdapterLoaded(Message, frozen=True):
     """A load (to HOST) or activation (to DEVICE) ended well; for metrics.
 
-    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds.
+    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds; and ``lost``
+    (`LOST`), where a loader process ended or was killed before another did the work.
     """
 
     weights_digest: str
@@ -451,6 +501,34 @@ class AdapterFailed(Message, frozen=True):
 
     weights_digest: str
     error: WireError
+
+
+ConstraintOutcome = Literal[
+    "ok", "invalid", "compile_seconds", "memory", "mask_seconds", "fuel", "library"
+]
+"""``ok``, ``invalid`` (wrong or not supported), or what stopped it: a limit, or a fault of
+the library."""
+
+
+class ConstraintDone(Message, frozen=True):
+    """A constraint was compiled for the first time (``trial``), or stopped one that was
+    being followed (``generation``); for metrics.
+
+    ``seconds``: CPU time of compiling; 0 where that did not end.
+    """
+
+    phase: Literal["trial", "generation"]
+    outcome: ConstraintOutcome
+    seconds: float
+
+
+class MatcherEnded(Message, frozen=True):
+    """A process that follows constraints ended, and another took over; for metrics.
+
+    ``cause``: ``limit`` (CPU time), ``killed`` (from outside), or ``fault``.
+    """
+
+    cause: Literal["limit", "killed", "fault"]
 
 
 class BudgetsState(Message, frozen=True):
@@ -497,6 +575,8 @@ FromEngine = (
     | AdapterLoaded
     | AdapterFailed
     | Evicted
+    | ConstraintDone
+    | MatcherEnded
     | OperationDone
     | Pong
 )

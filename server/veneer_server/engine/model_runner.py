@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 
-from veneer_server.engine.grammar import GrammarFailed, Grammars
+from veneer_server.constraints.grammars import GrammarFailed, Grammars
 from veneer_server.engine.messages import Tops
 from veneer_server.engine.sampler import (
     Choice,
@@ -18,12 +20,22 @@ from veneer_server.engine.sampler import (
     token_logprobs,
     top_tokens,
 )
-from veneer_server.engine.sequence import PlannedSequence, StepPlan, StepResult
+from veneer_server.engine.sequence import (
+    ConstraintFailure,
+    Following,
+    PlannedSequence,
+    StepPlan,
+    StepResult,
+)
 from veneer_server.lora.batch import Segment
 from veneer_server.lora.table import AdapterTable
 from veneer_server.models.arrays import Backend, StepArrays
 
 __all__ = ["ModelRunner"]
+
+_PATIENCE_S: Final = 0.002
+"""How long a step waits for masks, and again for whether its tokens completed anything:
+what is late by more costs its own sequence a step, and the others nothing."""
 
 
 class ModelRunner:
@@ -84,7 +96,7 @@ class ModelRunner:
             finite=tuple(good and d.finite for good, d in zip(finite, drafts, strict=True)),
             tops=tuple(d.tops for d in drafts),
             score_tops=tuple(d.score_tops for d in drafts),
-            complete=tuple(d.complete for d in drafts),
+            following=tuple(d.following for d in drafts),
             failures=tuple(d.failure for d in drafts),
         )
 
@@ -92,32 +104,43 @@ class ModelRunner:
         """Choose the tokens of all rows that take one."""
         choices: list[Choice] = []
         ready: list[_SampledRow] = []
+        until = time.monotonic() + _PATIENCE_S
         for row in rows:
-            try:
-                choices.append(self._choice(row.sequence))
+            if (choice := self._choice(row, until)) is not None:
+                choices.append(choice)
                 ready.append(row)
-            except GrammarFailed as error:
-                row.draft.failure = str(error)
         if not ready:
             return
         at = [row.at for row in ready]
         if at != list(range(len(logits))):
             logits = logits.index_select(0, _index(at, logits))
+        constrained = {}
         for row, token in zip(ready, sample(logits, choices, self._draws), strict=True):
             row.draft.token = token
             if token is None:
                 row.draft.finite = False
             elif row.sequence.constraint is not None:
-                self._advance(row, token)
+                constrained[row.sequence.sequence] = row.draft
+        if constrained:
+            self._advance(constrained)
         wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
         if wanted:
             _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
-    def _choice(self, sequence: PlannedSequence) -> Choice:
-        allowed = None
+    def _choice(self, row: _SampledRow, until: float) -> Choice | None:
+        """None where its constraint has no next token, or has not said which ones."""
+        sequence, allowed = row.sequence, None
         if sequence.constraint is not None:
             assert self._grammars is not None, "the loop refuses what cannot be constrained"
-            allowed = self._grammars.allowed(sequence.sequence)
+            try:
+                known = self._grammars.allowed(sequence.sequence, until)
+            except GrammarFailed as error:
+                row.draft.failure = error.failure
+                return None
+            if isinstance(known, Following):
+                row.draft.following = known
+                return None
+            allowed = known
         return Choice(
             params=sequence.sampling,
             position=sequence.position,
@@ -125,12 +148,13 @@ class ModelRunner:
             allowed=allowed,
         )
 
-    def _advance(self, row: _SampledRow, token: int) -> None:
+    def _advance(self, drafts: dict[int, _Draft]) -> None:
+        """Give the constraints their tokens, by sequence."""
         assert self._grammars is not None
-        try:
-            row.draft.complete = self._grammars.advance(row.sequence.sequence, token)
-        except GrammarFailed as error:
-            row.draft.token, row.draft.failure = None, str(error)
+        chosen = {sequence: draft.token or 0 for sequence, draft in drafts.items()}
+        until = time.monotonic() + _PATIENCE_S
+        for sequence, following in self._grammars.advance(chosen, until).items():
+            drafts[sequence].following = following
 
 
 @dataclass(slots=True)
@@ -144,8 +168,8 @@ class _Draft:
     tops: Tops | None = None
     scores: tuple[float, ...] = ()
     score_tops: tuple[Tops, ...] = ()
-    complete: bool = False
-    failure: str | None = None
+    following: Following = Following.GOES_ON
+    failure: ConstraintFailure | None = None
 
 
 @dataclass(frozen=True, slots=True)

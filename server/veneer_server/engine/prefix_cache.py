@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from hashlib import sha256
+
+from veneer_server.engine.integrity import in_slices
 
 __all__ = ["PrefixCache", "extend_chain"]
 
@@ -99,9 +101,20 @@ class PrefixCache:
         if key is not None:
             del self._block_of[key]
 
-    def check_integrity(self, used: set[int]) -> set[int]:
-        """The idle blocks; raises AssertionError if keys and blocks disagree."""
-        assert {block: key for key, block in self._block_of.items()} == self._key_of
-        idle = set(self._idle)
-        assert idle == set(self._key_of) - used, "an unused block with a key is not idle"
-        return idle
+    def integrity(self, used: Container[int]) -> Iterator[None]:
+        """Keys and blocks agree, and a block with a key is idle unless it is used. In
+        slices, see `integrity`."""
+        assert len(self._block_of) == len(self._key_of), "keys and blocks differ"
+        idle = 0
+        for part in in_slices(self._key_of.items()):
+            for block, key in part:
+                assert self._block_of.get(key) == block, "keys and blocks differ"
+                kept = block in self._idle
+                assert kept != (block in used), "an unused block with a key is not idle"
+                idle += kept
+            yield
+        assert idle == len(self._idle), "an idle block has no key"
+
+    def idle_blocks(self) -> Iterator[int]:
+        """Blocks that can be given up, the first to go first."""
+        return iter(self._idle)

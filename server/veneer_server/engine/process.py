@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 from veneer_registry.errors import VeneerError
 
 from veneer_server import logs
+from veneer_server.constraints.grammars import Grammars
 from veneer_server.engine.backends import choose
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.exact import ExactRunner
-from veneer_server.engine.grammar import Grammars
-from veneer_server.engine.loop import Inbox, Runner, StepLoop
+from veneer_server.engine.loop import Inbox, Runner, StepLoop, Unheld
 from veneer_server.engine.messages import (
     LENGTH,
     EngineConfig,
@@ -41,8 +41,9 @@ from veneer_server.engine.messages import (
 from veneer_server.engine.model_runner import ModelRunner
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.step_cost import measure
 from veneer_server.lora.memory import LoraMemory
-from veneer_server.lora.references import References
+from veneer_server.lora.references import References, ServedBase
 from veneer_server.machine import usable_cores
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
@@ -63,6 +64,15 @@ def build_engine(
     model = read_decoder_config(Path(config.base_folder))
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
+    # It reads its vocabulary while the weights are loaded.
+    grammars = Grammars.of_base(
+        Path(config.base_folder),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        limits=config.constraints,
+        unhold=lambda sequence: inbox.put(Unheld(sequence)),
+        report=inbox.put,
+    )
     chosen = choose(config, device, dtype, num_blocks)
     weights, lora_dtype = chosen.weights, chosen.lora_dtype
     memory = LoraMemory(
@@ -71,7 +81,15 @@ def build_engine(
         dtype=lora_dtype,
         device=device,
         workers=config.load_workers,
-        references=References(inbox, weights),
+        references=References(
+            inbox,
+            ServedBase(
+                Path(config.base_folder),
+                config.quantization,
+                dtype,
+                config.weights_fingerprint,
+            ),
+        ),
     )
     residency = Residency(
         host_budget=config.host_adapter_bytes,
@@ -90,21 +108,27 @@ def build_engine(
         # A cached prefix was computed in other chunks than a sequence's own would be.
         prefix_cache=config.prefix_cache and not alone,
     )
+    cost = measure(
+        chosen.backend,
+        model,
+        weights.parameters,
+        block_size=config.block_size,
+        threads=(config.threads or usable_cores()) if device.type == "cpu" else 0,
+    )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
         max_running=config.max_running,
         context_length=model.context_length,
         prefill_beside_decode=config.max_prefill_tokens,
         exact=alone,
+        cost=cost,
     )
+    longest_step = limits.longest_step_s(blocks.total * config.block_size)
+    _log_cost(config, limits, longest_step)
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
-    grammars = Grammars.of_base(
-        Path(config.base_folder),
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-    )
+    followed = grammars if grammars.usable() else None
     runner: Runner = ModelRunner(
-        chosen.backend, memory.tables, config.block_size, grammars, chosen.draws
+        chosen.backend, memory.tables, config.block_size, followed, chosen.draws
     )
     if alone:
         runner = ExactRunner(runner)
@@ -120,8 +144,27 @@ def build_engine(
         kv_cache_tokens=blocks.total * config.block_size,
         adapter_itemsize=lora_dtype.itemsize,
         load_seconds=time.monotonic() - began,
+        max_batch_tokens=limits.prompt_tokens,
+        max_prefill_tokens=limits.prompt_tokens_beside_decode,
+        step_seconds=cost.step_s,
+        token_seconds=cost.token_s,
+        longest_step_seconds=longest_step,
     )
-    return info, scheduler, residency, runner, memory, grammars
+    return info, scheduler, residency, runner, memory, followed
+
+
+def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> None:
+    assert limits.cost is not None
+    if limits.prompt_tokens < config.max_batch_tokens:
+        log.warning(
+            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d beside "
+            "decoding), not %d, and the longest may take %.0f s",
+            1e3 * limits.cost.token_s,
+            limits.prompt_tokens,
+            limits.prompt_tokens_beside_decode,
+            config.max_batch_tokens,
+            longest,
+        )
 
 
 def _device(wanted: str) -> torch.device:
@@ -184,7 +227,8 @@ def main() -> None:
     # package would fetch native code from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    # The front decides when the engine ends; a Ctrl-C reaches both of them.
+    # The front decides when the engine ends, whoever sends it what.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -25,15 +25,16 @@ use goes at once, and of what is as much as is too much takes no further sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Final, Literal
+from typing import Final
 
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 
 from veneer_server.engine.copies import FLAG, Copies
 from veneer_server.engine.eviction import EvictionOrder
-from veneer_server.engine.messages import AdapterSource, EvictionCause, TierName
+from veneer_server.engine.integrity import in_slices
+from veneer_server.engine.messages import AdapterSource, EvictionCause, EvictMode, TierName
 from veneer_server.engine.planner import Planner, Wants, shrink
 from veneer_server.engine.tiers import TIERS, Action, Drop, Entry, MemoryTier, Plan, Presence
 
@@ -99,7 +100,9 @@ class Residency:
     def ready(self, digest: str) -> bool:
         """A sequence may take hold of it now."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.device is Presence.THERE and not entry.leaving
+        if entry is None or entry.leaving or entry.draining:
+            return False
+        return entry.device is Presence.THERE
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """To that tier, or to any."""
@@ -113,44 +116,40 @@ class Residency:
     # ----------------------------------------------------------- lease and hold
 
     def lease(self, source: AdapterSource) -> TierName:
-        """Count a new sequence; returns the tier the adapter was found in.
+        """Count a new sequence; returns the tier the adapter was found in, which is none
+        where its copies are about to go.
 
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
         entry = self._copies.find_or_make(source, self._itemsize)
         self._entries[entry.digest] = entry
-        found = self.tier(entry.digest)
-        entry.draining = False
+        found: TierName = "disk" if entry.draining else self.tier(entry.digest)
+        entry.forgotten = False
         self._copies.request(entry)
         return found
 
     def release(self, digest: str) -> list[Action]:
-        """The sequence has ended; may free an adapter that was draining."""
+        """The sequence has ended; may free an adapter that was evicted meanwhile."""
         entry = self._entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
         self._copies.touch(entry)
         if not entry.leases:
             self._copies.rest(entry)
-        if entry.draining:
-            return self.settle(digest)
+        actions = self.settle(digest)
         self._copies.forget_if_idle(entry)
-        return []
+        return actions
 
     def try_hold(self, digest: str) -> bool:
         """Grip the DEVICE copy for a sequence that is about to be scheduled."""
         if not self.ready(digest):
             return False
-        entry = self._entries[digest]
-        entry.holds += 1
-        self._copies.touch(entry)
+        self._copies.hold(self._entries[digest])
         return True
 
     def unhold(self, digest: str) -> None:
-        entry = self._entries[digest]
-        assert entry.holds > 0, "hold released twice"
-        entry.holds -= 1
+        self._copies.unhold(self._entries[digest])
 
     # ------------------------------------------------------------------ planning
 
@@ -164,11 +163,14 @@ class Residency:
             overdue: the want that was `Plan.blocked` for too long, if any.
             near: how many of the wants may be in use at the same time; all if None.
         """
-        if not wants and not self._operator_wants and not self._shrinking:
+        idle = not wants and not self._operator_wants and not self._shrinking
+        if idle and not self._copies.draining:
             return Plan()
         entries = self._entries
         waiting = tuple(entries[digest] for digest in wants)
-        drops = self._shrink(waiting)
+        # What ran on it may have been preempted since.
+        drops = [drop for digest in list(self._copies.draining) for drop in self.settle(digest)]
+        drops += self._shrink(waiting)
         operators = islice(self._operator_wants, _MOST_OPERATORS)
         planner = Planner(
             self._copies,
@@ -218,7 +220,8 @@ class Residency:
     # ------------------------------------------------------------ operator calls
 
     def activate(self, source: AdapterSource, tier: MemoryTier, pin: bool) -> bool:
-        """Ask for a tier; True if the adapter is there already.
+        """Ask for a tier; True if the adapter is there already. Ends a drain: the later word
+        counts.
 
         Raises:
             AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
@@ -229,7 +232,8 @@ class Residency:
             self._check_pin_fits(entry, tier)
             self._copies.pin(entry, tier)
         self._entries[entry.digest] = entry
-        entry.draining = False
+        self._copies.drain(entry, draining=False)
+        entry.forgotten = False
         there = entry.at(tier) is Presence.THERE
         if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
             there = there or entry.device is Presence.THERE
@@ -241,11 +245,12 @@ class Residency:
         return there
 
     def evict(
-        self, digest: str, mode: Literal["drain", "fail_if_busy", "abort"], unpin: bool
+        self, digest: str, mode: EvictMode, unpin: bool
     ) -> tuple[bool, int, list[Action]]:
-        """Free an adapter: (freed now, bytes, actions).
+        """Free an adapter: (freed now, bytes, actions). See `messages.Evict`.
 
-        With ``abort`` the caller ends the adapter's sequences first.
+        With ``abort`` the caller ends the adapter's sequences first. What is not freed now
+        is freed by the call that ends what uses it: `release`, `settle` or `plan`.
 
         Raises:
             AdapterPinned: it is pinned and ``unpin`` was not given.
@@ -266,8 +271,11 @@ class Residency:
             )
         self._copies.pin(entry, None)
         self._unwant(digest)
-        if entry.leases or Presence.COMING in (entry.host, entry.device):
-            entry.draining = True
+        if mode == "forget":
+            entry.forgotten = True
+        else:
+            self._copies.drain(entry, draining=True)
+        if self._in_use(entry):
             return False, 0, []
         actions = self._drop_both(entry, "abort" if mode == "abort" else "admin")
         copies = min(1, len(actions)) if self._shared else len(actions)
@@ -281,13 +289,17 @@ class Residency:
             self._copies.forget_if_idle(entry)
 
     def settle(self, digest: str) -> list[Action]:
-        """Finish a draining eviction if nothing uses or moves the adapter any more."""
+        """Finish an eviction if what it waited for uses or moves the adapter no more."""
         entry = self._entries.get(digest)
-        if entry is None or not entry.draining or entry.leases:
-            return []
-        if Presence.COMING in (entry.host, entry.device):
+        if entry is None or not (entry.draining or entry.forgotten) or self._in_use(entry):
             return []
         return self._drop_both(entry, "admin")
+
+    def _in_use(self, entry: Entry) -> bool:
+        """By what an eviction waits for."""
+        if Presence.COMING in (entry.host, entry.device):
+            return True
+        return entry.holds > 0 or (entry.leases > 0 and not entry.draining)
 
     # -------------------------------------------------------------------- budgets
 
@@ -328,7 +340,7 @@ class Residency:
         self._operator_wants.pop(digest, None)
 
     def _drop_both(self, entry: Entry, cause: EvictionCause) -> list[Action]:
-        entry.draining = False
+        self._copies.drain(entry, draining=False)
         drops: list[Action] = []
         for tier in TIERS:
             if entry.at(tier) is Presence.THERE:
@@ -348,9 +360,15 @@ class Residency:
                     metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": kept},
                 )
 
-    def check_integrity(self, held: Iterable[str], leased: Iterable[str]) -> None:
+    def check_unused(self) -> None:
+        """While no sequence is there, nothing is leased or held. Costs nothing."""
+        self._copies.check_unused()
+
+    def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
         """Holds and leases equal the sequences that claim them; budgets are kept, and what
-        is past one that was lowered only becomes less."""
-        self._copies.check_integrity(held, leased)
-        for digest in self._operator_wants:
-            assert self._entries[digest].wanted is not None, f"{digest[:12]} is not wanted"
+        is past one that was lowered only becomes less. In slices, see `integrity`."""
+        yield from self._copies.integrity(held, leased)
+        for part in in_slices(self._operator_wants):
+            for digest in part:
+                assert self._entries[digest].wanted is not None, f"{digest[:12]} is not wanted"
+            yield

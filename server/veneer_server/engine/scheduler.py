@@ -15,17 +15,20 @@ ends, and everything does in turn.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from veneer_server.engine import integrity
 from veneer_server.engine.admission import Admission
 from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
+from veneer_server.engine.limits import FIXED_CHUNK, SMALLEST_CHUNK, SchedulerLimits, StepCost
 from veneer_server.engine.messages import Tops
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.sequence import (
+    ConstraintFailure,
     Finish,
+    Following,
     PlannedSequence,
     Sequence,
     SequenceState,
@@ -53,14 +56,33 @@ class _Room:
     Attributes:
         crumb: how many more, where that ends a prompt: what was left over of it would
             cost every stream a further step with prefill.
+        cost: what tokens take here; None where that is no matter.
+        seconds: that prompt tokens may still take.
+        given: tokens that were; `SMALLEST_CHUNK` are whatever time they take, or prompts
+            would never end.
     """
 
     left: int
     crumb: int = 0
+    cost: StepCost | None = None
+    seconds: float = 0.0
+    given: int = 0
 
-    def take(self, count: int, remaining: int) -> None:
-        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute."""
+    def most(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that the time allows."""
+        if self.cost is None:
+            return sequence.remaining
+        # Each as if it were the last of them.
+        context = min(len(sequence.tokens), sequence.computed + max(1, self.left))
+        return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
+
+    def take(self, count: int, remaining: int, context: int) -> None:
+        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute,
+        with ``context`` before them."""
         self.left -= count
+        self.given += count
+        if self.cost is not None:
+            self.seconds -= count * self.cost.row_s(context + count)
         if count < remaining:
             self.crumb = 0  # or a younger one would end before it
 
@@ -85,7 +107,7 @@ class Update:
     finish: Finish | None
     finite: bool = True
     tops: Tops | None = None
-    failure: str | None = None
+    failure: ConstraintFailure | None = None
 
 
 class Scheduler:
@@ -109,6 +131,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
+        self._held: set[int] = set()
+        """Sequences that are left out of steps until `unhold`."""
         self._admission = Admission(
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
@@ -187,7 +211,12 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         del self._by_id[sequence.id]
+        self._held.discard(sequence.id)
         return self.residency.release(sequence.digest) if sequence.digest else []
+
+    def unhold(self, sequence_id: int) -> None:
+        """A sequence whose constraint was late may take part in steps again."""
+        self._held.discard(sequence_id)
 
     def _leave_running(self, sequence: Sequence) -> None:
         del self._running[sequence.id]
@@ -213,22 +242,25 @@ class Scheduler:
         """The next step, or None if no sequence can go on."""
         self._preempted = False
         chosen: dict[int, PlannedSequence] = {}
-        started = list(self._running.values())
+        started = [s for s in self._running.values() if s.id not in self._held]
         for sequence in (s for s in started if s.remaining == 1):
             self._choose(sequence, 1, chosen)
-        room = self._prefill_room(len(chosen))
+        room = self._prefill_room(chosen)
         for sequence in (s for s in started if s.remaining > 1):
             remaining, count = sequence.remaining, self._chunk(sequence, room)
-            room.take(self._choose(sequence, count, chosen) if count else 0, remaining)
+            taken = self._choose(sequence, count, chosen) if count else 0
+            room.take(taken, remaining, sequence.computed)
         # A step that preempted has no blocks to spare: admitting would only thrash.
         for sequence in () if self._preempted else self._candidates(now):
+            if sequence.id in self._held:
+                continue
             if len(self._running) >= self.limits.max_running:
                 break
             count = self._start(sequence, room, now)
             if not count:
                 break
             chosen[sequence.id] = plan_sequence(sequence, count)
-            room.take(count, sequence.remaining)
+            room.take(count, sequence.remaining, sequence.computed)
         if not chosen:
             return None
         # A stable sort: within an adapter, order of arrival.
@@ -245,12 +277,18 @@ class Scheduler:
         chosen[sequence.id] = plan_sequence(sequence, count)
         return count
 
-    def _prefill_room(self, decoding: int) -> _Room:
-        left = self.limits.max_batch_tokens - decoding
-        beside = self.limits.prefill_beside_decode
-        if not decoding or left <= beside:
-            return _Room(left)
-        return _Room(beside, crumb=0 if self.limits.exact else min(beside // 4, left - beside))
+    def _prefill_room(self, decoding: Mapping[int, PlannedSequence]) -> _Room:
+        limits = self.limits
+        left, crumb = limits.max_batch_tokens - len(decoding), 0
+        beside = limits.prefill_beside_decode
+        if decoding and left > beside:
+            crumb = 0 if limits.exact else min(beside // 4, left - beside)
+            left = beside
+        if limits.cost is None or limits.exact:
+            return _Room(left, crumb)
+        context = sum(planned.start for planned in decoding.values())
+        seconds = limits.cost.prompt_s(len(decoding), context)
+        return _Room(left, crumb, limits.cost, seconds)
 
     def _chunk(self, sequence: Sequence, room: _Room) -> int:
         """Tokens of a prefill to compute in a step with this room; 0 if there is none."""
@@ -260,7 +298,7 @@ class Scheduler:
             of_prompt = sequence.prompt_length - sequence.computed
             return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
         whole = sequence.remaining <= room.left + room.crumb
-        count = sequence.remaining if whole else max(0, room.left)
+        count = min(sequence.remaining if whole else max(0, room.left), room.most(sequence))
         return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
 
     def _grow_or_preempt(
@@ -333,7 +371,17 @@ class Scheduler:
         while the step ran are not in the answer."""
         updates: list[Update] = []
         count = len(plan.sequences)
-        for planned, token, logprob, scores, finite, tops, score_tops, complete, failure in zip(
+        for (
+            planned,
+            token,
+            logprob,
+            scores,
+            finite,
+            tops,
+            score_tops,
+            following,
+            failure,
+        ) in zip(
             plan.sequences,
             result.tokens,
             result.logprobs,
@@ -341,13 +389,17 @@ class Scheduler:
             result.finite,
             result.tops or (None,) * count,
             result.score_tops or ((),) * count,
-            result.complete or (False,) * count,
+            result.following or (Following.GOES_ON,) * count,
             result.failures or (None,) * count,
             strict=True,
         ):
             sequence = self._running.get(planned.sequence)
             if sequence is None:
                 continue
+            if following is Following.LATE:
+                self._held.add(sequence.id)
+                if token is None and finite:
+                    continue  # as if the step had been without it: it computes the same again
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(scores)
             sequence.prompt_top_logprobs.extend(score_tops)
@@ -360,10 +412,13 @@ class Scheduler:
                 )
                 continue
             self.blocks.publish(sequence)
+            if token is None and following is Following.COMPLETE:
+                on_actions(self._end(sequence))
+                updates.append(Update(sequence, None, None, False, Finish.STOP))
             if token is None:
                 continue
             sequence.tokens.append(token)
-            finish = self._finish(sequence, token, complete)
+            finish = self._finish(sequence, token, following is Following.COMPLETE)
             first = sequence.generated == 1
             updates.append(Update(sequence, token, logprob, first, finish, tops=tops))
             if finish is not None:
@@ -381,13 +436,25 @@ class Scheduler:
             return Finish.LENGTH
         return None
 
+    def check_unused(self) -> None:
+        """While there is no sequence, nothing is kept for one: no place, block, lease or
+        hold. Costs nothing, so that it can follow every message."""
+        assert not self._by_id, "a sequence that neither runs nor waits"
+        self.blocks.check_unused()
+        self.residency.check_unused()
+
     def check_integrity(self) -> None:
         """Blocks, holds, leases and queues agree; raises AssertionError."""
+        integrity.run(self.integrity())
+
+    def integrity(self) -> Iterator[None]:
+        """`check_integrity` in slices, see the module `integrity`."""
         running, waiting = list(self._running.values()), list(self._waiting)
         assert {s.id for s in running} | {s.id for s in waiting} == set(self._by_id)
         assert all(not s.blocks for s in waiting), "a waiting sequence owns KV blocks"
-        self.blocks.check_integrity(running)
-        self.residency.check_integrity(
+        assert self._held <= set(self._by_id), "a sequence that has ended is held"
+        yield from self.blocks.integrity(running)
+        yield from self.residency.integrity(
             held=[s.digest for s in running if s.digest],
             leased=[s.digest for s in self._by_id.values() if s.digest],
         )

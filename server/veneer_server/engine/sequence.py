@@ -20,7 +20,9 @@ from veneer_server.engine.messages import (
 )
 
 __all__ = [
+    "ConstraintFailure",
     "Finish",
+    "Following",
     "PlannedSequence",
     "Sequence",
     "SequenceState",
@@ -42,6 +44,24 @@ class Finish(Enum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+
+
+class Following(Enum):
+    """How a constrained sequence goes on."""
+
+    GOES_ON = "goes on"
+    COMPLETE = "complete"
+    """Its constraint admits nothing more."""
+    LATE = "late"
+    """What may come next is not known yet: it is left out of steps until it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintFailure:
+    """Why a constraint cannot be followed: a phrase, and the limit that was passed, if any."""
+
+    limit: str
+    problem: str
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +216,8 @@ class StepResult:
         finite: False for a sequence whose logits had NaN or infinity.
         tops: for each sequence the most likely tokens beside its sampled one.
         score_tops: the same for each of ``scores``.
-        complete: True for a sequence whose constraint admits nothing more; it ends.
+        following: how each constrained sequence goes on; GOES_ON for others. COMPLETE or
+            LATE without a token: so it stood before this step, whose logits are not used.
         failures: why a sequence's constraint could not be followed, or None; it ends.
     """
 
@@ -206,8 +227,8 @@ class StepResult:
     finite: tuple[bool, ...]
     tops: tuple[Tops | None, ...] = ()
     score_tops: tuple[tuple[Tops, ...], ...] = ()
-    complete: tuple[bool, ...] = ()
-    failures: tuple[str | None, ...] = ()
+    following: tuple[Following, ...] = ()
+    failures: tuple[ConstraintFailure | None, ...] = ()
 
 
 def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:

@@ -31,10 +31,11 @@ _News = TypeVar("_News")
 
 PING_SECONDS = 1.0
 SILENCE_SECONDS = 5.0
-"""Without an answer to a ping for this long (or four times the longest recent
-step, if that is more) the engine counts as not healthy."""
+"""Without an answer to a ping for this long the engine counts as not healthy; see
+`Supervisor.silence_limit` for a slow machine."""
 HANG_FACTOR = 12
-"""After this many times the silence limit a silent engine is killed."""
+"""After this many times the silence limit a silent engine is killed. What was measured before
+serving says nothing of a machine that is much busier later, nor of many large adapters."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 STEADY_SECONDS = 60.0
 """An engine that ran this long was well: the next failure is not a repeated one."""
@@ -81,6 +82,15 @@ class Supervisor:
     def started(self) -> bool:
         """The first start has succeeded: any later absence is a restart or a stop."""
         return self._task is not None
+
+    @property
+    def silence_limit(self) -> float:
+        """Seconds without an answer after which the engine counts as not healthy: more than
+        `SILENCE_SECONDS` where one step may take longer, by what it measured before serving
+        or by recent steps."""
+        connection = self.connection
+        planned = 0.0 if connection is None else connection.info.longest_step_seconds
+        return max(SILENCE_SECONDS, 4 * self._longest_step, planned)
 
     async def start(self) -> None:
         """Start the process and wait until it has loaded the base model.
@@ -180,7 +190,7 @@ class Supervisor:
             connection.write(Ping(next(self._pings)))
             await asyncio.sleep(PING_SECONDS)
             silence = loop.time() - self._heard
-            limit = max(SILENCE_SECONDS, 4 * self._longest_step)
+            limit = self.silence_limit
             self._set_health(silence < limit)
             if silence > HANG_FACTOR * limit:
                 log.error("engine silent for %.0f s: killing it", silence)

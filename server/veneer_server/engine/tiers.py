@@ -103,7 +103,10 @@ class Entry:
     wanted: MemoryTier | None = None
     """Tier an operator asked for and that it has not reached."""
     draining: bool = False
-    """Free both copies when the last lease ends."""
+    """An operator evicts it: both copies go when the last hold ends, and until then no
+    further sequence may take hold of it. Those that wait load it anew."""
+    forgotten: bool = False
+    """No name has it any more: both copies go when the last lease ends."""
     used: int = 0
     """Logical time of the last use."""
     leaving: bool = False

@@ -194,6 +194,7 @@ def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
 
 def main() -> None:
     """Serve loads until the engine ends."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lower_priority()
     connection = socket.socket(fileno=int(sys.argv[1]))

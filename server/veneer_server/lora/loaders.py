@@ -7,7 +7,7 @@ import os
 import queue
 import socket
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from typing import Final
 import msgspec
 import torch
 from veneer_registry.adapter import LoraModule
-from veneer_registry.errors import InternalError, VeneerError, error_for_reason
+from veneer_registry.child_python import child_python
+from veneer_registry.errors import DiskFailed, InternalError, VeneerError, error_for_reason
 
-from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.messages import LOST, AdapterSource
 from veneer_server.lora.layout import Layout
 from veneer_server.lora.loader_process import (
     Begun,
@@ -37,6 +38,15 @@ log = logging.getLogger(__name__)
 
 _MODULE: Final = "veneer_server.lora.loader_process"
 _TRIES: Final = 2
+
+LIMIT_S: Final = 20.0
+"""Seconds that a load may take, and one more for each `BYTES_A_SECOND`."""
+
+BYTES_A_SECOND: Final = 4 << 20
+
+_SOON_S: Final = 0.01
+_STOP_S: Final = 5.0
+"""How long a process may take to end before it is killed, and after that."""
 
 
 @dataclass(slots=True)
@@ -65,6 +75,7 @@ class Loaders:
         count: processes.
         pinned: page-locked copies, for asynchronous copies to a GPU.
         tables: make the table of each copy too, while that is being filled.
+        limit_s: see `LIMIT_S`.
     """
 
     def __init__(
@@ -75,7 +86,9 @@ class Loaders:
         count: int,
         pinned: bool,
         tables: bool = False,
+        limit_s: float = LIMIT_S,
     ) -> None:
+        self._limit_s = limit_s
         self._setup = setup
         self._dtype = dtype
         self._pinned = pinned
@@ -109,12 +122,16 @@ class Loaders:
 
         Raises:
             AdapterCorrupt: the content no longer has its digest.
+            DiskFailed: it takes too long, time and again.
             InternalError: loaders end while they read it.
         """
+        size = source.parameters * self._dtype.itemsize
         process = self._idle.get()
         try:
             copy, stages = process.load(
-                source, lambda body, fd: self._preparer.submit(self._prepare, body, fd)
+                source,
+                lambda body, fd: self._preparer.submit(self._prepare, body, fd),
+                self._limit_s + size / BYTES_A_SECOND,
             )
         finally:
             self._idle.put(process)
@@ -151,7 +168,7 @@ class _Loader:
             return self._connection
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+            command = child_python("-m", _MODULE, str(theirs.fileno()))
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
@@ -160,36 +177,59 @@ class _Loader:
         return ours
 
     def load(
-        self, source: AdapterSource, prepare: _Prepare
+        self, source: AdapterSource, prepare: _Prepare, limit_s: float
     ) -> tuple[HostCopy, dict[str, float]]:
-        """The copy, whole and verified, and the seconds of each stage."""
+        """The copy, whole and verified, and the seconds of each stage.
+
+        A process that ends is replaced, and one that takes longer than ``limit_s`` is
+        killed; then the next one tries, once.
+        """
         ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
-        for _ in range(_TRIES):
+        began, late = time.monotonic(), False
+        for attempt in range(_TRIES):
             try:
                 connection = self.start()
+                deadline = time.monotonic() + limit_s
+                connection.settimeout(limit_s)
                 write_frame(connection, ask)
-                if (loaded := self._loaded(connection, prepare)) is not None:
-                    return loaded
+                tried = time.monotonic()
+                if (loaded := self._loaded(connection, prepare, deadline)) is not None:
+                    copy, stages = loaded
+                    return copy, {**stages, LOST: tried - began} if attempt else stages
+                late = False
+            except TimeoutError:
+                late = True
             except OSError:
-                pass  # it has ended: see below
+                late = False  # it has ended: see below
             except VeneerError:
                 raise
             except BaseException:
                 self.end()  # what it still sends must not be taken for the next answer
                 raise
-            ended = self.end()
+            ended = f"killed after {limit_s:.0f} s" if late else self.end()
+            if late:
+                self.end(kill=True)
             log.warning("a loader ended (%s) while it read %s", ended, source.name)
+        if late:
+            raise DiskFailed(
+                f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
+                f"{_TRIES} times: the disk hangs or the machine is overloaded; retry",
+                metadata={"adapter": source.name, "loaders": str(_TRIES)},
+                retry_after_s=5.0,
+            )
         raise InternalError(
             f"adapter {source.name} could not be loaded: the process that reads it ended "
-            f"{_TRIES} times ({ended}); check the disk and push it again"
+            f"{_TRIES} times ({ended}); check the disk and push it again",
+            metadata={"loaders": str(_TRIES)},
         )
 
     def _loaded(
-        self, connection: socket.socket, prepare: _Prepare
+        self, connection: socket.socket, prepare: _Prepare, deadline: float
     ) -> tuple[HostCopy, dict[str, float]] | None:
-        """As `load`; None where the process has ended."""
+        """As `load`; None where the process has ended. Raises TimeoutError."""
         copy = None
         while (body := read_frame(connection)) is not None:
+            connection.settimeout(max(_SOON_S, deadline - time.monotonic()))
             match msgspec.msgpack.decode(body, type=Begun | Loaded):
                 case Begun() as begun:
                     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
@@ -210,12 +250,24 @@ class _Loader:
         """None where it does not run."""
         return None if self._connection is None or self._process is None else self._process.pid
 
-    def end(self) -> str:
+    def end(self, *, kill: bool = False) -> str:
         """End the process, or clear away what is left of it; says how it ended."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return "it could not be started"
-        code = self._process.wait()
+        if kill:
+            process.kill()
+        for last in (False, True):
+            try:
+                code = process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                # It is stopped, or waits for a disk that hangs.
+                process.kill()
+                if last:
+                    return f"process {process.pid} cannot be killed"
+            else:
+                break
         return f"signal {-code}" if code < 0 else f"status {code}"

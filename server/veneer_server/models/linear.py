@@ -158,10 +158,16 @@ def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | N
 
 def stack_four_bit(modules: Sequence[Any]) -> Any | None:
     """A Linear4bit over the stacked rows, its nested absmax expanded; None where
-    the modules differ in kind or blocks would straddle rows."""
+    the modules differ in kind or blocks would straddle rows.
+
+    Raises:
+        ValueError: a weight has another size than its state says.
+    """
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
+    for module in modules:
+        _check_sizes(module.weight)
     states = [m.weight.quant_state for m in modules]
     first = states[0]
     kinds = {(s.quant_type, s.blocksize, s.shape[1]) for s in states}
@@ -197,6 +203,19 @@ def stack_four_bit(modules: Sequence[Any]) -> Any | None:
     bias = stack_biases(modules, modules[0].compute_dtype or torch.float32)
     fused.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return fused.eval()
+
+
+def _check_sizes(weight: Any) -> None:
+    """Native code goes by the state of a stored weight, and would read past a shorter one."""
+    state = weight.quant_state
+    numbers = state.shape.numel()
+    blocks = -(-numbers // state.blocksize)
+    sound = weight.nbytes == -(-numbers // 2) and state.absmax.numel() == blocks
+    if state.nested:
+        nested = state.state2
+        sound = sound and nested.absmax.numel() == -(-blocks // nested.blocksize)
+    if not sound:
+        raise ValueError("a 4-bit weight has another size than its state says")
 
 
 def _four_bit(module: Any, dtype: torch.dtype) -> Linear:

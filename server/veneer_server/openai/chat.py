@@ -57,7 +57,7 @@ class ChatAnswer(Answer):
     def _entry(self, token: int, logprob: float | None) -> Json:
         data = self._tokenizer.token_bytes(token)
         return {
-            "token": self._name(token),
+            "token": self._tokenizer.token_label(token),
             "logprob": logprob,
             "bytes": list(data) if data else None,
         }

@@ -39,18 +39,15 @@ class CompletionAnswer(Answer):
         if not self._logprobs:
             return None
         return {
-            "tokens": [self._name(token.id) for token in tokens],
+            "tokens": [self._tokenizer.token_label(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top_object(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
     def _top_object(self, token: TokenScore) -> Json | None:
-        """Text to log-probability. The chosen token is in it, likely or not; of two
-        tokens with the same text the likelier one stays."""
+        """Label to log-probability. The chosen token is in it, likely or not."""
         if token.logprob is None:
             return None
-        tops: Json = {}
-        for other, logprob in (*token.tops, (token.id, token.logprob)):
-            tops.setdefault(self._name(other), logprob)
-        return tops
+        scores = (*token.tops, (token.id, token.logprob))
+        return {self._tokenizer.token_label(other): logprob for other, logprob in scores}

@@ -18,9 +18,9 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip
+from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip, one_line
 
-__all__ = ["HttpError", "HttpFailure", "http_failure"]
+__all__ = ["PACED", "HttpError", "HttpFailure", "http_failure"]
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -35,6 +35,9 @@ _STATUS: Final = {
     "DEADLINE_EXCEEDED": 504,
 }
 """gRPC code -> HTTP status, as Google's APIs map them; all else is 500."""
+
+PACED: Final = frozenset({400, 403, 404, 405, 413, 415})
+"""Statuses of invalid requests; see `pace`."""
 
 _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",
@@ -81,7 +84,7 @@ class HttpFailure:
 
 def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     """Status, body and headers of an error."""
-    message = clip(error.message, MAX_MESSAGE)
+    message = clip(one_line(error.message), MAX_MESSAGE)
     if isinstance(error, HttpError):
         headers = {"x-should-retry": "false"}
         if error.status in (408, 413):  # what is left of the body is not read

@@ -20,14 +20,12 @@ from pydantic import (
 )
 from veneer_registry.errors import InvalidField
 
-from veneer_server.rpc.checks import MAX_BIAS, MAX_BIASES
+from veneer_server.rpc.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 
 __all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
 
 MAX_PROMPTS: Final = 128
 """Prompts in one request; each one is a generate request of its own."""
-
-MAX_MESSAGES: Final = 16_384
 
 IGNORED: Final = frozenset(
     {

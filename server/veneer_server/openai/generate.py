@@ -14,13 +14,13 @@ from veneer_registry.errors import InvalidField, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
 from veneer_server.engine.client import EngineClient
-from veneer_server.errors import internal_error
+from veneer_server.errors import internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.openai.answers import Answer, Piece
 from veneer_server.openai.chat import ChatAnswer
 from veneer_server.openai.completions import CompletionAnswer
-from veneer_server.openai.errors import HttpError
+from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
 from veneer_server.openai.requests import chat_requests, completion_requests
 from veneer_server.openai.wire import (
@@ -32,9 +32,11 @@ from veneer_server.openai.wire import (
     Send,
     read_json,
 )
+from veneer_server.pace import Pace
 from veneer_server.rpc import convert
 from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.generation import Generation, Generator
+from veneer_server.rpc.who import CALLER
 
 __all__ = ["ChatEndpoint", "CompletionEndpoint", "Core"]
 
@@ -57,6 +59,7 @@ class Core:
     metrics: Metrics
     base: BaseSpec
     bodies: Bodies
+    pace: Pace
     reader_limit_s: float
     started: int
 
@@ -83,49 +86,64 @@ class GenerateEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; a client that disconnects ends the work within a step."""
-        limit_s = self._core.reader_limit_s
-        reply = Reply(scope, send, limit_s)
-        with self._core.bodies.share() as take:
+        reply = Reply(scope, send, self._core.reader_limit_s)
+        size, failure = 0, None
+        with self._core.bodies.share() as share:
+
+            def take(count: int) -> None:
+                nonlocal size
+                size += count
+                share(count)
+
             try:
-                body = await read_json(scope, receive, limit_s, take)
+                failure = await self._answer(scope, receive, reply, take)
             except ClientGone:
                 return
-            except (QueueFull, HttpError) as error:
-                await self._fail(reply, error)
-                return
-            work = asyncio.create_task(self._work(body, reply))
-            gone = asyncio.create_task(_disconnected(receive))
-            del body  # parsed it is many times as large: only the checked request stays
-            try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                gone.cancel()
-                work.cancel()
-                await asyncio.wait({work, gone})
-            if not work.cancelled():
-                work.result()
+        if failure is not None:  # the body takes nothing any more, so that this may wait
+            await self._fail(reply, failure, size)
 
-    async def _work(self, body: object, reply: Reply) -> None:
-        failure: VeneerError
+    async def _answer(
+        self, scope: Scope, receive: Receive, reply: Reply, take: Callable[[int], None]
+    ) -> VeneerError | HttpError | None:
+        """Read the body and answer it. Returns what is still to be said of a failure."""
+        core = self._core
+        try:
+            body = await read_json(scope, receive, core.reader_limit_s, core.bodies, take)
+        except (QueueFull, HttpError) as error:
+            return without_frames(error)
+        work = asyncio.create_task(self._work(body, reply))
+        gone = asyncio.create_task(_disconnected(receive))
+        del body  # parsed it is many times as large: only the checked request stays
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            work.cancel()
+            await asyncio.wait({work, gone})
+        return None if work.cancelled() else work.result()
+
+    async def _work(self, body: object, reply: Reply) -> VeneerError | None:
+        """Answer a body. Returns what is still to be said of a failure."""
         try:
             with self._core.calls.running():
                 job = self._parse(body)
                 del body
                 calls = [convert.generate_call(request) for request in job.requests]
                 await (_stream if job.stream else _collect)(self._core, calls, job, reply)
-            return
+            return None
         except VeneerError as error:
-            failure = error
+            return without_frames(error)
         except Exception as error:
-            failure = internal_error(REQUEST_ID.get())
             _log.error("request failed", error)
-        await self._fail(reply, failure)
+            return internal_error(REQUEST_ID.get())
 
-    async def _fail(self, reply: Reply, error: VeneerError | HttpError) -> None:
+    async def _fail(self, reply: Reply, error: VeneerError | HttpError, size: int) -> None:
         reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
             self._core.metrics.failures.labels(reason).inc()
         _log.info("call refused", method=type(self).__name__, reason=reason)
+        if not reply.started and http_failure(error).status in PACED:
+            await self._core.pace.wait(CALLER.get(), size)
         try:
             await reply.fail(error)
         except VeneerError:
@@ -159,6 +177,9 @@ class CompletionEndpoint(GenerateEndpoint):
 
     def _parse(self, body: object) -> _Job:
         core, fields = self._core, parse_fields(CompletionFields, body)
+        for prompt in [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt:
+            if isinstance(prompt, str):
+                core.generator.check_text(prompt.encode())
         requests = completion_requests(fields, core.base.name)
         answer = CompletionAnswer(
             fields,

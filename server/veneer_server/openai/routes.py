@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
@@ -19,16 +20,18 @@ from veneer_registry.registry import AdapterRecord
 
 from veneer_server import __version__
 from veneer_server.errors import internal_error
+from veneer_server.hosts import AllowedHosts
 from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.openai.errors import HttpError, http_failure
+from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
 from veneer_server.openai.wire import Receive, Scope, Send
 from veneer_server.rpc.calls import Phase
+from veneer_server.rpc.who import CALLER
 
-__all__ = ["make_app"]
+__all__ = ["Edge", "make_app"]
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_PAGE: Final = 1000
+_PAGE: Final = 100
 _PATHS: Final = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
 )
@@ -37,7 +40,7 @@ _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _log = get_logger(__name__)
 
 
-def make_app(core: Core) -> _Edge:
+def make_app(core: Core, hosts: AllowedHosts) -> Edge:
     """The ASGI application."""
     app = FastAPI(
         title="Veneer",
@@ -55,16 +58,15 @@ def make_app(core: Core) -> _Edge:
     _add_models(app, core)
     _add_state(app, core)
     _add_errors(app, core)
-    return _Edge(app, core)
+    return Edge(app, core, hosts)
 
 
 def _add_models(app: FastAPI, core: Core) -> None:
     @app.get("/v1/models")
-    async def list_models() -> JSONResponse:
+    async def list_models() -> Response:
         with core.calls.running():
-            records = await asyncio.to_thread(_all_adapters, core)
-            data = [_base_model(core), *(_adapter_model(core, one) for one in records)]
-        return JSONResponse({"object": "list", "data": data})
+            models = await asyncio.to_thread(_all_models, core)
+        return Response(models, media_type="application/json")
 
     @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> JSONResponse:
@@ -88,14 +90,19 @@ def _add_state(app: FastAPI, core: Core) -> None:
         return JSONResponse({"version": __version__})
 
 
-def _all_adapters(core: Core) -> list[AdapterRecord]:
-    found: list[AdapterRecord] = []
-    while True:
-        after = found[-1].ref.name if found else ""
-        page = core.registry.list(after=after, limit=_PAGE)
-        found.extend(page)
-        if len(page) < _PAGE:
-            return found
+def _all_models(core: Core) -> bytes:
+    """The whole list as JSON, made page by page: one piece of thousands would hold up every
+    stream, in whatever thread it was made."""
+    pieces = [_dump(_base_model(core))]
+    after = ""
+    while page := core.registry.list(after=after, limit=_PAGE):
+        pieces += [_dump(_adapter_model(core, record)) for record in page]
+        after = page[-1].ref.name
+    return b'{"object":"list","data":[' + b",".join(pieces) + b"]}"
+
+
+def _dump(model: Mapping[str, Any]) -> bytes:
+    return json.dumps(model, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _base_model(core: Core) -> Mapping[str, Any]:
@@ -128,40 +135,45 @@ def _adapter_model(core: Core, record: AdapterRecord) -> Mapping[str, Any]:
 
 
 def _add_errors(app: FastAPI, core: Core) -> None:
-    def answer(error: VeneerError | HttpError) -> JSONResponse:
+    async def answer(error: VeneerError | HttpError) -> JSONResponse:
         failure = http_failure(error)
+        if failure.status in PACED:
+            await core.pace.wait(CALLER.get())
         return JSONResponse(failure.body, failure.status, dict(failure.headers))
 
     @app.exception_handler(VeneerError)
     async def refused(request: Request, error: VeneerError) -> JSONResponse:
         core.metrics.failures.labels(error.reason).inc()
-        return answer(error)
+        return await answer(error)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         failure = internal_error(REQUEST_ID.get())
         core.metrics.failures.labels(failure.reason).inc()
-        return answer(failure)
+        return await answer(failure)
 
     @app.exception_handler(404)
     async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
         path, known = request.url.path[:100], ", ".join(sorted(_PATHS))
-        return answer(HttpError(404, "unknown_url", f"unknown path {path!r}: use {known}"))
+        why = f"unknown path {path!r}: use {known}"
+        return await answer(HttpError(404, "unknown_url", why))
 
     @app.exception_handler(405)
     async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
         allowed = (error.headers or {}).get("Allow", "")
         why = f"{request.method} is not allowed on {request.url.path[:100]}: use {allowed}"
-        failure = answer(HttpError(405, "method_not_allowed", why))
+        failure = await answer(HttpError(405, "method_not_allowed", why))
         failure.headers["allow"] = allowed
         return failure
 
 
-class _Edge:
+class Edge:
     """Outermost: a request id, metrics, and an answer whatever happens inside."""
 
-    def __init__(self, app: FastAPI, core: Core) -> None:
+    def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts) -> None:
         self._app = app
+        self._hosts = hosts
+        self._pace = core.pace
         registry = core.metrics.registry
         self._requests = Counter(
             "veneer_http_requests_total",
@@ -177,10 +189,23 @@ class _Edge:
             buckets=_SECONDS,
         )
 
+    def _check_host(self, host: bytes | None) -> None:
+        if not self._hosts.allow(host):
+            raise HttpError(
+                403,
+                "host_not_allowed",
+                f"the Host {(host or b'').decode('latin-1')[:100]!r} is not one of this "
+                "server's names: call it as localhost, or start it with --allowed-hosts and "
+                "the name",
+            )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b""))
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id", b""))
         REQUEST_ID.set(request_id)
+        host, port = scope.get("client") or ("", 0)
+        CALLER.set(f"{host}:{port}")
         status = 499
 
         async def tagged(message: Any) -> None:
@@ -194,7 +219,14 @@ class _Edge:
             await send(message)
 
         try:
+            self._check_host(headers.get(b"host"))
             await self._app(scope, receive, tagged)
+        except HttpError as error:
+            _log.info("call refused", method="http", reason=error.code)
+            await self._pace.wait(CALLER.get())
+            failure = http_failure(error)
+            answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
+            await answer(scope, receive, tagged)
         except Exception as error:
             # The handler of _add_errors has answered; what it answered for goes on.
             _log.error("request failed", error, path=scope["path"])
@@ -205,6 +237,10 @@ class _Edge:
             path = path if path in _PATHS else "other"
             self._requests.labels(path, str(status)).inc()
             self._seconds.labels(path).observe(time.perf_counter() - started)
+
+    def malformed(self, error: HttpError) -> None:
+        """Count a request that never became one."""
+        self._requests.labels("other", str(error.status)).inc()
 
 
 def _request_id(given: bytes) -> str:

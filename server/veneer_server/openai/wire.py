@@ -6,14 +6,16 @@ Everything here is bounded in bytes and in time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
 
 from veneer_registry.errors import Aborted, QueueFull, VeneerError
 
+from veneer_server.openai.body import LONG_BODY, parse_body
 from veneer_server.openai.errors import HttpError, http_failure
 
 __all__ = ["ABORT", "Bodies", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
@@ -24,8 +26,18 @@ ABORT: Final = "veneer.abort"
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; what gRPC receives at most, too."""
 
-MAX_BODIES: Final = 64 * MAX_BODY
-"""Bytes of all bodies that are being read or answered."""
+MAX_BODIES: Final = 64 << 20
+"""Bytes of all bodies that are being read or answered: of each its first `LONG_BODY`."""
+
+MAX_LONG_BODIES: Final = 8 * MAX_BODY
+"""What is more than `LONG_BODY` of each, together, so that long bodies leave room for short
+ones. Text and protobuf made of them take several times as much."""
+
+DISCARDED: Final = 4 * MAX_BODY
+"""Bytes of a refused body that are still taken, and thrown away."""
+
+DISCARDED_S: Final = 5.0
+"""How long."""
 
 _ERROR_LIMIT_S: Final = 1.0
 """Longest wait for the client to take an error."""
@@ -44,41 +56,71 @@ class ReaderStopped(Aborted):
 
 
 class Bodies:
-    """Bounds what the bodies of all requests take together, in bytes."""
+    """Bounds what the bodies of all requests take together, in bytes, and parses them.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = self._left = limit
+    Long ones are parsed in a thread, one at a time.
+    """
+
+    def __init__(self, limit: int = MAX_BODIES, long_limit: int = MAX_LONG_BODIES) -> None:
+        """Args: long_limit: of what bodies have beyond `LONG_BODY` each."""
+        self._limits = (limit, long_limit)
+        self._left = [limit, long_limit]
+        self._parser = ThreadPoolExecutor(1, "json")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._parser.shutdown(wait=False, cancel_futures=True)
+
+    async def parse(self, body: bytes) -> object:
+        """The JSON of a body. Raises ValueError or RecursionError where there is none."""
+        if len(body) < LONG_BODY:
+            return parse_body(body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parser, parse_body, body)
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
         """A function that takes bytes, which are given back at the end. It raises
         QueueFull where there are not so many left."""
-        taken = 0
+        size = 0
+
+        def shares(whole: int) -> tuple[int, int]:
+            return min(whole, LONG_BODY), max(0, whole - LONG_BODY)
 
         def take(count: int) -> None:
-            nonlocal taken
-            if count > self._left:
-                raise QueueFull(
-                    f"requests hold {self._limit - self._left} bytes of bodies, of at most "
-                    f"{self._limit}: retry later",
-                    retry_after_s=1.0,
-                )
-            self._left -= count
-            taken += count
+            nonlocal size
+            wanted = [
+                more - had for had, more in zip(shares(size), shares(size + count), strict=True)
+            ]
+            for pool, bytes_ in enumerate(wanted):
+                if bytes_ > self._left[pool]:
+                    raise QueueFull(
+                        f"other requests hold most of the {self._limits[pool]} bytes that "
+                        "bodies of this size may take: retry later",
+                        retry_after_s=1.0,
+                    )
+            for pool, bytes_ in enumerate(wanted):
+                self._left[pool] -= bytes_
+            size += count
 
         try:
             yield take
         finally:
-            self._left += taken
+            for pool, bytes_ in enumerate(shares(size)):
+                self._left[pool] += bytes_
 
 
 async def read_json(
-    scope: Scope, receive: Receive, limit_s: float, take: Callable[[int], None]
+    scope: Scope,
+    receive: Receive,
+    limit_s: float,
+    bodies: Bodies,
+    take: Callable[[int], None],
 ) -> object:
     """The parsed body of a request.
 
     Args:
-        take: told of the bytes that came; see `Bodies`.
+        take: told of the bytes that came; see `Bodies.share`.
 
     Raises:
         HttpError: it is no JSON, too large, or came too slowly.
@@ -101,7 +143,7 @@ async def read_json(
             f"the body was not complete after {limit_s:g} s: send it again",
         ) from error
     try:
-        return _parse(body)
+        return await bodies.parse(body)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise HttpError(
@@ -110,37 +152,43 @@ async def read_json(
 
 
 async def _read(receive: Receive, take: Callable[[int], None]) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        piece = message.get("body", b"")
-        take(len(piece))
-        body += piece
-        if len(body) > MAX_BODY:
-            raise HttpError(
-                413, "request_too_large", f"the body has more than {MAX_BODY} bytes: send less"
-            )
-        if not message.get("more_body", False):
-            return bytes(body)
+    body, more = bytearray(), True
+    try:
+        while more:
+            piece, more = await _piece(receive)
+            take(len(piece))
+            body += piece
+            if len(body) > MAX_BODY:
+                raise HttpError(
+                    413,
+                    "request_too_large",
+                    f"the body has more than {MAX_BODY} bytes: send less",
+                )
+    except (HttpError, QueueFull):
+        body.clear()
+        if more:
+            await _discard(receive)
+        raise
+    return bytes(body)
 
 
-_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+async def _piece(receive: Receive) -> tuple[bytes, bool]:
+    """Some of a body, and whether more follows."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), message.get("more_body", False)
 
 
-def _parse(body: bytes) -> object:
-    parsed: object = json.loads(body, parse_constant=_no_constant)
-    if _SURROGATE.search(body):
-        try:
-            json.dumps(parsed, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("it has half of a surrogate pair") from error
-    return parsed
-
-
-def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is no JSON number")
+async def _discard(receive: Receive) -> None:
+    """Take the rest of a body that is refused. Were the connection closed before, with
+    bytes of it unread, the client would see a reset and not the answer."""
+    left, more = DISCARDED, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARDED_S):
+            while more and left > 0:
+                piece, more = await _piece(receive)
+                left -= len(piece)
 
 
 _STREAMING: Final = {

@@ -26,6 +26,14 @@ from veneer_server.engine.messages import AdapterFailed, AdapterLoaded, Evicted,
 __all__ = ["AdapterEvents", "Happened", "Kind", "Weights"]
 
 KEPT: Final = 1024
+"""Events that a watcher may be behind."""
+
+WOKEN: Final = 8
+"""Watchers that are woken in one turn of the event loop."""
+
+WAKE_EVERY_S: Final = 0.004
+"""Time between two such turns, so that many watchers leave the event loop to others."""
+
 _NEARNESS: Final = {"disk": 0, "host": 1, "device": 2}
 _RUN_BITS: Final = 20
 """A run of the server may count a million events a millisecond before the next run's
@@ -75,7 +83,8 @@ class AdapterEvents:
         self._clock = clock
         self._start = self.last = int(clock() * 1000) << _RUN_BITS
         self._row: deque[Happened] = deque(maxlen=kept)
-        self._more = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._woken: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._names: Callable[[str], Iterable[str]] | None = None
         self._residency: dict[str, Residency] = {}
@@ -140,7 +149,7 @@ class AdapterEvents:
     def close(self) -> None:
         """End all watches with `Draining`, once they have been told what there is."""
         self._closed = True
-        self._more.set()
+        self._wake()
 
     def _take_frame(self) -> None:
         frame, self._frame = self._frame, []
@@ -203,8 +212,7 @@ class AdapterEvents:
     def _append(self, kind: Kind, subject: Weights | AdapterRecord, detail: str = "") -> None:
         self.last += 1
         self._row.append(Happened(self.last, kind, self._clock(), subject, detail))
-        self._more.set()
-        self._more = asyncio.Event()
+        self._wake()
 
     # -------------------------------------------------------------------- watchers
 
@@ -224,4 +232,22 @@ class AdapterEvents:
                     "sequence number",
                     retry_after_s=1.0,
                 )
-            await self._more.wait()
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(told)
+            await told
+
+    def _wake(self) -> None:
+        """Tell all watchers that wait, some at a time."""
+        under_way = bool(self._woken)
+        self._woken.extend(self._waiting)
+        self._waiting.clear()
+        if self._woken and not under_way:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for _ in range(min(WOKEN, len(self._woken))):
+            told = self._woken.popleft()
+            if not told.done():
+                told.set_result(None)
+        if self._woken:
+            asyncio.get_running_loop().call_later(WAKE_EVERY_S, self._wake_some)

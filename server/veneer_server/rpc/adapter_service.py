@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
+import bisect
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Literal, NoReturn
 
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import AdapterNotFound, InvalidField, Unimplemented, VeneerError
-from veneer_registry.publishing import Prepare
-from veneer_registry.registry import AdapterRecord, AliasChange, Registry, Who
+from veneer_registry.registry import (
+    AdapterRecord,
+    AliasChange,
+    Published,
+    Registry,
+    Staged,
+    Who,
+)
 
 from veneer_server.engine.client import EngineClient
 from veneer_server.logs import get_logger
@@ -20,10 +27,10 @@ from veneer_server.rpc import convert_admin as admin
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_view import AdapterUse, AdapterView, source_of
 from veneer_server.rpc.budgets import AdapterBudgets
-from veneer_server.rpc.replacing import Replacing
+from veneer_server.rpc.replacing import Replacing, Warm
 from veneer_server.rpc.self_test import SelfTest
-from veneer_server.rpc.threads import to_the_end
-from veneer_server.rpc.upload import UploadOptions, Uploads
+from veneer_server.rpc.threads import outlast, to_the_end
+from veneer_server.rpc.upload import Uploads
 from veneer_server.rpc.watch import AdapterWatch
 from veneer_server.rpc.who import who_calls
 
@@ -36,7 +43,11 @@ _log = get_logger(__name__)
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Adapters by name. What comes later answers UNIMPLEMENTED with a sentence."""
+    """Adapters by name. What comes later answers UNIMPLEMENTED with a sentence.
+
+    What changes something is carried out whole or not at all, whether or not its caller
+    waits for the answer: it is run by `outlast`.
+    """
 
     def __init__(
         self,
@@ -60,48 +71,45 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._budgets = budgets
         self._self_test = self_test
         self._keep_residents = keep_residents
+        self._replacing = Replacing(registry, engine, keep_residents=keep_residents)
         self._watch = AdapterWatch(registry, self._view, events)
 
     async def UploadAdapter(
         self, request_iterator: Any, context: Any
     ) -> adapters_pb2.UploadAdapterResponse:
-        """Publish, and activate if asked to."""
-        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest] = aiter(request_iterator)
-        replacing: Replacing | None = None
-        loop = asyncio.get_running_loop()
+        """Publish, and activate if asked to. A caller that leaves before the name has moved
+        leaves nothing behind but what it sent; after that all is carried out."""
+        async with self._uploads.receive(request_iterator) as (options, upload):
+            if options.validate_only:
+                published = await self._uploads.validate(upload)
+                return self._published(published, published.warnings)
+            async with (
+                self._uploads.stage(upload) as staged,
+                self._replacing.warm(staged, activate=options.activate) as warm,
+            ):
+                return await outlast(self._commit(staged, warm, who_calls(context)))
 
-        def prepare(options: UploadOptions) -> Prepare:
-            nonlocal replacing
-            replacing = Replacing(
-                self._registry,
-                self._engine,
-                activate=options.activate,
-                keep_residents=self._keep_residents,
-                loop=loop,
-            )
-            return replacing.prepare
-
-        try:
-            options, published = await self._uploads.receive(
-                messages, who=who_calls(context), prepare=prepare
-            )
-        except VeneerError:
-            if replacing is not None:
-                await asyncio.shield(replacing.undo())
-            raise
-        ref = published.record.ref
+    async def _commit(
+        self, staged: Staged, warm: Warm, who: Who
+    ) -> adapters_pb2.UploadAdapterResponse:
+        """Move the name, and do what follows from that."""
+        published = await to_the_end(lambda: self._registry.commit(staged, who))
+        warm.stays = True
+        self._events.published(published)
         _log.info(
             "upload",
-            adapter=ref.short,
+            adapter=published.record.ref.short,
             published=published.published,
             replaced=published.replaced,
-            validate_only=options.validate_only,
         )
-        warnings = published.warnings
-        if replacing is not None:
-            warnings += await asyncio.shield(replacing.finish())
-        await asyncio.shield(self._removed(published.dropped))
+        warnings = published.warnings + await warm.passed()
+        await self._removed(published.dropped)
         await self._keep_after()  # a pin that passed on outlives the server
+        return self._published(published, warnings)
+
+    def _published(
+        self, published: Published, warnings: tuple[str, ...]
+    ) -> adapters_pb2.UploadAdapterResponse:
         return adapters_pb2.UploadAdapterResponse(
             adapter=self._view.adapter(published.record),
             published=published.published,
@@ -128,36 +136,41 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """The named revision, and all stored ones of its name."""
         record = await self._get(request.name)
         revisions = await to_the_end(lambda: self._registry.revisions(record.ref.name))
+        adapter = self._view.adapter(record)
+        page = admin.Page[adapters_pb2.Adapter](None, taken=adapter.ByteSize())
+        for revision in revisions:
+            if not page.add(self._view.adapter(revision)):
+                break
         return adapters_pb2.GetAdapterResponse(
-            adapter=self._view.adapter(record),
-            revisions=[self._view.adapter(revision) for revision in revisions],
+            adapter=adapter,
+            revisions=page.entries,
+            revisions_left_out=len(revisions) - len(page.entries),
         )
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of current revisions, in name order."""
-        size = admin.page_size(request.page_size)
+        page = admin.Page[adapters_pb2.Adapter](admin.page_size(request.page_size))
         tier = convert.tier_from_proto(request.tier, "tier")
         after = admin.decode_token(request.page_token, "ListAdapters")
-        labels = dict(request.labels)
-        found: list[AdapterRecord] = []
-        while len(found) <= size:  # one more than the page, to know whether it is the last
+        labels = admin.label_filter(request.labels)
+        while True:
             batch = await to_the_end(
                 lambda after=after: self._registry.list(  # type: ignore[misc]
-                    prefix=request.name_prefix, labels=labels, after=after, limit=size + 1
+                    prefix=request.name_prefix, labels=labels, after=after, limit=admin.BATCH
                 )
             )
-            found += [r for r in batch if tier is None or self._view.tier(r) is tier]
-            if len(batch) <= size:
-                break
+            for record in batch:
+                if tier is not None and self._view.tier(record) is not tier:
+                    continue
+                if not page.add(self._view.adapter(record), record.ref.name):
+                    return adapters_pb2.ListAdaptersResponse(
+                        adapters=page.entries, next_page_token=page.next_token
+                    )
+            if len(batch) < admin.BATCH:
+                return adapters_pb2.ListAdaptersResponse(adapters=page.entries)
             after = batch[-1].ref.name
-        page = found[:size]
-        more = len(found) > size
-        return adapters_pb2.ListAdaptersResponse(
-            adapters=[self._view.adapter(record) for record in page],
-            next_page_token=admin.encode_token(page[-1].ref.name) if more else "",
-        )
 
     async def ActivateAdapter(
         self, request: adapters_pb2.ActivateAdapterRequest, context: Any
@@ -169,10 +182,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "tier must be TIER_HOST or TIER_DEVICE, or unset for TIER_DEVICE",
                 metadata={"field": "tier"},
             )
-        record = await self._get(request.name)
-        await self._activate(record, "host" if tier is Tier.HOST else "device", request.pin)
-        if request.pin:
-            await self._pin_changed("pinned", record.ref, context)
+        return await outlast(
+            self._bring(
+                request.name,
+                "host" if tier is Tier.HOST else "device",
+                pin=request.pin,
+                who=who_calls(context),
+            )
+        )
+
+    async def _bring(
+        self, name: str, tier: Literal["host", "device"], *, pin: bool, who: Who
+    ) -> adapters_pb2.ActivateAdapterResponse:
+        record = await self._get(name)
+        await self._activate(record, tier, pin=pin, who=who)
         return adapters_pb2.ActivateAdapterResponse(adapter=self._view.adapter(record))
 
     async def EvictAdapter(
@@ -180,13 +203,18 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.EvictAdapterResponse:
         """Free a revision's memory; it stays registered."""
         mode = admin.evict_mode(request.mode)
+        return await outlast(self._evict(request, mode, who_calls(context)))
+
+    async def _evict(
+        self, request: adapters_pb2.EvictAdapterRequest, mode: admin.EvictMode, who: Who
+    ) -> adapters_pb2.EvictAdapterResponse:
         ref = (await self._get(request.name)).ref
         residency = self._engine.tier(ref.weights_digest)
         evicted, freed = await self._engine.evict(
             ref.weights_digest, mode=mode, unpin=request.unpin
         )
         if request.unpin and residency is not None and residency.pinned:
-            await self._pin_changed("unpinned", ref, context)
+            await self._pin_changed("unpinned", ref, who)
         _log.info("evict", adapter=ref.short, mode=mode, evicted=evicted, freed_bytes=freed)
         return adapters_pb2.EvictAdapterResponse(evicted=evicted, freed_bytes=freed)
 
@@ -195,8 +223,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a revision or a name. Running requests keep what they started with."""
         mode = admin.evict_mode(request.mode)
-        # A caller that goes away must not leave deleted weights pinned in memory.
-        return await asyncio.shield(self._delete(request, mode, who_calls(context)))
+        return await outlast(self._delete(request, mode, who_calls(context)))
 
     async def _delete(
         self, request: adapters_pb2.DeleteAdapterRequest, mode: admin.EvictMode, who: Who
@@ -217,7 +244,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         gone = [record for record in records if record.ref.revision in deleted]
         self._events.deleted(gone)
         await self._removed(
-            [record.ref for record in gone], mode="abort" if mode == "abort" else "drain"
+            [record.ref for record in gone], mode="abort" if mode == "abort" else "forget"
         )
         await self._keep_after()  # its pin must not come back with the same content
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted)
@@ -236,10 +263,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 return registry.remove_alias(request.alias, etag=etag, who=who)
             return registry.set_alias(request.alias, targets, etag=etag, who=who)
 
+        return await outlast(self._change_alias(request.alias, change))
+
+    async def _change_alias(
+        self, alias: str, change: Callable[[], AliasChange]
+    ) -> adapters_pb2.SetAliasResponse:
         changed = await to_the_end(change)
         _log.info(
             "alias",
-            alias=request.alias,
+            alias=alias,
             targets=[revision[:12] for revision, _ in changed.alias.targets],
             before=[revision[:12] for revision, _ in changed.before],
         )
@@ -258,31 +290,44 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def ListAliases(
         self, request: adapters_pb2.ListAliasesRequest, context: Any
     ) -> adapters_pb2.ListAliasesResponse:
-        """Aliases of a name, or all."""
+        """One page of the aliases of a name, or of all."""
+        size = admin.page_size(request.page_size) if request.page_size else None
+        page = admin.Page[adapters_pb2.Alias](size)
+        after = admin.decode_token(request.page_token, "ListAliases")
+        name, _, alias = after.partition("/")
         rows = await to_the_end(lambda: self._registry.aliases(request.name))
-        return adapters_pb2.ListAliasesResponse(aliases=map(admin.alias_message, rows))
+        start = bisect.bisect_right(rows, (name, alias), key=lambda row: (row.name, row.alias))
+        for row in itertools.islice(rows, start, None):
+            message = admin.alias_message(row)
+            if not page.add(message, message.alias):
+                return adapters_pb2.ListAliasesResponse(
+                    aliases=page.entries, next_page_token=page.next_token
+                )
+        return adapters_pb2.ListAliasesResponse(aliases=page.entries)
 
     async def GetHistory(
         self, request: adapters_pb2.GetHistoryRequest, context: Any
     ) -> adapters_pb2.GetHistoryResponse:
         """One page of what was done, newest first."""
-        size = admin.page_size(request.page_size)
-        before = admin.decode_token(request.page_token, "GetHistory")
-        if before and not (before.isdecimal() and len(before) <= _MOST_DIGITS):
-            raise InvalidField(
-                "page_token is not one that GetHistory gave: start without one",
-                metadata={"field": "page_token"},
+        page = admin.Page[adapters_pb2.HistoryEntry](admin.page_size(request.page_size))
+        given = admin.decode_token(request.page_token, "GetHistory")
+        if given and not (given.isdecimal() and len(given) <= _MOST_DIGITS):
+            raise admin.bad_token("GetHistory")
+        before = int(given) if given else None
+        while True:
+            lines = await to_the_end(
+                lambda before=before: self._registry.history(  # type: ignore[misc]
+                    request.name, before=before, limit=admin.BATCH
+                )
             )
-        lines = await to_the_end(
-            lambda: self._registry.history(
-                request.name, before=int(before) if before else None, limit=size
-            )
-        )
-        more = len(lines) == size
-        return adapters_pb2.GetHistoryResponse(
-            entries=map(admin.history_entry, lines),
-            next_page_token=admin.encode_token(str(lines[-1].sequence)) if more else "",
-        )
+            for line in lines:
+                if not page.add(admin.history_entry(line), str(line.sequence)):
+                    return adapters_pb2.GetHistoryResponse(
+                        entries=page.entries, next_page_token=page.next_token
+                    )
+            if len(lines) < admin.BATCH:
+                return adapters_pb2.GetHistoryResponse(entries=page.entries)
+            before = lines[-1].sequence
 
     async def WatchAdapters(  # type: ignore[override]  # writes instead of yielding
         self, request: adapters_pb2.WatchAdaptersRequest, context: Any
@@ -305,17 +350,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "nothing is asked for: set pinned, labels, remove_labels, retain or current",
                 metadata={"field": "pinned"},
             )
+        return await outlast(self._change(request, registered, who_calls(context)))
+
+    async def _change(
+        self, request: adapters_pb2.UpdateAdapterRequest, registered: bool, who: Who
+    ) -> adapters_pb2.UpdateAdapterResponse:
         record = await self._get(request.name)
         if registered:
-            record = await asyncio.shield(self._update(request, record, who_calls(context)))
+            record = await self._update(request, record, who)
         if request.HasField("pinned"):
             if request.pinned:
-                await self._activate(record, "device", pin=True)
+                await self._activate(record, "device", pin=True, who=who)
             else:
                 await self._engine.unpin(record.ref.weights_digest)
-            await self._pin_changed(
-                "pinned" if request.pinned else "unpinned", record.ref, context
-            )
+                await self._pin_changed("unpinned", record.ref, who)
         return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
 
     async def _update(
@@ -349,9 +397,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         except VeneerError as error:
             _log.warning("what is in memory is not written down", reason=error.reason)
 
-    async def _pin_changed(self, event: str, ref: AdapterRef, context: Any) -> None:
+    async def _pin_changed(self, event: str, ref: AdapterRef, who: Who) -> None:
         """Before the caller is told: a pin outlives the server."""
-        who = who_calls(context)
         await to_the_end(lambda: self._registry.note(event, ref, who))
         await self._keep_residents()
 
@@ -359,15 +406,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await to_the_end(lambda: self._registry.get(name))
 
     async def _activate(
-        self, record: AdapterRecord, tier: Literal["host", "device"], pin: bool
+        self, record: AdapterRecord, tier: Literal["host", "device"], *, pin: bool, who: Who
     ) -> None:
         # The lease keeps the files there while the engine reads them.
         ref = record.ref
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
-            await self._engine.activate(source_of(self._registry, record), tier=tier, pin=pin)
+            pinned = await self._engine.activate(
+                source_of(self._registry, record), tier=tier, pin=pin
+            )
+        if pinned:
+            await self._pin_changed("pinned", ref, who)
 
     async def _removed(
-        self, refs: Sequence[AdapterRef], *, mode: Literal["drain", "abort"] = "drain"
+        self, refs: Sequence[AdapterRef], *, mode: Literal["forget", "abort"] = "forget"
     ) -> None:
         """Keep nothing of revisions that their name does not have any more."""
         for ref in refs:
@@ -377,10 +428,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             if not await to_the_end(lambda d=weights_digest: self._registry.holding(d)):  # type: ignore[misc]
                 await self._free(weights_digest, mode)
 
-    async def _free(self, weights_digest: str, mode: Literal["drain", "abort"]) -> None:
-        """Memory of weights that are gone, once their last sequence has ended."""
-        if self._engine.tier(weights_digest) is None and mode == "drain":
-            return
+    async def _free(self, weights_digest: str, mode: Literal["forget", "abort"]) -> None:
+        """Memory of weights that are gone, once their last sequence has ended. Also of what
+        the engine is loading, of which it has told nothing yet."""
         try:
             await self._engine.evict(weights_digest, mode=mode, unpin=True)
         except VeneerError as error:
@@ -391,10 +441,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UpdateBudgetsRequest, context: Any
     ) -> adapters_pb2.UpdateBudgetsResponse:
         """Change the memory budgets while serving."""
-        state = await self._budgets.update(
-            request.host_cache_bytes if request.HasField("host_cache_bytes") else None,
-            request.device_adapter_bytes if request.HasField("device_adapter_bytes") else None,
+        host, device = (
+            getattr(request, field) if request.HasField(field) else None
+            for field in ("host_cache_bytes", "device_adapter_bytes")
         )
+        state = await outlast(self._budgets.update(host, device))
         return adapters_pb2.UpdateBudgetsResponse(
             host_cache_bytes=state.host_budget,
             device_adapter_bytes=state.device_budget,

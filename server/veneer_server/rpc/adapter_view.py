@@ -31,6 +31,10 @@ class AdapterUse:
         """Unix seconds, or None if it was not."""
         return self._last.get((ref.name, ref.revision))
 
+    def recent(self) -> list[tuple[str, str]]:
+        """Names and revisions, the last asked for first."""
+        return sorted(self._last, key=lambda key: self._last[key], reverse=True)
+
     def forget(self, ref: AdapterRef) -> None:
         """The name does not have this revision any more."""
         self._last.pop((ref.name, ref.revision), None)

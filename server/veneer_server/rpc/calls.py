@@ -50,13 +50,8 @@ class Calls:
         if self._phase is Phase.LOADING:
             self._phase = Phase.SERVING
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the current task as a call while the block runs.
-
-        Raises:
-            ModelLoading, Draining: the phase admits no call.
-        """
+    def check_phase(self) -> None:
+        """Raises ModelLoading or Draining where the phase admits no call."""
         if self._phase is Phase.LOADING:
             raise ModelLoading(
                 "the base model is still loading: retry in a few seconds", retry_after_s=1.0
@@ -66,6 +61,15 @@ class Calls:
                 "the server is stopping: retry on another server, or when it is back",
                 retry_after_s=1.0,
             )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the current task as a call while the block runs.
+
+        Raises:
+            ModelLoading, Draining: the phase admits no call.
+        """
+        self.check_phase()
         task = asyncio.current_task()
         assert task is not None, "calls run in tasks"
         self._tasks.add(task)

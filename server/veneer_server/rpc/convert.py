@@ -15,6 +15,7 @@ from veneer_registry.adapter import Tier
 from veneer_registry.errors import Unimplemented
 
 from veneer_server.rpc.checks import (
+    MAX_MESSAGES,
     checked_constraint,
     checked_n,
     checked_sampling,
@@ -116,6 +117,8 @@ def _input(
         messages = request.messages.messages
         if not messages:
             refuse("messages", "is empty: send at least one message")
+        if len(messages) > MAX_MESSAGES:
+            refuse("messages", f"has {len(messages)}: send at most {MAX_MESSAGES}")
         for at, message in enumerate(messages):
             if not message.role or len(message.role) > 64:
                 refuse(f"messages[{at}].role", "must be 1 to 64 characters, such as 'user'")
@@ -124,7 +127,8 @@ def _input(
         refuse("input", "is missing: send prompt, messages or token_ids")
     if not request.token_ids.ids:
         refuse("token_ids", "is empty: send at least one token")
-    return PromptTokens(tuple(request.token_ids.ids))
+    # As protobuf holds them: their number is compared with the context before they are used.
+    return PromptTokens(request.token_ids.ids)
 
 
 # ---------------------------------------------------------------------- responses

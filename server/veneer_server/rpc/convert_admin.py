@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Final, Generic, Literal, TypeVar
 
+from google.protobuf.message import Message
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import InvalidField
 from veneer_registry.rows import AliasRow, HistoryRow
@@ -14,18 +14,36 @@ from veneer_registry.rows import AliasRow, HistoryRow
 from veneer_server.rpc import convert
 
 __all__ = [
+    "MAX_LABEL_FILTER",
+    "PAGE_BYTES",
+    "Page",
     "alias_message",
     "alias_targets",
+    "bad_token",
     "decode_token",
     "encode_token",
     "evict_mode",
     "history_entry",
+    "label_filter",
     "page_size",
     "set_alias_response",
 ]
 
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
+
+PAGE_BYTES: Final = 3 << 20
+"""Bytes of a page's entries, unless a single one takes more: gRPC clients refuse answers
+of more than 4 MiB unless told otherwise."""
+
+BATCH: Final = 100
+"""Entries that are read at once: of large ones a page takes few."""
+
+MAX_LABEL_FILTER: Final = 64
+"""Labels to filter by; an adapter has no more."""
+
+_FRAME: Final = 6
+"""Bytes of an entry's tag and length, at most."""
 
 EvictMode = Literal["drain", "fail_if_busy", "abort"]
 
@@ -54,6 +72,53 @@ def page_size(asked: int) -> int:
     return asked or DEFAULT_PAGE
 
 
+def label_filter(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels to filter by. Raises InvalidField for more than any adapter has."""
+    if len(labels) > MAX_LABEL_FILTER:
+        raise InvalidField(
+            f"labels has {len(labels)} entries: filter by at most {MAX_LABEL_FILTER}",
+            metadata={"field": "labels"},
+        )
+    return dict(labels)
+
+
+Entry = TypeVar("Entry", bound=Message)
+
+
+class Page(Generic[Entry]):
+    """Entries of one answer, bounded in number and bytes.
+
+    Attributes:
+        entries: those that fit.
+        place: of the last one, for the token of the next page.
+    """
+
+    def __init__(self, size: int | None, taken: int = 0) -> None:
+        """Args:
+        size: most entries; None for as many as fit.
+        taken: bytes of what the answer holds beside them.
+        """
+        self.entries: list[Entry] = []
+        self.place = ""
+        self._size = size
+        self._left = PAGE_BYTES - taken
+
+    def add(self, entry: Entry, place: str = "") -> bool:
+        """Whether it fits; the first one always does. Once one does not, the page ends."""
+        size = entry.ByteSize() + _FRAME
+        if self.entries and (size > self._left or len(self.entries) == self._size):
+            return False
+        self.entries.append(entry)
+        self._left -= size
+        self.place = place
+        return True
+
+    @property
+    def next_token(self) -> str:
+        """Where the next page begins."""
+        return encode_token(self.place)
+
+
 def encode_token(place: str) -> str:
     """A page token for a place in a list."""
     return base64.urlsafe_b64encode(place.encode()).decode()
@@ -63,11 +128,16 @@ def decode_token(token: str, rpc: str) -> str:
     """The place that a page token stands for; "" for none. Raises InvalidField."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError) as error:
-        raise InvalidField(
-            f"page_token is not one that {rpc} gave: start without one",
-            metadata={"field": "page_token"},
-        ) from error
+    except ValueError as error:  # not ASCII, no base64, or no UTF-8 in it
+        raise bad_token(rpc) from error
+
+
+def bad_token(rpc: str) -> InvalidField:
+    """A page token that no page gave."""
+    return InvalidField(
+        f"page_token is not one that {rpc} gave: start without one",
+        metadata={"field": "page_token"},
+    )
 
 
 def alias_targets(request: adapters_pb2.SetAliasRequest) -> list[tuple[str, int]]:

@@ -6,19 +6,19 @@ lease and the engine's sequence) and the only place that gives it back.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
+from typing import Final
 
 import msgspec
+from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import AdapterRef, Tier
-from veneer_registry.errors import DeadlineTooShort, VeneerError
+from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.registry import Registry, RevisionLease
 
 from veneer_server.engine.client import EngineClient
-from veneer_server.engine.grammar import check_constraint
-from veneer_server.engine.messages import Constraint, SequenceOutput
+from veneer_server.engine.messages import SequenceOutput
 from veneer_server.logs import get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.rpc.adapter_view import AdapterUse, source_of
@@ -29,13 +29,26 @@ from veneer_server.rpc.convert import (
     PromptText,
     Provenance,
 )
-from veneer_server.rpc.limits import check_ids, resolve_sampling, room
+from veneer_server.rpc.decoding import count_numbers, last_value, values
+from veneer_server.rpc.limits import (
+    check_constraint_size,
+    check_ids,
+    most_prompt_tokens,
+    resolve_sampling,
+    room,
+)
 from veneer_server.rpc.samples import Delta, Sample, SampleStreams, sample_seed
-from veneer_server.rpc.threads import Background, to_the_end
+from veneer_server.rpc.threads import Background
+from veneer_server.rpc.who import CALLER
 from veneer_server.text.defaults import SamplingDefaults
-from veneer_server.text.prompts import Prompt, Prompts
+from veneer_server.text.prompts import Prompt, Prompts, Room
+from veneer_server.text.tokenizer import TooManyTokens
 
 __all__ = ["Delta", "Generation", "Generator"]
+
+_PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
+_TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
+_IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 _log = get_logger(__name__)
 
@@ -182,8 +195,12 @@ class Generator:
         background: Background,
         base_name: str,
         step_seconds: Callable[[], float],
+        constraint_bytes: int = 32 << 10,
     ) -> None:
-        """Args: step_seconds: how long a step takes of late, 0 if unknown."""
+        """Args:
+        step_seconds: how long a step takes of late, 0 if unknown.
+        constraint_bytes: of the largest constraint.
+        """
         self.prompts = prompts
         self.metrics = metrics
         self.base_name = base_name
@@ -193,8 +210,7 @@ class Generator:
         self._use = use
         self._background = background
         self._step_seconds = step_seconds
-        # One at a time: hostile constraints wait for each other, and nobody for them.
-        self._checking = asyncio.Semaphore(1)
+        self._constraint_bytes = constraint_bytes
 
     @asynccontextmanager
     async def admit(
@@ -213,6 +229,8 @@ class Generator:
         """
         arrived = time.perf_counter()
         self._check_deadline(time_remaining)
+        if call.constraint is not None:
+            check_constraint_size(call.constraint, self._constraint_bytes)
         lease = None
         if call.adapter:
             lease = self._registry.acquire(call.adapter, call.session_key)
@@ -221,8 +239,6 @@ class Generator:
         try:
             # Before any work: what waits for that is in the queue, and bounded with it.
             with nullcontext() if placed else self._engine.places(call.n):
-                if call.constraint is not None:
-                    await self._check(call.constraint)
                 prompt = await self._prompt(call, lease)
                 ends = None if time_remaining is None else arrived + time_remaining
                 submit = self._submission(call, prompt, lease, ends)
@@ -243,6 +259,19 @@ class Generator:
                     self._background.start("sweep", self._registry.sweep)
             self._record(generation, lease, outcome)
 
+    def check_text(self, text: bytes) -> None:
+        """Raise ContextTooLong for a prompt in UTF-8 that cannot fit, before more is made of
+        it: copies of it as protobuf, text and tokens."""
+        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
+
+    def check_wire(self, request: bytes) -> None:
+        """`check_text` of a GenerateRequest that was not parsed, and the same of its ids."""
+        if not self._engine.healthy:  # it is not said yet what fits
+            return
+        self.check_text(last_value(request, _PROMPT_FIELD))
+        for ids in values(request, _TOKENS_FIELD):
+            room(self._engine.info, None, sum(map(count_numbers, values(ids, _IDS_FIELD))))
+
     def _check_deadline(self, time_remaining: float | None) -> None:
         if time_remaining is not None and time_remaining <= self._step_seconds():
             raise DeadlineTooShort(
@@ -251,19 +280,26 @@ class Generator:
             )
 
     async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
-        vocab_size = self._engine.info.vocab_size
-        match call.input:
-            case PromptText(text):
-                return await self.prompts.from_text(text, vocab_size=vocab_size)
-            case ChatMessages(messages):
-                template = lease.record.manifest.chat_template if lease is not None else None
-                return await self.prompts.from_messages(
-                    messages, template, vocab_size=vocab_size
-                )
-            case tokens:
-                return self.prompts.from_ids(
-                    tokens.ids, vocab_size=vocab_size, with_text=call.echo
-                )
+        info = self._engine.info
+        space = Room(info.vocab_size, most_prompt_tokens(info))
+        try:
+            match call.input:
+                case PromptText(text):
+                    return await self.prompts.from_text(text, space)
+                case ChatMessages(messages):
+                    template = None if lease is None else lease.record.manifest.chat_template
+                    return await self.prompts.from_messages(messages, template, space)
+                case tokens:
+                    room(info, call.max_tokens, len(tokens.ids))  # before more is made of them
+                    return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
+        except TooManyTokens as error:
+            count = error.count
+        if count is not None:
+            room(info, call.max_tokens, count)
+        raise ContextTooLong(
+            f"the prompt has far more tokens than the {space.tokens} that fit: shorten it",
+            metadata={"field": "prompt", "largest": str(space.tokens)},
+        )
 
     def _submission(
         self,
@@ -288,6 +324,7 @@ class Generator:
             self._use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
         sampling = resolve_sampling(call.sampling, self._defaults)
+        caller = CALLER.get()
 
         def submit(index: int) -> AsyncGenerator[SequenceOutput, None]:
             seed = sample_seed(sampling.seed, index)
@@ -306,15 +343,10 @@ class Generator:
                 constraint=call.constraint,
                 use_prefix_cache=call.use_prefix_cache is not False,
                 deadline_s=left,
+                caller=caller,
             )
 
         return submit
-
-    async def _check(self, constraint: Constraint) -> None:
-        """Refuse a bad constraint before the engine has it; hostile ones take a while,
-        and go on after a cancel, since threads cannot be stopped."""
-        async with self._checking:
-            await to_the_end(lambda: check_constraint(constraint))
 
     def _record(
         self, generation: Generation | None, lease: RevisionLease | None, outcome: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -15,10 +15,18 @@ from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
 from veneer_server.rpc.generation import Delta, Generation, Generator
 
-__all__ = ["InferenceService"]
+__all__ = ["GENERATE_METHODS", "InferenceService"]
+
+GENERATE_METHODS: Final = (
+    "/veneer.v1.InferenceService/Generate",
+    "/veneer.v1.InferenceService/GenerateStream",
+)
 
 READER_LIMIT_S: Final = 30.0
 """Default of `InferenceService`'s ``reader_limit_s``."""
+
+_Label = Callable[[int], str]
+"""See `TextTokenizer.token_label`."""
 
 # Contexts are Any: the stubs type them for synchronous and asyncio servers at once.
 
@@ -30,6 +38,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Args: reader_limit_s: longest wait for a caller to take a message."""
         self._generator = generator
         self._reader_limit_s = reader_limit_s
+        self._label = generator.prompts.tokenizer.token_label
+
+    def check_wire(self, request: bytes) -> None:
+        """Raises VeneerError for a request that cannot be served, before it is parsed."""
+        self._generator.check_wire(request)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -38,12 +51,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call = convert.generate_call(request)
         response = inference_pb2.GenerateResponse(request_id=REQUEST_ID.get())
         remaining = context.time_remaining()
-        samples = [_Whole() for _ in range(call.n)]
+        samples = [_Whole(self._label) for _ in range(call.n)]
         async with self._generator.admit(call, time_remaining=remaining) as generation:
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     samples[delta.index].add(delta)
-                    response.prompt_logprobs.extend(_prompt_logprobs(generation, delta))
+                    response.prompt_logprobs.extend(
+                        _prompt_logprobs(generation, delta, self._label)
+                    )
             prefix = generation.prompt.text if call.echo else ""
             samples[0].fill(response, prefix)
             for sample in samples[1:]:
@@ -69,8 +84,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         request_id=request_id,
                         text=prefixes[delta.index] + delta.text,
                         token_ids=delta.tokens,
-                        logprobs=_logprobs(delta),
-                        prompt_logprobs=_prompt_logprobs(generation, delta),
+                        logprobs=_logprobs(delta, self._label),
+                        prompt_logprobs=_prompt_logprobs(generation, delta, self._label),
                         index=delta.index,
                     )
                     prefixes[delta.index] = ""
@@ -96,7 +111,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 class _Whole:
     """A sample that is answered at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: _Label) -> None:
+        self._label = label
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[inference_pb2.TokenLogprob] = []
@@ -105,7 +121,7 @@ class _Whole:
     def add(self, delta: Delta) -> None:
         self._text.append(delta.text)
         self._tokens.extend(delta.tokens)
-        self._logprobs.extend(_logprobs(delta))
+        self._logprobs.extend(_logprobs(delta, self._label))
         self._finish = delta.finish
 
     def fill(
@@ -118,32 +134,37 @@ class _Whole:
         message.finish_reason = convert.finish_reason(self._finish)
 
 
-def _logprobs(delta: Delta) -> list[inference_pb2.TokenLogprob]:
+def _logprobs(delta: Delta, label: _Label) -> list[inference_pb2.TokenLogprob]:
     """Of the new tokens; empty where they were not asked for."""
     if delta.logprobs is None:
         return []
-    return _entries(delta.tokens, delta.logprobs, delta.top_logprobs)
+    return _entries(delta.tokens, delta.logprobs, delta.top_logprobs, label)
 
 
-def _prompt_logprobs(generation: Generation, delta: Delta) -> list[inference_pb2.TokenLogprob]:
+def _prompt_logprobs(
+    generation: Generation, delta: Delta, label: _Label
+) -> list[inference_pb2.TokenLogprob]:
     """Of the prompt; empty but for the first delta of a call that asked for them."""
     if delta.prompt_logprobs is None:
         return []
     ids = generation.prompt.ids[1:]
-    return _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs)
+    return _entries(ids, delta.prompt_logprobs, delta.prompt_top_logprobs, label)
 
 
 def _entries(
-    tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Tops] | None
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    tops: Sequence[Tops] | None,
+    label: _Label,
 ) -> list[inference_pb2.TokenLogprob]:
     entries = [
-        inference_pb2.TokenLogprob(token_id=token, logprob=logprob)
+        inference_pb2.TokenLogprob(token_id=token, logprob=logprob, token=label(token))
         for token, logprob in zip(tokens, logprobs, strict=True)
     ]
     if tops is not None:
         for entry, likeliest in zip(entries, tops, strict=True):
             for token, logprob in likeliest:
-                entry.top.add(token_id=token, logprob=logprob)
+                entry.top.add(token_id=token, logprob=logprob, token=label(token))
     return entries
 
 

@@ -1,4 +1,7 @@
-"""What every call of ours gets: an id, admission, a status for its error, timing."""
+"""What every call of ours gets: an id, admission, a status for its error, timing.
+
+Calls of health and reflection are bounded, too, and their malformed requests refused.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,80 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, Final
 
 import grpc
-from veneer_registry.errors import InvalidField, VeneerError
+from veneer_registry.errors import Aborted, InvalidField, VeneerError
 
-from veneer_server.errors import internal_error, to_grpc_status
+from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.metrics import Metrics
+from veneer_server.pace import Pace
 from veneer_server.rpc.calls import Calls
+from veneer_server.rpc.decoding import COUNTED_FROM, decoder
+from veneer_server.rpc.open_calls import OpenCalls
+from veneer_server.rpc.receiving import Receiving
+from veneer_server.rpc.who import CALLER
 
 __all__ = ["CallInterceptor"]
 
 _OURS: Final = "/veneer.v1."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
+_PACED: Final = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+"""Codes of invalid requests; see `pace`."""
+
+_SIZE: ContextVar[int] = ContextVar("size", default=0)
+"""Bytes of the current call's request, where it is large."""
+
 _log = get_logger(__name__)
 
 # grpc's handlers and contexts are typed as Any by its stubs' generics.
 _Behaviour = Callable[[Any, Any], Awaitable[Any]]
+_Receive = Callable[[Any, Any], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method under ``veneer.v1``; health and reflection pass as they are."""
+    """Wraps every method: bounds what callers may hold, and answers errors of ours and
+    malformed requests.
 
-    def __init__(self, metrics: Metrics, calls: Calls) -> None:
+    Methods under ``veneer.v1`` are counted, logged and admitted by phase, too; health and
+    reflection answer whatever the phase.
+
+    A method that takes one request is registered as if it took a stream of them. On the
+    wire that is the same; but gRPC then reads only when asked to, so that a request which
+    never arrives whole can be given up (see `receiving`).
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        calls: Calls,
+        receiving: Receiving | None = None,
+        *,
+        open_calls: OpenCalls | None = None,
+        checks: Mapping[str, Callable[[bytes], None]] | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        """Args:
+        receiving: who is being read; None for the default bounds.
+        open_calls: how many calls may be open; None for the default bounds.
+        checks: for a method's path, what looks at its requests before they are parsed;
+            see `decoder`.
+        pace: delays refusals; None for the default.
+        """
+        self._pace = pace or Pace()
+        self._checks = checks or {}
         self._metrics = metrics
         self._calls = calls
+        self._receiving = receiving or Receiving()
+        self._open = open_calls or OpenCalls()
         self._wrapped: dict[str, Any] = {}
+        # One: what it does holds the interpreter's lock, in turns with the event loop.
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     async def intercept_service(
         self,
@@ -42,8 +90,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: Any,
     ) -> Any:
         method: str = handler_call_details.method
-        if not method.startswith(_OURS):
-            return await continuation(handler_call_details)
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
@@ -53,39 +99,110 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> Any:
+        decode = decoder(handler.request_deserializer, self._checks.get(method))
         coders = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
+            "request_deserializer": decode,
+            "response_serializer": _serializer(handler.response_serializer),
         }
+        guard = self._guard if method.startswith(_OURS) else self._answer
+        if handler.unary_unary or handler.unary_stream:
+            coders["request_deserializer"] = lambda data: (
+                data if len(data) >= COUNTED_FROM else decode(data)
+            )
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                self._guard(method, handler.unary_unary), **coders
+            return grpc.stream_unary_rpc_method_handler(
+                guard(method, handler.unary_unary, self._one(decode)), **coders
             )
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                self._guard(method, _open_first(handler.unary_stream)), **coders
+            return grpc.stream_stream_rpc_method_handler(
+                guard(method, _open_first(handler.unary_stream), self._one(decode)), **coders
             )
-        return grpc.stream_unary_rpc_method_handler(
-            self._guard(method, handler.stream_unary), **coders
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(
+                guard(method, handler.stream_unary, _all), **coders
+            )
+        # Reflection: each answer follows its question.
+        return grpc.stream_stream_rpc_method_handler(
+            guard(method, _write_all(handler.stream_stream), self._paced), **coders
         )
 
-    def _guard(self, method: str, behaviour: _Behaviour) -> _Behaviour:
+    # ----------------------------------------------------------- a call's requests
+
+    def _one(self, decode: Callable[[bytes], Any]) -> _Receive:
+        """What gives the request of a call that has one."""
+
+        async def finish(request: Any) -> Any:
+            if isinstance(request, bytes):  # large: the event loop is everybody's
+                _SIZE.set(len(request))
+                loop = asyncio.get_running_loop()
+                request = await loop.run_in_executor(self._decoding, decode, request)
+            return request
+
+        async def one(requests: Any, context: Any) -> Any:
+            request = await self._receiving.message(context.read, context.peer(), finish)
+            if request is not grpc.aio.EOF:
+                return _checked(request)
+            if context.cancelled() or context.done():
+                raise asyncio.CancelledError
+            raise InvalidField("the call has no request: send one")
+
+        return one
+
+    async def _paced(self, requests: Any, context: Any) -> Any:
+        """All requests of a call that has several; each must come in time."""
+
+        async def paced() -> AsyncIterator[Any]:
+            limit_s = self._receiving.limit_s
+            while True:
+                try:
+                    async with asyncio.timeout(limit_s):
+                        request = await context.read()
+                except TimeoutError as error:
+                    raise Aborted(
+                        f"no request came for {limit_s:g} s: call again when there is one"
+                    ) from error
+                if request is grpc.aio.EOF:
+                    return
+                yield _checked(request)
+
+        return paced()
+
+    # ---------------------------------------------------------------------- guards
+
+    def _answer(self, method: str, behaviour: _Behaviour, receive: _Receive) -> _Behaviour:
+        """Health and reflection: no more than the bounds, and errors of ours."""
+
+        async def answered(requests: Any, context: Any) -> Any:
+            try:
+                with self._open.one(method):
+                    return await behaviour(await receive(requests, context), context)
+            except VeneerError as error:
+                failure = without_frames(error)
+            return await self._refuse(method, failure, context)
+
+        return answered
+
+    def _guard(self, method: str, behaviour: _Behaviour, receive: _Receive) -> _Behaviour:
         service, name = method.removeprefix("/").split("/", 1)
         handling = self._metrics.handling.labels(service, name)
         handled = self._metrics.handled
 
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(requests: Any, context: Any) -> Any:
             started = time.perf_counter()
             code = grpc.StatusCode.OK.name
             fallback_id = uuid.uuid4().hex
             REQUEST_ID.set(fallback_id)
+            CALLER.set(context.peer())
             try:
-                with self._calls.running():
-                    REQUEST_ID.set(_request_id(request) or fallback_id)
-                    return await behaviour(request, context)
+                with self._open.one(method):
+                    self._calls.check_phase()
+                    request = await receive(requests, context)
+                    with self._calls.running():
+                        REQUEST_ID.set(_request_id(request) or fallback_id)
+                        return await behaviour(request, context)
             except VeneerError as error:
                 code = error.code
-                failure = error
+                failure = without_frames(error)
             except asyncio.CancelledError:
                 code = _cancelled_code(context)
                 raise
@@ -100,14 +217,69 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 handling.observe(time.perf_counter() - started)
                 handled.labels(service, name, code).inc()
-            _log.info("call refused", method=name, code=code, reason=failure.reason)
-            status = to_grpc_status(failure)
-            self._metrics.failures.labels(failure.reason).inc()
-            # Does not wait for the caller: where it takes nothing, the status stays in
-            # gRPC behind the one message that is stuck.
-            return await context.abort(status.code, status.message, status.trailing)
+            request = None  # an aborted call's frames are kept for a while
+            return await self._refuse(method, failure, context)
 
         return guarded
+
+    async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
+        name = method.rpartition("/")[2]
+        _log.info("call refused", method=name, code=error.code, reason=error.reason)
+        status = to_grpc_status(error)
+        self._metrics.failures.labels(error.reason).inc()
+        if error.code in _PACED:
+            await self._pace.wait(context.peer(), _SIZE.get())
+        # Does not wait for the caller: where it takes nothing, the status stays in
+        # gRPC behind the one message that is stuck.
+        return await context.abort(status.code, status.message, status.trailing)
+
+
+def _checked(request: Any) -> Any:
+    """A message as it was decoded. Raises what `decoder` gave in its place."""
+    if isinstance(request, VeneerError):
+        raise request
+    return request
+
+
+class _Checked:
+    """The messages of a stream, checked. It can be read on after one that is refused, which
+    would end a generator, so that a refused client may finish sending."""
+
+    def __init__(self, requests: Any) -> None:
+        self._requests = requests
+        self._messages: Any = None
+
+    def __aiter__(self) -> _Checked:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._messages is None:  # gRPC warns of an iterator that is made and not used
+            self._messages = aiter(self._requests)
+        return _checked(await anext(self._messages))
+
+
+async def _all(requests: Any, context: Any) -> Any:
+    """The requests of a call that bounds them itself."""
+    return _Checked(requests)
+
+
+def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
+    """A handler that yields, as one that writes."""
+
+    async def written(requests: Any, context: Any) -> None:
+        async for answer in answers(requests, context):
+            await context.write(answer)
+
+    return written
+
+
+def _serializer(
+    serializer: Callable[[Any], bytes] | None,
+) -> Callable[[Any], bytes] | None:
+    """Takes messages, and bytes of a message that many callers get."""
+    if serializer is None:
+        return None
+    return lambda message: message if type(message) is bytes else serializer(message)
 
 
 def _open_first(behaviour: _Behaviour) -> _Behaviour:

@@ -8,15 +8,26 @@ from typing import Final, TypeVar
 
 from veneer_registry.errors import ContextTooLong, InvalidField
 
-from veneer_server.engine.messages import EngineInfo, SamplingParams
+from veneer_server.engine.messages import Constraint, EngineInfo, SamplingParams
 from veneer_server.rpc.convert import Sampling
 from veneer_server.text.defaults import SamplingDefaults
 
-__all__ = ["check_ids", "resolve_sampling", "room"]
+__all__ = [
+    "check_constraint_size",
+    "check_ids",
+    "most_prompt_tokens",
+    "resolve_sampling",
+    "room",
+]
 
 _SEED_BITS: Final = 63
 
 T = TypeVar("T")
+
+
+def most_prompt_tokens(info: EngineInfo) -> int:
+    """Tokens of the longest prompt that leaves room for one more."""
+    return min(info.context_length, info.kv_cache_tokens) - 1
 
 
 def room(info: EngineInfo, wanted: int | None, prompt_tokens: int) -> int:
@@ -45,6 +56,16 @@ def room(info: EngineInfo, wanted: int | None, prompt_tokens: int) -> int:
             metadata={"field": "stopping.max_tokens", "largest": str(left), **numbers},
         )
     return left if wanted is None else wanted
+
+
+def check_constraint_size(constraint: Constraint, most: int) -> None:
+    """Raises InvalidField for a constraint of more bytes."""
+    size = len(constraint.text.encode())
+    if size > most:
+        field = f"constraint.{constraint.kind}"
+        raise InvalidField(
+            f"{field} has {size} bytes: give at most {most}", metadata={"field": field}
+        )
 
 
 def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,9 +39,9 @@ class ChatMessages:
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """Token ids, not yet checked against the vocabulary."""
+    """Token ids, not yet checked against the vocabulary; there may be millions."""
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

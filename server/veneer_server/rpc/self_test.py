@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import (
+    AdapterBudgetExceeded,
     AdapterCorrupt,
     AdapterNotFound,
     BaseModelMismatch,
@@ -30,10 +32,10 @@ from veneer_registry.registry import Registry, RevisionLease
 from veneer_server.engine.client import EngineClient
 from veneer_server.engine.messages import AdapterSource, SamplingParams
 from veneer_server.logs import get_logger
-from veneer_server.rpc.adapter_view import source_of
-from veneer_server.rpc.threads import outlast
+from veneer_server.rpc.adapter_view import AdapterUse, source_of
+from veneer_server.rpc.threads import outlast, to_the_end
 from veneer_server.rpc.verdicts import BOUNDS, Answers, Verdict, judge
-from veneer_server.text.prompts import Prompts
+from veneer_server.text.prompts import Prompts, Room
 
 __all__ = ["Report", "SelfTest"]
 
@@ -45,25 +47,44 @@ PROBE_TOKENS: Final = 28
 """At most: those of all sequences of a test fit a step of the default size (512)."""
 MAX_ADAPTERS: Final = 16
 DEFAULT_ADAPTERS: Final = 2
+_CANDIDATES: Final = 16
+"""Most adapters that are tried where none were named: each may be a load from disk."""
+_PAGE: Final = 1000
 _TRIES: Final = 3
 """Times that all are submitted until they have met in one step."""
 
 _Findings = AdapterCorrupt, NonFiniteOutput
 """Errors of one adapter that are a result of the test, not its end."""
 
+_Unusable = AdapterNotFound, AdapterCorrupt, BaseModelMismatch, AdapterBudgetExceeded
+"""Why an adapter that nobody named is passed over: deleted just now, in quarantine, for
+another base, or without room in memory."""
+
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """See `SelfTestResponse`; the base's verdict is the first."""
+    """See `SelfTestResponse`; the base's verdict is the first.
+
+    Attributes:
+        registered: adapters that there are. With some of them, a test of none is no proof.
+        note: why none was tested.
+    """
 
     verdicts: tuple[Verdict, ...]
     adapters_mixed: int
+    registered: int
+    note: str = ""
+
+    @property
+    def adapters_tested(self) -> int:
+        return len(self.verdicts) - 1
 
     @property
     def passed(self) -> bool:
-        return all(verdict.passed for verdict in self.verdicts)
+        proven = self.adapters_tested > 0 or not self.registered
+        return proven and all(verdict.passed for verdict in self.verdicts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +111,20 @@ class SelfTest:
         registry: Registry,
         engine: EngineClient,
         prompts: Prompts,
+        use: AdapterUse,
         *,
         dtype: str,
         exact: bool = False,
     ) -> None:
         """Args:
+        use: which adapters were asked for last.
         dtype: that is served in; sets the bound.
         exact: the engine computes each sequence by itself, so that none are mixed.
         """
         self._registry = registry
         self._engine = engine
         self._prompts = prompts
+        self._use = use
         self._bound = BOUNDS[dtype]
         self._exact = exact
         self._turn = asyncio.Lock()
@@ -113,6 +137,7 @@ class SelfTest:
         return adapters_pb2.SelfTestResponse(
             passed=report.passed,
             adapters_mixed=report.adapters_mixed,
+            note=report.note,
             results=[
                 adapters_pb2.SelfTestResult(
                     adapter=verdict.name,
@@ -134,7 +159,9 @@ class SelfTest:
 
         Args:
             names: of adapters, as requests name them. Empty for the two in memory that
-                were used last; where there are none, the base alone is tested.
+                were used last; where none is in memory, for two registered ones, which are
+                loaded. Where adapters are registered and none of them can be tested, the
+                test has failed, and the report's note says why.
 
         Raises:
             InvalidField: too many names.
@@ -151,63 +178,128 @@ class SelfTest:
         began = time.perf_counter()
         async with self._turn:
             with ExitStack() as leases:
-                subjects = self._subjects(names, leases)
-                report = await self._run(subjects)
+                note = ""
+                if names:
+                    adapters = [self._leased(lease, leases) for lease in self._named(names)]
+                else:
+                    adapters, note = await self._chosen(leases)
+                # Two names may mean one revision.
+                subjects = list({each.name: each for each in (_Subject(), *adapters)}.values())
+                verdicts, mixed = await self._run(subjects)
+        report = Report(tuple(verdicts), mixed, len(self._registry), note)
         _log.info(
             "self-test",
             passed=report.passed,
             failed=[v.name or "base" for v in report.verdicts if not v.passed],
-            adapters=len(subjects) - 1,
+            adapters=report.adapters_tested,
             mixed=report.adapters_mixed,
+            note=note,
             seconds=round(time.perf_counter() - began, 3),
         )
         return report
-
-    def _subjects(self, names: Sequence[str], leases: ExitStack) -> list[_Subject]:
-        """The base first; the leases keep the adapters' files to the end of the test."""
-        subjects = {"": _Subject()}
-        for lease in self._named(names) if names else self._last_used():
-            leases.enter_context(lease)
-            source = source_of(self._registry, lease.record)
-            subjects[lease.ref.short] = _Subject(lease.ref.short, source)
-        return list(subjects.values())
 
     @property
     def _most(self) -> int:
         """Adapters that can be tested at once: the base and one more sequence are beside."""
         return max(0, min(MAX_ADAPTERS, self._engine.capacity - 2))
 
+    def _leased(self, lease: RevisionLease, leases: ExitStack) -> _Subject:
+        """A subject whose files stay until ``leases`` closes."""
+        leases.enter_context(lease)
+        return _Subject(lease.ref.short, source_of(self._registry, lease.record))
+
     def _named(self, names: Sequence[str]) -> Iterator[RevisionLease]:
         for name in dict.fromkeys(names):
             yield self._registry.acquire(name)
 
-    def _last_used(self) -> Iterator[RevisionLease]:
-        left = min(DEFAULT_ADAPTERS, self._most)
-        for digest in self._engine.resident():
-            if not left:
-                return
-            # Deleted or damaged, and not out of memory yet.
-            with suppress(AdapterNotFound, AdapterCorrupt, BaseModelMismatch):
-                yield self._registry.acquire_weights(digest)
-                left -= 1
+    async def _chosen(self, leases: ExitStack) -> tuple[list[_Subject], str]:
+        """Adapters that nobody named, in memory by now; and why there are none."""
+        if not len(self._registry):
+            return [], "no adapter is registered: only the base was tested"
+        if not self._most:
+            return [], (
+                f"this server runs and queues {self._engine.capacity} sequences at most, too "
+                "few for an adapter beside the base: raise --max-running or --max-queue"
+            )
+        in_memory = (
+            partial(self._registry.acquire_weights, digest)
+            for digest in self._engine.resident()
+        )
+        found, _ = await self._take(in_memory, leases)
+        if found:
+            return found, ""
+        asked = [f"{name}@{revision}" for name, revision in self._use.recent()]
+        names = dict.fromkeys([*asked, *await to_the_end(self._servable)])
+        found, why = await self._take(
+            (partial(self._registry.acquire, name) for name in names), leases
+        )
+        why = why or "they are in quarantine or for another base"
+        note = f"none of {len(self._registry)} adapters could be tested: {why}"
+        return found, "" if found else note
 
-    async def _run(self, subjects: Sequence[_Subject]) -> Report:
+    async def _take(
+        self, candidates: Iterable[Callable[[], RevisionLease]], leases: ExitStack
+    ) -> tuple[list[_Subject], str]:
+        """The first ones that can be loaded, and why the last of the others cannot."""
+        found: dict[str, _Subject] = {}
+        why, tried = "", 0
+        for acquire in candidates:
+            if len(found) == min(DEFAULT_ADAPTERS, self._most) or tried == _CANDIDATES:
+                break
+            with ExitStack() as attempt:
+                try:
+                    subject = self._leased(acquire(), attempt)
+                    assert subject.source is not None, "only the base has none"
+                    digest = subject.source.weights_digest
+                    if digest in found:
+                        continue
+                    tried += 1
+                    await self._load(subject.source)
+                except _Unusable as error:
+                    why = str(error)
+                    continue
+                leases.enter_context(attempt.pop_all())
+                found[digest] = subject
+        return list(found.values()), why
+
+    async def _load(self, source: AdapterSource) -> None:
+        """Raises AdapterBudgetExceeded. Damaged files are for the test itself to report."""
+        with suppress(AdapterCorrupt):
+            await self._engine.activate(source, tier="device", pin=False)
+
+    def _servable(self) -> list[str]:
+        """Some names that are neither in quarantine nor for another base."""
+        found: list[str] = []
+        after = ""
+        while len(found) < _CANDIDATES:
+            page = self._registry.list(after=after, limit=_PAGE)
+            found += [r.ref.name for r in page if not r.foreign and r.quarantined is None]
+            if len(page) < _PAGE:
+                break
+            after = page[-1].ref.name
+        return found[:_CANDIDATES]
+
+    async def _run(self, subjects: Sequence[_Subject]) -> tuple[list[Verdict], int]:
+        """The verdicts, and how many adapters shared a step with the base."""
         tokens = await self._probe()
         damaged = await self._activate(subjects)
         served, mixed = await self._serve_mixed(
             tokens, [s for s in subjects if s.name not in damaged]
         )
+        references = await self._references(
+            tokens, [s for s in subjects if s.name not in damaged]
+        )
         answers = []
         for subject in subjects:
             found = damaged.get(subject.name) or served[subject.name].logprobs
-            reference = damaged.get(subject.name) or await self._reference(tokens, subject)
+            reference = damaged.get(subject.name) or references[subject.name]
             answers.append(Answers(subject.name, found, reference))
-        verdicts = judge(answers, self._bound)
-        return Report(tuple(verdicts), mixed)
+        return judge(answers, self._bound), mixed
 
     async def _probe(self) -> list[int]:
         info = self._engine.info
-        prompt = await self._prompts.from_text(PROBE, vocab_size=info.vocab_size)
+        whole = Room(info.vocab_size, 2 * len(PROBE))  # cut to the context below
+        prompt = await self._prompts.from_text(PROBE, whole)
         return prompt.ids[: min(PROBE_TOKENS, info.context_length - 1)]
 
     async def _activate(self, subjects: Sequence[_Subject]) -> dict[str, VeneerError]:
@@ -280,11 +372,18 @@ class SelfTest:
             "the engine gave no log-probabilities; the server's log may say why"
         )
 
-    async def _reference(
-        self, tokens: list[int], subject: _Subject
-    ) -> list[float] | VeneerError:
-        try:
-            # To its end, though the caller has gone: the engine reads the leased files.
-            return await outlast(self._engine.reference(tokens, subject.source))
-        except AdapterCorrupt as error:
-            return error
+    async def _references(
+        self, tokens: list[int], subjects: Sequence[_Subject]
+    ) -> dict[str, list[float] | VeneerError]:
+        """All at once, so that they share a pass over the base's files."""
+        # To their end, though the caller has gone: the engine reads the leased files.
+        found = await asyncio.gather(
+            *(outlast(self._engine.reference(tokens, s.source)) for s in subjects),
+            return_exceptions=True,
+        )
+        results: dict[str, list[float] | VeneerError] = {}
+        for subject, result in zip(subjects, found, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, AdapterCorrupt):
+                raise result
+            results[subject.name] = result
+        return results

@@ -74,6 +74,16 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                     quantization=base.fingerprint.quantization,
                     template=base.fingerprint.template,
                 ),
+                shape=server_pb2.BaseShape(
+                    layers=base.num_layers,
+                    vocabulary=info.vocab_size,
+                    projections=[
+                        server_pb2.ProjectionShape(
+                            name=name, in_features=inputs, out_features=outputs
+                        )
+                        for name, (outputs, inputs) in base.shapes.items()
+                    ],
+                ),
             ),
             device=info.device,
             backend=info.backend,
@@ -83,7 +93,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 device_adapter_bytes=self._budgets.device,
                 kv_cache_bytes=self._budgets.memory.kv_cache_bytes,
                 kv_cache_tokens=info.kv_cache_tokens,
-                max_batch_tokens=config.max_batch_tokens,
+                max_batch_tokens=info.max_batch_tokens,
+                max_prefill_tokens=info.max_prefill_tokens,
                 max_running=config.max_running,
                 max_queue=config.max_queue,
             ),
@@ -93,6 +104,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             adapters_on_device=self._metrics.on_device,
             engine_starts=self._engine.starts,
             memory=self._memory_used(),
+            longest_step=convert.duration(info.longest_step_seconds),
         )
 
     def _memory_used(self) -> server_pb2.Memory:

@@ -9,36 +9,56 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
-from veneer_registry.publishing import Prepare
 from veneer_registry.registry import (
     Published,
     Registry,
+    Staged,
     Upload,
     UploadFile,
     UploadRequest,
-    Who,
 )
 
+from veneer_server.logs import get_logger
 from veneer_server.priority import lower_priority
 from veneer_server.rpc.threads import to_the_end
 
 __all__ = ["UploadOptions", "Uploads"]
 
-IDLE_LIMIT_S: Final = 30.0
+WINDOW_S: Final = 60.0
+"""Seconds over which an upload's rate is measured; so long may it bring nothing."""
+
+MIN_RATE: Final = 16 << 10
+"""Default of ``--min-upload-rate``: bytes a second, so that 100 MB on a line of 1 Mbit/s,
+which bring 125,000, are far from it."""
+
+PATIENCE_S: Final = 10.0
+"""As `WINDOW_S`, for an upload whose place another one wants."""
+
+MAX_BROKEN: Final = 16
+MAX_BROKEN_BYTES: Final = 512 << 20
+"""Defaults of ``--max-broken-uploads`` and ``--max-broken-upload-bytes``."""
+
 DISCARD_S: Final = 2.0
 DISCARD_BYTES: Final = 256 << 20
+MAX_DISCARDS: Final = 4
+"""Uploads beyond `MAX_AT_ONCE` that are let finish sending; each may hold a message."""
+
 MAX_CHUNK: Final = 4 << 20
 MAX_FILES: Final = 16
 MAX_LABELS: Final = 64
 MAX_AT_ONCE: Final = 8
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+_log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +71,59 @@ class UploadOptions:
     resume: bool
 
 
+class _Pace:
+    """Whether an upload comes fast enough: in each `WINDOW_S` of waiting for its client it
+    must bring ``min_rate`` bytes a second, or its end. So its waits add up to no more than
+    its size divided by the rate, and one window. Our own work does not count.
+    """
+
+    def __init__(self, min_rate: int) -> None:
+        self._min_rate = min_rate
+        self._window_s = WINDOW_S
+        self._waited_s = 0.0
+        """Since the last window that brought enough."""
+        self._brought = 0
+        self._timeout: asyncio.Timeout | None = None
+        self.displaced = False
+
+    @property
+    def slow(self) -> bool:
+        """Its client is waited for, and brings so little that another may have its place."""
+        if self._timeout is None or (when := self._timeout.when()) is None:
+            return False
+        waited_s = self._window_s - (when - asyncio.get_running_loop().time())
+        return (
+            not self.displaced
+            and waited_s >= min(PATIENCE_S, self._window_s)
+            and self._brought < self._min_rate * waited_s
+        )
+
+    def displace(self) -> None:
+        """End it: another one gets its place."""
+        self.displaced = True
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def progressed(self, count: int) -> None:
+        """So many bytes came that were not there before."""
+        self._brought += count
+        if self._brought >= self._min_rate * self._window_s:
+            self._brought, self._waited_s = 0, 0.0
+
+    async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
+        """The client's next message. Raises TimeoutError where it is too slow."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if self.displaced:
+            raise TimeoutError
+        try:
+            async with asyncio.timeout(self._window_s - self._waited_s) as self._timeout:
+                return await receive()
+        finally:
+            self._timeout = None
+            self._waited_s += loop.time() - began
+
+
 class Uploads:
     """Runs uploads, a bounded number of them at once."""
 
@@ -58,17 +131,19 @@ class Uploads:
         self,
         registry: Registry,
         *,
-        on_published: Callable[[Published], None] = lambda published: None,
-        idle_limit_s: float = IDLE_LIMIT_S,
+        min_rate: int = MIN_RATE,
+        broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
     ) -> None:
         """Args:
-        on_published: told every outcome, also when the caller has left by then.
-        idle_limit_s: longest wait for a client's next message.
+        min_rate: bytes a second that each must bring.
+        broken: how many interrupted ones are kept, and how many bytes of them.
         """
         self._registry = registry
-        self._on_published = on_published
-        self._idle_limit_s = idle_limit_s
-        self._running = 0
+        self._min_rate = min_rate
+        self._most_broken, self._most_broken_bytes = broken
+        self._running: dict[_Pace, None] = {}
+        """In the order in which they came."""
+        self._discarding = 0
         # Hashing and checking would take the step's cores.
         self._workers = ThreadPoolExecutor(
             MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
@@ -79,35 +154,32 @@ class Uploads:
         request = _options(spec).request
         return await to_the_end(lambda: self._registry.committed(request), self._workers)
 
+    @contextlib.asynccontextmanager
     async def receive(
-        self,
-        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
-        *,
-        who: Who,
-        prepare: Callable[[UploadOptions], Prepare | None],
-    ) -> tuple[UploadOptions, Published]:
-        """Take in one upload.
-
-        Args:
-            who: for the history.
-            prepare: gives what `Registry.publish` shall call before the name moves.
+        self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]
+    ) -> AsyncIterator[tuple[UploadOptions, Upload]]:
+        """Take in one upload, which is complete when the block begins and ends with it.
 
         Raises:
-            InvalidField, AdapterInvalid, ChecksumMismatch, AdapterExists,
-            BaseModelMismatch, DiskFull: the upload is refused.
+            InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: it is refused.
             QuotaExceeded: too many uploads run at once.
-            Aborted: the client sent nothing for too long, or goes on elsewhere.
+            Aborted: the upload came too slowly, or is resumed elsewhere.
         """
-        if self._running >= MAX_AT_ONCE:
-            raise QuotaExceeded(
-                f"{MAX_AT_ONCE} uploads run already: retry when one has ended",
-                retry_after_s=2.0,
-            )
-        self._running += 1
+        try:
+            pace = self._place()
+        except QuotaExceeded:
+            if self._discarding < MAX_DISCARDS:
+                self._discarding += 1
+                try:
+                    await _discard(aiter(requests))
+                finally:
+                    self._discarding -= 1
+            raise
+        messages = aiter(requests)
         upload: Upload | None = None
         keep, ended_early = True, False
         try:
-            first = await self._next(messages)
+            first = await self._next(messages, pace)
             if first is None or first.WhichOneof("message") != "spec":
                 raise InvalidField(
                     "the first message of an upload must be `spec`", metadata={"field": "spec"}
@@ -120,37 +192,73 @@ class Uploads:
 
             await to_the_end(begin, self._workers)
             assert upload is not None, "begin_upload returned"
-            await self._chunks(messages, upload)
+            await self._chunks(messages, upload, pace)
             if ended_early := upload.missing_bytes > 0:
                 upload.finish()  # says what is missing
-            opened, loop = upload, asyncio.get_running_loop()
-
-            def publish() -> Published:
-                published = self._registry.publish(
-                    opened,
-                    validate_only=options.validate_only,
-                    who=who,
-                    prepare=None if options.validate_only else prepare(options),
-                )
-                loop.call_soon_threadsafe(self._on_published, published)
-                return published
-
-            return options, await to_the_end(publish, self._workers)
+            yield options, upload
         except VeneerError as error:
             # A broken connection looks like an end that came too early.
             keep = isinstance(error, Aborted) or ended_early
             await _discard(messages)
             raise
         finally:
-            self._running -= 1
+            self._running.pop(pace, None)
             if upload is not None:
-                # Both do nothing after a commit.
-                await to_the_end(upload.suspend if keep else upload.abort, self._workers)
+                ended = upload
+                await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
+
+    async def validate(self, upload: Upload) -> Published:
+        """`Registry.validate`, at low priority."""
+        return await to_the_end(lambda: self._registry.validate(upload), self._workers)
+
+    @contextlib.asynccontextmanager
+    async def stage(self, upload: Upload) -> AsyncIterator[Staged]:
+        """`Registry.stage`, at low priority. What was not committed when the block ends is
+        discarded."""
+        found: list[Staged] = []
+        try:
+            await to_the_end(lambda: found.append(self._registry.stage(upload)), self._workers)
+            yield found[0]
+        finally:
+            for staged in found:  # also where the caller had gone by then
+                await to_the_end(staged.discard, self._workers)
+
+    def _place(self) -> _Pace:
+        """A place among the uploads that run; that of one which hardly moves if need be."""
+        if len(self._running) >= MAX_AT_ONCE:
+            slow = next((pace for pace in self._running if pace.slow), None)
+            if slow is None:
+                raise QuotaExceeded(
+                    f"{MAX_AT_ONCE} uploads run already: retry when one has ended",
+                    metadata={"limit": str(MAX_AT_ONCE)},
+                    retry_after_s=2.0,
+                )
+            slow.displace()
+            del self._running[slow]
+        pace = _Pace(self._min_rate)
+        self._running[pace] = None
+        return pace
+
+    def _end(self, upload: Upload, *, keep: bool) -> None:
+        """Does nothing after a commit."""
+        if not keep:
+            upload.abort()
+            return
+        upload.suspend()
+        try:
+            self._registry.trim_uploads(
+                most=self._most_broken, most_bytes=self._most_broken_bytes
+            )
+        except OSError as error:  # housekeeping tries again
+            _log.warning("broken uploads not trimmed", why=str(error))
 
     async def _chunks(
-        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], upload: Upload
+        self,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        upload: Upload,
+        pace: _Pace,
     ) -> None:
-        while (message := await self._next(messages)) is not None:
+        while (message := await self._next(messages, pace)) is not None:
             if message.WhichOneof("message") != "chunk":
                 raise InvalidField(
                     "after the first message an upload has only `chunk`s",
@@ -162,19 +270,28 @@ class Uploads:
                     f"a chunk has {len(chunk.data)} bytes: send at most {MAX_CHUNK}",
                     metadata={"field": "chunk.data"},
                 )
+            missing = upload.missing_bytes
             await to_the_end(_write(upload, chunk), self._workers)
+            # What was there before, and empty chunks, are no progress.
+            pace.progressed(missing - upload.missing_bytes)
 
     async def _next(
-        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: _Pace
     ) -> adapters_pb2.UploadAdapterRequest | None:
         """The client's next message; None when it has sent its last."""
         try:
-            async with asyncio.timeout(self._idle_limit_s):
-                return await anext(messages, None)
+            return await pace.wait(lambda: anext(messages, None))
         except TimeoutError as error:
+            if pace.displaced:
+                raise Aborted(
+                    "the upload hardly moved while another waited for its place: what came "
+                    "is kept, so resume it",
+                    retry_after_s=2.0,
+                ) from error
             raise Aborted(
-                f"no part of the upload came for {self._idle_limit_s:g} s: what came before "
-                "is kept, so go on with it",
+                f"the upload brought less than {self._min_rate} bytes a second over "
+                f"{WINDOW_S:g} s: what came is kept, so resume it, or start the server "
+                "with a smaller --min-upload-rate",
                 retry_after_s=0.0,
             ) from error
 
@@ -186,7 +303,7 @@ async def _discard(messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -
     INTERNAL) instead of the refusal; one that finishes sees the refusal.
     """
     left = DISCARD_BYTES
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, VeneerError):  # it has its refusal already
         async with asyncio.timeout(DISCARD_S):
             async for message in messages:
                 left -= len(message.chunk.data)

@@ -1,12 +1,14 @@
 """WatchAdapters: a watcher's place in the row of events, and the messages it gets.
 
-Who falls behind the row's oldest event, or stops reading, is closed with an error.
+The messages of an event are built and serialised once for all watchers. Who falls behind
+the row's oldest event, or stops reading, is closed with an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
@@ -26,8 +28,12 @@ READER_LIMIT_S: Final = 30.0
 """Longest wait for a watcher to take a message."""
 _PAGE: Final = 100
 
+KEPT_EVENTS: Final = 64
+"""Events whose messages are kept for watchers that are a little behind the first."""
+
 Message = adapters_pb2.WatchAdaptersResponse
-Write = Callable[[Message], Awaitable[None]]
+Write = Callable[[bytes], Awaitable[None]]
+"""Sends a serialised `Message`."""
 
 
 class AdapterWatch:
@@ -45,6 +51,7 @@ class AdapterWatch:
         self._view = view
         self._events = events
         self._reader_limit_s = reader_limit_s
+        self._built: OrderedDict[int, asyncio.Task[list[bytes]]] = OrderedDict()
 
     async def serve(self, since: int, write: Write) -> None:
         """Tell what happened after ``since`` and go on, until the caller leaves.
@@ -65,17 +72,19 @@ class AdapterWatch:
                     "again from the last sequence number"
                 )
             for event in happened:
-                for message in await self._messages(event):
+                for message in await self._once(event):
                     await self._send(write, message)
                 place = event.sequence
             if not synced and not self._events.after(place):
                 synced = True
                 kind = adapters_pb2.ADAPTER_EVENT_SYNCED
-                await self._send(write, self._message(kind, sequence=place))
+                last = self._message(kind, sequence=place)
+                await self._send(write, last.SerializeToString())
             await self._events.beyond(place)
 
     async def _snapshot(self, write: Write) -> None:
-        await self._send(write, self._message(adapters_pb2.ADAPTER_EVENT_RESET))
+        reset = self._message(adapters_pb2.ADAPTER_EVENT_RESET)
+        await self._send(write, reset.SerializeToString())
         name = ""
         while True:
             page = await to_the_end(
@@ -84,12 +93,27 @@ class AdapterWatch:
             for record in page:
                 message = self._message(adapters_pb2.ADAPTER_EVENT_PRESENT)
                 message.adapter.CopyFrom(self._view.adapter(record))
-                await self._send(write, message)
+                await self._send(write, message.SerializeToString())
             if len(page) < _PAGE:
                 return
             name = page[-1].ref.name
 
-    async def _messages(self, event: Happened) -> list[Message]:
+    async def _once(self, event: Happened) -> list[bytes]:
+        """`_messages`, built for the first watcher that wants them."""
+        built = self._built.get(event.sequence)
+        if built is None:
+            built = asyncio.get_running_loop().create_task(self._messages(event))
+            self._built[event.sequence] = built
+            while len(self._built) > KEPT_EVENTS:
+                self._built.popitem(last=False)
+        try:
+            # Others wait for it, too, whoever of them leaves.
+            return await asyncio.shield(built)
+        except Exception:
+            self._built.pop(event.sequence, None)  # the next one tries again
+            raise
+
+    async def _messages(self, event: Happened) -> list[bytes]:
         """One for each revision that the event is about; the last has the number."""
         if isinstance(event.subject, AdapterRecord):
             adapters = [await self._registered(event, event.subject)]
@@ -106,7 +130,7 @@ class AdapterWatch:
         ]
         if messages:
             messages[-1].sequence = event.sequence
-        return messages
+        return [message.SerializeToString() for message in messages]
 
     async def _registered(self, event: Happened, record: AdapterRecord) -> adapters_pb2.Adapter:
         gone = replace(record, current=False)
@@ -132,7 +156,7 @@ class AdapterWatch:
     def _message(self, kind: Kind, *, sequence: int = 0) -> Message:
         return Message(event=kind, sequence=sequence, time=convert.timestamp(time.time()))
 
-    async def _send(self, write: Write, message: Message) -> None:
+    async def _send(self, write: Write, message: bytes) -> None:
         try:
             async with asyncio.timeout(self._reader_limit_s):
                 await write(message)

@@ -1,13 +1,18 @@
-"""Whose doing an admin call is, for the history."""
+"""Who calls: for the history of admin calls, and for taking turns."""
 
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from typing import Any, Final
 
 from veneer_registry.rows import Who
 
-__all__ = ["who_calls"]
+__all__ = ["CALLER", "who_calls"]
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""The connection that the current call came by. Callers take turns where one of them
+could keep the others waiting."""
 
 ACTOR: Final = "veneer-actor"
 _LONGEST: Final = 128

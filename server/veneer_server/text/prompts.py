@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.errors import InvalidField, TemplateFailed
+from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
+from veneer_server.text.lanes import Lanes
 from veneer_server.text.template import ChatTemplate, read_base_template
-from veneer_server.text.template_process import TemplateProcess
+from veneer_server.text.template_process import TemplateProcesses
 from veneer_server.text.tokenizer import TextTokenizer
 
-__all__ = ["Prompt", "Prompts"]
+__all__ = ["Prompt", "Prompts", "Room"]
 
 INLINE_CHARACTERS: Final = 2000
-"""Longer texts are tokenised in a thread; shorter ones take under a millisecond."""
+"""Longer texts are tokenized in a thread; shorter ones take about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +28,24 @@ class Prompt:
     ids: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a model takes.
+
+    Attributes:
+        vocab_size: ids below it have rows in the model. Its tokenizer may know more, where
+            tokens were added.
+        tokens: most tokens of a prompt.
+    """
+
+    vocab_size: int
+    tokens: int
+
+
 class Prompts:
     """Tokenises, and renders chats with an adapter's template or the base's.
 
-    Close it to end its threads and its process.
+    Close it to end its threads and processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,70 +57,102 @@ class Prompts:
         self.tokenizer = TextTokenizer.from_folder(folder)
         source, special = read_base_template(folder)
         self._base = ChatTemplate(source, special) if source is not None else None
-        self._uploaded = TemplateProcess(special)
-        # Two, so that one long prompt does not hold up the others.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._uploaded = TemplateProcesses(special)
+        self._lanes = Lanes()
 
     async def close(self) -> None:
-        """End threads and process; no call may follow."""
+        """End threads and processes; no call may follow."""
         await self._uploaded.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._lanes.close()
 
-    async def from_text(self, text: str, *, vocab_size: int) -> Prompt:
-        """Tokenise text as it stands; only the tokenizer's own BOS is added.
+    def check_bytes(self, text: bytes, tokens: int, field: str) -> None:
+        """Raise ContextTooLong if a text in UTF-8 cannot be so few tokens."""
+        bound = self.tokenizer.bound
+        if bound is None:
+            return
+        most = bound.most_bytes(tokens, ascii_only=text.isascii())
+        if not bound.exceeds(text, most):
+            return
+        raise ContextTooLong(
+            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit are at most "
+            f"{most}: shorten it",
+            metadata={
+                "field": field,
+                "prompt_bytes": str(len(text)),
+                "largest_bytes": str(most),
+                "largest": str(tokens),
+            },
+        )
 
-        Args:
-            vocab_size: the model's, which its tokenizer may exceed: where tokens were
-                added, and the model has no rows for them.
+    async def from_text(self, text: str, room: Room) -> Prompt:
+        """Tokenize text as it stands; only the tokenizer's own BOS is added.
 
         Raises:
+            ContextTooLong: the text has more bytes than ``room`` can hold as tokens.
+            TooManyTokens: it has more tokens.
             InvalidField: there are no tokens, or one is outside the vocabulary.
         """
-        ids = await self._tokenise(text, add_special_tokens=True)
-        return Prompt(text, self._checked(ids, "prompt", vocab_size))
+        ids = await self._tokenize(text, room, "prompt", add_special_tokens=True)
+        return Prompt(text, self._checked(ids, "prompt", room.vocab_size))
 
     async def from_messages(
         self,
         messages: Sequence[Mapping[str, str]],
         adapter_template: str | None,
-        *,
-        vocab_size: int,
+        room: Room,
     ) -> Prompt:
-        """Render a chat and tokenise it.
+        """Render a chat and tokenize it.
 
         Raises:
             TemplateFailed: no template, or it refuses these messages.
-            InvalidField: as `from_text`.
+            QueueFull: too many wait for the adapter's template.
+            ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if adapter_template is not None:
             text = await self._uploaded.render(adapter_template, messages)
-        elif self._base is None:
+        elif (base := self._base) is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
                 "instead of `messages`"
             )
         else:
-            text = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._base.render, messages
-            )
-        ids = await self._tokenise(text, add_special_tokens=False)
-        return Prompt(text, self._checked(ids, "messages", vocab_size))
+            size = sum(len(message["content"]) for message in messages)
+            text = await self._lanes.run(size, lambda: base.render(messages))
+        ids = await self._tokenize(text, room, "messages", add_special_tokens=False)
+        return Prompt(text, self._checked(ids, "messages", room.vocab_size))
 
-    def from_ids(self, ids: Sequence[int], *, vocab_size: int, with_text: bool) -> Prompt:
-        """Check token ids against the model's vocabulary.
+    async def from_ids(self, ids: Sequence[int], room: Room, *, with_text: bool) -> Prompt:
+        """Check token ids against the model's vocabulary. Their number was checked before.
+
+        Args:
+            with_text: make the text, too.
 
         Raises:
-            InvalidField: an id is outside it.
+            InvalidField: an id is outside the vocabulary.
         """
-        checked = self._checked(list(ids), "token_ids", vocab_size)
-        return Prompt(self.tokenizer.decode(ids) if with_text else "", checked)
+        checked = self._checked(list(ids), "token_ids", room.vocab_size)
+        text = ""
+        if with_text:
+            size = len(checked)
+            text = await self._lanes.run(size, lambda: self.tokenizer.decode(checked))
+        return Prompt(text, checked)
 
-    async def _tokenise(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def _tokenize(
+        self, text: str, room: Room, field: str, *, add_special_tokens: bool
+    ) -> list[int]:
         if len(text) <= INLINE_CHARACTERS:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            return self.tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, most=room.tokens
+            )
+        data = text.encode()
+        self.check_bytes(data, room.tokens, field)
+        size = len(data)
+        del data
+        return await self._lanes.run(
+            size,
+            lambda: self.tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, most=room.tokens
+            ),
         )
 
     def _checked(self, ids: list[int], field: str, vocab_size: int) -> list[int]:

@@ -7,7 +7,9 @@ supported models use: byte-level BPE, and SentencePiece BPE with byte fallback.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,11 +18,18 @@ from typing import Any, Final
 from tokenizers import Tokenizer as RustTokenizer
 from veneer_registry.errors import VeneerError
 
+from veneer_server.text.bound import TextBound, read_bound
 from veneer_server.text.detokenizer import Detokenizer
 
-__all__ = ["TextTokenizer", "TokenizerUnsupported"]
+__all__ = ["TextTokenizer", "TokenizerUnsupported", "TooManyTokens"]
+
+# Of its own, the library gives a batch to threads that all callers share: two long texts
+# would keep short ones waiting, whatever threads of ours they run in.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LABEL: Final = re.compile(r"bytes:(\\x[0-9a-f]{2})+|token_id:\d+")
+"""Labels of tokens that have no text of their own; see `TextTokenizer.token_label`."""
 
 
 class TokenizerUnsupported(VeneerError):
@@ -28,6 +37,26 @@ class TokenizerUnsupported(VeneerError):
 
     code = "FAILED_PRECONDITION"
     reason = "TOKENIZER_UNSUPPORTED"
+
+
+_SPARSE: Final = 8
+"""Characters for each token that the caller can use, from which on the text is looked at in
+pieces first: most text has fewer, and so would be too long."""
+
+_PIECE: Final = 32 << 10
+"""Characters of such a piece. The library takes some 120 bytes for each while it works."""
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than the caller has a use for.
+
+    Attributes:
+        count: how many; None where that was not worth finding out.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        super().__init__(f"the text has {count or 'too many'} tokens")
+        self.count = count
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,6 +71,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _ALPHABET: Final = _byte_alphabet()
+_CHARACTERS: Final = {byte: character for character, byte in _ALPHABET.items()}
 
 
 class TextTokenizer:
@@ -64,6 +94,11 @@ class TextTokenizer:
             token["id"] for token in description.get("added_tokens", ()) if token.get("special")
         )
         self._bytes: dict[int, bytes] = {}
+        self._labels: dict[int, str] = {}
+        normalizer = rust.normalizer
+        self._bound = read_bound(
+            description, _ALPHABET, normalizer.normalize_str if normalizer else str
+        )
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextTokenizer:
@@ -93,14 +128,47 @@ class TextTokenizer:
         """Number of token ids, added tokens included."""
         return self._rust.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids. Releases the interpreter lock while it works.
+    def encode(
+        self, text: str, *, add_special_tokens: bool, most: int | None = None
+    ) -> list[int]:
+        """Token ids. Releases the interpreter's lock while it works, as the library's plain
+        ``encode`` does not; that one computes offsets, too.
 
         Args:
             add_special_tokens: let the tokenizer add its own (such as BOS); a
                 rendered chat template already holds them.
+            most: tokens that the caller can use; a list of more is never made, since as
+                Python objects they take 36 bytes each.
+
+        Raises:
+            TooManyTokens: there are more than ``most``.
         """
-        return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        if most is not None and len(text) > max(_PIECE, _SPARSE * most):
+            self._check_pieces(text, most)
+        [found] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if most is not None and len(found) > most:
+            raise TooManyTokens(len(found))
+        return found.ids
+
+    def _check_pieces(self, text: str, most: int) -> None:
+        """Raise TooManyTokens where it is far too long, without the memory and the time that
+        all of it takes.
+
+        A cut changes the tokens beside it, so the sum of the pieces is not the text's
+        number of tokens; but it is nowhere near twice as many.
+        """
+        count = 0
+        for at in range(0, len(text), _PIECE):
+            piece = text[at : at + _PIECE]
+            [found] = self._rust.encode_batch_fast([piece], add_special_tokens=False)
+            count += len(found)
+            if count > 2 * (most + 1):
+                raise TooManyTokens(None)
+
+    @property
+    def bound(self) -> TextBound | None:
+        """How much text a number of tokens can be; None where anything may be."""
+        return self._bound
 
     def decode(self, ids: Iterable[int]) -> str:
         """The whole text of a finished sequence, special tokens left out."""
@@ -117,6 +185,50 @@ class TextTokenizer:
     def token_name(self, token: int) -> str:
         """How the vocabulary writes a token, such as ``<|im_end|>``; empty if unknown."""
         return self._rust.id_to_token(token) or ""
+
+    def token_label(self, token: int) -> str:
+        """What a token is called beside its log-probability; no two tokens share a label.
+
+        Its text, such as `` the``. A fragment of a character is ``bytes:\\xf0\\x9f``, as in
+        OpenAI's API. Of tokens with the same text (SentencePiece has ``A`` and the byte
+        ``<0x41>``) the ordinary one is called by the text, the next by its bytes. A special
+        token has its vocabulary's name. What is left is ``token_id:151700``.
+        """
+        known = self._labels.get(token)
+        if known is None:
+            known = self._labels[token] = self._label(token)
+        return known
+
+    def _label(self, token: int) -> str:
+        data, number = self.token_bytes(token), f"token_id:{token}"
+        if not data:
+            return self.token_name(token) or number
+        text = data.decode(errors="backslashreplace")
+        alike = self._tokens_of(data)
+        names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in data)]
+        whole = text.encode() == data
+        special = self._rust.token_to_id(text) in self._special
+        if whole and not special and not _LABEL.fullmatch(text):
+            names.insert(0, text)
+        place = alike.index(token) if token in alike else len(names)
+        return names[place] if place < len(names) else number
+
+    def _tokens_of(self, data: bytes) -> list[int]:
+        """Tokens that stand for these bytes, the ordinary one first. One that mixes spellings
+        of a space may be missing."""
+        spellings = []
+        if self._byte_level:
+            spellings.append("".join(_CHARACTERS[byte] for byte in data))
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode()
+            spelled = text
+            for old, new in reversed(self._replaced):
+                spelled = spelled.replace(new, old) if new else spelled
+            spellings += [spelled, text]
+        if self._byte_fallback and len(data) == 1:
+            spellings += [f"<0x{data[0]:02X}>", f"<0x{data[0]:02x}>"]
+        found = (self._rust.token_to_id(spelling) for spelling in dict.fromkeys(spellings))
+        return [t for t in found if t is not None and self.token_bytes(t) == data]
 
     def _derive(self, token: int) -> bytes:
         text = None if token in self._special else self._rust.id_to_token(token)

@@ -2,7 +2,8 @@
 
 First the whole server in this process on a FAKE decoder, whose tokens are a hash of what
 was read (`tests.torture.hash_backend`): any crossed wire is an exact mismatch. Then real
-server processes on a tiny Llama in float32, judged by PEFT.
+server processes on a tiny Llama: torch in float32, judged by PEFT, and the native kernels, in
+each form that the machine has, judged by an engine that computes one request at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from veneer_server.engine import backends
 
 from tests.server_harness import Server, running_server
 from tests.tiny_llama import make_tiny_llama
+from tests.torture.alone_reference import AloneReference
 from tests.torture.cancels import all_free
 from tests.torture.churn import churn
 from tests.torture.churn_record import Churn, Traffic
+from tests.torture.forms import Form, forms
 from tests.torture.hash_backend import HashBackend
 from tests.torture.in_process import InProcess, in_process
 from tests.torture.isolation import HashReference, failures_of, outcomes
@@ -50,7 +53,7 @@ class Memory:
     kv: str = "0.5MiB"
     running: str = "12"
 
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         return {
             "device_adapter_bytes": self.device,
             "host_cache_bytes": self.host,
@@ -62,10 +65,15 @@ class Memory:
 # An adapter of one module takes 1,536 bytes for each rank, of all modules 20,736.
 ONE_MODULE = ("self_attn.q_proj",)
 HASHED = Memory(device="24KiB", host="48KiB")
-TIGHT = Memory(device="12KiB", host="24KiB")
+TIGHT = Memory(device="6KiB", host="24KiB")
 ROOMY = Memory(device="48KiB", host="96KiB")
 SMALL = Memory(device="256KiB", host="512KiB")
 LARGE = Memory(device="1MiB", host="2MiB")
+# The native backend keeps both in bfloat16: as little room for as many of them.
+HALF = {
+    SMALL: Memory(device="128KiB", host="256KiB", kv="0.25MiB"),
+    LARGE: Memory(device="0.5MiB", host="1MiB", kv="0.25MiB"),
+}
 SERVED = Traffic(requests=2_000, most_tokens=16, sampled=0.3, logprobs=True)
 
 
@@ -74,12 +82,15 @@ def run(scale: Scale) -> Outcome:
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     hashed = _hashed(scale, base)
     traffic = replace(SERVED, requests=scale.pick(150, 2_000))
-    served = asyncio.run(_served(scale, base, traffic, SMALL, scale.folder("served")))
+    parts = [hashed]
+    for form in forms():
+        folder = scale.folder(f"served by {form.name}")
+        parts.append(asyncio.run(_served(scale, base, traffic, SMALL, folder, form)))
     return Outcome(
-        figure=f"{hashed.figure}; real processes: {served.figure}",
+        figure="; ".join(part.figure for part in parts),
         bar=BAR,
-        failures=hashed.failures + served.failures,
-        notes=hashed.notes + served.notes,
+        failures=tuple(line for part in parts for line in part.failures),
+        notes=tuple(line for part in parts for line in part.notes),
     )
 
 
@@ -91,10 +102,11 @@ def controls(scale: Scale) -> Iterator[Control]:
     traffic = replace(SERVED, requests=scale.pick(90, 300), names=4, each=3)
     plain = [name for name, bug in PLANTED.items() if bug.engine and not bug.tight]
     for name in plain[: scale.pick(1, len(plain))]:
-        folder = scale.folder(f"served {name}")
-        with planted_server(name, folder):
-            outcome = asyncio.run(_served(scale, base, traffic, LARGE, folder))
-        yield Control.of(f"{name}, in a real engine process", outcome)
+        for form in forms()[:2]:
+            folder = scale.folder(f"{name} served by {form.name}")
+            with planted_server(name, folder):
+                outcome = asyncio.run(_served(scale, base, traffic, LARGE, folder, form))
+            yield Control.of(f"{name}, in a real engine process, {form.name}", outcome)
 
 
 # -------------------------------------------------------------- the hashing decoder
@@ -149,7 +161,8 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
         each=3,
         modules=ONE_MODULE,
         ranks=(2,),
-        most_tokens=24,
+        # Long where memory is short, so that requests overlap on a busy machine too.
+        most_tokens=60 if planted.tight else 24,
     )
     memory = TIGHT if planted.tight else ROOMY
     for attempt in range(ROUNDS):
@@ -166,34 +179,46 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
 
 
 async def _served(
-    scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path
+    scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path, form: Form
 ) -> Outcome:
-    """A server process, judged by PEFT."""
+    """A server process, judged by PEFT or by an engine of the same form."""
+    memory = HALF[memory] if form.native else memory
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in memory.settings().items()]
-    flags += ["--base", str(base), "--dtype", "float32", "--quantization", "none"]
-    async with running_server(folder / "data", folder / "cache", *flags) as server:
+    flags += ["--base", str(base), *form.flags]
+    cache = form.cache(folder / "cache")
+    async with running_server(folder / "data", cache, *flags) as server:
         record = await churn(server, traffic, scale.random(folder.name), folder / "adapters")
         seen = await _counted(server)
         leaks = await _left(server)
         stopped = await server.stop()
-    reference = PeftReference(base)
-    failures = (*leaks, *failures_of(record, reference))
+    failures, judged = _judged(record, base, form, cache)
+    failures = (*leaks, *failures)
     if stopped:
         failures += (f"the server ended with status {stopped}",)
     revisions = len({attempt.revision for attempt in record.attempts} - {""})
     return Outcome(
         figure=(
-            f"{traffic.requests:,} requests over {traffic.names} adapters, "
-            f"{len(failures)} wrong ({_listed(outcomes(record))}; {revisions} revisions "
-            f"answered, {_listed(seen)}; "
-            f"log-probabilities within {reference.worst:.0e} of PEFT's, bound {BOUND:.0e})"
+            f"real processes, {form.name}: {traffic.requests:,} requests over "
+            f"{traffic.names} adapters, {len(failures)} wrong ({_listed(outcomes(record))}; "
+            f"{revisions} revisions answered, {_listed(seen)}; {judged})"
         ),
         bar=BAR,
-        failures=failures,
-        notes=(
-            f"changes of the real server: {_listed(record.changes)}; "
-            f"{reference.near_ties} near ties",
-        ),
+        failures=tuple(f"{form.name}: {line}" for line in failures),
+        notes=(f"changes of the real server, {form.name}: {_listed(record.changes)}",),
+    )
+
+
+def _judged(record: Churn, base: Path, form: Form, cache: Path) -> tuple[tuple[str, ...], str]:
+    """Failures, and by what standard."""
+    if form.native:
+        alone = AloneReference(base, form, cache)
+        failures = failures_of(record, alone)
+        return failures, f"{alone.judged} bitwise those of one request at a time"
+    peft = PeftReference(base)
+    failures = failures_of(record, peft)
+    return failures, (
+        f"log-probabilities within {peft.worst:.0e} of PEFT's, bound {BOUND:.0e}, "
+        f"{peft.near_ties} near ties"
     )
 
 

@@ -20,9 +20,13 @@ from veneer_registry.safetensors_header import parse_header
 from veneer_registry.values import MAX_MAGNITUDE, ServingDtype
 from veneer_server.engine.messages import AdapterSource
 from veneer_server.lora.batch import LoraBatch
+from veneer_server.memory import BLOCK_TOKENS
+from veneer_server.models.attention import KvCache
+from veneer_server.native.decoder import NativeDecoder
 
 from tests.engine_harness import EngineHarness, source
 from tests.tiny_llama import make_lora
+from tests.torture.forms import TORCH, Form, forms
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.tiny_engine import ask, tiny_engine
 from tests.unit.registry.kit import BASE, Tensors, make_adapter, make_tensors, push
@@ -134,7 +138,8 @@ def mates_of(
     """
     batch = [
         ask(1, max_tokens=1),
-        ask(2, max_tokens=1, adapter=third),
+        # Longer, so that it leaves something where the next one in its block has no tokens.
+        ask(2, max_tokens=1, adapter=third, prompt=list(range(3, 3 + BLOCK_TOKENS - 2))),
         ask(3, max_tokens=1, adapter=good),
         ask(4, max_tokens=1),
     ]
@@ -150,8 +155,11 @@ def mates_of(
     return mates, answers[1].error
 
 
-def torture_batches(work: Path, scale: Scale) -> Outcome:
-    """Each bad number in A or in B, beside others, compared with a harmless twin."""
+def torture_batches(work: Path, scale: Scale, form: Form = TORCH) -> Outcome:
+    """Each bad number in A or in B, beside others, compared with a harmless twin.
+
+    KV blocks are few, so that a later batch reads what the broken one left in them.
+    """
     numbers = {**BAD, "3e38": 3e38}
     cases = list(itertools.product((False, True), numbers, "AB"))
     if not scale.full:
@@ -159,11 +167,11 @@ def torture_batches(work: Path, scale: Scale) -> Outcome:
     failures, aborted = [], 0
     good = source(make_lora(work / "good", seed=1))
     harmless = source(make_lora(work / "harmless", seed=2))
-    with without_check(), tiny_engine(work) as harness:
+    with without_check(), tiny_engine(work, form) as harness:
         for number, (exact, what, side) in enumerate(cases):
             folder = make_lora(work / str(number), seed=2)
             bad = source(poison(folder, numbers[what], side))
-            harness.reconfigure(exact=exact)
+            harness.reconfigure(exact=exact, kv_blocks=8)
             expected, _ = mates_of(harness, harmless, good)
             found, error = mates_of(harness, bad, good)
             aborted += error is not None
@@ -174,8 +182,12 @@ def torture_batches(work: Path, scale: Scale) -> Outcome:
                 failures.append(f"{place}: its own request was answered with {error}")
             if mates_of(harness, harmless, good)[0] != expected:
                 failures.append(f"{place}: a later batch changed")
-    figure = f"{len(cases)} batches beside one ({aborted} aborted), {len(failures)} harmed"
-    return Outcome(figure, BAR, tuple(failures))
+            later = harness.run([ask(seed, max_tokens=3) for seed in range(5, 9)])
+            if errors := {answer.error for answer in later} - {None}:
+                failures.append(f"{place}: a later sequence ended with {errors}")
+    figure = f"{form.name}: {len(cases)} batches beside one ({aborted} aborted), "
+    told = tuple(f"{form.name}: {line}" for line in failures)
+    return Outcome(f"{figure}{len(failures)} harmed", BAR, told)
 
 
 @contextlib.contextmanager
@@ -211,6 +223,17 @@ def masked_sum() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def nothing_cleared() -> Iterator[None]:
+    """A planted bug: neither backend makes a KV block finite again."""
+    real = NativeDecoder.clear, KvCache.clear
+    NativeDecoder.clear = KvCache.clear = lambda self, blocks: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        NativeDecoder.clear, KvCache.clear = real  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Failed sequences are logged, as they should be; not here."""
     logging.disable(logging.CRITICAL)
@@ -221,17 +244,20 @@ def quiet() -> Iterator[None]:
 
 
 def run(scale: Scale) -> Outcome:
-    """All combinations, or 60 uploads and some batches."""
+    """All combinations, or 60 uploads and some batches, on each backend."""
     uploads = torture_uploads(scale.folder("uploads"), scale.pick(60, 1000), scale)
     with quiet():
-        batches = torture_batches(scale.folder("batches"), scale)
+        batches = [torture_batches(scale.folder(f.name), scale, f) for f in forms()]
     return Outcome(
-        f"{uploads.figure}; {batches.figure}", BAR, uploads.failures + batches.failures
+        "; ".join(outcome.figure for outcome in (uploads, *batches)),
+        BAR,
+        tuple(line for outcome in (uploads, *batches) for line in outcome.failures),
     )
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Without the check uploads pass, and a mask instead of segments lets NaN cross."""
+    """Without the check uploads pass, a mask instead of segments lets NaN cross, and blocks
+    that are not cleared pass it to the next sequence."""
     with without_check():
         found = torture_uploads(scale.folder("uploads"), 6, scale)
     yield Control.of("numbers are not checked", found)
@@ -239,3 +265,7 @@ def controls(scale: Scale) -> Iterator[Control]:
     with quiet(), masked_sum():
         found = torture_batches(scale.folder("batches"), quick)
     yield Control.of("rows are masked, not routed", found)
+    for form in forms():
+        with quiet(), nothing_cleared():
+            found = torture_batches(scale.folder(f"uncleared {form.name}"), quick, form)
+        yield Control.of(f"KV blocks are not cleared, {form.name}", found)

@@ -49,6 +49,8 @@ class FakeAdapters(FakeUploads):
         )
         self.wrong: set[str] = set()
         """Adapters that fail the self-test."""
+        self.self_test_note = ""
+        """Why none is tested, though there are some."""
         self.tier = inference_pb2.TIER_DISK
         self.lost: Refusal | None = None
         """Ends a call that pinned an adapter."""
@@ -252,9 +254,10 @@ class FakeAdapters(FakeUploads):
             for name in ["", *(f"{one.name}@{one.revision}" for one in found)]
         ]
         return adapters_pb2.SelfTestResponse(
-            passed=all(result.passed for result in results),
+            passed=all(result.passed for result in results) and not self.self_test_note,
             results=results,
             adapters_mixed=len(found),
+            note=self.self_test_note,
         )
 
     def WatchAdapters(self, request, context):  # noqa: N802

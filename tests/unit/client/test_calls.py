@@ -394,8 +394,13 @@ def test_bad_folder_is_found_without_the_server(
 def test_file_that_goes_away_while_it_is_sent(
     server: FakeServer, client: Driver, adapter_folder: Path
 ) -> None:
-    def lose(sent: int, total: int) -> None:
-        (adapter_folder / "adapter_model.safetensors").unlink(missing_ok=True)
+    """It is open by then: what was hashed is sent."""
+    weights = adapter_folder / "adapter_model.safetensors"
+    content = weights.read_bytes()
 
-    with pytest.raises(AdapterInvalid, match="cannot be read"):
-        client.push(adapter_folder, "chat", progress=lose)
+    def lose(sent: int, total: int) -> None:
+        weights.unlink(missing_ok=True)
+
+    assert client.push(adapter_folder, "chat", progress=lose).published
+    (upload,) = server.uploads
+    assert b"".join(c.data for c in upload.chunks if c.file == weights.name) == content

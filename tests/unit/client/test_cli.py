@@ -162,8 +162,11 @@ def test_samples_and_top_logprobs_are_shown(server: FakeServer, run: Run) -> Non
     )
     done = run("generate", "hi", "--n", "2", "--top-logprobs", "1")
     assert done.stdout == "[1] red\n[2] blue\n"
-    assert "7:-0.500  of  9:-0.250" in done.stderr
+    assert "7:-0.500  of  9:-0.250" in done.stderr, "a server of before names no tokens"
     assert server.calls[-1][1].output.n == 2
+    score.token, score.top[0].token = " red", "\n"
+    done = run("generate", "hi", "--n", "2", "--top-logprobs", "1")
+    assert '" red":-0.500  of  "\\n":-0.250' in done.stderr
 
 
 def test_pins(server: FakeServer, run: Run) -> None:

@@ -284,6 +284,16 @@ def test_self_test_is_an_exit_status_too(server: FakeServer, run: Run) -> None:
     assert (as_json.exit_code, json.loads(as_json.stdout)["passed"]) == (1, False)
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_self_test_of_no_adapter_says_so(passed: bool, server: FakeServer, run: Run) -> None:
+    server.self_test_note = "" if passed else "none of 3 adapters could be tested: no room"
+    done = run("self-test")
+    assert done.exit_code == (0 if passed else 1)
+    told = "passed: no adapter was tested" if passed else "NOT PROVEN: none of 3 adapters"
+    assert told in done.stdout
+    assert "in one batch" not in done.stdout
+
+
 # --------------------------------------------------------- sessions and completion
 
 

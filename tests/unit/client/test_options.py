@@ -127,11 +127,14 @@ def test_a_misspelt_option_is_no_silence(server: FakeServer, client: Driver) -> 
 
 def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Driver) -> None:
     def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:
-        top = [pb.TopLogprob(token_id=7, logprob=-0.5), pb.TopLogprob(token_id=9, logprob=-2)]
+        top = [
+            pb.TopLogprob(token_id=7, logprob=-0.5, token=" a"),
+            pb.TopLogprob(token_id=9, logprob=-2, token="bytes:\\xf0"),
+        ]
         return pb.GenerateResponse(
             text="a",
             token_ids=[7],
-            logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, top=top)],
+            logprobs=[pb.TokenLogprob(token_id=7, logprob=-0.5, token=" a", top=top)],
             finish_reason=pb.FINISH_REASON_STOP,
             usage=pb.Usage(prompt_tokens=9, completion_tokens=3, cached_prompt_tokens=8),
             others=[
@@ -141,7 +144,8 @@ def test_samples_and_top_logprobs_of_an_answer(server: FakeServer, client: Drive
 
     server.on_generate = answer
     got = client.generate(Text("x"), n=2, top_logprobs=2)
-    assert got.logprobs == (TokenLogprob(7, -0.5, (TopLogprob(7, -0.5), TopLogprob(9, -2.0))),)
+    top = (TopLogprob(7, -0.5, " a"), TopLogprob(9, -2.0, "bytes:\\xf0"))
+    assert got.logprobs == (TokenLogprob(7, -0.5, top, " a"),)
     assert got.others == (Sample("b", (8, 8), (), FinishReason.LENGTH),)
     assert got.usage.cached_prompt_tokens == 8
 

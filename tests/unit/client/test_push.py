@@ -336,10 +336,11 @@ def test_damage_again_is_an_error(
     """It is then the sender's: the file was changed after it was hashed."""
 
     def change_file() -> None:
-        weights = adapter_folder / WEIGHTS
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
+        with (adapter_folder / WEIGHTS).open("r+b") as weights:  # of the same size throughout
+            weights.seek(-1, 2)
+            last = weights.read(1)[0]
+            weights.seek(-1, 2)
+            weights.write(bytes([last ^ 1]))
         server.restart()
 
     server.on_break = change_file
@@ -388,7 +389,7 @@ def test_what_is_there_already_is_not_sent(
     assert server.uploads[-1].chunks == []
 
 
-def test_a_file_that_is_there_is_not_even_opened(
+def test_a_file_that_is_there_is_not_read_again(
     server: FakeServer, client: Driver, adapter_folder: Path
 ) -> None:
     client.push(adapter_folder, "one")

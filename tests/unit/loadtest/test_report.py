@@ -14,6 +14,7 @@ from veneer_loadtest.html.page import page, write_page
 from veneer_loadtest.results import (
     FORMAT,
     GeneratorFigures,
+    Residency,
     Result,
     ServerCounts,
     write_result,
@@ -52,6 +53,24 @@ def test_key_figures_and_captions_tell_the_data() -> None:
         "Counts agree: the server counted as many requests, prompt tokens and new tokens as "
         "the client."
     ]
+
+
+@pytest.mark.usefixtures("figures")
+def test_adapters_of_others_in_memory_are_not_counted_as_the_loads() -> None:
+    """The server's metrics count every adapter that it holds: three, where two are loaded."""
+    held = Residency(
+        at_s=[0.0, 1.0],
+        adapters={"device": [1, 3], "host": [1, 2]},
+        bytes={"device": [0, 3_000_000], "host": [0, 2_000_000]},
+    )
+    text = _page(kit.run(kit.level(residency=held))).text
+    assert "in DEVICE of 2" not in text
+    assert "in HOST of 2" not in text
+    assert "The load asked for 2 adapters; the server held at most 3 in DEVICE (3 MB)" in text
+    assert "others than the load's among them" in text
+    own = _page(kit.run(kit.level())).text
+    assert "the server held at most 1 in DEVICE (1 MB) and 2 in HOST (2 MB)" in own
+    assert "others than" not in own
 
 
 @pytest.mark.usefixtures("figures")

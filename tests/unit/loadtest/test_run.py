@@ -183,3 +183,23 @@ def test_ctrl_c_keeps_what_was_measured(server: FastTarget, tmp_path: Path) -> N
     result = read_result(json_file)
     assert isinstance(result, RunResult)
     assert result.levels[0].generator.lost == 0
+
+
+def test_an_older_server_that_does_not_tell_its_bases_sizes_gets_no_adapters(
+    server: FastTarget, tmp_path: Path
+) -> None:
+    """FAKE: its GetServerInfo has no shape. Adapters of another base would be refused, or
+    load nothing."""
+    asked = ("--generate", "2", "--streams", "1", "--requests", "1")
+    told = _refused("--server", server.grpc, *asked)
+    assert "--base-folder" in told
+    config = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
+    config |= {"num_attention_heads": 1, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "a.json"
+    known = ("--base-folder", str(tmp_path), "--names", "a", "--streams", "1")
+    done = run("--server", server.grpc, *known, "--requests", "2", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    result = read_result(file)
+    assert isinstance(result, RunResult)
+    assert result.load.vocab == 100

@@ -136,6 +136,26 @@ def test_options() -> None:
             setup.parse_range(bad)
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("--openai=https://gpu.example/v2/x", "--openai=https://gpu.example/v2/x"),
+        ("http://[::1]:8000/a/b,/home/me/x", "http://[::1]:8000/a/b,x"),
+        ("s3://bucket/adapters/sql", "s3://bucket/adapters/sql"),
+        ("run --openai http://h:1 --json /tmp/a.json", "run --openai http://h:1 --json a.json"),
+        ("file:///home/me/adapters/sql", "file://sql"),
+        ("--json=/home/me/a.json", "--json=a.json"),
+        ("/home/me/bin/veneer-loadtest", "veneer-loadtest"),
+        ("--mount=/home/a:/home/b", "--mount=a:b"),
+        ("relative/path/a.json", "relative/path/a.json"),
+        ("127.0.0.1:50051", "127.0.0.1:50051"),
+    ],
+)
+def test_a_command_in_a_result_keeps_urls_and_no_folders(argument: str, told: str) -> None:
+    assert report.without_folders(argument) == told
+
+
 def test_adapter_folders(tmp_path: Path) -> None:
     make_adapter(tmp_path / "One", SHAPE, rank=4, seed=1)
     (tmp_path / "notes").mkdir()

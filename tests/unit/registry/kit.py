@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from veneer_registry import schema
 from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
 from veneer_registry.errors import VeneerError
 from veneer_registry.format import (
@@ -37,6 +40,7 @@ BASE = BaseSpec(
     num_layers=2,
     shapes=SHAPES,
     fingerprint=BaseFingerprint("a" * 64, "b" * 64, "c" * 64, "d" * 64),
+    names=("someone/base",),
 )
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -127,3 +131,32 @@ def push(registry: Registry, name: str, folder: Path, **options: Any) -> Publish
     return registry.publish(
         send(registry.begin_upload(announce(name, files, **options)), files)
     )
+
+
+def make_older(catalog: Path, version: int) -> None:
+    """Turn a closed data folder into what an older Veneer left: its tables, filled from those
+    of today, and nothing in the store that it did not write."""
+    store = catalog.parent / "store"
+    for path in (store / "id", store / "changes", *store.glob("revisions/*/registered-*")):
+        path.unlink(missing_ok=True)
+    today = catalog.with_name("today")
+    catalog.rename(today)
+    with contextlib.closing(sqlite3.connect(catalog, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.executescript("".join(schema._STEPS[:version]))
+        db.execute("ATTACH ? AS today", (str(today),))
+        tables = db.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")
+        db.execute("BEGIN")
+        for (table,) in tables.fetchall():
+            if table.startswith("sqlite_"):
+                continue
+            columns = ", ".join(
+                row[1] for row in db.execute(f"PRAGMA main.table_info({table})").fetchall()
+            )
+            db.execute(f"DELETE FROM main.{table}")
+            db.execute(
+                f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM today.{table}"
+            )
+        db.execute("COMMIT")
+        db.execute(f"PRAGMA user_version = {version}")
+    today.unlink()

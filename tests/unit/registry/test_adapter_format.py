@@ -53,7 +53,7 @@ def refused(folder: Path, base: BaseSpec | None = BASE) -> AdapterInvalid:
 
 
 def test_a_plain_adapter(tmp_path: Path) -> None:
-    manifest = read_adapter(make_adapter(tmp_path, {"base_model_name_or_path": "x/y"}), BASE)
+    manifest = read_adapter(make_adapter(tmp_path), BASE)
     assert [(m.layer, m.projection) for m in manifest.modules[:3]] == [
         (0, "q_proj"),
         (0, "k_proj"),
@@ -65,7 +65,7 @@ def test_a_plain_adapter(tmp_path: Path) -> None:
     assert manifest.parameters == sum(4 * (a + b) for a, b in SHAPES.values()) * 2
     assert manifest.serving_bytes == manifest.parameters * 2
     assert manifest.file_dtype == "BF16"
-    assert manifest.base_name == "x/y"
+    assert manifest.base_name == ""
     assert manifest.chat_template is None
     assert "does not say which base" in manifest.warnings[0]
 
@@ -228,7 +228,8 @@ def test_refuses_config(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"", "not valid JSON"),
+        (b"", "is empty"),
+        (b" ", "not valid JSON"),
         (b"[]", "one JSON object"),
         (b'{"r": 4, "r": 8}', "'r' occurs twice"),
         (b'{"r": NaN}', "not valid JSON"),
@@ -660,7 +661,7 @@ def test_manifest_json_with_strings_that_look_like_it(tmp_path: Path, text: str)
     """A template, and a base's name, are a stranger's."""
     folder = make_adapter(tmp_path, {"base_model_name_or_path": text})
     (folder / TEMPLATE_FILE).write_text(text)
-    manifest = read_adapter(folder, BASE)
+    manifest = read_adapter(folder, None)
     assert manifest.chat_template == manifest.base_name == text
     assert manifest_from_json(manifest_to_json(manifest)) == manifest
 

@@ -106,18 +106,36 @@ def test_cache_is_used_and_notices_changes(tmp_path: Path) -> None:
     folder, cache = make_base(tmp_path / "1"), tmp_path / "cache"
     first = fingerprint_base(folder, cache_dir=cache)
     (entry,) = (cache / "fingerprints").iterdir()
-    entry.write_text(json.dumps({"weights": "f" * 64}))
-    assert fingerprint_base(folder, cache_dir=cache).weights == "f" * 64, "not read"
-    entry.write_text("damaged")
-    assert fingerprint_base(folder, cache_dir=cache) == first
+    kept = entry.read_text()
+    # It is read: a content that changes without its size and time is not noticed.
+    file = folder / "model.safetensors"
+    data, status = file.read_bytes(), file.stat()
+    for content, noticed in ((data[:-1] + bytes([data[-1] ^ 1]), True), (data, False)):
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert fingerprint_base(folder, cache_dir=cache) == first, "not read"
+        assert (fingerprint_base(folder) != first) == noticed
+    # What is kept is believed only with its checksum.
+    digest = json.loads(kept)["weights"]
+    other = kept.replace(digest, "f" * 64)
+    assert other != kept
+    for damaged in (other, kept[: len(kept) // 2], "", "damaged", '{"weights": []}', "[]"):
+        entry.write_text(damaged)
+        assert fingerprint_base(folder, cache_dir=cache) == first
+        assert entry.read_text() == kept
     # Another copy of the same size and time has another key.
     copy = make_base(tmp_path / "2")
-    status = (folder / "model.safetensors").stat()
-    entry.write_text(json.dumps({"weights": "f" * 64}))
     os.utime(copy / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert fingerprint_base(copy, cache_dir=cache) == first
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert fingerprint_base(folder, cache_dir=cache) == first
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
+    """It is a file here, which stops root too."""
+    folder = make_base(tmp_path / "1")
+    (tmp_path / "cache").touch()
+    assert fingerprint_base(folder, cache_dir=tmp_path / "cache") == fingerprint_base(folder)
 
 
 @pytest.mark.parametrize(

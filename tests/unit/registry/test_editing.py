@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from veneer_registry.adapter import AdapterRef
+from veneer_registry import rebuild
 from veneer_registry.errors import (
     AdapterCorrupt,
     AdapterExists,
@@ -17,7 +18,7 @@ from veneer_registry.errors import (
     InvalidField,
 )
 from veneer_registry.format import WEIGHTS_FILE, verify_weights
-from veneer_registry.registry import AdapterRecord, Registry, Who
+from veneer_registry.registry import Registry, Staged, Who
 
 from tests.unit.registry.kit import BASE, announce, bundle_files, push, send
 
@@ -243,55 +244,80 @@ def test_an_etag_guards_a_replace(registry: Registry, adapters: Adapters) -> Non
     assert push(registry, "chat", adapters(3), allow_replace=True, etag=etag).published
 
 
-# ----------------------------------------------------------------------- prepare
+# ------------------------------------------------------------------------ staged
 
 
-def test_the_name_moves_when_the_new_content_is_ready(
+def staged(registry: Registry, folder: Path, name: str = "chat", **options: Any) -> Staged:
+    files = bundle_files(folder)
+    return registry.stage(send(registry.begin_upload(announce(name, files, **options)), files))
+
+
+def test_the_name_moves_with_the_commit_and_not_before(
     registry: Registry, adapters: Adapters
 ) -> None:
     old = push(registry, "chat", adapters(1)).record.ref
-    files = bundle_files(adapters(2))
-    seen = []
-
-    def prepare(record: AdapterRecord, current: AdapterRef | None) -> None:
-        new = record.ref
-        seen.append((new, current, registry.resolve("chat")))
-        registry.sweep()
-        verify_weights(registry.weights_folder(new), new.weights_digest)
-
-    upload = send(registry.begin_upload(announce("chat", files, allow_replace=True)), files)
-    new = registry.publish(upload, prepare=prepare).record.ref
-    assert seen == [(new, old, old)]
+    upload = staged(registry, adapters(2), allow_replace=True)
+    new = upload.record.ref
+    assert (upload.current, registry.resolve("chat")) == (old, old)
+    registry.sweep()
+    verify_weights(registry.weights_folder(new), new.weights_digest)
+    assert registry.commit(upload).record.ref == new
     assert registry.resolve("chat") == new
+    upload.discard()
+    registry.sweep()
+    verify_weights(registry.weights_folder(new), new.weights_digest)
 
 
-def test_where_preparing_fails_nothing_is_published(
+def test_of_what_is_discarded_nothing_is_left(
     registry: Registry, adapters: Adapters, data: Path
 ) -> None:
     old = push(registry, "chat", adapters(1)).record.ref
-    files = bundle_files(adapters(2))
+    for _ in range(2):
+        upload = staged(registry, adapters(2), allow_replace=True)
+        upload.discard()
+        upload.discard()
+        assert registry.resolve("chat") == old
+        assert [path.name for path in (data / "store" / "weights").iterdir()] == [
+            old.weights_digest
+        ]
+        assert registry.leases(upload.record.ref.weights_digest) == 0
+    with pytest.raises(AssertionError):
+        registry.commit(upload)
+    assert push(registry, "chat", adapters(2), allow_replace=True).published
 
-    def prepare(new: AdapterRecord, current: AdapterRef | None) -> None:
-        raise FailedPrecondition("no room")
 
-    upload = send(registry.begin_upload(announce("chat", files, allow_replace=True)), files)
-    with pytest.raises(FailedPrecondition, match="no room"):
-        registry.publish(upload, prepare=prepare)
-    assert registry.resolve("chat") == old
-    assert [path.name for path in (data / "store" / "weights").iterdir()] == [
-        old.weights_digest
-    ]
+def test_content_that_is_staged_twice_stays_while_one_of_them_needs_it(
+    registry: Registry, adapters: Adapters
+) -> None:
+    first, second = (staged(registry, adapters(1), name) for name in ("a", "b"))
+    first.discard()
+    ref = registry.commit(second).record.ref
+    verify_weights(registry.weights_folder(ref), ref.weights_digest)
 
 
-def test_who_was_faster_while_another_prepared(registry: Registry, adapters: Adapters) -> None:
-    files = bundle_files(adapters(1))
+def test_a_recovery_finds_what_was_staged_twice_and_committed_once(
+    registry: Registry, adapters: Adapters, data: Path
+) -> None:
+    first, second = (staged(registry, adapters(1)) for _ in range(2))
+    first.discard()
+    ref = registry.commit(second).record.ref
+    registry.close()
+    for path in data.glob("catalog.sqlite*"):
+        path.unlink()
+    rebuild.recover(data)
+    with Registry.open(data, BASE) as again:
+        assert again.resolve("chat") == ref
 
-    def prepare(new: AdapterRecord, current: AdapterRef | None) -> None:
-        push(registry, "chat", adapters(2))
 
-    upload = send(registry.begin_upload(announce("chat", files)), files)
+def test_who_was_faster_while_another_was_staged(
+    registry: Registry, adapters: Adapters
+) -> None:
+    upload = staged(registry, adapters(1))
+    push(registry, "chat", adapters(2))
     with pytest.raises(AdapterExists):
-        registry.publish(upload, prepare=prepare)
+        registry.commit(upload)
+    assert registry.leases(upload.record.ref.weights_digest) == 0
+    assert not registry.weights_folder(upload.record.ref).exists()
 
 
 # --------------------------------------------------------------------- quarantine
@@ -385,14 +411,7 @@ def test_a_repair_whose_publish_failed_is_made_good_by_the_next(
     ref = push(registry, "chat", adapters(1)).record.ref
     (registry.weights_folder(ref) / WEIGHTS_FILE).write_bytes(b"rotten")
     registry.quarantine(ref.weights_digest, "rot")
-    files = bundle_files(adapters(1))
-
-    def prepare(new: AdapterRecord, current: AdapterRef | None) -> None:
-        raise FailedPrecondition("no room")
-
-    upload = send(registry.begin_upload(announce("chat", files)), files)
-    with pytest.raises(FailedPrecondition):
-        registry.publish(upload, prepare=prepare)
+    staged(registry, adapters(1)).discard()
     push(registry, "chat", adapters(1))
     assert registry.resolve("chat") == ref
     verify_weights(registry.weights_folder(ref), ref.weights_digest)

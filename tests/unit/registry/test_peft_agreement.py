@@ -19,7 +19,13 @@ from veneer_registry.tensor_names import module_path
 from tests.unit.registry.kit import SHAPES
 
 LAYERS = 3
-BASE = BaseSpec("tiny", LAYERS, SHAPES, BaseFingerprint("a" * 64, "b" * 64))
+BASE = BaseSpec(
+    "tiny",
+    LAYERS,
+    SHAPES,
+    BaseFingerprint("a" * 64, "b" * 64),
+    names=("someone/some-model",),
+)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 VARIANTS: dict[str, dict[str, Any]] = {

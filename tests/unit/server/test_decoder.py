@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from veneer_registry.fingerprint import weights_fingerprint
 from veneer_server.models.arrays import StepArrays
 from veneer_server.models.attention import KvCache
 from veneer_server.models.config import UnsupportedModel, read_decoder_config
@@ -100,12 +102,12 @@ def build(
     return Decoder(weights, cache, torch.float32)
 
 
-def step(parts: list[tuple[list[int], int, list[int]]]) -> StepArrays:
+def step(parts: list[tuple[list[int], int, list[int]]], block_size: int = BLOCK) -> StepArrays:
     """Rows of several sequences: (new tokens, start, blocks); all logits wanted."""
     tokens = [t for new, _, _ in parts for t in new]
     positions = [start + i for new, start, _ in parts for i in range(len(new))]
     slots = [
-        blocks[(start + i) // BLOCK] * BLOCK + (start + i) % BLOCK
+        blocks[(start + i) // block_size] * block_size + (start + i) % block_size
         for new, start, blocks in parts
         for i in range(len(new))
     ]
@@ -317,6 +319,30 @@ def test_a_prequantized_folder_loads_as_it_is(tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
+def test_a_stored_weight_that_is_shorter_than_its_state_says_is_refused(
+    tmp_path: Path,
+) -> None:
+    """Its shape is JSON in the file. Native code would read what lies behind the weight."""
+    from safetensors.torch import load_file, save_file
+    from transformers import BitsAndBytesConfig
+
+    save_random(SHAPES["llama"], tmp_path / "full")
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    ).save_pretrained(tmp_path / "stored")
+    file = tmp_path / "stored" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[name].tolist()))
+    state["shape"][0] *= 10
+    tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another size than its state"):
+        build(tmp_path / "stored", torch.float32)
+
+
 def test_four_bit_weights_are_cached_and_the_cache_gives_the_same(tmp_path: Path) -> None:
     save_random(SHAPES["llama"], tmp_path / "base")
     outputs = []
@@ -327,7 +353,7 @@ def test_four_bit_weights_are_cached_and_the_cache_gives_the_same(tmp_path: Path
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
             cache_dir=tmp_path / "cache",
-            fingerprint="ab" * 32,
+            fingerprint=weights_fingerprint(tmp_path / "base"),
         )
         outputs.append(weights.layers[0].qkv(torch.ones(2, 128, dtype=torch.bfloat16)))
     (cached,) = (tmp_path / "cache" / "quantized").iterdir()

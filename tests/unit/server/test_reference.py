@@ -17,7 +17,8 @@ from veneer_server.models import linear, packed
 from veneer_server.models.linear import SideBySide, fuse
 from veneer_server.models.loader import DecoderWeights, load_weights
 from veneer_server.models.packed import PackedFourBit
-from veneer_server.models.reference import reference_logprobs
+from veneer_server.models.reference import reference_logprobs, references
+from veneer_server.models.source_weights import SourceWeights
 
 from tests.engine_harness import source
 from tests.peft_adapters import make_adapters
@@ -233,3 +234,57 @@ def test_the_reference_does_not_use_the_products_that_serve(
 
     monkeypatch.setattr(linear.Dense, "__call__", forbidden)
     assert len(reference_logprobs(weights, prompt(8), None)) == 7
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_the_files_of_a_base_give_what_was_loaded_of_it(
+    name: str, quantization: Any, tmp_path: Path
+) -> None:
+    """Quantized anew, of several files, and with whatever a config may ask for."""
+    model = save_random(SHAPES[name], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = prompt(70)
+    loaded = reference_logprobs(load(tmp_path, quantization), tokens, None)
+    with SourceWeights(tmp_path, quantization, torch.float32) as weights:
+        assert farthest(reference_logprobs(weights, tokens, None), loaded) < TOLERANCE
+
+
+def test_the_files_of_a_base_that_is_stored_in_four_bits(tmp_path: Path) -> None:
+    """One of its linears is not."""
+    save_random(SHAPES["llama"], tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["lm_head", "k_proj"],
+        ),
+    ).save_pretrained(tmp_path / "stored")
+    tokens = prompt(40)
+    loaded = reference_logprobs(load(tmp_path / "stored", "nf4"), tokens, None)
+    with SourceWeights(tmp_path / "stored", "nf4", torch.float32) as weights:
+        assert farthest(reference_logprobs(weights, tokens, None), loaded) < TOLERANCE
+
+
+def test_adapters_in_one_pass_are_as_in_passes_of_their_own(tmp_path: Path) -> None:
+    """And one whose files are damaged spoils no other."""
+    model = save_random(SHAPES["qwen3"], tmp_path / "base")
+    made = make_adapters(model, tmp_path / "adapters", scale=0.1, seed=SEED)
+    folders = [made[name] for name in ("patterns", "rslora", "some-layers")]
+    adapters = [None, *map(source, folders)]
+    weights, tokens = load(tmp_path / "base"), prompt(40)
+    alone = [reference_logprobs(weights, tokens, adapter) for adapter in adapters]
+    file = folders[1] / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    together = references(weights, tokens, adapters)
+    assert isinstance(together[2], AdapterCorrupt)
+    for index in (0, 1, 3):
+        found = together[index]
+        assert not isinstance(found, AdapterCorrupt)
+        assert farthest(found, alone[index]) < TOLERANCE

@@ -168,8 +168,12 @@ def test_a_run_that_only_lacks_its_folder_trains_no_more(
     out = tmp_path / "mine"
     chosen = settings(tiny_base, chats, out)
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    write_folder = loop.write_folder
+
+    def full(folder: Path, *args: Any, **kwargs: Any) -> None:
+        if folder == out:  # not before training, when it is tried elsewhere
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_folder(folder, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "write_folder", full)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,13 @@ def test_set_overrides_and_scientific_numbers_are_numbers(tmp_path: Path) -> Non
         ("train.steps=1.5", "train.steps", "must be a whole number"),
         ("train.steps=0", "train.steps", "must be 1 or more"),
         ("train.lr=fast", "train.lr", "must be a number; got 'fast'"),
-        ("train.lr=.nan", "train.lr", "must be above 0"),
+        ("train.seed=-1", "train.seed", "from 0 to 4294967295"),
+        ("train.lr=" + "9" * 400, "train.lr", "must be a finite number"),
+        ("lora.alpha=1000001", "lora.alpha", "at most 1e+06"),
+        ("lora.alpha=160001", "lora.alpha", "alpha / r"),
+        ('output.description="\\ud83d"', "output.description", "UTF-8"),
+        ("output.license=2026-13-45", "output.license", "is not a YAML value"),
+        ("train.steps=" + "9" * 5000, "train.steps", "is not a YAML value"),
         ("train.schedule=cosin", "train.schedule", "must be one of constant"),
         ("quant.double_quant=1", "quant.double_quant", "must be true or false"),
         ("quant.blocksize=128", "quant.blocksize", "must be one of 64"),
@@ -88,6 +95,45 @@ def test_refusals_name_the_key_and_the_fix(
         load_config(write(tmp_path, MINIMAL), [setting])
     assert caught.value.metadata["field"] == field
     assert says in caught.value.message
+
+
+def _numbers() -> list[tuple[str, str]]:
+    """Every setting that may be a number with a point."""
+    return [
+        (section.name, setting.name)
+        for section in dataclasses.fields(TrainConfig)
+        for setting in dataclasses.fields(typing.get_type_hints(TrainConfig)[section.name])
+        if "float" in str(setting.type)
+    ]
+
+
+@pytest.mark.parametrize(("section", "name"), _numbers())
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "nan"])
+def test_numbers_are_finite(section: str, name: str, value: str, tmp_path: Path) -> None:
+    """In a file, by --set, and of a config that was made in Python."""
+    field = f"{section}.{name}"
+    path = write(tmp_path, MINIMAL)
+    good = load_config(path)
+    with pytest.raises(InvalidField) as by_set:
+        load_config(path, [f"{field}={value}"])
+    raw = {"model": {"path": "base", "name": "tiny"}, "data": {"train": "d"}}
+    raw |= {"output": {"dir": "out"}}
+    raw[section] = raw.get(section, {}) | {name: value.replace(".", "")}
+    with pytest.raises(InvalidField) as by_text:
+        parse_config(raw)
+    number = float(value.replace(".", ""))
+    changed = dataclasses.replace(getattr(good, section), **{name: number})
+    with pytest.raises(InvalidField) as in_python:
+        dataclasses.replace(good, **{section: changed})
+    for caught in (by_set, by_text, in_python):
+        assert caught.value.metadata["field"] == field
+        assert "must be a finite number" in caught.value.message
+
+
+def test_the_numbers_that_are_checked_are_these() -> None:
+    """The test above finds them by their types: here is what it must find at the least."""
+    wanted = {("train", "clip"), ("train", "lr"), ("lora", "alpha"), ("train", "max_minutes")}
+    assert wanted <= set(_numbers())
 
 
 @pytest.mark.parametrize("missing", ["model.path", "model.name", "data.train", "output.dir"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,26 @@ GOOD = chat("Hi", "Ho")
         ({"prompt": "x", "completion": None}, "must be text"),
         ({"messages": [{"role": "user", "content": "x"}]}, "all labels are masked"),
         (chat("Hi", "x" * 200), "has 2.. tokens, data.max_len is 128"),
+        (chat("Hi", "\ud83d"), r"half of a surrogate pair \(\\ud83d\)"),
+        ({"prompt": "\udc00", "completion": "x"}, r"half of a surrogate pair \(\\udc00\)"),
+        ({"\ud83d": 1, **chat("Hi", "Ho")}, "half of a surrogate pair"),
+        (chat("Hi", ""), "message 2, the assistant's, is empty"),
+        (chat("Hi", " \n\t "), "message 2, the assistant's, is empty"),
+        ({"messages": [*chat("a", "")["messages"], *chat("b", "c")["messages"]]}, "message 2"),
+        ({"prompt": "x", "completion": ""}, "the completion is empty"),
+        ({"prompt": "x", "completion": " "}, "the completion is empty"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "role .* is not one of"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "must be text; got None"),
+        ({"prompt": 1, "completion": "x"}, "must be text"),
+        ('{"prompt": "x", "completion": "y", "prompt": "z"}', "'prompt' is given twice"),
+        ('{"messages": [{"role": "user", "role": "assistant"}]}', "'role' is given twice"),
+        ('{"prompt": NaN, "completion": "y"}', "NaN is no number"),
+        ('{"prompt": "a\0b", "completion": "y"}', "is not JSON"),
+        ("\0\0\0\0", "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "n": ' + "9" * 5000 + "}", "is not JSON"),
     ],
+    ids=lambda value: str(value)[:40].encode("ascii", "backslashreplace").decode(),
 )
 def test_a_bad_line_is_named(jsonl: Jsonl, tokenizer: Any, bad: object, says: str) -> None:
     # A blank line counts as a line and is otherwise ignored.
@@ -103,6 +123,48 @@ def test_a_bad_line_is_named(jsonl: Jsonl, tokenizer: Any, bad: object, says: st
         load(path, tokenizer, max_len=128)
     assert caught.value.metadata == {"file": "chats.jsonl", "line": "3"}
     assert caught.value.message.startswith("chats.jsonl, line 3: ")
+    assert len(caught.value.message) < 500, "a line may be long"
+    caught.value.message.encode("utf-8")
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_nothing_is_learned_from_an_empty_answer(
+    loss_on: str, jsonl: Jsonl, tokenizer: Any
+) -> None:
+    with pytest.raises(InvalidField, match="is empty"):
+        load(jsonl(chat("Hi", "")), tokenizer, loss_on=loss_on)
+
+
+def test_empty_questions_and_system_messages_are_fine(jsonl: Jsonl, tokenizer: Any) -> None:
+    turns = [{"role": "system", "content": ""}, *chat("", "Ho")["messages"]]
+    (sample, other) = load(
+        jsonl({"messages": turns}, {"prompt": "", "completion": "Ho"}), tokenizer
+    )
+    assert learned_text(sample, tokenizer) == "Ho<|im_end|>"
+    assert learned_text(other, tokenizer).startswith("Ho")
+
+
+def test_files_of_other_editors(tmp_path: Path, tokenizer: Any) -> None:
+    """A byte order mark, Windows' line ends, no line end at the end, whole surrogate pairs."""
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(chat("Hi", answer)) for answer in ("one", "\U0001f600")]
+    assert "\\ud83d\\ude00" in lines[1]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    first, second = load(path, tokenizer)
+    assert learned_text(first, tokenizer) == "one<|im_end|>"
+    assert learned_text(second, tokenizer) == "\U0001f600<|im_end|>"
+
+
+def test_another_encoding_is_named_with_its_line(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(chat("Hi", "Ho")) + "\n"
+    path.write_bytes(good.encode() + json.dumps(chat("Hi", "\xe9")).encode()[:-20] + b"\xe9\n")
+    with pytest.raises(InvalidField, match="is not UTF-8") as caught:
+        load(path, tokenizer)
+    assert caught.value.metadata["line"] == "2"
+    path.write_bytes(good.encode("utf-16"))
+    with pytest.raises(InvalidField, match="line 1: is not UTF-8"):
+        load(path, tokenizer)
 
 
 def test_labels_truncated_away_are_an_error_with_the_line(jsonl: Jsonl, tokenizer: Any) -> None:

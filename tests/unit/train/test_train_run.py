@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidField, VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.format import read_adapter
+from veneer_registry.strict_json import parse_object
 from veneer_train import loop, trainer
 from veneer_train.cli import app
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
+from veneer_train.evaluate import Evaluation
 from veneer_train.export import AdapterState
 from veneer_train.model import load_base
 from veneer_train.stability import TrainingStopped
@@ -171,9 +175,9 @@ def test_the_file_holds_what_was_measured(
     base = load_base(tiny_base, QuantConfig(), torch.device("cpu"))
     model = PeftModel.from_pretrained(base, tmp_path / "mine").eval()
     with torch.no_grad():
-        assert torch.equal(model(input_ids=tokens).logits, measured[0])
+        assert torch.equal(model(input_ids=tokens).logits, measured[-1])
         with model.disable_adapter():
-            assert not torch.equal(model(input_ids=tokens).logits, measured[0])
+            assert torch.equal(model(input_ids=tokens).logits, measured[0]), "before training"
 
 
 def test_same_seed_same_adapter(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_a_run_that_goes_bad_stops_and_writes_nothing(
 ) -> None:
     """A learning rate that overflows: the run ends with the step and a reason."""
     out = tmp_path / "mine"
-    bad = config(tiny_base, chats, out, lora={"alpha": 1e30}, train={"lr": 0.9, "steps": 30})
+    bad = config(tiny_base, chats, out, lora={"alpha": 4e4}, train={"lr": 0.9, "steps": 30})
     with pytest.raises(TrainingStopped, match=r"stopped at step \d+: the"):
         run(bad)
     assert not out.exists()
@@ -342,6 +346,38 @@ def test_a_template_that_no_server_takes_is_refused_before_training(
     with pytest.raises(InvalidField, match="larger than"):
         run(config(tiny_base, chats, tmp_path / "mine", data=data))
     assert not (tmp_path / "mine.logs").exists()
+
+
+def test_what_a_server_would_refuse_whatever_is_learned_is_refused_before_training(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Here a model card that no bundle may have: the folder is written once beforehand."""
+    settings = config(
+        tiny_base, chats, tmp_path / "mine", output={"description": "x" * (1 << 21)}
+    )
+    rows: Rows = []
+    with pytest.raises(AdapterInvalid, match=r"README\.md is larger than"):
+        loop.train(settings, lambda row: rows.append(dict(row)))
+    assert rows == []
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_no_value_in_the_manifest_loses_a_run(
+    tiny_base: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data file whose name is not UTF-8, by way of Python, and infinite figures."""
+    oddly_named = chats.with_name(os.fsdecode(b"caf\xe9.jsonl"))
+    chats.rename(oddly_named)
+    settings = config(tiny_base, Path("data.jsonl"), tmp_path / "mine", train={"steps": 1})
+    settings = replace(settings, data=replace(settings.data, train=str(oddly_named)))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(float("-inf"), 0.5, 1))
+    run(settings)
+    written = (tmp_path / "mine" / "training_manifest.json").read_bytes()
+    facts = parse_object(written, file="training_manifest.json")
+    assert facts["data"]["train"]["file"] == "caf?.jsonl"
+    assert "val_loss_after" not in facts["metrics"]
+    assert facts["metrics"]["val_accuracy_after"] == 0.5
+    read_adapter(tmp_path / "mine", None)
 
 
 def test_a_folder_that_the_server_would_refuse_does_not_appear(

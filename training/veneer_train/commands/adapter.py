@@ -32,7 +32,9 @@ VERIFY_EXAMPLES = (
     "  veneer-train verify my-sql --base DIR --data sql/val.jsonl --server 127.0.0.1:50051"
 )
 MERGE_EXAMPLES = (
-    "Examples:\n\n  veneer-train merge my-sql --base DIR --out my-sql-merged\n\n"
+    "Examples:\n\n  veneer-train merge my-sql --base DIR --out my-sql-merged "
+    "--data sql/val.jsonl\n\n"
+    "  veneer-train merge my-sql --base DIR --dtype float16 --out my-sql-merged\n\n"
     "  veneer-train merge my-sql --base DIR --into source --out my-sql-merged"
 )
 EXPORT_EXAMPLES = (
@@ -137,33 +139,62 @@ def merge(
             help="The base as quantization left it (what serves), or as it was before."
         ),
     ] = "dequant",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(
+            help="Of the written weights. float32 loses nothing; the others are half the size, "
+            "and bfloat16 may lose most of a lightly trained adapter."
+        ),
+    ] = "float32",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL, as for training: compare on this; else on four short texts."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most so many samples of it.", min=1)] = 64,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into its base, in 16 bits, and say how far the result is from the 4-bit
-    base with the adapter and from the 16-bit base with it."""
+    """Merge an adapter into its base. Says how much of what the adapter changes is lost by
+    rounding, and how far the result is from the 4-bit base with the adapter and from the 16-bit
+    base with it."""
     with errors(debug):
         quiet_libraries()
         from veneer_train.merge_report import merge_and_compare
         from veneer_train.model import resolve_base
 
-        found = merge_and_compare(resolve_base(base), adapter, out, into)
+        report = merge_and_compare(
+            resolve_base(base), adapter, out, into, dtype=dtype, data=data, limit=limit
+        )
+        for warning in report.warnings():
+            stderr().print(f"warning: {warning}", style="yellow", markup=False)
     if as_json:
-        print(json.dumps({"folder": str(out), "divergence": found}))
+        print(json.dumps({"folder": str(out), **report.as_json()}))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{out.name}, from")
-    for column in ("logits, largest", "logits, relative", "KL, nats a token", "same choice"):
+    columns = ["logits, largest", "logits, relative", "KL, nats a token", "same choice"]
+    for column in [*columns, *(["its answer loss"] if report.losses else [])]:
         table.add_column(column, justify="right")
-    for name, facts in found.items():
+    for name, facts in report.divergences.items():
         table.add_row(
             name,
-            f"{facts['largest']:.4f}",
-            f"{facts['relative']:.2e}",
-            f"{facts['kl']:.2e}",
-            f"{facts['same_first']:.2%}",
+            f"{facts.largest:.4f}",
+            f"{facts.relative:.2e}",
+            f"{facts.kl:.2e}",
+            f"{facts.same_first:.2%}",
+            *([f"{report.losses[name]:.4f}"] if report.losses else []),
         )
     Console().print(table)
+    if report.losses:
+        print(
+            f"answer loss of {out.name}: {report.losses['merged']:.4f} "
+            f"({report.samples} samples of {report.data})"
+        )
+    rounding = report.rounding
+    print(
+        f"rounding to {dtype} / delta: {rounding.of_delta:.2%} of the norm, at most "
+        f"{rounding.worst:.2%} ({rounding.worst_module or 'no module'})"
+    )
 
 
 def export_gguf(
@@ -175,9 +206,12 @@ def export_gguf(
         str | None, typer.Option(help="Of an adapter: its base model's folder or hub name.")
     ] = None,
     kind: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"],
-        typer.Option("--type", help="Of a model's matrices; an adapter's are f32."),
-    ] = "bf16",
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(
+            "--type",
+            help="Of a model's matrices; else what the folder has. An adapter's are f32.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a GGUF file for llama.cpp: of an adapter (then --base), or of a model."""
@@ -186,6 +220,7 @@ def export_gguf(
         from veneer_registry.errors import InvalidField
 
         from veneer_train.llama_cpp.export import export_adapter, export_model
+        from veneer_train.merge_report import MUCH_ROUNDING
         from veneer_train.model import resolve_base
 
         is_adapter = (folder / "adapter_config.json").is_file()
@@ -197,5 +232,13 @@ def export_gguf(
         if is_adapter and base is not None:
             export_adapter(folder, resolve_base(base), out)
         else:
-            export_model(resolve_base(str(folder)), out, kind)
+            lost = export_model(resolve_base(str(folder)), out, kind)
+            if lost > MUCH_ROUNDING:
+                stderr().print(
+                    f"warning: {lost:.0%} of what the merged adapter changes is lost by "
+                    "rounding: merge with --dtype float32 and export with --type f32, or "
+                    "export the adapter itself",
+                    style="yellow",
+                    markup=False,
+                )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import Aborted
 
 from veneer_train.config import parse_config
@@ -60,7 +61,7 @@ def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: in
     spec, result = scratch / "spec.json", scratch / "result.json"
     spec.write_text(json.dumps({"config": config, "method": method, "threads": threads}))
     done = subprocess.run(
-        [sys.executable, "-m", "veneer_train.labs.one_run", str(spec), str(result)],
+        child_python("-m", "veneer_train.labs.one_run", str(spec), str(result)),
         stderr=subprocess.PIPE,
         text=True,
         check=False,

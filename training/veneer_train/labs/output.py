@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from veneer_registry.errors import InvalidField
 
 from veneer_train.manifest import hardware, versions
+from veneer_train.plain_json import plain_json
 
 __all__ = ["Lab", "Row", "empty_folder", "write"]
 
@@ -77,7 +77,7 @@ def write(lab: Lab, out: Path) -> Path:
         "versions": versions(),
         "hardware": hardware(),
     }
-    (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (out / "facts.json").write_text(plain_json(facts), "utf-8")
     head = f"| {' | '.join(map(_told, columns))} |"
     rule = f"| {' | '.join('---' for _ in columns)} |"
     body = [f"| {' | '.join(_told(row[c]) for c in columns)} |" for row in lab.rows]

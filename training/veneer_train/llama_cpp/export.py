@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 from veneer_registry.fingerprint import weight_files
@@ -16,6 +17,7 @@ from veneer_registry.format import read_adapter
 
 from veneer_train.llama_cpp.tensors import Architecture, as_array, permuted, read_architecture
 from veneer_train.llama_cpp.tokens import add_tokenizer
+from veneer_train.merge_report import rounding_of
 
 __all__ = ["ModelType", "export_adapter", "export_model"]
 
@@ -26,6 +28,12 @@ _TYPES: Final = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+_OWN_TYPES: Final[Mapping[str, ModelType]] = {
+    "torch.float32": "f32",
+    "torch.float16": "f16",
+    "torch.bfloat16": "bf16",
 }
 
 
@@ -47,18 +55,25 @@ def _writing(out: Path, architecture: Architecture) -> Iterator[gguf.GGUFWriter]
         draft.unlink(missing_ok=True)
 
 
-def export_model(folder: Path, out: Path, kind: ModelType = "bf16") -> None:
+def export_model(folder: Path, out: Path, kind: ModelType | None = None) -> float:
     """Write a Hugging Face folder of 16- or 32-bit weights as one GGUF file.
 
     Args:
-        kind: type of the matrices; norms stay in float32.
+        kind: type of the matrices; norms stay in float32. None: as the folder has them.
+
+    Returns:
+        Of a merged folder: what rounding has lost of the adapter's change, when it was merged
+        and here, as a share of its norm. 0 for any other.
 
     Raises:
         InvalidField: architecture or tokenizer is of a kind that llama.cpp reads otherwise.
     """
     architecture = read_architecture(folder)
     config = architecture.config
-    data_type, file_type = _TYPES[kind]
+    data_type, file_type = _TYPES[kind or _OWN_TYPES.get(str(config.dtype), "bf16")]
+    merged = rounding_of(folder)
+    changed = {f"{module}.weight" for module in merged.modules} if merged else set()
+    lost = 0.0
     with _writing(out, architecture) as writer:
         writer.add_type("model")
         writer.add_name(folder.name)
@@ -83,7 +98,14 @@ def export_model(folder: Path, out: Path, kind: ModelType = "bf16") -> None:
             array = as_array(tensor if heads is None else permuted(tensor, heads))
             target = architecture.gguf_name(name)
             stored = data_type if array.ndim > 1 else gguf.GGMLQuantizationType.F32
-            writer.add_tensor(target, gguf.quantize(array, stored), raw_dtype=stored)
+            written = gguf.quantize(array, stored)
+            if name in changed:
+                error = gguf.dequantize(written, stored).reshape(array.shape) - array
+                lost += float(np.square(error, dtype=np.float64).sum())
+            writer.add_tensor(target, written, raw_dtype=stored)
+    if merged is None or not merged.delta_norm:
+        return 0.0
+    return float(np.hypot(merged.of_delta, lost**0.5 / merged.delta_norm))
 
 
 def export_adapter(

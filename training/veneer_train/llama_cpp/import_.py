@@ -7,10 +7,10 @@ is imported for serving have one fingerprint.
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from veneer_registry.child_python import child_python
 from veneer_registry.errors import InvalidField
 
 __all__ = ["import_file"]
@@ -34,7 +34,7 @@ def import_file(file: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         staging = Path(scratch) / out.name
         done = subprocess.run(
-            [sys.executable, "-m", _IMPORTER, str(file), str(staging)],
+            child_python("-m", _IMPORTER, str(file), str(staging)),
             capture_output=True,
             text=True,
             check=False,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.lock import OwnerLock
+from veneer_registry.registry import Registry
 from veneer_server import __version__
+
+from tests.unit.registry.kit import BASE, make_adapter, push
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,3 +90,32 @@ def test_memory_that_cannot_fit_is_refused_before_anything_is_loaded(
     (line,) = [row for row in done.stderr.splitlines() if row.startswith("veneer-server:")]
     assert "lower --host-cache-bytes" in line
     assert "engine" not in done.stderr
+
+
+def test_store_recover_says_what_it_did(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with Registry.open(data, BASE) as registry:
+        revision = push(registry, "chat", make_adapter(tmp_path / "a")).record.ref.revision
+    whole = command("store", "recover", "--data-dir", str(data))
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert whole.stdout.startswith("nothing to recover")
+    (data / "catalog.sqlite").write_bytes(b"not a catalog")
+    done = command("store", "recover", "--data-dir", str(data))
+    assert done.returncode == 0
+    assert f"chat means {revision[:12]} now" in done.stdout
+    assert "the old catalog is kept" in done.stdout
+    assert "are lost" in done.stdout
+    with Registry.open(data, BASE) as registry:
+        assert registry.resolve("chat").revision == revision
+    nothing = command("store", "recover", "--data-dir", str(tmp_path / "none"))
+    assert nothing.returncode == 1
+    assert "--data-dir" in nothing.stderr
+
+
+def test_allow_base_name_may_be_given_twice(tmp_path: Path) -> None:
+    done = command(
+        *("--allow-base-name", "a/b", "--allow-base-name", "c"),
+        *("--base", str(tmp_path / "none"), "--data-dir", str(tmp_path / "d")),
+        *("--cache-dir", str(tmp_path / "c")),
+    )
+    assert "there is no folder" in done.stderr

@@ -117,3 +117,23 @@ def test_the_record_is_frozen_and_each_option_is_described() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config({}, {}).threads = 1  # type: ignore[misc]
     assert all(option.help.endswith(".") for option in OPTIONS)
+
+
+def test_names_may_be_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "veneer.toml"
+    file.write_text('allow_base_name = ["a/b", "c"]\n')
+    assert load_config({}, {}).allow_base_name == ()
+    assert load_config({}, {}, file).allow_base_name == ("a/b", "c")
+    assert load_config({}, {"VENEER_ALLOW_BASE_NAME": "d, e/f"}, file).allow_base_name == (
+        *("d", "e/f"),
+    )
+    flags: dict[str, str | bool | list[str] | None] = {"allow_base_name": ["g", "h/i"]}
+    assert load_config(flags, {}, file).allow_base_name == ("g", "h/i")
+    file.write_text("allow_base_name = [1]\n")
+    with pytest.raises(ConfigInvalid, match="give names"):
+        load_config({}, {}, file)
+
+
+def test_bounds_of_the_quarantine() -> None:
+    config = load_config({}, {"VENEER_QUARANTINE_BYTES": "1GiB"})
+    assert (config.quarantine_bytes, config.quarantine_ttl) == (1 << 30, 720.0)

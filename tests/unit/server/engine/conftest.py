@@ -8,6 +8,8 @@ from veneer_server.native.compiler import NativeUnavailable, build
 from veneer_server.native.draws import NativeDraws
 from veneer_server.native.library import Library
 
+from tests.backends_ran import skip_or_fail
+
 
 @pytest.fixture(params=["torch", "best", "avx2"])
 def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draws:
@@ -19,4 +21,4 @@ def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     try:
         return NativeDraws(Library(build(folder, instructions=instructions)))
     except NativeUnavailable as reason:
-        pytest.skip(str(reason))
+        skip_or_fail(reason)

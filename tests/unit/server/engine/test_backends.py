@@ -10,7 +10,9 @@ import torch
 from veneer_server.engine.backends import BackendUnavailable, Chosen, choose
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.models.decoder import Decoder
+from veneer_server.native.library import Library
 
+from tests.backends_ran import native_possible
 from tests.tiny_llama import make_tiny_llama
 
 CPU = torch.device("cpu")
@@ -53,7 +55,7 @@ def test_what_a_compiler_says_is_told(
     monkeypatch.setenv("CXX", "c++ --no-such-option")
     with pytest.raises(BackendUnavailable, match="no-such-option"):
         asked(base, tmp_path, backend="native")
-    assert list((tmp_path / "native").iterdir()) == []
+    assert list(tmp_path.rglob("*.so")) == []
 
 
 def test_another_dtype_is_torch_s(base: Path, tmp_path: Path) -> None:
@@ -66,3 +68,23 @@ def test_who_asks_for_torch_gets_it(base: Path, tmp_path: Path) -> None:
     found = asked(base, tmp_path, backend="torch")
     assert (found.name, found.why_not_native) == ("torch", "--backend torch")
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
+def test_who_asks_for_avx2_gets_it(base: Path, cache_dir: Path) -> None:
+    found = asked(base, cache_dir, backend="native", native_instructions="avx2")
+    assert found.name == "native (avx2)"
+
+
+def test_instructions_that_the_kernels_do_not_have_are_refused(
+    base: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU with AVX2 at most, as the library compiled for it says."""
+    if not native_possible():
+        pytest.skip("no AVX2 or no compiler")
+    monkeypatch.setattr(Library, "instructions", "avx2")
+    with pytest.raises(BackendUnavailable, match="avx2 at most, not --native-instructions"):
+        asked(base, cache_dir, backend="native", native_instructions="avx512-bf16")
+    found = asked(base, cache_dir, backend="auto", native_instructions="avx512-bf16")
+    assert found.name == "torch"
+    assert "avx2 at most" in found.why_not_native

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from veneer_registry.errors import InvalidField
 from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.loop import Inbox, StepLoop, Unheld
 from veneer_server.engine.messages import (
     Cancel,
     Constraint,
@@ -23,7 +23,12 @@ from veneer_server.engine.messages import (
 )
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
-from veneer_server.engine.sequence import StepPlan, StepResult
+from veneer_server.engine.sequence import (
+    ConstraintFailure,
+    Following,
+    StepPlan,
+    StepResult,
+)
 
 
 class FakeGrammars:
@@ -34,35 +39,56 @@ class FakeGrammars:
             queue.SimpleQueue()
         )
         self.forgotten: list[int] = []
+        self.endings: dict[int, ConstraintFailure | Following] = {}
 
     def compile(
-        self, sequence: int, constraint: Constraint, done: Callable[[InvalidField | None], None]
+        self,
+        sequence: int,
+        constraint: Constraint,
+        done: Callable[[InvalidField | None], None],
+        caller: str = "",
     ) -> None:
         self.begun.put((sequence, done))
+
+    def ending(self, sequence: int) -> ConstraintFailure | Following:
+        return self.endings.pop(sequence, Following.GOES_ON)
 
     def forget(self, sequence: int) -> None:
         self.forgotten.append(sequence)
 
 
 class FakeRunner:
-    """FAKE: every sequence says 100 plus the position; `failures` end theirs."""
+    """FAKE: every sequence says 100 plus the position; `failures` end theirs, and those
+    that are `late` say nothing."""
 
     def __init__(self) -> None:
-        self.failures: dict[int, str] = {}
+        self.failures: dict[int, ConstraintFailure] = {}
         self.complete: set[int] = set()
+        self.late: set[int] = set()
+        self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
 
     def execute(self, plan: StepPlan) -> StepResult:
         n = len(plan.sequences)
+        self.plans.put(plan)
         failures = tuple(self.failures.get(p.sequence) for p in plan.sequences)
         return StepResult(
             tokens=tuple(
-                100 + p.position if p.samples and failure is None else None
+                100 + p.position
+                if p.samples and failure is None and p.sequence not in self.late
+                else None
                 for p, failure in zip(plan.sequences, failures, strict=True)
             ),
             logprobs=(None,) * n,
             scores=((),) * n,
             finite=(True,) * n,
-            complete=tuple(p.sequence in self.complete for p in plan.sequences),
+            following=tuple(
+                Following.LATE
+                if p.sequence in self.late
+                else Following.COMPLETE
+                if p.sequence in self.complete
+                else Following.GOES_ON
+                for p in plan.sequences
+            ),
             failures=failures,
         )
 
@@ -169,7 +195,7 @@ def test_cancelling_during_compilation_leaves_nothing(loop: Loop) -> None:
 def test_a_complete_constraint_stops_and_a_failed_one_fails_and_both_are_forgotten(
     loop: Loop,
 ) -> None:
-    loop.runner.failures[1] = "too large"
+    loop.runner.failures[1] = ConstraintFailure("fuel", "too large")
     loop.runner.complete.add(2)
     for number in (1, 2):
         loop.submit(number, ignore_eos=True, max_tokens=9)
@@ -181,6 +207,58 @@ def test_a_complete_constraint_stops_and_a_failed_one_fails_and_both_are_forgott
     assert isinstance(stopped, SequenceOutput)
     assert (stopped.finish, len(stopped.tokens)) == ("stop", 1)
     assert sorted(loop.grammars.forgotten) == [1, 2]
+
+
+def test_a_late_mask_leaves_its_sequence_out_of_steps_and_delays_no_other(loop: Loop) -> None:
+    """It was waited for by every stream of the step."""
+    loop.runner.late.add(1)
+    loop.submit(1, ignore_eos=True)
+    loop.grammars.begun.get(timeout=30)[1](None)
+    loop.runner.plans.get(timeout=30)
+    loop.submit(2, constrained=False)
+    assert isinstance(loop.end_of(2), SequenceOutput)
+    planned = [loop.runner.plans.get_nowait() for _ in range(loop.runner.plans.qsize())]
+    assert [[p.sequence for p in plan.sequences] for plan in planned] == [[2], [2], [2]]
+    loop.runner.late.clear()
+    loop.inbox.put(Unheld(1))
+    first = loop.runner.plans.get(timeout=30).sequences[0]
+    assert (first.sequence, first.tokens, first.position) == (1, (1, 2), 2)
+    end = loop.end_of(1)
+    assert isinstance(end, SequenceOutput)
+    assert (end.finish, end.tokens) == ("length", [104])
+
+
+@pytest.mark.parametrize("how", [Following.COMPLETE, ConstraintFailure("memory", "too large")])
+def test_what_is_known_late_of_a_sequence_ends_it(
+    how: Following | ConstraintFailure, loop: Loop
+) -> None:
+    loop.runner.late.add(1)
+    loop.submit(1, ignore_eos=True)
+    loop.grammars.begun.get(timeout=30)[1](None)
+    loop.runner.plans.get(timeout=30)
+    loop.grammars.endings[1] = how
+    loop.inbox.put(Unheld(1))
+    end = loop.end_of(1)
+    if isinstance(how, Following):
+        assert isinstance(end, SequenceOutput)
+        assert (end.finish, end.tokens) == ("stop", [])
+    else:
+        assert isinstance(end, SequenceFailed)
+        assert end.error.metadata == {"field": "constraint", "limit": "memory"}
+    assert loop.grammars.forgotten == [1]
+
+
+def test_a_held_sequence_can_be_cancelled(loop: Loop) -> None:
+    loop.runner.late.add(1)
+    loop.submit(1)
+    loop.grammars.begun.get(timeout=30)[1](None)
+    loop.runner.plans.get(timeout=30)
+    loop.inbox.put(Cancel(1))
+    loop.inbox.put(Unheld(1))  # came too late
+    end = loop.end_of(1)
+    assert isinstance(end, SequenceOutput)
+    assert end.finish == "cancelled"
+    assert loop.grammars.forgotten == [1]
 
 
 def test_without_grammars_a_constraint_is_refused() -> None:

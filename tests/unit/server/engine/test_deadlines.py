@@ -142,7 +142,7 @@ class SlowGrammars:
         self.done: list[Callable[[None], None]] = []
 
     def compile(
-        self, sequence: int, constraint: Constraint, done: Callable[[None], None]
+        self, sequence: int, constraint: Constraint, done: Callable[[None], None], caller: str
     ) -> None:
         self.done.append(done)
 

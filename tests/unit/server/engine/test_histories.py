@@ -186,15 +186,16 @@ class Histories(RuleBasedStateMachine):
     @rule(name=NAMES, tier=st.sampled_from(["host", "device"]), pin=SOMETIMES)
     def activate(self, name: str, tier: Any, pin: bool) -> None:
         with suppress(AdapterBudgetExceeded):  # the operator is told; nothing has changed
-            self.world.residency.activate(self._adapter(name), tier, pin)
+            self.world.activate(self._adapter(name), tier, pin)
 
-    @rule(name=NAMES, mode=st.sampled_from(["drain", "fail_if_busy"]), unpin=st.booleans())
+    @rule(
+        name=NAMES,
+        mode=st.sampled_from(["drain", "drain", "fail_if_busy", "forget"]),
+        unpin=st.booleans(),
+    )
     def evict(self, name: str, mode: Any, unpin: bool) -> None:
-        try:
-            _, _, actions = self.world.residency.evict(name, mode, unpin)
-        except (AdapterInUse, AdapterPinned):
-            return
-        self.world.carry_out(actions)
+        with suppress(AdapterInUse, AdapterPinned):
+            self.world.evict(name, mode, unpin)
 
     @rule(
         host=st.sampled_from([None, 60, 2 * SIZE, 6 * SIZE]),
@@ -234,6 +235,7 @@ class Histories(RuleBasedStateMachine):
             bounds_met=world.bounds_met,
             penalties=world.histories,
             shrinks=world.shrinks,
+            drains=world.drains,
         )
 
 
@@ -264,6 +266,7 @@ def test_random_histories() -> None:
     assert seen["bounds_met"] > 5_000
     assert seen["penalties"] > 5_000
     assert seen["shrinks"] > 200
+    assert seen["drains"] > 200
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -409,7 +412,7 @@ def _keys_without(field: str, value: str | None) -> Callable[[pytest.MonkeyPatch
 
 def _given_up_blocks_are_still_found(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixCache, "give_up", lambda self: self._idle.popitem(last=False)[0])
-    patch.setattr(PrefixCache, "check_integrity", lambda self, used: set(self._idle))
+    patch.setattr(PrefixCache, "integrity", lambda self, used: iter(()))
 
 
 def _nobody_is_overdue(patch: pytest.MonkeyPatch) -> None:
@@ -473,7 +476,23 @@ def _a_lower_budget_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 def _held_adapters_are_evicted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Residency, "try_hold", lambda self, digest: True)
     patch.setattr(Residency, "unhold", lambda self, digest: None)
-    patch.setattr(Residency, "check_integrity", lambda self, held, leased: None)
+    patch.setattr(Residency, "integrity", lambda self, held, leased: iter(()))
+
+
+def _a_new_request_ends_a_drain(patch: pytest.MonkeyPatch) -> None:
+    right = Residency.lease
+
+    def wrong(self: Residency, source: AdapterSource) -> str:
+        if (entry := self._entries.get(source.weights_digest)) is not None:
+            self._copies.drain(entry, draining=False)
+        return right(self, source)
+
+    patch.setattr(Residency, "lease", wrong)
+
+
+def _a_drain_waits_for_what_waits(patch: pytest.MonkeyPatch) -> None:
+    right = Residency._in_use
+    patch.setattr(Residency, "_in_use", lambda self, e: right(self, e) or e.leases > 0)
 
 
 def _all_that_wait_is_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -519,6 +538,8 @@ BUGS = [
     _lower_budgets_drop_nothing,
     _a_lower_budget_is_forgotten,
     _held_adapters_are_evicted,
+    _a_new_request_ends_a_drain,
+    _a_drain_waits_for_what_waits,
     _all_that_wait_is_ahead,
     _penalties_count_again_after_a_preemption,
 ]

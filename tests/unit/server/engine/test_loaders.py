@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from veneer_registry.errors import AdapterCorrupt, InternalError
+from veneer_registry.errors import AdapterCorrupt, DiskFailed, InternalError
 from veneer_registry.format import WEIGHTS_FILE, weights_digest
-from veneer_server.engine.messages import AdapterSource
+from veneer_server.engine.messages import LOST, AdapterSource
 from veneer_server.lora import loaders, pages
 from veneer_server.lora.loader_process import Setup
 from veneer_server.lora.loaders import Loaders
@@ -202,3 +202,77 @@ def test_loads_of_other_sizes_follow_one_another(
         alone = make("float32").read(source(folder))[0]
         assert torch.equal(copy.run, alone.run)
         assert copy.run.abs().sum() > 0
+
+
+@pytest.fixture
+def hurried() -> Iterator[Loaders]:
+    """Loaders with little patience."""
+    setup = Setup(dict(SHAPES), 2, "float32")
+    reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=2.0)
+    yield reader
+    reader.close()
+
+
+def test_a_loader_that_is_stopped_is_killed_and_the_load_done_by_another(
+    hurried: Loaders, tmp_path: Path
+) -> None:
+    """It left the requests that waited for it waiting for ever."""
+    wanted = source(make_adapter(tmp_path / "a"))
+    first = hurried.read(wanted)[0]
+    (pid,) = hurried.pids
+    os.kill(pid, signal.SIGSTOP)
+    again, stages = hurried.read(wanted)
+    assert torch.equal(first.run, again.run)
+    assert stages[LOST] >= 2.0
+    assert hurried.pids != (pid,)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert LOST not in hurried.read(wanted)[1]
+
+
+def test_a_load_that_takes_too_long_each_time_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    module = tmp_path / "sleeps_for_ever.py"
+    module.write_text("import signal\nsignal.pause()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    setup = Setup(dict(SHAPES), 2, "float32")
+    reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "_MODULE", "sleeps_for_ever")
+        with pytest.raises(DiskFailed) as caught:
+            reader.read(wanted)
+    assert caught.value.retry_after_s
+    assert caught.value.metadata["loaders"] == "2"
+    assert reader.pids == ()
+    reader.close()
+
+
+def test_a_large_adapter_has_more_time(
+    make: Callable[[str], Loaders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = make("float32")
+    given = []
+
+    def noted(self: object, wanted: object, prepare: object, limit_s: float) -> None:
+        given.append(limit_s)
+        raise InternalError("enough is known")
+
+    monkeypatch.setattr(loaders._Loader, "load", noted)
+    for parameters in (0, 500_000_000):
+        with pytest.raises(InternalError):
+            reader.read(AdapterSource("d" * 64, str(tmp_path), parameters, "big"))
+    assert given[0] == loaders.LIMIT_S
+    assert given[1] - given[0] == pytest.approx(500_000_000 * 4 / loaders.BYTES_A_SECOND)
+
+
+def test_a_stopped_loader_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    setup = Setup(dict(SHAPES), 2, "float32")
+    reader = Loaders(setup, torch.float32, count=1, pinned=False)
+    reader.read(source(make_adapter(tmp_path / "a")))
+    (pid,) = reader.pids
+    os.kill(pid, signal.SIGSTOP)
+    reader.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

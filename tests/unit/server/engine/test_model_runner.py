@@ -6,17 +6,22 @@ import json
 import math
 import queue
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from veneer_server.constraints.grammars import GrammarFailed, Grammars
 from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.grammar import Grammars
-from veneer_server.engine.loop import Inbox, StepLoop
+from veneer_server.engine.loop import Inbox, StepLoop, Unheld
 from veneer_server.engine.messages import (
     Constraint,
+    ConstraintLimits,
     FromEngine,
     SamplingParams,
     SequenceFailed,
@@ -70,11 +75,29 @@ class FakeBackend:
         """There is no cache to clear."""
 
 
+INBOXES: list[Inbox] = []
+"""The last is that of the loop that runs."""
+
+
 @pytest.fixture(scope="module")
-def grammars(base_folder: Path) -> Grammars:
-    made = Grammars.of_base(base_folder, vocab_size=VOCAB, eos_token_ids=[EOS])
-    assert made is not None
-    return made
+def grammars(base_folder: Path) -> Iterator[Grammars]:
+    made = Grammars.of_base(
+        base_folder,
+        vocab_size=VOCAB,
+        eos_token_ids=[EOS],
+        limits=ConstraintLimits(),
+        unhold=lambda sequence: INBOXES[-1].put(Unheld(sequence)),
+    )
+    assert made.usable()
+    yield made
+    made.close()
+
+
+def allowed(grammars: Grammars) -> NDArray[np.bool_]:
+    """What may come next in sequence 1, however long it takes to know."""
+    known = grammars.allowed(1, time.monotonic() + 60)
+    assert isinstance(known, np.ndarray)
+    return known
 
 
 @dataclass
@@ -87,6 +110,7 @@ class Answer:
 def run(grammars: Grammars, blocks: int, requests: list[dict[str, Any]]) -> list[Answer]:
     """What the requests get from a loop with so many KV blocks."""
     inbox: Inbox = queue.SimpleQueue()
+    INBOXES.append(inbox)
     out: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
     residency = Residency(host_budget=1, device_budget=1, itemsize=2, shared=True)
     limits = SchedulerLimits(max_batch_tokens=64, max_running=8, context_length=256)
@@ -143,6 +167,12 @@ def test_a_preempted_constrained_sequence_resumes_where_it_was(
     assert tight == roomy
     assert {a.finish for a in tight[1::2]} == {"stop"}
     assert len(grammars) == 0
+
+
+def say_for_ever(grammars: Grammars, token: int) -> None:
+    while True:
+        allowed(grammars)
+        grammars.advance({1: token}, time.monotonic() + 60)
 
 
 def plan_for(**fields: Any) -> PlannedSequence:
@@ -204,25 +234,28 @@ def test_a_row_that_is_not_finite_has_no_token_and_does_not_advance_its_constrai
     backend.spoiled.add(9)
     runner = ModelRunner(backend, {}, BLOCK, grammars)
     constraint = Constraint("regex", "[a-z][0-9]")
-    before = grammars.allowed(1)
+    before = allowed(grammars)
     result = runner.execute(
         StepPlan((plan_for(tokens=(9,), constraint=constraint), plan_for(sequence=2)))
     )
     assert result.finite == (False, True)
     assert result.tokens[0] is None
     assert result.tokens[1] is not None
-    assert (grammars.allowed(1) == before).all()
+    assert (allowed(grammars) == before).all()
     good = runner.execute(StepPlan((plan_for(constraint=constraint),)))
     assert before[good.tokens[0]]
-    assert not (grammars.allowed(1) == before).all()
+    assert not (allowed(grammars) == before).all()
     grammars.forget(1)
 
 
 def test_a_constraint_that_fails_ends_its_row_only(grammars: Grammars) -> None:
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    impossible = Constraint("regex", r"[^\x00-\U0010ffff]")
+    impossible = Constraint("regex", "((((a?){30}){30}){30}){30}")
     grammars.compile(1, impossible, done.put)
     assert done.get(timeout=60) is None
+    a = int(np.flatnonzero(allowed(grammars))[-1])
+    with pytest.raises(GrammarFailed):
+        say_for_ever(grammars, a)
     runner = ModelRunner(FakeBackend(), {}, BLOCK, grammars)
     result = runner.execute(
         StepPlan((plan_for(constraint=impossible), plan_for(sequence=2, logprobs=True)))

@@ -1,4 +1,7 @@
-"""One sequence's NaN stays its own: not in the prefix cache, not in reused KV blocks."""
+"""One sequence's NaN stays its own: not in the prefix cache, not in reused KV blocks.
+
+By every backend that the machine has: each keeps and clears a cache of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from veneer_server.engine.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine
+from tests.torture.forms import Form, forms
 from tests.unit.server.test_decoder import SHAPES, save_random
 
 POISON = 7
@@ -17,26 +21,37 @@ POISON = 7
 KV_BLOCKS = 5
 
 
+@pytest.fixture(params=forms(), ids=lambda form: form.name)
+def form(request: pytest.FixtureRequest) -> Form:
+    chosen: Form = request.param
+    return chosen
+
+
 @pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[EngineHarness]:
+def tiny(tmp_path: Path, cache_dir: Path, form: Form) -> Iterator[EngineHarness]:
     """A tiny model with few KV blocks and small steps."""
     config = SHAPES["llama"]
     model = save_random(config, tmp_path)
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = torch.inf
     model.save_pretrained(tmp_path)
-    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 32
+    token_bytes = (
+        2
+        * (2 if form.native else 4)
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * 32
+    )
     settings = EngineConfig(
         base_folder=str(tmp_path),
-        cache_folder=str(tmp_path / "cache"),
+        cache_folder=str(cache_dir),  # of the kernels; the base is in no cache
         base_name="tiny",
         weights_fingerprint="",
         device="cpu",
-        quantization="none",
-        dtype="float32",
         max_batch_tokens=16,
         max_running=4,
         kv_cache_bytes=token_bytes * 16 * (KV_BLOCKS + 1),
+        **form.settings,
     )
     with engine(settings) as harness:
         assert harness.scheduler.blocks.total == KV_BLOCKS

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine import integrity
 from veneer_server.engine.copies import Copies
+from veneer_server.engine.messages import EvictMode
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.tiers import Action, Drop, Entry, Load, MemoryTier, Plan
 
@@ -107,7 +109,7 @@ class Memory:
         if (name, self.pins.get(name)) not in self.there:
             self.pins.pop(name, None)
 
-    def evict(self, name: str, mode: Literal["drain", "fail_if_busy"], unpin: bool) -> None:
+    def evict(self, name: str, mode: EvictMode, unpin: bool) -> None:
         done, freed, actions = self.residency.evict(name, mode, unpin)
         self.pins.pop(name, None)
         before = self.held()
@@ -157,7 +159,7 @@ class Memory:
             assert self.held() <= most, "more than was planned"
         for name in self.holds:
             assert (name, "device") in self.there, "a held adapter was evicted"
-        self.residency.check_integrity(self.holds, self.leases)
+        integrity.run(self.residency.integrity(self.holds, self.leases))
 
     def check_in_use(self) -> None:
         """After a planning: what is past a budget that was lowered is in use."""
@@ -195,7 +197,9 @@ _STEPS = st.lists(
         ),
         st.tuples(
             st.just("evict"),
-            st.tuples(_NAMES, st.sampled_from(["drain", "fail_if_busy"]), st.booleans()),
+            st.tuples(
+                _NAMES, st.sampled_from(["drain", "fail_if_busy", "forget"]), st.booleans()
+            ),
         ),
         st.tuples(
             st.just("budgets"),
@@ -249,7 +253,7 @@ def _do(memory: Memory, kind: str, what: object) -> None:
             memory.activate(name, tier, pin, SIZES[name])
         case "budgets", ((int() | None) as host, (int() | None) as device):
             memory.set_budgets(host, device)
-        case "evict", (str(name), ("drain" | "fail_if_busy") as mode, bool(unpin)):
+        case "evict", (str(name), ("drain" | "fail_if_busy" | "forget") as mode, bool(unpin)):
             memory.evict(name, mode, unpin)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,35 @@ def test_top_p_is_a_share_of_what_a_wide_top_k_leaves(draws: Draws) -> None:
     assert 100 < max(tokens) < 125
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 2000}, {"top_p": 0.9999}, {"min_p": 5e-6}])
+def test_many_rare_tokens_are_drawn_as_often_as_they_should(
+    draws: Draws, cut: dict[str, Any]
+) -> None:
+    """One likely token, and thousands below e^-10 of it that are 2.6 % together: a sampler
+    that looks at the likeliest first must look again. Which token a random number falls on is
+    known within a few, by sums in float64."""
+    logits = -10.5 - torch.arange(VOCAB) * 1e-3
+    logits[0] = 0
+    weights = logits.double().exp()
+    kept = cut.get("top_k", VOCAB)
+    if "top_p" in cut:
+        kept = int((weights.cumsum(0) < cut["top_p"] * weights.sum()).sum()) + 1
+    if "min_p" in cut:
+        kept = int((weights >= cut["min_p"]).sum())
+    sums = weights[:kept].cumsum(0)
+    positions = range(1, 401)
+    choices = [Choice(SamplingParams(temperature=1.0, seed=3, **cut), at) for at in positions]
+    rare = 0
+    for token, at in zip(
+        sample(logits.repeat(len(choices), 1), choices, draws), positions, strict=True
+    ):
+        assert token is not None
+        right = int(torch.searchsorted(sums, sums[-1] * uniform(3, at), right=True))
+        assert token == right if right == 0 else abs(token - right) <= 3
+        rare += right > 0
+    assert rare > 3, "else it says nothing"
+
+
 def test_draws_follow_the_distribution(draws: Draws) -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     cases: list[tuple[SamplingParams, list[float]]] = [
@@ -257,3 +287,13 @@ def test_top_tokens_are_sorted_and_raw(draws: Draws) -> None:
                 logits[row].expand(len(tokens), -1), torch.tensor(tokens), draws
             )
             assert [value for _, value in entries] == pytest.approx(raw.tolist())
+
+
+def test_thousands_of_impossible_tokens_weigh_nothing(draws: Draws) -> None:
+    """e^-40 each: 1e-14 in all. One in float32 is exact to 1e-7."""
+    logits = torch.full((1, VOCAB), -40.0)
+    logits[0, 5] = 0
+    (sure,) = token_logprobs(logits, torch.tensor([5]), draws).tolist()
+    assert sure == pytest.approx(0, abs=2e-7)
+    (rare,) = token_logprobs(logits, torch.tensor([6]), draws).tolist()
+    assert rare == pytest.approx(-40, abs=1e-5)

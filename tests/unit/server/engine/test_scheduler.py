@@ -168,8 +168,10 @@ def test_eviction_modes() -> None:
     residency.moved("a")
     with pytest.raises(AdapterInUse):
         residency.evict("a", "fail_if_busy", unpin=False)
+    assert residency.try_hold("a")
     assert residency.evict("a", "drain", unpin=False) == (False, 0, [])
     assert residency.tier("a") == "device"
+    residency.unhold("a")
     assert residency.release("a") == [Drop("a", "device", "admin"), Drop("a", "host", "admin")]
     assert residency.tier("a") == "disk"
     residency.activate(adapter("a"), "host", pin=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from veneer_server.engine.block_manager import BlockManager
 from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
-from veneer_server.engine.messages import AdapterSource, SamplingParams, Submit
+from veneer_server.engine.messages import AdapterSource, EvictMode, SamplingParams, Submit
 from veneer_server.engine.residency import Residency
 from veneer_server.engine.scheduler import Scheduler
 from veneer_server.engine.sequence import (
@@ -31,7 +31,7 @@ from veneer_server.engine.sequence import (
     StepPlan,
     StepResult,
 )
-from veneer_server.engine.tiers import Action, Drop, Load
+from veneer_server.engine.tiers import Action, Drop, Load, MemoryTier
 
 SIZE = 100
 BLOCK = 4
@@ -102,6 +102,10 @@ class World:
     most: dict[str, int] = field(default_factory=dict)
     """Bytes by tier that may be held: less at each planning, until a budget that was
     lowered is kept."""
+    draining: dict[str, set[int]] = field(default_factory=dict)
+    """Adapters that were evicted and are not gone yet: the sequences that ran at the time."""
+    drains: int = 0
+    """Evictions that waited for such sequences, and were carried out."""
     shrinks: int = 0
     """Plannings that could not keep a budget yet."""
     cached_reads: int = 0
@@ -178,6 +182,39 @@ class World:
 
     # ------------------------------------------------------------ adapters
 
+    def activate(self, source: AdapterSource, tier: MemoryTier, pin: bool) -> None:
+        """Raises AdapterBudgetExceeded."""
+        self.residency.activate(source, tier, pin)
+        self.draining.pop(source.weights_digest, None)
+
+    def evict(self, name: str, mode: EvictMode, unpin: bool) -> None:
+        """Raises AdapterInUse, AdapterPinned."""
+        _, _, actions = self.residency.evict(name, mode, unpin)
+        if mode != "forget":
+            self.draining[name] = self._running_on(name)
+        self.carry_out(actions)
+        self._check_drained()
+
+    def _running_on(self, name: str) -> set[int]:
+        return {
+            s.id
+            for s in self.live.values()
+            if s.digest == name and s.state is SequenceState.RUNNING
+        }
+
+    def _takes_room(self, name: str) -> bool:
+        return any(digest == name for digest, _ in {*self.memory, *self.pending})
+
+    def _check_drained(self) -> None:
+        """What was evicted is gone once the sequences that ran then have ended."""
+        for name, ran in list(self.draining.items()):
+            ran &= self._running_on(name)  # one that is preempted begins anew
+            if not self._takes_room(name):
+                del self.draining[name]  # nothing was there
+            elif not ran:
+                coming = any(digest == name for digest, _ in self.pending)
+                assert coming, f"{name} was evicted, and is still there"
+
     def carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
@@ -185,6 +222,9 @@ class World:
                     self.pending.append((source.weights_digest, "host"))
                 case Drop(digest, tier):
                     self.memory.remove((digest, tier))
+                    if digest in self.draining and not self._takes_room(digest):
+                        self.drains += 1
+                        del self.draining[digest]
                 case _:
                     assert (action.weights_digest, "host") in self.memory
                     self.pending.append((action.weights_digest, "device"))
@@ -244,6 +284,7 @@ class World:
         self._check_evicted(actions, wants, {*near, *self.residency._operator_wants})
         self.carry_out(actions)
         self._check_in_use()
+        self._check_drained()
         for digest in impossible:
             self.fail_adapter(digest)
 
@@ -288,6 +329,7 @@ class World:
         for sequence in self.scheduler.using(digest):
             self.cancel(sequence.id)
         self.residency.failed(digest)
+        self.carry_out(self.residency.settle(digest))
 
     def arrive(self, index: int = 0) -> None:
         digest, tier = self.pending.pop(index)
@@ -331,9 +373,14 @@ class World:
         if running:
             first = min((s.id for s in running), key=self.starts.index)
             assert first not in preempted, "nobody is sure to get on"
-        started = [s.id for s in queue if s.state is SequenceState.RUNNING]
+        waited = {s.id for s in queue}
+        # In the order of their starts, which within one step is not that of the queue.
+        started = [number for number in self.scheduler._running if number in waited]
         self.starts = [n for n in self.starts if n not in started] + started
         self.preempted |= preempted
+        for number in started:
+            digest = self.live[number].digest
+            assert digest not in self.draining, f"{number} starts on {digest}, which is evicted"
         self._check_order(queue, resident)
         if plan is not None:
             self._check_plan(plan, running)
@@ -344,7 +391,8 @@ class World:
             return True
         there = (sequence.digest, "device") in self.memory
         if there and not self.residency.ready(sequence.digest):
-            assert any(self.most[tier] > self._budget(tier) for tier in self.most), (
+            past = any(self.most[tier] > self._budget(tier) for tier in self.most)
+            assert past or sequence.digest in self.draining, (
                 f"{sequence.digest} is kept from sequences for no reason"
             )
             return False

@@ -28,20 +28,6 @@ ROWS = (1, 2, 3, 5, 12, 13, 40, 97, 200)
 """Each kernel for few rows, groups of it, and more rows than a panel."""
 
 
-@pytest.fixture(scope="module", params=["best", "avx2"])
-def library(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Library:
-    wanted = "" if request.param == "best" else "avx2"
-    try:
-        made = Library(build(tmp_path_factory.getbasetemp() / "native", instructions=wanted))
-    except NativeUnavailable as reason:
-        pytest.skip(str(reason))
-    if wanted and made.instructions != wanted:
-        pytest.fail(f"{made.instructions} was compiled")
-    return made
-
-
 def draw(*shape: int) -> torch.Tensor:
     """Numbers that bfloat16 holds."""
     return torch.randn(*shape).bfloat16()

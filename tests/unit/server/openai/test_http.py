@@ -190,7 +190,7 @@ async def test_logprobs_of_a_chat(
         (" the", -0.5),
         ("<|im_end|>", -2.0),
     ]
-    assert broken["token"] == "�"
+    assert broken["token"] == "bytes:\\xe2\\x80"
     assert broken["bytes"] == [0xE2, 0x80]
     assert (last["token"], last["bytes"]) == ("<|im_end|>", None)
 
@@ -220,7 +220,7 @@ async def test_logprobs_and_echo_of_a_completion(
     assert found["top_logprobs"][-1] == {found["tokens"][-1]: -0.5}
     assert found["text_offset"][0] == 0
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
-        if "�" not in token:
+        if not token.startswith("bytes:"):
             assert text[offset:].startswith(token)
 
     streamed = await events(http, TEXT, echo=True, logprobs=0, seed=7)
@@ -262,21 +262,39 @@ async def test_offsets_of_an_echo(
         assert choice["text"].startswith(shown)
         found = choice["logprobs"]
         for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
-            if "�" not in token and (given is prompt or not token.startswith("<|")):
+            if not token.startswith("bytes:") and (
+                given is prompt or not token.startswith("<|")
+            ):
                 assert choice["text"][offset:].startswith(token)
         new = fake_tokens("", ids, 7, 4)
         starts = [len(shown) + len(tokenizer.decode(new[:at])) for at in range(4)]
         assert found["text_offset"][len(ids) :] == starts
 
 
-async def test_of_two_tokens_with_one_text_the_likelier_stays(
+async def test_fragments_of_characters_have_names_of_their_own(
     front: Front, http: httpx.AsyncClient, tokenizer: TextTokenizer
 ) -> None:
-    odd = [t for t in range(1000) if tokenizer.token_bytes(t) in (b"\xe2\x80", b"\xe2")][:2]
-    front.engine.script = scripted((1000, -3.0, [(odd[0], -0.5), (odd[1], -1.0)]))
-    body = await ok(http, TEXT, logprobs=0)
-    [tops] = body["choices"][0]["logprobs"]["top_logprobs"]
-    assert sorted(tops.values()) == [-3.0, -0.5]
+    """As OpenAI's legacy API names them: asked for three, one gets three."""
+    fragments = {
+        data: next(t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == data)
+        for data in (b"\xe2", b"\xe2\x80", b"\xf0\x9f")
+    }
+    tops = [(token, -0.5 - at) for at, token in enumerate(fragments.values())]
+    chosen = fragments[b"\xf0\x9f"]
+    front.engine.script = scripted((chosen, -2.5, tops))
+    body = await ok(http, TEXT, logprobs=3)
+    found = body["choices"][0]["logprobs"]
+    assert found["tokens"] == ["bytes:\\xf0\\x9f"]
+    assert found["top_logprobs"] == [
+        {"bytes:\\xe2": -0.5, "bytes:\\xe2\\x80": -1.5, "bytes:\\xf0\\x9f": -2.5}
+    ]
+    body = await ok(http, CHAT, logprobs=True, top_logprobs=3)
+    [entry] = body["choices"][0]["logprobs"]["content"]
+    assert (entry["token"], entry["bytes"]) == ("bytes:\\xf0\\x9f", [0xF0, 0x9F])
+    assert [(top["token"], top["bytes"]) for top in entry["top_logprobs"]] == [
+        ("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data))
+        for data in fragments
+    ]
 
 
 # ----------------------------------------------------------------- models and adapters

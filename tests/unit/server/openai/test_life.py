@@ -116,7 +116,7 @@ async def test_a_reader_that_stops_is_bounded_and_loses_its_place(
             reader.connect((host, int(port)))
             body = json.dumps({**TEXT, "stream": True}).encode()
             reader.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
                 b"content-type: application/json\r\n"
                 + f"content-length: {len(body)}\r\n\r\n".encode()
                 + body
@@ -183,7 +183,7 @@ async def test_a_body_that_never_comes_whole(
         host, port = front.addresses["openai"].rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
             b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
         )
         answer = (await reader.read()).decode()
@@ -199,7 +199,7 @@ async def test_connections_that_never_ask_for_anything_are_dropped(
         base_folder, front_cache, tmp_path, openai_listen=LISTEN, reader_limit="0.2"
     ) as front:
         host, port = front.addresses["openai"].rsplit(":", 1)
-        whole = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+        whole = b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
         for first in (b"", whole[:10], whole + whole[:10]):
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(first)
@@ -233,7 +233,9 @@ async def test_a_body_that_nobody_reads_does_not_keep_its_connection(
     ) as front:
         host, port = front.addresses["openai"].rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"{line} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n".encode())
+        writer.write(
+            f"{line} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n".encode()
+        )
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(f"HTTP/1.1 {status}".encode())
 
@@ -254,7 +256,8 @@ async def test_a_client_that_sends_ahead_is_answered_in_turn_or_seen_to_leave(
 ) -> None:
     body = json.dumps(TEXT).encode()
     request = (
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"content-type: application/json\r\n"
         + f"content-length: {len(body)}\r\n\r\n".encode()
         + body
     )
@@ -285,8 +288,9 @@ async def test_a_client_that_sends_ahead_is_answered_in_turn_or_seen_to_leave(
 async def test_bodies_are_bounded_together(
     base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many connections send large ones, memory has an end."""
-    monkeypatch.setattr("veneer_server.openai.gateway.MAX_BODIES", 1 << 20)
+    """However many connections send large ones, memory has an end, and short ones room."""
+    monkeypatch.setattr("veneer_server.openai.gateway.MAX_LONG_BODIES", 1 << 20)
+    long = {**TEXT, "prompt": "word " * 1000, "user": "x" * 300_000}
     async with (
         running(base_folder, front_cache, tmp_path, openai_listen=LISTEN) as front,
         client(front.addresses["openai"]) as http,
@@ -296,22 +300,34 @@ async def test_bodies_are_bounded_together(
         for _ in range(4):
             _, writer = await asyncio.open_connection(host, int(port))
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
-                b"content-type: application/json\r\ncontent-length: 300000\r\n\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                b"content-type: application/json\r\ncontent-length: 400000\r\n\r\n"
             )
-            writer.write(b" " * (1 << 18))
+            writer.write(b" " * (300 << 10))
             writers.append(writer)
-        while (late := await http.post("/v1/completions", json=TEXT)).status_code == 200:
-            pass  # what they sent is still on its way
+        while (late := await http.post("/v1/completions", json=long)).status_code == 400:
+            pass  # what they sent is still on its way, and this one too long for the context
         assert late.status_code == 429
         assert late.json()["error"]["code"] == "queue_full"
         assert (late.headers["retry-after"], late.headers["x-should-retry"]) == ("1", "true")
+        assert (await http.post("/v1/completions", json=TEXT)).status_code == 200
         assert front.engine.in_flight == 0
         writers.pop().close()
-        while (await http.post("/v1/completions", json=TEXT)).status_code == 429:
+        while (await http.post("/v1/completions", json=long)).status_code == 429:
             pass  # until the server has seen it leave
         for writer in writers:
             writer.close()
+
+
+async def test_short_bodies_are_bounded_together(
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer_server.openai.gateway.MAX_BODIES", 10)
+    async with (
+        running(base_folder, front_cache, tmp_path, openai_listen=LISTEN) as front,
+        client(front.addresses["openai"]) as http,
+    ):
+        assert (await http.post("/v1/completions", json=TEXT)).status_code == 429
 
 
 async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> None:

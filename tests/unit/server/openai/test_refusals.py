@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 from veneer_registry.errors import NonFiniteOutput, QueueFull
 from veneer_server.engine.messages import SequenceOutput
 
+from tests.unit.server.garbage import collected
 from tests.unit.server.openai.kit import CHAT, TEXT, error_of, ok, post
 from tests.unit.server.rpc.front_harness import Front, until
 
@@ -145,7 +146,7 @@ async def test_a_bug_is_told_by_its_request_id_only(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in error_of(answer)["message"]
-    monkeypatch.setattr("veneer_server.openai.routes._all_adapters", broken)
+    monkeypatch.setattr("veneer_server.openai.routes._all_models", broken)
     answer = await http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in error_of(answer)["message"]
@@ -192,6 +193,23 @@ async def test_a_client_that_disconnects_ends_the_work(
             await ended.wait()
             await until(lambda: front.engine.in_flight == 0)
             assert front.engine.cancelled == len(front.engine.submitted)
+
+
+async def test_nothing_keeps_the_body_of_a_refused_request(
+    front: Front, http: httpx.AsyncClient
+) -> None:
+    long = "0 " * 3000
+    chat = {**CHAT, "messages": [{"role": "user", "content": long}]}
+    with collected() as garbage:
+        for code, given in (
+            ("context_length_exceeded", {**TEXT, "prompt": long}),
+            ("context_length_exceeded", {**TEXT, "prompt": "word " * 40_000}),
+            ("context_length_exceeded", chat),
+            ("invalid_field", {**TEXT, "prompt": long, "top_p": "much"}),
+        ):
+            for stream in (False, True):
+                assert error_of(await post(http, given, stream=stream))["code"] == code
+    assert garbage.large(5000) == []
 
 
 async def test_health_follows_the_engine_and_version_is_told(

@@ -26,6 +26,7 @@ from veneer_server.engine.messages import (
     Constraint,
     EngineConfig,
     EngineInfo,
+    EvictMode,
     Occupancy,
     Residency,
     SamplingParams,
@@ -74,6 +75,9 @@ class FakeEngine:
             kv_cache_tokens=1000,
             adapter_itemsize=2,
             load_seconds=0.0,
+            max_batch_tokens=32,
+            max_prefill_tokens=16,
+            longest_step_seconds=2.5,
         )
         self.starts = 0
         self.healthy = False
@@ -98,6 +102,9 @@ class FakeEngine:
         self.submitted: list[dict[str, Any]] = []
         self.evictions: list[tuple[str, str]] = []
         self.cancelled = 0
+        self.activations: list[str] = []
+        self.activating: asyncio.Event | None = None
+        """When set, activations wait for it."""
         self.pace: asyncio.Semaphore | None = None
         """When set, each output waits for a permit."""
         self.script: list[SequenceOutput | VeneerError] | None = None
@@ -156,6 +163,7 @@ class FakeEngine:
         constraint: Constraint | None = None,
         use_prefix_cache: bool = True,
         deadline_s: float | None = None,
+        caller: str = "",
     ) -> AsyncIterator[SequenceOutput]:
         self.submitted.append(
             {
@@ -254,16 +262,20 @@ class FakeEngine:
 
     async def activate(
         self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
-    ) -> None:
+    ) -> bool:
         self.sources[adapter.weights_digest] = adapter
-        pin = pin or adapter.weights_digest in self.pins
-        self._set_tier(adapter.weights_digest, tier, pinned=pin)
+        self.activations.append(adapter.weights_digest)
+        if self.activating is not None:
+            await self.activating.wait()
+        keeps = adapter.weights_digest in self.pins
+        self._set_tier(adapter.weights_digest, tier, pinned=pin or keeps)
+        return pin
 
     async def evict(
         self,
         weights_digest: str,
         *,
-        mode: Literal["drain", "fail_if_busy", "abort"],
+        mode: EvictMode,
         unpin: bool,
     ) -> tuple[bool, int]:
         self.evictions.append((weights_digest, mode))

@@ -18,7 +18,7 @@ from veneer_server.engine.client import EngineClient
 from veneer_server.engine.messages import EngineConfig, ToEngine
 from veneer_server.lora.table import AdapterTable
 from veneer_server.models.config import read_decoder_config
-from veneer_server.rpc.adapter_view import source_of
+from veneer_server.rpc.adapter_view import AdapterUse, source_of
 from veneer_server.rpc.self_test import Report, SelfTest
 from veneer_server.text.prompts import Prompts
 
@@ -51,7 +51,8 @@ class Bench:
         self.client = client
         self.registry = registry
         self.prompts = Prompts(base)
-        self.self_test = SelfTest(registry, client, self.prompts, dtype="float32")
+        self.use = AdapterUse()
+        self.self_test = SelfTest(registry, client, self.prompts, self.use, dtype="float32")
 
     def ref(self, name: str) -> AdapterRef:
         return self.registry.resolve(name)
@@ -82,6 +83,7 @@ class Bench:
 
 def settings(base: Path, **changes: Any) -> EngineConfig:
     options: dict[str, Any] = {
+        "weights_fingerprint": "",
         "quantization": "none",
         "dtype": "float32",
         "kv_cache_bytes": 8 << 20,
@@ -90,7 +92,6 @@ def settings(base: Path, **changes: Any) -> EngineConfig:
         base_folder=str(base),
         cache_folder=str(base / "cache"),
         base_name="tiny",
-        weights_fingerprint="",
         device="cpu",
         **options | changes,
     )

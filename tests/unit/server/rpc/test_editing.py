@@ -229,7 +229,8 @@ async def test_deleting_what_is_in_use(front: Front, tmp_path: Path, mode: str) 
         assert (await front.adapters.GetAdapter(pb.GetAdapterRequest(name="chat"))).adapter
     else:
         await front.adapters.DeleteAdapter(request)
-        assert front.engine.evictions[-1][1] == mode.lower()
+        told = {"DRAIN": "forget", "ABORT": "abort"}  # nobody can ask for it any more
+        assert front.engine.evictions[-1][1] == told[mode]
     for _ in range(4):
         front.engine.pace.release()
     assert (await running).provenance.revision == revision
@@ -374,3 +375,57 @@ async def test_what_stands_is_not_answered_with_an_error_of_what_comes_after(
     assert refused.reason == "DISK_FAILED"
     listed = await front.adapters.ListAdapters(pb.ListAdaptersRequest())
     assert [adapter.name for adapter in listed.adapters] == ["other"]
+
+
+# ------------------------------------------------------------------ callers that leave
+
+
+async def history(front: Front) -> list[str]:
+    page = await front.adapters.GetHistory(pb.GetHistoryRequest(name="chat"))
+    return [entry.event for entry in page.entries]
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "warm"])
+async def test_a_replace_whose_caller_leaves_while_it_is_warmed_leaves_nothing(
+    front: Front, tmp_path: Path, pinned: bool
+) -> None:
+    (old,) = await pushed(front, tmp_path, 1)
+    await front.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="chat", pin=pinned))
+    before, written = dict(front.engine.residency), await history(front)
+    front.engine.activating = asyncio.Event()
+    front.engine.activations.clear()
+    call = front.push(make_adapter(tmp_path / "b", seed=2), "chat", allow_replace=True)
+    task = asyncio.ensure_future(call)
+    await until(lambda: bool(front.engine.activations))
+    (digest,) = front.engine.activations
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: (digest, "forget") in front.engine.evictions)
+    front.engine.activating.set()
+    weights = front.data_dir / "store" / "weights" / digest
+    await until(lambda: not weights.exists())
+    assert front.engine.residency == before
+    assert pins_on_disk(front) == set(front.engine.pins)
+    assert await answered_by(front, "chat") == old
+    assert await history(front) == written
+    # The same upload again succeeds.
+    front.engine.activating = None
+    reply = await front.push(tmp_path / "b", "chat", allow_replace=True)
+    assert reply.replaced
+    assert reply.adapter.pinned == pinned
+
+
+async def test_an_activation_whose_caller_leaves_is_carried_out_whole(
+    front: Front, tmp_path: Path
+) -> None:
+    await pushed(front, tmp_path, 1)
+    front.engine.activating, written = asyncio.Event(), await history(front)
+    call = front.adapters.ActivateAdapter(pb.ActivateAdapterRequest(name="chat", pin=True))
+    await until(lambda: bool(front.engine.activations))
+    call.cancel()
+    front.engine.activating.set()
+    while (now := await history(front)) == written:  # noqa: ASYNC110 - see `until`
+        await asyncio.sleep(0.005)
+    assert now == ["pinned", *written]
+    await until(lambda: pins_on_disk(front) == set(front.engine.pins) != set())

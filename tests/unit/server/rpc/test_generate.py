@@ -12,6 +12,7 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
 from veneer_server.engine.messages import SamplingParams, SequenceOutput
+from veneer_server.rpc.checks import MAX_MESSAGES
 from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
@@ -229,13 +230,7 @@ def _bad_requests() -> list[tuple[str, pb.GenerateRequest]]:
         ("output.n", prompt(output=output(n=17))),
         ("constraint", prompt(constraint=limit())),
         ("constraint.json_schema", prompt(constraint=limit(json_schema=""))),
-        ("constraint.json_schema", prompt(constraint=limit(json_schema="{"))),
-        ("constraint.json_schema", prompt(constraint=limit(json_schema="[]"))),
-        ("constraint.json_schema", prompt(constraint=limit(json_schema='{"type":"x"}'))),
-        ("constraint.json_schema", prompt(constraint=limit(json_schema='{"not":{}}'))),
         ("constraint.json_schema", prompt(constraint=limit(json_schema=" " * 32769))),
-        ("constraint.regex", prompt(constraint=limit(regex="("))),
-        ("constraint.regex", prompt(constraint=limit(regex="(?=x)y"))),
         ("constraint.choice", prompt(constraint=limit(choice=pb.Choices()))),
         ("constraint.choice", prompt(constraint=limit(choice=pb.Choices(texts=["a", ""])))),
         (
@@ -402,3 +397,76 @@ def _get(name: str) -> Any:
 
 def _delete(name: str) -> Any:
     return adapters_pb2.DeleteAdapterRequest(name=name)
+
+
+async def test_log_probabilities_name_their_tokens(
+    front: Front, tokenizer: TextTokenizer
+) -> None:
+    """By text, a fragment of a character by its bytes; in both calls and in the prompt."""
+    fragment = next(
+        t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == b"\xf0\x9f"
+    )
+    (the,) = tokenizer.encode(" the", add_special_tokens=False)
+    front.engine.script = [
+        SequenceOutput(
+            1,
+            [fragment],
+            logprobs=[-1.0],
+            top_logprobs=[[(the, -0.5), (2, -0.75), (fragment, -1.0)]],
+            finish="length",
+        )
+    ]
+    request = prompt(output=pb.OutputOptions(logprobs=True, top_logprobs=3))
+    [whole] = (await front.inference.Generate(request)).logprobs
+    [streamed] = [entry for m in await stream(front, request) for entry in m.logprobs]
+    assert whole == streamed
+    assert (whole.token_id, whole.token) == (fragment, "bytes:\\xf0\\x9f")
+    assert [top.token for top in whole.top] == [" the", "<|im_end|>", "bytes:\\xf0\\x9f"]
+
+    front.engine.script = None
+    request.output.echo = True
+    answer = await front.inference.Generate(request)
+    assert "".join(entry.token for entry in answer.prompt_logprobs) == " there"
+    assert all(entry.token for entry in (*answer.logprobs, *answer.prompt_logprobs))
+
+
+# ------------------------------------------------------------------ before any work
+
+
+async def test_more_token_ids_than_fit_are_not_looked_at(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> str:
+        raise AssertionError("they were decoded")
+
+    monkeypatch.setattr(TextTokenizer, "decode", never)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[10**6] * 1_000_000))
+    request.output.echo = True
+    refused = await failure(front.inference.Generate(request))
+    assert refused.reason == "CONTEXT_TOO_LONG"
+    assert refused.metadata["prompt_tokens"] == "1000000"
+    assert front.engine.submitted == []
+
+
+async def test_a_prompt_of_too_many_bytes_is_not_tokenized(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> list[int]:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(TextTokenizer, "encode", never)
+    long = pb.ChatMessage(role="user", content="x" * 4_000_000)
+    for request in (
+        prompt("word " * 800_000),
+        pb.GenerateRequest(messages=pb.ChatInput(messages=[long])),
+    ):
+        refused = await failure(front.inference.Generate(request))
+        assert refused.reason == "CONTEXT_TOO_LONG"
+        assert int(refused.metadata["largest_bytes"]) < 10_000
+
+
+async def test_more_messages_than_a_chat_may_have(front: Front) -> None:
+    messages = [pb.ChatMessage(role="user")] * (MAX_MESSAGES + 1)
+    request = pb.GenerateRequest(messages=pb.ChatInput(messages=messages))
+    refused = await failure(front.inference.Generate(request))
+    assert (refused.reason, refused.metadata["field"]) == ("INVALID_FIELD", "messages")

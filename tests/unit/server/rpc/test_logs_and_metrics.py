@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -54,6 +58,70 @@ def test_a_console_event_is_one_line_whatever_the_fields(stream: io.StringIO) ->
     get_logger("veneer_server.x").info("request", adapter="a\nb c", seconds=0.123456)
     assert stream.getvalue().count("\n") == 1
     assert 'adapter="a\\nb c" seconds=0.1235' in stream.getvalue()
+
+
+def test_a_log_that_nobody_reads_stops_nothing_and_says_what_it_lost(
+    stream: io.StringIO,
+) -> None:
+    """A full pipe stopped the front: no call was answered, and SIGTERM did nothing."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as unread, os.fdopen(writing, "w") as pipe:
+        logs.configure("json", pipe)
+        for number in range(3000):
+            get_logger("veneer_server.x").info("request", number=number, text="a" * 100)
+        found = unread.read(1 << 20).splitlines()
+        get_logger("veneer_server.x").info("again")
+        notice, again = map(json.loads, unread.read(1 << 16).splitlines())
+    assert [json.loads(line)["number"] for line in found] == list(range(len(found)))
+    assert (notice["event"], notice["level"]) == ("log lines were lost", "warning")
+    assert 0 < notice["lines"] == 3000 - len(found)
+    assert again["event"] == "again"
+
+
+@pytest.mark.parametrize("kind", ["terminal", "socket", "full disk"])
+def test_what_else_cannot_be_written_to_stops_nothing(stream: io.StringIO, kind: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "terminal":  # whose emulator has stopped
+            unread, terminal = os.openpty()
+            stack.callback(os.close, unread)
+            file = stack.enter_context(os.fdopen(terminal, "w"))
+        elif kind == "socket":
+            pair = socket.socketpair()
+            for end in pair:
+                stack.enter_context(end)
+            file = stack.enter_context(pair[1].makefile("w"))
+        else:
+            file = stack.enter_context(open("/dev/full", "w"))
+        logs.configure("console", file)
+        for number in range(3000):
+            get_logger("veneer_server.x").info("request", number=number, text="a" * 100)
+
+
+def test_a_log_whose_reader_has_gone_stops_nothing(stream: io.StringIO) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        logs.configure("console", pipe)
+        get_logger("veneer_server.x").info("request")
+
+
+def test_a_long_line_is_written_whole(stream: io.StringIO, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as file:
+        logs.configure("console", file)
+        get_logger("veneer_server.x").info("request", text="é" * 5000, odd="\udcff")
+    text = (tmp_path / "log").read_text()
+    assert text.count("\n") == 1
+    assert text.count("é") == 5000
+    assert "\\udcff" in text
+
+
+def test_a_line_that_cannot_be_formatted_ends_nothing(
+    stream: io.StringIO, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("w") as file:
+        logs.configure("console", file)
+        logging.getLogger("veneer_server.x").info("%d rows", "three")
+    assert "'%d rows'" in (tmp_path / "log").read_text()
 
 
 def test_others_debug_and_info_stay_out(stream: io.StringIO) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput
 from veneer_server.engine.messages import Constraint, SamplingParams, SequenceOutput
-from veneer_server.rpc import generation
 from veneer_server.rpc.samples import SampleStreams, sample_seed
 from veneer_server.text.tokenizer import TextTokenizer
 
@@ -189,32 +186,6 @@ async def test_every_option_reaches_the_engine(front: Front) -> None:
     assert first["constraint"] == Constraint("choice", '["yes", "no"]')
     assert (first["use_prefix_cache"], second["use_prefix_cache"]) == (False, True)
     assert second["constraint"] is None
-
-
-async def test_a_slow_check_of_a_constraint_delays_no_other_request(
-    front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does cancelling it let a second check begin beside it."""
-    begun: queue.SimpleQueue[str] = queue.SimpleQueue()
-    go_on = threading.Event()
-
-    def check(constraint: Constraint) -> None:
-        begun.put(constraint.text)
-        assert go_on.wait(60)
-
-    monkeypatch.setattr(generation, "check_constraint", check)
-    slow = [
-        front.inference.Generate(prompt(constraint=pb.Constraint(regex=text))) for text in "ab"
-    ]
-    first = await asyncio.to_thread(begun.get, timeout=30)
-    free = await front.inference.Generate(prompt())
-    assert len(free.token_ids) == 4
-    cancelled, other = slow if first == "a" else reversed(slow)
-    cancelled.cancel()
-    await front.inference.Generate(prompt())
-    assert begun.empty()
-    go_on.set()
-    assert len((await other).token_ids) == 4
 
 
 async def test_streams_take_turns_and_close_whole() -> None:

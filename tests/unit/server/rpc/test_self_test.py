@@ -66,10 +66,6 @@ async def test_adapters_are_loaded_and_may_be_named_in_every_way(tmp_path: Path)
 
 async def test_without_names_the_two_used_last_are_tested(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        alone = await made.run()
-        assert [v.name for v in alone.verdicts] == [""]
-        assert alone.passed
-        assert alone.adapters_mixed == 0
         for name in ("two", "one", "three"):
             await made.run(name)
         report = await made.run()
@@ -79,6 +75,55 @@ async def test_without_names_the_two_used_last_are_tested(tmp_path: Path) -> Non
             made.ref("one").short,
             made.ref("three").short,
         }
+
+
+async def test_after_an_evict_adapters_are_still_tested(tmp_path: Path) -> None:
+    """Nothing is in memory: those asked for last are loaded."""
+    async with bench(tmp_path) as made:
+        await made.score("two")
+        made.use.touch(made.ref("two"))
+        digest = made.ref("two").weights_digest
+        await made.client.evict(digest, mode="drain", unpin=False)
+        assert not made.tables
+        report = await made.run()
+        assert report.passed
+        assert report.note == ""
+        tested = [v.name for v in report.verdicts]
+        assert tested == ["", made.ref("two").short, made.ref("one").short]
+
+
+async def test_a_server_without_adapters_says_that_it_tested_the_base_alone(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, ()) as made:
+        answer = await made.self_test.answer(adapters_pb2.SelfTestRequest())
+        assert answer.passed
+        assert [result.adapter for result in answer.results] == [""]
+        assert "no adapter is registered" in answer.note
+
+
+async def test_adapters_of_which_none_can_be_tested_are_no_pass(tmp_path: Path) -> None:
+    """The base is right; nothing is known of the adapters, and the note says why."""
+    async with bench(tmp_path, device_adapter_bytes=1000, host_adapter_bytes=1000) as made:
+        answer = await made.self_test.answer(adapters_pb2.SelfTestRequest())
+        assert [(r.adapter, r.passed) for r in answer.results] == [("", True)]
+        assert not answer.passed
+        assert "none of 3 adapters could be tested" in answer.note
+
+
+async def test_one_that_cannot_be_loaded_does_not_keep_the_others_from_it(
+    tmp_path: Path,
+) -> None:
+    """The third adapter, which was asked for last, is larger than the budget."""
+    async with bench(tmp_path) as made:
+        room = made.registry.get("two").manifest.serving_bytes
+    budget = {"device_adapter_bytes": room, "host_adapter_bytes": room}
+    async with bench(tmp_path / "again", **budget) as made:
+        made.use.touch(made.ref("three"))
+        report = await made.run()
+        assert report.passed
+        assert made.ref("three").short not in [v.name for v in report.verdicts]
+        assert report.adapters_tested == 2
 
 
 async def test_names_that_mean_the_same_weights_cannot_be_told_apart(tmp_path: Path) -> None:
@@ -128,7 +173,7 @@ async def test_it_passes_beside_requests_and_leaves_them_alone(tmp_path: Path) -
 async def test_exact_mode_mixes_none(exact: bool, mixed: int, tmp_path: Path) -> None:
     async with bench(tmp_path, exact=exact) as made:
         tested = SelfTest(
-            made.registry, made.client, made.prompts, dtype="float32", exact=exact
+            made.registry, made.client, made.prompts, made.use, dtype="float32", exact=exact
         )
         report = await tested.run(["one", "two"])
         assert report.passed
@@ -214,13 +259,13 @@ async def test_files_are_kept_until_they_are_read(
     """Who goes away while the engine reads an adapter's files must not free them."""
     reading, go_on = threading.Event(), threading.Event()
 
-    def slow(weights: Any, tokens: Any, adapter: Any) -> list[float]:
-        if adapter is not None:
+    def slow(weights: Any, tokens: Any, adapters: Any) -> list[list[float]]:
+        if any(adapters):
             reading.set()
             assert go_on.wait(60)
-        return [0.0] * (len(tokens) - 1)
+        return [[0.0] * (len(tokens) - 1) for _ in adapters]
 
-    monkeypatch.setattr(references, "reference_logprobs", slow)
+    monkeypatch.setattr(references, "references", slow)
     async with bench(tmp_path) as made:
         digest = made.ref("one").weights_digest
         task = asyncio.ensure_future(made.run("one"))
@@ -247,7 +292,7 @@ async def test_a_reference_that_breaks_is_told(
 
     async with bench(tmp_path) as made:
         with monkeypatch.context() as patched:
-            patched.setattr(references, "reference_logprobs", broken)
+            patched.setattr(references, "references", broken)
             with pytest.raises(InternalError, match="MemoryError: no room"):
                 await made.run("one")
         assert (await made.run("one")).passed
@@ -267,7 +312,7 @@ async def test_an_adapter_that_cannot_be_loaded_is_refused(tmp_path: Path) -> No
     async with bench(tmp_path, device_adapter_bytes=1000, host_adapter_bytes=1000) as made:
         with pytest.raises(AdapterBudgetExceeded):
             await made.run("one")
-        assert (await made.run()).passed
+        assert made.client.in_flight == 0
 
 
 async def test_a_full_server_refuses_it(tmp_path: Path) -> None:
@@ -277,9 +322,12 @@ async def test_a_full_server_refuses_it(tmp_path: Path) -> None:
         assert (await made.run("one", "two")).passed
 
 
-async def test_a_server_with_one_place_tests_its_base(tmp_path: Path) -> None:
+async def test_a_server_with_one_place_tests_its_base_and_says_so(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         made.client.capacity = 1
-        assert (await made.run()).passed
+        report = await made.run()
+        assert [(v.name, v.passed) for v in report.verdicts] == [("", True)]
+        assert not report.passed
+        assert "--max-running" in report.note
         with pytest.raises(InvalidField, match="at most 0"):
             await made.run("one")

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from veneer_registry.fingerprint import weights_fingerprint
 from veneer_server.engine import model_runner
 from veneer_server.lora.table import GroupViews
+from veneer_server.models.source import BaseDamaged
 from veneer_server.rpc.verdicts import Answers, judge
 
+from tests.tiny_llama import make_tiny_llama
 from tests.unit.server.rpc.self_test_kit import NAMES, Bench, bench
 
 Damage = Callable[[Bench], None]
@@ -72,6 +75,37 @@ async def test_a_damaged_copy_fails_and_no_other(
         # The healthy ones pass in any company.
         well = [name for name in NAMES if name not in wrong]
         assert await made.failed(*well) == []
+
+
+async def test_damage_of_the_base_s_own_weights_is_found(tmp_path: Path) -> None:
+    """One linear of one layer, zeroed where it serves from: all that is served is wrong. The
+    reference is of the base's files; what was loaded would agree with itself."""
+    async with bench(tmp_path) as made:
+        assert await made.failed(*NAMES) == []
+        weight = made.harness.runner._backend._weights.layers[1].down.weight  # type: ignore[attr-defined]
+        kept = weight.clone()
+        weight.zero_()
+        assert await made.failed(*NAMES) == ["base", *NAMES]
+        weight.copy_(kept)
+        assert await made.failed(*NAMES) == []
+
+
+async def test_a_base_whose_files_changed_cannot_be_compared(tmp_path: Path) -> None:
+    """That is said, and nothing else: neither that it passes, nor that what serves is wrong."""
+    fingerprint = weights_fingerprint(make_tiny_llama(tmp_path / "base"))
+    async with bench(tmp_path, weights_fingerprint=fingerprint) as made:
+        assert await made.failed() == []
+        file = tmp_path / "base" / "model.safetensors"
+        # Another file of that name: the engine has the old one mapped.
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.unlink()
+        file.write_bytes(data)
+        with pytest.raises(BaseDamaged, match="changed since the server started"):
+            await made.failed()
+        file.write_bytes(data[:-100])
+        with pytest.raises(BaseDamaged, match="cannot be read"):
+            await made.failed()
 
 
 async def test_an_exchange_says_whose_answer_it_is(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,6 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Aborted, Draining
-from veneer_registry.rows import Who
 from veneer_server.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -24,8 +21,7 @@ from veneer_server.engine.messages import (
     StepDone,
     WireError,
 )
-from veneer_server.rpc.adapter_events import AdapterEvents, Weights
-from veneer_server.rpc.upload import Uploads
+from veneer_server.rpc.adapter_events import WOKEN, AdapterEvents, Weights
 from veneer_server.rpc.watch import AdapterWatch
 
 from tests.unit.server.rpc.front_harness import Front, make_adapter, running
@@ -200,45 +196,6 @@ async def test_names_that_share_weights_are_all_told(front: Front, tmp_path: Pat
     assert (half.sequence, bool(whole.sequence)) == (0, True)
 
 
-async def test_a_publish_whose_caller_left_is_told() -> None:
-    loop = asyncio.get_running_loop()
-    begun, left, told_of = asyncio.Event(), threading.Event(), asyncio.Event()
-
-    class Slow:
-        """A FAKE registry whose publish takes longer than its caller stays."""
-
-        def begin_upload(self, request: Any, *, resume: bool) -> Any:
-            return SimpleNamespace(missing_bytes=0, abort=lambda: None, suspend=lambda: None)
-
-        def publish(self, upload: Any, **options: Any) -> Any:
-            loop.call_soon_threadsafe(begun.set)
-            left.wait()
-            return "published"
-
-    async def messages() -> AsyncIterator[Any]:
-        file = pb.UploadFile(name="adapter_config.json", size=1, sha256="0" * 64)
-        yield pb.UploadAdapterRequest(spec=pb.UploadSpec(name="style", files=[file]))
-
-    published: list[Any] = []
-
-    def listen(outcome: Any) -> None:
-        published.append(outcome)
-        told_of.set()
-
-    uploads = Uploads(Slow(), on_published=listen)  # type: ignore[arg-type]
-    receiving = asyncio.create_task(
-        uploads.receive(messages(), who=Who(), prepare=lambda options: None)
-    )
-    await begun.wait()
-    receiving.cancel()
-    await asyncio.sleep(0)
-    left.set()
-    with pytest.raises(asyncio.CancelledError):
-        await receiving
-    await told_of.wait()
-    assert published == ["published"]
-
-
 async def test_a_drain_ends_watches_at_once(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
@@ -270,7 +227,8 @@ async def test_who_falls_behind_is_closed() -> None:
     events = AdapterEvents(kept=2)
     gate = asyncio.Event()
 
-    async def write(message: Any) -> None:
+    async def write(data: bytes) -> None:
+        message = pb.WatchAdaptersResponse.FromString(data)
         if message.event == pb.ADAPTER_EVENT_SYNCED:
             for tier in ("host", "device", "host"):
                 await told(events, state(tier), Evicted(DIGEST, "host", "admin"))
@@ -284,7 +242,8 @@ async def test_who_falls_behind_is_closed() -> None:
 async def test_what_happens_during_the_snapshot_follows_it() -> None:
     events, seen = AdapterEvents(), []
 
-    async def write(message: Any) -> None:
+    async def write(data: bytes) -> None:
+        message = pb.WatchAdaptersResponse.FromString(data)
         seen.append((message.event, message.sequence - events.last))
         if message.event == pb.ADAPTER_EVENT_RESET:
             await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
@@ -312,7 +271,8 @@ async def test_what_happened_to_weights_is_not_told_of_a_name_that_came_later() 
     await told(events, state("host"), Evicted(DIGEST, "device", "admin"))
     events.close()
 
-    async def write(message: Any) -> None:
+    async def write(data: bytes) -> None:
+        message = pb.WatchAdaptersResponse.FromString(data)
         if message.event != pb.ADAPTER_EVENT_SYNCED:
             seen.append((message.event, message.adapter.name))
 
@@ -333,7 +293,7 @@ async def test_what_happened_to_weights_is_not_told_of_a_name_that_came_later() 
 
 
 async def test_who_stops_reading_is_closed() -> None:
-    async def write(message: Any) -> None:
+    async def write(data: bytes) -> None:
         await asyncio.Event().wait()
 
     with pytest.raises(Aborted, match="read nothing"):
@@ -347,7 +307,8 @@ async def test_what_happened_before_the_end_is_told_before_it() -> None:
     events.close()
     seen = []
 
-    async def write(message: Any) -> None:
+    async def write(data: bytes) -> None:
+        message = pb.WatchAdaptersResponse.FromString(data)
         seen.append(message.event)
 
     with pytest.raises(Draining):
@@ -363,3 +324,72 @@ async def test_one_that_is_activated_before_it_is_published_is_told_in_that_orde
     await front.push(make_adapter(tmp_path / "a"), "one", activate=True)
     kinds = [(await watcher.next())[:2] for _ in range(2)]
     assert kinds == [("PUBLISHED", "one"), ("ACTIVATED", "one")]
+
+
+async def test_an_event_is_built_once_however_many_watch() -> None:
+    """Five thousand watchers, each with messages of its own, stalled the loop for 2 s."""
+    events, asked, seen = AdapterEvents(), [], []
+    since = events.last
+
+    class Someone(Nobody):
+        def holding(self, digest: str) -> Any:
+            asked.append(digest)
+            return ("a record",)
+
+    async def write(data: bytes) -> None:
+        seen.append(pb.WatchAdaptersResponse.FromString(data).event)
+
+    view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
+    watch = AdapterWatch(Someone(), view, events)  # type: ignore[arg-type]
+    watchers = [asyncio.create_task(watch.serve(since, write)) for _ in range(200)]
+    await asyncio.sleep(0)
+    await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
+    events.close()
+    ended = await asyncio.gather(*watchers, return_exceptions=True)
+    assert all(isinstance(error, Draining) for error in ended)
+    assert seen.count(pb.ADAPTER_EVENT_LOADED) == 200
+    assert len(asked) == 1
+
+
+async def test_a_build_that_fails_is_tried_again_for_the_next() -> None:
+    events, answers = AdapterEvents(), [OSError("the disk"), ("a record",)]
+    since = events.last
+    await told(events, state("host"), AdapterLoaded(DIGEST, "disk", {}))
+    events.close()
+
+    class Sometimes(Nobody):
+        def holding(self, digest: str) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    async def write(data: bytes) -> None:
+        pass
+
+    view = SimpleNamespace(adapter=lambda record: pb.Adapter(name=record))
+    watch = AdapterWatch(Sometimes(), view, events)  # type: ignore[arg-type]
+    for error in (OSError, Draining):
+        with pytest.raises(error):
+            await watch.serve(since, write)
+
+
+async def test_many_watchers_are_told_some_at_a_time() -> None:
+    """What else the loop does has its turn in between."""
+    events = AdapterEvents()
+    told_now, most = 0, 0
+
+    async def wait() -> None:
+        nonlocal told_now
+        await events.beyond(events.last)
+        told_now += 1
+
+    waiting = [asyncio.create_task(wait()) for _ in range(500)]
+    await asyncio.sleep(0)
+    events.on_engine_event(state("host"))
+    while not all(task.done() for task in waiting):
+        before = told_now
+        await asyncio.sleep(0)
+        most = max(most, told_now - before)
+    assert told_now == 500
+    assert most <= WOKEN

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
-from veneer_registry.errors import TemplateFailed
+from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.text import template_process
-from veneer_server.text.template_process import MEMORY_LIMIT, TemplateProcess
+from veneer_server.text.template_process import MEMORY_LIMIT, TemplateProcesses
 
 USER = [{"role": "user", "content": "Hi"}]
 GOOD = "{{ bos_token }}{{ messages[0].content }}"
@@ -21,13 +23,13 @@ DOUBLING = (
 
 
 @pytest.fixture
-async def templates() -> AsyncIterator[TemplateProcess]:
-    process = TemplateProcess({"bos_token": "<s>"}, limit_s=0.2)
+async def templates() -> AsyncIterator[TemplateProcesses]:
+    process = TemplateProcesses({"bos_token": "<s>"}, limit_s=0.2)
     yield process
     await process.close()
 
 
-async def test_renders_and_reports_as_in_the_front(templates: TemplateProcess) -> None:
+async def test_renders_and_reports_as_in_the_front(templates: TemplateProcesses) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     with pytest.raises(TemplateFailed, match="roles must alternate"):
         await templates.render("{{ raise_exception('roles must alternate') }}", USER)
@@ -39,27 +41,27 @@ async def test_renders_and_reports_as_in_the_front(templates: TemplateProcess) -
 
 
 async def test_an_endless_template_is_killed_and_refused_from_then_on(
-    templates: TemplateProcess,
+    templates: TemplateProcesses,
 ) -> None:
     with pytest.raises(TemplateFailed, match=r"0\.2 s"):
         await templates.render(SILENT_LOOP, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
-    running = templates._process
+    running = templates.quick.process
     with pytest.raises(TemplateFailed, match="push the adapter again"):
         await templates.render(SILENT_LOOP, USER)
-    assert templates._process is running
+    assert templates.quick.process is running
 
 
-async def test_memory_is_bounded(templates: TemplateProcess) -> None:
+async def test_memory_is_bounded(templates: TemplateProcesses) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
-    assert templates._process is not None
-    limits = resource.prlimit(templates._process.pid, resource.RLIMIT_AS)
+    assert templates.quick.process is not None
+    limits = resource.prlimit(templates.quick.process.pid, resource.RLIMIT_AS)
     assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
-async def test_what_a_template_raises_is_bounded(templates: TemplateProcess) -> None:
+async def test_what_a_template_raises_is_bounded(templates: TemplateProcesses) -> None:
     """It goes to the caller and through the front's event loop."""
     for source in (
         "{{ raise_exception(messages[0].content * 20_000_000) }}",
@@ -74,7 +76,7 @@ async def test_what_a_template_raises_is_bounded(templates: TemplateProcess) -> 
 
 
 async def test_an_answer_that_no_template_can_give_is_not_read(
-    templates: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a process that a template has taken over could send one."""
     monkeypatch.setattr(template_process, "MAX_ANSWER", 1000)
@@ -84,11 +86,11 @@ async def test_an_answer_that_no_template_can_give_is_not_read(
 
 
 async def test_a_cancelled_rendering_does_not_answer_the_next(
-    templates: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
-    assert templates._process is not None
-    jobs, sent = templates._process.stdin, asyncio.Event()
+    assert templates.quick.process is not None
+    jobs, sent = templates.quick.process.stdin, asyncio.Event()
     assert jobs is not None
     drain = jobs.drain
 
@@ -105,7 +107,112 @@ async def test_a_cancelled_rendering_does_not_answer_the_next(
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
-async def test_many_at_once_get_their_own_answers(templates: TemplateProcess) -> None:
+async def test_many_at_once_get_their_own_answers(templates: TemplateProcesses) -> None:
     chats = [[{"role": "user", "content": str(n)}] for n in range(50)]
     answers = await asyncio.gather(*(templates.render(GOOD, chat) for chat in chats))
     assert answers == [f"<s>{n}" for n in range(50)]
+
+
+# ------------------------------------------------------------------------- slow ones
+
+SLOW = (
+    "{% for a in range(messages[0].content | int) %}{% for b in range(100) %}{% endfor %}"
+    "{{ a }}{% endfor %}"
+)
+"""As slow as the message says, and no slower than is allowed."""
+
+
+def slow(extra: str = "") -> str:
+    return SLOW + "{# " + extra + " #}"
+
+
+@pytest.fixture
+async def hurried() -> AsyncIterator[TemplateProcesses]:
+    """Slow is what takes more than a fraction of what is allowed."""
+    processes = TemplateProcesses({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
+    yield processes
+    await processes.close()
+
+
+def chat(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+WORK = "20000"
+
+
+async def test_slow_templates_do_not_hold_up_another(hurried: TemplateProcesses) -> None:
+    """Sixteen slow ones delayed the chat of another adapter by 3 s."""
+    first = await hurried.render(slow(), chat(WORK))
+    assert first.startswith("0123"), "it is slow, and right"
+    waiting = [asyncio.create_task(hurried.render(slow(), chat(WORK))) for _ in range(8)]
+    await asyncio.sleep(0)
+    assert await hurried.render(GOOD, USER) == "<s>Hi"
+    assert sum(task.done() for task in waiting) < 5
+    assert set(await asyncio.gather(*waiting)) == {first}
+
+
+async def test_slow_templates_take_turns(hurried: TemplateProcesses) -> None:
+    order: list[str] = []
+
+    async def noted(name: str) -> None:
+        await hurried.render(slow(name), chat(WORK))
+        order.append(name)
+
+    await asyncio.gather(*(noted(name) for name in ("many", "one")))
+    order.clear()
+    await asyncio.gather(*(noted(name) for name in ("many",) * 6 + ("one",)))
+    assert order.index("one") <= 2
+
+
+async def test_a_process_that_hangs_is_replaced(
+    hurried: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "_WALL_LEAST_S", 2.0)
+    assert await hurried.render(GOOD, USER) == "<s>Hi"
+    assert hurried.quick.process is not None
+    pid = hurried.quick.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert await hurried.render(GOOD, USER) == "<s>Hi"
+    assert await hurried.render(GOOD, USER) == "<s>Hi"
+    assert hurried.quick.process is not None
+    assert hurried.quick.process.pid != pid
+
+
+async def test_one_that_never_answers_is_refused_at_once_for_a_while(
+    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def silent(process: object, job: object) -> None:
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template_process, "_exchange", silent)
+        patch.setattr(template_process, "_WALL_FACTOR", 0.05)
+        patch.setattr(template_process, "_WALL_LEAST_S", 0.01)
+        with pytest.raises(TemplateFailed):
+            await templates.render(GOOD, USER)
+        assert asked == 2, "in either process"
+    with pytest.raises(TemplateFailed):
+        await templates.render(GOOD, USER)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + template_process.SLOW_FOR_S)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_too_many_of_one_template_are_refused(
+    hurried: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "MAX_WAITING", 2)
+    await hurried.render(slow(), chat(WORK))
+    tasks = [asyncio.create_task(hurried.render(slow(), chat(WORK))) for _ in range(4)]
+    with pytest.raises(QueueFull):
+        await tasks[3]
+    tasks[1].cancel()
+    assert await tasks[2]
+    assert await tasks[0]
+    assert await hurried.render(slow("other"), chat("3")) == "012"

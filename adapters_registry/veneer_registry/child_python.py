@@ -1,0 +1,17 @@
+"""How every package here starts a Python child process."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["child_python"]
+
+
+def child_python(*arguments: str) -> list[str]:
+    """This interpreter with ``arguments``, without the current folder on its path.
+
+    ``-m`` and ``-c`` put the current folder first on `sys.path`: a ``numpy.py`` in the folder
+    that someone starts a server from would run inside the engine. ``-P`` leaves it out.
+    `PYTHONPATH` and the user's site packages still count, which ``-I`` would drop.
+    """
+    return [sys.executable, "-P", *arguments]

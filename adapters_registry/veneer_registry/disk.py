@@ -1,0 +1,149 @@
+"""Files and folders of a data folder: private whatever the umask, and durable when we say so.
+
+Modes are given at creation rather than by the umask, which is one for the whole process and
+would also apply to the cache folder, which users may share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pwd
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.errors import DiskFailed, DiskFull, InvalidField
+
+__all__ = [
+    "FILE_MODE",
+    "FOLDER_MODE",
+    "create_file",
+    "disk_errors",
+    "disk_failed",
+    "disk_full",
+    "link",
+    "make_folder",
+    "make_private",
+    "remove",
+    "sync",
+    "write_file",
+]
+
+_log = logging.getLogger(__name__)
+
+FOLDER_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+_OTHERS: Final = 0o077
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn an operating system's error into `DiskFull` or `DiskFailed`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(folder) from error
+        raise disk_failed(folder, str(error)) from error
+
+
+def disk_full(folder: Path) -> DiskFull:
+    """The error for a full disk."""
+    return DiskFull(
+        f"the disk of {folder} is full, nothing was published; delete adapters or make room",
+        metadata={"folder": str(folder)},
+    )
+
+
+def disk_failed(folder: Path, why: str) -> DiskFailed:
+    """The error for a disk that cannot be written to or read."""
+    return DiskFailed(
+        f"the disk of {folder} failed ({why[:200]}), nothing was changed; look at the system's "
+        "log, and try again",
+        metadata={"folder": str(folder), "why": why[:200]},
+        retry_after_s=5.0,
+    )
+
+
+def make_folder(folder: Path, *, exist_ok: bool = False) -> None:
+    """Make one private folder; its parent must exist."""
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=exist_ok)
+
+
+def create_file(path: Path) -> None:
+    """Make an empty private file unless there is a file already."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole private file. It is not durable before `sync`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, FILE_MODE), "wb") as file:
+        file.write(data)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def link(source: Path, to: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+            raise
+        create_file(to)
+        shutil.copyfile(source, to)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_private(data_dir: Path, paths: Iterable[Path]) -> None:
+    """Take every right of group and others away from what an older Veneer made wider.
+
+    Raises:
+        InvalidField: one of them belongs to another user, so that its mode is theirs to
+            choose and what they write there cannot be trusted.
+    """
+    for path in paths:
+        try:
+            found = path.stat()  # a store may be a link to another disk
+        except FileNotFoundError:
+            continue
+        if os.geteuid() not in (0, found.st_uid):
+            raise InvalidField(
+                f"{path} belongs to user {_user(found.st_uid)}, but this server runs as "
+                f"{_user(os.geteuid())}; run it as {_user(found.st_uid)}, or give it the "
+                f"folder: chown -R {_user(os.geteuid())} {data_dir}",
+                metadata={"field": "data_dir", "path": str(path), "owner": str(found.st_uid)},
+            )
+        if not found.st_mode & _OTHERS:
+            continue
+        try:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+        except OSError as error:  # a file system without modes
+            _log.warning("others may read %s: its mode cannot be changed (%s)", path, error)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,268 @@
+"""Whether a catalog and a store belong together, before anything is changed.
+
+Two files of the store answer that. ``store/id`` is a random id that the catalog has too
+(`Catalog.fact`): written once, durable before any content is. ``store/changes`` is the number
+of the catalog's last change, written after each without fsync: it may lag behind the catalog
+after a power cut and never runs ahead of it, so a catalog with a smaller number has lost
+changes: it is an old copy, or its write-ahead log is gone. Each has a checksum; a damaged
+one says nothing. Rejected: a mark in the catalog alone (it vanishes with it), and comparing
+only which adapters are there (a crash in the first publish looks like a lost catalog).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from veneer_registry.catalog import Catalog
+from veneer_registry.disk import FILE_MODE, sync, write_file
+from veneer_registry.errors import StoreMismatch
+
+__all__ = [
+    "REBUILT",
+    "STORE_FACT",
+    "ChangeMark",
+    "Survey",
+    "check_catalog",
+    "check_pair",
+    "check_vanished",
+    "settle_id",
+    "survey",
+]
+
+_log = logging.getLogger(__name__)
+
+_ID: Final = "id"
+_CHANGES: Final = "changes"
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_LINE: Final = re.compile(r"([0-9a-f]{1,32}) ([0-9a-f]{16})\n")
+STORE_FACT: Final = "store"
+REBUILT: Final = "catalog.sqlite.rebuilt"
+"""What ``store recover`` has rebuilt and not yet put in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a store has, found without changing it.
+
+    Attributes:
+        present: the folder is there.
+        content: committed weights or revisions are there.
+        id: None where it is missing or damaged.
+        changes: the catalog's last change as far as it was told; None as `id`.
+    """
+
+    present: bool
+    content: bool
+    id: str | None
+    changes: int | None
+
+
+def survey(root: Path) -> Survey:
+    """Look at the store in this folder."""
+    id_ = _read(root / _ID)
+    changes = _read(root / _CHANGES)
+    return Survey(
+        present=root.is_dir(),
+        content=any(_has_content(root / kind) for kind in ("weights", "revisions")),
+        id=id_,
+        changes=None if changes is None else int(changes, 16),
+    )
+
+
+def _has_content(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return any(_HEX.fullmatch(entry.name) for entry in entries)
+    return False
+
+
+def _line(value: str) -> bytes:
+    return f"{value} {hashlib.sha256(value.encode()).hexdigest()[:16]}\n".encode()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    with contextlib.suppress(UnicodeDecodeError):
+        match = _LINE.fullmatch(data.decode("ascii"))
+        if match is not None and _line(match[1]) == data:
+            return match[1]
+    _log.warning("%s is damaged and is written anew", path)
+    return None
+
+
+def _mismatch(data_dir: Path, found: str, what: str, fix: str) -> StoreMismatch:
+    return StoreMismatch(
+        f"{what}; nothing was changed. {fix}", metadata=_facts(data_dir, found)
+    )
+
+
+def _facts(data_dir: Path, found: str) -> dict[str, str]:
+    return {
+        "found": found,
+        "data_dir": str(data_dir),
+        "fix": "mount the store"
+        if found.startswith("store ")
+        else f"veneer-server store recover --data-dir {data_dir}",
+    }
+
+
+def _recover(data_dir: Path) -> str:
+    return (
+        "Restore catalog.sqlite (with catalog.sqlite-wal, if there is one) from a backup, or "
+        f"run `veneer-server store recover --data-dir {data_dir}`, which rebuilds it from the "
+        "stored adapters. To start anew instead, give another folder with --data-dir"
+    )
+
+
+def check_catalog(data_dir: Path, found: Survey) -> None:
+    """Refuse to make a new catalog beside stored adapters. Before the catalog is opened: SQLite
+    would remove the write-ahead log of an empty one.
+
+    Raises:
+        StoreMismatch: metadata ``found`` and ``fix``.
+    """
+    catalog = data_dir / "catalog.sqlite"
+    if (data_dir / REBUILT).exists():
+        raise _mismatch(
+            data_dir,
+            "recovery interrupted",
+            f"`veneer-server store recover` was interrupted in {data_dir}",
+            f"Run it again: veneer-server store recover --data-dir {data_dir} (or, to keep the "
+            f"catalog that is there now, remove {REBUILT})",
+        )
+    if found.content and (what := _nothing_in(catalog)):
+        raise _mismatch(
+            data_dir,
+            f"catalog {what.removeprefix('is ')}",
+            f"{catalog} {what}, but {data_dir / 'store'} holds adapters",
+            _recover(data_dir),
+        )
+
+
+def _nothing_in(catalog: Path) -> str:
+    """Why there is no catalog here, or nothing if there is one (damaged, maybe)."""
+    if not catalog.exists():
+        return "is missing"
+    if catalog.stat().st_size == 0:
+        return "is empty"
+    # Its tables may have been in a write-ahead log that is gone.
+    with (
+        contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
+        contextlib.closing(
+            sqlite3.connect(f"file:{quote(str(catalog))}?mode=ro", uri=True)
+        ) as db,
+    ):
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return "" if tables else "is empty"
+    return ""
+
+
+def check_pair(data_dir: Path, found: Survey, catalog: Catalog) -> None:
+    """Refuse a catalog and a store of which one is empty, older, or another folder's.
+
+    Raises:
+        StoreMismatch: metadata ``found`` and ``fix``.
+    """
+    store, path = data_dir / "store", data_dir / "catalog.sqlite"
+    own, names = catalog.fact(STORE_FACT), not catalog.empty
+    strange = own is not None and found.id is not None and own != found.id
+    if names and not found.content:
+        is_ = "is empty" if found.present else "is missing"
+        raise _mismatch(
+            data_dir,
+            f"store {is_.removeprefix('is ')}",
+            f"{store} {is_}, but the catalog has adapters",
+            "Is it on a disk that is not mounted yet? Mount or restore it and start again. To "
+            f"start anew instead, move catalog.sqlite* out of {data_dir}",
+        )
+    # A catalog without adapters proves nothing by what is in it: it must know the store.
+    unknown = not names and ((own is None) != (found.id is None) or catalog.number == 0)
+    if found.content and (strange or unknown):
+        raise _mismatch(
+            data_dir,
+            "another store's catalog",
+            f"{path} was not made for the adapters in {store}",
+            _recover(data_dir),
+        )
+    if found.content and found.changes is not None and found.changes > catalog.number:
+        raise _mismatch(
+            data_dir,
+            "catalog older than store",
+            f"{path} lacks the last {found.changes - catalog.number} changes: it is an old "
+            "copy, or its catalog.sqlite-wal is gone",
+            _recover(data_dir),
+        )
+
+
+def check_vanished(data_dir: Path, catalog: Catalog, unnamed: set[str]) -> None:
+    """Refuse a catalog that has lost rows of stored revisions.
+
+    Args:
+        unnamed: stored revisions that no row names.
+
+    Raises:
+        StoreMismatch: metadata ``found`` and ``fix``.
+    """
+    vanished = catalog.vanished(unnamed)
+    if vanished:
+        raise _mismatch(
+            data_dir,
+            "catalog rows missing",
+            f"{data_dir / 'catalog.sqlite'} has lost its rows of {len(vanished)} stored "
+            "revisions, which its history tells of",
+            _recover(data_dir),
+        )
+
+
+def settle_id(root: Path, found: Survey, catalog: Catalog) -> None:
+    """Give both sides, which belong together, the same id where one has none yet."""
+    own = catalog.fact(STORE_FACT)
+    if own is None or (found.id is not None and own != found.id):
+        own = found.id or secrets.token_hex(16)
+        with catalog.change() as change:
+            change.set_fact(STORE_FACT, own)
+    if found.id != own:
+        partial = root / f"{_ID}.partial"
+        write_file(partial, _line(own))
+        sync(partial)
+        partial.replace(root / _ID)
+        sync(root)
+
+
+class ChangeMark:
+    """Writes ``store/changes``."""
+
+    def __init__(self, root: Path) -> None:
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._path = root / _CHANGES
+
+    def write(self, number: int) -> None:
+        """Note a change that is durable. Best effort: it only helps to notice a loss."""
+        data = _line(f"{number:032x}")
+        with self._lock, contextlib.suppress(OSError):
+            if self._fd is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._fd = os.open(self._path, flags, FILE_MODE)
+                os.ftruncate(self._fd, len(data))
+            os.pwrite(self._fd, data, 0)
+
+    def close(self) -> None:
+        """No more changes come. May be called again."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None

@@ -1,0 +1,1 @@
+"""Constrained output: compiled and followed in processes that may be killed."""

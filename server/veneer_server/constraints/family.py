@@ -1,0 +1,182 @@
+"""The engine's side of the processes: start the parent, have it fork, hear of ends."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+from veneer_registry.child_python import child_python
+
+from veneer_server.constraints.wire import (
+    LONGEST,
+    Begin,
+    FromControl,
+    Kill,
+    Renice,
+    Reply,
+    Role,
+    Setup,
+    ToControl,
+    pair,
+    receive,
+)
+
+__all__ = ["MARKER_BYTES", "Child", "Family"]
+
+MARKER_BYTES: Final = 8
+
+_MODULE: Final = "veneer_server.constraints.process"
+_NOTES_READ: Final = 2000
+
+
+class Child:
+    """A forked process, from the wish for it to its end.
+
+    Args:
+        tell_parent: the parent does to it what we may not: its process id could be
+            another's by the time we signal it.
+
+    Attributes:
+        connection: does not block.
+        killed_for: why we ended it; empty where we did not.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        role: Role,
+        connection: socket.socket,
+        tell_parent: Callable[[ToControl], None],
+    ) -> None:
+        self.number = number
+        self.role = role
+        self.connection = connection
+        self._tell_parent = tell_parent
+        self.killed_for = ""
+        self.backlog: deque[bytes] = deque()
+        """Packets that the socket did not take."""
+        self._notes = os.memfd_create("veneer-notes")
+        self._marker = os.memfd_create("veneer-marker")
+        os.ftruncate(self._marker, MARKER_BYTES)
+        self._shared = mmap.mmap(self._marker, MARKER_BYTES)
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """For the child: what it writes to as standard error, and its marker."""
+        return self._notes, self._marker
+
+    def send(self, message: Reply) -> None:
+        """Never blocks; what the socket does not take waits for `flush`."""
+        self.backlog.append(msgspec.msgpack.encode(message))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits. Nothing happens where the child has ended."""
+        try:
+            while self.backlog:
+                self.connection.send(self.backlog[0])
+                self.backlog.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.backlog.clear()  # its end is about to be reported
+
+    def kill(self, reason: str) -> None:
+        """End it, as soon as the parent gets to it."""
+        if not self.killed_for:
+            self.killed_for = reason
+            self._tell_parent(Kill(self.number))
+
+    def yield_to_others(self) -> None:
+        """Lower its priority."""
+        self._tell_parent(Renice(self.number))
+
+    @property
+    def job(self) -> int:
+        """The sequence that it worked for last, 0 for none."""
+        return int.from_bytes(self._shared[:MARKER_BYTES], "little", signed=True)
+
+    @property
+    def notes(self) -> str:
+        """The first that it wrote to its standard error."""
+        return os.pread(self._notes, _NOTES_READ, 0).decode(errors="replace")
+
+    @property
+    def out_of_memory(self) -> bool:
+        """It got no more, as the library or Python said. It may hang: a library that fails
+        while it tells of a panic waits for itself."""
+        return "memory allocation" in self.notes or "MemoryError" in self.notes
+
+    def close(self) -> None:
+        """Give back what we hold of it."""
+        self.connection.close()
+        self._shared.close()
+        os.close(self._notes)
+        os.close(self._marker)
+
+
+class Family:
+    """The parent process. Its children end with it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = bytearray(LONGEST)
+        self._count = 0
+        self._control: socket.socket | None = None
+
+    @property
+    def control(self) -> socket.socket:
+        """The connection to it; does not block once it is started."""
+        assert self._control is not None, "started first"
+        return self._control
+
+    def start(self) -> None:
+        """Start the process, and do not wait for it. Raises OSError."""
+        ours, theirs = pair()
+        with theirs:
+            self._process = subprocess.Popen(
+                child_python("-m", _MODULE, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        ours.send(msgspec.msgpack.encode(self._setup))
+        self._control = ours
+
+    def fork(self, role: Role) -> Child:
+        """A child, which the parent forks when it gets to it; never, if it has ended."""
+        self._count += 1
+        ours, theirs = pair()
+        ours.setblocking(False)
+        child = Child(self._count, role, ours, self._tell)
+        with theirs:
+            self._tell(Begin(child.number, role), theirs.fileno(), *child.descriptors)
+        return child
+
+    def _tell(self, message: ToControl, *descriptors: int) -> None:
+        """Never blocks. Few messages are under way at once, so there is room for each."""
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # we are about to hear of its end
+                body = msgspec.msgpack.encode(message)
+                socket.send_fds(self._control, [body], descriptors)
+
+    def receive(self) -> FromControl | None:
+        """What it says; None where it has ended. Raises BlockingIOError for nothing now."""
+        return receive(self.control, self._buffer)  # type: ignore[return-value]
+
+    def end(self) -> None:
+        """End the process and its children."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,110 @@
+"""A constraint in the library's hands (llguidance): compile it, and say what is wrong.
+
+Only the processes of `veneer_server.constraints.process` import this: the library may
+take any amount of time or memory, panic, or abort.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from veneer_server.constraints.wire import Limit
+from veneer_server.engine.messages import Constraint, ConstraintLimits
+
+__all__ = ["Refused", "compile_matcher", "first_problem", "library_limits", "load_tokenizer"]
+
+_JSON_SPACES: Final = " ?"
+"""Between the parts of a JSON text: at most one space. With more, a small model can
+fill its tokens with blanks; a schema's ``x-guidance`` may say otherwise."""
+
+_LONGEST_PROBLEM: Final = 300
+_LIMITED: Final = ("limits.", "too many", "too large", "too complex", "max is")
+"""Words of the library's messages about its own limits."""
+
+_NO_TEXT: Final = "it admits no text"
+_NO_TEXT_CODE: Final = "NoExtension"
+
+
+class Refused(Exception):
+    """A constraint cannot be used.
+
+    Attributes:
+        limit: which limit it passed; empty where it is wrong or not supported.
+        problem: a phrase for the caller.
+    """
+
+    def __init__(self, limit: Limit, problem: str) -> None:
+        super().__init__(problem)
+        self.limit = limit
+        self.problem = problem
+
+
+def load_tokenizer(path: str, vocab_size: int, eos_token_ids: list[int]) -> LLTokenizer:
+    """Of a ``tokenizer.json``; raises many kinds of exceptions."""
+    with open(path, encoding="utf-8") as file:
+        return LLTokenizer(file.read(), n_vocab=vocab_size, eos_token=eos_token_ids)
+
+
+def library_limits(limits: ConstraintLimits) -> LLParserLimits:
+    """What the library itself counts; it counts neither time nor bytes."""
+    return LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=limits.fuel,
+        max_grammar_size=100_000,
+        max_lexer_states=20_000,  # 1 to 2 KB each
+        verbose_errors=False,  # no state of the parser in messages
+    )
+
+
+def compile_matcher(
+    tokenizer: LLTokenizer, constraint: Constraint, limits: LLParserLimits
+) -> LLMatcher:
+    """Raises Refused, whatever the library raised."""
+    try:
+        matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=limits)
+    except ValueError as error:
+        raise Refused("", _sentence(str(error))) from error
+    except MemoryError as error:
+        raise Refused("memory", "it takes too much memory") from error
+    except BaseException as error:  # a panic is not an Exception
+        raise Refused("library", "the library that compiles it failed") from error
+    if matcher.is_error():
+        raise first_problem(matcher)
+    return matcher
+
+
+def first_problem(matcher: LLMatcher) -> Refused:
+    """What a matcher that is in error, or that admits no token, is refused for."""
+    text = matcher.get_error()
+    if text.startswith("panic"):
+        return Refused("library", "the library that compiles it failed")
+    limited = any(words in text for words in _LIMITED)
+    return Refused("fuel" if limited else "", _sentence(text))
+
+
+def _grammar(constraint: Constraint) -> str:
+    """In llguidance's own form."""
+    match constraint.kind:
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(
+                constraint.text, {"whitespace_pattern": _JSON_SPACES}
+            )
+        case "regex":
+            return LLMatcher.grammar_from_regex(constraint.text)
+        case "choice":
+            texts = json.loads(constraint.text)
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
+
+
+def _sentence(problem: str) -> str:
+    """The library's message on one line, without its echo of the grammar."""
+    for line in problem.splitlines():
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")[:_LONGEST_PROBLEM].rstrip(".")
+    first = problem.splitlines()[0] if problem else _NO_TEXT
+    if first.startswith(_NO_TEXT_CODE):
+        return _NO_TEXT
+    return first[:_LONGEST_PROBLEM].rstrip(".")

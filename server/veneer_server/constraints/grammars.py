@@ -1,0 +1,422 @@
+"""Constrained output: what a sequence may say next. The engine's view of it.
+
+Nothing of a caller's is compiled or followed in the engine: a library that takes any
+time or memory, panics or aborts on some constraint would take every stream with it.
+A constraint is tried first, in a child of its own under limits of CPU time and memory
+(`Tryouts`); then one of two matcher processes compiles it once more and follows the
+sequence (`Matchers`). That one computes the next mask while the step runs. A mask that
+is late is not waited for: its sequence is left out of steps until it is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from veneer_registry.errors import InvalidField
+
+from veneer_server.constraints.family import Child, Family
+from veneer_server.constraints.following import SLOW_MASK_S, SLOW_TRIAL_S, Followed, refusal
+from veneer_server.constraints.matchers import Matchers
+from veneer_server.constraints.trials import Outcome
+from veneer_server.constraints.tryouts import Tryouts
+from veneer_server.constraints.wire import (
+    LONGEST,
+    Advanced,
+    Compiled,
+    Ended,
+    Failed,
+    Masks,
+    Ready,
+    Role,
+    Setup,
+    Verdict,
+    receive,
+)
+from veneer_server.engine.messages import (
+    Constraint,
+    ConstraintDone,
+    ConstraintLimits,
+    MatcherEnded,
+)
+from veneer_server.engine.sequence import ConstraintFailure, Following
+
+__all__ = ["GrammarFailed", "Grammars"]
+
+log = logging.getLogger(__name__)
+
+_READY_S: Final = 60.0
+"""The parent process reads its tokenizer within this time, or is started again."""
+
+_STEADY_S: Final = 10.0
+_PAUSE_S: Final = 2.0
+"""A parent process that ran for less than the first is started again after the second."""
+
+
+class GrammarFailed(Exception):
+    """A sequence's constraint cannot be followed any further."""
+
+    def __init__(self, failure: ConstraintFailure) -> None:
+        super().__init__(failure.problem)
+        self.failure = failure
+
+
+class Grammars:
+    """All constrained sequences. Any thread may call; one lock guards everything.
+
+    Args:
+        unhold: told when a sequence that `allowed` or `advance` called late can go on.
+        report: told what became of each constraint, for metrics.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        unhold: Callable[[int], None],
+        report: Callable[[ConstraintDone | MatcherEnded], None] = lambda message: None,
+    ) -> None:
+        self._vocab_size = setup.vocab_size
+        self._report = report
+        self._news = threading.Condition()
+        self._followed: dict[int, Followed] = {}
+        self._children: dict[int, Child] = {}
+        self._family = Family(setup)
+        self._tryouts = Tryouts(setup.limits, self._fork, self._tried)
+        self._matchers = Matchers(
+            setup,
+            fork=self._fork,
+            followed=self._followed,
+            unhold=unhold,
+            report=report,
+        )
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._stop = threading.Event()
+        self._lost = False
+        self._started_at = 0.0
+        self._ready = False
+        self._thread = threading.Thread(target=self._watch, name="constraints", daemon=True)
+
+    # -------------------------------------------------------------------- lifecycle
+
+    @classmethod
+    def of_base(
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        limits: ConstraintLimits,
+        unhold: Callable[[int], None],
+        report: Callable[[ConstraintDone | MatcherEnded], None] = lambda message: None,
+    ) -> Grammars:
+        """Begin to read a base folder's ``tokenizer.json``; see `usable`."""
+        path = str(folder / "tokenizer.json")
+        grammars = cls(
+            Setup(path, vocab_size, list(eos_token_ids), limits), unhold=unhold, report=report
+        )
+        grammars._start()
+        return grammars
+
+    def usable(self) -> bool:
+        """Wait for the tokenizer; False, and all is closed, where it does not fit.
+
+        Called once, before any other method.
+        """
+        self._family.control.settimeout(_READY_S)
+        try:
+            answer = self._family.receive()
+        except TimeoutError:
+            answer = None
+        if not isinstance(answer, Ready) or answer.error:
+            problem = answer.error if isinstance(answer, Ready) else "its process ended"
+            log.warning("no constrained output with this base: %s", problem)
+            self.close()
+            return False
+        self._ready = True
+        self._watch_control()
+        self._matchers.prepare()
+        self._thread.start()
+        return True
+
+    def close(self) -> None:
+        """End all processes. Sequences that wait are told nothing."""
+        self._stop.set()
+        self._poke()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._family.end()
+        for child in self._children.values():
+            child.close()
+        os.close(self._wake)
+        self._selector.close()
+
+    def __len__(self) -> int:
+        """Sequences there are now."""
+        return len(self._followed)
+
+    # -------------------------------------------------------- for the loop and the runner
+
+    def compile(
+        self,
+        sequence: int,
+        constraint: Constraint,
+        done: Callable[[InvalidField | None], None],
+        caller: str = "",
+    ) -> None:
+        """Prepare a sequence. ``done`` is called in another thread (or in this one, if all
+        is known already), with the error if there is one. `forget` it in the end either way.
+        """
+        with self._news:
+            followed = Followed(sequence, constraint, done)
+            self._followed[sequence] = followed
+            outcome = self._tryouts.ask(sequence, constraint, caller)
+            if outcome is not None:
+                self._follow(followed, outcome)
+        self._poke()
+
+    def forget(self, sequence: int) -> None:
+        """The sequence has ended; harmless for one without a constraint."""
+        with self._news:
+            followed = self._followed.pop(sequence, None)
+            if followed is None:
+                return
+            self._tryouts.leave(sequence)
+            self._matchers.forget(followed)
+        self._poke()
+
+    def allowed(self, sequence: int, until: float) -> NDArray[np.bool_] | Following:
+        """Tokens that may come next: [vocab] bool, at least one of them True.
+
+        Args:
+            until: how long to wait for them, on the monotonic clock. If that is too
+                short the answer is LATE, and the sequence is held until `unhold`.
+
+        Raises:
+            GrammarFailed: a limit was passed, or nothing may follow.
+        """
+        with self._news:
+            followed = self._followed[sequence]
+            self._await([followed], lambda f: f.ready, until)
+            if followed.failure is not None:
+                raise GrammarFailed(followed.failure)
+            if followed.stopped:
+                return Following.COMPLETE
+            if not followed.ready:
+                followed.held = True
+                return Following.LATE
+            bits = followed.bits
+        mask = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
+        return mask[: self._vocab_size].view(np.bool_)
+
+    def advance(self, chosen: dict[int, int], until: float) -> dict[int, Following]:
+        """Give each sequence the token that was chosen for it.
+
+        Returns:
+            COMPLETE for those that nothing may follow, LATE for those that are held until
+            `unhold`, GOES_ON for the rest. Whether one is complete may only be known
+            later, if ``until`` is too short: `allowed` says so then.
+        """
+        with self._news:
+            followed = [self._followed[sequence] for sequence in chosen]
+            self._matchers.advance(followed, chosen)
+            if any(child.backlog for child in self._children.values()):
+                self._poke()
+            quick = [f for f in followed if not f.slow]
+            self._await(quick, lambda f: f.confirmed == len(f.tokens) or f.ready, until)
+            return {f.sequence: self._how(f) for f in followed}
+
+    def ending(self, sequence: int) -> ConstraintFailure | Following:
+        """How a sequence goes on that was held until now."""
+        with self._news:
+            followed = self._followed.get(sequence)
+            if followed is None:
+                return Following.GOES_ON
+            return followed.failure or self._how(followed)
+
+    def _how(self, followed: Followed) -> Following:
+        if followed.stopped:
+            return Following.COMPLETE
+        if followed.slow and not followed.ready:
+            followed.held = True
+            return Following.LATE
+        return Following.GOES_ON
+
+    def _await(
+        self, followed: list[Followed], known: Callable[[Followed], bool], until: float
+    ) -> None:
+        """Wait for what is known soon; not for sequences that are known to be slow."""
+        while not all(f.slow or known(f) for f in followed):
+            if not self._news.wait(until - time.monotonic()):
+                return
+
+    # ------------------------------------------------------------------- under the lock
+
+    def _follow(self, followed: Followed, outcome: Outcome) -> None:
+        """Its trial has ended: have it followed, or refuse it."""
+        if outcome.problem:
+            done, followed.done = followed.done, None
+            if done is not None:
+                done(refusal(followed.constraint, outcome.limit, outcome.problem))
+            return
+        followed.slow = (
+            outcome.mask_seconds > SLOW_MASK_S or outcome.compile_seconds > SLOW_TRIAL_S
+        )
+        self._matchers.follow(followed)
+
+    def _tried(self, outcome: Outcome, sequences: list[int]) -> None:
+        invalid = bool(outcome.problem) and not outcome.limit
+        self._report(
+            ConstraintDone(
+                "trial",
+                "invalid" if invalid else outcome.limit or "ok",
+                outcome.compile_seconds,
+            )
+        )
+        for sequence in sequences:
+            self._follow(self._followed[sequence], outcome)
+
+    def _fork(self, role: Role) -> Child:
+        child = self._family.fork(role)
+        self._children[child.number] = child
+        self._selector.register(child.connection, selectors.EVENT_READ, child)
+        return child
+
+    # ----------------------------------------------------------------- the watching thread
+
+    def _poke(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def _start(self) -> None:
+        self._started_at = time.monotonic()
+        self._family.start()
+
+    def _watch_control(self) -> None:
+        self._family.control.setblocking(False)
+        self._selector.register(self._family.control, selectors.EVENT_READ)
+
+    def _watch(self) -> None:
+        buffer = bytearray(LONGEST)
+        while not self._stop.is_set():
+            if self._lost:
+                self._revive()
+                continue
+            with self._news:
+                timeout = self._prepare(time.monotonic())
+            events = self._selector.select(timeout)
+            with self._news:
+                for key, mask in events:
+                    if isinstance(key.data, Child):
+                        if key.data.number not in self._children:
+                            continue  # its end was heard of just before
+                        if mask & selectors.EVENT_WRITE:
+                            key.data.flush()
+                        if mask & selectors.EVENT_READ:
+                            self._hear(key.data, buffer)
+                    elif key.fileobj == self._wake:
+                        os.eventfd_read(self._wake)
+                    else:
+                        self._hear_parent()
+                self._news.notify_all()
+
+    def _prepare(self, now: float) -> float | None:
+        """Do what time asks for; the seconds until it asks again."""
+        if not self._ready and now - self._started_at > _READY_S:
+            self._lose_parent()
+            return 0.0
+        self._tryouts.tick(now)
+        self._matchers.tick(now)
+        self._tryouts.start(now)
+        for child in self._children.values():
+            self._write_too(child)
+        times = [self._tryouts.next_time(), self._matchers.next_time()]
+        if not self._ready:
+            times.append(self._started_at + _READY_S)
+        soonest = min((t for t in times if t is not None), default=None)
+        return None if soonest is None else max(0.0, soonest - now) + 0.001
+
+    def _write_too(self, child: Child) -> None:
+        """Be told when a child's full socket takes more."""
+        try:
+            key = self._selector.get_key(child.connection)
+        except KeyError:
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.backlog else 0)
+        if key.events != wanted:
+            self._selector.modify(child.connection, wanted, child)
+
+    def _hear(self, child: Child, buffer: bytearray) -> None:
+        while True:
+            try:
+                message = receive(child.connection, buffer)
+            except BlockingIOError:
+                return
+            if message is None:
+                # The parent says how it ended, which is what counts.
+                self._selector.unregister(child.connection)
+                return
+            if isinstance(message, Compiled | Verdict):
+                self._tryouts.heard(child, message)
+            elif isinstance(message, Advanced | Masks | Failed):
+                self._matchers.heard(child, message)
+
+    def _hear_parent(self) -> None:
+        while True:
+            try:
+                message = self._family.receive()
+            except BlockingIOError:
+                return
+            match message:
+                case Ready(error=""):
+                    self._ready = True
+                case Ended():
+                    self._ended(self._children.pop(message.number), message.signal)
+                case _:
+                    self._lose_parent()
+                    return
+
+    def _ended(self, child: Child, ended_by: int) -> None:
+        if child.connection in self._selector.get_map():
+            self._hear(child, bytearray(LONGEST))  # what it said before it ended
+        if child.connection in self._selector.get_map():
+            self._selector.unregister(child.connection)
+        if child.role == "trial":
+            self._tryouts.ended(child, ended_by)
+        else:
+            self._matchers.ended(child, ended_by)
+        child.close()
+
+    def _lose_parent(self) -> None:
+        """The parent process has ended, or does not answer; all its children go with it."""
+        log.warning("the processes of constraints ended; starting them again")
+        self._selector.unregister(self._family.control)
+        self._family.end()
+        self._lost = True
+
+    def _revive(self) -> None:
+        """Start another parent process. Not under the lock: nobody waits for it."""
+        pause = 0.0 if time.monotonic() - self._started_at > _STEADY_S else _PAUSE_S
+        while not self._stop.wait(pause):
+            try:
+                self._start()
+            except OSError as error:
+                log.warning("the processes of constraints cannot be started: %s", error)
+                pause = _PAUSE_S
+                continue
+            with self._news:
+                self._lost = self._ready = False
+                self._watch_control()
+                for number in list(self._children):
+                    self._ended(self._children.pop(number), signal.SIGKILL)
+            return

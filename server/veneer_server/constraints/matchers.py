@@ -1,0 +1,221 @@
+"""The two processes that follow sequences, and what their ends mean.
+
+The quick one has normal priority; a sequence whose masks (or whose compiling) took
+long moves to the slow one, whose priority is low, and is followed there anew from its
+tokens. The same happens to everything that a process followed when it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Literal
+
+from veneer_server.constraints.family import Child
+from veneer_server.constraints.following import DEATHS, SLOW_MASK_S, Followed, refusal
+from veneer_server.constraints.wire import (
+    Advance,
+    Advanced,
+    Failed,
+    Follow,
+    Forget,
+    FromMatcher,
+    Limit,
+    Mask,
+    Masks,
+    Role,
+    Setup,
+)
+from veneer_server.engine.messages import ConstraintDone, MatcherEnded
+from veneer_server.engine.sequence import ConstraintFailure
+
+__all__ = ["SILENCE_S", "Matchers"]
+
+log = logging.getLogger(__name__)
+
+SILENCE_S: Final = 10.0
+"""A process that owes an answer for so long (wall clock), or up to twice as long, is
+replaced."""
+
+_SILENT: Final = "silent"
+
+
+class Matchers:
+    """Called under the lock of `Grammars`.
+
+    Args:
+        followed: all sequences by id, those without a process too.
+        unhold: told when a held sequence can go on, or has ended.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        fork: Callable[[Role], Child],
+        followed: Mapping[int, Followed],
+        unhold: Callable[[int], None],
+        report: Callable[[ConstraintDone | MatcherEnded], None],
+    ) -> None:
+        self._limits = setup.limits
+        self._fork = fork
+        self._followed = followed
+        self._unhold = unhold
+        self._report = report
+        self._processes: dict[Role, Child] = {}
+        self._quiet: set[Child] = set()
+        """Those that said nothing since the last look at them."""
+        self._looked_at = time.monotonic()
+
+    # ----------------------------------------------------------------- to the processes
+
+    def follow(self, followed: Followed) -> None:
+        """Have a sequence followed, from its tokens so far."""
+        child = followed.process = self._process("slow" if followed.slow else "quick")
+        followed.confirmed = 0
+        for at, (tokens, last) in enumerate(followed.replay()):
+            constraint = None if at else followed.constraint
+            child.send(Follow(followed.sequence, constraint, tokens, last))
+
+    def forget(self, followed: Followed) -> None:
+        """It has ended."""
+        if followed.process is not None:
+            followed.process.send(Forget(followed.sequence))
+
+    def advance(self, followed: Iterable[Followed], chosen: Mapping[int, int]) -> None:
+        """Give each sequence its token."""
+        pairs: dict[Child, list[tuple[int, int]]] = {}
+        for one in followed:
+            token = chosen[one.sequence]
+            one.tokens.append(token)
+            if one.process is not None and one.failure is None:
+                pairs.setdefault(one.process, []).append((one.sequence, token))
+        for child, rows in pairs.items():
+            child.send(Advance(rows))
+
+    def prepare(self) -> None:
+        """Have the quick process before it is needed."""
+        self._process("quick")
+
+    def _process(self, role: Role) -> Child:
+        child = self._processes.get(role)
+        if child is None:
+            child = self._processes[role] = self._fork(role)
+        return child
+
+    # --------------------------------------------------------------- from the processes
+
+    def heard(self, child: Child, message: FromMatcher) -> None:
+        """A process said something."""
+        self._quiet.discard(child)
+        match message:
+            case Advanced():
+                for sequence, count, stopped in message.rows:
+                    if (followed := self._of(child, sequence)) is not None:
+                        followed.confirmed = count
+                        if stopped and count == len(followed.tokens):
+                            followed.stopped = True
+                            self._settled(followed)
+            case Masks():
+                for mask in message.rows:
+                    if (followed := self._of(child, mask.sequence)) is not None:
+                        self._take(followed, mask)
+            case Failed():
+                if (followed := self._of(child, message.sequence)) is not None:
+                    self._fail(followed, message.limit, message.problem)
+
+    def _of(self, child: Child, sequence: int) -> Followed | None:
+        """The sequence, if it still is this process's."""
+        followed = self._followed.get(sequence)
+        return followed if followed is not None and followed.process is child else None
+
+    def _take(self, followed: Followed, message: Mask) -> None:
+        followed.confirmed = message.count
+        if message.count == len(followed.tokens):
+            followed.bits, followed.mask_at = message.bits, message.count
+        if message.seconds > SLOW_MASK_S and not followed.slow:
+            self.forget(followed)
+            followed.slow = True
+            self.follow(followed)
+        if followed.ready:
+            self._settled(followed)
+
+    def _fail(self, followed: Followed, limit: Limit, problem: str) -> None:
+        """It cannot be followed any further."""
+        followed.failure = ConstraintFailure(limit, problem)
+        followed.process = None
+        self._report(ConstraintDone("generation", limit or "invalid", 0.0))
+        self._settled(followed)
+
+    def _settled(self, followed: Followed) -> None:
+        """What was waited for is known: tell whoever does not know yet."""
+        if followed.done is not None:
+            done, followed.done = followed.done, None
+            failure = followed.failure
+            done(
+                None
+                if failure is None
+                else refusal(followed.constraint, failure.limit, failure.problem)
+            )
+        elif followed.held:
+            followed.held = False
+            self._unhold(followed.sequence)
+
+    # ------------------------------------------------------------------ ends, and silence
+
+    def ended(self, child: Child, ended_by: int) -> None:
+        """A process has ended, by a signal or (0) by itself."""
+        if self._processes.get(child.role) is child:
+            del self._processes[child.role]
+        self._quiet.discard(child)
+        orphans = [f for f in self._followed.values() if f.process is child]
+        guilty = self._of(child, child.job)
+        cause: Literal["limit", "killed", "fault"] = "fault"
+        if child.killed_for or ended_by == signal.SIGPROF:
+            cause = "limit"
+        elif ended_by == signal.SIGKILL:
+            cause = "killed"
+        log.warning("a matcher process ended (%s); %d sequences move", cause, len(orphans))
+        self._report(MatcherEnded(cause))
+        if guilty is not None:
+            guilty.deaths += 1
+            # What was killed may have been at that sequence by chance, once.
+            if ended_by != signal.SIGKILL or guilty.deaths >= DEATHS:
+                self._fail(guilty, *self._meaning(child, ended_by))
+        for followed in orphans:
+            if followed is not guilty or followed.failure is None:
+                self.follow(followed)
+
+    def _meaning(self, child: Child, ended_by: int) -> tuple[Limit, str]:
+        """Of an end, for the sequence that the process worked for."""
+        if ended_by == signal.SIGPROF or child.killed_for == _SILENT:
+            return (
+                "mask_seconds",
+                "finding the tokens that may follow takes more than "
+                f"{self._limits.mask_seconds:g} s",
+            )
+        if ended_by == signal.SIGKILL or child.out_of_memory:
+            return "memory", "following it takes too much memory"
+        return "library", "the library that follows it failed"
+
+    def _owing(self, child: Child) -> bool:
+        return any(
+            not f.ready and f.process is child and f.failure is None
+            for f in self._followed.values()
+        )
+
+    def next_time(self) -> float | None:
+        """When `tick` has something to do."""
+        return self._looked_at + SILENCE_S if self._followed else None
+
+    def tick(self, now: float) -> None:
+        """End a process that owed an answer at the last look and gave none since."""
+        if now - self._looked_at < SILENCE_S:
+            return
+        recent = now - self._looked_at < 2 * SILENCE_S
+        for child in self._quiet if recent else ():
+            child.kill(_SILENT)
+        self._looked_at = now
+        self._quiet = {child for child in self._processes.values() if self._owing(child)}

@@ -1,0 +1,326 @@
+"""A child that follows sequences: takes their tokens and computes their masks.
+
+One thread, one job at a time, the cheapest first: a sequence whose masks take long
+waits for those whose masks do not, and what has to be compiled waits for both. The
+marker says at every moment whose job it is, so that the engine knows whom a sudden
+end is owed to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+from llguidance import LLMatcher, LLTokenizer
+
+from veneer_server.constraints.grammar import (
+    Refused,
+    compile_matcher,
+    first_problem,
+    library_limits,
+)
+from veneer_server.constraints.trial import HARD_FACTOR, too_slow
+from veneer_server.constraints.wire import (
+    LONGEST,
+    Advance,
+    Advanced,
+    Failed,
+    Follow,
+    Forget,
+    FromMatcher,
+    Mask,
+    Masks,
+    receive,
+)
+from veneer_server.engine.messages import Constraint, ConstraintLimits
+
+__all__ = ["MARKER", "run_matching"]
+
+MARKER: Final = struct.Struct("<q")
+"""At the start of the marker's memory: the sequence of the job, 0 between jobs."""
+
+_PROTOTYPES: Final = 32
+"""Constraints kept compiled: a copy takes microseconds, compiling milliseconds."""
+
+_PROTOTYPES_SHARE: Final = 8
+"""They may take this part of the process's memory."""
+
+_LARGE: Final = 4 << 20
+"""A sequence that grew the process by so many bytes: what it had is given back to the system
+once there is nothing else to do."""
+
+_TOGETHER_S: Final = 0.001
+"""Masks that come within this time go out together."""
+
+_FORGETTING: Final = 0.8
+"""An expensive mask is remembered for some tokens."""
+
+_PAGE: Final = resource.getpagesize()
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Of glibc; without it freed memory counts as taken."""
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A sequence. ``grown`` is what the process grew by in its jobs, in bytes."""
+
+    matcher: LLMatcher | None = None
+    count: int = 0
+    cost: float = 0.0
+    grown: int = 0
+    wanted: Constraint | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prototype:
+    matcher: LLMatcher
+    bits: bytes
+    seconds: float
+    grown: int
+
+
+def run_matching(
+    connection: socket.socket,
+    marker: mmap.mmap,
+    tokenizer: LLTokenizer,
+    limits: ConstraintLimits,
+) -> None:
+    """Serve until the engine closes the socket."""
+    _Matching(connection, marker, tokenizer, limits).run()
+
+
+class _Matching:
+    def __init__(
+        self,
+        connection: socket.socket,
+        marker: mmap.mmap,
+        tokenizer: LLTokenizer,
+        limits: ConstraintLimits,
+    ) -> None:
+        self._connection = connection
+        self._marker = marker
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._library_limits = library_limits(limits)
+        self._buffer = bytearray(LONGEST)
+        self._followed: dict[int, _Followed] = {}
+        self._to_compile: OrderedDict[int, None] = OrderedDict()
+        self._to_mask: dict[int, None] = {}
+        self._prototypes: OrderedDict[Constraint, _Prototype] = OrderedDict()
+        self._masks: list[Mask] = []
+        """Computed, and not sent yet; since when."""
+        self._since = 0.0
+        self._freed = False
+        """A large sequence was forgotten since memory was given back."""
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        self._base = self._size = self._resident()
+
+    def run(self) -> None:
+        while self._take_messages():
+            if self._to_mask:
+                sequence = min(self._to_mask, key=lambda s: self._followed[s].cost)
+                del self._to_mask[sequence]
+                self._job(sequence, self._mask)
+            elif self._to_compile:
+                sequence, _ = self._to_compile.popitem(last=False)
+                self._job(sequence, self._compile)
+            self._send_masks()
+
+    # ------------------------------------------------------------------- messages
+
+    def _take_messages(self) -> bool:
+        """Take what has come; wait for the first where there is nothing to do."""
+        while True:
+            idle = not self._to_mask and not self._to_compile and not self._masks
+            if idle and self._freed:
+                self._freed = False
+                self._shrunk()
+            try:
+                message = receive(self._connection, self._buffer, wait=idle)
+            except BlockingIOError:
+                return True
+            match message:
+                case Follow():
+                    self._follow(message)
+                case Advance():
+                    self._advance(message)
+                case Forget():
+                    self._forget(message.sequence)
+                case _:
+                    return False
+
+    def _follow(self, message: Follow) -> None:
+        followed = self._followed.setdefault(message.sequence, _Followed())
+        followed.wanted = followed.wanted or message.constraint
+        followed.tokens += message.tokens
+        if message.last:
+            self._to_compile[message.sequence] = None
+
+    def _advance(self, message: Advance) -> None:
+        rows = []
+        self._guard(HARD_FACTOR * self._limits.mask_seconds * len(message.pairs))
+        for sequence, token in message.pairs:
+            followed = self._followed.get(sequence)
+            if followed is None:
+                continue  # it has failed, and the engine is about to know
+            if followed.matcher is None:
+                followed.tokens.append(token)  # not compiled yet
+                continue
+            self._marker[: MARKER.size] = MARKER.pack(sequence)
+            good = followed.matcher.consume_token(token)  # its panics are errors, not raised
+            followed.count += 1
+            if not good:
+                self._fail(sequence, first_problem(followed.matcher))
+                continue
+            stopped = followed.matcher.is_stopped()
+            rows.append((sequence, followed.count, stopped))
+            if not stopped:
+                self._to_mask[sequence] = None
+        self._guard(0)
+        self._marker[: MARKER.size] = MARKER.pack(0)
+        if rows:
+            self._say(Advanced(rows))
+
+    def _forget(self, sequence: int) -> None:
+        followed = self._followed.pop(sequence, None)
+        self._freed = self._freed or (followed is not None and followed.grown > _LARGE)
+        self._to_mask.pop(sequence, None)
+        self._to_compile.pop(sequence, None)
+
+    def _say(self, message: FromMatcher) -> None:
+        self._connection.send(msgspec.msgpack.encode(message))
+
+    def _fail(self, sequence: int, refused: Refused) -> None:
+        self._forget(sequence)
+        self._say(Failed(sequence, refused.limit, refused.problem))
+
+    # ----------------------------------------------------------------------- jobs
+
+    def _job(self, sequence: int, work: Callable[[int, _Followed], None]) -> None:
+        followed = self._followed[sequence]
+        self._marker[: MARKER.size] = MARKER.pack(sequence)
+        try:
+            work(sequence, followed)
+        except Refused as refused:
+            self._fail(sequence, refused)
+        except (ConnectionError, BrokenPipeError):
+            raise
+        except BaseException:  # a panic is not an Exception
+            self._fail(sequence, Refused("library", "the library that follows it failed"))
+        self._guard(0)
+        followed.grown += self._growth()
+        self._bound_memory(sequence, followed)
+        self._marker[: MARKER.size] = MARKER.pack(0)
+
+    def _compile(self, sequence: int, followed: _Followed) -> None:
+        assert followed.wanted is not None, "comes with the first message"
+        prototype = self._prototype(followed.wanted)
+        followed.matcher, followed.wanted = prototype.matcher.deep_copy(), None
+        followed.cost = prototype.seconds
+        tokens, followed.tokens = followed.tokens, []
+        followed.count = len(tokens)
+        if not tokens:
+            self._say(Masks([Mask(sequence, 0, prototype.seconds, prototype.bits)]))
+            return
+        self._guard(self._limits.compile_seconds + len(tokens) * self._limits.mask_seconds)
+        if not followed.matcher.consume_tokens(tokens):
+            raise first_problem(followed.matcher)
+        if followed.matcher.is_stopped():
+            self._say(Advanced([(sequence, followed.count, True)]))
+        else:
+            self._to_mask[sequence] = None
+
+    def _prototype(self, constraint: Constraint) -> _Prototype:
+        found = self._prototypes.get(constraint)
+        if found is not None:
+            self._prototypes.move_to_end(constraint)
+            return found
+        self._guard(self._limits.compile_seconds)
+        matcher = compile_matcher(self._tokenizer, constraint, self._library_limits)
+        bits, seconds = self._bits(matcher)
+        made = self._prototypes[constraint] = _Prototype(matcher, bits, seconds, self._growth())
+        most = self._limits.matcher_memory // _PROTOTYPES_SHARE
+        while (
+            len(self._prototypes) > _PROTOTYPES
+            or sum(p.grown for p in self._prototypes.values()) > most
+        ):
+            self._prototypes.popitem(last=False)
+        return made
+
+    def _mask(self, sequence: int, followed: _Followed) -> None:
+        assert followed.matcher is not None, "only what is compiled gets here"
+        bits, seconds = self._bits(followed.matcher)
+        followed.cost = max(seconds, _FORGETTING * followed.cost)
+        self._masks.append(Mask(sequence, followed.count, seconds, bits))
+
+    def _send_masks(self) -> None:
+        """Once there is no other to compute, or they have waited for long, or are many."""
+        if not self._masks:
+            return
+        now = time.monotonic()
+        if len(self._masks) == 1:
+            self._since = now
+        room = LONGEST // 2 - sum(len(mask.bits) for mask in self._masks)
+        if not self._to_mask or now - self._since > _TOGETHER_S or room < 0:
+            masks, self._masks = self._masks, []
+            self._say(Masks(masks))
+
+    def _bits(self, matcher: LLMatcher) -> tuple[bytes, float]:
+        """What may follow, and the seconds of CPU that it took."""
+        self._guard(HARD_FACTOR * self._limits.mask_seconds)
+        began = time.thread_time()
+        bits = matcher.compute_bitmask()
+        seconds = time.thread_time() - began
+        if matcher.is_error() or not bits.strip(b"\0"):
+            raise first_problem(matcher)
+        if seconds > self._limits.mask_seconds:
+            raise too_slow(self._limits)
+        return bits, seconds
+
+    # --------------------------------------------------------------------- limits
+
+    def _guard(self, seconds: float) -> None:
+        """End this process after so much CPU time; 0 takes the last one back."""
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+    def _resident(self) -> int:
+        return int(os.pread(self._statm, 64, 0).split()[1]) * _PAGE
+
+    def _growth(self) -> int:
+        """Bytes that the process grew by since the last call."""
+        before, self._size = self._size, self._resident()
+        return max(0, self._size - before)
+
+    def _bound_memory(self, sequence: int, followed: _Followed) -> None:
+        if followed.grown > self._limits.memory and sequence in self._followed:
+            self._fail(sequence, _too_large(self._limits.memory))
+        if self._size - self._base <= self._limits.matcher_memory:
+            return
+        self._prototypes.clear()
+        while self._shrunk() > self._limits.matcher_memory and self._followed:
+            largest = max(self._followed, key=lambda s: self._followed[s].grown)
+            self._fail(largest, _too_large(self._followed[largest].grown))
+
+    def _shrunk(self) -> int:
+        """Bytes beside the vocabulary, once what was freed is given back."""
+        if _trim is not None:
+            _trim(0)
+        self._size = self._resident()
+        return self._size - self._base
+
+
+def _too_large(size: int) -> Refused:
+    return Refused("memory", f"following it takes more than {size >> 20} MiB")

@@ -1,0 +1,209 @@
+"""The parent of all processes that hold constraints; the engine starts it.
+
+It reads the tokenizer once (0.3 s and 60 MB) and forks: a child for each trial, and
+the matcher processes. So a child costs milliseconds and shares the vocabulary, a
+killed one is replaced at once, and whatever one took, in time or memory, ends with it.
+
+It stays without threads, since only then is forking sound, and runs nothing of a
+caller's itself. Nobody else signals its children: it alone knows that a process id is
+still theirs, because it is the one that reaps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from typing import Final, NoReturn
+
+import msgspec
+from llguidance import LLTokenizer
+
+from veneer_server.constraints.grammar import load_tokenizer
+from veneer_server.constraints.matching import MARKER, run_matching
+from veneer_server.constraints.trial import run_trial
+from veneer_server.constraints.wire import (
+    LONGEST,
+    Begin,
+    Ended,
+    FromControl,
+    Kill,
+    Ready,
+    Renice,
+    Role,
+    Setup,
+    decode,
+)
+from veneer_server.engine.messages import ConstraintLimits
+from veneer_server.heap import data_bytes, fill_holes
+
+__all__ = ["NAMES", "main"]
+
+NAMES: Final[dict[Role, str]] = {
+    "trial": "veneer-compile",
+    "quick": "veneer-matcher",
+    "slow": "veneer-matcher",
+}
+"""What ``ps`` and ``top`` show; at most 15 characters."""
+
+_NICE: Final = 10
+_DESCRIPTORS: Final = 3
+_NOTES_BYTES: Final = 64 << 10
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+
+_libc = ctypes.CDLL(None)
+
+
+def main() -> None:
+    """Fork children until the engine closes the socket; they end with this process."""
+    # Ctrl-C is for the front, which drains; the engine ends us.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _libc.prctl(_PR_SET_NAME, b"veneer-constrai", 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    control = socket.socket(fileno=int(sys.argv[1]))
+    body = control.recv(LONGEST)
+    if not body:
+        return
+    setup = decode(body)
+    assert isinstance(setup, Setup), "comes first"
+    try:
+        tokenizer = load_tokenizer(setup.tokenizer, setup.vocab_size, setup.eos_token_ids)
+    except BaseException as error:  # of many kinds, a panic among them
+        control.send(msgspec.msgpack.encode(Ready(str(error) or type(error).__name__)))
+        return
+    gc.collect()
+    fill_holes()  # reading the tokenizer left 28 MB that children could use unseen
+    gc.freeze()  # collections would copy the pages that children share
+    with contextlib.suppress(ConnectionError):  # the engine has ended
+        control.send(msgspec.msgpack.encode(Ready("")))
+        _Parent(control, tokenizer, setup.limits).run()
+
+
+class _Parent:
+    def __init__(
+        self, control: socket.socket, tokenizer: LLTokenizer, limits: ConstraintLimits
+    ) -> None:
+        self._control = control
+        self._tokenizer = tokenizer
+        self._limits: dict[Role, ConstraintLimits] = {
+            "trial": limits,
+            "quick": limits,
+            "slow": _of_slow(limits),
+        }
+        self._children: dict[int, tuple[int, int]] = {}
+        """Number and process id, by a descriptor that is readable once it has ended. One
+        that is in here is not reaped: its process id is its own."""
+        self._poll = select.poll()
+        self._pid = os.getpid()
+
+    def run(self) -> None:
+        self._poll.register(self._control, select.POLLIN)
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor in self._children:
+                    self._reap(descriptor)
+                elif not self._hear():
+                    return
+
+    def _say(self, message: FromControl) -> None:
+        self._control.send(msgspec.msgpack.encode(message))
+
+    def _hear(self) -> bool:
+        body, descriptors, _, _ = socket.recv_fds(self._control, LONGEST, _DESCRIPTORS)
+        if not body:
+            return False
+        match decode(body):
+            case Begin() as begin:
+                self._begin(begin, descriptors)
+            case Kill(number):
+                for pid in self._pids(number):
+                    os.kill(pid, signal.SIGKILL)
+            case Renice(number):
+                for pid in self._pids(number):
+                    with contextlib.suppress(OSError):  # not allowed in some sandboxes
+                        os.setpriority(os.PRIO_PROCESS, pid, _NICE)
+        return True
+
+    def _pids(self, number: int) -> list[int]:
+        """The child's, unless it has been reaped."""
+        return [pid for child, pid in self._children.values() if child == number]
+
+    def _begin(self, begin: Begin, descriptors: list[int]) -> None:
+        try:
+            pid = os.fork()
+            if not pid:
+                self._be_child(begin.role, *descriptors)
+        except OSError:  # no process or no memory is left
+            self._say(Ended(begin.number, signal.SIGKILL))
+            return
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        watched = os.pidfd_open(pid)
+        self._children[watched] = begin.number, pid
+        self._poll.register(watched, select.POLLIN)
+
+    def _reap(self, descriptor: int) -> None:
+        number, pid = self._children.pop(descriptor)
+        self._poll.unregister(descriptor)
+        os.close(descriptor)
+        _, status = os.waitpid(pid, 0)
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        self._say(Ended(number, ended_by))
+
+    def _be_child(self, role: Role, connection: int, notes: int, marker: int) -> NoReturn:
+        """Never returns: what is above belongs to the parent."""
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _libc.prctl(_PR_SET_NAME, NAMES[role].encode(), 0, 0, 0)
+            if os.getppid() != self._pid:
+                os._exit(0)  # it ended before we asked to be told
+            self._control.close()
+            for descriptor in self._children:
+                os.close(descriptor)
+            os.dup2(notes, 2)
+            os.close(notes)
+            with contextlib.closing(socket.socket(fileno=connection)) as talking:
+                limits = self._limits[role]
+                _bound(role, limits)
+                if role == "trial":
+                    run_trial(talking, self._tokenizer, limits)
+                else:
+                    if role == "slow":
+                        os.nice(_NICE)
+                    with mmap.mmap(marker, MARKER.size) as shared:
+                        run_matching(talking, shared, self._tokenizer, limits)
+        except BaseException as error:  # nothing of the parent's may run here
+            with contextlib.suppress(OSError):
+                os.write(2, repr(error).encode()[:1000])
+            os._exit(1)
+        os._exit(0)
+
+
+def _of_slow(limits: ConstraintLimits) -> ConstraintLimits:
+    """Few sequences are slow, and those take the most: together they may take half as much
+    as the others, or one of them what it may."""
+    most = max(limits.memory, limits.matcher_memory // 2)
+    return msgspec.structs.replace(limits, matcher_memory=most)
+
+
+def _bound(role: Role, limits: ConstraintLimits) -> None:
+    """Bytes that this process may take beside what it shares, and bytes of notes."""
+    own = limits.memory if role == "trial" else 2 * limits.matcher_memory
+    most = data_bytes() + own
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_NOTES_BYTES, _NOTES_BYTES))
+
+
+if __name__ == "__main__":
+    main()

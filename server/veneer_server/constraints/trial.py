@@ -1,0 +1,77 @@
+"""A child that compiles one constraint, computes its first mask, and ends.
+
+Signals end it where it goes past a limit: SIGPROF by CPU time, SIGABRT where the
+library gets no more memory. What it managed to say before is in its socket.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import msgspec
+from llguidance import LLTokenizer
+
+from veneer_server.constraints.grammar import (
+    Refused,
+    compile_matcher,
+    first_problem,
+    library_limits,
+)
+from veneer_server.constraints.wire import LONGEST, Compiled, FromTrial, Verdict, receive
+from veneer_server.engine.messages import Constraint, ConstraintLimits
+
+__all__ = ["HARD_FACTOR", "run_trial", "too_slow"]
+
+HARD_FACTOR = 4
+"""A mask that takes so many times its limit ends the matcher process that computes it; one
+that takes less, but too long, ends its own sequence alone."""
+
+
+def too_slow(limits: ConstraintLimits) -> Refused:
+    """Of a mask that took longer than it may."""
+    return Refused(
+        "mask_seconds",
+        f"finding the tokens that may follow takes more than {limits.mask_seconds:g} s",
+    )
+
+
+def run_trial(
+    connection: socket.socket, tokenizer: LLTokenizer, limits: ConstraintLimits
+) -> None:
+    """Take one `Constraint`, answer with `Compiled` and a `Verdict`."""
+    constraint = receive(connection, bytearray(LONGEST))
+    if not isinstance(constraint, Constraint):
+        return  # its caller has left
+
+    def say(message: FromTrial) -> None:
+        connection.send(msgspec.msgpack.encode(message))
+
+    try:
+        say(_tried(tokenizer, constraint, limits, say))
+    except Refused as refused:
+        say(Verdict(refused.limit, refused.problem))
+
+
+def _tried(
+    tokenizer: LLTokenizer,
+    constraint: Constraint,
+    limits: ConstraintLimits,
+    say: Callable[[FromTrial], None],
+) -> Verdict:
+    began = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, limits.compile_seconds)
+    matcher = compile_matcher(tokenizer, constraint, library_limits(limits))
+    compiled = time.process_time()
+    say(Compiled(compiled - began))
+    signal.setitimer(signal.ITIMER_PROF, limits.mask_seconds)
+    bits = matcher.compute_bitmask()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - compiled
+    if matcher.is_error() or not bits.strip(b"\0"):
+        raise first_problem(matcher)
+    if seconds > limits.mask_seconds:
+        raise too_slow(limits)
+    return Verdict("", "", seconds)

@@ -1,0 +1,164 @@
+"""Runs trials in children of their own, and says what their ends mean."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_server.constraints.family import Child
+from veneer_server.constraints.trials import Outcome, Trials
+from veneer_server.constraints.wire import Compiled, FromTrial, Role
+from veneer_server.engine.messages import Constraint, ConstraintLimits
+
+__all__ = ["WALL_FACTOR", "Tryouts"]
+
+WALL_FACTOR: Final = 20
+"""Wall-clock seconds of a trial for each second of CPU time that it may take."""
+
+_TRIES: Final = 2
+"""Of a trial whose process was killed, by us not."""
+
+_BRIEF_S: Final = 0.05
+"""So long a trial has the priority of the rest: nearly all have ended by then."""
+
+_LOOK_S: Final = 0.25
+"""Between one look at what takes longer and the next."""
+
+_CANCELLED: Final = "cancelled"
+_TOO_LONG: Final = "too long"
+_NO_MEMORY: Final = "no memory"
+
+
+@dataclass(slots=True)
+class _Run:
+    child: Child
+    constraint: Constraint
+    began: float
+    look_at: float
+    nice: bool = False
+    compiled: float | None = None
+
+
+class Tryouts:
+    """The trials under way. Called under the lock of `Grammars`.
+
+    Args:
+        fork: makes a child.
+        finish: told of each outcome, with the sequences that waited for it.
+    """
+
+    def __init__(
+        self,
+        limits: ConstraintLimits,
+        fork: Callable[[Role], Child],
+        finish: Callable[[Outcome, list[int]], None],
+    ) -> None:
+        self._limits = limits
+        self._fork = fork
+        self._finish = finish
+        self._trials = Trials(limits.workers)
+        self._runs: dict[int, _Run] = {}
+        self._killed: dict[Constraint, int] = {}
+        """Times that a trial's process was killed from outside."""
+
+    def ask(self, sequence: int, constraint: Constraint, caller: str) -> Outcome | None:
+        """What is known; else None, and `finish` is told when it is."""
+        return self._trials.ask(sequence, constraint, caller)
+
+    def leave(self, sequence: int) -> None:
+        """The sequence needs no outcome any more."""
+        constraint = self._trials.leave(sequence)
+        for run in self._runs.values() if constraint is not None else ():
+            if run.constraint == constraint:
+                run.child.kill(_CANCELLED)
+
+    def start(self, now: float) -> None:
+        """Start what may run."""
+        while (constraint := self._trials.start()) is not None:
+            child = self._fork("trial")
+            child.send(constraint)
+            self._runs[child.number] = _Run(child, constraint, now, now + _BRIEF_S)
+
+    def heard(self, child: Child, message: FromTrial) -> None:
+        """A child said something; a verdict is its last word."""
+        run = self._runs.get(child.number)
+        if run is None or child.killed_for:
+            return
+        if isinstance(message, Compiled):
+            run.compiled = message.seconds
+            return
+        del self._runs[child.number]
+        outcome = Outcome(
+            message.limit, message.problem, run.compiled or 0.0, message.mask_seconds
+        )
+        self._end(run, outcome)
+
+    def ended(self, child: Child, ended_by: int) -> None:
+        """A child's process ended, by a signal or (0) by itself."""
+        run = self._runs.pop(child.number, None)
+        if run is None:
+            return  # it had answered
+        if child.killed_for == _CANCELLED:
+            self._end(run, None)
+        elif ended_by == signal.SIGKILL and not child.killed_for:
+            self._try_again(run)
+        else:
+            self._end(run, self._meaning(run, ended_by))
+
+    def next_time(self) -> float | None:
+        """When `tick` has something to do."""
+        return min((run.look_at for run in self._runs.values()), default=None)
+
+    def tick(self, now: float) -> None:
+        """Lower the priority of what takes longer than most, end what takes too long."""
+        for run in self._runs.values():
+            if now < run.look_at:
+                continue
+            if now - run.began > self._wall:
+                run.child.kill(_TOO_LONG)
+            elif run.child.out_of_memory:
+                run.child.kill(_NO_MEMORY)
+            if not run.nice:
+                run.nice = True
+                run.child.yield_to_others()
+            end = run.began + self._wall
+            run.look_at = min(end, now + _LOOK_S) if end > now else now + _LOOK_S
+
+    @property
+    def _wall(self) -> float:
+        return WALL_FACTOR * self._limits.compile_seconds
+
+    def _try_again(self, run: _Run) -> None:
+        killed = self._killed.pop(run.constraint, 0) + 1
+        if killed < _TRIES:
+            if self._trials.again(run.constraint):
+                self._killed[run.constraint] = killed
+            return
+        problem = "the process that compiles it was killed, as by a machine without memory"
+        self._end(run, Outcome("memory", problem, lasting=False))
+
+    def _meaning(self, run: _Run, ended_by: int) -> Outcome:
+        """Of an end without a verdict."""
+        limits, compiled = self._limits, run.compiled or 0.0
+        if run.child.killed_for == _TOO_LONG:
+            problem = f"compiling it took more than {self._wall:g} s on this busy machine"
+            return Outcome("compile_seconds", problem, lasting=False)
+        if ended_by == signal.SIGPROF and run.compiled is None:
+            problem = f"compiling it takes more than {limits.compile_seconds:g} s"
+            return Outcome("compile_seconds", problem)
+        if ended_by == signal.SIGPROF:
+            problem = (
+                f"finding the tokens that may follow takes more than {limits.mask_seconds:g} s"
+            )
+            return Outcome("mask_seconds", problem, compiled)
+        if run.child.out_of_memory:
+            problem = f"compiling it takes more than {limits.memory >> 20} MiB"
+            return Outcome("memory", problem, compiled)
+        return Outcome("library", "the library that compiles it failed", compiled)
+
+    def _end(self, run: _Run, outcome: Outcome | None) -> None:
+        self._killed.pop(run.constraint, None)
+        if outcome is not None:
+            self._finish(outcome, self._trials.end(run.constraint, outcome))

@@ -1,0 +1,82 @@
+"""Folders of the cache: private, put together aside, on the disk before they are seen."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+__all__ = ["make_private", "remove", "staged", "sync"]
+
+_LEAST_AGE_S: Final = 60.0
+"""A younger folder may be one whose maker is about to lock it."""
+
+
+def make_private(folder: Path) -> None:
+    """Make the folder, and those above it that are missing, for this user alone."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextlib.contextmanager
+def staged(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``parent``, private to this user, to be filled and renamed.
+
+    It is removed at the end unless it was renamed. What a killed process left is removed at
+    the next call: a folder is locked as long as its process lives.
+    """
+    make_private(parent)
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            _remove_abandoned(left)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    if time.time() - folder.stat().st_mtime < _LEAST_AGE_S:
+        return
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its process lives
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Remove whatever has this name; a link, not what it points to.
+
+    Raises:
+        OSError: it is still there.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""Cached folders that vouch for their content by a manifest, which is written last.
+
+``veneer_manifest.json`` names each file with its size and SHA-256, and what the folder was made
+from. A folder without it, with a file more or less, or with another content is not used: it is
+made again. Files up to `SMALL` are hashed at once; weights while they are loaded, by a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from veneer_server.disk import sync
+
+__all__ = ["MANIFEST", "Damaged", "Sealed", "seal"]
+
+MANIFEST: Final = "veneer_manifest.json"
+SMALL: Final = 16 << 20
+_LONGEST: Final = 1 << 20
+_FORMAT: Final = 1
+
+
+class Damaged(Exception):
+    """What is wrong with a folder, in words for an operator."""
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    size: int
+    sha256: str
+    mtime_ns: int
+
+
+class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    made_from: str
+    files: dict[str, _File]
+
+
+def seal(folder: Path, made_from: str) -> None:
+    """Write the manifest over all that the folder holds, and have the disk hold it all.
+
+    Args:
+        made_from: tells a folder from one that the same name could have meant.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == MANIFEST:
+            continue
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.name] = _File(status.st_size, digest, status.st_mtime_ns)
+    # Beside the folder: another process must not find it as a strange file within.
+    draft = folder.with_name(f"{folder.name}.manifest-{os.getpid()}")
+    manifest = _Manifest(_FORMAT, made_from, files)
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    sync(draft)
+    draft.replace(folder / MANIFEST)
+    sync(folder)
+
+
+class Sealed:
+    """A folder whose names, sizes and small files are what was sealed.
+
+    Large files are hashed by a thread; see `verify`. They are held open: what is hashed is what
+    has the name now.
+
+    Args:
+        ahead: hash them from now on, not when `verify` asks for it.
+
+    Raises:
+        Damaged: says what differs.
+    """
+
+    def __init__(self, folder: Path, made_from: str, *, ahead: bool = True) -> None:
+        self._folder = folder
+        self._open: dict[str, int] = {}
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        try:
+            self._manifest = _read(folder, made_from)
+            for name, file in self._manifest.files.items():
+                self._open[name] = _opened(folder / name, file)
+                if file.size <= SMALL:
+                    _compare(name, self._open[name], file)
+            self._pending = self._hash() if ahead else None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def unmoved(self) -> bool:
+        """No file was written since it was sealed, as far as its time tells."""
+        return all(
+            os.fstat(self._open[name]).st_mtime_ns == file.mtime_ns
+            for name, file in self._manifest.files.items()
+        )
+
+    def verify(self) -> None:
+        """Wait until all is hashed. What was loaded before may be used after this.
+
+        Raises:
+            Damaged: a file is not what was sealed.
+        """
+        for each in self._hash() if self._pending is None else self._pending:
+            each.result()
+        for name, fd in self._open.items():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), (self._folder / name).stat()):
+                    continue
+            raise Damaged(f"{name} was exchanged meanwhile")
+
+    def _hash(self) -> list[Future[None]]:
+        return [
+            self._hashing.submit(_compare, name, self._open[name], file)
+            for name, file in self._manifest.files.items()
+            if file.size > SMALL
+        ]
+
+    def close(self) -> None:
+        """Stop hashing."""
+        self._hashing.shutdown(cancel_futures=True)
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Sealed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read(folder: Path, made_from: str) -> _Manifest:
+    try:
+        with _regular(folder / MANIFEST) as fd, open(fd, "rb", closefd=False) as file:
+            manifest = msgspec.json.decode(file.read(_LONGEST), type=_Manifest)
+        names = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
+    except FileNotFoundError:
+        raise Damaged(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+    if manifest.format != _FORMAT:
+        raise Damaged(f"{MANIFEST} has format {manifest.format}")
+    if manifest.made_from != made_from:
+        raise Damaged("it was made from something else")
+    if missing := sorted(manifest.files.keys() - names):
+        raise Damaged(f"it lacks {missing[0]}")
+    if strange := sorted(names - manifest.files.keys()):
+        raise Damaged(f"it holds {strange[0]}, which is not part of it")
+    return manifest
+
+
+@contextlib.contextmanager
+def _regular(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError("it is not a regular file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _opened(path: Path, sealed: _File) -> int:
+    try:
+        with _regular(path) as fd:
+            size = os.fstat(fd).st_size
+            if size != sealed.size:
+                raise Damaged(f"{path.name} has {size} bytes of {sealed.size}")
+            return os.dup(fd)
+    except OSError as error:
+        raise Damaged(f"{path.name}: {error.strerror or error}") from None
+
+
+def _compare(name: str, fd: int, sealed: _File) -> None:
+    try:
+        os.lseek(fd, 0, os.SEEK_SET)
+        with open(fd, "rb", closefd=False) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror or error}") from None
+    if digest != sealed.sha256:
+        raise Damaged(f"{name} is not what was written")

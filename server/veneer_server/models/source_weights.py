@@ -1,0 +1,176 @@
+"""The base's weights as its own files have them, for a reference that must not trust what was
+loaded: neither the cache of 4-bit weights nor what is in memory.
+
+Read a layer at a time and quantized anew: no file of a cache, no packed weight and no kernel
+takes part. Shared with the loader are libraries: bitsandbytes, which alone gives the very codes
+that are served (another rounding of the 0.1 % that lie between two would be more than the bound
+of float32), and transformers' formulas of rotary frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from veneer_registry.fingerprint import weight_files
+
+from veneer_server.models.config import Quantization, read_decoder_config
+from veneer_server.models.linear import Expanded
+from veneer_server.models.packed import row_slices, rows_of
+
+__all__ = ["SourceLayer", "SourceLinear", "SourceWeights"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLinear:
+    """Some linears side by side, in float32; see `models.linear.Linear.expanded`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def expanded(self) -> Iterator[Expanded]:
+        """Rows in order."""
+        for rows in row_slices(*self.weight.shape):
+            yield self.weight[rows], rows_of(self.bias, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLayer:
+    """One layer, as `models.loader.LayerWeights`."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    qkv: SourceLinear
+    output: SourceLinear
+    gate_up: SourceLinear
+    down: SourceLinear
+
+
+class SourceWeights:
+    """Use it in a ``with``: the files are open meanwhile. Numbers are on the CPU.
+
+    Args:
+        folder: the base's, not a cache's.
+        quantization, dtype: as it is served.
+
+    Raises:
+        InvalidField: the folder holds no weights that can be read.
+    """
+
+    device: Final = torch.device("cpu")
+
+    def __init__(self, folder: Path, quantization: Quantization, dtype: torch.dtype) -> None:
+        from safetensors import safe_open
+
+        self.config = read_decoder_config(folder)
+        self._dtype = dtype
+        self._quantization = quantization
+        self._files = ExitStack()
+        self._of: dict[str, Any] = {}
+        for file in weight_files(folder):
+            opened = self._files.enter_context(safe_open(file, framework="pt"))
+            self._of |= dict.fromkeys(opened.keys(), opened)
+        # A checkpoint of the body alone has no such prefix.
+        self._body = "model." if any(name.startswith("model.") for name in self._of) else ""
+        self.embedding = self._tensor(f"{self._body}embed_tokens.weight")
+        self.head = self.embedding
+        if not self.config.tied_head:
+            self.head = self._tensor("lm_head.weight")
+        self.final_norm = self._tensor(f"{self._body}norm.weight").float()
+        self.inv_freq, self.rotary_scale = _rotary(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    @property
+    def layers(self) -> Iterator[SourceLayer]:
+        """One after the other; none is kept."""
+        for index in range(self.config.num_layers):
+            stem = f"{self._body}layers.{index}"
+            attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
+            normed = self.config.qk_norm
+            yield SourceLayer(
+                input_norm=self._tensor(f"{stem}.input_layernorm.weight").float(),
+                post_norm=self._tensor(f"{stem}.post_attention_layernorm.weight").float(),
+                query_norm=self._tensor(f"{attention}.q_norm.weight").float()
+                if normed
+                else None,
+                key_norm=self._tensor(f"{attention}.k_norm.weight").float() if normed else None,
+                qkv=self._linear([f"{attention}.{name}_proj" for name in "qkv"]),
+                output=self._linear([f"{attention}.o_proj"]),
+                gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
+                down=self._linear([f"{mlp}.down_proj"]),
+            )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._of[name].get_tensor(name)
+        return found.to(self._dtype)
+
+    def _linear(self, names: Sequence[str]) -> SourceLinear:
+        weights = [self._weight(f"{name}.weight") for name in names]
+        biases = [
+            self._tensor(f"{name}.bias").float()
+            if f"{name}.bias" in self._of
+            else torch.zeros(len(weight))
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        some = any(f"{name}.bias" in self._of for name in names)
+        return SourceLinear(torch.cat(weights), torch.cat(biases) if some else None)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        """[outputs, inputs] float32, as it is served but for rounding."""
+        state = {key: self._of[key] for key in self._of if key.startswith(f"{name}.")}
+        if state:
+            return _stored(
+                self._of[name].get_tensor(name),
+                {key: opened.get_tensor(key) for key, opened in state.items()},
+            )
+        weight = self._tensor(name)
+        stored = self.config.quantization is not None
+        if stored or self._quantization == "none":
+            return weight.float()
+        return _quantized(weight, self._quantization)
+
+
+def _stored(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a folder that is stored in 4 bits."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    made = QuantState.from_dict(state, device=torch.device("cpu"))
+    weight: torch.Tensor = dequantize_4bit(codes, made)
+    return weight.float()
+
+
+def _quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """What 4 bits with double quantization leave of a weight; takes 30 ns a number."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight, compress_statistics=True, quant_type=kind)
+    left: torch.Tensor = dequantize_4bit(codes, state)
+    return left.float()
+
+
+def _rotary(folder: Path) -> tuple[torch.Tensor, float]:
+    """Frequencies and scale of the config in the folder, by a model without layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers, config.layer_types = 0, []
+    config.vocab_size, config.pad_token_id = 1, None
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    return rotary.inv_freq.float(), float(rotary.attention_scaling)

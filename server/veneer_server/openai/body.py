@@ -1,0 +1,101 @@
+"""JSON bodies, bounded before they are parsed.
+
+Parsing holds the interpreter's lock: 4 MiB of ``{}`` take 150 ms, in which no stream moves,
+whatever thread does it. So what a body holds is counted first, in pieces that let others go
+on, and a body that is too much is never parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Final
+
+__all__ = ["LONG_BODY", "MAX_DEPTH", "MAX_ITEMS", "MAX_NODES", "check_size", "parse_body"]
+
+LONG_BODY: Final = 64 << 10
+"""Bytes from which on a body is counted and parsed off the event loop."""
+
+MAX_NODES: Final = 131_072
+"""Objects, lists, members and strings of a body."""
+
+MAX_ITEMS: Final = 524_288
+"""Commas of a body: the token ids of its prompts, above all."""
+
+MAX_DEPTH: Final = 200
+"""Lists and objects within each other: enough for any schema, and no recursion of ours or
+of a library's comes near its limit."""
+
+_BACKSLASH: Final = 0x5C
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_body(body: bytes) -> object:
+    """The JSON of a body.
+
+    Raises:
+        ValueError: it is none, or holds too much; says what.
+    """
+    check_size(body)
+    # From bytes it would guess the encoding, and let halves of surrogate pairs pass.
+    text = body.decode()
+    parsed: object = json.loads(text, parse_constant=_no_constant)
+    _check_depth(parsed)
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half of a surrogate pair") from error
+    return parsed
+
+
+def check_size(body: bytes) -> None:
+    """Raise ValueError if a body holds more than `MAX_NODES` or `MAX_ITEMS`."""
+    # Also counts what is in strings: enough to know that most bodies are small.
+    rough = sum(map(body.count, (b"{", b"[", b":", b'"')))
+    if rough <= MAX_NODES and body.count(b",") <= MAX_ITEMS:
+        return
+    nodes = items = at = 0
+    while at >= 0:
+        start = body.find(b'"', at)
+        end = start if start >= 0 else len(body)
+        nodes += 1
+        nodes += body.count(b"{", at, end) + body.count(b"[", at, end)
+        nodes += body.count(b":", at, end)
+        items += body.count(b",", at, end)
+        if nodes > MAX_NODES or items > MAX_ITEMS:
+            raise ValueError(
+                f"it has more than {MAX_NODES} objects, lists, members and strings, or "
+                f"{MAX_ITEMS} items: send less in one request"
+            )
+        at = _after_string(body, start) if start >= 0 else -1
+
+
+def _after_string(body: bytes, start: int) -> int:
+    """Where what follows a string begins; -1 if it does not end."""
+    at = start + 1
+    while (close := body.find(b'"', at)) >= 0:
+        slash = close
+        while body[slash - 1] == _BACKSLASH:
+            slash -= 1
+        if (close - slash) % 2 == 0:
+            return close + 1
+        at = close + 1
+    return -1
+
+
+def _check_depth(parsed: object) -> None:
+    level, depth = [parsed], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep: flatten it")
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is no JSON number")

@@ -1,0 +1,123 @@
+"""HTTP/1.1 that only one reading fits: h11, without what it forgives.
+
+Where a proxy in front and this server read one message differently, a caller can hide a
+request in another's (request smuggling). So what senders must not send is refused, and the
+connection closed, though a recipient might repair it: both Content-Length and
+Transfer-Encoding, line breaks without a carriage return, folded headers, versions other
+than 1.0 and 1.1. h11 itself refuses differing lengths, codings other than chunked, bad chunk
+sizes, spaces before a colon, and several Host headers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import h11
+
+__all__ = ["MAX_HEAD", "MAX_HEADERS", "MAX_SMALL_CHUNKS", "StrictConnection"]
+
+MAX_HEAD: Final = 16 << 10
+"""Bytes of a request line and its headers."""
+
+MAX_HEADERS: Final = 200
+"""Lines of a head. h11 takes some microseconds for each."""
+
+MAX_SMALL_CHUNKS: Final = 1024
+"""Chunks of a body, beside one for each `CHUNK_BYTES` of it: each takes h11 some
+microseconds, in which no stream moves."""
+
+CHUNK_BYTES: Final = 256
+
+_BARE: Final = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
+_END: Final = re.compile(rb"\n\r?\n")
+
+
+class StrictConnection(h11.Connection):
+    """One connection, on the server's side.
+
+    Attributes:
+        refusal: why the last message was refused; None where it was not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD)
+        self.refusal: h11.RemoteProtocolError | None = None
+        self._chunked = False
+        self._chunks = 0
+        self._body = 0
+
+    def next_event(self) -> Any:
+        """As h11's.
+
+        Raises:
+            RemoteProtocolError: the message is refused; close the connection.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        try:
+            if self.their_state is h11.IDLE:
+                _check_head(self.trailing_data[0])
+            before = self.trailing_data[0] if self._chunked else b""
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                _check_request(event)
+                self._chunks = self._body = 0
+                self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+            elif isinstance(event, h11.EndOfMessage) and self._chunked:
+                self._chunked = False
+                _check_lines(before.removesuffix(self.trailing_data[0]))
+            elif isinstance(event, h11.Data):
+                self._check_chunk(event)
+        except h11.RemoteProtocolError as error:
+            self.refusal = error
+            raise
+        return event
+
+    def _check_chunk(self, event: h11.Data) -> None:
+        self._body += len(event.data)
+        self._chunks += event.chunk_start
+        if self._chunks > MAX_SMALL_CHUNKS + self._body // CHUNK_BYTES:
+            raise h11.RemoteProtocolError(
+                f"the body comes in chunks of fewer than {CHUNK_BYTES} bytes: send larger ones"
+            )
+
+
+def _check_head(waiting: bytes) -> None:
+    """What has come of a request line and headers, before h11 reads them."""
+    end = _END.search(waiting)
+    # A last carriage return may get its line feed yet.
+    head = waiting[: end.end()] if end is not None else waiting.removesuffix(b"\r")
+    # h11 limits what is incomplete alone: a whole head of any size is read in one go.
+    if len(head) > MAX_HEAD or head.count(b"\n") > MAX_HEADERS:
+        raise h11.RemoteProtocolError(
+            f"the head has more than {MAX_HEAD} bytes or {MAX_HEADERS} lines: send less",
+            error_status_hint=431,
+        )
+    _check_lines(head)
+
+
+def _check_lines(lines: bytes) -> None:
+    if _BARE.search(lines):
+        raise h11.RemoteProtocolError(
+            "a line of the request ends in LF alone, holds a CR, or is folded: end each line "
+            "in CRLF, and put each header on one line"
+        )
+
+
+def _check_request(request: h11.Request) -> None:
+    names = {name for name, _ in request.headers}
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise h11.RemoteProtocolError(
+            "the version is neither HTTP/1.0 nor HTTP/1.1: use one of them",
+            error_status_hint=505,
+        )
+    if b"transfer-encoding" in names:
+        if b"content-length" in names:
+            raise h11.RemoteProtocolError(
+                "the request has both Content-Length and Transfer-Encoding: send one of them"
+            )
+        if request.http_version == b"1.0":
+            raise h11.RemoteProtocolError(
+                "HTTP/1.0 has no Transfer-Encoding: send Content-Length, or use HTTP/1.1"
+            )

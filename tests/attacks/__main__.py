@@ -1,0 +1,269 @@
+"""Attacks on a real server beside normal callers: ``make attacks``.
+
+``python -m tests.attacks`` runs each module of `tests.attacks.cases` for some seconds against
+the real server with the bundled base, beside 4 streams and a caller of small requests, and
+judges:
+
+- everybody else is answered, and health stays SERVING
+- the memory of the server's processes grows by at most 64 MB
+- the attack itself is answered as documented
+- afterwards nothing of it is left: no sequence, no lease, no damaged books of the engine
+- with ``--times``: the longest gap of the streams exceeds that of a control run without the
+  attack by at most 50 ms
+
+The attack runs in a process of its own at the lowest priority: on another machine it would
+take nothing of this one's processors but through the server. Exit status 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load, save
+from veneer_proto.v1 import inference_pb2, server_pb2
+
+from tests.attacks.case import AttackModule, Target
+from tests.attacks.watch import Memory, Noticed, notice
+from tests.server_harness import Server, read_files, running_server
+from tests.torture.cancels import all_free
+
+CASES = Path(__file__).parent / "cases"
+ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
+NAMES = ("chat", "code", "sql")
+"""Adapters of the normal callers."""
+WEIGHTS = "adapter_model.safetensors"
+TARGET = "target"
+"""The attacker's own."""
+KV_BYTES = 256 << 20
+"""Full before the first attack, so that what is planned does not count as growth."""
+GAP_S = 0.050
+CONTROLS, QUIET_S = 4, 0.050
+"""Control runs are repeated, so many times at most, until no gap in one is as long."""
+MEMORY = 64 << 20
+CLEAR_S = 30.0
+"""By then nothing of an attack may be left."""
+
+
+def found_cases() -> list[str]:
+    """Names of the attacks, by their files."""
+    return sorted(path.stem for path in CASES.glob("*.py") if path.stem != "__init__")
+
+
+def case(name: str) -> AttackModule:
+    return cast(AttackModule, importlib.import_module(f"tests.attacks.cases.{name}"))
+
+
+@dataclass(slots=True)
+class Result:
+    """Of one attack: figures for a line, and what was wrong."""
+
+    name: str
+    control_s: float
+    longest_s: float
+    growth: int
+    answers: int
+    failures: list[str]
+
+
+def attack_here(name: str, target: dict[str, Any], seed: int) -> None:
+    """In the attacker's process: attack, and print what was not as documented."""
+    os.nice(19)
+    target["work"] = Path(target["work"])
+    rng = random.Random(f"{seed} {name}")
+    module = case(name)
+
+    async def told() -> None:
+        print(json.dumps(await module.attack(Target(**target, rng=rng))), flush=True)
+        # Its end would take a processor from the others for a tenth of a second.
+        sys.stdin.readline()
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    asyncio.run(told())
+
+
+async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Result:
+    """One attack beside normal callers, after a control run without it."""
+    adapters = ["", *NAMES]
+    with tempfile.TemporaryDirectory() as work:
+        target = {
+            "grpc": server.address,
+            "openai": server.openai,
+            "metrics": server.metrics,
+            "seconds": given.seconds,
+            "full": given.full,
+            "work": work,
+            "adapter": TARGET,
+        }
+        attacker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.attacks", "--attack", name),
+            *("--target", json.dumps(target), "--seed", str(given.seed)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1 << 24,
+        )
+        assert attacker.stdin is not None
+        assert attacker.stdout is not None
+        await attacker.stdout.readline()  # it has imported what it needs
+        control = await _control(server, adapters, given.seconds)
+        memory = Memory(server.process.pid)
+        until = asyncio.Event()
+        watching = asyncio.gather(notice(server, until, adapters), memory.watch(until))
+        try:
+            async with asyncio.timeout(10 * given.seconds + 60):
+                attacker.stdin.write(b"go\n")
+                said = await attacker.stdout.readline()
+                until.set()
+                _, errors = await attacker.communicate(b"")  # closes its input
+        except TimeoutError:
+            attacker.kill()
+            said, errors = b"", b"the attack did not end: somebody was not answered"
+            await attacker.wait()
+    until.set()
+    noticed, _ = await watching
+    failures = list(noticed.unanswered)
+    if attacker.returncode or not said:
+        failures.append(f"the attack itself failed: {errors.decode()[-1500:]}")
+    else:
+        failures += json.loads(said.splitlines()[-1])
+    if memory.growth > MEMORY:
+        failures.append(
+            f"memory grew by {memory.growth >> 20} MB, more than {MEMORY >> 20} "
+            f"({memory.largest()})"
+        )
+    if given.times and noticed.longest > control.longest + GAP_S:
+        failures.append(
+            f"longest gap {noticed.longest * 1e3:.0f} ms ({noticed.worst}), "
+            f"{control.longest * 1e3:.0f} without"
+        )
+    failures += await _left(server)
+    return Result(
+        name, control.longest, noticed.longest, memory.growth, noticed.answers, failures
+    )
+
+
+async def _control(server: Server, adapters: list[str], seconds: float) -> Noticed:
+    """Without an attack, once what the one before it left to do is done."""
+    for _ in range(CONTROLS):
+        control = await _for_seconds(server, adapters, seconds)
+        if control.longest < QUIET_S:
+            break
+    return control
+
+
+async def _for_seconds(server: Server, adapters: list[str], seconds: float) -> Noticed:
+    until = asyncio.Event()
+    asyncio.get_running_loop().call_later(seconds, until.set)
+    return await notice(server, until, adapters)
+
+
+async def _fill_kv(server: Server) -> None:
+    """Touch all of the KV cache: the prefix cache keeps what prompts leave behind."""
+    info = await server.about.GetServerInfo(server_pb2.GetServerInfoRequest())
+    room = min(info.context_length, info.budgets.kv_cache_tokens) - 1
+    for first in range(-(-info.budgets.kv_cache_tokens // room)):
+        ids = [1000 + first, *range(2000, 2000 + room - 1)]
+        await server.inference.Generate(
+            inference_pb2.GenerateRequest(
+                token_ids=inference_pb2.TokenIds(ids=ids),
+                stopping=inference_pb2.StoppingOptions(max_tokens=1),
+            )
+        )
+
+
+def _other_weights() -> dict[str, bytes]:
+    """Files of an adapter that shares no weights with those of the normal callers."""
+    files = read_files(ADAPTERS / NAMES[0])
+    tensors = load(files[WEIGHTS])
+    return {**files, WEIGHTS: save({name: 0.5 * each for name, each in tensors.items()})}
+
+
+async def _left(server: Server) -> list[str]:
+    try:
+        async with asyncio.timeout(CLEAR_S):
+            await all_free(server)
+    except (AssertionError, TimeoutError) as error:
+        return [f"something is left of the attack: {error!r}"]
+    return []
+
+
+async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]:
+    """Attacks that need the same flags share a server, unless one has harmed it."""
+    by_flags: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        by_flags.setdefault(tuple(getattr(case(name), "FLAGS", ())), []).append(name)
+    results = []
+    for flags, group in by_flags.items():
+        waiting = list(group)
+        while waiting:
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "data"
+                kv = ("--kv-cache-bytes", str(KV_BYTES))
+                async with running_server(data, given.cache_dir, *kv, *flags) as server:
+                    for name in NAMES:
+                        await server.push(ADAPTERS / name, name)
+                    await server.push_files(_other_weights(), TARGET)
+                    await _fill_kv(server)
+                    await _for_seconds(server, ["", *NAMES], 2.0)
+                    while waiting:
+                        began = time.perf_counter()
+                        result = await run_attack(server, waiting.pop(0), given)
+                        results.append(result)
+                        _print(result, time.perf_counter() - began)
+                        if result.failures:
+                            break
+    return results
+
+
+def _print(result: Result, seconds: float) -> None:
+    print(
+        f"{result.name:32} {'FAILED' if result.failures else 'held':6} longest gap "
+        f"{result.longest_s * 1e3:4.0f} ms ({result.control_s * 1e3:.0f} without), memory "
+        f"{result.growth / 2**20:+5.1f} MB, {result.answers} answers, {seconds:.0f} s",
+        flush=True,
+    )
+    for failure in result.failures[:8]:
+        print(f"    {failure}", flush=True)
+
+
+def main() -> int:
+    """Run what the command line asks for. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tests.attacks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the whole attacks, not the short")
+    parser.add_argument("--times", action="store_true", help="judge the streams' gaps, too")
+    parser.add_argument("--only", action="append", choices=found_cases(), default=[])
+    parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
+    parser.add_argument("--target", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.attack:
+        attack_here(given.attack, given.target, given.seed)
+        return 0
+    given.seconds = given.seconds or (15.0 if given.full else 3.0)
+    given.times = given.times or given.full
+    print(f"seed {given.seed}", flush=True)
+    results = asyncio.run(run_cases(given.only or found_cases(), given))
+    failed = [result.name for result in results if result.failures]
+    if given.json:
+        given.json.write_text(json.dumps([asdict(result) for result in results], indent=2))
+    print(f"{len(results)} attacks, failed: {', '.join(failed) or 'none'}")
+    return 1 if failed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The shape of an attack: what one caller does to harm the others.
+
+An attack is a module in ``tests/attacks/cases``; the runner finds it by its file name::
+
+    TITLE = "a schema whose grammar has a hundred million states"
+    FLAGS = ("--max-queue", "64")            # optional: flags of the server
+
+    async def attack(target: Target) -> list[str]:
+        '''Sends it, again and again for `target.seconds`. Returns what was not answered as
+        documented, a line each; empty when every answer was right.'''
+
+The runner (`python -m tests.attacks`) starts a server of its own for each attack, with 4
+normal streams beside it, and the same once more without the attack. It judges the streams'
+longest gap between tokens, the growth of the processes' memory, that all others were
+answered and that the server is whole afterwards. So an attack only attacks, and only on
+the addresses that it is given.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["AttackModule", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The server under attack, and how much to do.
+
+    Attributes:
+        grpc: host:port of the gRPC server.
+        openai: host:port of the OpenAI-compatible HTTP server.
+        metrics: host:port of the metrics server.
+        seconds: about how long to attack; the attack ends by itself.
+        full: the whole attack; else a short form for every test run.
+        rng: for everything random; its seed is printed.
+        work: an empty folder.
+        adapter: an adapter that the server has.
+    """
+
+    grpc: str
+    openai: str
+    metrics: str
+    seconds: float
+    full: bool
+    rng: random.Random
+    work: Path
+    adapter: str
+
+
+class AttackModule(Protocol):
+    """What the runner needs of an attack's module; ``FLAGS`` is optional."""
+
+    TITLE: str
+
+    async def attack(self, target: Target) -> list[str]: ...

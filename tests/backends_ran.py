@@ -1,0 +1,120 @@
+"""Which backends the suite's engines ran with, and whether that is what the machine can do.
+
+Native is the default, and where it cannot run torch serves: a compiler that fails would turn
+the whole suite into one of the torch backend, and all would pass. So an engine that nobody
+asked to be torch's is native wherever the CPU and a compiler allow it, else its test fails
+(`check`); a test of the kernels does not skip there (`skip_or_fail`); and a run of the whole
+suite (``--whole``, as in ``make test``) in which no engine was native fails at its end. With
+``CI`` set it fails too where the machine could not run one. What the machine can do is found
+here, not by the product's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+import pytest
+from veneer_server.engine.messages import EngineConfig
+
+__all__ = [
+    "RAN",
+    "asked",
+    "check",
+    "check_ready_line",
+    "missing",
+    "native_possible",
+    "server_environment",
+    "skip_or_fail",
+    "with_asked",
+]
+
+RAN: Counter[str] = Counter()
+"""Engines of this process and servers that it started, by backend."""
+
+_ASKED: Final = ("VENEER_BACKEND", "VENEER_NATIVE_INSTRUCTIONS", "VENEER_THREADS")
+"""Variables that the whole suite may be run with: engines inside a test and servers that it
+starts follow them, where the test does not say otherwise."""
+
+
+@functools.cache
+def native_possible() -> bool:
+    """Whether the native backend must run here: AVX2 with FMA, and a compiler."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    return {"avx2", "fma"} <= set(flags) and compiler
+
+
+def skip_or_fail(reason: object) -> NoReturn:
+    """The kernels could not be compiled: skip where they cannot be, else fail."""
+    if native_possible():
+        pytest.fail(f"this machine has AVX2 and a compiler, but: {reason}")
+    pytest.skip(str(reason))
+
+
+def asked() -> dict[str, str]:
+    """The variables that are set."""
+    return {name: os.environ[name] for name in _ASKED if os.environ.get(name)}
+
+
+def server_environment() -> dict[str, str]:
+    """Of a server that a test starts: the suite's, without what is set for Veneer."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("VENEER_")}
+    return others | asked()
+
+
+def with_asked(config: EngineConfig) -> EngineConfig:
+    """The same for an engine inside a test."""
+    given = asked()
+    changes: dict[str, Any] = {}
+    if config.backend == "auto" and "VENEER_BACKEND" in given:
+        changes["backend"] = given["VENEER_BACKEND"]
+    if config.native_instructions == "auto" and "VENEER_NATIVE_INSTRUCTIONS" in given:
+        changes["native_instructions"] = given["VENEER_NATIVE_INSTRUCTIONS"]
+    if config.threads == 0 and "VENEER_THREADS" in given:
+        changes["threads"] = int(given["VENEER_THREADS"])
+    return msgspec.structs.replace(config, **changes)
+
+
+def check(backend: str, *, torch_wanted: bool, why: str = "") -> None:
+    """Count an engine; fail where it fell back to torch though this machine need not."""
+    RAN[backend] += 1
+    if not torch_wanted and native_possible() and not backend.startswith("native"):
+        raise AssertionError(f"the engine fell back to {backend}: {why}")
+
+
+def check_ready_line(line: str, flags: Iterable[str]) -> None:
+    """The same for a server, by the line that it prints when it is ready."""
+    _, _, rest = line.partition("backend=")
+    given = " ".join(flags).replace("=", " ").split()
+    values = dict(pairwise(given))
+    torch_wanted = (
+        asked().get("VENEER_BACKEND") == "torch"
+        or values.get("--backend") == "torch"
+        or values.get("--dtype", "bfloat16") != "bfloat16"
+    )
+    check(rest.partition("  ")[0].strip(), torch_wanted=torch_wanted, why=line)
+
+
+def missing(ran: Mapping[str, int]) -> str:
+    """What is wrong with a whole run's backends; "" where nothing is."""
+    if asked().get("VENEER_BACKEND") == "torch":
+        return ""
+    if not native_possible():
+        where = "CI needs a machine that can run the native backend: AVX2, FMA, a C++ compiler"
+        return where if os.environ.get("CI") else ""
+    wanted = asked().get("VENEER_NATIVE_INSTRUCTIONS", "")
+    if any(name.startswith("native") and wanted in name for name in ran):
+        return ""
+    return f"no engine ran with the native backend {wanted}, which this machine can run".strip()

@@ -1,0 +1,136 @@
+"""Time to SERVING and to the first token, and CPU time of tokens, of versions in turns.
+
+::
+
+    python -m tests.bench.start .venv/bin/veneer-server ../before/.venv/bin/veneer-server
+
+Each round starts every given ``veneer-server`` once, with the cache of its own checkout and a
+data folder that holds one adapter. It takes the wall-clock and CPU seconds until the ready
+line, then the time to first token of a 40-token prompt, for the base and for the adapter, then
+the CPU seconds of all its processes for 1,000 tokens, of eight callers with prompts of text.
+Prints median, minimum and maximum of the rounds; one round before them fills the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+
+from tests.server_harness import Server, request
+
+ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
+PROMPT = [504 + 7 * i for i in range(40)]
+FIRST_TOKENS = 20
+"""Taken of each start."""
+CALLERS, ANSWERS = 8, 6
+TEXT = "Write some sentences about the sea, the wind and what sailors say of both. " * 4
+
+
+async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
+    """One start of ``program``: seconds of each figure."""
+    ports = folder / "ports.json"
+    ports.unlink(missing_ok=True)
+    cache = Path(program).parents[2] / ".cache" / "veneer"
+    began = time.perf_counter()
+    process = await asyncio.create_subprocess_exec(
+        program,
+        *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
+        *("--data-dir", str(folder / "data"), "--cache-dir", str(cache)),
+        *("--port-file", str(ports), "--device", "cpu", "--no-prefix-cache"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    try:
+        line = await process.stdout.readline()
+        serving = time.perf_counter() - began
+        assert b"ready" in line, f"{program} did not start"
+        cpu = cpu_of(process.pid)
+        given = json.loads(ports.read_text())
+        server = Server(process, given["grpc"], given["metrics"])
+        if push:
+            await server.push(ADAPTER, "chat")
+        figures = {"serving": serving, "serving, CPU": cpu}
+        for adapter in ("", "chat"):
+            taken = [await _first_token(server, adapter) for _ in range(FIRST_TOKENS)]
+            figures[f"first token of {adapter or 'the base'}"] = statistics.median(taken[1:])
+        before, began = cpu_of(process.pid), time.perf_counter()
+        tokens = sum(await asyncio.gather(*(_caller(server, n) for n in range(CALLERS))))
+        figures["1,000 tokens, CPU"] = (cpu_of(process.pid) - before) / tokens * 1000
+        figures["1,000 tokens"] = (time.perf_counter() - began) / tokens * 1000
+        await server.channel.close()
+        await server.stop()
+        return figures
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a process and those below it."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(True)]
+    return float(sum(sum(each.cpu_times()[:2]) for each in tree))
+
+
+async def _caller(server: Server, number: int) -> int:
+    """Streams one after another, of the base or the adapter; how many tokens came."""
+    tokens = 0
+    for turn in range(ANSWERS):
+        asked = request(
+            prompt=f"Caller {number} asks for the {turn}th time. " + TEXT,
+            adapter="chat" if (number + turn) % 2 else "",
+            stopping={"max_tokens": 64, "ignore_eos": True},
+        )
+        async for message in server.inference.GenerateStream(asked):
+            tokens += len(message.token_ids)
+    return tokens
+
+
+async def _first_token(server: Server, adapter: str) -> float:
+    asked = request(token_ids=PROMPT, adapter=adapter, stopping={"max_tokens": 1})
+    began = time.perf_counter()
+    async for message in server.inference.GenerateStream(asked):
+        if message.token_ids:
+            return time.perf_counter() - began
+    raise AssertionError("no token")
+
+
+async def measure(programs: list[str], rounds: int) -> None:
+    """Rounds in turns, the order turned round in each second one; print the figures."""
+    seen: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as work:
+        folders = {program: Path(work) / str(i) for i, program in enumerate(programs)}
+        for folder in folders.values():
+            folder.mkdir()
+        for number in range(rounds + 1):
+            order = programs if number % 2 else programs[::-1]
+            for program in order:
+                figures = await one_start(program, folders[program], push=not number)
+                for name, value in figures.items():
+                    if number:
+                        seen[name, program].append(value)
+    for name in dict.fromkeys(name for name, _ in seen):
+        for program in programs:
+            values = sorted(seen[name, program])
+            print(
+                f"{name:24} {statistics.median(values) * 1e3:8.1f} ms "
+                f"({values[0] * 1e3:.1f} to {values[-1] * 1e3:.1f})  {program}"
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("programs", nargs="+", metavar="veneer-server")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    programs = [str(Path(program).absolute()) for program in asked.programs]
+    asyncio.run(measure(programs, asked.rounds))

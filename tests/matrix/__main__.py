@@ -1,0 +1,195 @@
+"""The suite under other conditions: ``python -m tests.matrix`` (``make test-matrix``).
+
+``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs the part of the
+suite that CI runs under those that cost little, ``--numeric`` the tests that compare numbers
+under other instruction sets and threads. What comes after ``--`` is for pytest, such as files
+of tests. Each run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if one fails
+or cannot be run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+from tests.matrix.conditions import CONDITIONS, Condition, Unavailable
+
+__all__: list[str] = []
+
+LOGS = REPOSITORY / ".cache" / "matrix"
+QUICK = (
+    "locale-turkish",
+    "locale-latin1",
+    "umask-000",
+    "umask-077",
+    "read-only-home",
+    "threads-4",
+)
+"""Each shows what the others do not; ``user`` is part of ``read-only-home``, and kernels are
+tested in both instruction forms as it is."""
+QUICK_TESTS = (
+    "tests/unit/registry/test_catalog_and_store.py",
+    "tests/unit/registry/test_registry_facade.py",
+    "tests/unit/server/config",
+    "tests/unit/server/text",
+    "tests/unit/server/machine",
+    "tests/unit/server/engine/test_backends.py",
+    "tests/unit/client/test_cli.py",
+    "tests/unit/client/test_local.py",
+    "tests/unit/train/test_train_config.py",
+    "tests/integration/test_restart.py",
+)
+"""What reads and writes files, parses text and starts servers."""
+
+NUMERIC = (
+    "plain",
+    "avx2",
+    "torch",
+    "torch-avx512",
+    "torch-avx2",
+    "torch-oldest",
+    "threads-1",
+    "threads-4",
+)
+NUMERIC_TESTS = (
+    "tests/unit/server/native",
+    "tests/unit/server/engine/test_non_finite.py",
+    "tests/unit/server/engine/test_sampler.py",
+    "tests/unit/server/rpc/test_self_test.py",
+    "tests/unit/server/test_decoder.py",
+    "tests/unit/server/test_reference.py",
+    "tests/unit/train/test_train_after.py",
+    "tests/unit/train/test_train_batches.py",
+    "tests/unit/train/test_train_checkpoints.py",
+    "tests/unit/train/test_train_guard.py",
+    "tests/unit/train/test_train_labs.py",
+    "tests/unit/train/test_train_merge.py",
+    "tests/unit/train/test_train_quant.py",
+    "tests/unit/train/test_train_run.py",
+    "tests/unit/train/test_train_stability.py",
+    "tests/integration/test_llama_cpp.py",
+    "tests/integration/test_openai.py",
+    "tests/integration/test_parity.py",
+    "tests/integration/test_same_result.py",
+    "tests/integration/test_sampling.py",
+    "tests/integration/test_self_test.py",
+    "tests/integration/test_serving.py",
+    "tests/integration/test_trainer_and_server.py",
+)
+"""docs/numeric-tests.md says what each compares, and how closely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        said: for the table.
+        failed: tests, or ones that could not be run.
+    """
+
+    name: str
+    said: str
+    failed: tuple[str, ...]
+    seconds: float
+
+
+def run(condition: Condition, chosen: list[str]) -> Result:
+    """The suite, or what ``chosen`` says, under one condition."""
+    began = time.monotonic()
+    scratch = LOGS / condition.name
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    # A user who is not root looks for what is below it.
+    scratch.chmod(0o755)
+    try:
+        prepared = condition.prepare(scratch)
+    except Unavailable as reason:
+        return Result(condition.name, f"CANNOT RUN: {reason}", (str(reason),), 0.0)
+    report = Path(prepared.environment.get("TMPDIR", str(scratch))) / "report.xml"
+    command = [*prepared.prefix, sys.executable, "-m", "pytest", f"--junitxml={report}"]
+    command += ["-n", "2", "--dist", "loadfile", *chosen]
+    environment = {
+        "VENEER_CACHE_DIR": str(REPOSITORY / ".cache" / "veneer"),
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **prepared.environment,
+    }
+    with (LOGS / f"{condition.name}.log").open("w") as log:
+        status = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, check=False
+        ).returncode
+    said, failed = _read(report, status)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Result(condition.name, said, failed, time.monotonic() - began)
+
+
+def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
+    """Counts and failures of a run."""
+    if not report.exists():
+        return f"DID NOT RUN: pytest ended with {status}", ("pytest",)
+    suite = ET.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    count, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
+    failed = tuple(
+        f"{case.attrib['classname']}::{case.attrib['name']}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    )
+    passed = count - skipped - len(failed)
+    if status and not failed:
+        failed = (f"pytest ended with {status}",)
+    verdict = "FAILED" if failed else "passed"
+    return f"{verdict}: {passed} passed, {len(failed)} failed, {skipped} skipped", failed
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tests.matrix",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [condition.name for condition in CONDITIONS]
+    parser.add_argument("--list", action="store_true", help="name the conditions")
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="what CI runs: a part of each")
+    parser.add_argument("--numeric", action="store_true", help="tests that compare numbers")
+    parser.add_argument("tests", nargs="*", help="for pytest; the whole suite without")
+    given = parser.parse_args()
+    if given.list:
+        for condition in CONDITIONS:
+            print(f"{condition.name:16} {condition.what}")
+        return 0
+    wanted, chosen = names, ["--whole"]
+    if given.quick:
+        wanted, chosen = list(QUICK), list(QUICK_TESTS)
+    elif given.numeric:
+        wanted, chosen = list(NUMERIC), list(NUMERIC_TESTS)
+    wanted, chosen = given.only or wanted, given.tests or chosen
+    results = []
+    for condition in CONDITIONS:
+        if condition.name not in wanted:
+            continue
+        result = run(condition, chosen)
+        results.append(result)
+        print(f"{result.name:16} | {result.said} | {result.seconds:.0f} s", flush=True)
+        for line in result.failed[:20]:
+            print(f"    {line}", flush=True)
+    bad = [result.name for result in results if result.failed]
+    print(f"{len(results)} conditions, failed: {', '.join(bad) or 'none'} (logs: {LOGS})")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,455 @@
+"""Wrong kernels that the tests must notice: each a replacement in one file of the package.
+
+The text that a mutant replaces must occur exactly once in its file (`Mutant.applied` checks,
+and a unit test does so for all), so that a change of the kernels cannot leave a mutant behind
+that no longer mutates anything.
+
+Left out since nothing can tell them from the kernels: positions that are off by one for queries
+and keys alike (rotary embeddings are relative), and what a score or a weight is where it is
+multiplied by zero; pieces' ends and starts that move within a run of 16 tokens, since whole
+runs are read and what a query does not see is masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+__all__ = ["MUTANTS", "Form", "Mutant"]
+
+Form = Literal["best", "avx2"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One wrong kernel.
+
+    Attributes:
+        name: what is wrong.
+        file: in the package ``veneer_server/native``.
+        old: text that occurs there exactly once.
+        form: the instruction form whose tests must notice, as their fixture names it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    form: Form = "best"
+
+    def applied(self, text: str) -> str:
+        """The file's text with the mutation.
+
+        Raises:
+            ValueError: it is not there exactly once.
+        """
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(
+                f"mutant {self.name!r}: its text occurs {count} times in {self.file}: "
+                "follow the change of the kernels in tests/mutants/native.py"
+            )
+        return text.replace(self.old, self.new)
+
+    def apply(self, package: Path) -> None:
+        """Write it into a copy of the package."""
+        path = package / self.file
+        path.write_text(self.applied(path.read_text("utf-8")), "utf-8")
+
+
+_LINEAR: Final = "cpp/linear.h"
+_LORA: Final = "cpp/lora.h"
+_ATTENTION: Final = "cpp/attention.h"
+_HEADS: Final = "cpp/heads.h"
+_ROWS: Final = "cpp/rows.h"
+_STEP: Final = "cpp/decoder.h"
+_SAMPLE: Final = "cpp/sample.h"
+_SIMD: Final = "cpp/simd.h"
+
+MUTANTS: Final = (
+    # ------------------------------------------------------------------- products
+    Mutant(
+        "4-bit codes of two neighbours exchanged",
+        _LINEAR,
+        "k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4",
+        "k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15u",
+    ),
+    Mutant(
+        "4-bit scale of the next block",
+        _LINEAR,
+        "scales[size_t(output) * blocks + b];",
+        "scales[size_t(output) * blocks + (b + 1) % blocks];",
+    ),
+    Mutant(
+        "4-bit scale of the neighbouring output",
+        _LINEAR,
+        "scales[size_t(output) * blocks + b];",
+        "scales[size_t(output > 0 ? output - 1 : 1) * blocks + b];",
+    ),
+    Mutant(
+        "outputs 16 to 31 of a tile scaled as 0 to 15",
+        _LINEAR,
+        "load(scales + 16) : low",
+        "load(scales) : low",
+    ),
+    Mutant("8 bits rounded down", _LINEAR, "int8_t(std::lround(number))", "int8_t(number)"),
+    Mutant(
+        "8-bit scale a 126th", _LINEAR, "scales[n] = most / 127;", "scales[n] = most / 126;"
+    ),
+    Mutant("no bias", _LINEAR, "if (w.bias != nullptr) result", "if (false) result"),
+    Mutant(
+        "the last block of inputs left out",
+        _LINEAR,
+        "for (int b = 0; b < w.blocks(); ++b, block += bytes) {",
+        "for (int b = 0; b + 1 < w.blocks(); ++b, block += bytes) {",
+    ),
+    Mutant(
+        "gate and up exchanged",
+        _LINEAR,
+        "(within / 2 * parts + index / each) * 2",
+        "(within / 2 * parts + (parts - 1 - index / each)) * 2",
+    ),
+    Mutant(
+        "the second of two chains of sums left out",
+        _LINEAR,
+        "for (int c = 1; c < chains; ++c) {\n            first = add",
+        "for (int c = 1; c < 1; ++c) {\n            first = add",
+    ),
+    Mutant(
+        "of a row group, the first row's totals for all",
+        _LINEAR,
+        "float* total = totals + r * kTile;",
+        "float* total = totals;",
+    ),
+    # -------------------------------------------------------------------- adapters
+    Mutant(
+        "LoRA scaling x 1.01",
+        _LORA,
+        "fma(sums[r][v], all(member.scaling), load(to))",
+        "fma(sums[r][v], all(member.scaling * 1.01f), load(to))",
+    ),
+    Mutant(
+        "LoRA scaling x 1.01, handed over by Python",
+        "decoder.py",
+        "place.scaling = scaling",
+        "place.scaling = scaling * 1.01",
+    ),
+    Mutant(
+        "the last rank left out",
+        _LORA,
+        "for (int rank = 0; rank < member.rank; ++rank, line += outputs) {",
+        "for (int rank = 0; rank + 1 < member.rank; ++rank, line += outputs) {",
+    ),
+    Mutant("every projection reads q's part of h", _LORA, "rows.h += member.first;", ""),
+    Mutant(
+        "every row of a bunch reads the first one's h",
+        _LORA,
+        "const Floats input = all(rows.h[r * rows.h_stride + rank]);",
+        "const Floats input = all(rows.h[rank]);",
+    ),
+    Mutant(
+        "the last inputs of A left out",
+        _LORA,
+        "for (int k = 0; k < inputs; k += 2 * chains) {",
+        "for (int k = 0; k < inputs - 2 * chains; k += 2 * chains) {",
+    ),
+    Mutant(
+        "ranks past 64 written over the first",
+        _LORA,
+        "    h += first;\n",
+        "",
+    ),
+    Mutant(
+        "v updated by k's matrices",
+        _HEADS,
+        "f_.updated(at, index, kQkv, 2, bunch, value_at,",
+        "f_.updated(at, index, kQkv, 1, bunch, value_at,",
+    ),
+    Mutant(
+        "up updated by gate's matrices",
+        _ROWS,
+        "f_.updated(at, layer, kGateUp, 1, bunch, m_.intermediate + first,",
+        "f_.updated(at, layer, kGateUp, 0, bunch, m_.intermediate + first,",
+    ),
+    Mutant(
+        "rows before a segment get its adapter",
+        "cpp/frame.h",
+        "cut(step->segments[s].begin, nullptr);",
+        "cut(step->segments[s].begin, step->segments[s].adapter);",
+    ),
+    # ------------------------------------------------------------------- attention
+    Mutant(
+        "attention scale x 1.003",
+        _HEADS,
+        "1.0f / std::sqrt(float(m_.dim))",
+        "1.003f / std::sqrt(float(m_.dim))",
+    ),
+    Mutant(
+        "half of a score",
+        _ATTENTION,
+        "mul(add(sums[0][q], sums[1][q]), all(scale))",
+        "mul(add(sums[0][q], sums[0][q]), all(scale))",
+    ),
+    Mutant(
+        "softmax without its maximum",
+        _ATTENTION,
+        "exp(sub(load(scores + t), top))",
+        "exp(load(scores + t))",
+    ),
+    Mutant(
+        "softmax sums what is not seen",
+        _ATTENTION,
+        "    std::fill(scores + seen, scores + count, none);\n",
+        "",
+    ),
+    Mutant(
+        "softmax sums what lies before the window",
+        _ATTENTION,
+        "    std::fill(scores, scores + unseen, none);\n",
+        "",
+    ),
+    Mutant(
+        "window larger by one",
+        _HEADS,
+        "std::max<int64_t>(0, end - layer.window)",
+        "std::max<int64_t>(0, end - layer.window - 1)",
+    ),
+    Mutant(
+        "window smaller by one",
+        _HEADS,
+        "std::max<int64_t>(0, end - layer.window)",
+        "std::max<int64_t>(0, end - std::max<int64_t>(1, layer.window - 1))",
+    ),
+    Mutant("no window", "decoder.py", "config.windows[index] or 0", "0"),
+    Mutant(
+        "a token does not see itself",
+        _HEADS,
+        "const int64_t end = f_.step->positions[row] + 1;",
+        "const int64_t end = std::max<int64_t>(1, f_.step->positions[row]);",
+    ),
+    Mutant(
+        "K and V of the first head for all",
+        _ATTENTION,
+        "(blocks[number / runs] * shape.kv_heads + head)",
+        "(blocks[number / runs] * shape.kv_heads + 0 * head)",
+    ),
+    Mutant(
+        "K and V of the sequence's first block for all",
+        _ATTENTION,
+        "blocks[number / runs]",
+        "blocks[0 * number]",
+    ),
+    Mutant(
+        "V of a token's neighbour",
+        _ATTENTION,
+        "token / 2 * 2 * shape.dim + token % 2;",
+        "token / 2 * 2 * shape.dim + 1 - token % 2;",
+    ),
+    Mutant(
+        "the last run of a piece left out",
+        _ATTENTION,
+        "end = std::min(end, (number + 1) * kPiece);",
+        "end = std::min(end, (number + 1) * kPiece - kRun);",
+    ),
+    Mutant(
+        "pieces' sums without their shares",
+        _ATTENTION,
+        "total += piece.share() * piece.total();",
+        "total += piece.total();",
+    ),
+    Mutant(
+        "pieces' results without their shares",
+        _ATTENTION,
+        "all(piece.share()), sum)",
+        "all(1.0f), sum)",
+    ),
+    Mutant(
+        "queries past the first 12 see other keys",
+        _HEADS,
+        "items_.push_back({s, row, rows, head, head * group + first,",
+        "items_.push_back({s, row, rows, head, head * group,",
+    ),
+    # ---------------------------------------------------------------------- rotary
+    Mutant(
+        "the sine's sign",
+        _HEADS,
+        "first * cosine[d] - second * sine[d]",
+        "first * cosine[d] + second * sine[d]",
+    ),
+    Mutant(
+        "queries turned by the row before's position",
+        _HEADS,
+        "turn(query, layer.query_norm, row);",
+        "turn(query, layer.query_norm, row > 0 ? row - 1 : row);",
+    ),
+    Mutant(
+        "keys turned by the row before's position",
+        _HEADS,
+        "turn(query, layer.key_norm, row);",
+        "turn(query, layer.key_norm, row > 0 ? row - 1 : row);",
+    ),
+    Mutant(
+        "rotary scale left out",
+        "decoder.py",
+        "rotary_scale=weights.rotary_scale",
+        "rotary_scale=1",
+    ),
+    # ----------------------------------------------------------------------- norms
+    Mutant(
+        "norm without epsilon",
+        _ROWS,
+        "float(m_.hidden) + m_.epsilon)",
+        "float(m_.hidden))",
+    ),
+    Mutant(
+        "epsilon outside the root",
+        _ROWS,
+        "std::sqrt(sum(squares) / float(m_.hidden) + m_.epsilon)",
+        "(std::sqrt(sum(squares) / float(m_.hidden)) + m_.epsilon)",
+    ),
+    Mutant(
+        "query and key norms without epsilon",
+        _HEADS,
+        "float(m_.dim) + m_.epsilon)",
+        "float(m_.dim))",
+    ),
+    Mutant(
+        "queries by the keys' norm",
+        _HEADS,
+        "turn(query, layer.query_norm, row);",
+        "turn(query, layer.key_norm, row);",
+    ),
+    Mutant(
+        "the norm before the MLP is attention's",
+        _STEP,
+        "kOutput, m_.layers[layer].post_norm}",
+        "kOutput, m_.layers[layer].input_norm}",
+    ),
+    Mutant(
+        "the next layer's norm is this one's",
+        _STEP,
+        "m_.layers[layer + 1].input_norm",
+        "m_.layers[layer].input_norm",
+    ),
+    Mutant(
+        "the last norm of another row",
+        _ROWS,
+        "f_.step->logit_rows[i] * m_.hidden",
+        "i * m_.hidden",
+    ),
+    # ---------------------------------------------------------------- gate, residual
+    Mutant(
+        "gate without silu",
+        _ROWS,
+        "mul(div(gate, divisor), load(from + apart + i))",
+        "mul(gate, load(from + apart + i))",
+    ),
+    Mutant(
+        "gate without up",
+        _ROWS,
+        "mul(div(gate, divisor), load(from + apart + i))",
+        "div(gate, divisor)",
+    ),
+    Mutant(
+        "no residual",
+        _ROWS,
+        "veneer::add(load(before + i), load(from + i))",
+        "load(from + i)",
+    ),
+    Mutant(
+        "a row's last numbers are not looked at",
+        _ROWS,
+        "if (i < count) none = fma",
+        "if (false) none = fma",
+    ),
+    # ---------------------------------------------------------------------- numbers
+    Mutant("e^x off by 1e-3", _SIMD, "all(5.0000001201e-1f)", "all(5.1e-1f)"),
+    Mutant(
+        "e^x ends at -20",
+        _SIMD,
+        "min(all(88.0f), max(all(-87.0f), x))",
+        "min(all(88.0f), max(all(-20.0f), x))",
+    ),
+    Mutant(
+        "bfloat16 rounded down",
+        _SIMD,
+        "bf16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)",
+        "bf16(bits >> 16)",
+    ),
+    Mutant(
+        "halves of a pair exchanged",
+        _SIMD,
+        "_mm256_fmadd_ps(odd(w.lo), odd(x.lo), lo)",
+        "_mm256_fmadd_ps(odd(w.lo), even(x.lo), lo)",
+        form="avx2",
+    ),
+    Mutant(
+        "upper bytes of a code book's entries left out",
+        _SIMD,
+        "_mm256_slli_epi16(high, 8));",
+        "_mm256_setzero_si256());",
+        form="avx2",
+    ),
+    Mutant(
+        "outputs 8 to 15 of a short row",
+        _SIMD,
+        "std::memcpy(padded, at, count * sizeof(bf16));",
+        "std::memcpy(padded, at, (count < 8 ? count : 8) * sizeof(bf16));",
+        form="avx2",
+    ),
+    # --------------------------------------------------------------------- sampling
+    Mutant(
+        "top-p without the token that crosses it",
+        _SAMPLE,
+        "kept >= draw.top_p * whole",
+        "kept + double(weight) >= draw.top_p * whole",
+    ),
+    Mutant("top-p of all, not of what top-k left", _SAMPLE, "            whole = 0;\n", ""),
+    Mutant(
+        "top-k one more",
+        _SAMPLE,
+        "std::min(count, size_t(draw.top_k))",
+        "std::min(count, size_t(draw.top_k) + 1)",
+    ),
+    Mutant(
+        "min-p of all",
+        _SAMPLE,
+        "weight < draw.min_p * candidates_[0].weight",
+        "weight < draw.min_p * total_",
+    ),
+    Mutant("no temperature", _SAMPLE, "div(sub(logit, top), warmth)", "sub(logit, top)"),
+    Mutant("another random number", _SAMPLE, "{counter + 1, 0, 0, 0}", "{counter, 0, 0, 0}"),
+    Mutant(
+        "of equals the higher id",
+        _SAMPLE,
+        "weight > other.weight : token < other.token",
+        "weight > other.weight : token > other.token",
+    ),
+    Mutant(
+        "log of the sum without the largest",
+        _SAMPLE,
+        "float(most + std::log(total))",
+        "float(std::log(total))",
+    ),
+    Mutant(
+        "candidates end at e^-10 of the likeliest",
+        _SAMPLE,
+        "if (!enough(draw)) collect(0, vocab);",
+        "",
+    ),
+    Mutant(
+        "positions are not told",
+        "draws.py",
+        "draw.position = choice.position",
+        "draw.position = 0",
+    ),
+    # ------------------------------------------------------------------------ cache
+    Mutant("clear does nothing", "decoder.py", "cache[blocks] = 0", "pass"),
+    Mutant(
+        "clear leaves V",
+        "decoder.py",
+        "for cache in (*self._keys, *self._values):",
+        "for cache in self._keys:",
+    ),
+)

@@ -1,0 +1,57 @@
+"""A FAKE slow machine: ``python -m tests.slow_engine STEP ROW HANG FD`` is the engine process
+on a backend that waits before each call.
+
+STEP and ROW are seconds that a step takes, and each of its rows; from call number HANG on (0:
+never) it does not return at all. The calls that measure count, too.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+from unittest.mock import patch
+
+from veneer_server.engine import process
+from veneer_server.engine.backends import Chosen, choose
+
+__all__ = ["Slow"]
+
+
+class Slow:
+    """A backend that takes its time."""
+
+    def __init__(self, backend: Any, step_s: float, row_s: float, hang: int) -> None:
+        self._backend = backend
+        self._step_s = step_s
+        self._row_s = row_s
+        self._hang = hang
+        self._calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def execute(self, step: Any) -> Any:
+        self._calls += 1
+        while self._hang and self._calls >= self._hang:
+            time.sleep(1)
+        time.sleep(self._step_s + self._row_s * len(step.tokens))
+        return self._backend.execute(step)
+
+
+def main() -> None:
+    step_s, row_s, hang = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    del sys.argv[1:4]
+
+    def slow(*arguments: Any) -> Chosen:
+        chosen = choose(*arguments)
+        object.__setattr__(chosen, "backend", Slow(chosen.backend, step_s, row_s, hang))
+        return chosen
+
+    # A wait is no work of this process: it is timed as where no core is shared.
+    with patch.object(process, "choose", slow), patch("time.process_time", time.perf_counter):
+        process.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Starts servers on damaged folders: ``python -m tests.torture.at_rest_worker BASE``.
+
+Imports everything once, then reads one JSON object a line and answers each with one. Every
+start happens in a fork of its own, so that a start that ends in SIGBUS or SIGSEGV is a result
+("died") and not the end of the run. The server is the real `App` on real sockets with the
+real engine code, whose loop is a thread here (`tests.torture.in_process`).
+
+Requests::
+
+    {"folder": F, "names": [...], "push": {name: adapter folder}}
+        -> {"answers": {name: [token, ...] | refusal}, "pushed": {...}, "log": [...]}
+        -> {"refused": refusal, "log": [...]}     the server refused to start
+        -> {"died": "signal 7"} or {"crashed": traceback}
+
+A refusal is {"code", "reason", "message"}. ``log`` has the lines at WARNING and above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+# Imported before the forks, which then cost milliseconds in place of seconds.
+import bitsandbytes  # noqa: F401
+import grpc
+import transformers
+import veneer_server.native.decoder  # noqa: F401
+from veneer_registry import registry
+from veneer_registry.errors import VeneerError
+from veneer_registry.store import Store
+from veneer_server.models import (
+    loader,  # noqa: F401
+    sealed,
+)
+from veneer_server.text import prompts  # noqa: F401
+
+from tests.server_harness import read_files, refusal, request, upload_messages
+from tests.torture.in_process import in_process
+
+PROMPT = [11, 45, 301, 77, 8, 130, 256, 19]
+TOKENS = 6
+SETTINGS = {
+    "quantization": "nf4",
+    "dtype": "bfloat16",
+    "log_format": "json",
+    "kv_cache_bytes": "4MiB",
+    "host_cache_bytes": "64MiB",
+    "device_adapter_bytes": "64MiB",
+}
+
+
+class Lines(logging.Handler):
+    """Keeps what an operator would see at WARNING and above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = getattr(record, "veneer_fields", {})
+        told = " ".join(f"{key}={value}" for key, value in fields.items())
+        self.lines.append(f"{record.levelname} {record.getMessage()} {told}".strip())
+
+
+async def start(base: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """One start, one greedy answer of each name, one stop."""
+    answers: dict[str, Any] = {}
+    pushed: dict[str, Any] = {}
+    async with in_process(Path(base), Path(asked["folder"]), **SETTINGS) as server:
+        for name, folder in asked.get("push", {}).items():
+            messages = upload_messages(read_files(Path(folder)), name, allow_replace=True)
+            try:
+                await server.adapters.UploadAdapter(messages)
+                pushed[name] = "pushed"
+            except grpc.aio.AioRpcError as error:
+                pushed[name] = vars(refusal(error))
+        for name in asked["names"]:
+            try:
+                answer = await server.inference.Generate(
+                    request(
+                        token_ids=PROMPT,
+                        adapter=name,
+                        stopping={"max_tokens": TOKENS, "ignore_eos": True},
+                    )
+                )
+                answers[name] = list(answer.token_ids)
+            except grpc.aio.AioRpcError as error:
+                answers[name] = vars(refusal(error))
+        if asked.get("snapshot"):
+            # As a crash would leave it: the catalog's log is not merged into its file.
+            shutil.copytree(Path(asked["folder"]), Path(asked["snapshot"]))
+    return {"answers": answers, "pushed": pushed}
+
+
+def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """`start`, whatever becomes of it."""
+    lines = Lines()
+    logging.getLogger("veneer_server").addHandler(lines)
+    logging.getLogger("veneer_registry").addHandler(lines)
+    try:
+        return {**asyncio.run(start(base, asked)), "log": lines.lines}
+    except VeneerError as error:
+        said = {"code": error.code, "reason": error.reason, "message": error.message}
+        return {"refused": said, "log": lines.lines}
+    except BaseException:
+        return {"crashed": traceback.format_exc(), "log": lines.lines}
+
+
+def _trust_the_cache() -> None:
+    sealed._compare = lambda *_: None
+
+
+def _delete_damaged_weights() -> None:
+    Store._set_aside = lambda self, folder, to: shutil.rmtree(folder, ignore_errors=True)  # type: ignore[method-assign]
+
+
+def _start_without_a_catalog() -> None:
+    registry.check_catalog = lambda *_: None
+    registry.check_pair = lambda *_: None
+
+
+PLANTED = {
+    "the cache of 4-bit weights is trusted": _trust_the_cache,
+    "damaged weights are deleted": _delete_damaged_weights,
+    "a start goes on without a catalog": _start_without_a_catalog,
+}
+"""Bugs that the judge must see."""
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("--planted", choices=sorted(PLANTED))
+    given = parser.parse_args()
+    base = given.base
+    if given.planted:
+        PLANTED[given.planted]()
+    transformers.logging.set_verbosity_error()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        with tempfile.NamedTemporaryFile("w+", suffix=".json") as result:
+            pid = os.fork()
+            if pid == 0:
+                # The answer goes through a file: whatever else is printed is not the answer.
+                os.dup2(2, 1)
+                answer = one(base, json.loads(line))
+                result.write(json.dumps(answer))
+                result.flush()
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            text = Path(result.name).read_text()
+            if os.WIFSIGNALED(status):
+                text = json.dumps({"died": f"signal {os.WTERMSIG(status)}", "log": []})
+            print(text or json.dumps({"died": f"status {status}", "log": []}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

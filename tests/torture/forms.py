@@ -1,0 +1,74 @@
+"""The forms in which a row runs the engine: torch in float32, and the native kernels.
+
+The native backend is the default, so what torture shows of torch alone is shown of a part of
+the product. Its kernels come in one form for each instruction set; a machine runs those that
+it has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.backends_ran import asked, native_possible
+from tests.conftest import REPOSITORY
+
+__all__ = ["NATIVE", "TORCH", "Form", "forms"]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How an engine executes its steps.
+
+    Attributes:
+        name: in figures.
+        settings: of a server; fields of `EngineConfig` too. They insist: an engine that
+            cannot have them does not start.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def cache(self, folder: Path) -> Path:
+        """Where its engines keep what they make: ``folder``; kernels are compiled once for all
+        rows."""
+        return _SHARED if self.native else folder
+
+    @property
+    def native(self) -> bool:
+        return bool(self.settings["backend"] == "native")
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the command line."""
+        return [f"--{key.replace('_', '-')}={value}" for key, value in self.settings.items()]
+
+
+def _native(instructions: str) -> Form:
+    settings = {
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "backend": "native",
+        "native_instructions": instructions,
+    }
+    return Form(f"native {instructions}", settings)
+
+
+_SHARED: Final = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
+TORCH: Final = Form("torch", {"dtype": "float32", "quantization": "none", "backend": "torch"})
+NATIVE: Final = {name: _native(name) for name in ("avx512-bf16", "avx2")}
+
+
+def forms() -> tuple[Form, ...]:
+    """Those that this machine can run, and the suite is asked to, torch first."""
+    given = asked()
+    if not native_possible() or given.get("VENEER_BACKEND") == "torch":
+        return (TORCH,)
+    flags = Path("/proc/cpuinfo").read_text("utf-8").split()
+    best = ("avx512-bf16",) if {"avx512_bf16", "avx512bw", "avx512vl"} <= set(flags) else ()
+    wanted = given.get("VENEER_NATIVE_INSTRUCTIONS", "auto")
+    names = [name for name in (*best, "avx2") if wanted in ("auto", name)]
+    return (TORCH, *(NATIVE[name] for name in names))

@@ -1,0 +1,228 @@
+"""A machine on which a step takes long: the engine serves, is called healthy while it does
+what was planned, and is killed only where it really hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+import pytest
+from veneer_registry.errors import EngineFailed
+from veneer_server.engine import supervisor
+from veneer_server.engine.client import EngineClient
+from veneer_server.engine.limits import (
+    SMALLEST_CHUNK,
+    STEP_SECONDS,
+    SchedulerLimits,
+    StepCost,
+)
+from veneer_server.engine.messages import EngineConfig, EngineInfo, SamplingParams, StepDone
+from veneer_server.engine.supervisor import HANG_FACTOR, SILENCE_SECONDS, Supervisor
+
+from tests.engine_harness import GREEDY, engine
+from tests.other_engine import engine_of
+from tests.tiny_llama import make_tiny_llama
+from tests.unit.server.engine.test_supervisor import INFO
+from tests.unit.server.engine.world import World
+
+# ------------------------------------------------------------------------ real processes
+
+
+def config(base: Path, **changes: object) -> EngineConfig:
+    return msgspec.structs.replace(
+        EngineConfig(
+            base_folder=str(base),
+            cache_folder=str(base / "cache"),
+            base_name="tiny",
+            weights_fingerprint="",
+            device="cpu",
+            quantization="none",
+            dtype="float32",
+            threads=1,
+            kv_cache_bytes=8 << 20,
+            max_running=2,
+        ),
+        **changes,
+    )
+
+
+async def generate(client: EngineClient, prompt: int, new: int) -> int:
+    """Tokens of one request."""
+    outputs = client.generate(
+        [5] * prompt, max_tokens=new, sampling=SamplingParams(temperature=0), ignore_eos=True
+    )
+    async with aclosing(outputs):
+        return sum([len(output.tokens) async for output in outputs])
+
+
+async def test_an_engine_whose_steps_are_longer_than_the_old_limit_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits are a hundredth of the real ones: silence 0.05 s, and 0.6 s for a kill; a
+    step of one token takes 0.8 s, and one of 30 takes 2."""
+    monkeypatch.setattr(supervisor, "SILENCE_SECONDS", SILENCE_SECONDS / 100)
+    monkeypatch.setattr(supervisor, "PING_SECONDS", 0.02)
+    health: list[bool] = []
+    with engine_of("tests.slow_engine", "0.8", "0.04", "0"):
+        client = EngineClient(
+            config(make_tiny_llama(tmp_path)), max_queue=2, on_health=health.append
+        )
+        info = await client.start()
+        try:
+            assert await generate(client, 30, 2) == 2
+            assert client.starts == 1
+            assert health == [True], "a planned step is no lack of health"
+        finally:
+            await client.stop()
+    assert info.step_seconds >= 0.8
+    assert info.token_seconds >= 0.02  # a difference of two times, so not exact
+    assert info.max_batch_tokens < 512
+    assert info.longest_step_seconds >= 2
+
+
+async def test_an_engine_that_hangs_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAKE as above, on a fast machine: the second step never ends."""
+    monkeypatch.setattr(supervisor, "SILENCE_SECONDS", SILENCE_SECONDS / 100)
+    monkeypatch.setattr(supervisor, "PING_SECONDS", 0.02)
+    health: asyncio.Queue[bool] = asyncio.Queue()
+    with engine_of("tests.slow_engine", "0", "0", "5"):
+        client = EngineClient(
+            config(make_tiny_llama(tmp_path)), max_queue=2, on_health=health.put_nowait
+        )
+        await client.start()
+        try:
+            with pytest.raises(EngineFailed):
+                await generate(client, 30, 9)
+            assert [await health.get() for _ in range(3)] == [True, False, True]
+            assert client.starts == 2
+        finally:
+            await client.stop()
+
+
+# ----------------------------------------------------------------------------- the limits
+
+
+def watching(info: EngineInfo) -> Supervisor:
+    made = Supervisor(
+        EngineConfig("", "", "", ""),
+        on_message=lambda message: None,
+        on_up=lambda info: None,
+        on_down=lambda error: None,
+        on_health=lambda healthy: None,
+    )
+    made.connection = type("FakeConnection", (), {"info": info})()
+    return made
+
+
+@pytest.mark.parametrize("longest", [0.0, 0.4, STEP_SECONDS])
+def test_a_hang_is_told_in_10_s_where_steps_are_as_long_as_they_should_be(
+    longest: float,
+) -> None:
+    made = watching(msgspec.structs.replace(INFO, longest_step_seconds=longest))
+    assert made.silence_limit == SILENCE_SECONDS
+    assert HANG_FACTOR * made.silence_limit == 60
+
+
+def test_a_step_of_a_minute_is_no_hang_where_it_was_to_be_expected() -> None:
+    made = watching(msgspec.structs.replace(INFO, longest_step_seconds=60.0))
+    assert made.silence_limit == 60
+    assert HANG_FACTOR * made.silence_limit == 720
+
+
+# ------------------------------------------------------------------------- sizes of chunks
+
+FAST = StepCost(step_s=0.01, token_s=0.001, attention_s=1e-7)
+SLOW = StepCost(step_s=1.0, token_s=0.05, attention_s=2e-4)
+"""Attention doubles what a token takes after 250 of them."""
+SLOWEST = StepCost(step_s=9.0, token_s=1.0, attention_s=1e-3)
+"""Even one token is past the target."""
+
+
+def limits(cost: StepCost | None, **changes: int | bool) -> SchedulerLimits:
+    settings: dict[str, int | bool] = {"prefill_beside_decode": 128, **changes}
+    return SchedulerLimits(512, 8, context_length=4096, cost=cost, **settings)
+
+
+def test_a_fast_machine_computes_what_is_configured() -> None:
+    assert (limits(FAST).prompt_tokens, limits(FAST).prompt_tokens_beside_decode) == (512, 128)
+    assert limits(None).prompt_tokens == 512
+    assert limits(FAST).longest_step_s(4096) < STEP_SECONDS
+
+
+def test_a_slow_machine_computes_what_fits_the_target() -> None:
+    slow = limits(SLOW)
+    assert (slow.prompt_tokens, slow.prompt_tokens_beside_decode) == (80, 72)
+    assert limits(SLOWEST).prompt_tokens == SMALLEST_CHUNK
+
+
+def test_exact_mode_keeps_its_chunks_and_says_how_long_they_take() -> None:
+    exact = limits(SLOW, exact=True)
+    assert exact.prompt_tokens == 512
+    assert exact.longest_step_s(4096) > limits(SLOW).longest_step_s(4096)
+
+
+def took(world: World, plan: object) -> float:
+    """Seconds of a step by the cost that the scheduler goes by."""
+    cost = world.limits.cost
+    assert cost is not None
+    assert plan is not None
+    rows = [
+        (p.start + i + 1)
+        for p in plan.sequences
+        for i in range(len(p.tokens))  # type: ignore[attr-defined]
+    ]
+    return cost.step_s + sum(map(cost.row_s, rows))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_planned_step_is_longer_than_the_target_but_for_the_least_chunk(seed: int) -> None:
+    """Random costs and prompts; a long context makes chunks smaller, and all end."""
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    cost = StepCost(draw.choice([0.1, 2.0, 6.0]), draw.choice([0.05, 0.4]), draw.random() / 50)
+    world = World(budget=64, beside_decode=draw.choice([8, 32]), blocks=200, max_running=6)
+    world.limits = world.scheduler.limits = SchedulerLimits(
+        64,
+        6,
+        context_length=64,
+        prefill_beside_decode=world.beside_decode,
+        cost=cost,
+    )
+    for number in range(1, 12):
+        world.submit(number, draw.randint(1, 50), draw.randint(1, 12), None)
+    allowed = world.limits.longest_step_s(200 * 4)
+    longest = 0.0
+    while world.scheduler.has_work():
+        plan = world.step()
+        seconds = took(world, plan)
+        longest = max(longest, seconds)
+        prefilling = sum(len(p.tokens) for p in plan.sequences if len(p.tokens) > 1)  # type: ignore[union-attr]
+        assert seconds <= STEP_SECONDS or prefilling <= SMALLEST_CHUNK
+        assert seconds <= allowed
+    assert longest > 0
+    assert len(world.finished) == 11
+
+
+# ------------------------------------------------------------------- what measuring leaves
+
+
+def test_measuring_leaves_no_trace_in_the_cache_and_no_block_taken(tmp_path: Path) -> None:
+    with engine(config(make_tiny_llama(tmp_path))) as made:
+        cache = made.runner._backend._cache  # type: ignore[attr-defined]
+        assert not any(layer.any() for layer in (*cache.keys, *cache.values))
+        assert made.scheduler.blocks.used == made.scheduler.blocks.cached == 0
+        assert made.info.step_seconds > 0
+        (answer,) = made.run([{"prompt": [5] * 20, "max_tokens": 3, "sampling": GREEDY}])
+        assert len(answer.tokens) == 3
+
+
+def test_a_longer_step_than_was_measured_moves_the_limit() -> None:
+    made = watching(INFO)
+    made._longest_step = 30.0
+    assert made.silence_limit == 120
+    assert StepDone(1, 30.0, 0, 1, 0).seconds == 30.0

@@ -1,0 +1,47 @@
+"""What only a garbage collection would free."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from google.protobuf.message import Message
+
+__all__ = ["Garbage", "collected"]
+
+
+class Garbage:
+    """Of a part of a test, once it has ended."""
+
+    def __init__(self) -> None:
+        self._found: list[object] = []
+
+    def large(self, size: int) -> list[str]:
+        """Where the server's frames in it hold so many bytes of text, or a message of them."""
+        return [
+            f"{frame.f_code.co_qualname}: {name}"
+            for frame in self._found
+            if isinstance(frame, FrameType) and "veneer_server" in frame.f_code.co_filename
+            for name, value in frame.f_locals.items()
+            if (isinstance(value, str | bytes | bytearray | list) and len(value) >= size)
+            or (isinstance(value, Message) and value.ByteSize() >= size)
+        ]
+
+
+@contextmanager
+def collected() -> Iterator[Garbage]:
+    """Keep all garbage of the ``with`` block's code for `Garbage.large`."""
+    garbage = Garbage()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield garbage
+        gc.collect()
+        garbage._found = list(gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

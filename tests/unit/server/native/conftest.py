@@ -1,0 +1,24 @@
+"""What the tests of the native kernels share: the library, in both instruction forms."""
+
+from __future__ import annotations
+
+import pytest
+from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.native.library import Library
+
+from tests.backends_ran import skip_or_fail
+
+
+@pytest.fixture(scope="session", params=["best", "avx2"])
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Library:
+    """``best`` is the most that the CPU has."""
+    wanted = "" if request.param == "best" else "avx2"
+    try:
+        made = Library(build(tmp_path_factory.getbasetemp() / "native", instructions=wanted))
+    except NativeUnavailable as reason:
+        skip_or_fail(reason)
+    if wanted and made.instructions != wanted:
+        pytest.fail(f"{made.instructions} was compiled")
+    return made

@@ -1,0 +1,270 @@
+"""Random bases and adapters for `rounded_model`, and the native decoder over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from veneer_registry.adapter import LoraModule
+from veneer_server.lora.batch import Segment
+from veneer_server.lora.layout import Layout
+from veneer_server.lora.table import AdapterTable
+from veneer_server.models.arrays import StepArrays
+from veneer_server.models.config import DecoderConfig
+from veneer_server.models.loader import DecoderWeights, LayerWeights
+from veneer_server.native import linear as native_linear
+from veneer_server.native.decoder import NativeDecoder
+from veneer_server.native.library import BFLOAT16, Library
+
+from tests.unit.server import test_decoder as oracle
+from tests.unit.server.native.rounded_model import LINEARS, Base, Update
+
+__all__ = ["Part", "Served", "adapter_of", "make_base", "table_of"]
+
+PROJECTIONS: Final[Mapping[str, Any]] = {name: f"{name}_proj" for name in LINEARS}
+VOCABULARY: Final = 128
+"""Of a base whose head is the identity: its logits are its last norm's results."""
+
+
+def make_base(
+    generator: torch.Generator,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 32,
+    inner: int = 192,
+    layers: int = 1,
+    epsilon: float = 1e-5,
+    windows: Sequence[int | None] = (),
+    zero: Sequence[str] = (),
+    biases: Sequence[str] = (),
+    qk_norm: bool = False,
+    scale: Mapping[str, float] | None = None,
+    rotary_scale: float = 1.0,
+    vocabulary: int = VOCABULARY,
+) -> Base:
+    """Args:
+    zero: matrices that are zero, so that what they would hand on is left out.
+    biases: linears that have one.
+    scale: matrices larger or smaller than random ones of spread 1 give outputs of spread 1.
+    """
+    hidden = heads * dim
+
+    def draw(*shape: int, spread: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * spread).bfloat16()
+
+    def near_one(length: int) -> torch.Tensor:
+        return 1 + 0.2 * torch.randn(length, generator=generator)
+
+    shapes = {
+        "q": (heads * dim, hidden),
+        "k": (kv_heads * dim, hidden),
+        "v": (kv_heads * dim, hidden),
+        "o": (hidden, heads * dim),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+    factors = dict.fromkeys(zero, 0.0) | dict(scale or {})
+    matrices, norms, offsets = [], [], []
+    for _ in range(layers):
+        matrices.append(
+            {
+                name: draw(*shape, spread=factors.get(name, 1.0) / shape[1] ** 0.5)
+                for name, shape in shapes.items()
+            }
+        )
+        names = ("query", "key") if qk_norm else ()
+        norms.append(
+            {n: near_one(hidden) for n in ("input", "post")} | {n: near_one(dim) for n in names}
+        )
+        offsets.append(
+            {name: torch.randn(shapes[name][0], generator=generator) for name in biases}
+        )
+    return Base(
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        epsilon=epsilon,
+        embedding=draw(vocabulary, hidden),
+        head=torch.eye(vocabulary, hidden).bfloat16(),
+        final_norm=near_one(hidden),
+        inv_freq=10000.0 ** -(torch.arange(0, dim, 2).float() / dim),
+        rotary_scale=rotary_scale,
+        layers=matrices,
+        norms=norms,
+        windows=list(windows) or [None] * layers,
+        biases=offsets,
+    )
+
+
+def adapter_of(
+    generator: torch.Generator,
+    base: Base,
+    ranks: Mapping[str, int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scaling: float = 1.5,
+) -> dict[tuple[int, str], Update]:
+    """In every layer, of these ranks by name; updates of about the size of the base's own."""
+    found = {}
+    for index, matrices in enumerate(base.layers):
+        for name, rank in ranks.items():
+            outputs, inputs = matrices[name].shape
+            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            b = torch.randn(outputs, rank, generator=generator) / rank**0.5
+            found[index, name] = Update(a.to(dtype), b.to(dtype), scaling)
+    return found
+
+
+def table_of(
+    base: Base, adapter: Mapping[tuple[int, str], Update], dtype: torch.dtype = torch.bfloat16
+) -> AdapterTable:
+    """As a loader would lay it out in memory."""
+    modules = [
+        LoraModule(
+            layer=layer,
+            projection=PROJECTIONS[name],
+            rank=len(update.a),
+            scaling=update.scaling,
+            a_key="",
+            b_key="",
+        )
+        for (layer, name), update in adapter.items()
+    ]
+    shapes = {PROJECTIONS[name]: tuple(m.shape) for name, m in base.layers[0].items()}
+    layout = Layout.of(modules, shapes, len(base.layers))
+    run = torch.zeros(layout.length, dtype=dtype)
+    for slot in layout.slots:
+        update = adapter[slot.module.layer, slot.module.projection.removesuffix("_proj")]
+        rank = slot.module.rank
+        run.as_strided((slot.fan_in, rank), (slot.a_stride, 1), slot.a).copy_(update.a.T)
+        run.as_strided((rank, slot.fan_out), (slot.fan_out, 1), slot.b).copy_(update.b.T)
+    return AdapterTable(layout, run)
+
+
+Part = tuple[Sequence[int], int, Sequence[int], AdapterTable | None]
+"""A sequence's part of a step: new tokens, where they start, its blocks, its adapter."""
+
+
+@dataclass
+class Served:
+    """The native decoder over a base.
+
+    Attributes:
+        block_size: tokens of a KV block.
+    """
+
+    decoder: NativeDecoder
+    block_size: int
+
+    @classmethod
+    def over(
+        cls,
+        library: Library,
+        base: Base,
+        *,
+        threads: int = 1,
+        blocks: int = 96,
+        block_size: int = oracle.BLOCK,
+        head: int = BFLOAT16,
+    ) -> Served:
+        weights = _weights(library, base)
+        decoder = NativeDecoder(
+            library,
+            weights,
+            num_blocks=blocks,
+            block_size=block_size,
+            threads=threads,
+            head=head,
+        )
+        return cls(decoder, block_size)
+
+    def step(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """One step of some sequences; each one's logits."""
+        logits = self.rows(parts, range(sum(len(new) for new, *_ in parts)))
+        return list(torch.split(logits, [len(new) for new, *_ in parts]))
+
+    def rows(self, parts: Sequence[Part], rows: Sequence[int]) -> torch.Tensor:
+        """One step; logits of some of its rows, in this order."""
+        arrays = oracle.step(
+            [(list(new), start, list(blocks)) for new, start, blocks, _ in parts],
+            self.block_size,
+        )
+        starts = arrays.row_starts.tolist()
+        segments = tuple(
+            Segment(begin, end, table)
+            for (begin, end), (*_, table) in zip(pairwise(starts), parts, strict=True)
+            if table is not None
+        )
+        fields = {name: getattr(arrays, name) for name in StepArrays.__slots__}
+        fields |= {"segments": segments, "logit_rows": np.array(rows)}
+        return self.decoder.execute(StepArrays(**fields)).clone()
+
+
+def _weights(library: Library, base: Base) -> DecoderWeights:
+    def fused(index: int, *names: str) -> Any:
+        modules = []
+        for name in names:
+            matrix = base.layers[index][name]
+            bias = base.biases[index].get(name) if base.biases else None
+            module = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None)
+            module.weight = nn.Parameter(matrix, requires_grad=False)
+            if bias is not None:
+                module.bias = nn.Parameter(bias, requires_grad=False)
+            modules.append(module)
+        return native_linear.fuse(library, modules, torch.bfloat16)
+
+    config = DecoderConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=len(base.embedding),
+        hidden_size=base.hidden,
+        intermediate_size=base.inner,
+        num_layers=len(base.layers),
+        num_heads=base.heads,
+        num_kv_heads=base.kv_heads,
+        head_dim=base.dim,
+        rms_norm_eps=base.epsilon,
+        context_length=4096,
+        eos_token_ids=(0,),
+        windows=tuple(base.windows),
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm="query" in base.norms[0],
+        tied_head=False,
+        quantization=None,
+    )
+    layers = tuple(
+        LayerWeights(
+            input_norm=norms["input"],
+            post_norm=norms["post"],
+            query_norm=norms.get("query"),
+            key_norm=norms.get("key"),
+            qkv=fused(index, "q", "k", "v"),
+            output=fused(index, "o"),
+            gate_up=fused(index, "gate", "up"),
+            down=fused(index, "down"),
+        )
+        for index, norms in enumerate(base.norms)
+    )
+    return DecoderWeights(
+        config=config,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        embedding=base.embedding,
+        head=base.head,
+        final_norm=base.final_norm,
+        layers=layers,
+        inv_freq=base.inv_freq,
+        rotary_scale=base.rotary_scale,
+        parameters=0,
+        nbytes=0,
+    )

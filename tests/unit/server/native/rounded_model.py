@@ -1,0 +1,179 @@
+"""A Llama in float64 that rounds to bfloat16 where the native kernels do, and nowhere else.
+
+So a kernel may differ by its float32 sums alone, 1e-6, and a factor that is off by a
+thousandth shows. Nothing of the product is used: formulas are those of the models' papers,
+written down once more, one sequence at a time, without a cache.
+
+Where the kernels round: the inputs of every product, queries, keys and values, the weights of
+attention (of each piece of 512 tokens, from its own largest score), and what attention and the
+gate give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["LINEARS", "Base", "Update", "logits_of", "rounded"]
+
+PIECE = 512
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """The nearest bfloat16, as float64."""
+    return x.float().bfloat16().double()
+
+
+@dataclass(frozen=True)
+class Update:
+    """One projection's adapter: y += scaling (x A^T) B^T.
+
+    Attributes:
+        a: [rank, inputs].
+        b: [outputs, rank].
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass
+class Base:
+    """Weights as a base's files have them: matrices that bfloat16 holds, [outputs, inputs].
+
+    Attributes:
+        layers: for each layer its matrices by the names of `LINEARS`.
+        biases: the same for biases, float32; a name that is missing has none.
+        norms: for each layer ``input`` and ``post``, and perhaps ``query`` and ``key``.
+        windows: tokens that a token sees, itself included; None: all.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+    epsilon: float
+    embedding: torch.Tensor
+    head: torch.Tensor
+    final_norm: torch.Tensor
+    inv_freq: torch.Tensor
+    rotary_scale: float
+    layers: list[dict[str, torch.Tensor]]
+    norms: list[dict[str, torch.Tensor]]
+    windows: list[int | None]
+    biases: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def logits_of(
+    base: Base,
+    tokens: Sequence[int],
+    adapter: Mapping[tuple[int, str], Update] | None = None,
+) -> torch.Tensor:
+    """[tokens, vocabulary] float64: after each token of one sequence."""
+    positions = torch.arange(len(tokens)).float().unsqueeze(1)
+    # In float32 by definition of the models: so are the angles of a base's training.
+    angles = (positions * base.inv_freq.float()).double()
+    turns = tuple(
+        (part.float() * base.rotary_scale).double() for part in (angles.cos(), angles.sin())
+    )
+    hidden = base.embedding.double()[list(tokens)]
+    for index in range(len(base.layers)):
+        hidden = hidden + _attention(base, index, hidden, adapter or {}, turns)
+        hidden = hidden + _mlp(base, index, hidden, adapter or {})
+    return rounded(_norm(hidden, base.final_norm, base.epsilon)) @ base.head.double().T
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+
+
+def _project(
+    base: Base,
+    index: int,
+    name: str,
+    x: torch.Tensor,
+    adapter: Mapping[tuple[int, str], Update],
+) -> torch.Tensor:
+    bias = base.biases[index].get(name) if base.biases else None
+    y = F.linear(x, base.layers[index][name].double(), None if bias is None else bias.double())
+    update = adapter.get((index, name))
+    if update is not None:
+        y = y + update.scaling * (x @ update.a.double().T @ update.b.double().T)
+    return y
+
+
+def _attention(
+    base: Base,
+    index: int,
+    hidden: torch.Tensor,
+    adapter: Mapping[tuple[int, str], Update],
+    turns: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    norms = base.norms[index]
+    x = rounded(_norm(hidden, norms["input"], base.epsilon))
+    count = len(x)
+
+    def heads(name: str, number: int) -> torch.Tensor:
+        """[number, tokens, dim]"""
+        y = _project(base, index, name, x, adapter)
+        return y.view(count, number, base.dim).transpose(0, 1)
+
+    query, key = heads("q", base.heads), heads("k", base.kv_heads)
+    if "query" in norms:
+        query = _norm(query, norms["query"], base.epsilon)
+        key = _norm(key, norms["key"], base.epsilon)
+    query, key = rounded(_turned(query, turns)), rounded(_turned(key, turns))
+    value = rounded(heads("v", base.kv_heads))
+    group = base.heads // base.kv_heads
+    results = [
+        _attend(query[head], key[head // group], value[head // group], base.windows[index])
+        for head in range(base.heads)
+    ]
+    return _project(base, index, "o", rounded(torch.cat(results, dim=1)), adapter)
+
+
+def _turned(x: torch.Tensor, turns: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Rotary embedding of [heads, tokens, dim], halves convention."""
+    cosine, sine = turns
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """One head: [tokens, dim]."""
+    count, dim = query.shape
+    scores = query @ key.T / math.sqrt(dim)
+    places = torch.arange(count)
+    seen = places <= places.unsqueeze(1)
+    if window is not None:
+        seen &= places > places.unsqueeze(1) - window
+    scores = scores.masked_fill(~seen, -math.inf)
+    top = scores.amax(dim=1, keepdim=True)
+    total = torch.zeros(count, 1, dtype=torch.float64)
+    out = torch.zeros(count, dim, dtype=torch.float64)
+    for begin in range(0, count, PIECE):
+        piece = slice(begin, begin + PIECE)
+        highest = scores[:, piece].amax(dim=1, keepdim=True)
+        weights = rounded((scores[:, piece] - highest).exp().nan_to_num())
+        share = (highest - top).exp()
+        total += share * weights.sum(dim=1, keepdim=True)
+        out += share * (weights @ value[piece])
+    return out / total
+
+
+def _mlp(
+    base: Base, index: int, hidden: torch.Tensor, adapter: Mapping[tuple[int, str], Update]
+) -> torch.Tensor:
+    x = rounded(_norm(hidden, base.norms[index]["post"], base.epsilon))
+    gate = _project(base, index, "gate", x, adapter)
+    up = _project(base, index, "up", x, adapter)
+    return _project(base, index, "down", rounded(F.silu(gate) * up), adapter)

@@ -1,0 +1,250 @@
+"""Calls of AdapterService that are cancelled wherever they wait, and what is left then.
+
+The service, the registry (real SQLite, real files), `EngineClient`, the step loop and
+residency are the real ones; the engine's runner and memory are FAKES (`LoopConnection`),
+which take their turns in this event loop, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Generator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_registry.registry import Registry
+from veneer_server.adapter_log import AdapterLog
+from veneer_server.engine import supervisor
+from veneer_server.engine.client import EngineClient, EngineEvent
+from veneer_server.engine.messages import (
+    EngineConfig,
+    SamplingParams,
+    ToEngine,
+    decode_from_engine,
+    decode_to_engine,
+    encode,
+)
+from veneer_server.housekeeping import Housekeeping
+from veneer_server.rpc.adapter_events import AdapterEvents
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.adapter_view import AdapterUse, source_of
+from veneer_server.rpc.upload import Uploads
+
+from tests.unit.registry.kit import BASE
+from tests.unit.server.engine.test_client_memory import LoopConnection
+from tests.unit.server.rpc.front_harness import upload
+
+BUDGET = 100_000
+"""Bytes; an adapter of `registry.kit` takes some 10,000."""
+
+T = TypeVar("T")
+
+
+class Turns(LoopConnection):
+    """FAKE, as its base, but the loop takes its turns between those of the front."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._left = 0
+
+    def write(self, message: ToEngine) -> None:
+        (decoded,) = decode_to_engine(encode([message])[4:])
+        self.engine.inbox.put(decoded)
+        if not self._left:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._left = 8
+
+    def _turn(self) -> None:
+        self.engine.turn()
+        said, self.engine.sent[:] = list(self.engine.sent), []
+        for each in decode_from_engine(encode(said)[4:]) if said else ():
+            self.said.put_nowait(each)
+        self._left -= 1
+        if self._left:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    async def rest(self) -> None:
+        """Until it has nothing to do."""
+        while self._left:  # noqa: ASYNC110 - turns have no event
+            await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+class Cancelled:
+    """Awaits a coroutine and cancels the task that does, once, from its k-th wait on.
+
+    Args:
+        wait: at which it is cancelled, the first is 0.
+        later: turns of the event loop after that wait began.
+        again: at every further wait, too.
+    """
+
+    def __init__(
+        self, work: Coroutine[Any, Any, T], wait: int, *, later: int = 0, again: bool = False
+    ) -> None:
+        self.reached = False
+        self._work = work
+        self._wait = wait
+        self._later = later
+        self._again = again
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        count = 0
+        error: BaseException | None = None
+        while True:
+            try:
+                waited_for = self._work.send(None) if error is None else self._work.throw(error)
+            except StopIteration as stop:
+                return stop.value
+            if count == self._wait or (self._again and count > self._wait):
+                self.reached = True
+                self._cancel_soon(self._later if count == self._wait else 0)
+            count += 1
+            error = None
+            try:
+                yield waited_for
+            except BaseException as raised:
+                error = raised
+
+    def _cancel_soon(self, turns: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def next_turn(left: int) -> None:
+            if not left:
+                task.cancel()
+            else:
+                asyncio.get_running_loop().call_soon(next_turn, left - 1)
+
+        next_turn(turns)
+
+
+class Server:
+    """What the front has of adapters, without sockets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.registry = Registry.open(folder, BASE)
+        self.store = folder / "store" / "weights"
+        self.events = AdapterEvents()
+        self.housekeeping = Housekeeping(self.registry, self.events, upload_ttl_s=3600)
+        self.engine = EngineClient(
+            EngineConfig(
+                "", "", "", "", host_adapter_bytes=BUDGET, device_adapter_bytes=BUDGET
+            ),
+            max_queue=8,
+            on_event=self._on_event,
+            hold=lambda source: self.registry.acquire_weights(source.weights_digest),
+        )
+        self.service = AdapterService(
+            self.registry,
+            self.engine,
+            AdapterUse(),
+            Uploads(self.registry),
+            self.events,
+            budgets=SimpleNamespace(),  # type: ignore[arg-type]
+            self_test=SimpleNamespace(),  # type: ignore[arg-type]
+            keep_residents=self.housekeeping.keep_residents,
+        )
+        self.events.name_by(self.registry.names)
+        self._log = AdapterLog(self.registry)
+        self._requests = AsyncExitStack()
+        self.context = SimpleNamespace(
+            invocation_metadata=lambda: (("veneer-actor", "test"),), peer=lambda: "here"
+        )
+
+    def _on_event(self, event: EngineEvent) -> None:
+        self._log.on_engine_event(event)
+        self.events.on_engine_event(event)
+        self.housekeeping.on_engine_event(event)
+
+    @property
+    def connection(self) -> Turns:
+        connection = self.engine._supervisor.connection
+        assert isinstance(connection, Turns)
+        return connection
+
+    async def push(self, folder: Path, name: str, **options: Any) -> Any:
+        async def messages() -> AsyncIterator[Any]:
+            for message in upload(folder, name, **options):
+                yield message
+
+        return await self.service.UploadAdapter(messages(), self.context)
+
+    async def call(self, rpc: str, **fields: Any) -> Any:
+        request = getattr(pb, f"{rpc}Request")(**fields)
+        return await getattr(self.service, rpc)(request, self.context)
+
+    async def request(self, name: str) -> None:
+        """A request to an adapter, which runs until `end_requests`."""
+        source = source_of(self.registry, self.registry.get(name))
+        outputs = self.engine.generate(
+            [1, 2, 3], max_tokens=900, sampling=SamplingParams(), adapter=source
+        )
+        self._requests.callback(self.registry.acquire(name).release)
+        self._requests.push_async_callback(outputs.aclose)
+        await anext(outputs)
+
+    async def end_requests(self) -> None:
+        await self._requests.aclose()
+
+    # ------------------------------------------------------------------ what is there
+
+    @property
+    def residency(self) -> Any:
+        return self.connection.engine.scheduler.residency
+
+    def in_memory(self) -> dict[str, bool]:
+        """Weights in the engine's memory, coming or wanted, and whether they are pinned."""
+        entries = self.residency._entries
+        return {digest: entry.pinned is not None for digest, entry in entries.items()}
+
+    def means(self, name: str) -> str | None:
+        """The weights that a name means now."""
+        if name not in self.registry:
+            return None
+        return self.registry.resolve(name).weights_digest
+
+    def history(self, name: str) -> list[str]:
+        return [line.event for line in self.registry.history(name)][::-1]
+
+    def happened(self) -> list[str]:
+        found = self.events.after(self.events._start) or []
+        return [pb.AdapterEvent.Name(e.kind).removeprefix("ADAPTER_EVENT_") for e in found]
+
+    async def check(self) -> None:
+        """Engine, front, catalog and disk agree, and nothing is left that nobody wants."""
+        await self.connection.rest()
+        memory = self.in_memory()
+        front = {r.source.weights_digest: r.pin is not None for r in self.engine.resident_set()}
+        assert front == memory, "the front knows of other adapters or pins than the engine"
+        named = {d for d in memory if self.registry.names(d)}
+        assert memory.keys() == named, "a copy of what nobody can ask for"
+        await self.connection.rest()
+        kept = {row.weights: row.pin is not None for row in self.registry.residents()}
+        pins = {digest for digest, pinned in memory.items() if pinned}
+        assert {d for d, pinned in kept.items() if pinned} == pins, "pins for the next start"
+        digests = {path.name for path in self.store.iterdir()}
+        assert digests == {d for d in digests if self.registry.names(d)}, "files of nobody"
+        for digest in digests:
+            assert not self.registry.leases(digest), "a lease without a request"
+        assert not self.residency._operator_wants, "an operator's want without an operator"
+        self.connection.engine.loop.check_integrity()
+
+
+@asynccontextmanager
+async def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
+    monkeypatch.setattr(supervisor, "Connection", Turns)
+    made = Server(folder)
+    try:
+        await made.engine.start()
+        await made.housekeeping.start(made.engine)
+        yield made
+    finally:
+        await made.housekeeping.stop()
+        await made.engine.stop()
+        made.registry.close()

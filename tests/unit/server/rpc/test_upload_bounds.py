@@ -1,0 +1,237 @@
+"""Uploads that do not come: they hold no place and, once broken, little of the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_server.rpc import upload as uploads
+from veneer_server.rpc.upload import MAX_AT_ONCE, MIN_RATE, WINDOW_S, _Pace
+
+from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
+from tests.unit.server.rpc.front_harness import upload as messages_of
+
+MBIT = 125_000
+"""Bytes a second of a line of 1 Mbit/s."""
+
+
+class _Skipping(selectors.DefaultSelector):
+    """Waits for nothing: time jumps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if not ready and timeout:
+            self.now += timeout
+        return ready
+
+
+def in_no_time(work: Coroutine[Any, Any, float]) -> float:
+    """FAKE clock: run work that only sleeps, in no time; what it gives."""
+    selector = _Skipping()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
+
+
+async def receive(size: int, chunk: int, seconds: float) -> float:
+    """Take in so many bytes, a chunk each so many seconds; how long that took."""
+    pace, loop = _Pace(MIN_RATE), asyncio.get_running_loop()
+    left = size
+    while left > 0:
+        await pace.wait(lambda: asyncio.sleep(seconds))
+        pace.progressed(min(chunk, left))
+        left -= chunk
+    return loop.time()
+
+
+@pytest.mark.parametrize("chunk", [1 << 10, 1 << 20, 4 << 20])
+def test_a_slow_line_is_fast_enough(chunk: int) -> None:
+    size = 100_000_000
+    took = in_no_time(receive(size, chunk, chunk / MBIT))
+    assert took == pytest.approx(size / MBIT, rel=0.05)
+
+
+@pytest.mark.parametrize(("chunk", "seconds"), [(0, 5.0), (1, 1.0), (1 << 10, 1.0)])
+def test_one_that_hardly_moves_is_ended_within_the_window(chunk: int, seconds: float) -> None:
+    async def ended_after() -> float:
+        with pytest.raises(TimeoutError):
+            # An empty chunk never gets it done.
+            await receive(10_000_000, chunk or 1, seconds) if chunk else await empty(seconds)
+        return asyncio.get_running_loop().time()
+
+    assert in_no_time(ended_after()) == pytest.approx(WINDOW_S)
+
+
+async def empty(seconds: float) -> None:
+    pace = _Pace(MIN_RATE)
+    while True:
+        await pace.wait(lambda: asyncio.sleep(seconds))
+        pace.progressed(0)
+
+
+def test_whatever_an_upload_does_it_ends_in_time() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    size = 10_000_000
+
+    async def attempt() -> float:
+        pace, left = _Pace(MIN_RATE), size
+        try:
+            while left > 0:
+                await pace.wait(lambda: asyncio.sleep(generator.uniform(0, 30)))
+                came = min(left, generator.choice((0, 1, 1000, 1 << 20)))
+                pace.progressed(came)
+                left -= came
+        except TimeoutError:
+            pass
+        return asyncio.get_running_loop().time()
+
+    for _ in range(50):
+        assert in_no_time(attempt()) <= size / MIN_RATE + WINDOW_S
+
+
+class Sender:
+    """A client that sends what it is told to, when it is told to."""
+
+    def __init__(self, front: Front, messages: list[pb.UploadAdapterRequest]) -> None:
+        self._queue: asyncio.Queue[pb.UploadAdapterRequest | None] = asyncio.Queue()
+        for message in messages:
+            self._queue.put_nowait(message)
+        self.call = front.adapters.UploadAdapter(self._requests())
+
+    async def _requests(self) -> AsyncIterator[pb.UploadAdapterRequest]:
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+    def send(self, message: pb.UploadAdapterRequest | None) -> None:
+        self._queue.put_nowait(message)
+
+
+def begun(folder: Path, name: str, **options: Any) -> list[pb.UploadAdapterRequest]:
+    """The announcement and the first chunk."""
+    return list(messages_of(folder, name, chunk=100, **options))[:2]
+
+
+def empty_chunk() -> pb.UploadAdapterRequest:
+    chunk = pb.UploadChunk(file="adapter_config.json", offset=100)
+    return pb.UploadAdapterRequest(chunk=chunk)
+
+
+def kept(front: Front) -> list[Path]:
+    return sorted((front.data_dir / "store" / "uploads").iterdir())
+
+
+async def test_empty_chunks_do_not_hold_the_places(
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight clients with an empty chunk every 5 s kept all others out for ever."""
+    monkeypatch.setattr(uploads, "PATIENCE_S", 0.2)
+    adapter = make_adapter(tmp_path / "adapter")
+    async with running(base_folder, front_cache, tmp_path / "front") as front:
+        senders = [
+            Sender(front, begun(adapter, f"held-{n}", resume=True)) for n in range(MAX_AT_ONCE)
+        ]
+        await until(lambda: len(kept(front)) == MAX_AT_ONCE)
+
+        async def drip() -> None:
+            while True:
+                for sender in senders:
+                    sender.send(empty_chunk())
+                await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        refused = set()
+        while True:  # retried as clients do
+            try:
+                answer = await front.push(adapter, "honest")
+                break
+            except grpc.aio.AioRpcError as error:
+                refused.add(error.code())
+        assert answer.published
+        assert refused <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        displaced = await failure(senders[0].call)
+        assert displaced.code is grpc.StatusCode.ABORTED
+        assert "RetryInfo" in displaced.details
+        dripping.cancel()
+        for sender in senders[1:]:
+            sender.call.cancel()
+        await until(lambda: len(kept(front)) == MAX_AT_ONCE)
+        again = await front.push(adapter, "held-0", resume=True)
+        assert again.published, "what came was kept"
+
+
+async def test_full_places_are_told_with_a_time_to_retry(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    async with running(base_folder, front_cache, tmp_path / "front") as front:
+        senders = [Sender(front, begun(adapter, f"n-{n}")) for n in range(MAX_AT_ONCE)]
+        await until(lambda: len(kept(front)) == MAX_AT_ONCE)
+        refused = await failure(front.adapters.UploadAdapter(messages_of(adapter, "late")))
+        assert refused.reason == "QUOTA_EXCEEDED"
+        assert refused.metadata["limit"] == str(MAX_AT_ONCE)
+        assert "RetryInfo" in refused.details
+        for sender in senders:
+            sender.call.cancel()
+
+
+async def test_one_that_brings_too_little_is_ended_and_kept(
+    base_folder: Path, front_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "WINDOW_S", 0.2)
+    adapter = make_adapter(tmp_path / "adapter")
+    async with running(base_folder, front_cache, tmp_path / "front") as front:
+        sender = Sender(front, begun(adapter, "slow", resume=True))
+        ended = await failure(sender.call)
+        assert ended.code is grpc.StatusCode.ABORTED
+        assert "--min-upload-rate" in ended.message
+        await until(lambda: len(kept(front)) == 1)
+        assert (await front.push(adapter, "slow", resume=True)).published
+
+
+async def test_broken_uploads_are_kept_by_number_and_bytes_the_newest_first(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """Forty broken ones kept 800 MB for a day."""
+    adapter = make_adapter(tmp_path / "adapter")
+    flags = {"max_broken_uploads": "3", "max_broken_upload_bytes": "1000"}
+    async with running(base_folder, front_cache, tmp_path / "front", **flags) as front:
+        held = Sender(front, begun(adapter, "being-sent", resume=True))
+        await until(lambda: len(kept(front)) == 1)
+        (being_sent,) = kept(front)
+        for n in range(10):
+            before = set(kept(front))
+            sender = Sender(front, begun(adapter, f"broken-{n}", resume=True))
+            await until(lambda before=before: bool(set(kept(front)) - before))  # type: ignore[misc]
+            sender.call.cancel()
+            await until(lambda: len(front.app._calls._tasks) == 1)
+        assert len(kept(front)) == 4
+        assert being_sent in kept(front)
+        # Larger than all that may be kept: the newest stays, and can be resumed.
+        large = make_adapter(tmp_path / "large", rank=8, seed=1)
+        sender = Sender(front, [*list(messages_of(large, "large", resume=True))[:2]])
+        for message in list(messages_of(large, "large", chunk=5000))[2:3]:
+            sender.send(message)
+        await until(
+            lambda: any(f.stat().st_size == 5000 for d in kept(front) for f in d.iterdir())
+        )
+        sender.call.cancel()
+        await until(lambda: len(kept(front)) == 2)
+        assert being_sent in kept(front)
+        assert (await front.push(large, "large", resume=True)).published
+        held.call.cancel()

@@ -1,0 +1,73 @@
+"""docs/limits.md names every bound, with the value that the code has."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import veneer_server
+from veneer_server.config import OPTIONS, load_config
+
+PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
+ROW = re.compile(r"\| (?P<what>[^|]+) \| (?P<default>[^|]+) \| (?P<by>[^|]+) \| [^|]*\|")
+VALUE = re.compile(r"(?P<number>[\d.,]+) ?(?P<unit>KiB|MiB|GiB|s|hours)?")
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "s": 1, "hours": 1, None: 1}
+DOORS = ("rpc", "openai", "text", "constraints")
+"""Packages in which a constant called MAX_... bounds a caller."""
+ELSEWHERE = {
+    # Ranges of a value, in the proto's comments, and sizes that follow from another bound.
+    *("MAX_TEMPERATURE", "MAX_REPETITION_PENALTY", "MAX_PENALTY", "MAX_BIAS"),
+    *("MAX_SESSION_KEY", "MAX_PROMPTS", "MAX_ERROR", "MAX_ANSWER", "MAX_DISCARDS", "MAX_VALUE"),
+    # The defaults of flags.
+    *("MAX_BROKEN", "MAX_BROKEN_BYTES", "MAX_WATCHERS"),
+}
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    for line in PAGE.read_text("utf-8").splitlines():
+        match = ROW.fullmatch(line)
+        if match and not match["what"].startswith(("what", "---")):
+            yield match["what"], match["default"], match["by"].strip("`")
+
+
+def constant(path: str) -> float:
+    module, _, name = path.rpartition(".")
+    return float(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize(("what", "default", "by"), rows(), ids=lambda value: str(value)[:40])
+def test_the_page_has_the_value_of_the_code(what: str, default: str, by: str) -> None:
+    if by.startswith("--"):
+        (option,) = (option for option in OPTIONS if option.flag == by)
+        real = getattr(load_config({}, {}), option.name)
+        if isinstance(real, tuple):
+            assert not real, "a list of names is empty by default"
+            return
+    elif re.fullmatch(r"[\w.]+\.[A-Z_]+", by):
+        real = constant(by)
+    else:
+        assert by.startswith("the base"), f"{what}: no flag and no constant"
+        return
+    match = VALUE.fullmatch(default)
+    assert match is not None, f"{what}: {default}"
+    assert float(match["number"].replace(",", "")) * UNITS[match["unit"]] == real
+
+
+def modules() -> Iterator[ModuleType]:
+    for door in DOORS:
+        package = importlib.import_module(f"{veneer_server.__name__}.{door}")
+        yield package
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("process"):
+                yield importlib.import_module(found.name)
+
+
+def test_every_bound_of_the_doors_is_on_the_page() -> None:
+    named = {by.rpartition(".")[2] for _, _, by in rows()}
+    bounds = {name for module in modules() for name in vars(module) if name.startswith("MAX_")}
+    assert bounds - named - ELSEWHERE == set()
