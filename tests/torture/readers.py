@@ -55,11 +55,17 @@ async def closed(server: Server) -> float:
 
 
 async def gaps(server: Server, new_tokens: int) -> list[float]:
-    """Seconds between the tokens of one stream that is read as it comes."""
+    """Seconds between the messages of one stream that is read as it comes, all tokens read.
+
+    A message has one token, or more where the front was late: fewer gaps then.
+    """
     stopping = {"max_tokens": new_tokens, "ignore_eos": True}
-    times = []
-    async for _ in server.inference.GenerateStream(request(prompt="Go", stopping=stopping)):
+    times, tokens = [], 0
+    asked = request(prompt="Go", stopping=stopping)
+    async for message in server.inference.GenerateStream(asked):
         times.append(time.perf_counter())
+        tokens += len(message.token_ids)
+    assert tokens == new_tokens
     return [after - before for before, after in pairwise(times)]
 
 
