@@ -46,6 +46,7 @@ from veneer_server.rpc.adapter_view import AdapterUse
 from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.calls import Calls, Phase
 from veneer_server.rpc.channel import channel_options
+from veneer_server.rpc.connections import Connections
 from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
@@ -339,6 +340,7 @@ class App:
         about: ServerService,
     ) -> Address:
         wanted = self._config.listen
+        connections = Connections(self._descriptors.connections)
         server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
@@ -348,6 +350,7 @@ class App:
                     open_calls=OpenCalls(
                         generations=engine.capacity, watchers=self._config.max_watchers
                     ),
+                    connections=connections,
                     checks=dict.fromkeys(GENERATE_METHODS, inference.check_wire),
                     pace=self._pace,
                 )
@@ -371,6 +374,7 @@ class App:
             raise _cannot_listen("--listen", wanted, str(error)) from error
         await server.start()
         self._server = server
+        self._resources.callback(asyncio.create_task(connections.watch(port)).cancel)
         return Address(wanted.host, port)
 
     async def _serve_openai(

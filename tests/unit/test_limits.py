@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import veneer_server
 from veneer_server.config import OPTIONS, load_config
+from veneer_server.rpc import channel
 
 PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
 ROW = re.compile(r"\| (?P<what>[^|]+) \| (?P<default>[^|]+) \| (?P<by>[^|]+) \| [^|]*\|")
@@ -71,3 +72,8 @@ def test_every_bound_of_the_doors_is_on_the_page() -> None:
     named = {by.rpartition(".")[2] for _, _, by in rows()}
     bounds = {name for module in modules() for name in vars(module) if name.startswith("MAX_")}
     assert bounds - named - ELSEWHERE == set()
+
+
+def test_every_bound_of_grpcs_own_is_on_the_page() -> None:
+    named = {by.rpartition(".")[2] for _, _, by in rows()}
+    assert {name for name in channel.__all__ if name.isupper()} <= named

@@ -22,6 +22,7 @@ from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.metrics import Metrics
 from veneer_server.pace import Pace
 from veneer_server.rpc.calls import Calls
+from veneer_server.rpc.connections import Connections
 from veneer_server.rpc.decoding import COUNTED_FROM, decoder
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.receiving import Receiving
@@ -64,12 +65,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         receiving: Receiving | None = None,
         *,
         open_calls: OpenCalls | None = None,
+        connections: Connections | None = None,
         checks: Mapping[str, Callable[[bytes], None]] | None = None,
         pace: Pace | None = None,
     ) -> None:
         """Args:
         receiving: who is being read; None for the default bounds.
         open_calls: how many calls may be open; None for the default bounds.
+        connections: told of each call; None where nobody makes room.
         checks: for a method's path, what looks at its requests before they are parsed;
             see `decoder`.
         pace: delays refusals; None for the default.
@@ -80,6 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls = calls
         self._receiving = receiving or Receiving()
         self._open = open_calls or OpenCalls()
+        self._connections = connections or Connections(1)
         self._wrapped: dict[str, Any] = {}
         # One: what it does holds the interpreter's lock, in turns with the event loop.
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -174,7 +178,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answered(requests: Any, context: Any) -> Any:
             try:
-                with self._open.one(method):
+                with self._open.one(method), self._connections.call(context.peer()):
                     return await behaviour(await receive(requests, context), context)
             except VeneerError as error:
                 failure = without_frames(error)
@@ -192,9 +196,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.OK.name
             fallback_id = uuid.uuid4().hex
             REQUEST_ID.set(fallback_id)
-            CALLER.set(context.peer())
+            CALLER.set(peer := context.peer())
             try:
-                with self._open.one(method):
+                with self._open.one(method), self._connections.call(peer):
                     self._calls.check_phase()
                     request = await receive(requests, context)
                     with self._calls.running():

@@ -1,0 +1,137 @@
+"""Connections without calls make room: nobody is kept out by those who ask for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
+from veneer_server.rpc.connections import Connections
+
+from tests.unit.server.rpc.front_harness import Front, running
+
+MOST = 8
+
+
+@pytest.fixture
+async def front(base_folder: Path, front_cache: Path, tmp_path: Path) -> AsyncIterator[Front]:
+    flags = {"max_connections": str(MOST), "openai_listen": "127.0.0.1:0"}
+    async with running(base_folder, front_cache, tmp_path, **flags) as started:
+        yield started
+
+
+def channel(front: Front, number: int) -> Any:
+    """A connection of its own."""
+    options = (("grpc.use_local_subchannel_pool", 1), ("tests.number", number))
+    return grpc.aio.insecure_channel(front.addresses["grpc"], options=options)
+
+
+async def healthy(through: Any) -> None:
+    """Asks until there is an answer, as clients do; a test that waits for ever fails."""
+    stub = health_pb2_grpc.HealthStub(through)
+    while True:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            return
+        await asyncio.sleep(0.01)
+
+
+async def test_clients_that_ask_for_nothing_more_make_room_for_others(front: Front) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        quiet = [await stack.enter_async_context(channel(front, n)) for n in range(3 * MOST)]
+        for each in quiet:
+            await healthy(each)
+        # And each of them is served again when it asks.
+        for each in quiet:
+            await healthy(each)
+
+
+async def test_sockets_that_say_nothing_make_room(front: Front) -> None:
+    host, port = front.addresses["grpc"].rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * MOST):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex((host, int(port)))
+        async with channel(front, 0) as late:
+            await healthy(late)
+
+
+async def test_a_connection_with_a_call_stays(front: Front) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        watching = await stack.enter_async_context(channel(front, 0))
+        watch: Any = adapters_pb2_grpc.AdapterServiceStub(watching).WatchAdapters(
+            adapters_pb2.WatchAdaptersRequest()
+        )
+        await watch.read()
+        for n in range(1, 3 * MOST):
+            await healthy(await stack.enter_async_context(channel(front, n)))
+        assert not watch.done()
+        watch.cancel()
+
+
+async def test_where_there_is_room_nobody_is_closed(front: Front) -> None:
+    """One place is kept free; the front's own channel has another."""
+    async with contextlib.AsyncExitStack() as stack:
+        quiet = [await stack.enter_async_context(channel(front, n)) for n in range(MOST - 2)]
+        for each in quiet:
+            await healthy(each)
+        await healthy(front.channel)
+
+
+async def test_those_that_never_called_go_first_then_those_that_called_longest_ago() -> None:
+    clock = iter(range(1000))
+    connections = Connections(MOST, clock=lambda: float(next(clock)))
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = listening.getsockname()[1]
+        clients = []
+        for n in range(MOST + 2):
+            address = ("127.0.0.1", port)
+            clients.append(stack.enter_context(socket.create_connection(address)))
+            stack.enter_context(listening.accept()[0])
+            if n > 1:
+                with connections.call(f"ipv4:127.0.0.1:{clients[n].getsockname()[1]}"):
+                    pass
+        for each in clients:
+            each.setblocking(False)
+        watching = asyncio.create_task(connections.watch(port))
+        for n in (0, 1, 2):
+            assert await asyncio.get_running_loop().sock_recv(clients[n], 1) == b""
+        watching.cancel()
+        for other in clients[3:]:
+            with pytest.raises(BlockingIOError):
+                other.recv(1)
+
+
+@pytest.mark.parametrize("peer", ["ipv6:%5B::1%5D:{}", "ipv6:[::1]:{}"])
+async def test_addresses_of_ipv6_are_known(peer: str) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    connections = Connections(1)
+    with contextlib.ExitStack() as stack:
+        try:
+            listening = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        except OSError as error:
+            pytest.skip(f"this machine has no IPv6: {error}")
+        stack.enter_context(listening)
+        port = listening.getsockname()[1]
+        quiet = stack.enter_context(socket.create_connection(("::1", port)))
+        calling = stack.enter_context(socket.create_connection(("::1", port)))
+        for _ in range(2):
+            stack.enter_context(listening.accept()[0])
+        quiet.setblocking(False)
+        calling.setblocking(False)
+        with connections.call(peer.format(calling.getsockname()[1])):
+            watching = asyncio.create_task(connections.watch(port))
+            assert await asyncio.get_running_loop().sock_recv(quiet, 1) == b""
+            watching.cancel()
+            with pytest.raises(BlockingIOError):
+                calling.recv(1)
