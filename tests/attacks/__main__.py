@@ -69,7 +69,7 @@ class Result:
     """Of one attack: figures for a line, and what was wrong."""
 
     name: str
-    control_s: float
+    control_s: float | None
     longest_s: float
     growth: int
     answers: int
@@ -117,7 +117,8 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
         assert attacker.stdin is not None
         assert attacker.stdout is not None
         await attacker.stdout.readline()  # it has imported what it needs
-        control = await _control(server, adapters, given.seconds)
+        # Without times there is nothing to compare.
+        control = await _control(server, adapters, given.seconds) if given.times else None
         memory = Memory(server.process.pid)
         until = asyncio.Event()
         watching = asyncio.gather(notice(server, until, adapters), memory.watch(until))
@@ -143,15 +144,14 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
             f"memory grew by {memory.growth >> 20} MB, more than {MEMORY >> 20} "
             f"({memory.largest()})"
         )
-    if given.times and noticed.longest > control.longest + GAP_S:
+    if control is not None and noticed.longest > control.longest + GAP_S:
         failures.append(
             f"longest gap {noticed.longest * 1e3:.0f} ms ({noticed.worst}), "
             f"{control.longest * 1e3:.0f} without"
         )
     failures += await _left(server)
-    return Result(
-        name, control.longest, noticed.longest, memory.growth, noticed.answers, failures
-    )
+    without = None if control is None else control.longest
+    return Result(name, without, noticed.longest, memory.growth, noticed.answers, failures)
 
 
 async def _control(server: Server, adapters: list[str], seconds: float) -> Noticed:
@@ -228,9 +228,10 @@ async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]
 
 
 def _print(result: Result, seconds: float) -> None:
+    without = f" ({result.control_s * 1e3:.0f} without)" if result.control_s else ""
     print(
         f"{result.name:32} {'FAILED' if result.failures else 'held':6} longest gap "
-        f"{result.longest_s * 1e3:4.0f} ms ({result.control_s * 1e3:.0f} without), memory "
+        f"{result.longest_s * 1e3:4.0f} ms{without}, memory "
         f"{result.growth / 2**20:+5.1f} MB, {result.answers} answers, {seconds:.0f} s",
         flush=True,
     )

@@ -16,7 +16,7 @@ from tests.server_harness import Server, Stream, refusal, running_server
 
 pytestmark = pytest.mark.real_base
 
-LONG = {"max_tokens": 60, "ignore_eos": True}
+LONG = {"max_tokens": 200, "ignore_eos": True}
 
 
 def begin(server: Server, **fields: Any) -> Stream:
@@ -26,18 +26,18 @@ def begin(server: Server, **fields: Any) -> Stream:
 async def test_sigterm_refuses_new_calls_finishes_running_ones_and_exits_0(
     base_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    async with running_server(tmp_path / "data", cache_dir) as server:
+    async with running_server(tmp_path / "data", cache_dir, "--grace", "150") as server:
         streams = [begin(server) for _ in range(4)]
         for stream in streams:
             await stream.first()
         server.process.send_signal(signal.SIGTERM)
-        await server.wait_for_health(False, seconds=5)
+        await server.wait_for_health(False, seconds=30)
         late = await server.refused(server.generate(prompt="late"))
         assert (late.code, late.reason) == ("UNAVAILABLE", "DRAINING")
         assert late.retry_after_s is not None
         for stream in streams:
             assert (await stream.rest())[-1].final.usage.completion_tokens == LONG["max_tokens"]
-        assert await asyncio.wait_for(server.process.wait(), 30) == 0
+        assert await asyncio.wait_for(server.process.wait(), 60) == 0
 
 
 async def test_after_the_grace_running_calls_are_ended_and_the_exit_code_is_0(
@@ -81,7 +81,7 @@ async def test_a_killed_engine_ends_calls_with_unavailable_and_comes_back(
         await stream.first()
         (engine,) = psutil.Process(server.process.pid).children()
         engine.kill()
-        await server.wait_for_health(False, seconds=2)
+        await server.wait_for_health(False, seconds=30)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.rest()
         ended = refusal(caught.value)
@@ -102,9 +102,9 @@ async def test_a_hung_engine_is_not_called_healthy(
     async with running_server(tmp_path / "data", cache_dir) as server:
         (engine,) = psutil.Process(server.process.pid).children()
         engine.suspend()
-        await server.wait_for_health(False, seconds=10)
+        await server.wait_for_health(False, seconds=30)
         engine.resume()
-        await server.wait_for_health(True, seconds=10)
+        await server.wait_for_health(True, seconds=30)
         await server.generate(prompt="Hello")
 
 

@@ -91,7 +91,7 @@ async def test_client_server_and_prometheus_agree(own: Server, prometheus: Prome
         assert await values(f"veneer_request_{name}_sum") == {"{}": of_clients}
         assert await values(f"veneer_request_{name}_count") == {"{}": len(REQUESTS)}
 
-    stream = own.stream(prompt="Go", stopping={"max_tokens": 500, "ignore_eos": True})
+    stream = own.stream(prompt="Go", stopping={"max_tokens": 7000, "ignore_eos": True})
     await stream.first()
     stream.call.cancel()
     while len(await own.metric("veneer_requests_total")) < 2:

@@ -59,7 +59,7 @@ async def test_a_new_engine_gets_back_what_the_dead_one_held(
     while (await anext(watch)).event != adapters_pb2.ADAPTER_EVENT_SYNCED:
         pass
     engine.kill()
-    await lone.wait_for_health(False, seconds=5)
+    await lone.wait_for_health(False, seconds=30)
     await lone.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name="gone"))
     back: list[str] = []
     while len(back) < 3:

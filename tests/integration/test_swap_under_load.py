@@ -83,8 +83,9 @@ async def test_deleting_an_adapter_does_not_disturb_its_running_stream(
 async def test_eviction_with_abort_ends_its_requests_and_no_others(
     server: Server, real_adapters: dict[str, Path]
 ) -> None:
-    stopping = {"max_tokens": 60, "ignore_eos": True}
-    victim = server.stream(prompt="Go", adapter="rank-1", stopping=stopping)
+    endless = {"max_tokens": 7000, "ignore_eos": True}
+    stopping = {"max_tokens": 200, "ignore_eos": True}
+    victim = server.stream(prompt="Go", adapter="rank-1", stopping=endless)
     neighbour = server.stream(prompt="Go", adapter="rank-4", stopping=stopping)
     await victim.first()
     await neighbour.first()
@@ -94,4 +95,4 @@ async def test_eviction_with_abort_ends_its_requests_and_no_others(
     assert answer.evicted
     refused = await server.refused(victim.rest())
     assert (refused.code, refused.reason) == ("ABORTED", "ADAPTER_EVICTED")
-    assert (await neighbour.rest())[-1].final.usage.completion_tokens == 60
+    assert (await neighbour.rest())[-1].final.usage.completion_tokens == 200
