@@ -19,6 +19,7 @@ from veneer_client.server_records import (
     Limit,
     Memory,
     MemoryPool,
+    RequestDefaults,
     SelfTest,
     SelfTestResult,
     SequenceCapacity,
@@ -94,6 +95,18 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
             engine_peak=message.memory.engine_peak_bytes,
         ),
         longest_step_s=seconds(message.longest_step),
+        defaults=_defaults(message.defaults) if message.HasField("defaults") else None,
+    )
+
+
+def _defaults(message: server_pb2.RequestDefaults) -> RequestDefaults:
+    return RequestDefaults(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        max_tokens=message.max_tokens,
     )
 
 

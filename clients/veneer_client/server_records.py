@@ -21,6 +21,7 @@ __all__ = [
     "Limit",
     "Memory",
     "MemoryPool",
+    "RequestDefaults",
     "SelfTest",
     "SelfTestResult",
     "SequenceCapacity",
@@ -104,6 +105,18 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What a request that leaves them unset gets; ``max_tokens`` where the context allows."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server is.
 
@@ -115,6 +128,7 @@ class ServerInfo:
         engine_starts: 1 unless the engine process failed.
         longest_step_s: how long the longest step may take, by what was measured before
             serving.
+        defaults: None from a server that does not say.
     """
 
     version: str
@@ -130,6 +144,7 @@ class ServerInfo:
     memory: Memory
     why_not_native: str = ""
     longest_step_s: float = 0.0
+    defaults: RequestDefaults | None = None
 
 
 class ServingStatus(Enum):

@@ -102,7 +102,7 @@ Prompt = Text | Chat | Tokens
 
 class BoundOptions(TypedDict, total=False):
     """Keyword arguments of every generate method but for the adapter. What is left out
-    is unset: the model's generation config decides, then temperature 1."""
+    is unset: the server's defaults decide (`ServerInfo.defaults`)."""
 
     request_id: str
     """Echoed in the answer and in the server's log."""
@@ -121,7 +121,7 @@ class BoundOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     """Token id to what is added to its logit, -100 to 100."""
     max_tokens: int
-    """Unset: up to the context's end."""
+    """Unset: the server's default; see `ServerInfo.defaults`."""
     stop: Sequence[str]
     """Generation ends before the first of these strings."""
     stop_token_ids: Sequence[int]

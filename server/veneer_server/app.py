@@ -59,7 +59,7 @@ from veneer_server.rpc.threads import Background
 from veneer_server.rpc.upload import Uploads
 from veneer_server.scrape import ScrapeServer
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
-from veneer_server.text.defaults import read_sampling_defaults
+from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -210,13 +210,20 @@ class App:
             metrics=self._metrics,
             plan=partial(replan, decoder, config, memory),
         )
+        defaults = read_defaults(
+            base_folder.path,
+            base.name,
+            max_tokens=config.default_max_tokens,
+            temperature=config.default_temperature,
+            top_p=config.default_top_p,
+        )
         use, background = AdapterUse(), Background()
         self._resources.push_async_callback(background.finish)
         generator = Generator(
             engine=engine,
             registry=registry,
             prompts=prompts,
-            defaults=read_sampling_defaults(base_folder.path),
+            defaults=defaults,
             metrics=self._metrics,
             use=use,
             background=background,
@@ -246,7 +253,7 @@ class App:
                 ),
                 keep_residents=housekeeping.keep_residents,
             ),
-            ServerService(config, base, registry, engine, self._metrics, budgets),
+            ServerService(config, base, registry, engine, self._metrics, budgets, defaults),
         )
         _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)

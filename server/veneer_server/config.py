@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -76,6 +77,9 @@ class ServerConfig:
     prefix_cache: bool
     exact: bool
     max_queue: int
+    default_max_tokens: int
+    default_temperature: float | None
+    default_top_p: float | None
     max_connections: int
     max_watchers: int
     refusal_rate: int
@@ -192,6 +196,21 @@ def _bytes_between(low: str, high: str) -> Callable[[Any], int]:
         number = _bytes(value)
         if not _bytes(low) <= number <= _bytes(high):
             raise ValueError(f"give {low} to {high}")
+        return number
+
+    return parse
+
+
+def _auto_number(low: float, high: float) -> Callable[[Any], float | None]:
+    def parse(value: Any) -> float | None:
+        if value == "auto":
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not low <= number <= high:
+            raise ValueError(f"give a number from {low:g} to {high:g}, or auto")
         return number
 
     return parse
@@ -325,6 +344,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "with the torch backend much slower, and without the prefix cache."),
     Option("max_queue", "256", "N", _whole(0, 1 << 20),
            "Requests that may wait; more are refused."),
+    Option("default_max_tokens", "512", "N", _whole(1, 1 << 31),
+           "New tokens of a request that sets no max_tokens; 16 for /v1/completions."),
+    Option("default_temperature", "auto", "X", _auto_number(0, 100),
+           "Of requests that set none; auto is the base's own, else 0.7."),
+    Option("default_top_p", "auto", "X", _auto_number(0.01, 1),
+           "Of requests that set none; auto is the base's own, else 0.9."),
     Option("max_connections", "512", "N", _whole(8, 1 << 20),
            "Connections to the gRPC port, and to the HTTP gateway; more are refused."),
     Option("max_watchers", "256", "N", _whole(1, 1 << 20),

@@ -100,7 +100,8 @@ def _user(home_mode: int) -> Prepare:
             if shutil.which("setpriv") is None:
                 raise Unavailable("there is no setpriv (Debian: apt install util-linux)")
             nobody = pwd.getpwnam("nobody")
-            for folder in (home, caches, temporary, *(caches / "bases").rglob("*")):
+            bases = caches / "bases"
+            for folder in (home, caches, temporary, bases, *bases.rglob("*")):
                 if not folder.is_file():
                     os.chown(folder, nobody.pw_uid, nobody.pw_gid)
             prefix = ("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}")

@@ -60,10 +60,10 @@ SessionOption = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most new tokens; else up to the context's end.", min=1)
+    int | None, typer.Option(help="Most new tokens; else the server's default.", min=1)
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; else the model's own.", min=0.0)
+    float | None, typer.Option(help="0 is greedy; else the server's default.", min=0.0)
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens; else random.", min=0)]
 

@@ -24,7 +24,7 @@ from veneer_client.records import (
     HistoryEntry,
 )
 from veneer_client.server_records import SelfTest, ServerInfo
-from veneer_client.types import GenerationEnd
+from veneer_client.types import FinishReason, GenerationEnd
 
 __all__ = [
     "adapter_table",
@@ -89,9 +89,13 @@ def _ms(seconds: float) -> str:
 
 
 def summary(end: GenerationEnd) -> str:
-    """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``."""
+    """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``; first of
+    all that the answer was cut, if it was."""
     place, times = end.provenance, end.provenance.timings
-    parts = [f"queue {_ms(times.queue_s)}"]
+    parts = []
+    if end.finish_reason is FinishReason.LENGTH:
+        parts.append(f"cut after {end.usage.completion_tokens} tokens (see --max-tokens)")
+    parts.append(f"queue {_ms(times.queue_s)}")
     if place.tier is not None:
         parts.append(f"load {_ms(times.adapter_load_s)} ({place.tier.value})")
     parts.append(f"first token {_ms(times.time_to_first_token_s)}")
@@ -250,6 +254,17 @@ def print_rows(rows: dict[str, str]) -> None:
     Console(highlight=False).print(table)
 
 
+def _defaults(info: ServerInfo) -> dict[str, str]:
+    if (given := info.defaults) is None:
+        return {}
+    parts = [f"temperature {given.temperature:g}", f"top-p {given.top_p:g}"]
+    parts += [f"top-k {given.top_k}"] if given.top_k else []
+    parts += [f"min-p {given.min_p:g}"] if given.min_p else []
+    if given.repetition_penalty != 1:
+        parts.append(f"repetition penalty {given.repetition_penalty:g}")
+    return {"defaults": ", ".join([*parts, f"{given.max_tokens} tokens"])}
+
+
 def info_rows(info: ServerInfo) -> dict[str, str]:
     """Everything about a server, as label and text."""
     base, budgets = info.base_model, info.budgets
@@ -265,6 +280,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         "device": f"{info.device}, backend {info.backend}"
         + (f" ({info.why_not_native})" if info.why_not_native else ""),
         "context": f"{info.context_length:,} tokens",
+        **_defaults(info),
         "adapters": f"{info.adapters_registered} registered, "
         f"{info.adapters_on_device} on the device",
         "adapter memory": f"device {byte_size(budgets.device_adapter_bytes)}, "

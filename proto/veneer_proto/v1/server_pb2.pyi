@@ -28,7 +28,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native", "longest_step")
+    __slots__ = ("version", "base_model", "device", "backend", "budgets", "context_length", "uptime", "adapters_registered", "adapters_on_device", "engine_starts", "memory", "why_not_native", "longest_step", "defaults")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class GetServerInfoResponse(_message.Message):
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     WHY_NOT_NATIVE_FIELD_NUMBER: _ClassVar[int]
     LONGEST_STEP_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_model: BaseModel
     device: str
@@ -55,7 +56,24 @@ class GetServerInfoResponse(_message.Message):
     memory: Memory
     why_not_native: str
     longest_step: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ..., longest_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    defaults: RequestDefaults
+    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., context_length: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., adapters_registered: _Optional[int] = ..., adapters_on_device: _Optional[int] = ..., engine_starts: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., why_not_native: _Optional[str] = ..., longest_step: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., defaults: _Optional[_Union[RequestDefaults, _Mapping]] = ...) -> None: ...
+
+class RequestDefaults(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("pools", "front_peak_bytes", "engine_peak_bytes")

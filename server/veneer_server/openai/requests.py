@@ -22,6 +22,10 @@ __all__ = ["chat_requests", "completion_requests"]
 _ROLES: Final = {"developer": "system"}
 """OpenAI's newer name, which templates do not know: many leave such messages out."""
 
+_COMPLETION_TOKENS: Final = 16
+"""Of a completion that sets no max_tokens, as OpenAI and vLLM have it. Clients of this older
+endpoint count on it: one that waits for hundreds of tokens times out and sends it again."""
+
 
 def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateRequest]:
     """One request.
@@ -60,6 +64,8 @@ def completion_requests(
     if fields.best_of is not None and fields.best_of != fields.n:
         raise _refuse("best_of", "is not served: use n, and choose by log-probabilities")
     request = _common(fields, base)
+    if fields.max_tokens is None:
+        request.stopping.max_tokens = _COMPLETION_TOKENS
     request.output.echo = fields.echo
     if fields.logprobs is not None:
         request.output.logprobs = True

@@ -40,7 +40,7 @@ from veneer_server.rpc.limits import (
 from veneer_server.rpc.samples import Delta, Sample, SampleStreams, sample_seed
 from veneer_server.rpc.threads import Background
 from veneer_server.rpc.who import CALLER
-from veneer_server.text.defaults import SamplingDefaults
+from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
 from veneer_server.text.tokenizer import TooManyTokens
 
@@ -189,7 +189,7 @@ class Generator:
         engine: EngineClient,
         registry: Registry,
         prompts: Prompts,
-        defaults: SamplingDefaults,
+        defaults: RequestDefaults,
         metrics: Metrics,
         use: AdapterUse,
         background: Background,
@@ -314,7 +314,7 @@ class Generator:
             ends: the caller's deadline on the clock of `time.perf_counter`.
         """
         info = self._engine.info
-        max_tokens = room(info, call.max_tokens, len(prompt.ids))
+        max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
         check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
         check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
         source = None

@@ -10,7 +10,7 @@ from veneer_registry.errors import ContextTooLong, InvalidField
 
 from veneer_server.engine.messages import Constraint, EngineInfo, SamplingParams
 from veneer_server.rpc.convert import Sampling
-from veneer_server.text.defaults import SamplingDefaults
+from veneer_server.text.defaults import RequestDefaults
 
 __all__ = [
     "check_constraint_size",
@@ -30,8 +30,11 @@ def most_prompt_tokens(info: EngineInfo) -> int:
     return min(info.context_length, info.kv_cache_tokens) - 1
 
 
-def room(info: EngineInfo, wanted: int | None, prompt_tokens: int) -> int:
-    """Most new tokens of a request: as many as wanted, or what the context leaves.
+def room(
+    info: EngineInfo, wanted: int | None, prompt_tokens: int, default: int | None = None
+) -> int:
+    """Most new tokens of a request: as many as wanted, else the default, or the fewer that
+    the context leaves.
 
     Raises:
         ContextTooLong: prompt and completion cannot fit.
@@ -55,7 +58,7 @@ def room(info: EngineInfo, wanted: int | None, prompt_tokens: int) -> int:
             f"{left} of {limit} are left: ask for at most {left}, or leave it unset",
             metadata={"field": "stopping.max_tokens", "largest": str(left), **numbers},
         )
-    return left if wanted is None else wanted
+    return min(left, default or left) if wanted is None else wanted
 
 
 def check_constraint_size(constraint: Constraint, most: int) -> None:
@@ -79,8 +82,8 @@ def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:
         )
 
 
-def resolve_sampling(given: Sampling, base: SamplingDefaults) -> SamplingParams:
-    """Unset values are the model's, then "off"; an unset seed is a random one."""
+def resolve_sampling(given: Sampling, base: RequestDefaults) -> SamplingParams:
+    """Unset values are the base's defaults; an unset seed is a random one."""
     return SamplingParams(
         temperature=_either(given.temperature, base.temperature),
         top_k=_either(given.top_k, base.top_k),

@@ -66,7 +66,7 @@ class GenerateCall:
     Attributes:
         adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
         session_key: which target of an alias answers: the same key, the same one.
-        max_tokens: None means up to the context's end.
+        max_tokens: None means the server's default.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
     """

@@ -20,6 +20,7 @@ from veneer_server.metrics import Metrics
 from veneer_server.rpc import convert
 from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.threads import to_the_end
+from veneer_server.text.defaults import RequestDefaults
 
 __all__ = ["ServerService"]
 
@@ -45,6 +46,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         engine: EngineClient,
         metrics: Metrics,
         budgets: AdapterBudgets,
+        defaults: RequestDefaults,
     ) -> None:
         self._config = config
         self._base = base
@@ -52,6 +54,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._engine = engine
         self._metrics = metrics
         self._budgets = budgets
+        self._defaults = defaults
         self._started = time.monotonic()
 
     async def GetServerInfo(
@@ -105,6 +108,14 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             engine_starts=self._engine.starts,
             memory=self._memory_used(),
             longest_step=convert.duration(info.longest_step_seconds),
+            defaults=server_pb2.RequestDefaults(
+                temperature=self._defaults.temperature,
+                top_p=self._defaults.top_p,
+                top_k=self._defaults.top_k,
+                min_p=self._defaults.min_p,
+                repetition_penalty=self._defaults.repetition_penalty,
+                max_tokens=self._defaults.max_tokens,
+            ),
         )
 
     def _memory_used(self) -> server_pb2.Memory:

@@ -66,7 +66,8 @@ def test_generate(server: FakeServer, run: Run) -> None:
     assert done.exit_code == 0
     assert done.stdout == "0 1 \n"
     assert done.stderr.strip() == (
-        "queue 2.0 ms · load 41 ms (disk) · first token 88 ms · 10 tok/s · chat@abababababab"
+        "cut after 2 tokens (see --max-tokens) · queue 2.0 ms · load 41 ms (disk) · "
+        "first token 88 ms · 10 tok/s · chat@abababababab"
     )
     ((_, request),) = server.calls
     assert request.messages.messages[0].content == "hello"

@@ -17,7 +17,7 @@ from veneer_server.engine.messages import SamplingParams
 from veneer_server.engine.sampler import Choice, Draws, sample
 from veneer_server.rpc.checks import checked_sampling
 from veneer_server.rpc.limits import resolve_sampling
-from veneer_server.text.defaults import SamplingDefaults
+from veneer_server.text.defaults import RequestDefaults
 
 from tests.unit.server.engine.test_history import seen_in
 
@@ -87,7 +87,7 @@ def choices(draw: st.DrawFn, vocab: int) -> Choice:
         allowed = np.zeros(vocab, dtype=np.bool_)
         allowed[draw(st.lists(token, min_size=1, max_size=4))] = True
     return Choice(
-        resolve_sampling(checked, SamplingDefaults()),
+        resolve_sampling(checked, RequestDefaults()),
         draw(st.sampled_from([0, 1, 2**31])),
         seen_in(history[:begin], history[begin:]),
         allowed,
@@ -111,7 +111,7 @@ def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) 
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3))
     for top_k in (0, 1, 5, 550):
         asked = pb.SamplingOptions(top_p=TINY, top_k=top_k, seed=1)
-        choice = Choice(resolve_sampling(checked_sampling(asked), SamplingDefaults()), 1)
+        choice = Choice(resolve_sampling(checked_sampling(asked), RequestDefaults()), 1)
         assert sample(logits, [choice], draws) == logits.argmax(dim=-1).tolist()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
-from veneer_proto.v1 import adapters_pb2
+from veneer_proto.v1 import adapters_pb2, server_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
 from veneer_server.engine.messages import SamplingParams, SequenceOutput
@@ -16,7 +17,14 @@ from veneer_server.rpc.checks import MAX_MESSAGES
 from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
-from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, prompt, until
+from tests.unit.server.rpc.front_harness import (
+    Front,
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    until,
+)
 
 NAN = float("nan")
 
@@ -153,19 +161,49 @@ async def test_token_ids_go_in_as_they_are(front: Front, tokenizer: TextTokenize
     assert front.engine.submitted[0]["prompt"] == ids
 
 
-async def test_unset_sampling_is_temperature_one_and_zero_is_greedy(front: Front) -> None:
+async def test_unset_sampling_is_the_bases_and_zero_is_greedy(front: Front) -> None:
+    info = await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())
     await front.inference.Generate(prompt())
     await front.inference.Generate(prompt())
     await front.inference.Generate(prompt(sampling=pb.SamplingOptions(temperature=0, seed=3)))
     first, second, greedy = (s["sampling"] for s in front.engine.submitted)
-    assert (first.temperature, first.top_p, first.top_k) == (1.0, 1.0, 0)
+    assert (first.temperature, first.top_p, first.top_k) == (0.2, 0.9, 0)
+    said = info.defaults
+    assert (said.temperature, said.top_p, said.top_k, said.max_tokens) == (0.2, 0.9, 0, 512)
     assert first.seed != second.seed
-    assert greedy == SamplingParams(temperature=0.0, seed=3)
+    assert greedy == SamplingParams(temperature=0.0, top_p=0.9, seed=3)
 
 
-async def test_unset_max_tokens_goes_to_the_contexts_end(front: Front) -> None:
+async def test_unset_max_tokens_goes_to_the_contexts_end_at_most(front: Front) -> None:
+    assert CONTEXT < 512
     reply = await front.inference.Generate(pb.GenerateRequest(prompt="Hello there"))
     assert reply.usage.prompt_tokens + reply.usage.completion_tokens == CONTEXT
+
+
+async def test_operators_set_what_unset_means(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    flags = {
+        "default_max_tokens": "7",
+        "default_temperature": "0.5",
+        "default_top_p": "1",
+        "openai_listen": "127.0.0.1:0",
+    }
+    async with running(base_folder, front_cache, tmp_path, **flags) as front:
+        reply = await front.inference.Generate(pb.GenerateRequest(prompt="Hello there"))
+        assert reply.usage.completion_tokens == 7
+        sampling = front.engine.submitted[0]["sampling"]
+        assert (sampling.temperature, sampling.top_p) == (0.5, 1.0)
+        info = await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+        assert (info.defaults.max_tokens, info.defaults.temperature) == (7, 0.5)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            asked = {"model": "smollm2-135m", "prompt": "Hello there"}
+            url = f"http://{front.addresses['openai']}/v1"
+            text = (await http.post(f"{url}/completions", json=asked)).json()
+            assert text["usage"]["completion_tokens"] == 16, "as OpenAI and vLLM have it"
+            asked["messages"] = [{"role": "user", "content": asked.pop("prompt")}]  # type: ignore[assignment]
+            chat = (await http.post(f"{url}/chat/completions", json=asked)).json()
+            assert chat["usage"]["completion_tokens"] == 7
 
 
 async def test_context_too_long_says_the_numbers(front: Front) -> None:

@@ -1,4 +1,4 @@
-"""Unset sampling: what ``generation_config.json`` says, as transformers reads it."""
+"""Unset sampling: the operator's values, the base's ``generation_config.json``, or ours."""
 
 from __future__ import annotations
 
@@ -7,42 +7,71 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veneer_server.text.defaults import SamplingDefaults, read_sampling_defaults
+from veneer_server.text.defaults import RequestDefaults, read_defaults
 
 FULL = {
     "do_sample": True,
     "temperature": 0.6,
     "top_k": 20,
-    "top_p": 0.9,
+    "top_p": 0.8,
     "min_p": 0.05,
     "repetition_penalty": 1.1,
 }
+OURS = RequestDefaults(temperature=0.7, top_p=0.9, max_tokens=512)
 
 
-def read(folder: Path, **values: Any) -> SamplingDefaults:
+def defaults(folder: Path, name: str = "base", **operators: Any) -> RequestDefaults:
+    return read_defaults(folder, name, max_tokens=operators.pop("max_tokens", 512), **operators)
+
+
+def read(folder: Path, **values: Any) -> RequestDefaults:
     (folder / "generation_config.json").write_text(json.dumps(values))
-    return read_sampling_defaults(folder)
+    return defaults(folder)
 
 
 def test_everything_is_taken(tmp_path: Path) -> None:
-    assert read(tmp_path, **FULL) == SamplingDefaults(0.6, 20, 0.9, 0.05, 1.1)
+    assert read(tmp_path, **FULL) == RequestDefaults(0.6, 20, 0.8, 0.05, 1.1)
 
 
 def test_without_sampling_only_the_penalty_counts(tmp_path: Path) -> None:
     said = read(tmp_path, **FULL | {"do_sample": False})
-    assert said == SamplingDefaults(repetition_penalty=1.1)
+    assert said == RequestDefaults(0.7, 0, 0.9, repetition_penalty=1.1)
+
+
+def test_a_base_that_samples_and_leaves_a_value_out_has_it_off(tmp_path: Path) -> None:
+    said = read(tmp_path, do_sample=True, temperature=0.6)
+    assert said == RequestDefaults(0.6, 0, 1.0)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"min_p": 1.5}, {"min_p": "x"}, {"repetition_penalty": 0}, {"temperature": -1}]
+    ("bad", "off"),
+    [
+        ({"min_p": 1.5}, 0.0),
+        ({"min_p": "x"}, 0.0),
+        ({"repetition_penalty": 0}, 1.0),
+        ({"temperature": -1}, 1.0),
+        ({"top_p": 0}, 1.0),
+    ],
 )
-def test_values_out_of_range_are_left_out(bad: dict[str, Any], tmp_path: Path) -> None:
+def test_values_out_of_range_are_left_out(
+    bad: dict[str, Any], off: float, tmp_path: Path
+) -> None:
     [key] = bad
-    expected = getattr(SamplingDefaults(), key)
-    assert getattr(read(tmp_path, **FULL | bad), key) == expected
+    assert getattr(read(tmp_path, **FULL | bad), key) == off
 
 
-def test_no_file_says_nothing(tmp_path: Path) -> None:
-    assert read_sampling_defaults(tmp_path) == SamplingDefaults()
+def test_where_the_base_says_nothing_answers_are_short_and_sober(tmp_path: Path) -> None:
+    assert defaults(tmp_path) == OURS
     (tmp_path / "generation_config.json").write_text("[]")
-    assert read_sampling_defaults(tmp_path) == SamplingDefaults()
+    assert defaults(tmp_path) == OURS
+
+
+def test_the_operator_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(FULL))
+    said = defaults(tmp_path, temperature=0.0, top_p=1.0, max_tokens=64)
+    assert said == RequestDefaults(0.0, 20, 1.0, 0.05, 1.1, max_tokens=64)
+
+
+def test_the_bundled_base_has_its_model_cards_values(base_folder: Path) -> None:
+    said = defaults(base_folder, "smollm2-135m")
+    assert (said.temperature, said.top_p, said.max_tokens) == (0.2, 0.9, 512)
