@@ -77,7 +77,8 @@ def build(cache_dir: Path, *, instructions: str = "") -> Path:
     sources = resources.files("veneer_server.native") / "cpp"
     with resources.as_file(sources) as folder:
         key = _key(folder, command, flags)
-        places = kept.places(cache_dir)
+        # The compiler runs in a folder of its own.
+        places = kept.places(cache_dir.absolute())
         found = next((file for place in places if (file := kept.find(place, key))), None)
         file = found or _compile(command, folder / "library.cpp", places, key)
     try_out(file)

@@ -362,3 +362,13 @@ def test_what_a_killed_compilation_left_goes(bench: Bench) -> None:
         file.unlink()
     bench.build()
     assert not left.exists()
+
+
+def test_a_relative_cache_folder_works(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler runs in another folder, and must find its output's."""
+    monkeypatch.chdir(tmp_path)
+    assert build(Path("cache")) == bench.build()
+    assert bench.compiled == 1
+    assert bench.cache == tmp_path / "cache"
