@@ -28,7 +28,7 @@ from tests.server_harness import Server, request
 
 ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 PROMPT = [504 + 7 * i for i in range(40)]
-FIRST_TOKENS = 20
+FIRST_TOKENS = 100
 """Taken of each start."""
 CALLERS, ANSWERS = 8, 6
 TEXT = "Write some sentences about the sea, the wind and what sailors say of both. " * 4

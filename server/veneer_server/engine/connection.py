@@ -124,8 +124,10 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
             *child_python("-m", "veneer_server.engine.process", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
             env=_environment(),
-            # Away from the terminal: its hangup and its Ctrl-C are for the front alone.
-            start_new_session=True,
+            # The terminal's Ctrl-C is for the front alone. Not a session of its own: with
+            # autogroup, Linux would then give the engine half of the processors and the
+            # front's other processes the rest, whatever their nice values say.
+            preexec_fn=os.setpgrp,
         )
         failed.pop_all()
     return process, ours

@@ -229,6 +229,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     # The front decides when the engine ends, whoever sends it what.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the background, it still writes its log
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
