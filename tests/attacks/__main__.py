@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 from safetensors.torch import load, save
 from veneer_proto.v1 import inference_pb2, server_pb2
 
@@ -66,13 +67,18 @@ def case(name: str) -> AttackModule:
 
 @dataclass(slots=True)
 class Result:
-    """Of one attack: figures for a line, and what was wrong."""
+    """Of one attack: figures for a line, and what was wrong.
+
+    Attributes:
+        attacker_cpu_s: seconds of processors that the attacker had.
+    """
 
     name: str
     control_s: float | None
     longest_s: float
     growth: int
     answers: int
+    attacker_cpu_s: float
     failures: list[str]
 
 
@@ -120,6 +126,7 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
         # Without times there is nothing to compare.
         control = await _control(server, adapters, given.seconds) if given.times else None
         memory = Memory(server.process.pid)
+        began_cpu, attacker_cpu_s = sum(psutil.Process(attacker.pid).cpu_times()[:2]), 0.0
         until = asyncio.Event()
         watching = asyncio.gather(notice(server, until, adapters), memory.watch(until))
         try:
@@ -127,6 +134,7 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
                 attacker.stdin.write(b"go\n")
                 said = await attacker.stdout.readline()
                 until.set()
+                attacker_cpu_s = sum(psutil.Process(attacker.pid).cpu_times()[:2]) - began_cpu
                 _, errors = await attacker.communicate(b"")  # closes its input
         except TimeoutError:
             attacker.kill()
@@ -151,11 +159,20 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
         )
     failures += await _left(server)
     without = None if control is None else control.longest
-    return Result(name, without, noticed.longest, memory.growth, noticed.answers, failures)
+    return Result(
+        name,
+        without,
+        noticed.longest,
+        memory.growth,
+        noticed.answers,
+        attacker_cpu_s,
+        failures,
+    )
 
 
 async def _control(server: Server, adapters: list[str], seconds: float) -> Noticed:
-    """Without an attack, once what the one before it left to do is done."""
+    """Without an attack, once what the one before it left to do is done. Memory is looked at
+    as beside an attack: that takes 20 ms of a processor each time."""
     for _ in range(CONTROLS):
         control = await _for_seconds(server, adapters, seconds)
         if control.longest < QUIET_S:
@@ -166,7 +183,9 @@ async def _control(server: Server, adapters: list[str], seconds: float) -> Notic
 async def _for_seconds(server: Server, adapters: list[str], seconds: float) -> Noticed:
     until = asyncio.Event()
     asyncio.get_running_loop().call_later(seconds, until.set)
-    return await notice(server, until, adapters)
+    memory = Memory(server.process.pid)
+    noticed, _ = await asyncio.gather(notice(server, until, adapters), memory.watch(until))
+    return noticed
 
 
 async def _fill_kv(server: Server) -> None:
@@ -232,7 +251,8 @@ def _print(result: Result, seconds: float) -> None:
     print(
         f"{result.name:32} {'FAILED' if result.failures else 'held':6} longest gap "
         f"{result.longest_s * 1e3:4.0f} ms{without}, memory "
-        f"{result.growth / 2**20:+5.1f} MB, {result.answers} answers, {seconds:.0f} s",
+        f"{result.growth / 2**20:+5.1f} MB, {result.answers} answers, "
+        f"attacker's CPU {result.attacker_cpu_s:.1f} s, {seconds:.0f} s",
         flush=True,
     )
     for failure in result.failures[:8]:

@@ -12,7 +12,7 @@ import pytest
 from veneer_proto.v1 import adapters_pb2, server_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
-from veneer_server.engine.messages import SamplingParams, SequenceOutput
+from veneer_server.engine.messages import SequenceOutput
 from veneer_server.rpc.checks import MAX_MESSAGES
 from veneer_server.text.tokenizer import TextTokenizer
 
