@@ -8,7 +8,7 @@ from pathlib import Path
 
 from veneer_client import Chat, Client
 
-address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
+address = sys.argv[1] if len(sys.argv) > 1 else None  # VENEER_SERVER, or this machine
 folder = Path(__file__).parent / "adapters" / "code"
 question = Chat.user("Write a function that doubles a number.")
 

@@ -9,7 +9,7 @@ import sys
 from veneer_client import AsyncClient, Chat
 from veneer_registry.errors import AdapterNotFound
 
-address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
+address = sys.argv[1] if len(sys.argv) > 1 else None  # VENEER_SERVER, or this machine
 question = Chat.user("Write a function that adds two numbers.")
 
 

@@ -19,7 +19,6 @@ from veneer_client.server_records import Capacity, ServerInfo, ServingStatus
 from veneer_client.types import GenerateOptions, Generation, Prompt
 
 __all__ = [
-    "DEFAULT_ADDRESS",
     "GENERATE_STREAM",
     "INFERENCE",
     "KEEPALIVE_S",
@@ -31,8 +30,6 @@ __all__ = [
     "info",
     "plan",
 ]
-
-DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
 INFERENCE: Final = "veneer.v1.InferenceService"
 _GENERATE: Final = f"/{INFERENCE}/Generate"

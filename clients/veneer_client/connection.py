@@ -12,6 +12,7 @@ from veneer_registry.errors import VeneerError
 
 from veneer_client import calls
 from veneer_client.actor import actor_metadata
+from veneer_client.address import server_address
 from veneer_client.calls_admin import Page
 from veneer_client.failures import Attempts, RetryPolicy, starting, to_error
 
@@ -27,7 +28,7 @@ class Connection:
 
     def __init__(
         self,
-        address: str = calls.DEFAULT_ADDRESS,
+        address: str | None = None,
         *,
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
@@ -35,19 +36,19 @@ class Connection:
         actor: str | None = None,
     ) -> None:
         """Args:
-        address: ``HOST:PORT``.
+        address: ``HOST:PORT``; else VENEER_SERVER, else the default (`server_address`).
         timeout_s: deadline of every call, retries included, that is not given its
             own; generate, push, watch and self_test have none unless given.
         keepalive_s: see `calls.channel_options`.
         actor: who calls, for the server's history; else VENEER_ACTOR, else
             ``user@host``.
         """
-        self.address = address
+        self.address = server_address(address)
         self._timeout_s = timeout_s
         self._retry = retry
         self._metadata = actor_metadata(actor)
         self._channel = grpc.insecure_channel(
-            address, options=calls.channel_options(keepalive_s)
+            self.address, options=calls.channel_options(keepalive_s)
         )
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from veneer_registry.errors import InvalidField
 
 from veneer_client import calls
 from veneer_client.actor import actor_metadata
+from veneer_client.address import server_address
 from veneer_client.failures import to_error
 
 __all__ = ["Method", "ReflectionClient"]
@@ -39,11 +40,11 @@ class Method:
 class ReflectionClient:
     """Lists a server's methods and calls them; use it in a ``with``."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str | None) -> None:
+        self.address = server_address(address)
         self._metadata = actor_metadata(None)
         self._channel = grpc.insecure_channel(
-            address, options=calls.channel_options(calls.KEEPALIVE_S)
+            self.address, options=calls.channel_options(calls.KEEPALIVE_S)
         )
         self._database = ProtoReflectionDescriptorDatabase(self._channel)
         self._pool = descriptor_pool.DescriptorPool(self._database)

@@ -6,6 +6,7 @@ import signal
 import sys
 
 import typer
+from veneer_client.cli.context import VersionFlag
 
 from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
 
@@ -17,11 +18,12 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @cli.callback()
-def top() -> None:
+def top(version: VersionFlag = False) -> None:
     """Measure a Veneer server, and peers beside it."""
 
 

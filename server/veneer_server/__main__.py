@@ -13,15 +13,16 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[:1] == [os.ge
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from veneer_registry.errors import VeneerError
+from veneer_registry.extras import missing_extra
 
 from veneer_server import __version__
-from veneer_server.config import OPTIONS, Option, load_config
+from veneer_server.config import OPTIONS, ConfigInvalid, Option, load_config
 
 __all__ = ["main"]
 
@@ -50,13 +51,17 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 model_cli = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
 cli.add_typer(model_cli, name="model")
 store_cli = typer.Typer(help="The adapters in a data folder.", no_args_is_help=True)
 cli.add_typer(store_cli, name="store")
 
-_TOP_FLAGS: Final = ("--help", "--version")
+_ALIASES: Final = {"base": ("--model",)}
+"""What other servers call them."""
+
+_TOP_FLAGS: Final = ("-h", "--help", "--version")
 
 
 def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
@@ -114,7 +119,8 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
         off = f"/--no-{option.flag[2:]}" if option.default == "true" else ""
         kind: Any = Annotated[bool | None, typer.Option(option.flag + off, help=text)]
     else:
-        info = typer.Option(option.flag, metavar=option.metavar, help=text)
+        names = (option.flag, *_ALIASES.get(option.name, ()))
+        info = typer.Option(*names, metavar=option.metavar, help=text)
         kind = Annotated[list[str] | None if option.repeated else str | None, info]
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
@@ -149,11 +155,30 @@ def serve(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
     ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="The host of --listen.", show_default=False)
+    ] = None,
+    port: Annotated[
+        str | None, typer.Option("--port", help="The port of --listen.", show_default=False)
+    ] = None,
     debug: _Debug = False,
     **flags: Any,
 ) -> None:
     """Load the base model and serve until SIGTERM or Ctrl-C."""
-    _guarded(lambda: _serve(config, flags), debug)
+    _guarded(lambda: _serve(config, {**flags, **_listen(host, port, flags)}), debug)
+
+
+def _listen(host: str | None, port: str | None, flags: Mapping[str, Any]) -> dict[str, str]:
+    """``--host`` and ``--port`` as ``--listen``."""
+    if host is None and port is None:
+        return {}
+    if flags.get("listen") is not None:
+        raise ConfigInvalid("--listen is given twice: give it, or --host and --port")
+    (option,) = (option for option in OPTIONS if option.name == "listen")
+    usual_host, _, usual_port = option.default.rpartition(":")
+    found = usual_host if host is None else host
+    found = f"[{found}]" if ":" in found and not found.startswith("[") else found
+    return {"listen": f"{found}:{usual_port if port is None else port}"}
 
 
 @model_cli.command("import")
@@ -342,6 +367,11 @@ def _guarded(run: Callable[[], None], debug: bool) -> None:
         if debug:
             traceback.print_exc()
         _fail(f"{error}; --debug shows where", error)
+    except ModuleNotFoundError as error:
+        if debug:
+            traceback.print_exc()
+        line = missing_extra(error, "server")
+        _fail(line or f"a bug: {error}; please report it with what --debug shows", error)
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -115,6 +115,15 @@ class ServerConfig:
 _UNITS: Final = {
     "": 1,
     "b": 1,
+    # As Docker and the JVM have them.
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+    "t": 1 << 40,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -232,11 +241,23 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(name for part in parts for p in part.split(",") if (name := p.strip()))
 
 
+_SHORT: Final = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "gpu": "cuda",
+}
+"""Other names of choices."""
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
-        if value not in choices:
+        found = _SHORT.get(value, value) if isinstance(value, str) else value
+        if found not in choices:
             raise ValueError(f"choose one of {', '.join(choices)}")
-        return cast(str, value)
+        return cast(str, found)
 
     return parse
 
@@ -267,6 +288,11 @@ def _hosts(value: Any) -> tuple[str, ...]:
 
 # -------------------------------------------------------------------------- table
 
+_PREFIX: Final = "VENEER_"
+_OTHERS: Final = frozenset({"SERVER", "ACTOR"})
+"""Variables of the clients."""
+_KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -295,7 +321,7 @@ class Option:
 
     @property
     def variable(self) -> str:
-        return "VENEER_" + self.name.upper()
+        return _PREFIX + self.name.upper()
 
     @property
     def switch(self) -> bool:
@@ -423,6 +449,7 @@ def load_config(
         ConfigInvalid: the first thing wrong, its source and the fix.
     """
     in_file = _read_file(file) if file is not None else {}
+    _check_names(environ)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         source, value = _pick(option, flags, environ, file, in_file)
@@ -467,6 +494,21 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else "see veneer-server serve --help"
             raise ConfigInvalid(f"unknown key {key!r} in {path}: {hint}", metadata={"key": key})
     return loaded
+
+
+def _check_names(environ: Mapping[str, str]) -> None:
+    """Raises ConfigInvalid for a variable that is nearly one of ours. Others may be somebody
+    else's: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
+    ours = {option.variable.removeprefix(_PREFIX) for option in OPTIONS}
+    for variable in sorted(environ):
+        name = variable.removeprefix(_PREFIX)
+        if name == variable or name in ours | _OTHERS or _KUBERNETES.search(name):
+            continue
+        if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.75):
+            raise ConfigInvalid(
+                f"unknown variable {variable}: did you mean {_PREFIX}{near[0]}?",
+                metadata={"key": variable},
+            )
 
 
 def _check(config: ServerConfig) -> None:

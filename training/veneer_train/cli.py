@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from veneer_train.commands import adapter, base, data, lab, train
@@ -13,7 +16,28 @@ app = typer.Typer(
     help="Train LoRA adapters in the server's own format.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {version('veneer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Train LoRA adapters in the server's own format."""
+
+
 app.command("import-gguf", epilog=base.IMPORT_EXAMPLES)(base.import_gguf)
 app.command("quantize", epilog=base.QUANTIZE_EXAMPLES)(base.quantize)
 app.command("plan", epilog=base.PLAN_EXAMPLES)(base.plan)

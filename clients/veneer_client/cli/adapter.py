@@ -88,6 +88,23 @@ def ls(
             print("no adapters: publish one with `veneer adapter push FOLDER --name NAME`")
 
 
+def ps(
+    context: typer.Context,
+    json_: JsonFlag = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """List the adapters that are in memory."""
+    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+        found = tuple(each for each in client.list() if each.tier in (Tier.DEVICE, Tier.HOST))
+        if json_:
+            print(as_json(found))
+        elif found:
+            print_table(adapter_table(found))
+        else:
+            print("no adapter is in memory: `veneer ls` lists all")
+
+
 @adapter_cli.command(
     epilog="Examples:\n\n  veneer adapter show sql\n\n  veneer adapter show sql@1a2b3c4d5e6f"
     "\n\n  veneer adapter show sql/prod"

@@ -9,7 +9,7 @@ import typer
 from veneer_registry.adapter import SHORT_REVISION
 from veneer_registry.errors import VeneerError
 
-from veneer_client.calls import DEFAULT_ADDRESS
+from veneer_client.address import DEFAULT_ADDRESS
 from veneer_client.cli.values import MODES
 from veneer_client.client import Client
 from veneer_client.failures import RetryPolicy

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -13,9 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from veneer_registry.errors import VeneerError
 
-from veneer_client.calls import DEFAULT_ADDRESS
+from veneer_client.address import DEFAULT_ADDRESS
 
-__all__ = ["DebugFlag", "JsonFlag", "Place", "ServerOption", "errors_shown", "find_server"]
+__all__ = [
+    "DebugFlag",
+    "JsonFlag",
+    "Place",
+    "ServerOption",
+    "VersionFlag",
+    "errors_shown",
+    "find_server",
+]
+
 
 ServerOption = Annotated[
     str | None,
@@ -34,6 +44,24 @@ JsonFlag = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {version('veneer')}")
+        raise typer.Exit
+
+
+VersionFlag = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        help="Print the version.",
+        show_default=False,
+        callback=_print_version,
+        is_eager=True,
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Global options, given before the subcommand (or by VENEER_SERVER)."""
@@ -42,10 +70,10 @@ class Place:
     debug: bool = False
 
 
-def find_server(context: typer.Context, server: str | None) -> str:
+def find_server(context: typer.Context, server: str | None) -> str | None:
     """The address for a command: its own option wins over the global one."""
     place = context.find_object(Place) or Place()
-    return server or place.server or DEFAULT_ADDRESS
+    return server or place.server
 
 
 @contextmanager

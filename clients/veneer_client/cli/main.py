@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from veneer_client.cli import chat, generate, plan
+from veneer_client.cli import adapter, chat, generate, plan
 from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
@@ -15,6 +15,7 @@ from veneer_client.cli.context import (
     JsonFlag,
     Place,
     ServerOption,
+    VersionFlag,
     errors_shown,
     find_server,
 )
@@ -52,6 +53,7 @@ cli = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli.add_typer(adapter_cli, name="adapter")
 
@@ -70,6 +72,7 @@ def place(
         ),
     ] = None,
     debug: DebugFlag = False,
+    version: VersionFlag = False,
 ) -> None:
     """Talk to a Veneer server: generate, and manage adapters."""
     context.obj = Place(server, debug)
@@ -77,6 +80,11 @@ def place(
 
 cli.command(epilog=generate.EXAMPLES)(generate.generate)
 cli.command(epilog=chat.EXAMPLES)(chat.chat)
+cli.command("ls", epilog="Examples:\n\n  veneer ls\n\n  veneer ls --prefix sql")(adapter.ls)
+cli.command("ps", epilog="Examples:\n\n  veneer ps")(adapter.ps)
+cli.command("rm", epilog="Examples:\n\n  veneer rm sql\n\n  veneer rm sql@1a2b3c4d5e6f")(
+    adapter.rm
+)
 cli.command(epilog=plan.EXAMPLES)(plan.plan)
 cli.command(epilog=server_commands.BUDGETS_EXAMPLES)(server_commands.budgets)
 cli.command("self-test", epilog=server_commands.SELF_TEST_EXAMPLES)(server_commands.self_test)

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import FailedPrecondition, VeneerError
 
 from veneer_server import logs
 from veneer_server.constraints.grammars import Grammars
@@ -168,8 +168,14 @@ def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> 
 
 
 def _device(wanted: str) -> torch.device:
+    found = torch.cuda.is_available()
+    if wanted == "cuda" and not found:
+        raise FailedPrecondition(
+            "torch finds no CUDA device: start with --device cpu, or with --device auto, which "
+            "takes one where there is one"
+        )
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if found else "cpu"
     return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import zipfile
@@ -105,6 +106,11 @@ def resolve_base(
     folder = Path(base).expanduser()
     if folder.is_dir():
         return BaseFolder(folder.name, folder.resolve())
+    if base.lower().endswith(".gguf"):
+        raise BaseUnavailable(
+            f"{base} is a GGUF file; a base is a Hugging Face folder. Convert it: veneer-train "
+            f"import-gguf {shlex.quote(base)} --out {shlex.quote(folder.stem)}"
+        )
     if folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise BaseUnavailable(
             f"there is no folder {base!r}: give a Hugging Face model folder, a hub name "

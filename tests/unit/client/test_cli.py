@@ -383,3 +383,16 @@ def test_ctrl_c_ends_with_130(server: FakeServer) -> None:
 )
 def test_byte_size(size: int, text: str) -> None:
     assert byte_size(size) == text
+
+
+def test_words_of_other_programs(server: FakeServer, run: Run) -> None:
+    assert "no adapter is in memory" in run("ps").stdout
+    server.add("chat")
+    assert run("ls").stdout == run("adapter", "ls").stdout
+    assert "no adapter is in memory" in run("ps").stdout, "it is on disk"
+    (adapter,) = server.adapters.values()
+    adapter.tier = inference_pb2.TIER_HOST
+    assert "chat@" in run("ps").stdout
+    assert json.loads(run("ps", "--json").stdout)[0]["name"] == "chat"
+    assert run("rm", "chat").exit_code == 0
+    assert "no adapters" in run("ls").stdout

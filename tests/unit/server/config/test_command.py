@@ -119,3 +119,98 @@ def test_allow_base_name_may_be_given_twice(tmp_path: Path) -> None:
         *("--cache-dir", str(tmp_path / "c")),
     )
     assert "there is no folder" in done.stderr
+
+
+PROGRAMS = ("veneer", "veneer-server", "veneer-train", "veneer-loadtest")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_has_the_usual_flags(program: str) -> None:
+    def run(flag: str) -> subprocess.CompletedProcess[str]:
+        path = Path(sys.executable).with_name(program)
+        return subprocess.run(
+            [path, flag], capture_output=True, text=True, check=False, timeout=120
+        )
+
+    assert run("--version").stdout == f"veneer {__version__}\n"
+    short, long = run("-h"), run("--help")
+    assert (short.returncode, short.stdout) == (0, long.stdout)
+    assert "Usage" in short.stdout
+
+
+def test_words_of_other_servers() -> None:
+    """An address that is refused shows what was understood."""
+    done = command("--model", "x", "--host", "0.0.0.0", "--port", "8000")
+    assert done.stderr.startswith("veneer-server: --listen 0.0.0.0:8000")
+    done = command("--host", "::")
+    assert done.stderr.startswith("veneer-server: --listen [::]:50051")
+    both = command("--host", "0.0.0.0", "--listen", "127.0.0.1:0")
+    assert both.returncode == 1
+    assert "give it, or --host and --port" in both.stderr
+
+
+def test_a_gguf_file_is_no_base_and_what_to_do(tmp_path: Path) -> None:
+    done = command(
+        *("--model", str(tmp_path / "my model.gguf"), "--data-dir", str(tmp_path / "data")),
+        *(
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics-listen",
+            "",
+            "--cache-dir",
+            str(tmp_path / "c"),
+        ),
+    )
+    assert done.returncode == 1
+    assert f"veneer-train import-gguf '{tmp_path}/my model.gguf'" in done.stderr
+    assert done.stderr.rstrip().endswith("--out 'my model'")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "package"),
+    [
+        ("veneer_server", "server", "uvloop"),
+        ("veneer_train", "train", "yaml"),
+        ("veneer_loadtest", "loadtest", "psutil"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    module: str, extra: str, package: str, tmp_path: Path
+) -> None:
+    """As after a plain ``pip install veneer``, as far as one package goes."""
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['x', *sys.argv[1:]];"
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    words = ["--data-dir", str(tmp_path)] if module == "veneer_server" else ["--help"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(
+        f": the package {package} is not installed: pip install 'veneer[{extra}]'"
+    )
+
+
+def test_no_cuda_device_is_one_sentence(base_folder: Path, tmp_path: Path) -> None:
+    done = command(
+        *("--base", str(base_folder), "--device", "cuda", "--data-dir", str(tmp_path / "d")),
+        *(
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics-listen",
+            "",
+            "--cache-dir",
+            str(tmp_path / "c"),
+        ),
+    )
+    if "ready" in done.stdout:
+        pytest.skip("this machine has a CUDA device")
+    assert done.returncode == 1
+    assert "torch finds no CUDA device: start with --device cpu" in done.stderr
+    assert "Traceback" not in done.stderr

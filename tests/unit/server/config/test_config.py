@@ -35,7 +35,10 @@ def test_flag_then_variable_then_file_then_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 gib", 3 << 29), ("17", 17), (17, 17)],
+    [
+        *[("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 gib", 3 << 29), ("17", 17)],
+        *[(17, 17), ("4G", 4 << 30), ("512m", 512 << 20), ("4Gi", 4 << 30)],
+    ],
 )
 def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
     file = tmp_path / "c.toml"
@@ -137,3 +140,43 @@ def test_names_may_be_repeated(tmp_path: Path) -> None:
 def test_bounds_of_the_quarantine() -> None:
     config = load_config({}, {"VENEER_QUARANTINE_BYTES": "1GiB"})
     assert (config.quarantine_bytes, config.quarantine_ttl) == (1 << 30, 720.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("VENEER_MAX_QUEU", "VENEER_MAX_QUEUE"),
+        ("VENEER_KV_CACHE_BYTE", "VENEER_KV_CACHE_BYTES"),
+        ("VENEER_LISTENS", "VENEER_LISTEN"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_is_refused(wrong: str, meant: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"unknown variable {wrong}: did you mean {meant}"):
+        load_config({}, {wrong: "1"})
+
+
+def test_variables_of_others_are_not() -> None:
+    """Kubernetes gives every container those of a Service that is called veneer."""
+    load_config(
+        {},
+        {
+            "VENEER_SERVER": "gpu1:50051",
+            "VENEER_ACTOR": "ada",
+            "VENEER_SERVICE_HOST": "10.0.0.1",
+            "VENEER_SERVICE_PORT": "50051",
+            "VENEER_SERVICE_PORT_GRPC": "50051",
+            "VENEER_METRICS_SERVICE_PORT": "9095",
+            "VENEER_PORT": "tcp://10.0.0.1:50051",
+            "VENEER_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+            "VENEER_PORT_50051_TCP_ADDR": "10.0.0.1",
+            "VENEER_METRICS_PORT_9095_TCP_PROTO": "tcp",
+            "VENEER_OF_SOMEBODY_ELSE": "1",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("bf16", "bfloat16"), ("half", "float16"), ("fp32", "float32")]
+)
+def test_short_names_of_dtypes(given: str, meant: str) -> None:
+    assert load_config({"dtype": given}, {}).dtype == meant

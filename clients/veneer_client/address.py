@@ -1,0 +1,45 @@
+"""Where the server is, in the forms that people write it."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Final
+
+from veneer_registry.errors import InvalidField
+
+__all__ = ["DEFAULT_ADDRESS", "server_address"]
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
+_PORT: Final = DEFAULT_ADDRESS.rpartition(":")[2]
+_SCHEMES: Final = ("http", "grpc")
+_OTHERS: Final = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds"})
+"""gRPC's own, which are left as they are."""
+
+
+def server_address(given: str | None = None) -> str:
+    """``HOST:PORT`` of what is given, else of ``VENEER_SERVER``, else the default.
+
+    Takes ``http://HOST:PORT`` and a host without a port, too.
+
+    Raises:
+        InvalidField: it is no address of a server.
+    """
+    text = (given or os.environ.get("VENEER_SERVER") or DEFAULT_ADDRESS).strip()
+    if text.partition(":")[0] in _OTHERS and not re.fullmatch(r"[\w-]+:\d+", text):
+        return text
+    scheme, found, rest = text.partition("://")
+    host = rest if found else text
+    if found and scheme.lower() == "https":
+        raise _no_address(text, "TLS is not served yet: give HOST:PORT, or http://HOST:PORT")
+    host = host.removesuffix("/")
+    known = not found or scheme.lower() in _SCHEMES
+    if not known or not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\](:\d+)?|[^\s/:]+(:\d+)?", host):
+        raise _no_address(text, "give HOST:PORT, such as gpu1:50051 or [::1]:50051")
+    return host if re.search(r":\d+$", host) and not host.endswith("]") else f"{host}:{_PORT}"
+
+
+def _no_address(text: str, fix: str) -> InvalidField:
+    return InvalidField(
+        f"{text!r} is no address of a Veneer server: {fix}", metadata={"field": "server"}
+    )
