@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+import time
+from typing import Annotated, Final
 
 import typer
+from veneer_registry.errors import DeadlineExceeded, InvalidField, Unavailable
 
 from veneer_client.cli import adapter, chat, generate, plan
 from veneer_client.cli import server as server_commands
@@ -25,6 +28,9 @@ from veneer_client.reflection import ReflectionClient
 from veneer_client.server_records import ServingStatus
 
 __all__ = ["cli", "main"]
+
+_LOOK_S: Final = 0.2
+"""Between two looks at a server that is not ready."""
 
 _EXAMPLES = """
 Examples:
@@ -106,18 +112,50 @@ def info(
             print_rows({"server": client.address, **info_rows(answer)})
 
 
-@cli.command(epilog="Examples:\n\n  veneer health && echo ready")
+_HEALTH_EXAMPLES = """
+Examples:
+
+  veneer health && echo ready
+
+  veneer-server & veneer health --wait 60s && veneer generate "Hello"
+"""
+
+
+@cli.command(epilog=_HEALTH_EXAMPLES)
 def health(
     context: typer.Context,
+    wait: Annotated[
+        str, typer.Option(metavar="TIME", help="Until it does, so long at most: 60s, 2m.")
+    ] = "0s",
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
     """Say whether the server answers generate calls now; exit status 0 if so."""
     with errors_shown(context, debug), Client(find_server(context, server)) as client:
-        status = client.health()
+        ends = time.monotonic() + _duration(wait)
+        while True:
+            left = ends - time.monotonic()
+            try:
+                status = client.health(timeout_s=max(1.0, left) if wait != "0s" else None)
+            except (Unavailable, DeadlineExceeded):  # not there yet
+                if left <= 0:
+                    raise
+            else:
+                if status is ServingStatus.SERVING or left <= 0:
+                    break
+            time.sleep(_LOOK_S)
     print(status.value)
     if status is not ServingStatus.SERVING:
         raise typer.Exit(1)
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text.strip())
+    if match is None:
+        raise InvalidField(
+            f"--wait {text!r} is no time: give 60s or 2m", metadata={"field": "wait"}
+        )
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"]
 
 
 _CALL_EXAMPLES = """

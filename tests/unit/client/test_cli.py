@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,25 @@ def test_health_is_an_exit_status(server: FakeServer, run: Run) -> None:
     server.ready = False
     waiting = run("health")
     assert (waiting.exit_code, waiting.stdout.strip()) == (1, "not_serving")
+
+
+def test_health_waits(server: FakeServer, run: Run) -> None:
+    server.ready = False
+
+    def get_ready() -> None:
+        while not server.calls:
+            time.sleep(0.01)
+        server.ready = True
+
+    threading.Thread(target=get_ready, daemon=True).start()
+    waited = run("health", "--wait", "60s")
+    assert (waited.exit_code, waited.stdout.strip()) == (0, "serving")
+    assert len(server.calls) > 1
+    server.ready = False
+    assert run("health", "--wait", "0.3s").stdout.strip() == "not_serving"
+    assert run("health", "--wait", "soon").exit_code == 1
+    elsewhere = {"VENEER_SERVER": "127.0.0.1:1"}
+    assert "no Veneer server" in run("health", "--wait", "0.3s", env=elsewhere).stderr
 
 
 def test_info(run: Run) -> None:
