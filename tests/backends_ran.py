@@ -104,7 +104,8 @@ def check_ready_line(line: str, flags: Iterable[str]) -> None:
         or values.get("--backend") == "torch"
         or values.get("--dtype", "bfloat16") != "bfloat16"
     )
-    check(rest.partition("  ")[0].strip(), torch_wanted=torch_wanted, why=line)
+    name = rest.partition("  ")[0].partition(" (several")[0]  # and why it is slower
+    check(name.strip(), torch_wanted=torch_wanted, why=line)
 
 
 def missing(ran: Mapping[str, int]) -> str:

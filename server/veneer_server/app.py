@@ -433,11 +433,14 @@ class App:
             partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
             # By rename, so that a reader never sees half of it.
             partial.replace(config.port_file)
+        slower = ""
+        if config.backend == "auto" and info.device == "cpu" and info.why_not_native:
+            slower = f" (several times slower than native: {info.why_not_native})"
         self._announce(
             f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  "
             f"openai={openai or 'off'}  base={base.name} "
             f"({config.quantization}, {config.dtype})  device={info.device}  "
-            f"backend={info.backend}  context={info.context_length}  "
+            f"backend={info.backend}{slower}  context={info.context_length}  "
             f"kv={info.kv_cache_tokens} tokens  "
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,24 @@ async def test_an_address_that_others_can_reach_needs_insecure(
         ):
             pass
     assert "--insecure" in log.read_text()
+
+
+async def test_the_ready_line_says_why_torch_serves(
+    base_folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("veneer-server")),
+        *("--listen", "127.0.0.1:0", "--metrics-listen", "", "--device", "cpu"),
+        *("--data-dir", str(tmp_path / "data"), "--cache-dir", str(cache_dir)),
+        *("--backend", "auto", "--native-instructions", "auto"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "CXX": "/nonexistent"},
+    )
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    process.terminate()
+    assert (
+        "  backend=torch (several times slower than native: the compiler /nonexistent" in line
+    )
+    assert await process.wait() == 0
