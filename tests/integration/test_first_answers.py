@@ -14,9 +14,9 @@ from tests.server_harness import running_server
 pytestmark = pytest.mark.real_base
 
 SEEDS = (1, 2, 3)
-GOOD = 42
-"""Of 60, whatever a CPU's rounding makes of the seeds: 50 are good without a seed (standard
-deviation 2.3), and 33 at temperature 1 and top-p 1 (3.2)."""
+GOOD = 40
+"""Of 60. With these seeds 47 are good with native kernels (avx512-bf16), 46 with avx2, 45 with
+torch; without a seed 45, and 33 at temperature 1 and top-p 1 (standard deviation 3)."""
 
 
 async def test_first_answers_are_good(

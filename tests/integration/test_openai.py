@@ -122,6 +122,7 @@ async def test_chat_logprobs_samples_and_penalties(sdk: openai.AsyncOpenAI) -> N
         messages=MESSAGES,
         n=3,
         seed=5,
+        temperature=1,
         max_tokens=6,
         logprobs=True,
         top_logprobs=3,

@@ -28,7 +28,7 @@ class RequestDefaults:
 
 _BUNDLED: Final = {
     # As its model card recommends; the file that it is imported from says nothing.
-    "smollm2-135m": RequestDefaults(temperature=0.2, repetition_penalty=1.05),
+    "smollm2-135m": RequestDefaults(temperature=0.2),
 }
 
 
