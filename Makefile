@@ -80,9 +80,8 @@ bench-kernels: base ## Each native kernel's time beside the machine's limit
 sanitize: install ## The kernels' tests under ASan and UBSan, the threads' team under TSan
 	$(BIN)/python -m tests.sanitize
 
-# The quick forms, which CI runs, try the same cases each time; the full ones new ones.
 torture-quick: base ## Every torture row in its quick form, with planted bugs that it must catch
-	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick --jobs 2 --seed 1
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --quick --jobs 2
 
 torture: base ## Every torture row in full: hours
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.torture --full
@@ -91,7 +90,7 @@ attacks: base ## Each attack on a server beside normal streams, with their longe
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks --full
 
 attacks-quick: base ## The same in short, judged by answers, memory and bounds, not by times
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks --seed 1
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks
 
 tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 
