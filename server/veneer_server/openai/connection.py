@@ -25,7 +25,8 @@ _AHEAD: Final = 64 << 10
 """Bytes of next requests that are kept while one is answered."""
 
 _MALFORMED: Final = 512 << 10
-"""Bytes that malformed HTTP counts for in `Pace`: a thousand tiny chunks take 10 ms to read."""
+"""Bytes that malformed HTTP counts for in `Pace`: long heads and tiny chunks take 1 ms to read,
+and whoever sends them opens a connection for each."""
 
 _log = get_logger(__name__)
 

@@ -23,7 +23,7 @@ MAX_HEAD: Final = 16 << 10
 MAX_HEADERS: Final = 200
 """Lines of a head. h11 takes some microseconds for each."""
 
-MAX_SMALL_CHUNKS: Final = 1024
+MAX_SMALL_CHUNKS: Final = 128
 """Chunks of a body, beside one for each `CHUNK_BYTES` of it: each takes h11 some
 microseconds, in which no stream moves."""
 

@@ -376,11 +376,12 @@ class SelfTest:
         self, tokens: list[int], subjects: Sequence[_Subject]
     ) -> dict[str, list[float] | VeneerError]:
         """All at once, so that they share a pass over the base's files."""
-        # To their end, though the caller has gone: the engine reads the leased files.
-        found = await asyncio.gather(
-            *(outlast(self._engine.reference(tokens, s.source)) for s in subjects),
-            return_exceptions=True,
-        )
+
+        async def reference(subject: _Subject) -> list[float]:
+            # To its end, though the caller has gone: the engine reads the leased files.
+            return await outlast(self._engine.reference(tokens, subject.source))
+
+        found = await asyncio.gather(*map(reference, subjects), return_exceptions=True)
         results: dict[str, list[float] | VeneerError] = {}
         for subject, result in zip(subjects, found, strict=True):
             if isinstance(result, BaseException) and not isinstance(result, AdapterCorrupt):

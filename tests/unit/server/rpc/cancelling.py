@@ -29,9 +29,11 @@ from veneer_server.engine.messages import (
     encode,
 )
 from veneer_server.housekeeping import Housekeeping
+from veneer_server.metrics import Metrics
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse, source_of
+from veneer_server.rpc.budgets import AdapterBudgets
 from veneer_server.rpc.upload import Uploads
 
 from tests.unit.registry.kit import BASE
@@ -140,13 +142,22 @@ class Server:
             on_event=self._on_event,
             hold=lambda source: self.registry.acquire_weights(source.weights_digest),
         )
+        self.metrics = Metrics()
+        self.budgets = AdapterBudgets(
+            BUDGET,
+            BUDGET,
+            memory=(BUDGET, BUDGET),  # type: ignore[arg-type]  # the plan is what was planned
+            engine=self.engine,
+            metrics=self.metrics,
+            plan=lambda host, device: (host, device),  # type: ignore[arg-type,return-value]
+        )
         self.service = AdapterService(
             self.registry,
             self.engine,
             AdapterUse(),
             Uploads(self.registry),
             self.events,
-            budgets=SimpleNamespace(),  # type: ignore[arg-type]
+            budgets=self.budgets,
             self_test=SimpleNamespace(),  # type: ignore[arg-type]
             keep_residents=self.housekeeping.keep_residents,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.unit.registry.kit import make_adapter
-from tests.unit.server.rpc.cancelling import Cancelled, Server, server
+from tests.unit.server.rpc.cancelling import BUDGET, Cancelled, Server, server
 
 Folders = Callable[[int], Path]
 Call = Callable[[Server], Coroutine[Any, Any, Any]]
@@ -267,3 +267,27 @@ async def test_a_move_of_an_alias(everywhere: Everywhere, folders: Folders) -> N
         await made.call("SetAlias", alias="chat/prod", revision=revision)
 
     await everywhere.cancel(move, before=before, after=after)
+
+
+async def test_a_change_of_budgets(everywhere: Everywhere, folders: Folders) -> None:
+    """Front, engine, metrics and the engine that is started next agree on them."""
+    lower = BUDGET // 2
+
+    async def before(made: Server) -> None:
+        await made.push(folders(1), "chat", activate=True)
+
+    async def after(made: Server, ended: bool) -> None:
+        budgets, residency = made.budgets, made.residency
+        assert budgets.device in ((lower,) if ended else (lower, BUDGET))
+        tiers = residency.budget("host"), residency.budget("device")
+        assert tiers == (budgets.host, budgets.device)
+        assert (budgets.host, budgets.memory) == (BUDGET, (BUDGET, budgets.device))
+        shown = made.metrics.adapter_budget.labels("device")._value.get()
+        assert shown == budgets.device
+        assert made.engine._supervisor._config.device_adapter_bytes == budgets.device
+
+    await everywhere.cancel(
+        lambda made: made.call("UpdateBudgets", device_adapter_bytes=lower),
+        before=before,
+        after=after,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -25,6 +26,7 @@ from veneer_server.rpc.verdicts import BOUNDS
 
 from tests.engine_harness import GREEDY
 from tests.unit.registry.kit import push
+from tests.unit.server.rpc.cancelling import Cancelled
 from tests.unit.server.rpc.self_test_kit import NAMES, bench
 
 
@@ -241,15 +243,22 @@ async def test_tests_take_turns(tmp_path: Path) -> None:
 
 
 async def test_who_goes_away_takes_nothing_along(tmp_path: Path) -> None:
-    """Cancelled at many moments, it holds nothing, and the next one passes."""
+    """Cancelled wherever it waits, it holds nothing, and the next one passes."""
     async with bench(tmp_path) as made:
-        for turns in range(0, 60, 4):
-            task = asyncio.ensure_future(made.run("one", "two"))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            task.cancel()
+        for wait, later in itertools.product(range(20), (0, 9)):
+            work = Cancelled(made.run("one", "two"), wait, later=later)
+
+            async def run(work: Cancelled = work) -> Any:
+                return await work
+
+            task = asyncio.ensure_future(run())
             await asyncio.wait([task])
             assert made.registry.leases(made.ref("one").weights_digest) == 0
+            assert made.client.in_flight == 0
+            if not work.reached:
+                break
+            assert task.cancelled() or later
+        assert wait > 2
         assert (await made.run("one", "two")).passed
 
 
