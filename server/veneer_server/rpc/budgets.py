@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from veneer_registry.errors import AdapterBudgetExceeded
@@ -42,6 +43,7 @@ class AdapterBudgets:
         self._engine = engine
         self._metrics = metrics
         self._plan = plan
+        self._turn = asyncio.Lock()
         metrics.set_budgets(host=host, device=device)
 
     async def update(self, host: int | None, device: int | None) -> BudgetsState:
@@ -52,17 +54,20 @@ class AdapterBudgets:
             AdapterBudgetExceeded: they do not fit the machine beside what the server
                 planned for, or pinned adapters alone take more. Nothing has changed.
         """
-        wanted = (
-            self.host if host is None else host,
-            self.device if device is None else device,
-        )
-        try:
-            memory = self._plan(*wanted)
-        except MemoryTooSmall as error:
-            raise AdapterBudgetExceeded(str(error)) from error
-        state = await self._engine.update_budgets(host_bytes=host, device_bytes=device)
-        self.host, self.device, self.memory = state.host_budget, state.device_budget, memory
-        self._metrics.set_budgets(host=self.host, device=self.device)
+        # One at a time: two changes that fit the machine alone need not fit it together.
+        async with self._turn:
+            wanted = (
+                self.host if host is None else host,
+                self.device if device is None else device,
+            )
+            try:
+                memory = self._plan(*wanted)
+            except MemoryTooSmall as error:
+                raise AdapterBudgetExceeded(str(error)) from error
+            state = await self._engine.update_budgets(host_bytes=host, device_bytes=device)
+            self.host, self.device = state.host_budget, state.device_budget
+            self.memory = memory
+            self._metrics.set_budgets(host=self.host, device=self.device)
         if (host, device) != (None, None):
             _log.info("budgets", host_bytes=self.host, device_bytes=self.device)
         return state
