@@ -26,6 +26,8 @@ from veneer_registry.disk import create_file, disk_errors, disk_failed, disk_ful
 from veneer_registry.errors import InvalidField
 from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.rows import (
+    BEGINNINGS,
+    ENDS,
     SERVER,
     AliasRow,
     HistoryRow,
@@ -37,7 +39,7 @@ from veneer_registry.rows import (
 )
 from veneer_registry.schema import damaged, upgrade
 
-__all__ = ["BEGINNINGS", "ENDS", "Catalog"]
+__all__ = ["Catalog"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +57,14 @@ _COLUMNS: Final = (
     ", ".join(f"r.{column}" for column in _REVISION.split(", "))
     + ", r.digest, r.manifest, n.current IS r.revision, n.generation"
 )
-_sequence: Final = operator.itemgetter(8)
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
 
-BEGINNINGS: Final = ("published", "replaced", "lost")
-"""Events after which a revision has a row. An older Veneer noted as lost, and forgot, what it
-did not find at one start."""
-ENDS: Final = ("deleted", "superseded")
+_LABELS: Final = (
+    "SELECT r.name, r.revision, l.key, l.value FROM revisions r, "
+    "json_each(CASE WHEN json_valid(r.labels) THEN r.labels ELSE '{}' END) l"
+)
+"""The rows of the table of labels, from those of the revisions."""
+_sequence: Final = operator.itemgetter(8)
 
 _DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
 """What SQLite says of a database whose own tables are damaged."""
@@ -236,6 +240,35 @@ class Catalog:
             also = tuple(aliases.get(name, ()))
             yield NameRow(name, None, 0, kept, None, also, max(1, damage[name]))
 
+    def damaged_rows(self, name: str) -> int:
+        """How many rows about a name are damaged."""
+        count = 0
+        for table, columns in (
+            ("names", "name, current, generation, retain"),
+            ("revisions", _REVISION),
+            ("aliases", "name, alias, targets, previous, generation, updated"),
+        ):
+            for digest, *values in self._query(
+                f"SELECT digest, {columns} FROM {table} WHERE name = ?", (name,)
+            ):
+                count += digest != row_digest(table, *values)
+        return count
+
+    def restore_labels(self) -> bool:
+        """Make the table that is searched by label what the revisions' rows say. True if it
+        was something else: it has no digests of its own."""
+        stored = "SELECT name, revision, key, value FROM labels"
+        ((differs,),) = self._query(
+            f"SELECT EXISTS ({stored} EXCEPT {_LABELS}) OR EXISTS ({_LABELS} EXCEPT {stored})"
+        )
+        if differs:
+            _log.error(
+                "the labels that listings are searched by were damaged; they are restored"
+            )
+            with self.change() as change:
+                change.restore_labels(_LABELS)
+        return bool(differs)
+
     def aliases(self) -> tuple[AliasRow, ...]:
         """Every alias, in order of name and alias; not those whose row is damaged."""
         return tuple(alias for group in self._aliases()[0].values() for alias in group)
@@ -299,6 +332,25 @@ class Catalog:
                 last[name, revision] = event
         return {revision for (_, revision), event in last.items() if event in BEGINNINGS}
 
+    def revisions_of(self, name: str) -> set[str]:
+        """All revisions of a name: those in damaged rows, too, and those of which the history
+        tells a beginning and no end."""
+        rows = self._query("SELECT revision FROM revisions WHERE name = ?", (name,))
+        found = {text for (text,) in rows if isinstance(text, str) and _HEX.fullmatch(text)}
+        for _, *values, digest in self._query(
+            "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "
+            "FROM history WHERE name = ? ORDER BY sequence",
+            (name,),
+        ):
+            event, revision = values[2], values[3]
+            if digest != row_digest("history", *values):
+                continue
+            if event in BEGINNINGS:
+                found.add(revision)
+            elif event in ENDS:
+                found.discard(revision)
+        return found
+
     def revision(self, name: str, revision: str) -> RevisionRow | None:
         """One revision, or None where it is gone. Raises AdapterCorrupt for a damaged row."""
         rows = self._query(
@@ -351,7 +403,7 @@ class Catalog:
             parameters += pair
         sql += f" ORDER BY {at}.name LIMIT ?"
         rows = self._query(sql, [*parameters, limit])
-        found = _rows(rows)
+        found = tuple(row for row in _rows(rows) if labels.items() <= row.labels.items())
         if len(found) < len(rows) == limit:  # what is left out must not look like the end
             beyond = self.page(prefix, labels, str(rows[-1][0]), limit - len(found))
             return found + beyond

@@ -117,7 +117,9 @@ class Change:
 
     def delete_name(self, name: str) -> None:
         """Forget a name with its revisions and aliases."""
-        self._db.execute("DELETE FROM names WHERE name = ?", (name,))
+        # Not by the reference alone: the name's own row may be damaged.
+        for table in ("labels", "aliases", "revisions", "names"):
+            self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
     def delete_revisions(self, name: str, revisions: Sequence[str]) -> None:
         """Forget some revisions of a name, which stays without a current one if that
@@ -164,6 +166,11 @@ class Change:
             "INSERT INTO labels VALUES (?, ?, ?, ?)",
             [(name, revision, key, value) for key, value in labels.items()],
         )
+
+    def restore_labels(self, rows: str) -> None:
+        """Fill the table that is searched by label with what this query gives."""
+        self._db.execute("DELETE FROM labels")
+        self._db.execute(f"INSERT INTO labels {rows}")
 
     def set_retain(self, name: str, retain: int) -> None:
         """How many superseded revisions a name keeps."""

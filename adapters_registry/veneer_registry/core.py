@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Final
 
 from veneer_registry import registration
@@ -20,7 +21,7 @@ from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
-from veneer_registry.errors import EtagMismatch, VeneerError
+from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
 from veneer_registry.format import manifest_from_json
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
@@ -100,23 +101,56 @@ class Core:
         )
 
     def sweep(self) -> int:
-        """Remove content that no name and no lease needs. Returns folders removed."""
+        """Remove content that no name and no lease needs. Returns folders removed.
+
+        While rows of the catalog are damaged, content that one of them may mean stays, and
+        the rest goes to quarantine.
+        """
         with self.changes:
             garbage = self.index.take_garbage()
-            if not garbage.weights and not garbage.revisions:
-                return 0
+            weights, revisions = garbage.weights, garbage.revisions
+            trash: Path | None = None
             try:
+                if self.index.any_damaged and (weights or revisions):
+                    needed = self._registered_beside_the_index()
+                    weights, revisions = weights - needed, revisions - needed
+                if not weights and not revisions:
+                    return 0
                 with self.change(SERVER) as change:
-                    change.forget_files((*garbage.weights, *garbage.revisions))
-                    healed = [change.release(digest) for digest in garbage.weights]
+                    change.forget_files((*weights, *revisions))
+                    healed = [change.release(digest) for digest in weights]
                 if any(healed):
                     self.index.set_quarantined(self.catalog.quarantined())
-                trash = self.store.discard(garbage.weights, garbage.revisions)
+                if self.index.any_damaged:
+                    self.store.set_aside(weights, revisions)
+                else:
+                    trash = self.store.discard(weights, revisions)
             except BaseException:
                 self.index.put_back(garbage)
                 raise
-        self.store.drop_staging(trash)
-        return len(garbage.weights) + len(garbage.revisions)
+        if trash is not None:
+            self.store.drop_staging(trash)
+        return len(weights) + len(revisions)
+
+    def _registered_beside_the_index(self) -> set[str]:
+        """Weights and revisions that the store has registered under some name and the index
+        does not have: a damaged row of the catalog may mean them.
+
+        Raises:
+            AdapterCorrupt: it cannot be told.
+        """
+        needed: set[str] = set()
+        for revision in self.store.present()[1] - self.index.revisions():
+            if self.store.registrations(revision):
+                try:
+                    weights = self.store.bundle(revision).weights
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    raise AdapterCorrupt(
+                        "nothing is removed while the catalog has damaged rows and "
+                        f"bundle.json of {revision[:12]} cannot be read: {error}"
+                    ) from error
+                needed |= {revision, weights}
+        return needed
 
     def sweep_quietly(self) -> None:
         """`sweep` after a change that stands whatever becomes of this: what cannot be removed

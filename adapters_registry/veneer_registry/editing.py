@@ -241,6 +241,8 @@ class Editor:
                     metadata={"leases": str(leases)},
                 )
             aliases = tuple(_forgetting(alias, gone) for alias in entry.aliases)
+            if not left:  # those in damaged rows go, too, and must not come back
+                gone += tuple(sorted(core.catalog.revisions_of(plain) - set(gone)))
             with core.change(who) as change:
                 for revision in gone:
                     change.note("deleted", plain, revision)
@@ -262,6 +264,7 @@ class Editor:
                 self._put(plain, kept)
             else:
                 core.index.remove(plain)
+                core.index.set_damaged(plain, 0)
             core.unregister(plain, gone)
         core.sweep_quietly()
         return gone

@@ -155,7 +155,7 @@ class ContextTooLong(InvalidArgument):
 
 
 class MalformedMessage(InvalidArgument):
-    """The bytes of the request are no message of this call (metadata ``message``)."""
+    """The bytes of the request are not a message of this call (metadata ``message``)."""
 
     reason = "MALFORMED_MESSAGE"
 

@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise _bad_base(f"{folder / _INDEX} is damaged; download it again") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
-                raise _bad_base(f"{_INDEX} names {name!r}, which is no file of the folder")
+                raise _bad_base(f"{_INDEX} names {name!r}, which is not in the folder")
             if not (folder / name).is_file():
                 raise _bad_base(f"{folder} lacks {name}; download the base model again")
         return [folder / name for name in names]

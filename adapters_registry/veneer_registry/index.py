@@ -297,10 +297,18 @@ class Index:
         """The catalog has damaged rows about a name."""
         return name in self._damaged
 
-    def mended(self, name: str) -> None:
-        """The row of a name, and of its current revision, was written anew."""
+    @property
+    def any_damaged(self) -> bool:
+        """The catalog has damaged rows, which may mean content that no entry here has."""
+        return bool(self._damaged)
+
+    def set_damaged(self, name: str, rows: int) -> None:
+        """So many rows about a name are damaged now."""
         with self._lock:
-            self._damaged.pop(name, None)
+            if rows:
+                self._damaged[name] = rows
+            else:
+                self._damaged.pop(name, None)
 
     def lost_adapters(self) -> tuple[AdapterRef, ...]:
         """Revisions whose content is not on disk, by name."""

@@ -99,7 +99,7 @@ def _read(path: Path) -> str | None:
         match = _LINE.fullmatch(data.decode("ascii"))
         if match is not None and _line(match[1]) == data:
             return match[1]
-    _log.warning("%s is damaged and is written anew", path)
+    _log.warning("%s is damaged and will be rewritten", path)
     return None
 
 

@@ -362,7 +362,8 @@ class Publisher:
             moved, revisions=moved.without(gone), foreign=moved.foreign - set(gone)
         )
         core.index.put(row.name, kept)
-        core.index.mended(row.name)
+        if core.index.damaged(row.name):
+            core.index.set_damaged(row.name, core.catalog.damaged_rows(row.name))
         if dropped:
             try:
                 core.drop_superseded(row.name, kept, dropped)
@@ -372,7 +373,7 @@ class Publisher:
         return Published(record, True, replaced, record.manifest.warnings, dropped)
 
     def _is_sound(self, row: RevisionRow) -> bool:
-        """The rows of what a name means now are whole. Else the push writes them anew."""
+        """The rows of what a name means now are whole. Otherwise the push rewrites them."""
         if self._core.index.damaged(row.name):
             return False
         try:

@@ -59,6 +59,7 @@ def recover(
         StoreMismatch: the catalog has lost rows that it must have had.
     """
     base_id = base_identity(base)
+    catalog.restore_labels()
     weights, revisions = store.present()
     quarantined = catalog.quarantined()
     index.set_quarantined(quarantined)

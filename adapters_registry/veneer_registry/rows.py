@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from veneer_registry.errors import AdapterCorrupt
 
 __all__ = [
+    "BEGINNINGS",
+    "ENDS",
     "SERVER",
     "AliasRow",
     "HistoryRow",
@@ -19,10 +22,18 @@ __all__ = [
 ]
 
 
+BEGINNINGS: Final = ("published", "replaced", "lost")
+"""Events of the history after which a revision has a row. An older Veneer noted as lost, and
+forgot, what it did not find at one start."""
+
+ENDS: Final = ("deleted", "superseded")
+"""Events after which it has none."""
+
+
 def damaged_row(adapter: str) -> AdapterCorrupt:
     """The error for a row of the catalog that is not what was written."""
     return AdapterCorrupt(
-        f"what the catalog holds about adapter {adapter} is damaged; push the adapter again, "
+        f"the catalog entry of adapter {adapter} is damaged; push the adapter again, "
         "or stop the server and run `veneer-server store recover`",
         metadata={
             "adapter": adapter,

@@ -175,7 +175,7 @@ def _tensor(
         allowed = ", ".join(limits.bits)
         refuse(file, f"has dtype {show(dtype)}; save it as one of {allowed}", tensor=name)
     if not _sizes(shape):
-        refuse(file, f"has a shape that is no list of sizes: {show(shape)}", tensor=name)
+        refuse(file, f"has a shape that is not a list of sizes: {show(shape)}", tensor=name)
     if len(shape) > limits.dimensions:
         refuse(file, f"has {len(shape)} dimensions; at most {limits.dimensions}", tensor=name)
     if shape and not (limits.smallest <= min(shape) and max(shape) <= limits.largest):

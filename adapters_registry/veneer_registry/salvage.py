@@ -13,12 +13,19 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from veneer_registry.adapter import check_name
-from veneer_registry.catalog import BEGINNINGS, ENDS
 from veneer_registry.errors import VeneerError
 from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.manifest_json import manifest_from_json
 from veneer_registry.pairing import STORE_FACT, Survey
-from veneer_registry.rows import AliasRow, HistoryRow, ResidentRow, RevisionRow, Who
+from veneer_registry.rows import (
+    BEGINNINGS,
+    ENDS,
+    AliasRow,
+    HistoryRow,
+    ResidentRow,
+    RevisionRow,
+    Who,
+)
 from veneer_registry.schema import VERSION, version_of
 
 __all__ = ["NameState", "Salvaged", "salvage"]

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from veneer_registry.disk import create_file
+from veneer_registry.disk import create_file, sync
 from veneer_registry.errors import CatalogDamaged, FailedPrecondition
 from veneer_registry.integrity import add_functions
 
@@ -201,4 +201,6 @@ def _keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
     create_file(partial)  # private, which SQLite would leave to the umask
     with contextlib.closing(sqlite3.connect(partial)) as target:
         connection.backup(target)
+    sync(partial)
     partial.replace(copy)
+    sync(copy.parent)

@@ -35,7 +35,7 @@ def verify(
     tell(
         f"{found.names} names, {found.revisions} revisions, {found.weights} weights, "
         f"{found.bytes / _MIB:.1f} MiB: "
-        + (f"{len(found.damaged)} damaged" if found.damaged else "all whole")
+        + (f"{len(found.damaged)} damaged" if found.damaged else "all intact")
     )
     for damage in found.damaged:
         tell(f"  damaged {damage.kind} {damage.digest[:12]}: {damage.why}")
@@ -89,9 +89,9 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
         + (f", {found.aliases} aliases" if found.changed else "")
     )
     for spec in found.from_store:
-        tell(f"  {spec}: from the store, the catalog did not have it")
+        tell(f"  {spec}: recovered from the store")
     for name, revision in found.current.items():
-        tell(f"  {name} means {revision[:12]} now")
+        tell(f"  {name} now points to {revision[:12]}")
     for name in found.nameless:
         tell(f"  {name}: its name is not known; push it under its own name and delete this one")
     for spec in found.missing:

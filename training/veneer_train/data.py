@@ -137,7 +137,7 @@ def _object(path: Path, number: int, line: str) -> Any:
         _fail(
             path,
             number,
-            f"holds half of a surrogate pair (\\u{half:04x}), which is no text: write the "
+            f"holds half of a surrogate pair (\\u{half:04x}), which is not text: write the "
             "whole character, or remove it",
         )
     except RecursionError:
@@ -157,7 +157,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, str]]:

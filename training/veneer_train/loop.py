@@ -155,7 +155,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
-        why, fix = "is no folder", "remove it, or choose another"
+        why, fix = "is not a folder", "remove it, or choose another"
     elif not any(folder.iterdir()):
         return
     elif not overwrite:

@@ -158,7 +158,8 @@ def measure(
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidField(
-                f"{adapter} is no adapter for this base: {error}", metadata={"field": "adapter"}
+                f"{adapter} is not an adapter for this base: {error}",
+                metadata={"field": "adapter"},
             ) from error
         found.append(
             _measured(f"{name} base + adapter", model, tokenizer, samples, batch, told)

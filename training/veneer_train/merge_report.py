@@ -144,7 +144,7 @@ def merge_and_compare(
         )
     if not (adapter / "adapter_config.json").is_file():
         raise InvalidField(
-            f"{adapter} is no adapter folder (no adapter_config.json)",
+            f"{adapter} is not an adapter folder (it has no adapter_config.json)",
             metadata={"field": "adapter"},
         )
     quant = quant_of(adapter)

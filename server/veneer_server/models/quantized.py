@@ -82,7 +82,7 @@ class QuantizedCache:
                     sealed.verify()
         except Damaged as damage:
             log.warning(
-                "the cached 4-bit weights %s are not used, and made again: %s",
+                "the cached 4-bit weights %s are damaged and will be rebuilt: %s",
                 self.folder,
                 damage,
             )

@@ -236,7 +236,7 @@ def try_out(file: Path) -> str:
         os.close(fd)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise NativeUnavailable(f"the compiled kernels end their process by {name}; {fix}")
+        raise NativeUnavailable(f"the compiled kernels crash with {name}; {fix}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise NativeUnavailable(f"the compiled kernels do not run here: {last}; {fix}")

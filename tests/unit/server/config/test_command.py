@@ -102,7 +102,7 @@ def test_store_recover_says_what_it_did(tmp_path: Path) -> None:
     (data / "catalog.sqlite").write_bytes(b"not a catalog")
     done = command("store", "recover", "--data-dir", str(data))
     assert done.returncode == 0
-    assert f"chat means {revision[:12]} now" in done.stdout
+    assert f"chat now points to {revision[:12]}" in done.stdout
     assert "the old catalog is kept" in done.stdout
     assert "are lost" in done.stdout
     with Registry.open(data, BASE) as registry:
