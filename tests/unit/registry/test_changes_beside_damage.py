@@ -3,6 +3,8 @@ named stays in the store, and what was deleted stays deleted."""
 
 from __future__ import annotations
 
+import random
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from veneer_registry import rebuild
 from veneer_registry.errors import AdapterCorrupt, AdapterNotFound
+from veneer_registry.format import read_adapter
 from veneer_registry.registry import Registry
 
 from tests.unit.registry.kit import BASE, push
@@ -150,3 +153,54 @@ def test_labels_that_are_searched_are_those_of_the_rows(data: Path, adapters: Ad
         spoil(data, "UPDATE labels SET value = 'blue' WHERE name = 'one' AND key = 'team'")
         assert found(registry, team="blue") == ["two"], "a row is shown as what it is not"
         assert found(registry, team="blue", tier="gold") == []
+
+
+COLUMNS = {
+    "revisions": ("name", "revision", "weights", "base", "created", "labels", "bytes"),
+    "names": ("name", "current", "generation", "retain"),
+}
+
+
+def test_any_changes_beside_any_damaged_row(tmp_path: Path, adapters: Adapters) -> None:
+    """What nobody deleted or replaced is there after a recovery; what was deleted is not."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    draw = random.Random(seed)
+    content = {"one": 1, "twin": 1, "two": 2, "pair": 2, "three": 3}
+    whole = tmp_path / "whole"
+    with Registry.open(whole, BASE) as registry:
+        for name, number in content.items():
+            push(registry, name, adapters(number))
+    for number in range(40):
+        data = tmp_path / f"case-{number}"
+        shutil.copytree(whole, data)
+        table = draw.choice(list(COLUMNS))
+        column, victim = draw.choice(COLUMNS[table]), draw.choice(list(content))
+        spoil(data, f"UPDATE {table} SET {column} = 'x' || {column} WHERE name = ?", victim)
+        case = f"case {number}: {table}.{column} of {victim}"
+        means = dict(content)
+        with Registry.open(data, BASE) as registry:
+            for name in draw.sample(list(content), 2):
+                change = draw.choice(["delete", "push", "drop"])
+                case += f", {change} {name}"
+                try:
+                    if change == "delete":
+                        registry.delete(name)
+                        del means[name]
+                    else:
+                        replacement = draw.randrange(4, 6)
+                        push(registry, name, adapters(replacement), allow_replace=True)
+                        means[name] = replacement
+                        if change == "drop":
+                            registry.update(name, retain=0)
+                except AdapterCorrupt:  # its name's own row is the damaged one
+                    assert name == victim, case
+        rebuild.recover(data)
+        with Registry.open(data, BASE) as registry:
+            found = {record.ref.name: record.ref for record in registry.list()}
+            assert found.keys() == means.keys(), case
+            for name, kind in means.items():
+                expected = read_adapter(adapters(kind), BASE).weights_digest
+                assert found[name].weights_digest == expected, (case, name)
+                registry.acquire(name).release()
+        shutil.rmtree(data)
