@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Final
 
 __all__ = ["missing_extra", "run_with_extra"]
 
-_OWN: Final = "veneer_"
-_GATEWAY: Final = frozenset({"fastapi", "uvicorn", "starlette"})
+_REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+).*extra == ['\"]([a-z]+)['\"]")
+
+_NAMES: Final = {"pyyaml": "yaml"}
+"""Distributions whose module is not called as they are."""
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
-    """What to install for a module that is not there; None where it is one of ours."""
+    """What to install for a module that is not there; None for a module of no extra: that is
+    a bug, or a broken installation.
+
+    Args:
+        extra: whose program this is.
+    """
     name = (error.name or "").partition(".")[0]
-    if not name or name.startswith(_OWN):
+    extras = _extras()
+    if not any(name in modules for modules in extras.values()):
         return None
-    extra = "gateway" if name in _GATEWAY else extra
+    extra = "gateway" if name in extras["gateway"] else extra
     return f"the package {name} is not installed: pip install 'veneer[{extra}]'"
+
+
+def _extras() -> dict[str, set[str]]:
+    """Modules of each extra, as the installed package declares them."""
+    found: dict[str, set[str]] = {}
+    for requirement in metadata.requires("veneer") or ():
+        match = _REQUIREMENT.match(requirement)
+        if match is not None:
+            package, extra = match[1].lower(), match[2]
+            found.setdefault(extra, set()).add(_NAMES.get(package, package.replace("-", "_")))
+    return found
 
 
 def run_with_extra(program: str, extra: str, find: Callable[[], Callable[[], None]]) -> None:

@@ -197,6 +197,20 @@ def test_a_missing_extra_is_named(
     )
 
 
+def test_a_missing_package_of_no_extra_is_shown_with_its_trace() -> None:
+    """A broken installation, or a bug of ours: another extra would not help."""
+    code = (
+        "import sys; sys.modules['email'] = None\n"
+        "from veneer_registry.extras import run_with_extra\n"
+        "run_with_extra('veneer-train', 'train', lambda: __import__('email'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "Traceback" in done.stderr
+    assert "pip install" not in done.stderr
+
+
 def test_no_cuda_device_is_one_sentence(base_folder: Path, tmp_path: Path) -> None:
     done = command(
         *("--base", str(base_folder), "--device", "cuda", "--data-dir", str(tmp_path / "d")),
