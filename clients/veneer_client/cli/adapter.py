@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from veneer_registry.adapter import Tier
+from veneer_registry.command_line import Program
 from veneer_registry.errors import InvalidField
 
 from veneer_client.cli import alias, changes, push, watch
@@ -30,13 +31,11 @@ from veneer_client.client import Client
 
 __all__ = ["adapter_cli"]
 
-adapter_cli = typer.Typer(
+adapter_cli = Program(
     help="Publish, inspect, move, name and remove adapters.",
     epilog="Examples:\n\n  veneer adapter push runs/sql/adapter --name sql\n\n"
     "  veneer adapter ls --tier device\n\n  veneer adapter watch\n\n"
     "  veneer adapter alias sql/prod 1a2b3c4d5e6f\n\n  veneer adapter rollback sql",
-    no_args_is_help=True,
-    rich_markup_mode=None,
 )
 
 adapter_cli.command(epilog=push.EXAMPLES)(push.push)
