@@ -18,11 +18,11 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
+from veneer_client.cli.details import detail_rows
 from veneer_client.cli.show import (
     adapter_table,
     as_json,
     byte_size,
-    detail_rows,
     print_rows,
     print_table,
 )
@@ -106,11 +106,14 @@ def ps(
 
 @adapter_cli.command(
     epilog="Examples:\n\n  veneer adapter show sql\n\n  veneer adapter show sql@1a2b3c4d5e6f"
-    "\n\n  veneer adapter show sql/prod"
+    "\n\n  veneer adapter show sql/prod\n\n  veneer adapter show sql --full"
 )
 def show(
     context: typer.Context,
     name: AnyNameArgument,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also etag, digests and its training manifest.")
+    ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -121,7 +124,7 @@ def show(
         if json_:
             print(as_json(details))
             return
-        print_rows(detail_rows(details))
+        print_rows(detail_rows(details, full=full))
 
 
 @adapter_cli.command(
@@ -212,7 +215,7 @@ def rm(
         ),
     ],
     etag: Annotated[
-        str, typer.Option("--etag", help="Only if it is still this (see `show`).")
+        str, typer.Option("--etag", help="Only if it is still this (see `show --full`).")
     ] = "",
     mode: ModeOption = MODES[0],
     json_: JsonFlag = False,
