@@ -180,7 +180,8 @@ def call(
 ) -> None:
     """Call any method with JSON, as the server describes it (gRPC reflection)."""
     address = find_server(context, server)
-    with errors_shown(context, debug), ReflectionClient(address) as client:
+    # Who calls methods by their names knows fields by theirs.
+    with errors_shown(context, debug, str), ReflectionClient(address) as client:
         if method:
             body = sys.stdin.read() if request == "-" else request
             for answer in client.call(method, body, timeout_s=timeout):
