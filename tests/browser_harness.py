@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-__all__ = ["chromium", "dump_dom", "screenshot"]
+__all__ = ["Scheme", "chromium", "dump_dom", "screenshot"]
 
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -24,18 +25,24 @@ def chromium() -> str:
     return found
 
 
-def dump_dom(page: Path, width: int, work: Path) -> str:
+Scheme = Literal["light", "dark"]
+"""What the reader's system prefers."""
+
+
+def dump_dom(page: Path, width: int, work: Path, scheme: Scheme = "light") -> str:
     """The document after its scripts have run, in a window so many pixels wide."""
-    return _run(page, work, f"--window-size={width},900", "--dump-dom")
+    return _run(page, work, scheme, f"--window-size={width},900", "--dump-dom")
 
 
-def screenshot(page: Path, file: Path, size: tuple[int, int], work: Path) -> None:
+def screenshot(
+    page: Path, file: Path, size: tuple[int, int], work: Path, scheme: Scheme = "light"
+) -> None:
     """The upper left of the page, as a PNG of ``size`` pixels."""
     width, height = size
-    _run(page, work, f"--window-size={width},{height}", f"--screenshot={file}")
+    _run(page, work, scheme, f"--window-size={width},{height}", f"--screenshot={file}")
 
 
-def _run(page: Path, work: Path, *flags: str) -> str:
+def _run(page: Path, work: Path, scheme: Scheme, *flags: str) -> str:
     """Without a network, and with a profile of its own under ``work``."""
     done = subprocess.run(
         [
@@ -50,6 +57,7 @@ def _run(page: Path, work: Path, *flags: str) -> str:
             "--no-first-run",
             "--hide-scrollbars",
             "--force-device-scale-factor=1",
+            f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
             f"--user-data-dir={work / 'chromium'}",
             *flags,
             page.resolve().as_uri(),

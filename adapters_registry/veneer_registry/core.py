@@ -195,6 +195,6 @@ def check_etag(name: str, entry: Entry | None, etag: str) -> None:
     if etag and etag != now:
         raise EtagMismatch(
             f"adapter {name!r} has etag {now or 'none'}, not {etag[:40]}: it was "
-            "changed meanwhile; read it again",
+            "changed meanwhile; read it again with `GetAdapter`",
             metadata={"adapter": name, "etag": now},
         )

@@ -216,7 +216,7 @@ class Editor:
         plain, mark, _ = split_spec(spec)
         if mark == "/":
             raise InvalidField(
-                f"{spec[:80]!r} is an alias: remove it with SetAlias, or delete a revision",
+                f"{spec[:80]!r} is an alias: remove it with `SetAlias`, or delete a revision",
                 metadata={"field": "name"},
             )
         core = self._core
@@ -236,8 +236,8 @@ class Editor:
             leases = sum(core.index.leases(revision) for revision in gone)
             if unless_leased and leases:
                 raise AdapterInUse(
-                    f"adapter {spec} is used by {leases} request(s); wait, or delete with mode "
-                    "DRAIN or ABORT",
+                    f"adapter {spec} is used by {leases} request(s); wait, or delete with "
+                    "`mode` drain or abort",
                     metadata={"leases": str(leases)},
                 )
             aliases = tuple(_forgetting(alias, gone) for alias in entry.aliases)

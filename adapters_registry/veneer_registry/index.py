@@ -200,7 +200,7 @@ class Index:
         metadata = {"adapter": name}
         near = self._near.nearest(name, self._names)
         if near is None:
-            hint = "push it first, or list the names with ListAdapters"
+            hint = "push it first, or list the names with `ListAdapters`"
         else:
             metadata["did_you_mean"] = near
             hint = f"did you mean {near!r}?"

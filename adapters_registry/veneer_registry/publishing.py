@@ -308,7 +308,7 @@ class Publisher:
         if entry.current.revision != revision:
             raise AdapterExists(
                 f"adapter {request.name!r} holds other content ({entry.current.short}); "
-                "allow replacing it (--replace), or choose another name",
+                "replace it with `allow_replace`, or choose another name",
                 metadata={"adapter": request.name, "current": entry.current.revision},
             )
 

@@ -75,7 +75,11 @@ def _check_file(file: UploadFile, max_adapter_bytes: int) -> None:
     limit = ALLOWED_FILES[file.name]
     most = max_adapter_bytes if limit is None else limit
     if not 1 <= file.size <= most:
-        fix = "raise --max-adapter-bytes" if file.name == WEIGHTS_FILE else "make it smaller"
+        fix = (
+            "start the server with a larger --max-adapter-bytes"
+            if file.name == WEIGHTS_FILE
+            else "make it smaller"
+        )
         raise AdapterInvalid(
             f"{file.name} is announced with {file.size} bytes; 1 to {most} are allowed: {fix}",
             metadata={"file": file.name, "why": "size", "limit": str(most)},

@@ -5,21 +5,28 @@ from __future__ import annotations
 import signal
 import sys
 
-import typer
 from veneer_client.cli.context import VersionFlag
+from veneer_registry.command_line import Program
 
 from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
 
 __all__ = ["cli", "main"]
 
-cli = typer.Typer(
-    help="Measure a Veneer server, and peers beside it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_EXAMPLES = """
+Examples:
+
+  veneer-loadtest run --spawn --streams 8 --html run.html     a load and its page
+
+  veneer-loadtest find-max --spawn --slo ttft=1s              the highest rate
+
+  veneer-loadtest swap --spawn                                cost of a change
+
+  veneer-loadtest report before.json after.json               side by side
+
+  veneer-loadtest --install-completion                        Tab completes
+"""
+
+cli = Program(help="Measure a Veneer server, and peers beside it.", epilog=_EXAMPLES)
 
 
 @cli.callback()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from veneer_registry.command_line import Group, Program
 from veneer_registry.errors import VeneerError
 from veneer_registry.extras import missing_extra
 
@@ -39,29 +40,51 @@ Examples:
 
   veneer-server doctor                           what would serve on this machine
 
+  veneer-server --install-completion             Tab completes commands and flags
+
 Without a subcommand, `serve` runs; `veneer-server serve --help` lists its flags. Each flag is
 also a key of the --config file (max_queue = 64) and a variable (VENEER_MAX_QUEUE=64); the
 flag wins, then the variable, then the file.
 """
 
-cli = typer.Typer(
+_TOP_FLAGS: Final = (
+    "-h",
+    "--help",
+    "--version",
+    "--install-completion",
+    "--show-completion",
+)
+
+
+class _ServeByDefault(Group):
+    """Flags without a subcommand belong to `serve`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = args and args[0].startswith("-") and args[0] not in _TOP_FLAGS
+        if flags or (not args and not ctx.resilient_parsing):
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            found += self.commands["serve"].shell_complete(ctx, incomplete)
+        return found
+
+
+cli = Program(
     help="Serve many LoRA adapters from one resident NF4 base model, over gRPC.",
     epilog=_EXAMPLES,
+    cls=_ServeByDefault,
     no_args_is_help=False,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-model_cli = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
+model_cli = Program(help="Base models on this machine.")
 cli.add_typer(model_cli, name="model")
-store_cli = typer.Typer(help="The adapters in a data folder.", no_args_is_help=True)
+store_cli = Program(help="The adapters in a data folder.")
 cli.add_typer(store_cli, name="store")
 
 _ALIASES: Final = {"base": ("--model",)}
 """What other servers call them."""
-
-_TOP_FLAGS: Final = ("-h", "--help", "--version")
 
 _SWITCH_S: Final = 0.0005
 """How long the event loop waits for the interpreter's lock while another thread decodes a large
@@ -186,16 +209,19 @@ def _listen(host: str | None, port: str | None, flags: Mapping[str, Any]) -> dic
     return {"listen": f"{found}:{usual_port if port is None else port}"}
 
 
+_Name = Annotated[str, typer.Argument(help="smollm2-135m, or a hub name.")]
+
+
 @model_cli.command("import")
 @_with_flags(_CACHE)
-def import_model(name: str, *, debug: _Debug = False, **flags: Any) -> None:
+def import_model(name: _Name, *, debug: _Debug = False, **flags: Any) -> None:
     """Fetch and convert a base model, for example smollm2-135m; print its folder."""
     _guarded(lambda: _resolve(name, flags), debug)
 
 
 @model_cli.command("path")
 @_with_flags(_CACHE)
-def model_path(name: str, *, debug: _Debug = False, **flags: Any) -> None:
+def model_path(name: _Name, *, debug: _Debug = False, **flags: Any) -> None:
     """Print the local Hugging Face folder of a base model; fetch it if need be."""
     _guarded(lambda: _resolve(name, flags), debug)
 
@@ -390,11 +416,8 @@ def _fail(line: str, error: Exception) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point. Flags without a subcommand belong to `serve`."""
-    arguments = sys.argv[1:]
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in _TOP_FLAGS):
-        arguments = ["serve", *arguments]
-    cli(arguments)
+    """Entry point."""
+    cli()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, cast
 
+from veneer_registry.bundled_base import CACHE_DIR
 from veneer_registry.errors import VeneerError
 
 __all__ = ["OPTIONS", "Address", "ConfigInvalid", "Option", "ServerConfig", "load_config"]
@@ -344,7 +345,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "Allow addresses that other machines can reach, without authentication."),
     Option("data_dir", "~/.local/share/veneer", "DIR", _path,
            "Adapters and their catalog; one server owns it."),
-    Option("cache_dir", "~/.cache/veneer", "DIR", _path,
+    Option("cache_dir", CACHE_DIR, "DIR", _path,
            "Imported bases and 4-bit checkpoints; may be shared and deleted."),
     Option("device", "auto", "auto|cpu|cuda", _one_of("auto", "cpu", "cuda"),
            "Where the model runs; auto takes CUDA if there is one."),

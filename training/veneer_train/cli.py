@@ -6,17 +6,30 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from veneer_registry.command_line import Program
 
 from veneer_train.commands import adapter, base, data, lab, train
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+_EXAMPLES = """
+Examples:
+
+  veneer-train data sql --out sql                       a data set
+
+  veneer-train plan --base smollm2-135m --preset quick  memory of a run
+
+  veneer-train train examples/configs/sql.yaml --base smollm2-135m
+
+  veneer-train verify my-sql --base smollm2-135m        is it whole
+
+  veneer-train --install-completion                     Tab completes
+"""
+
+app = Program(
     name="veneer-train",
     help="Train LoRA adapters in the server's own format.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXAMPLES,
 )
 
 

@@ -18,6 +18,7 @@ from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.errors import InvalidField
 
 from veneer_train.answers import measure_tasks
+from veneer_train.base_folder import resolve_base
 from veneer_train.checkpoint import Checkpoint, Checkpoints, disk_errors
 from veneer_train.checks import Score
 from veneer_train.config import TrainConfig
@@ -37,7 +38,6 @@ from veneer_train.model import (
     load_base,
     load_tokenizer,
     read_template,
-    resolve_base,
     training_device,
 )
 from veneer_train.push import Moment

@@ -23,7 +23,6 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "read_template",
-    "resolve_base",
     "stored_quantization",
     "training_device",
 ]
@@ -36,42 +35,6 @@ def training_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def resolve_base(path: str) -> Path:
-    """The base's folder. A hub name (``owner/model``) is downloaded by its library.
-
-    Raises:
-        InvalidField: there is no such folder, and no hub could give it.
-    """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    fix = (
-        "give a Hugging Face folder as model.path or with --base, for example "
-        '--base "$(veneer-server model path smollm2-135m)"'
-    )
-    if folder.exists() or path.count("/") != 1:
-        raise InvalidField(
-            f"{path!r} is not a model folder (no config.json): {fix}",
-            metadata={"field": "model.path"},
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InvalidField(
-            f"{path!r} is neither a folder nor a model that the hub gives: {fix}",
-            metadata={"field": "model.path"},
-        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:

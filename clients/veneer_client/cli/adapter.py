@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from veneer_registry.adapter import Tier
+from veneer_registry.command_line import Program
 from veneer_registry.errors import InvalidField
 
 from veneer_client.cli import alias, changes, push, watch
@@ -17,11 +18,11 @@ from veneer_client.cli.context import (
     errors_shown,
     find_server,
 )
+from veneer_client.cli.details import detail_rows
 from veneer_client.cli.show import (
     adapter_table,
     as_json,
     byte_size,
-    detail_rows,
     print_rows,
     print_table,
 )
@@ -30,13 +31,11 @@ from veneer_client.client import Client
 
 __all__ = ["adapter_cli"]
 
-adapter_cli = typer.Typer(
+adapter_cli = Program(
     help="Publish, inspect, move, name and remove adapters.",
     epilog="Examples:\n\n  veneer adapter push runs/sql/adapter --name sql\n\n"
     "  veneer adapter ls --tier device\n\n  veneer adapter watch\n\n"
     "  veneer adapter alias sql/prod 1a2b3c4d5e6f\n\n  veneer adapter rollback sql",
-    no_args_is_help=True,
-    rich_markup_mode=None,
 )
 
 adapter_cli.command(epilog=push.EXAMPLES)(push.push)
@@ -107,11 +106,14 @@ def ps(
 
 @adapter_cli.command(
     epilog="Examples:\n\n  veneer adapter show sql\n\n  veneer adapter show sql@1a2b3c4d5e6f"
-    "\n\n  veneer adapter show sql/prod"
+    "\n\n  veneer adapter show sql/prod\n\n  veneer adapter show sql --full"
 )
 def show(
     context: typer.Context,
     name: AnyNameArgument,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also etag, digests and its training manifest.")
+    ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -122,7 +124,7 @@ def show(
         if json_:
             print(as_json(details))
             return
-        print_rows(detail_rows(details))
+        print_rows(detail_rows(details, full=full))
 
 
 @adapter_cli.command(
@@ -213,7 +215,7 @@ def rm(
         ),
     ],
     etag: Annotated[
-        str, typer.Option("--etag", help="Only if it is still this (see `show`).")
+        str, typer.Option("--etag", help="Only if it is still this (see `show --full`).")
     ] = "",
     mode: ModeOption = MODES[0],
     json_: JsonFlag = False,

@@ -61,7 +61,12 @@ EtagOption = Annotated[
 
 def alias(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME/ALIAS", autocompletion=adapter_names)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME/ALIAS", help="The alias to set.", autocompletion=adapter_names
+        ),
+    ],
     revision: Annotated[
         str,
         typer.Argument(

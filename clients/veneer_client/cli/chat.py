@@ -25,6 +25,7 @@ from veneer_client.cli.generate import (
     given,
 )
 from veneer_client.cli.show import summary
+from veneer_client.cli.words import in_cli_words
 from veneer_client.client import Client
 from veneer_client.types import BoundOptions, ChatMessage
 
@@ -124,7 +125,9 @@ class Session:
                     if not self.take(line):
                         return
                 except VeneerError as error:
-                    self._notes.print(f"[red]error:[/red] {escape(error.message)}")
+                    self._notes.print(
+                        f"[red]error:[/red] {escape(in_cli_words(error.message))}"
+                    )
 
     def script(self) -> None:
         """Each line of standard input is a message; the first error ends it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from rich.markup import escape
 from veneer_registry.errors import VeneerError
 
 from veneer_client.address import DEFAULT_ADDRESS
+from veneer_client.cli.words import in_cli_words
 
 __all__ = [
     "DebugFlag",
@@ -77,8 +78,14 @@ def find_server(context: typer.Context, server: str | None) -> str | None:
 
 
 @contextmanager
-def errors_shown(context: typer.Context, debug: bool) -> Iterator[None]:
-    """Turn a `VeneerError` into one line on standard error and exit status 1."""
+def errors_shown(
+    context: typer.Context, debug: bool, say: Callable[[str], str] = in_cli_words
+) -> Iterator[None]:
+    """Turn a `VeneerError` into one line on standard error and exit status 1.
+
+    Args:
+        say: its message in the caller's words.
+    """
     place = context.find_object(Place) or Place()
     try:
         yield
@@ -89,5 +96,5 @@ def errors_shown(context: typer.Context, debug: bool) -> Iterator[None]:
         # The server's sentence usually holds the suggestion already.
         tail = f" (did you mean {hint}?)" if hint and hint not in error.message else ""
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[red]error:[/red] {escape(error.message + tail)}")
+        console.print(f"[red]error:[/red] {escape(say(error.message) + tail)}")
         raise typer.Exit(1) from error

@@ -8,6 +8,7 @@ import time
 from typing import Annotated, Final
 
 import typer
+from veneer_registry.command_line import Program
 from veneer_registry.errors import DeadlineExceeded, InvalidField, Unavailable
 
 from veneer_client.cli import adapter, chat, generate, plan
@@ -53,14 +54,7 @@ VENEER_SERVER is the server's address, VENEER_ACTOR who you are in its history (
 user@host).
 """
 
-cli = typer.Typer(
-    help="Talk to a Veneer server: generate, and manage adapters.",
-    epilog=_EXAMPLES,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)
 cli.add_typer(adapter_cli, name="adapter")
 
 
@@ -186,7 +180,8 @@ def call(
 ) -> None:
     """Call any method with JSON, as the server describes it (gRPC reflection)."""
     address = find_server(context, server)
-    with errors_shown(context, debug), ReflectionClient(address) as client:
+    # Who calls methods by their names knows fields by theirs.
+    with errors_shown(context, debug, str), ReflectionClient(address) as client:
         if method:
             body = sys.stdin.read() if request == "-" else request
             for answer in client.call(method, body, timeout_s=timeout):

@@ -16,7 +16,6 @@ from rich.table import Table
 from veneer_registry.adapter import SHORT_REVISION
 
 from veneer_client.records import (
-    AdapterDetails,
     AdapterInfo,
     AdapterState,
     Alias,
@@ -28,10 +27,10 @@ from veneer_client.types import FinishReason, GenerationEnd
 
 __all__ = [
     "adapter_table",
+    "ago",
     "alias_table",
     "as_json",
     "byte_size",
-    "detail_rows",
     "history_table",
     "info_rows",
     "json_line",
@@ -105,7 +104,8 @@ def summary(end: GenerationEnd) -> str:
     return " · ".join([*parts, place.short])
 
 
-def _ago(moment: datetime | None) -> str:
+def ago(moment: datetime | None) -> str:
+    """``3 min ago``, or ``never``."""
     if moment is None:
         return "never"
     seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
@@ -143,52 +143,10 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
             str(adapter.rank),
             byte_size(adapter.size),
             str(adapter.leases),
-            _ago(adapter.last_used),
+            ago(adapter.last_used),
             escape(" ".join(f"{key}={value}" for key, value in adapter.labels.items())),
         )
     return table
-
-
-def detail_rows(details: AdapterDetails) -> dict[str, str]:
-    """Everything about one adapter and its name's revisions, as label and text."""
-    adapter = details.adapter
-    rows = {
-        "adapter": adapter.short,
-        "revision": adapter.revision,
-        "weights": adapter.weights_digest,
-        "state": adapter.state.value.replace("_", " "),
-        "aliases": ", ".join(adapter.aliases) or "none",
-        "base model": adapter.base_model,
-        "rank": str(adapter.rank),
-        "targets": ", ".join(adapter.targets),
-        "parameters": f"{adapter.parameters:,}",
-        "size": f"{byte_size(adapter.size)} in memory, {byte_size(adapter.disk_bytes)} on disk",
-        "tier": place_of(adapter),
-        "requests": str(adapter.leases),
-        "created": adapter.created.isoformat(timespec="seconds"),
-        "last used": _ago(adapter.last_used),
-        "chat template": "its own" if adapter.has_chat_template else "the base's",
-        "retain": f"{adapter.retain} superseded revisions",
-        "etag": adapter.etag,
-    }
-    rows |= {f"label {key}": value for key, value in adapter.labels.items()}
-    rows |= {f"training {key}": value for key, value in adapter.training.items()}
-    for number, revision in enumerate(details.revisions):
-        # A label of its own for each line, which looks like none.
-        rows["revisions" if number == 0 else " " * number] = _revision_line(revision)
-    return rows
-
-
-def _revision_line(revision: AdapterInfo) -> str:
-    notes = ["current"] if revision.current else []
-    notes += revision.aliases
-    parts = [
-        revision.revision[:SHORT_REVISION],
-        revision.created.isoformat(timespec="seconds"),
-        byte_size(revision.disk_bytes),
-        place_of(revision),
-    ]
-    return "  ".join(parts) + (f"  ({', '.join(notes)})" if notes else "")
 
 
 def shares(targets: Iterable[AliasTarget]) -> str:
@@ -203,7 +161,7 @@ def alias_table(aliases: Iterable[Alias]) -> Table:
     """One line for each alias."""
     table = _columns("alias", "revision", "moved", "etag")
     for alias in aliases:
-        table.add_row(alias.alias, shares(alias.targets), _ago(alias.updated), alias.etag)
+        table.add_row(alias.alias, shares(alias.targets), ago(alias.updated), alias.etag)
     return table
 
 

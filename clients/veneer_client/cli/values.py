@@ -49,7 +49,7 @@ def parse_bytes(text: str, flag: str) -> int:
 def parse_mode(text: str) -> EvictMode:
     """``drain``, ``fail-if-busy`` or ``abort``."""
     try:
-        return EvictMode(text.replace("-", "_"))
+        return EvictMode(text.replace("-", "_").lower())
     except ValueError as error:
         raise InvalidField(
             f"--mode {text!r} is not known: give {', '.join(MODES[:-1])} or {MODES[-1]}",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from veneer_registry.adapter import Tier
+from veneer_registry.errors import AdapterNotFound, ServerUnreachable, Unavailable, VeneerError
 
 from veneer_client.cli.context import (
     DebugFlag,
@@ -20,9 +25,10 @@ from veneer_client.cli.context import (
 )
 from veneer_client.cli.show import byte_size, json_line, place_of
 from veneer_client.client import Client
+from veneer_client.failures import RetryPolicy
 from veneer_client.records import AdapterEvent, AdapterEventKind, AdapterInfo
 
-__all__ = ["EXAMPLES", "Board", "event_line", "watch"]
+__all__ = ["EXAMPLES", "Board", "event_line", "follow", "leases_now", "watch"]
 
 EXAMPLES = """
 Examples:
@@ -33,6 +39,14 @@ Examples:
 
   veneer adapter watch --json --since 1795042800000000042
 """
+
+_LOOK_S: Final = 1.0
+"""Between two looks: for a server that is away, and at the requests."""
+_CALL_S: Final = 5.0
+_GONE: Final = "the connection is lost, or the server has ended"
+
+Key = tuple[str, str]
+"""Name and revision."""
 
 _QUIET = (AdapterEventKind.RESET, AdapterEventKind.SYNCED)
 
@@ -47,35 +61,137 @@ def watch(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show adapters and what happens to them, until Ctrl-C."""
-    console = Console(highlight=False)
+    """Show adapters and what happens to them, until Ctrl-C.
+
+    When the server goes away, it says so and goes on when it is back: with what was missed,
+    or, after a restart, with all that there is.
+    """
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+
+    def tell(line: str) -> None:
+        errors.print(line, style="yellow", markup=False, soft_wrap=True)
+
+    # Waiting for a server is done here, where it can be told.
+    once = RetryPolicy(attempts=1)
     with (
         errors_shown(context, debug),
-        Client(find_server(context, server)) as client,
-        client.watch(since) as events,
+        Client(find_server(context, server), retry=once) as client,
     ):
         if json_:
-            for event in events:
+            for event in follow(client, since, tell):
                 print(json_line(event), flush=True)
         elif console.is_terminal:
-            board = Board()
-            with Live(console=console, get_renderable=board.table):
-                for event in events:
-                    board.apply(event)
+            _show_board(client, since, console)
         else:
-            for event in events:
+            for event in follow(client, since, tell):
                 if event.kind not in _QUIET:
                     print(event_line(event), flush=True)
 
 
+def follow(client: Client, since: int, tell: Callable[[str], None]) -> Iterator[AdapterEvent]:
+    """Events without end, also over a server's absence.
+
+    Args:
+        client: one that does not try again by itself.
+        tell: gets a line when the server goes away, and one when it is back.
+
+    Raises:
+        ServerUnreachable: there is none at the beginning.
+        VeneerError: the server refuses the watch.
+    """
+    reached = away = False
+    while True:
+        watch = client.watch(since)
+        try:
+            with watch:
+                for event in watch:
+                    if away:
+                        tell(f"{_now()}  {client.address} is back")
+                    reached, away = True, False
+                    yield event
+        except Unavailable as error:
+            if not reached and isinstance(error, ServerUnreachable):
+                raise
+            since = watch.sequence
+            if not away:
+                why = _GONE if isinstance(error, ServerUnreachable) else error.message
+                tell(f"{_now()}  {client.address}: {why}; waiting for it (Ctrl-C ends)")
+            away = True
+            time.sleep(_LOOK_S)
+
+
+def _show_board(client: Client, since: int, console: Console) -> None:
+    board, done = Board(), threading.Event()
+    with Live(console=console, get_renderable=board.table) as live:
+
+        def tell(line: str) -> None:
+            board.lose()
+            live.console.print(line, style="yellow", markup=False)
+
+        def count() -> None:
+            while not done.wait(_LOOK_S):
+                with contextlib.suppress(VeneerError):  # `follow` tells of it
+                    board.count(leases_now(client, board.busy()))
+
+        counting = threading.Thread(target=count, name="leases", daemon=True)
+        counting.start()
+        try:
+            for event in follow(client, since, tell):
+                board.apply(event)
+        finally:
+            done.set()
+            counting.join()
+
+
+def leases_now(client: Client, also: Iterable[Key]) -> dict[Key, int]:
+    """Requests of each revision that is in memory, and of those in ``also``: an end of a
+    request is no event."""
+    found = {
+        (adapter.name, adapter.revision): adapter.leases
+        for tier in (Tier.DEVICE, Tier.HOST)
+        for adapter in client.list(tier=tier, timeout_s=_CALL_S)
+    }
+    for name, revision in set(also) - found.keys():
+        try:
+            adapter = client.get(f"{name}@{revision}", timeout_s=_CALL_S).adapter
+        except AdapterNotFound:
+            continue
+        found[name, revision] = adapter.leases
+    return found
+
+
 class Board:
-    """Every adapter and its last event."""
+    """Every adapter, its last event and its requests, for any thread."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], tuple[AdapterInfo, str]] = {}
+        self._rows: dict[Key, tuple[AdapterInfo, str]] = {}
+        self._leases: dict[Key, int] = {}
+        """Of each row; of one that is not here it is not known."""
+        self._lock = threading.Lock()
+
+    def lose(self) -> None:
+        """The server is away: how many requests there are is not known."""
+        with self._lock:
+            self._leases.clear()
+
+    def busy(self) -> set[Key]:
+        """Rows that had requests when it was last told."""
+        with self._lock:
+            return {key for key in self._rows if self._leases.get(key)}
+
+    def count(self, leases: Mapping[Key, int]) -> None:
+        """Take in how many requests there are now; none, where it does not say."""
+        with self._lock:
+            self._leases = {key: leases.get(key, 0) for key in self._rows}
 
     def apply(self, event: AdapterEvent) -> None:
         """Take in one event."""
+        with self._lock:
+            self._apply(event)
+            if event.adapter is not None:
+                self._leases[event.adapter.name, event.adapter.revision] = event.adapter.leases
+
+    def _apply(self, event: AdapterEvent) -> None:
         if event.kind is AdapterEventKind.RESET:
             self._rows.clear()
         adapter = event.adapter
@@ -104,16 +220,22 @@ class Board:
         for column in ("adapter", "revision", "tier", "size", "in use", "last event"):
             right = column in ("size", "in use")
             table.add_column(column, justify="right" if right else "left", no_wrap=True)
-        for (name, revision), (adapter, last) in sorted(self._rows.items()):
+        with self._lock:
+            rows, leases = sorted(self._rows.items()), dict(self._leases)
+        for (name, revision), (adapter, last) in rows:
             table.add_row(
                 name,
                 revision[:12],
                 place_of(adapter),
                 byte_size(adapter.size),
-                str(adapter.leases),
+                str(leases.get((name, revision), "?")),
                 last,
             )
         return table
+
+
+def _now() -> str:
+    return datetime.now().strftime("%H:%M:%S")
 
 
 def _clock(moment: datetime) -> str:

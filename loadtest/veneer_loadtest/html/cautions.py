@@ -10,7 +10,10 @@ from veneer_loadtest.html.columns import Column, name_of
 from veneer_loadtest.html.words import BUSY, amount, count, load_average, ms
 from veneer_loadtest.results import LoadResult, Result
 
-__all__ = ["Banner", "banners", "conditions_banners"]
+__all__ = ["FEW", "Banner", "banners", "conditions_banners", "few_samples"]
+
+FEW: Final = 10
+"""With fewer samples than this a percentile says next to nothing."""
 
 _LATE_MS: Final = 10.0
 """A generator that is later than this has measured itself."""
@@ -33,6 +36,7 @@ def banners(
     for column in columns:
         of = f" ({column.short})" if len(columns) > 1 else ""
         found += _generator(column, of) + _counts(column, of)
+    found += _few(columns)
     agree = [column.level.server.agrees for column in columns if column.level.server]
     if agree and all(agree):
         text = (
@@ -85,6 +89,30 @@ def _generator(column: Column, of: str) -> list[Banner]:
         )
         found.append(Banner("warn", f"The generator was late{of}:", text))
     return found
+
+
+def _few(columns: Sequence[Column]) -> list[Banner]:
+    told = []
+    for column in columns:
+        first = column.level.first_token_ms
+        if first is None or first.count < FEW:
+            got = count(0 if first is None else first.count, "first token")
+            told.append(f"{got} of {column.short}" if len(columns) > 1 else got)
+    return [few_samples(", ".join(told), "--duration or --requests")] if told else []
+
+
+def few_samples(what: str, flag: str) -> Banner:
+    """For figures of fewer than `FEW` samples.
+
+    Args:
+        what: how many there are, and of what.
+        flag: that gives more.
+    """
+    text = (
+        f"{what}. With fewer than {FEW} a median is rough, and p90 and p99 are no more than "
+        f"the longest: give a larger {flag}."
+    )
+    return Banner("warn", "Few samples:", text)
 
 
 def _counts(column: Column, of: str) -> list[Banner]:

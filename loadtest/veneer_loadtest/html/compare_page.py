@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer_loadtest.html import tables
-from veneer_loadtest.html.cautions import Banner, conditions_banners
+from veneer_loadtest.html.cautions import FEW, Banner, conditions_banners, few_samples
 from veneer_loadtest.html.columns import name_of
 from veneer_loadtest.html.document import banner_html, document, figure_html
-from veneer_loadtest.html.drawing import COLOURS, Plot, canvas, from_zero, svg_of
+from veneer_loadtest.html.drawing import COLOURS, INK, PAPER, Plot, canvas, from_zero, svg_of
 from veneer_loadtest.html.words import amount, count, ms
 from veneer_loadtest.results import CompareLevel, CompareResult, Ratio, SystemFigures
 
@@ -26,6 +26,7 @@ def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) ->
     body = [
         *(banner_html(banner) for banner in conditions_banners(results, names)),
         *(banner_html(banner) for result in results for banner in _disturbed(result)),
+        *(banner_html(banner) for result in results for banner in _few(result)),
         "<h2>What was run</h2>",
         tables.plain_facts(results, told, [_workload(result) for result in results]),
     ]
@@ -48,6 +49,18 @@ def _disturbed(result: CompareResult) -> list[Banner]:
         return []
     text = f"{count(rounds, 'round')} began while the machine did something else."
     return [Banner("warn", "Disturbed:", text)]
+
+
+def _few(result: CompareResult) -> list[Banner]:
+    each = result.workload.get("tokens")
+    if not isinstance(each, int) or each < 1:
+        return []
+    told = []
+    for level in result.levels:
+        tokens = min(sum(r.tokens for r in own.rounds) for own in level.systems.values())
+        if (requests := tokens // each) < FEW:
+            told.append(f"{count(requests, 'request')} of a system at {level.title}")
+    return [few_samples(", ".join(told), "--repeat")] if told else []
 
 
 def _result(result: CompareResult, name: str, number: int) -> list[str]:
@@ -101,9 +114,9 @@ def _throughput(result: CompareResult, number: int) -> Plot:
                 rate = own.tokens_per_s
                 axis.bar(
                     place, rate.median, 0.7, color=COLOURS[place], alpha=0.75,
-                    hatch=_HATCHES[place % len(_HATCHES)], edgecolor="white",
+                    hatch=_HATCHES[place % len(_HATCHES)], edgecolor=PAPER,
                 )  # fmt: skip
-                axis.plot([place] * 2, [rate.low, rate.high], color="#111827", linewidth=1.2)
+                axis.plot([place] * 2, [rate.low, rate.high], color=INK, linewidth=1.2)
                 axis.annotate(
                     amount(rate.median), (place, rate.high), xytext=(0, 3),
                     textcoords="offset points", ha="center", fontsize=8,
@@ -111,20 +124,23 @@ def _throughput(result: CompareResult, number: int) -> Plot:
             _systems_axis(axis, level)
             from_zero(axis, "tokens/s", room=1.12)
         svg = svg_of(figure, f"rate{number}", title)
-    lines = [
-        f"{level.title}: "
-        + ", ".join(
-            f"{ratio.ratio:.2f} x {peer} ({ratio.low:.2f} to {ratio.high:.2f}"
-            + (", ranges overlap)" if ratio.ranges_overlap else ")")
-            for peer, ratio in level.ratios.items()
-        )
-        + "."
-        for level in result.levels
-    ]
-    note = "Bars: medians; lines: ranges of the rounds."
-    return Plot(
-        title, "\n".join(["Veneer beside each peer; above 1 it is better:", *lines, note]), svg
+    lines = [_ratios(level) for level in result.levels if not level.rate]
+    if lines:
+        lines.insert(0, "Veneer's tokens/s / each peer's; above 1 Veneer is better:")
+    if any(level.rate for level in result.levels):
+        lines.append("In an open loop tokens come as requests do: the first tokens tell more.")
+    rounds = min(len(own.rounds) for lv in result.levels for own in lv.systems.values())
+    note = "Bars: medians; lines: ranges of the rounds." if rounds > 1 else "Bars: one round."
+    return Plot(title, "\n".join([*lines, note]), svg)
+
+
+def _ratios(level: CompareLevel) -> str:
+    told = ", ".join(
+        f"{ratio.ratio:.2f} x {peer} ({ratio.low:.2f} to {ratio.high:.2f}"
+        + (", ranges overlap)" if ratio.ranges_overlap else ")")
+        for peer, ratio in level.ratios.items()
     )
+    return f"{level.title}: {told}."
 
 
 def _latency(result: CompareResult, number: int) -> Plot:
@@ -141,13 +157,16 @@ def _latency(result: CompareResult, number: int) -> Plot:
     last = result.levels[-1]
     slowest = max(last.systems.items(), key=lambda item: item[1].first_token_ms.p50)
     fastest = min(last.systems.items(), key=lambda item: item[1].first_token_ms.p50)
-    return Plot(
-        title,
+    lines = [_ratios(level) for level in result.levels if level.rate]
+    if lines:
+        lines.insert(0, "Each peer's median first token / Veneer's; above 1 Veneer is better:")
+    lines += [
         f"At {last.title} half of the first tokens of {fastest[0]} came within "
         f"{ms(fastest[1].first_token_ms.p50)}, of {slowest[0]} within "
-        f"{ms(slowest[1].first_token_ms.p50)}.\nNarrow: p50; wide: p99 (p50 / p99, ms).",
-        svg,
-    )
+        f"{ms(slowest[1].first_token_ms.p50)}.",
+        "Narrow: p50; wide: p99 (p50 / p99, ms).",
+    ]
+    return Plot(title, "\n".join(lines), svg)
 
 
 def _ends_bars(axis: Any, level: CompareLevel, field: str) -> None:

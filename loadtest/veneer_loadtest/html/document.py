@@ -19,6 +19,7 @@ def document(title: str, lede: Sequence[str], body: Sequence[str], footer: str) 
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
             # Whatever a name may hold, nothing is loaded and no script runs.
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             "style-src 'unsafe-inline'\">",
@@ -47,4 +48,8 @@ def figure_html(plot: Plot) -> str:
     caption = "<br>\n".join(escape(line) for line in plot.caption.splitlines())
     if not plot.svg:
         return f'<h3>{title}</h3>\n<p class="note">Left out. {caption}</p>'
-    return f"<figure><h3>{title}</h3>\n{plot.svg}\n<figcaption>{caption}</figcaption></figure>"
+    return (
+        f'<figure><h3>{title}</h3>\n<div class="scroll">{plot.svg}</div>\n'
+        '<p class="swipe">The plot is wider than this screen: move it sideways.</p>\n'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )

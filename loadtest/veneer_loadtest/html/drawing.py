@@ -17,7 +17,11 @@ __all__ = [
     "COLOURS",
     "DASHES",
     "GREY",
+    "INK",
+    "LABEL",
     "MARKERS",
+    "PAPER",
+    "THEMED",
     "TIERS",
     "TIER_COLOURS",
     "TIER_DASHES",
@@ -57,12 +61,29 @@ MARKERS: Final = ("o", "s", "^", "D", "v", "<", ">", "p")
 GREY: Final = "#6b7280"
 BAD: Final = "#b42318"
 
+INK: Final = "#111827"
+LABEL: Final = "#374151"
+PAPER: Final = "#ffffff"
+
+THEMED: Final = {
+    **{colour.lower(): f"series-{number}" for number, colour in enumerate(COLOURS)},
+    INK: "ink",
+    LABEL: "label",
+    GREY: "grey",
+    BAD: "bad",
+    PAPER: "paper",
+    "#9ca3af": "axis",
+    "#e5e7eb": "grid",
+}
+"""Colours that the page's style sheet may replace; by the names of its variables."""
+
 TIERS: Final = ("device", "host", "disk")
 TIER_COLOURS: Final = {"device": "#0072B2", "host": "#E69F00", "disk": "#D55E00"}
 TIER_DASHES: Final[dict[str, Any]] = {"device": "-", "host": (0, (5, 2)), "disk": (0, (1, 1.2))}
 
 _RC: Final = {
     "svg.fonttype": "none",
+    "text.color": INK,
     "font.family": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -70,7 +91,7 @@ _RC: Final = {
     "axes.titlelocation": "left",
     "axes.titlepad": 6,
     "axes.labelsize": 8.5,
-    "axes.labelcolor": "#374151",
+    "axes.labelcolor": LABEL,
     "axes.edgecolor": "#9ca3af",
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
@@ -82,8 +103,8 @@ _RC: Final = {
     "grid.linewidth": 0.6,
     "xtick.color": "#9ca3af",
     "ytick.color": "#9ca3af",
-    "xtick.labelcolor": "#374151",
-    "ytick.labelcolor": "#374151",
+    "xtick.labelcolor": LABEL,
+    "ytick.labelcolor": LABEL,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.frameon": False,
@@ -144,6 +165,7 @@ def svg_of(figure: Any, key: str, title: str) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r'(<[^<>]*?\s)id="([^"]*)"', rf'\1id="{key}-\2"', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
+    text = re.sub(r"<[^<>]*>", _themed, text)
     found = re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', text)
     assert found is not None
     width = float(found[1]) * 96 / 72
@@ -153,6 +175,20 @@ def svg_of(figure: Any, key: str, title: str) -> str:
         'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
     )
     return head + text[text.index(">") + 1 :].strip()
+
+
+def _themed(tag: re.Match[str]) -> str:
+    """A tag whose colours are the page's, for a dark one; labels are between tags."""
+
+    def variable(found: re.Match[str]) -> str:
+        name = THEMED.get(found[0].lower())
+        return found[0] if name is None else f"var(--{name},{found[0]})"
+
+    return re.sub(
+        r'(?<=\sstyle=")[^"]*',
+        lambda style: re.sub(r"#[0-9a-fA-F]{6}\b", variable, style[0]),
+        tag[0],
+    )
 
 
 def named_legend(figure: Any, names: Sequence[str]) -> None:

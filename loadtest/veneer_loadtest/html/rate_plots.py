@@ -19,7 +19,7 @@ from veneer_loadtest.html.drawing import (
     svg_of,
 )
 from veneer_loadtest.html.words import amount, limits_words, ms, share, shortened
-from veneer_loadtest.results import FindMaxResult, LoadResult, Probe
+from veneer_loadtest.results import FindMaxResult, Level, LoadResult, Probe
 
 __all__ = ["against_adapters", "against_rate"]
 
@@ -84,12 +84,17 @@ def _adapters_caption(results: Sequence[LoadResult], columns: Sequence[Column]) 
         ends = [own[0].level, own[-1].level] if len(own) > 1 else [own[0].level]
         told = ", ".join(
             f"with {level.adapters:,}: {amount(level.tokens_per_s)} tokens/s"
-            + (f" and p99 {ms(level.first_token_ms.p99)}" if level.first_token_ms else "")
+            + _first_words(level)
             for level in ends
         )
         named = f"{name_of(results, number)}: " if len(results) > 1 else ""
         parts.append(f"{named}{told}." if named else f"{told[0].upper()}{told[1:]}.")
     return "\n".join(parts)
+
+
+def _first_words(level: Level) -> str:
+    first = level.first_token_ms
+    return f" and a first token's p99 of {ms(first.p99)}" if first else ""
 
 
 def _legend(figure: Any, names: Sequence[str]) -> None:

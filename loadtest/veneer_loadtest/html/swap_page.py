@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from veneer_loadtest.html import tables
-from veneer_loadtest.html.cautions import conditions_banners
+from veneer_loadtest.html.cautions import FEW, Banner, conditions_banners, few_samples
 from veneer_loadtest.html.columns import MOST_DRAWN, name_of
 from veneer_loadtest.html.document import banner_html, document, figure_html
 from veneer_loadtest.html.drawing import (
     COLOURS,
     GREY,
+    INK,
     MARKERS,
     Plot,
     canvas,
@@ -49,6 +50,7 @@ def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
         [_lede(result, name) for result, name in zip(results, told, strict=True)],
         [
             *(banner_html(banner) for banner in conditions_banners(results, names)),
+            *(banner_html(banner) for banner in _few(results, told)),
             "<h2>What was run</h2>",
             tables.plain_facts(results, told, [_workload(result) for result in results]),
             "<h2>Plots</h2>",
@@ -65,12 +67,25 @@ def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
     )
 
 
+def _few(results: Sequence[SwapResult], names: Sequence[str]) -> list[Banner]:
+    found = []
+    for result, name in zip(results, names, strict=True):
+        of = f" of {name}" if name else ""
+        least = min((len(own.samples_ms) for own in result.cases.values()), default=FEW)
+        if least < FEW:
+            found.append(few_samples(f"{count(least, 'request')} a case{of}", "--samples"))
+        if (churn := result.churn) is not None and churn.publishes < FEW:
+            text = f"{count(churn.publishes, 'adapter')} {churn.by}ed beside streams{of}"
+            found.append(few_samples(text, "--churn"))
+    return found
+
+
 def _lede(result: SwapResult, name: str) -> str:
     found = result.summary
     if not found:
         return f"{name}: nothing was measured." if name else "Nothing was measured."
     told = (f"{name}: " if name else "") + (
-        f"a first token takes {ms(found['first_token_ms'])}; another adapter adds "
+        f"the median first token takes {ms(found['first_token_ms'])}; another adapter adds "
         f"{found['device_delta_ms']:.1f} ms from DEVICE, {found['host_delta_ms']:.1f} ms from "
         f"HOST, {found['disk_delta_ms']:.1f} ms from DISK; from an acknowledged upload it "
         f"takes {ms(found['publish_to_first_token_ms'])}."
@@ -123,7 +138,7 @@ def _strip(axis: Any, place: int, number: int, of: int, case: CaseFigures) -> No
         linewidths=0,
     )  # fmt: skip
     p50 = case.first_token_ms.p50
-    axis.plot([middle - width * 0.42, middle + width * 0.42], [p50, p50], color="#111827")
+    axis.plot([middle - width * 0.42, middle + width * 0.42], [p50, p50], color=INK)
     if of <= 2:
         axis.annotate(
             f"{p50:.0f}", (middle + width * 0.44, p50), va="center", fontsize=8, color=GREY
@@ -163,7 +178,7 @@ def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
                 at = place - 0.4 + width * (number + 0.5)
                 axis.bar(at, spread.p99, width * 0.9, color=COLOURS[number], alpha=0.35)
                 axis.bar(at, spread.p50, width * 0.45, color=COLOURS[number])
-                axis.plot([at], [spread.high], marker="_", color="#111827", markersize=12)
+                axis.plot([at], [spread.high], marker="_", color=INK, markersize=12)
                 axis.annotate(
                     f"{spread.p50:.0f} / {spread.p99:.0f} / {spread.high:.0f}",
                     (at, spread.high), xytext=(0, 4), textcoords="offset points",
@@ -181,7 +196,8 @@ def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
 
 def _churn_words(churn: ChurnFigures) -> str:
     return (
-        f"{churn.streams} streams, {churn.publishes} adapters {churn.by}ed, one a second: p99 "
+        f"{count(churn.streams, 'stream')}, {count(churn.publishes, 'adapter')} {churn.by}ed, "
+        "at most one a second: between tokens p99 "
         f"{ms(churn.inside_ms.p99)} during {churn.by}s, {ms(churn.quiet_ms.p99)} without; the "
         f"longest wait was {ms(churn.longest_ms)}, {churn.steps:.1f} median steps."
     )

@@ -43,7 +43,7 @@ Row = Sequence[str]
 
 def _table(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
     """Cells are HTML. The first of a row names it; a row of one cell is a heading."""
-    lines = [f'<table class="{kind}">']
+    lines = [f'<div class="scroll"><table class="{kind}">']
     if head:
         cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
         lines.append(f"<thead><tr>{cells}</tr></thead>")
@@ -54,7 +54,7 @@ def _table(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
             continue
         cells = "".join(f"<td>{cell}</td>" for cell in cells_of_row)
         lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return "\n".join([*lines, "</tbody></table>"])
+    return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def text(words: str) -> str:
@@ -90,7 +90,8 @@ def plain_facts(
 def _grouped(head: Row, groups: Mapping[str, Sequence[Row]]) -> str:
     """A table whose first column names a group of rows, its second each."""
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    lines = [f'<table class="figures grouped"><thead><tr>{heads}</tr></thead>']
+    opened = '<div class="scroll"><table class="figures grouped">'
+    lines = [f"{opened}<thead><tr>{heads}</tr></thead>"]
     for group, rows in groups.items():
         lines.append("<tbody>")
         for number, (name, *cells_of_row) in enumerate(rows):
@@ -99,7 +100,7 @@ def _grouped(head: Row, groups: Mapping[str, Sequence[Row]]) -> str:
             first = "" if number else opening
             lines.append(f'<tr>{first}<th scope="row">{name}</th>{cells}</tr>')
         lines.append("</tbody>")
-    return "\n".join([*lines, "</table>"])
+    return "\n".join([*lines, "</table></div>"])
 
 
 def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ from veneer_loadtest.html.columns import Column
 from veneer_loadtest.html.drawing import (
     COLOURS,
     GREY,
+    LABEL,
     TIER_COLOURS,
     TIER_DASHES,
     Plot,
@@ -161,7 +162,7 @@ def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> No
                 ha="center",
                 va="bottom",
                 fontsize=7.5,
-                color="#374151",
+                color=LABEL,
             )
     axis.set_xlim(-0.5, len(tiers) - 0.5)
     axis.set_xticks(range(len(tiers)), [_tier_name(tier) for tier in tiers])
@@ -206,12 +207,11 @@ def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
 def _tier_caption(column: Column, named: bool) -> str:
     splits = {tier: s for tier, s in column.level.by_tier.items() if tier != "none"}
     whole = sum(split.requests for split in splits.values())
-    first = "half of the first tokens "
     told: list[str] = []
     for tier in tiers_in_order([*splits]):
         requests, p50 = splits[tier].requests, splits[tier].first_token_p50_ms
         of = "" if told else f" of {count(whole, 'request')} found their adapter"
-        half = "" if p50 is None else f" ({'' if told else first}within {ms(p50)})"
+        half = "" if p50 is None else f" (half of their first tokens within {ms(p50)})"
         told.append(f"{requests:,}{of} in {tier.upper()}{half}")
     text = ", ".join(told) or "no tier was told"
     return f"{column.short}: {text}." if named else f"{text[0].upper()}{text[1:]}."

@@ -13,6 +13,7 @@ from veneer_loadtest.html.drawing import (
     BAD,
     COLOURS,
     GREY,
+    PAPER,
     TIER_COLOURS,
     Plot,
     canvas,
@@ -78,10 +79,20 @@ def _timeline(columns: Sequence[Column], number: int, parts: int) -> Plot:
         _timeline_legend(figure, columns)
         svg = svg_of(figure, f"timeline{number}", title)
     lines = [_timeline_caption(column, named=len(columns) > 1) for column in columns]
-    lines.append("Shaded: warm-up; dotted: no request was begun after it.")
-    if tiers:
-        lines[-1] += " A tick: a request waited for its adapter, which was found in that tier."
+    lines += _key(columns, end, waits=bool(tiers))
     return Plot(title, "\n".join(lines), svg)
+
+
+def _key(columns: Sequence[Column], end: float, *, waits: bool) -> list[str]:
+    """What marks mean, of those that were drawn."""
+    told = []
+    if any(column.load.warmup_s for column in columns):
+        told.append("Shaded: warm-up.")
+    if any(0 < column.load.duration_s < end for column in columns):
+        told.append("Dotted: no request was begun after it.")
+    if waits:
+        told.append("A tick: a request waited for its adapter, which was found in that tier.")
+    return [" ".join(told)] if told else []
 
 
 def _draw_timeline(axes: Sequence[Any], column: Column) -> None:
@@ -150,7 +161,7 @@ def _points(
         mark,
         color=colour,
         markersize=4,
-        markeredgecolor="white",
+        markeredgecolor=PAPER,
         markeredgewidth=0.4,
     )
 
@@ -181,7 +192,8 @@ def _timeline_caption(column: Column, *, named: bool) -> str:
     waited = count(len(level.loads) + level.loads_left_out, "request")
     slowest = _longest(line)
     told = (
-        f"{amount(level.tokens_per_s)} new tokens/s in the measured time, at most "
+        f"{amount(level.tokens_per_s)} new tokens/s in the measured time. Of the whole load"
+        f"{', warm-up included' if column.load.warmup_s else ''}: at most "
         f"{count(max(line.running), 'request')} at once, "
         f"{count(sum(line.failed), 'failure') if any(line.failed) else 'no failure'}; "
         + (f"the slowest first token took {ms(slowest)}; " if slowest is not None else "")

@@ -450,7 +450,7 @@ class StepLoop:
         for digest in impossible:
             error = AdapterBudgetExceeded(
                 "pinned adapters, or budgets that were lowered, leave no room for this one; "
-                "evict one with unpin, or raise the adapter budgets"
+                "evict one with `unpin`, or raise the adapter budgets with `UpdateBudgets`"
             )
             self._fail_adapter(digest, error)
 

@@ -260,13 +260,11 @@ class Residency:
         if entry is None:
             return True, 0, []
         if entry.pinned is not None and not unpin:
-            raise AdapterPinned(
-                f"adapter {entry.source.name} is pinned; evict it with unpin set"
-            )
+            raise AdapterPinned(f"adapter {entry.source.name} is pinned; evict it with `unpin`")
         if entry.leases and mode == "fail_if_busy":
             raise AdapterInUse(
                 f"adapter {entry.source.name} is used by {entry.leases} request(s); wait, "
-                "or evict with mode DRAIN or ABORT",
+                "or evict with `mode` drain or abort",
                 metadata={"leases": str(entry.leases)},
             )
         self._copies.pin(entry, None)
@@ -356,7 +354,7 @@ class Residency:
                 raise AdapterBudgetExceeded(
                     f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
                     f"adapters past the {kept} budget of {budget}; unpin another one, or "
-                    f"raise the budget (--{FLAG[kept]} at start)",
+                    f"raise the budget (`UpdateBudgets`, or veneer-server --{FLAG[kept]})",
                     metadata={"bytes": str(entry.bytes), "pinned": str(others), "tier": kept},
                 )
 

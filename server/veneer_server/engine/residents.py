@@ -148,9 +148,7 @@ class Residents:
             yield
             return
         if lost.pin is not None and not unpin:
-            raise AdapterPinned(
-                f"adapter {lost.source.name} is pinned; evict it with unpin set"
-            )
+            raise AdapterPinned(f"adapter {lost.source.name} is pinned; evict it with `unpin`")
         del self._lost[weights_digest]
         self.version += 1
         try:

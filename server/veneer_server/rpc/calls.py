@@ -80,7 +80,7 @@ class Calls:
             if self._cut_off:
                 raise Draining(
                     "the server stopped before this request was finished: send it again, "
-                    "or raise --grace",
+                    "or start the server with a larger --grace",
                     retry_after_s=1.0,
                 ) from None
             raise

@@ -219,7 +219,8 @@ class SelfTest:
         if not self._most:
             return [], (
                 f"this server runs and queues {self._engine.capacity} sequences at most, too "
-                "few for an adapter beside the base: raise --max-running or --max-queue"
+                "few for an adapter beside the base: start it with a larger --max-running or "
+                "--max-queue"
             )
         in_memory = (
             partial(self._registry.acquire_weights, digest)

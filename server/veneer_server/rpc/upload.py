@@ -335,8 +335,8 @@ def _options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
         )
     if spec.validate_only and spec.activate:
         raise InvalidField(
-            "validate_only publishes nothing that `activate` could bring to the device: "
-            "set one of them",
+            "spec.validate_only publishes nothing that spec.activate could bring to the "
+            "device: set one of them",
             metadata={"field": "spec.activate"},
         )
     return UploadOptions(

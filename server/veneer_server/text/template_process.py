@@ -178,7 +178,8 @@ class TemplateProcesses:
     def _too_much(self) -> TemplateFailed:
         return TemplateFailed(
             f"the adapter's chat template takes more than {self._limit_s:g} s or "
-            f"{MEMORY_LIMIT >> 20} MiB: mend it and push the adapter again, or send `prompt`"
+            f"{MEMORY_LIMIT >> 20} MiB: mend it and push the adapter again, or use "
+            "`prompt`, which has none"
         )
 
 

@@ -228,7 +228,7 @@ def test_show_and_ls_tell_state(server: FakeServer, run: Run) -> None:
     adapter.state = pb.ADAPTER_STATE_QUARANTINED
     adapter.pinned = True
     assert "disk (pinned, quarantined)" in run("adapter", "ls").stdout
-    shown = run("adapter", "show", "chat").stdout
+    shown = run("adapter", "show", "chat", "--full").stdout
     rows = {line.split("  ")[0].strip(): line for line in shown.splitlines()}
     assert "quarantined" in rows["state"]
     assert "chat/prod" in rows["aliases"]

@@ -12,12 +12,21 @@ import grpc
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from veneer_client import AdapterEvent, AdapterEventKind, AdapterInfo, Tier
+from veneer_client import (
+    AdapterEvent,
+    AdapterEventKind,
+    AdapterInfo,
+    Client,
+    RetryPolicy,
+    Tier,
+)
 from veneer_client.cli.main import cli
-from veneer_client.cli.watch import Board
+from veneer_client.cli.watch import Board, follow, leases_now
 from veneer_client.convert_admin import adapter_info
 from veneer_proto.v1 import adapters_pb2 as pb
+from veneer_proto.v1 import inference_pb2
 
+from tests.ports import free_port
 from tests.unit.client.fake_server import FakeServer, Refusal
 
 Kind = AdapterEventKind
@@ -93,6 +102,70 @@ def test_deleted_rows_go_and_a_reset_starts_anew() -> None:
     assert [row[0] for row in shown(board)] == ["two"]
     board.apply(event(Kind.RESET))
     assert shown(board) == []
+
+
+def test_ended_requests_are_not_shown_as_in_use() -> None:
+    board = Board()
+    board.apply(event(Kind.PRESENT, info("sql", "a", Tier.DEVICE, current=True, leases=3)))
+    board.apply(event(Kind.PRESENT, info("chat", "b", Tier.DISK, current=True)))
+    assert board.busy() == {("sql", "a" * 64)}
+    board.count({("sql", "a" * 64): 1, ("gone", "c" * 64): 2})
+    assert [row[5] for row in shown(board)] == ["0", "1"]
+    board.count({})
+    assert [row[5] for row in shown(board)] == ["0", "0"]
+    assert board.busy() == set()
+    board.lose()
+    assert [row[5] for row in shown(board)] == ["?", "?"]
+    board.apply(event(Kind.LOADED, info("chat", "b", Tier.HOST, current=True, leases=2)))
+    assert [row[5] for row in shown(board)] == ["2", "?"]
+
+
+def test_requests_are_asked_for_where_they_can_be(server: FakeServer) -> None:
+    wire = {
+        "one": (inference_pb2.TIER_DEVICE, 1),
+        "two": (inference_pb2.TIER_HOST, 2),
+        "old": (inference_pb2.TIER_DISK, 3),
+    }
+    for name, (tier, leases) in wire.items():
+        made = server.add(name)
+        made.tier, made.leases = tier, leases
+    old = ("old", server.adapters["old"].revision)
+    with Client(server.address) as client:
+        found = leases_now(client, {old, ("deleted", "d" * 64)})
+    assert {name: n for (name, _), n in found.items()} == {"one": 1, "two": 2, "old": 3}
+
+
+def test_a_server_that_was_never_there_is_an_error_at_once() -> None:
+    place = {"VENEER_SERVER": f"127.0.0.1:{free_port()}"}
+    done = CliRunner().invoke(cli, ["adapter", "watch"], env=place)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: no Veneer server answers")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_was_lost_is_told_once_and_the_row_goes_on(server: FakeServer) -> None:
+    def told(kind: Any, sequence: int, name: str = "") -> pb.WatchAdaptersResponse:
+        message = pb.WatchAdaptersResponse(event=kind, sequence=sequence)
+        if name:
+            message.adapter.CopyFrom(server.add(name))
+        return message
+
+    server.watches.extend(
+        [
+            [told(pb.ADAPTER_EVENT_SYNCED, 7), told(pb.ADAPTER_EVENT_LOADED, 8, "sql")],
+            [told(pb.ADAPTER_EVENT_EVICTED, 9, "sql")],
+        ]
+    )
+    server.break_after = Refusal(grpc.StatusCode.UNAVAILABLE, "stopping", "DRAINING")
+    lines: list[str] = []
+    with Client(server.address, retry=RetryPolicy(attempts=1)) as client:
+        events = follow(client, 0, lines.append)
+        assert [next(events).sequence for _ in range(3)] == [7, 8, 9]
+    asked = [r.since_sequence for name, r in server.calls if name == "WatchAdapters"]
+    assert asked == [0, 8]
+    lost, back = lines
+    assert lost.endswith("stopping; waiting for it (Ctrl-C ends)")
+    assert back.endswith(f"{server.address} is back")
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def swap(**own: Any) -> SwapResult:
             first_token_ms=spread(70 + more),
             delta_ms=spread(more),
             load_ms=spread(more),
-            samples_ms=[70 + more, 71 + more, 69 + more],
+            samples_ms=[70 + more + n for n in (0, 1, -1) * 4],
         )
         for case, more in {**added, "publish": 90.0}.items()
     }
@@ -263,7 +263,7 @@ def swap(**own: Any) -> SwapResult:
             "rank": 16,
             "adapter_bytes": 9_800_000,
             "prompt_tokens": 40,
-            "samples": 3,
+            "samples": 12,
             "threads": 2,
             "seed": 1,
         },
@@ -286,7 +286,7 @@ def compare(**own: Any) -> CompareResult:
                 first_token_ms=Ends(p50=1e4 / rate, p99=2e4 / rate),
                 inter_token_ms=Ends(p50=1e3 / rate, p99=3e3 / rate),
                 client_cpu_share=0.1,
-                rounds=[RoundFigures(wall_s=1.0, tokens=64)],
+                rounds=[RoundFigures(wall_s=1.0, tokens=640)] * 2,
             )
             for name, rate in zip(("veneer", "peft", "llama-server"), rates, strict=True)
         }

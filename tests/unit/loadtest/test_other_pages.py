@@ -24,7 +24,10 @@ HOSTILE = "<script>alert(1)</script>"
 def test_a_swap_tells_what_each_tier_adds() -> None:
     found = Page(page([kit.swap()]))
     assert found.plots == 2
-    assert "A first token takes 70.0 ms; another adapter adds 1.0 ms from DEVICE" in found.text
+    assert (
+        "The median first token takes 70.0 ms; another adapter adds 1.0 ms from DEVICE"
+        in found.text
+    )
     assert "40.0 ms from DISK" in found.text
     row = found.row("another, on DISK, in page cache")
     assert (row[0], row[3]) == ("100 ms", "+30.0 ms")
@@ -45,7 +48,7 @@ def test_a_swap_that_was_stopped_or_had_no_uploads() -> None:
 def test_two_swaps_side_by_side() -> None:
     found = Page(page([kit.swap(label="old"), kit.swap(label=HOSTILE)]))
     assert found.plots == 2
-    assert "A: old: a first token takes 70.0 ms" in found.text
+    assert "A: old: the median first token takes 70.0 ms" in found.text
     assert not [tag for tag, _ in found.tags if tag == "script"]
 
 

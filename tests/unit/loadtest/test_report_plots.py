@@ -74,7 +74,7 @@ def test_levels_are_drawn_against_their_number_of_adapters(figures: dict[str, An
     rates, _ = figures["adapters"].axes
     (line,) = rates.get_lines()
     assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 8, 32], [90.0, 60.0, 20.0]]
-    assert "With 1: 90.0 tokens/s and p99 900 ms, with 32: 20.0 tokens/s" in text
+    assert "With 1: 90.0 tokens/s and a first token&#x27;s p99 of 900 ms, with 32: 20.0" in text
     assert len(figures["latency"].axes[0].get_lines()) >= 3
 
 

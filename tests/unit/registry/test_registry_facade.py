@@ -98,7 +98,7 @@ def test_other_content_needs_allow_replace(
     registry: Registry, adapters: Callable[[int], Path], data: Path
 ) -> None:
     first = push(registry, "chat", adapters(1))
-    with pytest.raises(AdapterExists, match="--replace") as caught:
+    with pytest.raises(AdapterExists, match="allow_replace") as caught:
         push(registry, "chat", adapters(2))
     assert caught.value.metadata["current"] == first.record.ref.revision
     assert staged(data) == []

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from veneer_registry.errors import InvalidField
 
+from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
 
 __all__ = [
@@ -24,21 +26,24 @@ __all__ = [
 ]
 
 EVAL_EXAMPLES = (
-    "Examples:\n\n  veneer-train eval my-sql --base DIR --data sql/val.jsonl --record\n\n"
-    "  veneer-train eval my-sql --base DIR --data sql/val.jsonl --limit 20 --no-reference"
+    "Examples:\n\n  veneer-train eval my-sql --base smollm2-135m --data sql/val.jsonl "
+    "--record\n\n"
+    "  veneer-train eval my-sql --base smollm2-135m --data sql/val.jsonl --limit 20 "
+    "--no-reference"
 )
 VERIFY_EXAMPLES = (
-    "Examples:\n\n  veneer-train verify my-sql --base DIR\n\n"
-    "  veneer-train verify my-sql --base DIR --data sql/val.jsonl --server 127.0.0.1:50051"
+    "Examples:\n\n  veneer-train verify my-sql --base smollm2-135m\n\n"
+    "  veneer-train verify my-sql --base smollm2-135m --data sql/val.jsonl "
+    "--server 127.0.0.1:50051"
 )
 MERGE_EXAMPLES = (
-    "Examples:\n\n  veneer-train merge my-sql --base DIR --out my-sql-merged "
+    "Examples:\n\n  veneer-train merge my-sql --base smollm2-135m --out my-sql-merged "
     "--data sql/val.jsonl\n\n"
-    "  veneer-train merge my-sql --base DIR --dtype float16 --out my-sql-merged\n\n"
-    "  veneer-train merge my-sql --base DIR --into source --out my-sql-merged"
+    "  veneer-train merge my-sql --base smollm2-135m --dtype float16 --out my-sql-merged\n\n"
+    "  veneer-train merge my-sql --base smollm2-135m --into source --out my-sql-merged"
 )
 EXPORT_EXAMPLES = (
-    "Examples:\n\n  veneer-train export-gguf my-sql --base DIR --out my-sql.gguf\n\n"
+    "Examples:\n\n  veneer-train export-gguf my-sql --base smollm2-135m --out my-sql.gguf\n\n"
     "  veneer-train export-gguf my-sql-merged --out my-sql-merged.gguf --type q8_0"
 )
 
@@ -68,16 +73,16 @@ def evaluate(
     """Measure an adapter beside its base in 4 and in 16 bits: loss, perplexity, and tasks where
     samples have a check."""
     with errors(debug):
+        base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train import measure
-        from veneer_train.model import resolve_base
 
         if record:
             measure.check_recordable(adapter)
         options = measure.data_options(adapter, data, max_len=max_len)
         console = stderr()
         found = measure.measure(
-            resolve_base(base),
+            base_folder,
             adapter,
             data,
             options,
@@ -121,11 +126,11 @@ def verify(
 ) -> None:
     """Prove that an adapter is whole, is for this base, and is as good as its manifest says."""
     with errors(debug):
+        base_folder = resolve_base(base)
         quiet_libraries()
-        from veneer_train.model import resolve_base
         from veneer_train.verify import verify as run
 
-        for line in run(adapter, resolve_base(base), data=data, server=server):
+        for line in run(adapter, base_folder, data=data, server=server):
             print(line)
 
 
@@ -158,12 +163,12 @@ def merge(
     rounding, and how far the result is from the 4-bit base with the adapter and from the 16-bit
     base with it."""
     with errors(debug):
+        base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train.merge_report import merge_and_compare
-        from veneer_train.model import resolve_base
 
         report = merge_and_compare(
-            resolve_base(base), adapter, out, into, dtype=dtype, data=data, limit=limit
+            base_folder, adapter, out, into, dtype=dtype, data=data, limit=limit
         )
         for warning in report.warnings():
             stderr().print(f"warning: {warning}", style="yellow", markup=False)
@@ -203,7 +208,8 @@ def export_gguf(
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
     base: Annotated[
-        str | None, typer.Option(help="Of an adapter: its base model's folder or hub name.")
+        str | None,
+        typer.Option(help="Of an adapter: its base, as a folder, a hub name or smollm2-135m."),
     ] = None,
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
@@ -216,23 +222,21 @@ def export_gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp: of an adapter (then --base), or of a model."""
     with errors(debug):
-        quiet_libraries()
-        from veneer_registry.errors import InvalidField
-
-        from veneer_train.llama_cpp.export import export_adapter, export_model
-        from veneer_train.merge_report import MUCH_ROUNDING
-        from veneer_train.model import resolve_base
-
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter and base is None:
             raise InvalidField(
                 f"{folder} is an adapter: give --base, the folder of its base model",
                 metadata={"field": "base"},
             )
-        if is_adapter and base is not None:
-            export_adapter(folder, resolve_base(base), out)
+        model = resolve_base(base if is_adapter and base is not None else str(folder))
+        quiet_libraries()
+        from veneer_train.llama_cpp.export import export_adapter, export_model
+        from veneer_train.merge_report import MUCH_ROUNDING
+
+        if is_adapter:
+            export_adapter(folder, model, out)
         else:
-            lost = export_model(resolve_base(str(folder)), out, kind)
+            lost = export_model(model, out, kind)
             if lost > MUCH_ROUNDING:
                 stderr().print(
                     f"warning: {lost:.0%} of what the merged adapter changes is lost by "

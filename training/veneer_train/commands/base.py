@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries, stderr
 from veneer_train.config import PRESETS, QuantConfig, load_config
 
@@ -24,12 +25,12 @@ __all__ = [
 
 IMPORT_EXAMPLES = "Example:\n\n  veneer-train import-gguf model.Q4_1.gguf --out model"
 QUANTIZE_EXAMPLES = (
-    "Examples:\n\n  veneer-train quantize --base DIR --out DIR-nf4\n\n"
-    "  veneer-train quantize --base DIR --out DIR-fp4 --type fp4 --no-double-quant"
+    "Examples:\n\n  veneer-train quantize --base smollm2-135m --out base-nf4\n\n"
+    "  veneer-train quantize --base smollm2-135m --out base-fp4 --type fp4 --no-double-quant"
 )
 PLAN_EXAMPLES = (
-    "Examples:\n\n  veneer-train plan --base DIR --preset paper --device cuda\n\n"
-    "  veneer-train plan --base DIR --config chat.yaml --set train.batch=16\n\n"
+    "Examples:\n\n  veneer-train plan --base smollm2-135m --preset paper --device cuda\n\n"
+    "  veneer-train plan --base smollm2-135m --config chat.yaml --set train.batch=16\n\n"
     "  veneer-train plan --llama-65b --preset paper --device cuda --set data.max_len=512"
 )
 
@@ -62,11 +63,11 @@ def quantize(
 ) -> None:
     """Write a base in 4 bits, so that it loads at once; for serving and for training."""
     with errors(debug):
+        base_folder = resolve_base(base)
         quiet_libraries()
-        from veneer_train.model import resolve_base
         from veneer_train.quantize import quantize as run
 
-        saving = run(resolve_base(base), out, QuantConfig(type=kind, double_quant=double_quant))
+        saving = run(base_folder, out, QuantConfig(type=kind, double_quant=double_quant))
     rows = {
         "linear layers": (saving.linear_before, saving.linear_after),
         "whole model": (saving.whole_before, saving.whole_after),
@@ -83,7 +84,9 @@ def quantize(
 
 
 def plan(
-    base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model: a folder, a hub name or smollm2-135m.")
+    ] = None,
     llama_65b: Annotated[
         bool, typer.Option("--llama-65b", help="LLaMA 65B's shape instead, as in the paper.")
     ] = False,
@@ -102,8 +105,8 @@ def plan(
         from veneer_train import plan as planning
 
         if (base is None) == (not llama_65b):
-            raise typer.BadParameter("give --base DIR or --llama-65b")
-        shape = planning.LLAMA_65B if base is None else planning.read_shape(base)
+            raise typer.BadParameter("give --base smollm2-135m or --llama-65b")
+        shape = planning.LLAMA_65B if base is None else planning.read_shape(resolve_base(base))
         parsed = load_config(config, settings or (), preset, under=_UNNEEDED)
         methods: tuple[planning.Method, ...] = ("qlora", "lora", "full")
         plans = [planning.plan(shape, parsed, method=m, device=device) for m in methods]

@@ -25,7 +25,10 @@ __all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter", "
 Debug = Annotated[bool, typer.Option("--debug", help="Show traces of errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
-    str, typer.Option("--base", help="The base model: a Hugging Face folder, or a hub name.")
+    str,
+    typer.Option(
+        "--base", help="The base model: a Hugging Face folder, a hub name, or smollm2-135m."
+    ),
 ]
 
 

@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import AsJson, Base, Debug, errors, quiet_libraries
 
 __all__ = ["DATA_EXAMPLES", "INSPECT_EXAMPLES", "data", "inspect_data"]
 
 DATA_EXAMPLES = "Example:\n\n  veneer-train data sql --out .cache/veneer/train-data/sql"
 INSPECT_EXAMPLES = (
-    "Examples:\n\n  veneer-train inspect-data my.jsonl --base DIR\n\n"
-    "  veneer-train inspect-data my.jsonl --base DIR --samples 0 --json"
+    "Examples:\n\n  veneer-train inspect-data my.jsonl --base smollm2-135m\n\n"
+    "  veneer-train inspect-data my.jsonl --base smollm2-135m --samples 0 --json"
 )
 
 
@@ -52,13 +53,14 @@ def inspect_data(
     """Show what a run would learn of each sample (green) and what it would not (dim); counts
     and lengths. What is longer than --max-len is counted as dropped."""
     with errors(debug):
+        base_folder = resolve_base(base)
         quiet_libraries()
         from veneer_train.config import DataConfig
         from veneer_train.data import load_file
         from veneer_train.inspection import coloured, summary
-        from veneer_train.model import load_tokenizer, read_template, resolve_base
+        from veneer_train.model import load_tokenizer, read_template
 
-        tokenizer = load_tokenizer(resolve_base(base))
+        tokenizer = load_tokenizer(base_folder)
         options = DataConfig(
             train=str(file), loss_on=loss_on, max_len=max_len, on_truncated="drop"
         )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 from veneer_registry.errors import InvalidField
 
+from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import Debug, errors, quiet_libraries, stderr
 from veneer_train.config import read_preset
 from veneer_train.strict import apply_setting, overlay, read_yaml
@@ -19,9 +20,11 @@ __all__ = ["EXAMPLES", "lab"]
 Name = Literal["quant-error", "quant-ppl", "qlora-vs-lora", "rank", "optimizers", "swap"]
 
 EXAMPLES = (
-    "Examples:\n\n  veneer-train lab quant-error --base DIR --out lab/quant-error\n\n"
-    "  veneer-train lab quant-ppl --base DIR --modes bf16,nf4-dq,int4 --out lab/ppl\n\n"
-    "  veneer-train lab rank --base DIR --r 8,64 --set train.steps=200 --out lab/rank\n\n"
+    "Examples:\n\n  veneer-train lab quant-error --base smollm2-135m --out lab/quant-error\n\n"
+    "  veneer-train lab quant-ppl --base smollm2-135m --modes bf16,nf4-dq,int4 "
+    "--out lab/ppl\n\n"
+    "  veneer-train lab rank --base smollm2-135m --r 8,64 --set train.steps=200 "
+    "--out lab/rank\n\n"
     "  veneer-train lab swap --adapters chat=DIR,code=DIR --out lab/swap"
 )
 
@@ -30,7 +33,10 @@ def lab(
     name: Annotated[Name, typer.Argument(help="Which one.")],
     out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
     base: Annotated[
-        str | None, typer.Option(help="Folder of the base model; all but swap need it.")
+        str | None,
+        typer.Option(
+            help="The base model: a folder, a hub name or smollm2-135m; all but swap need it."
+        ),
     ] = None,
     modes: Annotated[
         str, typer.Option(help="quant-ppl: of bf16, nf4, nf4-dq, fp4, int4.")
@@ -63,6 +69,7 @@ def lab(
     """Run an experiment; write its table, CSV, plot, versions and seed, and what it cannot
     show."""
     with errors(debug):
+        folder = None if name == "swap" else _needed(base)
         quiet_libraries()
         from veneer_train.labs.output import empty_folder, write
 
@@ -73,14 +80,13 @@ def lab(
         def told(line: str) -> None:
             console.print(line, style="dim")
 
-        if name == "swap":
+        if folder is None:
             from veneer_train.labs.swap import swap
 
             made = swap(
                 _adapters(adapters), server=server, repeats=repeats, seed=seed, command=command
             )
         else:
-            folder = _needed(base)
             if name == "quant-error":
                 from veneer_train.labs.quant import quant_error
 
@@ -119,13 +125,10 @@ def lab(
 
 
 def _needed(base: str | None) -> Path:
-    from veneer_train.model import resolve_base
-
     if base is not None:
         return resolve_base(base)
     raise InvalidField(
-        "this lab needs the base model's folder: "
-        '--base "$(veneer-server model path smollm2-135m)"',
+        "this lab needs the base model: --base smollm2-135m, or its folder",
         metadata={"field": "base"},
     )
 

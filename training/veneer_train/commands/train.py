@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from veneer_registry.errors import InvalidField, VeneerError
 
+from veneer_train.base_folder import resolve_base
 from veneer_train.commands.common import (
     AsJson,
     Debug,
@@ -29,8 +30,9 @@ __all__ = ["EXAMPLES", "train"]
 
 EXAMPLES = (
     "Examples:\n\n"
-    "  veneer-train train examples/configs/chat.yaml --base DIR --set train.steps=50\n\n"
-    "  veneer-train train --preset quick --base DIR --set data.train=my.jsonl "
+    "  veneer-train train examples/configs/chat.yaml --base smollm2-135m "
+    "--set train.steps=50\n\n"
+    "  veneer-train train --preset quick --base smollm2-135m --set data.train=my.jsonl "
     "--set output.dir=my-adapter\n\n"
     "  veneer-train train sql.yaml --push 127.0.0.1:50051 --name sql --alias prod "
     "--push-every 50"
@@ -51,7 +53,10 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Folder of the base model, in place of model.path.")
+        str | None,
+        typer.Option(
+            help="The base model, in place of model.path: a folder, a hub name or smollm2-135m."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace output.dir if it exists, and begin anew.")
@@ -77,6 +82,7 @@ def train(
     """Train an adapter over the 4-bit base and write its folder."""
     with errors(debug):
         parsed = load_config(config, settings or (), preset, base=base)
+        resolve_base(parsed.model.path)  # before seconds of imports
         if push is not None:
             share_cores(push)
         # Only here: torch and transformers take seconds, and --help needs neither.

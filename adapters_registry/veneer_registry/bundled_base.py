@@ -1,0 +1,20 @@
+"""The base model that comes with Veneer: its name, and where an import of it is kept.
+
+``veneer-server model import`` makes the folder; ``veneer-train`` finds it there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+__all__ = ["BUNDLED", "CACHE_DIR", "CACHE_VARIABLE", "bundled_folder"]
+
+BUNDLED: Final = "smollm2-135m"
+CACHE_DIR: Final = "~/.cache/veneer"
+CACHE_VARIABLE: Final = "VENEER_CACHE_DIR"
+
+
+def bundled_folder(cache_dir: Path) -> Path:
+    """Where the bundled base is kept."""
+    return cache_dir / "bases" / BUNDLED

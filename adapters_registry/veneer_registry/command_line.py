@@ -1,0 +1,127 @@
+"""One look for the help of all four programs.
+
+Typer's plain help, with three changes: it uses the terminal's width up to 120 columns, a
+command's first sentence is shown whole, and an epilog's examples stay lines that can be pasted.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+__all__ = ["Command", "Group", "Program"]
+
+_WIDEST: Final = 120
+_EXAMPLE: Final = "  "
+"""What a line of an epilog begins with if it is to be pasted."""
+_COMMENT: Final = re.compile(r" {2,}(?=\S)")
+_BREAK: Final = re.compile(r" (?=--?[a-zA-Z])")
+"""Where a command that is too long goes on in the next line."""
+
+
+class _Shown:
+    """How a command shows its epilog."""
+
+    epilog: str | None
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """``Examples:`` and such are sections of their own."""
+        for head, lines in _sections(self.epilog or ""):
+            formatter.write_paragraph()
+            if head:
+                formatter.write_text(head)
+            for line in _table(lines, formatter.width - len(_EXAMPLE)):
+                formatter.write(f"{_EXAMPLE}{line}\n")
+
+
+class Command(_Shown, TyperCommand):
+    """A command of a program."""
+
+
+class Group(_Shown, TyperGroup):
+    """A program, or a group of its commands."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each with its first sentence."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, _first_sentence(command.short_help or command.help or ""))
+            for name, command in found
+            if command is not None and not command.hidden
+        ]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
+class Program(typer.Typer):
+    """A `typer.Typer` whose commands look alike."""
+
+    def __init__(self, *, help: str, epilog: str = "", **more: Any) -> None:
+        super().__init__(
+            help=help,
+            epilog=epilog,
+            cls=more.pop("cls", Group),
+            no_args_is_help=more.pop("no_args_is_help", True),
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,
+            context_settings={
+                "help_option_names": ["-h", "--help"],
+                "max_content_width": _WIDEST,
+            },
+            **more,
+        )
+
+    def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
+        """As Typer's."""
+        return super().command(name, cls=Command, **more)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"\.(?= [A-Z])", paragraph)[0].removesuffix(".")
+
+
+def _sections(epilog: str) -> Iterator[tuple[str, list[str]]]:
+    """Paragraphs, and with each the lines of examples that follow."""
+    head, examples = "", list[str]()
+    for block in re.split(r"\n\s*\n", epilog.strip("\n")):
+        if block.startswith(_EXAMPLE):
+            examples += block.splitlines()
+            continue
+        if head or examples:
+            yield head, examples
+        head, examples = " ".join(block.split()), []
+    if head or examples:
+        yield head, examples
+
+
+def _table(lines: list[str], width: int) -> Iterator[str]:
+    """Commands with their comments beside them, where they fit; else with the comment above."""
+    pairs = [(*_COMMENT.split(line.strip(), maxsplit=1), "")[:2] for line in lines]
+    column = max((len(command) for command, comment in pairs if comment), default=0) + 2
+    beside = all(column + len(comment) <= width for _, comment in pairs if comment)
+    for command, comment in pairs:
+        if comment and not beside:
+            yield from textwrap.wrap(f"# {comment}", width, subsequent_indent="# ")
+        first, *more = _broken(command, width)
+        yield f"{first:<{column}}{comment}" if comment and beside else first
+        yield from more
+
+
+def _broken(command: str, width: int) -> list[str]:
+    """A command as lines that a shell joins again."""
+    lines, rest = [""], _BREAK.split(command)
+    for at, part in enumerate(rest):
+        room = width - (2 if at + 1 < len(rest) else 0)
+        if at and len(lines[-1]) + 1 + len(part) > room:
+            lines[-1] += " \\"
+            lines.append(f"  {part}")
+        else:
+            lines[-1] += f" {part}" if at else part
+    return lines

@@ -1,0 +1,64 @@
+"""What callers of ``veneer`` call the contract's calls and fields."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from veneer_registry.interface_words import Translation
+
+__all__ = ["in_cli_words"]
+
+_COMMANDS: Final = {
+    "Generate": "generate",
+    "GenerateStream": "generate",
+    "ListAdapters": "adapter ls",
+    "GetAdapter": "adapter show",
+    "UploadAdapter": "adapter push",
+    "DeleteAdapter": "adapter rm",
+    "ActivateAdapter": "adapter activate",
+    "EvictAdapter": "adapter evict",
+    "WatchAdapters": "adapter watch",
+    "SetAlias": "adapter alias",
+    "ListAliases": "adapter aliases",
+    "GetHistory": "adapter history",
+    "GetServerInfo": "info",
+    "PlanCapacity": "plan",
+    "SelfTest": "self-test",
+    "UpdateBudgets": "budgets",
+}
+
+_OPTIONS: Final = {
+    **{
+        f"sampling.{name}": f"--{name.replace('_', '-')}"
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty"),
+            *("presence_penalty", "frequency_penalty", "logit_bias"),
+        )
+    },
+    "stopping.max_tokens": "--max-tokens",
+    "stopping.stop": "--stop",
+    "stopping.stop_token_ids": "--stop-token-id",
+    "output.n": "--n",
+    "output.logprobs": "--logprobs",
+    "output.top_logprobs": "--top-logprobs",
+    "constraint.json_schema": "--json-schema",
+    "constraint.regex": "--regex",
+    "constraint.choice": "--choice",
+    "use_prefix_cache": "--prefix-cache",
+    "session_key": "--session",
+    "prompt": "--raw",
+    "spec.labels": "--label",
+    "spec.activate": "--activate",
+    "spec.validate_only": "--dry-run",
+    "allow_replace": "--replace",
+    "unpin": "--unpin",
+    "mode": "--mode",
+    "context_length": "--context",
+    "shape.rank": "--rank",
+    "shape.modules": "--module",
+}
+
+in_cli_words: Final = Translation(
+    {name: f"`veneer {command}`" for name, command in _COMMANDS.items()} | _OPTIONS
+)
+"""A message of the server, for a caller of ``veneer``."""

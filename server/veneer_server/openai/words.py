@@ -1,0 +1,39 @@
+"""What callers of the HTTP gateway call the contract's calls and fields."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from veneer_registry.interface_words import Translation
+
+__all__ = ["in_openai_words"]
+
+_SAME: Final = {
+    "sampling": (
+        *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty"),
+        *("presence_penalty", "frequency_penalty", "logit_bias"),
+    ),
+    "stopping": ("max_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    "output": ("n", "logprobs", "top_logprobs", "echo"),
+}
+
+in_openai_words: Final = Translation(
+    {f"{part}.{name}": name for part, names in _SAME.items() for name in names}
+    | {
+        "constraint.json_schema": "response_format",
+        "constraint.regex": "structured_outputs.regex",
+        "constraint.choice": "structured_outputs.choice",
+        "token_ids": "prompt",
+        "session_key": "user",
+        "prompt": "prompt of /v1/completions",
+        "adapter": "model",
+        "ListAdapters": "GET /v1/models",
+        "GetAdapter": "GET /v1/models/NAME",
+        # What HTTP does not offer.
+        "SetAlias": "`veneer adapter alias`",
+        "UpdateBudgets": "`veneer budgets`",
+        "EvictAdapter": "`veneer adapter evict`",
+        "unpin": "`veneer adapter evict --unpin`",
+    }
+)
+"""A message of the server, for a caller of the gateway."""

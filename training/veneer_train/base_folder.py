@@ -1,0 +1,68 @@
+"""From what ``--base`` or ``model.path`` says to the base model's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.bundled_base import BUNDLED, CACHE_DIR, CACHE_VARIABLE, bundled_folder
+from veneer_registry.errors import InvalidField
+
+__all__ = ["resolve_base"]
+
+_FIX: Final = (
+    f"give a Hugging Face folder, a hub name or {BUNDLED} as model.path or with --base"
+)
+
+
+def resolve_base(path: str) -> Path:
+    """The base's folder. The bundled base's name means its import, as it does for
+    ``veneer-server``; a hub name (``owner/model``) is downloaded by its library.
+
+    Raises:
+        InvalidField: there is no such folder, no import, and no hub could give it.
+    """
+    if path == BUNDLED:
+        return _imported()
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or path.count("/") != 1 or not all(path.split("/")):
+        raise InvalidField(
+            f"{path!r} is not a model folder (no config.json): {_FIX}",
+            metadata={"field": "model.path"},
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InvalidField(
+            f"{path!r} is neither a folder nor a model that the hub gives: {_FIX}",
+            metadata={"field": "model.path"},
+        ) from error
+
+
+def _imported() -> Path:
+    cache = Path(os.environ.get(CACHE_VARIABLE) or CACHE_DIR).expanduser()
+    folder = bundled_folder(cache)
+    missing = [
+        name
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+        if not (folder / name).is_file()
+    ]
+    if not missing:
+        return folder
+    why = f"{folder} has no {missing[0]}" if folder.exists() else f"there is no {folder}"
+    raise InvalidField(
+        f"{BUNDLED} is not imported yet ({why}): veneer-server model import {BUNDLED}",
+        metadata={"field": "model.path"},
+    )
