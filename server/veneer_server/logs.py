@@ -153,10 +153,10 @@ class _Unblocked(logging.Handler):
             if not self.takes_status() or not (line or self._status):
                 return
             with contextlib.suppress(OSError):
-                width = os.get_terminal_size(self._file).columns - 1
+                width = (os.get_terminal_size(self._file).columns or 80) - 1
                 # The cursor goes back to the line's start: what another process writes then
                 # takes its place.
-                data = f"{_ERASE}{line[: max(width, 0)]}\r".encode(errors="replace")
+                data = f"{_ERASE}{line[:width]}\r".encode(errors="replace")
                 if self._poll.poll(0):
                     os.write(self._file, data)
                     self._status = bool(line)

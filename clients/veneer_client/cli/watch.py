@@ -15,11 +15,10 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import byte_size, json_line, place_of
-from veneer_client.client import Client
 from veneer_client.records import AdapterEvent, AdapterEventKind, AdapterInfo
 
 __all__ = ["EXAMPLES", "Board", "event_line", "watch"]
@@ -51,7 +50,7 @@ def watch(
     console = Console(highlight=False)
     with (
         errors_shown(context, debug),
-        Client(find_server(context, server)) as client,
+        connect(context, server) as client,
         client.watch(since) as events,
     ):
         if json_:

@@ -23,7 +23,7 @@ from veneer_server.engine.messages import (
     decode_from_engine,
     encode,
 )
-from veneer_server.progress import SINK, Part, StartStopped
+from veneer_server.progress import SINK, Part, StartStopped, stage
 
 __all__ = ["Connection"]
 
@@ -124,7 +124,9 @@ async def _loaded(reader: asyncio.StreamReader) -> EngineInfo:
     """What the engine says of itself once the base model is loaded."""
     parts: dict[str, Part] = {}
     try:
-        while messages := await _next_frame(reader):
+        with stage("starting the engine"):
+            messages = await _next_frame(reader)
+        while messages:
             for message in messages:
                 if isinstance(message, EngineInfo):
                     return message
@@ -136,6 +138,7 @@ async def _loaded(reader: asyncio.StreamReader) -> EngineInfo:
                     SINK.get()(part)
                 if part.state != "running":
                     del parts[part.name]
+            messages = await _next_frame(reader)
         raise EngineFailed(
             "the engine process ended while loading the base model; its log says why"
         )

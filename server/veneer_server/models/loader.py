@@ -118,15 +118,17 @@ def load_weights(
             return _take_apart(model.eval(), config, dtype, device, fuse, packing)
 
     def read(folder: Path, **more: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
         if device.type == "cuda":
             more["device_map"] = {"": device.index or 0}
         name = "quantizing the base" if "quantization_config" in more else "loading the base"
-        with stage(name, unit="tensors") as reading, _counted(reading):
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, **more
-            )
+        with stage(name, unit="tensors") as reading:
+            # Within: it takes seconds itself.
+            from transformers import AutoModelForCausalLM
+
+            with _counted(reading):
+                return AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, **more
+                )
 
     if config.quantization is not None or quantization == "none":
         with _verified(folder, fingerprint) as verify:
