@@ -282,7 +282,7 @@ def fit(
         packing=packing,
     )
     together: Any = collate_packed if packing else collate
-    if expect is not None:
+    if expect is not None:  # before there is a Trainer, which seeds random numbers
         val = split.val.samples if split.val is not None else ()
         expect(
             estimate(
