@@ -28,7 +28,8 @@ _LEAST_S: Final = 2.0
 """A part that has run for less says nothing of the time left."""
 
 _SHORT_S: Final = 0.1
-"""A part that was done sooner, as one whose result was kept, is not worth a line."""
+"""A part that counted nothing and was done sooner had its result from an earlier start, which
+is not worth a line."""
 
 Unit = Literal["", "bytes", "tensors", "layers", "adapters"]
 
@@ -145,7 +146,8 @@ class Display:
                 return
             self._running.pop(part.name, None)
             show_status("")
-            if part.state == "failed" or now - shown.began >= _SHORT_S:
+            kept = not part.done and now - shown.began < _SHORT_S and not shown.told
+            if part.state == "failed" or not kept:
                 self._write(shown, now)
             self._changed.notify()
 
@@ -178,6 +180,7 @@ class Display:
 
     def _write(self, shown: _Shown, now: float) -> None:
         part, seconds = shown.part, round(now - shown.began, 2)
+        shown.told = True
         if not self._structured:
             _log.info(shown.words(now))
             return
@@ -192,11 +195,12 @@ class Display:
 
 @dataclass(slots=True)
 class _Shown:
-    """A part that runs, when it began, and when its next log line is due."""
+    """A part that runs: when it began, when its next log line is due, whether it had one."""
 
     part: Part
     began: float
     due: float
+    told: bool = False
 
     def left_s(self, now: float) -> float | None:
         """Seconds until it is done, at the rate so far; None where that says nothing."""
@@ -224,7 +228,7 @@ class _Shown:
 
 
 def _count(part: Part) -> str:
-    if not part.unit:
+    if not part.unit or not (part.done or part.total):
         return ""
     if part.unit == "bytes":
         whole = f" of {part.total / 1e6:.0f}" if part.total else ""
