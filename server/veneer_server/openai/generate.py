@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import InvalidField, QueueFull, VeneerError
+from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
 from veneer_server.engine.client import EngineClient
@@ -170,7 +170,8 @@ class GenerateEndpoint(ABC):
         reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
             self._core.metrics.failures.labels(reason).inc()
-        _log.info("call refused", method=type(self).__name__, reason=reason)
+        if not isinstance(error, ModelLoading):  # those who wait ask again and again
+            _log.info("call refused", method=type(self).__name__, reason=reason)
         if not reply.started and http_failure(error).status in PACED:
             await self._core.pace.wait(CALLER.get(), size)
         try:
