@@ -205,7 +205,7 @@ class _Shown:
     def left_s(self, now: float) -> float | None:
         """Seconds until it is done, at the rate so far; None where that says nothing."""
         part, took = self.part, now - self.began
-        if not 0 < part.done <= part.total or took < _LEAST_S:
+        if not 0 < part.done < part.total or took < _LEAST_S:
             return None
         return took * (part.total - part.done) / part.done
 

