@@ -258,7 +258,11 @@ class _Loading:
         if part.state == "running" and part.done > 0 and now - self._said < _SAY_SECONDS:
             return
         self._said = now
-        self._send([Loading(part)])
+        try:
+            self._send([Loading(part)])
+        except OSError as error:
+            # No OSError: what is read at the moment would be taken for damaged.
+            raise SystemExit(1) from error
 
 
 def tame_collector() -> None:
