@@ -70,13 +70,17 @@ class Connection:
                 "more processes and open files"
             ) from error
         reader, writer = await asyncio.open_connection(sock=ours)
+        begun = False
         try:
             body = msgspec.msgpack.encode(config)
             writer.write(LENGTH.pack(len(body)) + body)
-            info = await _loaded(reader)
+            with stage("starting the engine"):
+                messages = await _next_frame(reader)
+            begun = bool(messages)
+            info = await _loaded(reader, messages)
         except BaseException:
             writer.close()  # it ends by itself, and what it has started with it
-            if process.returncode is None:
+            if begun and process.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), GIVE_UP_SECONDS)
             if process.returncode is None:
@@ -120,12 +124,13 @@ class Connection:
             await self._process.wait()
 
 
-async def _loaded(reader: asyncio.StreamReader) -> EngineInfo:
-    """What the engine says of itself once the base model is loaded."""
+async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> EngineInfo:
+    """What the engine says of itself once the base model is loaded.
+
+    Args: messages: its first.
+    """
     parts: dict[str, Part] = {}
     try:
-        with stage("starting the engine"):
-            messages = await _next_frame(reader)
         while messages:
             for message in messages:
                 if isinstance(message, EngineInfo):
