@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := proto/veneer_proto/v1/inference.proto proto/veneer_proto/v1/adapters.proto proto/veneer_proto/v1/server.proto
 GENERATED := proto/veneer_proto/v1
+# Bases are where `veneer-server` looks for them, in the user's cache. A checkout that was given
+# one of its own keeps to that; tests/places.py goes by the same rule.
+ifneq ($(wildcard .cache/veneer/bases),)
 export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
+endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -20,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
 	touch $@
 
-base: install ## Import the bundled base model into .cache/veneer
+base: install ## Import the bundled base model into the cache that veneer-server uses
 	@$(BIN)/veneer-server model import smollm2-135m
 
 demo: base ## Serve the base and three adapters, answer two prompts five ways
@@ -123,5 +127,5 @@ dashboard: install ## Write Grafana's dashboard from its program
 schema: install ## Write the schema of the load tester's result files
 	$(BIN)/python -m veneer_loadtest.results.schema > docs/loadtest-result.schema.json
 
-clean: ## Remove environments, caches and build output
+clean: ## Remove environments, caches of the checkout and build output; bases in ~/.cache/veneer stay
 	rm -rf $(VENV) .venv-protos .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -60,7 +60,7 @@ def main() -> None:
     began = time.perf_counter()
     console.print("starting a server ...", style="dim")
     # Not in a thread beside the event loop: there Ctrl-C could not end it.
-    server = LocalServer()
+    server = LocalServer(told=show_start)
     try:
         console.print(escape(server.ready_line), style="dim", soft_wrap=True)
         asyncio.run(show(server.address))
@@ -70,6 +70,12 @@ def main() -> None:
     console.print(f"server stopped with status {status}; {took:.0f} s in all", style="dim")
     if status:
         raise SystemExit(f"the server should have stopped with status 0, not {status}")
+
+
+def show_start(line: str) -> None:
+    """What takes long of a start, from the server's log."""
+    if line.endswith(" so far") or " so far, " in line or ": done in " in line:
+        console.print(escape(line), style="dim", soft_wrap=True)
 
 
 async def show(address: str) -> None:

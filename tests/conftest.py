@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from veneer_server.engine.backends import Chosen
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.models.source import import_bundled
 
+from tests import places
 from tests.backends_ran import RAN, check, missing, with_asked
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def cache_dir() -> Path:
     """Where imported bases live; `make test` fills it before the suite starts."""
-    return Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
+    return places.cache_dir()
 
 
 @pytest.fixture(scope="session")

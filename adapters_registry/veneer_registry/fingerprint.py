@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Final
@@ -38,6 +38,7 @@ def fingerprint_base(
     *,
     quantization: Mapping[str, object] | None = None,
     cache_dir: Path | None = None,
+    hashed: Callable[[int, int], None] = lambda done, total: None,
 ) -> BaseFingerprint:
     """Fingerprint a Hugging Face folder.
 
@@ -47,6 +48,7 @@ def fingerprint_base(
         cache_dir: where the weights digest is kept between runs, since hashing
             reads every byte (about 1 GB/s); None hashes each time. Its key holds
             path, size, time and header of each file.
+        hashed: told bytes of the weights that are hashed, and of all of them, if they are.
 
     Returns parts as in `BaseFingerprint`; "" for a tokenizer or template that the
     folder has not, and for no quantization.
@@ -57,7 +59,7 @@ def fingerprint_base(
     shards = weight_files(folder)
     quantized = "" if quantization is None else _sha256(canonical_json(dict(quantization)))
     return BaseFingerprint(
-        weights=_cached_weights(shards, cache_dir),
+        weights=_cached_weights(shards, cache_dir, hashed),
         tokenizer=_tokenizer(folder),
         quantization=quantized,
         template=_template(folder),
@@ -107,9 +109,11 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _cached_weights(shards: list[Path], cache_dir: Path | None) -> str:
+def _cached_weights(
+    shards: list[Path], cache_dir: Path | None, hashed: Callable[[int, int], None]
+) -> str:
     if cache_dir is None:
-        return _hash_weights(shards)
+        return _hash_weights(shards, hashed)
     key = _cache_key(shards)
     entry = cache_dir / "fingerprints" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -120,7 +124,7 @@ def _cached_weights(shards: list[Path], cache_dir: Path | None) -> str:
         _log.warning(
             "%s is damaged, or of an older version: the base's weights are hashed again", entry
         )
-    digest = _hash_weights(shards)
+    digest = _hash_weights(shards, hashed)
     with contextlib.suppress(OSError):  # it costs the next start the time to hash again
         entry.parent.mkdir(parents=True, exist_ok=True)
         scratch = entry.with_suffix(f".{os.getpid()}")
@@ -150,7 +154,9 @@ def _cache_key(shards: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_weights(shards: list[Path]) -> str:
+def _hash_weights(
+    shards: list[Path], hashed: Callable[[int, int], None] = lambda done, total: None
+) -> str:
     """SHA-256 over sorted (name, dtype, shape, bytes) of all tensors of all files."""
     with contextlib.ExitStack() as stack:
         tensors: dict[str, tuple[TensorInfo, BufferedReader]] = {}
@@ -166,19 +172,23 @@ def _hash_weights(shards: list[Path]) -> str:
                 tensors[name] = (tensor, file)
         digest = hashlib.sha256(_TAG)
         buffer = memoryview(bytearray(_CHUNK))
+        done, total = 0, sum(tensor.end - tensor.begin for tensor, _ in tensors.values())
         for name in sorted(tensors):
             tensor, file = tensors[name]
             described = canonical_json([name, tensor.dtype, list(tensor.shape)])
             digest.update(struct.pack(">QQ", len(described), tensor.end - tensor.begin))
             digest.update(described)
             file.seek(tensor.begin)
+            hashed(done, total)
             left = tensor.end - tensor.begin
+            done += left
             while left:
                 count = file.readinto(buffer[: min(left, _CHUNK)])
                 if not count:
                     raise _bad_base(f"tensor {name!r} is cut off; download the base again")
                 digest.update(buffer[:count])
                 left -= count
+        hashed(done, total)
         return digest.hexdigest()
 
 

@@ -6,15 +6,19 @@ What a call is, how its answer is read and when it is repeated is shared
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Unpack
 
+import grpc
 from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import DeadlineExceeded, Unavailable, VeneerError
 
 from veneer_client import calls, calls_admin
 from veneer_client.aio_adapters import AsyncAdapterCalls
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, to_error
+from veneer_client.failures import Attempts, not_ready, to_error
 from veneer_client.handle import AsyncAdapterHandle
 from veneer_client.server_records import (
     BudgetUse,
@@ -126,6 +130,34 @@ class AsyncClient(AsyncAdapterCalls):
     ) -> ServingStatus:
         """Readiness of a service; "" asks whether the process lives."""
         return await self._ask(calls.health(service), timeout_s)
+
+    async def wait_until_ready(
+        self,
+        timeout_s: float = 300.0,
+        *,
+        told: Callable[[VeneerError], None] = lambda why: None,
+    ) -> None:
+        """Return once generate calls are answered; see `Client.wait_until_ready`."""
+        ends, look = time.monotonic() + timeout_s, 0.0
+        while True:
+            left = ends - time.monotonic()
+            try:
+                status = await self.health(timeout_s=max(calls.LEAST_S, left))
+                if status is ServingStatus.SERVING:
+                    return
+                why: VeneerError = not_ready(self.address)
+                if left <= 0 or time.monotonic() >= look:
+                    await self._once(calls.info(), calls.LEAST_S)
+            except grpc.RpcError as error:
+                why = to_error(error, self.address, timeout_s=timeout_s)
+            except (Unavailable, DeadlineExceeded) as error:
+                why = error
+            if left <= 0:
+                raise why
+            if time.monotonic() >= look:
+                look = time.monotonic() + calls.TELL_S
+                told(why)
+            await asyncio.sleep(calls.LOOK_S)
 
     async def update_budgets(
         self,

@@ -44,6 +44,15 @@ _PLAN_RANK: Final = 16
 RECONNECT_S: Final = 1.0
 """First wait of a watch or a push for a server that was there."""
 
+LOOK_S: Final = 0.2
+"""Between two looks at a server that is not ready."""
+
+TELL_S: Final = 1.0
+"""Between two questions why it is not."""
+
+LEAST_S: Final = 1.0
+"""Of a look, however little time is left."""
+
 
 def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
     """Of a client's channel.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Unpack
 
+import grpc
 from veneer_proto.v1 import inference_pb2
+from veneer_registry.errors import DeadlineExceeded, Unavailable, VeneerError
 
 from veneer_client import calls, calls_admin
 from veneer_client.client_adapters import AdapterCalls
 from veneer_client.convert import generate_request
-from veneer_client.failures import Attempts, to_error
+from veneer_client.failures import Attempts, not_ready, to_error
 from veneer_client.handle import AdapterHandle
 from veneer_client.server_records import (
     BudgetUse,
@@ -130,6 +133,44 @@ class Client(AdapterCalls):
     ) -> ServingStatus:
         """Readiness of a service; "" asks whether the process lives."""
         return self._ask(calls.health(service), timeout_s)
+
+    def wait_until_ready(
+        self,
+        timeout_s: float = 300.0,
+        *,
+        told: Callable[[VeneerError], None] = lambda why: None,
+    ) -> None:
+        """Return once generate calls are answered; a server that is not there yet is waited
+        for.
+
+        Args:
+            timeout_s: so long at most.
+            told: called about once a second with why it waits: `ModelLoading`, whose metadata
+                ``doing`` says what is loaded, `ServerUnreachable`, or another `Unavailable`.
+
+        Raises:
+            Unavailable, DeadlineExceeded: it was not ready in time; says what it was doing.
+        """
+        ends, look = time.monotonic() + timeout_s, 0.0
+        while True:
+            left = ends - time.monotonic()
+            try:
+                status = self.health(timeout_s=max(calls.LEAST_S, left))
+                if status is ServingStatus.SERVING:
+                    return
+                why: VeneerError = not_ready(self.address)
+                if left <= 0 or time.monotonic() >= look:
+                    self._once(calls.info(), calls.LEAST_S)
+            except grpc.RpcError as error:
+                why = to_error(error, self.address, timeout_s=timeout_s)
+            except (Unavailable, DeadlineExceeded) as error:
+                why = error
+            if left <= 0:
+                raise why
+            if time.monotonic() >= look:
+                look = time.monotonic() + calls.TELL_S
+                told(why)
+            time.sleep(calls.LOOK_S)
 
     def update_budgets(
         self,

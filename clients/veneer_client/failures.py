@@ -32,6 +32,7 @@ __all__ = [
     "Attempts",
     "RetryPolicy",
     "cancelled",
+    "not_ready",
     "outcome",
     "starting",
     "to_error",
@@ -104,6 +105,13 @@ def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:
     return error.code() is grpc.StatusCode.INTERNAL and _status(error) is None
 
 
+def not_ready(address: str) -> Unavailable:
+    """Of a server that is past loading and whose engine does not answer."""
+    return Unavailable(
+        f"{address} does not answer generate calls now: its engine is being started again"
+    )
+
+
 def cancelled() -> Cancelled:
     """The caller's own doing."""
     return Cancelled("the call was cancelled, or its client closed")
@@ -155,11 +163,13 @@ class RetryPolicy:
         longest_wait_s: a longer delay than this is the caller's decision.
         growth: each wait is at least what the server said, and so many times the one
             before: with the defaults half a minute in all, enough for a restart.
+        final: errors after which a call is not repeated, such as `ModelLoading`.
     """
 
     attempts: int = 8
     longest_wait_s: float = 5.0
     growth: float = 1.5
+    final: tuple[type[VeneerError], ...] = ()
 
 
 class Attempts:
@@ -209,7 +219,7 @@ class Attempts:
         self._made += 1
         if self._made >= self._allowed:
             return None
-        if not isinstance(error, self._repeated):
+        if not isinstance(error, self._repeated) or isinstance(error, self._policy.final):
             return None
         told = error.retry_after_s
         if isinstance(error, Draining):

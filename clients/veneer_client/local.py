@@ -7,7 +7,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from veneer_registry.errors import ServerUnreachable
 __all__ = ["LocalServer"]
 
 _LOG_TAIL: int = 12
+_LOOK_S: float = 0.2
 
 
 class LocalServer:
@@ -40,12 +42,15 @@ class LocalServer:
         *,
         environment: Mapping[str, str] | None = None,
         start_timeout_s: float = 300.0,
+        told: Callable[[str], None] | None = None,
     ) -> None:
         """Start, and return when the server is ready.
 
         Args:
             flags: of ``veneer-server``.
             environment: of the process; None hands down this one's.
+            told: given each line of the server's log until it is ready, in another thread: the
+                first start on a machine takes a minute, and its log says what for.
 
         Raises:
             ServerUnreachable: it ended or was not ready in time; shows its last lines.
@@ -72,7 +77,8 @@ class LocalServer:
                 start_new_session=True,
             )
         try:
-            self.ready_line = self._wait_until_ready(ports, start_timeout_s)
+            with self._telling(told):
+                self.ready_line = self._wait_until_ready(ports, start_timeout_s)
             addresses = json.loads(ports.read_text("utf-8"))
         except BaseException:
             self._process.kill()
@@ -119,6 +125,29 @@ class LocalServer:
         self._drain.join()
         self._close()
         return status
+
+    @contextmanager
+    def _telling(self, told: Callable[[str], None] | None) -> Iterator[None]:
+        if told is None:
+            yield
+            return
+        over = threading.Event()
+
+        def follow() -> None:
+            with self.log_path.open(encoding="utf-8", errors="replace") as log:
+                last = False
+                while not last:
+                    last = over.wait(_LOOK_S)
+                    for line in log:
+                        told(line.rstrip())
+
+        follower = threading.Thread(target=follow, name="server-log", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join()
 
     def _wait_until_ready(self, ports: Path, timeout_s: float) -> str:
         output: Any = self._process.stdout

@@ -98,6 +98,8 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     # From the first moment: the app says so once it runs. Its default ends the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # In the background of a terminal it still writes its log (stty tostop).
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     import uvloop
 
     from veneer_server.app import App
@@ -227,9 +229,13 @@ def model_path(name: _Name, *, debug: _Debug = False, **flags: Any) -> None:
 
 
 def _resolve(name: str, flags: dict[str, Any]) -> None:
+    from veneer_server.logs import configure
     from veneer_server.models.source import resolve_base
+    from veneer_server.progress import SINK, Display
 
     config = load_config(flags, os.environ)
+    configure("console")
+    SINK.set(Display())
     folder = resolve_base(
         name, config.cache_dir, progress=lambda line: print(line, file=sys.stderr, flush=True)
     )

@@ -33,13 +33,14 @@ from veneer_server.engine.client import EngineClient, EngineEvent
 from veneer_server.engine.messages import EngineInfo
 from veneer_server.hosts import AllowedHosts
 from veneer_server.housekeeping import Housekeeping
-from veneer_server.logs import get_logger
+from veneer_server.logs import get_logger, show_status
 from veneer_server.memory import MemoryPlan
 from veneer_server.metrics import Metrics
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
 from veneer_server.pace import Pace
+from veneer_server.progress import SINK, Display
 from veneer_server.rpc.adapter_events import AdapterEvents
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.rpc.adapter_view import AdapterUse
@@ -51,6 +52,7 @@ from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
+from veneer_server.rpc.later import Later
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.receiving import Receiving
 from veneer_server.rpc.self_test import SelfTest
@@ -97,7 +99,8 @@ class App:
         self._make_engine = make_engine
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
-        self._calls = Calls()
+        self._display = Display(structured=config.log_format == "json")
+        self._calls = Calls(lambda: self._display.doing)
         self._health = Health()
         self._events = AdapterEvents()
         self._pace = Pace(config.refusal_rate)
@@ -105,6 +108,12 @@ class App:
         self._stop_asked = asyncio.Event()
         self._server: Any = None
         self._gateway: Gateway | None = None
+        self._scraping: ScrapeServer | None = None
+        self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
+        self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
+        self._about = Later(server_pb2_grpc.ServerServiceServicer)
+        self._check_wire: Callable[[bytes], None] = lambda request: None
+        self._engine_up = False
 
     async def run_until_signal(self) -> None:
         """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once. SIGHUP
@@ -133,6 +142,7 @@ class App:
         Raises:
             VeneerError: the server could not start; says why and what to do.
         """
+        SINK.set(self._display)
         async with self._resources:
             starting = asyncio.ensure_future(self.startup())
             asked = asyncio.ensure_future(self._stop_asked.wait())
@@ -141,6 +151,7 @@ class App:
                 await starting
                 await asked
             else:
+                self._display.stop()  # what runs in a thread hears of no cancelling
                 starting.cancel()
                 await asyncio.wait({starting})
             await self.drain()
@@ -149,7 +160,7 @@ class App:
     # ------------------------------------------------------------------- lifecycle
 
     async def startup(self) -> None:
-        """Own the data folder, prepare the base, open the sockets, load the engine."""
+        """Own the data folder, open the sockets, prepare the base, load the engine."""
         config = self._config
         if config.openai_listen is not None:
             require_gateway()
@@ -158,11 +169,22 @@ class App:
         )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
+        # Then the ports: one that is taken is told at once too, and whoever calls while the
+        # base is fetched and loaded is told so.
+        metrics_address = await self._serve_metrics()
+        openai_address = await self._serve_openai()
+        grpc_address = await self._serve_grpc()
+        _log.info(
+            "listening",
+            grpc=str(grpc_address),
+            metrics=str(metrics_address or "off"),
+            openai=str(openai_address or "off"),
+        )
         base_folder = await asyncio.to_thread(
             resolve_base,
             config.base,
             config.cache_dir,
-            progress=lambda doing: _log.info("base", doing=doing),
+            progress=lambda line: _log.warning("base", what=line),
         )
         decoder = read_decoder_config(base_folder.path)
         if decoder.quantization is not None:
@@ -190,6 +212,9 @@ class App:
             )
         )
         self._resources.callback(registry.close)
+        if self._scraping is not None:
+            self._metrics.ask(registry)
+            self._resources.push_async_callback(self._scraping.stop)  # before what it asks
         self._events.name_by(registry.names)
         housekeeping = Housekeeping(
             registry,
@@ -232,11 +257,13 @@ class App:
             # When nothing runs, the last busy minute's steps say nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
-        metrics_address = await self._serve_metrics(registry)
-        openai_address = await self._serve_openai(generator, registry, engine, base)
-        grpc_address = await self._serve_grpc(
-            engine,
-            InferenceService(generator, reader_limit_s=config.reader_limit),
+        if self._gateway is not None:
+            self._answer_openai(generator, registry, engine, base)
+        self._inference.answer_by(
+            inference := InferenceService(generator, reader_limit_s=config.reader_limit)
+        )
+        self._check_wire = inference.check_wire
+        self._adapters.answer_by(
             AdapterService(
                 registry,
                 engine,
@@ -252,17 +279,20 @@ class App:
                     registry, engine, prompts, use, dtype=config.dtype, exact=config.exact
                 ),
                 keep_residents=housekeeping.keep_residents,
-            ),
-            ServerService(config, base, registry, engine, self._metrics, budgets, defaults),
+            )
+        )
+        self._about.answer_by(
+            ServerService(config, base, registry, engine, self._metrics, budgets, defaults)
         )
         _log.info("loading", base=base.name, grpc=str(grpc_address))
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
-        self._metrics.engine_started(info.device, info.backend)
+        self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
         # A collection would look at all that was imported, and stop every stream meanwhile.
         gc.collect()
         gc.freeze()
         self._calls.serve()
+        self._tell_ready()
         await self._health.loaded()
         self._ready(base, info, memory, grpc_address, metrics_address, openai_address)
 
@@ -270,6 +300,7 @@ class App:
         """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
         await self._health.drain()
         self._calls.drain()
+        self._tell_ready()
         self._pace.stop()
         self._events.close()  # a watch has no end of its own
         if self._gateway is not None:
@@ -322,31 +353,36 @@ class App:
     def _engine_health(self, healthy: bool) -> None:
         self._health.engine_changed(healthy)
         self._metrics.engine_health(healthy)
+        self._engine_up = healthy
+        self._tell_ready()
         if self._calls.phase is not Phase.DRAINING:
             (_log.info if healthy else _log.warning)("engine health", healthy=healthy)
 
-    async def _serve_metrics(self, registry: Registry) -> Address | None:
+    def _tell_ready(self) -> None:
+        self._metrics.ready.set(self._engine_up and self._calls.phase is Phase.SERVING)
+
+    def _why_slower(self, info: EngineInfo) -> str:
+        """Why torch serves where the native kernels might; "" where nothing is lost."""
+        auto = self._config.backend == "auto" and info.device == "cpu"
+        return info.why_not_native if auto else ""
+
+    async def _serve_metrics(self) -> Address | None:
         wanted = self._config.metrics_listen
         if wanted is None:
             return None
-        self._metrics.ask(registry)
         hosts = AllowedHosts(wanted, self._config.allowed_hosts)
         scraping = ScrapeServer(self._metrics.registry, hosts)
         try:
             address = await scraping.start(wanted)
         except OSError as error:
             raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
+        self._scraping = scraping
         self._resources.push_async_callback(scraping.stop)
         return address
 
-    async def _serve_grpc(
-        self,
-        engine: EngineClient,
-        inference: InferenceService,
-        adapters: AdapterService,
-        about: ServerService,
-    ) -> Address:
+    async def _serve_grpc(self) -> Address:
         wanted = self._config.listen
+        capacity = self._config.max_running + self._config.max_queue
         connections = Connections(self._descriptors.connections)
         server = grpc.aio.server(
             interceptors=[
@@ -355,21 +391,27 @@ class App:
                     self._calls,
                     Receiving(limit_s=self._config.reader_limit),
                     open_calls=OpenCalls(
-                        generations=engine.capacity, watchers=self._config.max_watchers
+                        generations=capacity, watchers=self._config.max_watchers
                     ),
                     connections=connections,
-                    checks=dict.fromkeys(GENERATE_METHODS, inference.check_wire),
+                    checks=dict.fromkeys(
+                        GENERATE_METHODS, lambda request: self._check_wire(request)
+                    ),
                     pace=self._pace,
                 )
             ],
             options=channel_options(
                 reader_limit_s=self._config.reader_limit,
                 connections=self._descriptors.connections,
-                generations=engine.capacity,
+                generations=capacity,
             ),
         )
+        # Servicers by their methods; the generated functions want their class.
+        inference: Any = self._inference
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        adapters: Any = self._adapters
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+        about: Any = self._about
         server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
         await self._health.add_to(server)
         reflection.enable_server_reflection(
@@ -381,12 +423,11 @@ class App:
             raise _cannot_listen("--listen", wanted, str(error)) from error
         await server.start()
         self._server = server
+        self._resources.push_async_callback(server.stop, 0)
         self._resources.callback(asyncio.create_task(connections.watch(port)).cancel)
         return Address(wanted.host, port)
 
-    async def _serve_openai(
-        self, generator: Generator, registry: Registry, engine: EngineClient, base: BaseSpec
-    ) -> Address | None:
+    async def _serve_openai(self) -> Address | None:
         wanted = self._config.openai_listen
         if wanted is None:
             return None
@@ -394,12 +435,8 @@ class App:
         from veneer_server.openai.gateway import Gateway
 
         gateway = Gateway(
-            generator=generator,
-            registry=registry,
-            engine=engine,
             calls=self._calls,
             metrics=self._metrics,
-            base=base,
             hosts=AllowedHosts(wanted, self._config.allowed_hosts),
             reader_limit_s=self._config.reader_limit,
             max_connections=self._descriptors.connections,
@@ -412,6 +449,16 @@ class App:
         self._gateway = gateway
         self._resources.push_async_callback(gateway.stop)
         return address
+
+    def _answer_openai(
+        self, generator: Generator, registry: Registry, engine: EngineClient, base: BaseSpec
+    ) -> None:
+        from veneer_server.openai.generate import Loaded
+
+        assert self._gateway is not None
+        self._gateway.answer_by(
+            Loaded(generator=generator, registry=registry, engine=engine, base=base)
+        )
 
     def _ready(
         self,
@@ -433,9 +480,9 @@ class App:
             partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
             # By rename, so that a reader never sees half of it.
             partial.replace(config.port_file)
-        slower = ""
-        if config.backend == "auto" and info.device == "cpu" and info.why_not_native:
-            slower = f" (several times slower than native: {info.why_not_native})"
+        why = self._why_slower(info)
+        slower = f" (several times slower than native: {why})" if why else ""
+        show_status("")  # adapters may be on their way back
         self._announce(
             f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  "
             f"openai={openai or 'off'}  base={base.name} "

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TextIO
 
-__all__ = ["REQUEST_ID", "Logger", "configure", "get_logger"]
+__all__ = ["REQUEST_ID", "Logger", "configure", "get_logger", "show_status", "takes_status"]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the call that the current task serves; added to each of its lines."""
@@ -25,6 +25,9 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 _FIELDS: Final = "veneer_fields"
 
 _LOST: Final = "log lines were lost"
+
+_ERASE: Final = "\x1b[K"
+"""Of a terminal: what stands right of the cursor goes."""
 
 _PIECE: Final = 1024
 """Bytes of a write. A pipe or socket that polls as writable takes 4 KiB without blocking; other
@@ -72,12 +75,31 @@ def configure(
 ) -> None:
     """Send everything of ours, and warnings of others, to ``stream``."""
     handler = _handler(stream)
+    if isinstance(handler, _Unblocked):
+        handler.for_a_person = log_format == "console"
     handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     for name in ("veneer_server", "veneer_registry"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def takes_status() -> bool:
+    """Whether the log goes to a terminal in whose foreground this process is: one that runs
+    behind a shell, or behind another program, must not draw over what that writes."""
+    return any(handler.takes_status() for handler in _unblocked())
+
+
+def show_status(line: str) -> None:
+    """Show a line on the terminal that the next one, or the next log line, replaces; "" removes
+    it. Nothing is shown where `takes_status` is false."""
+    for handler in _unblocked():
+        handler.show_status(line)
+
+
+def _unblocked() -> list[_Unblocked]:
+    return [h for h in logging.getLogger().handlers if isinstance(h, _Unblocked)]
 
 
 def _handler(stream: TextIO | None) -> logging.Handler:
@@ -107,11 +129,41 @@ class _Unblocked(logging.Handler):
     def __init__(self, file: int) -> None:
         super().__init__()
         self._file = file = _non_blocking(file)
+        self.for_a_person = False
+        self._status = False
+        """A line is shown that is to be replaced."""
         self._poll = select.poll()
         self._poll.register(file, select.POLLOUT)
         self._lost = 0
 
+    def takes_status(self) -> bool:
+        """See the function of this name."""
+        try:
+            return (
+                self.for_a_person
+                and os.isatty(self._file)
+                and os.tcgetpgrp(self._file) == os.getpgrp()
+            )
+        except OSError:  # not this process's terminal
+            return False
+
+    def show_status(self, line: str) -> None:
+        """See the function of this name."""
+        with self.lock or contextlib.nullcontext():
+            if not self.takes_status() or not (line or self._status):
+                return
+            with contextlib.suppress(OSError):
+                width = (os.get_terminal_size(self._file).columns or 80) - 1
+                # The cursor goes back to the line's start: what another process writes then
+                # takes its place.
+                data = f"{_ERASE}{line[:width]}\r".encode(errors="replace")
+                if self._poll.poll(0):
+                    os.write(self._file, data)
+                    self._status = bool(line)
+
     def emit(self, record: logging.LogRecord) -> None:
+        if self._status:
+            self.show_status("")
         if self._lost:
             notice = logging.LogRecord(__name__, logging.WARNING, "", 0, _LOST, None, None)
             setattr(notice, _FIELDS, {"lines": self._lost})

@@ -49,6 +49,7 @@ _SWAP: Final = (
 _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SMOOTHING: Final = 0.1
+_LONGEST_REASON: Final = 200
 _ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
@@ -82,10 +83,16 @@ class Metrics:
         self.prefix_usage = gauge(
             "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
         )
+        self.ready = gauge("ready", "1 while generate calls are answered; 0 while it loads.")
         self.engine_healthy = gauge(
             "engine_healthy", "1 while the engine is up and its step loop answers."
         )
         self.engine_info = gauge("engine_info", "1; what computes.", "device", "backend")
+        self.backend_info = gauge(
+            "backend_info",
+            "1; what executes a step, and why not the native kernels where auto chose.",
+            *("backend", "instructions", "reason"),
+        )
         self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
         self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
         self.resident = gauge("adapters_resident", "Adapters held.", "tier")
@@ -190,10 +197,18 @@ class Metrics:
         self.adapter_budget.labels("device").set(device)
         self.adapters.device_budget = device
 
-    def engine_started(self, device: str, backend: str) -> None:
-        """What computes from now on."""
+    def engine_started(self, device: str, backend: str, why_slower: str = "") -> None:
+        """What computes from now on.
+
+        Args:
+            why_slower: why torch does where the native kernels were looked for first.
+        """
         self.engine_info.clear()
         self.engine_info.labels(device, backend).set(1)
+        self.backend_info.clear()
+        name, _, instructions = backend.partition(" ")
+        reason = why_slower[:_LONGEST_REASON]
+        self.backend_info.labels(name, instructions.strip("()"), reason).set(1)
 
     def ask(self, catalog: SizedCatalog) -> None:
         """Whom to ask, from another thread, at each scrape."""

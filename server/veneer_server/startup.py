@@ -15,6 +15,7 @@ from veneer_server.machine import find_gpu, host_memory
 from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
+from veneer_server.progress import stage
 
 __all__ = ["engine_config", "fingerprint_of", "memory_for", "replan"]
 
@@ -71,7 +72,13 @@ def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
             "bnb_4bit_quant_type": config.quantization,
             "bnb_4bit_use_double_quant": True,
         }
-    return fingerprint_base(folder, quantization=quantization, cache_dir=config.cache_dir)
+    with stage("hashing the base", unit="bytes") as hashing:
+        return fingerprint_base(
+            folder,
+            quantization=quantization,
+            cache_dir=config.cache_dir,
+            hashed=hashing.update,
+        )
 
 
 def engine_config(

@@ -36,6 +36,7 @@ from veneer_proto.v1 import inference_pb2, server_pb2
 
 from tests.attacks.case import AttackModule, Target
 from tests.attacks.watch import Memory, Noticed, notice
+from tests.places import cache_dir
 from tests.server_harness import Server, read_files, running_server
 from tests.torture.cancels import all_free
 
@@ -267,7 +268,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=found_cases(), default=[])
     parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
+    parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=json.loads, help=argparse.SUPPRESS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from veneer_proto.v1 import inference_pb2
 
 from tests.first_answers import QUESTIONS, Question
+from tests.places import cache_dir
 from tests.server_harness import Server, running_server
 
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
@@ -56,6 +57,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--show", action="store_true")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
+    parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     given, flags = parser.parse_known_args()
     asyncio.run(main(given.runs, given.show, given.cache_dir, flags))

@@ -41,11 +41,11 @@ from veneer_train.labs.quant import library_text, restored
 from veneer_train.merge import linears
 from veneer_train.model import load_tokenizer
 
+from tests.places import cache_dir
+
 __all__: list[str] = []
 
-CACHE = Path(
-    os.environ.get("VENEER_CACHE_DIR", Path(__file__).parents[2] / ".cache" / "veneer")
-)
+CACHE = cache_dir()
 WINDOW: Final = 512
 """Tokens."""
 FIRST_SCORED: Final = WINDOW // 2 + 1

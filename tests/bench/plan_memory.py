@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from veneer_train.labs.one_run import run
 from veneer_train.labs.quant import library_text
 from veneer_train.plan import plan, read_shape
 
+from tests.places import cache_dir
+
 __all__: list[str] = []
 
-CACHE = Path(
-    os.environ.get("VENEER_CACHE_DIR", Path(__file__).parents[2] / ".cache" / "veneer")
-)
+CACHE = cache_dir()
 
 
 class _Setting(NamedTuple):

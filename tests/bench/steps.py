@@ -22,6 +22,8 @@ from veneer_server.models.arrays import Backend, StepArrays
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import import_bundled
 
+from tests.places import cache_dir
+
 __all__ = [
     "ADAPTERS",
     "BLOCK",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 REPOSITORY = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
+CACHE = cache_dir()
 BLOCK = 16
 """Tokens of a block of the KV cache."""
 PROMPT = 40

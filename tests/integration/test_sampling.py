@@ -19,6 +19,7 @@ import pytest
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_server.models.source import import_bundled
 
+from tests.places import cache_dir
 from tests.server_harness import Server, running_server
 
 pytestmark = [pytest.mark.real_base, pytest.mark.asyncio(loop_scope="session")]
@@ -199,4 +200,4 @@ async def _two_hundred(cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_two_hundred(Path(".cache/veneer")))
+    asyncio.run(_two_hundred(cache_dir()))

@@ -19,8 +19,8 @@ from veneer_server.rpc.self_test import PROBE
 from veneer_server.rpc.verdicts import BOUNDS, Answers, Verdict, judge
 from veneer_server.text.tokenizer import TextTokenizer
 
-from tests.conftest import REPOSITORY
 from tests.engine_harness import EngineHarness, engine, source
+from tests.places import REPOSITORY
 from tests.server_harness import Server, Stream, running_server
 
 pytestmark = pytest.mark.real_base

@@ -19,8 +19,8 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import REPOSITORY
 from tests.matrix.conditions import CONDITIONS, Condition, Unavailable
+from tests.places import REPOSITORY, cache_dir
 
 __all__: list[str] = []
 
@@ -118,7 +118,7 @@ def run(condition: Condition, chosen: list[str]) -> Result:
     command = [*prepared.prefix, sys.executable, "-m", "pytest", f"--junitxml={report}"]
     command += ["-n", "2", "--dist", "loadfile", *chosen]
     environment = {
-        "VENEER_CACHE_DIR": str(REPOSITORY / ".cache" / "veneer"),
+        "VENEER_CACHE_DIR": str(cache_dir()),
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "passive",

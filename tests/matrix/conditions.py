@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.conftest import REPOSITORY
+from tests.places import cache_dir
 
 __all__ = ["CONDITIONS", "Condition", "Prepared", "Unavailable"]
 
-_BASES: Final = REPOSITORY / ".cache" / "veneer" / "bases"
+_BASES: Final = cache_dir() / "bases"
 
 
 class Unavailable(Exception):
@@ -77,6 +77,13 @@ def _locale(source: str, charmap: str) -> Prepare:
     return prepare
 
 
+def _link(file: str, copy: str) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # another file system
+        shutil.copy2(file, copy)
+
+
 def _user(home_mode: int) -> Prepare:
     """Another user, whose home, temporary files and caches are in the folder."""
 
@@ -85,7 +92,7 @@ def _user(home_mode: int) -> Prepare:
         for folder in (home, caches, temporary):
             folder.mkdir()
         # What a user would have imported: the base; not what engines make of it.
-        shutil.copytree(_BASES, caches / "bases", copy_function=os.link)
+        shutil.copytree(_BASES, caches / "bases", copy_function=_link)
         environment = {
             "HOME": str(home),
             "TMPDIR": str(temporary),

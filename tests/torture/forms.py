@@ -7,14 +7,13 @@ it has.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tests.backends_ran import asked, native_possible
-from tests.conftest import REPOSITORY
+from tests.places import cache_dir
 
 __all__ = ["NATIVE", "TORCH", "Form", "forms"]
 
@@ -57,7 +56,7 @@ def _native(instructions: str) -> Form:
     return Form(f"native {instructions}", settings)
 
 
-_SHARED: Final = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))
+_SHARED: Final = cache_dir()
 TORCH: Final = Form("torch", {"dtype": "float32", "quantization": "none", "backend": "torch"})
 NATIVE: Final = {name: _native(name) for name in ("avx512-bf16", "avx2")}
 

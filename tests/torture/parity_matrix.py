@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from veneer_server.models.source import BUNDLED
 
-from tests.conftest import REPOSITORY
 from tests.integration.test_parity import load_reference
 from tests.peft_adapters import ALL_LINEAR, variants
+from tests.places import REPOSITORY
 from tests.tiny_llama import VOCABULARY, make_tiny_llama
 from tests.torture.row import Scale
 

@@ -21,6 +21,7 @@ import grpc
 import psutil
 from veneer_proto.v1 import inference_pb2_grpc
 
+from tests.places import cache_dir
 from tests.server_harness import Server, request, running_server
 
 # A large first message and a small window: the stream is stuck from its first message.
@@ -115,6 +116,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--limit", type=float, default=30.0, help="--reader-limit")
-    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/veneer"))
+    parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     given = parser.parse_args()
     asyncio.run(_main(given.count, given.limit, given.cache_dir))

@@ -11,7 +11,7 @@ import pytest
 from veneer_server.engine.messages import EngineConfig
 
 from tests import backends_ran
-from tests.conftest import REPOSITORY
+from tests.places import REPOSITORY
 
 NATIVE = "native (avx2)"
 

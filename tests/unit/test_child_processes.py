@@ -35,7 +35,7 @@ from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
 
-from tests.conftest import REPOSITORY
+from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
 PACKAGES = ("adapters_registry", "clients", "loadtest", "proto", "server", "training")

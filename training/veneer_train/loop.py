@@ -23,6 +23,7 @@ from veneer_train.checkpoint import Checkpoint, Checkpoints, disk_errors
 from veneer_train.checks import Score
 from veneer_train.config import TrainConfig
 from veneer_train.data import Split, load_split
+from veneer_train.estimate import Estimate
 from veneer_train.evaluate import Evaluation, evaluate
 from veneer_train.export import (
     AdapterState,
@@ -217,6 +218,7 @@ def train(
     overwrite: bool = False,
     callbacks: Callable[[Snapshots], Sequence[TrainerCallback]] = lambda snapshots: (),
     check_base: Callable[[BaseFingerprint], object] = lambda base: None,
+    expect: Callable[[Estimate], None] | None = None,
 ) -> TrainResult:
     """Train an adapter as ``config`` says and write its folder.
 
@@ -228,6 +230,7 @@ def train(
         overwrite: replace the folder, and checkpoints of another run.
         callbacks: makes callbacks of Trainer; see `Snapshots`.
         check_base: called before anything is loaded; may raise.
+        expect: told before the first step how long training will take.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
@@ -300,6 +303,7 @@ def train(
                 resume=resume,
                 facts=lambda: {"seconds": seconds(), "before": before.plain()},
                 callbacks=callbacks(snapshots),
+                expect=expect,
             )
         finally:
             # What the run ended with counts, not that there was no room for a picture of it.

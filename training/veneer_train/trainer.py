@@ -17,6 +17,7 @@ from veneer_train.batches import Order, collate, collate_packed, pack
 from veneer_train.checkpoint import Checkpoint, Checkpoints
 from veneer_train.config import OptimConfig, TrainConfig
 from veneer_train.data import Split
+from veneer_train.estimate import Estimate, estimate
 from veneer_train.evaluate import Evaluation, evaluate
 from veneer_train.metrics_log import MetricsLog
 from veneer_train.stability import StabilityWatch
@@ -249,6 +250,7 @@ def fit(
     resume: Checkpoint | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
     callbacks: Sequence[TrainerCallback] = (),
+    expect: Callable[[Estimate], None] | None = None,
 ) -> Fitted:
     """Train ``model``'s adapter in place.
 
@@ -257,6 +259,7 @@ def fit(
         resume: what to go on from.
         facts: to lie beside each checkpoint.
         callbacks: of Trainer, beside ours.
+        expect: told before the first step how long it will take, which costs a step to find.
 
     Raises:
         TrainingStopped: the loss or the gradients went bad.
@@ -271,17 +274,33 @@ def fit(
     watch = _Watch(
         config, split, log, order, before_s=before_s, vocabulary=model.config.vocab_size
     )
+    arguments = training_arguments(
+        options,
+        config.output.checkpoints_dir,
+        device,
+        save_every=config.output.save_every if checkpoints is not None else 0,
+        packing=packing,
+    )
+    together: Any = collate_packed if packing else collate
+    if expect is not None:  # before there is a Trainer, which seeds random numbers
+        val = split.val.samples if split.val is not None else ()
+        expect(
+            estimate(
+                model,
+                rows,
+                order,
+                together,
+                config,
+                steps=options.steps - (resume.step if resume is not None else 0),
+                validation_tokens=sum(len(sample.input_ids) for sample in val),
+                recompute=arguments.gradient_checkpointing,
+            )
+        )
     trainer = _Trainer(
         model=model,
-        args=training_arguments(
-            options,
-            config.output.checkpoints_dir,
-            device,
-            save_every=config.output.save_every if checkpoints is not None else 0,
-            packing=packing,
-        ),
+        args=arguments,
         train_dataset=_Rows(rows),
-        data_collator=collate_packed if packing else collate,
+        data_collator=together,
         callbacks=[watch, *callbacks],
         order=order,
         watch=watch,

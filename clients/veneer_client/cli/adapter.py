@@ -15,8 +15,8 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.details import detail_rows
 from veneer_client.cli.show import (
@@ -27,7 +27,6 @@ from veneer_client.cli.show import (
     print_table,
 )
 from veneer_client.cli.values import MODES, parse_labels, parse_mode
-from veneer_client.client import Client
 
 __all__ = ["adapter_cli"]
 
@@ -73,7 +72,7 @@ def ls(
     debug: DebugFlag = False,
 ) -> None:
     """List adapters and where they are."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         found = tuple(
             client.list(name_prefix=prefix, tier=tier, labels=parse_labels(label or ()))
         )
@@ -94,7 +93,7 @@ def ps(
     debug: DebugFlag = False,
 ) -> None:
     """List the adapters that are in memory."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         found = tuple(each for each in client.list() if each.tier in (Tier.DEVICE, Tier.HOST))
         if json_:
             print(as_json(found))
@@ -119,7 +118,7 @@ def show(
     debug: DebugFlag = False,
 ) -> None:
     """Show one adapter and its revisions."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         details = client.get(name)
         if json_:
             print(as_json(details))
@@ -140,7 +139,7 @@ def activate(
     debug: DebugFlag = False,
 ) -> None:
     """Bring an adapter into memory before the first request asks for it."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.activate(name, tier=tier, pin=pin)
         pinned = ", pinned" if adapter.pinned else ""
         print(
@@ -157,7 +156,7 @@ def pin(
     debug: DebugFlag = False,
 ) -> None:
     """Bring an adapter to the device and keep it there."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.pin(name)
         print(as_json(adapter) if json_ else f"{adapter.short} is pinned")
 
@@ -171,7 +170,7 @@ def unpin(
     debug: DebugFlag = False,
 ) -> None:
     """Remove the pin; the adapter stays until room is needed."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.unpin(name)
         print(
             as_json(adapter) if json_ else f"{adapter.short} is in {adapter.tier.value}, free"
@@ -192,7 +191,7 @@ def evict(
     debug: DebugFlag = False,
 ) -> None:
     """Free an adapter's memory; it stays registered."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         eviction = client.evict(name, mode=parse_mode(mode), unpin=unpin)
         if json_:
             print(as_json(eviction))
@@ -223,7 +222,7 @@ def rm(
     debug: DebugFlag = False,
 ) -> None:
     """Delete an adapter for good."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         if "/" in name:
             raise InvalidField(
                 f"{name} is an alias: remove it with `veneer adapter alias {name} --remove`",

@@ -12,12 +12,11 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import alias_table, as_json, print_table, shares
 from veneer_client.cli.values import parse_shares
-from veneer_client.client import Client
 from veneer_client.records import AdapterDetails, AdapterInfo, AliasMove
 
 __all__ = ["EXAMPLES", "LIST_EXAMPLES", "ROLLBACK_EXAMPLES", "alias", "aliases", "rollback"]
@@ -89,7 +88,7 @@ def alias(
     debug: DebugFlag = False,
 ) -> None:
     """Move an alias to a revision, share it out, roll it back or remove it."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         targets = parse_shares(canary or ())
         if [bool(revision), bool(targets), rollback, remove].count(True) != 1:
             raise InvalidField(
@@ -133,7 +132,7 @@ def aliases(
     debug: DebugFlag = False,
 ) -> None:
     """List aliases and what they mean."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         found = client.list_aliases(name)
         if json_:
             print(as_json(found))
@@ -162,7 +161,7 @@ def rollback(
     debug: DebugFlag = False,
 ) -> None:
     """Make an earlier revision what the name means, or roll an alias back."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         if "/" in name:
             if revision:
                 raise InvalidField(

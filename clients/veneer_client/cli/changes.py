@@ -13,12 +13,11 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import as_json, history_table, print_table
 from veneer_client.cli.values import parse_labels
-from veneer_client.client import Client
 
 __all__ = [
     "HISTORY_EXAMPLES",
@@ -73,7 +72,7 @@ def label(
     debug: DebugFlag = False,
 ) -> None:
     """Set or remove labels of a revision; its others stay."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         given = parse_labels(labels or (), f"veneer adapter label {name} team=data")
         if not given and not remove:
             raise InvalidField(
@@ -97,7 +96,7 @@ def retain(
     debug: DebugFlag = False,
 ) -> None:
     """Say how many superseded revisions a name keeps; those beyond go at once."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, retain=revisions)
         print(
             as_json(adapter)
@@ -124,7 +123,7 @@ def history(
     debug: DebugFlag = False,
 ) -> None:
     """Show who changed what when, newest first."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         entries = client.history(name, page_size=min(limit, 1000))
         found = tuple(itertools.islice(entries, limit))
         if json_:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from veneer_registry.errors import InvalidField, VeneerError
 
-from veneer_client.cli.context import DebugFlag, ServerOption, errors_shown, find_server
+from veneer_client.cli.context import DebugFlag, ServerOption, connect, errors_shown
 from veneer_client.cli.generate import (
     AdapterOption,
     MaxTokens,
@@ -85,7 +85,7 @@ def chat(
 ) -> None:
     """Talk with the model, turn by turn."""
     options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         conversation = Conversation(system=system)
         conversation.session = session or conversation.session
         talk = Session(client, conversation, options)

@@ -12,10 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import ModelLoading, VeneerError
 
 from veneer_client.address import DEFAULT_ADDRESS
 from veneer_client.cli.words import in_cli_words
+from veneer_client.client import Client
+from veneer_client.failures import RetryPolicy
 
 __all__ = [
     "DebugFlag",
@@ -23,6 +25,8 @@ __all__ = [
     "Place",
     "ServerOption",
     "VersionFlag",
+    "connect",
+    "doing",
     "errors_shown",
     "find_server",
 ]
@@ -77,6 +81,17 @@ def find_server(context: typer.Context, server: str | None) -> str | None:
     return server or place.server
 
 
+def connect(context: typer.Context, server: str | None) -> Client:
+    """A client for a command. A person is told at once that a server loads, where a program
+    would wait; see `errors_shown`."""
+    return Client(find_server(context, server), retry=RetryPolicy(final=(ModelLoading,)))
+
+
+def doing(error: ModelLoading) -> str:
+    """What a server does that still loads."""
+    return error.metadata.get("doing", "starting")
+
+
 @contextmanager
 def errors_shown(
     context: typer.Context, debug: bool, say: Callable[[str], str] = in_cli_words
@@ -95,6 +110,12 @@ def errors_shown(
         hint = error.metadata.get("did_you_mean")
         # The server's sentence usually holds the suggestion already.
         tail = f" (did you mean {hint}?)" if hint and hint not in error.message else ""
+        text = say(error.message) + tail
+        if isinstance(error, ModelLoading):
+            text = (
+                f"the server is still loading ({doing(error)}): `veneer health --wait 5m` "
+                "returns once it answers"
+            )
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[red]error:[/red] {escape(say(error.message) + tail)}")
+        console.print(f"[red]error:[/red] {escape(text)}")
         raise typer.Exit(1) from error

@@ -17,8 +17,8 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import as_json, summary
 from veneer_client.client import Client
@@ -149,7 +149,7 @@ def generate(
     debug: DebugFlag = False,
 ) -> None:
     """Generate text, shown as it comes."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         options = given(
             adapter=adapter,
             max_tokens=max_tokens,

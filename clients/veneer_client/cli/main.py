@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from veneer_registry.command_line import Program
-from veneer_registry.errors import DeadlineExceeded, InvalidField, Unavailable
+from veneer_registry.errors import (
+    DeadlineExceeded,
+    InvalidField,
+    ModelLoading,
+    ServerUnreachable,
+    Unavailable,
+    VeneerError,
+)
 
 from veneer_client.cli import adapter, chat, generate, plan
 from veneer_client.cli import server as server_commands
@@ -20,18 +27,16 @@ from veneer_client.cli.context import (
     Place,
     ServerOption,
     VersionFlag,
+    connect,
+    doing,
     errors_shown,
     find_server,
 )
 from veneer_client.cli.show import as_json, info_rows, print_rows
-from veneer_client.client import Client
 from veneer_client.reflection import ReflectionClient
 from veneer_client.server_records import ServingStatus
 
 __all__ = ["cli", "main"]
-
-_LOOK_S: Final = 0.2
-"""Between two looks at a server that is not ready."""
 
 _EXAMPLES = """
 Examples:
@@ -98,7 +103,7 @@ def info(
     debug: DebugFlag = False,
 ) -> None:
     """Show the server's base model, device and budgets."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         answer = client.info()
         if json_:
             print(as_json(answer))
@@ -125,22 +130,39 @@ def health(
     debug: DebugFlag = False,
 ) -> None:
     """Say whether the server answers generate calls now; exit status 0 if so."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
-        ends = time.monotonic() + _duration(wait)
-        while True:
-            left = ends - time.monotonic()
-            try:
-                status = client.health(timeout_s=max(1.0, left) if wait != "0s" else None)
-            except (Unavailable, DeadlineExceeded):  # not there yet
-                if left <= 0:
-                    raise
-            else:
-                if status is ServingStatus.SERVING or left <= 0:
-                    break
-            time.sleep(_LOOK_S)
+    with errors_shown(context, debug), connect(context, server) as client:
+        try:
+            client.wait_until_ready(_duration(wait), told=_teller())
+            status = ServingStatus.SERVING
+        except (ServerUnreachable, DeadlineExceeded):
+            raise
+        except Unavailable as error:
+            _teller()(error)
+            status = ServingStatus.NOT_SERVING
     print(status.value)
     if status is not ServingStatus.SERVING:
         raise typer.Exit(1)
+
+
+def _teller() -> Callable[[VeneerError], None]:
+    """Says on standard error what a server does that is waited for, once for each part."""
+    said = ""
+
+    def tell(why: VeneerError) -> None:
+        nonlocal said
+        match why:
+            case ModelLoading():
+                now = f"loading: {doing(why)}"
+            case ServerUnreachable():
+                now = f"waiting for a server at {why.metadata.get('address')}"
+            case _:
+                now = why.message
+        # The same part again, but for its figures, is no news.
+        if (part := now.rpartition(":")[0]) != said:
+            said = part
+            print(now, file=sys.stderr)
+
+    return tell
 
 
 def _duration(text: str) -> float:

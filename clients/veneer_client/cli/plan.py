@@ -11,11 +11,10 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import as_json, byte_size, print_rows
-from veneer_client.client import Client
 from veneer_client.server_records import Capacity, Limit
 
 __all__ = ["EXAMPLES", "plan"]
@@ -55,7 +54,7 @@ def plan(
     debug: DebugFlag = False,
 ) -> None:
     """Say how many adapters and sequences fit; exit status 1 if what is asked does not."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         capacity = client.plan(
             like=like,
             rank=rank,

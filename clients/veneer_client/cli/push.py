@@ -15,12 +15,11 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import as_json, byte_size
 from veneer_client.cli.values import parse_labels
-from veneer_client.client import Client
 from veneer_client.records import Pushed, Resumed
 
 __all__ = ["EXAMPLES", "push"]
@@ -63,7 +62,7 @@ def push(
 ) -> None:
     """Check an adapter folder here, then publish it."""
     console = Console(stderr=True, highlight=False)
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         labels = parse_labels(label or ())
         bar = Progress(
             TextColumn("{task.description}"),

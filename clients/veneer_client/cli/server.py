@@ -11,8 +11,8 @@ from veneer_client.cli.context import (
     DebugFlag,
     JsonFlag,
     ServerOption,
+    connect,
     errors_shown,
-    find_server,
 )
 from veneer_client.cli.show import (
     as_json,
@@ -22,7 +22,6 @@ from veneer_client.cli.show import (
     self_test_table,
 )
 from veneer_client.cli.values import parse_bytes
-from veneer_client.client import Client
 from veneer_client.server_records import SelfTest
 
 __all__ = ["BUDGETS_EXAMPLES", "SELF_TEST_EXAMPLES", "budgets", "self_test"]
@@ -61,7 +60,7 @@ def budgets(
     debug: DebugFlag = False,
 ) -> None:
     """Show the memory budgets of adapters, or change them while the server runs."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         use = client.update_budgets(
             host_cache_bytes=parse_bytes(host, "--host") if host else None,
             device_adapter_bytes=parse_bytes(device, "--device") if device else None,
@@ -99,7 +98,7 @@ def self_test(
     debug: DebugFlag = False,
 ) -> None:
     """Prove that base and adapters answer as their files say; exit status 1 if not."""
-    with errors_shown(context, debug), Client(find_server(context, server)) as client:
+    with errors_shown(context, debug), connect(context, server) as client:
         test = client.self_test(adapters or (), timeout_s=timeout)
     if json_:
         print(as_json(test))

@@ -26,6 +26,7 @@ from veneer_server.native import linear as native_linear
 from veneer_server.native.compiler import NativeUnavailable, build
 from veneer_server.native.decoder import NativeDecoder, check
 from veneer_server.native.library import Library
+from veneer_server.progress import stage
 
 __all__ = ["BackendUnavailable", "Chosen", "choose"]
 
@@ -127,13 +128,14 @@ def _native(
         return native_linear.fuse(library, modules, dtype)
 
     weights = _load(config, device, dtype, fuse)
-    decoder = NativeDecoder(
-        library,
-        weights,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        threads=config.threads or usable_cores(),
-    )
+    with stage("packing the head"):
+        decoder = NativeDecoder(
+            library,
+            weights,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            threads=config.threads or usable_cores(),
+        )
     # What is left to torch is short: a second thread would cost more than it brings, and
     # spin where a thread of the step could run.
     torch.set_num_threads(1)

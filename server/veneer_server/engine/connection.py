@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import msgspec
 from veneer_registry.child_python import child_python
@@ -17,15 +18,20 @@ from veneer_server.engine.messages import (
     EngineConfig,
     EngineInfo,
     FromEngine,
+    Loading,
     ToEngine,
     decode_from_engine,
     encode,
 )
+from veneer_server.progress import SINK, Part, StartStopped, stage
 
 __all__ = ["Connection"]
 
 STOP_SECONDS = 5.0
 """How long a process may take to end before it is killed."""
+
+GIVE_UP_SECONDS = 3.0
+"""The same of one that still loads: it removes what it has begun."""
 
 
 class Connection:
@@ -49,8 +55,8 @@ class Connection:
 
     @classmethod
     async def open(cls, config: EngineConfig) -> Connection:
-        """Start a process and wait until it has loaded the base model. Cancelling
-        kills it: while it loads it would not hear a `Stop` for seconds.
+        """Start a process and wait until it has loaded the base model; `progress.SINK` is
+        told how far it is. Cancelling ends it.
 
         Raises:
             EngineFailed: it could not be started, or ended before it was ready; its own
@@ -64,21 +70,24 @@ class Connection:
                 "more processes and open files"
             ) from error
         reader, writer = await asyncio.open_connection(sock=ours)
+        begun = False
         try:
             body = msgspec.msgpack.encode(config)
             writer.write(LENGTH.pack(len(body)) + body)
-            messages = await _next_frame(reader)
-            if not messages or not isinstance(messages[0], EngineInfo):
-                raise EngineFailed(
-                    "the engine process ended while loading the base model; its log says why"
-                )
+            with stage("starting the engine"):
+                messages = await _next_frame(reader)
+            begun = bool(messages)
+            info = await _loaded(reader, messages)
         except BaseException:
-            writer.close()
+            writer.close()  # it ends by itself, and what it has started with it
+            if begun and process.returncode is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), GIVE_UP_SECONDS)
             if process.returncode is None:
                 process.kill()
             await process.wait()
             raise
-        return cls(process, reader, writer, messages[0])
+        return cls(process, reader, writer, info)
 
     @property
     def pid(self) -> int:
@@ -115,6 +124,34 @@ class Connection:
             await self._process.wait()
 
 
+async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> EngineInfo:
+    """What the engine says of itself once the base model is loaded.
+
+    Args: messages: its first.
+    """
+    parts: dict[str, Part] = {}
+    try:
+        while messages:
+            for message in messages:
+                if isinstance(message, EngineInfo):
+                    return message
+                if not isinstance(message, Loading):
+                    raise EngineFailed("the engine said something else than how it loads")
+                part = message.part
+                parts[part.name] = part
+                with contextlib.suppress(StartStopped):
+                    SINK.get()(part)
+                if part.state != "running":
+                    del parts[part.name]
+            messages = await _next_frame(reader)
+        raise EngineFailed(
+            "the engine process ended while loading the base model; its log says why"
+        )
+    finally:
+        for part in parts.values():  # it has ended in the middle of them
+            SINK.get()(replace(part, state="failed"))
+
+
 async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
     """A process, and our end of its socket; raises OSError and leaves nothing open."""
     ours, theirs = socket.socketpair()
@@ -123,6 +160,7 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
         process = await asyncio.create_subprocess_exec(
             *child_python("-m", "veneer_server.engine.process", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
+            stdin=asyncio.subprocess.DEVNULL,
             env=_environment(),
             # The terminal's Ctrl-C is for the front alone. Not a session of its own: with
             # autogroup, Linux would then give the engine half of the processors and the

@@ -13,6 +13,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from veneer_server.progress import Part
+
 __all__ = [
     "Activate",
     "AdapterFailed",
@@ -30,6 +32,7 @@ __all__ = [
     "EvictMode",
     "Evicted",
     "FromEngine",
+    "Loading",
     "MatcherEnded",
     "Occupancy",
     "OperationDone",
@@ -139,8 +142,14 @@ class EngineConfig(Message, frozen=True):
     constraints: ConstraintLimits = ConstraintLimits()
 
 
+class Loading(Message, frozen=True):
+    """Before `EngineInfo`: how far a part of the start is."""
+
+    part: Part
+
+
 class EngineInfo(Message, frozen=True):
-    """First message from a started engine; sizes in bytes unless named otherwise.
+    """First message from an engine that is started; sizes in bytes unless named otherwise.
 
     Attributes:
         backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)`` or
@@ -566,7 +575,8 @@ class Pong(Message, frozen=True):
 
 
 FromEngine = (
-    EngineInfo
+    Loading
+    | EngineInfo
     | SequenceOutput
     | SequenceFailed
     | StepDone

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -34,6 +36,7 @@ from veneer_server.engine.messages import (
     EngineConfig,
     EngineInfo,
     FromEngine,
+    Loading,
     Stop,
     decode_to_engine,
     encode,
@@ -47,10 +50,14 @@ from veneer_server.lora.references import References, ServedBase
 from veneer_server.machine import usable_cores
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
+from veneer_server.progress import SINK, Part, stage
 
 __all__ = ["build_engine", "main"]
 
 log = logging.getLogger("veneer_server.engine.process")  # not __main__, which it is
+
+_SAY_SECONDS = 0.1
+"""Between two messages of how far a part of the start is."""
 
 
 def build_engine(
@@ -108,13 +115,14 @@ def build_engine(
         # A cached prefix was computed in other chunks than a sequence's own would be.
         prefix_cache=config.prefix_cache and not alone,
     )
-    cost = measure(
-        chosen.backend,
-        model,
-        weights.parameters,
-        block_size=config.block_size,
-        threads=(config.threads or usable_cores()) if device.type == "cpu" else 0,
-    )
+    with stage("measuring a step"):
+        cost = measure(
+            chosen.backend,
+            model,
+            weights.parameters,
+            block_size=config.block_size,
+            threads=(config.threads or usable_cores()) if device.type == "cpu" else 0,
+        )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
         max_running=config.max_running,
@@ -201,7 +209,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
     return bytes(body)
 
 
-def _reader(connection: socket.socket, inbox: Inbox) -> None:
+def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None]) -> None:
     while True:
         try:
             body = _read_frame(connection)
@@ -209,9 +217,52 @@ def _reader(connection: socket.socket, inbox: Inbox) -> None:
             body = None
         if body is None:
             inbox.put(Stop())
+            on_end()
             return
         for message in decode_to_engine(body):
             inbox.put(message)
+
+
+class _Loading:
+    """While the base is loaded: the front is told how far that is, and its end is ours, with
+    that of the compiler and whatever else was started."""
+
+    def __init__(self, send: Callable[[list[FromEngine]], None]) -> None:
+        self._send = send
+        self._said = 0.0
+        self._over = False
+        self._main = threading.get_ident()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        signal.signal(signal.SIGUSR1, self._give_up)
+        told = SINK.set(self._tell)
+        try:
+            yield
+        finally:
+            SINK.reset(told)
+            self._over = True
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def front_gone(self) -> None:
+        """In the reader's thread."""
+        if not self._over:
+            signal.pthread_kill(self._main, signal.SIGUSR1)
+
+    @staticmethod
+    def _give_up(number: int, frame: object) -> None:
+        raise SystemExit(1)  # leaves every `finally`, which a kill does not
+
+    def _tell(self, part: Part) -> None:
+        now = time.monotonic()
+        if part.state == "running" and part.done > 0 and now - self._said < _SAY_SECONDS:
+            return
+        self._said = now
+        try:
+            self._send([Loading(part)])
+        except OSError as error:
+            # No OSError: what is read at the moment would be taken for damaged.
+            raise SystemExit(1) from error
 
 
 def tame_collector() -> None:
@@ -246,19 +297,27 @@ def main() -> None:
     logs.configure(config.log_format, process="engine")
     logging.captureWarnings(True)
     inbox: Inbox = queue.SimpleQueue()
-    try:
-        info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
-    except VeneerError as error:
-        log.error("%s", error.message)
-        sys.exit(1)
 
     def send(messages: list[FromEngine]) -> None:
         connection.sendall(encode(messages))
 
+    loading = _Loading(send)
+    try:
+        with loading.running():
+            threading.Thread(
+                target=_reader, args=(connection, inbox, loading.front_gone), daemon=True
+            ).start()
+            info, scheduler, residency, runner, memory, grammars = build_engine(config, inbox)
+    except VeneerError as error:
+        log.error("%s", error.message)
+        sys.exit(1)
+    except (SystemExit, BrokenPipeError, ConnectionResetError):
+        log.info("the front has gone")
+        os._exit(1)
+
     tame_collector()
     memory.start()
     send([info])
-    threading.Thread(target=_reader, args=(connection, inbox), daemon=True).start()
     loop = StepLoop(
         inbox=inbox,
         scheduler=scheduler,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -23,6 +23,7 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.engine.messages import AdapterSource, Occupancy, Residency
+from veneer_server.progress import Stage, stage
 
 __all__ = ["Lost", "Resident", "Residents"]
 
@@ -284,8 +285,17 @@ class Residents:
             self._task = asyncio.create_task(self._restore(), name="restore-adapters")
 
     async def _restore(self) -> None:
+        wanted = len(self._lost)
+        with (
+            suppress(EngineFailed),  # `lose` keeps what is left for the next engine
+            stage("restoring adapters", total=wanted, unit="adapters") as restoring,
+        ):
+            await self._restore_each(restoring)
+
+    async def _restore_each(self, restoring: Stage) -> None:
         wanted, restored = len(self._lost), 0
         while self._lost:
+            restoring.update(max(0, wanted - len(self._lost)))
             await self._calm.wait()
             if not self._lost:
                 break
@@ -297,12 +307,12 @@ class Residents:
                         await self._bring_back(lost)
                     restored += 1
             except EngineFailed:
-                return  # `lose` keeps what is left for the next engine
+                raise
             except VeneerError as error:
                 log.warning("adapter %s is not restored: %s", lost.source.name, error)
             if self._lost.pop(digest, None) is not None:
                 self.version += 1
-        log.info("%d of %d adapters are back in memory", restored, wanted)
+        restoring.update(restored)
 
     def _wants(self, lost: Lost) -> bool:
         """It is not there yet, it fits, and it was not tried too often."""

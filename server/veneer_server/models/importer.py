@@ -1,18 +1,26 @@
 """Convert a GGUF file into a Hugging Face folder; run as a process.
 
-``python -m veneer_server.models.importer FILE OUT``
+``python -m veneer_server.models.importer FILE OUT [COUNT]`` writes into the file COUNT how many
+tensors of how many are converted.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from gguf import GGUFReader
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from tokenizers import pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
 
 __all__ = ["convert"]
 
@@ -36,7 +44,7 @@ def convert(file: Path, out: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     if facts.get("tokenizer.ggml.pre") == _SMOLLM:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
     context = facts.get(f"{facts['general.architecture']}.context_length")
@@ -63,5 +71,18 @@ def _facts(file: Path) -> dict[str, Any]:
     }
 
 
+def _count_into(file: Path) -> Callable[..., Iterator[Any]]:
+    """What transformers draws a bar by, as something that writes into a file."""
+
+    def each(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors, 1):
+            yield tensor
+            file.write_text(f"{done} {len(tensors)}")
+
+    return each
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        modeling_gguf_pytorch_utils.tqdm = _count_into(Path(sys.argv[3]))
     convert(Path(sys.argv[1]), Path(sys.argv[2]))

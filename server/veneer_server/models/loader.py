@@ -8,7 +8,7 @@ seconds. What is loaded is hashed meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from veneer_server.models.config import DecoderConfig, Quantization, read_decode
 from veneer_server.models.linear import Linear, fuse
 from veneer_server.models.quantized import QuantizedCache
 from veneer_server.models.source import BaseDamaged
+from veneer_server.progress import Stage, stage
 
 __all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype"]
 
@@ -110,17 +111,24 @@ def load_weights(
     config = read_decoder_config(folder)
 
     def use(model: Any) -> DecoderWeights:
-        with torch.no_grad():
-            return _take_apart(model.eval(), config, dtype, device, fuse)
+        with (
+            torch.no_grad(),
+            stage("packing the weights", total=config.num_layers, unit="layers") as packing,
+        ):
+            return _take_apart(model.eval(), config, dtype, device, fuse, packing)
 
     def read(folder: Path, **more: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
         if device.type == "cuda":
             more["device_map"] = {"": device.index or 0}
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **more
-        )
+        name = "quantizing the base" if "quantization_config" in more else "loading the base"
+        with stage(name, unit="tensors") as reading:
+            # Within: it takes seconds itself.
+            from transformers import AutoModelForCausalLM
+
+            with _counted(reading):
+                return AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, **more
+                )
 
     if config.quantization is not None or quantization == "none":
         with _verified(folder, fingerprint) as verify:
@@ -139,8 +147,32 @@ def load_weights(
         model = read(folder, quantization_config=_four_bit(quantization, dtype))
         verify()
     if cache is not None:
-        cache.keep(model)
+        with stage("writing the 4-bit weights"):
+            cache.keep(model)
     return use(model)
+
+
+@contextmanager
+def _counted(reading: Stage) -> Iterator[None]:
+    """While transformers loads weights, each tensor counts."""
+    from transformers.utils import logging
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") != "Loading weights" or not isinstance(args[0], Sized):
+            return factory(*args, **kwargs)
+        return each(args[0])
+
+    def each(tensors: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors):
+            reading.update(done, len(tensors))
+            yield tensor
+        reading.update(len(tensors))
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _four_bit(quantization: Quantization, dtype: torch.dtype) -> Any:
@@ -192,7 +224,12 @@ def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
 
 
 def _take_apart(
-    model: Any, config: DecoderConfig, dtype: torch.dtype, device: torch.device, fuse: Fuse
+    model: Any,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fuse: Fuse,
+    packing: Stage,
 ) -> DecoderWeights:
     body = model.model
     parameters = _count_parameters(model)
@@ -203,6 +240,7 @@ def _take_apart(
 
     layers = []
     for index, layer in enumerate(body.layers):
+        packing.update(index)
         attention, mlp = layer.self_attn, layer.mlp
         layers.append(
             LayerWeights(
@@ -218,6 +256,7 @@ def _take_apart(
         )
         # Free each layer as it is copied, so that memory peaks at one model.
         body.layers[index] = torch.nn.Identity()
+    packing.update(len(layers))
     embedding = body.embed_tokens.weight.data.to(device=device, dtype=dtype)
     head = embedding
     if not config.tied_head:

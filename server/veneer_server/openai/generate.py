@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.errors import InvalidField, QueueFull, VeneerError
+from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
 from veneer_server.engine.client import EngineClient
@@ -38,30 +38,59 @@ from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.generation import Generation, Generator
 from veneer_server.rpc.who import CALLER
 
-__all__ = ["ChatEndpoint", "CompletionEndpoint", "Core"]
+__all__ = ["ChatEndpoint", "CompletionEndpoint", "Core", "Loaded"]
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """What there is once the base is known; no call needs it before."""
+
+    generator: Generator
+    registry: Registry
+    engine: EngineClient
+    base: BaseSpec
+
+
+@dataclass(slots=True)
 class Core:
     """The parts that gRPC and HTTP share.
 
     Attributes:
         reader_limit_s: longest wait for a caller to send or to take a piece.
         started: when the server was, Unix seconds.
+        loaded: read by calls that `Calls` has let through.
     """
 
-    generator: Generator
-    registry: Registry
-    engine: EngineClient
     calls: Calls
     metrics: Metrics
-    base: BaseSpec
     bodies: Bodies
     pace: Pace
     reader_limit_s: float
     started: int
+    loaded: Loaded | None = None
+
+    @property
+    def _there(self) -> Loaded:
+        assert self.loaded is not None, "no call comes so far while the server loads"
+        return self.loaded
+
+    @property
+    def generator(self) -> Generator:
+        return self._there.generator
+
+    @property
+    def registry(self) -> Registry:
+        return self._there.registry
+
+    @property
+    def engine(self) -> EngineClient:
+        return self._there.engine
+
+    @property
+    def base(self) -> BaseSpec:
+        return self._there.base
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +170,8 @@ class GenerateEndpoint(ABC):
         reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
             self._core.metrics.failures.labels(reason).inc()
-        _log.info("call refused", method=type(self).__name__, reason=reason)
+        if not isinstance(error, ModelLoading):  # those who wait ask again and again
+            _log.info("call refused", method=type(self).__name__, reason=reason)
         if not reply.started and http_failure(error).status in PACED:
             await self._core.pace.wait(CALLER.get(), size)
         try:

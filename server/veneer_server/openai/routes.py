@@ -83,7 +83,10 @@ def _add_state(app: FastAPI, core: Core) -> None:
         phase = core.calls.phase
         up = phase is Phase.SERVING and core.engine.healthy
         state = "engine_failed" if phase is Phase.SERVING and not up else phase.value
-        return JSONResponse({"status": state}, 200 if up else 503)
+        body = {"status": state}
+        if phase is Phase.LOADING and (doing := core.calls.doing()):
+            body["doing"] = doing
+        return JSONResponse(body, 200 if up else 503)
 
     @app.get("/version")
     async def version() -> JSONResponse:

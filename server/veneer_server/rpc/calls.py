@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Final
@@ -29,7 +29,9 @@ class Calls:
     Belongs to one event loop. Every call runs inside `running`, in its own task.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: Callable[[], str] = str) -> None:
+        """Args: doing: what is loaded at the moment, in words; may be empty."""
+        self.doing = doing
         self._phase = Phase.LOADING
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -53,8 +55,12 @@ class Calls:
     def check_phase(self) -> None:
         """Raises ModelLoading or Draining where the phase admits no call."""
         if self._phase is Phase.LOADING:
+            doing = self.doing()
             raise ModelLoading(
-                "the base model is still loading: retry in a few seconds", retry_after_s=1.0
+                f"the server is still loading{f' ({doing})' if doing else ''}: retry in a few "
+                "seconds",
+                metadata={"doing": doing} if doing else None,
+                retry_after_s=1.0,
             )
         if self._phase is Phase.DRAINING:
             raise Draining(

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import grpc
-from veneer_registry.errors import Aborted, InvalidField, VeneerError
+from veneer_registry.errors import Aborted, InvalidField, ModelLoading, VeneerError
 
 from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -228,7 +228,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]
-        _log.info("call refused", method=name, code=error.code, reason=error.reason)
+        if not isinstance(error, ModelLoading):  # those who wait ask again and again
+            _log.info("call refused", method=name, code=error.code, reason=error.reason)
         status = to_grpc_status(error)
         self._metrics.failures.labels(error.reason).inc()
         if error.code in _PACED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from veneer_registry.format import REQUIRED_FILES
 from veneer_registry.upkeep import verify
 from veneer_server.models.source import import_bundled
 
+from tests.places import cache_dir
 from tests.torture.kill_clients import Client, Content, Killed, make_contents
 from tests.torture.killed_front import PLANTED
 from tests.torture.row import Control, Outcome, Scale
@@ -60,7 +60,7 @@ class Front:
     """One `tests.torture.killed_front`, imported and waiting for `go`."""
 
     def __init__(self, work: Path, planted: str) -> None:
-        cache = Path(os.environ.get("VENEER_CACHE_DIR", ROOT / ".cache" / "veneer"))
+        cache = cache_dir()
         base = import_bundled(cache).path
         command = [sys.executable, "-m", "tests.torture.killed_front", str(base), str(cache)]
         command += [str(work / "data"), *(["--planted", planted] if planted else [])]

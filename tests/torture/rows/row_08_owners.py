@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.places import cache_dir
 from tests.torture.owners import PLANTED
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.syscalls import ROOT
@@ -152,7 +153,7 @@ async def beside_a_real_server(work: Path, count: int) -> Outcome:
     """The first server is a real one, on the bundled base."""
     from tests.server_harness import running_server
 
-    cache = Path(os.environ.get("VENEER_CACHE_DIR", ROOT / ".cache" / "veneer"))
+    cache = cache_dir()
     async with running_server(work / "real", cache) as server:
         found = await asyncio.to_thread(
             second_servers, work / "real", server.process.pid, count

@@ -41,7 +41,9 @@ def test_a_whole_session(base_folder: Path, cache_dir: Path, tmp_path: Path) -> 
     second = make_adapter(tmp_path / "two", shape, rank=8, seed=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--cache-dir", str(cache_dir), "--threads", "1"]
-    with LocalServer(flags, environment=environment) as server:
+    log: list[str] = []
+    with LocalServer(flags, environment=environment, told=log.append) as server:
+        assert any("starting the engine: done in " in line for line in log)
         with Client(server.address) as client:
             assert client.health() is ServingStatus.SERVING
             assert client.info().base_model.quantization == "nf4"

@@ -116,6 +116,8 @@ def _words(row: Mapping[str, Any]) -> str:
         case "tasks":
             asked = f"{row['asked']} {row['kind']} tasks"
             return f"step {row['step']}: {row['right']} of {asked} right"
+        case "expected":
+            return str(row["words"])
         case "resumed":
             return f"goes on from step {row['step']} ({row['folder']})"
         case "pushed":

@@ -23,6 +23,7 @@ from veneer_train.config import PRESETS, load_config
 
 if TYPE_CHECKING:
     from veneer_train.config import TrainConfig
+    from veneer_train.estimate import Estimate
     from veneer_train.loop import Snapshots, TrainResult
     from veneer_train.push import Publication, Target
 
@@ -120,7 +121,7 @@ def _run(
 
     if target is None:
         with reporter() as report:
-            return run(config, report, overwrite=overwrite)
+            return run(config, report, overwrite=overwrite, expect=_expect(report))
     from veneer_train.push import check_target
 
     with reporter() as report:
@@ -129,9 +130,20 @@ def _run(
             report,
             overwrite=overwrite,
             callbacks=lambda snapshots: (_callback(target, push_every, snapshots, report),),
+            expect=_expect(report),
             # Before hours of training, not after.
             check_base=lambda base: check_target(target, base),
         )
+
+
+def _expect(report: Report) -> Callable[[Estimate], None]:
+    from veneer_train.trainer import main_process
+
+    def told(estimate: Estimate) -> None:
+        if main_process():
+            report({"event": "expected", "words": str(estimate)})
+
+    return told
 
 
 def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) -> Any:

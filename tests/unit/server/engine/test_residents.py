@@ -22,6 +22,7 @@ from veneer_server.engine import residents
 from veneer_server.engine.client import EngineClient
 from veneer_server.engine.messages import AdapterSource, EngineConfig, Occupancy, Residency
 from veneer_server.engine.residents import MemoryTier, Residents
+from veneer_server.progress import SINK, Part
 
 SIZE = 10
 
@@ -89,6 +90,25 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         return [name for name, _, _ in self.asked]
+
+
+async def test_it_is_told_how_many_are_back() -> None:
+    engine = Engine(gone=frozenset("b"))
+    for name in "abc":
+        engine.request(name)
+    engine.die()
+    told: list[Part] = []
+    before = SINK.set(told.append)
+    await engine.restart()
+    engine.die()
+    engine.dies_of = "c"
+    await engine.restart()
+    SINK.reset(before)
+    whole = [(part.done, part.state) for part in told if part.total == 3]
+    assert whole[0] == (0, "running")
+    assert whole[-1] == (2, "done"), "one of them is gone"
+    assert {part.name for part in told} == {"restoring adapters"}
+    assert told[-1].state == "failed", "the engine that was to hold them has died"
 
 
 async def test_pins_come_first_then_the_most_recently_used() -> None:

@@ -1,0 +1,27 @@
+"""Bring a base model from a hub into its cache; run as a process.
+
+``python -m veneer_server.models.hub NAME`` prints the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from huggingface_hub import snapshot_download
+
+__all__ = ["FILES", "main"]
+
+FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+def main() -> None:
+    """Entry point; a failure ends with the error's name in the last line."""
+    try:
+        print(snapshot_download(sys.argv[1], allow_patterns=list(FILES)))
+    except Exception as error:  # the hub client has no single root for its errors
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
