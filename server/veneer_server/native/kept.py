@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Final
 
 from veneer_server.disk import make_private, remove, staged, sync
+from veneer_server.native.forms import HEX
 
-__all__ = ["Refused", "find", "keep", "open_checked", "places", "scratch"]
+__all__ = ["Refused", "check_folder", "find", "keep", "open_checked", "places", "scratch"]
 
 log = logging.getLogger(__name__)
 
-_HEX: Final = 32
-"""Digits of the key and of the SHA-256 in a name."""
-
-_NAME: Final = re.compile(rf"[0-9a-f]{{{_HEX}}}-[0-9a-f]{{{_HEX}}}\.so")
+_NAME: Final = re.compile(rf"[0-9a-f]{{{HEX}}}-[0-9a-f]{{{HEX}}}\.so")
 
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -51,7 +49,7 @@ def find(place: Path, key: str) -> Path | None:
         files = sorted(place.glob(f"{key}-*.so"))
         if not files:
             return None
-        _check_folder(place)
+        check_folder(place)
     except (Refused, OSError) as reason:
         log.warning("no compiled kernels are loaded from %s: %s", place, reason)
         return None
@@ -75,7 +73,7 @@ def scratch(place: Path) -> Iterator[Path]:
     """
     make_private(place)
     _tighten(place)
-    _check_folder(place)
+    check_folder(place)
     with staged(place, "veneer-build-") as folder:
         yield folder
 
@@ -85,7 +83,7 @@ def keep(place: Path, key: str, draft: Path) -> Path:
     draft.chmod(0o644)  # whatever the umask
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     sync(draft)
-    file = place / f"{key}-{digest[:_HEX]}.so"
+    file = place / f"{key}-{digest[:HEX]}.so"
     if file.is_dir():
         remove(file)
     draft.replace(file)
@@ -105,7 +103,7 @@ def open_checked(file: Path) -> int:
         _check(os.fstat(fd), stat.S_ISREG, "a regular file")
         with open(fd, "rb", closefd=False) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest[:_HEX] != file.stem.rpartition("-")[2]:
+        if digest[:HEX] != file.stem.rpartition("-")[2]:
             raise Refused("it is damaged: its content is not what its name says")
     except BaseException:
         os.close(fd)
@@ -113,7 +111,8 @@ def open_checked(file: Path) -> int:
     return fd
 
 
-def _check_folder(place: Path) -> None:
+def check_folder(place: Path) -> None:
+    """Raises Refused where others can write to it, OSError where it is missing."""
     _check(place.lstat(), stat.S_ISDIR, "a folder")
 
 
