@@ -96,15 +96,15 @@ def open_root(base: Path, to: Path) -> Image:
     mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", to / "dev" / "shm")
     shutil.copyfile("/etc/resolv.conf", to / "etc" / "resolv.conf")
     shutil.copyfile("/etc/hosts", to / "etc" / "hosts")
-    for given in pip_environment().values():
-        path = Path(given)
+    # Folders come before the files in them, which need no mount of their own then.
+    for given in sorted(set(pip_environment().values())):
+        path, inside = Path(given), to / given.lstrip("/")
         if not (path.is_absolute() and path.exists()):
             continue
-        inside = to / given[1:]
-        if path.is_dir():
-            inside.mkdir(parents=True, exist_ok=True)
-        else:
-            inside.parent.mkdir(parents=True, exist_ok=True)
+        if inside.exists() and inside.samefile(path):
+            continue
+        (inside if path.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
+        if path.is_file():
             inside.touch()
         mount("--bind", path, inside)
         mount("-o", "remount,bind,ro", inside)

@@ -2,16 +2,18 @@
 
 A library is ``<key>-<SHA-256>.so``: its name tells its content, so that library and checksum
 appear by one rename. File and folder must belong to this user or to root, and only they may
-write to them. Folders above need no check: whoever can rename those can put another folder in
-place of ours, but not one that belongs to us, and a file is checked and loaded by one
-descriptor.
+write to them; a group that has no other member does no harm. Folders above need no check:
+whoever can rename those can put another folder in place of ours, but not one that belongs to us,
+and a file is checked and loaded by one descriptor.
 """
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import logging
 import os
+import pwd
 import re
 import stat
 import tempfile
@@ -121,8 +123,21 @@ def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> 
         raise Refused(f"it is not {kind}")
     if found.st_uid not in (0, os.geteuid()):
         raise Refused(f"it belongs to user {found.st_uid}, neither to this one nor to root")
-    if found.st_mode & _OTHERS:
+    group = found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid, found.st_uid)
+    if group or found.st_mode & stat.S_IWOTH:
         raise Refused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
+
+
+def _is_private(group: int, user: int) -> bool:
+    """Nobody but this user is in the group, which has the user's name: a user private group.
+    Where there are such, umask is often 002. Debian's OpenSSH has the same rule."""
+    try:
+        name = pwd.getpwuid(user).pw_name
+        found = grp.getgrgid(group)
+    except KeyError:
+        return False
+    primary = {each.pw_name for each in pwd.getpwall() if each.pw_gid == group}
+    return found.gr_name == name and {*found.gr_mem, *primary} <= {name}
 
 
 def _tighten(place: Path) -> None:
