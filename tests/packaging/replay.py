@@ -217,11 +217,13 @@ def serve(image: Image, last: Stage, work: Path) -> None:
 def replay(suite: str, work: Path) -> None:
     """All of it."""
     stages = parse((ROOT / "Dockerfile").read_text("utf-8"))
-    own_torch = any(Path(os.environ.get("PIP_FIND_LINKS", "/nowhere")).glob("torch-*"))
+    own_torch = any(Path(pip_environment().get("PIP_FIND_LINKS", "/nowhere")).glob("torch-*"))
     # pip's usual index, beside which it finds the torch that is here.
     given = {"TORCH_INDEX": "https://pypi.org/simple"} if own_torch else {}
     torch = (
-        "this machine's wheels (PIP_FIND_LINKS)" if own_torch else "TORCH_INDEX, as in Docker"
+        "this machine's wheels, as pip is set to take it"
+        if own_torch
+        else "TORCH_INDEX, as in Docker"
     )
     bases = ", ".join(sorted({each.base for each in stages}))
     print(DIFFERS.format(suite=suite, bases=bases, torch=torch), flush=True)

@@ -6,11 +6,14 @@ this one.
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Failed", "Installation", "free_port", "stage", "use"]
+__all__ = ["Failed", "Installation", "must_say", "pip_environment", "stage", "use"]
 
 WAIT = "300s"
 """The first start fetches and converts the base."""
@@ -181,7 +184,16 @@ def _ask_http(port: int, question: str) -> str:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
+@functools.cache
 def pip_environment() -> dict[str, str]:
-    """How pip reaches packages here: what an administrator has set, and no more."""
+    """How pip reaches packages here, by its files and variables; nothing else of this machine."""
     names = ("PIP_", "SSL_", "REQUESTS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-    return {k: v for k, v in os.environ.items() if k.upper().startswith(names)}
+    found = {}
+    asked = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
+    for line in asked.splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.partition(".")
+        if section in ("global", "install", "download"):
+            words = str(ast.literal_eval(value)).split()
+            found[f"PIP_{name.upper().replace('-', '_')}"] = " ".join(words)
+    return found | {k: v for k, v in os.environ.items() if k.upper().startswith(names)}

@@ -3,7 +3,7 @@
 A library is ``<key>-<SHA-256>.so``: its name tells its content, so that library and checksum
 appear by one rename. File and folder must belong to this user or to root, and only they may
 write to them; a group that has no other member does no harm. Folders above need no check:
-whoever can rename those can put another folder in place of ours, but not one that belongs to us,
+whoever can rename those can put another folder in place of ours, but not one of this user,
 and a file is checked and loaded by one descriptor.
 """
 
