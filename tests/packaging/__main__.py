@@ -8,6 +8,7 @@ example adapter and gets answers. Exit status 1 if anything is not as it must be
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,22 +22,17 @@ from tests.packaging.stranger import Failed, Installation, must_say, pip_environ
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def build(out: Path) -> Path:
-    """The wheel, with its kernels and adapters."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        out,
-        ROOT,
-    ]
-    subprocess.run(pip, check=True)
+def build(out: Path, *, compiler: bool = True) -> Path:
+    """The wheel, with its kernels and adapters; without a compiler a pure one."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    environment = dict(os.environ) if compiler else {**os.environ, "CXX": "/nowhere/c++"}
+    subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True, env=environment)
     (wheel,) = out.glob("*.whl")
     print(f"     {wheel.name}, {wheel.stat().st_size / 1e6:.0f} MB")
+    if not compiler:
+        if "py3-none-any" not in wheel.name:
+            raise Failed("a wheel that is built without a compiler is not pure")
+        return wheel
     names = zipfile.ZipFile(wheel).namelist()
     kernels = [name for name in names if name.startswith("veneer_server/native/prebuilt/")]
     adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
@@ -90,11 +86,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="veneer-wheel-") as work:
         folder = Path(work)
         cache = found.stdout.strip() or str(folder / "pip")
-        for name in ("wheel", "client", "server"):
+        for name in ("wheel", "pure", "client", "server"):
             (folder / name).mkdir()
         try:
             with stage("build the wheel"):
                 wheel = build(folder / "wheel")
+            with stage("build it without a compiler"):
+                build(folder / "pure", compiler=False)
             with stage("pip install veneer"):
                 client = install(wheel, "", folder / "client", cache)
             with stage("the client"):

@@ -186,7 +186,7 @@ def _ask_http(port: int, question: str) -> str:
 
 @functools.cache
 def pip_environment() -> dict[str, str]:
-    """How pip reaches packages here, by its files and variables; nothing else of this machine."""
+    """How pip reaches packages here, by its files and variables, and nothing else."""
     names = ("PIP_", "SSL_", "REQUESTS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
     found = {}
     asked = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
