@@ -1,19 +1,26 @@
 # syntax=docker/dockerfile:1
-# Two stages: wheels are built where there is a compiler, and run where there is none.
+# Two stages: the wheel and its kernels are built where there is a compiler, and run where there
+# is none. `make image-replay` runs these steps without Docker.
 FROM python:3.12-slim-trixie AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends build-essential \
  && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/veneer
+# torch for the CPU alone; the one that pip would take from PyPI brings gigabytes of CUDA. With a
+# GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128, and `docker run --gpus all`.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# hadolint ignore=DL3013
+RUN /opt/veneer/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.9'
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY proto proto
 COPY adapters_registry adapters_registry
 COPY server server
 COPY clients clients
 COPY loadtest loadtest
 COPY training training
+COPY examples/adapters examples/adapters
 RUN /opt/veneer/bin/pip install --no-cache-dir '.[server,gateway]'
 
 FROM python:3.12-slim-trixie
@@ -23,20 +30,22 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --system --uid 10001 --create-home --home-dir /var/lib/veneer veneer
+# Owned by root: the server cannot change its own code, the compiled kernels included.
 COPY --from=build /opt/veneer /opt/veneer
 ENV PATH=/opt/veneer/bin:$PATH \
     VENEER_DATA_DIR=/var/lib/veneer/data \
     VENEER_CACHE_DIR=/var/lib/veneer/cache \
-    VENEER_LOG_FORMAT=json
+    VENEER_LOG_FORMAT=json \
+    PYTHONDONTWRITEBYTECODE=1
 USER 10001
 WORKDIR /var/lib/veneer
+# The one place that is written to, beside /tmp: the root may be read-only.
 VOLUME ["/var/lib/veneer"]
 EXPOSE 50051 8000 9095
-# The health rpc answers SERVING only while the step loop advances.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+# SERVING only while the step loop advances. The first start fetches and converts the base.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
   CMD ["veneer", "--server", "127.0.0.1:50051", "health"]
 STOPSIGNAL SIGTERM
-# Without authentication (not in this version) the server listens on loopback only:
-# publish ports with `--network host`, or pass `--listen 0.0.0.0:50051 --insecure`
-# behind a proxy that authenticates.
+# Without authentication (not in this version) the server listens on loopback only: publish
+# ports with `--network host`, or as deploy/compose.yaml does, on the host's loopback.
 ENTRYPOINT ["veneer-server"]

@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick tools packages dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick tools packages dashboard docker-lint wheel wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -120,6 +120,25 @@ packages:
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  $$install || { apt-get update -q && $$install; }; \
 	fi
+
+wheel: ## Build the wheel, with compiled kernels where there is a C++ compiler
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# Needs Python alone. pip's cache is used where there is one.
+wheel-check: ## The wheel from nothing: install it, serve without a compiler, get answers
+	@$(PYTHON) -m tests.packaging
+
+# As root: chroot and mounts in a namespace of its own.
+image-replay: .cache/tools/usr/sbin/debootstrap ## The Dockerfile's steps without Docker, and its server asked
+	@$(PYTHON) -m tests.packaging.replay
+
+.cache/tools/usr/sbin/debootstrap:
+	mkdir -p .cache/tools
+	cd .cache/tools && { apt-get download -q debootstrap || \
+	  { apt-get update -q && apt-get download -q debootstrap; }; }
+	dpkg-deb -x .cache/tools/debootstrap_*.deb .cache/tools
+	rm .cache/tools/debootstrap_*.deb
 
 dashboard: install ## Write Grafana's dashboard from its program
 	$(BIN)/python deploy/grafana/dashboard.py

@@ -121,8 +121,8 @@ class ServerInfo:
     """What the server is.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)`` or
-            ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
+            ``, prebuilt`` inside where the kernels came with the wheel, or ``torch``.
         why_not_native: in words; empty where the native one does.
         context_length: longest prompt plus completion, in tokens.
         engine_starts: 1 unless the engine process failed.

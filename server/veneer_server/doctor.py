@@ -31,7 +31,8 @@ from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_core
 from veneer_server.memory import plan_memory
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
-from veneer_server.native.compiler import NativeUnavailable, build, try_out
+from veneer_server.native.chosen import find_library
+from veneer_server.native.compiler import NativeUnavailable, try_out
 from veneer_server.openai import require_gateway
 
 __all__ = ["Check", "examine", "report"]
@@ -181,9 +182,15 @@ def _native(config: ServerConfig) -> Check:
         return Check("native step", "warning", f"not for {config.dtype}", fix)
     try:
         avx2 = "avx2" if config.native_instructions == "avx2" else ""
-        instructions = try_out(build(config.cache_dir, instructions=avx2))
+        library = find_library(config.cache_dir, instructions=avx2)
+        instructions = try_out(library.file)
     except NativeUnavailable as reason:
         return Check("native step", "warning", str(reason), fix)
+    if library.why_prebuilt:
+        found = (
+            f"prebuilt, and runs here ({instructions}); not compiled: {library.why_prebuilt}"
+        )
+        return Check("native step", "ok", found)
     return Check("native step", "ok", f"compiled for this CPU, and runs here ({instructions})")
 
 

@@ -206,9 +206,10 @@ class Metrics:
         self.engine_info.clear()
         self.engine_info.labels(device, backend).set(1)
         self.backend_info.clear()
-        name, _, instructions = backend.partition(" ")
+        name, _, rest = backend.partition(" ")
+        instructions = rest.strip("()").partition(",")[0]  # "avx2", also of "avx2, prebuilt"
         reason = why_slower[:_LONGEST_REASON]
-        self.backend_info.labels(name, instructions.strip("()"), reason).set(1)
+        self.backend_info.labels(name, instructions, reason).set(1)
 
     def ask(self, catalog: SizedCatalog) -> None:
         """Whom to ask, from another thread, at each scrape."""

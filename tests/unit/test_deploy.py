@@ -6,14 +6,20 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from veneer_server.config import load_config
 from veneer_server.metrics import Metrics
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+from tests.packaging.dockerfile import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+STAGES = parse((ROOT / "Dockerfile").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +92,60 @@ def test_compose_mounts_what_there_is() -> None:
     (target,) = job["static_configs"]
     assert target["targets"] == ["veneer:9095"]
     assert prometheus["rule_files"] == compose["rule_files"]
+
+
+def test_services_wait_for_health_that_is_checked() -> None:
+    composed = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    checked = {name for name, service in composed.items() if "healthcheck" in service}
+    if any(step.kind == "HEALTHCHECK" for step in STAGES[-1].steps):
+        checked.add("veneer")
+    waits = {
+        name: needed
+        for name, service in composed.items()
+        for needed, how in service.get("depends_on", {}).items()
+        if how["condition"] == "service_healthy"
+    }
+    assert waits == {"prometheus": "veneer", "grafana": "prometheus"}
+    assert set(waits.values()) <= checked
+
+
+def test_the_container_writes_to_its_volume_and_tmp_alone() -> None:
+    veneer = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["veneer"]
+    last = STAGES[-1]
+    (volume,) = last.one("VOLUME").words
+    assert veneer["read_only"] is True
+    assert veneer["tmpfs"] == ["/tmp"]
+    assert veneer["volumes"] == [f"veneer:{volume}"]
+    variables = dict(pair for step in last.steps if step.kind == "ENV" for pair in step.pairs)
+    assert variables["VENEER_DATA_DIR"].startswith(f"{volume}/")
+    assert variables["VENEER_CACHE_DIR"].startswith(f"{volume}/")
+    assert last.one("USER").text not in ("root", "0")
+
+
+def test_the_server_takes_its_command_in_compose() -> None:
+    """Its flags are parsed as they are at a start, and each published port is served."""
+    veneer = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["veneer"]
+    _, *flags = veneer["command"]
+    given = dict(flag.removeprefix("--").replace("-", "_", 1).split("=") for flag in flags[:-1])
+    assert flags[-1] == "--insecure"
+    config = load_config({**given, "insecure": "true"}, {})
+    listening = {config.listen.port}
+    assert config.openai_listen is not None
+    listening.add(config.openai_listen.port)
+    assert {int(port.rpartition(":")[2]) for port in veneer["ports"]} == listening
+    exposed = set(map(int, STAGES[-1].one("EXPOSE").words))
+    assert listening < exposed
+
+
+def test_what_the_image_copies_is_there_and_in_its_context() -> None:
+    """A folder that the wheel is made of and that no COPY brings would fail the build."""
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = {
+        name for step in STAGES[0].steps if step.kind == "COPY" for name in step.words[:-1]
+    }
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert all((ROOT / name).exists() for name in copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]["packages"]
+    assert {package.partition("/")[0] for package in packages} < copied

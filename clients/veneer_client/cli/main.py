@@ -18,7 +18,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_client.cli import adapter, chat, generate, plan
+from veneer_client.cli import adapter, chat, example, generate, plan
 from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
@@ -85,6 +85,7 @@ def place(
 
 cli.command(epilog=generate.EXAMPLES)(generate.generate)
 cli.command(epilog=chat.EXAMPLES)(chat.chat)
+cli.command(epilog=example.EXAMPLES)(example.example)
 cli.command("ls", epilog="Examples:\n\n  veneer ls\n\n  veneer ls --prefix sql")(adapter.ls)
 cli.command("ps", epilog="Examples:\n\n  veneer ps")(adapter.ps)
 cli.command("rm", epilog="Examples:\n\n  veneer rm sql\n\n  veneer rm sql@1a2b3c4d5e6f")(

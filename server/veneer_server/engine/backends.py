@@ -23,7 +23,8 @@ from veneer_server.models.linear import fuse as fuse_for_torch
 from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
 from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
 from veneer_server.native import linear as native_linear
-from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.native.chosen import find_library
+from veneer_server.native.compiler import NativeUnavailable
 from veneer_server.native.decoder import NativeDecoder, check
 from veneer_server.native.library import Library
 from veneer_server.progress import stage
@@ -45,7 +46,8 @@ class Chosen:
     """A backend over the loaded base.
 
     Attributes:
-        name: ``native (avx512-bf16)``, ``native (avx2)`` or ``torch``.
+        name: ``native (avx512-bf16)`` or ``native (avx2)``, either with ``, prebuilt`` inside
+            where the kernels came with the wheel, or ``torch``.
         why_not_native: empty where it is.
         lora_dtype: of resident adapters.
         invariant: whether a row's numbers are the same to the bit whatever shares its step.
@@ -122,7 +124,7 @@ def _native(
             f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
         )
     check(read_decoder_config(Path(config.base_folder)), config.block_size)
-    library = _library(config)
+    library, made = _library(config)
 
     def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
         return native_linear.fuse(library, modules, dtype)
@@ -139,21 +141,24 @@ def _native(
     # What is left to torch is short: a second thread would cost more than it brings, and
     # spin where a thread of the step could run.
     torch.set_num_threads(1)
-    name = f"native ({library.instructions})"
+    name = f"native ({library.instructions}{made})"
     weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
     return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
 
 
-def _library(config: EngineConfig) -> Library:
-    """The kernels in the form that is asked for."""
+def _library(config: EngineConfig) -> tuple[Library, str]:
+    """The kernels in the form that is asked for, and what the backend's name adds."""
     wanted = config.native_instructions
     cache = Path(config.cache_folder)
-    library = Library(build(cache, instructions="avx2" if wanted == "avx2" else ""))
+    found = find_library(cache, instructions="avx2" if wanted == "avx2" else "")
+    library = Library(found.file)
     if wanted not in ("auto", library.instructions):
         raise NativeUnavailable(
             f"this CPU has {library.instructions} at most, not --native-instructions {wanted}"
         )
-    return library
+    if found.why_prebuilt:
+        log.info("prebuilt kernels serve: %s", found.why_prebuilt)
+    return library, ", prebuilt" if found.why_prebuilt else ""
 
 
 def _torch(

@@ -152,8 +152,8 @@ class EngineInfo(Message, frozen=True):
     """First message from an engine that is started; sizes in bytes unless named otherwise.
 
     Attributes:
-        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)`` or
-            ``torch``.
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
+            ``, prebuilt`` inside where the kernels came with the wheel, or ``torch``.
         why_not_native: in words; empty where the native one serves.
         kv_cache_tokens: tokens that the KV cache holds in all.
         adapter_itemsize: bytes of one number of a resident adapter.

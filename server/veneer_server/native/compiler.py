@@ -1,8 +1,8 @@
 """Compiles the C++ of this package for the machine it runs on, once.
 
 As PyTorch's inductor and Triton do: the system's compiler, the CPU's own instructions, a
-cache keyed by everything that changes the result. A wheel would have to be built for the
-least of all CPUs.
+cache keyed by everything that changes the result. Where there is no compiler, a prebuilt
+library serves (`native.chosen`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Final
 from veneer_registry.child_python import child_python
 
 from veneer_server.native import kept
+from veneer_server.native.forms import AVX2, FLAGS, FORMS, HEX, digest_sources
 from veneer_server.progress import stage
 
-__all__ = ["NativeUnavailable", "build", "try_out"]
+__all__ = ["NativeUnavailable", "build", "cpu_flags", "try_out"]
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,6 @@ COMPILE_SECONDS: Final = 900.0
 _ASK_SECONDS: Final = 60.0
 _LEAST_FREE: Final = 16 << 20
 _TRIAL: Final = Path(__file__).with_name("trial.py")
-
-FLAGS: Final = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
-    # Products may be fused with sums, as the reference's are; nothing else is reordered, and
-    # NaN and infinity stay what they are: they tell that an adapter is broken.
-    "-ffp-contract=fast",
-)
-_NEEDED: Final = (
-    frozenset({"avx512_bf16", "avx512bw", "avx512vl"}),
-    frozenset({"avx2", "fma"}),
-)
 
 
 class NativeUnavailable(Exception):
@@ -66,14 +56,8 @@ def build(cache_dir: Path, *, instructions: str = "") -> Path:
         NativeUnavailable: no compiler, a CPU without the instructions, or a library that does
             not run here.
     """
-    flags = _cpu_flags()
-    if not any(needed <= flags for needed in _NEEDED):
-        raise NativeUnavailable(
-            "the CPU has neither AVX512-BF16 nor AVX2 with FMA"
-            if platform.machine() in ("x86_64", "AMD64")
-            else f"there are no kernels for {platform.machine()} CPUs"
-        )
-    chosen = ["-march=native"] if not instructions else ["-mavx2", "-mfma", "-mf16c"]
+    flags = cpu_flags()
+    chosen = AVX2.flags if instructions else ("-march=native",)
     command = [*_compiler(), *FLAGS, *chosen]
     sources = resources.files("veneer_server.native") / "cpp"
     with resources.as_file(sources) as folder:
@@ -88,14 +72,24 @@ def build(cache_dir: Path, *, instructions: str = "") -> Path:
     return file
 
 
-def _cpu_flags() -> frozenset[str]:
-    """As Linux names them; empty elsewhere."""
+def cpu_flags() -> frozenset[str]:
+    """The CPU's instructions, as Linux names them.
+
+    Raises:
+        NativeUnavailable: kernels need others.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(
-        flag for line in lines if line.startswith("flags") for flag in line.split()[2:]
+    except OSError:  # not Linux
+        lines = []
+    found = (line.split()[2:] for line in lines if line.startswith("flags"))
+    flags = frozenset(flag for line in found for flag in line)
+    if any(form.needs <= flags for form in FORMS):
+        return flags
+    raise NativeUnavailable(
+        "the CPU has neither AVX512-BF16 nor AVX2 with FMA"
+        if platform.machine() in ("x86_64", "AMD64")
+        else f"there are no kernels for {platform.machine()} CPUs"
     )
 
 
@@ -118,12 +112,10 @@ def _compiler() -> list[str]:
 
 def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
     """Of the sources, the command, the compiler that it runs and the CPU's instructions."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    digest = hashlib.sha256(digest_sources(folder).encode())
     digest.update("\0".join(command[1:]).encode() + b"\0" + _identity(command))
     digest.update(" ".join(sorted(flags)).encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()[:HEX]
 
 
 def _identity(command: list[str]) -> bytes:
@@ -207,21 +199,25 @@ def _run(command: list[str], folder: Path) -> None:
         raise NativeUnavailable(f"{command[0]} failed: {lines[0] if lines else status}")
 
 
-def try_out(file: Path) -> str:
+def try_out(file: Path, fix: str = "") -> str:
     """Load the library in a process of its own and multiply a little: a CPU that does not run
     its instructions, or a library that ends its process, ends that one. Takes 40 ms.
+
+    Args:
+        fix: what to do if it does not run; empty is to have it compiled again.
 
     Returns the set of instructions that it uses.
 
     Raises:
-        NativeUnavailable: it does not run here.
+        NativeUnavailable: it does not run here, or others can have written it.
     """
-    fix = f"remove {file} to have it compiled again, or use --backend torch"
+    made = "prebuilt" if fix else "compiled"
+    fix = fix or f"remove {file} to have it compiled again, or use --backend torch"
     try:
         fd = kept.open_checked(file)
     except (kept.Refused, OSError) as reason:
         raise NativeUnavailable(
-            f"the compiled kernels {file} are not loaded: {reason}"
+            f"the {made} kernels {file} are not loaded: {reason}; {fix}"
         ) from None
     try:
         done = subprocess.run(
@@ -234,13 +230,13 @@ def try_out(file: Path) -> str:
             timeout=_ASK_SECONDS,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise NativeUnavailable(f"the compiled kernels could not be tried: {error}") from error
+        raise NativeUnavailable(f"the {made} kernels could not be tried: {error}") from error
     finally:
         os.close(fd)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise NativeUnavailable(f"the compiled kernels crash with {name}; {fix}")
+        raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise NativeUnavailable(f"the compiled kernels do not run here: {last}; {fix}")
+        raise NativeUnavailable(f"the {made} kernels do not run here: {last}; {fix}")
     return done.stdout.strip()

@@ -2,16 +2,18 @@
 
 A library is ``<key>-<SHA-256>.so``: its name tells its content, so that library and checksum
 appear by one rename. File and folder must belong to this user or to root, and only they may
-write to them. Folders above need no check: whoever can rename those can put another folder in
-place of ours, but not one that belongs to us, and a file is checked and loaded by one
-descriptor.
+write to them; a group that has no other member does no harm. Folders above need no check:
+whoever can rename those can put another folder in place of ours, but not one of this user,
+and a file is checked and loaded by one descriptor.
 """
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import logging
 import os
+import pwd
 import re
 import stat
 import tempfile
@@ -21,15 +23,13 @@ from pathlib import Path
 from typing import Final
 
 from veneer_server.disk import make_private, remove, staged, sync
+from veneer_server.native.forms import HEX
 
-__all__ = ["Refused", "find", "keep", "open_checked", "places", "scratch"]
+__all__ = ["Refused", "check_folder", "find", "keep", "open_checked", "places", "scratch"]
 
 log = logging.getLogger(__name__)
 
-_HEX: Final = 32
-"""Digits of the key and of the SHA-256 in a name."""
-
-_NAME: Final = re.compile(rf"[0-9a-f]{{{_HEX}}}-[0-9a-f]{{{_HEX}}}\.so")
+_NAME: Final = re.compile(rf"[0-9a-f]{{{HEX}}}-[0-9a-f]{{{HEX}}}\.so")
 
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -51,7 +51,7 @@ def find(place: Path, key: str) -> Path | None:
         files = sorted(place.glob(f"{key}-*.so"))
         if not files:
             return None
-        _check_folder(place)
+        check_folder(place)
     except (Refused, OSError) as reason:
         log.warning("no compiled kernels are loaded from %s: %s", place, reason)
         return None
@@ -75,7 +75,7 @@ def scratch(place: Path) -> Iterator[Path]:
     """
     make_private(place)
     _tighten(place)
-    _check_folder(place)
+    check_folder(place)
     with staged(place, "veneer-build-") as folder:
         yield folder
 
@@ -85,7 +85,7 @@ def keep(place: Path, key: str, draft: Path) -> Path:
     draft.chmod(0o644)  # whatever the umask
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     sync(draft)
-    file = place / f"{key}-{digest[:_HEX]}.so"
+    file = place / f"{key}-{digest[:HEX]}.so"
     if file.is_dir():
         remove(file)
     draft.replace(file)
@@ -105,7 +105,7 @@ def open_checked(file: Path) -> int:
         _check(os.fstat(fd), stat.S_ISREG, "a regular file")
         with open(fd, "rb", closefd=False) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest[:_HEX] != file.stem.rpartition("-")[2]:
+        if digest[:HEX] != file.stem.rpartition("-")[2]:
             raise Refused("it is damaged: its content is not what its name says")
     except BaseException:
         os.close(fd)
@@ -113,7 +113,8 @@ def open_checked(file: Path) -> int:
     return fd
 
 
-def _check_folder(place: Path) -> None:
+def check_folder(place: Path) -> None:
+    """Raises Refused where others can write to it, OSError where it is missing."""
     _check(place.lstat(), stat.S_ISDIR, "a folder")
 
 
@@ -122,8 +123,21 @@ def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> 
         raise Refused(f"it is not {kind}")
     if found.st_uid not in (0, os.geteuid()):
         raise Refused(f"it belongs to user {found.st_uid}, neither to this one nor to root")
-    if found.st_mode & _OTHERS:
+    group = found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid, found.st_uid)
+    if group or found.st_mode & stat.S_IWOTH:
         raise Refused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
+
+
+def _is_private(group: int, user: int) -> bool:
+    """Nobody but this user is in the group, which has the user's name: a user private group.
+    Where there are such, umask is often 002. Debian's OpenSSH has the same rule."""
+    try:
+        name = pwd.getpwuid(user).pw_name
+        found = grp.getgrgid(group)
+    except KeyError:
+        return False
+    primary = {each.pw_name for each in pwd.getpwall() if each.pw_gid == group}
+    return found.gr_name == name and {*found.gr_mem, *primary} <= {name}
 
 
 def _tighten(place: Path) -> None:

@@ -10,12 +10,15 @@ import torch
 from veneer_server.engine.backends import BackendUnavailable, Chosen, choose
 from veneer_server.engine.messages import EngineConfig
 from veneer_server.models.decoder import Decoder
+from veneer_server.native import chosen
+from veneer_server.native.forms import compile_forms
 from veneer_server.native.library import Library
 
 from tests.backends_ran import native_possible
 from tests.tiny_llama import make_tiny_llama
 
 CPU = torch.device("cpu")
+SOURCES = Path(chosen.__file__).with_name("cpp")
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,23 @@ def test_instructions_that_the_kernels_do_not_have_are_refused(
     found = asked(base, cache_dir, backend="auto", native_instructions="avx512-bf16")
     assert found.name == "torch"
     assert "avx2 at most" in found.why_not_native
+
+
+@pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
+def test_prebuilt_kernels_serve_under_a_name_that_says_so(
+    base: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is damaged does not: torch serves, and says both reasons."""
+    compile_forms(["c++"], SOURCES, tmp_path)
+    monkeypatch.setattr(chosen, "PREBUILT", tmp_path)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = asked(base, cache_dir, backend="native", native_instructions="avx2")
+    assert found.name == "native (avx2, prebuilt)"
+    for file in tmp_path.glob("*.so"):
+        cut = file.read_bytes()[:-1]
+        file.unlink()  # the loaded one stays whole
+        file.write_bytes(cut)
+    found = asked(base, cache_dir, backend="auto")
+    assert found.name == "torch"
+    assert "/nowhere/c++ does not run" in found.why_not_native
+    assert "it is damaged" in found.why_not_native

@@ -6,7 +6,9 @@ made, and notes that it was called.
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import random
 import shutil
 import stat
@@ -19,7 +21,7 @@ from pathlib import Path
 import pytest
 from veneer_server import doctor
 from veneer_server.config import load_config
-from veneer_server.native import compiler
+from veneer_server.native import compiler, kept
 from veneer_server.native.compiler import NativeUnavailable, build
 from veneer_server.native.library import Library
 
@@ -116,6 +118,13 @@ def make_pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
+def for_a_group(file: Path) -> None:
+    """Not for the user's own one, in which nobody else is."""
+    if ROOT:
+        os.chown(file, -1, SOMEBODY)
+    file.chmod(0o664)
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "removed": lambda file: file.unlink(),
     "emptied": lambda file: file.write_bytes(b"") and None,
@@ -123,7 +132,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a folder": make_directory,
     "a link": make_link,
     "a pipe": make_pipe,
-    "group may write": lambda file: file.chmod(0o664),
+    "group may write": for_a_group,
     "all may write": lambda file: file.chmod(0o646),
     "another's": lambda file: os.chown(file, SOMEBODY, -1),
 }
@@ -134,7 +143,7 @@ def test_what_is_damaged_or_may_be_anybodys_is_compiled_again(
     bench: Bench, damage: str
 ) -> None:
     """At once, so that no start fails, and the next start finds the new one."""
-    if damage == "another's" and not ROOT:
+    if damage in ("another's", "group may write") and not ROOT:
         pytest.skip("only root gives files away")
     DAMAGE[damage](bench.build())
     made = bench.build()
@@ -146,6 +155,33 @@ def test_what_is_damaged_or_may_be_anybodys_is_compiled_again(
     assert bench.sound(bench.build())
     assert bench.compiled == 2
     assert Library(made).instructions
+
+
+def test_a_user_private_group_may_write(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ubuntu's and Fedora's umask 002 has it; the account database is a FAKE."""
+    file = bench.build()
+    file.chmod(0o664)
+    me, gid = os.geteuid(), file.stat().st_gid
+    users = [pwd.struct_passwd(("jo", "x", me, gid, "", "/", "/"))]
+    groups = {gid: grp.struct_group(("jo", "x", gid, []))}
+    monkeypatch.setattr(pwd, "getpwuid", {me: users[0]}.__getitem__)
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
+    monkeypatch.setattr(grp, "getgrgid", groups.__getitem__)
+    for _ in range(2):
+        os.close(kept.open_checked(file))
+        file.chmod(0o660)
+    for name, members in (("jo", ["mo"]), ("staff", [])):
+        groups[gid] = grp.struct_group((name, "x", gid, members))
+        with pytest.raises(kept.Refused, match="others can write"):
+            kept.open_checked(file)
+    groups[gid] = grp.struct_group(("jo", "x", gid, ["jo"]))
+    os.close(kept.open_checked(file))
+    users.append(pwd.struct_passwd(("mo", "x", me + 1, gid, "", "/", "/")))
+    with pytest.raises(kept.Refused, match="others can write"):
+        kept.open_checked(file)
+    groups.clear()  # a container often has no name for a number
+    with pytest.raises(kept.Refused, match="others can write"):
+        kept.open_checked(file)
 
 
 def test_one_flipped_bit_anywhere_is_seen(bench: Bench) -> None:
@@ -176,6 +212,8 @@ def test_it_is_private_whatever_the_umask(bench: Bench) -> None:
 def test_nothing_is_loaded_from_a_folder_that_others_write_to(bench: Bench, mode: int) -> None:
     """It is ours, so it is closed, and what was in it is compiled again."""
     folder = bench.build().parent
+    if ROOT:
+        os.chown(folder, -1, SOMEBODY)
     folder.chmod(mode)
     made = bench.build()
     assert bench.compiled == 2

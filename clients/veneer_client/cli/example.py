@@ -1,0 +1,111 @@
+"""``veneer example``: the example adapters, for those without a clone."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from veneer_registry.errors import FailedPrecondition, InvalidField
+
+import veneer_client
+from veneer_client.cli.context import DebugFlag, ServerOption, errors_shown, find_server
+from veneer_client.client import Client
+
+__all__ = ["EXAMPLES", "Name", "example", "examples_folder"]
+
+EXAMPLES = """
+Examples:
+
+  veneer example chat                            copy it to ./chat
+
+  veneer example sql --out adapters/sql          elsewhere
+
+  veneer example code --push                     publish it; copies nothing
+"""
+
+
+class Name(StrEnum):
+    """The adapters, trained for the bundled base."""
+
+    CHAT = "chat"
+    CODE = "code"
+    SQL = "sql"
+
+
+_ASK: Final = {
+    Name.CHAT: "How do I cheer up a friend?",
+    Name.CODE: "Write a function that sorts words by length.",
+    Name.SQL: "CREATE TABLE plays (id INTEGER, title TEXT, acts INTEGER); Count the plays.",
+}
+
+
+def examples_folder() -> Path:
+    """Where the adapters are: a wheel brings them in this package, a clone has its own.
+
+    Raises:
+        FailedPrecondition: this installation has none.
+    """
+    package = Path(veneer_client.__file__).parent
+    for folder in (package / "examples", package.parents[1] / "examples" / "adapters"):
+        if all((folder / name / "adapter_model.safetensors").is_file() for name in Name):
+            return folder
+    raise FailedPrecondition(
+        "this installation has no example adapters: install Veneer's wheel, or push "
+        "examples/adapters of a clone"
+    )
+
+
+def example(
+    context: typer.Context,
+    name: Annotated[Name, typer.Argument(help="Which one.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Copy it there; default ./NAME."),
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Publish it under its name.")] = False,
+    server: ServerOption = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Copy an example adapter for the bundled base to a folder, or publish it."""
+    with errors_shown(context, debug):
+        folder = examples_folder() / name
+        if out is not None or not push:
+            folder = _copy(folder, out or Path(name))
+            print(f"copied to {folder}")
+        if not push:
+            print(f"next: veneer adapter push {shlex.quote(str(folder))} --name {name}")
+            return
+        with Client(find_server(context, server)) as client:
+            pushed = client.push(folder, name)
+        verb = "published" if pushed.published else "unchanged"
+        print(f"{verb}: {pushed.adapter.short}")
+        print(f"next: veneer generate -a {name} {shlex.quote(_ASK[name])}")
+
+
+def _copy(source: Path, to: Path) -> Path:
+    """It appears by one rename, and never in place of something."""
+    if os.path.lexists(to):
+        raise InvalidField(
+            f"{to} is there already: give another folder with --out",
+            metadata={"field": "out"},
+        )
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=".veneer-example-") as scratch:
+            made = Path(scratch) / to.name
+            made.mkdir()
+            for file in source.iterdir():
+                shutil.copyfile(file, made / file.name)
+            made.rename(to)
+    except OSError as error:
+        raise InvalidField(
+            f"{to} cannot be written ({error.strerror}): give another folder with --out",
+            metadata={"field": "out"},
+        ) from error
+    return to

@@ -1,0 +1,91 @@
+"""Builds the wheel: on Linux x86-64 with a C++ compiler it brings compiled kernels.
+
+Without one it is a pure wheel, and a server compiles them at its first start. An editable
+install compiles nothing here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsHook(BuildHookInterface[Any]):
+    """Adds compiled libraries and example adapters to a wheel."""
+
+    PLUGIN_NAME = "custom"
+    _made: tempfile.TemporaryDirectory[str] | None = None
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """See the module."""
+        if version == "editable":
+            return
+        root = Path(self.root)
+        build_data["force_include"][str(root / "examples/adapters")] = "veneer_client/examples"
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            self._pure(f"there are no kernels for {sys.platform} on {platform.machine()}")
+            return
+        command = _compiler()
+        if not command:
+            self._pure("there is no C++ compiler: install one, or name it in CXX")
+            return
+        self._made = tempfile.TemporaryDirectory(prefix="veneer-wheel-")
+        try:
+            forms = _load(root / "server/veneer_server/native/forms.py")
+            sources = root / "server/veneer_server/native/cpp"
+            files = forms.compile_forms(command, sources, Path(self._made.name))
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+            self._pure(f"{command[0]} failed: {told[0] if told else error}")
+            return
+        for file in files:
+            build_data["force_include"][str(file)] = (
+                f"veneer_server/native/prebuilt/{file.name}"
+            )
+        # For any Python 3: the libraries know nothing of it.
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-linux_x86_64"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """The libraries are in the wheel."""
+        if self._made is not None:
+            self._made.cleanup()
+
+    def _pure(self, why: str) -> None:
+        self.app.display_warning(
+            f"a wheel without compiled kernels: {why}. A server compiles them at its first "
+            "start, or serves with torch, several times slower."
+        )
+
+
+def _compiler() -> list[str]:
+    words = shlex.split(os.environ.get("CXX", ""))
+    for name in words[:1] or ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path, *words[1:]]
+    return []
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("veneer_forms", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def get_build_hook() -> type[BuildHookInterface[Any]]:
+    """What hatchling asks for."""
+    return KernelsHook

@@ -1,0 +1,85 @@
+"""The two forms of the kernels that a wheel brings compiled, for machines without a compiler.
+
+Standard library only, and outside the package: ``hatch_build.py`` loads this file where
+nothing of Veneer is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["AVX2", "AVX512", "FLAGS", "FORMS", "HEX", "Form", "compile_forms", "digest_sources"]
+
+FLAGS: Final = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
+    # Products may be fused with sums, as the reference's are; nothing else is reordered, and
+    # NaN and infinity stay what they are: they tell that an adapter is broken.
+    "-ffp-contract=fast",
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One set of instructions.
+
+    Attributes:
+        name: as the library calls itself.
+        flags: of the compiler.
+        needs: of the CPU, all that the flags allow the compiler to use; as Linux names them.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+
+AVX2: Final = Form("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
+AVX512: Final = Form(
+    "avx512-bf16",
+    ("-march=x86-64-v4", "-mavx512bf16"),
+    AVX2.needs
+    | {"bmi1", "bmi2", "abm", "movbe"}
+    | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
+)
+FORMS: Final = (AVX512, AVX2)
+"""The faster first."""
+
+HEX: Final = 32
+"""Digits of a digest in a name."""
+
+
+def digest_sources(folder: Path) -> str:
+    """Of the names and content of all files in ``cpp``."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:HEX]
+
+
+def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
+    """Compile both into ``out``, each ``<form>-<sources>-<SHA-256>.so``.
+
+    The C++ library is linked as usual: torch needs the same one, and an older version of it.
+
+    Raises:
+        OSError: the compiler does not run.
+        subprocess.CalledProcessError: it fails; ``stderr`` has its words.
+    """
+    key = digest_sources(sources)
+    made = []
+    for form in FORMS:
+        draft = out / f"{form.name}.so"
+        subprocess.run(
+            [*command, *FLAGS, *form.flags, "-o", draft, sources / "library.cpp"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:HEX]
+        made.append(draft.rename(out / f"{form.name}-{key}-{digest}.so"))
+    return made

@@ -1,0 +1,111 @@
+"""The wheel, from nothing: ``make wheel-check``.
+
+Builds the wheel, installs it into new environments with a new home, hides every compiler, and
+does what a stranger would: starts the server with the bundled base, waits for it, publishes an
+example adapter and gets answers. Exit status 1 if anything is not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(out: Path, *, compiler: bool = True) -> Path:
+    """The wheel, with its kernels and adapters; without a compiler a pure one."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    environment = dict(os.environ) if compiler else {**os.environ, "CXX": "/nowhere/c++"}
+    subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True, env=environment)
+    (wheel,) = out.glob("*.whl")
+    print(f"     {wheel.name}, {wheel.stat().st_size / 1e6:.0f} MB")
+    if not compiler:
+        if "py3-none-any" not in wheel.name:
+            raise Failed("a wheel that is built without a compiler is not pure")
+        return wheel
+    names = zipfile.ZipFile(wheel).namelist()
+    kernels = [name for name in names if name.startswith("veneer_server/native/prebuilt/")]
+    adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
+    if "linux_x86_64" not in wheel.name or len(kernels) != 2 or len(adapters) != 3:
+        raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
+    return wheel
+
+
+def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
+    """A new environment with it, and a home in which nothing is."""
+    venv.create(folder / "venv", with_pip=True)
+    home = folder / "home"
+    home.mkdir()
+    pip = folder / "venv" / "bin" / "pip"
+    environment = {
+        **pip_environment(),
+        # pip's own cache, so that a second run downloads little.
+        "PIP_CACHE_DIR": cache,
+        "HOME": str(home),
+        # No compiler is here.
+        "PATH": str(pip.parent),
+    }
+    subprocess.run([pip, "install", "--quiet", f"{wheel}{extras}"], check=True, env=environment)
+    return Installation(environment, home)
+
+
+def check_client(place: Installation) -> None:
+    """The base install: a client, which names what it lacks."""
+    must_say(place.run("veneer", "--version"), "veneer 0.")
+    must_say(place.run("veneer-server", status=1), "pip install 'veneer[server]'")
+    must_say(place.run("veneer-train", "--version", status=1), "pip install 'veneer[train]'")
+    must_say(place.run("veneer", "example", "chat"), "veneer adapter push chat --name chat")
+
+
+def check_server(place: Installation, log: Path) -> None:
+    """As README has it."""
+    must_say(place.run("veneer-server", "--version"), "veneer 0.")
+    use(place, ["veneer-server"], log)
+    doctor = place.run("veneer-server", "doctor")
+    native = next(line for line in doctor.splitlines() if "native step" in line)
+    must_say(native, "ok ", "prebuilt, and runs here", "apt install g++")
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m tests.packaging", description=__doc__)
+    parser.parse_args()
+    began = time.monotonic()
+    ask = [sys.executable, "-m", "pip", "cache", "dir"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="veneer-wheel-") as work:
+        folder = Path(work)
+        cache = found.stdout.strip() or str(folder / "pip")
+        for name in ("wheel", "pure", "client", "server"):
+            (folder / name).mkdir()
+        try:
+            with stage("build the wheel"):
+                wheel = build(folder / "wheel")
+            with stage("build it without a compiler"):
+                build(folder / "pure", compiler=False)
+            with stage("pip install veneer"):
+                client = install(wheel, "", folder / "client", cache)
+            with stage("the client"):
+                check_client(client)
+            with stage("pip install 'veneer[server,gateway]'"):
+                server = install(wheel, "[server,gateway]", folder / "server", cache)
+            check_server(server, folder / "server.log")
+        except (Failed, subprocess.CalledProcessError) as error:
+            print(f"wheel-check: {error}", file=sys.stderr)
+            return 1
+    print(f"the wheel is sound; {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

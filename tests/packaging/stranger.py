@@ -1,0 +1,199 @@
+"""What a stranger does with an installation, and what must come of it.
+
+Standard library only: it is run with whatever Python there is, on installations that are not
+this one.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Failed", "Installation", "must_say", "pip_environment", "stage", "use"]
+
+WAIT = "300s"
+"""The first start fetches and converts the base."""
+RUN_SECONDS = 400
+USUAL = "127.0.0.1:50051"
+
+
+class Failed(Exception):
+    """An installation does not do what it must; in words."""
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Say it, and what it took."""
+    print(f"-- {name}", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"   {time.monotonic() - began:.0f} s", flush=True)
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where programs are, and the words that go before each command (`chroot ROOT`).
+
+    Attributes:
+        environment: all variables of its processes.
+        folder: the current one of its processes, on this side.
+    """
+
+    environment: Mapping[str, str]
+    folder: Path
+    prefix: Sequence[str] = ()
+
+    def popen(self, words: Sequence[str], **more: object) -> subprocess.Popen[str]:
+        """Start it."""
+        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+            [*self.prefix, *self._program(words)],
+            env=dict(self.environment),
+            cwd=self.folder,
+            text=True,
+            **more,
+        )
+
+    def run(self, *words: str, status: int = 0) -> str:
+        """Both outputs of a command that ends so.
+
+        Raises:
+            Failed: it ends otherwise.
+        """
+        print(f"   $ {' '.join(words)}", flush=True)
+        process = self.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = process.communicate(timeout=RUN_SECONDS)[0]
+        if process.returncode != status:
+            raise Failed(
+                f"{' '.join(words)}: status {process.returncode}, not {status}: {said}"
+            )
+        return said
+
+    def _program(self, words: Sequence[str]) -> list[str]:
+        """Found in the installation's PATH, not in this process's."""
+        return ["/usr/bin/env", *words]
+
+
+def must_say(said: str, *wanted: str) -> None:
+    """Print the answer's first line; all of these must be in it."""
+    print(f"     {(said.strip().splitlines() or [''])[0][:150]}", flush=True)
+    for each in wanted:
+        if each not in said:
+            raise Failed(f"{each!r} is not in: {said}")
+
+
+def use(
+    place: Installation, serve: Sequence[str], log: Path, *, asked: Sequence[Sequence[str]] = ()
+) -> None:
+    """Start the server, wait for it, get answers by gRPC and HTTP, stop it.
+
+    Args:
+        serve: its command, without addresses.
+        asked: commands that must end with 0 then; the usual address in them becomes its own.
+
+    Raises:
+        Failed: with the end of the server's log.
+    """
+    grpc, http = free_port(), free_port()
+    here = Installation(
+        {**place.environment, "VENEER_SERVER": f"127.0.0.1:{grpc}"}, place.folder, place.prefix
+    )
+    addresses = (f"--listen=127.0.0.1:{grpc}", f"--openai-listen=127.0.0.1:{http}")
+    with log.open("w") as told:
+        server = here.popen(
+            [*serve, *addresses, "--metrics-listen=127.0.0.1:0"], stdout=told, stderr=told
+        )
+    try:
+        with stage("the server starts"):
+            must_say(here.run("veneer", "health", "--wait", WAIT), "serving")
+            for words in asked:
+                here.run(*(word.replace(USUAL, f"127.0.0.1:{grpc}") for word in words))
+            ready = _ready_line(log)
+            must_say(ready, "backend=native (", ", prebuilt)")
+            info = json.loads(here.run("veneer", "call", "GetServerInfo"))
+            must_say(info["backend"], "native (", ", prebuilt)")
+        with stage("it answers"):
+            must_say(here.run("veneer", "example", "chat", "--push"), "published: chat@")
+            question = "How do I cheer up a friend?"
+            said = here.run(
+                "veneer",
+                "generate",
+                "-a",
+                "chat",
+                question,
+                "--max-tokens",
+                "48",
+                "--seed",
+                "1",
+            )
+            must_say(said, "chat@", "first token")
+            must_say(_ask_http(http, question), " ")
+    except (Failed, OSError, subprocess.SubprocessError) as error:
+        tail = log.read_text()[-3000:]
+        raise Failed(f"{error}\nThe server said:\n{tail}") from error
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            status = server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise Failed("the server did not stop within 60 s of SIGTERM") from None
+    if status:
+        raise Failed(f"the server stopped with status {status}")
+
+
+def _ready_line(log: Path) -> str:
+    ready = [line for line in log.read_text().splitlines() if "veneer ready" in line]
+    if not ready:
+        raise Failed("the server serves, and has printed no ready line")
+    return ready[0]
+
+
+def _ask_http(port: int, question: str) -> str:
+    """The answer of an OpenAI client."""
+    body = {
+        "model": "chat",
+        "max_tokens": 32,
+        "messages": [{"role": "user", "content": question}],
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    print("   $ POST /v1/chat/completions", flush=True)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+@functools.cache
+def pip_environment() -> dict[str, str]:
+    """How pip reaches packages here, by its files and variables, and nothing else."""
+    names = ("PIP_", "SSL_", "REQUESTS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+    found = {}
+    asked = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
+    for line in asked.splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.partition(".")
+        if section in ("global", "install", "download"):
+            words = str(ast.literal_eval(value)).split()
+            found[f"PIP_{name.upper().replace('-', '_')}"] = " ".join(words)
+    return found | {k: v for k, v in os.environ.items() if k.upper().startswith(names)}

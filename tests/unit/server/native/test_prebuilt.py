@@ -1,0 +1,192 @@
+"""The libraries that a wheel brings: when one serves, and what is never loaded.
+
+They are compiled here as for a wheel, and put where a wheel has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from veneer_server import doctor
+from veneer_server.config import load_config
+from veneer_server.native import chosen, compiler
+from veneer_server.native.chosen import find_library
+from veneer_server.native.compiler import NativeUnavailable
+from veneer_server.native.forms import AVX2, AVX512, FORMS, HEX, compile_forms
+from veneer_server.native.library import Library
+
+from tests.backends_ran import native_possible
+from tests.unit.server.native.test_kept_library import broken, for_a_group
+
+pytestmark = pytest.mark.skipif(not native_possible(), reason="no AVX2 or no compiler")
+
+ROOT = os.geteuid() == 0
+SOMEBODY = 54321
+SOURCES = Path(compiler.__file__).with_name("cpp")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both libraries, which tests copy."""
+    folder = tmp_path_factory.mktemp("prebuilt")
+    compile_forms(["c++"], SOURCES, folder)
+    return folder
+
+
+@pytest.fixture
+def prebuilt(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel's folder, on a machine without a compiler."""
+    folder = tmp_path / "prebuilt"
+    shutil.copytree(made, folder)
+    monkeypatch.setattr(chosen, "PREBUILT", folder)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    return folder
+
+
+def best(folder: Path) -> Path:
+    """Of this CPU's."""
+    form = next(form for form in FORMS if form.needs <= compiler.cpu_flags())
+    return next(folder.glob(f"{form.name}-*.so"))
+
+
+def with_cpu(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None:
+    """A FAKE CPU, which has these alone."""
+    monkeypatch.setattr(chosen, "cpu_flags", lambda: flags)
+
+
+def test_without_a_compiler_it_serves_and_says_why(prebuilt: Path, tmp_path: Path) -> None:
+    found = find_library(tmp_path / "cache")
+    assert found.file == best(prebuilt)
+    assert "/nowhere/c++ does not run" in found.why_prebuilt
+    assert found.file.name.startswith(f"{Library(found.file).instructions}-")
+
+
+def test_a_compiler_goes_first(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FAKE one, which gives what is there."""
+    sound = best(prebuilt)
+    fake = tmp_path / "c++"
+    fake.write_text(
+        '#!/bin/sh\ncase " $* " in *" -### "*) exit 0;; esac\n'
+        f'while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done\ncp {sound} "$out"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    found = find_library(tmp_path / "cache")
+    assert found.why_prebuilt == ""
+    assert found.file.is_relative_to(tmp_path / "cache")
+
+
+def test_a_compiler_that_fails(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    found = find_library(tmp_path / "cache")
+    assert found.file == best(prebuilt)
+    assert "no-such-option" in found.why_prebuilt
+
+
+def test_no_folder_to_compile_in(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are files here, which stops root too."""
+    monkeypatch.setenv("CXX", "c++")
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
+    found = find_library(tmp_path / "cache")
+    assert found.file == best(prebuilt)
+    assert "no place to compile" in found.why_prebuilt
+
+
+def test_the_cpu_s_instructions_choose(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AVX2 runs wherever these tests do."""
+    assert find_library(tmp_path, instructions="avx2").file.name.startswith("avx2-")
+    # As Ice Lake has it: much of AVX512, and not what the kernels need of it.
+    with_cpu(monkeypatch, AVX512.needs - {"avx512_bf16"})
+    assert find_library(tmp_path).file.name.startswith("avx2-")
+    with_cpu(monkeypatch, AVX2.needs)
+    assert find_library(tmp_path).file.name.startswith("avx2-")
+    if AVX512.needs <= compiler.cpu_flags():
+        with_cpu(monkeypatch, AVX512.needs)
+        assert find_library(tmp_path).file.name.startswith("avx512-bf16-")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def link(file: Path) -> None:
+    moved = file.parents[1] / "moved"
+    file.rename(moved)
+    file.symlink_to(moved)
+
+
+def of_other_sources(file: Path) -> None:
+    name, _, digest = file.name.rsplit("-", 2)
+    file.rename(file.with_name(f"{name}-{'0' * HEX}-{digest}"))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit is flipped": (flip, "it is damaged"),
+    "cut": (lambda file: os.truncate(file, 1000), "it is damaged"),
+    "all may write": (lambda file: file.chmod(0o646), "others can write to it"),
+    "a group may write": (for_a_group, "others can write to it"),
+    "another's": (lambda file: os.chown(file, SOMEBODY, -1), "belongs to user 54321"),
+    "a link": (link, "symbolic links"),
+    "a folder of all": (lambda file: file.parent.chmod(0o777), "others can write to it"),
+    "removed": (lambda file: file.unlink(), "no prebuilt kernels for"),
+    "no folder": (lambda file: shutil.rmtree(file.parent), "no prebuilt kernels for"),
+    "of other sources": (of_other_sources, "no prebuilt kernels for"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_broken_or_may_be_anybodys_is_not_loaded(
+    prebuilt: Path, tmp_path: Path, how: str
+) -> None:
+    """Both reasons are told: the compiler's, and the library's with what to do."""
+    if how in ("another's", "a group may write") and not ROOT:
+        pytest.skip("only root gives files away")
+    do, said = BROKEN[how]
+    do(best(prebuilt))
+    with pytest.raises(NativeUnavailable, match=said) as raised:
+        find_library(tmp_path / "cache")
+    assert "/nowhere/c++ does not run" in str(raised.value)
+    if "no prebuilt" not in said:
+        assert "install Veneer's wheel again" in str(raised.value)
+    config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
+    check = doctor._native(config)
+    assert check.status == "warning"
+    assert said in check.found
+
+
+def test_one_that_this_cpu_does_not_run(prebuilt: Path, tmp_path: Path) -> None:
+    """Whatever its flags promise: a process of its own ends by it."""
+    (broken_folder := tmp_path / "broken").mkdir()
+    file = best(prebuilt)
+    content = broken(broken_folder, '__asm__("ud2");').read_bytes()
+    file.unlink()
+    start = file.name.rpartition("-")[0]
+    file = prebuilt / f"{start}-{hashlib.sha256(content).hexdigest()[:HEX]}.so"
+    file.write_bytes(content)
+    with pytest.raises(NativeUnavailable, match="prebuilt kernels end their process by SIGILL"):
+        find_library(tmp_path / "cache")
+
+
+def test_the_doctor_says_which_serves(prebuilt: Path, tmp_path: Path) -> None:
+    config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
+    check = doctor._native(config)
+    assert check.status == "ok"
+    assert check.found.startswith("prebuilt, and runs here")
+    assert "/nowhere/c++ does not run" in check.found
