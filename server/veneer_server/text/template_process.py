@@ -23,7 +23,6 @@ import signal
 import struct
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import BinaryIO, Final
 
@@ -34,6 +33,7 @@ from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.fair_queue import FairQueue
 from veneer_server.logs import get_logger
 from veneer_server.priority import lower_priority
+from veneer_server.recent import Recent
 from veneer_server.text.template import MAX_ERROR, MAX_OUTPUT, ChatTemplate
 
 __all__ = ["RENDER_LIMIT_S", "TemplateProcesses"]
@@ -112,8 +112,8 @@ class TemplateProcesses:
         self._limit_s = limit_s
         self.quick = Worker(min(quick_limit_s, limit_s))
         self.slow = Worker(limit_s, low_priority=True)
-        self._slow_until = _Remembered()
-        self._refused_until = _Remembered()
+        self._slow_until: Recent[bytes, float] = Recent(_REMEMBERED)
+        self._refused_until: Recent[bytes, float] = Recent(_REMEMBERED)
 
     async def close(self) -> None:
         """End the processes."""
@@ -138,17 +138,17 @@ class TemplateProcesses:
 
     async def _quickly(self, key: bytes, job: _Job) -> _Done | None:
         """None where it is too slow for that."""
-        if self._slow_until.holds(key):
+        if self._is_slow(key):
             return None
         async with self.quick.turn(key):
-            if self._slow_until.holds(key):  # found out meanwhile
+            if self._is_slow(key):  # found out meanwhile
                 return None
             self._check(key)
             try:
                 return await self.quick.render(job)
             except _Killed as error:
                 if error.cause == _TIME and self.quick.limit_s < self._limit_s:
-                    self._slow_until.remember(key, SLOW_FOR_S)
+                    self._slow_until[key] = _now() + SLOW_FOR_S
                     return None
                 if error.cause == _CLOCK:
                     return None  # it may be the process or the machine
@@ -162,46 +162,37 @@ class TemplateProcesses:
             except _Killed as error:
                 raise self._refuse(key, error) from error
             if done.seconds > self.quick.limit_s:
-                self._slow_until.remember(key, SLOW_FOR_S)
+                self._slow_until[key] = _now() + SLOW_FOR_S
             return done
 
+    def _is_slow(self, key: bytes) -> bool:
+        return _now() < self._slow_until.get(key, 0.0)
+
     def _check(self, key: bytes) -> None:
-        if self._refused_until.holds(key):
+        if _now() < self._refused_until.get(key, 0.0):
             raise self._too_much()
 
     def _refuse(self, key: bytes, error: _Killed) -> TemplateFailed:
         # By the clock: perhaps it was the machine that was slow.
-        self._refused_until.remember(key, SLOW_FOR_S if error.cause == _CLOCK else float("inf"))
+        seconds = SLOW_FOR_S if error.cause == _CLOCK else float("inf")
+        self._refused_until[key] = _now() + seconds
         _log.warning("template killed", sha256=key.hex(), cause=error.cause)
         return self._too_much()
 
     def _too_much(self) -> TemplateFailed:
         return TemplateFailed(
             f"the adapter's chat template takes more than {self._limit_s:g} s or "
-            f"{MEMORY_LIMIT >> 20} MiB: mend it and push the adapter again, or send `prompt`"
+            f"{MEMORY_LIMIT >> 20} MiB: fix it and push the adapter again, or send `prompt`"
         )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 _TIME: Final = "processor time"
 _CLOCK: Final = "no answer in time"
 _ENDED: Final = "it ended"
-
-
-class _Remembered:
-    """Templates, each until a time; the oldest are forgotten."""
-
-    def __init__(self) -> None:
-        self._until: OrderedDict[bytes, float] = OrderedDict()
-
-    def remember(self, key: bytes, seconds: float) -> None:
-        self._until[key] = asyncio.get_running_loop().time() + seconds
-        self._until.move_to_end(key)
-        if len(self._until) > _REMEMBERED:
-            self._until.popitem(last=False)
-
-    def holds(self, key: bytes) -> bool:
-        until = self._until.get(key)
-        return until is not None and asyncio.get_running_loop().time() < until
 
 
 class Worker:
