@@ -57,6 +57,9 @@ MEMORY_LIMIT: Final = 512 << 20
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
 """Bytes of an answer; the front reads no more, whatever the process sends."""
 
+_TRIES: Final = 2
+"""Of a rendering whose process was killed by something else."""
+
 _WALL_FACTOR: Final = 15
 _WALL_LEAST_S: Final = 5.0
 """A process that is started takes a part of it."""
@@ -93,6 +96,10 @@ class _Killed(Exception):
         self.cause = cause
 
 
+class _BadAnswer(Exception):
+    """What the process sends is no answer: a template has taken it over."""
+
+
 class TemplateProcesses:
     """The front's side. Belongs to one event loop.
 
@@ -113,7 +120,8 @@ class TemplateProcesses:
         self.quick = Worker(min(quick_limit_s, limit_s))
         self.slow = Worker(limit_s, low_priority=True)
         self._slow_until: Recent[bytes, float] = Recent(_REMEMBERED)
-        self._refused_until: Recent[bytes, float] = Recent(_REMEMBERED)
+        self._refused: Recent[bytes, tuple[float, str]] = Recent(_REMEMBERED)
+        """Until when, and why."""
 
     async def close(self) -> None:
         """End the processes."""
@@ -129,15 +137,19 @@ class TemplateProcesses:
         """
         key = hashlib.sha256(source.encode()).digest()
         job = _Job(source, self._special, [dict(message) for message in messages])
-        done = await self._quickly(key, job)
+        tries = _TRIES
+        try:
+            done = await self._quickly(key, job)
+        except _Killed:
+            done, tries = None, tries - 1
         if done is None:
-            done = await self._slowly(key, job)
+            done = await self._slowly(key, job, tries)
         if done.error:
             raise TemplateFailed(done.error)
         return done.text
 
     async def _quickly(self, key: bytes, job: _Job) -> _Done | None:
-        """None where it is too slow for that."""
+        """None where it is too slow for that. Raises _Killed from outside."""
         if self._is_slow(key):
             return None
         async with self.quick.turn(key):
@@ -150,36 +162,53 @@ class TemplateProcesses:
                 if error.cause == _TIME and self.quick.limit_s < self._limit_s:
                     self._slow_until[key] = _now() + SLOW_FOR_S
                     return None
+                if error.cause == _FROM_OUTSIDE:
+                    raise
                 if error.cause == _CLOCK:
                     return None  # it may be the process or the machine
                 raise self._refuse(key, error) from error
 
-    async def _slowly(self, key: bytes, job: _Job) -> _Done:
+    async def _slowly(self, key: bytes, job: _Job, tries: int) -> _Done:
         async with self.slow.turn(key):
             self._check(key)
-            try:
-                done = await self.slow.render(job)
-            except _Killed as error:
-                raise self._refuse(key, error) from error
+            done = await self._try(key, job, tries)
             if done.seconds > self.quick.limit_s:
                 self._slow_until[key] = _now() + SLOW_FOR_S
             return done
+
+    async def _try(self, key: bytes, job: _Job, tries: int) -> _Done:
+        """Once, and again if something else killed the process."""
+        while True:
+            tries -= 1
+            try:
+                return await self.slow.render(job)
+            except _Killed as error:
+                if error.cause != _FROM_OUTSIDE or not tries:
+                    raise self._refuse(key, error) from error
 
     def _is_slow(self, key: bytes) -> bool:
         return _now() < self._slow_until.get(key, 0.0)
 
     def _check(self, key: bytes) -> None:
-        if _now() < self._refused_until.get(key, 0.0):
-            raise self._too_much()
+        until, cause = self._refused.get(key, (0.0, ""))
+        if _now() < until:
+            raise self._failure(cause)
 
     def _refuse(self, key: bytes, error: _Killed) -> TemplateFailed:
-        # By the clock: perhaps it was the machine that was slow.
-        seconds = SLOW_FOR_S if error.cause == _CLOCK else float("inf")
-        self._refused_until[key] = _now() + seconds
+        lasting = error.cause not in _PERHAPS_NOT_ITS_FAULT
+        self._refused[key] = (
+            float("inf") if lasting else _now() + SLOW_FOR_S,
+            error.cause,
+        )
         _log.warning("template killed", sha256=key.hex(), cause=error.cause)
-        return self._too_much()
+        return self._failure(error.cause)
 
-    def _too_much(self) -> TemplateFailed:
+    def _failure(self, cause: str) -> TemplateFailed:
+        if cause == _FROM_OUTSIDE:
+            return TemplateFailed(
+                "the process that renders the adapter's chat template was killed, as by a "
+                f"machine without memory: retry after {SLOW_FOR_S:g} s, or send `prompt`"
+            )
         return TemplateFailed(
             f"the adapter's chat template takes more than {self._limit_s:g} s or "
             f"{MEMORY_LIMIT >> 20} MiB: fix it and push the adapter again, or send `prompt`"
@@ -192,7 +221,12 @@ def _now() -> float:
 
 _TIME: Final = "processor time"
 _CLOCK: Final = "no answer in time"
+_FROM_OUTSIDE: Final = "killed by something else"
 _ENDED: Final = "it ended"
+_PERHAPS_NOT_ITS_FAULT: Final = (_CLOCK, _FROM_OUTSIDE)
+"""It may be the machine: such a template is tried again."""
+
+_BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class Worker:
@@ -258,8 +292,13 @@ class Worker:
             await self._kill()
             raise _Killed(_CLOCK) from error
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            code = await self._kill()
+            code = await self._ended()
+            if code in _BY_OTHERS:
+                raise _Killed(_FROM_OUTSIDE) from error
             raise _Killed(_TIME if code == -signal.SIGPROF else _ENDED) from error
+        except _BadAnswer as error:
+            await self._kill()
+            raise _Killed(_ENDED) from error
         except BaseException:
             # Cancelled halfway: the answer would be taken for the next job's.
             await self._kill()
@@ -275,18 +314,27 @@ class Worker:
             )
         return self.process
 
-    async def _kill(self) -> int:
-        """Its exit status."""
+    async def _ended(self) -> int | None:
+        """The exit status of a process that closed a pipe; None if we had to kill it."""
         process, self.process = self.process, None
-        if process is None:
-            return 0
-        if process.stdout is not None and process.stdout.at_eof():
-            with contextlib.suppress(TimeoutError):
-                # It ends by itself, and its status says why.
-                return await asyncio.wait_for(process.wait(), 1.0)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
+        assert process is not None, "it was running"
+        try:
+            return await asyncio.wait_for(process.wait(), 1.0)
+        except TimeoutError:
+            return None
+        finally:
+            await _end(process)
+
+    async def _kill(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 async def _exchange(process: asyncio.subprocess.Process, job: _Job) -> _Done:
@@ -297,8 +345,11 @@ async def _exchange(process: asyncio.subprocess.Process, job: _Job) -> _Done:
     await process.stdin.drain()
     (size,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
     if size > MAX_ANSWER:
-        raise ConnectionError(f"the process would send {size} bytes")
-    return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=_Done)
+        raise _BadAnswer(f"the process would send {size} bytes")
+    try:
+        return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=_Done)
+    except msgspec.DecodeError as error:
+        raise _BadAnswer(str(error)) from error
 
 
 # ---------------------------------------------------------------- the process itself
