@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
+
+from veneer_server.recent import Recent
 
 __all__ = ["BURST", "LONGEST_S", "MOST", "PIECE", "RATE", "Pace"]
 
@@ -47,7 +48,7 @@ class Pace:
         """
         self._rate = rate
         self._clock = clock
-        self._due: OrderedDict[str, float] = OrderedDict()
+        self._due: Recent[str, float] = Recent(_KNOWN)
         """By host: when it has paid for all its refusals, at ``rate`` a second."""
         self._delayed: dict[str, int] = {}
         """Callers, in the order in which they came, and how many of their refusals wait."""
@@ -65,11 +66,9 @@ class Pace:
             return 0.0
         host = caller.rpartition(":")[0]
         now = self._clock()
-        due = max(now, self._due.pop(host, now)) + (1 + size / PIECE) / self._rate
+        due = max(now, self._due.get(host, now)) + (1 + size / PIECE) / self._rate
         free = now + BURST / self._rate
         self._due[host] = min(due, free + LONGEST_S)
-        if len(self._due) > _KNOWN:
-            self._due.popitem(last=False)
         return min(max(0.0, due - free), LONGEST_S)
 
     async def wait(self, caller: str, size: int = 0) -> None:

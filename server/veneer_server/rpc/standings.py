@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
+
+from veneer_server.recent import Recent
 
 __all__ = ["LATE_S", "PAUSE_S", "Standings"]
 
@@ -36,8 +37,7 @@ class Standings:
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
         self._clock = clock
-        self._by_peer: OrderedDict[str, _Standing] = OrderedDict()
-        """Those that were heard of last, at the end."""
+        self._by_peer: Recent[str, _Standing] = Recent(_KNOWN)
 
     def was_prompt(self, peer: str) -> None:
         """A message of the connection was whole when it was read."""
@@ -64,8 +64,5 @@ class Standings:
         return now >= known.paused_until and (not held or now >= known.late_until)
 
     def _known(self, peer: str) -> _Standing:
-        known = self._by_peer.setdefault(peer, _Standing())
-        self._by_peer.move_to_end(peer)
-        if len(self._by_peer) > _KNOWN:
-            self._by_peer.popitem(last=False)
+        known = self._by_peer[peer] = self._by_peer.get(peer) or _Standing()
         return known

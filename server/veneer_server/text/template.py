@@ -105,7 +105,7 @@ class ChatTemplate:
                 if size > MAX_OUTPUT:
                     raise TemplateFailed(
                         f"the chat template produced more than {MAX_OUTPUT} characters: send "
-                        "fewer messages or mend the template"
+                        "fewer messages or fix the template"
                     )
                 pieces.append(piece)
         except TemplateFailed:

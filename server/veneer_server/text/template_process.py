@@ -23,7 +23,6 @@ import signal
 import struct
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import BinaryIO, Final
 
@@ -34,6 +33,7 @@ from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.fair_queue import FairQueue
 from veneer_server.logs import get_logger
 from veneer_server.priority import lower_priority
+from veneer_server.recent import Recent
 from veneer_server.text.template import MAX_ERROR, MAX_OUTPUT, ChatTemplate
 
 __all__ = ["RENDER_LIMIT_S", "TemplateProcesses"]
@@ -56,6 +56,9 @@ MEMORY_LIMIT: Final = 512 << 20
 
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
 """Bytes of an answer; the front reads no more, whatever the process sends."""
+
+_TRIES: Final = 2
+"""Of a rendering whose process was killed by something else."""
 
 _WALL_FACTOR: Final = 15
 _WALL_LEAST_S: Final = 5.0
@@ -93,6 +96,10 @@ class _Killed(Exception):
         self.cause = cause
 
 
+class _BadAnswer(Exception):
+    """What the process sends is no answer: a template has taken it over."""
+
+
 class TemplateProcesses:
     """The front's side. Belongs to one event loop.
 
@@ -112,8 +119,9 @@ class TemplateProcesses:
         self._limit_s = limit_s
         self.quick = Worker(min(quick_limit_s, limit_s))
         self.slow = Worker(limit_s, low_priority=True)
-        self._slow_until = _Remembered()
-        self._refused_until = _Remembered()
+        self._slow_until: Recent[bytes, float] = Recent(_REMEMBERED)
+        self._refused: Recent[bytes, tuple[float, str]] = Recent(_REMEMBERED)
+        """Until when, and why."""
 
     async def close(self) -> None:
         """End the processes."""
@@ -129,80 +137,97 @@ class TemplateProcesses:
         """
         key = hashlib.sha256(source.encode()).digest()
         job = _Job(source, self._special, [dict(message) for message in messages])
-        done = await self._quickly(key, job)
+        tries = _TRIES
+        try:
+            done = await self._quickly(key, job)
+        except _Killed:
+            done, tries = None, tries - 1
         if done is None:
-            done = await self._slowly(key, job)
+            done = await self._slowly(key, job, tries)
         if done.error:
             raise TemplateFailed(done.error)
         return done.text
 
     async def _quickly(self, key: bytes, job: _Job) -> _Done | None:
-        """None where it is too slow for that."""
-        if self._slow_until.holds(key):
+        """None where it is too slow for that. Raises _Killed from outside."""
+        if self._is_slow(key):
             return None
         async with self.quick.turn(key):
-            if self._slow_until.holds(key):  # found out meanwhile
+            if self._is_slow(key):  # found out meanwhile
                 return None
             self._check(key)
             try:
                 return await self.quick.render(job)
             except _Killed as error:
                 if error.cause == _TIME and self.quick.limit_s < self._limit_s:
-                    self._slow_until.remember(key, SLOW_FOR_S)
+                    self._slow_until[key] = _now() + SLOW_FOR_S
                     return None
+                if error.cause == _FROM_OUTSIDE:
+                    raise
                 if error.cause == _CLOCK:
                     return None  # it may be the process or the machine
                 raise self._refuse(key, error) from error
 
-    async def _slowly(self, key: bytes, job: _Job) -> _Done:
+    async def _slowly(self, key: bytes, job: _Job, tries: int) -> _Done:
         async with self.slow.turn(key):
             self._check(key)
-            try:
-                done = await self.slow.render(job)
-            except _Killed as error:
-                raise self._refuse(key, error) from error
+            done = await self._try(key, job, tries)
             if done.seconds > self.quick.limit_s:
-                self._slow_until.remember(key, SLOW_FOR_S)
+                self._slow_until[key] = _now() + SLOW_FOR_S
             return done
 
+    async def _try(self, key: bytes, job: _Job, tries: int) -> _Done:
+        """Once, and again if something else killed the process."""
+        while True:
+            tries -= 1
+            try:
+                return await self.slow.render(job)
+            except _Killed as error:
+                if error.cause != _FROM_OUTSIDE or not tries:
+                    raise self._refuse(key, error) from error
+
+    def _is_slow(self, key: bytes) -> bool:
+        return _now() < self._slow_until.get(key, 0.0)
+
     def _check(self, key: bytes) -> None:
-        if self._refused_until.holds(key):
-            raise self._too_much()
+        until, cause = self._refused.get(key, (0.0, ""))
+        if _now() < until:
+            raise self._failure(cause)
 
     def _refuse(self, key: bytes, error: _Killed) -> TemplateFailed:
-        # By the clock: perhaps it was the machine that was slow.
-        self._refused_until.remember(key, SLOW_FOR_S if error.cause == _CLOCK else float("inf"))
+        lasting = error.cause not in _PERHAPS_NOT_ITS_FAULT
+        self._refused[key] = (
+            float("inf") if lasting else _now() + SLOW_FOR_S,
+            error.cause,
+        )
         _log.warning("template killed", sha256=key.hex(), cause=error.cause)
-        return self._too_much()
+        return self._failure(error.cause)
 
-    def _too_much(self) -> TemplateFailed:
+    def _failure(self, cause: str) -> TemplateFailed:
+        if cause == _FROM_OUTSIDE:
+            return TemplateFailed(
+                "the process that renders the adapter's chat template was killed, as by a "
+                f"machine without memory: retry after {SLOW_FOR_S:g} s, or send `prompt`"
+            )
         return TemplateFailed(
             f"the adapter's chat template takes more than {self._limit_s:g} s or "
-            f"{MEMORY_LIMIT >> 20} MiB: mend it and push the adapter again, or use "
+            f"{MEMORY_LIMIT >> 20} MiB: fix it and push the adapter again, or use "
             "`prompt`, which has none"
         )
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 _TIME: Final = "processor time"
 _CLOCK: Final = "no answer in time"
+_FROM_OUTSIDE: Final = "killed by something else"
 _ENDED: Final = "it ended"
+_PERHAPS_NOT_ITS_FAULT: Final = (_CLOCK, _FROM_OUTSIDE)
+"""It may be the machine: such a template is tried again."""
 
-
-class _Remembered:
-    """Templates, each until a time; the oldest are forgotten."""
-
-    def __init__(self) -> None:
-        self._until: OrderedDict[bytes, float] = OrderedDict()
-
-    def remember(self, key: bytes, seconds: float) -> None:
-        self._until[key] = asyncio.get_running_loop().time() + seconds
-        self._until.move_to_end(key)
-        if len(self._until) > _REMEMBERED:
-            self._until.popitem(last=False)
-
-    def holds(self, key: bytes) -> bool:
-        until = self._until.get(key)
-        return until is not None and asyncio.get_running_loop().time() < until
+_BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class Worker:
@@ -268,8 +293,13 @@ class Worker:
             await self._kill()
             raise _Killed(_CLOCK) from error
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            code = await self._kill()
+            code = await self._ended()
+            if code in _BY_OTHERS:
+                raise _Killed(_FROM_OUTSIDE) from error
             raise _Killed(_TIME if code == -signal.SIGPROF else _ENDED) from error
+        except _BadAnswer as error:
+            await self._kill()
+            raise _Killed(_ENDED) from error
         except BaseException:
             # Cancelled halfway: the answer would be taken for the next job's.
             await self._kill()
@@ -285,18 +315,27 @@ class Worker:
             )
         return self.process
 
-    async def _kill(self) -> int:
-        """Its exit status."""
+    async def _ended(self) -> int | None:
+        """The exit status of a process that closed a pipe; None if we had to kill it."""
         process, self.process = self.process, None
-        if process is None:
-            return 0
-        if process.stdout is not None and process.stdout.at_eof():
-            with contextlib.suppress(TimeoutError):
-                # It ends by itself, and its status says why.
-                return await asyncio.wait_for(process.wait(), 1.0)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
+        assert process is not None, "it was running"
+        try:
+            return await asyncio.wait_for(process.wait(), 1.0)
+        except TimeoutError:
+            return None
+        finally:
+            await _end(process)
+
+    async def _kill(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 async def _exchange(process: asyncio.subprocess.Process, job: _Job) -> _Done:
@@ -307,8 +346,11 @@ async def _exchange(process: asyncio.subprocess.Process, job: _Job) -> _Done:
     await process.stdin.drain()
     (size,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
     if size > MAX_ANSWER:
-        raise ConnectionError(f"the process would send {size} bytes")
-    return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=_Done)
+        raise _BadAnswer(f"the process would send {size} bytes")
+    try:
+        return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=_Done)
+    except msgspec.DecodeError as error:
+        raise _BadAnswer(str(error)) from error
 
 
 # ---------------------------------------------------------------- the process itself

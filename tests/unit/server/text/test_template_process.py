@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
@@ -216,3 +217,52 @@ async def test_too_many_of_one_template_are_refused(
     assert await tasks[2]
     assert await tasks[0]
     assert await hurried.render(slow("other"), chat("3")) == "012"
+
+
+# ---------------------------------------------------- processes killed from outside
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """SIGKILL at each rendering, as by the kernel where memory ends; ``[n]`` is how many."""
+    left, exchange = [0], template_process._exchange
+
+    async def killed(process: asyncio.subprocess.Process, job: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            process.kill()
+        return await exchange(process, job)
+
+    monkeypatch.setattr(template_process, "_exchange", killed)
+    return left
+
+
+async def test_a_chat_outlives_a_kill_of_the_process(
+    templates: TemplateProcesses, killer: list[int]
+) -> None:
+    for _ in range(3):
+        killer[0] = 1
+        assert await templates.render(GOOD, USER) == "<s>Hi"
+
+
+async def test_a_chat_outlives_a_kill_of_the_slow_process(
+    hurried: TemplateProcesses, killer: list[int]
+) -> None:
+    answer = await hurried.render(slow(), chat(WORK))
+    killer[0] = 1
+    assert await hurried.render(slow(), chat(WORK)) == answer
+
+
+async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_only(
+    templates: TemplateProcesses, killer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer[0] = 2
+    with pytest.raises(TemplateFailed, match="was killed"):
+        await templates.render(GOOD, USER)
+    assert killer == [0]
+    with pytest.raises(TemplateFailed):
+        await templates.render(GOOD, USER)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + template_process.SLOW_FOR_S)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
