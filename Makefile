@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick tools packages dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check tools packages dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -91,6 +91,10 @@ attacks: base ## Each attack on a server beside normal streams, with their longe
 
 attacks-quick: base ## The same in short, judged by answers, memory and bounds, not by times
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks
+
+# Training, load and all: hours. The suite runs the quick ones.
+docs-check: base ## Every command of README and docs, slow ones too, beside what the pages say
+	@$(BIN)/python -m tests.docs
 
 tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 
