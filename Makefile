@@ -8,7 +8,7 @@ export VENEER_CACHE_DIR ?= $(CURDIR)/.cache/veneer
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check tools packages dashboard docker-lint clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -95,6 +95,9 @@ attacks-quick: base ## The same in short, judged by answers, memory and bounds, 
 # Training, load and all: hours. The suite runs the quick ones.
 docs-check: base ## Every command of README and docs, slow ones too, beside what the pages say
 	@$(BIN)/python -m tests.docs
+
+terminal-svg: base ## Record README's picture anew: a session in a terminal
+	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
 tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 

@@ -143,7 +143,7 @@ class Session:
             failures = [failure for failure in failures if own not in failure] or failures
         if not ended:
             failures.append(f"not ended after {limit_s:.0f} s, or it ended the shell")
-        printed = output.read_text("utf-8", "replace") if output.exists() else ""
+        printed = output.read_bytes().decode("utf-8", "replace") if output.exists() else ""
         return Ran(printed, failures, time.monotonic() - began)
 
     def _wait_for(self, line: str, limit_s: float) -> bool:
