@@ -10,7 +10,8 @@ from tests.docs.check import check_page
 from tests.docs.pages import REPOSITORY, pages
 from tests.docs.session import busy_ports
 
-pytestmark = pytest.mark.real_base
+# A page may take minutes where other work takes the processors.
+pytestmark = [pytest.mark.real_base, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))
