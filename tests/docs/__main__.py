@@ -20,6 +20,9 @@ def main() -> int:
     parser.add_argument("pages", nargs="*", type=Path, help="all of them by default")
     parser.add_argument("--quick", action="store_true", help="leave slow commands out")
     given = parser.parse_args()
+    for page in given.pages:
+        if not page.is_file():
+            parser.error(f"no such page: {page}")
     if busy := busy_ports():
         sys.exit(f"ports {busy} are taken, and `unshare --net` does not work here")
     cache = Path(os.environ.get("VENEER_CACHE_DIR", REPOSITORY / ".cache" / "veneer"))

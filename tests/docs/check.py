@@ -30,7 +30,7 @@ def check_page(
         tell: Gets a line for each block as it ends.
     """
     page = read_page(path.read_text("utf-8"))
-    name = path.relative_to(REPOSITORY)
+    name = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
     untrue = [f"{name}: {mistake}" for mistake in page.mistakes]
     run = [b for b in page.blocks if b.when == "always" or (slow and b.when == "slow")]
     if not run:

@@ -59,15 +59,12 @@ def test_what_a_page_leaves_running_ends_with_it(tmp_path: Path) -> None:
     assert not left.is_running()
 
 
-def test_a_page_that_is_untrue_is_told_with_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_is_untrue_is_told_with_its_lines(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "```sh\nveneer --version\n```\n\n```text\nVeneer of another name\n```\n\n"
         "```sh\ntrue\nveneer no-such-command\n```\n\n<!-- slow: no -->\n```sh\nfalse\n```\n"
     )
-    monkeypatch.setattr("tests.docs.check.REPOSITORY", tmp_path)
     untrue = "\n".join(check_page(page, tmp_path / "cache"))
     assert "page.md: output of the block at line 2" in untrue
     assert "Veneerofanothername" in untrue, "white space counts for nothing"
