@@ -1,13 +1,13 @@
 """The commands of a Markdown page, and what the page says of each.
 
 A fenced block of `sh` or `python` is run. A block of `text` right after one is what it prints.
-A comment just before a block says what is to be known of it:
+A comment just before a block says how it is treated:
 
 - ``<!-- not run: REASON -->``: it is never run,
 - ``<!-- slow: REASON -->``: only `make docs-check` runs it,
-- ``<!-- varies: TEXT -->``: this part of a printed text is another one each time.
+- ``<!-- varies: TEXT -->``: this part of a printed text differs from run to run.
 
-Any other block is a mistake of the page, which `read_page` tells.
+Any other block is a mistake of the page, which `read_page` reports.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Block:
         when: In which runs.
         reason: Why not in all of them.
         output: What the page says that it prints; None where it says nothing.
-        varies: Parts of ``output`` that are others each time.
+        varies: Parts of ``output`` that differ from run to run.
     """
 
     line: int

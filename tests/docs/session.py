@@ -75,8 +75,8 @@ def busy_ports() -> list[int]:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a block printed (both streams, as on a terminal), and each of its commands that
-    failed, as a sentence."""
+    """What a block printed, both streams as on a terminal, and a sentence for each of its
+    commands that failed."""
 
     printed: str
     failures: list[str]
@@ -114,8 +114,8 @@ class Session:
             env=environment,
             start_new_session=True,
         )
-        # A pasted block goes on after a command that failed; here each one is told. Bash ends
-        # with its input, that is with us too, and asks all that it started to end.
+        # A pasted block continues after a command that failed; each failure is reported. Bash
+        # exits when its input ends, also when this process is killed, and then ends its group.
         told = f'echo "line $LINENO: exit $code: $BASH_COMMAND" >> {self._notes}/failures'
         self._send(f"set -E; trap 'code=$?; {told}' ERR")
         self._send("trap 'trap \"\" TERM; kill 0; wait' EXIT")
@@ -138,7 +138,7 @@ class Session:
         self._send(f"{how} {file} > {output} 2>&1 < /dev/null; echo {end}")
         ended = self._wait_for(end, limit_s)
         failures = failed.read_text("utf-8").splitlines() if failed.exists() else []
-        if block.language == "sh":  # the last one is told again, of `source` itself
+        if block.language == "sh":  # a failure at its end is reported again, for `source`
             own = f": source {file}"
             failures = [failure for failure in failures if own not in failure] or failures
         if not ended:
