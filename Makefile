@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick tools packages dashboard docker-lint wheel wheel-check image-replay clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -95,6 +95,13 @@ attacks: base ## Each attack on a server beside normal streams, with their longe
 
 attacks-quick: base ## The same in short, judged by answers, memory and bounds, not by times
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.attacks
+
+# Training, load and all: hours. The suite runs the quick ones.
+docs-check: base ## Every command of README and docs, slow ones too, beside what the pages say
+	@$(BIN)/python -m tests.docs
+
+terminal-svg: base ## Record README's picture anew: a session in a terminal
+	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
 tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
 

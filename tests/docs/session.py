@@ -1,0 +1,185 @@
+"""A page's blocks in one bash, as someone pastes them one after the other.
+
+The session has a copy of the repository to write into, a home of its own, this environment's
+programs first on PATH, and where the system allows it a network of its own: the ports that the
+page names are free there, and nothing outside can be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from tests.backends_ran import server_environment
+from tests.docs.pages import REPOSITORY, Block
+
+__all__ = ["Ran", "Session", "busy_ports"]
+
+PORTS: Final = (50051, 9095, 8000)
+"""What the pages name."""
+_OWN: Final = (
+    ("unshare", "--net"),
+    ("unshare", "--net", "--map-root-user"),
+)
+_LOOPBACK_UP: Final = """\
+import fcntl, os, socket, struct, sys
+with socket.socket() as any_socket:  # SIOCSIFFLAGS, IFF_UP
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+_LEFT_OUT: Final = shutil.ignore_patterns(
+    ".git", ".venv*", ".cache", ".*_cache", "__pycache__", "*.egg-info", "build", "dist"
+)
+_STOPS_S: Final = 30
+
+
+@functools.cache
+def _own_network() -> tuple[str, ...]:
+    """The command that runs another one on a network of its own; empty where none does."""
+    up = (sys.executable, "-c", _LOOPBACK_UP)
+    for unshare in _OWN:
+        if shutil.which(unshare[0]) is None:
+            continue
+        tried = subprocess.run((*unshare, *up, "true"), capture_output=True, check=False)
+        if tried.returncode == 0:
+            return (*unshare, *up)
+    return ()
+
+
+def busy_ports() -> list[int]:
+    """Ports that a page needs and another program of this machine has."""
+    if _own_network():
+        return []
+    busy = []
+    for port in PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                busy.append(port)
+    return busy
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a block printed, both streams as on a terminal, and a sentence for each of its
+    commands that failed."""
+
+    printed: str
+    failures: list[str]
+    seconds: float
+
+
+class Session:
+    """Bash that reads blocks from us. Everything it started ends with it."""
+
+    def __init__(self, folder: Path, cache_dir: Path) -> None:
+        self._notes, self._count = folder / "session", 0
+        self._notes.mkdir()
+        home, work = folder / "home", folder / "veneer"
+        home.mkdir()
+        shutil.copytree(REPOSITORY, work, ignore=_LEFT_OUT)
+        (work / ".venv").symlink_to(sys.prefix)
+        programs = Path(sys.executable).parent
+        environment = server_environment() | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(home),
+            "VENEER_CACHE_DIR": str(cache_dir),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "COLUMNS": "100",
+            "TERM": "dumb",
+        }
+        for name in [name for name in environment if name.startswith(("XDG_", "PYTEST_"))]:
+            del environment[name]
+        self._bash = subprocess.Popen(
+            (*_own_network(), "bash", "--noprofile", "--norc"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=work,
+            env=environment,
+            start_new_session=True,
+        )
+        # A pasted block continues after a command that failed; each failure is reported. Bash
+        # exits when its input ends, also when this process is killed, and then ends its group.
+        told = f'echo "line $LINENO: exit $code: $BASH_COMMAND" >> {self._notes}/failures'
+        self._send(f"set -E; trap 'code=$?; {told}' ERR")
+        self._send("trap 'trap \"\" TERM; kill 0; wait' EXIT")
+
+    def _send(self, line: str) -> None:
+        assert self._bash.stdin is not None
+        self._bash.stdin.write(line.encode() + b"\n")
+        self._bash.stdin.flush()
+
+    def run(self, block: Block, limit_s: float) -> Ran:
+        """Paste the block and wait for its commands, but not for those with ``&``."""
+        self._count += 1
+        file = self._notes / f"{self._count}.{'py' if block.language == 'python' else 'sh'}"
+        file.write_text(block.text, "utf-8")
+        output, failed = file.with_suffix(".out"), self._notes / "failures"
+        failed.unlink(missing_ok=True)
+        how = "python" if block.language == "python" else "source"
+        began = time.monotonic()
+        end = f"block {self._count} has ended"
+        self._send(f"{how} {file} > {output} 2>&1 < /dev/null; echo {end}")
+        ended = self._wait_for(end, limit_s)
+        failures = failed.read_text("utf-8").splitlines() if failed.exists() else []
+        if block.language == "sh":  # a failure at its end is reported again, for `source`
+            own = f": source {file}"
+            failures = [failure for failure in failures if own not in failure] or failures
+        if not ended:
+            failures.append(f"not ended after {limit_s:.0f} s, or it ended the shell")
+        printed = output.read_bytes().decode("utf-8", "replace") if output.exists() else ""
+        return Ran(printed, failures, time.monotonic() - began)
+
+    def _wait_for(self, line: str, limit_s: float) -> bool:
+        """Whether bash says the line in that time."""
+        assert self._bash.stdout is not None
+        # The pipe is bash's alone: killed, it ends, and so does the loop.
+        timer = threading.Timer(limit_s, self._kill)
+        timer.start()
+        try:
+            return any(said.decode().strip() == line for said in self._bash.stdout)
+        finally:
+            timer.cancel()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._bash.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Stop all that the page left running, servers first asked to."""
+        assert self._bash.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._bash.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._bash.wait(_STOPS_S)
+        self._kill()
+        self._bash.wait()
+        assert self._bash.stdout is not None
+        self._bash.stdout.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
