@@ -19,22 +19,19 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.matrix.conditions import CONDITIONS, Condition, Unavailable
+from tests.matrix.conditions import CONDITIONS, Condition, Unavailable, joined
 from tests.places import REPOSITORY, cache_dir
 
 __all__: list[str] = []
 
 LOGS = REPOSITORY / ".cache" / "matrix"
 QUICK = (
-    "locale-turkish",
-    "locale-latin1",
-    "umask-000",
-    "umask-077",
-    "read-only-home",
-    "threads-4",
+    ("locale-turkish", "umask-000"),
+    ("locale-latin1", "umask-077", "threads-4"),
+    ("read-only-home",),
 )
-"""Each shows what the others do not; ``user`` is part of ``read-only-home``, and kernels are
-tested in both instruction forms as it is."""
+"""Conditions that do not interact run together. Each shows what the others do not; ``user`` is
+part of ``read-only-home``, and kernels are tested in both instruction forms as it is."""
 QUICK_TESTS = (
     "tests/unit/registry/test_catalog_and_store.py",
     "tests/unit/registry/test_registry_facade.py",
@@ -171,19 +168,20 @@ def main() -> int:
         for condition in CONDITIONS:
             print(f"{condition.name:16} {condition.what}")
         return 0
-    wanted, chosen = names, ["--whole"]
+    known = {condition.name: condition for condition in CONDITIONS}
+    wanted, chosen = [(name,) for name in names], ["--whole"]
     if given.quick:
         wanted, chosen = list(QUICK), list(QUICK_TESTS)
     elif given.numeric:
-        wanted, chosen = list(NUMERIC), list(NUMERIC_TESTS)
-    wanted, chosen = given.only or wanted, given.tests or chosen
+        wanted, chosen = [(name,) for name in NUMERIC], list(NUMERIC_TESTS)
+    if given.only:
+        wanted = [(name,) for name in names if name in given.only]
     results = []
-    for condition in CONDITIONS:
-        if condition.name not in wanted:
-            continue
-        result = run(condition, chosen)
+    for together in wanted:
+        condition = joined([known[name] for name in together])
+        result = run(condition, given.tests or chosen)
         results.append(result)
-        print(f"{result.name:16} | {result.said} | {result.seconds:.0f} s", flush=True)
+        print(f"{result.name:32} | {result.said} | {result.seconds:.0f} s", flush=True)
         for line in result.failed[:20]:
             print(f"    {line}", flush=True)
     bad = [result.name for result in results if result.failed]

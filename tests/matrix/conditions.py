@@ -7,14 +7,14 @@ import pwd
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from tests.places import cache_dir
 
-__all__ = ["CONDITIONS", "Condition", "Prepared", "Unavailable"]
+__all__ = ["CONDITIONS", "Condition", "Prepared", "Unavailable", "joined"]
 
 _BASES: Final = cache_dir() / "bases"
 
@@ -47,6 +47,27 @@ class Condition:
     name: str
     what: str
     prepare: Prepare
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """All of them at once: each must act on what the others do not."""
+    if len(conditions) == 1:
+        return conditions[0]
+
+    def prepare(scratch: Path) -> Prepared:
+        each = [condition.prepare(scratch) for condition in conditions]
+        prefix = tuple(word for prepared in each for word in prepared.prefix)
+        environment: dict[str, str] = {}
+        for prepared in each:
+            assert environment.keys().isdisjoint(prepared.environment)
+            environment |= prepared.environment
+        return Prepared(prefix, environment)
+
+    return Condition(
+        "+".join(condition.name for condition in conditions),
+        "; ".join(condition.what for condition in conditions),
+        prepare,
+    )
 
 
 def _set(**environment: str) -> Prepare:
