@@ -14,6 +14,8 @@ from typing import Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from veneer_registry.bash_words import whole_words
+
 __all__ = ["Command", "Group", "Program"]
 
 _WIDEST: Final = 120
@@ -76,6 +78,11 @@ class Program(typer.Typer):
             },
             **more,
         )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it, with the process's arguments unless others are given."""
+        with whole_words():
+            return super().__call__(*args, **kwargs)
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
         """As Typer's."""

@@ -242,6 +242,18 @@ def test_adapter_names_complete() -> None:
         assert completed("veneer", f"veneer --server {server.address} rm ch") == {"chat"}
 
 
+def test_words_that_bash_takes_apart_complete() -> None:
+    """As bash hands them over, and only what it will put in place of the last part."""
+    with FakeServer() as server:
+        revision = server.add("chat").revision[:12]
+        there = {"VENEER_SERVER": server.address}
+        for typed in (f"chat @ {revision[:3]}", "chat @"):
+            assert completed("veneer", f"veneer rm {typed}", **there) == {revision}
+        host, _, port = server.address.partition(":")
+        assert completed("veneer", f"veneer --server {host} : {port} rm ch") == {"chat"}
+        assert completed("veneer", "veneer rm chat --mode = d") == {"drain"}
+
+
 def test_completion_without_a_server_is_empty_and_quiet() -> None:
     elsewhere = f"127.0.0.1:{free_port()}"
     assert completed("veneer", "veneer adapter show s", VENEER_SERVER=elsewhere) == set()
