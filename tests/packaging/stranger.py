@@ -118,7 +118,7 @@ def use(
     )
     addresses = (f"--listen=127.0.0.1:{grpc}", f"--openai-listen=127.0.0.1:{http}")
     with log.open("w") as told:
-        server = here.popen(
+        server = place.popen(
             [*serve, *addresses, "--metrics-listen=127.0.0.1:0"], stdout=told, stderr=told
         )
     try:
