@@ -26,10 +26,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".cache" / "tools"
 MIRROR = "http://deb.debian.org/debian"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+LIB = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+LIBRARIES = "libssl3t64,libffi8,libsqlite3-0,libbz2-1.0,liblzma5,zlib1g,libuuid1,libstdc++6"
+"""What a Python in /usr/local needs of Debian."""
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "as", "ld")
 DIFFERS = """\
 differs from Docker:
-  base images   Debian {suite} by debootstrap with Debian's own Python, for {bases}
+  base images   Debian {suite} by debootstrap with {python}, for {bases}
   torch         from {torch}
   isolation     chroot and mounts; network, processes and limits are the host's
   ports         free ones of the host
@@ -65,11 +69,12 @@ def mount(*words: str | Path) -> None:
     subprocess.run(["mount", *map(str, words)], check=True)
 
 
-def debootstrap(suite: str, to: Path) -> None:
-    """A small Debian with Python, venv and certificates, as python:slim has them."""
+def debootstrap(suite: str, to: Path, *, debians: bool) -> None:
+    """A small Debian with Python, venv and certificates, as python:slim has them: Debian's, or
+    this process's in /usr/local, where those images have theirs."""
     program = TOOLS / "usr" / "sbin" / "debootstrap"
     scripts = {"DEBOOTSTRAP_DIR": str(TOOLS / "usr" / "share" / "debootstrap"), "PATH": PATH}
-    packages = "--include=python3,python3-venv,ca-certificates"
+    packages = "--include=ca-certificates," + ("python3,python3-venv" if debians else LIBRARIES)
     done = subprocess.run(
         [program, "--variant=minbase", packages, suite, to, MIRROR],
         env=scripts,
@@ -79,7 +84,16 @@ def debootstrap(suite: str, to: Path) -> None:
     )
     if done.returncode:
         raise Failed(f"debootstrap: {(done.stdout + done.stderr)[-2000:]}")
-    (to / "usr" / "local" / "bin" / "python").symlink_to("/usr/bin/python3")
+    local = to / "usr" / "local"
+    if debians:
+        (local / "bin" / "python").symlink_to("/usr/bin/python3")
+        return
+    leave = shutil.ignore_patterns("site-packages", "test", "__pycache__", "*.a")
+    shutil.copytree(sys.base_prefix, local, symlinks=True, ignore=leave, dirs_exist_ok=True)
+    (local / LIB / "site-packages").mkdir()
+    # Its own libpython is in /usr/local/lib, which the loader knows by its cache.
+    subprocess.run(["chroot", to, "/sbin/ldconfig"], check=True, env={"PATH": PATH})
+    subprocess.run(["chroot", to, "python", "--version"], check=True, env={"PATH": PATH})
 
 
 def open_root(base: Path, to: Path) -> Image:
@@ -214,10 +228,11 @@ def serve(image: Image, last: Stage, work: Path) -> None:
     use(place, entry, work / "server.log", asked=[Step("CMD", health).words])
 
 
-def replay(suite: str, work: Path) -> None:
+def replay(suite: str, work: Path, *, debians: bool) -> None:
     """All of it."""
     stages = parse((ROOT / "Dockerfile").read_text("utf-8"))
-    own_torch = any(Path(pip_environment().get("PIP_FIND_LINKS", "/nowhere")).glob("torch-*"))
+    wheels = Path(pip_environment().get("PIP_FIND_LINKS", "/nowhere"))
+    own_torch = not debians and any(wheels.glob(f"torch-*{TAG}-*"))
     # pip's usual index, beside which it finds the torch that is here.
     given = {"TORCH_INDEX": "https://pypi.org/simple"} if own_torch else {}
     torch = (
@@ -225,10 +240,11 @@ def replay(suite: str, work: Path) -> None:
         if own_torch
         else "TORCH_INDEX, as in Docker"
     )
+    python = "Debian's Python" if debians else f"this machine's Python {sys.version.split()[0]}"
     bases = ", ".join(sorted({each.base for each in stages}))
-    print(DIFFERS.format(suite=suite, bases=bases, torch=torch), flush=True)
+    print(DIFFERS.format(suite=suite, bases=bases, torch=torch, python=python), flush=True)
     with stage(f"debootstrap {suite}"):
-        debootstrap(suite, work / "base")
+        debootstrap(suite, work / "base", debians=debians)
     images: dict[str, Image] = {}
     for number, each in enumerate(stages):
         with stage(f"stage {each.name or number}"):
@@ -243,19 +259,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.packaging.replay", description=__doc__
     )
-    parser.add_argument("--suite", default="bookworm", help="of Debian")
+    parser.add_argument("--suite", default="trixie", help="of Debian")
+    parser.add_argument(
+        "--debians-python",
+        action="store_true",
+        help="Debian's Python, and torch from TORCH_INDEX, in place of this machine's",
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
         # Mounts and processes of its own, which end with it.
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation=private"]
-        again = [sys.executable, "-m", "tests.packaging.replay", "--inside", "--suite"]
-        return subprocess.run([*own, *again, options.suite], cwd=ROOT, check=False).returncode
+        again = [sys.executable, "-m", "tests.packaging.replay", "--inside", *sys.argv[1:]]
+        return subprocess.run([*own, *again], cwd=ROOT, check=False).returncode
     os.umask(0o022)
     began = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="veneer-image-"))
     try:
-        replay(options.suite, work)
+        replay(options.suite, work, debians=options.debians_python)
     except (Failed, subprocess.CalledProcessError) as error:
         print(f"image-replay: {error}", file=sys.stderr)
         return 1

@@ -118,12 +118,12 @@ def use(
     )
     addresses = (f"--listen=127.0.0.1:{grpc}", f"--openai-listen=127.0.0.1:{http}")
     with log.open("w") as told:
-        server = here.popen(
+        server = place.popen(
             [*serve, *addresses, "--metrics-listen=127.0.0.1:0"], stdout=told, stderr=told
         )
     try:
         with stage("the server starts"):
-            must_say(here.run("veneer", "health", "--wait", WAIT), "serving")
+            _wait(here, server)
             for words in asked:
                 here.run(*(word.replace(USUAL, f"127.0.0.1:{grpc}") for word in words))
             ready = _ready_line(log)
@@ -158,6 +158,23 @@ def use(
             raise Failed("the server did not stop within 60 s of SIGTERM") from None
     if status:
         raise Failed(f"the server stopped with status {status}")
+
+
+def _wait(here: Installation, server: subprocess.Popen[str]) -> None:
+    """Until it serves; at once if it has ended."""
+    words = ("veneer", "health", "--wait", WAIT)
+    print(f"   $ {' '.join(words)}", flush=True)
+    waiting = here.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while waiting.poll() is None:
+        if server.poll() is not None:
+            waiting.kill()
+            waiting.wait()
+            raise Failed(f"the server ended with status {server.returncode}")
+        time.sleep(0.2)
+    said = waiting.communicate()[0]
+    must_say(said, "serving")
+    if waiting.returncode:
+        raise Failed(f"{' '.join(words)}: status {waiting.returncode}")
 
 
 def _ready_line(log: Path) -> str:

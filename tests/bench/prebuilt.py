@@ -1,0 +1,69 @@
+"""Kernels compiled for this CPU beside those of a wheel: ``python -m tests.bench.prebuilt``.
+
+Steps of decoding on one thread with an adapter a row, all libraries in one process, in an order
+drawn anew for each round; the shortest time of each counts, so that others may share the cores.
+By one compiler the two of AVX2 are the same bytes: their ratio is the noise, most of it from
+where the weights lie in memory.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from veneer_server.engine import backends
+from veneer_server.engine.backends import Chosen
+from veneer_server.models.config import read_decoder_config
+from veneer_server.models.source import import_bundled
+from veneer_server.native import chosen
+from veneer_server.native.chosen import Found
+from veneer_server.native.compiler import build
+from veneer_server.native.forms import FORMS, compile_forms
+
+from tests.bench.steps import CACHE, ROWS, load, make_adapters, make_step
+
+__all__: list[str] = []
+
+ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
+
+
+def loaded(file: Path) -> Chosen:
+    """The base with this library, through the seam that the server has."""
+    backends.find_library = lambda cache, instructions="": Found(file)
+    return load("native", 1, num_blocks=BLOCKS)
+
+
+def main() -> None:
+    """See the module."""
+    print("seed 1")
+    chance = random.Random(1)
+    with tempfile.TemporaryDirectory() as folder:
+        made = compile_forms(["c++"], Path(chosen.__file__).with_name("cpp"), Path(folder))
+        backends_ = {}
+        for form, file in zip(FORMS, made, strict=True):
+            own = build(CACHE, instructions="avx2" if form.name == "avx2" else "")
+            backends_[form.name, "compiled"] = loaded(own)
+            backends_[form.name, "prebuilt"] = loaded(file)
+    any_ = next(iter(backends_.values()))
+    tables = make_adapters(read_decoder_config(import_bundled(CACHE).path), any_.lora_dtype)
+    for rows in ROWS:
+        step = make_step(rows, CONTEXT - 4, 1, tables[:rows], most=CONTEXT)
+        best = dict.fromkeys(backends_, float("inf"))
+        for _ in range(ROUNDS):
+            for key in chance.sample(list(best), len(best)):
+                began = time.perf_counter()
+                backends_[key].backend.execute(step)
+                best[key] = min(best[key], time.perf_counter() - began)
+        for form in FORMS:
+            compiled, prebuilt = best[form.name, "compiled"], best[form.name, "prebuilt"]
+            print(
+                f"{rows:3} rows, {form.name:12} compiled {compiled * 1e3:7.2f} ms, "
+                f"prebuilt {prebuilt * 1e3:7.2f} ms, ratio {prebuilt / compiled:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
