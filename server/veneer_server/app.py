@@ -354,9 +354,7 @@ class App:
                     self._metrics,
                     self._calls,
                     Receiving(limit_s=self._config.reader_limit),
-                    open_calls=OpenCalls(
-                        generations=engine.capacity, watchers=self._config.max_watchers
-                    ),
+                    open_calls=OpenCalls(watchers=self._config.max_watchers),
                     connections=connections,
                     checks=dict.fromkeys(GENERATE_METHODS, inference.check_wire),
                     pace=self._pace,

@@ -178,8 +178,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answered(requests: Any, context: Any) -> Any:
             try:
-                with self._open.one(method), self._connections.call(context.peer()):
-                    return await behaviour(await receive(requests, context), context)
+                with self._connections.call(context.peer()):
+                    request = await receive(requests, context)
+                    with self._open.one(method):
+                        return await behaviour(request, context)
             except VeneerError as error:
                 failure = without_frames(error)
             return await self._refuse(method, failure, context)
@@ -198,10 +200,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             REQUEST_ID.set(fallback_id)
             CALLER.set(peer := context.peer())
             try:
-                with self._open.one(method), self._connections.call(peer):
+                with self._connections.call(peer):
                     self._calls.check_phase()
                     request = await receive(requests, context)
-                    with self._calls.running():
+                    with self._open.one(method), self._calls.running():
                         REQUEST_ID.set(_request_id(request) or fallback_id)
                         return await behaviour(request, context)
             except VeneerError as error:
