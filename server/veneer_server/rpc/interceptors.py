@@ -23,7 +23,7 @@ from veneer_server.metrics import Metrics
 from veneer_server.pace import Pace
 from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.connections import Connections
-from veneer_server.rpc.decoding import COUNTED_FROM, decoder
+from veneer_server.rpc.decoding import COUNTED_FROM, MAX_FIELDS, MAX_STREAM_FIELDS, decoder
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.receiving import Receiving
 from veneer_server.rpc.who import CALLER
@@ -103,7 +103,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> Any:
-        decode = decoder(handler.request_deserializer, self._checks.get(method))
+        decode = decoder(
+            handler.request_deserializer,
+            self._checks.get(method),
+            most=MAX_STREAM_FIELDS if handler.request_streaming else MAX_FIELDS,
+        )
         coders = {
             "request_deserializer": decode,
             "response_serializer": _serializer(handler.response_serializer),
