@@ -244,6 +244,7 @@ class App:
                 Uploads(
                     registry,
                     min_rate=config.min_upload_rate,
+                    deadline_s=config.upload_deadline,
                     broken=(config.max_broken_uploads, config.max_broken_upload_bytes),
                 ),
                 self._events,
