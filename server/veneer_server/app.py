@@ -271,6 +271,7 @@ class App:
                 Uploads(
                     registry,
                     min_rate=config.min_upload_rate,
+                    deadline_s=config.upload_deadline,
                     broken=(config.max_broken_uploads, config.max_broken_upload_bytes),
                 ),
                 self._events,
@@ -390,9 +391,7 @@ class App:
                     self._metrics,
                     self._calls,
                     Receiving(limit_s=self._config.reader_limit),
-                    open_calls=OpenCalls(
-                        generations=capacity, watchers=self._config.max_watchers
-                    ),
+                    open_calls=OpenCalls(watchers=self._config.max_watchers),
                     connections=connections,
                     checks=dict.fromkeys(
                         GENERATE_METHODS, lambda request: self._check_wire(request)

@@ -91,6 +91,7 @@ class ServerConfig:
     retain_superseded: int
     upload_ttl: float
     min_upload_rate: int
+    upload_deadline: float
     max_broken_uploads: int
     max_broken_upload_bytes: int
     quarantine_ttl: float
@@ -395,6 +396,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "How long what arrived of an interrupted upload is kept, to be resumed."),
     Option("min_upload_rate", "16KiB", "BYTES", _bytes,
            "Bytes a second that an upload must bring, over a minute; a slower one is ended."),
+    Option("upload_deadline", "3600", "SECONDS", _seconds,
+           "How long an upload may take; what arrived by then is kept, and can be resumed."),
     Option("max_broken_uploads", "16", "N", _whole(1, 1 << 20),
            "Interrupted uploads to keep; older ones are removed."),
     Option("max_broken_upload_bytes", "512MiB", "BYTES", _bytes,

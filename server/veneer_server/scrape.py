@@ -7,20 +7,27 @@ that idle connections took every file descriptor of the process.
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    choose_encoder,
+    gzip_accepted,
+)
 
 from veneer_server.config import Address
 from veneer_server.descriptors import SCRAPES
 from veneer_server.hosts import AllowedHosts
 from veneer_server.logs import get_logger
 
-__all__ = ["LIMIT_S", "MAX_HEAD", "ScrapeServer"]
+__all__ = ["LIMIT_S", "MAX_HEAD", "MAX_PARTIAL", "ScrapeServer"]
 
 MAX_HEAD: Final = 8 << 10
 """Bytes of a request."""
@@ -28,8 +35,22 @@ MAX_HEAD: Final = 8 << 10
 LIMIT_S: Final = 10.0
 """How long a connection may be open: request, page and all."""
 
+MAX_PARTIAL: Final = 8
+"""Pages of some series (``name[]``) that wait to be made; more are refused with 503."""
+
 _END: Final = b"\r\n\r\n"
-_SHAPES_PAGE: Final = ("accept", "accept-encoding")
+
+_OFFERED: Final = (
+    "",
+    *(
+        f"{kind};version=1.0.0;escaping={escaping}"
+        for kind in ("text/plain", "application/openmetrics-text")
+        for escaping in ("underscores", "allow-utf-8", "dots", "values")
+    ),
+    "application/openmetrics-text",
+)
+_FORMATS: Final = {kind: encode for encode, kind in map(choose_encoder, _OFFERED)}
+"""By content type. Few, so that few pages can be asked for at once."""
 
 _log = get_logger(__name__)
 
@@ -38,6 +59,27 @@ class _Request(NamedTuple):
     method: str
     target: str
     headers: dict[str, str]
+
+
+class _Shape(NamedTuple):
+    """All that a page depends on. ``names``: of the series that are asked for; None: all."""
+
+    names: frozenset[str] | None
+    format: str
+    gzip: bool
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        coded = [("Content-Encoding", "gzip")] if self.gzip else []
+        return [("Content-Type", self.format), *coded]
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A page that is not begun yet, and how many wait for it."""
+
+    task: asyncio.Task[bytes]
+    waiting: int = 0
 
 
 class ScrapeServer:
@@ -61,13 +103,13 @@ class ScrapeServer:
         self.limit_s = limit_s
         self.hosts = hosts
         self._most = connections
-        self._pages = make_wsgi_app(registry)
+        self._registry = registry
         self._open: dict[_Connection, None] = {}
         """In the order in which they came."""
         # One, so that scrapers take at most half of the interpreter's time.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._turn = asyncio.Lock()
-        self._next: dict[tuple[str | None, ...], asyncio.Task[bytes]] = {}
+        self._next: dict[_Shape, _Pending] = {}
         """Pages that are not begun yet."""
         self._server: asyncio.Server | None = None
 
@@ -108,35 +150,42 @@ class ScrapeServer:
 
     async def page(self, request: _Request) -> bytes:
         """The answer to a request, whole. Requests that wait for the same page share it: it
-        is made after the last of them has come."""
-        key = (request.method, request.target, *map(request.headers.get, _SHAPES_PAGE))
-        if key not in self._next:
-            self._next[key] = asyncio.get_running_loop().create_task(self._make(key, request))
-        return await asyncio.shield(self._next[key])
+        is made after the last of them has come, and not at all once all of them have gone."""
+        shape = _shape(request)
+        pending = self._next.get(shape)
+        if pending is None:
+            if shape.names is not None and self._partial >= MAX_PARTIAL:
+                return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, ("Retry-After", "1"))
+            make = asyncio.get_running_loop().create_task(self._make(shape))
+            pending = self._next[shape] = _Pending(make)
+        pending.waiting += 1
+        try:
+            page = await asyncio.shield(pending.task)
+        finally:
+            pending.waiting -= 1
+            if not pending.waiting and self._next.get(shape) is pending:
+                del self._next[shape]
+                pending.task.cancel()
+        body = b"" if request.method == "HEAD" else page
+        return _response("200 OK", shape.headers, body, len(page))
 
-    async def _make(self, key: tuple[str | None, ...], request: _Request) -> bytes:
+    @property
+    def _partial(self) -> int:
+        """Pages of some series that wait."""
+        return sum(shape.names is not None for shape in self._next)
+
+    async def _make(self, shape: _Shape) -> bytes:
         async with self._turn:
-            del self._next[key]  # whoever comes from now on is given the one after it
+            del self._next[shape]  # whoever comes from now on is given the one after it
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._worker, self._answer, request)
+            return await loop.run_in_executor(self._worker, self._page, shape)
 
-    def _answer(self, request: _Request) -> bytes:
-        target = urlsplit(request.target)
-        environ: dict[str, Any] = {
-            "REQUEST_METHOD": request.method,
-            "PATH_INFO": unquote(target.path) or "/",
-            "QUERY_STRING": target.query,
-            "HTTP_ACCEPT": request.headers.get("accept", ""),
-            "HTTP_ACCEPT_ENCODING": request.headers.get("accept-encoding", ""),
-        }
-        status, headers = "500 Internal Server Error", []
-
-        def start_response(line: str, fields: Iterable[tuple[str, str]]) -> None:
-            nonlocal status, headers
-            status, headers = line, list(fields)
-
-        body = b"".join(self._pages(environ, start_response))
-        return _response(status, headers, b"" if request.method == "HEAD" else body, len(body))
+    def _page(self, shape: _Shape) -> bytes:
+        registry: Any = self._registry
+        if shape.names is not None:
+            registry = registry.restricted_registry(shape.names)
+        page = _FORMATS[shape.format](registry)
+        return gzip.compress(page) if shape.gzip else page
 
 
 class _Connection(asyncio.Protocol):
@@ -197,7 +246,7 @@ class _Connection(asyncio.Protocol):
             self._task = asyncio.get_running_loop().create_task(self._reply(request))
 
     def _refuse(self, status: HTTPStatus) -> None:
-        self._send(_response(f"{status.value} {status.phrase}", [], b"", 0))
+        self._send(_refusal(status))
 
     async def _reply(self, request: _Request) -> None:
         try:
@@ -229,6 +278,21 @@ def _parse(head: bytes) -> _Request | None:
             return None  # which of them is meant?
         headers[name] = value.strip()
     return _Request(words[0], words[1], headers)
+
+
+def _shape(request: _Request) -> _Shape:
+    """The page that a request asks for, whatever its path."""
+    names = parse_qs(urlsplit(request.target).query).get("name[]")
+    _, kind = choose_encoder(request.headers.get("accept", ""))
+    return _Shape(
+        names=None if names is None else frozenset(names),
+        format=kind if kind in _FORMATS else CONTENT_TYPE_PLAIN_0_0_4,
+        gzip=gzip_accepted(request.headers.get("accept-encoding", "")),
+    )
+
+
+def _refusal(status: HTTPStatus, *headers: tuple[str, str]) -> bytes:
+    return _response(f"{status.value} {status.phrase}", headers, b"", 0)
 
 
 def _response(

@@ -7,11 +7,11 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
@@ -24,7 +24,7 @@ from veneer_server.hosts import AllowedHosts
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
-from veneer_server.openai.wire import Receive, Scope, Send
+from veneer_server.openai.wire import ABORT, Receive, Scope, Send
 from veneer_server.rpc.calls import Phase
 from veneer_server.rpc.who import CALLER
 
@@ -65,8 +65,11 @@ def _add_models(app: FastAPI, core: Core) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         with core.calls.running():
-            models = await asyncio.to_thread(_all_models, core)
-        return Response(models, media_type="application/json")
+            first, after = await asyncio.to_thread(_page, core, "")
+        begin = b'{"object":"list","data":[' + b",".join([_dump(_base_model(core)), *first])
+        if not after:
+            return Response(begin + b"]}", media_type="application/json")
+        return _ModelList(_pieces(core, begin, after), core.reader_limit_s)
 
     @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> JSONResponse:
@@ -93,15 +96,40 @@ def _add_state(app: FastAPI, core: Core) -> None:
         return JSONResponse({"version": __version__})
 
 
-def _all_models(core: Core) -> bytes:
-    """The whole list as JSON, made page by page: one piece of thousands would hold up every
-    stream, in whatever thread it was made."""
-    pieces = [_dump(_base_model(core))]
-    after = ""
-    while page := core.registry.list(after=after, limit=_PAGE):
-        pieces += [_dump(_adapter_model(core, record)) for record in page]
-        after = page[-1].ref.name
-    return b'{"object":"list","data":[' + b",".join(pieces) + b"]}"
+class _ModelList(StreamingResponse):
+    """A long list, of which each reader holds a page at a time. Who has not taken it within
+    the limit is disconnected."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: AsyncIterator[bytes], limit_s: float) -> None:
+        super().__init__(pieces)
+        self._limit_s = limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            scope["state"][ABORT]()
+
+
+async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:
+    """The list as JSON, from its first page on: one piece of thousands of adapters would hold
+    up every stream, and take megabytes for each reader that is slow."""
+    yield begin
+    while after:
+        page, after = await asyncio.to_thread(_page, core, after)
+        if page:
+            yield b"," + b",".join(page)
+    yield b"]}"
+
+
+def _page(core: Core, after: str) -> tuple[list[bytes], str]:
+    """Some adapters as JSON, and the last one's name; empty where no more can follow."""
+    records = core.registry.list(after=after, limit=_PAGE)
+    last = records[-1].ref.name if len(records) == _PAGE else ""
+    return [_dump(_adapter_model(core, record)) for record in records], last
 
 
 def _dump(model: Mapping[str, Any]) -> bytes:

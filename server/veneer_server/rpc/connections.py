@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from veneer_server.logs import get_logger
 
-__all__ = ["Connections"]
+__all__ = ["KNOWN", "Connections"]
 
 LOOK_S: Final = 0.25
 """Between two looks at how many connections there are."""
@@ -30,7 +30,7 @@ LOOK_S: Final = 0.25
 _SPARE: Final = 8
 """One in so many places is kept free for new connections."""
 
-_KNOWN: Final = 4096
+KNOWN: Final = 4096
 """Connections without calls that are remembered."""
 
 _DESCRIPTORS: Final = "/dev/fd"
@@ -75,32 +75,40 @@ class Connections:
             known.used = self._clock()
 
     async def watch(self, port: int) -> None:
-        """Make room on ``port`` until cancelled."""
+        """Make room on ``port`` until cancelled. What goes wrong is logged once, and tried
+        again: descriptors that have run out are a reason to make room, not to stop."""
+        failing = False
         while True:
             await asyncio.sleep(LOOK_S)
             try:
                 # Of all kinds: a cheap look, and few of them cannot be many of ours.
-                if len(os.listdir(_DESCRIPTORS)) <= self._wanted:
-                    continue
-                sockets = await asyncio.to_thread(_accepted, port)
-            except OSError as error:
-                _log.warning(
-                    "open connections cannot be listed: idle ones are kept", error=str(error)
-                )
-                return
-            self._make_room(sockets)
+                if len(os.listdir(_DESCRIPTORS)) > self._wanted:
+                    began = self._clock()
+                    self._make_room(await asyncio.to_thread(_accepted, port), began)
+                failing = False
+            except Exception as error:
+                if not failing:
+                    _log.error("no room was made for new gRPC connections", error)
+                failing = True
 
-    def _make_room(self, sockets: dict[_Address, int]) -> None:
+    def _make_room(self, sockets: dict[_Address, int], began: float) -> None:
         """Close those without calls until few enough are left: first such as never made
-        one, then those whose last one is longest ago."""
-        too_many = len(sockets) - self._wanted
+        one, then those whose last one is longest ago.
+
+        Args:
+            sockets: those that are open.
+            began: when they began to be listed. One that called later may lack in them.
+        """
+        for address in self._known.keys() - sockets.keys():
+            known = self._known[address]
+            if not known.calls and known.used < began:
+                del self._known[address]  # it has gone
         for address in sockets:
-            if address not in self._known:
-                self._used(address)
-        if too_many <= 0:
-            return
+            # Not `_used`, which forgets another one where many are known.
+            self._known.setdefault(address, _Connection(began))
         idle = [address for address in sockets if not self._known[address].calls]
         idle.sort(key=lambda each: (self._known[each].has_called, self._known[each].used))
+        too_many = max(0, len(sockets) - self._wanted)
         closed = sum(_close(sockets[address], address) for address in idle[:too_many])
         if closed:
             _log.info("idle gRPC connections closed to make room", count=closed)
@@ -110,7 +118,7 @@ class Connections:
         known = self._known.setdefault(address, _Connection(now))
         known.used = now
         self._known.move_to_end(address)
-        if len(self._known) > _KNOWN:
+        if len(self._known) > KNOWN:
             for other, each in self._known.items():
                 if not each.calls and other != address:
                     del self._known[other]

@@ -17,6 +17,7 @@ from veneer_registry.errors import InvalidField, MalformedMessage, VeneerError
 __all__ = [
     "COUNTED_FROM",
     "MAX_FIELDS",
+    "MAX_STREAM_FIELDS",
     "count_fields",
     "count_numbers",
     "decoder",
@@ -28,9 +29,13 @@ MAX_FIELDS: Final = 32_768
 """Fields of one message on the wire, those of messages inside of it included. Parsing
 holds the interpreter's lock: 4 MiB of empty messages take 65 ms and 90 MB."""
 
-COUNTED_FROM: Final = 64 << 10
-"""Bytes of a message from which on its fields are counted before it is parsed. A smaller
-one has few enough: a field takes at least two bytes."""
+MAX_STREAM_FIELDS: Final = 512
+"""The same of each message of a stream, which is counted and parsed on the event loop: that
+takes less than a millisecond. An upload's announcement has 300 at most, a chunk has 4."""
+
+COUNTED_FROM: Final = 2 * MAX_FIELDS
+"""Bytes of a message from which on its fields are counted, in a thread, before it is parsed.
+A smaller one has few enough: a field takes at least two bytes."""
 
 _NOT_LAST: Final = bytes(range(128, 256))
 """Bytes of a varint that another one follows."""
@@ -38,27 +43,34 @@ _NOT_LAST: Final = bytes(range(128, 256))
 _Parse = Callable[[bytes], Any]
 
 
-def decoder(parse: _Parse, check: Callable[[bytes], None] | None = None) -> _Parse:
+def decoder(
+    parse: _Parse,
+    check: Callable[[bytes], None] | None = None,
+    *,
+    most: int = MAX_FIELDS,
+) -> _Parse:
     """A deserializer that returns a VeneerError where ``parse`` would raise.
 
     Args:
         parse: a generated message's ``FromString``.
-        check: looks at a long message before it is parsed; raises VeneerError.
+        check: looks at a message of `COUNTED_FROM` bytes or more before it is parsed; raises
+            VeneerError.
+        most: fields that a message may have, with those of messages inside of it.
     """
     kind: type[Any] = parse.__self__  # type: ignore[attr-defined]  # a class method
     descriptor: Descriptor = kind.DESCRIPTOR
 
     def decode(data: bytes) -> Any:
         try:
-            if len(data) >= COUNTED_FROM:
-                if count_fields(data, descriptor) > MAX_FIELDS:
-                    return InvalidField(
-                        f"the {descriptor.name} has more than {MAX_FIELDS} fields and "
-                        "entries: send fewer, and token ids packed",
-                        metadata={"field": descriptor.name},
-                    )
-                if check is not None:
-                    check(data)
+            # A field takes at least two bytes.
+            if len(data) > 2 * most and count_fields(data, descriptor, most) > most:
+                return InvalidField(
+                    f"the {descriptor.name} has more than {most} fields and entries: send "
+                    "fewer, and token ids packed",
+                    metadata={"field": descriptor.name},
+                )
+            if check is not None and len(data) >= COUNTED_FROM:
+                check(data)
             return parse(data)
         except VeneerError as error:
             return error

@@ -23,7 +23,7 @@ from veneer_server.metrics import Metrics
 from veneer_server.pace import Pace
 from veneer_server.rpc.calls import Calls
 from veneer_server.rpc.connections import Connections
-from veneer_server.rpc.decoding import COUNTED_FROM, decoder
+from veneer_server.rpc.decoding import COUNTED_FROM, MAX_FIELDS, MAX_STREAM_FIELDS, decoder
 from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.receiving import Receiving
 from veneer_server.rpc.who import CALLER
@@ -103,7 +103,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> Any:
-        decode = decoder(handler.request_deserializer, self._checks.get(method))
+        decode = decoder(
+            handler.request_deserializer,
+            self._checks.get(method),
+            most=MAX_STREAM_FIELDS if handler.request_streaming else MAX_FIELDS,
+        )
         coders = {
             "request_deserializer": decode,
             "response_serializer": _serializer(handler.response_serializer),
@@ -178,8 +182,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answered(requests: Any, context: Any) -> Any:
             try:
-                with self._open.one(method), self._connections.call(context.peer()):
-                    return await behaviour(await receive(requests, context), context)
+                with self._connections.call(context.peer()):
+                    request = await receive(requests, context)
+                    with self._open.one(method):
+                        return await behaviour(request, context)
             except VeneerError as error:
                 failure = without_frames(error)
             return await self._refuse(method, failure, context)
@@ -198,10 +204,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             REQUEST_ID.set(fallback_id)
             CALLER.set(peer := context.peer())
             try:
-                with self._open.one(method), self._connections.call(peer):
+                with self._connections.call(peer):
                     self._calls.check_phase()
                     request = await receive(requests, context)
-                    with self._calls.running():
+                    with self._open.one(method), self._calls.running():
                         REQUEST_ID.set(_request_id(request) or fallback_id)
                         return await behaviour(request, context)
             except VeneerError as error:

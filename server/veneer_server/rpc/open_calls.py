@@ -1,13 +1,16 @@
-"""How many calls may be open at once: in all, and of methods whose calls stay open."""
+"""How many calls of each kind may be open at once."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
-from veneer_registry.errors import QueueFull, QuotaExceeded
+from veneer_registry.errors import QueueFull, QuotaExceeded, VeneerError
+
+from veneer_server.rpc.inference_service import GENERATE_METHODS
 
 __all__ = [
     "MAX_HEALTH_WATCHES",
@@ -28,67 +31,77 @@ MAX_REFLECTIONS: Final = 4
 """Reflection calls, each of which may hold a message."""
 
 MAX_OTHER_CALLS: Final = 256
-"""Calls beside those that generate and those that watch."""
+"""Calls of one of our services, beside those that generate and those that watch."""
 
-_RETRY_S: Final = 5.0
+_OURS: Final = "/veneer.v1."
 _HEALTH: Final = "/grpc.health.v1.Health/Watch"
 _REFLECTION: Final = "/grpc.reflection."
 
 
-class OpenCalls:
-    """Counts open calls. Belongs to one event loop."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Calls that are counted together. ``fix``: what a refused caller can do."""
 
-    def __init__(self, *, generations: int = 320, watchers: int = MAX_WATCHERS) -> None:
-        """Args:
-        generations: requests that run and wait in the engine, at most.
-        watchers: `WatchAdapters` calls, at most.
-        """
-        self.most = generations + watchers + MAX_OTHER_CALLS
+    name: str
+    most: int
+    error: type[VeneerError]
+    fix: str
+    retry_s: float
+
+
+class OpenCalls:
+    """Counts open calls whose request has arrived. Belongs to one event loop.
+
+    Each kind has room of its own, so that calls of one kind never keep out another. Calls
+    that generate are not counted here: the engine's places bound them. Those whose request
+    is still arriving are bounded by `Receiving`.
+    """
+
+    def __init__(self, *, watchers: int = MAX_WATCHERS) -> None:
+        """Args: watchers: `WatchAdapters` calls, at most."""
         self._watchers = watchers
-        self._count = 0
-        self._by_kind: Counter[str] = Counter()
+        self._count: Counter[str] = Counter()
 
     @contextmanager
     def one(self, method: str) -> Iterator[None]:
         """Count a call while the block runs.
 
         Raises:
-            QuotaExceeded: there are as many of this method as there may be.
-            QueueFull: there are as many calls as there may be.
+            QuotaExceeded, QueueFull: there are as many of its kind as there may be.
         """
-        kind, most, fix = self._kind(method)
-        if kind and self._by_kind[kind] >= most:
-            raise QuotaExceeded(
-                f"{most} {kind} are open, the most that this server holds: {fix}",
-                metadata={"limit": str(most)},
-                retry_after_s=_RETRY_S,
+        kind = self._kind(method)
+        if kind is None:
+            yield
+            return
+        if self._count[kind.name] >= kind.most:
+            raise kind.error(
+                f"{kind.most} {kind.name} are open, the most that this server holds: "
+                f"{kind.fix}",
+                metadata={"limit": str(kind.most)},
+                retry_after_s=kind.retry_s,
             )
-        counted = method.startswith("/veneer.v1.")
-        if counted and self._count >= self.most:
-            raise QueueFull(
-                f"{self.most} calls are open, the most that this server holds: retry later",
-                metadata={"limit": str(self.most)},
-                retry_after_s=1.0,
-            )
-        self._by_kind[kind] += 1
-        self._count += counted
+        self._count[kind.name] += 1
         try:
             yield
         finally:
-            self._by_kind[kind] -= 1
-            self._count -= counted
+            self._count[kind.name] -= 1
 
-    def _kind(self, method: str) -> tuple[str, int, str]:
-        """What it is called, how many there may be, and what to do about that; the first is
-        empty where only the sum counts."""
+    def _kind(self, method: str) -> _Kind | None:
+        """None for calls that are not counted."""
+        if method in GENERATE_METHODS:
+            return None
         if method == WATCH:
-            return (
-                "watchers",
-                self._watchers,
-                "close one, share its events, or start the server with a larger --max-watchers",
+            fix = (
+                "close one, share its events, or start the server with a larger --max-watchers"
             )
+            return _Kind("watchers", self._watchers, QuotaExceeded, fix, 5.0)
         if method == _HEALTH:
-            return "health watches", MAX_HEALTH_WATCHES, "close one, or ask with Check"
+            fix = "close one, or ask with Check"
+            return _Kind("health watches", MAX_HEALTH_WATCHES, QuotaExceeded, fix, 5.0)
         if method.startswith(_REFLECTION):
-            return "reflection calls", MAX_REFLECTIONS, "close one"
-        return "", 0, ""
+            return _Kind("reflection calls", MAX_REFLECTIONS, QuotaExceeded, "close one", 5.0)
+        if method.startswith(_OURS):
+            service = method.removeprefix(_OURS).partition("/")[0]
+            name = f"{service} calls"
+            return _Kind(name, MAX_OTHER_CALLS, QueueFull, "retry later", 1.0)
+        return None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, aclosing, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -25,6 +25,7 @@ from veneer_registry.errors import (
     InternalError,
     InvalidField,
     NonFiniteOutput,
+    QueueFull,
     VeneerError,
 )
 from veneer_registry.registry import Registry, RevisionLease
@@ -46,12 +47,16 @@ PROBE: Final = (
 PROBE_TOKENS: Final = 28
 """At most: those of all sequences of a test fit a step of the default size (512)."""
 MAX_ADAPTERS: Final = 16
+MAX_WAITING: Final = 4
+"""Tests that wait for their turn."""
 DEFAULT_ADAPTERS: Final = 2
 _CANDIDATES: Final = 16
 """Most adapters that are tried where none were named: each may be a load from disk."""
 _PAGE: Final = 1000
 _TRIES: Final = 3
 """Times that all are submitted until they have met in one step."""
+
+_RETRY_S: Final = 5.0
 
 _Findings = AdapterCorrupt, NonFiniteOutput
 """Errors of one adapter that are a result of the test, not its end."""
@@ -104,7 +109,7 @@ class _Served:
 
 
 class SelfTest:
-    """Runs one test at a time; a call that comes meanwhile waits for its turn."""
+    """Runs one test at a time; a few calls that come meanwhile wait for their turn."""
 
     def __init__(
         self,
@@ -128,6 +133,7 @@ class SelfTest:
         self._bound = BOUNDS[dtype]
         self._exact = exact
         self._turn = asyncio.Lock()
+        self._waiting = 0
 
     async def answer(
         self, request: adapters_pb2.SelfTestRequest
@@ -168,7 +174,8 @@ class SelfTest:
             AdapterNotFound, BaseModelMismatch: of the names.
             AdapterCorrupt: one was known to be damaged before.
             AdapterBudgetExceeded: one cannot be loaded.
-            QueueFull, ModelLoading, EngineFailed: not now.
+            QueueFull: the engine has no room, or `MAX_WAITING` tests wait already.
+            ModelLoading, EngineFailed: not now.
         """
         if (count := len(set(names))) > self._most:
             raise InvalidField(
@@ -176,7 +183,7 @@ class SelfTest:
                 metadata={"field": "adapters"},
             )
         began = time.perf_counter()
-        async with self._turn:
+        async with self._my_turn():
             with ExitStack() as leases:
                 note = ""
                 if names:
@@ -197,6 +204,25 @@ class SelfTest:
             seconds=round(time.perf_counter() - began, 3),
         )
         return report
+
+    @asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
+        """Alone, once those before have ended. Raises QueueFull where too many wait."""
+        if self._turn.locked() and self._waiting >= MAX_WAITING:
+            raise QueueFull(
+                f"{MAX_WAITING} self-tests are waiting already: retry when one has ended",
+                metadata={"limit": str(MAX_WAITING)},
+                retry_after_s=_RETRY_S,
+            )
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @property
     def _most(self) -> int:

@@ -41,6 +41,14 @@ which bring 125,000, are far from it."""
 PATIENCE_S: Final = 10.0
 """As `WINDOW_S`, for an upload whose place another one wants."""
 
+DEADLINE_S: Final = 3600.0
+"""Default of ``--upload-deadline``."""
+
+TURN_S: Final = 60.0
+LONG_S: Final = 600.0
+"""An upload that has had its place for `TURN_S` and would take `LONG_S` more at the rate at
+which it came so far gives its place to another one that wants it."""
+
 MAX_BROKEN: Final = 16
 MAX_BROKEN_BYTES: Final = 512 << 20
 """Defaults of ``--max-broken-uploads`` and ``--max-broken-upload-bytes``."""
@@ -74,29 +82,48 @@ class UploadOptions:
 class _Pace:
     """Whether an upload comes fast enough: in each `WINDOW_S` of waiting for its client it
     must bring ``min_rate`` bytes a second, or its end. So its waits add up to no more than
-    its size divided by the rate, and one window. Our own work does not count.
+    its size divided by the rate, and one window. Our own work does not count for that, but
+    for ``deadline_s``, by which all of it must have come.
     """
 
-    def __init__(self, min_rate: int) -> None:
+    def __init__(self, min_rate: int, deadline_s: float = DEADLINE_S) -> None:
         self._min_rate = min_rate
         self._window_s = WINDOW_S
+        self._began = asyncio.get_running_loop().time()
+        self._ends = self._began + deadline_s
         self._waited_s = 0.0
         """Since the last window that brought enough."""
         self._brought = 0
+        self._total = 0
+        self._missing = 0
+        self._waiting_since: float | None = None
         self._timeout: asyncio.Timeout | None = None
         self.displaced = False
 
     @property
+    def late(self) -> bool:
+        """The deadline is over."""
+        return asyncio.get_running_loop().time() >= self._ends
+
+    @property
     def slow(self) -> bool:
         """Its client is waited for, and brings so little that another may have its place."""
-        if self._timeout is None or (when := self._timeout.when()) is None:
+        if self._waiting_since is None:
             return False
-        waited_s = self._window_s - (when - asyncio.get_running_loop().time())
+        waited_s = self._waited_s + asyncio.get_running_loop().time() - self._waiting_since
         return (
             not self.displaced
             and waited_s >= min(PATIENCE_S, self._window_s)
             and self._brought < self._min_rate * waited_s
         )
+
+    @property
+    def remaining_s(self) -> float:
+        """How long the rest will take, at the rate so far; 0 where that is not known yet."""
+        has_taken_s = asyncio.get_running_loop().time() - self._began
+        if has_taken_s < TURN_S or self.displaced or self._waiting_since is None:
+            return 0.0
+        return self._missing * has_taken_s / max(1, self._total)
 
     def displace(self) -> None:
         """End it: another one gets its place."""
@@ -104,8 +131,10 @@ class _Pace:
         if self._timeout is not None:
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
-    def progressed(self, count: int) -> None:
-        """So many bytes came that were not there before."""
+    def progressed(self, count: int, missing: int = 0) -> None:
+        """So many bytes came that were not there before, and so many are missing."""
+        self._total += count
+        self._missing = missing
         self._brought += count
         if self._brought >= self._min_rate * self._window_s:
             self._brought, self._waited_s = 0, 0.0
@@ -113,14 +142,15 @@ class _Pace:
     async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
         """The client's next message. Raises TimeoutError where it is too slow."""
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._waiting_since = loop.time()
         if self.displaced:
             raise TimeoutError
         try:
-            async with asyncio.timeout(self._window_s - self._waited_s) as self._timeout:
+            until = min(began + self._window_s - self._waited_s, self._ends)
+            async with asyncio.timeout_at(until) as self._timeout:
                 return await receive()
         finally:
-            self._timeout = None
+            self._timeout = self._waiting_since = None
             self._waited_s += loop.time() - began
 
 
@@ -132,14 +162,17 @@ class Uploads:
         registry: Registry,
         *,
         min_rate: int = MIN_RATE,
+        deadline_s: float = DEADLINE_S,
         broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
     ) -> None:
         """Args:
         min_rate: bytes a second that each must bring.
+        deadline_s: by when all of each must have come.
         broken: how many interrupted ones are kept, and how many bytes of them.
         """
         self._registry = registry
         self._min_rate = min_rate
+        self._deadline_s = deadline_s
         self._most_broken, self._most_broken_bytes = broken
         self._running: dict[_Pace, None] = {}
         """In the order in which they came."""
@@ -224,9 +257,13 @@ class Uploads:
                 await to_the_end(staged.discard, self._workers)
 
     def _place(self) -> _Pace:
-        """A place among the uploads that run; that of one which hardly moves if need be."""
+        """A place among the uploads that run; that of one which hardly moves, or would
+        take long, if need be."""
         if len(self._running) >= MAX_AT_ONCE:
             slow = next((pace for pace in self._running if pace.slow), None)
+            if slow is None:
+                longest = max(self._running, key=lambda pace: pace.remaining_s)
+                slow = longest if longest.remaining_s > LONG_S else None
             if slow is None:
                 raise QuotaExceeded(
                     f"{MAX_AT_ONCE} uploads run already: retry when one has ended",
@@ -235,7 +272,7 @@ class Uploads:
                 )
             slow.displace()
             del self._running[slow]
-        pace = _Pace(self._min_rate)
+        pace = _Pace(self._min_rate, self._deadline_s)
         self._running[pace] = None
         return pace
 
@@ -273,7 +310,8 @@ class Uploads:
             missing = upload.missing_bytes
             await to_the_end(_write(upload, chunk), self._workers)
             # What was there before, and empty chunks, are no progress.
-            pace.progressed(missing - upload.missing_bytes)
+            left = upload.missing_bytes
+            pace.progressed(missing - left, left)
 
     async def _next(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: _Pace
@@ -284,14 +322,20 @@ class Uploads:
         except TimeoutError as error:
             if pace.displaced:
                 raise Aborted(
-                    "the upload hardly moved while another waited for its place: what came "
-                    "is kept, so resume it",
+                    "the upload was slow, and its slot went to another upload; what arrived "
+                    "is kept: resume it",
                     retry_after_s=2.0,
+                ) from error
+            if pace.late:
+                raise Aborted(
+                    f"the upload was not complete after {self._deadline_s:g} s; what arrived "
+                    "is kept: resume it, or start the server with a larger --upload-deadline",
+                    retry_after_s=0.0,
                 ) from error
             raise Aborted(
                 f"the upload brought less than {self._min_rate} bytes a second over "
-                f"{WINDOW_S:g} s: what came is kept, so resume it, or start the server "
-                "with a smaller --min-upload-rate",
+                f"{WINDOW_S:g} s; what arrived is kept: resume it, or start the server with "
+                "a smaller --min-upload-rate",
                 retry_after_s=0.0,
             ) from error
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from veneer_registry.errors import VeneerError
+from veneer_registry.registry import AdapterRecord, Registry
 from veneer_server.engine.messages import SequenceOutput
+from veneer_server.openai import routes
 from veneer_server.text.tokenizer import TextTokenizer
 
 from tests.unit.server.openai.kit import BASE, CHAT, TEXT, error_of, events, ok, post
@@ -325,6 +329,52 @@ async def test_models_are_the_base_and_its_adapters(
     missing = await http.get("/v1/models/sqll")
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 4])
+async def test_a_list_of_several_pages_has_them_all(
+    page: int,
+    front: Front,
+    http: httpx.AsyncClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for at, name in enumerate(("sql", "chat", "code")):
+        await front.push(make_adapter(tmp_path / name, seed=at), name)
+    whole = await http.get("/v1/models")
+    monkeypatch.setattr(routes, "_PAGE", page)
+    assert (await http.get("/v1/models")).json() == whole.json()
+    assert [model["id"] for model in whole.json()["data"]] == [BASE, "chat", "code", "sql"]
+
+
+async def test_a_reader_that_stops_holds_a_little_of_a_long_list(
+    front: Front, http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 100 slow readers held 3 MB."""
+    await front.push(make_adapter(tmp_path / "one"), "one")
+    real = Registry.list
+    made: list[str] = []
+
+    def many(registry: Registry, *, after: str = "", limit: int) -> tuple[AdapterRecord, ...]:
+        """FAKE: 10,000 adapters of one content."""
+        (one,) = real(registry)
+        made.append(after)
+        begin = int(after[1:]) + 1 if after else 0
+        names = [f"n{at:06}" for at in range(begin, min(begin + limit, 10_000))]
+        return tuple(replace(one, ref=replace(one.ref, name=name)) for name in names)
+
+    monkeypatch.setattr(Registry, "list", many)
+    host, port = front.addresses["openai"].rsplit(":", 1)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(port)))
+        slow.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await until(lambda: bool(made))
+        listed = (await http.get("/v1/models")).json()["data"]
+        monkeypatch.undo()
+        assert len({model["id"] for model in listed}) == 10_001
+        whole = 10_000 // routes._PAGE + 1
+        assert len(made) < 1.5 * whole, "the one that does not read got part of it"
 
 
 async def test_the_model_names_the_adapter_and_headers_its_weights(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
-from veneer_server.rpc.connections import Connections
+from veneer_server.rpc import connections as connections_module
+from veneer_server.rpc.connections import KNOWN, Connections
 
 from tests.unit.server.rpc.front_harness import Front, running
 
@@ -109,6 +112,58 @@ async def test_those_that_never_called_go_first_then_those_that_called_longest_a
         for other in clients[3:]:
             with pytest.raises(BlockingIOError):
                 other.recv(1)
+
+
+@contextlib.contextmanager
+def accepted(count: int) -> Iterator[tuple[int, list[socket.socket]]]:
+    """So many connections to a port of this process, of which nobody has called."""
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = listening.getsockname()
+        clients = []
+        for _ in range(count):
+            clients.append(stack.enter_context(socket.create_connection(address)))
+            clients[-1].setblocking(False)
+            stack.enter_context(listening.accept()[0])
+        yield address[1], clients
+
+
+async def test_room_is_made_after_thousands_of_connections_have_called() -> None:
+    """The one that called first is forgotten where others are added: a KeyError ended the
+    watch, and nobody knew."""
+    connections = Connections(MOST)
+    with accepted(MOST + 1) as (port, clients):
+        with connections.call(f"ipv4:127.0.0.1:{clients[0].getsockname()[1]}"):
+            pass
+        for n in range(KNOWN - 1):
+            with connections.call(f"ipv4:10.0.0.2:{n}"):
+                pass
+        watching = asyncio.create_task(connections.watch(port))
+        for each in clients[1:3]:
+            assert await asyncio.get_running_loop().sock_recv(each, 1) == b""
+        watching.cancel()
+        with pytest.raises(BlockingIOError):
+            clients[0].recv(1)
+
+
+async def test_one_failed_look_does_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FAULT: no descriptor is left to look at descriptors with."""
+    monkeypatch.setattr(connections_module, "LOOK_S", 0.001)
+    look, failures = os.listdir, iter(range(5))
+
+    def listdir(path: Any) -> list[str]:
+        if next(failures, None) is not None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return look(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with accepted(MOST + 1) as (port, clients):
+        watching = asyncio.create_task(Connections(MOST).watch(port))
+        assert await asyncio.get_running_loop().sock_recv(clients[0], 1) == b""
+        watching.cancel()
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
 
 
 @pytest.mark.parametrize("peer", ["ipv6:%5B::1%5D:{}", "ipv6:[::1]:{}"])

@@ -13,12 +13,14 @@ from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_server.rpc.decoding import (
     COUNTED_FROM,
     MAX_FIELDS,
+    MAX_STREAM_FIELDS,
     count_fields,
     count_numbers,
     decoder,
     last_value,
     values,
 )
+from veneer_server.rpc.upload import MAX_FILES, MAX_LABELS
 
 from tests.hostile.wire import length_delimited, tag, varint
 from tests.unit.server.rpc.front_harness import Front, failure
@@ -104,6 +106,17 @@ def test_a_message_that_is_not_counted_cannot_have_too_many_fields() -> None:
     assert COUNTED_FROM // 2 <= MAX_FIELDS
 
 
+def test_the_largest_announcement_of_an_upload_has_few_enough_fields() -> None:
+    spec = adapters_pb2.UploadSpec(
+        name="a", etag="1", activate=True, allow_replace=True, resume=True, validate_only=True
+    )
+    for n in range(MAX_FILES):
+        spec.files.add(name=f"{n}", size=n + 1, sha256="0" * 64)
+    spec.labels.update({f"{n}": "a" for n in range(MAX_LABELS)})
+    data = adapters_pb2.UploadAdapterRequest(spec=spec).SerializeToString()
+    assert count_fields(data, adapters_pb2.UploadAdapterRequest.DESCRIPTOR) < MAX_STREAM_FIELDS
+
+
 @pytest.mark.asyncio(loop_scope="module")
 class TestOverTheWire:
     """Real sockets, fake engine."""
@@ -138,6 +151,24 @@ class TestOverTheWire:
         upload = front.channel.stream_unary("/veneer.v1.AdapterService/UploadAdapter")
         refused = await failure(upload(iter([spec.SerializeToString(), b"\xff\xff"])))
         assert refused.reason == "MALFORMED_MESSAGE"
+
+    @pytest.mark.parametrize("fields", [2_000, 32_700], ids=str)
+    async def test_a_chunk_of_many_fields_is_refused(self, front: Front, fields: int) -> None:
+        """It was an empty chunk, and counting its fields held the event loop for 52 ms."""
+        spec = adapters_pb2.UploadAdapterRequest(spec=adapters_pb2.UploadSpec(name="many"))
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            spec.spec.files.add(name=name, size=8, sha256="0" * 64)
+        chunk = length_delimited(2, b"") + b"\xf8\x01\x01" * fields
+        upload = front.channel.stream_unary("/veneer.v1.AdapterService/UploadAdapter")
+        refused = await failure(upload(iter([spec.SerializeToString(), chunk])))
+        assert refused.reason == "INVALID_FIELD"
+        assert refused.metadata["field"] == "UploadAdapterRequest"
+
+    async def test_a_reflection_request_of_many_fields_is_refused(self, front: Front) -> None:
+        name = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        ask = front.channel.stream_stream(name)
+        refused = await failure(ask(iter([b"\xf8\x01\x01" * 32_700])))
+        assert refused.reason == "INVALID_FIELD"
 
     @pytest.mark.parametrize(
         "method",

@@ -7,7 +7,7 @@ import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from veneer_server import descriptors
 from veneer_server.config import Address
 from veneer_server.descriptors import RESERVE, SCRAPES, raise_limit, share_descriptors
 from veneer_server.hosts import AllowedHosts
-from veneer_server.scrape import MAX_HEAD, ScrapeServer
+from veneer_server.scrape import MAX_HEAD, MAX_PARTIAL, ScrapeServer
 
 from tests.unit.server.rpc.front_harness import prompt, running, until
 
@@ -151,6 +151,85 @@ async def test_scrapes_that_wait_together_share_a_page_made_after_they_came() ->
         assert b"made_total 2.0" in page
     assert made == [0, 1]
     await server.stop()
+
+
+class Held:
+    """FAKE: pages that are not made before the test lets them."""
+
+    def __init__(self) -> None:
+        self.free, self.made = threading.Event(), 0
+
+    def collect(self) -> list[Any]:
+        self.made += 1
+        self.free.wait(30)
+        return [CounterMetricFamily("made", "Pages.", value=self.made)]
+
+    def describe(self) -> list[Any]:
+        return [CounterMetricFamily("made", "Pages.")]
+
+
+@asynccontextmanager
+async def held_scrapes() -> AsyncIterator[tuple[Held, ScrapeServer, Address]]:
+    """A page is being made."""
+    registry, held = CollectorRegistry(), Held()
+    registry.register(held)
+    server = ScrapeServer(registry, HOSTS, connections=40, limit_s=30)
+    address = await server.start(Address("127.0.0.1", 0))
+    first = asyncio.create_task(ask(address, GET))
+    await until(lambda: held.made == 1)
+    yield held, server, address
+    held.free.set()
+    await first
+    await server.stop()
+
+
+def get(target: str, accept: str = "*/*") -> bytes:
+    return f"GET {target} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n\r\n".encode()
+
+
+async def test_scrapes_of_other_words_share_a_page() -> None:
+    """8,000 connections with a query of their own queued as many pages, and Prometheus got
+    none."""
+    async with held_scrapes() as (held, server, address):
+        pages = [asyncio.create_task(ask(address, get(f"/metrics?x={n}"))) for n in range(15)]
+        versions = [f"application/openmetrics-text;version=1.0.{n}" for n in range(1, 16)]
+        pages += [asyncio.create_task(ask(address, get("/", accept))) for accept in versions]
+        await until(lambda: sum(each.asked for each in server._open) == 31)
+        held.free.set()
+        for page in await asyncio.gather(*pages):
+            assert b"made_total 2.0" in page
+        assert held.made == 2
+
+
+async def test_pages_that_nobody_waits_for_are_not_made() -> None:
+    async with held_scrapes() as (held, server, address):
+        for n in range(5):
+            _, writer = await asyncio.open_connection(*address)
+            writer.write(get(f"/metrics?name[]=made_total&name[]={n}"))
+            await until(lambda: sum(each.asked for each in server._open) == 2)
+            writer.close()
+            await until(lambda: server.connections == 1)
+        held.free.set()
+        assert b"made_total 2.0" in await ask(address, GET)
+
+
+async def test_a_flood_of_partial_pages_leaves_room_for_the_whole_one() -> None:
+    async with held_scrapes() as (held, server, address):
+        targets = [f"/metrics?name[]=made_total&name[]={n}" for n in range(MAX_PARTIAL + 5)]
+        pages = [asyncio.create_task(ask(address, get(target))) for target in targets]
+        refused = []
+        for page in asyncio.as_completed(pages):
+            refused.append(await page)
+            if len(refused) == 5:
+                break
+        assert all(page.startswith(b"HTTP/1.1 503 ") for page in refused)
+        assert all(b"Retry-After" in page for page in refused)
+        whole = asyncio.create_task(ask(address, GET))
+        await until(lambda: sum(each.asked for each in server._open) == MAX_PARTIAL + 2)
+        held.free.set()
+        assert b"made_total" in await whole
+        served = [page for page in await asyncio.gather(*pages) if b"made_total" in page]
+        assert len(served) == MAX_PARTIAL
 
 
 async def test_scrapers_that_wait_make_room_for_the_newest() -> None:

@@ -21,7 +21,7 @@ from veneer_registry.errors import (
 )
 from veneer_server.lora import references
 from veneer_server.rpc.adapter_view import source_of
-from veneer_server.rpc.self_test import MAX_ADAPTERS, SelfTest
+from veneer_server.rpc.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
 from veneer_server.rpc.verdicts import BOUNDS
 
 from tests.engine_harness import GREEDY
@@ -238,7 +238,8 @@ async def test_what_was_not_mixed_is_not_called_mixed(
 async def test_tests_take_turns(tmp_path: Path) -> None:
     async with bench(tmp_path, max_running=4) as made:
         # Four places for each, of twelve: beside each other they would not fit.
-        reports = await asyncio.gather(*(made.run("one", "two") for _ in range(8)))
+        tests = [made.run("one", "two") for _ in range(1 + MAX_WAITING)]
+        reports = await asyncio.gather(*tests)
         assert all(report.passed for report in reports)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import selectors
 from collections.abc import AsyncIterator, Coroutine
@@ -47,6 +48,12 @@ def in_no_time(work: Coroutine[Any, Any, float]) -> float:
         loop.close()
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn is over at once."""
+    monkeypatch.setattr(uploads, "TURN_S", 0.0)
+
+
 async def receive(size: int, chunk: int, seconds: float) -> float:
     """Take in so many bytes, a chunk each so many seconds; how long that took."""
     pace, loop = _Pace(MIN_RATE), asyncio.get_running_loop()
@@ -74,6 +81,21 @@ def test_one_that_hardly_moves_is_ended_within_the_window(chunk: int, seconds: f
         return asyncio.get_running_loop().time()
 
     assert in_no_time(ended_after()) == pytest.approx(WINDOW_S)
+
+
+def test_an_upload_ends_by_its_deadline_however_fast_it_comes() -> None:
+    """At the lowest rate, 2 GiB took 36 hours."""
+
+    async def ended_after() -> float:
+        pace = _Pace(MIN_RATE, 3600)
+        with contextlib.suppress(TimeoutError):
+            while not pace.late:
+                await pace.wait(lambda: asyncio.sleep(1.1))
+                pace.progressed(10 * MIN_RATE, 2 << 30)
+        assert pace.late
+        return asyncio.get_running_loop().time()
+
+    assert in_no_time(ended_after()) == pytest.approx(3600)
 
 
 async def empty(seconds: float) -> None:
@@ -122,6 +144,11 @@ class Sender:
         self._queue.put_nowait(message)
 
 
+async def first_ended(senders: list[Sender]) -> Sender:
+    await until(lambda: any(sender.call.done() for sender in senders))
+    return next(sender for sender in senders if sender.call.done())
+
+
 def begun(folder: Path, name: str, **options: Any) -> list[pb.UploadAdapterRequest]:
     """The announcement and the first chunk."""
     return list(messages_of(folder, name, chunk=100, **options))[:2]
@@ -164,15 +191,63 @@ async def test_empty_chunks_do_not_hold_the_places(
                 refused.add(error.code())
         assert answer.published
         assert refused <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        displaced = await failure(senders[0].call)
+        ended = await first_ended(senders)
+        displaced = await failure(ended.call)
         assert displaced.code is grpc.StatusCode.ABORTED
         assert "RetryInfo" in displaced.details
         dripping.cancel()
-        for sender in senders[1:]:
+        for sender in senders:
             sender.call.cancel()
         await until(lambda: len(kept(front)) == MAX_AT_ONCE)
-        again = await front.push(adapter, "held-0", resume=True)
+        name = f"held-{senders.index(ended)}"
+        again = await front.push(adapter, name, resume=True)
         assert again.published, "what came was kept"
+
+
+async def test_one_that_will_take_long_gives_its_place_to_another(
+    quick: None,
+    base_folder: Path,
+    front_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight that bring just enough held all places for up to 36 hours."""
+    monkeypatch.setattr(uploads, "LONG_S", 0.05)
+    monkeypatch.setattr(uploads, "PATIENCE_S", 60.0)
+    adapter = make_adapter(tmp_path / "adapter")
+    flags = {"min_upload_rate": "1"}  # none of them is too slow
+    async with running(base_folder, front_cache, tmp_path / "front", **flags) as front:
+        senders = [
+            Sender(front, begun(adapter, f"held-{n}", resume=True)) for n in range(MAX_AT_ONCE)
+        ]
+        await until(lambda: len(kept(front)) == MAX_AT_ONCE)
+        published = False
+        while not published:  # retried as clients do
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                published = (await front.push(adapter, "honest")).published
+        ended = await first_ended(senders)
+        assert sum(sender.call.done() for sender in senders) == 1, "one place is enough"
+        displaced = await failure(ended.call)
+        assert displaced.code is grpc.StatusCode.ABORTED
+        assert "RetryInfo" in displaced.details
+        for sender in senders:
+            sender.call.cancel()
+        name = f"held-{senders.index(ended)}"
+        assert (await front.push(adapter, name, resume=True)).published, "what came was kept"
+
+
+async def test_an_upload_past_the_deadline_is_ended_and_kept(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    flags = {"upload_deadline": "0.3"}
+    async with running(base_folder, front_cache, tmp_path / "front", **flags) as front:
+        sender = Sender(front, begun(adapter, "late", resume=True))
+        ended = await failure(sender.call)
+        assert ended.code is grpc.StatusCode.ABORTED
+        assert "--upload-deadline" in ended.message
+        assert "RetryInfo" in ended.details
+        await until(lambda: len(kept(front)) == 1)
 
 
 async def test_full_places_are_told_with_a_time_to_retry(
