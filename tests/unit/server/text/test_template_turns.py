@@ -71,6 +71,7 @@ async def test_a_caller_with_many_new_templates_waits_for_itself(desk: Desk) -> 
 async def test_behind_one_connection_templates_are_told_apart(desk: Desk) -> None:
     """A gateway's connection carries the calls of many."""
     await desk.chat("innocent", "gateway", QUICK_S)
+    await desk.chat("slow", "gateway", 2.0)
     slow = [desk.chat(f"slow {n}", "gateway", SLOW_S) for n in range(16)]
     order = await desk.all(*slow, desk.chat("innocent", "gateway", QUICK_S))
     assert order.index("innocent") == 1
