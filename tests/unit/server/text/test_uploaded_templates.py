@@ -247,11 +247,23 @@ async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplate
     assert templates.quick.process is process
 
 
-async def test_what_cannot_be_interrupted_is_killed(templates: UploadedTemplates) -> None:
+async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One operation in C code, which no exception reaches."""
-    with pytest.raises(TemplateFailed, match="push the adapter again"):
-        await templates.render("{{ (messages | length + 8) ** (9 ** 9) }}", USER)
+    monkeypatch.setattr(template_worker, "_WALL_LEAST_S", 60.0)  # for a busy machine
+    large = "[messages] * 1000000"
+    source = f"{{% set a, b = {large}, {large} %}}{{{{ ([a] * 9999).count(b) }}}}"
+    with pytest.raises(TemplateFailed):
+        await templates.render(source, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
+    running = templates.quick.process
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    with pytest.raises(TemplateFailed, match="push the adapter again"):
+        await templates.render(source, USER)
+    assert templates.quick.process is running, "it was not tried again"
 
 
 LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif %}" * 800
