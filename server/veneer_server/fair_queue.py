@@ -36,7 +36,7 @@ class FairQueue(Generic[K, T]):
         """The keys that have something in it."""
         return iter(self._queues)
 
-    def pop(self, rank: Callable[[K], tuple[int, ...] | None] = lambda key: ()) -> T | None:
+    def pop(self, rank: Callable[[K], tuple[float, ...] | None] = lambda key: ()) -> T | None:
         """The next item: of the keys with the lowest rank, the one whose turn it is; those
         whose rank is None are left out. None where there is no item."""
         ranks = ((rank(key), key) for key in self._queues)

@@ -30,7 +30,7 @@ from veneer_server.lora.loader_process import Setup
 from veneer_server.lora.loaders import _Loader
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
-from veneer_server.text.template_process import TemplateProcesses
+from veneer_server.text.uploaded_templates import UploadedTemplates
 from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
@@ -93,7 +93,7 @@ def test_the_reader_of_adapters(traps: Ran) -> None:
 
 
 async def test_the_template_processes(traps: Ran) -> None:
-    process = TemplateProcesses({})
+    process = UploadedTemplates({})
     assert await process.render("{{ messages[0].content }}", [{"content": "Hi"}]) == "Hi"
     await process.close()
     assert traps() == []

@@ -288,7 +288,9 @@ class Generator:
                     return await self.prompts.from_text(text, space)
                 case ChatMessages(messages):
                     template = None if lease is None else lease.record.manifest.chat_template
-                    return await self.prompts.from_messages(messages, template, space)
+                    return await self.prompts.from_messages(
+                        messages, template, space, CALLER.get()
+                    )
                 case tokens:
                     room(info, call.max_tokens, len(tokens.ids))  # before more is made of them
                     return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)

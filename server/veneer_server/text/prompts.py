@@ -11,8 +11,8 @@ from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.text.lanes import Lanes
 from veneer_server.text.template import ChatTemplate, read_base_template
-from veneer_server.text.template_process import TemplateProcesses
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.text.uploaded_templates import UploadedTemplates
 
 __all__ = ["Prompt", "Prompts", "Room"]
 
@@ -57,7 +57,7 @@ class Prompts:
         self.tokenizer = TextTokenizer.from_folder(folder)
         source, special = read_base_template(folder)
         self._base = ChatTemplate(source, special) if source is not None else None
-        self._uploaded = TemplateProcesses(special)
+        self._uploaded = UploadedTemplates(special)
         self._lanes = Lanes()
 
     async def close(self) -> None:
@@ -100,8 +100,12 @@ class Prompts:
         messages: Sequence[Mapping[str, str]],
         adapter_template: str | None,
         room: Room,
+        caller: str = "",
     ) -> Prompt:
         """Render a chat and tokenize it.
+
+        Args:
+            caller: its connection; callers take turns where templates are slow.
 
         Raises:
             TemplateFailed: no template, or it refuses these messages.
@@ -109,7 +113,7 @@ class Prompts:
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if adapter_template is not None:
-            text = await self._uploaded.render(adapter_template, messages)
+            text = await self._uploaded.render(adapter_template, messages, caller)
         elif (base := self._base) is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "

@@ -1,7 +1,7 @@
 """Chat templates: sandboxed Jinja with bounds. A template is a program from outside.
 
 Rendering is synchronous. The base's own template is rendered in a thread; what
-comes with adapters goes to `veneer_server.text.template_process`.
+comes with adapters goes to `veneer_server.text.uploaded_templates`.
 """
 
 from __future__ import annotations

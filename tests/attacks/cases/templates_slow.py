@@ -1,9 +1,14 @@
-"""Chats with a slow template: sixteen delayed another adapter's chat by 3 s."""
+"""Chats with slow templates: sixteen delayed another adapter's chat by 3 s.
+
+Sixteen adapters have templates of their own, which take 0.05 to 0.4 s each, and each is called
+over a connection of its own: no turns by template or by caller alone bound what a chat waits.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,38 +20,60 @@ from veneer_registry.writer import write_adapter
 
 from tests.attacks.case import Target
 
-TITLE = "sixteen chats at a time with a slow chat template"
+TITLE = "chats with sixteen different slow chat templates at a time"
 
+_TEMPLATES: Final = 16
 _SLOW: Final = (
-    "{% for a in range(99999) %}{% for b in range(60) %}{% endfor %}{% endfor %}"
+    "{# %d #}{%% for a in range(%d) %%}{%% for b in range(1000) %%}{%% endfor %%}{%% endfor %%}"
     "{{ messages[0].content }}"
 )
 _QUICK: Final = "{{ messages[0].content }}"
 _PATIENCE_S: Final = 30
+_OVERTAKEN: Final = _TEMPLATES // 2
+"""Slow chats that may be answered while a quick one waits. Where all took turns, all were."""
 _ALLOWED: Final = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 async def attack(target: Target) -> list[str]:
     """Chats of an adapter with a quick template are answered beside them."""
     wrong: list[str] = []
-    async with grpc.aio.insecure_channel(target.grpc) as channel:
-        adapters: Any = adapters_pb2_grpc.AdapterServiceStub(channel)
-        inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        for name, template in (("slow-chat", _SLOW), ("quick-chat", _QUICK)):
+    slow = [f"slow-chat-{n}" for n in range(_TEMPLATES)]
+    async with AsyncExitStack() as stack:
+        # Channels to the same address share a connection otherwise.
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(target.grpc, alone))
+            for _ in range(_TEMPLATES + 1)
+        ]
+        adapters: Any = adapters_pb2_grpc.AdapterServiceStub(channels[0])
+        await adapters.UploadAdapter(_upload(target.work / "quick", "quick-chat", _QUICK))
+        for n, name in enumerate(slow):
+            template = _SLOW % (n, 700 * (1 + n % 8))
             await adapters.UploadAdapter(_upload(target.work / name, name, template))
+        stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(each) for each in channels]
         loop = asyncio.get_running_loop()
         until = loop.time() + target.seconds
+        answered = 0
 
-        async def slow() -> None:
+        async def chats(stub: Any, name: str) -> None:
+            nonlocal answered
             while loop.time() < until:
-                code = await _chat(inference, "slow-chat", 120)
+                code = await _chat(stub, name, 120)
+                answered += 1
                 if code is not None and code not in _ALLOWED:
                     wrong.append(f"a slow chat: {code.name}")
 
-        slows = [asyncio.create_task(slow()) for _ in range(16 if target.full else 4)]
+        slows = [
+            asyncio.create_task(chats(stub, name))
+            for stub, name in zip(stubs[1:], slow, strict=True)
+            for _ in range(4 if target.full else 1)
+        ]
         while loop.time() < until:
-            if (code := await _chat(inference, "quick-chat", _PATIENCE_S)) is not None:
+            before = answered
+            if (code := await _chat(stubs[0], "quick-chat", _PATIENCE_S)) is not None:
                 wrong.append(f"a quick chat: {code.name}")
+            if answered - before > _OVERTAKEN:
+                wrong.append(f"{answered - before} slow chats were answered before a quick one")
         for task in slows:
             task.cancel()
         await asyncio.gather(*slows, return_exceptions=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
-from veneer_server.text import template_process
-from veneer_server.text.template_process import MEMORY_LIMIT, TemplateProcesses
+from veneer_server.text import template_turns, template_worker, uploaded_templates
+from veneer_server.text.template_process import MEMORY_LIMIT
+from veneer_server.text.uploaded_templates import UploadedTemplates
 
 USER = [{"role": "user", "content": "Hi"}]
 GOOD = "{{ bos_token }}{{ messages[0].content }}"
@@ -24,13 +25,13 @@ DOUBLING = (
 
 
 @pytest.fixture
-async def templates() -> AsyncIterator[TemplateProcesses]:
-    process = TemplateProcesses({"bos_token": "<s>"}, limit_s=0.2)
+async def templates() -> AsyncIterator[UploadedTemplates]:
+    process = UploadedTemplates({"bos_token": "<s>"}, limit_s=0.2)
     yield process
     await process.close()
 
 
-async def test_renders_and_reports_as_in_the_front(templates: TemplateProcesses) -> None:
+async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     with pytest.raises(TemplateFailed, match="roles must alternate"):
         await templates.render("{{ raise_exception('roles must alternate') }}", USER)
@@ -42,7 +43,7 @@ async def test_renders_and_reports_as_in_the_front(templates: TemplateProcesses)
 
 
 async def test_an_endless_template_is_killed_and_refused_from_then_on(
-    templates: TemplateProcesses,
+    templates: UploadedTemplates,
 ) -> None:
     with pytest.raises(TemplateFailed, match=r"0\.2 s"):
         await templates.render(SILENT_LOOP, USER)
@@ -53,7 +54,7 @@ async def test_an_endless_template_is_killed_and_refused_from_then_on(
     assert templates.quick.process is running
 
 
-async def test_memory_is_bounded(templates: TemplateProcesses) -> None:
+async def test_memory_is_bounded(templates: UploadedTemplates) -> None:
     with pytest.raises(TemplateFailed):
         await templates.render(DOUBLING, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
@@ -62,7 +63,7 @@ async def test_memory_is_bounded(templates: TemplateProcesses) -> None:
     assert limits == (MEMORY_LIMIT, MEMORY_LIMIT)
 
 
-async def test_what_a_template_raises_is_bounded(templates: TemplateProcesses) -> None:
+async def test_what_a_template_raises_is_bounded(templates: UploadedTemplates) -> None:
     """It goes to the caller and through the front's event loop."""
     for source in (
         "{{ raise_exception(messages[0].content * 20_000_000) }}",
@@ -77,17 +78,17 @@ async def test_what_a_template_raises_is_bounded(templates: TemplateProcesses) -
 
 
 async def test_an_answer_that_no_template_can_give_is_not_read(
-    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a process that a template has taken over could send one."""
-    monkeypatch.setattr(template_process, "MAX_ANSWER", 1000)
+    monkeypatch.setattr(template_worker, "MAX_ANSWER", 1000)
     with pytest.raises(TemplateFailed):
         await templates.render("{{ messages[0].content * 1000 }}", USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
 async def test_a_cancelled_rendering_does_not_answer_the_next(
-    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
     assert templates.quick.process is not None
@@ -108,7 +109,7 @@ async def test_a_cancelled_rendering_does_not_answer_the_next(
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
-async def test_many_at_once_get_their_own_answers(templates: TemplateProcesses) -> None:
+async def test_many_at_once_get_their_own_answers(templates: UploadedTemplates) -> None:
     chats = [[{"role": "user", "content": str(n)}] for n in range(50)]
     answers = await asyncio.gather(*(templates.render(GOOD, chat) for chat in chats))
     assert answers == [f"<s>{n}" for n in range(50)]
@@ -128,9 +129,9 @@ def slow(extra: str = "") -> str:
 
 
 @pytest.fixture
-async def hurried() -> AsyncIterator[TemplateProcesses]:
+async def hurried() -> AsyncIterator[UploadedTemplates]:
     """Slow is what takes more than a fraction of what is allowed."""
-    processes = TemplateProcesses({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
+    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10, quick_limit_s=0.1)
     yield processes
     await processes.close()
 
@@ -142,7 +143,7 @@ def chat(content: str) -> list[dict[str, str]]:
 WORK = "20000"
 
 
-async def test_slow_templates_do_not_hold_up_another(hurried: TemplateProcesses) -> None:
+async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates) -> None:
     """Sixteen slow ones delayed the chat of another adapter by 3 s."""
     first = await hurried.render(slow(), chat(WORK))
     assert first.startswith("0123"), "it is slow, and right"
@@ -153,7 +154,7 @@ async def test_slow_templates_do_not_hold_up_another(hurried: TemplateProcesses)
     assert set(await asyncio.gather(*waiting)) == {first}
 
 
-async def test_slow_templates_take_turns(hurried: TemplateProcesses) -> None:
+async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
     order: list[str] = []
 
     async def noted(name: str) -> None:
@@ -167,9 +168,9 @@ async def test_slow_templates_take_turns(hurried: TemplateProcesses) -> None:
 
 
 async def test_a_process_that_hangs_is_replaced(
-    hurried: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_process, "_WALL_LEAST_S", 2.0)
+    monkeypatch.setattr(template_worker, "_WALL_LEAST_S", 2.0)
     assert await hurried.render(GOOD, USER) == "<s>Hi"
     assert hurried.quick.process is not None
     pid = hurried.quick.process.pid
@@ -181,7 +182,7 @@ async def test_a_process_that_hangs_is_replaced(
 
 
 async def test_one_that_never_answers_is_refused_at_once_for_a_while(
-    templates: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
 
@@ -191,9 +192,9 @@ async def test_one_that_never_answers_is_refused_at_once_for_a_while(
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(template_process, "_exchange", silent)
-        patch.setattr(template_process, "_WALL_FACTOR", 0.05)
-        patch.setattr(template_process, "_WALL_LEAST_S", 0.01)
+        patch.setattr(template_worker, "_exchange", silent)
+        patch.setattr(template_worker, "_WALL_FACTOR", 0.05)
+        patch.setattr(template_worker, "_WALL_LEAST_S", 0.01)
         with pytest.raises(TemplateFailed):
             await templates.render(GOOD, USER)
         assert asked == 2, "in either process"
@@ -201,14 +202,14 @@ async def test_one_that_never_answers_is_refused_at_once_for_a_while(
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + template_process.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
 
 async def test_too_many_of_one_template_are_refused(
-    hurried: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
+    hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_process, "MAX_WAITING", 2)
+    monkeypatch.setattr(template_turns, "MAX_WAITING", 2)
     await hurried.render(slow(), chat(WORK))
     tasks = [asyncio.create_task(hurried.render(slow(), chat(WORK))) for _ in range(4)]
     with pytest.raises(QueueFull):
@@ -219,13 +220,100 @@ async def test_too_many_of_one_template_are_refused(
     assert await hurried.render(slow("other"), chat("3")) == "012"
 
 
+async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
+    """Each of them was quick enough for the quick process; a chat waited for all of them."""
+    processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10)
+    try:
+        waiting = [
+            asyncio.create_task(processes.render(slow(str(n)), chat("8000"), f"caller {n}"))
+            for n in range(16)
+        ]
+        await asyncio.sleep(0)
+        assert await processes.render(GOOD, USER, "me") == "<s>Hi"
+        assert sum(task.done() for task in waiting) < 8
+        assert len(set(await asyncio.gather(*waiting))) == 1
+    finally:
+        await processes.close()
+
+
+async def test_a_process_outlives_what_it_interrupts(templates: UploadedTemplates) -> None:
+    """Starting another one takes far longer than a chat."""
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    process = templates.quick.process
+    for n in range(3):
+        with pytest.raises(TemplateFailed):
+            await templates.render(SILENT_LOOP + str(n), USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    assert templates.quick.process is process
+
+
+async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation in C code, which no exception reaches."""
+    monkeypatch.setattr(template_worker, "_WALL_LEAST_S", 60.0)  # for a busy machine
+    large = "[messages] * 1000000"
+    source = f"{{% set a, b = {large}, {large} %}}{{{{ ([a] * 9999).count(b) }}}}"
+    with pytest.raises(TemplateFailed):
+        await templates.render(source, USER)
+    assert await templates.render(GOOD, USER) == "<s>Hi"
+    running = templates.quick.process
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
+    with pytest.raises(TemplateFailed, match="push the adapter again"):
+        await templates.render(source, USER)
+    assert templates.quick.process is running, "it was not tried again"
+
+
+LARGE = "{{ messages[0].content }}{% if messages[1] %}{{ messages[2] }}{% endif %}" * 800
+"""Takes a quarter of a second to compile, and less than a millisecond to render."""
+
+
+async def test_a_large_template_is_compiled_in_the_quick_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 10.0)
+    processes = UploadedTemplates({})
+    try:
+        for _ in range(2):
+            assert await processes.render(LARGE, USER) == "Hi" * 800
+        assert processes.slow.process is None
+    finally:
+        await processes.close()
+
+
+async def test_one_that_is_too_large_for_that_is_compiled_in_the_slow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploaded_templates, "COMPILE_LIMIT_S", 0.03)
+    processes = UploadedTemplates({}, limit_s=10)
+    try:
+        for _ in range(2):
+            assert await processes.render(LARGE, USER) == "Hi" * 800
+        assert processes.slow.process is not None
+    finally:
+        await processes.close()
+
+
+async def test_an_answer_that_makes_no_sense_is_the_templates_fault(
+    templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake for a process that a template has taken over: it sends back what it gets."""
+    with monkeypatch.context() as patch:
+        patch.setattr(template_worker, "child_python", lambda *arguments: ["cat"])
+        with pytest.raises(TemplateFailed):
+            await templates.render(GOOD, USER)
+    assert await templates.render(GOOD + "!", USER) == "<s>Hi!"
+
+
 # ---------------------------------------------------- processes killed from outside
 
 
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """SIGKILL at each rendering, as by the kernel where memory ends; ``[n]`` is how many."""
-    left, exchange = [0], template_process._exchange
+    left, exchange = [0], template_worker._exchange
 
     async def killed(process: asyncio.subprocess.Process, job: Any) -> Any:
         if left[0]:
@@ -233,12 +321,12 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             process.kill()
         return await exchange(process, job)
 
-    monkeypatch.setattr(template_process, "_exchange", killed)
+    monkeypatch.setattr(template_worker, "_exchange", killed)
     return left
 
 
 async def test_a_chat_outlives_a_kill_of_the_process(
-    templates: TemplateProcesses, killer: list[int]
+    templates: UploadedTemplates, killer: list[int]
 ) -> None:
     for _ in range(3):
         killer[0] = 1
@@ -246,7 +334,7 @@ async def test_a_chat_outlives_a_kill_of_the_process(
 
 
 async def test_a_chat_outlives_a_kill_of_the_slow_process(
-    hurried: TemplateProcesses, killer: list[int]
+    hurried: UploadedTemplates, killer: list[int]
 ) -> None:
     answer = await hurried.render(slow(), chat(WORK))
     killer[0] = 1
@@ -254,7 +342,7 @@ async def test_a_chat_outlives_a_kill_of_the_slow_process(
 
 
 async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_only(
-    templates: TemplateProcesses, killer: list[int], monkeypatch: pytest.MonkeyPatch
+    templates: UploadedTemplates, killer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer[0] = 2
     with pytest.raises(TemplateFailed, match="was killed"):
@@ -264,5 +352,5 @@ async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_o
         await templates.render(GOOD, USER)
     loop = asyncio.get_running_loop()
     now = loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + template_process.SLOW_FOR_S)
+    monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
     assert await templates.render(GOOD, USER) == "<s>Hi"

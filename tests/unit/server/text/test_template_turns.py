@@ -1,0 +1,132 @@
+"""Whose chat a template process renders next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from veneer_registry.errors import QueueFull
+from veneer_server.text import template_turns
+from veneer_server.text.template_turns import NEW_S, Accounts, Turns
+
+SLOW_S = 0.17
+QUICK_S = 0.001
+
+
+class Desk:
+    """A process that is simulated: each rendering takes time of a clock that stands still
+    otherwise, and the order of renderings is noted."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.accounts = Accounts(lambda: self.now)
+        self.turns = Turns(self.accounts)
+        self.order: list[str] = []
+
+    async def chat(self, template: str, caller: str, seconds: float) -> None:
+        async with self.turns.turn(template.encode(), caller):
+            self.now += seconds
+            self.order.append(template)
+            self.accounts.charge(template.encode(), caller, seconds, quick=seconds < 0.02)
+            await asyncio.sleep(0)
+
+    async def all(self, *chats: Awaitable[None]) -> list[str]:
+        """The order in which chats that come together are rendered."""
+        self.order.clear()
+        await asyncio.gather(*chats)
+        return self.order
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+async def test_an_innocent_chat_waits_for_one_slow_rendering(desk: Desk) -> None:
+    """Sixteen slow templates, each with a caller of its own, delayed it by 3 s."""
+    await desk.chat("innocent", "me", QUICK_S)
+    for round_ in range(3):
+        slow = [desk.chat(f"slow {n}", f"caller {n}", SLOW_S) for n in range(16)]
+        order = await desk.all(*slow, desk.chat("innocent", "me", QUICK_S))
+        assert order.index("innocent") == 1, round_
+
+
+async def test_a_new_template_is_not_behind_those_known_to_be_slow(desk: Desk) -> None:
+    def slow() -> list[Awaitable[None]]:
+        return [desk.chat(f"slow {n}", f"caller {n}", SLOW_S) for n in range(16)]
+
+    await desk.all(*slow())
+    order = await desk.all(*slow(), desk.chat("new", "me", QUICK_S))
+    assert order.index("new") == 1
+
+
+async def test_a_caller_with_many_new_templates_waits_for_itself(desk: Desk) -> None:
+    await desk.chat("earlier", "attacker", SLOW_S + NEW_S)
+    slow = [desk.chat(f"slow {n}", "attacker", SLOW_S) for n in range(16)]
+    order = await desk.all(*slow, desk.chat("new", "me", QUICK_S))
+    assert order.index("new") == 1
+
+
+async def test_behind_one_connection_templates_are_told_apart(desk: Desk) -> None:
+    """A gateway's connection carries the calls of many."""
+    await desk.chat("innocent", "gateway", QUICK_S)
+    await desk.chat("slow", "gateway", 2.0)
+    slow = [desk.chat(f"slow {n}", "gateway", SLOW_S) for n in range(16)]
+    order = await desk.all(*slow, desk.chat("innocent", "gateway", QUICK_S))
+    assert order.index("innocent") == 1
+
+
+async def test_many_quick_chats_do_not_keep_a_new_template_waiting(desk: Desk) -> None:
+    flood = [desk.chat(f"flood {n % 8}", f"caller {n % 8}", 0.015) for n in range(480)]
+    order = await desk.all(*flood, desk.chat("new", "me", QUICK_S))
+    assert order.index("new") < 200
+
+
+async def test_what_was_used_is_forgiven_in_time(desk: Desk) -> None:
+    await desk.chat("once", "me", 2.0)
+    await desk.chat("once", "me", QUICK_S)
+    before = desk.accounts.rank(b"once", "me")
+    desk.now += 60
+    assert desk.accounts.rank(b"once", "me") < (0.1, 0.1) < before
+
+
+async def test_many_of_one_template_are_refused_whoever_sends_them(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_turns, "MAX_WAITING", 2)
+    chats = [desk.chat("same", f"caller {n}", QUICK_S) for n in range(4)]
+    ends = await asyncio.gather(
+        *chats, desk.chat("other", "me", QUICK_S), return_exceptions=True
+    )
+    assert [type(end) for end in ends if end is not None] == [QueueFull]
+    assert desk.order.count("same") == 3
+    assert desk.order.count("other") == 1
+
+
+@pytest.mark.parametrize("when", ["while it waits", "when its turn has come"])
+async def test_a_caller_who_leaves_passes_the_turn_on(desk: Desk, when: str) -> None:
+    held = asyncio.Event()
+    leaver: asyncio.Task[None]
+
+    async def hold(leave: Callable[[], object]) -> None:
+        async with desk.turns.turn(b"first", "first"):
+            await held.wait()
+        leave()
+
+    first = asyncio.create_task(
+        hold(lambda: leaver.cancel() if when == "when its turn has come" else None)
+    )
+    await asyncio.sleep(0)
+    leaver = asyncio.create_task(desk.chat("leaves", "a", QUICK_S))
+    await asyncio.sleep(0)
+    last = asyncio.create_task(desk.chat("last", "b", QUICK_S))
+    await asyncio.sleep(0)
+    if when == "while it waits":
+        leaver.cancel()
+        await asyncio.sleep(0)
+    held.set()
+    await first
+    await last
+    assert leaver.cancelled()
+    assert desk.order == ["last"]
