@@ -284,7 +284,9 @@ def _hosts(value: Any) -> tuple[str, ...]:
     names = tuple(name.strip().lower() for name in given if name.strip())
     for name in names:
         if name != "*" and not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", name):
-            raise ValueError(f"{name!r} is no host name: give it without scheme and port")
+            raise ValueError(
+                f"{name!r} is not a valid host name: give it without scheme and port"
+            )
     return names
 
 
@@ -379,7 +381,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option("default_top_p", "auto", "X", _auto_number(0.01, 1),
            "Of requests that set none; auto is the base's own, else 0.9."),
     Option("max_connections", "512", "N", _whole(8, 1 << 20),
-           "Connections to the gRPC port, and to the HTTP gateway; more are refused."),
+           "Connections to the gRPC port, and to the HTTP gateway. One more takes the place of "
+           "an idle one, and is refused where there is none."),
     Option("max_watchers", "256", "N", _whole(1, 1 << 20),
            "WatchAdapters calls that may be open; more are refused."),
     Option("refusal_rate", "100", "N", _whole(0, 1 << 20),

@@ -98,4 +98,4 @@ def _check_depth(parsed: object) -> None:
 
 
 def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a valid JSON number")

@@ -95,7 +95,9 @@ def connection_class(
             refusal = self._strict.refusal
             why = str(refusal)[:200] if refusal is not None else msg
             status = refusal.error_status_hint if refusal is not None else 400
-            error = HttpError(status, "malformed_request", f"this is no valid HTTP: {why}")
+            error = HttpError(
+                status, "malformed_request", f"the request is not valid HTTP: {why}"
+            )
             on_malformed(error)
             _log.info("call refused", method="http", reason=error.code)
             if self.cycle is not None:

@@ -198,7 +198,7 @@ class CommonFields(_Fields):
             # Its length first: a number may be written with any number of digits.
             short = len(key) <= len(str(_UINT32))
             if not (short and key.isascii() and key.isdigit() and int(key) <= _UINT32):
-                raise ValueError(f"key {key[:40]!r} is no token id: use ids as keys")
+                raise ValueError(f"key {key[:40]!r} is not a valid token id: use ids as keys")
         return given
 
 

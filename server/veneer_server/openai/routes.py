@@ -112,6 +112,7 @@ class _ModelList(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             scope["state"][ABORT]()
+            await asyncio.sleep(0)  # uvicorn hears of it, and does not call it our bug
 
 
 async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:

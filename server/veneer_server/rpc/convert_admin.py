@@ -135,7 +135,7 @@ def decode_token(token: str, rpc: str) -> str:
 def bad_token(rpc: str) -> InvalidField:
     """A page token that no page gave."""
     return InvalidField(
-        f"page_token is not one that {rpc} gave: start without one",
+        f"page_token was not issued by {rpc}: start without one",
         metadata={"field": "page_token"},
     )
 

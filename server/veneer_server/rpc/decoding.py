@@ -83,8 +83,8 @@ def decoder(
 def _malformed(descriptor: Descriptor, error: Exception) -> VeneerError:
     why = " ".join(str(error).split())[:200]
     return MalformedMessage(
-        f"the request is no {descriptor.full_name}: {why}; use this server's .proto files, "
-        "and UTF-8 in strings",
+        f"the request is not a valid {descriptor.full_name}: {why}; use this server's "
+        ".proto files, and UTF-8 in strings",
         metadata={"message": descriptor.full_name},
     )
 

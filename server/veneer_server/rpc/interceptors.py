@@ -167,7 +167,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         request = await context.read()
                 except TimeoutError as error:
                     raise Aborted(
-                        f"no request came for {limit_s:g} s: call again when there is one"
+                        f"no request arrived within {limit_s:g} s; open the call again when "
+                        "you have one"
                     ) from error
                 if request is grpc.aio.EOF:
                     return

@@ -322,8 +322,8 @@ class Uploads:
         except TimeoutError as error:
             if pace.displaced:
                 raise Aborted(
-                    "the upload was slow, and its slot went to another upload; what arrived "
-                    "is kept: resume it",
+                    "the upload stalled or had long to go, and its slot went to another "
+                    "upload; what arrived is kept: resume it",
                     retry_after_s=2.0,
                 ) from error
             if pace.late:

@@ -218,9 +218,9 @@ def test_constraints(given: dict[str, Any], expected: pb.Constraint | None) -> N
         ({"seed": 2**64}, "seed", "less"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stop": [1]}, "stop", "string"),
-        ({"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
-        ({"logit_bias": {"4294967296": 1}}, "logit_bias", "no token id"),
-        ({"logit_bias": {"0" * 10 + "1234567890123": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "not a valid token id"),
+        ({"logit_bias": {"4294967296": 1}}, "logit_bias", "not a valid token id"),
+        ({"logit_bias": {"0" * 10 + "1234567890123": 1}}, "logit_bias", "not a valid token id"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         (

@@ -146,7 +146,7 @@ async def test_a_bug_is_told_by_its_request_id_only(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in error_of(answer)["message"]
-    monkeypatch.setattr("veneer_server.openai.routes._all_models", broken)
+    monkeypatch.setattr("veneer_server.openai.routes._page", broken)
     answer = await http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in error_of(answer)["message"]

@@ -250,6 +250,17 @@ async def test_an_upload_past_the_deadline_is_ended_and_kept(
         await until(lambda: len(kept(front)) == 1)
 
 
+async def test_one_that_is_too_large_is_told_before_it_is_sent(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    flags = {"max_adapter_bytes": "1KiB"}
+    async with running(base_folder, front_cache, tmp_path / "front", **flags) as front:
+        announced = list(messages_of(adapter, "large"))[:1]
+        refused = await failure(Sender(front, [*announced]).call)
+        assert refused.reason == "ADAPTER_INVALID"
+
+
 async def test_full_places_are_told_with_a_time_to_retry(
     base_folder: Path, front_cache: Path, tmp_path: Path
 ) -> None:
