@@ -140,7 +140,7 @@ def chat(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-WORK = "20000"
+WORK = "60000"
 
 
 async def test_slow_templates_do_not_hold_up_another(hurried: UploadedTemplates) -> None:
@@ -225,7 +225,7 @@ async def test_sixteen_slow_templates_do_not_hold_up_another() -> None:
     processes = UploadedTemplates({"bos_token": "<s>"}, limit_s=10)
     try:
         waiting = [
-            asyncio.create_task(processes.render(slow(str(n)), chat("8000"), f"caller {n}"))
+            asyncio.create_task(processes.render(slow(str(n)), chat("50000"), f"caller {n}"))
             for n in range(16)
         ]
         await asyncio.sleep(0)
