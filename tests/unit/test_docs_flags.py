@@ -61,6 +61,8 @@ def unknown(name: str, rest: str) -> str | None:
         words = shlex.split(rest, comments=True)
     except ValueError:  # a quote that a later line ends
         words = rest.split()
+    if words[:1] == [name]:  # `docker compose exec veneer veneer`: a service of that name
+        words = words[1:]
     known = flags_of(command)
     if name == "veneer-server" and words[0].startswith("-"):
         words = ["serve", *words]  # as `veneer_server.__main__.main` does
