@@ -23,7 +23,7 @@ def server_address(given: str | None = None) -> str:
     Takes ``http://HOST:PORT`` and a host without a port, too.
 
     Raises:
-        InvalidField: it is no address of a server.
+        InvalidField: it is not a server address.
     """
     text = (given or os.environ.get("VENEER_SERVER") or DEFAULT_ADDRESS).strip()
     if text.partition(":")[0] in _OTHERS and not re.fullmatch(r"[\w-]+:\d+", text):
@@ -41,5 +41,5 @@ def server_address(given: str | None = None) -> str:
 
 def _no_address(text: str, fix: str) -> InvalidField:
     return InvalidField(
-        f"{text!r} is no address of a Veneer server: {fix}", metadata={"field": "server"}
+        f"{text!r} is not the address of a Veneer server: {fix}", metadata={"field": "server"}
     )

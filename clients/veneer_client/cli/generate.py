@@ -220,7 +220,7 @@ def _schema(given_as: str) -> Mapping[str, object]:
 
 def _no_schema(given_as: str, why: str) -> InvalidField:
     return InvalidField(
-        f"--json-schema {given_as[:60]!r} is no JSON schema ({why}): give JSON that begins "
+        f"--json-schema {given_as[:60]!r} is not a JSON schema ({why}): give JSON that begins "
         "with {, or a file of it",
         metadata={"field": "constraint.json_schema"},
     )

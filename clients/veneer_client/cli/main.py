@@ -170,7 +170,7 @@ def _duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text.strip())
     if match is None:
         raise InvalidField(
-            f"--wait {text!r} is no time: give 60s or 2m", metadata={"field": "wait"}
+            f"--wait {text!r} is not a duration: give 60s or 2m", metadata={"field": "wait"}
         )
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"]
 

@@ -40,7 +40,7 @@ def parse_bytes(text: str, flag: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise InvalidField(
-            f"{flag} {text!r} is no size: give bytes, such as 1073741824, 512MiB or 2GB",
+            f"{flag} {text!r} is not a size: give bytes, such as 1073741824, 512MiB or 2GB",
             metadata={"field": flag},
         )
     return int(float(match[1]) * _UNITS[match[2]]) if match[2] else int(float(match[1]))

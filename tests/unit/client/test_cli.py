@@ -134,8 +134,8 @@ def test_schema_from_a_file_or_as_it_stands(
     ("flags", "says"),
     [
         (("--json-schema", "nowhere.json"), "No such file"),
-        (("--json-schema", "{"), "is no JSON schema"),
-        (("--json-schema", "[1]"), "is no JSON schema"),
+        (("--json-schema", "{"), "is not a JSON schema"),
+        (("--json-schema", "[1]"), "is not a JSON schema"),
         (("--logit-bias", "7"), "ID=BIAS"),
         (("--regex", "a", "--choice", "b"), "give one of them"),
     ],
