@@ -132,7 +132,9 @@ class Display:
             now = self._clock()
             shown = self._running.get(part.name)
             if shown is None:
-                shown = _Shown(part, now, now + self._every_s)
+                shown = _Shown(part, now, now + self._every_s, now)
+            if part.done and not shown.part.done and now - shown.began >= _LEAST_S:
+                shown.since, shown.first = now, part.done
             shown.part = part
             if part.state == "running":
                 if self._stopped:
@@ -195,19 +197,26 @@ class Display:
 
 @dataclass(slots=True)
 class _Shown:
-    """A part that runs: when it began, when its next log line is due, whether it had one."""
+    """A part that runs: when it began, when its next log line is due, whether it had one.
+
+    Attributes:
+        since, first: its rate counts from then, when so much was done. What comes long before
+            the first count is something else, such as importing torch.
+    """
 
     part: Part
     began: float
     due: float
+    since: float
+    first: int = 0
     told: bool = False
 
     def left_s(self, now: float) -> float | None:
         """Seconds until it is done, at the rate so far; None where that says nothing."""
-        part, took = self.part, now - self.began
-        if not 0 < part.done < part.total or took < _LEAST_S:
+        part, took, did = self.part, now - self.since, self.part.done - self.first
+        if did <= 0 or part.done >= part.total or took < _LEAST_S:
             return None
-        return took * (part.total - part.done) / part.done
+        return took * (part.total - part.done) / did
 
     def words(self, now: float) -> str:
         part, took = self.part, _seconds(now - self.began)

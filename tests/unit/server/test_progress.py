@@ -109,6 +109,20 @@ def test_words_say_how_much_and_how_long(shown: Display, clock: Clock, lines: Li
     assert lines.texts == ["downloading the base: done in 12 s (98 of 98 MB)"]
 
 
+def test_the_time_left_does_not_count_what_came_before_the_first_tensor(
+    shown: Display, clock: Clock
+) -> None:
+    """Importing torch took 10 s of the first 15, and 17 minutes seemed to be left."""
+    with stage("importing the base", total=100, unit="tensors") as part:
+        clock.now += 10
+        part.update(1)
+        assert shown.doing == "importing the base: 1 of 100 tensors, 10 s so far"
+        clock.now += 4
+        part.update(21)
+        expected = "importing the base: 21 of 100 tensors, 14 s so far, about 16 s left"
+        assert shown.doing == expected
+
+
 def test_fields_for_a_program(clock: Clock, lines: Lines) -> None:
     display = Display(structured=True, every_s=0.02, clock=clock)
     with told_to(display), stage("packing the weights", total=30, unit="layers") as part:
