@@ -51,7 +51,8 @@ class Lines(logging.Handler):
 def lines() -> Iterator[Lines]:
     log, handler = logging.getLogger(progress.__name__), Lines()
     log.addHandler(handler)
-    before, log.level = log.level, logging.INFO
+    before = log.level
+    log.setLevel(logging.INFO)  # which forgets, too, what was found disabled before
     yield handler
     log.removeHandler(handler)
     log.setLevel(before)
