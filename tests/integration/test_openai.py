@@ -198,7 +198,7 @@ async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI) -> None:
         ({"max_tokens": 1 << 20}, "max_tokens"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"extra_body": {"guided_regex": "("}}, "response_format"),
+        ({"extra_body": {"guided_regex": "("}}, "structured_outputs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:

@@ -194,15 +194,14 @@ async def test_while_it_loads_everybody_is_told_what_it_does(
         (labels,) = await server.metric("veneer_backend_info")
         assert 'backend="torch",instructions="",reason="' in labels
         assert "let go" in labels
-        assert start.parts() == {
-            "hashing the base": "done",
+        # A fast machine says nothing of a part that took less than 100 ms.
+        expected = {
             "starting the engine": "done",
             "compiling the kernels": "failed",
             "quantizing the base": "done",
-            "writing the 4-bit weights": "done",
             "packing the weights": "done",
-            "measuring a step": "done",
         }
+        assert expected.items() <= start.parts().items()
         quantized = [e for e in start.events("progress") if e["part"] == "quantizing the base"]
         assert quantized[-1]["done"] == quantized[-1]["total"] > 200
         assert not start.events("call refused"), "those who wait ask again and again"

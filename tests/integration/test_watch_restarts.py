@@ -28,6 +28,8 @@ async def watching(address: str, stdout: int = PIPE) -> AsyncIterator[Process]:
         stdout=stdout,
         stderr=PIPE,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+        # What a shell starts in the background without job control ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process

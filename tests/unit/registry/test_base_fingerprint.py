@@ -164,7 +164,7 @@ def test_broken_bases(tmp_path: Path, file: str, data: bytes | None, words: str)
     ("index", "words"),
     [
         ("{}", "damaged"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "no file of the folder"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "is not in the folder"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "lacks gone"),
     ],
 )

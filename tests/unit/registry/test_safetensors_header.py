@@ -56,10 +56,18 @@ BAD: dict[str, tuple[bytes, str | None, str]] = {
     "missing field": (raw_file({"a": {"dtype": "F32"}}, b""), "a", "exactly"),
     "dtype I64": (raw_file({"a": entry("I64")}, bytes(16)), "a", "'I64'"),
     "dtype list": (raw_file({"a": entry(["F32"])}, bytes(16)), "a", "dtype"),
-    "shape string": (raw_file({"a": entry(shape="22")}, bytes(16)), "a", "no list of sizes"),
-    "shape float": (raw_file({"a": entry(shape=[2.0, 2])}, bytes(16)), "a", "no list of sizes"),
-    "shape bool": (raw_file({"a": entry(shape=[True, 4])}, bytes(16)), "a", "no list of sizes"),
-    "shape negative": (raw_file({"a": entry(shape=[-2, -2])}, bytes(16)), "a", "no list"),
+    "shape string": (raw_file({"a": entry(shape="22")}, bytes(16)), "a", "not a list of sizes"),
+    "shape float": (
+        raw_file({"a": entry(shape=[2.0, 2])}, bytes(16)),
+        "a",
+        "not a list of sizes",
+    ),
+    "shape bool": (
+        raw_file({"a": entry(shape=[True, 4])}, bytes(16)),
+        "a",
+        "not a list of sizes",
+    ),
+    "shape negative": (raw_file({"a": entry(shape=[-2, -2])}, bytes(16)), "a", "not a list"),
     "zero size": (raw_file({"a": entry(shape=[0, 1 << 60], offsets=[0, 0])}, b""), "a", "size"),
     "vast size": (raw_file({"a": entry(shape=[1 << 60, 1])}, bytes(16)), "a", "each size"),
     "many dimensions": (

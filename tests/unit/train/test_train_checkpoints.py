@@ -282,7 +282,7 @@ def test_what_lies_at_the_folder_is_not_replaced_unless_it_is_an_adapter(
     assert (mine / "one" / "adapter_config.json").is_file()
     link = tmp_path / "link"
     link.symlink_to(mine)
-    with pytest.raises(InvalidField, match="no folder"):
+    with pytest.raises(InvalidField, match="is not a folder"):
         run(settings(tiny_base, chats, link), overwrite=True)
 
 

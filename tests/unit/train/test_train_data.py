@@ -108,7 +108,7 @@ GOOD = chat("Hi", "Ho")
         ({"prompt": 1, "completion": "x"}, "must be text"),
         ('{"prompt": "x", "completion": "y", "prompt": "z"}', "'prompt' is given twice"),
         ('{"messages": [{"role": "user", "role": "assistant"}]}', "'role' is given twice"),
-        ('{"prompt": NaN, "completion": "y"}', "NaN is no number"),
+        ('{"prompt": NaN, "completion": "y"}', "NaN is not a JSON number"),
         ('{"prompt": "a\0b", "completion": "y"}', "is not JSON"),
         ("\0\0\0\0", "is not JSON"),
         ("[" * 100_000, "nested too deeply"),

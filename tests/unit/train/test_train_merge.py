@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused(tiny_base: Path, trained: Path, tmp_path: 
     asked = ["merge", str(tiny_base), "--base", str(tiny_base), "--out", str(tmp_path / "m")]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1
-    assert "no adapter folder" in done.stderr
+    assert "not an adapter folder" in done.stderr
     assert not (tmp_path / "m").exists()
 
 

@@ -259,7 +259,7 @@ def test_an_output_that_exists_is_kept_unless_asked(
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"model": {"path": "nowhere"}}, "veneer-server model path"),
+        ({"model": {"path": "nowhere"}}, "smollm2-135m as model.path"),
         ({"data": {"template": "none.jinja"}}, r"cannot read data\.template"),
         ({"train": {"optim": "sgdd"}}, "transformers refuses these train settings"),
     ],
