@@ -265,8 +265,12 @@ class Catalog:
             _log.error(
                 "the labels that listings are searched by were damaged; they are restored"
             )
-            with self.change() as change:
-                change.restore_labels(_LABELS)
+            try:
+                with self.change() as change:
+                    change.restore_labels(_LABELS)
+            except sqlite3.IntegrityError as error:
+                # Listings check each row's own labels: at worst one is not found.
+                _log.error("the labels that listings are searched by stay damaged: %s", error)
         return bool(differs)
 
     def aliases(self) -> tuple[AliasRow, ...]:

@@ -170,7 +170,8 @@ class Change:
     def restore_labels(self, rows: str) -> None:
         """Fill the table that is searched by label with what this query gives."""
         self._db.execute("DELETE FROM labels")
-        self._db.execute(f"INSERT INTO labels {rows}")
+        # In a damaged database, or a damaged row, there may be two of one key.
+        self._db.execute(f"INSERT OR IGNORE INTO labels {rows}")
 
     def set_retain(self, name: str, retain: int) -> None:
         """How many superseded revisions a name keeps."""

@@ -57,6 +57,7 @@ OTHER = "SET {} = (SELECT {} FROM revisions WHERE name = 'other') WHERE name = '
         "UPDATE revisions SET created = created + 1 WHERE name = 'code'",
         "UPDATE revisions SET bytes = x'00' WHERE name = 'code'",
         "UPDATE revisions SET labels = '{}}' WHERE name = 'code'",
+        """UPDATE revisions SET labels = '{"a": "1", "a": "2"}' WHERE name = 'code'""",
         "UPDATE revisions SET labels = CAST(x'ff41' AS TEXT) WHERE name = 'code'",
         "UPDATE revisions SET digest = '' WHERE name = 'code'",
         "UPDATE names " + OTHER.format("current", "revision"),
