@@ -80,6 +80,7 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
             capture_output=True,
             text=True,
         )
+        draft.chmod(0o644)  # whatever the umask: one that others can write to is not loaded
         digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:HEX]
         made.append(draft.rename(out / f"{form.name}-{key}-{digest}.so"))
     return made

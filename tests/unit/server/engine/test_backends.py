@@ -107,6 +107,7 @@ def test_prebuilt_kernels_serve_under_a_name_that_says_so(
         cut = file.read_bytes()[:-1]
         file.unlink()  # the loaded one stays whole
         file.write_bytes(cut)
+        file.chmod(0o644)
     found = asked(base, cache_dir, backend="auto")
     assert found.name == "torch"
     assert "/nowhere/c++ does not run" in found.why_not_native
