@@ -180,6 +180,7 @@ def test_one_that_this_cpu_does_not_run(prebuilt: Path, tmp_path: Path) -> None:
     start = file.name.rpartition("-")[0]
     file = prebuilt / f"{start}-{hashlib.sha256(content).hexdigest()[:HEX]}.so"
     file.write_bytes(content)
+    file.chmod(0o644)
     with pytest.raises(NativeUnavailable, match="prebuilt kernels crash with SIGILL"):
         find_library(tmp_path / "cache")
 
