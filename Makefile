@@ -138,7 +138,7 @@ wheel-check: ## The wheel from nothing: install it, serve without a compiler, ge
 
 # As root: chroot and mounts in a namespace of its own.
 image-replay: .cache/tools/usr/sbin/debootstrap ## The Dockerfile's steps without Docker, and its server asked
-	@$(PYTHON) -m tests.packaging.replay
+	@$(PYTHON) -m tests.packaging.replay $(if $(CI),--if-possible)
 
 .cache/tools/usr/sbin/debootstrap:
 	mkdir -p .cache/tools
