@@ -20,6 +20,7 @@ help: ## Show this list
 install: $(VENV)/.installed ## Make .venv with all extras
 
 $(VENV)/.installed: pyproject.toml
+	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
 	touch $@
