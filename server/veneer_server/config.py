@@ -195,6 +195,12 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _some_seconds(value: Any) -> float:
+    if (number := _seconds(value)) == 0:
+        raise ValueError("give more than 0 seconds")
+    return number
+
+
 def _cpu_seconds(value: Any) -> float:
     number = _seconds(value)
     if not 0.001 <= number <= 60:
@@ -399,7 +405,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
            "How long what arrived of an interrupted upload is kept, to be resumed."),
     Option("min_upload_rate", "16KiB", "BYTES", _bytes,
            "Bytes a second that an upload must bring, over a minute; a slower one is ended."),
-    Option("upload_deadline", "3600", "SECONDS", _seconds,
+    Option("upload_deadline", "3600", "SECONDS", _some_seconds,
            "How long an upload may take; what arrived by then is kept, and can be resumed."),
     Option("max_broken_uploads", "16", "N", _whole(1, 1 << 20),
            "Interrupted uploads to keep; older ones are removed."),

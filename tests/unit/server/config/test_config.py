@@ -56,6 +56,7 @@ def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
         ("max_running", "0"),
         ("grace", "nan"),
         ("grace", "-1"),
+        ("upload_deadline", "0"),
         ("device", "tpu"),
         ("quantization", "int8"),
         ("log_format", "xml"),
