@@ -7,11 +7,13 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends build-essential \
  && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/veneer
-# torch for the CPU alone; the one that pip would take from PyPI brings gigabytes of CUDA. With a
-# GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128, and `docker run --gpus all`.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where torch comes from: the one that pip would take by itself brings gigabytes of CUDA. Give the
+# index that PyTorch's "Get started" page shows for the CPU; or, with a GPU, for its CUDA, and use
+# `docker run --gpus all`.
+ARG TORCH_INDEX
 # hadolint ignore=DL3013
-RUN /opt/veneer/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.9'
+RUN : "${TORCH_INDEX:?give --build-arg TORCH_INDEX=URL, the index that pytorch.org shows for the CPU}" \
+ && /opt/veneer/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.9'
 WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY proto proto

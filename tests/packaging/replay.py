@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pip._internal.models.index import PyPI
+
 from tests.packaging.dockerfile import Stage, Step, parse
 from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
 
@@ -234,7 +236,8 @@ def replay(suite: str, work: Path, *, debians: bool) -> None:
     wheels = Path(pip_environment().get("PIP_FIND_LINKS", "/nowhere"))
     own_torch = not debians and any(wheels.glob(f"torch-*{TAG}-*"))
     # pip's usual index, beside which it finds the torch that is here.
-    given = {"TORCH_INDEX": "https://pypi.org/simple"} if own_torch else {}
+    index = pip_environment().get("PIP_INDEX_URL", PyPI.simple_url)
+    given = {"TORCH_INDEX": index if own_torch else os.environ.get("TORCH_INDEX", "")}
     torch = (
         "this machine's wheels, as pip is set to take it"
         if own_torch
