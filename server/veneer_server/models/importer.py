@@ -39,10 +39,14 @@ def convert(file: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
+        local_files_only=True,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    # Said, since it is written into tokenizer_config.json: the same under any HF_HUB_OFFLINE.
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, local_files_only=True
+    )
     if facts.get("tokenizer.ggml.pre") == _SMOLLM:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]

@@ -62,7 +62,7 @@ _FINGERPRINT: Final = BaseFingerprint(
 _CONFIGS: Final = {
     "config.json": "f2af4824d91e678866f9609ef75198f9",
     "generation_config.json": "29f3abc942015748971bcb6f31df99c5",
-    "tokenizer_config.json": "3b7adc97ccd982c1a8fe2d9afa01a2e2",
+    "tokenizer_config.json": "3c748a0e7cd4ab75ac5d550fdf5c4cbb",
 }
 """As `_digest_of` gives them."""
 
@@ -235,11 +235,13 @@ def _adopt(folder: Path) -> str | None:
 
 
 def _digest_of(config: Path) -> str:
-    """Of a JSON object, but for the version of the library that wrote it."""
+    """Of a JSON object, but for what the library and the environment that wrote it add."""
     values = json.loads(config.read_bytes())
     if not isinstance(values, dict):
         raise ValueError(f"{config.name} is not a JSON object")
-    values.pop("transformers_version", None)
+    # "local_files_only" follows HF_HUB_OFFLINE at the import.
+    for name in ("transformers_version", "is_local", "local_files_only"):
+        values.pop(name, None)
     return hashlib.sha256(canonical_json(values)).hexdigest()[:32]
 
 

@@ -405,9 +405,13 @@ def test_a_base_from_before_there_were_manifests_is_used_if_it_is_the_known_one(
     """Each file counts: of one whose content is not known nothing is used."""
     folder = tmp_path / BUNDLED
     shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns(MANIFEST))
-    assert bundled_damage(folder) is None
-    assert (folder / MANIFEST).is_file()
-    (folder / MANIFEST).unlink()
+    for offline in (False, True):  # what an import under either HF_HUB_OFFLINE wrote
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        config["local_files_only"] = offline
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        assert bundled_damage(folder) is None
+        assert (folder / MANIFEST).is_file()
+        (folder / MANIFEST).unlink()
     for name in sorted(each.name for each in folder.iterdir()):
         kept = (folder / name).read_bytes()
         flip(folder / name, random.Random(SEED))
