@@ -301,6 +301,8 @@ def _hosts(value: Any) -> tuple[str, ...]:
 _PREFIX: Final = "VENEER_"
 _OTHERS: Final = frozenset({"SERVER", "ACTOR"})
 """Variables of the clients."""
+_ALSO: Final = {"MODEL": "BASE"}
+"""What people try, as --model is a flag."""
 _KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")
 
 
@@ -512,14 +514,16 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 def _check_names(environ: Mapping[str, str]) -> None:
     """Raises ConfigInvalid for a variable that is nearly one of ours. Others may be somebody
     else's: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
-    ours = {option.variable.removeprefix(_PREFIX) for option in OPTIONS}
+    names = (option.variable.removeprefix(_PREFIX) for option in OPTIONS)
+    ours = {name: name for name in names} | _ALSO
     for variable in sorted(environ):
         name = variable.removeprefix(_PREFIX)
-        if name == variable or name in ours | _OTHERS or _KUBERNETES.search(name):
+        right = ours.get(name) == name or name in _OTHERS
+        if name == variable or right or _KUBERNETES.search(name):
             continue
         if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.75):
             raise ConfigInvalid(
-                f"unknown variable {variable}: did you mean {_PREFIX}{near[0]}?",
+                f"unknown variable {variable}: did you mean {_PREFIX}{ours[near[0]]}?",
                 metadata={"key": variable},
             )
 

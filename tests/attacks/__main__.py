@@ -110,6 +110,7 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
             "metrics": server.metrics,
             "seconds": given.seconds,
             "full": given.full,
+            "times": given.times,
             "work": work,
             "adapter": TARGET,
         }

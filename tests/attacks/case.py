@@ -36,6 +36,7 @@ class Target:
         metrics: host:port of the metrics server.
         seconds: about how long to attack; the attack ends by itself.
         full: the whole attack; else a short form for every test run.
+        times: judge how long answers take, too; else answers, memory and bounds alone.
         rng: for everything random; its seed is printed.
         work: an empty folder.
         adapter: an adapter that the server has.
@@ -46,6 +47,7 @@ class Target:
     metrics: str
     seconds: float
     full: bool
+    times: bool
     rng: random.Random
     work: Path
     adapter: str

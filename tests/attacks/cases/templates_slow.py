@@ -29,8 +29,13 @@ _SLOW: Final = (
 )
 _QUICK: Final = "{{ messages[0].content }}"
 _PATIENCE_S: Final = 30
-_OVERTAKEN: Final = _TEMPLATES // 2
-"""Slow chats that may be answered while a quick one waits. Where all took turns, all were."""
+_ALONE: Final = 10
+"""Quick chats without slow ones, the first of which finds a new template."""
+_LATER_S: Final = 0.5
+"""What a quick chat may wait longer than without them. Where all took turns, it was 3 s."""
+_OVERTAKEN: Final = _TEMPLATES - 2
+"""Slow chats that may be answered meanwhile, where times are not judged. Where each had its
+turn, all were."""
 _ALLOWED: Final = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
@@ -52,8 +57,17 @@ async def attack(target: Target) -> list[str]:
             await adapters.UploadAdapter(_upload(target.work / name, name, template))
         stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(each) for each in channels]
         loop = asyncio.get_running_loop()
-        until = loop.time() + target.seconds
         answered = 0
+
+        async def quick() -> tuple[float, int]:
+            """Seconds that a quick chat took, and slow ones that were answered meanwhile."""
+            began, before = loop.time(), answered
+            if (code := await _chat(stubs[0], "quick-chat", _PATIENCE_S)) is not None:
+                wrong.append(f"a quick chat: {code.name}")
+            return loop.time() - began, answered - before
+
+        alone_s = max([(await quick())[0] for _ in range(_ALONE)][1:])
+        until = loop.time() + target.seconds
 
         async def chats(stub: Any, name: str) -> None:
             nonlocal answered
@@ -69,14 +83,15 @@ async def attack(target: Target) -> list[str]:
             for _ in range(4 if target.full else 1)
         ]
         # While all are new, one waits, once, for a look at each of the others: not judged.
-        overtaken = []
+        chatted = []
         while loop.time() < until:
-            before = answered
-            if (code := await _chat(stubs[0], "quick-chat", _PATIENCE_S)) is not None:
-                wrong.append(f"a quick chat: {code.name}")
-            overtaken.append(answered - before)
-        if (most := max(overtaken[1:], default=0)) > _OVERTAKEN:
-            wrong.append(f"{most} slow chats were answered before a quick one")
+            chatted.append(await quick())
+        later_s = max((seconds for seconds, _ in chatted[1:]), default=0.0) - alone_s
+        overtaken = max((before for _, before in chatted[1:]), default=0)
+        if target.times and later_s > _LATER_S:
+            wrong.append(f"a quick chat took {later_s:.2f} s longer, {alone_s:.2f} s without")
+        if not target.times and overtaken > _OVERTAKEN:
+            wrong.append(f"{overtaken} slow chats were answered before a quick one")
         for task in slows:
             task.cancel()
         await asyncio.gather(*slows, return_exceptions=True)

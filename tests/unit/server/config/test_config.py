@@ -149,6 +149,8 @@ def test_bounds_of_the_quarantine() -> None:
         ("VENEER_MAX_QUEU", "VENEER_MAX_QUEUE"),
         ("VENEER_KV_CACHE_BYTE", "VENEER_KV_CACHE_BYTES"),
         ("VENEER_LISTENS", "VENEER_LISTEN"),
+        ("VENEER_MODEL", "VENEER_BASE"),
+        ("VENEER_MODLE", "VENEER_BASE"),
     ],
 )
 def test_a_variable_that_is_nearly_one_is_refused(wrong: str, meant: str) -> None:
