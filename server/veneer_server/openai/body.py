@@ -26,6 +26,9 @@ MAX_DEPTH: Final = 200
 """Lists and objects within each other: enough for any schema, and no recursion of ours or
 of a library's comes near its limit."""
 
+_PIECE: Final = 64 << 10
+"""Bytes that are looked at without letting other threads go on."""
+
 _BACKSLASH: Final = 0x5C
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -41,7 +44,7 @@ def parse_body(body: bytes) -> object:
     text = body.decode()
     parsed: object = json.loads(text, parse_constant=_no_constant)
     _check_depth(parsed)
-    if _SURROGATE.search(body):
+    if _may_have_surrogate(body):
         try:
             json.dumps(parsed, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -52,8 +55,8 @@ def parse_body(body: bytes) -> object:
 def check_size(body: bytes) -> None:
     """Raise ValueError if a body holds more than `MAX_NODES` or `MAX_ITEMS`."""
     # Also counts what is in strings: enough to know that most bodies are small.
-    rough = sum(map(body.count, (b"{", b"[", b":", b'"')))
-    if rough <= MAX_NODES and body.count(b",") <= MAX_ITEMS:
+    rough = sum(_count(body, each) for each in (b"{", b"[", b":", b'"'))
+    if rough <= MAX_NODES and _count(body, b",") <= MAX_ITEMS:
         return
     nodes = items = at = 0
     while at >= 0:
@@ -69,6 +72,17 @@ def check_size(body: bytes) -> None:
                 f"{MAX_ITEMS} items: send less in one request"
             )
         at = _after_string(body, start) if start >= 0 else -1
+
+
+def _count(body: bytes, byte: bytes) -> int:
+    return sum(body.count(byte, at, at + _PIECE) for at in range(0, len(body), _PIECE))
+
+
+def _may_have_surrogate(body: bytes) -> bool:
+    longest = len(b"\\ud800")
+    return any(
+        _SURROGATE.search(body, at, at + _PIECE + longest) for at in range(0, len(body), _PIECE)
+    )
 
 
 def _after_string(body: bytes, start: int) -> int:
