@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 import psutil
@@ -121,11 +120,7 @@ def _told(error: BaseException) -> str:
 
 
 class Memory:
-    """Bytes of a server's processes that the kernel cannot drop: anonymous and shared memory.
-
-    From counters: to look at each page (``smaps``) takes 20 ms of a processor, and the lock of
-    the process's address space meanwhile.
-    """
+    """Bytes of a server's processes: what only they have, and their shares of the rest."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -139,7 +134,7 @@ class Memory:
                 words = [
                     word for word in process.cmdline() if word.startswith("veneer_server.")
                 ]
-                found[words[0] if words else "front"] += _held(process.pid)
+                found[words[0] if words else "front"] += process.memory_full_info().pss
         return found
 
     @property
@@ -158,14 +153,3 @@ class Memory:
             self._peak = max(self._peak, now, key=Counter.total)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(until.wait(), PAUSE_S)
-
-
-def _held(pid: int) -> int:
-    """Bytes of a process: resident, without what files hold. 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    held = dict(line.split(":", 1) for line in lines)
-    # A process that has ended and is still to be reaped has neither.
-    return sum(int(held.get(name, "0").split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
