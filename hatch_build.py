@@ -41,8 +41,8 @@ class KernelsHook(BuildHookInterface[Any]):
             return
         self._made = tempfile.TemporaryDirectory(prefix="veneer-wheel-")
         try:
-            forms = _load(root / "server/veneer_server/native/forms.py")
-            sources = root / "server/veneer_server/native/cpp"
+            forms = _load(root / "server/veneer_server/backends/native/forms.py")
+            sources = root / "server/veneer_server/backends/native/cpp"
             files = forms.compile_forms(command, sources, Path(self._made.name))
         except (OSError, subprocess.CalledProcessError) as error:
             told = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
@@ -50,7 +50,7 @@ class KernelsHook(BuildHookInterface[Any]):
             return
         for file in files:
             build_data["force_include"][str(file)] = (
-                f"veneer_server/native/prebuilt/{file.name}"
+                f"veneer_server/backends/native/prebuilt/{file.name}"
             )
         # For any Python 3: the libraries know nothing of it.
         build_data["pure_python"] = False

@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 import pytest
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.wire.messages import EngineConfig
 
 __all__ = [
     "RAN",

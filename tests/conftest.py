@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from veneer_server.engine import process
-from veneer_server.engine.backends import Chosen
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.engine.execution.backend_choice import Chosen
 from veneer_server.models.source import import_bundled
+from veneer_server.wire.messages import EngineConfig
 
 from tests import places
 from tests.backends_ran import RAN, check, missing, with_asked

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from veneer_registry.format import read_adapter
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.exact import ExactRunner
-from veneer_server.engine.loop import Inbox, StepLoop
-from veneer_server.engine.messages import (
+from veneer_server.engine.execution.exact import ExactRunner
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.process import build_engine
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.step.inbox import Inbox
+from veneer_server.wire.messages import (
     AdapterSource,
     EngineConfig,
     FromEngine,
@@ -27,7 +29,6 @@ from veneer_server.engine.messages import (
     Submit,
     ToEngine,
 )
-from veneer_server.engine.process import build_engine
 
 GREEDY = SamplingParams(temperature=0)
 

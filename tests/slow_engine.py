@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from veneer_server.engine import process
-from veneer_server.engine.backends import Chosen, choose
+from veneer_server.engine.execution.backend_choice import Chosen, choose
 
 __all__ = ["Slow"]
 

@@ -103,8 +103,8 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     import uvloop
 
     from veneer_server.app import App
-    from veneer_server.heap import configure_malloc
     from veneer_server.logs import configure
+    from veneer_server.system.heap import configure_malloc
 
     configure_malloc()
     sys.setswitchinterval(_SWITCH_S)
@@ -269,7 +269,7 @@ def store_verify(
     **flags: Any,
 ) -> None:
     """Read every stored byte and compare it with its digest; exit status 1 if one differs."""
-    from veneer_server.store_command import verify
+    from veneer_server.operate.store_command import verify
 
     def run() -> None:
         folder = load_config(flags, os.environ).data_dir
@@ -304,7 +304,7 @@ def store_gc(
 
     A running server does so by itself.
     """
-    from veneer_server.store_command import collect
+    from veneer_server.operate.store_command import collect
 
     def run() -> None:
         config = load_config(flags, os.environ)
@@ -338,7 +338,7 @@ def store_recover(*, as_json: _Json = False, debug: _Debug = False, **flags: Any
     What only the catalog knew and cannot be read (aliases, history, retention, pins) is lost.
     No server may run.
     """
-    from veneer_server.store_command import recover
+    from veneer_server.operate.store_command import recover
 
     _guarded(
         lambda: recover(load_config(flags, os.environ).data_dir, print, as_json=as_json), debug
@@ -371,7 +371,7 @@ def doctor(
     Looks at packages, the device, the base model, memory, folders, ports and limits,
     and says what to do about each problem. Takes the flags of `serve`.
     """
-    from veneer_server.doctor import report
+    from veneer_server.operate.doctor import report
 
     def run() -> None:
         healthy = report(load_config(flags, os.environ, config), print, as_json=as_json)

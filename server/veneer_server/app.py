@@ -26,43 +26,43 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
-from veneer_server.adapter_log import AdapterLog
 from veneer_server.config import Address, ServerConfig
-from veneer_server.descriptors import Descriptors, share_descriptors
-from veneer_server.engine.client import EngineClient, EngineEvent
-from veneer_server.engine.messages import EngineInfo
-from veneer_server.hosts import AllowedHosts
-from veneer_server.housekeeping import Housekeeping
+from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.logs import get_logger, show_status
-from veneer_server.memory import MemoryPlan
-from veneer_server.metrics import Metrics
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
-from veneer_server.pace import Pace
+from veneer_server.operate.housekeeping import Housekeeping
 from veneer_server.progress import SINK, Display
-from veneer_server.rpc.adapter_events import AdapterEvents
+from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.adapter_view import AdapterUse
-from veneer_server.rpc.budgets import AdapterBudgets
-from veneer_server.rpc.calls import Calls, Phase
-from veneer_server.rpc.channel import channel_options
-from veneer_server.rpc.connections import Connections
-from veneer_server.rpc.generation import Generator
 from veneer_server.rpc.health import SERVICES, Health
 from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
 from veneer_server.rpc.interceptors import CallInterceptor
-from veneer_server.rpc.later import Later
 from veneer_server.rpc.open_calls import OpenCalls
-from veneer_server.rpc.receiving import Receiving
-from veneer_server.rpc.self_test import SelfTest
 from veneer_server.rpc.server_service import ServerService
-from veneer_server.rpc.threads import Background
-from veneer_server.rpc.upload import Uploads
-from veneer_server.scrape import ScrapeServer
+from veneer_server.rpc.transport.channel import channel_options
+from veneer_server.rpc.transport.connections import Connections
+from veneer_server.rpc.transport.later import Later
+from veneer_server.rpc.transport.receiving import Receiving
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.adapters.events import AdapterEvents
+from veneer_server.serving.adapters.self_test import SelfTest
+from veneer_server.serving.adapters.uploads import Uploads
+from veneer_server.serving.adapters.view import AdapterUse
+from veneer_server.serving.calls import Calls, Phase
+from veneer_server.serving.generation import Generator
+from veneer_server.serving.threads import Background
+from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
+from veneer_server.system.descriptors import Descriptors, share_descriptors
+from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.adapter_log import AdapterLog
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.scrape import ScrapeServer
 from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
+from veneer_server.wire.messages import EngineInfo
 
 if TYPE_CHECKING:
     from veneer_server.openai.gateway import Gateway

@@ -9,13 +9,13 @@ from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.fingerprint import fingerprint_base
 
 from veneer_server.config import ServerConfig
-from veneer_server.engine.messages import ConstraintLimits, EngineConfig
 from veneer_server.logs import get_logger
-from veneer_server.machine import find_gpu, host_memory
-from veneer_server.memory import BLOCK_TOKENS, MemoryPlan, plan_memory
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
 from veneer_server.progress import stage
+from veneer_server.sizing.memory_plan import BLOCK_TOKENS, MemoryPlan, plan_memory
+from veneer_server.system.machine import find_gpu, host_memory
+from veneer_server.wire.messages import ConstraintLimits, EngineConfig
 
 __all__ = ["engine_config", "fingerprint_of", "memory_for", "replan"]
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from veneer_server.engine.backends import Chosen
-from veneer_server.lora.table import AdapterTable
+from veneer_server.engine.execution.backend_choice import Chosen
+from veneer_server.step.adapter_table import AdapterTable
 
 from tests.bench.steps import PROMPT, ROWS, blocks_for, load, make_adapters, run_round
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from veneer_server.models.arrays import Backend
+from veneer_server.step.arrays import Backend
 
 from tests.bench.steps import PROMPT, ROWS, blocks_for, load, make_adapters, run_round
 

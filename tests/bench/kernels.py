@@ -23,11 +23,11 @@ from importlib import resources
 from typing import Any
 
 import torch
-from veneer_server.lora.table import AdapterTable
+from veneer_server.backends.native.compiler import build
+from veneer_server.backends.native.library import BFLOAT16, EIGHT_BIT, Library, Linear
+from veneer_server.backends.native.linear import NativeLinear, pack_dense
 from veneer_server.models.config import DecoderConfig
-from veneer_server.native.compiler import build
-from veneer_server.native.library import BFLOAT16, EIGHT_BIT, Library, Linear
-from veneer_server.native.linear import NativeLinear, pack_dense
+from veneer_server.step.adapter_table import AdapterTable
 
 from tests.bench.limits import Limits, Work, huge_pages, load_limits, measure_limits
 from tests.bench.steps import CACHE, ROWS, blocks_for, load, make_adapters, make_step
@@ -108,7 +108,9 @@ def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
 
 def part_names() -> list[str]:
     """As decoder.h orders them: its ``kQkvTime`` is ``qkv`` here."""
-    source = (resources.files("veneer_server.native") / "cpp" / "decoder.h").read_text("utf-8")
+    source = (resources.files("veneer_server.backends.native") / "cpp" / "decoder.h").read_text(
+        "utf-8"
+    )
     found = re.search(r"enum Time \{([^}]*)\}", source)
     assert found, "decoder.h has no enum Time"
     names = [name.strip() for name in found[1].split(",")]

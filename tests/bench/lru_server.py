@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from unittest.mock import patch
 
-from veneer_server.engine.eviction import EvictionOrder
+from veneer_server.engine.residency.eviction import EvictionOrder
 
 from tests.bench.residency import LeastRecentlyUsed
 from tests.other_engine import engine_of

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterable
 
 from prometheus_client import generate_latest
-from veneer_server.engine.messages import Occupancy, Residency, StepDone
-from veneer_server.metrics import Metrics
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.wire.messages import Occupancy, Residency, StepDone
 
 STEPS = 2000
 SCRAPES = 50

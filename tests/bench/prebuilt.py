@@ -13,14 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from veneer_server.engine import backends
-from veneer_server.engine.backends import Chosen
+from veneer_server.backends.native import chosen
+from veneer_server.backends.native.chosen import Found
+from veneer_server.backends.native.compiler import build
+from veneer_server.backends.native.forms import FORMS, compile_forms
+from veneer_server.engine.execution import backend_choice as backends
+from veneer_server.engine.execution.backend_choice import Chosen
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import import_bundled
-from veneer_server.native import chosen
-from veneer_server.native.chosen import Found
-from veneer_server.native.compiler import build
-from veneer_server.native.forms import FORMS, compile_forms
 
 from tests.bench.steps import CACHE, ROWS, load, make_adapters, make_step
 

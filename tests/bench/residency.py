@@ -22,11 +22,17 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.eviction import EvictionOrder, Key
-from veneer_server.engine.limits import SchedulerLimits
-from veneer_server.engine.loop import Arrived, Inbox, StepLoop
-from veneer_server.engine.messages import (
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.residency.eviction import EvictionOrder, Key
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Action, Drop, Entry, Load, MemoryTier
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.step.inbox import Arrived, Inbox
+from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
     FromEngine,
@@ -38,10 +44,6 @@ from veneer_server.engine.messages import (
     Stop,
     Submit,
 )
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler
-from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
-from veneer_server.engine.tiers import Action, Drop, Entry, Load, MemoryTier
 
 SIZE: Final = 10_000_000
 """Bytes of an adapter."""

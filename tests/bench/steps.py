@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from veneer_registry.adapter import LoraModule
 from veneer_registry.fingerprint import fingerprint_base
-from veneer_server.engine.backends import Chosen, choose
-from veneer_server.engine.messages import EngineConfig
-from veneer_server.lora.batch import Segment
-from veneer_server.lora.layout import Layout
-from veneer_server.lora.pages import make_ready, map_pages, memory
-from veneer_server.lora.table import AdapterTable
-from veneer_server.models.arrays import Backend, StepArrays
+from veneer_server.adapters.pages import make_ready, map_pages, memory
+from veneer_server.engine.execution.backend_choice import Chosen, choose
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import import_bundled
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import Backend, Segment, StepArrays
+from veneer_server.step.layout import Layout
+from veneer_server.wire.messages import EngineConfig
 
 from tests.places import cache_dir
 

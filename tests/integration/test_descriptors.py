@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from veneer_server.descriptors import raise_limit
+from veneer_server.system.descriptors import raise_limit
 
 from tests.server_harness import Server, running_server
 

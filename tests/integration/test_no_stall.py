@@ -6,7 +6,7 @@ from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
-from veneer_server.engine.messages import (
+from veneer_server.wire.messages import (
     Activate,
     AdapterLoaded,
     EngineConfig,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from veneer_server.engine.messages import AdapterSource, EngineConfig
+from veneer_server.wire.messages import AdapterSource, EngineConfig
 
 from tests.engine_harness import EngineHarness, engine, source
 from tests.peft_adapters import make_adapters, reference_logprobs

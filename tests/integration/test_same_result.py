@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from veneer_server.engine.messages import EngineConfig, SamplingParams
-from veneer_server.engine.scheduler import Scheduler
-from veneer_server.engine.sequence import Sequence
-from veneer_server.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.wire.messages import EngineConfig, SamplingParams
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
 from tests.server_harness import Server, running_server

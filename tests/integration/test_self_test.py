@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import adapters_pb2
-from veneer_server.engine.messages import EngineConfig, OperationDone, Reference
-from veneer_server.lora.table import GroupViews
-from veneer_server.rpc.self_test import PROBE
-from veneer_server.rpc.verdicts import BOUNDS, Answers, Verdict, judge
+from veneer_server.serving.adapters.self_test import PROBE
+from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
+from veneer_server.step.adapter_table import GroupViews
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import EngineConfig, OperationDone, Reference
 
 from tests.engine_harness import EngineHarness, engine, source
 from tests.places import REPOSITORY

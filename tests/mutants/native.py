@@ -27,7 +27,7 @@ class Mutant:
 
     Attributes:
         name: what is wrong.
-        file: in the package ``veneer_server/native``.
+        file: in the package ``veneer_server/backends/native``.
         old: text that occurs there exactly once.
         form: the instruction form whose tests must notice, as their fixture names it.
     """

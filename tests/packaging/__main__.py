@@ -34,7 +34,9 @@ def build(out: Path, *, compiler: bool = True) -> Path:
             raise Failed("a wheel that is built without a compiler is not pure")
         return wheel
     names = zipfile.ZipFile(wheel).namelist()
-    kernels = [name for name in names if name.startswith("veneer_server/native/prebuilt/")]
+    kernels = [
+        name for name in names if name.startswith("veneer_server/backends/native/prebuilt/")
+    ]
     adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
     if "linux_x86_64" not in wheel.name or len(kernels) != 2 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")

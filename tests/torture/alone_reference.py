@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.wire.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine, source
 from tests.torture.forms import Form

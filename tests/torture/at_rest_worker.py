@@ -33,7 +33,7 @@ from typing import Any
 import bitsandbytes  # noqa: F401
 import grpc
 import transformers
-import veneer_server.native.decoder  # noqa: F401
+import veneer_server.backends.native.decoder  # noqa: F401
 from veneer_registry import registry
 from veneer_registry.errors import VeneerError
 from veneer_registry.store import Store

@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from veneer_server.lora.table import AdapterTable, Group
-from veneer_server.models.arrays import StepArrays, finite_rows
+from veneer_server.step.adapter_table import AdapterTable, Group
+from veneer_server.step.arrays import StepArrays, finite_rows
 
 from tests.tiny_llama import LAYERS, VOCABULARY
 

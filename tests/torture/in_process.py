@@ -25,9 +25,11 @@ from veneer_registry.errors import EngineFailed, VeneerError
 from veneer_server.app import App
 from veneer_server.config import load_config
 from veneer_server.constraints.grammars import Grammars
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.loop import Inbox, StepLoop
-from veneer_server.engine.messages import (
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.process import build_engine
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.step.inbox import Inbox
+from veneer_server.wire.messages import (
     LENGTH,
     EngineConfig,
     EngineInfo,
@@ -39,7 +41,6 @@ from veneer_server.engine.messages import (
     decode_to_engine,
     encode,
 )
-from veneer_server.engine.process import build_engine
 
 from tests.torture.forms import TORCH, Form
 

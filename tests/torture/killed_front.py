@@ -31,8 +31,8 @@ from veneer_registry.rows import SERVER, Who
 from veneer_registry.store import Store
 from veneer_server.app import App
 from veneer_server.config import load_config
-from veneer_server.engine.residents import Resident
-from veneer_server.housekeeping import Housekeeping
+from veneer_server.engine_client.resident_set import Resident
+from veneer_server.operate.housekeeping import Housekeeping
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from veneer_registry.adapter import LoraModule
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora.layout import Layout
-from veneer_server.lora.loaders import HostCopy
-from veneer_server.lora.reading import read_run
+from veneer_server.adapters.loaders import HostCopy
+from veneer_server.adapters.reading import read_run
+from veneer_server.step.layout import Layout
+from veneer_server.wire.messages import AdapterSource
 
 __all__ = ["load_here"]
 

@@ -15,9 +15,9 @@ from typing import Final
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine import integrity
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.tiers import TIERS, Action, Drop, Load, MemoryTier, Plan
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import TIERS, Action, Drop, Load, MemoryTier, Plan
+from veneer_server.wire.messages import AdapterSource
 
 __all__ = ["Memory", "Request"]
 

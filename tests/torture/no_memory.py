@@ -23,9 +23,9 @@ from typing import Any
 
 import msgspec
 import torch
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora import pages
-from veneer_server.lora.loaders import HostCopy
+from veneer_server.adapters import pages
+from veneer_server.adapters.loaders import HostCopy
+from veneer_server.wire.messages import AdapterSource
 
 from tests.engine_harness import EngineHarness, source
 from tests.tiny_llama import LAYERS, SHAPES, make_lora

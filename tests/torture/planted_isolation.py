@@ -15,18 +15,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from veneer_registry import index
+from veneer_server.adapters.loaders import HostCopy, Loaders
+from veneer_server.adapters.memory import LoraMemory
 from veneer_server.engine import model_runner, prefix_cache
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.exact import ExactRunner
-from veneer_server.engine.loop import Arrived
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.sequence import Sequence, StepPlan, StepResult
-from veneer_server.lora.batch import Segment
-from veneer_server.lora.loaders import HostCopy, Loaders
-from veneer_server.lora.memory import LoraMemory
-from veneer_server.lora.table import AdapterTable
-from veneer_server.rpc.generation import Generation
+from veneer_server.engine.execution.exact import ExactRunner
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.serving.generation import Generation
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import Segment
+from veneer_server.step.inbox import Arrived
+from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.wire.messages import AdapterSource
 
 __all__ = [
     "PLANTED",

@@ -13,7 +13,7 @@ from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterCorrupt
 from veneer_registry.format import verify_weights
 from veneer_registry.lease import RevisionLease
-from veneer_server.engine.messages import AdapterSource
+from veneer_server.wire.messages import AdapterSource
 
 from tests.torture.ledger import Name
 from tests.torture.memory_model import Memory, Request

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.wire.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine
 from tests.tiny_llama import make_tiny_llama

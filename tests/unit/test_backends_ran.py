@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.wire.messages import EngineConfig
 
 from tests import backends_ran
 from tests.places import REPOSITORY

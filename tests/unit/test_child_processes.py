@@ -21,16 +21,16 @@ from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peers import vllm
 from veneer_registry.errors import Aborted, EngineFailed, InvalidField, ServerUnreachable
 from veneer_server import doctor, machine
+from veneer_server.adapters.loader_process import Setup
+from veneer_server.adapters.loaders import _Loader
 from veneer_server.config import load_config
-from veneer_server.constraints import wire as constraints
+from veneer_server.constraints import frames as constraints
 from veneer_server.constraints.family import Family
-from veneer_server.engine.connection import Connection
-from veneer_server.engine.messages import ConstraintLimits, EngineConfig
-from veneer_server.lora.loader_process import Setup
-from veneer_server.lora.loaders import _Loader
+from veneer_server.engine_client.connection import Connection
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
-from veneer_server.text.uploaded_templates import UploadedTemplates
+from veneer_server.text.templates.uploaded import UploadedTemplates
+from veneer_server.wire.messages import ConstraintLimits, EngineConfig
 from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python

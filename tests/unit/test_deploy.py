@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from veneer_server.config import load_config
-from veneer_server.metrics import Metrics
+from veneer_server.telemetry.metrics import Metrics
 
 from tests.packaging.dockerfile import parse
 

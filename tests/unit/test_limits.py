@@ -14,7 +14,7 @@ import veneer_registry
 import veneer_server
 from veneer_registry import errors
 from veneer_server.config import OPTIONS, load_config
-from veneer_server.rpc import channel
+from veneer_server.rpc.transport import channel
 
 PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
 ROW = re.compile(

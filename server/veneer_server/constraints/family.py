@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 from veneer_registry.child_python import child_python
 
-from veneer_server.constraints.wire import (
+from veneer_server.constraints.frames import (
     LONGEST,
     Begin,
     FromControl,

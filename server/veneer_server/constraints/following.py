@@ -9,8 +9,8 @@ from typing import Final
 from veneer_registry.errors import InvalidField
 
 from veneer_server.constraints.family import Child
-from veneer_server.engine.messages import Constraint
-from veneer_server.engine.sequence import ConstraintFailure
+from veneer_server.step.plan import ConstraintFailure
+from veneer_server.wire.messages import Constraint
 
 __all__ = ["DEATHS", "SLOW_MASK_S", "SLOW_TRIAL_S", "Followed", "refusal"]
 

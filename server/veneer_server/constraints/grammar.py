@@ -11,8 +11,8 @@ from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from veneer_server.constraints.wire import Limit
-from veneer_server.engine.messages import Constraint, ConstraintLimits
+from veneer_server.constraints.frames import Limit
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 __all__ = ["Refused", "compile_matcher", "first_problem", "library_limits", "load_tokenizer"]
 

@@ -26,10 +26,7 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.constraints.family import Child, Family
 from veneer_server.constraints.following import SLOW_MASK_S, SLOW_TRIAL_S, Followed, refusal
-from veneer_server.constraints.matchers import Matchers
-from veneer_server.constraints.trials import Outcome
-from veneer_server.constraints.tryouts import Tryouts
-from veneer_server.constraints.wire import (
+from veneer_server.constraints.frames import (
     LONGEST,
     Advanced,
     Compiled,
@@ -42,13 +39,16 @@ from veneer_server.constraints.wire import (
     Verdict,
     receive,
 )
-from veneer_server.engine.messages import (
+from veneer_server.constraints.matchers import Matchers
+from veneer_server.constraints.trials import Outcome
+from veneer_server.constraints.tryouts import Tryouts
+from veneer_server.step.plan import ConstraintFailure, Following
+from veneer_server.wire.messages import (
     Constraint,
     ConstraintDone,
     ConstraintLimits,
     MatcherEnded,
 )
-from veneer_server.engine.sequence import ConstraintFailure, Following
 
 __all__ = ["GrammarFailed", "Grammars"]
 

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 from veneer_server.constraints.family import Child
 from veneer_server.constraints.following import DEATHS, SLOW_MASK_S, Followed, refusal
-from veneer_server.constraints.wire import (
+from veneer_server.constraints.frames import (
     Advance,
     Advanced,
     Failed,
@@ -28,8 +28,8 @@ from veneer_server.constraints.wire import (
     Role,
     Setup,
 )
-from veneer_server.engine.messages import ConstraintDone, MatcherEnded
-from veneer_server.engine.sequence import ConstraintFailure
+from veneer_server.step.plan import ConstraintFailure
+from veneer_server.wire.messages import ConstraintDone, MatcherEnded
 
 __all__ = ["SILENCE_S", "Matchers"]
 

@@ -24,14 +24,7 @@ from typing import Final
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from veneer_server.constraints.grammar import (
-    Refused,
-    compile_matcher,
-    first_problem,
-    library_limits,
-)
-from veneer_server.constraints.trial import HARD_FACTOR, too_slow
-from veneer_server.constraints.wire import (
+from veneer_server.constraints.frames import (
     LONGEST,
     Advance,
     Advanced,
@@ -43,7 +36,14 @@ from veneer_server.constraints.wire import (
     Masks,
     receive,
 )
-from veneer_server.engine.messages import Constraint, ConstraintLimits
+from veneer_server.constraints.grammar import (
+    Refused,
+    compile_matcher,
+    first_problem,
+    library_limits,
+)
+from veneer_server.constraints.trial import HARD_FACTOR, too_slow
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 __all__ = ["MARKER", "run_matching"]
 

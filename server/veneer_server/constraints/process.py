@@ -26,10 +26,7 @@ from typing import Final, NoReturn
 import msgspec
 from llguidance import LLTokenizer
 
-from veneer_server.constraints.grammar import load_tokenizer
-from veneer_server.constraints.matching import MARKER, run_matching
-from veneer_server.constraints.trial import run_trial
-from veneer_server.constraints.wire import (
+from veneer_server.constraints.frames import (
     LONGEST,
     Begin,
     Ended,
@@ -41,8 +38,11 @@ from veneer_server.constraints.wire import (
     Setup,
     decode,
 )
-from veneer_server.engine.messages import ConstraintLimits
-from veneer_server.heap import data_bytes, fill_holes
+from veneer_server.constraints.grammar import load_tokenizer
+from veneer_server.constraints.matching import MARKER, run_matching
+from veneer_server.constraints.trial import run_trial
+from veneer_server.system.heap import data_bytes, fill_holes
+from veneer_server.wire.messages import ConstraintLimits
 
 __all__ = ["NAMES", "main"]
 

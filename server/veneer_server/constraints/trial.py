@@ -14,14 +14,14 @@ from collections.abc import Callable
 import msgspec
 from llguidance import LLTokenizer
 
+from veneer_server.constraints.frames import LONGEST, Compiled, FromTrial, Verdict, receive
 from veneer_server.constraints.grammar import (
     Refused,
     compile_matcher,
     first_problem,
     library_limits,
 )
-from veneer_server.constraints.wire import LONGEST, Compiled, FromTrial, Verdict, receive
-from veneer_server.engine.messages import Constraint, ConstraintLimits
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 __all__ = ["HARD_FACTOR", "run_trial", "too_slow"]
 

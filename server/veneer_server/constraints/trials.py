@@ -12,8 +12,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from veneer_server.constraints.wire import Limit
-from veneer_server.engine.messages import Constraint
+from veneer_server.constraints.frames import Limit
+from veneer_server.wire.messages import Constraint
 
 __all__ = ["REMEMBERED", "Outcome", "Trials"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from veneer_server.constraints.family import Child
+from veneer_server.constraints.frames import Compiled, FromTrial, Role
 from veneer_server.constraints.trials import Outcome, Trials
-from veneer_server.constraints.wire import Compiled, FromTrial, Role
-from veneer_server.engine.messages import Constraint, ConstraintLimits
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 __all__ = ["WALL_FACTOR", "Tryouts"]
 

@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 from veneer_registry.errors import (
@@ -24,7 +23,14 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_server.engine.messages import (
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Action, Drop, Load
+from veneer_server.engine.scheduling.pace import Pace
+from veneer_server.engine.scheduling.scheduler import Scheduler, Update
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.step.inbox import Arrived, Compiled, Inbox, News, Unheld
+from veneer_server.step.plan import ConstraintFailure, Following, Runner, StepPlan
+from veneer_server.wire.messages import (
     LOST,
     Activate,
     AdapterFailed,
@@ -52,30 +58,14 @@ from veneer_server.engine.messages import (
     Unpin,
     UpdateBudgets,
     WireError,
+    wire_error,
 )
-from veneer_server.engine.messages import Residency as ResidencyMessage
-from veneer_server.engine.pace import Pace
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, Update
-from veneer_server.engine.sequence import (
-    ConstraintFailure,
-    Following,
-    Sequence,
-    StepPlan,
-    StepResult,
-)
-from veneer_server.engine.tiers import Action, Drop, Load
+from veneer_server.wire.messages import Residency as ResidencyMessage
 
 __all__ = [
     "AdapterMemory",
-    "Arrived",
-    "Compiled",
     "GrammarMemory",
-    "Inbox",
-    "Runner",
     "StepLoop",
-    "Unheld",
-    "wire_error",
 ]
 
 log = logging.getLogger(__name__)
@@ -85,43 +75,6 @@ CHECK_SECONDS = 60.0
 thousand adapters; what ended sequences must have given back it checks after each message."""
 CHECK_AGAIN_SECONDS = 1.0
 """Until the next try where a message has interrupted that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A worker's report: the adapter is complete in a tier, or it failed."""
-
-    weights_digest: str
-    tier: str
-    stages: dict[str, float]
-    error: VeneerError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """A worker's report: a sequence's constraint is ready, or it is refused."""
-
-    sequence: int
-    error: InvalidField | None
-
-
-@dataclass(frozen=True, slots=True)
-class Unheld:
-    """What may come next in a sequence is known, late: it can go on, or it ends."""
-
-    sequence: int
-
-
-News = Arrived | Compiled | Unheld | OperationDone | ConstraintDone | MatcherEnded
-"""What comes from other threads of the engine."""
-
-Inbox = queue.SimpleQueue[ToEngine | News]
-
-
-class Runner(Protocol):
-    """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
-
-    def execute(self, plan: StepPlan) -> StepResult: ...
 
 
 class GrammarMemory(Protocol):
@@ -143,7 +96,7 @@ class GrammarMemory(Protocol):
 
 
 class AdapterMemory(Protocol):
-    """What holds the bytes (`veneer_server.lora.memory`). Calls return at once;
+    """What holds the bytes (`veneer_server.adapters.memory`). Calls return at once;
     the outcome of `load` and `move` comes to the inbox as `Arrived`."""
 
     def load(self, source: AdapterSource) -> None: ...
@@ -157,10 +110,6 @@ class AdapterMemory(Protocol):
 
     def reference(self, wanted: Reference) -> None:
         """Have it computed; the `OperationDone` that answers it comes to the inbox."""
-
-
-def wire_error(error: VeneerError) -> WireError:
-    return WireError(error.reason, error.message, error.metadata, error.retry_after_s)
 
 
 def _cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:

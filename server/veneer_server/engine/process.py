@@ -26,12 +26,24 @@ from transformers.utils import logging as transformers_logging
 from veneer_registry.errors import FailedPrecondition, VeneerError
 
 from veneer_server import logs
+from veneer_server.adapters.memory import LoraMemory
+from veneer_server.adapters.references import References, ServedBase
 from veneer_server.constraints.grammars import Grammars
-from veneer_server.engine.backends import choose
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.exact import ExactRunner
-from veneer_server.engine.loop import Inbox, Runner, StepLoop, Unheld
-from veneer_server.engine.messages import (
+from veneer_server.engine.execution.backend_choice import choose
+from veneer_server.engine.execution.exact import ExactRunner
+from veneer_server.engine.execution.model_runner import ModelRunner
+from veneer_server.engine.execution.step_cost import measure
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.models.config import read_decoder_config
+from veneer_server.models.loader import torch_dtype
+from veneer_server.progress import SINK, Part, stage
+from veneer_server.step.inbox import Inbox, Unheld
+from veneer_server.step.plan import Runner
+from veneer_server.system.machine import usable_cores
+from veneer_server.wire.messages import (
     LENGTH,
     EngineConfig,
     EngineInfo,
@@ -41,16 +53,6 @@ from veneer_server.engine.messages import (
     decode_to_engine,
     encode,
 )
-from veneer_server.engine.model_runner import ModelRunner
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
-from veneer_server.engine.step_cost import measure
-from veneer_server.lora.memory import LoraMemory
-from veneer_server.lora.references import References, ServedBase
-from veneer_server.machine import usable_cores
-from veneer_server.models.config import read_decoder_config
-from veneer_server.models.loader import torch_dtype
-from veneer_server.progress import SINK, Part, stage
 
 __all__ = ["build_engine", "main"]
 

@@ -23,7 +23,7 @@ SUPPORTED: Final = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-"""model_type -> architecture that `veneer_server.models.decoder` runs."""
+"""model_type -> architecture that `veneer_server.backends.torch.decoder` runs."""
 
 Quantization = Literal["nf4", "fp4", "none"]
 

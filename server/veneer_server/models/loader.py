@@ -2,7 +2,7 @@
 
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
-cached as an ordinary prequantized folder (`models.quantized`), so that a restart takes
+cached as an ordinary prequantized folder (`models.quantized_cache`), so that a restart takes
 seconds. What is loaded is hashed meanwhile.
 """
 
@@ -22,7 +22,7 @@ from veneer_registry.fingerprint import weights_fingerprint
 
 from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
 from veneer_server.models.linear import Linear, fuse
-from veneer_server.models.quantized import QuantizedCache
+from veneer_server.models.quantized_cache import QuantizedCache
 from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import Stage, stage
 

@@ -21,10 +21,10 @@ from veneer_registry.adapter import Projection
 from veneer_registry.errors import AdapterCorrupt
 from veneer_registry.format import ModuleTensors, TensorView, open_stored
 
-from veneer_server.engine.messages import AdapterSource
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices
+from veneer_server.wire.messages import AdapterSource
 
 __all__ = ["BaseWeights", "reference_logprobs", "references"]
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from veneer_server.disk import sync
+from veneer_server.system.disk import sync
 
 __all__ = ["MANIFEST", "Damaged", "Sealed", "seal"]
 

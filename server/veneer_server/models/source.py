@@ -29,9 +29,9 @@ from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.strict_json import canonical_json
 
-from veneer_server.disk import make_private, staged, sync
 from veneer_server.models.sealed import MANIFEST, Damaged, Sealed, seal
 from veneer_server.progress import Stage, stage
+from veneer_server.system.disk import make_private, staged, sync
 
 __all__ = [
     "BUNDLED",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from veneer_server.openai.fields import CommonFields
-from veneer_server.rpc.generation import Delta, Generation
+from veneer_server.serving.generation import Delta, Generation
 from veneer_server.text.detokenizer import Detokenizer
 from veneer_server.text.tokenizer import TextTokenizer
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from veneer_registry.errors import InvalidField
 
-from veneer_server.rpc.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
+from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
 
 __all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
 

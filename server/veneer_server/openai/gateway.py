@@ -9,15 +9,15 @@ from typing import Final
 import uvicorn
 
 from veneer_server.config import Address
-from veneer_server.hosts import AllowedHosts
-from veneer_server.metrics import Metrics
-from veneer_server.openai.connection import connection_class
 from veneer_server.openai.generate import Core, Loaded
+from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
+from veneer_server.openai.http.connection import connection_class
 from veneer_server.openai.routes import make_app
-from veneer_server.openai.wire import MAX_BODIES, MAX_LONG_BODIES, Bodies
-from veneer_server.pace import Pace
-from veneer_server.rpc.calls import Calls
+from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.inference_service import READER_LIMIT_S
+from veneer_server.serving.calls import Calls
+from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.metrics import Metrics
 
 __all__ = ["Gateway"]
 

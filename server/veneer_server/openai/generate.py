@@ -13,17 +13,15 @@ from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
-from veneer_server.engine.client import EngineClient
+from veneer_server.engine_client.client import EngineClient
 from veneer_server.errors import internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.metrics import Metrics
 from veneer_server.openai.answers import Answer, Piece
 from veneer_server.openai.chat import ChatAnswer
 from veneer_server.openai.completions import CompletionAnswer
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.fields import ChatFields, CompletionFields, parse_fields
-from veneer_server.openai.requests import chat_requests, completion_requests
-from veneer_server.openai.wire import (
+from veneer_server.openai.http.asgi import (
     Bodies,
     ClientGone,
     Receive,
@@ -32,11 +30,13 @@ from veneer_server.openai.wire import (
     Send,
     read_json,
 )
-from veneer_server.pace import Pace
+from veneer_server.openai.requests import chat_requests, completion_requests
+from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc import convert
-from veneer_server.rpc.calls import Calls
-from veneer_server.rpc.generation import Generation, Generator
-from veneer_server.rpc.who import CALLER
+from veneer_server.serving.calls import Calls
+from veneer_server.serving.generation import Generation, Generator
+from veneer_server.serving.who import CALLER
+from veneer_server.telemetry.metrics import Metrics
 
 __all__ = ["ChatEndpoint", "CompletionEndpoint", "Core", "Loaded"]
 

@@ -20,13 +20,13 @@ from veneer_registry.registry import AdapterRecord
 
 from veneer_server import __version__
 from veneer_server.errors import internal_error
-from veneer_server.hosts import AllowedHosts
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
-from veneer_server.openai.wire import ABORT, Receive, Scope, Send
-from veneer_server.rpc.calls import Phase
-from veneer_server.rpc.who import CALLER
+from veneer_server.openai.http.asgi import ABORT, Receive, Scope, Send
+from veneer_server.serving.calls import Phase
+from veneer_server.serving.who import CALLER
+from veneer_server.system.hosts import AllowedHosts
 
 __all__ = ["Edge", "make_app"]
 

@@ -1,6 +1,6 @@
 """Protobuf to frozen records and back. Protobuf goes no further into the server.
 
-Every request field is checked on the way in; ranges are in `veneer_server.rpc.checks`.
+Every request field is checked on the way in; ranges are in `veneer_server.serving.checks`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Unimplemented
 
-from veneer_server.rpc.checks import (
+from veneer_server.serving.checks import (
     MAX_MESSAGES,
     checked_constraint,
     checked_n,
@@ -24,7 +24,7 @@ from veneer_server.rpc.checks import (
     checked_top_logprobs,
     refuse,
 )
-from veneer_server.rpc.records import (
+from veneer_server.serving.records import (
     ChatMessages,
     FinishReason,
     GenerateCall,

@@ -10,10 +10,10 @@ from typing import Any, Final
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
 from veneer_registry.errors import Aborted
 
-from veneer_server.engine.messages import Tops
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
-from veneer_server.rpc.generation import Delta, Generation, Generator
+from veneer_server.serving.generation import Delta, Generation, Generator
+from veneer_server.wire.messages import Tops
 
 __all__ = ["GENERATE_METHODS", "InferenceService"]
 

@@ -19,14 +19,19 @@ from veneer_registry.errors import Aborted, InvalidField, ModelLoading, VeneerEr
 
 from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.metrics import Metrics
-from veneer_server.pace import Pace
-from veneer_server.rpc.calls import Calls
-from veneer_server.rpc.connections import Connections
-from veneer_server.rpc.decoding import COUNTED_FROM, MAX_FIELDS, MAX_STREAM_FIELDS, decoder
+from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.open_calls import OpenCalls
-from veneer_server.rpc.receiving import Receiving
-from veneer_server.rpc.who import CALLER
+from veneer_server.rpc.transport.connections import Connections
+from veneer_server.rpc.transport.decoding import (
+    COUNTED_FROM,
+    MAX_FIELDS,
+    MAX_STREAM_FIELDS,
+    decoder,
+)
+from veneer_server.rpc.transport.receiving import Receiving
+from veneer_server.serving.calls import Calls
+from veneer_server.serving.who import CALLER
+from veneer_server.telemetry.metrics import Metrics
 
 __all__ = ["CallInterceptor"]
 

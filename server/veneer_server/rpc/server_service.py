@@ -11,15 +11,15 @@ from veneer_registry.errors import InvalidField
 from veneer_registry.registry import Registry
 
 from veneer_server import __version__
-from veneer_server.capacity import Budgets, Capacity, Limit, plan_capacity
 from veneer_server.config import ServerConfig
-from veneer_server.engine.client import EngineClient
-from veneer_server.machine import peak_bytes
-from veneer_server.memory import BLOCK_TOKENS
-from veneer_server.metrics import Metrics
+from veneer_server.engine_client.client import EngineClient
 from veneer_server.rpc import convert
-from veneer_server.rpc.budgets import AdapterBudgets
-from veneer_server.rpc.threads import to_the_end
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.threads import to_the_end
+from veneer_server.sizing.capacity import Budgets, Capacity, Limit, plan_capacity
+from veneer_server.sizing.memory_plan import BLOCK_TOKENS
+from veneer_server.system.machine import peak_bytes
+from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.defaults import RequestDefaults
 
 __all__ = ["ServerService"]

@@ -18,9 +18,9 @@ from veneer_registry.errors import Aborted, AdapterNotFound
 from veneer_registry.registry import AdapterRecord, Registry
 
 from veneer_server.rpc import convert
-from veneer_server.rpc.adapter_events import AdapterEvents, Happened, Kind, Weights
-from veneer_server.rpc.adapter_view import AdapterView
-from veneer_server.rpc.threads import to_the_end
+from veneer_server.serving.adapters.events import AdapterEvents, Happened, Kind, Weights
+from veneer_server.serving.adapters.view import AdapterView
+from veneer_server.serving.threads import to_the_end
 
 __all__ = ["AdapterWatch"]
 

@@ -10,9 +10,9 @@ from typing import Final
 from veneer_registry.errors import ContextTooLong, InvalidField, TemplateFailed
 
 from veneer_server.text.lanes import Lanes
-from veneer_server.text.template import ChatTemplate, read_base_template
+from veneer_server.text.templates.template import ChatTemplate, read_base_template
+from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.text.tokenizer import TextTokenizer
-from veneer_server.text.uploaded_templates import UploadedTemplates
 
 __all__ = ["Prompt", "Prompts", "Room"]
 

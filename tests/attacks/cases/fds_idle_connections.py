@@ -10,7 +10,7 @@ from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from veneer_server.descriptors import raise_limit
+from veneer_server.system.descriptors import raise_limit
 
 from tests.attacks.case import Target
 

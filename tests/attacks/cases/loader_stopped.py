@@ -16,7 +16,7 @@ from tests.attacks.case import Target
 
 TITLE = "loader processes that are stopped (SIGSTOP)"
 
-_MODULE: Final = "veneer_server.lora.loader_process"
+_MODULE: Final = "veneer_server.adapters.loader_process"
 _LIMIT_S: Final = 90
 
 

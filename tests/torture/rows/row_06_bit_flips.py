@@ -16,8 +16,8 @@ from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterCorrupt
 from veneer_registry.format import weights_digest
 from veneer_registry.registry import Registry
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora.loaders import HostCopy
+from veneer_server.adapters.loaders import HostCopy
+from veneer_server.wire.messages import AdapterSource
 
 from tests.torture.crafted import CONFIG, WEIGHTS
 from tests.torture.loading import load_here

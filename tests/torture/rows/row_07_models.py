@@ -16,8 +16,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.entry import Entry
 from veneer_registry.index import Index
-from veneer_server.engine.copies import Copies
-from veneer_server.engine.residency import Residency
+from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.residency import Residency
 
 from tests.torture.registry_rules import RegistryRules
 from tests.torture.row import Control, Outcome, Scale
@@ -148,7 +148,9 @@ PLANTED: dict[str, tuple[Machine, Plant]] = {
     ),
     "lower budgets drop nothing": (
         StoreAndMemory,
-        lambda: patch("veneer_server.engine.residency.shrink", lambda copies, waiting: []),
+        lambda: patch(
+            "veneer_server.engine.residency.residency.shrink", lambda copies, waiting: []
+        ),
     ),
 }
 

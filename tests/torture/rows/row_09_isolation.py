@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from veneer_server.engine import backends
+from veneer_server.engine.execution import backend_choice as backends
 
 from tests.server_harness import Server, running_server
 from tests.tiny_llama import make_tiny_llama

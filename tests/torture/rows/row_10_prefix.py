@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from veneer_registry.format import read_adapter
-from veneer_server.memory import BLOCK_TOKENS
+from veneer_server.sizing.memory_plan import BLOCK_TOKENS
 
 from tests.engine_harness import source
 from tests.server_harness import read_files, request, upload_messages

@@ -18,11 +18,11 @@ from veneer_registry.format import to_bfloat16
 from veneer_registry.registry import Registry
 from veneer_registry.safetensors_header import parse_header
 from veneer_registry.values import MAX_MAGNITUDE, ServingDtype
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.lora.batch import LoraBatch
-from veneer_server.memory import BLOCK_TOKENS
-from veneer_server.models.attention import KvCache
-from veneer_server.native.decoder import NativeDecoder
+from veneer_server.backends.native.decoder import NativeDecoder
+from veneer_server.backends.torch.attention import KvCache
+from veneer_server.backends.torch.lora import LoraBatch
+from veneer_server.sizing.memory_plan import BLOCK_TOKENS
+from veneer_server.wire.messages import AdapterSource
 
 from tests.engine_harness import EngineHarness, source
 from tests.tiny_llama import make_lora

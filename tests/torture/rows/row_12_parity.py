@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
-from veneer_server.engine.messages import AdapterSource, EngineConfig
 from veneer_server.models.source import BUNDLED
+from veneer_server.wire.messages import AdapterSource, EngineConfig
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
 from tests.integration.test_parity import load_reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.metrics import Metrics
+from veneer_server.telemetry.metrics import Metrics
 
 
 @pytest.mark.parametrize(

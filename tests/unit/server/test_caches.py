@@ -17,8 +17,7 @@ import pytest
 import torch
 from veneer_registry.errors import InvalidField
 from veneer_registry.fingerprint import fingerprint_base, weights_fingerprint
-from veneer_server.engine.backends import choose
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.engine.execution.backend_choice import choose
 from veneer_server.models import sealed, source
 from veneer_server.models.loader import load_weights
 from veneer_server.models.sealed import MANIFEST, seal
@@ -29,6 +28,7 @@ from veneer_server.models.source import (
     bundled_damage,
     import_bundled,
 )
+from veneer_server.wire.messages import EngineConfig
 
 from tests.unit.server.test_decoder import SHAPES, save_random
 

@@ -17,13 +17,13 @@ from transformers import (
     Qwen3Config,
 )
 from veneer_registry.fingerprint import weights_fingerprint
-from veneer_server.models.arrays import StepArrays
-from veneer_server.models.attention import KvCache
+from veneer_server.backends.torch.attention import KvCache
+from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.models.config import UnsupportedModel, read_decoder_config
-from veneer_server.models.decoder import Decoder
 from veneer_server.models.linear import fuse
 from veneer_server.models.loader import load_weights
 from veneer_server.models.packed import PackedFourBit
+from veneer_server.step.arrays import StepArrays
 
 # Sizes that bitsandbytes can pack: rows % 32 == 0, columns % 64 == 0.
 TINY: dict[str, Any] = {
@@ -269,7 +269,7 @@ def test_blocks_that_straddle_rows_are_not_packed() -> None:
 
 def test_sequences_are_read_in_as_few_groups_as_pay() -> None:
     """Lengths far apart are apart where padding is dear, and together where it is not."""
-    from veneer_server.models.attention import AttentionPlan
+    from veneer_server.backends.torch.attention import AttentionPlan
 
     batch = step([([5], length - 1, list(range(1, 2 + length // 16))) for length in LENGTHS])
     sizes = {}

@@ -10,7 +10,7 @@ from veneer_registry.child_python import child_python
 
 TAKES = """
 import resource, sys
-from veneer_server.heap import data_bytes, fill_holes
+from veneer_server.system.heap import data_bytes, fill_holes
 blocks = [bytes(600) for _ in range(60_000)]
 del blocks[::2]  # 18 MB in holes that nothing can give back
 if sys.argv[1] == "filled":
@@ -38,7 +38,7 @@ def test_a_limit_bounds_all_that_is_used(holes: str, more: bool) -> None:
 
 ARENAS = """
 import ctypes, os, sys, threading
-from veneer_server.heap import configure_malloc
+from veneer_server.system.heap import configure_malloc
 if sys.argv[1] == "configured":
     configure_malloc()
 libc = ctypes.CDLL(None)

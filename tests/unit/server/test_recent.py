@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from veneer_server.pace import Pace
-from veneer_server.recent import Recent
-from veneer_server.rpc.standings import Standings
+from veneer_server.queues.recent import Recent
+from veneer_server.queues.refusal_pace import Pace
+from veneer_server.rpc.transport.standings import Standings
 
 
 def test_the_key_assigned_longest_ago_is_forgotten() -> None:

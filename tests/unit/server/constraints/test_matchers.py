@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints.following import Followed
+from veneer_server.constraints.frames import Advance, Failed, Follow, Mask, Masks, Role, Setup
 from veneer_server.constraints.matchers import Matchers
-from veneer_server.constraints.wire import Advance, Failed, Follow, Mask, Masks, Role, Setup
-from veneer_server.engine.messages import Constraint, ConstraintLimits
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 WORD = Constraint("regex", "[a-z]+")
 

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints import matchers
 from veneer_server.constraints.family import Family
+from veneer_server.constraints.frames import Ended, Ready, Setup
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
-from veneer_server.constraints.wire import Ended, Ready, Setup
-from veneer_server.engine.messages import (
+from veneer_server.step.plan import Following
+from veneer_server.wire.messages import (
     Constraint,
     ConstraintDone,
     ConstraintLimits,
     MatcherEnded,
 )
-from veneer_server.engine.sequence import Following
 
 from tests.attacks.hostile_constraints import HOSTILE
 

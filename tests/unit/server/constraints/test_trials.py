@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from veneer_server.constraints.trials import REMEMBERED, Outcome, Trials
-from veneer_server.engine.messages import Constraint
+from veneer_server.wire.messages import Constraint
 
 
 def regex(text: str) -> Constraint:

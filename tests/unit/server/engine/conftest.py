@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.engine.sampler import Draws, TorchDraws
-from veneer_server.native.compiler import NativeUnavailable, build
-from veneer_server.native.draws import NativeDraws
-from veneer_server.native.library import Library
+from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.draws import NativeDraws
+from veneer_server.backends.native.library import Library
+from veneer_server.engine.execution.sampler import TorchDraws
+from veneer_server.step.choice import Draws
 
 from tests.backends_ran import skip_or_fail
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from veneer_registry.errors import AdapterCorrupt
-from veneer_server.engine.loop import Arrived
-from veneer_server.engine.messages import (
+from veneer_server.step.inbox import Arrived
+from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
     Cancel,

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from veneer_server.engine.backends import BackendUnavailable, Chosen, choose
-from veneer_server.engine.messages import EngineConfig
-from veneer_server.models.decoder import Decoder
-from veneer_server.native import chosen
-from veneer_server.native.forms import compile_forms
-from veneer_server.native.library import Library
+from veneer_server.backends.native import chosen
+from veneer_server.backends.native.forms import compile_forms
+from veneer_server.backends.native.library import Library
+from veneer_server.backends.torch.decoder import Decoder
+from veneer_server.engine.execution.backend_choice import BackendUnavailable, Chosen, choose
+from veneer_server.wire.messages import EngineConfig
 
 from tests.backends_ran import native_possible
 from tests.tiny_llama import make_tiny_llama

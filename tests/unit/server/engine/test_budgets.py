@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.engine import planner
-from veneer_server.engine.messages import (
+from veneer_server.engine.residency.residency import load_planner as planner
+from veneer_server.wire.messages import (
     Activate,
     BudgetsState,
     Evicted,

@@ -11,9 +11,10 @@ from typing import ClassVar
 import msgspec
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.engine import supervisor
-from veneer_server.engine.client import EngineClient, EngineEvent
-from veneer_server.engine.messages import (
+from veneer_server.engine_client import supervisor
+from veneer_server.engine_client.client import EngineClient, EngineEvent
+from veneer_server.engine_client.resident_set import Resident
+from veneer_server.wire.messages import (
     BudgetsState,
     EngineConfig,
     FromEngine,
@@ -23,7 +24,6 @@ from veneer_server.engine.messages import (
     decode_to_engine,
     encode,
 )
-from veneer_server.engine.residents import Resident
 
 from tests.unit.server.engine.test_loop import Engine
 from tests.unit.server.engine.test_supervisor import INFO

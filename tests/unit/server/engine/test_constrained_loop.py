@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import InvalidField
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.loop import Inbox, StepLoop, Unheld
-from veneer_server.engine.messages import (
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.step.inbox import Inbox, Unheld
+from veneer_server.step.plan import ConstraintFailure, Following, StepPlan, StepResult
+from veneer_server.wire.messages import (
     Cancel,
     Constraint,
     FromEngine,
@@ -20,14 +24,6 @@ from veneer_server.engine.messages import (
     SequenceOutput,
     Stop,
     Submit,
-)
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
-from veneer_server.engine.sequence import (
-    ConstraintFailure,
-    Following,
-    StepPlan,
-    StepResult,
 )
 
 

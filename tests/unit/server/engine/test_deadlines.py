@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import cast
 
 import pytest
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.connection import Connection
-from veneer_server.engine.messages import (
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.connection import Connection
+from veneer_server.wire.messages import (
     AdapterSource,
     Constraint,
     EngineConfig,

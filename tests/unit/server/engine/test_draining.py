@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from veneer_server.engine.loop import Arrived
-from veneer_server.engine.messages import (
+from veneer_server.step.inbox import Arrived
+from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
     Cancel,

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
-from veneer_server.engine import eviction
-from veneer_server.engine.eviction import EvictionOrder, ReloadCost
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.tiers import MemoryTier
+from veneer_server.engine.residency.eviction import EvictionOrder, ReloadCost
+from veneer_server.engine.residency.residency import Residency, eviction
+from veneer_server.engine.residency.tiers import MemoryTier
 
 from tests.bench.residency import LeastRecentlyUsed
 from tests.unit.server.engine.test_residency import Memory

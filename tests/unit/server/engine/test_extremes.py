@@ -13,11 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
-from veneer_server.engine.messages import SamplingParams
-from veneer_server.engine.sampler import Choice, Draws, sample
-from veneer_server.rpc.checks import checked_sampling
-from veneer_server.rpc.limits import resolve_sampling
+from veneer_server.engine.execution.sampler import sample
+from veneer_server.serving.checks import checked_sampling
+from veneer_server.serving.limits import resolve_sampling
+from veneer_server.step.choice import Choice, Draws
 from veneer_server.text.defaults import RequestDefaults
+from veneer_server.wire.messages import SamplingParams
 
 from tests.unit.server.engine.test_history import seen_in
 

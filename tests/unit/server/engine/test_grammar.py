@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
-from veneer_server.engine.messages import Constraint, ConstraintLimits
-from veneer_server.engine.sequence import Following
+from veneer_server.step.plan import Following
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 VOCAB, EOS = 49152, 2
 PADDED = VOCAB + 40

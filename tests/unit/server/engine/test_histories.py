@@ -26,17 +26,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
-from veneer_server.engine import prefix_cache
-from veneer_server.engine.admission import Admission
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.copies import Copies
-from veneer_server.engine.messages import AdapterSource
-from veneer_server.engine.planner import Planner
-from veneer_server.engine.prefix_cache import PrefixCache
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, Update
-from veneer_server.engine.sequence import Sequence, StepPlan
-from veneer_server.engine.tiers import Drop, Entry, Plan
+from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.load_planner import Planner
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Drop, Entry, Plan
+from veneer_server.engine.scheduling import prefix_cache
+from veneer_server.engine.scheduling.admission import Admission
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.prefix_cache import PrefixCache
+from veneer_server.engine.scheduling.scheduler import Scheduler, Update
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.step.plan import StepPlan
+from veneer_server.wire.messages import AdapterSource
 
 from tests.unit.server.engine.world import BLOCK, CONTEXT, SIZE, World, adapter, token_of
 
@@ -394,7 +395,7 @@ def _keys_without_parents(patch: pytest.MonkeyPatch) -> None:
             right(own, 1, tokens=tokens[i * size :], block_size=size, **rest)
             keys += own
 
-    patch.setattr("veneer_server.engine.block_manager.extend_chain", wrong)
+    patch.setattr("veneer_server.engine.scheduling.block_manager.extend_chain", wrong)
 
 
 def _keys_without(field: str, value: str | None) -> Callable[[pytest.MonkeyPatch], None]:
@@ -404,7 +405,7 @@ def _keys_without(field: str, value: str | None) -> Callable[[pytest.MonkeyPatch
         def wrong(keys: list[bytes], count: int, **rest: Any) -> None:
             right(keys, count, **{**rest, field: value})
 
-        patch.setattr("veneer_server.engine.block_manager.extend_chain", wrong)
+        patch.setattr("veneer_server.engine.scheduling.block_manager.extend_chain", wrong)
 
     plant.__name__ = f"keys_without_{field}"
     return plant
@@ -458,7 +459,7 @@ def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
         copies.lower_ceilings()
         return []
 
-    patch.setattr("veneer_server.engine.residency.shrink", wrong)
+    patch.setattr("veneer_server.engine.residency.residency.shrink", wrong)
 
 
 def _a_lower_budget_is_forgotten(patch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence as Tokens
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from veneer_server.engine import sampler
-from veneer_server.engine.history import History, Seen
-from veneer_server.engine.messages import SamplingParams, Submit
-from veneer_server.engine.sampler import Choice
-from veneer_server.engine.sequence import Sequence, plan_sequence
+from veneer_server.engine.execution import sampler
+from veneer_server.engine.scheduling.sequence import Sequence, plan_sequence
+from veneer_server.step.choice import Choice
+from veneer_server.step.token_counts import History, Seen
+from veneer_server.wire.messages import SamplingParams, Submit
 
 VOCAB = 7
 PENALTIES = SamplingParams(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=-0.1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from veneer_server.engine.loop import CHECK_SECONDS
-from veneer_server.engine.messages import Activate, Ping, Pong, Stop
+from veneer_server.wire.messages import Activate, Ping, Pong, Stop
 
 from tests.unit.server.engine.test_loop import Engine, request
 from tests.unit.server.engine.world import adapter

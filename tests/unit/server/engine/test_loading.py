@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from veneer_server.engine.messages import FromEngine, Loading
 from veneer_server.engine.process import _Loading
 from veneer_server.progress import Part, stage
+from veneer_server.wire.messages import FromEngine, Loading
 
 
 @pytest.fixture(autouse=True)

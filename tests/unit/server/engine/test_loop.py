@@ -5,9 +5,13 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass, field
 
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.loop import Arrived, Inbox, StepLoop
-from veneer_server.engine.messages import (
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.step.inbox import Arrived, Inbox
+from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
     Cancel,
@@ -23,9 +27,6 @@ from veneer_server.engine.messages import (
     Submit,
     Unpin,
 )
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
-from veneer_server.engine.sequence import StepPlan, StepResult
 
 from tests.unit.server.engine.world import adapter
 

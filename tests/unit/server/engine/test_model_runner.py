@@ -17,9 +17,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.loop import Inbox, StepLoop, Unheld
-from veneer_server.engine.messages import (
+from veneer_server.engine.execution.model_runner import ModelRunner
+from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.step.arrays import StepArrays, finite_rows
+from veneer_server.step.inbox import Inbox, Unheld
+from veneer_server.step.plan import PlannedSequence, StepPlan
+from veneer_server.wire.messages import (
     Constraint,
     ConstraintLimits,
     FromEngine,
@@ -29,11 +35,6 @@ from veneer_server.engine.messages import (
     Stop,
     Submit,
 )
-from veneer_server.engine.model_runner import ModelRunner
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler, SchedulerLimits
-from veneer_server.engine.sequence import PlannedSequence, StepPlan
-from veneer_server.models.arrays import StepArrays, finite_rows
 
 VOCAB, EOS, BLOCK = 49152, 2, 4
 PEOPLE = Constraint(

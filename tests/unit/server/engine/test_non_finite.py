@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.wire.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine
 from tests.torture.forms import Form, forms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from veneer_server.engine.pace import Pace
+from veneer_server.engine.scheduling.pace import Pace
 
 FIXED_S = 0.02
 

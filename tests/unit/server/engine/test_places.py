@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from veneer_registry.errors import InvalidField, QueueFull
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.messages import EngineConfig
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.wire.messages import EngineConfig
 
 
 def client() -> EngineClient:

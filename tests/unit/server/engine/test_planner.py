@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.engine import planner
-from veneer_server.engine.planner import Planner
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.tiers import Load
+from veneer_server.engine.residency.load_planner import Planner
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.residency import load_planner as planner
+from veneer_server.engine.residency.tiers import Load
 
 from tests.bench.residency import LeastRecentlyUsed, Simulation, wanted
 from tests.unit.server.engine.test_residency import Memory

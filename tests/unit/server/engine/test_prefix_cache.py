@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.engine.prefix_cache import PrefixCache, extend_chain
+from veneer_server.engine.scheduling.prefix_cache import PrefixCache, extend_chain
 
 from tests.unit.server.engine.world import BLOCK, World, adapter
 

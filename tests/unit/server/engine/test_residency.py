@@ -15,10 +15,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine import integrity
-from veneer_server.engine.copies import Copies
-from veneer_server.engine.messages import EvictMode
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.tiers import Action, Drop, Entry, Load, MemoryTier, Plan
+from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Action, Drop, Entry, Load, MemoryTier, Plan
+from veneer_server.wire.messages import EvictMode
 
 from tests.unit.server.engine.world import SIZE, adapter
 
@@ -337,7 +337,7 @@ def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
         copies.lower_ceilings()
         return []
 
-    patch.setattr("veneer_server.engine.residency.shrink", wrong)
+    patch.setattr("veneer_server.engine.residency.residency.shrink", wrong)
 
 
 def _what_is_dropped_still_counts(patch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,11 @@ from veneer_registry.errors import (
     EngineFailed,
     ModelLoading,
 )
-from veneer_server.engine import residents
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.messages import AdapterSource, EngineConfig, Occupancy, Residency
-from veneer_server.engine.residents import MemoryTier, Residents
+from veneer_server.engine_client import resident_set as residents
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.resident_set import MemoryTier, Residents
 from veneer_server.progress import SINK, Part
+from veneer_server.wire.messages import AdapterSource, EngineConfig, Occupancy, Residency
 
 SIZE = 10
 

@@ -10,16 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from veneer_server.engine import sampler
-from veneer_server.engine.messages import SamplingParams
-from veneer_server.engine.sampler import (
-    Choice,
-    Draws,
-    sample,
-    token_logprobs,
-    top_tokens,
-    uniform,
-)
+from veneer_server.engine.execution import sampler
+from veneer_server.engine.execution.sampler import sample, token_logprobs, top_tokens, uniform
+from veneer_server.step.choice import Choice, Draws
+from veneer_server.wire.messages import SamplingParams
 
 from tests.unit.server.engine.test_history import as_dict, seen_in
 

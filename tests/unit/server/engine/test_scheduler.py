@@ -6,9 +6,9 @@ from typing import Literal
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.sequence import Finish, SequenceState
-from veneer_server.engine.tiers import Drop
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Drop
+from veneer_server.engine.scheduling.sequence import Finish, SequenceState
 
 from tests.unit.server.engine.world import SIZE, World, adapter
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 import pytest
 from veneer_registry.errors import EngineFailed
-from veneer_server.engine import supervisor
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.limits import (
+from veneer_server.engine.scheduling.step_limits import (
     SMALLEST_CHUNK,
     STEP_SECONDS,
     SchedulerLimits,
     StepCost,
 )
-from veneer_server.engine.messages import EngineConfig, EngineInfo, SamplingParams, StepDone
-from veneer_server.engine.supervisor import HANG_FACTOR, SILENCE_SECONDS, Supervisor
+from veneer_server.engine_client import supervisor
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.engine_client.supervisor import HANG_FACTOR, SILENCE_SECONDS, Supervisor
+from veneer_server.wire.messages import EngineConfig, EngineInfo, SamplingParams, StepDone
 
 from tests.engine_harness import GREEDY, engine
 from tests.other_engine import engine_of

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 from veneer_registry.errors import Aborted, EngineFailed
-from veneer_server.engine.messages import SequenceOutput
-from veneer_server.engine.streams import MAX_BUFFERED_BYTES, OutputStream
+from veneer_server.engine_client.streams import MAX_BUFFERED_BYTES, OutputStream
+from veneer_server.wire.messages import SequenceOutput
 
 
 def first() -> SequenceOutput:

@@ -12,9 +12,10 @@ from typing import ClassVar, TypeVar
 
 import pytest
 from veneer_registry.errors import EngineFailed, VeneerError
-from veneer_server.engine import supervisor
-from veneer_server.engine.connection import Connection, _next_frame
-from veneer_server.engine.messages import (
+from veneer_server.engine_client import supervisor
+from veneer_server.engine_client.connection import Connection, _next_frame
+from veneer_server.engine_client.supervisor import Supervisor
+from veneer_server.wire.messages import (
     LENGTH,
     EngineConfig,
     EngineInfo,
@@ -22,7 +23,6 @@ from veneer_server.engine.messages import (
     Occupancy,
     ToEngine,
 )
-from veneer_server.engine.supervisor import Supervisor
 
 T = TypeVar("T")
 INFO = EngineInfo("cpu", "fake", "Fake", 1, 1, 64, 10, 100, 4, 0.0)

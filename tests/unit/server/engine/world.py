@@ -18,20 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from veneer_server.engine.block_manager import BlockManager
-from veneer_server.engine.limits import FIXED_CHUNK, SchedulerLimits
-from veneer_server.engine.messages import AdapterSource, EvictMode, SamplingParams, Submit
-from veneer_server.engine.residency import Residency
-from veneer_server.engine.scheduler import Scheduler
-from veneer_server.engine.sequence import (
-    Finish,
-    PlannedSequence,
-    Sequence,
-    SequenceState,
-    StepPlan,
-    StepResult,
-)
-from veneer_server.engine.tiers import Action, Drop, Load, MemoryTier
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Action, Drop, Load, MemoryTier
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.sequence import Finish, Sequence, SequenceState
+from veneer_server.engine.scheduling.step_limits import FIXED_CHUNK, SchedulerLimits
+from veneer_server.step.plan import PlannedSequence, StepPlan, StepResult
+from veneer_server.wire.messages import AdapterSource, EvictMode, SamplingParams, Submit
 
 SIZE = 100
 BLOCK = 4

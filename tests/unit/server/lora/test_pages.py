@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from veneer_server.lora.pages import make_ready, map_pages, memory
+from veneer_server.adapters.pages import make_ready, map_pages, memory
 
 MB = 1 << 20
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="of Linux")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from veneer_server.capacity import Budgets, Capacity, Limit, plan_capacity
-from veneer_server.engine.block_manager import BlockManager
+from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.sizing.capacity import Budgets, Capacity, Limit, plan_capacity
 
 
 def budgets(

@@ -15,7 +15,7 @@ import pytest
 from veneer_registry.lock import OwnerLock
 from veneer_server import doctor, openai
 from veneer_server.config import load_config
-from veneer_server.doctor import Check, examine, report
+from veneer_server.operate.doctor import Check, examine, report
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from veneer_server.machine import find_gpu, host_memory, peak_bytes, usable_cores
+from veneer_server.system.machine import find_gpu, host_memory, peak_bytes, usable_cores
 
 MEMINFO = (
     "MemTotal:        8192 kB\nMemFree:  100 kB\nMemAvailable:    4096 kB\nHugePages_Total: 0\n"

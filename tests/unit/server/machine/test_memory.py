@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from veneer_server.config import ServerConfig, load_config
-from veneer_server.engine.messages import SamplingParams
-from veneer_server.engine.sampler import Choice, sample
-from veneer_server.machine import Gpu, HostMemory
-from veneer_server.memory import (
+from veneer_server.engine.execution.sampler import sample
+from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.sizing.memory_plan import (
     LARGEST_AUTO_KV_BYTES,
     MemoryPlan,
     MemoryTooSmall,
@@ -18,7 +17,9 @@ from veneer_server.memory import (
     plan_memory,
     token_bytes,
 )
-from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.step.choice import Choice
+from veneer_server.system.machine import Gpu, HostMemory
+from veneer_server.wire.messages import SamplingParams
 
 GIB = 1 << 30
 

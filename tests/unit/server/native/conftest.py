@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.native.compiler import NativeUnavailable, build
-from veneer_server.native.library import Library
+from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.library import Library
 
 from tests.backends_ran import skip_or_fail
 

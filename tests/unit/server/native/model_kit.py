@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 from veneer_registry.adapter import LoraModule
-from veneer_server.lora.batch import Segment
-from veneer_server.lora.layout import Layout
-from veneer_server.lora.table import AdapterTable
-from veneer_server.models.arrays import StepArrays
+from veneer_server.backends.native import linear as native_linear
+from veneer_server.backends.native.decoder import NativeDecoder
+from veneer_server.backends.native.library import BFLOAT16, Library
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.loader import DecoderWeights, LayerWeights
-from veneer_server.native import linear as native_linear
-from veneer_server.native.decoder import NativeDecoder
-from veneer_server.native.library import BFLOAT16, Library
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import Segment, StepArrays
+from veneer_server.step.layout import Layout
 
 from tests.unit.server import test_decoder as oracle
 from tests.unit.server.native.rounded_model import LINEARS, Base, Update

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from veneer_server import doctor
+from veneer_server.backends.native import compiler, kept
+from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.library import Library
 from veneer_server.config import load_config
-from veneer_server.native import compiler, kept
-from veneer_server.native.compiler import NativeUnavailable, build
-from veneer_server.native.library import Library
+from veneer_server.operate import doctor
 
 ROOT = os.geteuid() == 0
 SOMEBODY = 54321

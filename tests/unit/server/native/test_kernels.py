@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from veneer_server.lora.table import AdapterTable
-from veneer_server.native.library import EIGHT_BIT, Library
+from veneer_server.backends.native.library import EIGHT_BIT, Library
+from veneer_server.step.adapter_table import AdapterTable
 
 from tests.unit.server.native.model_kit import (
     VOCABULARY,

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from veneer_registry.adapter import LoraModule
-from veneer_server.lora.batch import Segment
-from veneer_server.lora.layout import Layout
-from veneer_server.lora.table import AdapterTable
-from veneer_server.models.arrays import StepArrays
+from veneer_server.backends.native import linear as native_linear
+from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.decoder import NativeDecoder
+from veneer_server.backends.native.library import BFLOAT16, EIGHT_BIT, Library
 from veneer_server.models.loader import load_weights
-from veneer_server.native import linear as native_linear
-from veneer_server.native.compiler import NativeUnavailable, build
-from veneer_server.native.decoder import NativeDecoder
-from veneer_server.native.library import BFLOAT16, EIGHT_BIT, Library
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import Segment, StepArrays
+from veneer_server.step.layout import Layout
 
 from tests.unit.server import test_decoder as oracle
 

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from veneer_server import doctor
+from veneer_server.backends.native import chosen, compiler
+from veneer_server.backends.native.chosen import find_library
+from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.forms import AVX2, AVX512, FORMS, HEX, compile_forms
+from veneer_server.backends.native.library import Library
 from veneer_server.config import load_config
-from veneer_server.native import chosen, compiler
-from veneer_server.native.chosen import find_library
-from veneer_server.native.compiler import NativeUnavailable
-from veneer_server.native.forms import AVX2, AVX512, FORMS, HEX, compile_forms
-from veneer_server.native.library import Library
+from veneer_server.operate import doctor
 
 from tests.backends_ran import native_possible
 from tests.unit.server.native.test_kept_library import broken, for_a_group

@@ -6,8 +6,14 @@ import json
 import random
 
 import pytest
-from veneer_server.openai import body as module
-from veneer_server.openai.body import MAX_DEPTH, MAX_ITEMS, MAX_NODES, check_size, parse_body
+from veneer_server.openai.http import body as module
+from veneer_server.openai.http.body import (
+    MAX_DEPTH,
+    MAX_ITEMS,
+    MAX_NODES,
+    check_size,
+    parse_body,
+)
 
 
 @pytest.mark.parametrize(

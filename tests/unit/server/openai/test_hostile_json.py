@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from veneer_server.openai.wire import MAX_BODY
+from veneer_server.openai.http.asgi import MAX_BODY
 
 from tests.hostile.http import json_cases
 from tests.unit.server.openai.kit import BASE, CHAT

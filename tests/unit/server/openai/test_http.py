@@ -11,9 +11,9 @@ import httpx
 import pytest
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import AdapterRecord, Registry
-from veneer_server.engine.messages import SequenceOutput
 from veneer_server.openai import routes
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.openai.kit import BASE, CHAT, TEXT, error_of, events, ok, post
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens

@@ -17,9 +17,9 @@ import pytest
 from veneer_registry.errors import InternalError
 from veneer_server.app import App, CannotListen
 from veneer_server.config import ConfigInvalid, load_config
-from veneer_server.engine.messages import SequenceOutput
 from veneer_server.openai import GatewayMissing, require_gateway
-from veneer_server.openai.wire import ABORT, ReaderStopped, Reply
+from veneer_server.openai.http.asgi import ABORT, ReaderStopped, Reply
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.ports import free_port
 from tests.unit.server.rpc.front_harness import running, until

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from veneer_server.openai import wire
-from veneer_server.openai.wire import LONG_BODY, Bodies, read_json
+from veneer_server.openai.http import asgi as wire
+from veneer_server.openai.http.asgi import LONG_BODY, Bodies, read_json
 
 SCOPE = {"headers": [(b"content-type", b"application/json")]}
 

@@ -9,7 +9,7 @@ import grpc
 import httpx
 import pytest
 from veneer_proto.v1 import inference_pb2
-from veneer_server.pace import BURST, LONGEST_S, MOST, PIECE, Pace
+from veneer_server.queues.refusal_pace import BURST, LONGEST_S, MOST, PIECE, Pace
 
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, running, until
 

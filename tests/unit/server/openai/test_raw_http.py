@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client import generate_latest
-from veneer_server.openai.strict import MAX_HEAD, MAX_HEADERS, MAX_SMALL_CHUNKS
+from veneer_server.openai.http.strict import MAX_HEAD, MAX_HEADERS, MAX_SMALL_CHUNKS
 
 from tests.unit.server.openai.kit import TEXT
 from tests.unit.server.rpc.front_harness import Front, running

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client import generate_latest
 from veneer_registry.errors import NonFiniteOutput, QueueFull
-from veneer_server.engine.messages import SequenceOutput
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.garbage import collected
 from tests.unit.server.openai.kit import CHAT, TEXT, error_of, ok, post

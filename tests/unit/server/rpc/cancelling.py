@@ -17,10 +17,17 @@ from typing import Any, TypeVar
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.registry import Registry
-from veneer_server.adapter_log import AdapterLog
-from veneer_server.engine import supervisor
-from veneer_server.engine.client import EngineClient, EngineEvent
-from veneer_server.engine.messages import (
+from veneer_server.engine_client import supervisor
+from veneer_server.engine_client.client import EngineClient, EngineEvent
+from veneer_server.operate.housekeeping import Housekeeping
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.serving.adapters.events import AdapterEvents
+from veneer_server.serving.adapters.uploads import Uploads
+from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.telemetry.adapter_log import AdapterLog
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.wire.messages import (
     EngineConfig,
     SamplingParams,
     ToEngine,
@@ -28,13 +35,6 @@ from veneer_server.engine.messages import (
     decode_to_engine,
     encode,
 )
-from veneer_server.housekeeping import Housekeeping
-from veneer_server.metrics import Metrics
-from veneer_server.rpc.adapter_events import AdapterEvents
-from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.adapter_view import AdapterUse, source_of
-from veneer_server.rpc.budgets import AdapterBudgets
-from veneer_server.rpc.upload import Uploads
 
 from tests.unit.registry.kit import BASE
 from tests.unit.server.engine.test_client_memory import LoopConnection

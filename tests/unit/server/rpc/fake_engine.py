@@ -19,8 +19,9 @@ from veneer_registry.errors import (
     QueueFull,
     VeneerError,
 )
-from veneer_server.engine.client import EngineEvent
-from veneer_server.engine.messages import (
+from veneer_server.engine_client.client import EngineEvent
+from veneer_server.engine_client.resident_set import Resident
+from veneer_server.wire.messages import (
     AdapterSource,
     BudgetsState,
     Constraint,
@@ -34,7 +35,6 @@ from veneer_server.engine.messages import (
     StepDone,
     TierName,
 )
-from veneer_server.engine.residents import Resident
 
 VOCABULARY = 49152
 CONTEXT = 64

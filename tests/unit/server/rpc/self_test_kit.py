@@ -14,13 +14,13 @@ from typing import Any
 
 from veneer_registry.adapter import AdapterRef, BaseFingerprint, BaseSpec
 from veneer_registry.registry import Registry
-from veneer_server.engine.client import EngineClient
-from veneer_server.engine.messages import EngineConfig, ToEngine
-from veneer_server.lora.table import AdapterTable
+from veneer_server.engine_client.client import EngineClient
 from veneer_server.models.config import read_decoder_config
-from veneer_server.rpc.adapter_view import AdapterUse, source_of
-from veneer_server.rpc.self_test import Report, SelfTest
+from veneer_server.serving.adapters.self_test import Report, SelfTest
+from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.text.prompts import Prompts
+from veneer_server.wire.messages import EngineConfig, ToEngine
 
 from tests.engine_harness import GREEDY, EngineHarness, engine
 from tests.tiny_llama import make_lora, make_tiny_llama

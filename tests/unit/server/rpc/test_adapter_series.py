@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from veneer_server.adapter_series import MAX_NAMES, AdapterSeries
-from veneer_server.engine.messages import Occupancy, Residency, TierName
+from veneer_server.telemetry.adapter_series import MAX_NAMES, AdapterSeries
+from veneer_server.wire.messages import Occupancy, Residency, TierName
 
 
 class FakeCatalog(dict[str, str]):

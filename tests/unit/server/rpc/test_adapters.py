@@ -12,7 +12,7 @@ import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import AdapterNotFound
-from veneer_server.engine.messages import AdapterSource
+from veneer_server.wire.messages import AdapterSource
 
 from tests.unit.server.rpc.front_harness import (
     Front,

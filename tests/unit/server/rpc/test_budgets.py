@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.memory import MemoryPlan, MemoryTooSmall
-from veneer_server.rpc.budgets import AdapterBudgets
+from veneer_server.serving.adapters.budgets import AdapterBudgets
+from veneer_server.sizing.memory_plan import MemoryPlan, MemoryTooSmall
 
 from tests.unit.server.rpc.cancelling import BUDGET, server
 

@@ -15,8 +15,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
-from veneer_server.rpc import connections as connections_module
-from veneer_server.rpc.connections import KNOWN, Connections
+from veneer_server.rpc.transport import connections as connections_module
+from veneer_server.rpc.transport.connections import KNOWN, Connections
 
 from tests.unit.server.rpc.front_harness import Front, running
 

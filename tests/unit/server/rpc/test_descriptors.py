@@ -16,11 +16,11 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily
-from veneer_server import descriptors
 from veneer_server.config import Address
-from veneer_server.descriptors import RESERVE, SCRAPES, raise_limit, share_descriptors
-from veneer_server.hosts import AllowedHosts
-from veneer_server.scrape import MAX_HEAD, MAX_PARTIAL, ScrapeServer
+from veneer_server.system import descriptors
+from veneer_server.system.descriptors import RESERVE, SCRAPES, raise_limit, share_descriptors
+from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.scrape import MAX_HEAD, MAX_PARTIAL, ScrapeServer
 
 from tests.unit.server.rpc.front_harness import prompt, running, until
 

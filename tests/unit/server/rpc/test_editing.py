@@ -16,8 +16,8 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_registry.errors import AdapterBudgetExceeded, DiskFailed, EngineFailed
 from veneer_registry.registry import Registry
-from veneer_server.engine.messages import AdapterFailed, AdapterSource, WireError
-from veneer_server.engine.residents import Resident
+from veneer_server.engine_client.resident_set import Resident
+from veneer_server.wire.messages import AdapterFailed, AdapterSource, WireError
 
 from tests.unit.server.rpc.front_harness import (
     Front,

@@ -12,9 +12,9 @@ import pytest
 from veneer_proto.v1 import adapters_pb2, server_pb2
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput, QueueFull
-from veneer_server.engine.messages import SequenceOutput
-from veneer_server.rpc.checks import MAX_MESSAGES
+from veneer_server.serving.checks import MAX_MESSAGES
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.rpc.fake_engine import CONTEXT, fake_tokens
 from tests.unit.server.rpc.front_harness import (

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 from veneer_server import logs
-from veneer_server.adapter_log import AdapterLog
-from veneer_server.engine.messages import (
+from veneer_server.logs import REQUEST_ID, get_logger
+from veneer_server.telemetry.adapter_log import AdapterLog
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.wire.messages import (
     AdapterFailed,
     AdapterLoaded,
     Evicted,
@@ -24,8 +26,6 @@ from veneer_server.engine.messages import (
     StepDone,
     WireError,
 )
-from veneer_server.logs import REQUEST_ID, get_logger
-from veneer_server.metrics import Metrics
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import adapters_pb2_grpc, server_pb2
 from veneer_registry.errors import QueueFull
 from veneer_server.rpc.open_calls import MAX_OTHER_CALLS, OpenCalls
-from veneer_server.rpc.self_test import MAX_WAITING, SelfTest
-from veneer_server.rpc.verdicts import Verdict
+from veneer_server.serving.adapters.self_test import MAX_WAITING, SelfTest
+from veneer_server.serving.adapters.verdicts import Verdict
 
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, until
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from veneer_proto.v1 import inference_pb2_grpc
-from veneer_server.engine.messages import SequenceOutput
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.rpc.front_harness import Front, prompt, running, until
 

@@ -14,8 +14,8 @@ import pytest
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, QueueFull
 from veneer_server.rpc import receiving, standings
-from veneer_server.rpc.channel import SPARE_STREAMS
-from veneer_server.rpc.receiving import MAX_MESSAGE, Receiving
+from veneer_server.rpc.transport.channel import SPARE_STREAMS
+from veneer_server.rpc.transport.receiving import MAX_MESSAGE, Receiving
 
 from tests.attacks.http2 import Connection, grpc_message
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, running

@@ -10,9 +10,9 @@ import grpc
 import pytest
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import NonFiniteOutput
-from veneer_server.engine.messages import Constraint, SamplingParams, SequenceOutput
-from veneer_server.rpc.samples import SampleStreams, sample_seed
+from veneer_server.serving.samples import SampleStreams, sample_seed
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import Constraint, SamplingParams, SequenceOutput
 
 from tests.unit.server.rpc.fake_engine import fake_tokens
 from tests.unit.server.rpc.front_harness import Front, failure, prompt, until

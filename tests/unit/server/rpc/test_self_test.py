@@ -19,10 +19,10 @@ from veneer_registry.errors import (
     InvalidField,
     QueueFull,
 )
-from veneer_server.lora import references
-from veneer_server.rpc.adapter_view import source_of
-from veneer_server.rpc.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
-from veneer_server.rpc.verdicts import BOUNDS
+from veneer_server.adapters import references
+from veneer_server.serving.adapters.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
+from veneer_server.serving.adapters.verdicts import BOUNDS
+from veneer_server.serving.adapters.view import source_of
 
 from tests.engine_harness import GREEDY
 from tests.unit.registry.kit import push

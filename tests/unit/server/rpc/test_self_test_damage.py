@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from veneer_registry.fingerprint import weights_fingerprint
-from veneer_server.engine import model_runner
-from veneer_server.lora.table import GroupViews
+from veneer_server.engine.execution import model_runner
 from veneer_server.models.source import BaseDamaged
-from veneer_server.rpc.verdicts import Answers, judge
+from veneer_server.serving.adapters.verdicts import Answers, judge
+from veneer_server.step.adapter_table import GroupViews
 
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.server.rpc.self_test_kit import NAMES, Bench, bench

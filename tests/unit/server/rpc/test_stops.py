@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from veneer_proto.v1 import inference_pb2 as pb
-from veneer_server.engine.messages import SequenceOutput
-from veneer_server.rpc.records import FinishReason
-from veneer_server.rpc.samples import Sample
+from veneer_server.serving.records import FinishReason
+from veneer_server.serving.samples import Sample
 from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.rpc.front_harness import Front, prompt
 

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
-from veneer_server.rpc import upload as uploads
-from veneer_server.rpc.upload import MAX_AT_ONCE, MIN_RATE, WINDOW_S, _Pace
+from veneer_server.serving.adapters import uploads as uploads
+from veneer_server.serving.adapters.uploads import MAX_AT_ONCE, MIN_RATE, WINDOW_S, _Pace
 
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
 from tests.unit.server.rpc.front_harness import upload as messages_of

@@ -13,7 +13,9 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Aborted, Draining
-from veneer_server.engine.messages import (
+from veneer_server.rpc.watch import AdapterWatch
+from veneer_server.serving.adapters.events import WOKEN, AdapterEvents, Weights
+from veneer_server.wire.messages import (
     AdapterFailed,
     AdapterLoaded,
     Evicted,
@@ -21,8 +23,6 @@ from veneer_server.engine.messages import (
     StepDone,
     WireError,
 )
-from veneer_server.rpc.adapter_events import WOKEN, AdapterEvents, Weights
-from veneer_server.rpc.watch import AdapterWatch
 
 from tests.unit.server.rpc.front_harness import Front, make_adapter, running
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.errors import TemplateFailed
-from veneer_server.text.template import (
+from veneer_server.text.templates.template import (
     MAX_OUTPUT,
     MAX_TEMPLATE,
     ChatTemplate,

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from veneer_registry.errors import QueueFull
-from veneer_server.text import template_turns
-from veneer_server.text.template_turns import NEW_S, Accounts, Turns
+from veneer_server.text.templates import turns as template_turns
+from veneer_server.text.templates.turns import NEW_S, Accounts, Turns
 
 SLOW_S = 0.17
 QUICK_S = 0.001

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
 from veneer_server.text import template_turns, template_worker, uploaded_templates
-from veneer_server.text.template_process import MEMORY_LIMIT
-from veneer_server.text.uploaded_templates import UploadedTemplates
+from veneer_server.text.templates.process import MEMORY_LIMIT
+from veneer_server.text.templates.uploaded import UploadedTemplates
 
 USER = [{"role": "user", "content": "Hi"}]
 GOOD = "{{ bos_token }}{{ messages[0].content }}"

@@ -1,0 +1,221 @@
+"""A process that reads adapters for the engine, at low priority.
+
+In the engine itself a worker would hold Python's lock now and then, at low priority:
+the step would wait for a thread that gets no processor. It would also share the step's
+fate: a file that is cut short while it is mapped ends the process that reads it.
+
+Frames on a socket, as `engine.process` has them: a 4-byte length, then MessagePack. To a
+`Load` come `Begun`, followed by the file descriptor of the memory for the run, and then
+`Loaded`; or `Loaded` with an error alone. So the engine gets its own part ready while the
+run is filled, but must use nothing of it before `Loaded`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from veneer_registry.adapter import LoraModule, Projection
+from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
+
+from veneer_server.adapters.pages import make_ready, map_pages, memory
+from veneer_server.adapters.reading import Dtype, read_run
+from veneer_server.system.priority import lower_priority
+
+__all__ = [
+    "NO_MEMORY",
+    "Begun",
+    "Load",
+    "Loaded",
+    "Setup",
+    "main",
+    "read_frame",
+    "write_frame",
+]
+
+NO_MEMORY: Final = (
+    "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
+    "takes memory, and retry"
+)
+_MOST_SPARE: Final = 32 << 20
+"""Bytes that a loader keeps ready for the next load."""
+_PAUSE_S: Final = 0.0025
+"""Before each piece of that."""
+_LENGTH: Final = struct.Struct(">I")
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True):
+    """The first frame: what all loads have in common."""
+
+    shapes: dict[Projection, tuple[int, int]]
+    num_layers: int
+    dtype: Dtype
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """Read this folder's weights, of that digest."""
+
+    folder: str
+    digest: str
+
+
+class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What is being read.
+
+    Attributes:
+        modules: (layer, projection, rank, scaling) of each.
+        size: bytes of the run.
+    """
+
+    modules: list[tuple[int, Projection, int, float]]
+    size: int
+
+
+class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The end: the run is whole and has its digest, unless there is an error.
+
+    Attributes:
+        stages: seconds of each.
+        error: reason, message and metadata of a `VeneerError`, or None.
+    """
+
+    stages: dict[str, float]
+    error: tuple[str, str, dict[str, str]] | None = None
+
+
+def write_frame(connection: socket.socket, body: bytes) -> None:
+    """Send one frame."""
+    connection.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def read_frame(connection: socket.socket) -> bytes | None:
+    """The body of the next frame; None where the other side has ended."""
+    head = _exactly(connection, _LENGTH.size)
+    return None if head is None else _exactly(connection, _LENGTH.unpack(head)[0])
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    body = bytearray()
+    while len(body) < size:
+        part = connection.recv(size - len(body))
+        if not part:
+            return None
+        body += part
+    return bytes(body)
+
+
+class _Spare:
+    """Memory for the next load, made ready after the last one: to find and zero pages takes
+    as long as to fill them.
+
+    That goes piece by piece, each after a pause, since what follows a load at once is the
+    prompt that waited for it: all pages in one go made that 12 ms slower.
+    """
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._size = 0
+        self._ready = 0
+
+    def take(self, size: int) -> tuple[int, int]:
+        """A file descriptor of so many zeroed bytes, and how many of them are ready."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return memory(size), 0
+        os.ftruncate(fd, size)
+        return fd, min(self._ready, size)
+
+    def want(self, size: int) -> None:
+        """Have so many bytes ready soon, if they are not too many to keep idle."""
+        if self._fd < 0 and 0 < size <= _MOST_SPARE:
+            self._fd, self._size, self._ready = memory(size), size, 0
+
+    @property
+    def complete(self) -> bool:
+        return self._fd < 0 or self._ready >= self._size
+
+    def prepare(self) -> None:
+        """One more piece."""
+        self._ready = make_ready(self._fd, self._size, self._ready)
+
+
+class _Job:
+    """One load; owns the memory until it is handed over."""
+
+    def __init__(self, spare: _Spare, connection: socket.socket) -> None:
+        self.size = 0
+        self._spare = spare
+        self._connection = connection
+
+    def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
+        """Memory of so many bytes, once the engine has it too."""
+        self.size = size
+        fd, ready = self._spare.take(size)
+        try:
+            while ready < size:
+                ready = make_ready(fd, size, ready)
+            facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
+            write_frame(self._connection, msgspec.msgpack.encode(Begun(facts, size)))
+            socket.send_fds(self._connection, [b"\0"], [fd])
+            return map_pages(fd, size)
+        finally:
+            os.close(fd)
+
+
+def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
+    try:
+        stages = read_run(
+            Path(load.folder),
+            load.digest,
+            setup.shapes,
+            setup.num_layers,
+            setup.dtype,
+            job.begin,
+        )
+    except VeneerError as error:
+        return Loaded({}, (error.reason, error.message, error.metadata))
+    except MemoryError:
+        return Loaded({}, (AdapterBudgetExceeded.reason, NO_MEMORY, {}))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        why = f"the adapter could not be loaded ({type(error).__name__}: {error}); retry"
+        return Loaded({}, (InternalError.reason, why, {}))
+    return Loaded(stages)
+
+
+def main() -> None:
+    """Serve loads until the engine ends."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lower_priority()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    first = read_frame(connection)
+    if first is None:
+        return
+    setup = msgspec.msgpack.decode(first, type=Setup)
+    spare = _Spare()
+    while True:
+        while not spare.complete and not select.select([connection], [], [], _PAUSE_S)[0]:
+            spare.prepare()
+        if (body := read_frame(connection)) is None:
+            return
+        job = _Job(spare, connection)
+        try:
+            loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
+            write_frame(connection, msgspec.msgpack.encode(loaded))
+        except BrokenPipeError:
+            return
+        spare.want(job.size)
+
+
+if __name__ == "__main__":
+    main()

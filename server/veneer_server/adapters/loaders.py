@@ -1,0 +1,273 @@
+"""The engine's side of the loader processes: start them, ask them, start them again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import torch
+from veneer_registry.adapter import LoraModule
+from veneer_registry.child_python import child_python
+from veneer_registry.errors import DiskFailed, InternalError, VeneerError, error_for_reason
+
+from veneer_server.adapters.loader_process import (
+    Begun,
+    Load,
+    Loaded,
+    Setup,
+    read_frame,
+    write_frame,
+)
+from veneer_server.adapters.pages import map_pages
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.layout import Layout
+from veneer_server.wire.messages import LOST, AdapterSource
+
+__all__ = ["HostCopy", "Loaders"]
+
+log = logging.getLogger(__name__)
+
+_MODULE: Final = "veneer_server.adapters.loader_process"
+_TRIES: Final = 2
+
+LIMIT_S: Final = 20.0
+"""Seconds that a load may take, and one more for each `BYTES_A_SECOND`."""
+
+BYTES_A_SECOND: Final = 4 << 20
+
+_SOON_S: Final = 0.01
+_STOP_S: Final = 5.0
+"""How long a process may take to end before it is killed, and after that."""
+
+
+@dataclass(slots=True)
+class HostCopy:
+    """An adapter in HOST memory.
+
+    Attributes:
+        run: [layout.length], ready to copy.
+        table: of the run as it lies here, made ahead for the first move; see `take_table`.
+    """
+
+    layout: Layout
+    run: torch.Tensor
+    table: AdapterTable | None = None
+
+    def take_table(self) -> AdapterTable:
+        """Once: a copy that is in HOST alone has no use for a table."""
+        ahead, self.table = self.table, None
+        return AdapterTable(self.layout, self.run) if ahead is None else ahead
+
+
+class Loaders:
+    """Reads adapters, each in the first process that is free. Any thread may call `read`.
+
+    Args:
+        count: processes.
+        pinned: page-locked copies, for asynchronous copies to a GPU.
+        tables: make the table of each copy too, while that is being filled.
+        limit_s: see `LIMIT_S`.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        dtype: torch.dtype,
+        *,
+        count: int,
+        pinned: bool,
+        tables: bool = False,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        self._limit_s = limit_s
+        self._setup = setup
+        self._dtype = dtype
+        self._pinned = pinned
+        self._tables = tables
+        self._processes = [_Loader(setup) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Loader] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        # Not in the caller's thread: at low priority it would hold Python's lock, and the
+        # step wait for it, while the loader has the processor.
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-map")
+
+    def start(self) -> None:
+        """Start all processes now, so that the first load need not wait for one."""
+        for process in self._processes:
+            process.start()
+
+    def close(self) -> None:
+        """End all processes."""
+        self._preparer.shutdown()
+        for process in self._processes:
+            process.end()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the processes that run."""
+        return tuple(p.pid for p in self._processes if p.pid is not None)
+
+    def read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
+        """Read, verify and convert; also the seconds of each stage.
+
+        Raises:
+            AdapterCorrupt: the content no longer has its digest.
+            DiskFailed: it takes too long, time and again.
+            InternalError: loaders end while they read it.
+        """
+        size = source.parameters * self._dtype.itemsize
+        process = self._idle.get()
+        try:
+            copy, stages = process.load(
+                source,
+                lambda body, fd: self._preparer.submit(self._prepare, body, fd),
+                self._limit_s + size / BYTES_A_SECOND,
+            )
+        finally:
+            self._idle.put(process)
+        if self._pinned:  # page-locked memory is a copy: only now is there something to copy
+            copy.run = copy.run.pin_memory()
+        return copy, stages
+
+    def _prepare(self, begun: Begun, fd: int) -> HostCopy:
+        try:
+            memory = map_pages(fd, begun.size)
+        finally:
+            os.close(fd)
+        modules = (LoraModule(*facts, "", "") for facts in begun.modules)
+        layout = Layout.of(modules, self._setup.shapes, self._setup.num_layers)
+        run = torch.frombuffer(memory, dtype=self._dtype)
+        return HostCopy(layout, run, AdapterTable(layout, run) if self._tables else None)
+
+
+_Prepare = Callable[[Begun, int], "Future[HostCopy]"]
+"""Begins to make a copy of the descriptor of the run's memory, which it closes."""
+
+
+class _Loader:
+    """One process, started when it is first asked, and again when it has ended."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = msgspec.msgpack.encode(setup)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    def start(self) -> socket.socket:
+        """The connection to the process, which is started if there is none."""
+        if self._connection is not None:
+            return self._connection
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = child_python("-m", _MODULE, str(theirs.fileno()))
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        self._connection = ours
+        write_frame(ours, self._setup)
+        return ours
+
+    def load(
+        self, source: AdapterSource, prepare: _Prepare, limit_s: float
+    ) -> tuple[HostCopy, dict[str, float]]:
+        """The copy, whole and verified, and the seconds of each stage.
+
+        A process that ends is replaced, and one that takes longer than ``limit_s`` is
+        killed; then the next one tries, once.
+        """
+        ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
+        began, late = time.monotonic(), False
+        for attempt in range(_TRIES):
+            try:
+                connection = self.start()
+                deadline = time.monotonic() + limit_s
+                connection.settimeout(limit_s)
+                write_frame(connection, ask)
+                tried = time.monotonic()
+                if (loaded := self._loaded(connection, prepare, deadline)) is not None:
+                    copy, stages = loaded
+                    return copy, {**stages, LOST: tried - began} if attempt else stages
+                late = False
+            except TimeoutError:
+                late = True
+            except OSError:
+                late = False  # it has ended: see below
+            except VeneerError:
+                raise
+            except BaseException:
+                self.end()  # what it still sends must not be taken for the next answer
+                raise
+            ended = f"killed after {limit_s:.0f} s" if late else self.end()
+            if late:
+                self.end(kill=True)
+            log.warning("a loader ended (%s) while it read %s", ended, source.name)
+        if late:
+            raise DiskFailed(
+                f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
+                f"{_TRIES} times: the disk hangs or the machine is overloaded; retry",
+                metadata={"adapter": source.name, "loaders": str(_TRIES)},
+                retry_after_s=5.0,
+            )
+        raise InternalError(
+            f"adapter {source.name} could not be loaded: the process that reads it ended "
+            f"{_TRIES} times ({ended}); check the disk and push it again",
+            metadata={"loaders": str(_TRIES)},
+        )
+
+    def _loaded(
+        self, connection: socket.socket, prepare: _Prepare, deadline: float
+    ) -> tuple[HostCopy, dict[str, float]] | None:
+        """As `load`; None where the process has ended. Raises TimeoutError."""
+        copy = None
+        while (body := read_frame(connection)) is not None:
+            connection.settimeout(max(_SOON_S, deadline - time.monotonic()))
+            match msgspec.msgpack.decode(body, type=Begun | Loaded):
+                case Begun() as begun:
+                    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+                    if not fds:
+                        return None
+                    copy = prepare(begun, fds[0])
+                case Loaded(error=None, stages=stages) if copy is not None:
+                    return copy.result(), stages
+                case Loaded(error=(reason, message, metadata)):
+                    raise error_for_reason(reason)(message, metadata=metadata)
+        return None
+
+    def __del__(self) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int | None:
+        """None where it does not run."""
+        return None if self._connection is None or self._process is None else self._process.pid
+
+    def end(self, *, kill: bool = False) -> str:
+        """End the process, or clear away what is left of it; says how it ended."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        process, self._process = self._process, None
+        if process is None:
+            return "it could not be started"
+        if kill:
+            process.kill()
+        for last in (False, True):
+            try:
+                code = process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                # It is stopped, or waits for a disk that hangs.
+                process.kill()
+                if last:
+                    return f"process {process.pid} cannot be killed"
+            else:
+                break
+        return f"signal {-code}" if code < 0 else f"status {code}"

@@ -1,0 +1,162 @@
+"""HOST and DEVICE copies of adapters, and the workers that make them.
+
+Implements the loop's `AdapterMemory`. Processes of their own read, verify and convert
+(`loaders`), workers ask them and copy; the loop's thread only puts finished copies into
+dictionaries. On a CPU the
+DEVICE copy shares the HOST copy's memory: moving an adapter costs its table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+import torch
+from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
+
+from veneer_server.adapters.loader_process import NO_MEMORY, Setup
+from veneer_server.adapters.loaders import HostCopy, Loaders
+from veneer_server.adapters.reading import Dtype
+from veneer_server.adapters.references import References
+from veneer_server.models.config import DecoderConfig
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.inbox import Arrived, Inbox
+from veneer_server.system.priority import lower_priority
+from veneer_server.wire.messages import AdapterSource, Reference
+
+__all__ = ["LoraMemory"]
+
+log = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made")
+
+DTYPE_NAMES: Final[Mapping[torch.dtype, Dtype]] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+
+class LoraMemory:
+    """Owns all copies. Methods belong to the loop's thread; only workers run elsewhere.
+
+    Attributes:
+        tables: DEVICE copies by weights digest, read by the model runner.
+    """
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        workers: int,
+        references: References,
+    ) -> None:
+        self.tables: dict[str, AdapterTable] = {}
+        self._host: dict[str, HostCopy] = {}
+        self._finished: dict[tuple[str, str], HostCopy | AdapterTable] = {}
+        """Made by a worker, not yet admitted; written before its `Arrived` is sent."""
+        self._inbox = inbox
+        self._device = device
+        self._references = references
+        self._side_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._workers = ThreadPoolExecutor(
+            workers, thread_name_prefix="adapter-load", initializer=lower_priority
+        )
+        # Of its own: a copy that sequences wait for must not wait for reads from disk.
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
+        on_gpu = self._side_stream is not None
+        self._loaders = Loaders(
+            Setup(dict(config.shapes), config.num_layers, DTYPE_NAMES[dtype]),
+            dtype,
+            count=workers,
+            pinned=on_gpu,
+            tables=not on_gpu,  # where DEVICE is HOST memory
+        )
+
+    def start(self) -> None:
+        """Start what reads adapters, so that the first need not wait for it."""
+        self._loaders.start()
+
+    def close(self) -> None:
+        """End the workers, and what reads adapters."""
+        self._workers.shutdown()
+        self._copier.shutdown()
+        self._loaders.close()
+
+    def load(self, source: AdapterSource) -> None:
+        """Read an adapter from disk into HOST."""
+        self._workers.submit(self._guarded, source.weights_digest, "host", self._read, source)
+
+    def move(self, weights_digest: str) -> None:
+        """Copy an adapter from HOST to DEVICE."""
+        host = self._host[weights_digest]
+        self._copier.submit(self._guarded, weights_digest, "device", self._copy, host)
+
+    def admit(self, arrived: Arrived) -> None:
+        copy = self._finished.pop((arrived.weights_digest, arrived.tier))
+        if isinstance(copy, HostCopy):
+            self._host[arrived.weights_digest] = copy
+        else:
+            self.tables[arrived.weights_digest] = copy
+
+    def drop(self, weights_digest: str, tier: str) -> None:
+        if tier == "host":
+            del self._host[weights_digest]
+        else:
+            # No step is running: the loop is the only one that runs them. On CUDA
+            # the allocator reuses memory in stream order.
+            del self.tables[weights_digest]
+
+    def reference(self, wanted: Reference) -> None:
+        """Have it computed from the base and an adapter's files, on a worker of its own."""
+        self._references.start(wanted)
+
+    # ------------------------------------------------------------ on a worker
+
+    def _guarded(
+        self,
+        digest: str,
+        tier: str,
+        make: Callable[[_Made], tuple[HostCopy | AdapterTable, dict[str, float]]],
+        argument: _Made,
+    ) -> None:
+        """Run ``make``; whatever happens, one `Arrived` goes to the loop."""
+        try:
+            copy, stages = make(argument)
+            self._finished[digest, tier] = copy
+            self._inbox.put(Arrived(digest, tier, stages))
+        except VeneerError as error:
+            self._inbox.put(Arrived(digest, tier, {}, error))
+        except MemoryError:
+            self._inbox.put(Arrived(digest, tier, {}, AdapterBudgetExceeded(NO_MEMORY)))
+        except Exception as error:
+            log.exception("adapter %s could not be loaded", digest[:12])
+            failure = InternalError(
+                f"the adapter could not be loaded ({type(error).__name__}: {error}); the "
+                "server's log has the details"
+            )
+            self._inbox.put(Arrived(digest, tier, {}, failure))
+
+    def _read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
+        return self._loaders.read(source)
+
+    def _copy(self, host: HostCopy) -> tuple[AdapterTable, dict[str, float]]:
+        began = time.perf_counter()
+        if self._side_stream is None:
+            table = host.take_table()
+        else:
+            with torch.cuda.stream(self._side_stream):
+                run = host.run.to(self._device, non_blocking=True)
+            self._side_stream.synchronize()
+            # The step's stream will use memory that the side stream allocated.
+            run.record_stream(torch.cuda.default_stream(self._device))
+            table = AdapterTable(host.layout, run)
+        return table, {"copy": time.perf_counter() - began}

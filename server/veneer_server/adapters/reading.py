@@ -1,0 +1,139 @@
+"""From an adapter's folder to a run of numbers. Numpy alone: it runs in loader processes,
+which start without torch, and torch's operators would bring a team of threads along.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from veneer_registry.adapter import LoraModule, Projection
+from veneer_registry.errors import VeneerError
+from veneer_registry.format import TensorView, open_unverified, to_bfloat16
+
+from veneer_server.step.layout import Layout
+
+__all__ = ["ITEMSIZE", "Dtype", "read_run"]
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+ITEMSIZE: Final[Mapping[Dtype, int]] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_STORED: Final[Mapping[Dtype, str]] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+_KIND: Final[Mapping[int, str]] = {2: "<u2", 4: "<u4"}
+"""Raw bits of a number of so many bytes."""
+_Bits = npt.NDArray[np.unsignedinteger]
+
+
+def read_run(
+    folder: Path,
+    digest: str,
+    shapes: Mapping[Projection, tuple[int, int]],
+    num_layers: int,
+    dtype: Dtype,
+    begin: Callable[[Sequence[LoraModule], int], memoryview],
+) -> dict[str, float]:
+    """Read, verify and convert.
+
+    Args:
+        shapes: projection -> (out_features, in_features).
+        dtype: of the run.
+        begin: is told what the adapter adapts, not verified yet, and gives zeroed memory for
+            so many bytes; it holds the run on return.
+
+    Returns:
+        The seconds of each stage: ``read`` (what is where), ``convert``, and ``verify``, which
+        goes on beside and counts where it takes longer.
+
+    Raises:
+        AdapterCorrupt: the content does not have its digest.
+    """
+    stages: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def stage(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        stages[name] = now - clock
+        clock = now
+
+    with open_unverified(folder, digest) as stored:
+        verifying = _Beside(stored.verify)
+        try:
+            layout = Layout.of(stored.modules, shapes, num_layers)
+            memory = begin(stored.modules, layout.length * ITEMSIZE[dtype])
+            places = {(s.module.layer, s.module.projection): s for s in layout.slots}
+            stage("read")
+            for pair in stored.tensors:
+                slot = places[pair.module.layer, pair.module.projection]
+                _fill(memory, slot.a, (1, slot.a_stride), pair.a, dtype)
+                _fill(memory, slot.b, (1, slot.fan_out), pair.b, dtype)
+            stage("convert")
+        finally:
+            verifying.finish()
+        stage("verify")
+        return stages
+
+
+class _Beside:
+    """A check that runs in a thread of its own; most of it holds no lock of Python's."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="verify")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._check()
+        except (VeneerError, OSError, MemoryError) as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for it, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _fill(
+    memory: memoryview, start: int, strides: tuple[int, int], stored: TensorView, dtype: Dtype
+) -> None:
+    """Put a stored matrix into zeroed memory, in ``dtype``, rounded to nearest with ties to
+    even.
+
+    Args:
+        start, strides: of the matrix there, in numbers.
+    """
+    size = ITEMSIZE[dtype]
+    at, steps = start * size, (strides[0] * size, strides[1] * size)
+    if stored.dtype == "BF16" and dtype == "float32":
+        # A bfloat16 is the upper half of a float32; the lower one is zero.
+        upper = np.ndarray(stored.shape, "<u2", memory, at + 2, steps)
+        upper[:] = np.frombuffer(stored.data, "<u2").reshape(stored.shape)
+        return
+    to: _Bits = np.ndarray(stored.shape, _KIND[size], memory, at, steps)
+    if stored.dtype == _STORED[dtype]:
+        to[:] = np.frombuffer(stored.data, _KIND[size]).reshape(stored.shape)
+    elif dtype == "bfloat16":
+        to[:] = to_bfloat16(_float32(stored))
+    else:
+        numbers = np.float16 if dtype == "float16" else np.float32
+        to[:] = _float32(stored).astype(numbers).view(_KIND[size])
+
+
+def _float32(stored: TensorView) -> npt.NDArray[np.float32]:
+    if stored.dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        half = np.frombuffer(stored.data, "<u2").reshape(stored.shape)
+        wide = np.left_shift(half, 16, dtype=np.uint32, casting="unsafe")
+        singles: npt.NDArray[np.float32] = wide.view(np.float32)
+        return singles
+    kind = "<f2" if stored.dtype == "F16" else "<f4"
+    return np.frombuffer(stored.data, kind).reshape(stored.shape).astype(np.float32)

@@ -1,0 +1,116 @@
+"""The worker that computes references for the self-test.
+
+A thread of its own at low priority: a pass takes as long as hundreds of steps, so it must
+hold up neither a step nor an adapter that a request waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from veneer_registry.errors import AdapterCorrupt, InternalError, VeneerError
+from veneer_registry.fingerprint import weights_fingerprint
+
+from veneer_server.models.config import Quantization
+from veneer_server.models.reference import references
+from veneer_server.models.source import BaseDamaged
+from veneer_server.models.source_weights import SourceWeights
+from veneer_server.step.inbox import Inbox
+from veneer_server.system.priority import lower_priority
+from veneer_server.wire.messages import OperationDone, Reference, wire_error
+
+__all__ = ["References", "ServedBase"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """What is served, as its files say.
+
+    Attributes:
+        fingerprint: of the weights; "" where it is not known.
+    """
+
+    folder: Path
+    quantization: Quantization
+    dtype: torch.dtype
+    fingerprint: str = ""
+
+
+class References:
+    """Answers each `Reference` by an `OperationDone` in the inbox."""
+
+    def __init__(self, inbox: Inbox, base: ServedBase) -> None:
+        self._inbox = inbox
+        self._base = base
+        self._wanted: queue.SimpleQueue[Reference] = queue.SimpleQueue()
+        self._worker = ThreadPoolExecutor(
+            1, thread_name_prefix="reference", initializer=_begin_worker
+        )
+
+    def start(self, wanted: Reference) -> None:
+        """Return at once; it is computed when those before it are."""
+        self._wanted.put(wanted)
+        self._worker.submit(self._answer)
+
+    def _answer(self) -> None:
+        """Answer all that are wanted by now, in one pass for those of one text."""
+        if self._wanted.empty():
+            return  # an earlier call took it along
+        changed = self._changed()  # meanwhile others of the same test arrive
+        texts: dict[tuple[int, ...], list[Reference]] = {}
+        while not self._wanted.empty():
+            wanted = self._wanted.get()
+            texts.setdefault(tuple(wanted.tokens), []).append(wanted)
+        for together in texts.values():
+            found = [changed] * len(together) if changed else self._computed(together)
+            for wanted, result in zip(together, found, strict=True):
+                if isinstance(result, VeneerError):
+                    self._inbox.put(OperationDone(wanted.operation, wire_error(result)))
+                else:
+                    self._inbox.put(OperationDone(wanted.operation, logprobs=result))
+
+    def _changed(self) -> VeneerError | None:
+        """Why there is nothing to compare with, if the base's files are not what they were."""
+        base = self._base
+        try:
+            if not base.fingerprint or weights_fingerprint(base.folder) == base.fingerprint:
+                return None
+            why = "have changed since the server started"
+        except (VeneerError, OSError) as error:
+            why = f"cannot be read: {error}"
+        return BaseDamaged(
+            f"the base's files in {base.folder} {why}; what serves cannot be compared with "
+            "them: put them back, or restart the server"
+        )
+
+    def _computed(self, together: Sequence[Reference]) -> Sequence[list[float] | VeneerError]:
+        try:
+            return self._pass(together)
+        except VeneerError as error:
+            return [error] * len(together)
+        except Exception as error:
+            log.exception("a reference could not be computed")
+            failure = InternalError(
+                f"the reference could not be computed ({type(error).__name__}: {error}); the "
+                "server's log has the details"
+            )
+            return [failure] * len(together)
+
+    def _pass(self, together: Sequence[Reference]) -> list[list[float] | AdapterCorrupt]:
+        base = self._base
+        with SourceWeights(base.folder, base.quantization, base.dtype) as weights:
+            return references(weights, together[0].tokens, [w.adapter for w in together])
+
+
+def _begin_worker() -> None:
+    lower_priority()
+    # This thread's team only: a second team would run beside the step's.
+    torch.set_num_threads(1)

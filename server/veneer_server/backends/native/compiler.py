@@ -1,0 +1,242 @@
+"""Compiles the C++ of this package for the machine it runs on, once.
+
+As PyTorch's inductor and Triton do: the system's compiler, the CPU's own instructions, a
+cache keyed by everything that changes the result. Where there is no compiler, a prebuilt
+library serves (`native.chosen`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.child_python import child_python
+
+from veneer_server.backends.native import kept
+from veneer_server.backends.native.forms import AVX2, FLAGS, FORMS, HEX, digest_sources
+from veneer_server.progress import stage
+
+__all__ = ["NativeUnavailable", "build", "cpu_flags", "try_out"]
+
+log = logging.getLogger(__name__)
+
+COMPILE_SECONDS: Final = 900.0
+"""It takes 20 s on a quiet core, and many times that on a slow or busy one."""
+
+_ASK_SECONDS: Final = 60.0
+_LEAST_FREE: Final = 16 << 20
+_TRIAL: Final = Path(__file__).with_name("trial.py")
+
+
+class NativeUnavailable(Exception):
+    """Why the native backend cannot serve here, in words for an operator."""
+
+
+def build(cache_dir: Path, *, instructions: str = "") -> Path:
+    """The shared library, compiled if it is not there yet, and tried in a process of its own.
+
+    Args:
+        cache_dir: it is kept in ``native`` there; see `kept.places` for where that cannot be
+            written, or cannot be trusted.
+        instructions: ``avx2`` does without AVX512; empty is the best the CPU has.
+
+    Raises:
+        NativeUnavailable: no compiler, a CPU without the instructions, or a library that does
+            not run here.
+    """
+    flags = cpu_flags()
+    chosen = AVX2.flags if instructions else ("-march=native",)
+    command = [*_compiler(), *FLAGS, *chosen]
+    sources = resources.files("veneer_server.backends.native") / "cpp"
+    with resources.as_file(sources) as folder:
+        key = _key(folder, command, flags)
+        # The compiler runs in a folder of its own.
+        places = kept.places(cache_dir.absolute())
+        found = next((file for place in places if (file := kept.find(place, key))), None)
+        if (file := found) is None:
+            with stage("compiling the kernels"):
+                file = _compile(command, folder / "library.cpp", places, key)
+    try_out(file)
+    return file
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's instructions, as Linux names them.
+
+    Raises:
+        NativeUnavailable: kernels need others.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    found = (line.split()[2:] for line in lines if line.startswith("flags"))
+    flags = frozenset(flag for line in found for flag in line)
+    if any(form.needs <= flags for form in FORMS):
+        return flags
+    raise NativeUnavailable(
+        "the CPU has neither AVX512-BF16 nor AVX2 with FMA"
+        if platform.machine() in ("x86_64", "AMD64")
+        else f"there are no kernels for {platform.machine()} CPUs"
+    )
+
+
+def _compiler() -> list[str]:
+    """The words of CXX, or the system's compiler; the first is an absolute path."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    # An empty or relative entry of PATH would be the current folder, and what lies there.
+    folders = [f for f in os.get_exec_path() if os.path.isabs(f)]
+    for name in words[:1] or ("c++", "g++", "clang++"):
+        if path := shutil.which(name, path=os.pathsep.join(folders)):
+            return [os.path.abspath(path), *words[1:]]
+    if words:
+        raise NativeUnavailable(
+            f"the compiler {words[0]} does not run: there is no such program"
+        )
+    raise NativeUnavailable(
+        "there is no C++ compiler: install one (Debian: apt install g++), or name it in CXX"
+    )
+
+
+def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
+    """Of the sources, the command, the compiler that it runs and the CPU's instructions."""
+    digest = hashlib.sha256(digest_sources(folder).encode())
+    digest.update("\0".join(command[1:]).encode() + b"\0" + _identity(command))
+    digest.update(" ".join(sorted(flags)).encode())
+    return digest.hexdigest()[:HEX]
+
+
+def _identity(command: list[str]) -> bytes:
+    """What the command would run, and which file that is.
+
+    The command itself may be a wrapper (ccache, distcc), whose version says nothing. With
+    ``-###`` GCC and Clang print version, target and the command of the compiler proper, with
+    ``-march=native`` spelt out, and run nothing.
+    """
+    asked = [*command, "-###", "-S", "-x", "c++", os.devnull, "-o", os.devnull]
+    try:
+        # In a folder of no meaning: Clang tells the current one.
+        done = subprocess.run(asked, cwd="/", capture_output=True, timeout=_ASK_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"the compiler {command[0]} does not run: {error}") from error
+    lines = (done.stdout + done.stderr).decode(errors="replace").splitlines()
+    if done.returncode:
+        told = next((line for line in lines if "error" in line), f"status {done.returncode}")
+        raise NativeUnavailable(f"{command[0]} failed: {told}")
+    programs = {line.split()[0].strip('"') for line in lines if line.startswith((" /", ' "/'))}
+    facts = []
+    for program in sorted(programs or {command[0]}):
+        with contextlib.suppress(OSError):
+            path = Path(program).resolve()
+            status = path.stat()
+            facts.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    return "\n".join((*lines, *facts)).encode()
+
+
+def _compile(command: list[str], source: Path, places: Iterable[Path], key: str) -> Path:
+    """It appears by one rename: two servers that start together do no harm."""
+    why: Exception | None = None
+    for place in places:
+        try:
+            with kept.scratch(place) as folder:
+                draft = folder / "library.so"
+                _run([*command, "-o", str(draft), str(source)], folder)
+                made = kept.keep(place, key, draft)
+        except (OSError, kept.Refused) as error:
+            why = error
+            log.warning("compiled kernels cannot be kept in %s: %s", place, error)
+            continue
+        log.info("compiled the kernels: %s", made)
+        return made
+    raise NativeUnavailable(f"there is no place to compile the kernels in: {why}") from why
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """Run the compiler in ``folder``, where nothing lies that it could take for its own.
+
+    Raises:
+        NativeUnavailable: it failed, or took too long.
+        OSError: the disk is full.
+    """
+    with (folder / "errors").open("w+b") as told:
+        # A group of its own: the compiler proper is the command's child, and must end too.
+        compiler = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+        )
+        try:
+            status = compiler.wait(COMPILE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise NativeUnavailable(
+                f"{command[0]} had not compiled the kernels after {COMPILE_SECONDS:g} s"
+            ) from error
+        finally:
+            if compiler.poll() is None:
+                os.killpg(compiler.pid, signal.SIGKILL)
+                compiler.wait()
+        if status == 0:
+            return
+        if shutil.disk_usage(folder).free < _LEAST_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        told.seek(0)
+        lines = told.read().decode(errors="replace").strip().splitlines()
+        raise NativeUnavailable(f"{command[0]} failed: {lines[0] if lines else status}")
+
+
+def try_out(file: Path, fix: str = "") -> str:
+    """Load the library in a process of its own and multiply a little: a CPU that does not run
+    its instructions, or a library that ends its process, ends that one. Takes 40 ms.
+
+    Args:
+        fix: what to do if it does not run; empty is to have it compiled again.
+
+    Returns the set of instructions that it uses.
+
+    Raises:
+        NativeUnavailable: it does not run here, or others can have written it.
+    """
+    made = "prebuilt" if fix else "compiled"
+    fix = fix or f"remove {file} to have it compiled again, or use --backend torch"
+    try:
+        fd = kept.open_checked(file)
+    except (kept.Refused, OSError) as reason:
+        raise NativeUnavailable(
+            f"the {made} kernels {file} are not loaded: {reason}; {fix}"
+        ) from None
+    try:
+        done = subprocess.run(
+            child_python("-I", "-S", str(_TRIAL), str(fd)),
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_ASK_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"the {made} kernels could not be tried: {error}") from error
+    finally:
+        os.close(fd)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise NativeUnavailable(f"the {made} kernels do not run here: {last}; {fix}")
+    return done.stdout.strip()

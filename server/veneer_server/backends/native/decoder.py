@@ -1,0 +1,206 @@
+"""The native backend: `StepArrays` in, logits out, one call."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+
+from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.draws import NativeDraws
+from veneer_server.backends.native.library import (
+    BLOCK,
+    EIGHT_BIT,
+    Layer,
+    Library,
+    LoraAdapter,
+    LoraGroup,
+    Model,
+    Segment,
+    Step,
+    address,
+    pointer,
+)
+from veneer_server.backends.native.linear import NativeLinear, pack_dense
+from veneer_server.models.config import DecoderConfig
+from veneer_server.models.loader import DecoderWeights
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import StepArrays
+from veneer_server.step.layout import Group
+
+__all__ = ["NativeDecoder", "check"]
+
+_RUN = 16
+"""Tokens that lie together in the cache."""
+
+_KEPT_LOGITS = 64
+"""Rows of logits whose memory is kept from step to step: what decoding takes. More of them,
+for prompts that are scored, are allocated and given back."""
+
+
+def check(config: DecoderConfig, block_size: int) -> None:
+    """Raises NativeUnavailable where the kernels do not fit the base."""
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+    }
+    for name, width in widths.items():
+        if width % BLOCK:
+            raise NativeUnavailable(f"the base's {name} is {width}, no multiple of {BLOCK}")
+    if config.head_dim % 16:
+        raise NativeUnavailable(f"the base's head_dim is {config.head_dim}, no multiple of 16")
+    if block_size % _RUN:
+        raise NativeUnavailable(f"KV blocks hold {block_size} tokens, no multiple of {_RUN}")
+
+
+class NativeDecoder:
+    """Implements `Backend` over weights whose linears are all `NativeLinear`.
+
+    Args:
+        head: how the head is kept: `EIGHT_BIT` halves what a step of one row reads of it, and
+            is off by half a 127th of the largest weight of 64; or `BFLOAT16`.
+
+    Attributes:
+        draws: from logits to tokens, on the same threads.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        weights: DecoderWeights,
+        *,
+        num_blocks: int,
+        block_size: int,
+        threads: int,
+        head: int = EIGHT_BIT,
+    ) -> None:
+        config = weights.config
+        self._library = library
+        self._weights = weights
+        self._vocab = config.vocab_size
+        self._logits = library.zeros((_KEPT_LOGITS, self._vocab), torch.float32)
+        self._finite = torch.empty(_KEPT_LOGITS, dtype=torch.bool)
+        shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
+        self._keys = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
+        self._values = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
+        self._head = pack_dense(library, head, weights.head)
+        self._layers = (Layer * len(weights.layers))()
+        for index, layer in enumerate(weights.layers):
+            to = self._layers[index]
+            for number, linear in enumerate(
+                (layer.qkv, layer.output, layer.gate_up, layer.down)
+            ):
+                assert isinstance(linear, NativeLinear)
+                to.linears[number] = linear.struct
+            to.input_norm = address(layer.input_norm)
+            to.post_norm = address(layer.post_norm)
+            to.query_norm = address(layer.query_norm)
+            to.key_norm = address(layer.key_norm)
+            to.keys = address(self._keys[index])
+            to.values = address(self._values[index])
+            to.window = config.windows[index] or 0
+        self._model = Model(
+            layers=self._layers,
+            embedding=address(weights.embedding),
+            final_norm=address(weights.final_norm),
+            inv_freq=address(weights.inv_freq),
+            head=self._head.struct,
+            layer_count=len(weights.layers),
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            dim=config.head_dim,
+            vocab=config.vocab_size,
+            block_size=block_size,
+            epsilon=config.rms_norm_eps,
+            rotary_scale=weights.rotary_scale,
+        )
+        self._adapters: weakref.WeakKeyDictionary[AdapterTable, _Adapter] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._engine = library.create(self._model, threads)
+        self.draws = NativeDraws(library, self._engine)
+        self._finalizer = weakref.finalize(self, library.destroy, self._engine)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the packed head, which is beside the weights it was packed from: where head and
+        embedding are tied those are needed too, mapped from the base's file."""
+        return self._head.nbytes
+
+    def execute(self, step: StepArrays) -> torch.Tensor:
+        """See `Backend.execute`."""
+        wanted = len(step.logit_rows)
+        kept = wanted <= len(self._logits)
+        logits = self._logits[:wanted] if kept else torch.empty(wanted, self._vocab)
+        if wanted > len(self._finite):
+            self._finite = torch.empty(wanted, dtype=torch.bool)
+        segments = (Segment * len(step.segments))()
+        for to, segment in zip(segments, step.segments, strict=True):
+            to.begin, to.end = segment.begin, segment.end
+            to.adapter = self._adapter(segment.table)
+        self._library.step(
+            self._engine,
+            Step(
+                tokens=pointer(step.tokens),
+                positions=pointer(step.positions),
+                slots=pointer(step.slots),
+                row_starts=pointer(step.row_starts),
+                contexts=pointer(step.contexts),
+                block_tables=pointer(step.block_tables),
+                segments=segments,
+                logit_rows=pointer(step.logit_rows),
+                logits=address(logits),
+                finite=address(self._finite),
+                rows=len(step.tokens),
+                sequences=len(step.contexts),
+                table_width=step.block_tables.shape[1],
+                segment_count=len(step.segments),
+                logit_count=len(step.logit_rows),
+            ),
+        )
+        return logits
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """See `Backend.finite`; the kernels have looked."""
+        return self._finite[: len(logits)].tolist()
+
+    def clear(self, blocks: list[int]) -> None:
+        """See `Backend.clear`."""
+        for cache in (*self._keys, *self._values):
+            cache[blocks] = 0
+
+    def _adapter(self, table: AdapterTable) -> ctypes._Pointer[LoraAdapter]:
+        found = self._adapters.get(table)
+        if found is None:
+            found = self._adapters[table] = _Adapter(table)
+        return found.pointer
+
+
+class _Adapter:
+    """An adapter's pointers, for as long as its table lives."""
+
+    def __init__(self, table: AdapterTable) -> None:
+        layers = len(table.views[0])
+        self._groups = (LoraGroup * (layers * len(Group)))()
+        for group in Group:
+            for layer, views in enumerate(table.views[group.value]):
+                if views is None:
+                    continue
+                to = self._groups[layer * len(Group) + group.value]
+                to.a, to.ranks = views.a_t.data_ptr(), sum(views.ranks)
+                first = 0
+                for member, rank, (b_t, scaling) in zip(
+                    views.members, views.ranks, views.expands, strict=True
+                ):
+                    place = to.members[member]
+                    place.b, place.rank, place.first = b_t.data_ptr(), rank, first
+                    place.scaling = scaling
+                    first += rank
+        self._adapter = LoraAdapter(
+            groups=self._groups, is_float=int(table.run.dtype == torch.float32)
+        )
+        self.pointer = ctypes.pointer(self._adapter)

@@ -1,0 +1,46 @@
+"""Tokens from logits by the kernels (``cpp/sample.h``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from veneer_server.backends.native.library import Draw, Library, address
+from veneer_server.step.choice import Choice
+
+__all__ = ["NativeDraws"]
+
+
+class NativeDraws:
+    """Implements `engine.execution.sampler.Draws`.
+
+    Args:
+        engine: of `Library.create`, whose threads share the rows; None is the calling thread.
+    """
+
+    def __init__(self, library: Library, engine: int | None = None) -> None:
+        self._library = library
+        self._engine = engine
+
+    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+        """See `Draws.tokens`."""
+        logits = logits.contiguous()
+        start, row = logits.data_ptr(), logits.stride(0) * logits.itemsize
+        draws = (Draw * len(choices))()
+        for i, (draw, choice) in enumerate(zip(draws, choices, strict=True)):
+            params = choice.params
+            draw.logits = start + i * row
+            draw.seed = params.seed & (2**64 - 1)
+            draw.position = choice.position
+            draw.temperature = params.temperature
+            draw.top_k, draw.top_p, draw.min_p = params.top_k, params.top_p, params.min_p
+        self._library.sample(self._engine, draws, logits.shape[1])
+        return [None if draw.token < 0 else draw.token for draw in draws]
+
+    def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `Draws.log_sums`."""
+        logits = logits.contiguous()
+        sums = torch.empty(len(logits))
+        self._library.log_sums(self._engine, address(logits), logits.shape, address(sums))
+        return sums

@@ -1,0 +1,158 @@
+"""Compiled libraries on disk. One is loaded only if nobody else can have written it.
+
+A library is ``<key>-<SHA-256>.so``: its name tells its content, so that library and checksum
+appear by one rename. File and folder must belong to this user or to root, and only they may
+write to them; a group that has no other member does no harm. Folders above need no check:
+whoever can rename those can put another folder in place of ours, but not one of this user,
+and a file is checked and loaded by one descriptor.
+"""
+
+from __future__ import annotations
+
+import grp
+import hashlib
+import logging
+import os
+import pwd
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from veneer_server.backends.native.forms import HEX
+from veneer_server.system.disk import make_private, remove, staged, sync
+
+__all__ = ["Refused", "check_folder", "find", "keep", "open_checked", "places", "scratch"]
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(rf"[0-9a-f]{{{HEX}}}-[0-9a-f]{{{HEX}}}\.so")
+
+_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Refused(Exception):
+    """Why a file or folder is not used, in words for an operator."""
+
+
+def places(cache_dir: Path) -> tuple[Path, ...]:
+    """Where libraries are looked for, and kept in the first that can be written: the cache,
+    else a folder of this user that lasts until the next boot."""
+    own = Path(tempfile.gettempdir()) / f"veneer-{os.geteuid()}"
+    return cache_dir / "native", own / "native"
+
+
+def find(place: Path, key: str) -> Path | None:
+    """The library of this key; one that must not be loaded is removed, if it can be."""
+    try:
+        files = sorted(place.glob(f"{key}-*.so"))
+        if not files:
+            return None
+        check_folder(place)
+    except (Refused, OSError) as reason:
+        log.warning("no compiled kernels are loaded from %s: %s", place, reason)
+        return None
+    for file in files:
+        try:
+            os.close(open_checked(file))
+            return file
+        except (Refused, OSError) as reason:
+            log.warning("the compiled kernels %s are not loaded: %s", file, reason)
+            _discard(file)
+    return None
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A folder in ``place`` to compile in.
+
+    Raises:
+        Refused: others can write to the place.
+        OSError: we cannot.
+    """
+    make_private(place)
+    _tighten(place)
+    check_folder(place)
+    with staged(place, "veneer-build-") as folder:
+        yield folder
+
+
+def keep(place: Path, key: str, draft: Path) -> Path:
+    """Move a new library from `scratch` to its name."""
+    draft.chmod(0o644)  # whatever the umask
+    digest = hashlib.sha256(draft.read_bytes()).hexdigest()
+    sync(draft)
+    file = place / f"{key}-{digest[:HEX]}.so"
+    if file.is_dir():
+        remove(file)
+    draft.replace(file)
+    sync(place)
+    return file
+
+
+def open_checked(file: Path) -> int:
+    """A descriptor of a library that may be loaded, by ``/proc/self/fd``.
+
+    Raises:
+        Refused: it is damaged, or others can have written it.
+        OSError: it cannot be read.
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(os.fstat(fd), stat.S_ISREG, "a regular file")
+        with open(fd, "rb", closefd=False) as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest[:HEX] != file.stem.rpartition("-")[2]:
+            raise Refused("it is damaged: its content is not what its name says")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_folder(place: Path) -> None:
+    """Raises Refused where others can write to it, OSError where it is missing."""
+    _check(place.lstat(), stat.S_ISDIR, "a folder")
+
+
+def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> None:
+    if not is_kind(found.st_mode):
+        raise Refused(f"it is not {kind}")
+    if found.st_uid not in (0, os.geteuid()):
+        raise Refused(f"it belongs to user {found.st_uid}, neither to this one nor to root")
+    group = found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid, found.st_uid)
+    if group or found.st_mode & stat.S_IWOTH:
+        raise Refused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
+
+
+def _is_private(group: int, user: int) -> bool:
+    """Nobody but this user is in the group, which has the user's name: a user private group.
+    Where there are such, umask is often 002. Debian's OpenSSH has the same rule."""
+    try:
+        name = pwd.getpwuid(user).pw_name
+        found = grp.getgrgid(group)
+    except KeyError:
+        return False
+    primary = {each.pw_name for each in pwd.getpwall() if each.pw_gid == group}
+    return found.gr_name == name and {*found.gr_mem, *primary} <= {name}
+
+
+def _tighten(place: Path) -> None:
+    """A folder of ours that others could write to becomes ours alone, and loses its libraries:
+    they may be anybody's."""
+    found = place.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & _OTHERS:
+        place.chmod(0o700)
+        for file in place.iterdir():
+            if _NAME.fullmatch(file.name):
+                _discard(file)
+
+
+def _discard(file: Path) -> None:
+    try:
+        remove(file)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", file, error)

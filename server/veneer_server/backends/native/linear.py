@@ -1,0 +1,184 @@
+"""The base's linears, packed as the kernels read them (``cpp/linear.h``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.library import (
+    BFLOAT16,
+    BLOCK,
+    EIGHT_BIT,
+    FOUR_BIT,
+    Library,
+    Linear,
+    address,
+)
+from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
+from veneer_server.models.packed import row_slices, rows_of
+
+__all__ = ["NativeLinear", "fuse", "pack_dense"]
+
+_TILE = 32
+_TOGETHER = 64
+"""Outputs of one of two parts that lie together."""
+
+
+class NativeLinear:
+    """A `models.linear.Linear` in the kernels' order.
+
+    Attributes:
+        struct: what the kernels get; valid as long as this object lives.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        kind: int,
+        packed: torch.Tensor,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        table: torch.Tensor | None,
+        parts: int = 1,
+    ) -> None:
+        self._library = library
+        self._packed = packed
+        self._bias = bias
+        self._table = table
+        self.shape = shape
+        self.struct = Linear(
+            weights=address(packed),
+            bias=address(bias),
+            outputs=shape[0],
+            inputs=shape[1],
+            kind=kind,
+            parts=parts,
+        )
+        if table is not None:
+            self.struct.table[:] = [code & 0xFFFF for code in table.view(torch.int16).tolist()]
+
+    @property
+    def nbytes(self) -> int:
+        return self._packed.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._library.multiply(self.struct, x.contiguous())
+
+    def expanded(self) -> Iterator[Expanded]:
+        """See `models.linear.Linear.expanded`: the very numbers that the kernels multiply."""
+        outputs, inputs = self.shape
+        tiles = self._packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
+        if self.struct.parts == 2:
+            tiles = tiles.view(-1, 2, _TOGETHER // _TILE, *tiles.shape[1:])
+            tiles = tiles.transpose(0, 1).flatten(0, 2)
+        for rows in row_slices(outputs, inputs):
+            part = tiles[rows.start // _TILE : -(-rows.stop // _TILE)]
+            numbers = self._numbers(part)
+            yield numbers[: rows.stop - rows.start], rows_of(self._bias, rows)
+
+    def _numbers(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Of some tiles: [outputs, inputs] float32."""
+        count, blocks, _ = tiles.shape
+        if self.struct.kind == BFLOAT16:
+            pairs = tiles.view(torch.bfloat16).view(count, blocks * BLOCK // 2, _TILE, 2)
+            return pairs.transpose(1, 2).reshape(count * _TILE, -1).float()
+        scales = tiles[..., -4 * _TILE :].contiguous().view(torch.float32)
+        codes = tiles[..., : -4 * _TILE].contiguous()
+        if self.struct.kind == EIGHT_BIT:
+            pairs = codes.view(torch.int8).view(count, blocks, BLOCK // 2, _TILE, 2)
+            plain = pairs.permute(0, 3, 1, 2, 4).reshape(count, _TILE, blocks, BLOCK).float()
+        else:
+            assert self._table is not None
+            # half, group, output of the half, which of its pair
+            words = codes.view(torch.int16).view(count, blocks, 2, 8, 16, 2).int()
+            fours = torch.stack([(words >> 4 * q) & 15 for q in range(4)], dim=4)
+            # [tile, half, output, block, group, q, which of its pair]
+            ordered = fours.permute(0, 2, 5, 1, 3, 4, 6).reshape(count, _TILE, blocks, BLOCK)
+            plain = self._table.float()[ordered]
+        scaled = plain * scales.transpose(1, 2).unsqueeze(-1)
+        return scaled.view(count * _TILE, blocks * BLOCK)
+
+
+def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:
+    """As `models.linear.fuse`.
+
+    Raises:
+        NativeUnavailable: the kernels cannot multiply it.
+    """
+    import bitsandbytes as bnb
+
+    assert dtype == torch.bfloat16
+    four_bit = [isinstance(m, bnb.nn.Linear4bit) for m in modules]
+    if all(four_bit):
+        return _four_bit(library, modules)
+    if any(four_bit):
+        raise NativeUnavailable("some linears of a group are in 4 bits and others are not")
+    weights: list[Any] = [m.weight for m in modules]
+    weight = torch.cat([w.data for w in weights]).to(dtype).contiguous()
+    bias = stack_biases(modules, torch.float32)
+    return pack_dense(library, BFLOAT16, weight, bias, _parts(len(modules), len(weight)))
+
+
+def _parts(modules: int, outputs: int) -> int:
+    """Two linears, gate and up, lie by turns: the thread that computes a column of one computes
+    it of the other, and reads memory in order all the same."""
+    return 2 if modules == 2 and outputs % (2 * _TOGETHER) == 0 else 1
+
+
+def _by_turns(rows: torch.Tensor, parts: int) -> torch.Tensor:
+    """[outputs, ...] in the order in which they are packed."""
+    if parts == 1:
+        return rows.contiguous()
+    turns = rows.view(2, -1, _TOGETHER, *rows.shape[1:]).transpose(0, 1)
+    return turns.reshape(rows.shape)
+
+
+def pack_dense(
+    library: Library,
+    kind: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    parts: int = 1,
+) -> NativeLinear:
+    """A weight [outputs, inputs] in bfloat16, kept so or in 8 bits."""
+    outputs, inputs = weight.shape
+    if inputs % BLOCK:
+        raise NativeUnavailable(f"a linear has {inputs} inputs, no multiple of {BLOCK}")
+    packed = library.pack_dense(kind, _by_turns(weight, parts))
+    return NativeLinear(library, kind, packed, (outputs, inputs), bias, None, parts)
+
+
+def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
+    fused = stack_four_bit(modules)
+    if fused is None:
+        raise NativeUnavailable("the 4-bit linears of a group differ in kind")
+    state = fused.weight.quant_state
+    outputs, inputs = state.shape
+    if state.blocksize != BLOCK or inputs % BLOCK:
+        raise NativeUnavailable(
+            f"a 4-bit linear has {inputs} inputs in blocks of {state.blocksize}; the kernels "
+            f"need blocks of {BLOCK} that fill its rows"
+        )
+    scales = state.absmax
+    assert not state.nested, "stacking expands nested scales"
+    parts = _parts(len(modules), outputs)
+    packed = library.pack_four_bit(
+        _by_turns(fused.weight.data.contiguous().view(outputs, inputs // 2), parts),
+        _by_turns(scales.contiguous().view(outputs, inputs // BLOCK), parts),
+    )
+    return NativeLinear(
+        library,
+        FOUR_BIT,
+        packed,
+        (outputs, inputs),
+        fused.bias.float().contiguous() if fused.bias is not None else None,
+        state.code.to(torch.bfloat16),
+        parts,
+    )

@@ -1,0 +1,97 @@
+"""Loads a compiled library and multiplies a little: ``python -I -S trial.py DESCRIPTOR``.
+
+In a process of its own, which a broken library may end: by an instruction that this CPU does
+not run though its flags say so, or by whatever a damaged file holds. Standard library only, and
+outside the package: it is run at every start, and importing more would take longer than the
+trial. Prints the set of instructions; ends with a message where a product is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_uint16, c_void_p
+from operator import mul
+from typing import Any, ClassVar, Final
+
+FOUR_BIT, BFLOAT16, EIGHT_BIT = range(3)
+OUTPUTS: Final = 64
+INPUTS: Final = 128
+ROWS: Final = 5
+_LINE: Final = 64
+"""Bytes of a cache line, at which weights begin."""
+
+
+class Linear(ctypes.Structure):
+    """As `veneer_server.backends.native.library` has it."""
+
+    _fields_: ClassVar[Any] = [
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("kind", c_int32),
+        ("parts", c_int32),
+        ("table", c_uint16 * 16),
+    ]
+
+
+def bf16(number: float) -> int:
+    """The upper half of a float: exact for the small integers of this trial."""
+    return int(ctypes.c_uint32.from_buffer_copy(c_float(number)).value) >> 16
+
+
+def weight(kind: int, output: int, place: int) -> int:
+    """Whole numbers, so that sums are exact in any order: of -7 to 8, and 127 as the largest
+    of each block of 8-bit ones, whose scale is a 127th of it."""
+    if kind == EIGHT_BIT and place % 64 == 0:
+        return 127
+    return (5 * output + 3 * place) % 16 - 7
+
+
+def main(descriptor: int) -> None:
+    """See the module."""
+    library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    sizes = (c_int64 * 64)()
+    library.veneer_sizes(sizes)
+    if sizes[0] != ctypes.sizeof(Linear):
+        raise SystemExit("the library expects other structs")
+    inputs = [[(7 * row + place) % 9 - 4 for place in range(INPUTS)] for row in range(ROWS)]
+    x = (c_uint16 * (ROWS * INPUTS))(*(bf16(each) for row in inputs for each in row))
+    for kind in (FOUR_BIT, BFLOAT16, EIGHT_BIT):
+        numbers = [[weight(kind, o, place) for place in range(INPUTS)] for o in range(OUTPUTS)]
+        wanted = [sum(map(mul, row, column)) for row in inputs for column in numbers]
+        if product(library, kind, numbers, x) != wanted:
+            raise SystemExit(f"a product of kind {kind} is wrong")
+    library.veneer_instructions.restype = ctypes.c_char_p
+    print(library.veneer_instructions().decode())
+
+
+def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[float]:
+    """x times the numbers, packed as this kind."""
+    library.veneer_packed_bytes.restype = c_int64
+    size = library.veneer_packed_bytes(kind, OUTPUTS, INPUTS)
+    memory = (c_uint8 * (size + _LINE))()
+    begin = -ctypes.addressof(memory) % _LINE
+    packed = c_void_p(ctypes.addressof(memory) + begin)
+    shape = c_int32(OUTPUTS), c_int32(INPUTS)
+    linear = Linear(weights=packed.value, outputs=OUTPUTS, inputs=INPUTS, kind=kind, parts=1)
+    if kind == FOUR_BIT:
+        # The earlier of two neighbours is in the high half. Code n is (n - 7) / 2, scaled by 2.
+        codes = (c_uint8 * (OUTPUTS * INPUTS // 2))(
+            *((n[i] + 7) << 4 | n[i + 1] + 7 for n in numbers for i in range(0, INPUTS, 2))
+        )
+        scales = (c_float * (OUTPUTS * INPUTS // 64))(*[2.0] * (OUTPUTS * INPUTS // 64))
+        linear.table[:] = [bf16((code - 7) / 2) for code in range(16)]
+        library.veneer_pack_four_bit(codes, scales, *shape, packed)
+    else:
+        weights = (c_uint16 * (OUTPUTS * INPUTS))(*(bf16(n) for row in numbers for n in row))
+        pack = library.veneer_pack_bf16 if kind == BFLOAT16 else library.veneer_pack_eight_bit
+        pack(weights, *shape, packed)
+    y = (c_float * (ROWS * OUTPUTS))()
+    library.veneer_multiply(ctypes.byref(linear), x, c_int64(ROWS), y)
+    return list(y)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

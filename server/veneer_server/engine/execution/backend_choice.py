@@ -1,0 +1,181 @@
+"""Which code executes the steps here: the native kernels where they can, torch elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from veneer_registry.errors import VeneerError
+
+from veneer_server.backends.native import linear as native_linear
+from veneer_server.backends.native.chosen import find_library
+from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.decoder import NativeDecoder, check
+from veneer_server.backends.native.library import Library
+from veneer_server.backends.torch.attention import KvCache
+from veneer_server.backends.torch.decoder import Decoder
+from veneer_server.engine.execution.sampler import TorchDraws
+from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.models.linear import Linear
+from veneer_server.models.linear import fuse as fuse_for_torch
+from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
+from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
+from veneer_server.progress import stage
+from veneer_server.step.arrays import Backend
+from veneer_server.step.choice import Draws
+from veneer_server.system.machine import usable_cores
+from veneer_server.wire.messages import EngineConfig
+
+__all__ = ["BackendUnavailable", "Chosen", "choose"]
+
+log = logging.getLogger(__name__)
+
+
+class BackendUnavailable(VeneerError):
+    """The backend that was asked for cannot serve here."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BACKEND_UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A backend over the loaded base.
+
+    Attributes:
+        name: ``native (avx512-bf16)`` or ``native (avx2)``, either with ``, prebuilt`` inside
+            where the kernels came with the wheel, or ``torch``.
+        why_not_native: empty where it is.
+        lora_dtype: of resident adapters.
+        invariant: whether a row's numbers are the same to the bit whatever shares its step.
+        draws: from its logits to tokens.
+    """
+
+    backend: Backend
+    weights: DecoderWeights
+    lora_dtype: torch.dtype
+    name: str
+    why_not_native: str = ""
+    draws: Draws = field(default_factory=TorchDraws)
+    invariant: bool = False
+
+
+def choose(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+) -> Chosen:
+    """Load the base for the best backend that `EngineConfig.backend` allows.
+
+    Raises:
+        BackendUnavailable: it insists on the native one, which cannot serve here.
+        UnsupportedModel: no backend can run the base.
+    """
+    why = "--backend torch"
+    if config.backend != "torch":
+        try:
+            chosen = _native(config, device, dtype, num_blocks)
+            log.info("the backend is %s", chosen.name)
+            return chosen
+        except NativeUnavailable as reason:
+            if config.backend == "native":
+                raise BackendUnavailable(
+                    f"--backend native cannot serve here: {reason}; use --backend auto"
+                ) from reason
+            why = str(reason)
+    if config.backend == "auto" and device.type == "cpu":
+        log.warning("the torch backend serves, which is slower: %s", why)
+    return _torch(config, device, dtype, num_blocks, why)
+
+
+def _load(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, fuse: Fuse
+) -> DecoderWeights:
+    def load() -> DecoderWeights:
+        return load_weights(
+            Path(config.base_folder),
+            quantization=config.quantization,
+            dtype=dtype,
+            device=device,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
+            fuse=fuse,
+        )
+
+    try:
+        return load()
+    except BaseDamaged as damage:
+        cache = Path(config.cache_folder)
+        if Path(config.base_folder) != bundled_folder(cache):
+            raise
+        log.warning("%s", damage)
+        import_bundled(cache, lambda doing: log.info("base: %s", doing), anew=True)
+        return load()
+
+
+def _native(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+) -> Chosen:
+    if device.type != "cpu":
+        raise NativeUnavailable(f"it is for CPUs, and the base is on {device.type}")
+    if dtype != torch.bfloat16:
+        raise NativeUnavailable(
+            f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        )
+    check(read_decoder_config(Path(config.base_folder)), config.block_size)
+    library, made = _library(config)
+
+    def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
+        return native_linear.fuse(library, modules, dtype)
+
+    weights = _load(config, device, dtype, fuse)
+    with stage("packing the head"):
+        decoder = NativeDecoder(
+            library,
+            weights,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            threads=config.threads or usable_cores(),
+        )
+    # What is left to torch is short: a second thread would cost more than it brings, and
+    # spin where a thread of the step could run.
+    torch.set_num_threads(1)
+    name = f"native ({library.instructions}{made})"
+    weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
+    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
+
+
+def _library(config: EngineConfig) -> tuple[Library, str]:
+    """The kernels in the form that is asked for, and what the backend's name adds."""
+    wanted = config.native_instructions
+    cache = Path(config.cache_folder)
+    found = find_library(cache, instructions="avx2" if wanted == "avx2" else "")
+    library = Library(found.file)
+    if wanted not in ("auto", library.instructions):
+        raise NativeUnavailable(
+            f"this CPU has {library.instructions} at most, not --native-instructions {wanted}"
+        )
+    if found.why_prebuilt:
+        log.info("prebuilt kernels serve: %s", found.why_prebuilt)
+    return library, ", prebuilt" if found.why_prebuilt else ""
+
+
+def _torch(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int, why: str
+) -> Chosen:
+    weights = _load(config, device, dtype, fuse_for_torch)
+    model: DecoderConfig = weights.config
+    cache = KvCache(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    # See `Decoder`: float32 is what small products on a CPU are fast in.
+    lora_dtype = torch.float32 if device.type == "cpu" else dtype
+    return Chosen(Decoder(weights, cache, lora_dtype), weights, lora_dtype, "torch", why)

@@ -1,0 +1,47 @@
+"""Exact mode: a sequence's numbers do not depend on what shares the step.
+
+Matrix products, reductions and fused attention choose their order of summation by
+shape, so a row's last bits change with the batch. Here every sequence has a
+backend call and a sampler call of its own, whose shapes depend on its position
+alone; with the scheduler's canonical chunks (`SchedulerLimits.exact`) tokens and
+log-probabilities are bitwise the same in any company, preempted or not, on the
+same machine with the same number of threads.
+
+Only where the backend needs it (`Chosen.invariant`): the native one's rows are the same to
+the bit in any company as they are.
+
+The price: no weight is read once for several sequences any more, so a step of n
+sequences takes about n steps' time; there is no prefix cache; and a preempted
+sequence computes its own tokens again one a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import chain
+
+from veneer_server.step.plan import Runner, StepPlan, StepResult
+
+__all__ = ["ExactRunner"]
+
+
+class ExactRunner:
+    """Executes each sequence of a plan alone. Implements `Runner` over another."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return _join(self._runner.execute(StepPlan((s,))) for s in plan.sequences)
+
+
+def _join(results: Iterable[StepResult]) -> StepResult:
+    """Results of parts of a plan, in order, as the whole plan's result."""
+    parts = list(results)
+    return StepResult(
+        *(
+            tuple(chain.from_iterable(getattr(part, field.name) for part in parts))
+            for field in fields(StepResult)
+        )
+    )

@@ -1,0 +1,288 @@
+"""Carries out a `StepPlan`: plain arrays in, one backend call, tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from veneer_server.constraints.grammars import GrammarFailed, Grammars
+from veneer_server.engine.execution.sampler import (
+    TorchDraws,
+    sample,
+    token_logprobs,
+    top_tokens,
+)
+from veneer_server.step.adapter_table import AdapterTable
+from veneer_server.step.arrays import Backend, Segment, StepArrays
+from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.plan import (
+    ConstraintFailure,
+    Following,
+    PlannedSequence,
+    StepPlan,
+    StepResult,
+)
+from veneer_server.wire.messages import Tops
+
+__all__ = ["ModelRunner"]
+
+_PATIENCE_S: Final = 0.002
+"""How long a step waits for masks, and again for whether its tokens completed anything:
+what is late by more costs its own sequence a step, and the others nothing."""
+
+
+class ModelRunner:
+    """Turns plans into results.
+
+    Args:
+        tables: resident adapters by weights digest, kept up to date by the loop;
+            every digest of a plan is in it.
+        grammars: what constrained sequences may say; None where the base's tokenizer
+            allows no constraints, and no plan has any.
+        draws: who draws tokens; torch where there is none.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tables: Mapping[str, AdapterTable],
+        block_size: int,
+        grammars: Grammars | None = None,
+        draws: Draws | None = None,
+    ) -> None:
+        self._draws = draws or TorchDraws()
+        self._grammars = grammars
+        self._backend = backend
+        self._tables = tables
+        self._block_size = block_size
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        arrays, places = _to_arrays(plan, self._tables, self._block_size)
+        logits = self._backend.execute(arrays)
+        finite_rows = self._backend.finite(logits)
+        finite = [all(finite_rows[p.begin : p.end]) for p in places]
+        for sequence, good in zip(plan.sequences, finite, strict=True):
+            if not good:
+                # What it wrote in this step; earlier chunks passed this check.
+                written = sequence.blocks[sequence.start // self._block_size :]
+                self._backend.clear(list(written))
+        drafts = [_Draft() for _ in places]
+        rows = [
+            _SampledRow(sequence, place.sample, draft)
+            for sequence, place, draft, good in zip(
+                plan.sequences, places, drafts, finite, strict=True
+            )
+            if good and place.sample is not None
+        ]
+        if rows:
+            self._sample(logits, rows)
+        for sequence, place, draft, good in zip(
+            plan.sequences, places, drafts, finite, strict=True
+        ):
+            if sequence.score and good:
+                _score(logits, sequence, place, draft, self._draws)
+        return StepResult(
+            tokens=tuple(d.token for d in drafts),
+            logprobs=tuple(d.logprob for d in drafts),
+            scores=tuple(d.scores for d in drafts),
+            finite=tuple(good and d.finite for good, d in zip(finite, drafts, strict=True)),
+            tops=tuple(d.tops for d in drafts),
+            score_tops=tuple(d.score_tops for d in drafts),
+            following=tuple(d.following for d in drafts),
+            failures=tuple(d.failure for d in drafts),
+        )
+
+    def _sample(self, logits: torch.Tensor, rows: list[_SampledRow]) -> None:
+        """Choose the tokens of all rows that take one."""
+        choices: list[Choice] = []
+        ready: list[_SampledRow] = []
+        until = time.monotonic() + _PATIENCE_S
+        for row in rows:
+            if (choice := self._choice(row, until)) is not None:
+                choices.append(choice)
+                ready.append(row)
+        if not ready:
+            return
+        at = [row.at for row in ready]
+        if at != list(range(len(logits))):
+            logits = logits.index_select(0, _index(at, logits))
+        constrained = {}
+        for row, token in zip(ready, sample(logits, choices, self._draws), strict=True):
+            row.draft.token = token
+            if token is None:
+                row.draft.finite = False
+            elif row.sequence.constraint is not None:
+                constrained[row.sequence.sequence] = row.draft
+        if constrained:
+            self._advance(constrained)
+        wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
+        if wanted:
+            _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
+
+    def _choice(self, row: _SampledRow, until: float) -> Choice | None:
+        """None where its constraint has no next token, or has not said which ones."""
+        sequence, allowed = row.sequence, None
+        if sequence.constraint is not None:
+            assert self._grammars is not None, "the loop refuses what cannot be constrained"
+            try:
+                known = self._grammars.allowed(sequence.sequence, until)
+            except GrammarFailed as error:
+                row.draft.failure = error.failure
+                return None
+            if isinstance(known, Following):
+                row.draft.following = known
+                return None
+            allowed = known
+        return Choice(
+            params=sequence.sampling,
+            position=sequence.position,
+            history=sequence.history,
+            allowed=allowed,
+        )
+
+    def _advance(self, drafts: dict[int, _Draft]) -> None:
+        """Give the constraints their tokens, by sequence."""
+        assert self._grammars is not None
+        chosen = {sequence: draft.token or 0 for sequence, draft in drafts.items()}
+        until = time.monotonic() + _PATIENCE_S
+        for sequence, following in self._grammars.advance(chosen, until).items():
+            drafts[sequence].following = following
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One sequence's part of the `StepResult` while it is made."""
+
+    token: int | None = None
+    finite: bool = True
+    """False where the logits are numbers, but nothing could be drawn from them."""
+    logprob: float | None = None
+    tops: Tops | None = None
+    scores: tuple[float, ...] = ()
+    score_tops: tuple[Tops, ...] = ()
+    following: Following = Following.GOES_ON
+    failure: ConstraintFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledRow:
+    """A sequence that takes a token, and the row of logits ``at`` that gives it."""
+
+    sequence: PlannedSequence
+    at: int
+    draft: _Draft
+
+
+def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -> None:
+    """Raw log-probabilities of the chosen tokens, and of the likeliest where wanted."""
+    tokens = [row.draft.token or 0 for row in rows]
+    for row, value in zip(
+        rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
+    ):
+        row.draft.logprob = value
+    topped = [k for k, row in enumerate(rows) if row.sequence.top_logprobs]
+    if topped:
+        counts = [rows[k].sequence.top_logprobs for k in topped]
+        for k, tops in zip(topped, top_tokens(logits[topped], counts, draws), strict=True):
+            rows[k].draft.tops = tops
+
+
+def _score(
+    logits: torch.Tensor,
+    sequence: PlannedSequence,
+    place: _Place,
+    draft: _Draft,
+    draws: Draws,
+) -> None:
+    """Log-probabilities of a chunk of the prompt."""
+    rows = logits[place.begin : place.begin + len(sequence.score)]
+    following = _index(list(sequence.score), logits)
+    draft.scores = tuple(token_logprobs(rows, following, draws).tolist())
+    if sequence.top_logprobs:
+        draft.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A sequence's rows among the logits: scored ones from ``begin``, then the
+    sampled one at ``sample`` if there is one; ``end`` is past both."""
+
+    begin: int
+    end: int
+    sample: int | None
+
+
+def _index(values: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
+
+
+def _to_arrays(
+    plan: StepPlan, tables: Mapping[str, AdapterTable], block_size: int
+) -> tuple[StepArrays, list[_Place]]:
+    # Lists, since most steps have few rows: each call of numpy's costs as much as a few rows.
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    contexts: list[int] = []
+    row_starts = [0]
+    logit_rows: list[int] = []
+    places: list[_Place] = []
+    for sequence in plan.sequences:
+        first, start, blocks = len(tokens), sequence.start, sequence.blocks
+        end = start + len(sequence.tokens)
+        tokens += sequence.tokens
+        positions += range(start, end)
+        slots += [
+            blocks[at // block_size] * block_size + at % block_size for at in range(start, end)
+        ]
+        contexts.append(end)
+        row_starts.append(len(tokens))
+        begin = len(logit_rows)
+        logit_rows += range(first, first + len(sequence.score))
+        sampled = None
+        if sequence.samples:
+            sampled = len(logit_rows)
+            logit_rows.append(len(tokens) - 1)
+        elif not sequence.score:
+            # Only for the check: a chunk's K and V may be shared if its logits are finite.
+            logit_rows.append(len(tokens) - 1)
+        places.append(_Place(begin, len(logit_rows), sampled))
+    width = max(len(s.blocks) for s in plan.sequences)
+    table = [[*s.blocks, *[0] * (width - len(s.blocks))] for s in plan.sequences]
+    arrays = StepArrays(
+        tokens=np.array(tokens, dtype=np.int64),
+        positions=np.array(positions, dtype=np.int64),
+        slots=np.array(slots, dtype=np.int64),
+        row_starts=np.array(row_starts, dtype=np.int64),
+        contexts=np.array(contexts, dtype=np.int64),
+        block_tables=np.array(table, dtype=np.int64),
+        segments=_segments(plan.sequences, row_starts, tables),
+        logit_rows=np.array(logit_rows, dtype=np.int64),
+    )
+    return arrays, places
+
+
+def _segments(
+    sequences: tuple[PlannedSequence, ...],
+    row_starts: list[int],
+    tables: Mapping[str, AdapterTable],
+) -> tuple[Segment, ...]:
+    """Runs of rows with the same adapter; the plan is sorted by adapter."""
+    segments: list[Segment] = []
+    begin = 0
+    for i, sequence in enumerate(sequences):
+        last = i + 1 == len(sequences) or sequences[i + 1].digest != sequence.digest
+        if not last:
+            continue
+        if sequence.digest is not None:
+            segments.append(
+                Segment(row_starts[begin], row_starts[i + 1], tables[sequence.digest])
+            )
+        begin = i + 1
+    return tuple(segments)

@@ -1,0 +1,328 @@
+"""From logits to tokens, all rows of a step at once.
+
+The order is the field's usual one:
+
+1. logit bias, added
+2. repetition penalty, of tokens in prompt or output (Keskar et al. 2019; as in
+   transformers: a positive logit is divided by it, a negative one multiplied)
+3. presence and frequency penalties, of tokens in the output (as OpenAI defines them)
+4. the constraint's mask
+5. temperature; 0 takes the likeliest token here, and nothing below matters
+6. top-k, then top-p over what it left, then min-p: each keeps the likeliest tokens
+7. one draw, by the random number of the request's seed and the token's position
+
+A token is a function of its own row, its settings and its position: nothing is
+shared between rows, so it does not depend on what shares the batch (as far as the
+logits do not). A batch that only takes likeliest tokens costs one argmax.
+
+Steps 5 to 7 are `Draws`: in torch here, or by the native backend (``native/draws.py``).
+
+Log-probabilities are of the logits as the model gave them, before all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from veneer_server.step.choice import Choice, Draws
+from veneer_server.step.token_counts import Seen
+from veneer_server.wire.messages import SamplingParams, Tops
+
+__all__ = [
+    "TorchDraws",
+    "sample",
+    "token_logprobs",
+    "top_tokens",
+    "uniform",
+]
+
+_HEAD = 512
+"""Most likely tokens looked at first for top-k, top-p and min-p; sorting a whole
+vocabulary takes milliseconds a row and is nearly never needed. The same for all
+rows: a head whose size depended on the batch could break ties by the batch."""
+
+_TOPS = 20
+"""Most that `top_tokens` gives a row; it always looks at so many, for the same reason."""
+
+_COLDEST = 1e-5
+"""Temperatures below are greedy: dividing by them would overflow."""
+
+_LOWEST = -torch.inf
+
+_NOTHING = -1
+"""In place of a token: the row's probabilities are not numbers."""
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) for a position of a request (Philox, counter mode)."""
+    stream = np.random.Philox(key=seed & (2**64 - 1), counter=position)
+    return float(np.random.Generator(stream).random())
+
+
+def sample(
+    logits: torch.Tensor, choices: Sequence[Choice], draws: Draws | None = None
+) -> list[int | None]:
+    """One token a row; None for a row that has nothing to draw from, which no request
+    that was checked can bring about.
+
+    Args:
+        logits: [rows, vocab] float32, finite; not changed.
+        choices: one a row.
+        draws: torch's where there is none.
+    """
+    draws = draws or TorchDraws()
+    changed = [i for i, choice in enumerate(choices) if _changes(choice)]
+    if not changed:
+        return draws.tokens(logits, choices)
+    those = [choices[i] for i in changed]
+    adjusted = _adjusted(logits[torch.tensor(changed, device=logits.device)], those)
+    if len(changed) == len(choices):
+        return draws.tokens(adjusted, those)
+    tokens = draws.tokens(logits, choices)  # some of them in vain: rare, and one call
+    for i, token in zip(changed, draws.tokens(adjusted, those), strict=True):
+        tokens[i] = token
+    return tokens
+
+
+class TorchDraws:
+    """`Draws` in torch, on any device."""
+
+    def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
+        chosen = logits.argmax(dim=-1)
+        drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
+        return [None if token == _NOTHING else token for token in chosen.tolist()]
+
+    def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(logits, dim=-1)
+
+
+# ------------------------------------------------------------------- adjustments
+
+
+def _changes(choice: Choice) -> bool:
+    params = choice.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or choice.allowed is not None
+    )
+
+
+def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """Bias, penalties and masks, in place."""
+    biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
+    repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
+    counted = [
+        i
+        for i, c in enumerate(choices)
+        if c.params.presence_penalty or c.params.frequency_penalty
+    ]
+    masks = {i: c.allowed for i, c in enumerate(choices) if c.allowed is not None}
+    if biased:
+        _add_bias(logits, biased, choices)
+    if repeated:
+        _penalise_repetition(logits, repeated, choices)
+    if counted:
+        _penalise_output(logits, counted, choices)
+    # What was added and multiplied must not overflow: infinity less infinity is no number.
+    logits.nan_to_num_()
+    if masks:
+        allowed = torch.from_numpy(np.stack(list(masks.values())))
+        rows = torch.tensor(list(masks), device=logits.device)
+        logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), _LOWEST)
+    return logits
+
+
+def _add_bias(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+    places = [(i, token) for i in rows for token in choices[i].params.logit_bias]
+    values = [bias for i in rows for bias in choices[i].params.logit_bias.values()]
+    row, token = torch.tensor(places, device=logits.device).unbind(dim=1)
+    logits[row, token] += logits.new_tensor(values)
+
+
+def _penalise_repetition(
+    logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]
+) -> None:
+    row, place = _places(logits, rows, [_seen(choices[i]).ids for i in rows])
+    penalty = _column(logits, choices, "repetition_penalty")[row]
+    values = logits.view(-1).index_select(0, place)
+    values = torch.where(values > 0, values / penalty, values * penalty)
+    logits.view(-1).index_copy_(0, place, values)
+
+
+def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> None:
+    seen = [_seen(choices[i]) for i in rows]
+    row, place = _places(logits, rows, [s.ids[s.counts > 0] for s in seen])
+    counts = np.concatenate([s.counts[s.counts > 0] for s in seen])
+    count = torch.from_numpy(counts).to(logits.device, logits.dtype)
+    presence = _column(logits, choices, "presence_penalty")[row]
+    frequency = _column(logits, choices, "frequency_penalty")[row]
+    values = logits.view(-1).index_select(0, place) - (presence + frequency * count)
+    logits.view(-1).index_copy_(0, place, values)
+
+
+def _seen(choice: Choice) -> Seen:
+    assert choice.history is not None, "penalties without the tokens that they are of"
+    return choice.history
+
+
+def _places(
+    logits: torch.Tensor, rows: list[int], ids: Sequence[NDArray[np.int64]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row's token ids: their row, and their place in the flat logits, by which
+    so many are read and written in a third of the time that two indices take."""
+    owner = torch.from_numpy(np.repeat(np.array(rows), [len(i) for i in ids]))
+    token = torch.from_numpy(np.concatenate(ids))
+    place = owner * logits.shape[1] + token
+    return owner.to(logits.device), place.to(logits.device)
+
+
+def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch.Tensor:
+    """[rows] of one setting."""
+    return logits.new_tensor([getattr(c.params, name) for c in choices])
+
+
+# -------------------------------------------------------------------------- draw
+
+
+def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """[rows] int64: inverse transform over the tokens that top-k, top-p and min-p leave."""
+    # From the top, so that huge logits at a low temperature overflow to minus infinity only.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    temperature = _column(logits, choices, "temperature").unsqueeze(1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    randoms = torch.tensor(
+        [uniform(c.params.seed, c.position) for c in choices],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    cut = torch.tensor([_cuts(c.params) for c in choices], device=logits.device)
+    tokens = torch.empty(len(choices), dtype=torch.int64, device=logits.device)
+    whole = ~cut
+    if whole.any():
+        tokens[whole] = _pick(probabilities[whole].double(), randoms[whole])
+    if cut.any():
+        kept = [c.params for c in choices if _cuts(c.params)]
+        tokens[cut] = _pick_cut(probabilities[cut], randoms[cut], kept)
+    # Of a row that is not a number, no element is.
+    return tokens.masked_fill(probabilities[:, 0].isnan(), _NOTHING)
+
+
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _pick_cut(
+    probabilities: torch.Tensor, randoms: torch.Tensor, params: Sequence[SamplingParams]
+) -> torch.Tensor:
+    """A draw from the likeliest tokens; looks at the whole vocabulary only where it must."""
+    vocab = probabilities.shape[-1]
+    values, tokens = _in_order(*probabilities.topk(min(vocab, _HEAD)))
+    weights = _kept(values, params)
+    picked = tokens.gather(1, _pick(weights, randoms).unsqueeze(1)).squeeze(1)
+    if vocab <= _HEAD:
+        return picked
+    # What was kept must end before the head does, and not among tokens as likely as
+    # the head's last one: which of them the head holds is chance. The share that a
+    # larger top-k leaves is not known from the head either.
+    short = ((weights > 0) & (values <= values[:, -1:])).any(dim=-1)
+    short |= torch.tensor([p.top_k > _HEAD for p in params], device=values.device)
+    if short.any():
+        rest = [p for p, needed in zip(params, short.tolist(), strict=True) if needed]
+        values, tokens = probabilities[short].sort(dim=-1, descending=True, stable=True)
+        index = _pick(_kept(values, rest), randoms[short])
+        picked[short] = tokens.gather(1, index.unsqueeze(1)).squeeze(1)
+    return picked
+
+
+def _in_order(values: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likeliest first, of equals the lower id first, as a stable sort of all would give."""
+    tokens, order = tokens.sort(dim=-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order)
+
+
+def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The probabilities that top-k, top-p and min-p leave, the others 0.
+
+    Args:
+        values: [rows, n] probabilities, likeliest first.
+
+    Returns:
+        [rows, n] float64; not renormalised.
+    """
+    rank = torch.arange(values.shape[1], device=values.device)
+    top_k = torch.tensor([p.top_k or 1 << 62 for p in params], device=values.device)
+    top_p = values.new_tensor([p.top_p for p in params], dtype=torch.float64)
+    min_p = values.new_tensor([p.min_p for p in params]).unsqueeze(1)
+    weights = values.double().masked_fill(rank >= top_k.unsqueeze(1), 0)
+    # top-p is a share of what top-k left; without top-k, of everything: of 1.
+    total = torch.where(top_k > values.shape[1], 1.0, weights.sum(dim=-1))
+    before = weights.cumsum(dim=-1) - weights
+    # A top_p of 1 keeps all, whatever the sums round to.
+    spent = (before >= (top_p * total).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
+    # The likeliest stays, even where a tiny top_p's share rounds to nothing.
+    left = (spent | (values < min_p * values[:, :1])) & (rank > 0)
+    return weights.masked_fill(left, 0)
+
+
+def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
+    """[rows] index of the first running sum above the random share of the whole.
+
+    Weights are float64, so that rare tokens keep their share, and need not sum to 1.
+    """
+    sums = weights.cumsum(dim=-1)
+    # A random number is at most 1 - 2^-53, and so much of a float64 rounds to less than
+    # the whole: the search ends at a token with a weight.
+    target = sums[:, -1] * randoms
+    found = torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
+    # Past the end only where sums are no numbers: `_draw` says so, and nothing here fails.
+    return found.clamp_(max=weights.shape[1] - 1)
+
+
+# ------------------------------------------------------------- log-probabilities
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, draws: Draws | None = None
+) -> torch.Tensor:
+    """Raw log-probabilities, natural logarithm.
+
+    Args:
+        logits: [rows, vocab] float32.
+        tokens: [rows] int64.
+        draws: torch's where there is none.
+
+    Returns:
+        [rows] float32.
+    """
+    picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return picked - (draws or TorchDraws()).log_sums(logits)
+
+
+def top_tokens(
+    logits: torch.Tensor, counts: Sequence[int], draws: Draws | None = None
+) -> list[Tops]:
+    """The most likely tokens of each row with their raw log-probabilities.
+
+    Args:
+        logits: [rows, vocab] float32.
+        counts: how many are wanted, one a row, at most 20.
+        draws: torch's where there is none.
+    """
+    values, tokens = logits.topk(min(logits.shape[1], _TOPS))
+    values, tokens = _in_order(values, tokens)
+    values = values - (draws or TorchDraws()).log_sums(logits).unsqueeze(1)
+    return [
+        list(zip(ids[:count], logprobs[:count], strict=True))
+        for ids, logprobs, count in zip(tokens.tolist(), values.tolist(), counts, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""How long a step takes on this machine: measured before serving, on the loaded base.
+
+Two things go by it. A step takes no more prompt tokens than fit `STEP_SECONDS`, so that
+streams beside it go on and an answer to a ping is never far. And what watches the engine
+knows how long its longest step may take, so that a slow one is not taken for a hung one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from veneer_server.engine.scheduling.step_limits import StepCost
+from veneer_server.models.config import DecoderConfig
+from veneer_server.step.arrays import Backend, StepArrays
+
+__all__ = ["measure"]
+
+_ROWS: Final = 8
+"""Of the larger step that is timed."""
+_ATTENTION_FACTOR: Final = 2.0
+"""Attention over a context takes about this many times longer for each operation than the
+weights' products, which use every loaded number for many rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Seconds: as they passed, and as they would have if nobody else had used the cores."""
+
+    passed: float
+    alone: float
+
+
+@torch.inference_mode()
+def measure(
+    backend: Backend,
+    model: DecoderConfig,
+    parameters: int,
+    *,
+    block_size: int,
+    threads: int,
+) -> StepCost:
+    """Time three small steps. They write to KV block 1 and leave it as it was.
+
+    Args:
+        parameters: of the base.
+        threads: of a step; 0 where it does not run on this CPU, and only the time that
+            passes says anything.
+    """
+    rows = min(_ROWS, block_size)
+    try:
+        _time(backend, 1, block_size, threads)  # it touches all weights for the first time
+        one = _time(backend, 1, block_size, threads)
+        several = _time(backend, rows, block_size, threads)
+    finally:
+        backend.clear([1])
+    token_s = max(0.0, several.alone - one.alone) / max(1, rows - 1)
+    operations = 4 * model.num_layers * model.num_heads * model.head_dim
+    return StepCost(
+        step_s=one.passed,
+        token_s=token_s,
+        attention_s=_ATTENTION_FACTOR * token_s * operations / (2 * parameters),
+    )
+
+
+def _time(backend: Backend, rows: int, block_size: int, threads: int) -> _Timed:
+    step = _first_tokens(rows, block_size)
+    began, worked = time.perf_counter(), time.process_time()
+    backend.finite(backend.execute(step))  # which waits for a device
+    passed, worked = time.perf_counter() - began, time.process_time() - worked
+    return _Timed(passed, min(passed, worked / threads) if threads else passed)
+
+
+def _first_tokens(rows: int, block_size: int) -> StepArrays:
+    """One sequence of so many tokens, in block 1."""
+    places = np.arange(rows, dtype=np.int64)
+    return StepArrays(
+        tokens=np.zeros(rows, dtype=np.int64),
+        positions=places,
+        slots=block_size + places,
+        row_starts=np.array([0, rows], dtype=np.int64),
+        contexts=np.array([rows], dtype=np.int64),
+        block_tables=np.array([[1]], dtype=np.int64),
+        segments=(),
+        logit_rows=np.array([rows - 1], dtype=np.int64),
+    )

@@ -1,0 +1,323 @@
+"""Every adapter's copies, what they take of the budgets, and which of them may go.
+
+`Residency` changes them; here are the rules and the sums that must hold whoever does.
+Nothing here costs more than the logarithm of the number of adapters, but for checks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_registry.errors import AdapterBudgetExceeded
+
+from veneer_server.engine.integrity import in_slices
+from veneer_server.engine.residency.eviction import EvictionOrder, ReloadCost
+from veneer_server.engine.residency.tiers import TIERS, Drop, Entry, MemoryTier, Presence
+from veneer_server.wire.messages import AdapterSource, EvictionCause
+
+__all__ = ["FLAG", "Copies"]
+
+FLAG: Final[dict[MemoryTier, str]] = {
+    "device": "device-adapter-bytes",
+    "host": "host-cache-bytes",
+}
+
+_MOST_REMEMBERED: Final = 8192
+"""Adapters whose last request is remembered, in memory or not."""
+
+
+class Copies:
+    """See the module and, for what holds, pins and `shared` mean, `residency`.
+
+    Attributes:
+        entries: by weights digest; those with a copy, a lease or an operator's want.
+        budgets: bytes, as set; see `budget`.
+        ceilings: bytes that a tier may hold now: its budget, or what it held when that was
+            lowered and could not be let go yet.
+        leased: entries that sequences use, waiting or running.
+        draining: entries whose flag says so.
+        loads: loads to HOST under way.
+        holds: of all entries together.
+    """
+
+    def __init__(
+        self,
+        budgets: dict[MemoryTier, int],
+        *,
+        shared: bool,
+        order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
+    ) -> None:
+        self.budgets = budgets
+        self.shared = shared
+        self.entries: dict[str, Entry] = {}
+        self.leased: dict[str, Entry] = {}
+        self.draining: dict[str, Entry] = {}
+        self.orders = {tier: order(tier) for tier in TIERS}
+        self.cost = ReloadCost()
+        self.loads = 0
+        self.holds = 0
+        self.ceilings = {tier: self.budget(tier) for tier in TIERS}
+        self._pinned: dict[str, Entry] = {}
+        self._bytes = dict.fromkeys(TIERS, 0)
+        self._counts = dict.fromkeys(TIERS, 0)
+        self._last_requests: OrderedDict[str, int] = OrderedDict()
+        self._clock = 0
+
+    # --------------------------------------------------------------------- sums
+
+    def bytes_in(self, tier: MemoryTier) -> int:
+        """Bytes in use or reserved in a tier."""
+        return self._bytes[tier]
+
+    def count_in(self, tier: MemoryTier) -> int:
+        """Adapters that are complete in a tier."""
+        return self._counts[tier]
+
+    def budget(self, tier: MemoryTier) -> int:
+        """Bytes that a tier may take."""
+        if tier == "host" and self.shared:
+            return max(self.budgets.values())
+        return self.budgets[tier]
+
+    def excess(self, tier: MemoryTier) -> int:
+        """Bytes that a tier holds past its budget."""
+        return max(0, self._bytes[tier] - self.budget(tier))
+
+    def pinned_bytes(
+        self, tier: MemoryTier, *, beside: Entry | None = None, there: bool = False
+    ) -> int:
+        """Bytes of all that pins keep in a tier; only of what takes room in it already
+        if ``there``."""
+        return sum(
+            e.bytes
+            for e in self._pinned.values()
+            if e is not beside
+            and self.pin_keeps(e, tier)
+            and not (there and e.at(tier) is Presence.ABSENT)
+        )
+
+    # -------------------------------------------------------------------- rules
+
+    def pin_keeps(self, entry: Entry, tier: MemoryTier) -> bool:
+        """A pin forbids to evict the copy in this tier."""
+        if entry.pinned is None:
+            return False
+        return entry.pinned == tier or (self.shared and tier == "host")
+
+    def evictable(self, entry: Entry, tier: MemoryTier) -> bool:
+        """Nothing uses the copy now, and no pin keeps it. That someone waits for it is no
+        matter here."""
+        if entry.at(tier) is not Presence.THERE or self.pin_keeps(entry, tier):
+            return False
+        if tier == "host" and entry.device is Presence.COMING:
+            return False
+        return entry.holds == 0 or (tier == "host" and not self.shared)
+
+    # ------------------------------------------------------------------ changes
+
+    def find_or_make(self, source: AdapterSource, itemsize: int) -> Entry:
+        """Its entry, or one that the caller may put among the others.
+
+        Raises:
+            AdapterBudgetExceeded: it can never fit.
+        """
+        size = source.parameters * itemsize
+        for tier in TIERS:
+            budget = self.budget(tier)
+            if size > budget:
+                raise AdapterBudgetExceeded(
+                    f"adapter {source.name} takes {size} bytes but the {tier} budget is "
+                    f"{budget}; raise it, or start the server with a larger --{FLAG[tier]}",
+                    metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
+                )
+        return self.entries.get(source.weights_digest) or Entry(source, size)
+
+    def request(self, entry: Entry) -> None:
+        """A sequence asks for an adapter, which is among the entries."""
+        before, again = self._last_requests.pop(entry.digest, None), entry.leases > 0
+        self.touch(entry)
+        for order in self.orders.values():
+            order.used(entry, self._clock, before, again=again)
+        self._last_requests[entry.digest] = self._clock
+        if len(self._last_requests) > _MOST_REMEMBERED:
+            self._last_requests.popitem(last=False)
+        entry.leases += 1
+        self.leased[entry.digest] = entry
+        self.sort(entry)
+
+    def expect(self, entry: Entry, tier: MemoryTier) -> None:
+        """An operator wants it in a tier: it need not prove that it is worth its room."""
+        self.orders["host"].expect(entry)
+        if tier == "device":
+            self.orders["device"].expect(entry)
+        self.touch(entry)
+        self.sort(entry)
+
+    def rest(self, entry: Entry) -> None:
+        """Its last sequence has ended."""
+        del self.leased[entry.digest]
+        for order in self.orders.values():
+            order.rested(entry)
+        self.sort(entry)
+
+    def hold(self, entry: Entry) -> None:
+        """A sequence that uses it is scheduled."""
+        entry.holds += 1
+        self.holds += 1
+        self.touch(entry)
+
+    def unhold(self, entry: Entry) -> None:
+        """A sequence that used it is not scheduled any more."""
+        assert entry.holds > 0, "hold released twice"
+        entry.holds -= 1
+        self.holds -= 1
+
+    def touch(self, entry: Entry) -> None:
+        self._clock += 1
+        entry.used = self._clock
+
+    def pin(self, entry: Entry, tier: MemoryTier | None) -> None:
+        """Set an operator's flag, or remove it."""
+        entry.pinned = tier
+        if tier is None:
+            self._pinned.pop(entry.digest, None)
+        else:
+            self._pinned[entry.digest] = entry
+        self.sort(entry)
+
+    def drain(self, entry: Entry, *, draining: bool) -> None:
+        """Set the flag, or remove it."""
+        entry.draining = draining
+        if draining:
+            self.draining[entry.digest] = entry
+        else:
+            self.draining.pop(entry.digest, None)
+
+    def place(self, entry: Entry, tier: MemoryTier, presence: Presence) -> None:
+        """A copy begins to come, is there, or is no more."""
+        before = entry.at(tier)
+        here = presence is not Presence.ABSENT
+        self._bytes[tier] += entry.bytes * (here - (before is not Presence.ABSENT))
+        self._counts[tier] += (presence is Presence.THERE) - (before is Presence.THERE)
+        if tier == "host":
+            self.loads += (presence is Presence.COMING) - (before is Presence.COMING)
+            entry.host = presence
+        else:
+            entry.device = presence
+            entry.leaving = entry.leaving and here
+        if here and before is Presence.ABSENT:
+            self.orders[tier].came(entry, self._clock)
+        elif not here and before is not Presence.ABSENT:
+            self.orders[tier].went(entry)
+        self.sort(entry)
+
+    def drop(self, entry: Entry, tier: MemoryTier, cause: EvictionCause) -> list[Drop]:
+        """Free a copy now, and with shared memory what it is the same as."""
+        assert tier == "host" or entry.holds == 0, "a held adapter was evicted"
+        both = self.shared and tier == "host" and entry.device is Presence.THERE
+        gone: list[MemoryTier] = ["device", "host"] if both else [tier]
+        drops = [Drop(entry.digest, each, cause) for each in gone]
+        for drop in drops:
+            self.place(entry, drop.tier, Presence.ABSENT)
+        self.forget_if_idle(entry)
+        return drops
+
+    def forget_if_idle(self, entry: Entry) -> None:
+        idle = entry.host is Presence.ABSENT and entry.device is Presence.ABSENT
+        if idle and not entry.leases and entry.wanted is None:
+            self.entries.pop(entry.digest, None)
+            self._pinned.pop(entry.digest, None)
+            self.draining.pop(entry.digest, None)
+
+    def sort(self, entry: Entry) -> None:
+        """Offer to evict what is idle, and nothing else."""
+        for tier, order in self.orders.items():
+            if self._idle(entry, tier):
+                order.offer(entry, self.cost.of_losing(entry, tier, shared=self.shared))
+            else:
+                order.withdraw(entry)
+
+    def lower_ceilings(self) -> None:
+        """No tier may grow past what it holds, or past its budget."""
+        for tier in TIERS:
+            self.ceilings[tier] = max(self.budget(tier), self._bytes[tier])
+
+    def _idle(self, entry: Entry, tier: MemoryTier) -> bool:
+        return not entry.leases and self.evictable(entry, tier)
+
+    # ------------------------------------------------------------------- checks
+
+    def check_unused(self) -> None:
+        """While no sequence is there, nothing is leased or held. Costs nothing."""
+        assert not self.leased, "a lease without a sequence"
+        assert not self.holds, "a hold without a sequence"
+
+    def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
+        """Holds and leases equal the sequences that claim them; sums are right and within
+        the budgets, or what is left of before they were lowered. In slices."""
+        holds, leases = Counter(held), Counter(leased)
+        assert self.holds == holds.total(), "holds differ"
+        found = {tier: _Found() for tier in TIERS}
+        leasing = pinned = drains = loads = 0
+        for part in in_slices(self.entries.values()):
+            for entry in part:
+                digest = entry.digest
+                assert self.entries.get(digest) is entry, f"{digest[:12]} is filed wrongly"
+                assert entry.holds == holds.pop(digest, 0), f"holds of {digest[:12]} differ"
+                assert entry.leases == leases.pop(digest, 0), f"leases of {digest[:12]} differ"
+                if self.shared and entry.device is not Presence.ABSENT:
+                    assert entry.host is Presence.THERE, f"{digest[:12]} is in DEVICE only"
+                assert (self.leased.get(digest) is entry) == (entry.leases > 0), "leased differ"
+                pin = self._pinned.get(digest) is entry
+                assert pin == (entry.pinned is not None), "pinned ones differ"
+                draining = self.draining.get(digest) is entry
+                assert draining == entry.draining, "draining ones differ"
+                leasing += entry.leases > 0
+                pinned += pin
+                drains += draining
+                loads += entry.host is Presence.COMING
+                for tier in TIERS:
+                    idle = self._idle(entry, tier)
+                    found[tier].count(entry, tier, idle=idle)
+                    self.orders[tier].check_entry(entry, idle=idle)
+            yield
+        assert not holds, "a hold on an unknown adapter"
+        assert not leases, "a lease on an unknown adapter"
+        assert len(self.leased) == leasing, "leased ones differ"
+        assert len(self._pinned) == pinned, "pinned ones differ"
+        assert len(self.draining) == drains, "draining ones differ"
+        assert self.loads == loads, "loads differ"
+        for tier, sums in found.items():
+            assert self._bytes[tier] == sums.bytes, f"bytes in {tier} differ"
+            assert self._counts[tier] == sums.there, f"adapters in {tier} differ"
+            assert self._bytes[tier] <= self.ceilings[tier], f"past the {tier} budget"
+            yield from self.orders[tier].integrity(sums.here, sums.idle, sums.idle_bytes)
+
+
+@dataclass(slots=True)
+class _Found:
+    """Sums over the entries of one tier.
+
+    Attributes:
+        here, bytes: copies that take room, and how much.
+        there: complete copies.
+        idle, idle_bytes: copies that may go.
+    """
+
+    here: int = 0
+    bytes: int = 0
+    there: int = 0
+    idle: int = 0
+    idle_bytes: int = 0
+
+    def count(self, entry: Entry, tier: MemoryTier, *, idle: bool) -> None:
+        if (presence := entry.at(tier)) is not Presence.ABSENT:
+            self.here += 1
+            self.bytes += entry.bytes
+            self.there += presence is Presence.THERE
+        if idle:
+            self.idle += 1
+            self.idle_bytes += entry.bytes

@@ -1,0 +1,304 @@
+"""What to bring for those that wait, and what goes for it. Decisions only.
+
+Wants are served in the order given (operators', then the arrival order of waiting
+sequences). Room is made by dropping, in this order, while that suffices:
+
+1. what is idle, by `eviction`;
+2. HOST copies of adapters that run from a DEVICE copy of its own;
+3. what a later want needs, the last first: it is needed last.
+
+What an earlier want needs is never dropped for a later one, so two adapters cannot push
+each other out for ever, and one that was brought serves those it was brought for. Behind
+the first want that finds no room (it is *blocked*) DEVICE is only filled up, and once it
+has waited too long (`Admission` says when) not even that where it is what that one lacks.
+
+Wants past the first `Wants.near` are of sequences that cannot start soon. They are read
+ahead into HOST, like those behind one that lacks DEVICE: into free room, or that of idle
+copies, `AHEAD` of HOST at most. Few loads are under way at once, so that a worker that
+comes free always takes the oldest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Final
+
+from veneer_server.engine.residency.eviction import Key
+from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.tiers import (
+    TIERS,
+    Action,
+    Drop,
+    Entry,
+    Load,
+    MemoryTier,
+    MoveToDevice,
+    Plan,
+    Presence,
+)
+
+__all__ = ["AHEAD", "Planner", "Wants", "shrink"]
+
+AHEAD: Final = 0.5
+"""Share of HOST that reading ahead may hold when it has to evict for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """Adapters to bring, without repeats.
+
+    Attributes:
+        operators: activations not carried out yet, oldest first.
+        waiting: of waiting sequences, oldest first.
+        near: how many of `waiting` may be in use at the same time.
+        overdue: the want that was `Plan.blocked` for too long, if any.
+        loads: most loads under way at once.
+    """
+
+    operators: tuple[Entry, ...]
+    waiting: tuple[Entry, ...]
+    near: int
+    overdue: str | None
+    loads: int
+
+
+class Planner:
+    """Made for one planning."""
+
+    def __init__(self, copies: Copies, wants: Wants) -> None:
+        self._copies = copies
+        self._wants = wants
+        self._queue = list(dict.fromkeys(chain(wants.operators, wants.waiting)))
+        self._near = len({*wants.operators, *wants.waiting[: wants.near]})
+        self._largest = min(copies.budget(tier) for tier in TIERS)
+        self._protected: set[Entry] = set()
+        self._in_demand: dict[MemoryTier, list[tuple[int, Entry]]] = {}
+        """Copies that sequences use: (the want they are for, whose it is), best last."""
+        self._actions: list[Action] = []
+        self._blocked: str | None = None
+        self._impossible: list[str] = []
+        self._left: dict[MemoryTier, int] | None = None
+        """Bytes to fill up with, from the first want on that may do no more."""
+        self._may_read_ahead = 0
+        """Bytes that wants from there on may evict idle copies of HOST for."""
+        self._for_operators = 0
+        """Loads to HOST that operators wait for."""
+
+    def plan(self) -> Plan:
+        for index, entry in enumerate(self._queue):
+            if index == self._near and self._left is None:
+                self._fill_up_from(index)
+            target = _next_tier(entry)
+            if target is None:
+                if entry.host is Presence.COMING and index < len(self._wants.operators):
+                    self._for_operators += 1
+            elif entry.bytes > self._largest:  # than budgets that were lowered since
+                self._impossible.append(entry.digest)
+            elif self._may_begin(index, target):
+                if self._left is None:
+                    self._serve(index, entry, target)
+                else:
+                    self._serve_ahead(entry, target, self._left)
+            self._protected.add(entry)
+        return Plan(tuple(self._actions), self._blocked, tuple(self._impossible))
+
+    # -------------------------------------------------------------------- one want
+
+    def _serve(self, index: int, entry: Entry, target: MemoryTier) -> None:
+        copies = self._copies
+        missing = copies.bytes_in(target) + entry.bytes - copies.budget(target)
+        if self._make_room(target, missing, entry, index):
+            self._bring(entry, target)
+            return
+        pinned = copies.pinned_bytes(target, beside=entry, there=True)
+        if pinned + entry.bytes > copies.budget(target):
+            self._impossible.append(entry.digest)
+            return
+        self._blocked = entry.digest
+        left = self._fill_up_from(index + 1)
+        if target == "host":
+            self._may_read_ahead = 0
+        if entry.digest == self._wants.overdue:
+            # What comes to DEVICE keeps room taken in both tiers for as long as its
+            # sequences run, what stays in HOST takes none from DEVICE.
+            left["device"] = 0
+            if target == "host":
+                left["host"] = 0
+
+    def _serve_ahead(
+        self, entry: Entry, target: MemoryTier, left: dict[MemoryTier, int]
+    ) -> None:
+        if entry.bytes > left[target]:
+            if target == "device" or entry.bytes > self._may_read_ahead:
+                return
+            before = self._copies.bytes_in("host")
+            if not self._make_room("host", entry.bytes - left["host"], entry, None):
+                return
+            left["host"] += before - self._copies.bytes_in("host")
+        if target == "host":
+            self._may_read_ahead -= entry.bytes
+        left[target] -= entry.bytes
+        self._bring(entry, target)
+
+    def _fill_up_from(self, index: int) -> dict[MemoryTier, int]:
+        """From this want on, DEVICE is only filled up and HOST read ahead into."""
+        copies = self._copies
+        self._left = {tier: copies.budget(tier) - copies.bytes_in(tier) for tier in TIERS}
+        ahead = sum(
+            e.bytes
+            for e in islice(self._queue, index, None)
+            if e.host is not Presence.ABSENT and e.device is Presence.ABSENT
+        )
+        if not copies.excess("host"):
+            self._may_read_ahead = int(AHEAD * copies.budget("host")) - ahead
+        return self._left
+
+    def _bring(self, entry: Entry, target: MemoryTier) -> None:
+        self._copies.place(entry, target, Presence.COMING)
+        if target == "host":
+            self._actions.append(Load(entry.source))
+        else:
+            self._actions.append(MoveToDevice(entry.digest))
+
+    def _may_begin(self, index: int, target: MemoryTier) -> bool:
+        """Fewer loads are under way than may be; operators leave half to requests."""
+        if target == "device":
+            return True
+        if index < len(self._wants.operators):
+            most = self._wants.loads
+            if self._wants.waiting:
+                most = max(1, most // 2)
+            if self._for_operators >= most:
+                return False
+            self._for_operators += 1
+        return self._copies.loads < self._wants.loads
+
+    # ------------------------------------------------------------------------ room
+
+    def _make_room(
+        self, tier: MemoryTier, missing: int, entry: Entry, index: int | None
+    ) -> bool:
+        """Free so many bytes of a tier, or nothing.
+
+        Args:
+            index: of the want; None takes idle copies alone.
+        """
+        if missing <= 0:
+            return True
+        order = self._copies.orders[tier]
+        if index is None and order.idle_bytes < missing:
+            return False
+        used: list[tuple[int, Entry]] = []
+        if order.idle_bytes < missing:
+            used = self._take_in_demand(tier, missing - order.idle_bytes, index or 0)
+            if order.idle_bytes + sum(e.bytes for _, e in used) < missing:
+                self._in_demand[tier] += reversed(used)
+                return False
+        idle: list[tuple[Key, Entry]] = []
+        spared: list[tuple[Key, Entry]] = []
+        missing -= sum(e.bytes for _, e in used)
+        while missing > 0 and (taken := order.take()) is not None:
+            keep = taken[1] is entry or taken[1] in self._protected
+            (spared if keep else idle).append(taken)
+            missing -= 0 if keep else taken[1].bytes
+        for each in spared if missing <= 0 else [*spared, *idle]:
+            order.put_back(each)
+        if missing > 0:
+            if used:
+                self._in_demand[tier] += reversed(used)
+            return False
+        for each in idle:
+            order.evicted(each)
+        for victim in [*(e for _, e in idle), *(e for _, e in used)]:
+            self._actions += self._copies.drop(victim, tier, "capacity")
+        return True
+
+    def _take_in_demand(
+        self, tier: MemoryTier, missing: int, index: int
+    ) -> list[tuple[int, Entry]]:
+        """Copies that sequences use and that may go for want ``index``, best first: so
+        many bytes, or all there are."""
+        if tier not in self._in_demand:
+            self._in_demand[tier] = self._find_in_demand(tier)
+        found, taken = self._in_demand[tier], []
+        while missing > 0 and found and found[-1][0] > index:
+            place, entry = found.pop()
+            if self._copies.evictable(entry, tier):
+                taken.append((place, entry))
+                missing -= entry.bytes
+        return taken
+
+    def _find_in_demand(self, tier: MemoryTier) -> list[tuple[int, Entry]]:
+        copies, queue = self._copies, self._queue
+        found = [(i, e) for i, e in enumerate(queue) if e.leases and copies.evictable(e, tier)]
+        if tier == "host" and not copies.shared:
+            waiting = set(queue)
+            found += (
+                (len(queue), e)
+                for e in copies.leased.values()
+                if e not in waiting and e.device is Presence.THERE and copies.evictable(e, tier)
+            )
+        return found
+
+
+def _next_tier(entry: Entry) -> MemoryTier | None:
+    """The tier to bring a wanted adapter to now, or None if it is there or moving."""
+    if entry.host is Presence.COMING or entry.device is Presence.COMING:
+        return None
+    if entry.host is Presence.ABSENT:
+        # A pin to HOST wants its copy also where there is one in DEVICE, which may go.
+        wanted = entry.device is Presence.ABSENT or entry.wanted == "host"
+        return "host" if wanted else None
+    if entry.device is Presence.THERE:
+        return None
+    only_host = entry.wanted == "host" and not entry.leases
+    return None if only_host else "device"
+
+
+def shrink(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
+    """Drop what is past the budgets and not in use, and mark what must leave after it.
+
+    Args:
+        waiting: wants of waiting sequences, oldest first; the last go first.
+    """
+    drops: list[Drop] = []
+    queue = set(waiting)
+    running = [e for e in copies.leased.values() if e not in queue]
+    for tier in TIERS:
+        order = copies.orders[tier]
+        while copies.excess(tier) and (idle := order.take()) is not None:
+            drops += copies.drop(idle[1], tier, "budget")
+        for entry in [*running, *reversed(waiting)]:
+            if copies.excess(tier) and copies.evictable(entry, tier):
+                drops += copies.drop(entry, tier, "budget")
+    copies.lower_ceilings()
+    _mark_leaving(copies)
+    return drops
+
+
+def _mark_leaving(copies: Copies) -> None:
+    """Of what runs, as much as is past the budgets leaves when its holds end: what is too
+    large first, then what is worth least."""
+    everyone = copies.entries.values()
+    coming = sum(e.bytes for e in everyone if Presence.COMING in (e.host, e.device))
+    # What is coming may go when it has come.
+    excess = {tier: copies.excess(tier) - coming for tier in TIERS}
+    order = copies.orders["device"]
+
+    def rank(entry: Entry) -> tuple[bool, bool, Key]:
+        fits = all(entry.bytes <= copies.budget(tier) for tier in TIERS)
+        cost = copies.cost.of_losing(entry, "device", shared=copies.shared)
+        return fits, not entry.leaving, order.key(entry, cost)
+
+    held = [e for e in everyone if e.holds and not copies.pin_keeps(e, "device")]
+    held.sort(key=rank)
+    for entry in everyone:
+        entry.leaving = False
+    for entry in held:
+        tiers: list[MemoryTier] = ["device"]
+        if copies.shared and not copies.pin_keeps(entry, "host"):
+            tiers.append("host")
+        entry.leaving = any(excess[tier] > 0 for tier in tiers)
+        for tier in tiers:
+            excess[tier] -= entry.bytes

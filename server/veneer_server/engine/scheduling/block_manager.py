@@ -1,0 +1,196 @@
+"""KV cache blocks: a free list, reference counts and the prefix cache. No torch.
+
+A block is free, used by one sequence or more, or idle: used by none, but kept
+because it holds a prefix that another sequence may ask for. Idle blocks count as
+free, and are given up when the free list is empty. A sequence writes only to
+blocks that it took itself and that are not full; only full ones are shared.
+
+Block 0 is never handed out: padded places in a block table point at it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+
+from veneer_server.engine.integrity import in_slices
+from veneer_server.engine.scheduling.prefix_cache import PrefixCache, extend_chain
+from veneer_server.engine.scheduling.sequence import Sequence
+
+__all__ = ["BlockManager"]
+
+
+class BlockManager:
+    """Owns ``num_blocks`` blocks of ``block_size`` tokens, one of them padding.
+
+    Args:
+        prefix_cache: whether sequences may share blocks at all.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        if num_blocks < 2:
+            raise ValueError("the KV cache needs at least 2 blocks")
+        self.block_size = block_size
+        self.total = num_blocks - 1
+        self._enabled = prefix_cache
+        self._cache = PrefixCache()
+        self._free = list(range(num_blocks - 1, 0, -1))
+        self._references = [0] * num_blocks
+
+    @property
+    def free(self) -> int:
+        """Blocks that `grow` can hand out, idle ones included."""
+        return len(self._free) + self._cache.idle
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences refer to."""
+        return self.total - self.free
+
+    @property
+    def cached(self) -> int:
+        """Idle blocks: no sequence uses them, but they hold a prefix."""
+        return self._cache.idle
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def can_ever_hold(self, tokens: int) -> bool:
+        return self.blocks_for(tokens) <= self.total
+
+    def adopt(self, sequence: Sequence) -> int:
+        """Give a sequence without blocks those that hold its prefix already.
+
+        Returns:
+            Tokens they hold: a multiple of the block size, and fewer than the
+            sequence has, since its last token's logits are still wanted.
+        """
+        assert not sequence.blocks, "adopting beside blocks of its own"
+        if self.shares(sequence):
+            for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
+                block = self._cache.find(key)
+                if block is None:
+                    break
+                if not self._references[block]:
+                    self._cache.wake(block)
+                self._references[block] += 1
+                sequence.blocks.append(block)
+        sequence.published = len(sequence.blocks)
+        return sequence.published * self.block_size
+
+    def cached_prefix(self, sequence: Sequence) -> int:
+        """Tokens that `adopt` would find now."""
+        if not self.shares(sequence):
+            return 0
+        found = 0
+        for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
+            if self._cache.find(key) is None:
+                break
+            found += self.block_size
+        return found
+
+    def common_prefix(self, sequence: Sequence, other: Sequence) -> int:
+        """Leading tokens that ``sequence`` has in common with a running one, whose K and
+        V it may share; 0 where the running one has nothing to add to what is cached."""
+        start = other.published * self.block_size
+        may_share = (
+            self.shares(sequence)
+            and self._publishes(other)
+            and sequence.digest == other.digest
+            and sequence.request.cache_scope == other.request.cache_scope
+        )
+        if not may_share or start >= len(sequence.tokens):
+            return 0
+        # Keys instead of tokens as far as they go: the rest is short, but for a prefill.
+        mine, theirs = (self._keys(s, other.published)[-1:] for s in (sequence, other))
+        end = min(len(sequence.tokens), len(other.tokens))
+        differ = (i for i in range(start, end) if sequence.tokens[i] != other.tokens[i])
+        return next(differ, end) if mine == theirs else 0
+
+    def grow(self, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
+        """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing, and
+        nothing unless ``spare`` blocks are left then."""
+        missing = self.blocks_for(tokens) - len(sequence.blocks)
+        if missing > 0 and missing + spare > self.free:
+            return False
+        for _ in range(missing):
+            block = self._free.pop() if self._free else self._cache.give_up()
+            self._references[block] = 1
+            sequence.blocks.append(block)
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are full of computed tokens.
+
+        Call it when the step that computed them has ended with finite logits."""
+        full = sequence.computed // self.block_size
+        if not self._publishes(sequence) or full <= sequence.published:
+            return
+        keys = self._keys(sequence, full)
+        for index in range(sequence.published, full):
+            self._cache.insert(keys[index], sequence.blocks[index])
+        sequence.published = full
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find this sequence's blocks: what they hold cannot be trusted."""
+        for block in sequence.blocks:
+            self._cache.forget(block)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back all blocks of ``sequence``; harmless to repeat."""
+        # From the end: the tail of a prefix is given up before its head, without
+        # which it could not be found.
+        for block in reversed(sequence.blocks):
+            self._references[block] -= 1
+            if not self._references[block] and not self._cache.keep(block):
+                self._free.append(block)
+        sequence.blocks.clear()
+        sequence.published = 0
+
+    def shares(self, sequence: Sequence) -> bool:
+        """It looks for its prefix among what is cached, and lets others find it."""
+        # Log-probabilities of the prompt take computing all of it; others may find it.
+        return self._publishes(sequence) and not sequence.request.prompt_logprobs
+
+    def _publishes(self, sequence: Sequence) -> bool:
+        return self._enabled and sequence.request.use_prefix_cache
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Keys of the first ``count`` blocks; tokens are only ever appended, so they stay."""
+        extend_chain(
+            sequence.block_keys,
+            count,
+            scope=sequence.request.cache_scope,
+            digest=sequence.digest,
+            tokens=sequence.tokens,
+            block_size=self.block_size,
+        )
+        return sequence.block_keys[:count]
+
+    def check_unused(self) -> None:
+        """While no sequence is there, no block is used. Costs nothing."""
+        assert not self.used, f"{self.used} KV blocks are used by nobody"
+
+    def integrity(self, owners: list[Sequence]) -> Iterator[None]:
+        """Every block is free, idle or referred to as counted. In slices, see `integrity`."""
+        counted = Counter(block for sequence in owners for block in sequence.blocks)
+        yield from self._cache.integrity(counted)
+        seen = bytearray(self.total + 1)
+        seen[0] = 1
+        for blocks in in_slices(chain(self._free, self._cache.idle_blocks(), counted)):
+            for block in blocks:
+                assert not seen[block], f"KV block {block} is in two places, or is padding"
+                seen[block] = 1
+            yield
+        assert all(seen), f"{seen.count(0)} KV blocks are neither free, idle nor used"
+        for counts in in_slices(enumerate(self._references)):
+            for block, references in counts:
+                assert references == counted[block], f"references to KV block {block} differ"
+            yield
+        for sequence in owners:
+            writable = sequence.blocks[sequence.computed // self.block_size :]
+            assert all(counted[block] == 1 for block in writable), (
+                f"sequence {sequence.id} would write to a shared block"
+            )

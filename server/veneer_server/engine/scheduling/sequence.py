@@ -1,0 +1,147 @@
+"""One request inside the engine, and the step as plain data. No torch.
+
+A `Sequence` is mutable and belongs to the step loop alone. A `StepPlan` is
+frozen: it is all that a model runner may know of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from veneer_server.step.plan import PlannedSequence
+from veneer_server.step.token_counts import History, Seen
+from veneer_server.wire.messages import (
+    AdapterSource,
+    Submit,
+    TierName,
+    Tops,
+)
+
+__all__ = [
+    "Finish",
+    "Sequence",
+    "SequenceState",
+    "plan_sequence",
+]
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Finish(Enum):
+    """Why a sequence ended; the values are those of the wire."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request from submission to its end.
+
+    Attributes:
+        request: what was asked.
+        arrived: monotonic seconds.
+        found_in: tier of its adapter at submission; None for the base model.
+        tokens: prompt, then generated tokens.
+        computed: leading tokens whose K and V are in the cache.
+        blocks: its KV blocks, in order; full ones may be shared.
+        block_keys: prefix cache keys of its leading blocks, as far as they were needed.
+        published: leading blocks that others may find.
+        cached_tokens: prompt tokens that it found in the prefix cache when it first started.
+        prompt_logprobs: filled chunk by chunk during prefill, if asked for.
+        load_seconds: time spent waiting for the adapter.
+        waiting_since: when it last began to wait for the adapter, if it does.
+        admitted: monotonic seconds of its first step.
+        history: what penalties are of, from the first token that takes any.
+    """
+
+    request: Submit
+    arrived: float
+    found_in: TierName | None
+    state: SequenceState = SequenceState.WAITING
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    cached_tokens: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[Tops] = field(default_factory=list)
+    load_seconds: float = 0.0
+    waiting_since: float | None = None
+    admitted: float | None = None
+    history: History | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def id(self) -> int:
+        return self.request.sequence
+
+    @property
+    def adapter(self) -> AdapterSource | None:
+        return self.request.adapter
+
+    @property
+    def digest(self) -> str | None:
+        """Weights digest of its adapter, or None for the base model."""
+        return self.request.adapter.weights_digest if self.request.adapter else None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The prompt's log-probabilities are wanted and were not reported yet."""
+        return self.request.prompt_logprobs and not self.generated
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    def seen(self) -> Seen:
+        """The different tokens so far; costs what was appended since the last call."""
+        if self.history is None:
+            self.history = History(self.request.prompt)
+        self.history.add(self.tokens[self.prompt_length + self.history.generated :])
+        return self.history.seen()
+
+
+def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
+    """The part of ``sequence`` in a step that computes its next ``count`` tokens."""
+    start, end = sequence.computed, sequence.computed + count
+    score: tuple[int, ...] = ()
+    if sequence.scores_prompt:
+        # The token after each computed one; the last prompt token has none.
+        score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
+    samples = end == len(sequence.tokens)
+    return PlannedSequence(
+        sequence=sequence.id,
+        digest=sequence.digest,
+        tokens=tuple(sequence.tokens[start:end]),
+        start=start,
+        blocks=tuple(sequence.blocks),
+        samples=samples,
+        score=score,
+        logprobs=sequence.request.logprobs,
+        sampling=sequence.request.sampling,
+        position=len(sequence.tokens),
+        top_logprobs=sequence.request.top_logprobs,
+        history=(
+            sequence.seen() if samples and sequence.request.sampling.needs_history else None
+        ),
+        constraint=sequence.request.constraint,
+    )

@@ -1,0 +1,433 @@
+"""The front's view of the engine: an async facade over the engine process.
+
+`EngineClient` turns the engine's messages into one async iterator a request. It
+knows no names and no text: token ids in, token ids out. `Supervisor` keeps the
+process running, `OutputStream` holds what a reader has not taken yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+from veneer_registry.errors import (
+    EngineFailed,
+    InvalidField,
+    ModelLoading,
+    QueueFull,
+    VeneerError,
+    error_for_reason,
+)
+
+from veneer_server.engine_client.resident_set import Resident, Residents
+from veneer_server.engine_client.streams import OutputStream
+from veneer_server.engine_client.supervisor import Supervisor
+from veneer_server.wire.messages import (
+    Activate,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterSource,
+    BudgetsState,
+    Cancel,
+    Constraint,
+    ConstraintDone,
+    EngineConfig,
+    EngineInfo,
+    Evict,
+    Evicted,
+    EvictMode,
+    FromEngine,
+    MatcherEnded,
+    Occupancy,
+    OperationDone,
+    Reference,
+    Residency,
+    SamplingParams,
+    SequenceFailed,
+    SequenceOutput,
+    StepDone,
+    Submit,
+    ToEngine,
+    Unpin,
+    UpdateBudgets,
+    WireError,
+)
+
+__all__ = ["EngineClient", "EngineEvent"]
+
+EngineEvent = (
+    StepDone
+    | Occupancy
+    | Residency
+    | AdapterLoaded
+    | AdapterFailed
+    | Evicted
+    | ConstraintDone
+    | MatcherEnded
+)
+"""What a listener (metrics) is told, in the front's event loop."""
+
+
+class EngineClient:
+    """Requests and operations. All methods belong to one asyncio event loop.
+
+    Contract: every `generate` iterator ends: by its last `SequenceOutput` (with
+    ``finish`` set), by a `VeneerError`, or by being closed (which cancels the
+    sequence in the engine). `EngineFailed` is raised into every open iterator
+    and operation when the process dies; the process is then started again.
+
+    Attributes:
+        info: what the running engine said of itself; after `start`.
+        capacity: sequences that run and wait at once, at most.
+    """
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        max_queue: int,
+        on_event: Callable[[EngineEvent], None] = lambda event: None,
+        on_health: Callable[[bool], None] = lambda healthy: None,
+        hold: Callable[[AdapterSource], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Args:
+        on_event: told what changes in the engine.
+        on_health: told when `healthy` changes.
+        hold: keeps an adapter's files while a restarted engine reads them again;
+            raises `VeneerError` where the adapter is gone.
+        """
+        self.capacity = config.max_running + max_queue
+        self._on_event = on_event
+        self._supervisor = Supervisor(
+            config,
+            on_message=self.receive,
+            on_up=self._up,
+            on_down=self.fail_everything,
+            on_health=on_health,
+        )
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, OutputStream] = {}
+        self._taken = 0
+        self._operations: dict[int, asyncio.Future[OperationDone]] = {}
+        self._residents = Residents(
+            host_budget=config.host_adapter_bytes,
+            device_budget=config.device_adapter_bytes,
+            activate=self._activate,
+            hold=hold,
+        )
+
+    # ------------------------------------------------------------------ lifecycle
+
+    @property
+    def starts(self) -> int:
+        """Times the engine process was started."""
+        return self._supervisor.starts
+
+    @property
+    def healthy(self) -> bool:
+        """The process is up and its step loop answered the last ping in time."""
+        return self._supervisor.healthy
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, while there is one."""
+        connection = self._supervisor.connection
+        return None if connection is None else connection.pid
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences submitted and not ended."""
+        return len(self._streams)
+
+    async def start(self) -> EngineInfo:
+        """Start the process and wait until it has loaded the base model.
+
+        Raises:
+            EngineFailed: it ended before it was ready; its own words are on stderr.
+        """
+        await self._supervisor.start()
+        return self.info
+
+    async def stop(self) -> None:
+        """End the process; open iterators get `EngineFailed`. Harmless to repeat."""
+        await self._supervisor.stop()
+
+    def _up(self, info: EngineInfo) -> None:
+        self.info = info
+        self._residents.restore(info.adapter_itemsize)
+
+    # ------------------------------------------------------------------ messages
+
+    def receive(self, message: FromEngine) -> None:
+        """Bring a message of the engine to whom it is for."""
+        match message:
+            case SequenceOutput():
+                if (stream := self._streams.get(message.sequence)) is not None:
+                    stream.put(message)
+            case SequenceFailed():
+                if (stream := self._streams.get(message.sequence)) is not None:
+                    stream.fail(_rebuild(message.error))
+            case OperationDone():
+                if message.budgets is not None:
+                    self._take_budgets(message.budgets)  # whether or not one still waits
+                waiting = self._operations.pop(message.operation, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+            case Residency():
+                self._residents.update(message)
+                self._on_event(message)
+            case Occupancy():
+                self._residents.occupancy(message)
+                self._on_event(message)
+            case (
+                StepDone()
+                | AdapterLoaded()
+                | AdapterFailed()
+                | Evicted()
+                | ConstraintDone()
+                | MatcherEnded()
+            ):
+                self._on_event(message)
+
+    def fail_everything(self, error: VeneerError) -> None:
+        """The process has gone, and with it all that it ran and held."""
+        for stream in self._streams.values():
+            stream.fail(error)
+        for waiting in self._operations.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+        self._operations.clear()
+        # Nothing is resident any more: tell the listener, so that gauges fall.
+        for change in self._residents.lose():
+            self._on_event(change)
+
+    # ------------------------------------------------------------------ requests
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Places among the running and waiting sequences, held while the block runs.
+
+        A request takes those of all its samples at once, so that it is refused before
+        its first token or not at all.
+
+        Raises:
+            QueueFull: they are not free now.
+            InvalidField: there are not so many.
+        """
+        if count > self.capacity:
+            raise InvalidField(
+                f"output.n is {count}, but this server runs and queues at most "
+                f"{self.capacity} sequences: ask for fewer samples",
+                metadata={"field": "output.n"},
+            )
+        if self._taken + count > self.capacity:
+            raise QueueFull(
+                f"{self._taken} of {self.capacity} sequences are running or waiting; retry "
+                "later, or start the server with a larger --max-queue",
+                retry_after_s=1.0,
+            )
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+
+    async def generate(
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        adapter: AdapterSource | None = None,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        stop_token_ids: list[int] | None = None,
+        constraint: Constraint | None = None,
+        use_prefix_cache: bool = True,
+        deadline_s: float | None = None,
+        caller: str = "",
+    ) -> AsyncGenerator[SequenceOutput, None]:
+        """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
+        that wait when the caller comes back (a slow reader) are joined into one.
+
+        The caller holds a place for it (see `places`). Raises, at the first iteration,
+        `EngineFailed` (process down, being started again), `ModelLoading`. Use
+        ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
+        """
+        self._check_ready()
+        if adapter is not None:
+            self._residents.used(adapter)
+        number = next(self._numbers)
+        stream = self._streams[number] = OutputStream()
+        ended = False
+        try:
+            self._supervisor.write(
+                Submit(
+                    sequence=number,
+                    prompt=prompt,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    adapter=adapter,
+                    ignore_eos=ignore_eos,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    top_logprobs=top_logprobs,
+                    stop_token_ids=stop_token_ids or [],
+                    constraint=constraint,
+                    use_prefix_cache=use_prefix_cache,
+                    # A time, not a length: it runs on while the message waits.
+                    deadline=None if deadline_s is None else time.monotonic() + deadline_s,
+                    caller=caller,
+                )
+            )
+            while not ended:
+                output = await stream.get()
+                ended = output.finish is not None
+                yield output
+        finally:
+            del self._streams[number]
+            if not ended:
+                # Harmless where the engine has ended the sequence itself.
+                self._supervisor.write(Cancel(number))
+
+    async def activate(
+        self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
+    ) -> bool:
+        """Bring an adapter to a tier; raises what the load raised.
+
+        Returns:
+            Whether it is pinned as was asked for: another call may have ended that while
+            this one waited for the load.
+        """
+        self._residents.used(adapter)
+        await self._activate(adapter, tier, pin)
+        now = self._residents.tier(adapter.weights_digest)
+        if not pin or now is None or not now.pinned:
+            return False
+        self._residents.pinned(adapter, tier)
+        return True
+
+    async def _activate(
+        self, adapter: AdapterSource, tier: Literal["host", "device"], pin: bool
+    ) -> None:
+        await self._operate(lambda number: Activate(number, adapter, tier, pin))
+
+    async def evict(
+        self,
+        weights_digest: str,
+        *,
+        mode: EvictMode,
+        unpin: bool,
+    ) -> tuple[bool, int]:
+        """(evicted now, bytes freed), see `messages.Evict`. What is under way then is carried
+        out, whether or not the caller waits.
+
+        Raises:
+            AdapterInUse, AdapterPinned
+        """
+        with self._residents.giving_up(weights_digest, unpin=unpin):
+            done = await self._operate(
+                lambda number: Evict(number, weights_digest, mode, unpin)
+            )
+        return done.done, done.freed_bytes
+
+    async def unpin(self, weights_digest: str) -> None:
+        """Remove an adapter's pin; it stays in memory until room is needed."""
+        self._residents.unpinned(weights_digest)
+        await self._operate(lambda number: Unpin(number, weights_digest))
+
+    async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
+        """Log-probability of each token after the first, computed by the engine apart from
+        what serves: in float32, one at a time and at low priority, from the base's weights
+        and the adapter's files, which the caller keeps there until this returns.
+
+        Raises:
+            AdapterCorrupt: the files do not have their digest any more.
+        """
+        done = await self._operate(lambda number: Reference(number, tokens, adapter))
+        assert done.logprobs is not None
+        return done.logprobs
+
+    async def update_budgets(
+        self, *, host_bytes: int | None, device_bytes: int | None
+    ) -> BudgetsState:
+        """Change the bytes that adapters may take in memory; None leaves a budget as it is.
+        An engine that is started later gets them too.
+
+        What is past a lower budget and not in use goes at once, the rest when the requests
+        that use it have ended. A waiting request whose adapter can never fit any more ends
+        with `AdapterBudgetExceeded`.
+
+        Raises:
+            AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
+        """
+        self._residents.check_budgets(host=host_bytes, device=device_bytes)
+        done = await self._operate(
+            lambda number: UpdateBudgets(number, host_bytes, device_bytes)
+        )
+        assert done.budgets is not None
+        return done.budgets
+
+    def _take_budgets(self, budgets: BudgetsState) -> None:
+        host, device = budgets.host_budget, budgets.device_budget
+        self._residents.set_budgets(host=host, device=device)
+        self._supervisor.reconfigure(host_adapter_bytes=host, device_adapter_bytes=device)
+
+    async def _operate(self, build: Callable[[int], ToEngine]) -> OperationDone:
+        self._check_ready()
+        number = next(self._numbers)
+        waiting: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
+        self._operations[number] = waiting
+        try:
+            self._supervisor.write(build(number))
+            done = await waiting
+        finally:
+            self._operations.pop(number, None)
+        if done.error is not None:
+            raise _rebuild(done.error)
+        return done
+
+    def tier(self, weights_digest: str) -> Residency | None:
+        """Last known residency of an adapter, or None where it is on disk only."""
+        return self._residents.tier(weights_digest)
+
+    def resident(self) -> list[str]:
+        """Weights digests of the adapters in memory, most recently used first."""
+        return self._residents.in_memory()
+
+    @property
+    def residents_version(self) -> int:
+        """Changes whenever `resident_set` gives other adapters, tiers or pins."""
+        return self._residents.version
+
+    def resident_set(self) -> tuple[Resident, ...]:
+        """Adapters in memory, or being brought back there, the most recently used first."""
+        return self._residents.snapshot()
+
+    def expect_residents(self, residents: Iterable[Resident]) -> None:
+        """Before `start`: the `resident_set` of the server's last run, which is brought
+        back like after a restart of the engine."""
+        self._residents.expect(residents)
+
+    def _check_ready(self) -> None:
+        if self._supervisor.connection is not None:
+            return
+        if not self._supervisor.started:
+            raise ModelLoading("the base model is still loading; retry", retry_after_s=2.0)
+        raise EngineFailed(
+            "the engine process is being started again; retry", retry_after_s=2.0
+        )
+
+
+def _rebuild(error: WireError) -> VeneerError:
+    return error_for_reason(error.reason)(
+        error.message, metadata=error.metadata, retry_after_s=error.retry_after_s
+    )

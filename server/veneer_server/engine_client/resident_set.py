@@ -1,0 +1,354 @@
+"""What the engine holds in memory, kept in the front so that a new process gets it back.
+
+After a restart of the engine, or of the server where it was told what to `expect`, the
+adapters are activated again in the background: pins first, then the most recently used,
+one at a time, within the budgets, and only while no request waits for an adapter of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterPinned,
+    EngineFailed,
+    VeneerError,
+)
+
+from veneer_server.progress import Stage, stage
+from veneer_server.wire.messages import AdapterSource, Occupancy, Residency
+
+__all__ = ["Lost", "Resident", "Residents"]
+
+log = logging.getLogger(__name__)
+
+MemoryTier = Literal["host", "device"]
+Activate = Callable[[AdapterSource, MemoryTier, bool], Awaitable[None]]
+Hold = Callable[[AdapterSource], AbstractContextManager[object]]
+
+_MOST_TRIES: Final = 2
+_MOST_KNOWN: Final = 4096
+"""Adapters whose source is remembered; beyond it those not in memory are forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """An adapter in memory, as it is written down for the next start of the server.
+
+    Attributes:
+        tier: nearest tier that holds it.
+        pin: the tier that an operator pinned it to, if any.
+    """
+
+    source: AdapterSource
+    tier: MemoryTier
+    pin: MemoryTier | None
+
+
+@dataclass(slots=True)
+class _Known:
+    source: AdapterSource
+    now: Residency | None = None
+    """As the engine last said; None where it holds nothing of it."""
+    pin: MemoryTier | None = None
+    """The tier that an operator pinned it to."""
+
+
+@dataclass(slots=True)
+class Lost:
+    """An adapter that a dead engine held and that its successor should hold.
+
+    Attributes:
+        tier: nearest tier that held it.
+        tries: times an engine was asked to load it; one that died of it twice is left.
+    """
+
+    source: AdapterSource
+    tier: MemoryTier
+    pin: MemoryTier | None
+    tries: int = 0
+
+
+class Residents:
+    """Belongs to one event loop.
+
+    Args:
+        host_budget, device_budget: bytes; what does not fit them is not restored.
+        activate: brings an adapter to a tier and pins it if told to.
+        hold: keeps an adapter's files while they are read; raises `VeneerError` where
+            the adapter is gone.
+
+    Attributes:
+        version: greater whenever `snapshot` gives other adapters, tiers or pins than
+            before; their order alone is no change.
+    """
+
+    def __init__(
+        self, *, host_budget: int, device_budget: int, activate: Activate, hold: Hold
+    ) -> None:
+        self._budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
+        self._used: dict[MemoryTier, int] = {"host": 0, "device": 0}
+        self.version = 0
+        self._itemsize = 0
+        """Bytes of one resident number; 0 before the first engine."""
+        self._activate = activate
+        self._hold = hold
+        self._known: dict[str, _Known] = {}
+        """By digest, least recently used first."""
+        self._lost: dict[str, Lost] = {}
+        """Not restored yet, in the order to restore them."""
+        self._calm = asyncio.Event()
+        self._calm.set()
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------ what is there
+
+    def used(self, source: AdapterSource) -> None:
+        """A request wants this adapter now."""
+        digest = source.weights_digest
+        known = self._known.pop(digest, None) or _Known(source)
+        known.source = source
+        self._known[digest] = known
+        if len(self._known) > _MOST_KNOWN:
+            idle = next(
+                (d for d, k in self._known.items() if k.now is None and d not in self._lost),
+                digest,
+            )
+            if idle != digest:
+                del self._known[idle]
+
+    def pinned(self, source: AdapterSource, tier: MemoryTier) -> None:
+        """An operator's pin was set."""
+        self.used(source)
+        self._known[source.weights_digest].pin = tier
+        self.version += 1
+
+    def unpinned(self, weights_digest: str) -> None:
+        """An operator's pin was removed, maybe before it could be restored."""
+        if (lost := self._lost.get(weights_digest)) is not None:
+            lost.pin = self._known[weights_digest].pin = None
+            self.version += 1
+
+    @contextmanager
+    def giving_up(self, weights_digest: str, *, unpin: bool) -> Iterator[None]:
+        """While an operator evicts it, and after it unless that was refused.
+
+        Raises:
+            AdapterPinned: it was pinned and is not back yet, and ``unpin`` is not set: the
+                engine, which would refuse, does not know of the pin.
+        """
+        lost = self._lost.get(weights_digest)
+        if lost is None:
+            yield
+            return
+        if lost.pin is not None and not unpin:
+            raise AdapterPinned(f"adapter {lost.source.name} is pinned; evict it with `unpin`")
+        del self._lost[weights_digest]
+        self.version += 1
+        try:
+            yield
+        except VeneerError:
+            self._lost[weights_digest] = lost
+            self.version += 1
+            if self._task is not None and self._task.done():
+                self.restore(self._itemsize)
+            raise
+
+    def tier(self, weights_digest: str) -> Residency | None:
+        """Last known residency of an adapter, or None where it is on disk only."""
+        known = self._known.get(weights_digest)
+        return None if known is None else known.now
+
+    def in_memory(self) -> list[str]:
+        """Weights digests of what some memory tier holds, most recently used first."""
+        return [
+            digest
+            for digest, known in reversed(self._known.items())
+            if known.now is not None and known.now.tier != "disk"
+        ]
+
+    def update(self, event: Residency) -> None:
+        """The engine has told of a change."""
+        self._used = {"host": event.host_bytes, "device": event.device_bytes}
+        known = self._known.get(event.weights_digest)
+        if known is None:
+            return
+        before = None if known.now is None else (known.now.tier, known.now.pinned)
+        gone = event.tier == "disk" and not event.pinned
+        known.now = None if gone else event
+        if not event.pinned:
+            known.pin = None
+        if before != (None if gone else (event.tier, event.pinned)):
+            self.version += 1
+
+    def occupancy(self, event: Occupancy) -> None:
+        """The engine has told how many requests wait for an adapter."""
+        if event.waiting_for_adapter:
+            self._calm.clear()
+        else:
+            self._calm.set()
+
+    # ------------------------------------------------------------------------ budgets
+
+    def check_budgets(self, *, host: int | None, device: int | None) -> None:
+        """Before budgets are changed while pins are not back yet, of which the engine does
+        not know.
+
+        Raises:
+            AdapterBudgetExceeded: they, and those that are back, would not fit.
+        """
+        if not any(lost.pin for lost in self._lost.values()):
+            return
+        wanted: dict[MemoryTier, int | None] = {"host": host, "device": device}
+        for tier, budget in wanted.items():
+            pinned = sum(self._bytes(r.source) for r in self.snapshot() if r.pin == tier)
+            if budget is not None and pinned > budget:
+                raise AdapterBudgetExceeded(
+                    f"a {tier} budget of {budget} bytes is less than pinned adapters take "
+                    f"there ({pinned}), some of which are still being brought back: unpin "
+                    "some, or choose a larger one",
+                    metadata={"budget": str(budget), "pinned": str(pinned), "tier": tier},
+                )
+
+    def set_budgets(self, *, host: int, device: int) -> None:
+        """The engine's budgets are other ones now."""
+        self._budgets = {"host": host, "device": device}
+
+    def _bytes(self, source: AdapterSource) -> int:
+        return source.parameters * self._itemsize
+
+    # ------------------------------------------------------------------------ restart
+
+    def snapshot(self) -> tuple[Resident, ...]:
+        """What is in memory or being brought back, the most recently used first."""
+        found = []
+        for digest, known in reversed(self._known.items()):
+            lost = self._lost.get(digest)
+            if known.now is not None:
+                tier: MemoryTier = "device" if known.now.tier == "device" else "host"
+                pin = known.pin if lost is None else lost.pin or known.pin
+                found.append(Resident(known.source, tier, pin))
+            elif lost is not None:
+                found.append(Resident(lost.source, lost.tier, lost.pin))
+        return tuple(found)
+
+    def expect(self, residents: Iterable[Resident]) -> None:
+        """Before the first engine is up: what the server held when it ended, the most
+        recently used first, as `snapshot` gave it."""
+        expected = list(residents)
+        for resident in reversed(expected):
+            self.used(resident.source)
+            self._known[resident.source.weights_digest].pin = resident.pin
+        for resident in sorted(expected, key=lambda r: r.pin is None):
+            lost = Lost(resident.source, resident.tier, resident.pin)
+            self._lost[resident.source.weights_digest] = lost
+
+    def lose(self) -> list[Residency]:
+        """The engine has died. Returns the change of each adapter that it held."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        changes = []
+        lost = {}
+        for digest, known in reversed(self._known.items()):
+            entry = self._lost.get(digest)
+            if known.now is not None:
+                tier: MemoryTier = "device" if known.now.tier == "device" else "host"
+                tries = 0 if entry is None else entry.tries
+                pin = known.pin if entry is None else entry.pin or known.pin
+                entry = Lost(known.source, tier, pin, tries)
+                changes.append(_gone(known.now))
+                known.now = None
+            if entry is not None:
+                lost[digest] = entry
+        pins_first = sorted(lost.items(), key=lambda item: item[1].pin is None)
+        self._lost = dict(pins_first)
+        self._used = {"host": 0, "device": 0}
+        self._calm.set()
+        return changes
+
+    def restore(self, itemsize: int) -> None:
+        """A new engine is up: begin to bring back what the last one held.
+
+        Args:
+            itemsize: bytes that one number of a resident adapter takes in it.
+        """
+        self._itemsize = itemsize
+        if self._lost:
+            self._task = asyncio.create_task(self._restore(), name="restore-adapters")
+
+    async def _restore(self) -> None:
+        wanted = len(self._lost)
+        with (
+            suppress(EngineFailed),  # `lose` keeps what is left for the next engine
+            stage("restoring adapters", total=wanted, unit="adapters") as restoring,
+        ):
+            await self._restore_each(restoring)
+
+    async def _restore_each(self, restoring: Stage) -> None:
+        wanted, restored = len(self._lost), 0
+        while self._lost:
+            restoring.update(max(0, wanted - len(self._lost)))
+            await self._calm.wait()
+            if not self._lost:
+                break
+            digest, lost = next(iter(self._lost.items()))
+            try:
+                if self._wants(lost):
+                    lost.tries += 1
+                    with self._hold(lost.source):
+                        await self._bring_back(lost)
+                    restored += 1
+            except EngineFailed:
+                raise
+            except VeneerError as error:
+                log.warning("adapter %s is not restored: %s", lost.source.name, error)
+            if self._lost.pop(digest, None) is not None:
+                self.version += 1
+        restoring.update(restored)
+
+    def _wants(self, lost: Lost) -> bool:
+        """It is not there yet, it fits, and it was not tried too often."""
+        if lost.tries >= _MOST_TRIES:
+            log.warning(
+                "adapter %s is not restored: the engine died %d times while it was loaded",
+                lost.source.name,
+                lost.tries,
+            )
+            return False
+        now = self.tier(lost.source.weights_digest)
+        if lost.pin is not None:
+            return now is None or not now.pinned
+        if now is not None and (now.tier == "device" or lost.tier == "host"):
+            return False
+        return all(
+            self._used[tier] + self._bytes(lost.source) <= self._budgets[tier]
+            for tier in self._budgets
+            if tier == "host" or lost.tier == "device"
+        )
+
+    async def _bring_back(self, lost: Lost) -> None:
+        if lost.pin is not None:
+            await self._activate(lost.source, lost.pin, True)
+            self._known[lost.source.weights_digest].pin = lost.pin
+        if lost.pin is None or (lost.pin, lost.tier) == ("host", "device"):
+            await self._activate(lost.source, lost.tier, False)
+
+
+def _gone(residency: Residency) -> Residency:
+    return msgspec.structs.replace(
+        residency,
+        tier="disk",
+        pinned=False,
+        host_bytes=0,
+        device_bytes=0,
+        host_count=0,
+        device_count=0,
+    )

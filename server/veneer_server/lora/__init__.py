@@ -1,1 +1,0 @@
-"""LoRA at run time: resident adapters and the batched products over segments."""

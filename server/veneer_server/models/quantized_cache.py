@@ -1,0 +1,133 @@
+"""4-bit weights that are kept between starts, as an ordinary prequantized folder.
+
+Trusted as far as its manifest goes (`models.sealed`): whatever is wrong with one is told in one
+line, and it is made again. One that cannot be written costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from veneer_server.models.sealed import Damaged, Sealed, seal
+from veneer_server.system.disk import remove, staged, sync
+
+__all__ = ["QuantizedCache"]
+
+log = logging.getLogger(__name__)
+
+_Weights = TypeVar("_Weights")
+
+
+class QuantizedCache:
+    """The folder of one base, quantization, dtype and version of the libraries.
+
+    Args:
+        source: the base's folder. Its config counts, beside the fingerprint of its weights:
+            what is in the config alone (rotary scaling) is taken from the cached one.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        source: Path,
+        *,
+        fingerprint: str,
+        quantization: str,
+        dtype: torch.dtype,
+    ) -> None:
+        import bitsandbytes
+        import transformers
+
+        # Files written by another library version are not trusted to mean the same.
+        version = f"bnb{bitsandbytes.__version__}-tf{transformers.__version__}"
+        kind = f"{quantization}-{str(dtype).removeprefix('torch.')}"
+        self.folder = cache_dir / "quantized" / f"{fingerprint[:32]}-{kind}-{version}"
+        config = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+        self._made_from = f"weights {fingerprint}, config {config}"
+
+    def load(
+        self, read: Callable[[Path], Any], use: Callable[[Any], _Weights]
+    ) -> _Weights | None:
+        """What ``use`` makes of what ``read`` loads from the folder; None where there is none
+        that is whole, which is then removed.
+
+        Both run beside the thread that hashes the folder, and nothing of theirs is given before
+        that agrees. What ``use`` raises is raised, if the folder is whole.
+        """
+        if not os.path.lexists(self.folder):
+            return None
+        try:
+            with Sealed(self.folder, self._made_from) as sealed, self._marked() as unfinished:
+                if unfinished:
+                    sealed.verify()
+                try:
+                    model = read(self.folder)
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    sealed.verify()
+                    raise Damaged(f"it cannot be loaded: {error}") from error
+                try:
+                    return use(model)
+                finally:
+                    del model
+                    sealed.verify()
+        except Damaged as damage:
+            log.warning(
+                "the cached 4-bit weights %s are damaged and will be rebuilt: %s",
+                self.folder,
+                damage,
+            )
+        with contextlib.suppress(OSError):  # then `keep` says that it cannot write
+            remove(self.folder)
+        return None
+
+    def keep(self, model: Any) -> None:
+        """Write the folder. Must come before the first forward, which packs 4-bit weights for
+        the CPU."""
+        parent = self.folder.parent
+        try:
+            with staged(parent, "quantize-") as scratch:
+                made = scratch / "folder"
+                model.save_pretrained(made)
+                seal(made, self._made_from)
+                # Another process may have finished first: one is as good as the other.
+                with contextlib.suppress(FileNotFoundError):
+                    self.folder.rename(scratch / "before")
+                made.rename(self.folder)
+                sync(parent)
+        # A full disk is an OSError or one of safetensors' own, by where it is met.
+        except Exception as error:
+            log.warning(
+                "the 4-bit weights cannot be kept in %s, so each start quantizes them anew: %s",
+                parent,
+                error,
+            )
+
+    @contextlib.contextmanager
+    def _marked(self) -> Iterator[bool]:
+        """Leave a mark while the folder is being loaded; whether there was one.
+
+        A mark that is left says that a load ended its process: by a page that the disk cannot
+        give, or by weights that no check stopped. So such a folder is verified first, not
+        meanwhile; where no mark can be left, too.
+        """
+        mark = self.folder.with_name(f"{self.folder.name}.loading")
+        try:
+            mark.touch(exist_ok=False)
+            unfinished = False
+        except OSError:
+            unfinished = True
+        try:
+            yield unfinished
+        finally:
+            with contextlib.suppress(OSError):
+                mark.unlink()

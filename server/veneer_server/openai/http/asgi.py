@@ -1,0 +1,312 @@
+"""HTTP below the fields: reading a JSON body, and answers that a slow reader cannot hold.
+
+Everything here is bounded in bytes and in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final
+
+from veneer_registry.errors import Aborted, QueueFull, VeneerError
+
+from veneer_server.openai.errors import HttpError, http_failure
+from veneer_server.openai.http.body import LONG_BODY, parse_body
+
+__all__ = ["ABORT", "Bodies", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
+
+ABORT: Final = "veneer.abort"
+"""Key in ``scope["state"]`` of a function that drops the connection at once."""
+
+MAX_BODY: Final = 4 << 20
+"""Largest body in bytes; what gRPC receives at most, too."""
+
+MAX_BODIES: Final = 64 << 20
+"""Bytes of all bodies that are being read or answered: of each its first `LONG_BODY`."""
+
+MAX_LONG_BODIES: Final = 8 * MAX_BODY
+"""What is more than `LONG_BODY` of each, together, so that long bodies leave room for short
+ones. Text and protobuf made of them take several times as much."""
+
+DISCARDED: Final = 4 * MAX_BODY
+"""Bytes of a refused body that are still taken, and thrown away."""
+
+DISCARDED_S: Final = 5.0
+"""How long."""
+
+_ERROR_LIMIT_S: Final = 1.0
+"""Longest wait for the client to take an error."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+_REST: Final = 3
+"""Rest of the thread that parses long bodies, in times of what a body took: it has a quarter of
+a processor at most."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection: there is nobody to answer."""
+
+
+class ReaderStopped(Aborted):
+    """The client took nothing for too long; its connection was dropped."""
+
+
+class Bodies:
+    """Bounds what the bodies of all requests take together, in bytes, and parses them.
+
+    Long ones are parsed in a thread, one at a time, and read one piece in each turn of the
+    event loop, of all of them together: reading 30 pieces takes 10 ms.
+    """
+
+    def __init__(self, limit: int = MAX_BODIES, long_limit: int = MAX_LONG_BODIES) -> None:
+        """Args: long_limit: of what bodies have beyond `LONG_BODY` each."""
+        self._turns: deque[asyncio.Future[None]] = deque()
+        self._limits = (limit, long_limit)
+        self._left = [limit, long_limit]
+        self._parser = ThreadPoolExecutor(1, "json")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._parser.shutdown(wait=False, cancel_futures=True)
+
+    async def parse(self, body: bytes) -> object:
+        """The JSON of a body. Raises ValueError or RecursionError where there is none."""
+        if len(body) < LONG_BODY:
+            return parse_body(body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parser, self._parse_long, body)
+
+    def _parse_long(self, body: bytes) -> object:
+        """In the thread, which then rests: json's parser holds the interpreter's lock for
+        milliseconds, and each step of somebody else's call would wait for it."""
+        began = time.thread_time()
+        try:
+            return parse_body(body)
+        finally:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._parser.submit(time.sleep, _REST * (time.thread_time() - began))
+
+    async def turn(self) -> None:
+        """Wait for the turn to read a piece of a long body."""
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._turns.append(turn)
+        if len(self._turns) == 1:
+            loop.call_soon(self._next_turn)
+        await turn
+
+    def _next_turn(self) -> None:
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():  # its caller may have left
+                turn.set_result(None)
+                break
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes, which are given back at the end. It raises
+        QueueFull where there are not so many left."""
+        size = 0
+
+        def shares(whole: int) -> tuple[int, int]:
+            return min(whole, LONG_BODY), max(0, whole - LONG_BODY)
+
+        def take(count: int) -> None:
+            nonlocal size
+            wanted = [
+                more - had for had, more in zip(shares(size), shares(size + count), strict=True)
+            ]
+            for pool, bytes_ in enumerate(wanted):
+                if bytes_ > self._left[pool]:
+                    raise QueueFull(
+                        f"other requests hold most of the {self._limits[pool]} bytes that "
+                        "bodies of this size may take: retry later",
+                        retry_after_s=1.0,
+                    )
+            for pool, bytes_ in enumerate(wanted):
+                self._left[pool] -= bytes_
+            size += count
+
+        try:
+            yield take
+        finally:
+            for pool, bytes_ in enumerate(shares(size)):
+                self._left[pool] += bytes_
+
+
+async def read_json(
+    scope: Scope,
+    receive: Receive,
+    limit_s: float,
+    bodies: Bodies,
+    take: Callable[[int], None],
+) -> object:
+    """The parsed body of a request.
+
+    Args:
+        take: told of the bytes that came; see `Bodies.share`.
+
+    Raises:
+        HttpError: it is no JSON, too large, or came too slowly.
+        QueueFull: other bodies leave it no room.
+        ClientGone: the client left before it was whole.
+    """
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise HttpError(
+            415, "unsupported_media_type", "send JSON with content-type application/json"
+        )
+    try:
+        async with asyncio.timeout(limit_s):
+            body = await _read(receive, take, bodies)
+    except TimeoutError as error:
+        raise HttpError(
+            408,
+            "request_timeout",
+            f"the body was not complete after {limit_s:g} s: send it again",
+        ) from error
+    try:
+        return await bodies.parse(body)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise HttpError(
+            400, "invalid_json", f"the body is not valid JSON: {why[:200]}"
+        ) from error
+
+
+async def _read(receive: Receive, take: Callable[[int], None], bodies: Bodies) -> bytes:
+    body, more = bytearray(), True
+    try:
+        while more:
+            if len(body) >= LONG_BODY:
+                await bodies.turn()
+            piece, more = await _piece(receive)
+            take(len(piece))
+            body += piece
+            if len(body) > MAX_BODY:
+                raise HttpError(
+                    413,
+                    "request_too_large",
+                    f"the body has more than {MAX_BODY} bytes: send less",
+                )
+    except (HttpError, QueueFull):
+        body.clear()
+        if more:
+            await _discard(receive, bodies)
+        raise
+    return bytes(body)
+
+
+async def _piece(receive: Receive) -> tuple[bytes, bool]:
+    """Some of a body, and whether more follows."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(receive: Receive, bodies: Bodies) -> None:
+    """Take the rest of a body that is refused. Were the connection closed before, with
+    bytes of it unread, the client would see a reset and not the answer."""
+    left, more = DISCARDED, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARDED_S):
+            while more and left > 0:
+                await bodies.turn()
+                piece, more = await _piece(receive)
+                left -= len(piece)
+
+
+_STREAMING: Final = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would hold pieces back
+}
+
+
+class Reply:
+    """One answer: a JSON document, or a stream of events. Tasks may share it.
+
+    Attributes:
+        started: status and headers are out.
+    """
+
+    def __init__(self, scope: Scope, send: Send, limit_s: float) -> None:
+        """Args: limit_s: longest wait for the client to take a piece."""
+        self._send = send
+        self._limit_s = limit_s
+        self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
+        self._turn = asyncio.Lock()
+        self._streaming = False
+        self.started = False
+
+    async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
+        """The whole answer."""
+        data = _dump(body)
+        length = {"content-type": "application/json", "content-length": str(len(data))}
+        await self._start(status, {**length, **headers})
+        await self._body(data, more=False)
+
+    async def events(self, events: list[object], headers: Mapping[str, str]) -> None:
+        """Send server-sent events; the first ones bring status and headers along."""
+        data = b"".join(b"data: " + _dump(event) + b"\n\n" for event in events)
+        async with self._turn:
+            if not self.started:
+                self._streaming = True
+                await self._start(200, {**_STREAMING, **headers})
+            if data:
+                await self._body(data, more=True)
+
+    async def end_events(self) -> None:
+        """The end of a stream that went well."""
+        await self._body(b"data: [DONE]\n\n", more=False)
+
+    async def fail(self, error: VeneerError | HttpError) -> None:
+        """Say what went wrong, in whatever way the answer still allows."""
+        if isinstance(error, ReaderStopped):
+            return
+        failure = http_failure(error)
+        # Behind what the client has not taken it would wait as long as a piece may.
+        self._limit_s = min(self._limit_s, _ERROR_LIMIT_S)
+        if not self.started:
+            await self.json(failure.status, failure.body, failure.headers)
+        elif self._streaming:
+            await self._body(b"data: " + _dump(failure.body) + b"\n\n", more=False)
+        else:  # half of a document is out
+            self._abort()
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await self._put({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        await self._put({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _put(self, message: MutableMapping[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await self._send(message)
+        except TimeoutError as error:
+            self._abort()
+            raise ReaderStopped(
+                f"the caller read nothing for {self._limit_s:g} s: read the stream as it comes"
+            ) from error
+
+
+def _dump(body: object) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,191 @@
+"""One HTTP connection: uvicorn's, with bounds, strict reading and paced refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Final
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from veneer_registry.errors import QueueFull
+
+from veneer_server.logs import get_logger
+from veneer_server.openai.errors import HttpError, http_failure
+from veneer_server.openai.http.asgi import ABORT
+from veneer_server.openai.http.strict import StrictConnection
+from veneer_server.queues.refusal_pace import Pace
+
+__all__ = ["connection_class"]
+
+_AHEAD: Final = 64 << 10
+"""Bytes of next requests that are kept while one is answered."""
+
+_MALFORMED: Final = 512 << 10
+"""Bytes that malformed HTTP counts for in `Pace`: long heads and tiny chunks take 1 ms to read,
+and whoever sends them opens a connection for each."""
+
+_log = get_logger(__name__)
+
+# What uvicorn would say of a caller's bad request, beside our own line, and its remark on
+# each `Upgrade` header.
+_uvicorn_log: Final = logging.getLogger("veneer_server.openai.uvicorn")
+_uvicorn_log.setLevel(logging.ERROR)
+
+
+def _too_many_connections(most: int) -> bytes:
+    """The answer to a connection that there is no room for, before it asks."""
+    failure = http_failure(
+        QueueFull(
+            f"{most} connections are answered now, the most that this server takes: retry, "
+            "or start it with a larger --max-connections",
+            retry_after_s=1.0,
+        )
+    )
+    body = json.dumps(failure.body).encode()
+    headers = {
+        **failure.headers,
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    lines = [f"HTTP/1.1 {failure.status} {HTTPStatus(failure.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def connection_class(
+    limit_s: float, most: int, pace: Pace, on_malformed: Callable[[HttpError], None]
+) -> type[H11Protocol]:
+    """The protocol of one connection, with what uvicorn's own lacks, for one server.
+
+    Args:
+        most: connections that may be open.
+        pace: delays refusals.
+        on_malformed: told of each request that is no HTTP/1.1.
+    """
+
+    idle: dict[H11Protocol, None] = {}  # in the order in which they became so
+    refusal = _too_many_connections(most)
+
+    class Connection(H11Protocol):
+        """A limit on how long a connection may take to ask for something, so that idle
+        and dripping ones do not gather; a client's leaving is seen even when it had sent
+        its next request; and, for ASGI, the means to drop the connection: after a plain
+        close a reader that takes nothing keeps the socket open. Messages are read strictly,
+        and one that is refused is counted and answered like any other bad request. There are
+        at most ``most`` connections; one more takes the place of an idle one, or else of
+        one whose refusal is being delayed.
+        """
+
+        _late: asyncio.TimerHandle | None = None
+        _refused = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.conn = self._strict = StrictConnection()
+            self.logger = _uvicorn_log
+
+        def send_400_response(self, msg: str) -> None:
+            """uvicorn calls this where `StrictConnection` refused a message."""
+            self._refused = True
+            refusal = self._strict.refusal
+            why = str(refusal)[:200] if refusal is not None else msg
+            status = refusal.error_status_hint if refusal is not None else 400
+            error = HttpError(
+                status, "malformed_request", f"the request is not valid HTTP: {why}"
+            )
+            on_malformed(error)
+            _log.info("call refused", method="http", reason=error.code)
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # whoever still reads the body, or writes
+                self.cycle.message_event.set()
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.abort()  # half of another answer is out
+                return
+            wait_s = pace.charge(self._caller(), _MALFORMED)
+            self.loop.call_later(wait_s, self._send_refusal, error)
+
+        def _caller(self) -> str:
+            host, port = self.client or ("", 0)
+            return f"{host}:{port}"
+
+        def is_delayed(self) -> bool:
+            """It is open, and its refusal is being delayed."""
+            delayed = self._refused or pace.delays(self._caller())
+            return delayed and not self.transport.is_closing()
+
+        def _send_refusal(self, error: HttpError) -> None:
+            if self.transport.is_closing():
+                return
+            failure = http_failure(error)
+            body = json.dumps(failure.body).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                *failure.headers.items(),
+                ("connection", "close"),
+            ]
+            for event in (
+                h11.Response(status_code=failure.status, headers=headers),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.app_state = {**self.app_state, ABORT: transport.abort}
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                self._make_room()
+            self._watch()
+
+        def _make_room(self) -> None:
+            """For this connection, or tell it that there is none."""
+            others: Any = self.connections  # all of this class
+            delayed = (each for each in others if each.is_delayed())
+            if (oldest := next(iter(idle), None) or next(delayed, None)) is not None:
+                idle.pop(oldest, None)
+                oldest.transport.abort()
+            else:
+                self.transport.write(refusal)
+                self.transport.close()
+
+        def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return  # discarded: unread bytes would turn the close into a reset
+            super().data_received(data)
+            self._watch()
+            ahead, _ = self.conn.trailing_data
+            if self.conn.their_state is h11.DONE and len(ahead) <= _AHEAD:
+                # uvicorn reads no more once a next request has begun to come, and so
+                # would not see the client leave.
+                self.flow.resume_reading()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._late is not None:
+                self._late.cancel()
+            idle.pop(self, None)
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """The clock runs while no request is being answered. What is left of a body
+            after an early answer does not stop it, and no data winds it up again."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                idle.pop(self, None)
+                if self._late is not None:
+                    self._late.cancel()
+                    self._late = None
+            elif self._late is None and not self.transport.is_closing():
+                idle[self] = None
+                self._late = self.loop.call_later(limit_s, self.transport.abort)
+
+    return Connection

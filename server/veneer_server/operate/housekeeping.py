@@ -1,0 +1,184 @@
+"""What the front does beside serving: damaged content is put into quarantine, what is in
+memory is written down for the next start, and what was left lying is swept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, Literal
+
+from veneer_registry.errors import AdapterCorrupt, VeneerError
+from veneer_registry.registry import Registry
+from veneer_registry.rows import ResidentRow
+
+from veneer_server.engine_client.client import EngineClient, EngineEvent
+from veneer_server.engine_client.resident_set import Resident
+from veneer_server.logs import get_logger
+from veneer_server.serving.adapters.events import AdapterEvents
+from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
+from veneer_server.serving.adapters.view import source_of
+from veneer_server.serving.threads import to_the_end
+from veneer_server.wire.messages import AdapterFailed
+
+__all__ = ["Housekeeping"]
+
+_SWEEP_S: Final = 600.0
+_KEEP_S: Final = 5.0
+_PAUSE_S: Final = 0.05
+
+_log = get_logger(__name__)
+
+
+class Housekeeping:
+    """Belongs to one event loop.
+
+    Args:
+        upload_ttl_s: seconds that what arrived of an interrupted upload is kept.
+        broken_uploads: how many are kept, and how many bytes of them.
+        quarantine_bytes, quarantine_ttl_s: most that is kept in quarantine, and for how long.
+        sweep_s: seconds between two looks at what may be swept.
+        keep_s: seconds after which what is in memory is written down, if it has changed.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        events: AdapterEvents,
+        *,
+        upload_ttl_s: float,
+        broken_uploads: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
+        quarantine_bytes: int = 10 << 30,
+        quarantine_ttl_s: float = 720 * 3600.0,
+        sweep_s: float = _SWEEP_S,
+        keep_s: float = _KEEP_S,
+    ) -> None:
+        self._registry = registry
+        self._events = events
+        self._upload_ttl_s = upload_ttl_s
+        self._most_broken, self._most_broken_bytes = broken_uploads
+        self._quarantine_bytes = quarantine_bytes
+        self._quarantine_ttl_s = quarantine_ttl_s
+        self._sweep_s = sweep_s
+        self._keep_s = keep_s
+        self._engine: EngineClient | None = None
+        self._kept_version: int | None = None
+        self._keeping = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, engine: EngineClient) -> None:
+        """Tell the engine what the last run had in memory, and begin; `stop` ends it."""
+        self._engine = engine
+        engine.expect_residents(await to_the_end(self._expected))
+        await self.keep_residents()  # without what could not be expected any more
+        self._begin(self._sweep())
+        self._begin(self._complete())
+        self._begin(self._keep())
+
+    async def stop(self) -> None:
+        """End, once what is under way is done."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self.keep_residents()
+        except VeneerError as error:
+            _log.warning("what is in memory is not written down", reason=error.reason)
+
+    def on_engine_event(self, event: EngineEvent) -> None:
+        """Listener for `EngineClient`: content that did not have its digest at load."""
+        if isinstance(event, AdapterFailed) and event.error.reason == AdapterCorrupt.reason:
+            self._begin(self._quarantine(event.weights_digest, event.error.message))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _quarantine(self, digest: str, why: str) -> None:
+        try:
+            refs = await to_the_end(lambda: self._registry.quarantine(digest, why))
+            if not refs:
+                return
+            _log.error("adapter in quarantine", adapters=[ref.short for ref in refs], why=why)
+            records = await to_the_end(lambda: self._registry.holding(digest))
+        except VeneerError as error:
+            _log.error("damaged adapter not put into quarantine", reason=error.reason)
+            return
+        self._events.quarantined(records, why)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                swept = await to_the_end(
+                    lambda: self._registry.sweep_uploads(self._upload_ttl_s)
+                )
+                swept += await to_the_end(
+                    lambda: self._registry.trim_uploads(
+                        most=self._most_broken, most_bytes=self._most_broken_bytes
+                    )
+                )
+                if swept:
+                    _log.info("interrupted uploads removed", count=swept)
+                pruned = await to_the_end(
+                    lambda: self._registry.prune_quarantine(
+                        self._quarantine_bytes, self._quarantine_ttl_s
+                    )
+                )
+                if pruned:
+                    _log.warning(
+                        "removed from quarantine, which is full or held them long enough",
+                        folders=[name for name, _ in pruned],
+                        bytes=sum(size for _, size in pruned),
+                    )
+                if self._registry.needs_sweep:
+                    await to_the_end(self._registry.sweep)
+            except Exception as error:  # it must go on whatever a disk does
+                _log.error("sweeping failed", error)
+            await asyncio.sleep(self._sweep_s)
+
+    async def _complete(self) -> None:
+        """Bring what an older version stored up to date, a little at a time."""
+        try:
+            more = True
+            while more:
+                more = await to_the_end(self._registry.complete_store)
+                await asyncio.sleep(_PAUSE_S)
+        except Exception as error:  # tried again at the next start
+            _log.error("what an older version stored is not brought up to date", error)
+
+    # ------------------------------------------------------------ what is in memory
+
+    def _expected(self) -> list[Resident]:
+        """What was in memory at the end of the last run, of what still can be loaded."""
+        expected = []
+        for row in self._registry.residents():
+            records = self._registry.holding(row.weights)
+            usable = [r for r in records if r.quarantined is None and not r.foreign]
+            if not usable:
+                continue
+            tier, pin = _tier(row.tier), None if row.pin is None else _tier(row.pin)
+            expected.append(Resident(source_of(self._registry, usable[0]), tier, pin))
+        return expected
+
+    async def keep_residents(self) -> None:
+        """Write down what is in memory, if that has changed."""
+        async with self._keeping:
+            engine = self._engine
+            if engine is None or engine.residents_version == self._kept_version:
+                return
+            version, residents = engine.residents_version, engine.resident_set()
+            rows = [ResidentRow(r.source.weights_digest, r.tier, r.pin) for r in residents]
+            await to_the_end(lambda: self._registry.set_residents(rows))
+            self._kept_version = version
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._keep_s)
+            try:
+                await self.keep_residents()
+            except Exception as error:  # it must go on whatever a disk does
+                _log.error("what is in memory is not written down", error)
+
+
+def _tier(text: str) -> Literal["host", "device"]:
+    return "device" if text == "device" else "host"

@@ -1,0 +1,253 @@
+"""What happens to adapters, as one numbered row that is kept for a while.
+
+`AdapterEvents` hears the engine's messages and the registry's commits. Watchers have
+a place in the row and no queue of their own (`watch`), so that a slow one costs
+nothing. What is kept is small: digests and records, no messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.adapter import Tier
+from veneer_registry.errors import Draining
+from veneer_registry.registry import AdapterRecord, Published
+
+from veneer_server.engine_client.client import EngineEvent
+from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted, Residency
+
+__all__ = ["AdapterEvents", "Happened", "Kind", "Weights"]
+
+KEPT: Final = 1024
+"""Events that a watcher may be behind."""
+
+WOKEN: Final = 8
+"""Watchers that are woken in one turn of the event loop."""
+
+WAKE_EVERY_S: Final = 0.004
+"""Time between two such turns, so that many watchers leave the event loop to others."""
+
+_NEARNESS: Final = {"disk": 0, "host": 1, "device": 2}
+_RUN_BITS: Final = 20
+"""A run of the server may count a million events a millisecond before the next run's
+numbers could begin below its own."""
+
+Kind = adapters_pb2.AdapterEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights and where they are after an event.
+
+    Attributes:
+        names: that had a revision with them then; one that is published later hears of
+            its own publication first. None: whoever has one.
+    """
+
+    digest: str
+    tier: Tier
+    pinned: bool
+    names: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """One event. The engine's are about weights, the registry's about a revision."""
+
+    sequence: int
+    kind: Kind
+    time: float
+    subject: Weights | AdapterRecord
+    detail: str = ""
+
+
+_LoadEvent = Residency | AdapterLoaded | AdapterFailed | Evicted
+
+
+class AdapterEvents:
+    """The row of events. All methods belong to one event loop."""
+
+    def __init__(self, *, kept: int = KEPT, clock: Callable[[], float] = time.time) -> None:
+        """Args:
+        kept: events that a watcher may be behind.
+        clock: Unix seconds; the first number comes from it, so that another run of
+            the server never takes up the numbers of this one.
+        """
+        self._clock = clock
+        self._start = self.last = int(clock() * 1000) << _RUN_BITS
+        self._row: deque[Happened] = deque(maxlen=kept)
+        self._waiting: list[asyncio.Future[None]] = []
+        self._woken: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self._names: Callable[[str], Iterable[str]] | None = None
+        self._residency: dict[str, Residency] = {}
+        self._frame: list[_LoadEvent] = []
+
+    # --------------------------------------------------------------------- sources
+
+    def name_by(self, names: Callable[[str], Iterable[str]]) -> None:
+        """Tell which names have a revision with some weights."""
+        self._names = names
+
+    def on_engine_event(self, event: EngineEvent) -> None:
+        """Listener for `EngineClient`."""
+        if isinstance(event, Residency | AdapterLoaded | AdapterFailed | Evicted):
+            if not self._frame:
+                # The new state comes before its cause, in the same frame: take both.
+                asyncio.get_running_loop().call_soon(self._take_frame)
+            self._frame.append(event)
+
+    def published(self, published: Published) -> None:
+        """A publish was committed."""
+        if published.published:
+            kind = (
+                adapters_pb2.ADAPTER_EVENT_REPLACED
+                if published.replaced
+                else adapters_pb2.ADAPTER_EVENT_PUBLISHED
+            )
+            self._append(kind, published.record)
+            # Where it was brought into memory first, that was about weights without a name.
+            state = self._residency.get(published.record.ref.weights_digest)
+            if state is not None and state.tier != "disk":
+                activated = state.tier == "device"
+                self._append(
+                    adapters_pb2.ADAPTER_EVENT_ACTIVATED
+                    if activated
+                    else adapters_pb2.ADAPTER_EVENT_LOADED,
+                    published.record,
+                )
+
+    def made_current(self, record: AdapterRecord) -> None:
+        """A name means an earlier revision again."""
+        self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
+
+    def updated(self, record: AdapterRecord) -> None:
+        """Labels or retention changed."""
+        self._append(adapters_pb2.ADAPTER_EVENT_UPDATED, record)
+
+    def alias_changed(self, record: AdapterRecord, alias: str) -> None:
+        """An alias means this revision now, or means it no more and was removed."""
+        self._append(adapters_pb2.ADAPTER_EVENT_ALIAS_CHANGED, record, alias)
+
+    def quarantined(self, records: Iterable[AdapterRecord], why: str) -> None:
+        """Stored content of these revisions is damaged."""
+        for record in records:
+            self._append(adapters_pb2.ADAPTER_EVENT_QUARANTINED, record, why)
+
+    def deleted(self, records: Iterable[AdapterRecord]) -> None:
+        """These revisions were deleted."""
+        for record in records:
+            self._append(adapters_pb2.ADAPTER_EVENT_DELETED, record)
+
+    def close(self) -> None:
+        """End all watches with `Draining`, once they have been told what there is."""
+        self._closed = True
+        self._wake()
+
+    def _take_frame(self) -> None:
+        frame, self._frame = self._frame, []
+        before = dict(self._residency)
+        for event in frame:
+            if isinstance(event, Residency):
+                if event.tier == "disk" and not event.pinned:
+                    self._residency.pop(event.weights_digest, None)
+                else:
+                    self._residency[event.weights_digest] = event
+        explained = set()
+        for event in frame:
+            digest = event.weights_digest
+            match event:
+                case AdapterLoaded(source="disk"):
+                    self._about(digest, adapters_pb2.ADAPTER_EVENT_LOADED)
+                case AdapterLoaded():
+                    self._about(digest, adapters_pb2.ADAPTER_EVENT_ACTIVATED)
+                case Evicted() if digest not in explained:  # once for both tiers
+                    self._about(digest, adapters_pb2.ADAPTER_EVENT_EVICTED, event.cause)
+                case AdapterFailed():
+                    failed = adapters_pb2.ADAPTER_EVENT_FAILED
+                    self._about(digest, failed, event.error.message)
+            if not isinstance(event, Residency):
+                explained.add(digest)
+        for digest in dict.fromkeys(event.weights_digest for event in frame):
+            self._compare(digest, before.get(digest), tell_tier=digest not in explained)
+
+    def _compare(self, digest: str, before: Residency | None, *, tell_tier: bool) -> None:
+        """Tell what changed without a message that says why."""
+        after = self._residency.get(digest)
+        was = "disk" if before is None else before.tier
+        now = "disk" if after is None else after.tier
+        if tell_tier and _NEARNESS[now] < _NEARNESS[was]:
+            self._about(digest, adapters_pb2.ADAPTER_EVENT_EVICTED, "engine_ended")
+        elif tell_tier and now != was:
+            activated = now == "device"
+            self._about(
+                digest,
+                adapters_pb2.ADAPTER_EVENT_ACTIVATED
+                if activated
+                else adapters_pb2.ADAPTER_EVENT_LOADED,
+            )
+        pinned = after is not None and after.pinned
+        if pinned != (before is not None and before.pinned):
+            self._about(
+                digest,
+                adapters_pb2.ADAPTER_EVENT_PINNED
+                if pinned
+                else adapters_pb2.ADAPTER_EVENT_UNPINNED,
+            )
+
+    def _about(self, digest: str, kind: Kind, detail: str = "") -> None:
+        state = self._residency.get(digest)
+        tier = Tier.DISK if state is None else Tier(state.tier)
+        pinned = state is not None and state.pinned
+        names = None if self._names is None else frozenset(self._names(digest))
+        self._append(kind, Weights(digest, tier, pinned, names), detail)
+
+    def _append(self, kind: Kind, subject: Weights | AdapterRecord, detail: str = "") -> None:
+        self.last += 1
+        self._row.append(Happened(self.last, kind, self._clock(), subject, detail))
+        self._wake()
+
+    # -------------------------------------------------------------------- watchers
+
+    def after(self, sequence: int) -> tuple[Happened, ...] | None:
+        """What happened after ``sequence``; None where that is not known (any more)."""
+        oldest = self.last - len(self._row)
+        if not max(self._start, oldest) <= sequence <= self.last:
+            return None
+        return tuple(itertools.islice(self._row, sequence - oldest, None))
+
+    async def beyond(self, sequence: int) -> None:
+        """Wait until something happened after it. Raises Draining after `close`."""
+        while self.last <= sequence:
+            if self._closed:
+                raise Draining(
+                    "the server is stopping: watch again when it is back, from the last "
+                    "sequence number",
+                    retry_after_s=1.0,
+                )
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(told)
+            await told
+
+    def _wake(self) -> None:
+        """Tell all watchers that wait, some at a time."""
+        under_way = bool(self._woken)
+        self._woken.extend(self._waiting)
+        self._waiting.clear()
+        if self._woken and not under_way:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for _ in range(min(WOKEN, len(self._woken))):
+            told = self._woken.popleft()
+            if not told.done():
+                told.set_result(None)
+        if self._woken:
+            asyncio.get_running_loop().call_later(WAKE_EVERY_S, self._wake_some)

@@ -1,0 +1,417 @@
+"""The self-test: a proof on the running server that resident adapters are themselves.
+
+The same short text goes through the engine as requests do, for the base and for each
+adapter, submitted so that they meet in one step. The engine also computes, apart from
+all that serves, what each must say (`veneer_server.models.reference`); then `judge`.
+Requests go on meanwhile, a little slower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterCorrupt,
+    AdapterNotFound,
+    BaseModelMismatch,
+    InternalError,
+    InvalidField,
+    NonFiniteOutput,
+    QueueFull,
+    VeneerError,
+)
+from veneer_registry.registry import Registry, RevisionLease
+
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.logs import get_logger
+from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
+from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.serving.threads import outlast, to_the_end
+from veneer_server.text.prompts import Prompts, Room
+from veneer_server.wire.messages import AdapterSource, SamplingParams
+
+__all__ = ["Report", "SelfTest"]
+
+PROBE: Final = (
+    "The quick brown fox jumps over the lazy dog. In the morning the farmer counts his "
+    "sheep, and finds that two of them are missing."
+)
+PROBE_TOKENS: Final = 28
+"""At most: those of all sequences of a test fit a step of the default size (512)."""
+MAX_ADAPTERS: Final = 16
+MAX_WAITING: Final = 4
+"""Tests that wait for their turn."""
+DEFAULT_ADAPTERS: Final = 2
+_CANDIDATES: Final = 16
+"""Most adapters that are tried where none were named: each may be a load from disk."""
+_PAGE: Final = 1000
+_TRIES: Final = 3
+"""Times that all are submitted until they have met in one step."""
+
+_RETRY_S: Final = 5.0
+
+_Findings = AdapterCorrupt, NonFiniteOutput
+"""Errors of one adapter that are a result of the test, not its end."""
+
+_Unusable = AdapterNotFound, AdapterCorrupt, BaseModelMismatch, AdapterBudgetExceeded
+"""Why an adapter that nobody named is passed over: deleted just now, in quarantine, for
+another base, or without room in memory."""
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """See `SelfTestResponse`; the base's verdict is the first.
+
+    Attributes:
+        registered: adapters that there are. With some of them, a test of none is no proof.
+        note: why none was tested.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    adapters_mixed: int
+    registered: int
+    note: str = ""
+
+    @property
+    def adapters_tested(self) -> int:
+        return len(self.verdicts) - 1
+
+    @property
+    def passed(self) -> bool:
+        proven = self.adapters_tested > 0 or not self.registered
+        return proven and all(verdict.passed for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The base (no name, no source), or one leased revision."""
+
+    name: str = ""
+    source: AdapterSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """Log-probabilities of the probe, or what the engine said, and the step they are of."""
+
+    logprobs: list[float] | VeneerError
+    step: int | None
+
+
+class SelfTest:
+    """Runs one test at a time; a few calls that come meanwhile wait for their turn."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: EngineClient,
+        prompts: Prompts,
+        use: AdapterUse,
+        *,
+        dtype: str,
+        exact: bool = False,
+    ) -> None:
+        """Args:
+        use: which adapters were asked for last.
+        dtype: that is served in; sets the bound.
+        exact: the engine computes each sequence by itself, so that none are mixed.
+        """
+        self._registry = registry
+        self._engine = engine
+        self._prompts = prompts
+        self._use = use
+        self._bound = BOUNDS[dtype]
+        self._exact = exact
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+
+    async def answer(
+        self, request: adapters_pb2.SelfTestRequest
+    ) -> adapters_pb2.SelfTestResponse:
+        """`run` as the wire has it."""
+        report = await self.run(request.adapters)
+        return adapters_pb2.SelfTestResponse(
+            passed=report.passed,
+            adapters_mixed=report.adapters_mixed,
+            note=report.note,
+            results=[
+                adapters_pb2.SelfTestResult(
+                    adapter=verdict.name,
+                    passed=verdict.passed,
+                    max_difference=verdict.max_difference,
+                    bound=verdict.bound,
+                    nearest_other=verdict.nearest_other,
+                    detail=verdict.detail,
+                )
+                for verdict in report.verdicts
+            ],
+        )
+
+    async def run(self, names: Sequence[str]) -> Report:
+        """Test the base and these adapters, loaded if need be; they are not pinned.
+
+        An adapter whose files lost their digest, or whose logits are not finite, has
+        failed; so has one whose answers differ. None of that is an error.
+
+        Args:
+            names: of adapters, as requests name them. Empty for the two in memory that
+                were used last; where none is in memory, for two registered ones, which are
+                loaded. Where adapters are registered and none of them can be tested, the
+                test has failed, and the report's note says why.
+
+        Raises:
+            InvalidField: too many names.
+            AdapterNotFound, BaseModelMismatch: of the names.
+            AdapterCorrupt: one was known to be damaged before.
+            AdapterBudgetExceeded: one cannot be loaded.
+            QueueFull: the engine has no room, or `MAX_WAITING` tests wait already.
+            ModelLoading, EngineFailed: not now.
+        """
+        if (count := len(set(names))) > self._most:
+            raise InvalidField(
+                f"adapters has {count} names: this server tests at most {self._most} at once",
+                metadata={"field": "adapters"},
+            )
+        began = time.perf_counter()
+        async with self._my_turn():
+            with ExitStack() as leases:
+                note = ""
+                if names:
+                    adapters = [self._leased(lease, leases) for lease in self._named(names)]
+                else:
+                    adapters, note = await self._chosen(leases)
+                # Two names may mean one revision.
+                subjects = list({each.name: each for each in (_Subject(), *adapters)}.values())
+                verdicts, mixed = await self._run(subjects)
+        report = Report(tuple(verdicts), mixed, len(self._registry), note)
+        _log.info(
+            "self-test",
+            passed=report.passed,
+            failed=[v.name or "base" for v in report.verdicts if not v.passed],
+            adapters=report.adapters_tested,
+            mixed=report.adapters_mixed,
+            note=note,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        return report
+
+    @asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
+        """Alone, once those before have ended. Raises QueueFull where too many wait."""
+        if self._turn.locked() and self._waiting >= MAX_WAITING:
+            raise QueueFull(
+                f"{MAX_WAITING} self-tests are waiting already: retry when one has ended",
+                metadata={"limit": str(MAX_WAITING)},
+                retry_after_s=_RETRY_S,
+            )
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @property
+    def _most(self) -> int:
+        """Adapters that can be tested at once: the base and one more sequence are beside."""
+        return max(0, min(MAX_ADAPTERS, self._engine.capacity - 2))
+
+    def _leased(self, lease: RevisionLease, leases: ExitStack) -> _Subject:
+        """A subject whose files stay until ``leases`` closes."""
+        leases.enter_context(lease)
+        return _Subject(lease.ref.short, source_of(self._registry, lease.record))
+
+    def _named(self, names: Sequence[str]) -> Iterator[RevisionLease]:
+        for name in dict.fromkeys(names):
+            yield self._registry.acquire(name)
+
+    async def _chosen(self, leases: ExitStack) -> tuple[list[_Subject], str]:
+        """Adapters that nobody named, in memory by now; and why there are none."""
+        if not len(self._registry):
+            return [], "no adapter is registered: only the base was tested"
+        if not self._most:
+            return [], (
+                f"this server runs and queues {self._engine.capacity} sequences at most, too "
+                "few for an adapter beside the base: start it with a larger --max-running or "
+                "--max-queue"
+            )
+        in_memory = (
+            partial(self._registry.acquire_weights, digest)
+            for digest in self._engine.resident()
+        )
+        found, _ = await self._take(in_memory, leases)
+        if found:
+            return found, ""
+        asked = [f"{name}@{revision}" for name, revision in self._use.recent()]
+        names = dict.fromkeys([*asked, *await to_the_end(self._servable)])
+        found, why = await self._take(
+            (partial(self._registry.acquire, name) for name in names), leases
+        )
+        why = why or "they are in quarantine or for another base"
+        note = f"none of {len(self._registry)} adapters could be tested: {why}"
+        return found, "" if found else note
+
+    async def _take(
+        self, candidates: Iterable[Callable[[], RevisionLease]], leases: ExitStack
+    ) -> tuple[list[_Subject], str]:
+        """The first ones that can be loaded, and why the last of the others cannot."""
+        found: dict[str, _Subject] = {}
+        why, tried = "", 0
+        for acquire in candidates:
+            if len(found) == min(DEFAULT_ADAPTERS, self._most) or tried == _CANDIDATES:
+                break
+            with ExitStack() as attempt:
+                try:
+                    subject = self._leased(acquire(), attempt)
+                    assert subject.source is not None, "only the base has none"
+                    digest = subject.source.weights_digest
+                    if digest in found:
+                        continue
+                    tried += 1
+                    await self._load(subject.source)
+                except _Unusable as error:
+                    why = str(error)
+                    continue
+                leases.enter_context(attempt.pop_all())
+                found[digest] = subject
+        return list(found.values()), why
+
+    async def _load(self, source: AdapterSource) -> None:
+        """Raises AdapterBudgetExceeded. Damaged files are for the test itself to report."""
+        with suppress(AdapterCorrupt):
+            await self._engine.activate(source, tier="device", pin=False)
+
+    def _servable(self) -> list[str]:
+        """Some names that are neither in quarantine nor for another base."""
+        found: list[str] = []
+        after = ""
+        while len(found) < _CANDIDATES:
+            page = self._registry.list(after=after, limit=_PAGE)
+            found += [r.ref.name for r in page if not r.foreign and r.quarantined is None]
+            if len(page) < _PAGE:
+                break
+            after = page[-1].ref.name
+        return found[:_CANDIDATES]
+
+    async def _run(self, subjects: Sequence[_Subject]) -> tuple[list[Verdict], int]:
+        """The verdicts, and how many adapters shared a step with the base."""
+        tokens = await self._probe()
+        damaged = await self._activate(subjects)
+        served, mixed = await self._serve_mixed(
+            tokens, [s for s in subjects if s.name not in damaged]
+        )
+        references = await self._references(
+            tokens, [s for s in subjects if s.name not in damaged]
+        )
+        answers = []
+        for subject in subjects:
+            found = damaged.get(subject.name) or served[subject.name].logprobs
+            reference = damaged.get(subject.name) or references[subject.name]
+            answers.append(Answers(subject.name, found, reference))
+        return judge(answers, self._bound), mixed
+
+    async def _probe(self) -> list[int]:
+        info = self._engine.info
+        whole = Room(info.vocab_size, 2 * len(PROBE))  # cut to the context below
+        prompt = await self._prompts.from_text(PROBE, whole)
+        return prompt.ids[: min(PROBE_TOKENS, info.context_length - 1)]
+
+    async def _activate(self, subjects: Sequence[_Subject]) -> dict[str, VeneerError]:
+        """Bring them to DEVICE; those whose files are damaged, with the error."""
+        damaged: dict[str, VeneerError] = {}
+        for subject in subjects:
+            if subject.source is None:
+                continue
+            try:
+                await self._engine.activate(subject.source, tier="device", pin=False)
+            except AdapterCorrupt as error:
+                damaged[subject.name] = error
+        return damaged
+
+    async def _serve_mixed(
+        self, tokens: list[int], subjects: Sequence[_Subject]
+    ) -> tuple[dict[str, _Served], int]:
+        """What serves gives, by name, and how many adapters were in the base's step."""
+        best: dict[str, _Served] = {}
+        most = -1
+        for _ in range(_TRIES):
+            served = await self._serve(tokens, subjects)
+            step = served[""].step
+            others = [served[s.name].step for s in subjects if s.source is not None]
+            together = 0 if step is None else others.count(step)
+            if together > most:
+                best, most = served, together
+            if together == len(others):
+                break
+        return best, 0 if self._exact else most
+
+    async def _serve(
+        self, tokens: list[int], subjects: Sequence[_Subject]
+    ) -> dict[str, _Served]:
+        sources = [subject.source for subject in subjects]
+        if len(sources) > 1 and not self._engine.in_flight:
+            # While an idle engine computes this one, the others arrive, and start together.
+            sources.insert(0, None)
+        with self._engine.places(len(sources)):
+            results = await asyncio.gather(
+                *(self._score(tokens, source) for source in sources), return_exceptions=True
+            )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return {
+            subject.name: result
+            for subject, result in zip(subjects, results[-len(subjects) :], strict=True)
+            if isinstance(result, _Served)
+        }
+
+    async def _score(self, tokens: list[int], source: AdapterSource | None) -> _Served:
+        """As a request that wants its prompt's log-probabilities."""
+        outputs = self._engine.generate(
+            tokens,
+            max_tokens=1,
+            sampling=SamplingParams(temperature=0),
+            adapter=source,
+            prompt_logprobs=True,
+            use_prefix_cache=False,
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if output.prompt_logprobs is not None:
+                        return _Served(output.prompt_logprobs, output.step)
+        except _Findings as error:
+            return _Served(error, None)
+        raise InternalError(
+            "the engine gave no log-probabilities; the server's log may say why"
+        )
+
+    async def _references(
+        self, tokens: list[int], subjects: Sequence[_Subject]
+    ) -> dict[str, list[float] | VeneerError]:
+        """All at once, so that they share a pass over the base's files."""
+
+        async def reference(subject: _Subject) -> list[float]:
+            # To its end, though the caller has gone: the engine reads the leased files.
+            return await outlast(self._engine.reference(tokens, subject.source))
+
+        found = await asyncio.gather(*map(reference, subjects), return_exceptions=True)
+        results: dict[str, list[float] | VeneerError] = {}
+        for subject, result in zip(subjects, found, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, AdapterCorrupt):
+                raise result
+            results[subject.name] = result
+        return results

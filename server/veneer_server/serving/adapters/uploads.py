@@ -1,0 +1,397 @@
+"""Receiving an upload: one spec, then chunks into a folder of the registry.
+
+Nothing is visible before the registry's commit. Of an upload that is refused nothing is
+left; of one whose connection breaks, what arrived is kept and can be gone on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from veneer_proto.v1 import adapters_pb2
+from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
+from veneer_registry.registry import (
+    Published,
+    Registry,
+    Staged,
+    Upload,
+    UploadFile,
+    UploadRequest,
+)
+
+from veneer_server.logs import get_logger
+from veneer_server.serving.threads import to_the_end
+from veneer_server.system.priority import lower_priority
+
+__all__ = ["UploadOptions", "Uploads"]
+
+WINDOW_S: Final = 60.0
+"""Seconds over which an upload's rate is measured; so long may it bring nothing."""
+
+MIN_RATE: Final = 16 << 10
+"""Default of ``--min-upload-rate``: bytes a second, so that 100 MB on a line of 1 Mbit/s,
+which bring 125,000, are far from it."""
+
+PATIENCE_S: Final = 10.0
+"""As `WINDOW_S`, for an upload whose place another one wants."""
+
+DEADLINE_S: Final = 3600.0
+"""Default of ``--upload-deadline``."""
+
+TURN_S: Final = 60.0
+LONG_S: Final = 600.0
+"""An upload that has had its place for `TURN_S` and would take `LONG_S` more at the rate at
+which it came so far gives its place to another one that wants it."""
+
+MAX_BROKEN: Final = 16
+MAX_BROKEN_BYTES: Final = 512 << 20
+"""Defaults of ``--max-broken-uploads`` and ``--max-broken-upload-bytes``."""
+
+DISCARD_S: Final = 2.0
+DISCARD_BYTES: Final = 256 << 20
+MAX_DISCARDS: Final = 4
+"""Uploads beyond `MAX_AT_ONCE` that are let finish sending; each may hold a message."""
+
+MAX_CHUNK: Final = 4 << 20
+MAX_FILES: Final = 16
+MAX_LABELS: Final = 64
+MAX_AT_ONCE: Final = 8
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+_log = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UploadOptions:
+    """A checked `UploadSpec`."""
+
+    request: UploadRequest
+    validate_only: bool
+    activate: bool
+    resume: bool
+
+
+class _Pace:
+    """Whether an upload comes fast enough: in each `WINDOW_S` of waiting for its client it
+    must bring ``min_rate`` bytes a second, or its end. So its waits add up to no more than
+    its size divided by the rate, and one window. Our own work does not count for that, but
+    for ``deadline_s``, by which all of it must have come.
+    """
+
+    def __init__(self, min_rate: int, deadline_s: float = DEADLINE_S) -> None:
+        self._min_rate = min_rate
+        self._window_s = WINDOW_S
+        self._began = asyncio.get_running_loop().time()
+        self._ends = self._began + deadline_s
+        self._waited_s = 0.0
+        """Since the last window that brought enough."""
+        self._brought = 0
+        self._total = 0
+        self._missing = 0
+        self._waiting_since: float | None = None
+        self._timeout: asyncio.Timeout | None = None
+        self.displaced = False
+
+    @property
+    def late(self) -> bool:
+        """The deadline is over."""
+        return asyncio.get_running_loop().time() >= self._ends
+
+    @property
+    def slow(self) -> bool:
+        """Its client is waited for, and brings so little that another may have its place."""
+        if self._waiting_since is None:
+            return False
+        waited_s = self._waited_s + asyncio.get_running_loop().time() - self._waiting_since
+        return (
+            not self.displaced
+            and waited_s >= min(PATIENCE_S, self._window_s)
+            and self._brought < self._min_rate * waited_s
+        )
+
+    @property
+    def remaining_s(self) -> float:
+        """How long the rest will take, at the rate so far; 0 where that is not known yet."""
+        has_taken_s = asyncio.get_running_loop().time() - self._began
+        if has_taken_s < TURN_S or self.displaced or self._waiting_since is None:
+            return 0.0
+        return self._missing * has_taken_s / max(1, self._total)
+
+    def displace(self) -> None:
+        """End it: another one gets its place."""
+        self.displaced = True
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def progressed(self, count: int, missing: int = 0) -> None:
+        """So many bytes came that were not there before, and so many are missing."""
+        self._total += count
+        self._missing = missing
+        self._brought += count
+        if self._brought >= self._min_rate * self._window_s:
+            self._brought, self._waited_s = 0, 0.0
+
+    async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
+        """The client's next message. Raises TimeoutError where it is too slow."""
+        loop = asyncio.get_running_loop()
+        began = self._waiting_since = loop.time()
+        if self.displaced:
+            raise TimeoutError
+        try:
+            until = min(began + self._window_s - self._waited_s, self._ends)
+            async with asyncio.timeout_at(until) as self._timeout:
+                return await receive()
+        finally:
+            self._timeout = self._waiting_since = None
+            self._waited_s += loop.time() - began
+
+
+class Uploads:
+    """Runs uploads, a bounded number of them at once."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        min_rate: int = MIN_RATE,
+        deadline_s: float = DEADLINE_S,
+        broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
+    ) -> None:
+        """Args:
+        min_rate: bytes a second that each must bring.
+        deadline_s: by when all of each must have come.
+        broken: how many interrupted ones are kept, and how many bytes of them.
+        """
+        self._registry = registry
+        self._min_rate = min_rate
+        self._deadline_s = deadline_s
+        self._most_broken, self._most_broken_bytes = broken
+        self._running: dict[_Pace, None] = {}
+        """In the order in which they came."""
+        self._discarding = 0
+        # Hashing and checking would take the step's cores.
+        self._workers = ThreadPoolExecutor(
+            MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
+        )
+
+    async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
+        """Bytes of each announced file that need not be sent. Raises as `receive`."""
+        request = _options(spec).request
+        return await to_the_end(lambda: self._registry.committed(request), self._workers)
+
+    @contextlib.asynccontextmanager
+    async def receive(
+        self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]
+    ) -> AsyncIterator[tuple[UploadOptions, Upload]]:
+        """Take in one upload, which is complete when the block begins and ends with it.
+
+        Raises:
+            InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: it is refused.
+            QuotaExceeded: too many uploads run at once.
+            Aborted: the upload came too slowly, or is resumed elsewhere.
+        """
+        try:
+            pace = self._place()
+        except QuotaExceeded:
+            if self._discarding < MAX_DISCARDS:
+                self._discarding += 1
+                try:
+                    await _discard(aiter(requests))
+                finally:
+                    self._discarding -= 1
+            raise
+        messages = aiter(requests)
+        upload: Upload | None = None
+        keep, ended_early = True, False
+        try:
+            first = await self._next(messages, pace)
+            if first is None or first.WhichOneof("message") != "spec":
+                raise InvalidField(
+                    "the first message of an upload must be `spec`", metadata={"field": "spec"}
+                )
+            options = _options(first.spec)
+
+            def begin() -> None:
+                nonlocal upload
+                upload = self._registry.begin_upload(options.request, resume=options.resume)
+
+            await to_the_end(begin, self._workers)
+            assert upload is not None, "begin_upload returned"
+            await self._chunks(messages, upload, pace)
+            if ended_early := upload.missing_bytes > 0:
+                upload.finish()  # says what is missing
+            yield options, upload
+        except VeneerError as error:
+            # A broken connection looks like an end that came too early.
+            keep = isinstance(error, Aborted) or ended_early
+            await _discard(messages)
+            raise
+        finally:
+            self._running.pop(pace, None)
+            if upload is not None:
+                ended = upload
+                await to_the_end(lambda: self._end(ended, keep=keep), self._workers)
+
+    async def validate(self, upload: Upload) -> Published:
+        """`Registry.validate`, at low priority."""
+        return await to_the_end(lambda: self._registry.validate(upload), self._workers)
+
+    @contextlib.asynccontextmanager
+    async def stage(self, upload: Upload) -> AsyncIterator[Staged]:
+        """`Registry.stage`, at low priority. What was not committed when the block ends is
+        discarded."""
+        found: list[Staged] = []
+        try:
+            await to_the_end(lambda: found.append(self._registry.stage(upload)), self._workers)
+            yield found[0]
+        finally:
+            for staged in found:  # also where the caller had gone by then
+                await to_the_end(staged.discard, self._workers)
+
+    def _place(self) -> _Pace:
+        """A place among the uploads that run; that of one which hardly moves, or would
+        take long, if need be."""
+        if len(self._running) >= MAX_AT_ONCE:
+            slow = next((pace for pace in self._running if pace.slow), None)
+            if slow is None:
+                longest = max(self._running, key=lambda pace: pace.remaining_s)
+                slow = longest if longest.remaining_s > LONG_S else None
+            if slow is None:
+                raise QuotaExceeded(
+                    f"{MAX_AT_ONCE} uploads run already: retry when one has ended",
+                    metadata={"limit": str(MAX_AT_ONCE)},
+                    retry_after_s=2.0,
+                )
+            slow.displace()
+            del self._running[slow]
+        pace = _Pace(self._min_rate, self._deadline_s)
+        self._running[pace] = None
+        return pace
+
+    def _end(self, upload: Upload, *, keep: bool) -> None:
+        """Does nothing after a commit."""
+        if not keep:
+            upload.abort()
+            return
+        upload.suspend()
+        try:
+            self._registry.trim_uploads(
+                most=self._most_broken, most_bytes=self._most_broken_bytes
+            )
+        except OSError as error:  # housekeeping tries again
+            _log.warning("broken uploads not trimmed", why=str(error))
+
+    async def _chunks(
+        self,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        upload: Upload,
+        pace: _Pace,
+    ) -> None:
+        while (message := await self._next(messages, pace)) is not None:
+            if message.WhichOneof("message") != "chunk":
+                raise InvalidField(
+                    "after the first message an upload has only `chunk`s",
+                    metadata={"field": "chunk"},
+                )
+            chunk = message.chunk
+            if len(chunk.data) > MAX_CHUNK:
+                raise InvalidField(
+                    f"a chunk has {len(chunk.data)} bytes: send at most {MAX_CHUNK}",
+                    metadata={"field": "chunk.data"},
+                )
+            missing = upload.missing_bytes
+            await to_the_end(_write(upload, chunk), self._workers)
+            # What was there before, and empty chunks, are no progress.
+            left = upload.missing_bytes
+            pace.progressed(missing - left, left)
+
+    async def _next(
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: _Pace
+    ) -> adapters_pb2.UploadAdapterRequest | None:
+        """The client's next message; None when it has sent its last."""
+        try:
+            return await pace.wait(lambda: anext(messages, None))
+        except TimeoutError as error:
+            if pace.displaced:
+                raise Aborted(
+                    "the upload stalled or had long to go, and its slot went to another "
+                    "upload; what arrived is kept: resume it",
+                    retry_after_s=2.0,
+                ) from error
+            if pace.late:
+                raise Aborted(
+                    f"the upload was not complete after {self._deadline_s:g} s; what arrived "
+                    "is kept: resume it, or start the server with a larger --upload-deadline",
+                    retry_after_s=0.0,
+                ) from error
+            raise Aborted(
+                f"the upload brought less than {self._min_rate} bytes a second over "
+                f"{WINDOW_S:g} s; what arrived is kept: resume it, or start the server with "
+                "a smaller --min-upload-rate",
+                retry_after_s=0.0,
+            ) from error
+
+
+async def _discard(messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> None:
+    """Let a refused client finish sending, within bounds.
+
+    A client whose write breaks off reports its own broken write (grpc.aio says
+    INTERNAL) instead of the refusal; one that finishes sees the refusal.
+    """
+    left = DISCARD_BYTES
+    with contextlib.suppress(TimeoutError, VeneerError):  # it has its refusal already
+        async with asyncio.timeout(DISCARD_S):
+            async for message in messages:
+                left -= len(message.chunk.data)
+                if left < 0:
+                    return
+
+
+def _write(upload: Upload, chunk: adapters_pb2.UploadChunk) -> Callable[[], None]:
+    return lambda: upload.write(chunk.file, chunk.offset, chunk.data)
+
+
+def _options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
+    if not 1 <= len(spec.files) <= MAX_FILES:
+        raise InvalidField(
+            f"spec.files has {len(spec.files)} files: list each file of the adapter, at most "
+            f"{MAX_FILES}",
+            metadata={"field": "spec.files"},
+        )
+    for file in spec.files:
+        if not _SHA256.fullmatch(file.sha256):
+            raise InvalidField(
+                f"the sha256 of {file.name[:80]!r} must be 64 hex digits in lower case",
+                metadata={"field": "spec.files", "file": file.name[:80]},
+            )
+    if len(spec.labels) > MAX_LABELS:
+        raise InvalidField(
+            f"spec.labels has {len(spec.labels)} labels: give at most {MAX_LABELS}",
+            metadata={"field": "spec.labels"},
+        )
+    if spec.validate_only and spec.activate:
+        raise InvalidField(
+            "spec.validate_only publishes nothing that spec.activate could bring to the "
+            "device: set one of them",
+            metadata={"field": "spec.activate"},
+        )
+    return UploadOptions(
+        UploadRequest(
+            name=spec.name,
+            files=tuple(UploadFile(f.name, f.size, f.sha256) for f in spec.files),
+            labels=dict(spec.labels),
+            allow_replace=spec.allow_replace,
+            etag=spec.etag,
+        ),
+        spec.validate_only,
+        spec.activate,
+        spec.resume,
+    )

@@ -1,0 +1,372 @@
+"""One generate request from admission to its end; both generate calls use it.
+
+`Generator.admit` is the only place that takes what a request holds (the revision
+lease and the engine's sequence) and the only place that gives it back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from typing import Final
+
+import msgspec
+from veneer_proto.v1 import inference_pb2
+from veneer_registry.adapter import AdapterRef, Tier
+from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
+from veneer_registry.registry import Registry, RevisionLease
+
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.logs import get_logger
+from veneer_server.rpc.convert import (
+    ChatMessages,
+    FinishReason,
+    GenerateCall,
+    PromptText,
+    Provenance,
+)
+from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
+from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.serving.limits import (
+    check_constraint_size,
+    check_ids,
+    most_prompt_tokens,
+    resolve_sampling,
+    room,
+)
+from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_seed
+from veneer_server.serving.threads import Background
+from veneer_server.serving.who import CALLER
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.text.defaults import RequestDefaults
+from veneer_server.text.prompts import Prompt, Prompts, Room
+from veneer_server.text.tokenizer import TooManyTokens
+from veneer_server.wire.messages import SequenceOutput
+
+__all__ = ["Delta", "Generation", "Generator"]
+
+_PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
+_TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
+_IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
+
+_log = get_logger(__name__)
+
+
+class Generation:
+    """An admitted request. Iterate `deltas` once; the numbers are final after it.
+
+    The other samples are submitted when the first one's first token has come: the
+    prompt is in the prefix cache then, and is not computed once for each of them.
+    """
+
+    def __init__(
+        self,
+        call: GenerateCall,
+        prompt: Prompt,
+        ref: AdapterRef | None,
+        submit: Callable[[int], AsyncGenerator[SequenceOutput, None]],
+        generator: Generator,
+        arrived: float,
+    ) -> None:
+        """Args: submit: the outputs of one sample, by its index."""
+        self.prompt = prompt
+        self.ref = ref
+        self.completion_tokens = 0
+        self.finish: FinishReason | None = None
+        """Of the last sample to end, once all have."""
+        self.provenance = Provenance(base_model=generator.base_name)
+        self._submit = submit
+        self._metrics = generator.metrics
+        self._samples = [
+            Sample(
+                index,
+                generator.prompts.tokenizer,
+                stops=call.stops,
+                stop_token_ids=call.stop_token_ids,
+            )
+            for index in range(call.n)
+        ]
+        self._streams = SampleStreams()
+        self._arrived = arrived
+        self._submitted = time.perf_counter()
+        self._first_output: SequenceOutput | None = None
+        self._first_token_s = 0.0
+        self._queue_s = 0.0
+
+    @property
+    def tier(self) -> Tier | None:
+        """Where the adapter was found; known with the first delta."""
+        first = self._first_output
+        return Tier(first.tier) if first is not None and first.tier is not None else None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the first sample found in the prefix cache; known with the
+        first delta."""
+        return self._first_output.cached_tokens if self._first_output is not None else 0
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """One for each output of the engine. Raises what the engine raised; one
+        sample's failure is that of the request."""
+        self._streams.add(0, self._submit(0))
+        ended = 0
+        while ended < len(self._samples):
+            index, output = await self._streams.next()
+            now = time.perf_counter()
+            sample = self._samples[index]
+            delta = sample.delta(output)
+            self._count(sample, output, len(delta.tokens), now)
+            if delta.finish is not None:
+                ended += 1
+                await self._streams.close(index)
+            if ended == len(self._samples):
+                self.finish = delta.finish
+                self.provenance = self._provenance(now)
+            yield delta
+
+    async def close(self) -> None:
+        """Cancel in the engine what has not ended."""
+        await self._streams.aclose()
+
+    def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
+        """Metrics and numbers of an output, of which the caller gets ``count`` tokens."""
+        if self._first_output is None:
+            self._first(output, now)
+        elif sample.last_output is not None:
+            for _ in range(count):
+                self._metrics.inter_token.observe((now - sample.last_output) / count)
+        sample.last_output = now
+        self.completion_tokens += count
+        self._metrics.generation_tokens.inc(count)
+
+    def _first(self, output: SequenceOutput, now: float) -> None:
+        self._first_output = output
+        self._first_token_s = now - self._arrived
+        self._queue_s = output.queue_seconds + (self._submitted - self._arrived)
+        self._metrics.queue_time.observe(self._queue_s)
+        self._metrics.first_token.labels(output.tier or "none").observe(self._first_token_s)
+        if output.tier is not None:
+            self._metrics.adapter_found(output.tier)
+        for sample in self._samples[1:]:
+            self._streams.add(sample.index, self._submit(sample.index))
+
+    def facts(self) -> dict[str, float]:
+        """What the log says of it, finished or not; never its text."""
+        first = self._first_output
+        return {
+            "prompt_tokens": len(self.prompt.ids),
+            "cached_tokens": self.cached_tokens,
+            "new_tokens": self.completion_tokens,
+            "queue_s": round(self._queue_s, 4),
+            "load_s": round(first.load_seconds, 4) if first is not None else 0.0,
+            "first_token_s": round(self._first_token_s, 4),
+            "total_s": round(time.perf_counter() - self._arrived, 4),
+        }
+
+    def _provenance(self, now: float) -> Provenance:
+        first, ref = self._first_output, self.ref
+        assert first is not None, "an output came first"
+        return Provenance(
+            base_model=self.provenance.base_model,
+            adapter=ref.name if ref else "",
+            revision=ref.revision if ref else "",
+            weights_digest=ref.weights_digest if ref else "",
+            tier=self.tier,
+            queue_s=self._queue_s,
+            load_s=first.load_seconds,
+            first_token_s=self._first_token_s,
+            total_s=now - self._arrived,
+        )
+
+
+class Generator:
+    """Admits requests: fixes the revision, makes the prompt, checks it fits, submits."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        registry: Registry,
+        prompts: Prompts,
+        defaults: RequestDefaults,
+        metrics: Metrics,
+        use: AdapterUse,
+        background: Background,
+        base_name: str,
+        step_seconds: Callable[[], float],
+        constraint_bytes: int = 32 << 10,
+    ) -> None:
+        """Args:
+        step_seconds: how long a step takes of late, 0 if unknown.
+        constraint_bytes: of the largest constraint.
+        """
+        self.prompts = prompts
+        self.metrics = metrics
+        self.base_name = base_name
+        self._engine = engine
+        self._registry = registry
+        self._defaults = defaults
+        self._use = use
+        self._background = background
+        self._step_seconds = step_seconds
+        self._constraint_bytes = constraint_bytes
+
+    @asynccontextmanager
+    async def admit(
+        self, call: GenerateCall, *, time_remaining: float | None, placed: bool = False
+    ) -> AsyncIterator[Generation]:
+        """A submitted request; left, it holds nothing any more, however it ended.
+
+        Args:
+            time_remaining: seconds to the caller's deadline, None without one.
+            placed: the caller holds the engine's places for it already.
+
+        Raises:
+            AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
+            TemplateFailed: the request cannot be served as it is.
+            QueueFull, EngineFailed: not now.
+        """
+        arrived = time.perf_counter()
+        self._check_deadline(time_remaining)
+        if call.constraint is not None:
+            check_constraint_size(call.constraint, self._constraint_bytes)
+        lease = None
+        if call.adapter:
+            lease = self._registry.acquire(call.adapter, call.session_key)
+        generation: Generation | None = None
+        outcome = "cancelled"
+        try:
+            # Before any work: what waits for that is in the queue, and bounded with it.
+            with nullcontext() if placed else self._engine.places(call.n):
+                prompt = await self._prompt(call, lease)
+                ends = None if time_remaining is None else arrived + time_remaining
+                submit = self._submission(call, prompt, lease, ends)
+                ref = lease.ref if lease is not None else None
+                generation = Generation(call, prompt, ref, submit, self, arrived)
+                try:
+                    yield generation
+                finally:
+                    await generation.close()
+            outcome = generation.finish or "cancelled"
+        except VeneerError as error:
+            outcome = error.reason
+            raise
+        finally:
+            if lease is not None:
+                lease.release()
+                if self._registry.needs_sweep:
+                    self._background.start("sweep", self._registry.sweep)
+            self._record(generation, lease, outcome)
+
+    def check_text(self, text: bytes) -> None:
+        """Raise ContextTooLong for a prompt in UTF-8 that cannot fit, before more is made of
+        it: copies of it as protobuf, text and tokens."""
+        self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
+
+    def check_wire(self, request: bytes) -> None:
+        """`check_text` of a GenerateRequest that was not parsed, and the same of its ids."""
+        if not self._engine.healthy:  # it is not said yet what fits
+            return
+        self.check_text(last_value(request, _PROMPT_FIELD))
+        for ids in values(request, _TOKENS_FIELD):
+            room(self._engine.info, None, sum(map(count_numbers, values(ids, _IDS_FIELD))))
+
+    def _check_deadline(self, time_remaining: float | None) -> None:
+        if time_remaining is not None and time_remaining <= self._step_seconds():
+            raise DeadlineTooShort(
+                f"the deadline leaves {max(0.0, time_remaining) * 1000:.0f} ms, less than one "
+                "step takes: allow more time"
+            )
+
+    async def _prompt(self, call: GenerateCall, lease: RevisionLease | None) -> Prompt:
+        info = self._engine.info
+        space = Room(info.vocab_size, most_prompt_tokens(info))
+        try:
+            match call.input:
+                case PromptText(text):
+                    return await self.prompts.from_text(text, space)
+                case ChatMessages(messages):
+                    template = None if lease is None else lease.record.manifest.chat_template
+                    return await self.prompts.from_messages(
+                        messages, template, space, CALLER.get()
+                    )
+                case tokens:
+                    room(info, call.max_tokens, len(tokens.ids))  # before more is made of them
+                    return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
+        except TooManyTokens as error:
+            count = error.count
+        if count is not None:
+            room(info, call.max_tokens, count)
+        raise ContextTooLong(
+            f"the prompt has far more tokens than the {space.tokens} that fit: shorten it",
+            metadata={"field": "prompt", "largest": str(space.tokens)},
+        )
+
+    def _submission(
+        self,
+        call: GenerateCall,
+        prompt: Prompt,
+        lease: RevisionLease | None,
+        ends: float | None,
+    ) -> Callable[[int], AsyncGenerator[SequenceOutput, None]]:
+        """What submits one sample of a request, by its index.
+
+        Args:
+            ends: the caller's deadline on the clock of `time.perf_counter`.
+        """
+        info = self._engine.info
+        max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
+        check_ids(info, "sampling.logit_bias", call.sampling.logit_bias)
+        check_ids(info, "stopping.stop_token_ids", call.stop_token_ids)
+        source = None
+        if lease is not None:
+            source = source_of(self._registry, lease.record)
+            self.metrics.adapters.requested(lease.ref.name)
+            self._use.touch(lease.ref)
+        self.metrics.prompt_tokens.inc(len(prompt.ids))
+        sampling = resolve_sampling(call.sampling, self._defaults)
+        caller = CALLER.get()
+
+        def submit(index: int) -> AsyncGenerator[SequenceOutput, None]:
+            seed = sample_seed(sampling.seed, index)
+            # Later samples come when the first has its token: their prompt is cached.
+            left = ends - time.perf_counter() if ends is not None and not index else None
+            return self._engine.generate(
+                prompt.ids,
+                max_tokens=max_tokens,
+                sampling=msgspec.structs.replace(sampling, seed=seed),
+                adapter=source,
+                ignore_eos=call.ignore_eos,
+                logprobs=call.logprobs,
+                prompt_logprobs=call.logprobs and call.echo and index == 0,
+                top_logprobs=call.top_logprobs,
+                stop_token_ids=list(call.stop_token_ids),
+                constraint=call.constraint,
+                use_prefix_cache=call.use_prefix_cache is not False,
+                deadline_s=left,
+                caller=caller,
+            )
+
+        return submit
+
+    def _record(
+        self, generation: Generation | None, lease: RevisionLease | None, outcome: str
+    ) -> None:
+        """Metrics and one log line for a request that has ended."""
+        if generation is None:
+            return  # what refused it is in the line of its call
+        metrics, facts = self.metrics, generation.facts()
+        if outcome in ("stop", "length", "cancelled"):
+            metrics.requests.labels(outcome).inc()
+            metrics.request_prompt_tokens.observe(facts["prompt_tokens"])
+            metrics.request_generation_tokens.observe(facts["new_tokens"])
+        if generation.finish is not None:
+            metrics.latency.observe(facts["total_s"])
+        _log.info(
+            "request",
+            outcome=outcome,
+            adapter=lease.ref.short if lease is not None else "",
+            tier=generation.tier.value if generation.tier is not None else "",
+            **facts,
+        )

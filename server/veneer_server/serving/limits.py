@@ -1,0 +1,101 @@
+"""What a request asks for, checked against the model and completed by its defaults."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
+from veneer_registry.errors import ContextTooLong, InvalidField
+
+from veneer_server.rpc.convert import Sampling
+from veneer_server.text.defaults import RequestDefaults
+from veneer_server.wire.messages import Constraint, EngineInfo, SamplingParams
+
+__all__ = [
+    "check_constraint_size",
+    "check_ids",
+    "most_prompt_tokens",
+    "resolve_sampling",
+    "room",
+]
+
+_SEED_BITS: Final = 63
+
+T = TypeVar("T")
+
+
+def most_prompt_tokens(info: EngineInfo) -> int:
+    """Tokens of the longest prompt that leaves room for one more."""
+    return min(info.context_length, info.kv_cache_tokens) - 1
+
+
+def room(
+    info: EngineInfo, wanted: int | None, prompt_tokens: int, default: int | None = None
+) -> int:
+    """Most new tokens of a request: as many as wanted, else the default, or the fewer that
+    the context leaves.
+
+    Raises:
+        ContextTooLong: prompt and completion cannot fit.
+    """
+    limit = min(info.context_length, info.kv_cache_tokens)
+    left = limit - prompt_tokens
+    numbers = {
+        "prompt_tokens": str(prompt_tokens),
+        "context_length": str(info.context_length),
+        "kv_cache_tokens": str(info.kv_cache_tokens),
+    }
+    if left < 1:
+        raise ContextTooLong(
+            f"the prompt has {prompt_tokens} tokens, but prompt and completion together "
+            f"may have {limit}: shorten the prompt to at most {limit - 1} tokens",
+            metadata={"field": "prompt", **numbers},
+        )
+    if wanted is not None and wanted > left:
+        raise ContextTooLong(
+            f"stopping.max_tokens is {wanted}, but after a prompt of {prompt_tokens} tokens "
+            f"only {left} of {limit} are left: ask for at most {left}, or leave it unset",
+            metadata={"field": "stopping.max_tokens", "largest": str(left), **numbers},
+        )
+    return min(left, default or left) if wanted is None else wanted
+
+
+def check_constraint_size(constraint: Constraint, most: int) -> None:
+    """Raises InvalidField for a constraint of more bytes."""
+    size = len(constraint.text.encode())
+    if size > most:
+        field = f"constraint.{constraint.kind}"
+        raise InvalidField(
+            f"{field} has {size} bytes: give at most {most}", metadata={"field": field}
+        )
+
+
+def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:
+    """Raises InvalidField where an id is outside the vocabulary."""
+    worst = max(ids, default=0)
+    if worst >= info.vocab_size:
+        raise InvalidField(
+            f"{field} holds {worst}, but the vocabulary ends at {info.vocab_size - 1}: use "
+            "token ids of this base model",
+            metadata={"field": field},
+        )
+
+
+def resolve_sampling(given: Sampling, base: RequestDefaults) -> SamplingParams:
+    """Unset values are the base's defaults; an unset seed is a random one."""
+    return SamplingParams(
+        temperature=_either(given.temperature, base.temperature),
+        top_k=_either(given.top_k, base.top_k),
+        top_p=_either(given.top_p, base.top_p),
+        min_p=_either(given.min_p, base.min_p),
+        seed=secrets.randbits(_SEED_BITS) if given.seed is None else given.seed,
+        repetition_penalty=_either(given.repetition_penalty, base.repetition_penalty),
+        presence_penalty=_either(given.presence_penalty, 0.0),
+        frequency_penalty=_either(given.frequency_penalty, 0.0),
+        logit_bias=dict(given.logit_bias),
+    )
+
+
+def _either(value: T | None, default: T) -> T:
+    return default if value is None else value

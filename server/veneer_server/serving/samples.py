@@ -1,0 +1,173 @@
+"""The samples of one request: each one's text, and their outputs as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Sequence
+from dataclasses import dataclass
+
+from veneer_registry.errors import InternalError
+
+from veneer_server.rpc.convert import FinishReason
+from veneer_server.serving.threads import outlast
+from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
+from veneer_server.wire.messages import SequenceOutput, Tops
+
+__all__ = ["Delta", "Sample", "SampleStreams", "sample_seed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What came out of a sample since its last one. Its last has `finish` set.
+
+    Attributes:
+        index: the sample, from 0.
+        logprobs, top_logprobs: one entry for each of `tokens`, if asked for.
+        prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
+            the first; with sample 0's first delta only, if asked for.
+    """
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    top_logprobs: list[Tops] | None
+    prompt_logprobs: list[float] | None
+    prompt_top_logprobs: list[Tops] | None
+    finish: FinishReason | None
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a sample: the request's own for the first, others made from it."""
+    if index == 0:
+        return seed
+    made = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8)
+    return int.from_bytes(made.digest())
+
+
+class Sample:
+    """One completion: tokens to text, until its end."""
+
+    def __init__(
+        self,
+        index: int,
+        tokens: TokenBytes,
+        *,
+        stops: Sequence[str],
+        stop_token_ids: Collection[int],
+    ) -> None:
+        self.index = index
+        self.finish: FinishReason | None = None
+        self.last_output: float | None = None
+        """When the last one came, for the time between tokens."""
+        self._detokenizer = Detokenizer(tokens, continues=True)
+        self._stops = StopStrings(stops)
+        self._stop_token_ids = stop_token_ids
+
+    def delta(self, output: SequenceOutput) -> Delta:
+        """Take an output of the engine."""
+        stops = self._stops
+        finish: FinishReason | None = output.finish
+        text, count = self._feed(output)
+        if finish is not None and not stops.stopped:
+            text += stops.feed(self._detokenizer.flush())
+            text += stops.flush()
+        if stops.stopped:
+            finish = "stop"
+        self.finish = finish
+        return Delta(
+            index=self.index,
+            text=text,
+            tokens=output.tokens[:count],
+            logprobs=output.logprobs and output.logprobs[:count],
+            top_logprobs=output.top_logprobs and output.top_logprobs[:count],
+            prompt_logprobs=output.prompt_logprobs,
+            prompt_top_logprobs=output.prompt_top_logprobs,
+            finish=finish,
+        )
+
+    def _feed(self, output: SequenceOutput) -> tuple[str, int]:
+        """Text of an output's tokens, and how many of them there are up to the one that
+        completes a stop string: an output joined from several steps goes on behind it."""
+        texts = []
+        for count, token in enumerate(self._shown(output), 1):
+            texts.append(self._stops.feed(self._detokenizer.feed([token])))
+            if self._stops.stopped:
+                return "".join(texts), count
+        return "".join(texts), len(output.tokens)
+
+    def _shown(self, output: SequenceOutput) -> list[int]:
+        """Tokens that are part of the text: all but a stop token, which is the last."""
+        tokens = output.tokens
+        if output.finish == "stop" and tokens and tokens[-1] in self._stop_token_ids:
+            return tokens[:-1]
+        return tokens
+
+
+class SampleStreams:
+    """Outputs of several samples as they come. Close it, whatever happens.
+
+    One read of each sample is under way while the caller waits, and none while it is
+    busy elsewhere for longer than that: what a slow caller has not taken gathers in
+    the engine's client, where it is joined and bounded.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[int, AsyncGenerator[SequenceOutput, None]] = {}
+        self._reads: dict[int, asyncio.Task[SequenceOutput]] = {}
+        self._ready: deque[int] = deque()
+        """Samples whose read is done, in the order in which they take turns."""
+
+    def add(self, index: int, stream: AsyncGenerator[SequenceOutput, None]) -> None:
+        """A sample's outputs; its submission happens at the first read."""
+        self._streams[index] = stream
+
+    async def next(self) -> tuple[int, SequenceOutput]:
+        """The next output of any sample that is open; at least one must be.
+
+        Raises:
+            VeneerError: what a sample's stream raised.
+        """
+        try:
+            if len(self._streams) == 1 and not self._reads:
+                # Nothing to wait for beside it: spare the task.
+                [(index, stream)] = self._streams.items()
+                return index, await anext(stream)
+            for index, stream in self._streams.items():
+                if index not in self._reads:
+                    self._reads[index] = asyncio.create_task(_read(stream))
+            if not self._ready:
+                await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED)
+                self._ready.extend(i for i, task in self._reads.items() if task.done())
+            index = self._ready.popleft()
+            return index, self._reads.pop(index).result()
+        except StopAsyncIteration:
+            raise InternalError("the engine ended a sequence without a finish reason") from None
+
+    async def close(self, index: int) -> None:
+        """End a sample's stream; if the engine still works on it, that is cancelled."""
+        stream = self._streams.pop(index)
+        if index in self._ready:
+            self._ready.remove(index)
+        if (read := self._reads.pop(index, None)) is not None:
+            read.cancel()
+            await asyncio.wait({read})
+            if not read.cancelled():
+                read.exception()  # mark it as seen
+        await stream.aclose()
+
+    async def aclose(self) -> None:
+        """End all that are open, however often the caller is cancelled meanwhile: their
+        places are given back next."""
+        if self._streams:
+            await outlast(self._close_all())
+
+    async def _close_all(self) -> None:
+        for index in list(self._streams):
+            await self.close(index)
+
+
+async def _read(stream: AsyncGenerator[SequenceOutput, None]) -> SequenceOutput:
+    return await anext(stream)

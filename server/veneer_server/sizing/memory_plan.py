@@ -1,0 +1,220 @@
+"""The memory plan: what the server will use at most, before it has loaded anything.
+
+Sizes follow from the base's ``config.json`` and the settings. Budgets are counted
+whole though they fill up only with use: a server that starts must not be killed
+for its memory later. Pure: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from veneer_registry.errors import VeneerError
+
+from veneer_server.config import ServerConfig
+from veneer_server.models.config import DecoderConfig
+from veneer_server.system.machine import Gpu, HostMemory
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "LARGEST_AUTO_KV_BYTES",
+    "MemoryPlan",
+    "MemoryPool",
+    "MemoryTooSmall",
+    "MemoryUse",
+    "base_bytes",
+    "plan_memory",
+    "token_bytes",
+]
+
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+BLOCK_TOKENS: Final = 16
+"""Tokens that a KV block holds."""
+
+LARGEST_AUTO_KV_BYTES: Final = 1 << 30
+_SMALLEST_KV_TOKENS: Final = 2048
+
+_FRONT_BYTES: Final = 250 << 20
+"""Front process with its template workers and gRPC."""
+_ENGINE_BYTES: Final = 490 << 20
+"""Engine process with torch and transformers imported and the base once loaded, without the
+vocabulary of constraints."""
+_LOADER_BYTES: Final = 72 << 20
+"""The process that reads adapters (measured: 37 MB), with memory ready for the next one."""
+_CONSTRAINT_BYTES: Final = 96 << 20
+"""The processes that compile and follow constraints (measured: 80 MB, most of it the
+vocabulary, which they share), with some constraints in use."""
+_CUDA_BYTES: Final = 700 << 20
+"""On the device: CUDA context and library workspaces."""
+
+_EXPANDED_BYTES: Final = 24 << 20
+"""4-bit weights expanded for a product of many rows, a slice at a time (`packed.SLICE`)."""
+_SCORED_BYTES: Final = 8
+"""Of one logit, beside it, while log-probabilities are computed."""
+_DRAWN_BYTES: Final = 64
+"""Of one logit, beside it, while a token is drawn: copies, probabilities, and where the
+whole vocabulary is sorted, its order and its sums in float64 (measured: up to 62)."""
+
+
+class MemoryTooSmall(VeneerError):
+    """The configuration cannot fit this machine, container or GPU."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "MEMORY_TOO_SMALL"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """One part of a pool, in bytes. ``flag`` is what an operator may lower."""
+
+    name: Literal["base", "kv_cache", "host_adapters", "device_adapters", "adapters",
+                  "scratch", "processes"]  # fmt: skip
+    bytes: int
+    flag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPool:
+    """Memory of the host, or of a device that has its own.
+
+    Attributes:
+        limit: what there is.
+    """
+
+    name: Literal["host", "device"]
+    uses: tuple[MemoryUse, ...]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        return sum(use.bytes for use in self.uses)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.limit
+
+    def __str__(self) -> str:
+        parts = " + ".join(f"{use.name} {_mib(use.bytes)}" for use in self.uses)
+        return f"{self.name}: {parts} = {_mib(self.total)} MiB of {_mib(self.limit)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What `plan_memory` found.
+
+    Attributes:
+        kv_cache_bytes: as configured, or chosen where that is ``auto``.
+        kv_token_bytes: K and V of one token in all layers.
+        shrunk: ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
+    """
+
+    pools: tuple[MemoryPool, ...]
+    kv_cache_bytes: int
+    kv_token_bytes: int
+    shrunk: bool
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.pools))
+
+    @property
+    def summary(self) -> str:
+        """Totals alone, for a line that says much else."""
+        return ", ".join(f"{p.name} {_mib(p.total)} of {_mib(p.limit)} MiB" for p in self.pools)
+
+
+def plan_memory(
+    model: DecoderConfig, config: ServerConfig, host: HostMemory, gpu: Gpu | None
+) -> MemoryPlan:
+    """Add up what the server may use, and choose the KV cache where that is left open.
+
+    Args:
+        gpu: None serves on the CPU, where adapters in DEVICE share the memory of
+            those in HOST and count once.
+
+    Raises:
+        MemoryTooSmall: it does not fit; says the numbers and the flags to lower.
+    """
+    base = MemoryUse("base", base_bytes(model, config), "--base")
+    scratch = MemoryUse("scratch", _scratch_bytes(model, config), "--max-batch-tokens")
+    processes = MemoryUse(
+        "processes", _FRONT_BYTES + _ENGINE_BYTES + _LOADER_BYTES + _CONSTRAINT_BYTES
+    )
+    hosted = MemoryUse("host_adapters", config.host_cache_bytes, "--host-cache-bytes")
+    on_device = MemoryUse(
+        "device_adapters", config.device_adapter_bytes, "--device-adapter-bytes"
+    )
+    host_pool: tuple[MemoryPool, ...] = ()
+    if gpu is None:
+        larger = max(hosted, on_device, key=lambda use: use.bytes)
+        adapters = MemoryUse("adapters", larger.bytes, larger.flag)
+        fixed = (adapters, scratch, processes)
+    else:
+        host_pool = (MemoryPool("host", (hosted, processes), host.limit),)
+        fixed = (on_device, scratch, MemoryUse("processes", _CUDA_BYTES))
+    limit = host.limit if gpu is None else gpu.total
+    left = limit - base.bytes - sum(use.bytes for use in fixed)
+    each = token_bytes(model, config.dtype)
+    smallest = min(model.context_length, _SMALLEST_KV_TOKENS) * each
+    kv = config.kv_cache_bytes
+    if kv is None:
+        kv = max(smallest, min(LARGEST_AUTO_KV_BYTES, left))
+    cache = MemoryUse("kv_cache", kv, "--kv-cache-bytes")
+    pool = MemoryPool("host" if gpu is None else "device", (base, cache, *fixed), limit)
+    shrunk = config.kv_cache_bytes is None and kv < LARGEST_AUTO_KV_BYTES
+    plan = MemoryPlan((*host_pool, pool), kv, each, shrunk)
+    for planned in plan.pools:
+        if not planned.fits:
+            raise MemoryTooSmall(_too_small(planned))
+    return plan
+
+
+def _too_small(pool: MemoryPool) -> str:
+    most = sorted((u for u in pool.uses if u.flag), key=lambda u: u.bytes, reverse=True)
+    over = pool.total - pool.limit
+    return (
+        f"this configuration needs {_mib(over)} MiB more {pool.name} memory than there is "
+        f"({pool}): lower {', '.join(use.flag for use in most if use.flag != '--base')}, or "
+        "choose a smaller --base"
+    )
+
+
+def token_bytes(model: DecoderConfig, dtype: Literal["bfloat16", "float16", "float32"]) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZE[dtype]
+
+
+def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
+    """Resident weights. In 4 bits: half a byte a weight, and a float32 scale for each
+    block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored
+    in 4 bits is served as it is, whatever the flag says."""
+    itemsize = ITEMSIZE[config.dtype]
+    linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
+    quantization = model.quantization or config.quantization
+    each = itemsize if quantization == "none" else 0.5 + 4 / 64
+    embedding = model.vocab_size * model.hidden_size
+    embeddings = embedding * (1 if model.tied_head else 2) * itemsize
+    # The native kernels' head, in 8 bits, is beside the one that it was packed from.
+    native = config.backend != "torch" and config.dtype == "bfloat16"
+    packed_head = embedding * (1 + 4 / 64) if native and config.device != "cuda" else 0
+    return int(linears * each) + embeddings + int(packed_head)
+
+
+def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
+    """Of one step at its largest: every row with activations in float32, with logits
+    (prompt log-probabilities want all), and the mask of a chunk over the longest
+    context; then what is made of the logits: log-probabilities of all, or draws."""
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    row = 4 * (4 * model.hidden_size + 2 * qkv + 3 * model.intermediate_size)
+    logits = 4 * model.vocab_size
+    mask = 5 * model.context_length
+    # Sequences that run have a row each, also where that is more than a step's tokens.
+    rows = max(config.max_batch_tokens, config.max_running)
+    scored = rows * _SCORED_BYTES * model.vocab_size
+    drawn = config.max_running * _DRAWN_BYTES * model.vocab_size
+    return rows * (row + logits + mask) + max(scored, drawn) + _EXPANDED_BYTES
+
+
+def _mib(size: int) -> int:
+    return -(-size // (1 << 20))

@@ -1,0 +1,66 @@
+"""A resident adapter: one run of numbers, laid out by `layout`, with a table of views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from veneer_server.step.layout import MEMBERS, Group, Layout, Slot
+
+__all__ = ["AdapterTable", "GroupViews"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupViews:
+    """One group of one layer.
+
+    Attributes:
+        a_t: [fan_in, sum of ranks].
+        expands: B transposed, [rank, fan_out], and scaling of each adapted projection.
+        members: their indices among the group's projections.
+        ranks: theirs, in order.
+    """
+
+    a_t: torch.Tensor
+    expands: tuple[tuple[torch.Tensor, float], ...]
+    members: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class AdapterTable:
+    """Views of one adapter's run: ``table.views[group][layer]``, None where it does
+    not adapt any member of the group.
+
+    Attributes:
+        ranks: of each group, its ranks added up, in the layer where that is most.
+    """
+
+    def __init__(self, layout: Layout, run: torch.Tensor) -> None:
+        self.run = run
+        columns: list[list[GroupViews | None]] = [[None] * layout.num_layers for _ in Group]
+        of_group = {p: group for group, members in MEMBERS.items() for p in members}
+        grouped: dict[tuple[int, Group], list[Slot]] = {}
+        for slot in layout.slots:
+            key = (slot.module.layer, of_group[slot.module.projection])
+            grouped.setdefault(key, []).append(slot)
+        for (layer, group), slots in grouped.items():
+            columns[group.value][layer] = _views(run, slots)
+        self.views: tuple[tuple[GroupViews | None, ...], ...] = tuple(map(tuple, columns))
+        self.ranks = [max((sum(v.ranks) for v in c if v), default=0) for c in self.views]
+
+
+def _views(run: torch.Tensor, slots: list[Slot]) -> GroupViews:
+    first = slots[0]
+    a_shape = (first.fan_in, first.a_stride)
+    expands = []
+    for slot in slots:
+        b_shape = (slot.module.rank, slot.fan_out)
+        b_t = run.as_strided(b_shape, (slot.fan_out, 1), slot.b)
+        expands.append((b_t, slot.module.scaling))
+    return GroupViews(
+        run.as_strided(a_shape, (first.a_stride, 1), first.a),
+        tuple(expands),
+        tuple(slot.member for slot in slots),
+        tuple(slot.module.rank for slot in slots),
+    )

@@ -1,0 +1,58 @@
+"""What reaches the step loop: messages of the front, reports of the engine's threads."""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+
+from veneer_registry.errors import (
+    InvalidField,
+    VeneerError,
+)
+
+from veneer_server.wire.messages import (
+    ConstraintDone,
+    MatcherEnded,
+    OperationDone,
+    ToEngine,
+)
+
+__all__ = [
+    "Arrived",
+    "Compiled",
+    "Inbox",
+    "News",
+    "Unheld",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A worker's report: the adapter is complete in a tier, or it failed."""
+
+    weights_digest: str
+    tier: str
+    stages: dict[str, float]
+    error: VeneerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A worker's report: a sequence's constraint is ready, or it is refused."""
+
+    sequence: int
+    error: InvalidField | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unheld:
+    """What may come next in a sequence is known, late: it can go on, or it ends."""
+
+    sequence: int
+
+
+News = Arrived | Compiled | Unheld | OperationDone | ConstraintDone | MatcherEnded
+"""What comes from other threads of the engine."""
+
+
+Inbox = queue.SimpleQueue[ToEngine | News]

@@ -1,0 +1,134 @@
+"""A step as plain data: what is to be computed, and what came of it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from veneer_server.step.token_counts import Seen
+from veneer_server.wire.messages import (
+    Constraint,
+    SamplingParams,
+    Tops,
+)
+
+__all__ = [
+    "ConstraintFailure",
+    "Following",
+    "PlannedSequence",
+    "Runner",
+    "StepPlan",
+    "StepResult",
+]
+
+
+class Following(Enum):
+    """How a constrained sequence goes on."""
+
+    GOES_ON = "goes on"
+    COMPLETE = "complete"
+    """Its constraint admits nothing more."""
+    LATE = "late"
+    """What may come next is not known yet: it is left out of steps until it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintFailure:
+    """Why a constraint cannot be followed: a phrase, and the limit that was passed, if any."""
+
+    limit: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequence:
+    """A sequence's part of one step.
+
+    Attributes:
+        sequence: its id.
+        digest: weights digest of its adapter, or None.
+        tokens: token ids to compute, at positions ``start`` and on.
+        start: tokens already in the KV cache.
+        blocks: its KV blocks, enough for ``start + len(tokens)`` tokens.
+        samples: True if the last token's logits give a new token; False for a
+            prefill chunk that does not reach the end of the prompt.
+        score: for each of `tokens`, the token that follows it, when the prompt's
+            log-probabilities are wanted; else empty.
+        logprobs: whether the sampled token's log-probability is wanted.
+        sampling: how to choose the new token.
+        position: index of the token to be sampled; with the seed it names one
+            random number, so a token does not depend on who shares the batch.
+        top_logprobs: most likely tokens wanted beside each log-probability.
+        history: the tokens so far, where one is sampled and that takes them.
+        constraint: what the output must be; its state is the runner's.
+    """
+
+    sequence: int
+    digest: str | None
+    tokens: tuple[int, ...]
+    start: int
+    blocks: tuple[int, ...]
+    samples: bool
+    score: tuple[int, ...]
+    logprobs: bool
+    sampling: SamplingParams
+    position: int
+    top_logprobs: int = 0
+    history: Seen | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. `sequences` is sorted by adapter, those without one first, so that
+    rows that share an adapter are neighbours."""
+
+    sequences: tuple[PlannedSequence, ...]
+
+    @property
+    def rows(self) -> int:
+        """Tokens computed by the step."""
+        return sum(len(s.tokens) for s in self.sequences)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(len(s.tokens) for s in self.sequences if len(s.tokens) > 1)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Different adapters of the step, in row order."""
+        return tuple(dict.fromkeys(s.digest for s in self.sequences if s.digest is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a model runner returns, aligned with ``StepPlan.sequences``.
+
+    Attributes:
+        tokens: sampled token, or None where the plan said ``samples=False`` or
+            the logits were not finite.
+        logprobs: raw log-probability of each sampled token where wanted.
+        scores: for each sequence the log-probabilities of ``score``.
+        finite: False for a sequence whose logits had NaN or infinity.
+        tops: for each sequence the most likely tokens beside its sampled one.
+        score_tops: the same for each of ``scores``.
+        following: how each constrained sequence goes on; GOES_ON for others. COMPLETE or
+            LATE without a token: so it stood before this step, whose logits are not used.
+        failures: why a sequence's constraint could not be followed, or None; it ends.
+    """
+
+    tokens: tuple[int | None, ...]
+    logprobs: tuple[float | None, ...]
+    scores: tuple[tuple[float, ...], ...]
+    finite: tuple[bool, ...]
+    tops: tuple[Tops | None, ...] = ()
+    score_tops: tuple[tuple[Tops, ...], ...] = ()
+    following: tuple[Following, ...] = ()
+    failures: tuple[ConstraintFailure | None, ...] = ()
+
+
+class Runner(Protocol):
+    """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...

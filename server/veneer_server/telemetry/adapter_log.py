@@ -1,0 +1,53 @@
+"""What the engine does with adapters, as log lines: why a first token waited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from veneer_server.engine_client.client import EngineEvent
+from veneer_server.logs import get_logger
+from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted
+
+__all__ = ["AdapterLog"]
+
+_DIGITS: int = 12
+_log = get_logger(__name__)
+
+
+class Names(Protocol):
+    """What the registry is to this module."""
+
+    def names(self, weights_digest: str) -> Iterable[str]:
+        """Names that have these weights."""
+
+
+class AdapterLog:
+    """Listener for `EngineClient`. Weights that have no name any more go by their digest."""
+
+    def __init__(self, registry: Names) -> None:
+        self._registry = registry
+
+    def on_engine_event(self, event: EngineEvent) -> None:
+        """One line for a load, a move, an eviction and a failure."""
+        match event:
+            case AdapterLoaded(weights_digest=digest, source=source, stages=stages):
+                seconds = {f"{stage}_s": round(took, 4) for stage, took in stages.items()}
+                _log.info("adapter loaded", **self._which(digest), source=source, **seconds)
+            case Evicted(weights_digest=digest, tier=tier, cause=cause):
+                _log.info("adapter evicted", **self._which(digest), tier=tier, cause=cause)
+            case AdapterFailed(weights_digest=digest, error=error):
+                _log.warning(
+                    "adapter not loaded",
+                    **self._which(digest),
+                    reason=error.reason,
+                    error=error.message,
+                )
+            case _:
+                pass
+
+    def _which(self, digest: str) -> dict[str, object]:
+        return {
+            "adapter": ",".join(sorted(self._registry.names(digest))),
+            "weights": digest[:_DIGITS],
+        }

@@ -1,0 +1,174 @@
+"""The metrics with adapter names in them: bounded, and gone when the adapter is.
+
+The only place where names become labels. They are names that the registry holds, never
+what a caller sent, and at most `MAX_NAMES` of them: the others are summed as ``_other``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client import Counter as Series
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from veneer_server.wire.messages import Occupancy, Residency
+
+__all__ = ["MAX_NAMES", "OTHER", "AdapterSeries", "Catalog"]
+
+MAX_NAMES: Final = 200
+"""Adapter names that become labels; later ones are counted as ``_other``."""
+
+OTHER: Final = "_other"
+
+
+class Catalog(Protocol):
+    """What the registry is to this module; thread-safe."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def names(self, weights_digest: str) -> Iterable[str]:
+        """Names that have these weights."""
+
+
+class _Empty:
+    def __contains__(self, name: object) -> bool:
+        return False
+
+    def names(self, weights_digest: str) -> Iterable[str]:
+        return ()
+
+
+class AdapterSeries(Collector):
+    """Residency and use by adapter name. Told by the event loop, read by scrapes.
+
+    What is resident is known by content, since names share it: the catalog is asked at
+    each scrape, so a name that was given to other weights, or deleted, is never shown
+    with what it was.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Args:
+        clock: Unix seconds.
+        """
+        self.catalog: Catalog = _Empty()
+        self.device_budget = 0
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._resident: dict[str, Residency] = {}
+        self._running: tuple[str, ...] = ()
+        self._waiting: tuple[str, ...] = ()
+        self._changed = clock()
+        self._requested: set[str] = set()
+        registry.register(self)
+        # After this collector, which removes what is to be seen no more.
+        self._requests = Series(
+            "veneer_adapter_requests_total",
+            "Requests by adapter.",
+            ["adapter_name"],
+            registry=registry,
+        )
+
+    # ----------------------------------------------------------------- told
+
+    def requested(self, name: str) -> None:
+        """A request for a registered adapter."""
+        with self._lock:
+            if name not in self._requested and len(self._requested) >= MAX_NAMES:
+                name = OTHER
+            else:
+                self._requested.add(name)
+            self._requests.labels(name).inc()
+
+    def residency(self, event: Residency) -> None:
+        """An adapter changed its tier or its pin."""
+        with self._lock:
+            if event.tier == "disk" and not event.pinned:
+                self._resident.pop(event.weights_digest, None)
+            else:
+                self._resident[event.weights_digest] = event
+
+    def occupancy(self, event: Occupancy) -> None:
+        """Other adapters run or wait."""
+        now = (event.running_adapters, event.waiting_adapters)
+        with self._lock:
+            if now != (self._running, self._waiting):
+                self._running, self._waiting = now
+                self._changed = self._clock()
+
+    def engine_silent(self) -> None:
+        """Nothing runs or waits until the engine steps again."""
+        with self._lock:
+            self._running = self._waiting = ()
+            self._changed = self._clock()
+
+    # ----------------------------------------------------------------- read
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Empty families; `registry.register` wants their names."""
+        return self._families()
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        loaded, info = self._families()
+        with self._lock:
+            self._forget_deleted()
+            resident = list(self._resident.values())
+            running, waiting, changed = self._running, self._waiting, self._changed
+        for labels, count in self._loaded(resident).items():
+            loaded.add_metric(labels, count)
+        at_most = self._at_most(resident)
+        info.add_metric([str(at_most), self._joined(running), self._joined(waiting)], changed)
+        return loaded, info
+
+    def _forget_deleted(self) -> None:
+        """Series of names that are gone end, and their labels are free for others."""
+        for name in [n for n in self._requested if n not in self.catalog]:
+            self._requested.remove(name)
+            self._requests.remove(name)
+
+    @staticmethod
+    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
+        return (
+            GaugeMetricFamily(
+                "veneer_adapter_loaded",
+                "1 for each adapter in memory; tier is the nearest that holds it.",
+                labels=["adapter_name", "tier", "pinned"],
+            ),
+            GaugeMetricFamily(
+                "veneer_lora_requests_info",
+                "Adapters of running and of waiting requests; Unix time of the last change.",
+                labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            ),
+        )
+
+    def _loaded(self, resident: list[Residency]) -> Counter[tuple[str, str, str]]:
+        """Number by name, tier and pin: 1, or more for ``_other``."""
+        found = sorted(
+            (name, state.tier, str(state.pinned).lower())
+            for state in resident
+            for name in self.catalog.names(state.weights_digest)
+        )
+        shown = set(sorted({name for name, _, _ in found})[:MAX_NAMES])
+        return Counter(
+            (name if name in shown else OTHER, tier, pinned) for name, tier, pinned in found
+        )
+
+    def _at_most(self, resident: list[Residency]) -> int:
+        """Adapters of today's mean size that the DEVICE tier can hold.
+
+        No number is fixed at start; this is what a router that wants one can go by.
+        """
+        sizes = [state.bytes for state in resident if state.bytes]
+        mean = sum(sizes) / len(sizes) if sizes else 1 << 20
+        return max(1, int(self.device_budget / mean))
+
+    def _joined(self, digests: tuple[str, ...]) -> str:
+        names = sorted({name for digest in digests for name in self.catalog.names(digest)})
+        return ",".join(names[:MAX_NAMES])

@@ -1,0 +1,287 @@
+"""Prometheus metrics of the front process, with a registry and a port of their own.
+
+Adapter names become labels in `adapter_series` alone, which bounds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Final, Protocol, get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from veneer_server.engine_client.client import EngineEvent
+from veneer_server.telemetry.adapter_series import AdapterSeries, Catalog
+from veneer_server.wire.messages import (
+    LOST,
+    AdapterFailed,
+    AdapterLoaded,
+    ConstraintDone,
+    ConstraintOutcome,
+    Evicted,
+    EvictionCause,
+    MatcherEnded,
+    Occupancy,
+    Residency,
+    StepDone,
+    TierName,
+)
+
+__all__ = ["Metrics"]
+
+_FIRST_TOKEN: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
+    20, 40, 80,
+)  # fmt: skip
+_INTER_TOKEN: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
+)  # fmt: skip
+_SWAP: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
+)  # fmt: skip
+_TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SMOOTHING: Final = 0.1
+_LONGEST_REASON: Final = 200
+_ADAPTERS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
+
+
+class SizedCatalog(Catalog, Sized, Protocol):
+    """A catalog that knows how many names it has."""
+
+
+class Metrics:
+    """Every series that the server exposes. Cheap enough to be called per token."""
+
+    def __init__(self) -> None:
+        # A gauge beside each counter that no rule or dashboard of ours or theirs reads.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"veneer_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"veneer_{name}", text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...], *labels: str
+        ) -> Histogram:
+            return Histogram(f"veneer_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self.running = gauge("num_requests_running", "Sequences in the batch.")
+        self.waiting = gauge("num_requests_waiting", "Sequences that wait.")
+        self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
+        self.prefix_usage = gauge(
+            "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
+        )
+        self.ready = gauge("ready", "1 while generate calls are answered; 0 while it loads.")
+        self.engine_healthy = gauge(
+            "engine_healthy", "1 while the engine is up and its step loop answers."
+        )
+        self.engine_info = gauge("engine_info", "1; what computes.", "device", "backend")
+        self.backend_info = gauge(
+            "backend_info",
+            "1; what executes a step, and why not the native kernels where auto chose.",
+            *("backend", "instructions", "reason"),
+        )
+        self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
+        self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
+        self.resident = gauge("adapters_resident", "Adapters held.", "tier")
+        self.registered = gauge("adapters_registered", "Names in the registry.")
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From arrival.", _FIRST_TOKEN, "adapter_tier"
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Between tokens of one stream.", _INTER_TOKEN
+        )
+        self.latency = histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", _FIRST_TOKEN
+        )
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "From arrival to the first step.", _FIRST_TOKEN
+        )
+        self.request_prompt_tokens = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", _TOKENS
+        )
+        self.request_generation_tokens = histogram(
+            "request_generation_tokens", "New tokens of a request.", _TOKENS
+        )
+        self.load_seconds = histogram(
+            "adapter_load_seconds", "Stages of an adapter's load.", _SWAP, "source", "stage"
+        )
+        self.activate_seconds = histogram(
+            "adapter_activate_seconds", "A whole load or activation.", _SWAP
+        )
+        self.load_failures = counter(
+            "adapter_load_failures_total", "Loads and activations that failed.", "reason"
+        )
+        self.loader_restarts = counter(
+            "adapter_loader_restarts_total",
+            "Processes that read adapters and ended, or were killed for taking too long.",
+        )
+        self.step_seconds = histogram("step_seconds", "One step.", _INTER_TOKEN, "phase")
+        self.step_rows = histogram("step_batch_rows", "Tokens computed in a step.", _ROWS)
+        self.step_adapters = histogram(
+            "step_adapters", "Different adapters in a step.", _ADAPTERS
+        )
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens.")
+        self.generation_tokens = counter("generation_tokens_total", "New tokens.")
+        self.prefix_asked = counter(
+            "prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_found = counter(
+            "prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
+        )
+        self.requests = counter("requests_total", "Ended well.", "finish_reason")
+        self.failures = counter("request_failures_total", "Ended by an error.", "reason")
+        self.lookups = counter(
+            "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
+        )
+        self.evictions = counter(
+            "adapter_evictions_total", "Adapters that left a tier.", "tier", "cause"
+        )
+        self.constraints = counter(
+            "constraints_total",
+            "Constraints compiled for the first time, and those that stopped a generation.",
+            "phase",
+            "outcome",
+        )
+        self.constraint_seconds = histogram(
+            "constraint_compile_seconds", "CPU time of compiling a constraint.", _SWAP
+        )
+        self.matcher_ends = counter(
+            "constraint_matcher_ends_total",
+            "Processes that follow constraints, ended and replaced.",
+            "cause",
+        )
+        self.adapters = AdapterSeries(registry)
+        """By adapter name."""
+        self.handled = Counter(
+            "grpc_server_handled_total",
+            "Calls ended.",
+            ("grpc_service", "grpc_method", "grpc_code"),
+            registry=registry,
+        )
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Duration of calls.",
+            ("grpc_service", "grpc_method"),
+            registry=registry,
+            buckets=_FIRST_TOKEN,
+        )
+        self.recent_step_s = 0.0
+        """Smoothed seconds of a decode step; 0 before the first."""
+        self.on_device = 0
+        """Adapters in the DEVICE tier."""
+        for outcome in get_args(ConstraintOutcome):
+            self.constraints.labels("trial", outcome)
+        for tier in ("host", "device"):
+            self.adapter_bytes.labels(tier).set(0)
+            self.resident.labels(tier).set(0)
+            # A series that begins above 0 has no increase for its first event.
+            for cause in get_args(EvictionCause):
+                self.evictions.labels(tier, cause)
+
+    def set_budgets(self, *, host: int, device: int) -> None:
+        """Byte budgets of the two memory tiers."""
+        self.adapter_budget.labels("host").set(host)
+        self.adapter_budget.labels("device").set(device)
+        self.adapters.device_budget = device
+
+    def engine_started(self, device: str, backend: str, why_slower: str = "") -> None:
+        """What computes from now on.
+
+        Args:
+            why_slower: why torch does where the native kernels were looked for first.
+        """
+        self.engine_info.clear()
+        self.engine_info.labels(device, backend).set(1)
+        self.backend_info.clear()
+        name, _, rest = backend.partition(" ")
+        instructions = rest.strip("()").partition(",")[0]  # "avx2", also of "avx2, prebuilt"
+        reason = why_slower[:_LONGEST_REASON]
+        self.backend_info.labels(name, instructions, reason).set(1)
+
+    def ask(self, catalog: SizedCatalog) -> None:
+        """Whom to ask, from another thread, at each scrape."""
+        self.registered.set_function(lambda: len(catalog))
+        self.adapters.catalog = catalog
+
+    def adapter_found(self, tier: TierName) -> None:
+        """Count the tier that a request's adapter was found in, and the misses before."""
+        for nearer in ("device", "host", "disk"):
+            hit = nearer == tier
+            self.lookups.labels(nearer, "hit" if hit else "miss").inc()
+            if hit:
+                return
+
+    def on_event(self, event: EngineEvent) -> None:
+        """Listener for `EngineClient`."""
+        match event:
+            case StepDone():
+                self._step(event)
+            case Occupancy():
+                self._occupancy(event)
+            case Residency():
+                self._residency(event)
+            case AdapterLoaded():
+                self.loader_restarts.inc(LOST in event.stages)
+                for stage, seconds in event.stages.items():
+                    self.load_seconds.labels(event.source, stage).observe(seconds)
+                self.activate_seconds.observe(sum(event.stages.values()))
+            case AdapterFailed():
+                self.load_failures.labels(event.error.reason).inc()
+                self.loader_restarts.inc(int(event.error.metadata.get("loaders", "0")))
+            case Evicted():
+                self.evictions.labels(event.tier, event.cause).inc()
+            case ConstraintDone():
+                self.constraints.labels(event.phase, event.outcome).inc()
+                if event.seconds:
+                    self.constraint_seconds.observe(event.seconds)
+            case MatcherEnded():
+                self.matcher_ends.labels(event.cause).inc()
+
+    def engine_health(self, healthy: bool) -> None:
+        """The engine's step loop advances, or nothing runs until it does again."""
+        self.engine_healthy.set(healthy)
+        if healthy:
+            return
+        for gauge in (self.running, self.waiting, self.kv_usage, self.prefix_usage):
+            gauge.set(0)
+        self.adapters.engine_silent()
+
+    def _step(self, step: StepDone) -> None:
+        phase = (
+            "decode" if not step.prefill_tokens else "mixed" if step.decode_rows else "prefill"
+        )
+        self.step_seconds.labels(phase).observe(step.seconds)
+        if phase == "decode":
+            self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
+        self.step_rows.observe(step.prefill_tokens + step.decode_rows)
+        self.step_adapters.observe(step.adapters)
+        self.prefix_asked.inc(step.prefix_asked)
+        self.prefix_found.inc(step.prefix_found)
+
+    def _occupancy(self, event: Occupancy) -> None:
+        self.running.set(event.running)
+        self.waiting.set(event.waiting)
+        self.kv_usage.set(event.kv_blocks_used / max(1, event.kv_blocks))
+        self.prefix_usage.set(event.kv_blocks_cached / max(1, event.kv_blocks))
+        self.adapters.occupancy(event)
+
+    def _residency(self, event: Residency) -> None:
+        self.adapters.residency(event)
+        self.on_device = event.device_count
+        self.resident.labels("host").set(event.host_count)
+        self.resident.labels("device").set(event.device_count)
+        self.adapter_bytes.labels("host").set(event.host_bytes)
+        self.adapter_bytes.labels("device").set(event.device_bytes)

@@ -1,0 +1,304 @@
+"""The port that Prometheus scrapes: few connections, little time each, one page at a time.
+
+prometheus_client's own server starts a thread for each connection and waits for ever, so
+that idle connections took every file descriptor of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    choose_encoder,
+    gzip_accepted,
+)
+
+from veneer_server.config import Address
+from veneer_server.logs import get_logger
+from veneer_server.system.descriptors import SCRAPES
+from veneer_server.system.hosts import AllowedHosts
+
+__all__ = ["LIMIT_S", "MAX_HEAD", "MAX_PARTIAL", "ScrapeServer"]
+
+MAX_HEAD: Final = 8 << 10
+"""Bytes of a request."""
+
+LIMIT_S: Final = 10.0
+"""How long a connection may be open: request, page and all."""
+
+MAX_PARTIAL: Final = 8
+"""Pages of some series (``name[]``) that wait to be made; more are refused with 503."""
+
+_END: Final = b"\r\n\r\n"
+
+_OFFERED: Final = (
+    "",
+    *(
+        f"{kind};version=1.0.0;escaping={escaping}"
+        for kind in ("text/plain", "application/openmetrics-text")
+        for escaping in ("underscores", "allow-utf-8", "dots", "values")
+    ),
+    "application/openmetrics-text",
+)
+_FORMATS: Final = {kind: encode for encode, kind in map(choose_encoder, _OFFERED)}
+"""By content type. Few, so that few pages can be asked for at once."""
+
+_log = get_logger(__name__)
+
+
+class _Request(NamedTuple):
+    method: str
+    target: str
+    headers: dict[str, str]
+
+
+class _Shape(NamedTuple):
+    """All that a page depends on. ``names``: of the series that are asked for; None: all."""
+
+    names: frozenset[str] | None
+    format: str
+    gzip: bool
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        coded = [("Content-Encoding", "gzip")] if self.gzip else []
+        return [("Content-Type", self.format), *coded]
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A page that is not begun yet, and how many wait for it."""
+
+    task: asyncio.Task[bytes]
+    waiting: int = 0
+
+
+class ScrapeServer:
+    """Answers scrapes from `start` to `stop`. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        hosts: AllowedHosts,
+        *,
+        connections: int = SCRAPES,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        """Args:
+        hosts: names by which it may be called.
+        connections: open at once. One more takes the place of the oldest that has not
+            asked for anything yet, or else of the oldest that does not read its answer,
+            or else of the oldest.
+        limit_s: how long each may be open.
+        """
+        self.limit_s = limit_s
+        self.hosts = hosts
+        self._most = connections
+        self._registry = registry
+        self._open: dict[_Connection, None] = {}
+        """In the order in which they came."""
+        # One, so that scrapers take at most half of the interpreter's time.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="scrape")
+        self._turn = asyncio.Lock()
+        self._next: dict[_Shape, _Pending] = {}
+        """Pages that are not begun yet."""
+        self._server: asyncio.Server | None = None
+
+    async def start(self, address: Address) -> Address:
+        """Answer from now on. Raises OSError where the address cannot be had."""
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: _Connection(self), address.host, address.port, backlog=self._most
+        )
+        return Address(address.host, self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close all connections. Harmless to repeat."""
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self._open):
+            connection.drop()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        return len(self._open)
+
+    # ------------------------------------------------------- for its connections
+
+    def opened(self, connection: _Connection) -> None:
+        """A client has connected."""
+        if len(self._open) >= self._most:
+            # Never the new one: it takes a full set of newer ones to displace it in turn.
+            least = min(self._open, key=_Connection.worth)
+            least.drop()
+            self._open.pop(least, None)
+        self._open[connection] = None
+
+    def closed(self, connection: _Connection) -> None:
+        """A connection has ended."""
+        self._open.pop(connection, None)
+
+    async def page(self, request: _Request) -> bytes:
+        """The answer to a request, whole. Requests that wait for the same page share it: it
+        is made after the last of them has come, and not at all once all of them have gone."""
+        shape = _shape(request)
+        pending = self._next.get(shape)
+        if pending is None:
+            if shape.names is not None and self._partial >= MAX_PARTIAL:
+                return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, ("Retry-After", "1"))
+            make = asyncio.get_running_loop().create_task(self._make(shape))
+            pending = self._next[shape] = _Pending(make)
+        pending.waiting += 1
+        try:
+            page = await asyncio.shield(pending.task)
+        finally:
+            pending.waiting -= 1
+            if not pending.waiting and self._next.get(shape) is pending:
+                del self._next[shape]
+                pending.task.cancel()
+        body = b"" if request.method == "HEAD" else page
+        return _response("200 OK", shape.headers, body, len(page))
+
+    @property
+    def _partial(self) -> int:
+        """Pages of some series that wait."""
+        return sum(shape.names is not None for shape in self._next)
+
+    async def _make(self, shape: _Shape) -> bytes:
+        async with self._turn:
+            del self._next[shape]  # whoever comes from now on is given the one after it
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._worker, self._page, shape)
+
+    def _page(self, shape: _Shape) -> bytes:
+        registry: Any = self._registry
+        if shape.names is not None:
+            registry = registry.restricted_registry(shape.names)
+        page = _FORMATS[shape.format](registry)
+        return gzip.compress(page) if shape.gzip else page
+
+
+class _Connection(asyncio.Protocol):
+    """One request, one answer, closed."""
+
+    def __init__(self, server: ScrapeServer) -> None:
+        self.asked = False
+        """A whole request has come."""
+        self.answered = False
+        """The answer is made, and not all of it is taken."""
+        self._server = server
+        self._head = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        loop = asyncio.get_running_loop()
+        self._late = loop.call_later(self._server.limit_s, self.drop)
+        self._server.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        self._server.closed(self)
+
+    def worth(self) -> int:
+        """When there are too many connections, the lowest goes first."""
+        if not self.asked:
+            return 0
+        return 1 if self.answered else 2
+
+    def drop(self) -> None:
+        """Close it, whatever has not been sent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.asked:
+            return  # there is one answer to a connection
+        self._head += data
+        end = self._head.find(_END)
+        if end < 0 and len(self._head) <= MAX_HEAD:
+            return
+        self.asked = True
+        if not 0 <= end <= MAX_HEAD:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif (request := _parse(bytes(self._head[:end]))) is None:
+            self._refuse(HTTPStatus.BAD_REQUEST)
+        elif request.method not in ("GET", "HEAD"):
+            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED)
+        elif not self._server.hosts.allow(request.headers.get("host")):
+            self._refuse(HTTPStatus.FORBIDDEN)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._reply(request))
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._send(_refusal(status))
+
+    async def _reply(self, request: _Request) -> None:
+        try:
+            self._send(await self._server.page(request))
+        except Exception as error:
+            _log.error("a scrape failed", error)
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _send(self, answer: bytes) -> None:
+        assert self._transport is not None
+        self.answered = True
+        self._transport.write(answer)
+        self._transport.close()  # once all of it is out, or the time is up
+
+
+def _parse(head: bytes) -> _Request | None:
+    """None where it is no HTTP."""
+    line, *fields = head.decode("latin-1").split("\r\n")
+    words = line.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        return None
+    headers = {}
+    for field in fields:
+        name, colon, value = field.partition(":")
+        if not colon:
+            return None
+        name = name.strip().lower()
+        if name == "host" and name in headers:
+            return None  # which of them is meant?
+        headers[name] = value.strip()
+    return _Request(words[0], words[1], headers)
+
+
+def _shape(request: _Request) -> _Shape:
+    """The page that a request asks for, whatever its path."""
+    names = parse_qs(urlsplit(request.target).query).get("name[]")
+    _, kind = choose_encoder(request.headers.get("accept", ""))
+    return _Shape(
+        names=None if names is None else frozenset(names),
+        format=kind if kind in _FORMATS else CONTENT_TYPE_PLAIN_0_0_4,
+        gzip=gzip_accepted(request.headers.get("accept-encoding", "")),
+    )
+
+
+def _refusal(status: HTTPStatus, *headers: tuple[str, str]) -> bytes:
+    return _response(f"{status.value} {status.phrase}", headers, b"", 0)
+
+
+def _response(
+    status: str, headers: Iterable[tuple[str, str]], body: bytes, length: int
+) -> bytes:
+    lines = [f"HTTP/1.1 {status}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    lines += [f"Content-Length: {length}", "Connection: close", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body

@@ -1,0 +1,144 @@
+"""The process that renders uploaded chat templates, under limits of CPU time and memory.
+
+Started by `veneer_server.text.templates.worker`. Frames on stdin and stdout: a 4-byte
+big-endian length, then MessagePack.
+
+A rendering that takes too long is interrupted by an exception at the next Python
+instruction: the process goes on, and what it has compiled stays. One operation of a template
+may take long inside C code, which no exception reaches; there a second timer ends the process.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from types import FrameType
+from typing import BinaryIO, Final
+
+import msgspec
+from veneer_registry.errors import TemplateFailed
+
+from veneer_server.queues.recent import Recent
+from veneer_server.system.priority import lower_priority
+from veneer_server.text.templates.template import ChatTemplate
+
+__all__ = ["LENGTH", "MEMORY_LIMIT", "OUT_OF_TIME", "Done", "Job", "TooSlow"]
+
+MEMORY_LIMIT: Final = 512 << 20
+"""Address space of a process, in bytes; an idle one takes about 100 MB."""
+
+OUT_OF_TIME: Final = signal.SIGVTALRM
+"""Ends a process that could not be interrupted."""
+
+LENGTH: Final = struct.Struct(">I")
+"""Before each frame: its bytes."""
+
+_GRACE_S: Final = 0.1
+"""CPU time beyond a limit before the process is ended."""
+
+_COMPILED: Final = 64
+
+
+class TooSlow(StrEnum):
+    """What took more CPU time than it may."""
+
+    NOTHING = ""
+    COMPILING = "compiling"
+    RENDERING = "rendering"
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """Compile a template, unless this is done, and render messages with it.
+
+    Attributes:
+        compile_limit_s: CPU time of compiling.
+        limit_s: CPU time of rendering.
+    """
+
+    source: str
+    special_tokens: dict[str, str]
+    messages: list[dict[str, str]]
+    compile_limit_s: float
+    limit_s: float
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    """Text, error or what was too slow.
+
+    Attributes:
+        seconds: CPU time.
+    """
+
+    text: str = ""
+    error: str = ""
+    too_slow: TooSlow = TooSlow.NOTHING
+    seconds: float = 0.0
+
+
+class _Interrupted(BaseException):
+    """No `Exception`: Jinja and templates' filters handle those."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Interrupt the block after so much CPU time; end the process soon after that."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _GRACE_S)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
+    doing = TooSlow.COMPILING
+    try:
+        template = compiled.get(job.source)
+        if template is None:
+            with _limited(job.compile_limit_s):
+                template = ChatTemplate(job.source, job.special_tokens)
+            compiled[job.source] = template
+        doing = TooSlow.RENDERING
+        with _limited(job.limit_s):
+            return Done(template.render(job.messages))
+    except TemplateFailed as error:
+        return Done(error=error.message)
+    except _Interrupted:
+        return Done(too_slow=doing)
+    finally:
+        # Here, where no interruption can come any more and leave it out.
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def main(jobs: BinaryIO, answers: BinaryIO) -> None:
+    """Do jobs until the front closes the pipe."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which drains
+    signal.signal(signal.SIGPROF, _interrupt)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    compiled: Recent[str, ChatTemplate] = Recent(_COMPILED)
+    while head := jobs.read(LENGTH.size):
+        (size,) = LENGTH.unpack(head)
+        job = msgspec.msgpack.decode(jobs.read(size), type=Job)
+        began = time.process_time()
+        done = _do(job, compiled)
+        done = msgspec.structs.replace(done, seconds=time.process_time() - began)
+        body = msgspec.msgpack.encode(done)
+        answers.write(LENGTH.pack(len(body)) + body)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["low-priority"]:
+        lower_priority()
+    main(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,145 @@
+"""Chat templates: sandboxed Jinja with bounds. A template is a program from outside.
+
+Rendering is synchronous. The base's own template is rendered in a thread; what
+comes with adapters goes to `veneer_server.text.templates.uploaded`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from veneer_registry.errors import TemplateFailed
+
+__all__ = ["MAX_ERROR", "MAX_OUTPUT", "MAX_TEMPLATE", "ChatTemplate", "read_base_template"]
+
+MAX_TEMPLATE: Final = 64 << 10
+"""Bytes of a template."""
+
+MAX_OUTPUT: Final = 4 << 20
+"""Characters that a template may produce."""
+
+MAX_ERROR: Final = 500
+"""Characters of what a template raises that are passed on."""
+
+_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class _Generation(Extension):
+    """``{% generation %}``: marks the assistant's text for training; no effect here."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = _strftime_now
+    return env
+
+
+_ENVIRONMENT: Final = _environment()
+
+
+class ChatTemplate:
+    """A compiled template with the base's special tokens."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Args: special_tokens: for example ``{"bos_token": "<s>"}``.
+
+        Raises:
+            TemplateFailed: too long, or no Jinja.
+        """
+        if len(source.encode()) > MAX_TEMPLATE:
+            raise TemplateFailed(
+                f"the chat template has more than {MAX_TEMPLATE} bytes: shorten it"
+            )
+        try:
+            self._template = _ENVIRONMENT.from_string(source)
+        except Exception as error:  # deep nesting overflows the parser's stack, too
+            raise TemplateFailed(
+                f"the chat template is not valid Jinja: {_words(error)}"
+            ) from error
+        self._special = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for an assistant's answer to ``messages`` (role, content).
+
+        Raises:
+            TemplateFailed: the template refuses these messages, or a bound is met.
+        """
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(
+                messages=messages, add_generation_prompt=True, **self._special
+            ):
+                size += len(piece)
+                if size > MAX_OUTPUT:
+                    raise TemplateFailed(
+                        f"the chat template produced more than {MAX_OUTPUT} characters: send "
+                        "fewer messages or fix the template"
+                    )
+                pieces.append(piece)
+        except TemplateFailed:
+            raise
+        except Exception as error:  # a template may raise anything Python can
+            raise TemplateFailed(
+                f"the chat template cannot render these messages: {_words(error)}"
+            ) from error
+        return "".join(pieces)
+
+
+def _words(error: Exception) -> str:
+    """What it says; a template may raise a text of any length."""
+    text = str(error)
+    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"
+
+
+def read_base_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """(template source or None, special tokens) of a base model's folder.
+
+    ``chat_template.jinja`` wins over the one in ``tokenizer_config.json``.
+    """
+    config: dict[str, Any] = {}
+    if (path := folder / "tokenizer_config.json").is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    special = {}
+    for key in _SPECIAL:
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            special[key] = value
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8"), special
+    source = config.get("chat_template")
+    if isinstance(source, list):  # named templates; "default" is the chat one
+        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+    return (source if isinstance(source, str) else None), special

@@ -1,0 +1,131 @@
+"""The front's side of one template process: starts it, sends jobs, says why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from enum import Enum
+from typing import Final
+
+import msgspec
+from veneer_registry.child_python import child_python
+
+from veneer_server.text.templates import process as template_process
+from veneer_server.text.templates.process import LENGTH, OUT_OF_TIME, Done, Job
+from veneer_server.text.templates.template import MAX_ERROR, MAX_OUTPUT
+
+__all__ = ["Cause", "Ended", "Worker"]
+
+MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
+"""Bytes of an answer; the front reads no more, whatever the process sends."""
+
+_WALL_FACTOR: Final = 15
+"""Wall-clock seconds of a job for each second of CPU time: the machine may be busy."""
+
+_WALL_LEAST_S: Final = 5.0
+"""A process that is started takes a part of it."""
+
+_BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit statuses; by the kernel where memory ends, or an operator."""
+
+
+class Cause(Enum):
+    """Why a process ended during a job."""
+
+    CPU_TIME = "CPU time"
+    NO_ANSWER = "no answer in time"
+    OTHERS = "killed by something else"
+    ITSELF = "it ended"
+
+
+class Ended(Exception):
+    """The process has ended, by a limit, by us or by others."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.value)
+        self.cause = cause
+
+
+class _BadAnswer(Exception):
+    """What the process sends is no answer: a template has taken it over."""
+
+
+class Worker:
+    """A process, started when it is first needed and again after it ended. Belongs to one
+    event loop; one job at a time."""
+
+    def __init__(self, *, low_priority: bool = False) -> None:
+        self.process: asyncio.subprocess.Process | None = None
+        self._low_priority = low_priority
+
+    async def do(self, job: Job) -> Done:
+        """Raises Ended."""
+        process = await self._running()
+        wall = max((job.compile_limit_s + job.limit_s) * _WALL_FACTOR, _WALL_LEAST_S)
+        try:
+            async with asyncio.timeout(wall):
+                return await _exchange(process, job)
+        except TimeoutError as error:
+            await self.kill()
+            raise Ended(Cause.NO_ANSWER) from error
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise Ended(await self._why()) from error
+        except _BadAnswer as error:
+            await self.kill()
+            raise Ended(Cause.ITSELF) from error
+        except BaseException:
+            # Cancelled halfway: the answer would be taken for the next job's.
+            await self.kill()
+            raise
+
+    async def kill(self) -> None:
+        """End the process; the next job starts another one."""
+        process, self.process = self.process, None
+        if process is not None:
+            await _end(process)
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        if self.process is None or self.process.returncode is not None:
+            self.process = await asyncio.create_subprocess_exec(
+                *child_python("-m", template_process.__name__),
+                *(("low-priority",) if self._low_priority else ()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        return self.process
+
+    async def _why(self) -> Cause:
+        """Of a process that has closed a pipe."""
+        process, self.process = self.process, None
+        assert process is not None, "it was running"
+        try:
+            status = await asyncio.wait_for(process.wait(), 1.0)
+        except TimeoutError:
+            return Cause.ITSELF
+        finally:
+            await _end(process)
+        if status in _BY_OTHERS:
+            return Cause.OTHERS
+        return Cause.CPU_TIME if status == -OUT_OF_TIME else Cause.ITSELF
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+async def _exchange(process: asyncio.subprocess.Process, job: Job) -> Done:
+    assert process.stdin is not None, "made with pipes"
+    assert process.stdout is not None, "made with pipes"
+    body = msgspec.msgpack.encode(job)
+    process.stdin.write(LENGTH.pack(len(body)) + body)
+    await process.stdin.drain()
+    (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+    if size > MAX_ANSWER:
+        raise _BadAnswer(f"the process would send {size} bytes")
+    try:
+        return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=Done)
+    except msgspec.DecodeError as error:
+        raise _BadAnswer(str(error)) from error
