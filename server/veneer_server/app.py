@@ -32,7 +32,6 @@ from veneer_server.logs import get_logger, show_status
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
 from veneer_server.openai import require_gateway
-from veneer_server.operate.housekeeping import Housekeeping
 from veneer_server.progress import SINK, Display
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
@@ -49,9 +48,10 @@ from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.self_test import SelfTest
 from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.view import AdapterUse
+from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.calls import Calls, Phase
 from veneer_server.serving.generation import Generator
+from veneer_server.serving.housekeeping import Housekeeping
 from veneer_server.serving.threads import Background
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan

@@ -32,7 +32,7 @@ from veneer_registry.store import Store
 from veneer_server.app import App
 from veneer_server.config import load_config
 from veneer_server.engine_client.resident_set import Resident
-from veneer_server.operate.housekeeping import Housekeeping
+from veneer_server.serving.housekeeping import Housekeeping
 
 from tests.unit.server.rpc.fake_engine import FakeEngine
 

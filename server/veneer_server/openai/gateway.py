@@ -14,8 +14,7 @@ from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
 from veneer_server.openai.http.connection import connection_class
 from veneer_server.openai.routes import make_app
 from veneer_server.queues.refusal_pace import Pace
-from veneer_server.rpc.inference_service import READER_LIMIT_S
-from veneer_server.serving.calls import Calls
+from veneer_server.serving.calls import READER_LIMIT_S, Calls
 from veneer_server.system.hosts import AllowedHosts
 from veneer_server.telemetry.metrics import Metrics
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
 from veneer_registry.registry import Registry
@@ -30,11 +29,11 @@ from veneer_server.openai.http.asgi import (
     Send,
     read_json,
 )
-from veneer_server.openai.requests import chat_requests, completion_requests
+from veneer_server.openai.requests import chat_call, completion_calls
 from veneer_server.queues.refusal_pace import Pace
-from veneer_server.rpc import convert
 from veneer_server.serving.calls import Calls
 from veneer_server.serving.generation import Generation, Generator
+from veneer_server.serving.records import GenerateCall
 from veneer_server.serving.who import CALLER
 from veneer_server.telemetry.metrics import Metrics
 
@@ -98,11 +97,11 @@ class _Job:
     """A checked request.
 
     Attributes:
-        requests: one for each prompt.
+        calls: one for each prompt.
         answer: takes what they give.
     """
 
-    requests: Sequence[inference_pb2.GenerateRequest]
+    calls: Sequence[GenerateCall]
     answer: Answer
     stream: bool
 
@@ -157,8 +156,7 @@ class GenerateEndpoint(ABC):
             with self._core.calls.running():
                 job = self._parse(body)
                 del body
-                calls = [convert.generate_call(request) for request in job.requests]
-                await (_stream if job.stream else _collect)(self._core, calls, job, reply)
+                await (_stream if job.stream else _collect)(self._core, job, reply)
             return None
         except VeneerError as error:
             return without_frames(error)
@@ -189,7 +187,7 @@ class ChatEndpoint(GenerateEndpoint):
 
     def _parse(self, body: object) -> _Job:
         core, fields = self._core, parse_fields(ChatFields, body)
-        requests = chat_requests(fields, core.base.name)
+        call = chat_call(fields, core.base.name)
         answer = ChatAnswer(
             fields,
             core.generator.prompts.tokenizer,
@@ -199,7 +197,7 @@ class ChatEndpoint(GenerateEndpoint):
             request_id=REQUEST_ID.get(),
             fingerprint=core.base.fingerprint.weights,
         )
-        return _Job(requests, answer, fields.stream)
+        return _Job([call], answer, fields.stream)
 
 
 class CompletionEndpoint(GenerateEndpoint):
@@ -210,17 +208,17 @@ class CompletionEndpoint(GenerateEndpoint):
         for prompt in [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt:
             if isinstance(prompt, str):
                 core.generator.check_text(prompt.encode())
-        requests = completion_requests(fields, core.base.name)
+        calls = completion_calls(fields, core.base.name)
         answer = CompletionAnswer(
             fields,
             core.generator.prompts.tokenizer,
-            prompts=len(requests),
+            prompts=len(calls),
             logprobs=fields.logprobs is not None,
             echo=fields.echo,
             request_id=REQUEST_ID.get(),
             fingerprint=core.base.fingerprint.weights,
         )
-        return _Job(requests, answer, fields.stream)
+        return _Job(calls, answer, fields.stream)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -229,36 +227,32 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _stream(
-    core: Core, calls: Sequence[convert.GenerateCall], job: _Job, reply: Reply
-) -> None:
+async def _stream(core: Core, job: _Job, reply: Reply) -> None:
     async def take(piece: Piece) -> None:
         chunks = job.answer.chunks(piece)
         if chunks or not reply.started:
             await reply.events(list(chunks), _headers(piece.generation))
 
-    await _generate(core, calls, take)
+    await _generate(core, job.calls, take)
     if (last := job.answer.usage_chunk()) is not None:
         await reply.events([last], {})
     await reply.end_events()
 
 
-async def _collect(
-    core: Core, calls: Sequence[convert.GenerateCall], job: _Job, reply: Reply
-) -> None:
+async def _collect(core: Core, job: _Job, reply: Reply) -> None:
     headers: dict[str, str] = {}
 
     async def take(piece: Piece) -> None:
         job.answer.add(piece)
         headers.update(_headers(piece.generation))
 
-    await _generate(core, calls, take)
+    await _generate(core, job.calls, take)
     await reply.json(200, job.answer.whole(), headers)
 
 
 async def _generate(
     core: Core,
-    calls: Sequence[convert.GenerateCall],
+    calls: Sequence[GenerateCall],
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
     """Run all calls at once and hand over what they give; one that fails ends all.
@@ -269,7 +263,7 @@ async def _generate(
     """
     several = len(calls) > 1
 
-    async def run(at: int, call: convert.GenerateCall) -> None:
+    async def run(at: int, call: GenerateCall) -> None:
         async with (
             core.generator.admit(call, time_remaining=None, placed=several) as generation,
             aclosing(generation.deltas()) as deltas,

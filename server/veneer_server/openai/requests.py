@@ -1,14 +1,12 @@
-"""From checked JSON fields to the protobuf requests that the core takes."""
+"""From checked JSON fields to the calls that the core takes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields as fields_of
 from typing import Any, Final
-
-from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import InvalidField
 
 from veneer_server.openai.fields import (
     ChatFields,
@@ -16,8 +14,17 @@ from veneer_server.openai.fields import (
     CompletionFields,
     StreamOptions,
 )
+from veneer_server.serving.checks import choice, invalid
+from veneer_server.serving.records import (
+    ChatMessages,
+    GenerateCall,
+    PromptText,
+    PromptTokens,
+    Sampling,
+)
+from veneer_server.wire.messages import Constraint
 
-__all__ = ["chat_requests", "completion_requests"]
+__all__ = ["chat_call", "completion_calls"]
 
 _ROLES: Final = {"developer": "system"}
 """OpenAI's newer name, which templates do not know: many leave such messages out."""
@@ -27,59 +34,53 @@ _COMPLETION_TOKENS: Final = 16
 endpoint count on it: one that waits for hundreds of tokens times out and sends it again."""
 
 
-def chat_requests(fields: ChatFields, base: str) -> list[inference_pb2.GenerateRequest]:
-    """One request.
+def chat_call(fields: ChatFields, base: str) -> GenerateCall:
+    """The call of a chat.
 
     Raises:
-        InvalidField: fields contradict each other.
+        InvalidField: fields contradict each other, or one is outside its range.
     """
-    request = _common(fields, base)
+    max_tokens = fields.max_tokens
     if fields.max_completion_tokens is not None:
-        if fields.max_tokens not in (None, fields.max_completion_tokens):
-            raise _refuse("max_completion_tokens", "differs from max_tokens: send one of them")
-        request.stopping.max_tokens = fields.max_completion_tokens
+        if max_tokens not in (None, fields.max_completion_tokens):
+            raise invalid("max_completion_tokens", "differs from max_tokens: send one of them")
+        max_tokens = fields.max_completion_tokens
     if fields.top_logprobs and not fields.logprobs:
-        raise _refuse("top_logprobs", "needs logprobs: set it to true")
-    request.output.logprobs = fields.logprobs
-    request.output.top_logprobs = fields.top_logprobs
-    if not fields.messages:
-        raise _refuse("messages", "is empty: send at least one message")
-    request.messages.messages.extend(
-        inference_pb2.ChatMessage(
-            role=_ROLES.get(message.role, message.role), content=message.content
-        )
+        raise invalid("top_logprobs", "needs logprobs: set it to true")
+    messages = tuple(
+        {"role": _ROLES.get(message.role, message.role), "content": message.content}
         for message in fields.messages
     )
-    return [request]
+    return GenerateCall(
+        input=ChatMessages(messages),
+        max_tokens=max_tokens,
+        logprobs=fields.logprobs,
+        top_logprobs=fields.top_logprobs,
+        echo=False,
+        **_common(fields, base),
+    )
 
 
-def completion_requests(
-    fields: CompletionFields, base: str
-) -> list[inference_pb2.GenerateRequest]:
-    """One request for each prompt.
+def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
+    """A call for each prompt.
 
     Raises:
-        InvalidField: fields contradict each other.
+        InvalidField: fields contradict each other, or one is outside its range.
     """
     if fields.best_of is not None and fields.best_of != fields.n:
-        raise _refuse("best_of", "is not served: use n, and choose by log-probabilities")
-    request = _common(fields, base)
-    if fields.max_tokens is None:
-        request.stopping.max_tokens = _COMPLETION_TOKENS
-    request.output.echo = fields.echo
-    if fields.logprobs is not None:
-        request.output.logprobs = True
-        request.output.top_logprobs = fields.logprobs
-    requests = []
-    for prompt in _prompts(fields.prompt):
-        one = inference_pb2.GenerateRequest()
-        one.CopyFrom(request)
-        if isinstance(prompt, str):
-            one.prompt = prompt
-        else:
-            one.token_ids.ids.extend(prompt)
-        requests.append(one)
-    return requests
+        raise invalid("best_of", "is not served: use n, and choose by log-probabilities")
+    common = _common(fields, base)
+    return [
+        GenerateCall(
+            input=PromptText(prompt) if isinstance(prompt, str) else PromptTokens(prompt),
+            max_tokens=_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens,
+            logprobs=fields.logprobs is not None,
+            top_logprobs=fields.logprobs or 0,
+            echo=fields.echo,
+            **common,
+        )
+        for prompt in _prompts(fields.prompt)
+    ]
 
 
 def _prompts(
@@ -88,104 +89,92 @@ def _prompts(
     if isinstance(given, str):
         return [given]
     if not given:
-        raise _refuse("prompt", "is empty: send at least one")
+        raise invalid("prompt", "is empty: send at least one")
     ids = [one for one in given if isinstance(one, int)]
     if ids:
         return [ids]  # the fields' check lets no other kind stand beside them
     return [one for one in given if not isinstance(one, int)]
 
 
-def _refuse(field: str, problem: str) -> InvalidField:
-    return InvalidField(f"{field} {problem}", metadata={"field": field})
-
-
 def _check_options(fields: CommonFields) -> None:
     options = fields.stream_options
     if not fields.stream and options != StreamOptions():
-        raise _refuse("stream_options", "needs stream: set it to true")
+        raise invalid("stream_options", "needs stream: set it to true")
     if options.continuous_usage_stats and not options.include_usage:
-        raise _refuse("stream_options.continuous_usage_stats", "needs include_usage")
+        raise invalid("stream_options.continuous_usage_stats", "needs include_usage")
 
 
-def _common(fields: CommonFields, base: str) -> inference_pb2.GenerateRequest:
+def _common(fields: CommonFields, base: str) -> dict[str, Any]:
+    """What both endpoints have, as arguments of `GenerateCall`."""
     _check_options(fields)
-    request = inference_pb2.GenerateRequest(
-        adapter="" if fields.model == base else fields.model,
+    sampling = {
+        field.name: getattr(fields, field.name)
+        for field in fields_of(Sampling)
+        if field.name not in ("top_k", "logit_bias")
+    }
+    return {
+        "adapter": "" if fields.model == base else fields.model,
+        "sampling": Sampling(
+            **sampling,
+            # -1 is off, as vLLM has it.
+            top_k=None if fields.top_k is None else max(0, fields.top_k),
+            logit_bias={int(token): bias for token, bias in fields.logit_bias.items()},
+        ),
+        "stops": (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
+        "stop_token_ids": tuple(fields.stop_token_ids),
+        "ignore_eos": fields.ignore_eos,
+        "n": fields.n,
+        "constraint": _constraint(fields),
+        "use_prefix_cache": fields.use_prefix_cache,
         # Whoever asks gets the same target of a canary each time. Of any length here.
-        session_key=hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
-    )
-    sampling, stopping = request.sampling, request.stopping
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "seed",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ):
-        value = getattr(fields, name)
-        if value is not None:
-            setattr(sampling, name, value)
-    if fields.top_k is not None:
-        sampling.top_k = max(0, fields.top_k)  # -1 is off, as vLLM has it
-    for token, bias in fields.logit_bias.items():
-        sampling.logit_bias[int(token)] = bias
-    if fields.max_tokens is not None:
-        stopping.max_tokens = fields.max_tokens
-    stopping.stop.extend([fields.stop] if isinstance(fields.stop, str) else fields.stop)
-    stopping.stop_token_ids.extend(fields.stop_token_ids)
-    stopping.ignore_eos = fields.ignore_eos
-    if fields.n != 1:
-        request.output.n = fields.n
-    if fields.use_prefix_cache is not None:
-        request.use_prefix_cache = fields.use_prefix_cache
-    constraint = _constraint(fields)
-    if constraint is not None:
-        request.constraint.CopyFrom(constraint)
-    return request
+        "session_key": hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
+    }
 
 
-def _constraint(fields: CommonFields) -> inference_pb2.Constraint | None:
-    found: list[tuple[str, inference_pb2.Constraint]] = []
+def _constraint(fields: CommonFields) -> Constraint | None:
+    found: list[tuple[str, Constraint]] = []
 
-    def add(name: str, **kind: Any) -> None:
-        found.append((name, inference_pb2.Constraint(**kind)))
+    def add(name: str, constraint: Constraint) -> None:
+        found.append((name, constraint))
 
     if (wanted := fields.response_format) is not None:
         if wanted.type == "json_schema":
             if wanted.json_schema is None:
-                raise _refuse("response_format.json_schema", "is missing: send the schema")
+                raise invalid("response_format.json_schema", "is missing: send the schema")
             schema = json.dumps(wanted.json_schema.schema_)
-            add("response_format", json_schema=schema)
+            add("response_format", Constraint("json_schema", schema))
         elif wanted.json_schema is not None:
-            raise _refuse("response_format.json_schema", "needs the type 'json_schema'")
+            raise invalid("response_format.json_schema", "needs the type 'json_schema'")
         elif wanted.type == "json_object":
-            add("response_format", json_schema='{"type": "object"}')
+            add("response_format", Constraint("json_schema", '{"type": "object"}'))
     if fields.guided_json is not None:
-        add("guided_json", json_schema=_schema_text("guided_json", fields.guided_json))
+        add(
+            "guided_json",
+            Constraint("json_schema", _schema_text(fields.guided_json)),
+        )
     if fields.guided_regex is not None:
-        add("guided_regex", regex=fields.guided_regex)
+        add("guided_regex", Constraint("regex", fields.guided_regex))
     if fields.guided_choice is not None:
-        add("guided_choice", choice=inference_pb2.Choices(texts=fields.guided_choice))
+        add("guided_choice", choice(fields.guided_choice))
     if (more := fields.structured_outputs) is not None:
         if more.json_ is not None:
             add(
-                "structured_outputs", json_schema=_schema_text("structured_outputs", more.json_)
+                "structured_outputs",
+                Constraint("json_schema", _schema_text(more.json_)),
             )
         if more.json_object:
-            add("structured_outputs", json_schema='{"type": "object"}')
+            add("structured_outputs", Constraint("json_schema", '{"type": "object"}'))
         if more.regex is not None:
-            add("structured_outputs", regex=more.regex)
+            add("structured_outputs", Constraint("regex", more.regex))
         if more.choice is not None:
-            add("structured_outputs", choice=inference_pb2.Choices(texts=more.choice))
+            add("structured_outputs", choice(more.choice))
     if len(found) > 1:
-        raise _refuse(
+        raise invalid(
             found[1][0], f"says once more what {found[0][0]} says: constrain the output once"
         )
     return found[0][1] if found else None
 
 
-def _schema_text(field: str, schema: dict[str, Any] | bool | str) -> str:
+def _schema_text(schema: dict[str, Any] | bool | str) -> str:
     """A schema that came as JSON text stays as it is: the core checks it."""
     return schema if isinstance(schema, str) else json.dumps(schema)

@@ -24,13 +24,14 @@ from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.rpc import convert
 from veneer_server.rpc import convert_admin as admin
+from veneer_server.rpc.adapter_view import AdapterView
 from veneer_server.rpc.watch import AdapterWatch
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.replacing import Replacing, Warm
 from veneer_server.serving.adapters.self_test import SelfTest
 from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.view import AdapterUse, AdapterView, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.serving.who import who_calls
 

@@ -1,29 +1,22 @@
 """Protobuf to frozen records and back. Protobuf goes no further into the server.
 
-Every request field is checked on the way in; ranges are in `veneer_server.serving.checks`.
+Request fields are checked by the records that they go into; see `serving.records`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final, NoReturn
+from dataclasses import fields
+from typing import Any, Final
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Unimplemented
 
-from veneer_server.serving.checks import (
-    MAX_MESSAGES,
-    checked_constraint,
-    checked_n,
-    checked_sampling,
-    checked_stop_token_ids,
-    checked_stops,
-    checked_top_logprobs,
-    refuse,
-)
+from veneer_server.serving.checks import choice, invalid, refuse
 from veneer_server.serving.records import (
     ChatMessages,
     FinishReason,
@@ -33,8 +26,7 @@ from veneer_server.serving.records import (
     Provenance,
     Sampling,
 )
-
-MAX_SESSION_KEY: Final = 256
+from veneer_server.wire.messages import Constraint
 
 __all__ = [
     "ChatMessages",
@@ -56,79 +48,80 @@ __all__ = [
 # ----------------------------------------------------------------------- requests
 
 
-def _later(field: str, instead: str) -> NoReturn:
-    raise Unimplemented(
-        f"{field} is not served by this version yet: {instead}", metadata={"field": field}
-    )
-
-
 def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
-    """Check a request.
+    """The call that a request makes.
 
     Raises:
         InvalidField: a value is outside its range.
         Unimplemented: a field of a later version is set.
     """
-    _refuse_later(request)
-    stopping = request.stopping
-    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else None
-    if max_tokens == 0:
-        refuse("stopping.max_tokens", "is 0: ask for at least 1 token, or leave it unset")
+    if request.adapters:
+        raise Unimplemented(
+            "adapters is not served by this version yet: name one adapter in `adapter`",
+            metadata={"field": "adapters"},
+        )
+    stopping, output = request.stopping, request.output
     return GenerateCall(
         adapter=request.adapter,
         input=_input(request),
-        sampling=checked_sampling(request.sampling),
-        max_tokens=max_tokens,
-        stops=checked_stops(stopping.stop),
+        sampling=_sampling(request.sampling),
+        max_tokens=_optional(stopping, "max_tokens"),
+        stops=tuple(stopping.stop),
         ignore_eos=stopping.ignore_eos,
-        logprobs=request.output.logprobs,
-        echo=request.output.echo,
-        top_logprobs=checked_top_logprobs(request.output),
-        n=checked_n(request.output),
-        stop_token_ids=checked_stop_token_ids(stopping.stop_token_ids),
-        constraint=checked_constraint(request),
-        use_prefix_cache=(
-            request.use_prefix_cache if request.HasField("use_prefix_cache") else None
-        ),
-        session_key=_session_key(request.session_key),
+        logprobs=output.logprobs,
+        echo=output.echo,
+        top_logprobs=output.top_logprobs,
+        n=output.n if output.HasField("n") else 1,
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        constraint=_constraint(request),
+        use_prefix_cache=_optional(request, "use_prefix_cache"),
+        session_key=request.session_key,
     )
 
 
-def _refuse_later(request: inference_pb2.GenerateRequest) -> None:
-    if request.adapters:
-        _later("adapters", "name one adapter in `adapter`")
+def _optional(message: Message, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
 
 
-def _session_key(key: str) -> str:
-    if len(key) > MAX_SESSION_KEY:
-        refuse("session_key", f"has {len(key)} characters: give at most {MAX_SESSION_KEY}")
-    return key
+def _sampling(options: inference_pb2.SamplingOptions) -> Sampling:
+    numbers = {
+        field.name: _optional(options, field.name)
+        for field in fields(Sampling)
+        if field.name != "logit_bias"
+    }
+    return Sampling(**numbers, logit_bias=dict(options.logit_bias))
+
+
+def _constraint(request: inference_pb2.GenerateRequest) -> Constraint | None:
+    if not request.HasField("constraint"):
+        return None
+    given = request.constraint
+    match given.WhichOneof("kind"):
+        case "json_schema":
+            return Constraint("json_schema", given.json_schema)
+        case "regex":
+            return Constraint("regex", given.regex)
+        case "choice":
+            return choice(given.choice.texts)
+    raise invalid(
+        "constraint", "is empty: give json_schema, regex or choice, or leave it unset"
+    )
 
 
 def _input(
     request: inference_pb2.GenerateRequest,
 ) -> PromptText | ChatMessages | PromptTokens:
-    kind = request.WhichOneof("input")
-    if kind == "prompt":
-        if not request.prompt:
-            refuse("prompt", "is empty: send at least one character")
-        return PromptText(request.prompt)
-    if kind == "messages":
-        messages = request.messages.messages
-        if not messages:
-            refuse("messages", "is empty: send at least one message")
-        if len(messages) > MAX_MESSAGES:
-            refuse("messages", f"has {len(messages)}: send at most {MAX_MESSAGES}")
-        for at, message in enumerate(messages):
-            if not message.role or len(message.role) > 64:
-                refuse(f"messages[{at}].role", "must be 1 to 64 characters, such as 'user'")
-        return ChatMessages(tuple({"role": m.role, "content": m.content} for m in messages))
-    if kind is None:
-        refuse("input", "is missing: send prompt, messages or token_ids")
-    if not request.token_ids.ids:
-        refuse("token_ids", "is empty: send at least one token")
-    # As protobuf holds them: their number is compared with the context before they are used.
-    return PromptTokens(request.token_ids.ids)
+    match request.WhichOneof("input"):
+        case "prompt":
+            return PromptText(request.prompt)
+        case "messages":
+            messages = request.messages.messages
+            return ChatMessages(tuple({"role": m.role, "content": m.content} for m in messages))
+        case "token_ids":
+            # As protobuf holds them: their number is compared with the context before they
+            # are used.
+            return PromptTokens(request.token_ids.ids)
+    raise invalid("input", "is missing: send prompt, messages or token_ids")
 
 
 # ---------------------------------------------------------------------- responses

@@ -12,6 +12,8 @@ from veneer_registry.errors import Aborted
 
 from veneer_server.logs import REQUEST_ID
 from veneer_server.rpc import convert
+from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
+from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.generation import Delta, Generation, Generator
 from veneer_server.wire.messages import Tops
 
@@ -22,8 +24,9 @@ GENERATE_METHODS: Final = (
     "/veneer.v1.InferenceService/GenerateStream",
 )
 
-READER_LIMIT_S: Final = 30.0
-"""Default of `InferenceService`'s ``reader_limit_s``."""
+_PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
+_TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
+_IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 _Label = Callable[[int], str]
 """See `TextTokenizer.token_label`."""
@@ -41,8 +44,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._label = generator.prompts.tokenizer.token_label
 
     def check_wire(self, request: bytes) -> None:
-        """Raises VeneerError for a request that cannot be served, before it is parsed."""
-        self._generator.check_wire(request)
+        """Raises VeneerError for a GenerateRequest that cannot be served, before it is parsed:
+        a prompt that cannot fit takes copies as protobuf, text and tokens."""
+        if not self._generator.ready:
+            return
+        self._generator.check_text(last_value(request, _PROMPT_FIELD))
+        for ids in values(request, _TOKENS_FIELD):
+            self._generator.check_count(sum(map(count_numbers, values(ids, _IDS_FIELD))))
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any

@@ -18,14 +18,13 @@ from veneer_registry.errors import Aborted, AdapterNotFound
 from veneer_registry.registry import AdapterRecord, Registry
 
 from veneer_server.rpc import convert
+from veneer_server.rpc.adapter_view import AdapterView
 from veneer_server.serving.adapters.events import AdapterEvents, Happened, Kind, Weights
-from veneer_server.serving.adapters.view import AdapterView
+from veneer_server.serving.calls import READER_LIMIT_S
 from veneer_server.serving.threads import to_the_end
 
 __all__ = ["AdapterWatch"]
 
-READER_LIMIT_S: Final = 30.0
-"""Longest wait for a watcher to take a message."""
 _PAGE: Final = 100
 
 KEPT_EVENTS: Final = 64

@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from veneer_registry.errors import Draining, ModelLoading
 
-__all__ = ["Calls", "Phase"]
+__all__ = ["READER_LIMIT_S", "Calls", "Phase"]
+
+READER_LIMIT_S: Final = 30.0
+"""How long a caller may take to send or to take a message, unless configured."""
 
 _CANCEL_WAIT_S: Final = 2.0
 

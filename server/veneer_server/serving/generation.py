@@ -9,31 +9,28 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
-from typing import Final
 
 import msgspec
-from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.registry import Registry, RevisionLease
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
-from veneer_server.rpc.convert import (
-    ChatMessages,
-    FinishReason,
-    GenerateCall,
-    PromptText,
-    Provenance,
-)
-from veneer_server.rpc.transport.decoding import count_numbers, last_value, values
-from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.limits import (
     check_constraint_size,
     check_ids,
     most_prompt_tokens,
     resolve_sampling,
     room,
+)
+from veneer_server.serving.records import (
+    ChatMessages,
+    FinishReason,
+    GenerateCall,
+    PromptText,
+    Provenance,
 )
 from veneer_server.serving.samples import Delta, Sample, SampleStreams, sample_seed
 from veneer_server.serving.threads import Background
@@ -46,9 +43,6 @@ from veneer_server.wire.messages import SequenceOutput
 
 __all__ = ["Delta", "Generation", "Generator"]
 
-_PROMPT_FIELD: Final = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
-_TOKENS_FIELD: Final = inference_pb2.GenerateRequest.TOKEN_IDS_FIELD_NUMBER
-_IDS_FIELD: Final = inference_pb2.TokenIds.IDS_FIELD_NUMBER
 
 _log = get_logger(__name__)
 
@@ -264,13 +258,14 @@ class Generator:
         it: copies of it as protobuf, text and tokens."""
         self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
 
-    def check_wire(self, request: bytes) -> None:
-        """`check_text` of a GenerateRequest that was not parsed, and the same of its ids."""
-        if not self._engine.healthy:  # it is not said yet what fits
-            return
-        self.check_text(last_value(request, _PROMPT_FIELD))
-        for ids in values(request, _TOKENS_FIELD):
-            room(self._engine.info, None, sum(map(count_numbers, values(ids, _IDS_FIELD))))
+    def check_count(self, tokens: int) -> None:
+        """Raise ContextTooLong for so many token ids as a prompt, before they are used."""
+        room(self._engine.info, None, tokens)
+
+    @property
+    def ready(self) -> bool:
+        """It is known what fits."""
+        return self._engine.healthy
 
     def _check_deadline(self, time_remaining: float | None) -> None:
         if time_remaining is not None and time_remaining <= self._step_seconds():

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from veneer_registry.errors import ContextTooLong, InvalidField
 
-from veneer_server.rpc.convert import Sampling
+from veneer_server.serving.records import Sampling
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.messages import Constraint, EngineInfo, SamplingParams
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from veneer_registry.errors import InternalError
 
-from veneer_server.rpc.convert import FinishReason
+from veneer_server.serving.records import FinishReason
 from veneer_server.serving.threads import outlast
 from veneer_server.text.detokenizer import Detokenizer, StopStrings, TokenBytes
 from veneer_server.wire.messages import SequenceOutput, Tops

@@ -19,7 +19,7 @@ from veneer_registry.registry import Registry, Staged
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
-from veneer_server.serving.adapters.view import source_of
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.threads import outlast
 
 __all__ = ["Replacing", "Warm"]

@@ -32,8 +32,8 @@ from veneer_registry.registry import Registry, RevisionLease
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
+from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
-from veneer_server.serving.adapters.view import AdapterUse, source_of
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.wire.messages import AdapterSource, SamplingParams

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
 from veneer_server.engine.execution.sampler import sample
-from veneer_server.serving.checks import checked_sampling
+from veneer_server.rpc.convert import generate_call
 from veneer_server.serving.limits import resolve_sampling
+from veneer_server.serving.records import Sampling
 from veneer_server.step.choice import Choice, Draws
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.wire.messages import SamplingParams
@@ -35,6 +36,11 @@ def doubles(*ends: float) -> st.SearchStrategy[float]:
         st.sampled_from([TINY, 1e-300, 1e-45, 1e-39, 1e-38, 1e-5, 9e-6, 1 - 2**-53]),
         st.floats(min(ends), max(ends)),
     )
+
+
+def checked(asked: pb.SamplingOptions) -> Sampling:
+    """As a request's are. Raises InvalidField."""
+    return generate_call(pb.GenerateRequest(prompt="x", sampling=asked)).sampling
 
 
 def few(vocab: int) -> st.SearchStrategy[int]:
@@ -77,7 +83,7 @@ def rows(draw: st.DrawFn, vocab: int) -> torch.Tensor:
 @st.composite
 def choices(draw: st.DrawFn, vocab: int) -> Choice:
     try:
-        checked = checked_sampling(draw(options(vocab)))
+        asked = checked(draw(options(vocab)))
     except InvalidField:
         assume(False)
     token = few(vocab)
@@ -88,7 +94,7 @@ def choices(draw: st.DrawFn, vocab: int) -> Choice:
         allowed = np.zeros(vocab, dtype=np.bool_)
         allowed[draw(st.lists(token, min_size=1, max_size=4))] = True
     return Choice(
-        resolve_sampling(checked, RequestDefaults()),
+        resolve_sampling(asked, RequestDefaults()),
         draw(st.sampled_from([0, 1, 2**31])),
         seen_in(history[:begin], history[begin:]),
         allowed,
@@ -112,15 +118,15 @@ def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) 
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3))
     for top_k in (0, 1, 5, 550):
         asked = pb.SamplingOptions(top_p=TINY, top_k=top_k, seed=1)
-        choice = Choice(resolve_sampling(checked_sampling(asked), RequestDefaults()), 1)
+        choice = Choice(resolve_sampling(checked(asked), RequestDefaults()), 1)
         assert sample(logits, [choice], draws) == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("penalty", [TINY, 1e-300, 1e-39, 1e-3, math.nextafter(0.01, 0)])
 def test_a_repetition_penalty_that_could_overflow_is_refused(penalty: float) -> None:
     with pytest.raises(InvalidField, match=r"give 0\.01 to 100"):
-        checked_sampling(pb.SamplingOptions(repetition_penalty=penalty))
-    assert checked_sampling(pb.SamplingOptions(repetition_penalty=0.01)).repetition_penalty
+        checked(pb.SamplingOptions(repetition_penalty=penalty))
+    assert checked(pb.SamplingOptions(repetition_penalty=0.01)).repetition_penalty
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])

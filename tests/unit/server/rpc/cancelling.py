@@ -19,12 +19,12 @@ from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.registry import Registry
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient, EngineEvent
-from veneer_server.operate.housekeeping import Housekeeping
 from veneer_server.rpc.adapter_service import AdapterService
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.uploads import Uploads
-from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.housekeeping import Housekeeping
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import (

@@ -17,7 +17,7 @@ from veneer_registry.registry import Registry
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.models.config import read_decoder_config
 from veneer_server.serving.adapters.self_test import Report, SelfTest
-from veneer_server.serving.adapters.view import AdapterUse, source_of
+from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineConfig, ToEngine

@@ -21,8 +21,8 @@ from veneer_registry.errors import (
 )
 from veneer_server.adapters import references
 from veneer_server.serving.adapters.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.adapters.verdicts import BOUNDS
-from veneer_server.serving.adapters.view import source_of
 
 from tests.engine_harness import GREEDY
 from tests.unit.registry.kit import push

@@ -16,7 +16,7 @@ from veneer_server.engine_client.resident_set import Resident
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
-from veneer_server.serving.adapters.view import source_of
+from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.threads import to_the_end
 from veneer_server.wire.messages import AdapterFailed
 
