@@ -23,7 +23,7 @@ from veneer_registry.errors import (
     error_for_reason,
 )
 
-from veneer_server.engine_client.resident_set import Resident, Residents
+from veneer_server.engine_client.resident_set import Resident, ResidentSet
 from veneer_server.engine_client.streams import OutputStream
 from veneer_server.engine_client.supervisor import Supervisor
 from veneer_server.wire.messages import (
@@ -115,7 +115,7 @@ class EngineClient:
         self._streams: dict[int, OutputStream] = {}
         self._taken = 0
         self._operations: dict[int, asyncio.Future[OperationDone]] = {}
-        self._residents = Residents(
+        self._residents = ResidentSet(
             host_budget=config.host_adapter_bytes,
             device_budget=config.device_adapter_bytes,
             activate=self._activate,

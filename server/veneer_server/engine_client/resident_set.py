@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from veneer_registry.errors import (
@@ -23,13 +23,12 @@ from veneer_registry.errors import (
 )
 
 from veneer_server.progress import Stage, stage
-from veneer_server.wire.messages import AdapterSource, Occupancy, Residency
+from veneer_server.wire.messages import AdapterSource, MemoryTier, Occupancy, Residency
 
-__all__ = ["Lost", "Resident", "Residents"]
+__all__ = ["Lost", "Resident", "ResidentSet"]
 
 log = logging.getLogger(__name__)
 
-MemoryTier = Literal["host", "device"]
 Activate = Callable[[AdapterSource, MemoryTier, bool], Awaitable[None]]
 Hold = Callable[[AdapterSource], AbstractContextManager[object]]
 
@@ -76,7 +75,7 @@ class Lost:
     tries: int = 0
 
 
-class Residents:
+class ResidentSet:
     """Belongs to one event loop.
 
     Args:

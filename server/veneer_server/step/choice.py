@@ -25,13 +25,13 @@ class Choice:
 
     Attributes:
         position: index of the new token.
-        history: the tokens so far, where `params` needs them.
+        token_counts: the tokens so far, where `params` needs them.
         allowed: [vocab] bool, or None where every token is allowed; at least one is.
     """
 
     params: SamplingParams
     position: int
-    history: Seen | None = None
+    token_counts: Seen | None = None
     allowed: NDArray[np.bool_] | None = None
 
 

@@ -60,7 +60,7 @@ class PlannedSequence:
         position: index of the token to be sampled; with the seed it names one
             random number, so a token does not depend on who shares the batch.
         top_logprobs: most likely tokens wanted beside each log-probability.
-        history: the tokens so far, where one is sampled and that takes them.
+        token_counts: the tokens so far, where one is sampled and that takes them.
         constraint: what the output must be; its state is the runner's.
     """
 
@@ -75,7 +75,7 @@ class PlannedSequence:
     sampling: SamplingParams
     position: int
     top_logprobs: int = 0
-    history: Seen | None = None
+    token_counts: Seen | None = None
     constraint: Constraint | None = None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["History", "Seen"]
+__all__ = ["Seen", "TokenCounts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class Seen:
     counts: NDArray[np.int64]
 
 
-class History:
+class TokenCounts:
     """What is `Seen` of one sequence, while its output grows.
 
     Attributes:

@@ -37,6 +37,7 @@ __all__ = [
     "FromEngine",
     "Loading",
     "MatcherEnded",
+    "MemoryTier",
     "Occupancy",
     "OperationDone",
     "Ping",
@@ -62,6 +63,8 @@ __all__ = [
 ]
 
 TierName = Literal["disk", "host", "device"]
+
+MemoryTier = Literal["host", "device"]
 
 EvictMode = Literal["drain", "fail_if_busy", "abort", "forget"]
 
@@ -234,7 +237,7 @@ class SamplingParams(Message, frozen=True):
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
 
     @property
-    def needs_history(self) -> bool:
+    def needs_token_counts(self) -> bool:
         """Choosing a token takes the tokens before it."""
         return (
             self.repetition_penalty != 1.0
@@ -301,7 +304,7 @@ class Activate(Message, frozen=True):
 
     operation: int
     adapter: AdapterSource
-    tier: Literal["host", "device"] = "device"
+    tier: MemoryTier = "device"
     pin: bool = False
 
 

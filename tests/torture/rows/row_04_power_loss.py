@@ -12,13 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer_registry.adapter import AdapterRef
-from veneer_registry.errors import ChecksumMismatch, VeneerError
-from veneer_registry.format import verify_weights
-from veneer_registry.registry import Registry
-
-from tests.torture.disk_model import Choice, Disk
-from tests.torture.history import (
+from tests.torture.token_counts import (
     BROKEN_OFF,
     PLANTED,
     Promise,
@@ -26,6 +20,12 @@ from tests.torture.history import (
     open_registry,
     resume,
 )
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.errors import ChecksumMismatch, VeneerError
+from veneer_registry.format import verify_weights
+from veneer_registry.registry import Registry
+
+from tests.torture.disk_model import Choice, Disk
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.syscalls import missing_strace, trace
 from tests.unit.registry.kit import push
@@ -65,7 +65,7 @@ def record(work: Path, story: Story) -> Disk:
     planted = story.planted
     arguments += ["--planted", planted] if planted else []
     status, _, errors, calls = trace(
-        "tests.torture.history", arguments, work / "calls", reads=True
+        "tests.torture.token_counts", arguments, work / "calls", reads=True
     )
     if status != 0:
         raise RuntimeError(f"the recorded history failed: {errors[-800:]}")

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, Phase, core, settings
 from hypothesis.reporting import with_reporter
 from hypothesis.stateful import run_state_machine_as_test
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.entry import Entry
+from veneer_registry.entry import LedgerEntry
 from veneer_registry.index import Index
-from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
 
 from tests.torture.registry_rules import RegistryRules
@@ -101,7 +101,7 @@ def run(scale: Scale) -> Outcome:
 # ------------------------------------------------------------------- planted bugs
 
 
-def _beyond(self: Entry, retain: int) -> tuple[AdapterRef, ...]:
+def _beyond(self: LedgerEntry, retain: int) -> tuple[AdapterRef, ...]:
     superseded = [ref for ref in self.revisions if ref != self.current]
     return tuple(superseded[retain if self.retain is None else self.retain :])
 
@@ -131,7 +131,7 @@ Plant = Callable[[], AbstractContextManager[Any]]
 PLANTED: dict[str, tuple[Machine, Plant]] = {
     "retention forgets what aliases mean": (
         RegistryRules,
-        lambda: patch.object(Entry, "beyond", _beyond),
+        lambda: patch.object(LedgerEntry, "beyond", _beyond),
     ),
     "a held adapter is evicted": (StoreAndMemory, _holds_are_not_counted),
     "a sweep takes what requests lease": (
@@ -144,12 +144,12 @@ PLANTED: dict[str, tuple[Machine, Plant]] = {
     ),
     "pins do not count when room is made": (
         StoreAndMemory,
-        lambda: patch.object(Copies, "pin_keeps", lambda self, entry, tier: False),
+        lambda: patch.object(Ledger, "pin_keeps", lambda self, entry, tier: False),
     ),
     "lower budgets drop nothing": (
         StoreAndMemory,
         lambda: patch(
-            "veneer_server.engine.residency.residency.shrink", lambda copies, waiting: []
+            "veneer_server.engine.residency.residency.shrink", lambda ledger, waiting: []
         ),
     ),
 }

@@ -142,7 +142,7 @@ class ModelRunner:
         return Choice(
             params=sequence.sampling,
             position=sequence.position,
-            history=sequence.history,
+            token_counts=sequence.token_counts,
             allowed=allowed,
         )
 

@@ -171,8 +171,8 @@ def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Ch
 
 
 def _seen(choice: Choice) -> Seen:
-    assert choice.history is not None, "penalties without the tokens that they are of"
-    return choice.history
+    assert choice.token_counts is not None, "penalties without the tokens that they are of"
+    return choice.token_counts
 
 
 def _places(

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from veneer_server.engine.integrity import in_slices
-from veneer_server.engine.residency.tiers import Entry, MemoryTier, Presence
+from veneer_server.engine.residency.tiers import LedgerEntry, MemoryTier, Presence
 
 __all__ = ["EvictionOrder", "Key", "ReloadCost"]
 
@@ -64,7 +64,7 @@ class ReloadCost:
         """Seconds a byte for a transfer of ``count`` bytes to a tier."""
         return self._by_class.get((tier, count.bit_length()), self._overall[tier])
 
-    def of_losing(self, entry: Entry, tier: MemoryTier, *, shared: bool) -> float:
+    def of_losing(self, entry: LedgerEntry, tier: MemoryTier, *, shared: bool) -> float:
         """Seconds a byte to have back what goes with the copy in ``tier``."""
         cost = self.per_byte(tier, entry.bytes)
         if tier == "device" and entry.host is not Presence.THERE:
@@ -88,13 +88,13 @@ class EvictionOrder:
         self.idle_bytes = 0
         self._last_uses: OrderedDict[str, int] = OrderedDict()
         """Of copies here, the least recently used first."""
-        self._offered: dict[str, tuple[Key, Entry]] = {}
+        self._offered: dict[str, tuple[Key, LedgerEntry]] = {}
         self._heap: list[tuple[Key, str]] = []
         """Also holds keys that have changed since; `_offered` has the valid ones."""
 
     # -------------------------------------------------------------- what happens
 
-    def used(self, entry: Entry, now: int, before: int | None, *, again: bool) -> None:
+    def used(self, entry: LedgerEntry, now: int, before: int | None, *, again: bool) -> None:
         """A request asks for an adapter, whether it has a copy here or not.
 
         Args:
@@ -115,39 +115,39 @@ class EvictionOrder:
             self._last_uses[entry.digest] = now
             self._last_uses.move_to_end(entry.digest)
 
-    def expect(self, entry: Entry) -> None:
+    def expect(self, entry: LedgerEntry) -> None:
         """An operator wants it here: it need not prove itself."""
         standing = entry.standing[self.tier]
         standing.uses = max(1, standing.uses)
 
-    def came(self, entry: Entry, now: int) -> None:
+    def came(self, entry: LedgerEntry, now: int) -> None:
         """A copy is here, or has its room."""
         self._last_uses[entry.digest] = now
         self._last_uses.move_to_end(entry.digest)
         entry.standing[self.tier].age = self.age
 
-    def went(self, entry: Entry) -> None:
+    def went(self, entry: LedgerEntry) -> None:
         """Its copy is here no more."""
         self.withdraw(entry)
         del self._last_uses[entry.digest]
         entry.standing[self.tier].uses = 0
 
-    def rested(self, entry: Entry) -> None:
+    def rested(self, entry: LedgerEntry) -> None:
         """Its last request has ended."""
         entry.standing[self.tier].age = self.age
 
     # --------------------------------------------------------------- what may go
 
-    def offer(self, entry: Entry, cost: float) -> None:
+    def offer(self, entry: LedgerEntry, cost: float) -> None:
         """It may go; ``cost``: seconds a byte to have it back. Harmless to repeat."""
         self._put(entry, self.key(entry, cost))
 
-    def withdraw(self, entry: Entry) -> None:
+    def withdraw(self, entry: LedgerEntry) -> None:
         """It may not go now. Harmless to repeat."""
         if self._offered.pop(entry.digest, None) is not None:
             self.idle_bytes -= entry.bytes
 
-    def take(self) -> tuple[Key, Entry] | None:
+    def take(self) -> tuple[Key, LedgerEntry] | None:
         """The offered copy whose loss costs least, offered no more; None if there is none."""
         while self._heap:
             key, digest = heapq.heappop(self._heap)
@@ -158,23 +158,23 @@ class EvictionOrder:
                 return offered
         return None
 
-    def put_back(self, taken: tuple[Key, Entry]) -> None:
+    def put_back(self, taken: tuple[Key, LedgerEntry]) -> None:
         """What was taken stays after all."""
         key, entry = taken
         self._put(entry, key)
 
-    def evicted(self, taken: tuple[Key, Entry]) -> None:
+    def evicted(self, taken: tuple[Key, LedgerEntry]) -> None:
         """What was taken goes, for another: the tier ages."""
         self.age = max(self.age, taken[0][0])
 
-    def key(self, entry: Entry, cost: float) -> Key:
+    def key(self, entry: LedgerEntry, cost: float) -> Key:
         """The lowest goes first."""
         standing = entry.standing[self.tier]
         if not standing.uses:
             return standing.age, cost, -entry.used
         return standing.age + standing.uses * cost, 0.0, entry.used
 
-    def _put(self, entry: Entry, key: Key) -> None:
+    def _put(self, entry: LedgerEntry, key: Key) -> None:
         offered = self._offered.get(entry.digest)
         if offered is not None and offered[0] == key:
             return
@@ -186,7 +186,7 @@ class EvictionOrder:
             self._heap = [(key, digest) for digest, (key, _) in self._offered.items()]
             heapq.heapify(self._heap)
 
-    def check_entry(self, entry: Entry, *, idle: bool) -> None:
+    def check_entry(self, entry: LedgerEntry, *, idle: bool) -> None:
         """This tier's lists have the entry where they must and nowhere else."""
         here = entry.at(self.tier) is not Presence.ABSENT
         digest = entry.digest

@@ -15,10 +15,10 @@ from veneer_registry.errors import AdapterBudgetExceeded
 
 from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.residency.eviction import EvictionOrder, ReloadCost
-from veneer_server.engine.residency.tiers import TIERS, Drop, Entry, MemoryTier, Presence
+from veneer_server.engine.residency.tiers import TIERS, Drop, LedgerEntry, MemoryTier, Presence
 from veneer_server.wire.messages import AdapterSource, EvictionCause
 
-__all__ = ["FLAG", "Copies"]
+__all__ = ["FLAG", "Ledger"]
 
 FLAG: Final[dict[MemoryTier, str]] = {
     "device": "device-adapter-bytes",
@@ -29,7 +29,7 @@ _MOST_REMEMBERED: Final = 8192
 """Adapters whose last request is remembered, in memory or not."""
 
 
-class Copies:
+class Ledger:
     """See the module and, for what holds, pins and `shared` mean, `residency`.
 
     Attributes:
@@ -52,15 +52,15 @@ class Copies:
     ) -> None:
         self.budgets = budgets
         self.shared = shared
-        self.entries: dict[str, Entry] = {}
-        self.leased: dict[str, Entry] = {}
-        self.draining: dict[str, Entry] = {}
+        self.entries: dict[str, LedgerEntry] = {}
+        self.leased: dict[str, LedgerEntry] = {}
+        self.draining: dict[str, LedgerEntry] = {}
         self.orders = {tier: order(tier) for tier in TIERS}
         self.cost = ReloadCost()
         self.loads = 0
         self.holds = 0
         self.ceilings = {tier: self.budget(tier) for tier in TIERS}
-        self._pinned: dict[str, Entry] = {}
+        self._pinned: dict[str, LedgerEntry] = {}
         self._bytes = dict.fromkeys(TIERS, 0)
         self._counts = dict.fromkeys(TIERS, 0)
         self._last_requests: OrderedDict[str, int] = OrderedDict()
@@ -87,7 +87,7 @@ class Copies:
         return max(0, self._bytes[tier] - self.budget(tier))
 
     def pinned_bytes(
-        self, tier: MemoryTier, *, beside: Entry | None = None, there: bool = False
+        self, tier: MemoryTier, *, beside: LedgerEntry | None = None, there: bool = False
     ) -> int:
         """Bytes of all that pins keep in a tier; only of what takes room in it already
         if ``there``."""
@@ -101,13 +101,13 @@ class Copies:
 
     # -------------------------------------------------------------------- rules
 
-    def pin_keeps(self, entry: Entry, tier: MemoryTier) -> bool:
+    def pin_keeps(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
         """A pin forbids to evict the copy in this tier."""
         if entry.pinned is None:
             return False
         return entry.pinned == tier or (self.shared and tier == "host")
 
-    def evictable(self, entry: Entry, tier: MemoryTier) -> bool:
+    def evictable(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
         """Nothing uses the copy now, and no pin keeps it. That someone waits for it is no
         matter here."""
         if entry.at(tier) is not Presence.THERE or self.pin_keeps(entry, tier):
@@ -118,7 +118,7 @@ class Copies:
 
     # ------------------------------------------------------------------ changes
 
-    def find_or_make(self, source: AdapterSource, itemsize: int) -> Entry:
+    def find_or_make(self, source: AdapterSource, itemsize: int) -> LedgerEntry:
         """Its entry, or one that the caller may put among the others.
 
         Raises:
@@ -133,9 +133,9 @@ class Copies:
                     f"{budget}; raise it, or start the server with a larger --{FLAG[tier]}",
                     metadata={"bytes": str(size), "budget": str(budget), "tier": tier},
                 )
-        return self.entries.get(source.weights_digest) or Entry(source, size)
+        return self.entries.get(source.weights_digest) or LedgerEntry(source, size)
 
-    def request(self, entry: Entry) -> None:
+    def request(self, entry: LedgerEntry) -> None:
         """A sequence asks for an adapter, which is among the entries."""
         before, again = self._last_requests.pop(entry.digest, None), entry.leases > 0
         self.touch(entry)
@@ -148,7 +148,7 @@ class Copies:
         self.leased[entry.digest] = entry
         self.sort(entry)
 
-    def expect(self, entry: Entry, tier: MemoryTier) -> None:
+    def expect(self, entry: LedgerEntry, tier: MemoryTier) -> None:
         """An operator wants it in a tier: it need not prove that it is worth its room."""
         self.orders["host"].expect(entry)
         if tier == "device":
@@ -156,30 +156,30 @@ class Copies:
         self.touch(entry)
         self.sort(entry)
 
-    def rest(self, entry: Entry) -> None:
+    def rest(self, entry: LedgerEntry) -> None:
         """Its last sequence has ended."""
         del self.leased[entry.digest]
         for order in self.orders.values():
             order.rested(entry)
         self.sort(entry)
 
-    def hold(self, entry: Entry) -> None:
+    def hold(self, entry: LedgerEntry) -> None:
         """A sequence that uses it is scheduled."""
         entry.holds += 1
         self.holds += 1
         self.touch(entry)
 
-    def unhold(self, entry: Entry) -> None:
+    def unhold(self, entry: LedgerEntry) -> None:
         """A sequence that used it is not scheduled any more."""
         assert entry.holds > 0, "hold released twice"
         entry.holds -= 1
         self.holds -= 1
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: LedgerEntry) -> None:
         self._clock += 1
         entry.used = self._clock
 
-    def pin(self, entry: Entry, tier: MemoryTier | None) -> None:
+    def pin(self, entry: LedgerEntry, tier: MemoryTier | None) -> None:
         """Set an operator's flag, or remove it."""
         entry.pinned = tier
         if tier is None:
@@ -188,7 +188,7 @@ class Copies:
             self._pinned[entry.digest] = entry
         self.sort(entry)
 
-    def drain(self, entry: Entry, *, draining: bool) -> None:
+    def drain(self, entry: LedgerEntry, *, draining: bool) -> None:
         """Set the flag, or remove it."""
         entry.draining = draining
         if draining:
@@ -196,7 +196,7 @@ class Copies:
         else:
             self.draining.pop(entry.digest, None)
 
-    def place(self, entry: Entry, tier: MemoryTier, presence: Presence) -> None:
+    def place(self, entry: LedgerEntry, tier: MemoryTier, presence: Presence) -> None:
         """A copy begins to come, is there, or is no more."""
         before = entry.at(tier)
         here = presence is not Presence.ABSENT
@@ -214,7 +214,7 @@ class Copies:
             self.orders[tier].went(entry)
         self.sort(entry)
 
-    def drop(self, entry: Entry, tier: MemoryTier, cause: EvictionCause) -> list[Drop]:
+    def drop(self, entry: LedgerEntry, tier: MemoryTier, cause: EvictionCause) -> list[Drop]:
         """Free a copy now, and with shared memory what it is the same as."""
         assert tier == "host" or entry.holds == 0, "a held adapter was evicted"
         both = self.shared and tier == "host" and entry.device is Presence.THERE
@@ -225,14 +225,14 @@ class Copies:
         self.forget_if_idle(entry)
         return drops
 
-    def forget_if_idle(self, entry: Entry) -> None:
+    def forget_if_idle(self, entry: LedgerEntry) -> None:
         idle = entry.host is Presence.ABSENT and entry.device is Presence.ABSENT
         if idle and not entry.leases and entry.wanted is None:
             self.entries.pop(entry.digest, None)
             self._pinned.pop(entry.digest, None)
             self.draining.pop(entry.digest, None)
 
-    def sort(self, entry: Entry) -> None:
+    def sort(self, entry: LedgerEntry) -> None:
         """Offer to evict what is idle, and nothing else."""
         for tier, order in self.orders.items():
             if self._idle(entry, tier):
@@ -245,7 +245,7 @@ class Copies:
         for tier in TIERS:
             self.ceilings[tier] = max(self.budget(tier), self._bytes[tier])
 
-    def _idle(self, entry: Entry, tier: MemoryTier) -> bool:
+    def _idle(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
         return not entry.leases and self.evictable(entry, tier)
 
     # ------------------------------------------------------------------- checks
@@ -303,7 +303,7 @@ class _Found:
 
     Attributes:
         here, bytes: copies that take room, and how much.
-        there: complete copies.
+        there: complete ledger.
         idle, idle_bytes: copies that may go.
     """
 
@@ -313,7 +313,7 @@ class _Found:
     idle: int = 0
     idle_bytes: int = 0
 
-    def count(self, entry: Entry, tier: MemoryTier, *, idle: bool) -> None:
+    def count(self, entry: LedgerEntry, tier: MemoryTier, *, idle: bool) -> None:
         if (presence := entry.at(tier)) is not Presence.ABSENT:
             self.here += 1
             self.bytes += entry.bytes

@@ -25,12 +25,12 @@ from itertools import chain, islice
 from typing import Final
 
 from veneer_server.engine.residency.eviction import Key
-from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.tiers import (
     TIERS,
     Action,
     Drop,
-    Entry,
+    LedgerEntry,
     Load,
     MemoryTier,
     MoveToDevice,
@@ -38,7 +38,7 @@ from veneer_server.engine.residency.tiers import (
     Presence,
 )
 
-__all__ = ["AHEAD", "Planner", "Wants", "shrink"]
+__all__ = ["AHEAD", "LoadPlanner", "Wants", "shrink"]
 
 AHEAD: Final = 0.5
 """Share of HOST that reading ahead may hold when it has to evict for more."""
@@ -56,25 +56,25 @@ class Wants:
         loads: most loads under way at once.
     """
 
-    operators: tuple[Entry, ...]
-    waiting: tuple[Entry, ...]
+    operators: tuple[LedgerEntry, ...]
+    waiting: tuple[LedgerEntry, ...]
     near: int
     overdue: str | None
     loads: int
 
 
-class Planner:
+class LoadPlanner:
     """Made for one planning."""
 
-    def __init__(self, copies: Copies, wants: Wants) -> None:
-        self._copies = copies
+    def __init__(self, ledger: Ledger, wants: Wants) -> None:
+        self._ledger = ledger
         self._wants = wants
         self._queue = list(dict.fromkeys(chain(wants.operators, wants.waiting)))
         self._near = len({*wants.operators, *wants.waiting[: wants.near]})
-        self._largest = min(copies.budget(tier) for tier in TIERS)
-        self._protected: set[Entry] = set()
-        self._in_demand: dict[MemoryTier, list[tuple[int, Entry]]] = {}
-        """Copies that sequences use: (the want they are for, whose it is), best last."""
+        self._largest = min(ledger.budget(tier) for tier in TIERS)
+        self._protected: set[LedgerEntry] = set()
+        self._in_demand: dict[MemoryTier, list[tuple[int, LedgerEntry]]] = {}
+        """Ledger that sequences use: (the want they are for, whose it is), best last."""
         self._actions: list[Action] = []
         self._blocked: str | None = None
         self._impossible: list[str] = []
@@ -105,14 +105,14 @@ class Planner:
 
     # -------------------------------------------------------------------- one want
 
-    def _serve(self, index: int, entry: Entry, target: MemoryTier) -> None:
-        copies = self._copies
-        missing = copies.bytes_in(target) + entry.bytes - copies.budget(target)
+    def _serve(self, index: int, entry: LedgerEntry, target: MemoryTier) -> None:
+        ledger = self._ledger
+        missing = ledger.bytes_in(target) + entry.bytes - ledger.budget(target)
         if self._make_room(target, missing, entry, index):
             self._bring(entry, target)
             return
-        pinned = copies.pinned_bytes(target, beside=entry, there=True)
-        if pinned + entry.bytes > copies.budget(target):
+        pinned = ledger.pinned_bytes(target, beside=entry, there=True)
+        if pinned + entry.bytes > ledger.budget(target):
             self._impossible.append(entry.digest)
             return
         self._blocked = entry.digest
@@ -127,15 +127,15 @@ class Planner:
                 left["host"] = 0
 
     def _serve_ahead(
-        self, entry: Entry, target: MemoryTier, left: dict[MemoryTier, int]
+        self, entry: LedgerEntry, target: MemoryTier, left: dict[MemoryTier, int]
     ) -> None:
         if entry.bytes > left[target]:
             if target == "device" or entry.bytes > self._may_read_ahead:
                 return
-            before = self._copies.bytes_in("host")
+            before = self._ledger.bytes_in("host")
             if not self._make_room("host", entry.bytes - left["host"], entry, None):
                 return
-            left["host"] += before - self._copies.bytes_in("host")
+            left["host"] += before - self._ledger.bytes_in("host")
         if target == "host":
             self._may_read_ahead -= entry.bytes
         left[target] -= entry.bytes
@@ -143,19 +143,19 @@ class Planner:
 
     def _fill_up_from(self, index: int) -> dict[MemoryTier, int]:
         """From this want on, DEVICE is only filled up and HOST read ahead into."""
-        copies = self._copies
-        self._left = {tier: copies.budget(tier) - copies.bytes_in(tier) for tier in TIERS}
+        ledger = self._ledger
+        self._left = {tier: ledger.budget(tier) - ledger.bytes_in(tier) for tier in TIERS}
         ahead = sum(
             e.bytes
             for e in islice(self._queue, index, None)
             if e.host is not Presence.ABSENT and e.device is Presence.ABSENT
         )
-        if not copies.excess("host"):
-            self._may_read_ahead = int(AHEAD * copies.budget("host")) - ahead
+        if not ledger.excess("host"):
+            self._may_read_ahead = int(AHEAD * ledger.budget("host")) - ahead
         return self._left
 
-    def _bring(self, entry: Entry, target: MemoryTier) -> None:
-        self._copies.place(entry, target, Presence.COMING)
+    def _bring(self, entry: LedgerEntry, target: MemoryTier) -> None:
+        self._ledger.place(entry, target, Presence.COMING)
         if target == "host":
             self._actions.append(Load(entry.source))
         else:
@@ -172,12 +172,12 @@ class Planner:
             if self._for_operators >= most:
                 return False
             self._for_operators += 1
-        return self._copies.loads < self._wants.loads
+        return self._ledger.loads < self._wants.loads
 
     # ------------------------------------------------------------------------ room
 
     def _make_room(
-        self, tier: MemoryTier, missing: int, entry: Entry, index: int | None
+        self, tier: MemoryTier, missing: int, entry: LedgerEntry, index: int | None
     ) -> bool:
         """Free so many bytes of a tier, or nothing.
 
@@ -186,17 +186,17 @@ class Planner:
         """
         if missing <= 0:
             return True
-        order = self._copies.orders[tier]
+        order = self._ledger.orders[tier]
         if index is None and order.idle_bytes < missing:
             return False
-        used: list[tuple[int, Entry]] = []
+        used: list[tuple[int, LedgerEntry]] = []
         if order.idle_bytes < missing:
             used = self._take_in_demand(tier, missing - order.idle_bytes, index or 0)
             if order.idle_bytes + sum(e.bytes for _, e in used) < missing:
                 self._in_demand[tier] += reversed(used)
                 return False
-        idle: list[tuple[Key, Entry]] = []
-        spared: list[tuple[Key, Entry]] = []
+        idle: list[tuple[Key, LedgerEntry]] = []
+        spared: list[tuple[Key, LedgerEntry]] = []
         missing -= sum(e.bytes for _, e in used)
         while missing > 0 and (taken := order.take()) is not None:
             keep = taken[1] is entry or taken[1] in self._protected
@@ -211,38 +211,38 @@ class Planner:
         for each in idle:
             order.evicted(each)
         for victim in [*(e for _, e in idle), *(e for _, e in used)]:
-            self._actions += self._copies.drop(victim, tier, "capacity")
+            self._actions += self._ledger.drop(victim, tier, "capacity")
         return True
 
     def _take_in_demand(
         self, tier: MemoryTier, missing: int, index: int
-    ) -> list[tuple[int, Entry]]:
-        """Copies that sequences use and that may go for want ``index``, best first: so
+    ) -> list[tuple[int, LedgerEntry]]:
+        """Ledger that sequences use and that may go for want ``index``, best first: so
         many bytes, or all there are."""
         if tier not in self._in_demand:
             self._in_demand[tier] = self._find_in_demand(tier)
         found, taken = self._in_demand[tier], []
         while missing > 0 and found and found[-1][0] > index:
             place, entry = found.pop()
-            if self._copies.evictable(entry, tier):
+            if self._ledger.evictable(entry, tier):
                 taken.append((place, entry))
                 missing -= entry.bytes
         return taken
 
-    def _find_in_demand(self, tier: MemoryTier) -> list[tuple[int, Entry]]:
-        copies, queue = self._copies, self._queue
-        found = [(i, e) for i, e in enumerate(queue) if e.leases and copies.evictable(e, tier)]
-        if tier == "host" and not copies.shared:
+    def _find_in_demand(self, tier: MemoryTier) -> list[tuple[int, LedgerEntry]]:
+        ledger, queue = self._ledger, self._queue
+        found = [(i, e) for i, e in enumerate(queue) if e.leases and ledger.evictable(e, tier)]
+        if tier == "host" and not ledger.shared:
             waiting = set(queue)
             found += (
                 (len(queue), e)
-                for e in copies.leased.values()
-                if e not in waiting and e.device is Presence.THERE and copies.evictable(e, tier)
+                for e in ledger.leased.values()
+                if e not in waiting and e.device is Presence.THERE and ledger.evictable(e, tier)
             )
         return found
 
 
-def _next_tier(entry: Entry) -> MemoryTier | None:
+def _next_tier(entry: LedgerEntry) -> MemoryTier | None:
     """The tier to bring a wanted adapter to now, or None if it is there or moving."""
     if entry.host is Presence.COMING or entry.device is Presence.COMING:
         return None
@@ -256,7 +256,7 @@ def _next_tier(entry: Entry) -> MemoryTier | None:
     return None if only_host else "device"
 
 
-def shrink(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
+def shrink(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
     """Drop what is past the budgets and not in use, and mark what must leave after it.
 
     Args:
@@ -264,40 +264,40 @@ def shrink(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
     """
     drops: list[Drop] = []
     queue = set(waiting)
-    running = [e for e in copies.leased.values() if e not in queue]
+    running = [e for e in ledger.leased.values() if e not in queue]
     for tier in TIERS:
-        order = copies.orders[tier]
-        while copies.excess(tier) and (idle := order.take()) is not None:
-            drops += copies.drop(idle[1], tier, "budget")
+        order = ledger.orders[tier]
+        while ledger.excess(tier) and (idle := order.take()) is not None:
+            drops += ledger.drop(idle[1], tier, "budget")
         for entry in [*running, *reversed(waiting)]:
-            if copies.excess(tier) and copies.evictable(entry, tier):
-                drops += copies.drop(entry, tier, "budget")
-    copies.lower_ceilings()
-    _mark_leaving(copies)
+            if ledger.excess(tier) and ledger.evictable(entry, tier):
+                drops += ledger.drop(entry, tier, "budget")
+    ledger.lower_ceilings()
+    _mark_leaving(ledger)
     return drops
 
 
-def _mark_leaving(copies: Copies) -> None:
+def _mark_leaving(ledger: Ledger) -> None:
     """Of what runs, as much as is past the budgets leaves when its holds end: what is too
     large first, then what is worth least."""
-    everyone = copies.entries.values()
+    everyone = ledger.entries.values()
     coming = sum(e.bytes for e in everyone if Presence.COMING in (e.host, e.device))
     # What is coming may go when it has come.
-    excess = {tier: copies.excess(tier) - coming for tier in TIERS}
-    order = copies.orders["device"]
+    excess = {tier: ledger.excess(tier) - coming for tier in TIERS}
+    order = ledger.orders["device"]
 
-    def rank(entry: Entry) -> tuple[bool, bool, Key]:
-        fits = all(entry.bytes <= copies.budget(tier) for tier in TIERS)
-        cost = copies.cost.of_losing(entry, "device", shared=copies.shared)
+    def rank(entry: LedgerEntry) -> tuple[bool, bool, Key]:
+        fits = all(entry.bytes <= ledger.budget(tier) for tier in TIERS)
+        cost = ledger.cost.of_losing(entry, "device", shared=ledger.shared)
         return fits, not entry.leaving, order.key(entry, cost)
 
-    held = [e for e in everyone if e.holds and not copies.pin_keeps(e, "device")]
+    held = [e for e in everyone if e.holds and not ledger.pin_keeps(e, "device")]
     held.sort(key=rank)
     for entry in everyone:
         entry.leaving = False
     for entry in held:
         tiers: list[MemoryTier] = ["device"]
-        if copies.shared and not copies.pin_keeps(entry, "host"):
+        if ledger.shared and not ledger.pin_keeps(entry, "host"):
             tiers.append("host")
         entry.leaving = any(excess[tier] > 0 for tier in tiers)
         for tier in tiers:

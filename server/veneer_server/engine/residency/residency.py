@@ -33,13 +33,13 @@ from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterP
 
 from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.residency.eviction import EvictionOrder
-from veneer_server.engine.residency.ledger import FLAG, Copies
-from veneer_server.engine.residency.load_planner import Planner, Wants, shrink
+from veneer_server.engine.residency.ledger import FLAG, Ledger
+from veneer_server.engine.residency.load_planner import LoadPlanner, Wants, shrink
 from veneer_server.engine.residency.tiers import (
     TIERS,
     Action,
     Drop,
-    Entry,
+    LedgerEntry,
     MemoryTier,
     Plan,
     Presence,
@@ -74,8 +74,8 @@ class Residency:
         order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
     ) -> None:
         budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
-        self._copies = Copies(budgets, shared=shared, order=order)
-        self._entries = self._copies.entries
+        self._ledger = Ledger(budgets, shared=shared, order=order)
+        self._entries = self._ledger.entries
         self._itemsize = itemsize
         self._shared = shared
         self._most_loads = most_loads
@@ -86,15 +86,15 @@ class Residency:
 
     def budget(self, tier: MemoryTier) -> int:
         """Bytes, as set: what is planned for, whatever is held now."""
-        return self._copies.budgets[tier]
+        return self._ledger.budgets[tier]
 
     def bytes_in(self, tier: MemoryTier) -> int:
         """Bytes in use or reserved in a tier."""
-        return self._copies.bytes_in(tier)
+        return self._ledger.bytes_in(tier)
 
     def count_in(self, tier: MemoryTier) -> int:
         """Adapters that are complete in a tier."""
-        return self._copies.count_in(tier)
+        return self._ledger.count_in(tier)
 
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
@@ -130,11 +130,11 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
-        entry = self._copies.find_or_make(source, self._itemsize)
+        entry = self._ledger.find_or_make(source, self._itemsize)
         self._entries[entry.digest] = entry
         found: TierName = "disk" if entry.draining else self.tier(entry.digest)
         entry.forgotten = False
-        self._copies.request(entry)
+        self._ledger.request(entry)
         return found
 
     def release(self, digest: str) -> list[Action]:
@@ -142,22 +142,22 @@ class Residency:
         entry = self._entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
-        self._copies.touch(entry)
+        self._ledger.touch(entry)
         if not entry.leases:
-            self._copies.rest(entry)
+            self._ledger.rest(entry)
         actions = self.settle(digest)
-        self._copies.forget_if_idle(entry)
+        self._ledger.forget_if_idle(entry)
         return actions
 
     def try_hold(self, digest: str) -> bool:
         """Grip the DEVICE copy for a sequence that is about to be scheduled."""
         if not self.ready(digest):
             return False
-        self._copies.hold(self._entries[digest])
+        self._ledger.hold(self._entries[digest])
         return True
 
     def unhold(self, digest: str) -> None:
-        self._copies.unhold(self._entries[digest])
+        self._ledger.unhold(self._entries[digest])
 
     # ------------------------------------------------------------------ planning
 
@@ -172,16 +172,16 @@ class Residency:
             near: how many of the wants may be in use at the same time; all if None.
         """
         idle = not wants and not self._operator_wants and not self._shrinking
-        if idle and not self._copies.draining:
+        if idle and not self._ledger.draining:
             return Plan()
         entries = self._entries
         waiting = tuple(entries[digest] for digest in wants)
         # What ran on it may have been preempted since.
-        drops = [drop for digest in list(self._copies.draining) for drop in self.settle(digest)]
+        drops = [drop for digest in list(self._ledger.draining) for drop in self.settle(digest)]
         drops += self._shrink(waiting)
         operators = islice(self._operator_wants, _MOST_OPERATORS)
-        planner = Planner(
-            self._copies,
+        planner = LoadPlanner(
+            self._ledger,
             Wants(
                 operators=tuple(entries[digest] for digest in operators),
                 waiting=waiting,
@@ -198,19 +198,19 @@ class Residency:
     def loaded(self, digest: str, seconds: float = 0.0) -> None:
         """The HOST copy is complete; reading it took ``seconds``, if measured."""
         entry = self._entries[digest]
-        self._copies.cost.observe("host", entry.bytes, seconds)
-        self._copies.place(entry, "host", Presence.THERE)
+        self._ledger.cost.observe("host", entry.bytes, seconds)
+        self._ledger.place(entry, "host", Presence.THERE)
         if entry.wanted == "host":
             self._unwant(digest)
-        self._copies.touch(entry)
+        self._ledger.touch(entry)
 
     def moved(self, digest: str, seconds: float = 0.0) -> None:
         """The DEVICE copy is complete; copying it took ``seconds``, if measured."""
         entry = self._entries[digest]
-        self._copies.cost.observe("device", entry.bytes, seconds)
-        self._copies.place(entry, "device", Presence.THERE)
+        self._ledger.cost.observe("device", entry.bytes, seconds)
+        self._ledger.place(entry, "device", Presence.THERE)
         self._unwant(digest)
-        self._copies.touch(entry)
+        self._ledger.touch(entry)
 
     def failed(self, digest: str) -> None:
         """A load or move failed, or can never begin: a pin that it was for is void."""
@@ -219,11 +219,11 @@ class Residency:
             return  # it was forgotten with its last sequence, which failed first
         for tier in TIERS:
             if entry.at(tier) is Presence.COMING:
-                self._copies.place(entry, tier, Presence.ABSENT)
+                self._ledger.place(entry, tier, Presence.ABSENT)
         if entry.pinned is not None and entry.at(entry.pinned) is not Presence.THERE:
-            self._copies.pin(entry, None)
+            self._ledger.pin(entry, None)
         self._unwant(digest)
-        self._copies.forget_if_idle(entry)
+        self._ledger.forget_if_idle(entry)
 
     # ------------------------------------------------------------ operator calls
 
@@ -235,12 +235,12 @@ class Residency:
             AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
                 Nothing has changed.
         """
-        entry = self._copies.find_or_make(source, self._itemsize)
+        entry = self._ledger.find_or_make(source, self._itemsize)
         if pin:
             self._check_pin_fits(entry, tier)
-            self._copies.pin(entry, tier)
+            self._ledger.pin(entry, tier)
         self._entries[entry.digest] = entry
-        self._copies.drain(entry, draining=False)
+        self._ledger.drain(entry, draining=False)
         entry.forgotten = False
         there = entry.at(tier) is Presence.THERE
         if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
@@ -249,7 +249,7 @@ class Residency:
             if entry.wanted != "device":  # what an earlier call asked for still counts
                 entry.wanted = tier
             self._operator_wants[entry.digest] = None
-        self._copies.expect(entry, tier)
+        self._ledger.expect(entry, tier)
         return there
 
     def evict(
@@ -275,12 +275,12 @@ class Residency:
                 "or evict with `mode` drain or abort",
                 metadata={"leases": str(entry.leases)},
             )
-        self._copies.pin(entry, None)
+        self._ledger.pin(entry, None)
         self._unwant(digest)
         if mode == "forget":
             entry.forgotten = True
         else:
-            self._copies.drain(entry, draining=True)
+            self._ledger.drain(entry, draining=True)
         if self._in_use(entry):
             return False, 0, []
         actions = self._drop_both(entry, "abort" if mode == "abort" else "admin")
@@ -291,8 +291,8 @@ class Residency:
         """Remove the operator's flag, if set; the adapter stays until room is needed."""
         entry = self._entries.get(digest)
         if entry is not None:
-            self._copies.pin(entry, None)
-            self._copies.forget_if_idle(entry)
+            self._ledger.pin(entry, None)
+            self._ledger.forget_if_idle(entry)
 
     def settle(self, digest: str) -> list[Action]:
         """Finish an eviction if what it waited for uses or moves the adapter no more."""
@@ -301,7 +301,7 @@ class Residency:
             return []
         return self._drop_both(entry, "admin")
 
-    def _in_use(self, entry: Entry) -> bool:
+    def _in_use(self, entry: LedgerEntry) -> bool:
         """By what an eviction waits for."""
         if Presence.COMING in (entry.host, entry.device):
             return True
@@ -316,27 +316,27 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
         """
-        copies, before = self._copies, dict(self._copies.budgets)
-        copies.budgets["host"] = before["host"] if host is None else host
-        copies.budgets["device"] = before["device"] if device is None else device
+        ledger, before = self._ledger, dict(self._ledger.budgets)
+        ledger.budgets["host"] = before["host"] if host is None else host
+        ledger.budgets["device"] = before["device"] if device is None else device
         for tier in TIERS:
-            pinned = copies.pinned_bytes(tier)
-            if pinned > copies.budget(tier):
-                refused = copies.budget(tier)
-                copies.budgets.update(before)
+            pinned = ledger.pinned_bytes(tier)
+            if pinned > ledger.budget(tier):
+                refused = ledger.budget(tier)
+                ledger.budgets.update(before)
                 raise AdapterBudgetExceeded(
                     f"a {tier} budget of {refused} bytes is less than pinned adapters take "
                     f"there ({pinned}): unpin some, or choose a larger one",
                     metadata={"budget": str(refused), "pinned": str(pinned), "tier": tier},
                 )
-        copies.lower_ceilings()
+        ledger.lower_ceilings()
         self._shrinking = True
 
-    def _shrink(self, waiting: tuple[Entry, ...]) -> list[Drop]:
+    def _shrink(self, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
         if not self._shrinking:
             return []
-        drops = shrink(self._copies, waiting)
-        self._shrinking = any(self._copies.excess(tier) for tier in TIERS)
+        drops = shrink(self._ledger, waiting)
+        self._shrinking = any(self._ledger.excess(tier) for tier in TIERS)
         return drops
 
     # ------------------------------------------------------------------ internals
@@ -345,19 +345,19 @@ class Residency:
         self._entries[digest].wanted = None
         self._operator_wants.pop(digest, None)
 
-    def _drop_both(self, entry: Entry, cause: EvictionCause) -> list[Action]:
-        self._copies.drain(entry, draining=False)
+    def _drop_both(self, entry: LedgerEntry, cause: EvictionCause) -> list[Action]:
+        self._ledger.drain(entry, draining=False)
         drops: list[Action] = []
         for tier in TIERS:
             if entry.at(tier) is Presence.THERE:
-                drops += self._copies.drop(entry, tier, cause)
-        self._copies.forget_if_idle(entry)
+                drops += self._ledger.drop(entry, tier, cause)
+        self._ledger.forget_if_idle(entry)
         return drops
 
-    def _check_pin_fits(self, entry: Entry, tier: MemoryTier) -> None:
+    def _check_pin_fits(self, entry: LedgerEntry, tier: MemoryTier) -> None:
         for kept in TIERS if self._shared and tier == "device" else (tier,):
-            others = self._copies.pinned_bytes(kept, beside=entry)
-            budget = self._copies.budget(kept)
+            others = self._ledger.pinned_bytes(kept, beside=entry)
+            budget = self._ledger.budget(kept)
             if others + entry.bytes > budget:
                 raise AdapterBudgetExceeded(
                     f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
@@ -368,12 +368,12 @@ class Residency:
 
     def check_unused(self) -> None:
         """While no sequence is there, nothing is leased or held. Costs nothing."""
-        self._copies.check_unused()
+        self._ledger.check_unused()
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
         """Holds and leases equal the sequences that claim them; budgets are kept, and what
         is past one that was lowered only becomes less. In slices, see `integrity`."""
-        yield from self._copies.integrity(held, leased)
+        yield from self._ledger.integrity(held, leased)
         for part in in_slices(self._operator_wants):
             for digest in part:
                 assert self._entries[digest].wanted is not None, f"{digest[:12]} is not wanted"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Literal
+from typing import Final
 
-from veneer_server.wire.messages import AdapterSource, EvictionCause
+from veneer_server.wire.messages import AdapterSource, EvictionCause, MemoryTier
 
 __all__ = [
     "TIERS",
     "Action",
     "Drop",
-    "Entry",
+    "LedgerEntry",
     "Load",
     "MemoryTier",
     "MoveToDevice",
@@ -21,7 +21,6 @@ __all__ = [
     "Standing",
 ]
 
-MemoryTier = Literal["host", "device"]
 
 TIERS: Final[tuple[MemoryTier, ...]] = ("device", "host")
 
@@ -90,7 +89,7 @@ class Standing:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class LedgerEntry:
     """One adapter's copies and the grips on it; only `Residency` changes it."""
 
     source: AdapterSource

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from veneer_server.step.plan import PlannedSequence
-from veneer_server.step.token_counts import History, Seen
+from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import (
     AdapterSource,
     Submit,
@@ -58,7 +58,7 @@ class Sequence:
         load_seconds: time spent waiting for the adapter.
         waiting_since: when it last began to wait for the adapter, if it does.
         admitted: monotonic seconds of its first step.
-        history: what penalties are of, from the first token that takes any.
+        token_counts: what penalties are of, from the first token that takes any.
     """
 
     request: Submit
@@ -76,7 +76,7 @@ class Sequence:
     load_seconds: float = 0.0
     waiting_since: float | None = None
     admitted: float | None = None
-    history: History | None = None
+    token_counts: TokenCounts | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -114,10 +114,10 @@ class Sequence:
 
     def seen(self) -> Seen:
         """The different tokens so far; costs what was appended since the last call."""
-        if self.history is None:
-            self.history = History(self.request.prompt)
-        self.history.add(self.tokens[self.prompt_length + self.history.generated :])
-        return self.history.seen()
+        if self.token_counts is None:
+            self.token_counts = TokenCounts(self.request.prompt)
+        self.token_counts.add(self.tokens[self.prompt_length + self.token_counts.generated :])
+        return self.token_counts.seen()
 
 
 def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
@@ -128,6 +128,7 @@ def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
         # The token after each computed one; the last prompt token has none.
         score = tuple(sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)])
     samples = end == len(sequence.tokens)
+    counted = sequence.request.sampling.needs_token_counts
     return PlannedSequence(
         sequence=sequence.id,
         digest=sequence.digest,
@@ -140,8 +141,6 @@ def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
         sampling=sequence.request.sampling,
         position=len(sequence.tokens),
         top_logprobs=sequence.request.top_logprobs,
-        history=(
-            sequence.seen() if samples and sequence.request.sampling.needs_history else None
-        ),
+        token_counts=sequence.seen() if samples and counted else None,
         constraint=sequence.request.constraint,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
-from veneer_server.engine.residency.residency import load_planner as planner
+from veneer_server.engine.residency import load_planner as planner
 from veneer_server.wire.messages import (
     Activate,
     BudgetsState,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
+from veneer_server.engine.residency import eviction
 from veneer_server.engine.residency.eviction import EvictionOrder, ReloadCost
-from veneer_server.engine.residency.residency import Residency, eviction
+from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import MemoryTier
 
 from tests.bench.residency import LeastRecentlyUsed

@@ -27,9 +27,9 @@ from hypothesis.stateful import (
 )
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine.residency.ledger import Copies
-from veneer_server.engine.residency.load_planner import Planner
+from veneer_server.engine.residency.load_planner import LoadPlanner
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import Drop, Entry, Plan
+from veneer_server.engine.residency.tiers import Drop, LedgerEntry, Plan
 from veneer_server.engine.scheduling import prefix_cache
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
@@ -437,12 +437,14 @@ def _the_room_is_taken_for_ever(patch: pytest.MonkeyPatch) -> None:
 
 
 def _older_ones_lose_their_adapters(patch: pytest.MonkeyPatch) -> None:
-    right = Planner._take_in_demand
+    right = LoadPlanner._take_in_demand
 
-    def wrong(self: Planner, tier: Any, missing: int, index: int) -> list[tuple[int, Entry]]:
+    def wrong(
+        self: LoadPlanner, tier: Any, missing: int, index: int
+    ) -> list[tuple[int, LedgerEntry]]:
         return right(self, tier, missing, -1)
 
-    patch.setattr(Planner, "_take_in_demand", wrong)
+    patch.setattr(LoadPlanner, "_take_in_demand", wrong)
 
 
 def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
@@ -455,7 +457,7 @@ def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
-    def wrong(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
+    def wrong(copies: Copies, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
         copies.lower_ceilings()
         return []
 
@@ -466,7 +468,7 @@ def _a_lower_budget_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """What could not go at once is not looked at again."""
     right = Residency._shrink
 
-    def wrong(self: Residency, waiting: tuple[Entry, ...]) -> list[Drop]:
+    def wrong(self: Residency, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
         drops = right(self, waiting)
         self._shrinking = False
         return drops

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from veneer_server.engine.execution import sampler
 from veneer_server.engine.scheduling.sequence import Sequence, plan_sequence
 from veneer_server.step.choice import Choice
-from veneer_server.step.token_counts import History, Seen
+from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import SamplingParams, Submit
 
 VOCAB = 7
@@ -21,7 +21,7 @@ texts = st.lists(st.integers(0, VOCAB - 1), max_size=30)
 
 
 def seen_in(prompt: Tokens[int], output: Tokens[int]) -> Seen:
-    history = History(prompt)
+    history = TokenCounts(prompt)
     history.add(output)
     return history.seen()
 
@@ -92,11 +92,11 @@ def test_penalties_change_logits_as_the_text_says_to_the_bit(
 
 def test_only_rows_that_sample_with_penalties_have_it() -> None:
     asked = sequence([1, 2, 2, 3, 4])
-    assert plan_sequence(asked, 3).history is None, "a chunk that samples nothing"
+    assert plan_sequence(asked, 3).token_counts is None, "a chunk that samples nothing"
     asked.computed = 3
     last = plan_sequence(asked, 2)
     assert last.samples
-    assert last.history is not None
-    assert as_dict(last.history) == {1: 0, 2: 0, 3: 0, 4: 0}
+    assert last.token_counts is not None
+    assert as_dict(last.token_counts) == {1: 0, 2: 0, 3: 0, 4: 0}
     greedy = sequence([1, 2], SamplingParams(temperature=0, logit_bias={1: 2.0}))
-    assert plan_sequence(greedy, 2).history is None
+    assert plan_sequence(greedy, 2).token_counts is None

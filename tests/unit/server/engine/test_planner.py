@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.engine.residency.load_planner import Planner
+from veneer_server.engine.residency import load_planner as planner
+from veneer_server.engine.residency.load_planner import LoadPlanner
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.residency import load_planner as planner
 from veneer_server.engine.residency.tiers import Load
 
 from tests.bench.residency import LeastRecentlyUsed, Simulation, wanted
@@ -115,7 +115,7 @@ def test_who_cannot_start_soon_evicts_nothing_from_device() -> None:
 
 
 def moves(world: World, adapters: int, requests: int) -> int:
-    """Copies to DEVICE that it takes to serve requests for these in turn, all at once."""
+    """Ledger to DEVICE that it takes to serve requests for these in turn, all at once."""
     count = 0
     for number in range(1, requests + 1):
         world.submit(number, 2, 4, adapter(f"{number % adapters}"))
@@ -141,7 +141,7 @@ def test_what_was_brought_serves_those_who_wait_before_it_goes(
 
     assert count() == 8
     monkeypatch.setattr(
-        Planner, "_find_in_demand", lambda self, tier: [(99, e) for e in self._queue]
+        LoadPlanner, "_find_in_demand", lambda self, tier: [(99, e) for e in self._queue]
     )
     with pytest.raises(AssertionError):
         count()

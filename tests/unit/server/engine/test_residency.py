@@ -15,9 +15,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
 from veneer_server.engine import integrity
-from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import Action, Drop, Entry, Load, MemoryTier, Plan
+from veneer_server.engine.residency.tiers import (
+    Action,
+    Drop,
+    LedgerEntry,
+    Load,
+    MemoryTier,
+    Plan,
+)
 from veneer_server.wire.messages import EvictMode
 
 from tests.unit.server.engine.world import SIZE, adapter
@@ -312,43 +319,43 @@ def test_whatever_happens(check: Check) -> None:
 
 def _host_copies_leave_alone(patch: pytest.MonkeyPatch) -> None:
     """As with memory of its own: what a DEVICE copy shares is dropped from HOST."""
-    right = Copies.drop
+    right = Ledger.drop
 
-    def wrong(self: Copies, *args: Any) -> list[Drop]:
+    def wrong(self: Ledger, *args: Any) -> list[Drop]:
         shared, self.shared = self.shared, False
         try:
             return right(self, *args)
         finally:
             self.shared = shared
 
-    patch.setattr(Copies, "drop", wrong)
+    patch.setattr(Ledger, "drop", wrong)
 
 
 def _pins_count_for_both_tiers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Copies, "pin_keeps", lambda self, entry, tier: entry.pinned is not None)
+    patch.setattr(Ledger, "pin_keeps", lambda self, entry, tier: entry.pinned is not None)
 
 
 def _pins_keep_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Copies, "pin_keeps", lambda self, entry, tier: False)
+    patch.setattr(Ledger, "pin_keeps", lambda self, entry, tier: False)
 
 
 def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
-    def wrong(copies: Copies, waiting: tuple[Entry, ...]) -> list[Drop]:
-        copies.lower_ceilings()
+    def wrong(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
+        ledger.lower_ceilings()
         return []
 
     patch.setattr("veneer_server.engine.residency.residency.shrink", wrong)
 
 
 def _what_is_dropped_still_counts(patch: pytest.MonkeyPatch) -> None:
-    right = Copies.drop
+    right = Ledger.drop
 
-    def wrong(self: Copies, *args: Any) -> list[Drop]:
+    def wrong(self: Ledger, *args: Any) -> list[Drop]:
         drops = right(self, *args)
         self._bytes["host"] += len(drops)
         return drops
 
-    patch.setattr(Copies, "drop", wrong)
+    patch.setattr(Ledger, "drop", wrong)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from veneer_registry.errors import (
 )
 from veneer_server.engine_client import resident_set as residents
 from veneer_server.engine_client.client import EngineClient
-from veneer_server.engine_client.resident_set import MemoryTier, Residents
+from veneer_server.engine_client.resident_set import MemoryTier, ResidentSet
 from veneer_server.progress import SINK, Part
 from veneer_server.wire.messages import AdapterSource, EngineConfig, Occupancy, Residency
 
@@ -35,7 +35,7 @@ class Engine:
     """FAKE: puts adapters into tiers when asked to, and tells the set of residents."""
 
     def __init__(self, *, device_budget: int = 1000, gone: frozenset[str] = frozenset()):
-        self.residents = Residents(
+        self.residents = ResidentSet(
             host_budget=1000,
             device_budget=device_budget,
             activate=self.activate,

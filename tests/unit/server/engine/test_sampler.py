@@ -27,7 +27,7 @@ def oracle(logits: torch.Tensor, choice: Choice) -> int | None:
     values = [float(x) for x in logits]
     for token, bias in params.logit_bias.items():
         values[token] += bias
-    for token, count in as_dict(choice.history).items() if choice.history else ():
+    for token, count in as_dict(choice.token_counts).items() if choice.token_counts else ():
         penalty = params.repetition_penalty
         values[token] = (
             values[token] / penalty if values[token] > 0 else values[token] * penalty

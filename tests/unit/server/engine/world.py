@@ -535,13 +535,13 @@ class World:
 
     def _check_history(self, p: PlannedSequence, sequence: Sequence) -> None:
         """Penalties are of what the sequence has, however often it began anew."""
-        if not (p.samples and p.sampling.needs_history):
-            assert p.history is None, "a history that nothing needs"
+        if not (p.samples and p.sampling.needs_token_counts):
+            assert p.token_counts is None, "a history that nothing needs"
             return
         output = Counter(sequence.tokens[sequence.prompt_length :])
         expected = {token: output[token] for token in sequence.tokens}
-        assert p.history is not None
-        found = zip(p.history.ids.tolist(), p.history.counts.tolist(), strict=True)
+        assert p.token_counts is not None
+        found = zip(p.token_counts.ids.tolist(), p.token_counts.counts.tolist(), strict=True)
         assert dict(found) == expected, f"penalties of {p.sequence} are of other tokens"
         self.histories += 1
 
