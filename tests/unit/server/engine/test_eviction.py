@@ -201,7 +201,7 @@ def test_requests_that_wait_for_one_load_are_one_use() -> None:
 def test_notes_of_uses_do_not_pile_up_where_nothing_is_ever_evicted() -> None:
     server = Server()
     server.serve(*"abc" * 200)
-    orders = server.residency._copies.orders.values()
+    orders = server.residency._ledger.orders.values()
     assert max(len(order._heap) for order in orders) < 100
 
 

@@ -487,7 +487,7 @@ def _a_new_request_ends_a_drain(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: Residency, source: AdapterSource) -> str:
         if (entry := self._entries.get(source.weights_digest)) is not None:
-            self._copies.drain(entry, draining=False)
+            self._ledger.drain(entry, draining=False)
         return right(self, source)
 
     patch.setattr(Residency, "lease", wrong)
@@ -511,8 +511,8 @@ def _penalties_count_again_after_a_preemption(patch: pytest.MonkeyPatch) -> None
 
     def wrong(self: Scheduler, sequence: Sequence) -> None:
         right(self, sequence)
-        if sequence.history is not None:
-            sequence.history.generated = 0
+        if sequence.token_counts is not None:
+            sequence.token_counts.generated = 0
 
     patch.setattr(Scheduler, "_preempt", wrong)
 

@@ -41,9 +41,9 @@ def filled(adapters: int = ADAPTERS) -> tuple[Engine, Watched]:
     while len(made.memory.held) < adapters:
         made.turn()
     made.sent.clear()
-    copies = made.scheduler.residency._copies
-    watched = Watched(copies.entries)
-    copies.entries = made.scheduler.residency._entries = watched
+    ledger = made.scheduler.residency._ledger
+    watched = Watched(ledger.entries)
+    ledger.entries = made.scheduler.residency._entries = watched
     return made, watched
 
 
@@ -109,7 +109,7 @@ def test_all_of_it_is_checked_once_a_minute_of_idleness() -> None:
 
 def test_what_leaked_ends_the_engine_at_the_next_full_check() -> None:
     made, _ = filled()
-    made.scheduler.residency._copies._bytes["host"] += 1
+    made.scheduler.residency._ledger._bytes["host"] += 1
     answered(made, 3)
 
     def pass_time() -> None:
@@ -166,7 +166,7 @@ def test_a_message_that_comes_during_the_full_check_is_answered_before_its_end()
 
 def test_a_check_that_was_interrupted_is_made_up_for() -> None:
     made, entries = filled()
-    made.scheduler.residency._copies._bytes["host"] += 1
+    made.scheduler.residency._ledger._bytes["host"] += 1
     interrupt = once(lambda: entries.looked_at > 0)
 
     def pass_time() -> None:
