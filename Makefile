@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
+.PHONY: help install base demo test check protos protos-check client-sync bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,7 +49,11 @@ test-numeric: base ## Tests that compare numbers, with each instruction set and 
 mutants: base ## Wrong kernels, each of which the kernels' tests must notice
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.mutants
 
+client-sync: install ## Generate the synchronous client from the asyncio one
+	$(BIN)/python clients/generate_sync.py
+
 check: install protos-check ## ruff, mypy, import-linter, buf, hadolint
+	$(BIN)/python clients/generate_sync.py --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

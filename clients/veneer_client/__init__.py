@@ -15,9 +15,11 @@ from veneer_registry.adapter import Tier
 from veneer_registry.errors import ServerUnreachable, VeneerError
 
 from veneer_client.aio import AsyncClient
+from veneer_client.aio_handle import AsyncAdapterHandle
+from veneer_client.aio_streams import AsyncAdapterWatch, AsyncGenerationStream
 from veneer_client.client import Client
 from veneer_client.failures import RetryPolicy
-from veneer_client.handle import AdapterHandle, AsyncAdapterHandle
+from veneer_client.handle import AdapterHandle
 from veneer_client.records import (
     AdapterDetails,
     AdapterEvent,
@@ -51,12 +53,7 @@ from veneer_client.server_records import (
     ServingStatus,
     Shortfall,
 )
-from veneer_client.streams import (
-    AdapterWatch,
-    AsyncAdapterWatch,
-    AsyncGenerationStream,
-    GenerationStream,
-)
+from veneer_client.streams import AdapterWatch, GenerationStream
 from veneer_client.types import (
     BoundOptions,
     Chat,

@@ -1,12 +1,11 @@
-"""The client for asyncio; method for method the same as `veneer_client.client`.
+"""The asyncio client."""
 
-What a call is, how its answer is read and when it is repeated is shared
-(`calls`, `convert`, `failures`, `upload`); here is only how it is awaited.
-"""
+# begin: async only
+# The synchronous client is generated from this file and `aio_*`: run `make client-sync`.
+# end: async only
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Unpack
@@ -17,9 +16,12 @@ from veneer_registry.errors import DeadlineExceeded, Unavailable, VeneerError
 
 from veneer_client import calls, calls_admin
 from veneer_client.aio_adapters import AsyncAdapterCalls
+from veneer_client.aio_handle import AsyncAdapterHandle
+from veneer_client.aio_streams import AsyncGenerationStream
+from veneer_client.aio_transport import sleep
 from veneer_client.convert import generate_request
 from veneer_client.failures import Attempts, not_ready, to_error
-from veneer_client.handle import AsyncAdapterHandle
+from veneer_client.readers import StreamStart
 from veneer_client.server_records import (
     BudgetUse,
     Capacity,
@@ -27,7 +29,6 @@ from veneer_client.server_records import (
     ServerInfo,
     ServingStatus,
 )
-from veneer_client.streams import AsyncGenerationStream, StreamStart
 from veneer_client.types import Chat, GenerateOptions, Generation, MessageLike, Prompt
 
 __all__ = ["AsyncClient"]
@@ -36,11 +37,12 @@ __all__ = ["AsyncClient"]
 class AsyncClient(AsyncAdapterCalls):
     """A connection to one Veneer server; close it, or use it in an ``async with``.
 
-    Make it inside the event loop that uses it. Every method raises a `VeneerError`:
-    the server's own, `ServerUnreachable` where nobody answers, `Cancelled` once it is
-    closed. Calls that are safe to repeat are repeated when the server says when (see
-    `RetryPolicy`).
-    Cancelling the task cancels the call. Its methods for adapters are in `aio_adapters`.
+    Make it inside the event loop that uses it. Cancelling a task cancels its call.
+
+    Every method raises a `VeneerError`: the server's own, `ServerUnreachable` where nobody
+    answers, `Cancelled` once it is closed. Calls that are safe to repeat are repeated when
+    the server says when (see `RetryPolicy`). Its methods for adapters are in
+    `aio_adapters`.
     """
 
     # ------------------------------------------------------------------- inference
@@ -114,7 +116,18 @@ class AsyncClient(AsyncAdapterCalls):
         concurrency: int = 0,
         timeout_s: float | None = None,
     ) -> Capacity:
-        """What would fit; see `Client.plan`."""
+        """What would fit.
+
+        Args:
+            like: a published adapter whose shape is asked about; else ``rank``, unset
+                16, and ``modules`` (``q_proj`` ...), unset all.
+            adapters: that should be in memory; 0 asks for nothing.
+            context_length: tokens of one sequence; 0 means the model's longest.
+            concurrency: sequences that should run at once; 0 asks for nothing.
+
+        Raises:
+            InvalidField: ``like`` beside a shape, or a shape that no adapter can have.
+        """
         call = calls.plan(
             like=like,
             rank=rank,
@@ -137,7 +150,17 @@ class AsyncClient(AsyncAdapterCalls):
         *,
         told: Callable[[VeneerError], None] = lambda why: None,
     ) -> None:
-        """Return once generate calls are answered; see `Client.wait_until_ready`."""
+        """Return once generate calls are answered; a server that is not there yet is waited
+        for.
+
+        Args:
+            timeout_s: so long at most.
+            told: called about once a second with why it waits: `ModelLoading`, whose metadata
+                ``doing`` says what is loaded, `ServerUnreachable`, or another `Unavailable`.
+
+        Raises:
+            Unavailable, DeadlineExceeded: it was not ready in time; says what it was doing.
+        """
         ends, look = time.monotonic() + timeout_s, 0.0
         while True:
             left = ends - time.monotonic()
@@ -157,7 +180,7 @@ class AsyncClient(AsyncAdapterCalls):
             if time.monotonic() >= look:
                 look = time.monotonic() + calls.TELL_S
                 told(why)
-            await asyncio.sleep(calls.LOOK_S)
+            await sleep(calls.LOOK_S)
 
     async def update_budgets(
         self,
@@ -166,7 +189,8 @@ class AsyncClient(AsyncAdapterCalls):
         device_adapter_bytes: int | None = None,
         timeout_s: float | None = None,
     ) -> BudgetUse:
-        """Change the memory budgets of adapters; see `Client.update_budgets`."""
+        """Change the memory budgets of adapters while the server runs; None leaves one as
+        it is. What no longer fits goes as soon as no running request holds it."""
         call = calls_admin.update_budgets(
             host_cache_bytes=host_cache_bytes, device_adapter_bytes=device_adapter_bytes
         )
@@ -175,5 +199,11 @@ class AsyncClient(AsyncAdapterCalls):
     async def self_test(
         self, adapters: Iterable[str] = (), *, timeout_s: float | None = None
     ) -> SelfTest:
-        """Prove that base and adapters answer as their files say; see `Client.self_test`."""
+        """Prove that base and adapters answer, mixed in one batch, as their files say.
+
+        Args:
+            adapters: names, ``name@revision`` or ``name/alias``; none: the two in
+                memory that were used last, else two registered ones.
+            timeout_s: unset: none, since a reference is computed for each.
+        """
         return await self._perform(calls_admin.self_test(adapters), timeout_s)

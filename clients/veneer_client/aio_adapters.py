@@ -1,8 +1,7 @@
-"""What the asyncio client does with adapters; method for method as `client_adapters`."""
+"""What the asyncio client does with adapters; `AsyncClient` has these methods."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,10 @@ from veneer_registry.adapter import Tier
 
 from veneer_client import calls, calls_admin
 from veneer_client.aio_connection import AsyncConnection, sleep_or_raise
-from veneer_client.failures import Attempts, outcome, starting, to_error
+from veneer_client.aio_streams import AsyncAdapterWatch
+from veneer_client.aio_transport import begin, messages, outcome, prepared
+from veneer_client.failures import Attempts, to_error
+from veneer_client.readers import StreamStart, WatchReader
 from veneer_client.records import (
     AdapterDetails,
     AdapterInfo,
@@ -26,8 +28,7 @@ from veneer_client.records import (
     HistoryEntry,
     Pushed,
 )
-from veneer_client.streams import AsyncAdapterWatch, StreamStart, WatchReader
-from veneer_client.upload import OnResume, Progress, PushOptions, Upload, prepare
+from veneer_client.upload import OnResume, Progress, PushOptions, Upload
 
 __all__ = ["AsyncAdapterCalls"]
 
@@ -49,7 +50,26 @@ class AsyncAdapterCalls(AsyncConnection):
         on_resume: OnResume = lambda resumed: None,
         timeout_s: float | None = None,
     ) -> Pushed:
-        """Check an adapter folder locally, then publish it; see `Client.push`."""
+        """Check an adapter folder locally, then publish it under ``name``.
+
+        Only what the server lacks is sent. Where the connection breaks or the server
+        restarts, the push goes on by itself where it was, as long as it gets further or
+        `RetryPolicy` has patience; a push that is started anew goes on, too.
+
+        Args:
+            validate_only: check everything, publish nothing.
+            activate: return when the adapter is on the device.
+            allow_replace: a name that holds other content may move to this one.
+            etag: must be the name's (`AdapterInfo.etag`), else nothing is published.
+            progress: told the bytes that are there or on their way, and the bytes in
+                all, perhaps from another thread.
+            on_resume: told where the push goes on, if not at the start.
+
+        Raises:
+            AdapterInvalid, BaseModelMismatch, AdapterExists, DiskFull, EtagMismatch:
+                nothing was published.
+            ServerUnreachable: it was away for too long; push again to go on.
+        """
         options = PushOptions(
             labels=labels or {},
             validate_only=validate_only,
@@ -61,7 +81,7 @@ class AsyncAdapterCalls(AsyncConnection):
             retry=self._retry,
             timeout_s=timeout_s,
         )
-        with await _prepared(folder, name, options) as upload:
+        with await prepared(folder, name, options) as upload:
             while True:
                 try:
                     asked = upload.question()
@@ -78,10 +98,9 @@ class AsyncAdapterCalls(AsyncConnection):
             request_serializer=adapters_pb2.UploadAdapterRequest.SerializeToString,
             response_deserializer=adapters_pb2.UploadAdapterResponse.FromString,
         )
-        with starting():
-            running = send(
-                _messages(upload), timeout=upload.remaining_s(), metadata=self._metadata
-            )
+        running = begin(
+            send, messages(upload), timeout_s=upload.remaining_s(), metadata=self._metadata
+        )
         answer: adapters_pb2.UploadAdapterResponse = await outcome(running)
         return answer
 
@@ -141,7 +160,16 @@ class AsyncAdapterCalls(AsyncConnection):
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AdapterInfo:
-        """Change what is said of an adapter; see `Client.update_adapter`."""
+        """Change what is said of an adapter; what is left out stays as it is.
+
+        Args:
+            pinned: True brings it to the device and keeps it there.
+            labels: to set; its other labels stay.
+            remove_labels: keys.
+            retain: superseded revisions that the name keeps; those beyond go at once.
+            current: True makes ``name@revision`` what the plain name means: a rollback.
+            etag: must be the name's (`AdapterInfo.etag`), else nothing changes.
+        """
         call = calls_admin.update(
             name,
             pinned=pinned,
@@ -186,7 +214,20 @@ class AsyncAdapterCalls(AsyncConnection):
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AliasMove:
-        """Move, roll back or remove ``name/alias``; see `Client.set_alias`."""
+        """Move, roll back or remove ``name/alias``, in one step for all who ask.
+
+        Args:
+            revision: what it shall mean: 12 to 64 hex digits of a kept revision.
+            targets: instead, several revisions with their weights (a canary):
+                ``{"1a2b3c4d5e6f": 90, "6f5e4d3c2b1a": 10}``.
+            rollback: instead, what it meant before its last move.
+            remove: instead, nothing.
+            etag: must be the alias's (`Alias.etag`), else nothing changes.
+
+        Raises:
+            InvalidField: not exactly one of them.
+            AdapterNotFound: no such alias or revision.
+        """
         call = calls_admin.set_alias(
             alias, revision, targets=targets, rollback=rollback, remove=remove, etag=etag
         )
@@ -208,7 +249,17 @@ class AsyncAdapterCalls(AsyncConnection):
         return self._pages(page, timeout_s)
 
     def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AsyncAdapterWatch:
-        """Events of all adapters as they happen; see `Client.watch`."""
+        """Events of all adapters as they happen, without end: first what was missed
+        after ``since`` (or, where the server no longer has that, RESET and what there
+        is), then SYNCED, then what happens.
+
+        It goes on by itself, without a gap, where the server restarts or the
+        connection breaks, as long as `RetryPolicy` has patience.
+
+        Args:
+            since: `AdapterEvent.sequence` of the last event seen; 0 at first.
+            timeout_s: of the whole watch; unset: none.
+        """
         start = self._channel.unary_stream(
             calls_admin.WATCH,
             request_serializer=adapters_pb2.WatchAdaptersRequest.SerializeToString,
@@ -226,25 +277,3 @@ class AsyncAdapterCalls(AsyncConnection):
             ),
             reader,
         )
-
-
-async def _prepared(folder: Path, name: str, options: PushOptions) -> Upload:
-    """`prepare` outside the event loop."""
-    preparing = asyncio.ensure_future(asyncio.to_thread(prepare, folder, name, options))
-    try:
-        return await asyncio.shield(preparing)
-    except asyncio.CancelledError:
-        preparing.add_done_callback(_close)  # the thread goes on to its end
-        raise
-
-
-def _close(prepared: asyncio.Future[Upload]) -> None:
-    if not prepared.cancelled() and prepared.exception() is None:
-        prepared.result().close()
-
-
-async def _messages(upload: Upload) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    """`Upload.messages`, its file reads outside the event loop."""
-    messages = upload.messages()
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
-        yield message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,8 +12,9 @@ from veneer_registry.errors import VeneerError
 from veneer_client import calls
 from veneer_client.actor import actor_metadata
 from veneer_client.address import server_address
+from veneer_client.aio_transport import begin, open_channel, outcome, sleep
 from veneer_client.calls_admin import Page
-from veneer_client.failures import Attempts, RetryPolicy, outcome, starting, to_error
+from veneer_client.failures import Attempts, RetryPolicy, to_error
 
 __all__ = ["AsyncConnection", "sleep_or_raise"]
 
@@ -47,9 +47,7 @@ class AsyncConnection:
         self._timeout_s = timeout_s
         self._retry = retry
         self._metadata = actor_metadata(actor)
-        self._channel = grpc.aio.insecure_channel(
-            self.address, options=calls.channel_options(keepalive_s)
-        )
+        self._channel = open_channel(self.address, keepalive_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,8 +86,7 @@ class AsyncConnection:
             request_serializer=lambda request: request.SerializeToString(),
             response_deserializer=call.decode,
         )
-        with starting():
-            running = invoke(call.request, timeout=left_s, metadata=self._metadata)
+        running = begin(invoke, call.request, timeout_s=left_s, metadata=self._metadata)
         return call.read(await outcome(running))
 
     async def _pages(
@@ -114,4 +111,4 @@ async def sleep_or_raise(
     """Wait until the next attempt; without a next one, raise what the last one failed of."""
     if wait_s is None:
         raise failure from cause
-    await asyncio.sleep(wait_s)
+    await sleep(wait_s)

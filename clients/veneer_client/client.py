@@ -1,3 +1,4 @@
+# Generated from aio.py by `make client-sync`: edit that file.
 """The synchronous client."""
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from veneer_client.client_adapters import AdapterCalls
 from veneer_client.convert import generate_request
 from veneer_client.failures import Attempts, not_ready, to_error
 from veneer_client.handle import AdapterHandle
+from veneer_client.readers import StreamStart
 from veneer_client.server_records import (
     BudgetUse,
     Capacity,
@@ -22,7 +24,8 @@ from veneer_client.server_records import (
     ServerInfo,
     ServingStatus,
 )
-from veneer_client.streams import GenerationStream, StreamStart
+from veneer_client.streams import GenerationStream
+from veneer_client.transport import sleep
 from veneer_client.types import Chat, GenerateOptions, Generation, MessageLike, Prompt
 
 __all__ = ["Client"]
@@ -31,10 +34,12 @@ __all__ = ["Client"]
 class Client(AdapterCalls):
     """A connection to one Veneer server; close it, or use it in a ``with``.
 
-    Threads may share it. Every method raises a `VeneerError`: the server's own,
-    `ServerUnreachable` where nobody answers, `Cancelled` once it is closed. Calls that
-    are safe to repeat are repeated when the server says when (see `RetryPolicy`).
-    Its methods for adapters are in `client_adapters`.
+    Threads may share it.
+
+    Every method raises a `VeneerError`: the server's own, `ServerUnreachable` where nobody
+    answers, `Cancelled` once it is closed. Calls that are safe to repeat are repeated when
+    the server says when (see `RetryPolicy`). Its methods for adapters are in
+    `client_adapters`.
     """
 
     # ------------------------------------------------------------------- inference
@@ -170,7 +175,7 @@ class Client(AdapterCalls):
             if time.monotonic() >= look:
                 look = time.monotonic() + calls.TELL_S
                 told(why)
-            time.sleep(calls.LOOK_S)
+            sleep(calls.LOOK_S)
 
     def update_budgets(
         self,

@@ -1,3 +1,4 @@
+# Generated from aio_adapters.py by `make client-sync`: edit that file.
 """What the synchronous client does with adapters; `Client` has these methods."""
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
 
 from veneer_client import calls, calls_admin
-from veneer_client.connection import Connection, outcome_of, sleep_or_raise
-from veneer_client.failures import Attempts, starting, to_error
+from veneer_client.connection import Connection, sleep_or_raise
+from veneer_client.failures import Attempts, to_error
+from veneer_client.readers import StreamStart, WatchReader
 from veneer_client.records import (
     AdapterDetails,
     AdapterInfo,
@@ -25,8 +27,9 @@ from veneer_client.records import (
     HistoryEntry,
     Pushed,
 )
-from veneer_client.streams import AdapterWatch, StreamStart, WatchReader
-from veneer_client.upload import OnResume, Progress, PushOptions, Upload, prepare
+from veneer_client.streams import AdapterWatch
+from veneer_client.transport import begin, messages, outcome, prepared
+from veneer_client.upload import OnResume, Progress, PushOptions, Upload
 
 __all__ = ["AdapterCalls"]
 
@@ -79,11 +82,11 @@ class AdapterCalls(Connection):
             retry=self._retry,
             timeout_s=timeout_s,
         )
-        with prepare(folder, name, options) as upload:
+        with prepared(folder, name, options) as upload:
             while True:
                 try:
-                    question = upload.question()
-                    known = self._once(question, upload.remaining_s()) if question else {}
+                    asked = upload.question()
+                    known = self._once(asked, upload.remaining_s()) if asked else {}
                     upload.begin(known)
                     return upload.result(self._send(upload))
                 except grpc.RpcError as error:
@@ -96,11 +99,10 @@ class AdapterCalls(Connection):
             request_serializer=adapters_pb2.UploadAdapterRequest.SerializeToString,
             response_deserializer=adapters_pb2.UploadAdapterResponse.FromString,
         )
-        with starting():
-            running = send.future(
-                upload.messages(), timeout=upload.remaining_s(), metadata=self._metadata
-            )
-        answer: adapters_pb2.UploadAdapterResponse = outcome_of(running)
+        running = begin(
+            send, messages(upload), timeout_s=upload.remaining_s(), metadata=self._metadata
+        )
+        answer: adapters_pb2.UploadAdapterResponse = outcome(running)
         return answer
 
     def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
@@ -236,7 +238,8 @@ class AdapterCalls(Connection):
         self, name: str = "", *, timeout_s: float | None = None
     ) -> tuple[Alias, ...]:
         """Aliases of one name, or of all, in order."""
-        return tuple(self._pages(partial(calls_admin.alias_page, name=name), timeout_s))
+        pages = self._pages(partial(calls_admin.alias_page, name=name), timeout_s)
+        return tuple(pages)
 
     def history(
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None

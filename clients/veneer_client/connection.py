@@ -1,8 +1,8 @@
+# Generated from aio_connection.py by `make client-sync`: edit that file.
 """How the synchronous client carries calls: one channel, deadlines, retries."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,9 +14,10 @@ from veneer_client import calls
 from veneer_client.actor import actor_metadata
 from veneer_client.address import server_address
 from veneer_client.calls_admin import Page
-from veneer_client.failures import Attempts, RetryPolicy, starting, to_error
+from veneer_client.failures import Attempts, RetryPolicy, to_error
+from veneer_client.transport import begin, open_channel, outcome, sleep
 
-__all__ = ["Connection", "outcome_of", "sleep_or_raise"]
+__all__ = ["Connection", "sleep_or_raise"]
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
@@ -47,9 +48,7 @@ class Connection:
         self._timeout_s = timeout_s
         self._retry = retry
         self._metadata = actor_metadata(actor)
-        self._channel = grpc.insecure_channel(
-            self.address, options=calls.channel_options(keepalive_s)
-        )
+        self._channel = open_channel(self.address, keepalive_s)
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +66,8 @@ class Connection:
         self._channel.close()
 
     def _ask(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
-        return self._perform(call, self._timeout_s if timeout_s is None else timeout_s)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return self._perform(call, limit_s)
 
     def _perform(self, call: calls.Call[Answer, Result], timeout_s: float | None) -> Result:
         attempts = Attempts(self._retry, repeatable=call.repeatable, timeout_s=timeout_s)
@@ -85,9 +85,8 @@ class Connection:
             request_serializer=lambda request: request.SerializeToString(),
             response_deserializer=call.decode,
         )
-        with starting():
-            running = invoke.future(call.request, timeout=left_s, metadata=self._metadata)
-        return call.read(outcome_of(running))
+        running = begin(invoke, call.request, timeout_s=left_s, metadata=self._metadata)
+        return call.read(outcome(running))
 
     def _pages(
         self,
@@ -104,17 +103,8 @@ class Connection:
                 return
 
 
-def outcome_of(running: Any) -> Any:
-    """The answer of a call; whatever ends the waiting (Ctrl-C) ends the call too."""
-    try:
-        return running.result()
-    except BaseException:
-        running.cancel()
-        raise
-
-
 def sleep_or_raise(wait_s: float | None, failure: VeneerError, cause: grpc.RpcError) -> None:
     """Wait until the next attempt; without a next one, raise what the last one failed of."""
     if wait_s is None:
         raise failure from cause
-    time.sleep(wait_s)
+    sleep(wait_s)

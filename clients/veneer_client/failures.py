@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -33,13 +32,10 @@ __all__ = [
     "RetryPolicy",
     "cancelled",
     "not_ready",
-    "outcome",
     "starting",
     "to_error",
     "write_broke",
 ]
-
-Answer = TypeVar("Answer")
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _DOMAIN: Final = "veneer"
@@ -124,18 +120,6 @@ def starting() -> Iterator[None]:
         yield
     except (ValueError, grpc.aio.UsageError) as error:
         raise Cancelled("the client was closed: make a new one") from error
-
-
-async def outcome(answer: Awaitable[Answer]) -> Answer:
-    """Await what a call gives. Where the call was cancelled and not the task, gRPC raises
-    CancelledError all the same, which a group of tasks would swallow."""
-    try:
-        return await answer
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise cancelled() from error
 
 
 def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | None:

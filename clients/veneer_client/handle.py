@@ -1,3 +1,4 @@
+# Generated from aio_handle.py by `make client-sync`: edit that file.
 """``with client.adapter("sql") as sql:`` - one adapter, fixed to one revision.
 
 The name is resolved once, at entry: all calls inside answer from that revision,
@@ -17,23 +18,22 @@ from veneer_client.records import AdapterDetails, AdapterInfo
 from veneer_client.types import BoundOptions, Generation, MessageLike, Prompt
 
 if TYPE_CHECKING:
-    from veneer_client.aio import AsyncClient
     from veneer_client.client import Client
-    from veneer_client.streams import AsyncGenerationStream, GenerationStream
+    from veneer_client.streams import GenerationStream
 
-__all__ = ["AdapterHandle", "AsyncAdapterHandle"]
+__all__ = ["AdapterHandle"]
 
 _NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
-
 
 _UNPIN_S: Final = 5.0
 """Longest time to take back a pin whose fate is unknown."""
 
 
-class _Bound:
-    """What both handles know."""
+class AdapterHandle:
+    """One adapter at one revision; made by `Client.adapter`."""
 
-    def __init__(self, name: str, *, activate: bool, pin: bool) -> None:
+    def __init__(self, client: Client, name: str, *, activate: bool, pin: bool) -> None:
+        self._client = client
         self._name = name
         self._activate = activate
         self._pin = pin
@@ -52,21 +52,14 @@ class _Bound:
         """``name@revision`` in full: what every call names."""
         return f"{self.info.name}@{self.info.revision}"
 
-
-class AdapterHandle(_Bound):
-    """One adapter at one revision; made by `Client.adapter`."""
-
-    def __init__(self, client: Client, name: str, *, activate: bool, pin: bool) -> None:
-        super().__init__(name, activate=activate, pin=pin)
-        self._client = client
-
     def __enter__(self) -> AdapterHandle:
-        self._info = self._client.get(self._name).adapter
+        found = self._client.get(self._name)
+        self._info = found.adapter
         if self._pin and not self._info.pinned:
             try:
                 self._info = self._client.pin(self.ref)
             except BaseException:
-                # The deadline or Ctrl-C ended our waiting, not the server's work.
+                # A deadline, cancellation or Ctrl-C ended our waiting, not the server's work.
                 with suppress(VeneerError):
                     self._client.unpin(self.ref, timeout_s=_UNPIN_S)
                 raise
@@ -117,69 +110,3 @@ class AdapterHandle(_Bound):
     def details(self) -> AdapterDetails:
         """What the server knows of it now."""
         return self._client.get(self.ref)
-
-
-class AsyncAdapterHandle(_Bound):
-    """One adapter at one revision; made by `AsyncClient.adapter`."""
-
-    def __init__(self, client: AsyncClient, name: str, *, activate: bool, pin: bool) -> None:
-        super().__init__(name, activate=activate, pin=pin)
-        self._client = client
-
-    async def __aenter__(self) -> AsyncAdapterHandle:
-        self._info = (await self._client.get(self._name)).adapter
-        if self._pin and not self._info.pinned:
-            try:
-                self._info = await self._client.pin(self.ref)
-            except BaseException:
-                # The deadline or a cancellation ended our waiting, not the server's work.
-                with suppress(VeneerError):
-                    await self._client.unpin(self.ref, timeout_s=_UNPIN_S)
-                raise
-            self._pinned = True
-        elif self._activate or self._pin:
-            self._info = await self._client.activate(self.ref)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._pinned:
-            return
-        self._pinned = False
-        try:
-            await self._client.unpin(self.ref)
-        except AdapterNotFound:
-            pass  # deleted meanwhile, and its pin with it
-        except VeneerError:
-            if error is None:  # what went wrong inside is the news
-                raise
-
-    async def generate(self, prompt: Prompt, **options: Unpack[BoundOptions]) -> Generation:
-        """`AsyncClient.generate` with this adapter."""
-        return await self._client.generate(prompt, adapter=self.ref, **options)
-
-    def generate_stream(
-        self, prompt: Prompt, **options: Unpack[BoundOptions]
-    ) -> AsyncGenerationStream:
-        """`AsyncClient.generate_stream` with this adapter."""
-        return self._client.generate_stream(prompt, adapter=self.ref, **options)
-
-    async def chat(
-        self, messages: Iterable[MessageLike], **options: Unpack[BoundOptions]
-    ) -> Generation:
-        """`AsyncClient.chat` with this adapter."""
-        return await self._client.chat(messages, adapter=self.ref, **options)
-
-    def chat_stream(
-        self, messages: Iterable[MessageLike], **options: Unpack[BoundOptions]
-    ) -> AsyncGenerationStream:
-        """`AsyncClient.chat_stream` with this adapter."""
-        return self._client.chat_stream(messages, adapter=self.ref, **options)
-
-    async def details(self) -> AdapterDetails:
-        """What the server knows of it now."""
-        return await self._client.get(self.ref)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from veneer_client import AsyncClient, Client, GenerationStream, RetryPolicy, Text
 from veneer_client.failures import Attempts
-from veneer_client.streams import StreamStart
+from veneer_client.readers import StreamStart
 from veneer_registry.errors import Cancelled, QueueFull, ServerUnreachable, VeneerError
 
 from tests.unit.client.drivers import Driver

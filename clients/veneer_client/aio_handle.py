@@ -1,0 +1,111 @@
+"""``async with client.adapter("sql") as sql:`` - one adapter, fixed to one revision.
+
+The name is resolved once, at entry: all calls inside answer from that revision,
+whatever is published under the name meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Unpack
+
+from veneer_registry.errors import AdapterNotFound, VeneerError
+
+from veneer_client.records import AdapterDetails, AdapterInfo
+from veneer_client.types import BoundOptions, Generation, MessageLike, Prompt
+
+if TYPE_CHECKING:
+    from veneer_client.aio import AsyncClient
+    from veneer_client.aio_streams import AsyncGenerationStream
+
+__all__ = ["AsyncAdapterHandle"]
+
+_NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
+
+_UNPIN_S: Final = 5.0
+"""Longest time to take back a pin whose fate is unknown."""
+
+
+class AsyncAdapterHandle:
+    """One adapter at one revision; made by `AsyncClient.adapter`."""
+
+    def __init__(self, client: AsyncClient, name: str, *, activate: bool, pin: bool) -> None:
+        self._client = client
+        self._name = name
+        self._activate = activate
+        self._pin = pin
+        self._info: AdapterInfo | None = None
+        self._pinned = False
+
+    @property
+    def info(self) -> AdapterInfo:
+        """The revision, as it was at entry. RuntimeError outside the ``with``."""
+        if self._info is None:
+            raise RuntimeError(_NOT_ENTERED)
+        return self._info
+
+    @property
+    def ref(self) -> str:
+        """``name@revision`` in full: what every call names."""
+        return f"{self.info.name}@{self.info.revision}"
+
+    async def __aenter__(self) -> AsyncAdapterHandle:
+        found = await self._client.get(self._name)
+        self._info = found.adapter
+        if self._pin and not self._info.pinned:
+            try:
+                self._info = await self._client.pin(self.ref)
+            except BaseException:
+                # A deadline, cancellation or Ctrl-C ended our waiting, not the server's work.
+                with suppress(VeneerError):
+                    await self._client.unpin(self.ref, timeout_s=_UNPIN_S)
+                raise
+            self._pinned = True
+        elif self._activate or self._pin:
+            self._info = await self._client.activate(self.ref)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._pinned:
+            return
+        self._pinned = False
+        try:
+            await self._client.unpin(self.ref)
+        except AdapterNotFound:
+            pass  # deleted meanwhile, and its pin with it
+        except VeneerError:
+            if error is None:  # what went wrong inside is the news
+                raise
+
+    async def generate(self, prompt: Prompt, **options: Unpack[BoundOptions]) -> Generation:
+        """`AsyncClient.generate` with this adapter."""
+        return await self._client.generate(prompt, adapter=self.ref, **options)
+
+    def generate_stream(
+        self, prompt: Prompt, **options: Unpack[BoundOptions]
+    ) -> AsyncGenerationStream:
+        """`AsyncClient.generate_stream` with this adapter."""
+        return self._client.generate_stream(prompt, adapter=self.ref, **options)
+
+    async def chat(
+        self, messages: Iterable[MessageLike], **options: Unpack[BoundOptions]
+    ) -> Generation:
+        """`AsyncClient.chat` with this adapter."""
+        return await self._client.chat(messages, adapter=self.ref, **options)
+
+    def chat_stream(
+        self, messages: Iterable[MessageLike], **options: Unpack[BoundOptions]
+    ) -> AsyncGenerationStream:
+        """`AsyncClient.chat_stream` with this adapter."""
+        return self._client.chat_stream(messages, adapter=self.ref, **options)
+
+    async def details(self) -> AdapterDetails:
+        """What the server knows of it now."""
+        return await self._client.get(self.ref)

@@ -1,0 +1,109 @@
+"""How both clients begin a stream, and what they read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from veneer_proto.v1 import adapters_pb2, inference_pb2
+from veneer_registry.errors import InternalError, VeneerError
+
+from veneer_client import convert, convert_admin
+from veneer_client.failures import Attempts, starting
+from veneer_client.records import AdapterEvent
+from veneer_client.types import Chunk, GenerationEnd
+
+__all__ = ["GenerationReader", "Reader", "StreamStart", "WatchReader"]
+
+Read = TypeVar("Read", covariant=True)
+
+
+class Reader(Protocol[Read]):
+    """Reads the messages of one stream."""
+
+    @property
+    def started(self) -> bool: ...
+    def read(self, message: Any) -> Read | None: ...
+    def check_ended(self) -> None: ...
+
+
+class GenerationReader:
+    """What a generate stream has said so far, whichever client reads it."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.end: GenerationEnd | None = None
+
+    def read(self, message: inference_pb2.GenerateStreamResponse) -> Chunk | None:
+        """The message's piece of the answer; None where it only carries the end."""
+        self.started = True
+        self.end = convert.generation_end(message) or self.end
+        chunk = convert.chunk(message)
+        empty = not (chunk.text or chunk.token_ids or chunk.prompt_logprobs)
+        return None if self.end and empty and chunk.finish_reason is None else chunk
+
+    def check_ended(self) -> None:
+        """Raise `InternalError` where the stream stopped without its end."""
+        if self.end is None:
+            raise InternalError(
+                "the stream stopped without a finish reason: is there a proxy between "
+                "that cuts streams? If not, report it with the server's log"
+            )
+
+    def require_end(self) -> GenerationEnd:
+        """The end; RuntimeError while the stream has not been read to it."""
+        if self.end is None:
+            raise RuntimeError(
+                "the stream has not ended: read it to its end before asking for `final`"
+            )
+        return self.end
+
+
+class WatchReader:
+    """Where a watch is, so that it can be taken up again.
+
+    Attributes:
+        sequence: the last one seen.
+    """
+
+    started = False
+    """A watch goes on after an interruption, however much it has told."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+
+    def request(self) -> adapters_pb2.WatchAdaptersRequest:
+        """Asks for what comes after the last event seen."""
+        return adapters_pb2.WatchAdaptersRequest(since_sequence=self.sequence)
+
+    def read(self, message: adapters_pb2.WatchAdaptersResponse) -> AdapterEvent:
+        """The message as a record."""
+        self.sequence = message.sequence or self.sequence
+        return convert_admin.adapter_event(message)
+
+    def check_ended(self) -> None:
+        """Raise `InternalError`: a watch ends only by an error, or by its reader."""
+        raise InternalError(
+            "the watch stopped without a reason: is there a proxy between that cuts "
+            "streams? Watch again from the last sequence number"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStart:
+    """How a stream begins, and begins again.
+
+    Attributes:
+        call: starts it; takes the seconds that are left, or None.
+        to_failure: the typed error of a failed call.
+    """
+
+    call: Callable[[float | None], Any]
+    attempts: Attempts
+    to_failure: Callable[[Any], VeneerError]
+
+    def begin(self) -> Any:
+        """The call, begun."""
+        with starting():
+            return self.call(self.attempts.remaining_s())
