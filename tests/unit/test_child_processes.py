@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from veneer_client.local import LocalServer
+from veneer_labs import one_run
 from veneer_loadtest import setup
 from veneer_loadtest.load.generator import _Worker
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
@@ -31,14 +32,13 @@ from veneer_server.lora.loaders import _Loader
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
 from veneer_server.text.uploaded_templates import UploadedTemplates
-from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
 
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
-PACKAGES = ("adapters_registry", "clients", "loadtest", "proto", "server", "training")
+PACKAGES = ("adapters_registry", "clients", "labs", "loadtest", "proto", "server", "training")
 NAMES = (
     *("accelerate", "bitsandbytes", "gguf", "grpc", "jinja2", "llguidance", "msgspec", "numpy"),
     *("peft", "pip", "prometheus_client", "psutil", "safetensors", "tokenizers", "torch"),
