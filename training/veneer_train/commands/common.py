@@ -34,7 +34,7 @@ Base = Annotated[
 
 _NO_LABS: Final = (
     "labs and data recipes are a package of their own, veneer-labs, which is not installed: "
-    "pip install ./labs in a clone of Veneer's repository"
+    "pip install ./labs in Veneer's folder"
 )
 _YIELDS: Final = 10
 """Niceness of a run beside a server."""
