@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import struct
 from collections.abc import Callable, Mapping
 from io import BufferedReader
@@ -20,6 +19,7 @@ from typing import Final
 
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.errors import AdapterInvalid, InvalidField
+from veneer_registry.replacing import replace_file
 from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
 from veneer_registry.strict_json import canonical_json
 
@@ -127,9 +127,7 @@ def _cached_weights(
     digest = _hash_weights(shards, hashed)
     with contextlib.suppress(OSError):  # it costs the next start the time to hash again
         entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = entry.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(canonical_json(_entry(key, digest)))
-        scratch.replace(entry)
+        replace_file(entry, canonical_json(_entry(key, digest)))
     return digest
 
 

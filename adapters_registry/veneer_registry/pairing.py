@@ -25,8 +25,9 @@ from typing import Final
 from urllib.parse import quote
 
 from veneer_registry.catalog import Catalog
-from veneer_registry.disk import FILE_MODE, sync, write_file
+from veneer_registry.disk import FILE_MODE
 from veneer_registry.errors import StoreMismatch
+from veneer_registry.replacing import replace_file
 
 __all__ = [
     "REBUILT",
@@ -235,11 +236,7 @@ def settle_id(root: Path, found: Survey, catalog: Catalog) -> None:
         with catalog.change() as change:
             change.set_fact(STORE_FACT, own)
     if found.id != own:
-        partial = root / f"{_ID}.partial"
-        write_file(partial, _line(own))
-        sync(partial)
-        partial.replace(root / _ID)
-        sync(root)
+        replace_file(root / _ID, _line(own), mode=FILE_MODE)
 
 
 class ChangeMark:

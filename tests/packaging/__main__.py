@@ -38,6 +38,9 @@ def build(out: Path, *, compiler: bool = True) -> Path:
         name for name in names if name.startswith("veneer_server/backends/native/prebuilt/")
     ]
     adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
+    labs = [name for name in names if name.startswith("veneer_labs") or "recipes" in name]
+    if labs:
+        raise Failed(f"labs and recipes are a package of their own, yet the wheel has {labs}")
     if "linux_x86_64" not in wheel.name or len(kernels) != 2 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
     return wheel

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from veneer_client.local import LocalServer
+from veneer_labs import one_run
 from veneer_loadtest import setup
 from veneer_loadtest.load.generator import _Worker
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peers import vllm
 from veneer_registry.errors import Aborted, EngineFailed, InvalidField, ServerUnreachable
-from veneer_server import doctor, machine
 from veneer_server.adapters.loader_process import Setup
 from veneer_server.adapters.loaders import _Loader
 from veneer_server.config import load_config
@@ -29,16 +29,17 @@ from veneer_server.constraints.family import Family
 from veneer_server.engine_client.connection import Connection
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
+from veneer_server.operate import doctor
+from veneer_server.system import machine
 from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
-from veneer_train.labs import one_run
 from veneer_train.llama_cpp.import_ import import_file
 from veneer_train.sandbox import run_python
 
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
-PACKAGES = ("adapters_registry", "clients", "loadtest", "proto", "server", "training")
+PACKAGES = ("adapters_registry", "clients", "labs", "loadtest", "proto", "server", "training")
 NAMES = (
     *("accelerate", "bitsandbytes", "gguf", "grpc", "jinja2", "llguidance", "msgspec", "numpy"),
     *("peft", "pip", "prometheus_client", "psutil", "safetensors", "tokenizers", "torch"),

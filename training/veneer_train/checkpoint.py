@@ -20,7 +20,9 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from veneer_registry.disk import sync
 from veneer_registry.errors import DiskFull, InvalidField, VeneerError
+from veneer_registry.replacing import replace_file
 
 __all__ = ["Checkpoint", "CheckpointFailed", "Checkpoints", "differences", "disk_errors"]
 
@@ -165,22 +167,8 @@ def _record(folder: Path, facts: dict[str, Any]) -> None:
         with path.open("rb") as file:
             files[str(path.relative_to(folder))] = file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-    draft = folder / f"{RECORD}.new"
-    with draft.open("w", encoding="utf-8") as out:
-        json.dump({**facts, "files": files}, out)
-        out.flush()
-        os.fsync(out.fileno())
-    draft.replace(folder / RECORD)
-    for directory in (folder, folder.parent):
-        _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_file(folder / RECORD, json.dumps({**facts, "files": files}))
+    sync(folder.parent)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from peft import PeftModel
 from veneer_registry.errors import InvalidField
 from veneer_registry.format import TEMPLATE_FILE, read_small, select_files
+from veneer_registry.replacing import replace_file
 from veneer_registry.training_manifest import TRAINING_FILE
 
 from veneer_train.answers import measure_tasks
@@ -207,8 +208,4 @@ def record(adapter: Path, data: Path, measured: Sequence[Measured]) -> None:
     manifest = manifest_of(adapter)
     evaluations = manifest.setdefault("evaluations", {})
     evaluations[data.name] = {each.name: each.metrics() for each in measured}
-    file = adapter / TRAINING_FILE
-    draft = file.with_suffix(".new")
-    draft.write_text(plain_json(manifest), "utf-8")
-    draft.chmod(0o644)
-    os.replace(draft, file)
+    replace_file(adapter / TRAINING_FILE, plain_json(manifest), mode=0o644)

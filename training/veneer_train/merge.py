@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from veneer_registry.errors import InvalidField
 from veneer_registry.format import select_files
+from veneer_registry.replacing import new_folder
 
 from veneer_train.config import QuantConfig
 from veneer_train.model import DTYPES as COMPUTE_DTYPES
@@ -213,9 +213,7 @@ def merge(
     model = dequantized_base(base, quant) if into == "dequant" else source_base(base)
     merged, rounding = _merged(adapted(model, adapter), dtype)
     _check_range(merged, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        staging = Path(scratch) / "merged"
+    with new_folder(out) as staging:
         merged.to(dtype).save_pretrained(staging)
         for name in _FILES:
             # A template that the adapter ships was what it was trained with.
@@ -223,9 +221,6 @@ def merge(
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, staging / name)
                     break
-        for path in (staging, *staging.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        staging.rename(out)
     return rounding
 
 

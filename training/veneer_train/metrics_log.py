@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from veneer_registry.replacing import replace_file
+
 from veneer_train.checkpoint import disk_errors
 from veneer_train.plain_json import plain_json
 
@@ -37,9 +39,7 @@ class MetricsLog:
         if after is not None and path.is_file():
             self.rows = [row for row in _read(path) if row["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".new")
-        draft.write_text("".join(plain_json(row, indent=None) for row in self.rows), "utf-8")
-        draft.replace(path)
+        replace_file(path, "".join(plain_json(row, indent=None) for row in self.rows))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **row: Any) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from veneer_registry.errors import InvalidField
+from veneer_registry.replacing import new_folder
 
 from veneer_train.config import QuantConfig
 from veneer_train.model import load_base, load_tokenizer
@@ -52,16 +52,11 @@ def quantize(base: Path, out: Path, quant: QuantConfig) -> Saving:
     load_tokenizer(base)
     model = load_base(base, quant, torch.device("cpu"))
     saving = _saving(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        staging = Path(scratch) / "quantized"
+    with new_folder(out) as staging:
         model.save_pretrained(staging)
         for pattern in ("tokenizer*", "*.jinja"):
             for file in base.glob(pattern):
                 shutil.copyfile(file, staging / file.name)
-        for path in (staging, *staging.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        staging.rename(out)
     return saving
 
 

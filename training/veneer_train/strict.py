@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
+import msgspec
 import yaml
 from veneer_registry.errors import InvalidField
 
 __all__ = ["apply_setting", "bad_setting", "build", "overlay", "read_yaml"]
 
 _T = TypeVar("_T")
+
+_WANTED: Final = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
 def bad_setting(key: str, message: str) -> InvalidField:
@@ -36,37 +38,25 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 def _value(kind: Any, value: object, key: str) -> object:
     """``value`` as the annotated type ``kind``. YAML's ints may stand for floats and
     ``2e-4``, which YAML reads as a string, for a number; nothing else is converted."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if isinstance(value, bool) and {"on", "off"} <= set(choices):
-            value = "on" if value else "off"  # YAML takes on and off for booleans
-        if value in choices and type(value) in {type(choice) for choice in choices}:
-            return value
-        raise bad_setting(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
-    if origin in (typing.Union, types.UnionType):
-        refusals = []
-        for option in typing.get_args(kind):
-            try:
-                return _value(option, value, key)
-            except InvalidField as error:
-                refusals.append(error)
-        raise refusals[0]  # the others are the less usual ways to write it
-    if origin is list:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            for item in value:
-                _check_text(item, key)
-            return list(value)
-        raise bad_setting(key, f"must be a list of names; got {value!r}")
-    if kind is float:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return _number(value, key)
-    elif type(value) is kind:
-        if isinstance(value, str):
-            _check_text(value, key)
-        return value
-    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    raise bad_setting(key, f"must be {wanted.get(kind, 'null')}; got {value!r}")
+    options = typing.get_args(kind) or (kind,)
+    if isinstance(value, bool) and {"on", "off"} <= set(options):
+        value = "on" if value else "off"  # YAML takes on and off for booleans
+    if float in options and type(value) in (str, int, float):
+        return _number(typing.cast(str | float, value), key)
+    try:
+        if isinstance(value, set | frozenset | tuple):
+            raise msgspec.ValidationError  # msgspec itself takes them for lists
+        found = msgspec.convert(value, kind)
+    except (msgspec.ValidationError, UnicodeEncodeError):  # they do not say what is allowed
+        if typing.get_origin(kind) is Literal:
+            wanted = f"one of {', '.join(map(str, options))}"
+        else:
+            wanted = _WANTED[options[0]]  # the others are the less usual ways to write it
+        raise bad_setting(key, f"must be {wanted}; got {value!r}") from None
+    for text in found if isinstance(found, list) else [found]:
+        if isinstance(text, str):
+            _check_text(text, key)
+    return found
 
 
 def _number(value: str | float, key: str) -> float:

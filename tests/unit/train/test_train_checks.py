@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from veneer_labs.recipes import chat, code, sql
 from veneer_registry.errors import InvalidField
 from veneer_train.checks import Score, passes, validate
 from veneer_train.config import DataConfig
 from veneer_train.data import load_file
-from veneer_train.recipes import chat, code, sql
 from veneer_train.sandbox import run_python
 
 SQL = {

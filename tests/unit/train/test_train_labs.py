@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from veneer_labs import one_run, training
+from veneer_labs.one_run import RunResult
 from veneer_train.cli import app
-from veneer_train.labs import one_run, training
-from veneer_train.labs.one_run import RunResult
 from veneer_train.plan import Method
 
 
@@ -147,3 +149,30 @@ def test_a_folder_with_something_in_it_is_left_alone(tiny_base: Path, tmp_path: 
         app, ["lab", "quant-error", "--base", str(tiny_base), "--out", str(tmp_path)]
     )
     assert (done.exit_code, "not empty" in done.stderr) == (1, True)
+
+
+WITHOUT = """
+import sys
+from pathlib import Path
+sys.path = [place for place in sys.path if not (Path(place) / "veneer_labs").exists()]
+from veneer_train.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [["lab", "quant-error", "--base", "x"], ["data", "sql"]])
+def test_where_the_package_is_not_installed_it_is_named(
+    command: list[str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *command, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "veneer-labs" in line
+    assert "pip install ./labs" in line
+    assert not (tmp_path / "out").exists()

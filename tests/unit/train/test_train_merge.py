@@ -15,10 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from veneer_registry.errors import InvalidField
+from veneer_registry.gguf_adapter import interleave_halves
 from veneer_train.cli import app
 from veneer_train.config import QuantConfig
 from veneer_train.llama_cpp.export import export_adapter, export_model
-from veneer_train.llama_cpp.tensors import permuted
 from veneer_train.merge import dequantized_base, divergence, merge
 from veneer_train.model import load_base
 
@@ -161,7 +161,9 @@ def test_an_exported_model_holds_every_weight(tiny_base: Path, tmp_path: Path) -
     with safe_open(tiny_base / "model.safetensors", "pt") as stored:
         weights = {n: stored.get_tensor(n).float() for n in stored.keys()}  # noqa: SIM118
     q = weights["model.layers.0.self_attn.q_proj.weight"]
-    np.testing.assert_array_equal(tensors["blk.0.attn_q.weight"], permuted(q, 2).numpy())
+    np.testing.assert_array_equal(
+        tensors["blk.0.attn_q.weight"], interleave_halves(q.numpy(), 2)
+    )
     up = weights["model.layers.1.mlp.up_proj.weight"]
     np.testing.assert_array_equal(tensors["blk.1.ffn_up.weight"], up.numpy())
     tied = [n for n in weights if n != "lm_head.weight"]
@@ -187,7 +189,7 @@ def test_an_exported_adapter_is_scaled_and_turned(
         b = stored.get_tensor(f"{prefix}.lora_B.weight").float() * scaling
         a = stored.get_tensor(f"{prefix}.lora_A.weight").float()
     np.testing.assert_array_equal(tensors["blk.0.attn_q.weight.lora_a"], a.numpy())
-    turned = permuted(b, 2).numpy()
+    turned = interleave_halves(b.numpy(), 2)
     np.testing.assert_allclose(tensors["blk.0.attn_q.weight.lora_b"], turned, rtol=1e-6)
     assert len(tensors) == 2 * 7 * 2
 

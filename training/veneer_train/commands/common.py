@@ -32,6 +32,10 @@ Base = Annotated[
 ]
 
 
+_NO_LABS: Final = (
+    "labs and data recipes are a package of their own, veneer-labs, which is not installed: "
+    "pip install ./labs in Veneer's folder"
+)
 _YIELDS: Final = 10
 """Niceness of a run beside a server."""
 
@@ -43,13 +47,21 @@ def stderr() -> Console:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Errors of ours end the command with one line and code 1; a bug shows its trace."""
+    """Errors of ours end the command with one line and code 1; a bug shows its trace.
+
+    So does a command that needs the package of labs and recipes where it is not installed.
+    """
     try:
         yield
     except VeneerError as error:
         if debug:
             raise
         stderr().print(f"veneer-train: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if error.name != "veneer_labs":
+            raise
+        stderr().print(f"veneer-train: {_NO_LABS}", markup=False)
         raise typer.Exit(1) from None
 
 

@@ -31,7 +31,7 @@ def data(
 ) -> None:
     """Build a JSONL data set from what is on this machine."""
     with errors(debug):
-        from veneer_train.recipes import build
+        from veneer_labs.recipes import build
 
         counts = build(recipe, out, seed)
     for name, count in counts.items():

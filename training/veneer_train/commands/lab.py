@@ -69,9 +69,11 @@ def lab(
     """Run an experiment; write its table, CSV, plot, versions and seed, and what it cannot
     show."""
     with errors(debug):
+        import veneer_labs  # noqa: F401 (says that it is missing before a base is looked for)
+
         folder = None if name == "swap" else _needed(base)
         quiet_libraries()
-        from veneer_train.labs.output import empty_folder, write
+        from veneer_labs.output import empty_folder, write
 
         empty_folder(out)
         command = " ".join(["veneer-train", *_shown(sys.argv[1:])])
@@ -81,18 +83,18 @@ def lab(
             console.print(line, style="dim")
 
         if folder is None:
-            from veneer_train.labs.swap import swap
+            from veneer_labs.swap import swap
 
             made = swap(
                 _adapters(adapters), server=server, repeats=repeats, seed=seed, command=command
             )
         else:
             if name == "quant-error":
-                from veneer_train.labs.quant import quant_error
+                from veneer_labs.quant import quant_error
 
                 made = quant_error(folder, seed=seed, command=command)
             elif name == "quant-ppl":
-                from veneer_train.labs.quant import quant_ppl
+                from veneer_labs.quant import quant_ppl
 
                 made = quant_ppl(
                     folder,
@@ -104,7 +106,7 @@ def lab(
                     told=told,
                 )
             else:
-                from veneer_train.labs import training
+                from veneer_labs import training
 
                 over: dict[str, Any] = read_yaml(config) if config else {}
                 if preset := over.pop("preset", None):

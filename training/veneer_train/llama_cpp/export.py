@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import gguf
 import numpy as np
-import torch
 from safetensors import safe_open
 from veneer_registry.fingerprint import weight_files
-from veneer_registry.format import read_adapter
+from veneer_registry.gguf_adapter import (
+    Matrix,
+    gguf_file,
+    interleave_halves,
+    write_gguf_adapter,
+)
 
-from veneer_train.llama_cpp.tensors import Architecture, as_array, permuted, read_architecture
+from veneer_train.llama_cpp.tensors import as_array, read_architecture
 from veneer_train.llama_cpp.tokens import add_tokenizer
 from veneer_train.merge_report import rounding_of
 
@@ -37,24 +40,6 @@ _OWN_TYPES: Final[Mapping[str, ModelType]] = {
 }
 
 
-@contextmanager
-def _writing(out: Path, architecture: Architecture) -> Iterator[gguf.GGUFWriter]:
-    """A writer whose file appears whole at the end, or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.new")
-    writer = gguf.GGUFWriter(draft, gguf.MODEL_ARCH_NAMES[architecture.kind])
-    try:
-        yield writer
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(draft, out)
-    finally:
-        writer.close()
-        draft.unlink(missing_ok=True)
-
-
 def export_model(folder: Path, out: Path, kind: ModelType | None = None) -> float:
     """Write a Hugging Face folder of 16- or 32-bit weights as one GGUF file.
 
@@ -74,7 +59,8 @@ def export_model(folder: Path, out: Path, kind: ModelType | None = None) -> floa
     merged = rounding_of(folder)
     changed = {f"{module}.weight" for module in merged.modules} if merged else set()
     lost = 0.0
-    with _writing(out, architecture) as writer:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with gguf_file(out, gguf.MODEL_ARCH_NAMES[architecture.kind]) as writer:
         writer.add_type("model")
         writer.add_name(folder.name)
         writer.add_file_type(file_type)
@@ -95,7 +81,9 @@ def export_model(folder: Path, out: Path, kind: ModelType | None = None) -> floa
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
             heads = architecture.heads_of(name)
-            array = as_array(tensor if heads is None else permuted(tensor, heads))
+            array = as_array(tensor)
+            if heads is not None:
+                array = interleave_halves(array, heads)
             target = architecture.gguf_name(name)
             stored = data_type if array.ndim > 1 else gguf.GGMLQuantizationType.F32
             written = gguf.quantize(array, stored)
@@ -113,11 +101,9 @@ def export_adapter(
     base: Path,
     out: Path,
     *,
-    permute: Callable[[torch.Tensor, int], torch.Tensor] = permuted,
+    permute: Callable[[Matrix, int], Matrix] = interleave_halves,
 ) -> None:
     """Write an adapter folder as a GGUF adapter for its base's GGUF file.
-
-    Scalings are multiplied into B: llama.cpp has one alpha for all modules.
 
     Args:
         base: Hugging Face folder of the base.
@@ -127,27 +113,14 @@ def export_adapter(
         AdapterInvalid: the folder is none that a server takes.
     """
     architecture = read_architecture(base)
-    manifest = read_adapter(folder, base=None)
-    with (
-        _writing(out, architecture) as writer,
-        safe_open(folder / "adapter_model.safetensors", "pt") as file,
-    ):
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_name(folder.name)
-        writer.add_float32("adapter.lora.alpha", 0.0)  # 0: the tensors are scaled already
-        for module in manifest.modules:
-            block = "mlp" if module.projection in ("gate_proj", "up_proj", "down_proj") else ""
-            name = (
-                f"model.layers.{module.layer}.{block or 'self_attn'}.{module.projection}.weight"
-            )
-            target = architecture.gguf_name(name)
-            a, b = file.get_tensor(module.a_key), file.get_tensor(module.b_key)
-            b = b.to(torch.float32) * module.scaling
-            if (heads := architecture.heads_of(name)) is not None:
-                b = permute(b, heads)
-            writer.add_tensor(f"{target}.lora_a", as_array(a))
-            writer.add_tensor(f"{target}.lora_b", as_array(b))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf_adapter(
+        folder,
+        out,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        permute=permute,
+    )
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:

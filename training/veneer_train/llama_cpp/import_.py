@@ -7,11 +7,11 @@ is imported for serving have one fingerprint.
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from pathlib import Path
 
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import InvalidField
+from veneer_registry.replacing import new_folder
 
 __all__ = ["import_file"]
 
@@ -30,9 +30,7 @@ def import_file(file: Path, out: Path) -> None:
         raise InvalidField(
             f"{out} exists: remove it, or choose another folder", metadata={"field": "out"}
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        staging = Path(scratch) / out.name
+    with new_folder(out) as staging:
         done = subprocess.run(
             child_python("-m", _IMPORTER, str(file), str(staging)),
             capture_output=True,
@@ -44,5 +42,3 @@ def import_file(file: Path, out: Path) -> None:
             raise InvalidField(
                 f"{file.name} could not be converted: {last}", metadata={"field": "file"}
             )
-        staging.chmod(0o755)
-        staging.rename(out)

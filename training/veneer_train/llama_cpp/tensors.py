@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from veneer_registry.errors import InvalidField
 
-__all__ = ["Architecture", "permuted", "read_architecture"]
+__all__ = ["Architecture", "as_array", "read_architecture"]
 
 _SUPPORTED: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA}
 """transformers' model types; what llama.cpp calls both is llama."""
@@ -85,20 +85,6 @@ def read_architecture(folder: Path) -> Architecture:
             metadata={"field": "base"},
         )
     return Architecture(config, kind, gguf.get_tensor_name_map(kind, config.num_hidden_layers))
-
-
-def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """A q or k projection's rows (weight, bias or lora_B) as llama.cpp rotates them.
-
-    transformers turns number i of a head together with number i + half, llama.cpp with
-    its neighbour: within each head the two halves are interleaved.
-
-    Args:
-        rows: [heads * head_dim, ...].
-    """
-    shape = rows.shape
-    halves = rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
-    return halves.swapaxes(1, 2).reshape(shape).contiguous()
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:

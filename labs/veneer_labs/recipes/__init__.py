@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from veneer_train.recipes import chat, code, sql
+from veneer_labs.recipes import chat, code, sql
 
 __all__ = ["Recipe", "build"]
 

@@ -1,5 +1,5 @@
 """One training run in a process of its own, so that its peak memory is its own:
-``python -m veneer_train.labs.one_run SPEC.json RESULT.json``."""
+``python -m veneer_labs.one_run SPEC.json RESULT.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 from veneer_registry.child_python import child_python
 from veneer_registry.errors import Aborted
-
 from veneer_train.config import parse_config
 from veneer_train.plan import Method
 
@@ -61,7 +60,7 @@ def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: in
     spec, result = scratch / "spec.json", scratch / "result.json"
     spec.write_text(json.dumps({"config": config, "method": method, "threads": threads}))
     done = subprocess.run(
-        child_python("-m", "veneer_train.labs.one_run", str(spec), str(result)),
+        child_python("-m", "veneer_labs.one_run", str(spec), str(result)),
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -91,7 +90,6 @@ def train(raw: dict[str, Any], method: Method) -> RunResult:
     config = parse_config(raw)
     import torch
     from transformers import set_seed
-
     from veneer_train.data import load_split
     from veneer_train.evaluate import evaluate
     from veneer_train.metrics_log import MetricsLog

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from veneer_client import AsyncClient, Text
 from veneer_client.local import LocalServer
 
-from veneer_train.labs.output import Lab, Row
+from veneer_labs.output import Lab, Row
 
 __all__ = ["swap"]
 

@@ -12,10 +12,10 @@ import bitsandbytes.functional as bnb
 import torch
 from matplotlib.figure import Figure
 from veneer_registry.errors import InvalidField
-
-from veneer_train.labs.output import Lab, Row
 from veneer_train.merge import linears, source_base
 from veneer_train.model import load_tokenizer
+
+from veneer_labs.output import Lab, Row
 
 __all__ = ["MODES", "perplexity_of", "quant_error", "quant_ppl", "restored"]
 

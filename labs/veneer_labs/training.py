@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
-
 from veneer_train.config import parse_config
-from veneer_train.labs.one_run import RunResult, run
-from veneer_train.labs.output import Lab, Row
 from veneer_train.plan import Method, plan, read_shape
-from veneer_train.recipes import build
 from veneer_train.strict import overlay
+
+from veneer_labs.one_run import RunResult, run
+from veneer_labs.output import Lab, Row
+from veneer_labs.recipes import build
 
 __all__ = ["Runs", "optimizers", "qlora_vs_lora", "rank"]
 

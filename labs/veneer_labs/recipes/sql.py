@@ -356,7 +356,7 @@ def _sample(domain: _Domain, rng: random.Random) -> dict[str, Any]:
 
 def _domains() -> list[_Domain]:
     text = (
-        resources.files("veneer_train.recipes").joinpath("sql_domains.yaml").read_text("utf-8")
+        resources.files("veneer_labs.recipes").joinpath("sql_domains.yaml").read_text("utf-8")
     )
     found = []
     for entry in yaml.safe_load(text):

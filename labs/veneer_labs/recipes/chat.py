@@ -98,7 +98,7 @@ def build(seed: int) -> tuple[list[Sample], list[Sample]]:
     """Training and validation samples, the same for the same ``seed``."""
     rng = random.Random(seed)
     text = (
-        resources.files("veneer_train.recipes").joinpath("chat_topics.yaml").read_text("utf-8")
+        resources.files("veneer_labs.recipes").joinpath("chat_topics.yaml").read_text("utf-8")
     )
     groups: dict[str, list[dict[str, object]]] = yaml.safe_load(text)
     topics = [

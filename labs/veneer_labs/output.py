@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from veneer_registry.errors import InvalidField
-
 from veneer_train.manifest import hardware, versions
 from veneer_train.plain_json import plain_json
 

@@ -1,0 +1,1 @@
+"""Small experiments (`veneer-train lab`) and data sets (`veneer-train data`)."""

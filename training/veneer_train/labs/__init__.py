@@ -1,1 +1,0 @@
-"""Small experiments, each one command that writes a table, a plot and what they cannot show."""
