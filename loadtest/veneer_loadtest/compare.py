@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
-from veneer_loadtest.report import median, percentile, wait_until_idle
+from veneer_loadtest.quantiles import median, percentile
+from veneer_loadtest.report import wait_until_idle
 from veneer_loadtest.results import (
     CompareLevel,
     Ends,

@@ -9,7 +9,7 @@ from veneer_client import AsyncClient, Tokens, VeneerError
 
 from veneer_loadtest.peer import PeftPeerProcess
 from veneer_loadtest.peer_messages import Score, Scored
-from veneer_loadtest.report import percentile
+from veneer_loadtest.quantiles import percentile
 from veneer_loadtest.results import AnswersGate, ReferenceGate
 from veneer_loadtest.runner import run_round
 from veneer_loadtest.workload import Stream

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from veneer_client import AsyncClient
 
-from veneer_loadtest.report import median
+from veneer_loadtest.quantiles import median
 from veneer_loadtest.runner import Round, run_round
 from veneer_loadtest.workload import Stream, make_streams
 
