@@ -25,6 +25,7 @@ from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.generator import Loaded, generate
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
 from veneer_loadtest.load.targets import VeneerSpec
+from veneer_loadtest.quantiles import median
 from veneer_loadtest.report import spread
 from veneer_loadtest.results import ChurnBy, ChurnFigures
 from veneer_loadtest.setup import remove
@@ -255,7 +256,7 @@ def figures(
         quiet_gaps=len(calm),
         inside_gaps=len(inside),
         longest_ms=longest * 1e3,
-        steps=longest / float(np.median(calm)),
+        steps=longest / median(calm),
     )
 
 

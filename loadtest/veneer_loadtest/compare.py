@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from veneer_loadtest.load.rounds import Round
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
-from veneer_loadtest.report import median, percentile, wait_until_idle
+from veneer_loadtest.quantiles import median, percentile
+from veneer_loadtest.report import wait_until_idle
 from veneer_loadtest.results import (
     CompareLevel,
     Ends,
@@ -21,7 +23,6 @@ from veneer_loadtest.results import (
     RoundFigures,
     SystemFigures,
 )
-from veneer_loadtest.runner import Round
 from veneer_loadtest.systems import System
 from veneer_loadtest.workload import Stream, make_streams
 

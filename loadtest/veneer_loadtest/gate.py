@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -9,9 +10,8 @@ from veneer_client import AsyncClient, Tokens, VeneerError
 
 from veneer_loadtest.peer import PeftPeerProcess
 from veneer_loadtest.peer_messages import Score, Scored
-from veneer_loadtest.report import percentile
+from veneer_loadtest.quantiles import percentile
 from veneer_loadtest.results import AnswersGate, ReferenceGate
-from veneer_loadtest.runner import run_round
 from veneer_loadtest.workload import Stream
 
 __all__ = ["GateFailed", "check", "check_answers"]
@@ -64,13 +64,13 @@ async def check(
         GateFailed: out of bounds, an answer is not its own adapter's, or the adapters
             are too alike to tell.
     """
-    answered = await run_round(client, streams, tokens)
+    rows = await asyncio.gather(*(_answer(client, stream, tokens) for stream in streams))
     adapters = [stream.adapter for stream in streams]
     differences: list[float] = []
     other_differences: list[float] = []
     regrets: list[float] = []
     other_regrets: list[float] = []
-    for stream, answer in zip(streams, answered.rows, strict=True):
+    for stream, answer in zip(streams, rows, strict=True):
         row = [*stream.prompt, *answer]
         ours = await _server_score(client, row, stream.adapter)
         own = await peer.score(Score(row=row, adapter=stream.adapter))
@@ -174,6 +174,19 @@ def _passes(gate: ReferenceGate) -> bool:
         and gate.other_adapter_mean >= DISTINCT * gate.mean
         and gate.other_adapter_regret >= DISTINCT * gate.regret
     )
+
+
+async def _answer(client: AsyncClient, stream: Stream, tokens: int) -> tuple[int, ...]:
+    """Greedy, and of exactly ``tokens`` tokens."""
+    async with client.generate_stream(
+        Tokens(stream.prompt),
+        adapter=stream.adapter,
+        max_tokens=tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        use_prefix_cache=False,
+    ) as call:
+        return tuple([token async for chunk in call for token in chunk.token_ids])
 
 
 async def _server_score(client: AsyncClient, row: list[int], adapter: str) -> list[float]:

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from veneer_client import AsyncClient
 
-from veneer_loadtest.report import median
-from veneer_loadtest.runner import Round, run_round
-from veneer_loadtest.workload import Stream, make_streams
+from veneer_loadtest.load.rounds import Round, send_round
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.targets import VeneerSpec
+from veneer_loadtest.quantiles import median
 
 __all__ = ["Level", "PrefixOptions", "measure"]
 
@@ -103,19 +104,19 @@ async def measure(
     """Rounds of ``streams`` requests at once, cache off, on, on, off, and so on.
 
     Raises:
-        VeneerError: a call failed.
+        TargetFailed: a call failed.
     """
     prefixes = _prefixes(options)
     # Fills the cache, and warms the server up for both.
-    for name, prefix in prefixes.items():
-        await run_round(client, (Stream(name, prefix),), 1, use_prefix_cache=True)
+    warm = _load(options, len(prefixes), own=0, tokens=1, seed=options.seed)
+    await send_round("veneer", warm, VeneerSpec(client.address, True, prefixes))
     rounds: dict[bool, list[Round]] = {False: [], True: []}
     for number in range(2 * options.repeat):
         cached = number % 4 in (1, 2)
-        sent = _requests(options, prefixes, streams, number)
-        rounds[cached].append(
-            await run_round(client, sent, options.tokens, use_prefix_cache=cached)
-        )
+        seed = options.seed * 10_000 + 100 * streams + number
+        load = _load(options, streams, own=options.own, tokens=options.tokens, seed=seed)
+        spec = VeneerSpec(client.address, cached, prefixes)
+        rounds[cached].append(await send_round("veneer", load, spec))
         on_round()
     hits = sum(r.cached_prompt_tokens for r in rounds[True])
     asked = options.repeat * streams * (options.shared + options.own)
@@ -131,14 +132,20 @@ def _prefixes(options: PrefixOptions) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _requests(
-    options: PrefixOptions, prefixes: dict[str, tuple[int, ...]], streams: int, number: int
-) -> tuple[Stream, ...]:
-    endings = make_streams(
-        options.adapters,
-        count=streams,
-        prompt_tokens=(options.own, options.own),
+def _load(
+    options: PrefixOptions, streams: int, *, own: int, tokens: int, seed: int
+) -> LoadSpec:
+    """One request for each stream, all at once, with ``own`` tokens after the beginning."""
+    return LoadSpec(
+        adapters=options.adapters,
+        arrivals=Closed(streams),
+        popularity=Popularity("roundrobin"),
+        prompt_tokens=Lengths(own, own),
+        tokens=Lengths(tokens, tokens),
+        duration_s=0.0,
+        warmup_s=0.0,
+        requests=streams,
+        cancel_share=0.0,
+        seed=seed,
         vocab=options.vocab,
-        seed=options.seed * 10_000 + 100 * streams + number,
     )
-    return tuple(Stream(s.adapter, prefixes[s.adapter] + s.prompt) for s in endings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -19,13 +18,12 @@ from typing import Final
 
 import psutil
 
+from veneer_loadtest.quantiles import percentiles
 from veneer_loadtest.results import Spread
 
 __all__ = [
     "busy_share",
     "conditions",
-    "median",
-    "percentile",
     "spread",
     "usable_cores",
     "versions",
@@ -52,26 +50,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def percentile(values: Iterable[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of ``values`` lie, interpolated."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def median(values: Iterable[float]) -> float:
-    """The 50th percentile."""
-    return percentile(values, 0.5)
-
-
 def spread(seconds: Iterable[float]) -> Spread:
     """Of several samples, in milliseconds."""
     values = [float(second) * 1e3 for second in seconds]  # of numpy, too
+    p50, p99 = percentiles(values, [0.5, 0.99])
     return Spread(
-        p50=median(values),
-        p99=percentile(values, 0.99),
+        p50=p50,
+        p99=p99,
         low=min(values),
         high=max(values),
     )

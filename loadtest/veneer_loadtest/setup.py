@@ -22,8 +22,6 @@ __all__ = [
     "find_adapters",
     "find_base_folder",
     "needed_shape",
-    "parse_range",
-    "parse_streams",
     "published",
     "served_shape",
     "target",
@@ -185,34 +183,3 @@ def find_adapters(folder: Path) -> Mapping[str, Path]:
             "of adapter folders, or leave it out to make synthetic ones"
         )
     return found
-
-
-def parse_streams(text: str) -> tuple[int, ...]:
-    """``1,8,32``.
-
-    Raises:
-        BadOption: anything else.
-    """
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise BadOption(f"--streams {text!r}: give numbers of 1 or more, such as 1,8,32")
-    return counts
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """``16..64``, or one number for both ends.
-
-    Raises:
-        BadOption: anything else.
-    """
-    low, _, high = text.partition("..")
-    try:
-        ends = int(low), int(high or low)
-    except ValueError:
-        ends = 0, 0
-    if not 1 <= ends[0] <= ends[1]:
-        raise BadOption(f"--prompt-tokens {text!r}: give a range such as 16..64")
-    return ends

@@ -9,6 +9,7 @@ within a round. The result is `results.SwapResult`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import get_args
 
 from veneer_client import AsyncClient, Tier, VeneerError
+from veneer_registry.adapter import SHORT_REVISION
 
 from veneer_loadtest import page_cache
+from veneer_loadtest.errors import TargetFailed
+from veneer_loadtest.load.plan import Planned
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Popularity
+from veneer_loadtest.load.targets import Facts, VeneerSpec, VeneerTarget
 from veneer_loadtest.report import spread
 from veneer_loadtest.results import Case, CaseFigures, ChurnFigures
-from veneer_loadtest.runner import StreamRun, run_stream
-from veneer_loadtest.workload import BaseShape, make_adapter, make_streams
+from veneer_loadtest.workload import BaseShape, make_adapter
 
 __all__ = ["Sample", "SwapOptions", "case_figures", "summary", "swap"]
 
@@ -122,6 +127,7 @@ async def swap(
     bench = _Bench(client, options, folder)
     cases: dict[Case, list[Sample]] = {case: [] for case in get_args(Case)}
     async with AsyncExitStack() as new:
+        new.push_async_callback(bench.close)
         for name in (A, B):
             await bench.publish(name)
             new.push_async_callback(client.delete, name)
@@ -138,6 +144,36 @@ async def swap(
     return cases
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One token of an adapter, and what the server says of it."""
+
+    adapter: str
+    first_token_s: float
+    facts: Facts
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.first_token_s, self.facts.load_s or 0.0)
+
+
+def _load(options: SwapOptions) -> LoadSpec:
+    """What the requests are drawn from."""
+    return LoadSpec(
+        adapters=(A, B, NEW),
+        arrivals=Closed(1),
+        popularity=Popularity("identical"),
+        prompt_tokens=Lengths(options.prompt_tokens, options.prompt_tokens),
+        tokens=Lengths(1, 1),
+        duration_s=0.0,
+        warmup_s=0.0,
+        requests=0,
+        cancel_share=0.0,
+        seed=options.seed,
+        vocab=options.base.vocab,
+    )
+
+
 class _Bench:
     def __init__(self, client: AsyncClient, options: SwapOptions, folder: Path) -> None:
         self._client = client
@@ -145,6 +181,7 @@ class _Bench:
         self._folder = folder
         self._made = 0
         self._asked = 0
+        self._target = VeneerTarget(_load(options), VeneerSpec(client.address))
 
     async def publish(self, name: str) -> None:
         self._made += 1
@@ -157,18 +194,23 @@ class _Bench:
         )
         await self._client.push(made, name)
 
-    async def run(self, adapter: str) -> StreamRun:
+    async def run(self, adapter: str) -> _Answer:
+        """One request, from this process: a worker's start would take longer than it."""
         # A new prompt each time, so that no cache of prefixes can help.
         self._asked += 1
-        length = self._options.prompt_tokens
-        (stream,) = make_streams(
-            (adapter,),
-            count=1,
-            prompt_tokens=(length, length),
-            vocab=self._options.base.vocab,
-            seed=self._options.seed * 10_000 + self._asked,
-        )
-        return await run_stream(self._client, stream, 1)
+        request = Planned(self._asked, 0.0, adapter, self._options.prompt_tokens, 1)
+        first_s = None
+        start = time.perf_counter()
+        async with self._target.send(request) as stream:
+            async for _ in stream:
+                first_s = first_s or time.perf_counter() - start
+        if first_s is None:
+            raise TargetFailed(f"an answer of {adapter} had no token")
+        return _Answer(adapter, first_s, stream.facts)
+
+    async def close(self) -> None:
+        """Close the connection that requests went over."""
+        await self._target.close()
 
     async def sample(self, case: Case) -> Sample:
         await self._prepare(case)
@@ -210,13 +252,13 @@ class _Bench:
             run = await self.run(NEW)
         finally:
             await self._client.delete(NEW)
-        return Sample(run.arrival_s[0], run.end.provenance.timings.adapter_load_s)
+        return run.sample
 
-    def _checked(self, run: StreamRun, tier: Tier) -> Sample:
-        found = run.end.provenance.tier
-        if found is not tier:
+    def _checked(self, run: _Answer, tier: Tier) -> Sample:
+        if run.facts.tier != tier.name.lower():
             raise WrongTier(
-                f"{run.end.provenance.short} was found in {found}, not in {tier}: give the "
+                f"{run.adapter}@{run.facts.revision[:SHORT_REVISION]} was found in "
+                f"{run.facts.tier.upper() or 'no tier'}, not in {tier}: give the "
                 "server larger adapter budgets, and let nothing else use it"
             )
-        return Sample(run.arrival_s[0], run.end.provenance.timings.adapter_load_s)
+        return run.sample

@@ -13,15 +13,15 @@ from typing import Any, Final
 import msgspec
 from veneer_client import AsyncClient
 
-from veneer_loadtest.load.generator import Loaded, generate
+from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.plan import plan, prompt_ids
+from veneer_loadtest.load.rounds import Round, send_round
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peer_messages import Generate
 from veneer_loadtest.peers.process import HttpPeer
 from veneer_loadtest.results import SystemFacts
-from veneer_loadtest.runner import Round
 from veneer_loadtest.workload import Stream
 
 __all__ = ["HttpSystem", "PeftSystem", "System", "VeneerSystem"]
@@ -58,10 +58,10 @@ class _Server(System):
 
     async def round(self, load: LoadSpec) -> Round:
         """See `System.round`."""
-        loaded = await generate(
-            load, self._target, workers=1, timeout_s=_TIMEOUT_S, stop=asyncio.Event()
-        )
-        return _round(self.name, loaded)
+        try:
+            return await send_round(self.name, load, self._target)
+        except TargetFailed as error:
+            raise PeerError(str(error)) from error
 
 
 class VeneerSystem(_Server):
@@ -158,26 +158,4 @@ class PeftSystem(System):
             first_token_s=(done.step_s[0],) * len(requests),
             gaps_s=tuple(gaps) * len(requests),
             client_cpu_s=0.0,
-            rows=tuple(tuple(row) for row in done.rows),
         )
-
-
-def _round(name: str, loaded: Loaded) -> Round:
-    bad = [record for record in loaded.records if record.outcome != "ok"]
-    if bad or loaded.failure:
-        reason = bad[0].reason if bad else loaded.failure
-        raise PeerError(
-            f"{name}: {len(bad)} of {len(loaded.records)} requests failed: {reason}"
-        )
-    records = loaded.records
-    if any(r.first_token_s is None for r in records):
-        raise PeerError(f"{name}: an answer had no token with a text")
-    return Round(
-        wall_s=max(r.end_s for r in records) - min(r.due_s for r in records),
-        tokens=sum(r.tokens for r in records),
-        first_token_s=tuple(r.first_token_s for r in records if r.first_token_s is not None),
-        gaps_s=tuple(gap for r in records for gap in r.gap_values()),
-        client_cpu_s=loaded.cpu_s,
-        rows=(),
-        cached_prompt_tokens=sum(r.cached for r in records),
-    )

@@ -29,7 +29,7 @@ from veneer_loadtest.commands.common import (
     warn_if_busy,
 )
 from veneer_loadtest.commands.common import run as run_command
-from veneer_loadtest.commands.load_options import PopularityText
+from veneer_loadtest.commands.load_options import PopularityText, numbers_of
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.session import stop_on_signals
@@ -236,7 +236,8 @@ def compare(
 
 def _levels(streams: str, rate: str, arrivals: str) -> tuple[Closed | Open, ...]:
     if not rate:
-        return tuple(Closed(count) for count in setup.parse_streams(streams))
+        counts = numbers_of("--streams", streams, least=1)
+        return tuple(Closed(count) for count in counts)
     found: list[Closed | Open] = []
     for part in rate.split(","):
         try:

@@ -49,7 +49,6 @@ __all__ = [
     "load_spec",
     "names_of",
     "numbers_of",
-    "ranks_of",
     "targets_of",
 ]
 
@@ -221,18 +220,6 @@ def _counted(part: str) -> tuple[str, ...]:
     return tuple(f"{found[1]}{number}{found[4]}" for number in range(low, high + 1))
 
 
-def ranks_of(text: str) -> tuple[int, ...]:
-    """``16`` or ``8,16,32,64``.
-
-    Raises:
-        BadOption: anything else.
-    """
-    ranks = numbers_of("--rank", text)
-    if not ranks or min(ranks) < 1:
-        raise BadOption(f"--rank {text!r}: give ranks of 1 or more, such as 16 or 8,16,32,64")
-    return ranks
-
-
 def targets_of(text: str) -> tuple[str, ...]:
     """``all``, ``attention``, or projections by name.
 
@@ -250,13 +237,14 @@ def targets_of(text: str) -> tuple[str, ...]:
     return targets
 
 
-def numbers_of(option: str, text: str) -> tuple[int, ...]:
-    """``1,8,32``; 0 is the base alone.
+def numbers_of(option: str, text: str, *, least: int = 0) -> tuple[int, ...]:
+    """``1,8,32``; "" is none, where ``least`` is 0.
 
     Raises:
-        BadOption: anything else.
+        BadOption: anything else, or a number below ``least``; names ``option``.
     """
-    parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isdecimal() for part in parts):
-        raise BadOption(f"{option} {text!r}: give numbers such as 8 or 1,8,32")
+    parts = [part.strip() for part in text.split(",")] if text or least else []
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        above = f" of {least} or more" if least else ""
+        raise BadOption(f"{option} {text!r}: give numbers{above} such as 8 or 1,8,32")
     return tuple(int(part) for part in parts)

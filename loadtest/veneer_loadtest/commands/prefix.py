@@ -26,6 +26,7 @@ from veneer_loadtest.commands.common import (
     warn_if_busy,
 )
 from veneer_loadtest.commands.common import run as run_command
+from veneer_loadtest.commands.load_options import numbers_of
 from veneer_loadtest.tables import prefix_table
 
 __all__ = ["EXAMPLES", "prefix"]
@@ -56,7 +57,7 @@ def prefix(
     """What the prefix cache gains where prompts begin alike."""
 
     async def work() -> None:
-        levels = setup.parse_streams(streams)
+        levels = numbers_of("--streams", streams, least=1)
         used = threads or report.usable_cores()
         result: dict[str, Any] = {"kind": "prefix", "conditions": report.conditions()}
         warn_if_busy()

@@ -49,7 +49,6 @@ from veneer_loadtest.commands.load_options import (
     load_spec,
     names_of,
     numbers_of,
-    ranks_of,
     targets_of,
 )
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
@@ -202,7 +201,7 @@ def run(
                     folder=adapters,
                     first=numbers_of("--first", first),
                     generate=numbers_of("--generate", generate),
-                    ranks=ranks_of(rank),
+                    ranks=numbers_of("--rank", rank, least=1),
                     targets=targets_of(targets),
                     keep=keep,
                     seed=seed,

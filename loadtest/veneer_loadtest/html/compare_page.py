@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from veneer_loadtest.html import tables
 from veneer_loadtest.html.cautions import FEW, Banner, conditions_banners, few_samples
 from veneer_loadtest.html.columns import name_of
-from veneer_loadtest.html.document import banner_html, document, figure_html
+from veneer_loadtest.html.document import document
 from veneer_loadtest.html.drawing import COLOURS, INK, PAPER, Plot, canvas, from_zero, svg_of
 from veneer_loadtest.html.words import amount, count, ms
 from veneer_loadtest.results import CompareLevel, CompareResult, Ratio, SystemFigures
@@ -18,29 +19,46 @@ __all__ = ["compare_page"]
 _HATCHES = ("", "///", "\\\\\\", "--", "xx")
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """One result's part of the page."""
+
+    name: str
+    plots: Sequence[Plot]
+    figures: tables.Table
+    systems: tables.Table
+
+
 def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) -> str:
     """The whole document; several results one after the other."""
     alone = len(results) == 1
     told = ["" if alone else name_of(results, n, names) for n in range(len(results))]
     name = name_of(results, 0, names) if alone else ""
-    body = [
-        *(banner_html(banner) for banner in conditions_banners(results, names)),
-        *(banner_html(banner) for result in results for banner in _disturbed(result)),
-        *(banner_html(banner) for result in results for banner in _few(result)),
-        "<h2>What was run</h2>",
-        tables.plain_facts(results, told, [_workload(result) for result in results]),
-    ]
-    for number, (result, own) in enumerate(zip(results, told, strict=True)):
-        body += _result(result, own, number)
     return document(
+        "compare",
         "Veneer beside other systems" + (f": {name}" if name else ""),
         [line for r, n in zip(results, told, strict=True) for line in _lede(r, n)],
-        body,
-        "Written by veneer-loadtest. Rounds of all systems in turn, one system at a time. A "
-        "ratio above 1 says that Veneer is better: more tokens a second in a closed loop, an "
-        "earlier median first token in an open one. Where the ranges of two systems overlap, "
-        "neither has won.",
+        [
+            *conditions_banners(results, names),
+            *(banner for result in results for banner in _disturbed(result)),
+            *(banner for result in results for banner in _few(result)),
+        ],
+        facts=tables.plain_facts(results, told, [_workload(result) for result in results]),
+        results=[
+            _Shown(
+                name=own,
+                plots=_plots(result, number),
+                figures=_figures_table(result),
+                systems=_systems_table(result),
+            )
+            for number, (result, own) in enumerate(zip(results, told, strict=True))
+        ],
     )
+
+
+def _plots(result: CompareResult, number: int) -> list[Plot]:
+    """None where nothing was measured."""
+    return [_throughput(result, number), _latency(result, number)] if result.levels else []
 
 
 def _disturbed(result: CompareResult) -> list[Banner]:
@@ -61,21 +79,6 @@ def _few(result: CompareResult) -> list[Banner]:
         if (requests := tokens // each) < FEW:
             told.append(f"{count(requests, 'request')} of a system at {level.title}")
     return [few_samples(", ".join(told), "--repeat")] if told else []
-
-
-def _result(result: CompareResult, name: str, number: int) -> list[str]:
-    if not result.levels:
-        return ["<h2>Nothing was measured</h2>"]
-    return [
-        f"<h2>Plots{': ' + tables.text(name) if name else ''}</h2>",
-        figure_html(_throughput(result, number)),
-        figure_html(_latency(result, number)),
-        "<h2>Tables</h2>",
-        "<h3>All systems</h3>",
-        _figures_table(result),
-        "<h3>How each was started, and its gate</h3>",
-        _systems_table(result),
-    ]
 
 
 def _workload(result: CompareResult) -> str:
@@ -186,7 +189,7 @@ def _systems_axis(axis: Any, level: CompareLevel) -> None:
     axis.grid(axis="x", visible=False)
 
 
-def _figures_table(result: CompareResult) -> str:
+def _figures_table(result: CompareResult) -> tables.Table:
     head = ["load, system", "tokens/s", "range", "first token p50", "p99"]
     head += ["between tokens p50", "p99", "ratio"]
     rows = [
@@ -194,7 +197,7 @@ def _figures_table(result: CompareResult) -> str:
         for level in result.levels
         for name, own in level.systems.items()
     ]
-    return tables.plain(head, rows)
+    return tables.Table(head, rows)
 
 
 def _figures(own: SystemFigures) -> list[str]:
@@ -215,12 +218,12 @@ def _ratio_cell(ratio: Ratio | None) -> str:
     return f"{ratio.ratio:.2f}" + (" (ranges overlap)" if ratio.ranges_overlap else "")
 
 
-def _systems_table(result: CompareResult) -> str:
+def _systems_table(result: CompareResult) -> tables.Table:
     rows = []
     for name, facts in result.systems.items():
         versions = ", ".join(f"{k} {v}" for k, v in facts.versions.items())
         rows.append([name, facts.command, versions, _gate(result, name)])
-    return tables.plain(["system", "command", "versions", "gate"], rows, kind="facts wide")
+    return tables.Table(["system", "command", "versions", "gate"], rows, kind="facts wide")
 
 
 def _gate(result: CompareResult, name: str) -> str:

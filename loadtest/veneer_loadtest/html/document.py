@@ -1,55 +1,40 @@
-"""What every page has: one HTML file that needs no network and no scripts."""
+"""Pages from the templates beside this module: one HTML file, no network, no scripts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from veneer_loadtest.html.cautions import Banner
-from veneer_loadtest.html.drawing import Plot
-from veneer_loadtest.html.style import STYLE
 
-__all__ = ["banner_html", "document", "figure_html"]
+__all__ = ["document"]
 
 
-def document(title: str, lede: Sequence[str], body: Sequence[str], footer: str) -> str:
-    """The whole file. ``title``, ``lede`` (lines) and ``footer`` are text; ``body`` is HTML."""
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            # Whatever a name may hold, nothing is loaded and no script runs.
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            "style-src 'unsafe-inline'\">",
-            f"<title>{escape(title)}</title>",
-            f"<style>{STYLE}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="lede">{"<br>".join(map(escape, lede))}</p>',
-            *body,
-            f"<footer>{escape(footer)}</footer>",
-            "</body></html>\n",
-        ]
-    )
+def document(
+    template: str, title: str, lede: Sequence[str], banners: Sequence[Banner], **parts: Any
+) -> str:
+    """The whole file. All text is escaped, but for plots, which are SVG already.
+
+    Args:
+        template: ``load``, ``swap`` or ``compare``.
+        lede: lines.
+        parts: what that template shows besides.
+    """
+    page = _templates().get_template(f"{template}.html.j2")
+    return page.render(title=title, lede=lede, banners=banners, **parts)
 
 
-def banner_html(banner: Banner) -> str:
-    """A caution above all figures."""
-    return (
-        f'<div class="banner {banner.kind}"><strong>{escape(banner.head)}</strong> '
-        f"{escape(banner.text)}</div>"
-    )
-
-
-def figure_html(plot: Plot) -> str:
-    """A plot with its caption, or why it was left out."""
-    title = escape(plot.title)
-    caption = "<br>\n".join(escape(line) for line in plot.caption.splitlines())
-    if not plot.svg:
-        return f'<h3>{title}</h3>\n<p class="note">Left out. {caption}</p>'
-    return (
-        f'<figure><h3>{title}</h3>\n<div class="scroll">{plot.svg}</div>\n'
-        '<p class="swipe">The plot is wider than this screen: move it sideways.</p>\n'
-        f"<figcaption>{caption}</figcaption></figure>"
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,  # a part that is not given is a mistake of ours
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )

@@ -6,10 +6,10 @@ import io
 import math
 import re
 import warnings
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Final
 
 __all__ = [
@@ -116,6 +116,13 @@ _RC: Final = {
     # A label may hold a dollar sign.
     "text.parse_math": False,
 }
+_SVG: Final = "{http://www.w3.org/2000/svg}"
+_XLINK: Final = "{http://www.w3.org/1999/xlink}"
+ElementTree.register_namespace("", _SVG[1:-1])
+ElementTree.register_namespace("xlink", _XLINK[1:-1])
+_NOT_XML: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""Characters that a label may hold, and XML may not."""
+
 _WIDTH: Final = 10.4
 """Inches; of 96 CSS pixels, as wide as the page."""
 
@@ -159,36 +166,32 @@ def svg_of(figure: Any, key: str, title: str) -> str:
     figure.patch.set_alpha(0)
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(out, format="svg", metadata=nothing)
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r'(<[^<>]*?\s)id="([^"]*)"', rf'\1id="{key}-\2"', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
-    text = re.sub(r"<[^<>]*>", _themed, text)
-    found = re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', text)
-    assert found is not None
-    width = float(found[1]) * 96 / 72
-    head = (
-        f'<svg class="plot" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width:.0f}px" {found[0]} '
-        'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
-    )
-    return head + text[text.index(">") + 1 :].strip()
+    svg = ElementTree.fromstring(_NOT_XML.sub("\ufffd", out.getvalue()))
+    for part in svg.findall(f".//{_SVG}defs/{_SVG}style/.."):
+        part.clear()  # of all plots alike; the page has its own
+    for part in svg.findall(f"{_SVG}metadata"):
+        svg.remove(part)
+    for part in svg.iter():
+        for name, value in part.attrib.items():
+            part.set(name, _own(name, value, key))
+    width = float(svg.attrib["viewBox"].split()[2]) * 96 / 72
+    for name in ("width", "height", "version"):
+        svg.attrib.pop(name, None)
+    told = {"class": "plot", "role": "img", "aria-label": title}
+    svg.attrib.update(told, style=f"max-width:{width:.0f}px")
+    return ElementTree.tostring(svg, "unicode")
 
 
-def _themed(tag: re.Match[str]) -> str:
-    """A tag whose colours are the page's, for a dark one; labels are between tags."""
-
-    def variable(found: re.Match[str]) -> str:
-        name = THEMED.get(found[0].lower())
-        return found[0] if name is None else f"var(--{name},{found[0]})"
-
-    return re.sub(
-        r'(?<=\sstyle=")[^"]*',
-        lambda style: re.sub(r"#[0-9a-fA-F]{6}\b", variable, style[0]),
-        tag[0],
-    )
+def _own(name: str, value: str, key: str) -> str:
+    """An attribute's value with ids of this plot, and colours that a dark page replaces."""
+    if name == "id":
+        return f"{key}-{value}"
+    if name == f"{_XLINK}href":
+        return value.replace("#", f"#{key}-", 1)
+    if name == "style":
+        for colour, variable in THEMED.items():
+            value = value.replace(colour, f"var(--{variable},{colour})")
+    return value.replace("url(#", f"url(#{key}-")
 
 
 def named_legend(figure: Any, names: Sequence[str]) -> None:

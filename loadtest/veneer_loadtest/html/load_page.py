@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from veneer_loadtest.html import plots, rate_plots, tables, tier_plots, timeline
 from veneer_loadtest.html.cautions import banners
 from veneer_loadtest.html.columns import Column, columns_of, drawn, name_of, pairs
-from veneer_loadtest.html.document import banner_html, document, figure_html
+from veneer_loadtest.html.document import document
 from veneer_loadtest.html.drawing import Plot
 from veneer_loadtest.html.words import amount, count, ms, rate_words, share
 from veneer_loadtest.results import FindMaxResult, LoadResult
@@ -21,28 +20,20 @@ def load_page(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:
     columns = columns_of(results, names)
     shown = drawn(columns)
     return document(
+        "load",
         _title(results, names),
         _lede(results, columns, names),
-        [
-            *(banner_html(banner) for banner in banners(results, columns, names)),
-            "<h2>What was run</h2>",
-            tables.facts(results, names),
-            "<h2>Key figures</h2>",
-            _key_figures(results, columns),
-            "<h2>Plots</h2>",
-            *_plots(results, columns, shown),
-            "<h2>Tables</h2>",
-            *_section("Errors by reason", tables.errors(columns), "No request failed."),
-            *_section("By tier", tables.by_tier(columns), "No request ended."),
-            *_section("Most asked for adapters", tables.adapters(shown), "No request ended."),
-            *_section(
-                "What the server counted, warm-up included",
-                tables.server_counts(columns),
-                "The server's metrics were not read (--metrics).",
-            ),
-        ],
-        "Written by veneer-loadtest. p50, p90, p99: the time within which so many of a "
-        "hundred came. Times are the client's, of requests due in the measured time.",
+        banners(results, columns, names),
+        facts=tables.facts(results, names),
+        key_figures=tables.key_figures(columns, len(results)) if columns else [],
+        unmatched=bool(columns) and len(results) == 2 and not pairs(columns, 2),
+        columns=len(columns),
+        shown=[column.short for column in shown],
+        plots=_plots(results, columns, shown),
+        errors=tables.errors(columns),
+        by_tier=tables.by_tier(columns),
+        adapters=tables.adapters(shown),
+        server_counts=tables.server_counts(columns),
     )
 
 
@@ -94,38 +85,14 @@ def _level_words(column: Column) -> str:
     )
 
 
-def _key_figures(results: Sequence[LoadResult], columns: Sequence[Column]) -> str:
-    if not columns:
-        return '<p class="note">Nothing was measured.</p>'
-    note = ""
-    if len(results) == 2 and not pairs(columns, 2):
-        note = (
-            '<p class="note">No ratios: the two runs are not of the same numbers of adapters.'
-            "</p>"
-        )
-    return note + tables.key_figures(columns, len(results))
-
-
 def _plots(
     results: Sequence[LoadResult], columns: Sequence[Column], shown: Sequence[Column]
-) -> list[str]:
+) -> list[Plot]:
     found: list[Plot] = []
-    note = []
-    if len(shown) < len(columns):
-        names = ", ".join(column.short for column in shown)
-        note = [
-            f'<p class="note">Plots over time and of latencies show {len(shown)} of '
-            f"{len(columns)} loads: {escape(names)}. The tables have all.</p>"
-        ]
     if shown:
         found += [plots.latencies(shown), *timeline.timelines(shown)]
         found += tier_plots.residencies(shown)
         found.append(tier_plots.first_token_by_tier(shown))
     if not _searches(results):
         found.append(rate_plots.against_adapters(results, columns))
-    found += rate_plots.against_rate(results)
-    return note + [figure_html(plot) for plot in found]
-
-
-def _section(title: str, table: str, otherwise: str) -> list[str]:
-    return [f"<h3>{title}</h3>", table or f'<p class="note">{otherwise}</p>']
+    return found + rate_plots.against_rate(results)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from veneer_loadtest.html import tables
 from veneer_loadtest.html.cautions import FEW, Banner, conditions_banners, few_samples
 from veneer_loadtest.html.columns import MOST_DRAWN, name_of
-from veneer_loadtest.html.document import banner_html, document, figure_html
+from veneer_loadtest.html.document import document
 from veneer_loadtest.html.drawing import (
     COLOURS,
     GREY,
@@ -45,25 +45,16 @@ def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
     alone = len(results) == 1
     told = ["" if alone else name_of(results, n, names) for n in range(len(results))]
     name = name_of(results, 0, names) if alone else ""
+    pairs = list(zip(results, told, strict=True))
     return document(
+        "swap",
         "What a change of adapter costs" + (f": {name}" if name else ""),
-        [_lede(result, name) for result, name in zip(results, told, strict=True)],
-        [
-            *(banner_html(banner) for banner in conditions_banners(results, names)),
-            *(banner_html(banner) for banner in _few(results, told)),
-            "<h2>What was run</h2>",
-            tables.plain_facts(results, told, [_workload(result) for result in results]),
-            "<h2>Plots</h2>",
-            figure_html(_first_tokens(results, told)),
-            figure_html(_churn(results, told)),
-            "<h2>Tables</h2>",
-            "<h3>First token by where the adapter was</h3>",
-            *(_cases_table(result, name) for result, name in zip(results, told, strict=True)),
-            "<h3>Between tokens, beside uploads or loads</h3>",
-            *(_churn_table(result, name) for result, name in zip(results, told, strict=True)),
-        ],
-        "Written by veneer-loadtest. Differences are within one round of requests, so that "
-        "what slows the machine for a while cancels out; p50: half of them were shorter.",
+        [_lede(result, name) for result, name in pairs],
+        conditions_banners(results, names) + _few(results, told),
+        facts=tables.plain_facts(results, told, [_workload(result) for result in results]),
+        plots=[_first_tokens(results, told), _churn(results, told)],
+        cases=[_cases_table(result, name) for result, name in pairs],
+        churns=[_churn_table(result, name) for result, name in pairs],
     )
 
 
@@ -203,7 +194,7 @@ def _churn_words(churn: ChurnFigures) -> str:
     )
 
 
-def _cases_table(result: SwapResult, name: str) -> str:
+def _cases_table(result: SwapResult, name: str) -> tables.Table:
     rows = [
         [
             CASES[case].replace("\n", " "),
@@ -217,13 +208,13 @@ def _cases_table(result: SwapResult, name: str) -> str:
         for case, own in result.cases.items()
     ]
     head = [name, "p50", "p99", "range", "added, p50", "added, range", "load, p50"]
-    return tables.plain(head, rows)
+    return tables.Table(head, rows)
 
 
-def _churn_table(result: SwapResult, name: str) -> str:
+def _churn_table(result: SwapResult, name: str) -> tables.Table | None:
     churn = result.churn
     if churn is None:
-        return '<p class="note">No uploads or loads beside streams.</p>'
+        return None
     rows = [
         [words, ms(each.p50), ms(each.p99), ms(each.high)]
         for words, each in (
@@ -234,4 +225,4 @@ def _churn_table(result: SwapResult, name: str) -> str:
         )
         if each is not None
     ]
-    return tables.plain([name, "p50", "p99", "longest"], rows)
+    return tables.Table([name, "p50", "p99", "longest"], rows)

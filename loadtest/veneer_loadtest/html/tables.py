@@ -1,9 +1,9 @@
-"""The page's tables, as HTML."""
+"""The page's tables: what stands in which cell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Final
 
 from veneer_loadtest.html.columns import FIGURES, Column, Figure, name_of, pairs, ratio
@@ -22,15 +22,15 @@ from veneer_loadtest.load.figures import OTHER
 from veneer_loadtest.results import FindMaxResult, LoadResult, Result, Split
 
 __all__ = [
+    "Grouped",
+    "Table",
     "adapters",
     "by_tier",
     "errors",
     "facts",
     "key_figures",
-    "plain",
     "plain_facts",
     "server_counts",
-    "text",
 ]
 
 _BESIDE: Final = 6
@@ -38,40 +38,40 @@ _BESIDE: Final = 6
 _MOST_ADAPTERS: Final = 15
 _ALWAYS_DIFFERENT: Final = ("label", "time", "load average before")
 
-Row = Sequence[str]
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Text with a class of the style sheet (``kind``), a mark beside it, or a note below."""
+
+    text: str
+    kind: str = ""
+    mark: str = ""
+    below: str = ""
 
 
-def _table(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
-    """Cells are HTML. The first of a row names it; a row of one cell is a heading."""
-    lines = [f'<div class="scroll"><table class="{kind}">']
-    if head:
-        cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-        lines.append(f"<thead><tr>{cells}</tr></thead>")
-    lines.append("<tbody>")
-    for name, *cells_of_row in rows:
-        if not cells_of_row:
-            lines.append(f'<tr class="group"><th colspan="{len(head)}">{name}</th></tr>')
-            continue
-        cells = "".join(f"<td>{cell}</td>" for cell in cells_of_row)
-        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return "\n".join([*lines, "</tbody></table></div>"])
+Row = Sequence[str | Cell]
 
 
-def text(words: str) -> str:
-    """As HTML."""
-    return escape(words)
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first cell of a row names it; a row of one cell is a heading."""
+
+    head: Row
+    rows: Sequence[Row]
+    kind: str = "figures"
 
 
-def plain(head: Row, rows: Sequence[Row], kind: str = "figures") -> str:
-    """A table of text."""
-    return _table(
-        [escape(cell) for cell in head], [list(map(escape, row)) for row in rows], kind
-    )
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A table whose first column names a group of rows, its second each."""
+
+    head: Row
+    groups: Mapping[str, Sequence[Row]]
 
 
 def plain_facts(
     results: Sequence[Result], names: Sequence[str], workloads: Sequence[str]
-) -> str:
+) -> Table:
     """What was run, where and on what, of any kind of result."""
     conditions = [result.conditions for result in results]
     told = {
@@ -84,36 +84,19 @@ def plain_facts(
         "versions": [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in results],
     }
     rows = [[name, *cells] for name, cells in told.items() if any(cells)]
-    return plain(["", *names] if len(results) > 1 else [], rows, "facts")
+    return Table(["", *names] if len(results) > 1 else [], rows, "facts")
 
 
-def _grouped(head: Row, groups: Mapping[str, Sequence[Row]]) -> str:
-    """A table whose first column names a group of rows, its second each."""
-    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    opened = '<div class="scroll"><table class="figures grouped">'
-    lines = [f"{opened}<thead><tr>{heads}</tr></thead>"]
-    for group, rows in groups.items():
-        lines.append("<tbody>")
-        for number, (name, *cells_of_row) in enumerate(rows):
-            opening = f'<th scope="rowgroup" rowspan="{len(rows)}">{escape(group)}</th>'
-            cells = "".join(f"<td>{cell}</td>" for cell in cells_of_row)
-            first = "" if number else opening
-            lines.append(f'<tr>{first}<th scope="row">{name}</th>{cells}</tr>')
-        lines.append("</tbody>")
-    return "\n".join([*lines, "</table></div>"])
-
-
-def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:
+def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> Table:
     """What was run, where and on what: a column for each result."""
-    rows: list[list[str]] = []
+    rows: list[Row] = []
 
     def row(name: str, cells: Sequence[str], kind: str = "") -> None:
         if not any(cells):
             return
         differ = len(set(cells)) > 1 and name not in _ALWAYS_DIFFERENT
-        opened = f'<span class="{kind}">' if kind else "<span>"
-        mark = ' <span class="differs">differs</span>' if differ else ""
-        rows.append([name + mark, *(f"{opened}{escape(cell)}</span>" for cell in cells)])
+        mark = "differs" if differ else ""
+        rows.append([Cell(name, mark=mark), *(Cell(cell, kind) for cell in cells)])
 
     conditions = [result.conditions for result in results]
     row("label", [result.label for result in results])
@@ -128,8 +111,8 @@ def facts(results: Sequence[LoadResult], names: Sequence[str] = ()) -> str:
     row("server", [result.target.get("command", "") for result in results], "code")
     row("Python", [str(each.get("python", "")) for each in conditions])
     row("versions", [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in results])
-    head = [""] + [escape(name_of(results, n, names)) for n in range(len(results))]
-    return _table(head if len(results) > 1 else (), rows, "facts")
+    head = [""] + [name_of(results, n, names) for n in range(len(results))]
+    return Table(head if len(results) > 1 else (), rows, "facts")
 
 
 def _load(result: LoadResult) -> str:
@@ -166,7 +149,7 @@ def _busy_words(conditions: Mapping[str, object]) -> str:
     return ", ".join(f"{value:g} ({name})" for value, name in told)
 
 
-def key_figures(columns: Sequence[Column], results: int) -> str:
+def key_figures(columns: Sequence[Column], results: int) -> list[Grouped]:
     """A row for each figure; with two runs that match, their ratio."""
     matched = pairs(columns, results)
     rows_of = _ratio_rows if matched else _plain_rows
@@ -178,21 +161,20 @@ def key_figures(columns: Sequence[Column], results: int) -> str:
     ]
     tables = []
     for block in blocks:
-        head = ["", "", *(escape(column.title) + _kept(column) for column in block)]
+        head: list[str | Cell] = ["", "", *map(_titled, block)]
         if matched:
             head.append("B / A")
         groups: dict[str, list[Row]] = {}
         for figure in told:
-            cells = [escape(figure.name), *rows_of(figure, block)]
+            cells = [figure.name, *rows_of(figure, block)]
             groups.setdefault(figure.group, []).append(cells)
-        tables.append(_grouped(head, groups))
-    return "\n".join(tables)
+        tables.append(Grouped(head, groups))
+    return tables
 
 
-def _kept(column: Column) -> str:
-    if column.rate is None:
-        return ""
-    return f"<br><small>{'kept' if column.kept else 'broke'} the limits</small>"
+def _titled(column: Column) -> Cell:
+    kept = "" if column.rate is None else f"{'kept' if column.kept else 'broke'} the limits"
+    return Cell(column.title, below=kept)
 
 
 def _plain_rows(figure: Figure, block: Sequence[Column]) -> list[str]:
@@ -205,10 +187,10 @@ def _ratio_rows(figure: Figure, block: Sequence[Column]) -> list[str]:
     return [*_plain_rows(figure, block), "" if by is None else amount(by)]
 
 
-def errors(columns: Sequence[Column]) -> str:
-    """Failed requests by reason; "" where there are none."""
+def errors(columns: Sequence[Column]) -> list[Table]:
+    """Failed requests by reason; none where there are none."""
     reasons = list(dict.fromkeys(reason for c in columns for reason in c.level.errors))
-    rows = [[escape(r), *(_number(c.level.errors.get(r, 0)) for c in columns)] for r in reasons]
+    rows = [[r, *(_number(c.level.errors.get(r, 0)) for c in columns)] for r in reasons]
     return _in_blocks("reason", columns, rows)
 
 
@@ -216,16 +198,16 @@ def _number(value: int) -> str:
     return f"{value:,}"
 
 
-def _in_blocks(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A table of a column each, in parts that fit the page."""
+def _in_blocks(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[Table]:
+    """A table of a column each, in parts that fit the page; none without rows."""
+    tables: list[Table] = []
     if not rows:
-        return ""
-    tables = []
+        return tables
     for begin in range(0, len(columns), _BESIDE):
-        head = [name, *(escape(c.title) for c in columns[begin : begin + _BESIDE])]
+        head = [name, *(c.title for c in columns[begin : begin + _BESIDE])]
         part = [[row[0], *row[1 + begin : 1 + begin + _BESIDE]] for row in rows]
-        tables.append(_table(head, part))
-    return "\n".join(tables)
+        tables.append(Table(head, part))
+    return tables
 
 
 _SPLIT_HEAD: Final = (
@@ -252,27 +234,27 @@ def _split(split: Split) -> list[str]:
     return [*map(_number, counts), *("" if value is None else ms(value) for value in times)]
 
 
-def by_tier(columns: Sequence[Column]) -> str:
+def by_tier(columns: Sequence[Column]) -> list[Table]:
     """A row for each tier, under each column's name."""
     rows: list[Row] = []
     for column in columns:
         if len(columns) > 1:
-            rows.append([escape(column.title)])
+            rows.append([column.title])
         for tier in tiers_in_order([*column.level.by_tier]):
             name = "none, or not told" if tier == "none" else tier.upper()
-            rows.append([escape(name), *_split(column.level.by_tier[tier])])
-    return _table(["found in", *_SPLIT_HEAD], rows) if rows else ""
+            rows.append([name, *_split(column.level.by_tier[tier])])
+    return [Table(["found in", *_SPLIT_HEAD], rows)] if rows else []
 
 
-def adapters(columns: Sequence[Column]) -> str:
+def adapters(columns: Sequence[Column]) -> list[Table]:
     """The most asked for of each column, and what the others had together."""
     rows: list[Row] = []
     for column in columns:
         named = [item for item in column.level.by_adapter.items() if item[0] != OTHER]
         if len(columns) > 1:
-            rows.append([escape(column.title)])
+            rows.append([column.title])
         for name, split in named[:_MOST_ADAPTERS]:
-            rows.append([escape(name) or "the base model", *_split(split)])
+            rows.append([name or "the base model", *_split(split)])
         rest = named[_MOST_ADAPTERS:]
         other = column.level.by_adapter.get(OTHER)
         splits = [split for _, split in rest] + ([other] if other else [])
@@ -283,14 +265,14 @@ def adapters(columns: Sequence[Column]) -> str:
                 sum(split.tokens for split in splits),
             )
             rows.append(["all others", *map(_number, sums), "", "", "", "", ""])
-    return _table(["adapter", *_SPLIT_HEAD], rows) if rows else ""
+    return [Table(["adapter", *_SPLIT_HEAD], rows)] if rows else []
 
 
-def server_counts(columns: Sequence[Column]) -> str:
-    """What the server counted; "" where its metrics were not read."""
+def server_counts(columns: Sequence[Column]) -> list[Table]:
+    """What the server counted; none where its metrics were not read."""
     servers = [column.level.server for column in columns]
     if not any(servers):
-        return ""
+        return []
     rows: list[Row] = []
     for name in ("requests", "prompt_tokens", "tokens"):
         cells = ["" if s is None else _number(getattr(s, name)) for s in servers]
@@ -307,7 +289,7 @@ def server_counts(columns: Sequence[Column]) -> str:
                     "" if server is None else _number(each.get(key, 0))
                     for server, each in zip(servers, counts, strict=True)
                 ]
-                rows.append([escape(group + _counter_name(key)), *cells])
+                rows.append([group + _counter_name(key), *cells])
     return _in_blocks("counter", columns, rows)
 
 

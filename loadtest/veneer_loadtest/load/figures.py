@@ -13,6 +13,7 @@ import numpy.typing as npt
 from veneer_loadtest.load.generator import Loaded
 from veneer_loadtest.load.records import Record
 from veneer_loadtest.load.spec import LoadSpec
+from veneer_loadtest.quantiles import Samples, median, percentiles
 from veneer_loadtest.results import (
     AdapterLoad,
     Distribution,
@@ -114,22 +115,25 @@ def totals(records: Iterable[Record]) -> Totals:
     return Totals(requests=requests, prompt_tokens=prompt, tokens=new)
 
 
-def distribution(milliseconds: Sequence[float] | Floats) -> Distribution | None:
+def distribution(milliseconds: Samples) -> Distribution | None:
     """None of nothing."""
     if not len(milliseconds):
         return None
     values = np.sort(np.asarray(milliseconds, dtype=np.float64))
-    quantiles = {share: float(np.quantile(values, share)) for share in _SHARES}
+    p50, p90, p95, p99, p999 = percentiles(values, [0.5, 0.9, 0.95, 0.99, 0.999])
     return Distribution(
         count=len(values),
         mean=float(values.mean()),
-        p50=float(np.quantile(values, 0.5)),
-        p90=float(np.quantile(values, 0.9)),
-        p95=float(np.quantile(values, 0.95)),
-        p99=float(np.quantile(values, 0.99)),
-        p999=float(np.quantile(values, 0.999)),
+        p50=p50,
+        p90=p90,
+        p95=p95,
+        p99=p99,
+        p999=p999,
         max=float(values[-1]),
-        cdf=[(round(v, 4), round(float(s), 4)) for s, v in quantiles.items()],
+        cdf=[
+            (round(value, 4), round(float(share), 4))
+            for value, share in zip(percentiles(values, _SHARES), _SHARES, strict=True)
+        ],
     )
 
 
@@ -185,11 +189,11 @@ def _split(records: Sequence[Record]) -> Split:
     )
 
 
-def _quantiles(seconds: Sequence[float] | Floats) -> tuple[float | None, float | None]:
+def _quantiles(seconds: Samples) -> tuple[float | None, float | None]:
     if not len(seconds):
         return None, None
-    p50, p99 = np.quantile(seconds, [0.5, 0.99])
-    return float(p50) * 1e3, float(p99) * 1e3
+    p50, p99 = percentiles(seconds, [0.5, 0.99])
+    return p50 * 1e3, p99 * 1e3
 
 
 def _slo(records: Sequence[Record], limits: SloLimits, end: float, window: float) -> SloFigures:
@@ -219,7 +223,7 @@ def _keeps(record: Record, limits: SloLimits) -> bool:
 
 def _generator(loaded: Loaded, workers: int) -> GeneratorFigures:
     late = np.array([(r.sent_s - r.due_s) * 1e3 for r in loaded.records] or [0.0])
-    p50, p99, longest = (float(v) for v in np.quantile(late, [0.5, 0.99, 1.0]))
+    p50, p99, longest = percentiles(late, [0.5, 0.99, 1.0])
     return GeneratorFigures(
         workers=workers,
         cpu_share=loaded.cpu_s / loaded.wall_s if loaded.wall_s else 0.0,
@@ -264,8 +268,7 @@ def _timeline(
         tokens=tally(arrived, weights),
         running=[int(n) for n in np.cumsum(due) - np.cumsum(ended)],
         first_token_p50_ms=[
-            float(np.median(first[place])) if place in first else None
-            for place in range(buckets)
+            median(first[place]) if place in first else None for place in range(buckets)
         ],
         first_token_max_ms=[
             max(first[place]) if place in first else None for place in range(buckets)

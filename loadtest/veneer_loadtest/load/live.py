@@ -6,13 +6,13 @@ import time
 from types import TracebackType
 from typing import Final
 
-import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from veneer_loadtest.load.generator import Loaded
 from veneer_loadtest.load.records import Record
+from veneer_loadtest.quantiles import percentiles
 
 __all__ = ["LiveView"]
 
@@ -84,6 +84,6 @@ class LiveView:
         first = [r.first_token_s for r in self._recent if r.first_token_s is not None]
         row = [f"last {within:.0f} s:", f"{tokens / within:.0f} tok/s"]
         if first:
-            p50, p99 = np.quantile(first, [0.5, 0.99]) * 1e3
-            row.append(f"first token p50 {p50:.0f} ms, p99 {p99:.0f} ms")
+            p50, p99 = percentiles(first, [0.5, 0.99])
+            row.append(f"first token p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms")
         return row

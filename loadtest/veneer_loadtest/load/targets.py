@@ -19,10 +19,15 @@ __all__ = ["Facts", "OpenAiSpec", "Stream", "Target", "TargetSpec", "VeneerSpec"
 
 
 class VeneerSpec(msgspec.Struct, frozen=True, tag="veneer"):
-    """A Veneer server at ``HOST:PORT``."""
+    """A Veneer server at ``HOST:PORT``.
+
+    Attributes:
+        beginnings: of an adapter, token ids that each of its prompts begins with.
+    """
 
     address: str
     use_prefix_cache: bool = False
+    beginnings: dict[str, tuple[int, ...]] = {}
 
 
 class OpenAiSpec(msgspec.Struct, frozen=True, tag="openai"):
@@ -135,22 +140,23 @@ class VeneerTarget(Target):
 
     def __init__(self, load: LoadSpec, target: VeneerSpec) -> None:
         super().__init__(load)
-        self._use_prefix_cache = target.use_prefix_cache
+        self._target = target
         self._client = AsyncClient(target.address, retry=RetryPolicy(attempts=1))
 
     @asynccontextmanager
     async def send(self, request: Planned) -> AsyncIterator[Stream]:
         """See `Target.send`."""
         text = self._load.text or bool(request.prompt)
+        beginning = self._target.beginnings.get(request.adapter, ())
         async with self._client.generate_stream(
             Text(prompt_text(self._load, request))
             if text
-            else Tokens(prompt_ids(self._load, request)),
+            else Tokens((*beginning, *prompt_ids(self._load, request))),
             adapter=request.adapter,
             max_tokens=request.tokens,
             temperature=0.0,
             ignore_eos=self._load.ignore_eos,
-            use_prefix_cache=self._use_prefix_cache,
+            use_prefix_cache=self._target.use_prefix_cache,
         ) as call:
             yield _VeneerStream(call)
 

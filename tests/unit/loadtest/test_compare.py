@@ -15,11 +15,12 @@ from veneer_client import AsyncClient
 from veneer_loadtest import gate
 from veneer_loadtest.cli import cli
 from veneer_loadtest.compare import back_and_forth, level_of, summary
-from veneer_loadtest.load.spec import Closed, LoadSpec, Open
+from veneer_loadtest.load.rounds import Round, send_round
+from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
+from veneer_loadtest.load.targets import VeneerSpec
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peer_messages import Generate, Score, Scored
 from veneer_loadtest.results import CompareLevel, SystemFacts
-from veneer_loadtest.runner import Round, run_round
 from veneer_loadtest.systems import System
 from veneer_loadtest.tables import answers_line, compare_table, gate_line
 from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
@@ -43,7 +44,6 @@ def _round(rate: float) -> Round:
         first_token_s=(0.1,),
         gaps_s=(0.01, 0.02),
         client_cpu_s=0.0,
-        rows=(),
     )
 
 
@@ -108,21 +108,37 @@ def test_an_open_loop_is_compared_by_its_first_tokens() -> None:
 
 
 async def test_round_over_grpc(server: FakeServer) -> None:
-    streams = [Stream(f"load-{i}", (1, 2, 3)) for i in range(4)]
-    async with AsyncClient(server.address) as client:
-        done = await run_round(client, streams, 5)
+    names = tuple(f"load-{number}" for number in range(4))
+    load = LoadSpec(
+        adapters=names,
+        arrivals=Closed(4),
+        popularity=Popularity("roundrobin"),
+        prompt_tokens=Lengths(3, 3),
+        tokens=Lengths(5, 5),
+        duration_s=0.0,
+        warmup_s=0.0,
+        requests=4,
+        cancel_share=0.0,
+        seed=1,
+        vocab=5000,
+    )
+    spec = VeneerSpec(server.address, beginnings={"load-2": (7, 8)})
+    done = await send_round("veneer", load, spec)
     assert done.tokens == 4 * 5
-    assert done.rows == ((0, 1, 2, 3, 4),) * 4
     assert len(done.first_token_s) == 4
     assert len(done.gaps_s) == 4 * 4
     assert all(first <= done.wall_s for first in done.first_token_s)
-    assert sorted(request.adapter for _, request in server.calls) == [
+    asked = [request for name, request in server.calls if name == "GenerateStream"]
+    assert sorted(request.adapter for request in asked) == [
         "load-0",
         "load-1",
         "load-2",
         "load-3",
     ]
-    for _, request in server.calls:
+    prompts = {request.adapter: list(request.token_ids.ids) for request in asked}
+    assert prompts["load-2"][:2] == [7, 8]
+    assert [len(prompts[name]) for name in names] == [3, 3, 5, 3]
+    for request in asked:
         assert (request.stopping.max_tokens, request.stopping.ignore_eos) == (5, True)
         assert request.sampling.HasField("temperature")
         assert request.sampling.temperature == 0

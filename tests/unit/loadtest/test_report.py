@@ -129,6 +129,12 @@ def test_what_users_wrote_is_text() -> None:
     assert not [own for _, own in found.tags if any(key.startswith("on") for key in own)]
 
 
+def test_a_label_with_control_characters_is_drawn() -> None:
+    """SVG is XML, which has none of them."""
+    levels = [kit.run(kit.level(), label=f"{name}\x01\uffff") for name in "ab"]
+    assert "A: a\ufffd\ufffd" in "".join(re.findall(r"<svg.*?</svg>", page(levels), re.S))
+
+
 def test_nothing_comes_from_elsewhere() -> None:
     results: list[Result] = [kit.run(kit.level(1)), kit.find_max((1, 1.0), (2, 0.1))]
     text = page(results)

@@ -70,11 +70,11 @@ def test_nothing_measured_is_a_page_too() -> None:
 
 def test_levels_are_drawn_against_their_number_of_adapters(figures: dict[str, Any]) -> None:
     levels = [kit.level(n, tokens_per_s=rate) for n, rate in ((1, 90.0), (8, 60.0), (32, 20.0))]
-    text = page([kit.run(*levels)])
+    text = _page(kit.run(*levels)).text
     rates, _ = figures["adapters"].axes
     (line,) = rates.get_lines()
     assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 8, 32], [90.0, 60.0, 20.0]]
-    assert "With 1: 90.0 tokens/s and a first token&#x27;s p99 of 900 ms, with 32: 20.0" in text
+    assert "With 1: 90.0 tokens/s and a first token's p99 of 900 ms, with 32: 20.0" in text
     assert len(figures["latency"].axes[0].get_lines()) >= 3
 
 

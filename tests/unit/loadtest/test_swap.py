@@ -51,6 +51,7 @@ async def test_a_failure_halfway_leaves_nothing(server: FakeServer, tmp_path: Pa
         bench = swap._Bench(client, options, tmp_path)
         with pytest.raises(NonFiniteOutput):
             await bench._publish_and_run()
+        await bench.close()
     assert server.adapters == {}
 
 

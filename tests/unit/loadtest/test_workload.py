@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from veneer_client import VeneerError
 from veneer_loadtest import report, setup, workload
-from veneer_loadtest.commands.load_options import names_of, ranks_of, targets_of
+from veneer_loadtest.commands.load_options import names_of, numbers_of, targets_of
 from veneer_loadtest.load.adapters import AdapterOptions, chosen
+from veneer_loadtest.load.spec import Lengths, parse_lengths
+from veneer_loadtest.quantiles import percentile
 from veneer_loadtest.workload import BaseShape, make_adapter, make_adapters, make_streams
 from veneer_registry.format import read_adapter
 
@@ -125,15 +127,17 @@ def test_streams() -> None:
 
 
 def test_options() -> None:
-    assert setup.parse_streams("1,8,32") == (1, 8, 32)
-    assert setup.parse_range("16..64") == (16, 64)
-    assert setup.parse_range("40") == (40, 40)
+    assert numbers_of("--streams", "1,8, 32", least=1) == (1, 8, 32)
+    assert numbers_of("--first", "0,8") == (0, 8)
+    assert numbers_of("--first", "") == ()
+    assert parse_lengths("--prompt-tokens", "16..64") == Lengths(16, 64)
+    assert parse_lengths("--prompt-tokens", "40") == Lengths(40, 40)
     for bad in ("", "0", "a", "1,,2", "8,-1"):
         with pytest.raises(VeneerError, match="--streams"):
-            setup.parse_streams(bad)
+            numbers_of("--streams", bad, least=1)
     for bad in ("", "64..16", "0..3", "a..b"):
         with pytest.raises(VeneerError, match="--prompt-tokens"):
-            setup.parse_range(bad)
+            parse_lengths("--prompt-tokens", bad)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +178,12 @@ async def test_a_server_must_be_given(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 1))
-def test_percentile_is_numpys(values: list[float], share: float) -> None:
-    wanted = float(np.quantile(values, share))
-    assert report.percentile(values, share) == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+def test_a_percentile_lies_between_its_neighbours(values: list[float], share: float) -> None:
+    ordered = sorted(values)
+    place = share * (len(values) - 1)
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(values) - 1)]
+    wanted = low + (high - low) * (place - int(place))
+    assert percentile(values, share) == pytest.approx(wanted, rel=1e-9, abs=1e-6)
 
 
 def test_names_with_a_range() -> None:
@@ -190,11 +197,7 @@ def test_names_with_a_range() -> None:
             names_of(bad)
 
 
-def test_ranks_and_targets() -> None:
-    assert ranks_of("8,16,32,64") == (8, 16, 32, 64)
-    for bad in ("", "0", "8,x"):
-        with pytest.raises(VeneerError, match="--rank"):
-            ranks_of(bad)
+def test_targets() -> None:
     assert targets_of("attention") == workload.ATTENTION
     assert set(targets_of("all")) == {m.rpartition(".")[2] for m in SHAPE.projections()}
     assert targets_of("q_proj, up_proj") == ("q_proj", "up_proj")
