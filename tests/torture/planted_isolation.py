@@ -17,9 +17,10 @@ import torch
 from veneer_registry import index
 from veneer_server.adapters.loaders import HostCopy, Loaders
 from veneer_server.adapters.memory import LoraMemory
-from veneer_server.engine import model_runner, prefix_cache
+from veneer_server.engine.execution import model_runner
 from veneer_server.engine.execution.exact import ExactRunner
 from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.scheduling import prefix_cache
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.serving.generation import Generation

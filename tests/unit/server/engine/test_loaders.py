@@ -15,9 +15,9 @@ import pytest
 import torch
 from veneer_registry.errors import AdapterCorrupt, DiskFailed, InternalError
 from veneer_registry.format import WEIGHTS_FILE, weights_digest
+from veneer_server.adapters import loaders, pages
 from veneer_server.adapters.loader_process import Setup
 from veneer_server.adapters.loaders import Loaders
-from veneer_server.lora import loaders, pages
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.wire.messages import LOST, AdapterSource
 

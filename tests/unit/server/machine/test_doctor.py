@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from veneer_registry.lock import OwnerLock
-from veneer_server import doctor, openai
+from veneer_server import openai
 from veneer_server.config import load_config
+from veneer_server.operate import doctor
 from veneer_server.operate.doctor import Check, examine, report
 
 

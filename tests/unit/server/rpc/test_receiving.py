@@ -13,7 +13,7 @@ import psutil
 import pytest
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, QueueFull
-from veneer_server.rpc import receiving, standings
+from veneer_server.rpc.transport import receiving, standings
 from veneer_server.rpc.transport.channel import SPARE_STREAMS
 from veneer_server.rpc.transport.receiving import MAX_MESSAGE, Receiving
 
