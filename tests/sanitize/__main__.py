@@ -75,7 +75,7 @@ def _kernel_tests(form: str) -> tuple[bool, str]:
 
 def _team() -> tuple[bool, str]:
     """The same of team.h under ThreadSanitizer."""
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-mavx2"]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-mavx2", "-mfma"]
     flags += ["-DVENEER_STALLS"]
     with tempfile.TemporaryDirectory(prefix="veneer-sanitize-") as folder:
         program = str(Path(folder) / "team")

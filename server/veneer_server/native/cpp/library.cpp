@@ -46,13 +46,7 @@ void veneer_sizes(int64_t* to) {
     to[7] = sizeof(Draw);
 }
 
-const char* veneer_instructions() {
-#if VENEER_AVX512
-    return "avx512-bf16";
-#else
-    return "avx2";
-#endif
-}
+const char* veneer_instructions() { return kInstructions; }
 
 int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
     const int64_t tiles = (outputs + kTile - 1) / kTile;

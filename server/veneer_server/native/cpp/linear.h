@@ -71,11 +71,7 @@ inline void ask_ahead(const void* block, int group) {
 // From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. To look up
 // costs less than to keep what was looked up: a product of 32 rows was 20 % slower so.
 struct FromCodes {
-#if VENEER_AVX512
-    static constexpr int chains = 2, rows = 6;  // 24 of 32 registers
-#else
-    static constexpr int chains = 1, rows = 3;  // 12 of 16
-#endif
+    static constexpr int chains = tiles::kFourBitChains, rows = tiles::kFourBitRows;
     const uint8_t* at;
     const Table& table;
 
@@ -94,7 +90,7 @@ struct FromCodes {
 
 // From weights in bf16.
 struct FromPairs {
-    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
+    static constexpr int chains = 1, rows = tiles::kBf16Rows;
     const bf16* at;
 
     FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
@@ -113,7 +109,7 @@ struct FromPairs {
 
 // From 8-bit numbers; widening them is work, shared by more rows.
 struct FromBytes {
-    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
+    static constexpr int chains = 1, rows = tiles::kEightBitRows;
     const int8_t* at;
 
     FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}

@@ -23,11 +23,12 @@
 #include <thread>
 #include <vector>
 
+#include "isa/isa.h"
+
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include <x86intrin.h>
 
 #ifdef VENEER_STALLS
 #include <cstdlib>
@@ -168,7 +169,7 @@ class Team {
     static void wait(const Holds& holds) {
         for (int turns = 0; !holds();) {
             if (++turns < kSpins)
-                _mm_pause();
+                spin_pause();
             else
                 sched_yield();
         }
@@ -186,7 +187,7 @@ class Team {
                 syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
             if (stopping_.load()) return;
             help(thread);
-            _mm_pause();
+            spin_pause();
         }
     }
 
@@ -222,14 +223,14 @@ class Team {
 
     // Do what nobody has begun; how long to wait for others' chunks before they are done again.
     uint64_t work(uint64_t part, int thread) {
-        uint64_t longest = 0, before = __rdtsc();
+        uint64_t longest = 0, before = cycles();
         for (int other = 0; other < size_; ++other) {
             Share& share = shares_[(thread + other) % size_];
             for (;;) {
                 const int chunk = share.take(part, other == 0);
                 if (chunk < 0) break;
                 do_chunk(part, chunk, thread);
-                const uint64_t now = __rdtsc();
+                const uint64_t now = cycles();
                 if (now - before > longest) longest = now - before;
                 before = now;
             }
@@ -250,7 +251,7 @@ class Team {
     // Wait until all chunks are done, doing again those that take too long, then lead on; or
     // until somebody else has.
     void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
-        const uint64_t part = current >> 1, began = __rdtsc();
+        const uint64_t part = current >> 1, began = cycles();
         int done = 0;
         auto skip = [&] {
             while (done < chunks && finished_[done].load(std::memory_order_acquire) >= part) ++done;
@@ -262,12 +263,12 @@ class Team {
                 if (claimed_.compare_exchange_strong(expected, part + 1)) lead(part + 1, thread);
                 return;
             }
-            if (!patient_ && __rdtsc() - began > patience) {
+            if (!patient_ && cycles() - began > patience) {
                 if (!enter(part, thread)) return;
                 for (; done < chunks; skip()) do_chunk(part, done, thread);
                 leave(thread);
             } else if (++turns < kSpins) {
-                _mm_pause();
+                spin_pause();
             } else {
                 sched_yield();
             }
@@ -307,7 +308,7 @@ class Team {
                 if (other != thread && inside >= first_) straggling_[count++] = int(inside - first_);
             }
             if (count == 0) break;
-            _mm_pause();
+            spin_pause();
         }
         return {straggling_.get(), count};
     }
@@ -315,7 +316,7 @@ class Team {
     // For tests: threads are put aside with a chunk in their hands.
     static void stall() {
 #ifdef VENEER_STALLS
-        thread_local unsigned seed = unsigned(__rdtsc());
+        thread_local unsigned seed = unsigned(cycles());
         if (rand_r(&seed) % 32 == 0) usleep(unsigned(rand_r(&seed)) % 500);
 #endif
     }
