@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
+.PHONY: help install base demo test check protos protos-check bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,7 +49,7 @@ test-numeric: base ## Tests that compare numbers, with each instruction set and 
 mutants: base ## Wrong kernels, each of which the kernels' tests must notice
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.mutants
 
-check: install protos-check ## ruff, mypy, import-linter, buf, hadolint, the C++'s warnings
+check: install protos-check ## ruff, mypy, import-linter, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -81,6 +81,9 @@ bench-guard: base ## The native backend's speed beside torch's, against what is 
 
 bench-kernels: base ## Each native kernel's time beside the machine's limit
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.bench.kernels
+
+format-cpp: install ## Write the C++ as clang-format has it
+	$(BIN)/python -m tests.sanitize.static --format
 
 # GCC with its libasan, libubsan and libtsan; about a minute.
 sanitize: install ## The kernels' tests under ASan and UBSan, the threads' team under TSan

@@ -120,8 +120,7 @@ Status veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
 }
 
 // log(sum of e^logit) of each row.
-Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab,
-                       float* to) {
+Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
     return each_row(engine, rows,
                     [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
 }

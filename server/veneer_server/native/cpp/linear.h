@@ -20,8 +20,8 @@
 
 namespace veneer {
 
-constexpr int kTile = 32;    // outputs
-constexpr int kBlock = 64;   // inputs
+constexpr int kTile = 32;   // outputs
+constexpr int kBlock = 64;  // inputs
 constexpr int kBlockPairs = kBlock / 2;
 
 enum class Kind : int32_t { four_bit = 0, bfloat16 = 1, eight_bit = 2 };
@@ -77,9 +77,7 @@ struct FromCodes {
 
     FromCodes(const uint8_t* block, const Table& given) : at(block), table(given) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -95,9 +93,7 @@ struct FromPairs {
 
     FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -114,9 +110,7 @@ struct FromBytes {
 
     FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -263,11 +257,14 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
                            int rows, float* y, size_t y_stride, Asking& asking) {
     switch (w.kind) {
         case Kind::four_bit:
-            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
         case Kind::eight_bit:
-            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
         case Kind::bfloat16:
-            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
     }
 }
 

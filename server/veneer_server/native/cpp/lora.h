@@ -134,8 +134,7 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
         case 1: return shrink_width<4, 1>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         case 2: return shrink_width<4, 2>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         case 3: return shrink_width<4, 3>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        default:
-            return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        default: return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
     }
 }
 

@@ -16,6 +16,11 @@
 // at a program's end, and for them where a program has no room left to write elsewhere.
 #pragma once
 
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cassert>
 #include <cstdint>
@@ -24,11 +29,6 @@
 #include <vector>
 
 #include "isa/isa.h"
-
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #ifdef VENEER_STALLS
 #include <cstdlib>
@@ -72,8 +72,11 @@ class Team {
   public:
     // `patient`: no chunk is done twice; for a test.
     explicit Team(int size, bool patient = false)
-        : size_(size), patient_(patient), shares_(new Share[size_t(size)]),
-          finished_(new std::atomic<uint64_t>[kMostChunks]()), straggling_(new int[size_t(size)]) {
+        : size_(size),
+          patient_(patient),
+          shares_(new Share[size_t(size)]),
+          finished_(new std::atomic<uint64_t>[kMostChunks]()),
+          straggling_(new int[size_t(size)]) {
         try {
             for (int thread = 1; thread < size; ++thread)
                 threads_.emplace_back([this, thread] { serve(thread); });
@@ -151,7 +154,8 @@ class Team {
             for (;;) {
                 const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
                 if (uint32_t(seen >> 32) != uint32_t(part) || begin >= end) return -1;
-                const uint64_t next = owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
+                const uint64_t next =
+                    owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
                 if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
                     return owner ? begin : end - 1;
             }
@@ -245,7 +249,8 @@ class Team {
         std::atomic<uint64_t>& finished = finished_[chunk];
         uint64_t seen = finished.load(std::memory_order_relaxed);
         while (seen < part &&
-               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {}
+               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {
+        }
     }
 
     // Wait until all chunks are done, doing again those that take too long, then lead on; or
@@ -305,7 +310,8 @@ class Team {
             for (int other = 0; other < size_; ++other) {
                 const uint64_t inside = shares_[other].inside.load(std::memory_order_seq_cst);
                 // What is older is of a program that is over, and will be found to be.
-                if (other != thread && inside >= first_) straggling_[count++] = int(inside - first_);
+                if (other != thread && inside >= first_)
+                    straggling_[count++] = int(inside - first_);
             }
             if (count == 0) break;
             spin_pause();
@@ -321,7 +327,7 @@ class Team {
 #endif
     }
 
-    static constexpr uint64_t kUnderWay = 1;     // beside a part's number
+    static constexpr uint64_t kUnderWay = 1;      // beside a part's number
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
     static constexpr uint64_t kGuess = 100000;    // where nothing tells how long a chunk takes
     static constexpr int kSpins = 2000;

@@ -56,17 +56,13 @@ inline Floats load(const bf16* at) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 inline __mmask16 first(int count) { return __mmask16((1u << count) - 1); }
-inline Floats load(const float* at, int count) {
-    return {_mm512_maskz_loadu_ps(first(count), at)};
-}
+inline Floats load(const float* at, int count) { return {_mm512_maskz_loadu_ps(first(count), at)}; }
 inline Floats load(const bf16* at, int count) {
     const __m256i half = _mm256_maskz_loadu_epi16(first(count), at);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 inline void store(float* at, Floats a) { _mm512_storeu_ps(at, a.v); }
-inline void store(float* at, Floats a, int count) {
-    _mm512_mask_storeu_ps(at, first(count), a.v);
-}
+inline void store(float* at, Floats a, int count) { _mm512_mask_storeu_ps(at, first(count), a.v); }
 inline void store_bf16(bf16* at, Floats a) {
     const __m256bh half = _mm512_cvtneps_pbh(a.v);
     std::memcpy(at, &half, sizeof half);
@@ -93,9 +89,9 @@ inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
 // Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
 inline Pairs pair_up(__m256i first, __m256i second) {
-    alignas(64) static constexpr uint16_t order[32] = {
-        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                       11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), _mm512_load_si512(order),
                                       _mm512_castsi256_si512(second))};
 }
