@@ -25,6 +25,7 @@ KERNELS = REPOSITORY / "server" / "veneer_server" / "native" / "cpp"
 SOURCES = (
     KERNELS / "library.cpp",
     REPOSITORY / "tests" / "sanitize" / "team.cpp",
+    REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
     REPOSITORY / "tests" / "bench" / "limits.cpp",
 )
 # -O1: some warnings come from what the optimizer finds out.
