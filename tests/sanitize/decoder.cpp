@@ -8,9 +8,9 @@
 //
 // What is written twice, each by one chunk for itself, and read by chunks of later parts: a tile of
 // y (`store_tile`), h of the adapters (`shrink_rows`), hidden states and inputs rounded to bfloat16
-// (`Rows`), queries, K and V in the cache (`Heads::rotate`), attention's results (`gather`). All are
-// written by vectors: an x86 CPU writes each aligned number of one as a whole, which C++ does not
-// promise. Relaxed atomics would be numbers one by one.
+// (`Rows`), queries, K and V in the cache (`Heads::rotate`), attention's results (`gather`). All
+// are written by vectors: an x86 CPU writes each aligned number of one as a whole, which C++ does
+// not promise. Relaxed atomics would be numbers one by one.
 #include "decoder.h"
 
 #include <cstdint>
