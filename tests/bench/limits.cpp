@@ -49,9 +49,8 @@ void read(const char* at, size_t size) {
 
 template <size_t Ahead>
 double read_seconds(const char* memory, size_t share, int threads) {
-    return least(threads, 9, [&](int thread) {
-        read<Ahead>(memory + share * size_t(thread), share);
-    });
+    return least(threads, 9,
+                 [&](int thread) { read<Ahead>(memory + share * size_t(thread), share); });
 }
 
 constexpr int64_t kTurns = 4000000;
@@ -93,8 +92,7 @@ double limit_read(const char* memory, int64_t size, int32_t threads) {
 // Floating-point operations a second.
 double limit_multiply(int32_t threads) {
     std::vector<double> done(static_cast<size_t>(threads));
-    const double took =
-        least(threads, 5, [&](int thread) { done[size_t(thread)] = multiply(); });
+    const double took = least(threads, 5, [&](int thread) { done[size_t(thread)] = multiply(); });
     double all = 0;
     for (const double each : done) all += each;
     return all / took;
@@ -106,9 +104,11 @@ double limit_time(void (*multiply)(const void*, const uint16_t*, int64_t, float*
                   float* y, int32_t times) {
     std::vector<double> took;
     for (int i = 0; i < times; ++i)
-        took.push_back(least(1, 1, [&](int) {
-            for (int l = 0; l < count; ++l) multiply(linears[l], x, rows, y);
-        }) / count);
+        took.push_back(least(1, 1,
+                             [&](int) {
+                                 for (int l = 0; l < count; ++l) multiply(linears[l], x, rows, y);
+                             }) /
+                       count);
     std::nth_element(took.begin(), took.begin() + times / 2, took.end());
     return took[size_t(times / 2)];
 }

@@ -66,6 +66,8 @@ _ROWS: Final = "cpp/rows.h"
 _STEP: Final = "cpp/decoder.h"
 _SAMPLE: Final = "cpp/sample.h"
 _SIMD: Final = "cpp/simd.h"
+_BF16: Final = "cpp/bf16.h"
+_AVX2: Final = "cpp/isa/avx2.h"
 
 MUTANTS: Final = (
     # ------------------------------------------------------------------- products
@@ -373,27 +375,27 @@ MUTANTS: Final = (
     ),
     Mutant(
         "bfloat16 rounded down",
-        _SIMD,
+        _BF16,
         "bf16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)",
         "bf16(bits >> 16)",
     ),
     Mutant(
         "halves of a pair exchanged",
-        _SIMD,
+        _AVX2,
         "_mm256_fmadd_ps(odd(w.lo), odd(x.lo), lo)",
         "_mm256_fmadd_ps(odd(w.lo), even(x.lo), lo)",
         form="avx2",
     ),
     Mutant(
         "upper bytes of a code book's entries left out",
-        _SIMD,
+        _AVX2,
         "_mm256_slli_epi16(high, 8));",
         "_mm256_setzero_si256());",
         form="avx2",
     ),
     Mutant(
         "outputs 8 to 15 of a short row",
-        _SIMD,
+        _AVX2,
         "std::memcpy(padded, at, count * sizeof(bf16));",
         "std::memcpy(padded, at, (count < 8 ? count : 8) * sizeof(bf16));",
         form="avx2",

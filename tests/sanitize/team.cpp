@@ -6,6 +6,8 @@
 // returned, before that was written, it would be a data race. Then with threads that are put aside
 // with a chunk in their hands (VENEER_STALLS): others do it again, so what is written is atomic,
 // and what stragglers may read or write must not be written to.
+#include "team.h"
+
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -13,13 +15,11 @@
 #include <memory>
 #include <vector>
 
-#include "team.h"
-
 namespace {
 
 constexpr int kChunks = 37;
-constexpr int kParts = 50;   // of a program
-constexpr int kPlaces = 4;   // arrays; several stragglers hold more, and are waited for
+constexpr int kParts = 50;  // of a program
+constexpr int kPlaces = 4;  // arrays; several stragglers hold more, and are waited for
 
 // Each part adds to what its neighbours wrote in the part before. `Number` is what they write.
 template <class Number>
@@ -78,8 +78,7 @@ bool counts_right(int threads, int programs, bool patient) {
         if (program % 4 == 3) usleep(200);  // they fall asleep
         for (int part = 0; part < kParts; ++part) {
             for (int chunk = 0; chunk < kChunks; ++chunk)
-                next[size_t(chunk)] =
-                    expected[size_t((chunk + 1) % kChunks)] + (part + chunk) % 3;
+                next[size_t(chunk)] = expected[size_t((chunk + 1) % kChunks)] + (part + chunk) % 3;
             expected = next;
         }
         for (int chunk = 0; chunk < kChunks; ++chunk)

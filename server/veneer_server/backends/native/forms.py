@@ -54,10 +54,11 @@ HEX: Final = 32
 
 
 def digest_sources(folder: Path) -> str:
-    """Of the names and content of all files in ``cpp``."""
+    """Of the names and content of all files in ``cpp`` and its folders."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:HEX]
 
 

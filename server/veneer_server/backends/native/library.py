@@ -1,4 +1,4 @@
-"""The compiled library's functions and structs (``cpp/step.h``, ``cpp/library.cpp``)."""
+"""The compiled library's functions (``cpp/library.cpp``)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import ctypes
 import math
 import mmap
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,6 +18,19 @@ from numpy.typing import NDArray
 
 from veneer_server.backends.native import kept
 from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.structs import (
+    Draw,
+    Field,
+    Layer,
+    Linear,
+    LoraAdapter,
+    LoraGroup,
+    LoraMember,
+    Model,
+    Segment,
+    Step,
+    mismatch,
+)
 
 __all__ = [
     "BFLOAT16",
@@ -42,141 +56,31 @@ EIGHT_BIT: Final = 2
 BLOCK: Final = 64
 """Inputs are cut into blocks of so many."""
 
-_Fields = Sequence[tuple[str, Any]]
+# What each function takes and returns; of ``cpp/library.cpp``.
+_SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
+    "veneer_fields": (ctypes.POINTER(Field), ()),
+    "veneer_instructions": (c_char_p, ()),
+    "veneer_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
+    "veneer_pack_four_bit": (None, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
+    "veneer_pack_eight_bit": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "veneer_pack_bf16": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "veneer_multiply": (None, (ctypes.POINTER(Linear), c_void_p, c_int64, c_void_p)),
+    "veneer_create": (c_int32, (ctypes.POINTER(Model), c_int32, ctypes.POINTER(c_void_p))),
+    "veneer_destroy": (None, (c_void_p,)),
+    "veneer_step": (c_int32, (c_void_p, ctypes.POINTER(Step))),
+    "veneer_sample": (c_int32, (c_void_p, ctypes.POINTER(Draw), c_int64, c_int64)),
+    "veneer_log_sums": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    "veneer_times": (None, (c_void_p, c_void_p)),
+}
 
 
-class Linear(ctypes.Structure):
-    """A packed weight."""
+class _Status(IntEnum):
+    """Of a function that can fail; ``Status`` in ``cpp/library.cpp``."""
 
-    _fields_: ClassVar[_Fields] = [
-        ("weights", c_void_p),
-        ("bias", c_void_p),
-        ("outputs", c_int32),
-        ("inputs", c_int32),
-        ("kind", c_int32),
-        ("parts", c_int32),
-        ("table", c_uint16 * 16),
-    ]
-
-
-class Layer(ctypes.Structure):
-    """A layer's weights and its part of the cache."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("linears", Linear * 4),
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("window", c_int64),
-    ]
-
-
-class Model(ctypes.Structure):
-    """The base model."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("layers", ctypes.POINTER(Layer)),
-        ("embedding", c_void_p),
-        ("final_norm", c_void_p),
-        ("inv_freq", c_void_p),
-        ("head", Linear),
-        ("layer_count", c_int32),
-        ("hidden", c_int32),
-        ("intermediate", c_int32),
-        ("heads", c_int32),
-        ("kv_heads", c_int32),
-        ("dim", c_int32),
-        ("vocab", c_int32),
-        ("block_size", c_int32),
-        ("epsilon", c_float),
-        ("rotary_scale", c_float),
-    ]
-
-
-class LoraMember(ctypes.Structure):
-    """One adapted projection."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("b", c_void_p),
-        ("rank", c_int32),
-        ("first", c_int32),
-        ("scaling", c_float),
-        ("reserved", c_int32),
-    ]
-
-
-class LoraGroup(ctypes.Structure):
-    """An adapter in one group of one layer."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("a", c_void_p),
-        ("ranks", c_int32),
-        ("reserved", c_int32),
-        ("members", LoraMember * 3),
-    ]
-
-
-class LoraAdapter(ctypes.Structure):
-    """An adapter."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("groups", ctypes.POINTER(LoraGroup)),
-        ("is_float", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class Segment(ctypes.Structure):
-    """Neighbouring rows with one adapter."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("begin", c_int64),
-        ("end", c_int64),
-        ("adapter", ctypes.POINTER(LoraAdapter)),
-    ]
-
-
-class Step(ctypes.Structure):
-    """`StepArrays`, and where its logits go."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("tokens", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("row_starts", c_void_p),
-        ("contexts", c_void_p),
-        ("block_tables", c_void_p),
-        ("segments", ctypes.POINTER(Segment)),
-        ("logit_rows", c_void_p),
-        ("logits", c_void_p),
-        ("finite", c_void_p),
-        ("rows", c_int64),
-        ("sequences", c_int64),
-        ("table_width", c_int64),
-        ("segment_count", c_int64),
-        ("logit_count", c_int64),
-    ]
-
-
-class Draw(ctypes.Structure):
-    """A row of logits, and how its token is drawn."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("logits", c_void_p),
-        ("seed", c_uint64),
-        ("position", c_uint64),
-        ("top_p", c_double),
-        ("top_k", c_int64),
-        ("temperature", c_float),
-        ("min_p", c_float),
-        ("token", c_int64),
-    ]
-
-
-_STRUCTS: Final = (Linear, Layer, Model, Step, Segment, LoraAdapter, LoraGroup, Draw)
+    OK = 0
+    NO_MEMORY = 1
+    NO_THREADS = 2
+    INTERNAL = 3
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -232,16 +136,14 @@ class Library:
             raise NativeUnavailable(
                 f"the compiled kernels cannot be loaded: {error}"
             ) from error
-        functions.veneer_instructions.restype = ctypes.c_char_p
-        functions.veneer_packed_bytes.restype = c_int64
-        functions.veneer_create.restype = c_void_p
-        functions.veneer_step.restype = ctypes.c_char_p
-        functions.veneer_step.argtypes = [c_void_p, ctypes.POINTER(Step)]
-        functions.veneer_destroy.argtypes = [c_void_p]
-        sizes = (c_int64 * len(_STRUCTS))()
-        functions.veneer_sizes(sizes)
-        if list(sizes) != [ctypes.sizeof(struct) for struct in _STRUCTS]:
-            raise NativeUnavailable("the compiled kernels expect other structs")
+        try:
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(functions, name)
+                function.restype, function.argtypes = result, list(arguments)
+        except AttributeError as error:
+            raise NativeUnavailable(f"the compiled kernels are others: {error}") from None
+        if differs := mismatch(functions.veneer_fields()):
+            raise NativeUnavailable(f"the compiled kernels expect other structs: {differs}")
 
     @property
     def instructions(self) -> str:
@@ -256,11 +158,7 @@ class Library:
         outputs, inputs = codes.shape[0], 2 * codes.shape[1]
         packed = self._packed(FOUR_BIT, outputs, inputs)
         self._functions.veneer_pack_four_bit(
-            c_void_p(address(codes)),
-            c_void_p(address(scales)),
-            outputs,
-            inputs,
-            c_void_p(address(packed)),
+            address(codes), address(scales), outputs, inputs, address(packed)
         )
         return packed
 
@@ -274,7 +172,7 @@ class Library:
         pack = (
             functions.veneer_pack_bf16 if kind == BFLOAT16 else functions.veneer_pack_eight_bit
         )
-        pack(c_void_p(address(weight)), *weight.shape, c_void_p(address(packed)))
+        pack(address(weight), *weight.shape, address(packed))
         return packed
 
     def _packed(self, kind: int, outputs: int, inputs: int) -> torch.Tensor:
@@ -289,17 +187,22 @@ class Library:
     def multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """x [rows, inputs] bfloat16 -> [rows, outputs] float32, on this thread."""
         y = torch.empty(len(x), linear.outputs)
-        self._functions.veneer_multiply(
-            ctypes.byref(linear), c_void_p(address(x)), c_int64(len(x)), c_void_p(address(y))
-        )
+        self._functions.veneer_multiply(ctypes.byref(linear), address(x), len(x), address(y))
         return y
 
     def create(self, model: Model, threads: int) -> int:
         """A decoder over ``model``, which the caller keeps alive."""
-        engine = self._functions.veneer_create(ctypes.byref(model), threads)
-        if not engine:
+        engine = c_void_p()
+        status = self._functions.veneer_create(
+            ctypes.byref(model), threads, ctypes.byref(engine)
+        )
+        if status == _Status.NO_THREADS:
             raise NativeUnavailable(f"{threads} threads cannot be started")
-        return int(engine)
+        if status == _Status.NO_MEMORY:
+            raise NativeUnavailable(f"there is no memory for a decoder on {threads} threads")
+        if engine.value is None:
+            raise NativeUnavailable(f"the decoder cannot be created: {_Status(status).name}")
+        return engine.value
 
     def step(self, engine: int, step: Step) -> None:
         """Execute it.
@@ -307,14 +210,16 @@ class Library:
         Raises:
             MemoryError: there is none for its buffers.
         """
-        failed = self._functions.veneer_step(engine, ctypes.byref(step))
-        if failed is not None:
-            raise MemoryError(failed.decode())
+        _check(self._functions.veneer_step(engine, ctypes.byref(step)), "a step")
 
     def sample(self, engine: int | None, draws: ctypes.Array[Draw], vocab: int) -> None:
-        """Fill in their tokens."""
-        self._functions.veneer_sample(
-            c_void_p(engine), draws, c_int64(len(draws)), c_int64(vocab)
+        """Fill in their tokens.
+
+        Raises:
+            MemoryError: there is none for the probabilities.
+        """
+        _check(
+            self._functions.veneer_sample(engine, draws, len(draws), vocab), "sampling tokens"
         )
 
     def log_sums(
@@ -322,13 +227,22 @@ class Library:
     ) -> None:
         """log(sum of e^logit) of each row of [rows, vocab] float32."""
         rows, vocab = shape
-        self._functions.veneer_log_sums(
-            c_void_p(engine), c_void_p(logits), c_int64(rows), c_int64(vocab), c_void_p(to)
+        _check(
+            self._functions.veneer_log_sums(engine, logits, rows, vocab, to),
+            "summing probabilities",
         )
 
     def destroy(self, engine: int) -> None:
         """End its threads."""
         self._functions.veneer_destroy(engine)
+
+
+def _check(status: int, what: str) -> None:
+    """Raise what a status says."""
+    if status == _Status.NO_MEMORY:
+        raise MemoryError(f"no memory for the buffers of {what}")
+    if status != _Status.OK:
+        raise RuntimeError(f"the kernels failed at {what}: {_Status(status).name}")
 
 
 def pointer(array: NDArray[np.int64]) -> int:

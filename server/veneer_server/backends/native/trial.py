@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import c_float, c_int32, c_int64, c_uint8, c_uint16, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint8, c_uint16, c_void_p
 from operator import mul
 from typing import Any, ClassVar, Final
 
@@ -23,7 +23,7 @@ _LINE: Final = 64
 
 
 class Linear(ctypes.Structure):
-    """As `veneer_server.backends.native.library` has it."""
+    """As `veneer_server.backends.native.structs` has it."""
 
     _fields_: ClassVar[Any] = [
         ("weights", c_void_p),
@@ -33,6 +33,17 @@ class Linear(ctypes.Structure):
         ("kind", c_int32),
         ("parts", c_int32),
         ("table", c_uint16 * 16),
+    ]
+
+
+class Field(ctypes.Structure):
+    """As `veneer_server.backends.native.structs` has it; the first row is of `Linear`."""
+
+    _fields_: ClassVar[Any] = [
+        ("struct", c_char_p),
+        ("name", c_char_p),
+        ("offset", c_int64),
+        ("size", c_int64),
     ]
 
 
@@ -52,10 +63,10 @@ def weight(kind: int, output: int, place: int) -> int:
 def main(descriptor: int) -> None:
     """See the module."""
     library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    sizes = (c_int64 * 64)()
-    library.veneer_sizes(sizes)
-    if sizes[0] != ctypes.sizeof(Linear):
-        raise SystemExit("the library expects other structs")
+    library.veneer_fields.restype = ctypes.POINTER(Field)
+    first = library.veneer_fields()[0]
+    if (first.struct, first.size) != (b"Linear", ctypes.sizeof(Linear)):
+        raise SystemExit("the library expects another struct Linear")
     inputs = [[(7 * row + place) % 9 - 4 for place in range(INPUTS)] for row in range(ROWS)]
     x = (c_uint16 * (ROWS * INPUTS))(*(bf16(each) for row in inputs for each in row))
     for kind in (FOUR_BIT, BFLOAT16, EIGHT_BIT):

@@ -269,7 +269,8 @@ def broken(tmp_path: Path, multiply: str) -> Path:
     """A library with the right functions, of which one does this."""
     source = tmp_path / "broken.c"
     source.write_text(
-        "void veneer_sizes(long* to) { to[0] = 64; }\n"
+        'struct { const char *of, *name; long offset, size; } t = {"Linear", "", 0, 64};\n'
+        "void* veneer_fields(void) { return &t; }\n"
         'const char* veneer_instructions(void) { return "none"; }\n'
         "long veneer_packed_bytes(int k, int o, int i) { return 4 * o * i; }\n"
         "void veneer_pack_four_bit(void) {}\nvoid veneer_pack_bf16(void) {}\n"

@@ -114,9 +114,9 @@ struct Piece {
     float* at;
 
     static size_t numbers(int dim) { return size_t(dim) + kLanes; }
-    float& top() const { return at[0]; }    // the largest score
-    float& total() const { return at[1]; }  // sum of e^(score - top); 0 where nothing is seen
-    float& share() const { return at[2]; }  // e^(top - the largest of all pieces)
+    float& top() const { return at[0]; }        // the largest score
+    float& total() const { return at[1]; }      // sum of e^(score - top); 0 where nothing is seen
+    float& share() const { return at[2]; }      // e^(top - the largest of all pieces)
     float* out() const { return at + kLanes; }  // [dim] sum of e^(score - top) V
 };
 
@@ -163,8 +163,7 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
                     sums[q] = dot(sums[q], value, same_pair(here + q * stride + 2 * pair));
             }
         }
-        for (int q = 0; q < Queries; ++q)
-            store(to[q].out() + d, sums[q]);
+        for (int q = 0; q < Queries; ++q) store(to[q].out() + d, sums[q]);
     }
 }
 
@@ -172,8 +171,8 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
 constexpr size_t kAttentionScratch = kMostQueries * (kPiece + kPiece / 2);
 
 template <int Queries>
-inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
-                   int number, float scale, float* scratch, const Piece* to) {
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int number,
+                   float scale, float* scratch, const Piece* to) {
     int first = queries[0].first, end = queries[0].end;
     for (int q = 1; q < Queries; ++q) {
         first = std::min(first, queries[q].first);
@@ -194,14 +193,16 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
 }
 
 // One piece's part of what up to 12 queries of one sequence get: to[query].
-inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries,
-                   int count, int number, float scale, float* scratch, const Piece* to) {
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int count,
+                   int number, float scale, float* scratch, const Piece* to) {
     switch (count) {
 #define VENEER_QUERIES(n) \
     case n: return attend<n>(sequence, shape, queries, number, scale, scratch, to);
+        // clang-format off
         VENEER_QUERIES(1) VENEER_QUERIES(2) VENEER_QUERIES(3) VENEER_QUERIES(4)
         VENEER_QUERIES(5) VENEER_QUERIES(6) VENEER_QUERIES(7) VENEER_QUERIES(8)
         VENEER_QUERIES(9) VENEER_QUERIES(10) VENEER_QUERIES(11) VENEER_QUERIES(12)
+        // clang-format on
 #undef VENEER_QUERIES
     }
 }

@@ -24,7 +24,14 @@ namespace veneer {
 
 // Where a step's time goes. Kept only where it is compiled with VENEER_TIMES (by the benchmark).
 enum Time {
-    kNormTime, kQkvTime, kRotateTime, kAttendTime, kOutputTime, kGateUpTime, kGateTime, kDownTime,
+    kNormTime,
+    kQkvTime,
+    kRotateTime,
+    kAttendTime,
+    kOutputTime,
+    kGateUpTime,
+    kGateTime,
+    kDownTime,
     kHeadTime,
     kTimes
 };
@@ -51,8 +58,7 @@ class Decoder final : Program {
             work_.push_back({kProduct, layer, kGateUp});
             work_.push_back({kGate, layer, kGateUp});
             work_.push_back({kProduct, layer, kDown});
-            work_.push_back(
-                {kAdd, layer, kDown, last ? nullptr : m_.layers[layer + 1].input_norm});
+            work_.push_back({kAdd, layer, kDown, last ? nullptr : m_.layers[layer + 1].input_norm});
         }
         work_.push_back({kNormalize});
         work_.push_back({kLogits});
@@ -111,12 +117,14 @@ class Decoder final : Program {
     // What later parts read: nothing where a part is left out.
     unsigned writes(const Work& work) const {
         switch (work.what) {
-            case kEmbed: case kAdd: return 1u << kHidden | 1u << kRounded;
+            case kEmbed:
+            case kAdd: return 1u << kHidden | 1u << kRounded;
             case kProduct: return 1u << kY | 1u << kShrunk | 1u << kLists;
             case kRotate: return 1u << kQueries;
             case kAttend: return heads_.in_parts() ? 1u << kResults : 1u << kRounded;
             case kGather: return heads_.in_parts() ? 1u << kRounded : 0;
-            case kGate: case kNormalize: return 1u << kRounded;
+            case kGate:
+            case kNormalize: return 1u << kRounded;
             case kLogits: return 0;
         }
         return 0;
@@ -139,9 +147,8 @@ class Decoder final : Program {
     }
 
     int begin(int part, int chunks, int thread, int size) const override {
-        return work_[size_t(part)].what == kProduct
-                   ? products_.begin(chunks, lists(part), thread)
-                   : Program::begin(part, chunks, thread, size);
+        return work_[size_t(part)].what == kProduct ? products_.begin(chunks, lists(part), thread)
+                                                    : Program::begin(part, chunks, thread, size);
     }
 
     void chunk(int part, int chunk, int thread) override {
@@ -154,10 +161,8 @@ class Decoder final : Program {
             for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
         };
         switch (work.what) {
-            case kEmbed:
-                return each(f_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
-            case kProduct:
-                return products_.chunk(work.layer, work.group, lists(part), at, chunk);
+            case kEmbed: return each(f_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
+            case kProduct: return products_.chunk(work.layer, work.group, lists(part), at, chunk);
             case kRotate:
                 return each(bunches() * m_.kv_heads, [&](int64_t item) {
                     heads_.rotate(work.layer, at, f_.bunches[size_t(item / m_.kv_heads)],
@@ -165,12 +170,10 @@ class Decoder final : Program {
                 });
             case kAttend:
                 if (heads_.in_parts())
-                    return each(heads_.parts(), [&](int64_t i) {
-                        heads_.attend_part(work.layer, at, i, scratch);
-                    });
-                return each(heads_.items(), [&](int64_t i) {
-                    heads_.attend_item(work.layer, at, i, scratch);
-                });
+                    return each(heads_.parts(),
+                                [&](int64_t i) { heads_.attend_part(work.layer, at, i, scratch); });
+                return each(heads_.items(),
+                            [&](int64_t i) { heads_.attend_item(work.layer, at, i, scratch); });
             case kGather:
                 return each(heads_.items(), [&](int64_t i) { heads_.gather_item(at, i); });
             case kAdd:
@@ -201,16 +204,22 @@ class Decoder final : Program {
     Arrays arrays(int part) const {
         auto now = [&](Array array) { return places_.wrote(part, array); };
         auto before = [&](Array array) { return places_.wrote(part > 0 ? part - 1 : 0, array); };
-        return {hidden_[before(kHidden)], rounded_[before(kRounded)], hidden_[now(kHidden)],
-                rounded_[now(kRounded)],  y_[now(kY)],                shrunk_[now(kShrunk)],
-                queries_[now(kQueries)],  results_[now(kResults)]};
+        return {hidden_[before(kHidden)],
+                rounded_[before(kRounded)],
+                hidden_[now(kHidden)],
+                rounded_[now(kRounded)],
+                y_[now(kY)],
+                shrunk_[now(kShrunk)],
+                queries_[now(kQueries)],
+                results_[now(kResults)]};
     }
 
 #ifdef VENEER_TIMES
     void begin_times() { began_ = std::chrono::steady_clock::now(); }
     void add_time(int part) {
         const auto now = std::chrono::steady_clock::now();
-        seconds[time_of(work_[size_t(part)])] += std::chrono::duration<double>(now - began_).count();
+        seconds[time_of(work_[size_t(part)])] +=
+            std::chrono::duration<double>(now - began_).count();
         began_ = now;
     }
     static Time time_of(const Work& work) {
@@ -221,7 +230,8 @@ class Decoder final : Program {
                        : work.group == kGateUp ? kGateUpTime
                                                : kDownTime;
             case kRotate: return kRotateTime;
-            case kAttend: case kGather: return kAttendTime;
+            case kAttend:
+            case kGather: return kAttendTime;
             case kGate: return kGateTime;
             case kLogits: return kHeadTime;
             default: return kNormTime;

@@ -51,7 +51,7 @@ class Heads {
         f_.ask_for_y(at, bunch, value_at, dim);
         for (int64_t row = bunch.row; row < end; ++row)
             ask_for_slot(layer.keys, layer.values, f_.kv, f_.step->slots[row], head);
-        const size_t stride = size_t(queries + 2 * dim);
+        const size_t stride = size_t(queries) + 2 * size_t(dim);
         f_.updated(at, index, kQkv, 0, bunch, query_at, query_at, queries, scratch, stride);
         f_.updated(at, index, kQkv, 1, bunch, key_at, head * dim, dim, scratch + queries, stride);
         f_.updated(at, index, kQkv, 2, bunch, value_at, head * dim, dim, scratch + queries + dim,
@@ -142,7 +142,7 @@ class Heads {
         for (size_t i = 0; i < items_.size(); ++i) {
             items_[i].in_parts = results_;
             results_ += size_t(items_[i].pieces) * kMostQueries * Piece::numbers(m_.dim);
-            for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.push_back({i, piece});
+            for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.emplace_back(i, piece);
         }
     }
 

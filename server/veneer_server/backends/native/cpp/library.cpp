@@ -1,13 +1,34 @@
-// The C interface. Functions that can fail return 0, or a message to be read at once.
+// The C interface. Functions that can fail return a `Status`.
+#include <atomic>
 #include <exception>
 #include <new>
+#include <system_error>
 
 #include "decoder.h"
+#include "layout.h"
 #include "sample.h"
 
 using namespace veneer;
 
 namespace {
+
+// Known to the caller by its numbers (`_Status` of library.py).
+enum Status : int32_t { kOk = 0, kNoMemory = 1, kNoThreads = 2, kInternal = 3 };
+
+// Call `function`; what it throws as a status.
+template <class Function>
+Status caught(const Function& function) noexcept {
+    try {
+        function();
+        return kOk;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    } catch (const std::system_error&) {
+        return kNoThreads;  // nothing but starting them throws it
+    } catch (...) {
+        return kInternal;
+    }
+}
 
 struct Engine {
     Engine(const Model& given, int threads)
@@ -19,40 +40,36 @@ struct Engine {
     std::vector<Sampler> samplers;  // by thread
 };
 
-// Call `function(row, sampler)` for each row; by an engine's threads where there are several.
+// Call `function(row, sampler)` for each row; by an engine's threads where there are several. The
+// status of one that failed, if any did.
 template <class Function>
-void each_row(void* handle, int64_t rows, const Function& function) noexcept {
+Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     if (handle == nullptr) {
-        Sampler sampler;
-        for (int64_t row = 0; row < rows; ++row) function(row, sampler);
-        return;
+        return caught([&] {
+            Sampler sampler;
+            for (int64_t row = 0; row < rows; ++row) function(row, sampler);
+        });
     }
+    std::atomic<Status> status{kOk};
     Engine& engine = *static_cast<Engine*>(handle);
     if (rows > 1) engine.team.call();
     engine.team.each(rows, [&](int64_t row, int thread) {
-        function(row, engine.samplers[size_t(thread)]);
+        // Caught here: an exception must not leave a thread of the pool.
+        const Status each = caught([&] { function(row, engine.samplers[size_t(thread)]); });
+        if (each != kOk) status.store(each, std::memory_order_relaxed);
     });
     if (rows > 1) engine.team.rest();
+    return status;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Sizes of the structs, for the caller to compare with its own.
-void veneer_sizes(int64_t* to) {
-    to[0] = sizeof(Linear), to[1] = sizeof(Layer), to[2] = sizeof(Model), to[3] = sizeof(Step);
-    to[4] = sizeof(Segment), to[5] = sizeof(LoraAdapter), to[6] = sizeof(LoraGroup);
-    to[7] = sizeof(Draw);
-}
+// The structs' fields; one without a struct is past the last.
+const Field* veneer_fields() { return kFields; }
 
-const char* veneer_instructions() {
-#if VENEER_AVX512
-    return "avx512-bf16";
-#else
-    return "avx2";
-#endif
-}
+const char* veneer_instructions() { return kInstructions; }
 
 int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
     const int64_t tiles = (outputs + kTile - 1) / kTile;
@@ -79,42 +96,33 @@ void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y
                    size_t(linear->outputs), nothing);
 }
 
-void* veneer_create(const Model* model, int32_t threads) {
-    try {
-        return new Engine(*model, threads);
-    } catch (const std::exception&) {
-        return nullptr;
-    }
+// An engine for `veneer_destroy` into *to, or null.
+Status veneer_create(const Model* model, int32_t threads, void** to) {
+    *to = nullptr;
+    return caught([&] { *to = new Engine(*model, threads); });
 }
 
 void veneer_destroy(void* engine) { delete static_cast<Engine*>(engine); }
 
-const char* veneer_step(void* handle, const Step* step) {
+Status veneer_step(void* handle, const Step* step) {
     Engine& engine = *static_cast<Engine*>(handle);
-    const char* failed = nullptr;
     engine.team.call();
-    try {
-        engine.decoder.run(*step);
-    } catch (const std::bad_alloc&) {
-        failed = "no memory for a step's buffers";
-    } catch (const std::exception&) {
-        failed = "the native step failed";
-    }
+    const Status status = caught([&] { engine.decoder.run(*step); });
     engine.team.rest();
-    return failed;
+    return status;
 }
 
 // The tokens of rows of logits; without an engine on the calling thread.
-void veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
-    each_row(engine, count, [&](int64_t row, Sampler& sampler) {
+Status veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
+    return each_row(engine, count, [&](int64_t row, Sampler& sampler) {
         draws[row].token = sampler.token(draws[row], vocab);
     });
 }
 
 // log(sum of e^logit) of each row.
-void veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
-    each_row(engine, rows,
-             [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
+Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
+    return each_row(engine, rows,
+                    [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
 }
 
 // Seconds in each part of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.

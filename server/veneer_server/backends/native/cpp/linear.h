@@ -20,8 +20,8 @@
 
 namespace veneer {
 
-constexpr int kTile = 32;    // outputs
-constexpr int kBlock = 64;   // inputs
+constexpr int kTile = 32;   // outputs
+constexpr int kBlock = 64;  // inputs
 constexpr int kBlockPairs = kBlock / 2;
 
 enum class Kind : int32_t { four_bit = 0, bfloat16 = 1, eight_bit = 2 };
@@ -71,19 +71,13 @@ inline void ask_ahead(const void* block, int group) {
 // From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. To look up
 // costs less than to keep what was looked up: a product of 32 rows was 20 % slower so.
 struct FromCodes {
-#if VENEER_AVX512
-    static constexpr int chains = 2, rows = 6;  // 24 of 32 registers
-#else
-    static constexpr int chains = 1, rows = 3;  // 12 of 16
-#endif
+    static constexpr int chains = tiles::kFourBitChains, rows = tiles::kFourBitRows;
     const uint8_t* at;
     const Table& table;
 
     FromCodes(const uint8_t* block, const Table& given) : at(block), table(given) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -94,14 +88,12 @@ struct FromCodes {
 
 // From weights in bf16.
 struct FromPairs {
-    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
+    static constexpr int chains = 1, rows = tiles::kBf16Rows;
     const bf16* at;
 
     FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -113,14 +105,12 @@ struct FromPairs {
 
 // From 8-bit numbers; widening them is work, shared by more rows.
 struct FromBytes {
-    static constexpr int chains = 1, rows = VENEER_AVX512 ? 12 : 3;
+    static constexpr int chains = 1, rows = tiles::kEightBitRows;
     const int8_t* at;
 
     FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}
 
-    void ask_ahead(int group) const {
-        veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group);
-    }
+    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group); }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -267,11 +257,14 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
                            int rows, float* y, size_t y_stride, Asking& asking) {
     switch (w.kind) {
         case Kind::four_bit:
-            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
         case Kind::eight_bit:
-            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
         case Kind::bfloat16:
-            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride, asking);
+            return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride,
+                                             asking);
     }
 }
 

@@ -134,22 +134,12 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
         case 1: return shrink_width<4, 1>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         case 2: return shrink_width<4, 2>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         case 3: return shrink_width<4, 3>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
-        default:
-            return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
+        default: return shrink_width<3, 4>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
     }
 }
 
 // Rows of one adapter whose updates are computed together: B is read and widened once for them.
 constexpr int kBunch = 4;
-
-// Sixteens of outputs at once for so many rows: what the registers hold.
-constexpr int expand_width(int rows) {
-#if VENEER_AVX512
-    return rows == 1 ? 12 : rows == 2 ? 8 : rows == 3 ? 6 : 4;
-#else
-    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
-#endif
-}
 
 // Rows of h [rows, stride], and of what their updates are added to.
 struct Expanded {
@@ -191,7 +181,7 @@ inline int expand_vectors(const LoraMember& member, int outputs, const Number* b
 template <int Rows, class Number>
 inline void expand_rows(const LoraMember& member, int outputs, const Number* b,
                         const Expanded& rows, int count) {
-    int n = expand_vectors<Rows, expand_width(Rows)>(member, outputs, b, rows, 0, count);
+    int n = expand_vectors<Rows, tiles::expand_vectors(Rows)>(member, outputs, b, rows, 0, count);
     n = expand_vectors<Rows, 4>(member, outputs, b, rows, n, count);
     n = expand_vectors<Rows, 1>(member, outputs, b, rows, n, count);
     if (n == count) return;

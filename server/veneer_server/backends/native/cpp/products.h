@@ -38,8 +38,8 @@ class Products {
             const int chunks = (lora.ranks + kRankChunk - 1) / kRankChunk;
             for (int64_t row = segment.begin; row < segment.end; row += kShrinkRows)
                 for (int chunk = 0; chunk < chunks; ++chunk)
-                    shrinks.push_back({&segment, &lora, row,
-                                       std::min(kShrinkRows, segment.end - row), chunk});
+                    shrinks.push_back(
+                        {&segment, &lora, row, std::min(kShrinkRows, segment.end - row), chunk});
         }
         want(layer, group, lists_[place].wanted);
     }

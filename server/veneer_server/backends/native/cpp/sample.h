@@ -15,11 +15,11 @@ namespace veneer {
 struct Draw {
     const float* logits;  // [vocab]
     uint64_t seed, position;
-    double top_p;        // 1: all
-    int64_t top_k;       // 0: all
-    float temperature;   // below `kColdest`: the likeliest
-    float min_p;         // 0: all
-    int64_t token;       // the result; -1 where the logits give no probabilities
+    double top_p;       // 1: all
+    int64_t top_k;      // 0: all
+    float temperature;  // below `kColdest`: the likeliest
+    float min_p;        // 0: all
+    int64_t token;      // the result; -1 where the logits give no probabilities
 };
 
 constexpr float kColdest = 1e-5f;  // dividing by less would overflow
@@ -180,8 +180,7 @@ class Sampler {
     bool enough(const Draw& draw) const {
         if (draw.min_p > 2 * kFloor) return true;
         if (draw.top_k > 0 && candidates_.size() >= size_t(draw.top_k)) return true;
-        return draw.top_k == 0 && draw.top_p < 1 &&
-               collected_ > draw.top_p * total_ * (1 + 1e-5);
+        return draw.top_k == 0 && draw.top_p < 1 && collected_ > draw.top_p * total_ * (1 + 1e-5);
     }
 
     std::vector<float> weights_;
@@ -200,10 +199,9 @@ inline float log_sum(const float* logits, int64_t vocab) {
         Floats sum = zeros();
         for (int64_t i = begin; i < end; i += kLanes) {
             const bool whole = i + kLanes <= end;
-            sum = add(sum, exp_or_zero(sub(
-                               whole ? load(logits + i)
-                                     : load_some(logits + i, int(end - i), -INFINITY),
-                               top)));
+            sum = add(sum, exp_or_zero(sub(whole ? load(logits + i)
+                                                 : load_some(logits + i, int(end - i), -INFINITY),
+                                           top)));
         }
         total += veneer::sum(sum);
     }

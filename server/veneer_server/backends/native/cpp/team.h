@@ -16,6 +16,11 @@
 // at a program's end, and for them where a program has no room left to write elsewhere.
 #pragma once
 
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cassert>
 #include <cstdint>
@@ -23,11 +28,7 @@
 #include <thread>
 #include <vector>
 
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#include <x86intrin.h>
+#include "isa/isa.h"
 
 #ifdef VENEER_STALLS
 #include <cstdlib>
@@ -71,8 +72,11 @@ class Team {
   public:
     // `patient`: no chunk is done twice; for a test.
     explicit Team(int size, bool patient = false)
-        : size_(size), patient_(patient), shares_(new Share[size_t(size)]),
-          finished_(new std::atomic<uint64_t>[kMostChunks]()), straggling_(new int[size_t(size)]) {
+        : size_(size),
+          patient_(patient),
+          shares_(new Share[size_t(size)]),
+          finished_(new std::atomic<uint64_t>[kMostChunks]()),
+          straggling_(new int[size_t(size)]) {
         try {
             for (int thread = 1; thread < size; ++thread)
                 threads_.emplace_back([this, thread] { serve(thread); });
@@ -150,7 +154,8 @@ class Team {
             for (;;) {
                 const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
                 if (uint32_t(seen >> 32) != uint32_t(part) || begin >= end) return -1;
-                const uint64_t next = owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
+                const uint64_t next =
+                    owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
                 if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
                     return owner ? begin : end - 1;
             }
@@ -168,7 +173,7 @@ class Team {
     static void wait(const Holds& holds) {
         for (int turns = 0; !holds();) {
             if (++turns < kSpins)
-                _mm_pause();
+                spin_pause();
             else
                 sched_yield();
         }
@@ -186,7 +191,7 @@ class Team {
                 syscall(SYS_futex, &awake_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
             if (stopping_.load()) return;
             help(thread);
-            _mm_pause();
+            spin_pause();
         }
     }
 
@@ -222,14 +227,14 @@ class Team {
 
     // Do what nobody has begun; how long to wait for others' chunks before they are done again.
     uint64_t work(uint64_t part, int thread) {
-        uint64_t longest = 0, before = __rdtsc();
+        uint64_t longest = 0, before = cycles();
         for (int other = 0; other < size_; ++other) {
             Share& share = shares_[(thread + other) % size_];
             for (;;) {
                 const int chunk = share.take(part, other == 0);
                 if (chunk < 0) break;
                 do_chunk(part, chunk, thread);
-                const uint64_t now = __rdtsc();
+                const uint64_t now = cycles();
                 if (now - before > longest) longest = now - before;
                 before = now;
             }
@@ -244,13 +249,14 @@ class Team {
         std::atomic<uint64_t>& finished = finished_[chunk];
         uint64_t seen = finished.load(std::memory_order_relaxed);
         while (seen < part &&
-               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {}
+               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {
+        }
     }
 
     // Wait until all chunks are done, doing again those that take too long, then lead on; or
     // until somebody else has.
     void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
-        const uint64_t part = current >> 1, began = __rdtsc();
+        const uint64_t part = current >> 1, began = cycles();
         int done = 0;
         auto skip = [&] {
             while (done < chunks && finished_[done].load(std::memory_order_acquire) >= part) ++done;
@@ -262,12 +268,12 @@ class Team {
                 if (claimed_.compare_exchange_strong(expected, part + 1)) lead(part + 1, thread);
                 return;
             }
-            if (!patient_ && __rdtsc() - began > patience) {
+            if (!patient_ && cycles() - began > patience) {
                 if (!enter(part, thread)) return;
                 for (; done < chunks; skip()) do_chunk(part, done, thread);
                 leave(thread);
             } else if (++turns < kSpins) {
-                _mm_pause();
+                spin_pause();
             } else {
                 sched_yield();
             }
@@ -304,10 +310,11 @@ class Team {
             for (int other = 0; other < size_; ++other) {
                 const uint64_t inside = shares_[other].inside.load(std::memory_order_seq_cst);
                 // What is older is of a program that is over, and will be found to be.
-                if (other != thread && inside >= first_) straggling_[count++] = int(inside - first_);
+                if (other != thread && inside >= first_)
+                    straggling_[count++] = int(inside - first_);
             }
             if (count == 0) break;
-            _mm_pause();
+            spin_pause();
         }
         return {straggling_.get(), count};
     }
@@ -315,12 +322,12 @@ class Team {
     // For tests: threads are put aside with a chunk in their hands.
     static void stall() {
 #ifdef VENEER_STALLS
-        thread_local unsigned seed = unsigned(__rdtsc());
+        thread_local unsigned seed = unsigned(cycles());
         if (rand_r(&seed) % 32 == 0) usleep(unsigned(rand_r(&seed)) % 500);
 #endif
     }
 
-    static constexpr uint64_t kUnderWay = 1;     // beside a part's number
+    static constexpr uint64_t kUnderWay = 1;      // beside a part's number
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
     static constexpr uint64_t kGuess = 100000;    // where nothing tells how long a chunk takes
     static constexpr int kSpins = 2000;

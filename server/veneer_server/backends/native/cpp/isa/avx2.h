@@ -1,0 +1,207 @@
+// AVX2 with FMA: sixteen floats in two registers. A pair takes two fused multiply-adds, each of
+// its halves widened to a float by a shift or a mask.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../bf16.h"
+#include "x86.h"
+
+namespace veneer {
+
+constexpr char kInstructions[] = "avx2";
+constexpr int kLanes = 16;
+
+// Tile sizes, so that a tile's sums and what is multiplied fit 16 registers. `rows`: of a GEMM's
+// tile of 32 outputs, multiplied at once. `chains`: sums that a row and an output have.
+namespace tiles {
+constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 12 registers
+constexpr int kBf16Rows = 3;
+constexpr int kEightBitRows = 3;
+// Vectors of outputs of LoRA's second GEMM at once, for so many rows.
+constexpr int expand_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+}  // namespace tiles
+
+struct Floats {
+    __m256 lo, hi;
+};
+struct Pairs {
+    __m256i lo, hi;
+};
+struct Codes {
+    __m256i lo, hi;
+};
+
+struct Table {
+    __m256i low, high;  // the lower and the upper byte of each entry
+    explicit Table(const bf16* entries) {
+        alignas(16) uint8_t low_bytes[16], high_bytes[16];
+        for (int i = 0; i < 16; ++i) {
+            low_bytes[i] = uint8_t(entries[i]);
+            high_bytes[i] = uint8_t(entries[i] >> 8);
+        }
+        low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)low_bytes));
+        high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)high_bytes));
+    }
+};
+
+inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Floats load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+inline __m256 widened(__m128i half) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Floats load(const bf16* at) {
+    const __m128i* halves = reinterpret_cast<const __m128i*>(at);
+    return {widened(_mm_loadu_si128(halves)), widened(_mm_loadu_si128(halves + 1))};
+}
+inline Floats load(const float* at, int count) {
+    alignas(32) float padded[kLanes] = {};
+    std::memcpy(padded, at, count * sizeof(float));
+    return load(padded);
+}
+inline Floats load(const bf16* at, int count) {
+    alignas(32) bf16 padded[kLanes] = {};
+    std::memcpy(padded, at, count * sizeof(bf16));
+    return load(padded);
+}
+inline void store(float* at, Floats a) {
+    _mm256_storeu_ps(at, a.lo);
+    _mm256_storeu_ps(at + 8, a.hi);
+}
+inline void store(float* at, Floats a, int count) {
+    alignas(32) float padded[kLanes];
+    store(padded, a);
+    std::memcpy(at, padded, count * sizeof(float));
+}
+inline void store_bf16(bf16* at, Floats a) {
+    alignas(32) float numbers[kLanes];
+    store(numbers, a);
+    for (int i = 0; i < kLanes; ++i) at[i] = to_bf16(numbers[i]);
+}
+inline Floats add(Floats a, Floats b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Floats sub(Floats a, Floats b) {
+    return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline Floats mul(Floats a, Floats b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline Floats div(Floats a, Floats b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Floats max(Floats a, Floats b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline Floats min(Floats a, Floats b) {
+    return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+inline Floats round(Floats a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
+}
+inline __m256 power_of_two(__m256 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+// a * 2^n; n in [-126, 127]
+inline Floats scale_by_power(Floats a, Floats n) {
+    return {_mm256_mul_ps(a.lo, power_of_two(n.lo)), _mm256_mul_ps(a.hi, power_of_two(n.hi))};
+}
+// Bit i: is a[i] > b[i]?
+inline uint32_t above(Floats a, Floats b) {
+    const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
+    const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
+    return uint32_t(lo | hi << 8);
+}
+// a where not x < limit, else 0.
+inline Floats keep_above(Floats a, Floats x, Floats limit) {
+    return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ)),
+            _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ))};
+}
+inline float sum(Floats a) {
+    alignas(32) float numbers[8];
+    _mm256_store_ps(numbers, _mm256_add_ps(a.lo, a.hi));
+    float total = 0;
+    for (float number : numbers) total += number;
+    return total;
+}
+inline float largest(Floats a) {
+    alignas(32) float numbers[8];
+    _mm256_store_ps(numbers, _mm256_max_ps(a.lo, a.hi));
+    float most = numbers[0];
+    for (float number : numbers) most = number > most ? number : most;
+    return most;
+}
+
+inline Pairs load_pairs(const bf16* at) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(at);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+inline Pairs pair_up(const bf16* first, const bf16* second) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    // Unpacking works on 128 bits apart.
+    const __m256i lo = _mm256_unpacklo_epi16(a, b), hi = _mm256_unpackhi_epi16(a, b);
+    return {_mm256_permute2x128_si256(lo, hi, 0x20), _mm256_permute2x128_si256(lo, hi, 0x31)};
+}
+inline Pairs pair_up(const bf16* first, const bf16* second, int count) {
+    alignas(32) bf16 padded[2][kLanes] = {};
+    std::memcpy(padded[0], first, count * sizeof(bf16));
+    std::memcpy(padded[1], second, count * sizeof(bf16));
+    return pair_up(padded[0], padded[1]);
+}
+inline Pairs same_pair(const bf16* at) {
+    int32_t both;
+    std::memcpy(&both, at, sizeof both);
+    return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};
+}
+inline __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline __m256 odd(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))));
+}
+inline Floats dot(Floats sums, Pairs w, Pairs x) {
+    const __m256 lo = _mm256_fmadd_ps(even(w.lo), even(x.lo), sums.lo);
+    const __m256 hi = _mm256_fmadd_ps(even(w.hi), even(x.hi), sums.hi);
+    return {_mm256_fmadd_ps(odd(w.lo), odd(x.lo), lo), _mm256_fmadd_ps(odd(w.hi), odd(x.hi), hi)};
+}
+
+inline Codes load_codes(const uint8_t* at) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(at);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+template <int Q>
+inline __m256i look_up_half(const Table& table, __m256i codes) {
+    // Index bytes of each 16: the code in the lower one, in the upper one too.
+    const __m256i code = _mm256_and_si256(_mm256_srli_epi16(codes, 4 * Q), _mm256_set1_epi16(15));
+    const __m256i low = _mm256_shuffle_epi8(table.low, code);
+    const __m256i high = _mm256_shuffle_epi8(table.high, code);
+    // The upper bytes looked up entry 0: they are not wanted.
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi16(255)),
+                           _mm256_slli_epi16(high, 8));
+}
+template <int Q>
+inline Pairs look_up(const Table& table, Codes codes) {
+    return {look_up_half<Q>(table, codes.lo), look_up_half<Q>(table, codes.hi)};
+}
+
+// Sixteen pairs of signed bytes; every one is a bfloat16.
+inline __m256i widened_bytes(const int8_t* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+    // Their lower halves are zero. Packing works on 128 bits apart: put in order after it.
+    const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(lo), 16),
+                                               _mm256_srli_epi32(_mm256_castps_si256(hi), 16));
+    return _mm256_permute4x64_epi64(packed, 0b11011000);
+}
+inline Pairs load_bytes(const int8_t* at) { return {widened_bytes(at), widened_bytes(at + 16)}; }
+
+}  // namespace veneer

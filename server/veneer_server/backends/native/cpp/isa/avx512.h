@@ -1,0 +1,130 @@
+// AVX512-BF16: one register holds sixteen floats, and one instruction multiplies sixteen pairs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../bf16.h"
+#include "x86.h"
+
+namespace veneer {
+
+constexpr char kInstructions[] = "avx512-bf16";
+constexpr int kLanes = 16;
+
+// Tile sizes, so that a tile's sums and what is multiplied fit 32 registers. `rows`: of a GEMM's
+// tile of 32 outputs, multiplied at once. `chains`: sums that a row and an output have.
+namespace tiles {
+constexpr int kFourBitRows = 6, kFourBitChains = 2;  // 24 registers
+constexpr int kBf16Rows = 12;
+constexpr int kEightBitRows = 12;
+// Vectors of outputs of LoRA's second GEMM at once, for so many rows.
+constexpr int expand_vectors(int rows) {
+    return rows == 1 ? 12 : rows == 2 ? 8 : rows == 3 ? 6 : 4;
+}
+}  // namespace tiles
+
+struct Floats {
+    __m512 v;
+};
+
+// Sixteen pairs of bfloat16.
+struct Pairs {
+    __m512i v;
+};
+
+// Sixty-four bytes of codes.
+struct Codes {
+    __m512i v;
+};
+
+// Sixteen bfloat16 by 4-bit code.
+struct Table {
+    __m512i v;
+    explicit Table(const bf16* entries) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
+        v = _mm512_broadcast_i64x4(half);  // twice: bit 4 of an index then says nothing
+    }
+};
+
+inline Floats zeros() { return {_mm512_setzero_ps()}; }
+inline Floats all(float value) { return {_mm512_set1_ps(value)}; }
+inline Floats load(const float* at) { return {_mm512_loadu_ps(at)}; }
+inline Floats load(const bf16* at) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline __mmask16 first(int count) { return __mmask16((1u << count) - 1); }
+inline Floats load(const float* at, int count) { return {_mm512_maskz_loadu_ps(first(count), at)}; }
+inline Floats load(const bf16* at, int count) {
+    const __m256i half = _mm256_maskz_loadu_epi16(first(count), at);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline void store(float* at, Floats a) { _mm512_storeu_ps(at, a.v); }
+inline void store(float* at, Floats a, int count) { _mm512_mask_storeu_ps(at, first(count), a.v); }
+inline void store_bf16(bf16* at, Floats a) {
+    const __m256bh half = _mm512_cvtneps_pbh(a.v);
+    std::memcpy(at, &half, sizeof half);
+}
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+// a * 2^n
+inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Bit i: is a[i] > b[i]?
+inline uint32_t above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// a where not x < limit, else 0.
+inline Floats keep_above(Floats a, Floats x, Floats limit) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
+}
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
+// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+inline Pairs pair_up(__m256i first, __m256i second) {
+    alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                       11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), _mm512_load_si512(order),
+                                      _mm512_castsi256_si512(second))};
+}
+inline Pairs pair_up(const bf16* first_line, const bf16* second_line) {
+    return pair_up(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_line)),
+                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second_line)));
+}
+inline Pairs pair_up(const bf16* first_line, const bf16* second_line, int count) {
+    return pair_up(_mm256_maskz_loadu_epi16(first(count), first_line),
+                   _mm256_maskz_loadu_epi16(first(count), second_line));
+}
+inline Pairs same_pair(const bf16* at) {
+    int32_t both;
+    std::memcpy(&both, at, sizeof both);
+    return {_mm512_set1_epi32(both)};
+}
+inline Floats dot(Floats sums, Pairs w, Pairs x) {
+    return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)x.v)};
+}
+
+inline Codes load_codes(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
+// The pairs whose codes are the Q-th four bits of each 16.
+template <int Q>
+inline Pairs look_up(const Table& table, Codes codes) {
+    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.v, 4 * Q), table.v)};
+}
+
+// Sixteen pairs of signed bytes; every one is a bfloat16.
+inline Pairs load_bytes(const int8_t* at) {
+    const __m128i* halves = reinterpret_cast<const __m128i*>(at);
+    const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
+    const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
+    return {(__m512i)_mm512_cvtne2ps_pbh(hi, lo)};
+}
+
+}  // namespace veneer

@@ -1,0 +1,93 @@
+"""What tools say of the C++ without running it: ``python -m tests.sanitize.static``.
+
+Every warning of ``-Wall -Wextra`` is an error, in each form that a wheel brings: the headers of
+an instruction set are seen by its own form alone. clang-format (``.clang-format``; ``--format``
+writes) and clang-tidy (``.clang-tidy``) are those of the dev extra. Part of ``make check``.
+Exits 1 with what was said, if anything was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from veneer_server.backends.native.forms import FLAGS, FORMS
+
+__all__: list[str] = []
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KERNELS = REPOSITORY / "server" / "veneer_server" / "native" / "cpp"
+SOURCES = (
+    KERNELS / "library.cpp",
+    REPOSITORY / "tests" / "sanitize" / "team.cpp",
+    REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
+    REPOSITORY / "tests" / "bench" / "limits.cpp",
+)
+# -O1: some warnings come from what the optimizer finds out.
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-O1", "-c", f"-I{KERNELS}")
+
+
+def compilations() -> Iterator[tuple[str, Sequence[str]]]:
+    """Each source in each form: its name, and the command."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = [flag for flag in FLAGS if flag != "-shared"]
+    for form in FORMS:
+        for source in SOURCES:
+            if source.name == "limits.cpp" and form is not FORMS[0]:
+                continue  # measures what only that form has
+            command = [*compiler, *flags, *form.flags, *WARNINGS, "-o", os.devnull, str(source)]
+            yield f"-Wall -Wextra, {form.name}: {source.name}", command
+
+
+def tool(name: str) -> str:
+    """A program of the dev extra, beside this Python; else one on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def formatting(write: bool) -> tuple[str, Sequence[str]]:
+    """All C++ at once."""
+    files = [*KERNELS.rglob("*.h"), *SOURCES]
+    how = ["-i"] if write else ["--dry-run", "-Werror"]
+    return "clang-format", [tool("clang-format"), *how, *map(str, sorted(files))]
+
+
+def tidying() -> Iterator[tuple[str, Sequence[str]]]:
+    """Each form of the kernels: their headers are seen through library.cpp."""
+    for form in FORMS:
+        command = [tool("clang-tidy"), "--quiet", str(KERNELS / "library.cpp")]
+        flags = [flag for flag in FLAGS if flag != "-shared"]
+        yield f"clang-tidy, {form.name}", [*command, "--", *flags, *form.flags]
+
+
+def passes(name: str, command: Sequence[str]) -> bool:
+    """Run one; what it says is printed where it does not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        print(f"{name}: {command[0]} is not installed (make install)")
+        return False
+    print(f"{name}: {'FAILED' if done.returncode else 'clean'}", flush=True)
+    if done.returncode:
+        print(done.stdout + done.stderr)
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Run all; the exit status."""
+    parser = argparse.ArgumentParser(prog="tests.sanitize.static", description=__doc__)
+    parser.add_argument("--format", action="store_true", help="format the C++, no more")
+    if parser.parse_args().format:
+        return 0 if passes(*formatting(write=True)) else 1
+    commands = (*compilations(), formatting(write=False), *tidying())
+    results = [passes(*command) for command in commands]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

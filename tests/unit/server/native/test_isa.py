@@ -1,0 +1,47 @@
+"""Instruction sets have one folder: nothing else in the C++ names one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from veneer_server.backends.native import forms
+
+CPP = Path(forms.__file__).with_name("cpp")
+NAMED = re.compile(
+    r"\b_mm\d*_|\b__m(?:128|256|512|mask)|_MM_|\b__rdtsc|\b_?_?builtin_ia32"
+    r"|\w*intrin\.h|\barm_neon\.h|(?<![a-z])(?:avx|sse|amx|neon|sve|fma3|x86)(?![a-z])"
+    r"|isa/(?!isa\.h)",
+    re.IGNORECASE,
+)
+
+
+def named(text: str) -> list[str]:
+    return [line for line in text.splitlines() if NAMED.search(line)]
+
+
+def test_only_isa_names_an_instruction_set() -> None:
+    files = [f for f in CPP.rglob("*") if f.is_file() and f.parent != CPP / "isa"]
+    assert len(files) > 10
+    assert {f.name: lines for f in files if (lines := named(f.read_text("utf-8")))} == {}
+
+
+@pytest.mark.parametrize("file", ["avx512.h", "avx2.h", "x86.h", "isa.h"])
+def test_the_pattern_finds_those_that_do(file: str) -> None:
+    assert named((CPP / "isa" / file).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("form", forms.FORMS, ids=lambda form: form.name)
+def test_each_form_has_the_name_that_its_header_gives(form: forms.Form) -> None:
+    headers = [f.read_text("utf-8") for f in (CPP / "isa").glob("*.h")]
+    assert sum(f'kInstructions[] = "{form.name}"' in text for text in headers) == 1
+
+
+def test_a_file_in_a_folder_changes_the_digest(tmp_path: Path) -> None:
+    (tmp_path / "isa").mkdir()
+    file = tmp_path / "isa" / "a.h"
+    file.write_text("1")
+    first = forms.digest_sources(tmp_path)
+    file.write_text("2")
+    assert forms.digest_sources(tmp_path) != first
