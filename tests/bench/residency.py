@@ -25,7 +25,7 @@ from typing import Final
 from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.eviction import EvictionOrder, Key
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import Action, Drop, Entry, Load, MemoryTier
+from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Load, MemoryTier
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
@@ -56,7 +56,7 @@ WORKLOADS: Final = ("round robin", "zipf", "uniform")
 class LeastRecentlyUsed(EvictionOrder):
     """What the product did before; whatever else is as it is."""
 
-    def key(self, entry: Entry, cost: float) -> Key:
+    def key(self, entry: LedgerEntry, cost: float) -> Key:
         return float(entry.used), 0.0, 0
 
 

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
-from veneer_server.engine.residency.ledger import Copies
+from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.load_planner import LoadPlanner
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Drop, LedgerEntry, Plan
@@ -457,7 +457,7 @@ def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
-    def wrong(copies: Copies, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
+    def wrong(copies: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
         copies.lower_ceilings()
         return []
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from veneer_registry.errors import QueueFull, TemplateFailed
-from veneer_server.text import template_turns, template_worker, uploaded_templates
+from veneer_server.text.templates import turns as template_turns
+from veneer_server.text.templates import uploaded as uploaded_templates
+from veneer_server.text.templates import worker as template_worker
 from veneer_server.text.templates.process import MEMORY_LIMIT
 from veneer_server.text.templates.uploaded import UploadedTemplates
 
