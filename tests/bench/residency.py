@@ -31,7 +31,7 @@ from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.step.inbox import Arrived, Inbox
-from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.step.plan import SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
@@ -184,13 +184,7 @@ class Simulation:
     def _step(self, plan: StepPlan) -> None:
         self.steps += 1
         self.now += self.costs.of_step(plan)
-        count = len(plan.sequences)
-        result = StepResult(
-            tokens=tuple(5 if p.samples else None for p in plan.sequences),
-            logprobs=(None,) * count,
-            scores=((),) * count,
-            finite=(True,) * count,
-        )
+        result = tuple(SequenceResult(token=5 if p.samples else None) for p in plan.sequences)
         for update in self.scheduler.update(plan, result, self._carry_out):
             if update.first:
                 step, now = self._asked_at.pop(update.sequence.id)
@@ -300,7 +294,7 @@ class NoMemory:
 class NoRunner:
     """FAKE runner: no sequence is ever submitted."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         raise NotImplementedError
 
 

@@ -27,7 +27,7 @@ from veneer_server.serving.generation import Generation
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Segment
 from veneer_server.step.inbox import Arrived
-from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.step.plan import SequenceResult, StepPlan
 from veneer_server.wire.messages import AdapterSource
 
 __all__ = [
@@ -254,7 +254,7 @@ def prefixes_without_scope() -> Iterator[None]:
 def not_exact() -> Iterator[None]:
     """Exact mode computes the sequences of a step together."""
 
-    def execute(self: ExactRunner, plan: StepPlan) -> StepResult:
+    def execute(self: ExactRunner, plan: StepPlan) -> tuple[SequenceResult, ...]:
         return self._runner.execute(plan)
 
     with patch.object(ExactRunner, "execute", execute):

@@ -18,8 +18,8 @@ __all__ = [
     "Following",
     "PlannedSequence",
     "Runner",
+    "SequenceResult",
     "StepPlan",
-    "StepResult",
 ]
 
 
@@ -101,34 +101,36 @@ class StepPlan:
         return tuple(dict.fromkeys(s.digest for s in self.sequences if s.digest is not None))
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a model runner returns, aligned with ``StepPlan.sequences``.
+@dataclass(slots=True)
+class SequenceResult:
+    """What a step gave one sequence; filled in by the runner, and read-only after it.
 
     Attributes:
-        tokens: sampled token, or None where the plan said ``samples=False`` or
-            the logits were not finite.
-        logprobs: raw log-probability of each sampled token where wanted.
-        scores: for each sequence the log-probabilities of ``score``.
-        finite: False for a sequence whose logits had NaN or infinity.
-        tops: for each sequence the most likely tokens beside its sampled one.
-        score_tops: the same for each of ``scores``.
-        following: how each constrained sequence goes on; GOES_ON for others. COMPLETE or
-            LATE without a token: so it stood before this step, whose logits are not used.
-        failures: why a sequence's constraint could not be followed, or None; it ends.
+        token: sampled, or None where the plan said ``samples=False``, the logits were not
+            finite, or its constraint allowed none.
+        finite: False where its logits had NaN or infinity, or nothing could be sampled from
+            them.
+        logprob: raw log-probability of ``token``, where wanted.
+        tops: the most likely tokens beside it, where wanted.
+        scores: log-probabilities of `PlannedSequence.score`.
+        score_tops: the most likely tokens beside each of these.
+        following: how a constrained sequence goes on. COMPLETE or LATE without a token: so it
+            stood before this step, whose logits are not used.
+        failure: why its constraint could not be followed; it ends.
     """
 
-    tokens: tuple[int | None, ...]
-    logprobs: tuple[float | None, ...]
-    scores: tuple[tuple[float, ...], ...]
-    finite: tuple[bool, ...]
-    tops: tuple[Tops | None, ...] = ()
-    score_tops: tuple[tuple[Tops, ...], ...] = ()
-    following: tuple[Following, ...] = ()
-    failures: tuple[ConstraintFailure | None, ...] = ()
+    token: int | None = None
+    finite: bool = True
+    logprob: float | None = None
+    tops: Tops | None = None
+    scores: tuple[float, ...] = ()
+    score_tops: tuple[Tops, ...] = ()
+    following: Following = Following.GOES_ON
+    failure: ConstraintFailure | None = None
 
 
 class Runner(Protocol):
     """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+        """One result for each of the plan's sequences, in its order."""

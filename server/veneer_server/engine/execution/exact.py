@@ -17,11 +17,7 @@ sequence computes its own tokens again one a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import fields
-from itertools import chain
-
-from veneer_server.step.plan import Runner, StepPlan, StepResult
+from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 
 __all__ = ["ExactRunner"]
 
@@ -32,16 +28,9 @@ class ExactRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return _join(self._runner.execute(StepPlan((s,))) for s in plan.sequences)
-
-
-def _join(results: Iterable[StepResult]) -> StepResult:
-    """Results of parts of a plan, in order, as the whole plan's result."""
-    parts = list(results)
-    return StepResult(
-        *(
-            tuple(chain.from_iterable(getattr(part, field.name) for part in parts))
-            for field in fields(StepResult)
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+        return tuple(
+            result
+            for one in plan.sequences
+            for result in self._runner.execute(StepPlan((one,)))
         )
-    )

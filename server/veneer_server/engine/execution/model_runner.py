@@ -21,13 +21,11 @@ from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Backend, Segment, StepArrays
 from veneer_server.step.choice import Choice, Draws
 from veneer_server.step.plan import (
-    ConstraintFailure,
     Following,
     PlannedSequence,
+    SequenceResult,
     StepPlan,
-    StepResult,
 )
-from veneer_server.wire.messages import Tops
 
 __all__ = ["ModelRunner"]
 
@@ -62,41 +60,27 @@ class ModelRunner:
         self._block_size = block_size
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         arrays, places = _to_arrays(plan, self._tables, self._block_size)
         logits = self._backend.execute(arrays)
         finite_rows = self._backend.finite(logits)
-        finite = [all(finite_rows[p.begin : p.end]) for p in places]
-        for sequence, good in zip(plan.sequences, finite, strict=True):
-            if not good:
+        results = tuple(
+            SequenceResult(finite=all(finite_rows[place.begin : place.end])) for place in places
+        )
+        rows = []
+        for sequence, place, result in zip(plan.sequences, places, results, strict=True):
+            if not result.finite:
                 # What it wrote in this step; earlier chunks passed this check.
                 written = sequence.blocks[sequence.start // self._block_size :]
                 self._backend.clear(list(written))
-        drafts = [_Draft() for _ in places]
-        rows = [
-            _SampledRow(sequence, place.sample, draft)
-            for sequence, place, draft, good in zip(
-                plan.sequences, places, drafts, finite, strict=True
-            )
-            if good and place.sample is not None
-        ]
+                continue
+            if place.sample is not None:
+                rows.append(_SampledRow(sequence, place.sample, result))
+            if sequence.score:
+                _score(logits, sequence, place, result, self._draws)
         if rows:
             self._sample(logits, rows)
-        for sequence, place, draft, good in zip(
-            plan.sequences, places, drafts, finite, strict=True
-        ):
-            if sequence.score and good:
-                _score(logits, sequence, place, draft, self._draws)
-        return StepResult(
-            tokens=tuple(d.token for d in drafts),
-            logprobs=tuple(d.logprob for d in drafts),
-            scores=tuple(d.scores for d in drafts),
-            finite=tuple(good and d.finite for good, d in zip(finite, drafts, strict=True)),
-            tops=tuple(d.tops for d in drafts),
-            score_tops=tuple(d.score_tops for d in drafts),
-            following=tuple(d.following for d in drafts),
-            failures=tuple(d.failure for d in drafts),
-        )
+        return results
 
     def _sample(self, logits: torch.Tensor, rows: list[_SampledRow]) -> None:
         """Choose the tokens of all rows that take one."""
@@ -114,11 +98,11 @@ class ModelRunner:
             logits = logits.index_select(0, _index(at, logits))
         constrained = {}
         for row, token in zip(ready, sample(logits, choices, self._draws), strict=True):
-            row.draft.token = token
+            row.result.token = token
             if token is None:
-                row.draft.finite = False
+                row.result.finite = False
             elif row.sequence.constraint is not None:
-                constrained[row.sequence.sequence] = row.draft
+                constrained[row.sequence.sequence] = row.result
         if constrained:
             self._advance(constrained)
         wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
@@ -133,10 +117,10 @@ class ModelRunner:
             try:
                 known = self._grammars.allowed(sequence.sequence, until)
             except GrammarFailed as error:
-                row.draft.failure = error.failure
+                row.result.failure = error.failure
                 return None
             if isinstance(known, Following):
-                row.draft.following = known
+                row.result.following = known
                 return None
             allowed = known
         return Choice(
@@ -146,28 +130,13 @@ class ModelRunner:
             allowed=allowed,
         )
 
-    def _advance(self, drafts: dict[int, _Draft]) -> None:
+    def _advance(self, results: dict[int, SequenceResult]) -> None:
         """Give the constraints their tokens, by sequence."""
         assert self._grammars is not None
-        chosen = {sequence: draft.token or 0 for sequence, draft in drafts.items()}
+        chosen = {sequence: result.token or 0 for sequence, result in results.items()}
         until = time.monotonic() + _PATIENCE_S
         for sequence, following in self._grammars.advance(chosen, until).items():
-            drafts[sequence].following = following
-
-
-@dataclass(slots=True)
-class _Draft:
-    """One sequence's part of the `StepResult` while it is made."""
-
-    token: int | None = None
-    finite: bool = True
-    """False where the logits are numbers, but nothing could be drawn from them."""
-    logprob: float | None = None
-    tops: Tops | None = None
-    scores: tuple[float, ...] = ()
-    score_tops: tuple[Tops, ...] = ()
-    following: Following = Following.GOES_ON
-    failure: ConstraintFailure | None = None
+            results[sequence].following = following
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,36 +145,36 @@ class _SampledRow:
 
     sequence: PlannedSequence
     at: int
-    draft: _Draft
+    result: SequenceResult
 
 
 def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -> None:
     """Raw log-probabilities of the chosen tokens, and of the likeliest where wanted."""
-    tokens = [row.draft.token or 0 for row in rows]
+    tokens = [row.result.token or 0 for row in rows]
     for row, value in zip(
         rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
     ):
-        row.draft.logprob = value
+        row.result.logprob = value
     topped = [k for k, row in enumerate(rows) if row.sequence.top_logprobs]
     if topped:
         counts = [rows[k].sequence.top_logprobs for k in topped]
         for k, tops in zip(topped, top_tokens(logits[topped], counts, draws), strict=True):
-            rows[k].draft.tops = tops
+            rows[k].result.tops = tops
 
 
 def _score(
     logits: torch.Tensor,
     sequence: PlannedSequence,
     place: _Place,
-    draft: _Draft,
+    result: SequenceResult,
     draws: Draws,
 ) -> None:
     """Log-probabilities of a chunk of the prompt."""
     rows = logits[place.begin : place.begin + len(sequence.score)]
     following = _index(list(sequence.score), logits)
-    draft.scores = tuple(token_logprobs(rows, following, draws).tolist())
+    result.scores = tuple(token_logprobs(rows, following, draws).tolist())
     if sequence.top_logprobs:
-        draft.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
+        result.score_tops = tuple(top_tokens(rows, [sequence.top_logprobs] * len(rows), draws))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,8 @@ from veneer_server.step.plan import (
     ConstraintFailure,
     Following,
     PlannedSequence,
+    SequenceResult,
     StepPlan,
-    StepResult,
 )
 from veneer_server.wire.messages import Tops
 
@@ -372,62 +372,53 @@ class Scheduler:
         return lookups
 
     def update(
-        self, plan: StepPlan, result: StepResult, on_actions: Callable[[list[Action]], None]
+        self,
+        plan: StepPlan,
+        results: tuple[SequenceResult, ...],
+        on_actions: Callable[[list[Action]], None],
     ) -> list[Update]:
         """Apply a step's tokens; ends sequences that stop. Sequences cancelled
         while the step ran are not in the answer."""
         updates: list[Update] = []
-        count = len(plan.sequences)
-        for (
-            planned,
-            token,
-            logprob,
-            scores,
-            finite,
-            tops,
-            score_tops,
-            following,
-            failure,
-        ) in zip(
-            plan.sequences,
-            result.tokens,
-            result.logprobs,
-            result.scores,
-            result.finite,
-            result.tops or (None,) * count,
-            result.score_tops or ((),) * count,
-            result.following or (Following.GOES_ON,) * count,
-            result.failures or (None,) * count,
-            strict=True,
-        ):
+        for planned, result in zip(plan.sequences, results, strict=True):
             sequence = self._running.get(planned.sequence)
             if sequence is None:
                 continue
-            if following is Following.LATE:
+            if result.following is Following.LATE:
                 self._held.add(sequence.id)
-                if token is None and finite:
+                if result.token is None and result.finite:
                     continue  # as if the step had been without it: it computes the same again
             sequence.computed = planned.start + len(planned.tokens)
-            sequence.prompt_logprobs.extend(scores)
-            sequence.prompt_top_logprobs.extend(score_tops)
-            if not finite:
+            sequence.prompt_logprobs.extend(result.scores)
+            sequence.prompt_top_logprobs.extend(result.score_tops)
+            if not result.finite:
                 self.blocks.forget(sequence)
-            if failure is not None or not finite:
+            if result.failure is not None or not result.finite:
                 on_actions(self._end(sequence))
                 updates.append(
-                    Update(sequence, None, None, False, None, finite=finite, failure=failure)
+                    Update(
+                        sequence,
+                        None,
+                        None,
+                        False,
+                        None,
+                        finite=result.finite,
+                        failure=result.failure,
+                    )
                 )
                 continue
             self.blocks.publish(sequence)
-            if token is None and following is Following.COMPLETE:
+            if (token := result.token) is None and result.following is Following.COMPLETE:
                 on_actions(self._end(sequence))
                 updates.append(Update(sequence, None, None, False, Finish.STOP))
             if token is None:
                 continue
             sequence.tokens.append(token)
-            finish = self._finish(sequence, token, following is Following.COMPLETE)
+            finish = self._finish(sequence, token, result.following is Following.COMPLETE)
             first = sequence.generated == 1
-            updates.append(Update(sequence, token, logprob, first, finish, tops=tops))
+            updates.append(
+                Update(sequence, token, result.logprob, first, finish, tops=result.tops)
+            )
             if finish is not None:
                 on_actions(self._end(sequence))
         return updates

@@ -14,7 +14,13 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from veneer_server.step.inbox import Inbox, Unheld
-from veneer_server.step.plan import ConstraintFailure, Following, StepPlan, StepResult
+from veneer_server.step.plan import (
+    ConstraintFailure,
+    Following,
+    PlannedSequence,
+    SequenceResult,
+    StepPlan,
+)
 from veneer_server.wire.messages import (
     Cancel,
     Constraint,
@@ -63,29 +69,22 @@ class FakeRunner:
         self.late: set[int] = set()
         self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        n = len(plan.sequences)
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         self.plans.put(plan)
-        failures = tuple(self.failures.get(p.sequence) for p in plan.sequences)
-        return StepResult(
-            tokens=tuple(
-                100 + p.position
-                if p.samples and failure is None and p.sequence not in self.late
-                else None
-                for p, failure in zip(plan.sequences, failures, strict=True)
-            ),
-            logprobs=(None,) * n,
-            scores=((),) * n,
-            finite=(True,) * n,
-            following=tuple(
-                Following.LATE
-                if p.sequence in self.late
-                else Following.COMPLETE
-                if p.sequence in self.complete
-                else Following.GOES_ON
-                for p in plan.sequences
-            ),
-            failures=failures,
+        return tuple(map(self._result, plan.sequences))
+
+    def _result(self, planned: PlannedSequence) -> SequenceResult:
+        failure = self.failures.get(planned.sequence)
+        following = Following.GOES_ON
+        if planned.sequence in self.late:
+            following = Following.LATE
+        elif planned.sequence in self.complete:
+            following = Following.COMPLETE
+        samples = planned.samples and failure is None and following is not Following.LATE
+        return SequenceResult(
+            token=100 + planned.position if samples else None,
+            following=following,
+            failure=failure,
         )
 
 

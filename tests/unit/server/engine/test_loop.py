@@ -10,7 +10,7 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from veneer_server.step.inbox import Arrived, Inbox
-from veneer_server.step.plan import StepPlan, StepResult
+from veneer_server.step.plan import SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
@@ -34,14 +34,8 @@ from tests.unit.server.engine.world import adapter
 class FakeRunner:
     """Token 5, always."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        count = len(plan.sequences)
-        return StepResult(
-            tokens=tuple(5 if p.samples else None for p in plan.sequences),
-            logprobs=(None,) * count,
-            scores=((),) * count,
-            finite=(True,) * count,
-        )
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+        return tuple(SequenceResult(token=5 if p.samples else None) for p in plan.sequences)
 
 
 @dataclass
@@ -130,7 +124,7 @@ def test_answers_to_messages_do_not_wait_for_the_next_step() -> None:
     seen: list[list[FromEngine]] = []
 
     class Watching(FakeRunner):
-        def execute(self, plan: StepPlan) -> StepResult:
+        def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
             seen.append(list(engine.sent))
             engine.inbox.put(Stop())
             return super().execute(plan)

@@ -203,17 +203,23 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
             plan_for(tokens=(5, 6), score=(6, 7), samples=False, top_logprobs=2),
         )
     )
-    result = runner.execute(plan)
-    assert result.tokens[1] == result.tokens[2] != result.tokens[0]
-    assert result.tokens[4] is None
-    assert result.logprobs[1] == result.logprobs[2]
-    assert result.logprobs[0] is None
-    assert [None if t is None else len(t) for t in result.tops] == [None, 3, None, 2, None]
+    results = runner.execute(plan)
+    assert results[1].token == results[2].token != results[0].token
+    assert results[4].token is None
+    assert results[1].logprob == results[2].logprob
+    assert results[0].logprob is None
+    assert [None if r.tops is None else len(r.tops) for r in results] == [
+        None,
+        3,
+        None,
+        2,
+        None,
+    ]
     for row in (1, 3):  # greedy: the likeliest is the one that was chosen
-        tops = result.tops[row]
+        tops = results[row].tops
         assert tops is not None
-        assert tops[0] == (result.tokens[row], pytest.approx(result.logprobs[row]))
-    assert [[len(t) for t in tops] for tops in result.score_tops] == [
+        assert tops[0] == (results[row].token, pytest.approx(results[row].logprob))
+    assert [[len(t) for t in r.score_tops] for r in results] == [
         [],
         [],
         [],
@@ -221,8 +227,8 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
         [2, 2],
     ]
     # The first rows of both score the same token at the same place.
-    assert result.scores[3] == result.scores[4]
-    assert result.score_tops[3] == result.score_tops[4]
+    assert results[3].scores == results[4].scores
+    assert results[3].score_tops == results[4].score_tops
 
 
 def test_a_row_that_is_not_finite_has_no_token_and_does_not_advance_its_constraint(
@@ -236,15 +242,15 @@ def test_a_row_that_is_not_finite_has_no_token_and_does_not_advance_its_constrai
     runner = ModelRunner(backend, {}, BLOCK, grammars)
     constraint = Constraint("regex", "[a-z][0-9]")
     before = allowed(grammars)
-    result = runner.execute(
+    results = runner.execute(
         StepPlan((plan_for(tokens=(9,), constraint=constraint), plan_for(sequence=2)))
     )
-    assert result.finite == (False, True)
-    assert result.tokens[0] is None
-    assert result.tokens[1] is not None
+    assert [r.finite for r in results] == [False, True]
+    assert results[0].token is None
+    assert results[1].token is not None
     assert (allowed(grammars) == before).all()
-    good = runner.execute(StepPlan((plan_for(constraint=constraint),)))
-    assert before[good.tokens[0]]
+    [good] = runner.execute(StepPlan((plan_for(constraint=constraint),)))
+    assert before[good.token]
     assert not (allowed(grammars) == before).all()
     grammars.forget(1)
 
@@ -258,14 +264,14 @@ def test_a_constraint_that_fails_ends_its_row_only(grammars: Grammars) -> None:
     with pytest.raises(GrammarFailed):
         say_for_ever(grammars, a)
     runner = ModelRunner(FakeBackend(), {}, BLOCK, grammars)
-    result = runner.execute(
+    results = runner.execute(
         StepPlan((plan_for(constraint=impossible), plan_for(sequence=2, logprobs=True)))
     )
-    assert result.tokens[0] is None
-    assert result.failures[0]
-    assert result.failures[1] is None
-    assert result.tokens[1] is not None
-    assert result.logprobs[1] is not None
+    assert results[0].token is None
+    assert results[0].failure
+    assert results[1].failure is None
+    assert results[1].token is not None
+    assert results[1].logprob is not None
     grammars.forget(1)
 
 

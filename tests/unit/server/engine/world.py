@@ -24,7 +24,7 @@ from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Finish, Sequence, SequenceState
 from veneer_server.engine.scheduling.step_limits import FIXED_CHUNK, SchedulerLimits
-from veneer_server.step.plan import PlannedSequence, StepPlan, StepResult
+from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import AdapterSource, EvictMode, SamplingParams, Submit
 
 SIZE = 100
@@ -464,15 +464,17 @@ class World:
         bad = None if poison is None else plan.sequences[poison % len(plan.sequences)].sequence
         for p in plan.sequences:
             self._write(p, p.sequence == bad)
-        count = len(plan.sequences)
-        result = StepResult(
-            tokens=tuple(
-                token_of(p.sequence, p.position) if p.samples and p.sequence != bad else None
-                for p in plan.sequences
-            ),
-            logprobs=(None,) * count,
-            scores=tuple((-1.0,) * len(p.score) for p in plan.sequences),
-            finite=tuple(p.sequence != bad for p in plan.sequences),
+        result = tuple(
+            SequenceResult(
+                token=(
+                    token_of(p.sequence, p.position)
+                    if p.samples and p.sequence != bad
+                    else None
+                ),
+                scores=(-1.0,) * len(p.score),
+                finite=p.sequence != bad,
+            )
+            for p in plan.sequences
         )
         doubtful = set(self.live[bad].blocks) if bad is not None else set()
         for update in self.scheduler.update(plan, result, self.carry_out):
