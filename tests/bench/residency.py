@@ -184,8 +184,10 @@ class Simulation:
     def _step(self, plan: StepPlan) -> None:
         self.steps += 1
         self.now += self.costs.of_step(plan)
-        result = tuple(SequenceResult(token=5 if p.samples else None) for p in plan.sequences)
-        for update in self.scheduler.update(plan, result, self._carry_out):
+        results = tuple(SequenceResult(token=5 if p.samples else None) for p in plan.sequences)
+        updates, actions = self.scheduler.update(plan, results)
+        self._carry_out(actions)
+        for update in updates:
             if update.first:
                 step, now = self._asked_at.pop(update.sequence.id)
                 self.longest_wait = max(self.longest_wait, self.steps - step)

@@ -464,9 +464,11 @@ class StepLoop:
 
     def _step(self, plan: StepPlan) -> None:
         began = self._clock()
-        result = self._runner.execute(plan)
+        results = self._runner.execute(plan)
         self.steps += 1
-        for update in self._scheduler.update(plan, result, self._carry_out):
+        updates, actions = self._scheduler.update(plan, results)
+        self._carry_out(actions)
+        for update in updates:
             self._outgoing.append(self._output(update))
         lookups = self._scheduler.take_lookups()
         seconds = self._clock() - began

@@ -29,8 +29,5 @@ class ExactRunner:
         self._runner = runner
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
-        return tuple(
-            result
-            for one in plan.sequences
-            for result in self._runner.execute(StepPlan((one,)))
-        )
+        alone = (self._runner.execute(StepPlan((one,))) for one in plan.sequences)
+        return tuple(result for results in alone for result in results)

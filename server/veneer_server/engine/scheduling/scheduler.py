@@ -15,7 +15,7 @@ ends, and everything does in turn.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -372,14 +372,12 @@ class Scheduler:
         return lookups
 
     def update(
-        self,
-        plan: StepPlan,
-        results: tuple[SequenceResult, ...],
-        on_actions: Callable[[list[Action]], None],
-    ) -> list[Update]:
-        """Apply a step's tokens; ends sequences that stop. Sequences cancelled
-        while the step ran are not in the answer."""
+        self, plan: StepPlan, results: tuple[SequenceResult, ...]
+    ) -> tuple[list[Update], list[Action]]:
+        """Apply a step's tokens; ends sequences that stop. Sequences cancelled while the step
+        ran are not in the answer. The actions are to be carried out next."""
         updates: list[Update] = []
+        actions: list[Action] = []
         for planned, result in zip(plan.sequences, results, strict=True):
             sequence = self._running.get(planned.sequence)
             if sequence is None:
@@ -394,7 +392,7 @@ class Scheduler:
             if not result.finite:
                 self.blocks.forget(sequence)
             if result.failure is not None or not result.finite:
-                on_actions(self._end(sequence))
+                actions += self._end(sequence)
                 updates.append(
                     Update(
                         sequence,
@@ -409,19 +407,18 @@ class Scheduler:
                 continue
             self.blocks.publish(sequence)
             if (token := result.token) is None and result.following is Following.COMPLETE:
-                on_actions(self._end(sequence))
+                actions += self._end(sequence)
                 updates.append(Update(sequence, None, None, False, Finish.STOP))
             if token is None:
                 continue
             sequence.tokens.append(token)
             finish = self._finish(sequence, token, result.following is Following.COMPLETE)
             first = sequence.generated == 1
-            updates.append(
-                Update(sequence, token, result.logprob, first, finish, tops=result.tops)
-            )
+            logprob, tops = result.logprob, result.tops
+            updates.append(Update(sequence, token, logprob, first, finish, tops=tops))
             if finish is not None:
-                on_actions(self._end(sequence))
-        return updates
+                actions += self._end(sequence)
+        return updates, actions
 
     def _finish(self, sequence: Sequence, token: int, complete: bool) -> Finish | None:
         request = sequence.request

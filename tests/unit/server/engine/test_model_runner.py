@@ -208,13 +208,7 @@ def test_tops_and_scores_come_where_they_were_asked_for() -> None:
     assert results[4].token is None
     assert results[1].logprob == results[2].logprob
     assert results[0].logprob is None
-    assert [None if r.tops is None else len(r.tops) for r in results] == [
-        None,
-        3,
-        None,
-        2,
-        None,
-    ]
+    assert [r.tops and len(r.tops) for r in results] == [None, 3, None, 2, None]
     for row in (1, 3):  # greedy: the likeliest is the one that was chosen
         tops = results[row].tops
         assert tops is not None

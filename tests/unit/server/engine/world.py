@@ -464,7 +464,7 @@ class World:
         bad = None if poison is None else plan.sequences[poison % len(plan.sequences)].sequence
         for p in plan.sequences:
             self._write(p, p.sequence == bad)
-        result = tuple(
+        results = tuple(
             SequenceResult(
                 token=(
                     token_of(p.sequence, p.position)
@@ -477,7 +477,9 @@ class World:
             for p in plan.sequences
         )
         doubtful = set(self.live[bad].blocks) if bad is not None else set()
-        for update in self.scheduler.update(plan, result, self.carry_out):
+        updates, actions = self.scheduler.update(plan, results)
+        self.carry_out(actions)
+        for update in updates:
             number = update.sequence.id
             if not update.finite:
                 assert number == bad
