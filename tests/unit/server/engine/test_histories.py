@@ -29,7 +29,7 @@ from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterP
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.load_planner import LoadPlanner
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.residency.tiers import Drop, LedgerEntry, Plan
+from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Plan
 from veneer_server.engine.scheduling import prefix_cache
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
@@ -276,11 +276,11 @@ def test_random_histories() -> None:
 def _sampled_tokens_count_as_computed(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.update
 
-    def wrong(self: Scheduler, *args: Any) -> list[Update]:
-        updates = right(self, *args)
+    def wrong(self: Scheduler, *args: Any) -> tuple[list[Update], list[Action]]:
+        updates, actions = right(self, *args)
         for update in updates:
             update.sequence.computed += 1
-        return updates
+        return updates, actions
 
     patch.setattr(Scheduler, "update", wrong)
 
