@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from veneer_server.wire.messages import EngineConfig
 
 from tests import places
 from tests.backends_ran import RAN, check, missing, with_asked
+
+# As `veneer-server` has it: gRPC's handlers around fork() fail in a child, sometimes, where a
+# `preexec_fn` runs beside a server of this process.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
