@@ -25,6 +25,7 @@ from veneer_server.wire.messages import (
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     Stop,
     Submit,
     ToEngine,
@@ -109,11 +110,11 @@ class EngineHarness:
             pass
 
     def run(self, requests: list[dict[str, Any]]) -> list[Answer]:
-        """Submit all requests (fields of `Submit`) and wait for all their ends."""
+        """Submit all requests (fields of `SequenceRequest`) and wait for all their ends."""
         numbers = [next(self._numbers) for _ in requests]
         for number, request in zip(numbers, requests, strict=True):
             fields = {"max_tokens": 1, "sampling": GREEDY} | request
-            self.inbox.put(Submit(sequence=number, **fields))
+            self.inbox.put(Submit(number, SequenceRequest(**fields)))
         answers = {number: Answer() for number in numbers}
         open_ends = set(numbers)
         while open_ends:

@@ -41,8 +41,8 @@ from veneer_server.wire.messages import (
     Pong,
     Reference,
     SamplingParams,
+    SequenceRequest,
     Stop,
-    Submit,
 )
 
 SIZE: Final = 10_000_000
@@ -151,11 +151,11 @@ class Simulation:
         name, number = next(self.wanted), next(self._numbers)
         source = AdapterSource(weights_digest=name, folder="", parameters=SIZE, name=name)
         new = self._random.randint(*TOKENS)
-        request = Submit(number, [1] * PROMPT, new, SamplingParams(), source)
+        request = SequenceRequest([1] * PROMPT, new, SamplingParams(), source)
         found = self.residency.lease(source)
         self.found[found] += 1
         self._asked_at[number] = self.steps, self.now
-        self.scheduler.add(Sequence(request, self.now, found))
+        self.scheduler.add(Sequence(number, request, self.now, found))
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:

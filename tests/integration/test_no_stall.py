@@ -14,6 +14,7 @@ from veneer_server.wire.messages import (
     OperationDone,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     StepDone,
     Submit,
 )
@@ -50,12 +51,14 @@ def test_sixteen_streams_take_part_in_every_step_during_swaps(
         for number in range(STREAMS):
             harness.tell(
                 Submit(
-                    sequence=number,
-                    prompt=[100 + number] * 20,
-                    max_tokens=NEW_TOKENS,
-                    sampling=GREEDY,
-                    adapter=in_use[number % 4],
-                    ignore_eos=True,
+                    number,
+                    SequenceRequest(
+                        prompt=[100 + number] * 20,
+                        max_tokens=NEW_TOKENS,
+                        sampling=GREEDY,
+                        adapter=in_use[number % 4],
+                        ignore_eos=True,
+                    ),
                 )
             )
         open_ends = set(range(STREAMS))

@@ -250,7 +250,7 @@ class StepLoop:
                 self._arrived(message)
 
     def _submit(self, message: Submit) -> None:
-        if message.constraint is None:
+        if message.request.constraint is None:
             self._admit(message)
         elif self._grammars is None:
             error = InvalidField(
@@ -264,9 +264,9 @@ class StepLoop:
             self._compiling[number] = message
             self._grammars.compile(
                 number,
-                message.constraint,
+                message.request.constraint,
                 lambda e: self._inbox.put(Compiled(number, e)),
-                message.caller,
+                message.request.caller,
             )
 
     def _compiled(self, message: Compiled) -> None:
@@ -303,9 +303,9 @@ class StepLoop:
             self._grammars.forget(sequence)
 
     def _admit(self, message: Submit) -> None:
-        found = None
+        found, request = None, message.request
         try:
-            longest = len(message.prompt) + message.max_tokens
+            longest = len(request.prompt) + request.max_tokens
             if not self._scheduler.blocks.can_ever_hold(longest):
                 raise ContextTooLong(
                     f"{longest} tokens of prompt and completion can never fit the KV cache "
@@ -314,21 +314,24 @@ class StepLoop:
                     "--kv-cache-bytes"
                 )
             self._check_deadline(message)
-            if message.adapter is not None:
-                found = self._residency.lease(message.adapter)
+            if request.adapter is not None:
+                found = self._residency.lease(request.adapter)
         except VeneerError as error:
             self._ended(message.sequence)
             self._outgoing.append(SequenceFailed(message.sequence, wire_error(error)))
             return
-        self._scheduler.add(Sequence(message, self._clock(), found))
+        self._scheduler.add(Sequence(message.sequence, request, self._clock(), found))
 
     def _check_deadline(self, message: Submit) -> None:
         """Refuse what cannot have its first token in time, before it takes any."""
-        if message.deadline is None:
+        deadline = message.request.deadline
+        if deadline is None:
             return
         now = self._clock()
-        own, ahead = self._scheduler.least_tokens(Sequence(message, now, None))
-        least, left = self._pace.seconds(own + ahead), message.deadline - now
+        own, ahead = self._scheduler.least_tokens(
+            Sequence(message.sequence, message.request, now, None)
+        )
+        least, left = self._pace.seconds(own + ahead), deadline - now
         if least <= left:
             return
         alone = self._pace.seconds(own)

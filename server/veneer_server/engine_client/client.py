@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -33,7 +32,6 @@ from veneer_server.wire.messages import (
     AdapterSource,
     BudgetsState,
     Cancel,
-    Constraint,
     ConstraintDone,
     EngineConfig,
     EngineInfo,
@@ -46,9 +44,9 @@ from veneer_server.wire.messages import (
     OperationDone,
     Reference,
     Residency,
-    SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     StepDone,
     Submit,
     ToEngine,
@@ -238,23 +236,7 @@ class EngineClient:
         finally:
             self._taken -= count
 
-    async def generate(
-        self,
-        prompt: list[int],
-        *,
-        max_tokens: int,
-        sampling: SamplingParams,
-        adapter: AdapterSource | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
-        prompt_logprobs: bool = False,
-        top_logprobs: int = 0,
-        stop_token_ids: list[int] | None = None,
-        constraint: Constraint | None = None,
-        use_prefix_cache: bool = True,
-        deadline_s: float | None = None,
-        caller: str = "",
-    ) -> AsyncGenerator[SequenceOutput, None]:
+    async def generate(self, request: SequenceRequest) -> AsyncGenerator[SequenceOutput, None]:
         """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
         that wait when the caller comes back (a slow reader) are joined into one.
 
@@ -263,31 +245,13 @@ class EngineClient:
         ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
         """
         self._check_ready()
-        if adapter is not None:
-            self._residents.used(adapter)
+        if request.adapter is not None:
+            self._residents.used(request.adapter)
         number = next(self._numbers)
         stream = self._streams[number] = OutputStream()
         ended = False
         try:
-            self._supervisor.write(
-                Submit(
-                    sequence=number,
-                    prompt=prompt,
-                    max_tokens=max_tokens,
-                    sampling=sampling,
-                    adapter=adapter,
-                    ignore_eos=ignore_eos,
-                    logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs,
-                    top_logprobs=top_logprobs,
-                    stop_token_ids=stop_token_ids or [],
-                    constraint=constraint,
-                    use_prefix_cache=use_prefix_cache,
-                    # A time, not a length: it runs on while the message waits.
-                    deadline=None if deadline_s is None else time.monotonic() + deadline_s,
-                    caller=caller,
-                )
-            )
+            self._supervisor.write(Submit(number, request))
             while not ended:
                 output = await stream.get()
                 ended = output.finish is not None

@@ -39,7 +39,7 @@ from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.defaults import RequestDefaults
 from veneer_server.text.prompts import Prompt, Prompts, Room
 from veneer_server.text.tokenizer import TooManyTokens
-from veneer_server.wire.messages import SequenceOutput
+from veneer_server.wire.messages import SequenceOutput, SequenceRequest
 
 __all__ = ["Delta", "Generation", "Generator"]
 
@@ -59,18 +59,20 @@ class Generation:
         call: GenerateCall,
         prompt: Prompt,
         ref: AdapterRef | None,
-        submit: Callable[[int], AsyncGenerator[SequenceOutput, None]],
+        request: SequenceRequest,
+        engine: EngineClient,
         generator: Generator,
         arrived: float,
     ) -> None:
-        """Args: submit: the outputs of one sample, by its index."""
+        """Args: request: of the first sample; the others' differ as `_of_sample` says."""
         self.prompt = prompt
         self.ref = ref
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
         """Of the last sample to end, once all have."""
         self.provenance = Provenance(base_model=generator.base_name)
-        self._submit = submit
+        self._request = request
+        self._engine = engine
         self._metrics = generator.metrics
         self._samples = [
             Sample(
@@ -103,7 +105,7 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """One for each output of the engine. Raises what the engine raised; one
         sample's failure is that of the request."""
-        self._streams.add(0, self._submit(0))
+        self._streams.add(0, self._engine.generate(self._request))
         ended = 0
         while ended < len(self._samples):
             index, output = await self._streams.next()
@@ -143,7 +145,8 @@ class Generation:
         if output.tier is not None:
             self._metrics.adapter_found(output.tier)
         for sample in self._samples[1:]:
-            self._streams.add(sample.index, self._submit(sample.index))
+            request = _of_sample(self._request, sample.index)
+            self._streams.add(sample.index, self._engine.generate(request))
 
     def facts(self) -> dict[str, float]:
         """What the log says of it, finished or not; never its text."""
@@ -222,6 +225,8 @@ class Generator:
             QueueFull, EngineFailed: not now.
         """
         arrived = time.perf_counter()
+        # A time, not a length: it runs on while the request waits.
+        deadline = None if time_remaining is None else time.monotonic() + time_remaining
         self._check_deadline(time_remaining)
         if call.constraint is not None:
             check_constraint_size(call.constraint, self._constraint_bytes)
@@ -234,10 +239,9 @@ class Generator:
             # Before any work: what waits for that is in the queue, and bounded with it.
             with nullcontext() if placed else self._engine.places(call.n):
                 prompt = await self._prompt(call, lease)
-                ends = None if time_remaining is None else arrived + time_remaining
-                submit = self._submission(call, prompt, lease, ends)
+                request = self._resolve(call, prompt, lease, deadline)
                 ref = lease.ref if lease is not None else None
-                generation = Generation(call, prompt, ref, submit, self, arrived)
+                generation = Generation(call, prompt, ref, request, self._engine, self, arrived)
                 try:
                     yield generation
                 finally:
@@ -298,17 +302,17 @@ class Generator:
             metadata={"field": "prompt", "largest": str(space.tokens)},
         )
 
-    def _submission(
+    def _resolve(
         self,
         call: GenerateCall,
         prompt: Prompt,
         lease: RevisionLease | None,
-        ends: float | None,
-    ) -> Callable[[int], AsyncGenerator[SequenceOutput, None]]:
-        """What submits one sample of a request, by its index.
+        deadline: float | None,
+    ) -> SequenceRequest:
+        """What the engine is asked for: nothing is unset any more.
 
         Args:
-            ends: the caller's deadline on the clock of `time.perf_counter`.
+            deadline: the caller's, on the monotonic clock.
         """
         info = self._engine.info
         max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
@@ -320,30 +324,21 @@ class Generator:
             self.metrics.adapters.requested(lease.ref.name)
             self._use.touch(lease.ref)
         self.metrics.prompt_tokens.inc(len(prompt.ids))
-        sampling = resolve_sampling(call.sampling, self._defaults)
-        caller = CALLER.get()
-
-        def submit(index: int) -> AsyncGenerator[SequenceOutput, None]:
-            seed = sample_seed(sampling.seed, index)
-            # Later samples come when the first has its token: their prompt is cached.
-            left = ends - time.perf_counter() if ends is not None and not index else None
-            return self._engine.generate(
-                prompt.ids,
-                max_tokens=max_tokens,
-                sampling=msgspec.structs.replace(sampling, seed=seed),
-                adapter=source,
-                ignore_eos=call.ignore_eos,
-                logprobs=call.logprobs,
-                prompt_logprobs=call.logprobs and call.echo and index == 0,
-                top_logprobs=call.top_logprobs,
-                stop_token_ids=list(call.stop_token_ids),
-                constraint=call.constraint,
-                use_prefix_cache=call.use_prefix_cache is not False,
-                deadline_s=left,
-                caller=caller,
-            )
-
-        return submit
+        return SequenceRequest(
+            prompt.ids,
+            max_tokens=max_tokens,
+            sampling=resolve_sampling(call.sampling, self._defaults),
+            adapter=source,
+            ignore_eos=call.ignore_eos,
+            logprobs=call.logprobs,
+            prompt_logprobs=call.logprobs and call.echo,
+            top_logprobs=call.top_logprobs,
+            stop_token_ids=list(call.stop_token_ids),
+            constraint=call.constraint,
+            use_prefix_cache=call.use_prefix_cache is not False,
+            deadline=deadline,
+            caller=CALLER.get(),
+        )
 
     def _record(
         self, generation: Generation | None, lease: RevisionLease | None, outcome: str
@@ -365,3 +360,14 @@ class Generator:
             tier=generation.tier.value if generation.tier is not None else "",
             **facts,
         )
+
+
+def _of_sample(request: SequenceRequest, index: int) -> SequenceRequest:
+    """A later sample's: another seed, the prompt's log-probabilities are the first one's, and
+    it comes when the first has its token, so that its deadline has been met."""
+    sampling = msgspec.structs.replace(
+        request.sampling, seed=sample_seed(request.sampling.seed, index)
+    )
+    return msgspec.structs.replace(
+        request, sampling=sampling, prompt_logprobs=False, deadline=None
+    )

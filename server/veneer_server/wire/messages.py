@@ -47,6 +47,7 @@ __all__ = [
     "SamplingParams",
     "SequenceFailed",
     "SequenceOutput",
+    "SequenceRequest",
     "StepDone",
     "Stop",
     "Submit",
@@ -257,11 +258,12 @@ class Constraint(Message, frozen=True):
     text: str
 
 
-class Submit(Message, frozen=True):
-    """A new sequence. The front has checked lengths and ranges.
+class SequenceRequest(Message, frozen=True):
+    """What a sequence is to be: made once, by `serving.generation`, and then only passed on.
+
+    Lengths and ranges have been checked.
 
     Attributes:
-        sequence: id chosen by the front, never used twice.
         prompt: token ids, at least one.
         max_tokens: most new tokens, at least 1, within the context.
         prompt_logprobs: also report the prompt's log-probabilities.
@@ -275,7 +277,6 @@ class Submit(Message, frozen=True):
             a constraint to be compiled.
     """
 
-    sequence: int
     prompt: list[int]
     max_tokens: int
     sampling: SamplingParams
@@ -290,6 +291,17 @@ class Submit(Message, frozen=True):
     cache_scope: str = ""
     deadline: float | None = None
     caller: str = ""
+
+
+class Submit(Message, frozen=True):
+    """A new sequence.
+
+    Attributes:
+        sequence: id chosen by the engine client, never used twice.
+    """
+
+    sequence: int
+    request: SequenceRequest
 
 
 class Cancel(Message, frozen=True):

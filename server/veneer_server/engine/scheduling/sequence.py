@@ -13,7 +13,7 @@ from veneer_server.step.plan import PlannedSequence
 from veneer_server.step.token_counts import Seen, TokenCounts
 from veneer_server.wire.messages import (
     AdapterSource,
-    Submit,
+    SequenceRequest,
     TierName,
     Tops,
 )
@@ -45,6 +45,7 @@ class Sequence:
     """A request from submission to its end.
 
     Attributes:
+        id: as the front named it.
         request: what was asked.
         arrived: monotonic seconds.
         found_in: tier of its adapter at submission; None for the base model.
@@ -61,7 +62,8 @@ class Sequence:
         token_counts: what penalties are of, from the first token that takes any.
     """
 
-    request: Submit
+    id: int
+    request: SequenceRequest
     arrived: float
     found_in: TierName | None
     state: SequenceState = SequenceState.WAITING
@@ -80,10 +82,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
-
-    @property
-    def id(self) -> int:
-        return self.request.sequence
 
     @property
     def adapter(self) -> AdapterSource | None:

@@ -36,7 +36,7 @@ from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
 from veneer_server.serving.threads import outlast, to_the_end
 from veneer_server.text.prompts import Prompts, Room
-from veneer_server.wire.messages import AdapterSource, SamplingParams
+from veneer_server.wire.messages import AdapterSource, SamplingParams, SequenceRequest
 
 __all__ = ["Report", "SelfTest"]
 
@@ -381,12 +381,14 @@ class SelfTest:
     async def _score(self, tokens: list[int], source: AdapterSource | None) -> _Served:
         """As a request that wants its prompt's log-probabilities."""
         outputs = self._engine.generate(
-            tokens,
-            max_tokens=1,
-            sampling=SamplingParams(temperature=0),
-            adapter=source,
-            prompt_logprobs=True,
-            use_prefix_cache=False,
+            SequenceRequest(
+                tokens,
+                max_tokens=1,
+                sampling=SamplingParams(temperature=0),
+                adapter=source,
+                prompt_logprobs=True,
+                use_prefix_cache=False,
+            )
         )
         try:
             async with aclosing(outputs):

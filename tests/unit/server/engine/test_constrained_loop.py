@@ -28,6 +28,7 @@ from veneer_server.wire.messages import (
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     Stop,
     Submit,
 )
@@ -120,11 +121,13 @@ class Loop:
         constraint = Constraint("regex", "x") if constrained else None
         self.inbox.put(
             Submit(
-                sequence=sequence,
-                prompt=[1, 2],
-                sampling=SamplingParams(temperature=0),
-                constraint=constraint,
-                **fields,
+                sequence,
+                SequenceRequest(
+                    prompt=[1, 2],
+                    sampling=SamplingParams(temperature=0),
+                    constraint=constraint,
+                    **fields,
+                ),
             )
         )
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable
-from typing import cast
 
 import pytest
-from veneer_server.engine_client.client import EngineClient
-from veneer_server.engine_client.connection import Connection
 from veneer_server.wire.messages import (
     AdapterSource,
     Constraint,
-    EngineConfig,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     Submit,
     ToEngine,
 )
@@ -42,15 +37,10 @@ def ask(
     source: AdapterSource | None = None,
     constraint: Constraint | None = None,
 ) -> Submit:
-    return Submit(
-        number,
-        prompt,
-        3,
-        SamplingParams(),
-        adapter=source,
-        constraint=constraint,
-        deadline=deadline,
+    request = SequenceRequest(
+        prompt, 3, SamplingParams(), adapter=source, constraint=constraint, deadline=deadline
     )
+    return Submit(number, request)
 
 
 def refused(made: Engine) -> list[SequenceFailed]:
@@ -178,22 +168,3 @@ class FakeConnection:
 
     def write(self, message: ToEngine) -> None:
         self.written.append(message)
-
-
-async def test_the_front_says_when_and_not_how_long() -> None:
-    """The message may wait: `StepLoop` reads the same clock when it takes it."""
-    client, connection = (
-        EngineClient(EngineConfig("", "", "", ""), max_queue=1),
-        FakeConnection(),
-    )
-    client._supervisor.connection = cast(Connection, connection)
-    began = time.monotonic()
-    outputs = client.generate([1], max_tokens=1, sampling=SamplingParams(), deadline_s=5.0)
-    waiting = asyncio.ensure_future(anext(outputs))
-    await asyncio.sleep(0)
-    (submit,) = connection.written
-    assert isinstance(submit, Submit)
-    assert submit.deadline is not None
-    assert began + 5 <= submit.deadline <= time.monotonic() + 5
-    waiting.cancel()
-    await asyncio.wait([waiting])

@@ -12,7 +12,7 @@ from veneer_server.engine.execution import sampler
 from veneer_server.engine.scheduling.sequence import Sequence, plan_sequence
 from veneer_server.step.choice import Choice
 from veneer_server.step.token_counts import Seen, TokenCounts
-from veneer_server.wire.messages import SamplingParams, Submit
+from veneer_server.wire.messages import SamplingParams, SequenceRequest
 
 VOCAB = 7
 PENALTIES = SamplingParams(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=-0.1)
@@ -38,7 +38,7 @@ def expected(prompt: Tokens[int], output: Tokens[int]) -> dict[int, int]:
 
 
 def sequence(prompt: list[int], sampling: SamplingParams = PENALTIES) -> Sequence:
-    return Sequence(Submit(1, prompt, 100, sampling), 0.0, None)
+    return Sequence(1, SequenceRequest(prompt, 100, sampling), 0.0, None)
 
 
 @given(texts.filter(bool), st.lists(texts))

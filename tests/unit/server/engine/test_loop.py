@@ -22,6 +22,7 @@ from veneer_server.wire.messages import (
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     StepDone,
     Stop,
     Submit,
@@ -97,7 +98,7 @@ class Engine:
 
 
 def request(number: int, source: AdapterSource | None = None, new: int = 3) -> Submit:
-    return Submit(number, [1] * 9, new, SamplingParams(), source)
+    return Submit(number, SequenceRequest([1] * 9, new, SamplingParams(), source))
 
 
 def test_an_eviction_that_drains_is_carried_out_when_its_sequences_fail() -> None:
@@ -158,7 +159,8 @@ def test_cached_tokens_are_reported_once_with_the_first_output_and_its_step() ->
 
 
 def with_deadline(number: int, prompt: range, deadline: float) -> Submit:
-    return Submit(number, list(prompt), 3, SamplingParams(), deadline=deadline)
+    request = SequenceRequest(list(prompt), 3, SamplingParams(), deadline=deadline)
+    return Submit(number, request)
 
 
 def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
@@ -213,11 +215,13 @@ def test_a_prompt_that_looks_for_no_prefix_is_no_lookup_of_the_prefix_cache() ->
         engine.inbox.put(
             Submit(
                 number,
-                [1] * 9,
-                1,
-                SamplingParams(),
-                use_prefix_cache=share,
-                prompt_logprobs=scores,
+                SequenceRequest(
+                    [1] * 9,
+                    1,
+                    SamplingParams(),
+                    use_prefix_cache=share,
+                    prompt_logprobs=scores,
+                ),
             )
         )
         engine.turn()

@@ -32,6 +32,7 @@ from veneer_server.wire.messages import (
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
+    SequenceRequest,
     Stop,
     Submit,
 )
@@ -131,7 +132,7 @@ def run(grammars: Grammars, blocks: int, requests: list[dict[str, Any]]) -> list
     )
     thread = threading.Thread(target=loop.run, daemon=True)
     for number, request in enumerate(requests):
-        inbox.put(Submit(sequence=number, **request))
+        inbox.put(Submit(number, SequenceRequest(**request)))
     thread.start()
     answers = [Answer() for _ in requests]
     ended = 0

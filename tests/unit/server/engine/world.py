@@ -25,7 +25,12 @@ from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Finish, Sequence, SequenceState
 from veneer_server.engine.scheduling.step_limits import FIXED_CHUNK, SchedulerLimits
 from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
-from veneer_server.wire.messages import AdapterSource, EvictMode, SamplingParams, Submit
+from veneer_server.wire.messages import (
+    AdapterSource,
+    EvictMode,
+    SamplingParams,
+    SequenceRequest,
+)
 
 SIZE = 100
 BLOCK = 4
@@ -148,8 +153,7 @@ class World:
         scores: bool = False,
         penalties: bool = False,
     ) -> Sequence:
-        request = Submit(
-            sequence=number,
+        request = SequenceRequest(
             prompt=prompt,
             max_tokens=new,
             sampling=SamplingParams(frequency_penalty=0.5 if penalties else 0.0),
@@ -159,7 +163,7 @@ class World:
             prompt_logprobs=scores,
         )
         found = self.residency.lease(source) if source else None
-        sequence = Sequence(request, self.now, found)
+        sequence = Sequence(number, request, self.now, found)
         least = sum(self.scheduler.least_tokens(sequence))
         self.least[number] = Least(least, self.computed, self.ended_early)
         self.scheduler.add(sequence)

@@ -393,7 +393,7 @@ async def test_the_model_names_the_adapter_and_headers_its_weights(
         answer = await post(http, CHAT, model=model, stream=stream)
         assert answer.headers["veneer-adapter-tier"] == tier
         assert headers.items() <= dict(answer.headers).items()
-    assert front.engine.submitted[-1]["adapter"].weights_digest == pushed.weights_digest
+    assert front.engine.submitted[-1].adapter.weights_digest == pushed.weights_digest
 
     answer = await post(http, CHAT, model="stile")
     assert answer.status_code == 404
@@ -416,5 +416,5 @@ async def test_a_developer_message_is_a_system_message(
         {"role": "user", "content": "Hi"},
     ]
     await ok(http, CHAT, model="strict", messages=messages)
-    prompt = tokenizer.decode(front.engine.submitted[-1]["prompt"])
+    prompt = tokenizer.decode(front.engine.submitted[-1].prompt)
     assert prompt == "[system] Answer in French. [user] Hi "

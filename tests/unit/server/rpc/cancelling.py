@@ -30,6 +30,7 @@ from veneer_server.telemetry.metrics import Metrics
 from veneer_server.wire.messages import (
     EngineConfig,
     SamplingParams,
+    SequenceRequest,
     ToEngine,
     decode_from_engine,
     decode_to_engine,
@@ -193,9 +194,8 @@ class Server:
     async def request(self, name: str) -> None:
         """A request to an adapter, which runs until `end_requests`."""
         source = source_of(self.registry, self.registry.get(name))
-        outputs = self.engine.generate(
-            [1, 2, 3], max_tokens=900, sampling=SamplingParams(), adapter=source
-        )
+        request = SequenceRequest([1, 2, 3], 900, SamplingParams(), adapter=source)
+        outputs = self.engine.generate(request)
         self._requests.callback(self.registry.acquire(name).release)
         self._requests.push_async_callback(outputs.aclose)
         await anext(outputs)

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from veneer_registry.errors import (
     AdapterBudgetExceeded,
@@ -24,14 +24,13 @@ from veneer_server.engine_client.resident_set import Resident
 from veneer_server.wire.messages import (
     AdapterSource,
     BudgetsState,
-    Constraint,
     EngineConfig,
     EngineInfo,
     EvictMode,
     Occupancy,
     Residency,
-    SamplingParams,
     SequenceOutput,
+    SequenceRequest,
     StepDone,
     TierName,
 )
@@ -99,7 +98,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         """Forget what tests set and saw."""
-        self.submitted: list[dict[str, Any]] = []
+        self.submitted: list[SequenceRequest] = []
         self.evictions: list[tuple[str, str]] = []
         self.cancelled = 0
         self.activations: list[str] = []
@@ -148,42 +147,9 @@ class FakeEngine:
         finally:
             self.taken -= count
 
-    async def generate(
-        self,
-        prompt: list[int],
-        *,
-        max_tokens: int,
-        sampling: SamplingParams,
-        adapter: AdapterSource | None = None,
-        ignore_eos: bool = False,
-        logprobs: bool = False,
-        prompt_logprobs: bool = False,
-        top_logprobs: int = 0,
-        stop_token_ids: list[int] | None = None,
-        constraint: Constraint | None = None,
-        use_prefix_cache: bool = True,
-        deadline_s: float | None = None,
-        caller: str = "",
-    ) -> AsyncIterator[SequenceOutput]:
-        self.submitted.append(
-            {
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "sampling": sampling,
-                "adapter": adapter,
-                "ignore_eos": ignore_eos,
-                "logprobs": logprobs,
-                "prompt_logprobs": prompt_logprobs,
-                "top_logprobs": top_logprobs,
-                "stop_token_ids": stop_token_ids,
-                "constraint": constraint,
-                "use_prefix_cache": use_prefix_cache,
-            }
-        )
-        digest = adapter.weights_digest if adapter is not None else ""
-        outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(
-            digest, prompt, sampling.seed, max_tokens, logprobs, prompt_logprobs, top_logprobs
-        )
+    async def generate(self, request: SequenceRequest) -> AsyncIterator[SequenceOutput]:
+        self.submitted.append(request)
+        outputs: Sequence[SequenceOutput | VeneerError] = self.script or self._outputs(request)
         crashed: asyncio.Queue[VeneerError | None] = asyncio.Queue()
         self._streams.add(crashed)
         self.in_flight += 1
@@ -202,16 +168,9 @@ class FakeEngine:
             self._streams.discard(crashed)
             self.cancelled += not ended
 
-    def _outputs(
-        self,
-        digest: str,
-        prompt: list[int],
-        seed: int,
-        count: int,
-        logprobs: bool,
-        prompt_logprobs: bool,
-        top_logprobs: int,
-    ) -> list[SequenceOutput]:
+    def _outputs(self, request: SequenceRequest) -> list[SequenceOutput]:
+        digest = request.adapter.weights_digest if request.adapter is not None else ""
+        prompt, count, top_logprobs = request.prompt, request.max_tokens, request.top_logprobs
         tier: TierName = "disk"
         if digest in self.residency:
             tier = self.residency[digest].tier
@@ -221,21 +180,21 @@ class FakeEngine:
             SequenceOutput(
                 sequence=1,
                 tokens=[token],
-                logprobs=[-0.5] if logprobs else None,
+                logprobs=[-0.5] if request.logprobs else None,
                 prompt_logprobs=[-1.0] * (len(prompt) - 1)
-                if prompt_logprobs and not i
+                if request.prompt_logprobs and not i
                 else None,
                 tier=tier if digest and not i else None,
                 load_seconds=0.25 if digest and not i else 0.0,
                 queue_seconds=0.0 if i else 0.125,
                 top_logprobs=[_tops(token, top_logprobs)] if top_logprobs else None,
                 prompt_top_logprobs=[_tops(id_, top_logprobs) for id_ in prompt[1:]]
-                if prompt_logprobs and top_logprobs and not i
+                if request.prompt_logprobs and top_logprobs and not i
                 else None,
                 cached_tokens=0 if i else 16,
                 finish="length" if i == count - 1 else None,
             )
-            for i, token in enumerate(fake_tokens(digest, prompt, seed, count))
+            for i, token in enumerate(fake_tokens(digest, prompt, request.sampling.seed, count))
         ]
 
     async def _permit(self, crashed: asyncio.Queue[VeneerError | None]) -> None:

@@ -20,7 +20,7 @@ from veneer_server.serving.adapters.self_test import Report, SelfTest
 from veneer_server.serving.adapters.use import AdapterUse, source_of
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.text.prompts import Prompts
-from veneer_server.wire.messages import EngineConfig, ToEngine
+from veneer_server.wire.messages import EngineConfig, SequenceRequest, ToEngine
 
 from tests.engine_harness import GREEDY, EngineHarness, engine
 from tests.tiny_llama import make_lora, make_tiny_llama
@@ -70,7 +70,7 @@ class Bench:
     async def score(self, name: str) -> list[int]:
         """A request to an adapter."""
         adapter = source_of(self.registry, self.registry.get(name))
-        outputs = self.client.generate([5, 6], max_tokens=1, sampling=GREEDY, adapter=adapter)
+        outputs = self.client.generate(SequenceRequest([5, 6], 1, GREEDY, adapter=adapter))
         return [token async for output in outputs for token in output.tokens]
 
     async def failed(self, *names: str) -> list[str]:

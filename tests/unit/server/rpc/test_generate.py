@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ async def test_provenance_and_trailing_metadata_name_the_revision(
 
     again = await front.inference.Generate(prompt(adapter=f"style@{pushed.revision[:12]}"))
     assert again.provenance.tier == pb.TIER_DEVICE
-    source = front.engine.submitted[0]["adapter"]
+    source = front.engine.submitted[0].adapter
     assert source.weights_digest == pushed.weights_digest
     assert (Path(source.folder) / "adapter_model.safetensors").is_file()
 
@@ -120,7 +121,7 @@ async def test_chats_use_the_base_template_and_an_adapters_own_wins(
         else:
             assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" in text
     ids = tokenizer.encode("[user] Hi >", add_special_tokens=False)
-    assert front.engine.submitted[0]["prompt"] == ids
+    assert front.engine.submitted[0].prompt == ids
 
 
 async def test_a_template_that_refuses_is_the_callers_error(
@@ -158,7 +159,7 @@ async def test_token_ids_go_in_as_they_are(front: Front, tokenizer: TextTokenize
         token_ids=pb.TokenIds(ids=ids), stopping=pb.StoppingOptions(max_tokens=1)
     )
     await front.inference.Generate(request)
-    assert front.engine.submitted[0]["prompt"] == ids
+    assert front.engine.submitted[0].prompt == ids
 
 
 async def test_unset_sampling_is_the_bases_and_zero_is_greedy(front: Front) -> None:
@@ -166,7 +167,7 @@ async def test_unset_sampling_is_the_bases_and_zero_is_greedy(front: Front) -> N
     await front.inference.Generate(prompt())
     await front.inference.Generate(prompt())
     await front.inference.Generate(prompt(sampling=pb.SamplingOptions(temperature=0, seed=3)))
-    first, second, greedy = (s["sampling"] for s in front.engine.submitted)
+    first, second, greedy = (s.sampling for s in front.engine.submitted)
     assert (first.temperature, first.top_p, first.top_k) == (0.2, 0.9, 0)
     said = info.defaults
     assert (said.temperature, said.top_p, said.top_k, said.max_tokens) == (0.2, 0.9, 0, 512)
@@ -192,7 +193,7 @@ async def test_operators_set_what_unset_means(
     async with running(base_folder, front_cache, tmp_path, **flags) as front:
         reply = await front.inference.Generate(pb.GenerateRequest(prompt="Hello there"))
         assert reply.usage.completion_tokens == 7
-        sampling = front.engine.submitted[0]["sampling"]
+        sampling = front.engine.submitted[0].sampling
         assert (sampling.temperature, sampling.top_p) == (0.5, 1.0)
         info = await front.server.GetServerInfo(server_pb2.GetServerInfoRequest())
         assert (info.defaults.max_tokens, info.defaults.temperature) == (7, 0.5)
@@ -387,6 +388,21 @@ async def test_a_deadline_ends_the_call(front: Front) -> None:
     await until(lambda: front.engine.in_flight == 0)
 
 
+async def test_the_engine_is_told_when_the_deadline_is_and_not_how_long_it_leaves(
+    front: Front,
+) -> None:
+    """The message may wait: `StepLoop` reads the same clock when it takes it."""
+    began = time.monotonic()
+    await front.inference.Generate(prompt(output=pb.OutputOptions(n=2)), timeout=30)
+    await front.inference.Generate(prompt())
+    first, second, without = (request.deadline for request in front.engine.submitted)
+    assert first is not None
+    # gRPC rounds what is left of a timeout on its way.
+    assert began + 29 < first <= time.monotonic() + 30.1
+    assert second is None, "the first sample's first token has come by then"
+    assert without is None
+
+
 async def test_a_deadline_shorter_than_a_step_is_refused(front: Front) -> None:
     front.engine.step(seconds=1000.0)
     front.engine.in_flight = 1  # others run: what counts is how long steps take of late
@@ -417,7 +433,7 @@ async def test_a_replaced_or_deleted_adapter_does_not_disturb_running_requests(
     request = prompt(adapter="style", stopping=pb.StoppingOptions(max_tokens=8))
     running = front.inference.GenerateStream(request)
     await anext(aiter(running))
-    kept = Path(front.engine.submitted[0]["adapter"].folder).is_dir
+    kept = Path(front.engine.submitted[0].adapter.folder).is_dir
     new = await front.push(make_adapter(tmp_path / "b", seed=2), "style", allow_replace=True)
     assert new.replaced
     await front.adapters.DeleteAdapter(_delete("style"))

@@ -85,7 +85,7 @@ async def test_prompt_logprobs_come_once(front: Front) -> None:
     messages = [m async for m in front.inference.GenerateStream(request)]
     assert [bool(m.prompt_logprobs) for m in messages].count(True) == 1
     assert messages[0].prompt_logprobs
-    assert [s["prompt_logprobs"] for s in front.engine.submitted] == [True, False, False]
+    assert [s.prompt_logprobs for s in front.engine.submitted] == [True, False, False]
     assert all(len(m.logprobs) == len(m.token_ids) for m in messages)
 
 
@@ -151,7 +151,7 @@ async def test_a_stop_token_is_reported_but_not_shown(
     request = prompt(stopping=pb.StoppingOptions(stop_token_ids=[ids[-1]], max_tokens=9))
     whole = await front.inference.Generate(request)
     assert (whole.text, list(whole.token_ids)) == ("one two", ids)
-    assert front.engine.submitted[0]["stop_token_ids"] == [ids[-1]]
+    assert front.engine.submitted[0].stop_token_ids == [ids[-1]]
 
 
 async def test_every_option_reaches_the_engine(front: Front) -> None:
@@ -172,7 +172,7 @@ async def test_every_option_reaches_the_engine(front: Front) -> None:
     )
     await front.inference.Generate(prompt())
     first, second = front.engine.submitted
-    assert first["sampling"] == SamplingParams(
+    assert first.sampling == SamplingParams(
         temperature=0.5,
         top_k=40,
         top_p=0.9,
@@ -183,9 +183,9 @@ async def test_every_option_reaches_the_engine(front: Front) -> None:
         frequency_penalty=0.25,
         logit_bias={17: -100.0, 49151: 2.5},
     )
-    assert first["constraint"] == Constraint("choice", '["yes", "no"]')
-    assert (first["use_prefix_cache"], second["use_prefix_cache"]) == (False, True)
-    assert second["constraint"] is None
+    assert first.constraint == Constraint("choice", '["yes", "no"]')
+    assert (first.use_prefix_cache, second.use_prefix_cache) == (False, True)
+    assert second.constraint is None
 
 
 async def test_streams_take_turns_and_close_whole() -> None:
