@@ -23,6 +23,7 @@ from veneer_server.adapters import references
 from veneer_server.serving.adapters.self_test import MAX_ADAPTERS, MAX_WAITING, SelfTest
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.adapters.verdicts import BOUNDS
+from veneer_server.wire.messages import SequenceRequest
 
 from tests.engine_harness import GREEDY
 from tests.unit.registry.kit import push
@@ -150,11 +151,13 @@ async def test_it_passes_beside_requests_and_leaves_them_alone(tmp_path: Path) -
             tokens = []
             record = made.registry.get(name)
             async for output in made.client.generate(
-                [5, 6, 7],
-                max_tokens=400,
-                sampling=GREEDY,
-                adapter=source_of(made.registry, record),
-                ignore_eos=True,
+                SequenceRequest(
+                    [5, 6, 7],
+                    max_tokens=400,
+                    sampling=GREEDY,
+                    adapter=source_of(made.registry, record),
+                    ignore_eos=True,
+                )
             ):
                 tokens += output.tokens
                 began.set()
@@ -200,13 +203,13 @@ async def test_adapters_that_came_too_late_for_the_batch_are_tried_again(
         generate, base_answered = made.client.generate, asyncio.Event()
         left = 2  # the base, and the one that goes before it
 
-        async def late(tokens: Any, *, adapter: Any, **options: Any) -> AsyncIterator[Any]:
+        async def late(request: SequenceRequest) -> AsyncIterator[Any]:
             nonlocal left
-            if adapter is not None:
+            if request.adapter is not None:
                 await base_answered.wait()
-            async with aclosing(generate(tokens, adapter=adapter, **options)) as outputs:
+            async with aclosing(generate(request)) as outputs:
                 async for output in outputs:
-                    left -= adapter is None
+                    left -= request.adapter is None
                     if not left:
                         base_answered.set()
                     yield output
