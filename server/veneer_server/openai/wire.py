@@ -50,8 +50,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 _REST: Final = 3
-"""Rest of the thread that parses long bodies, in times of what a body took: it has a quarter of
-a processor at most."""
+"""How long the thread that parses long bodies rests between two, in times of the CPU time of
+the first."""
+_LONGEST_REST_S: Final = 0.05
+"""But no longer than this: who sent the second waits for it."""
 
 
 class ClientGone(Exception):
@@ -75,6 +77,8 @@ class Bodies:
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
         self._parser = ThreadPoolExecutor(1, "json")
+        self._rested = 0.0
+        """When the thread may parse the next one, by `time.monotonic`."""
 
     def close(self) -> None:
         """End the thread."""
@@ -88,14 +92,15 @@ class Bodies:
         return await loop.run_in_executor(self._parser, self._parse_long, body)
 
     def _parse_long(self, body: bytes) -> object:
-        """In the thread, which then rests: json's parser holds the interpreter's lock for
-        milliseconds, and each step of somebody else's call would wait for it."""
+        """In the thread, which rests between two bodies: json's parser holds the interpreter's
+        lock for milliseconds, and each step of somebody else's call would wait for it."""
+        time.sleep(max(0.0, self._rested - time.monotonic()))
         began = time.thread_time()
         try:
             return parse_body(body)
         finally:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._parser.submit(time.sleep, _REST * (time.thread_time() - began))
+            rest = min(_LONGEST_REST_S, _REST * (time.thread_time() - began))
+            self._rested = time.monotonic() + rest
 
     async def turn(self) -> None:
         """Wait for the turn to read a piece of a long body."""

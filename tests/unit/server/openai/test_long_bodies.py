@@ -70,18 +70,18 @@ async def test_who_leaves_gives_up_its_turn(bodies: Bodies) -> None:
     await bodies.turn()
 
 
-async def test_the_thread_rests_after_each_long_body(
+async def test_the_thread_rests_between_long_bodies_but_never_for_long(
     bodies: Bodies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it parses the next one, which may be somebody else's."""
+    """Also between those that wait together, and after one that is no JSON."""
     rests: list[float] = []
     monkeypatch.setattr(wire.time, "sleep", rests.append)
-    for body, kind in ((b'"' + b"x" * LONG_BODY + b'"', str), (b"[" * LONG_BODY, None)):
-        if kind is None:
-            with pytest.raises((ValueError, RecursionError)):
-                await bodies.parse(body)
-        else:
-            assert isinstance(await bodies.parse(body), kind)
-    assert isinstance(await bodies.parse(b'"' + b"y" * LONG_BODY + b'"'), str)
-    assert len(rests) >= 2
-    assert all(rest > 0 for rest in rests)
+    text, broken = b'"' + b"x" * LONG_BODY + b'"', b"[" * LONG_BODY
+    slow = b'"' + rb"\"" * (1 << 20) + b'"'
+    parses = (bodies.parse(body) for body in (text, broken, slow, text))
+    answers = await asyncio.gather(*parses, return_exceptions=True)
+    assert [isinstance(answer, str) for answer in answers] == [True, False, True, True]
+    first, *later = rests
+    assert first == 0, "nothing was parsed before"
+    assert all(0 < rest <= wire._LONGEST_REST_S for rest in later)
+    assert len(later) == 3
