@@ -52,7 +52,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _REST: Final = 3
 """How long the thread that parses long bodies rests between two, in times of the CPU time of
 the first."""
-_LONGEST_REST_S: Final = 0.05
+_LONGEST_REST_S: Final = 0.25
 """But no longer than this: who sent the second waits for it."""
 
 
