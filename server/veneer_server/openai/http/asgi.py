@@ -50,8 +50,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 _REST: Final = 3
-"""Rest of the thread that parses long bodies, in times of what a body took: it has a quarter of
-a processor at most."""
+"""How long the thread that parses long bodies rests, in times of the CPU time it took: on few
+processors a thread that is always busy slows every step down."""
+_WORK_S: Final = 0.002
+"""CPU time after which it rests."""
+_LONGEST_REST_S: Final = 0.25
+"""Of one rest: on a slow machine, too, the caller waits for it."""
 
 
 class ClientGone(Exception):
@@ -60,6 +64,30 @@ class ClientGone(Exception):
 
 class ReaderStopped(Aborted):
     """The client took nothing for too long; its connection was dropped."""
+
+
+class _Pace:
+    """Rests of a thread, in which others get the interpreter's lock and its processor."""
+
+    def __init__(self) -> None:
+        self._rested = self._worked = 0.0
+        """When it may go on, by `time.monotonic`; CPU time up to then."""
+
+    def begin(self) -> None:
+        """Wait until it may work; what it has rested by itself counts."""
+        time.sleep(max(0.0, self._rested - time.monotonic()))
+        self._worked = time.thread_time()
+
+    def rest(self) -> None:
+        """If it has worked for long enough."""
+        if time.thread_time() - self._worked >= _WORK_S:
+            self.end()
+            self.begin()
+
+    def end(self) -> None:
+        """Of some work."""
+        rest = _REST * (time.thread_time() - self._worked)
+        self._rested = time.monotonic() + min(_LONGEST_REST_S, rest)
 
 
 class Bodies:
@@ -75,6 +103,7 @@ class Bodies:
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
         self._parser = ThreadPoolExecutor(1, "json")
+        self._pace = _Pace()
 
     def close(self) -> None:
         """End the thread."""
@@ -88,14 +117,12 @@ class Bodies:
         return await loop.run_in_executor(self._parser, self._parse_long, body)
 
     def _parse_long(self, body: bytes) -> object:
-        """In the thread, which then rests: json's parser holds the interpreter's lock for
-        milliseconds, and each step of somebody else's call would wait for it."""
-        began = time.thread_time()
+        """In the thread, which rests between two bodies, too."""
+        self._pace.begin()
         try:
-            return parse_body(body)
+            return parse_body(body, self._pace.rest)
         finally:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._parser.submit(time.sleep, _REST * (time.thread_time() - began))
+            self._pace.end()
 
     async def turn(self) -> None:
         """Wait for the turn to read a piece of a long body."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Final
 
 __all__ = ["LONG_BODY", "MAX_DEPTH", "MAX_ITEMS", "MAX_NODES", "check_size", "parse_body"]
@@ -29,22 +30,27 @@ of a library's comes near its limit."""
 _PIECE: Final = 64 << 10
 """Bytes that are looked at without letting other threads go on."""
 
-_BACKSLASH: Final = 0x5C
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_body(body: bytes) -> object:
+def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
     """The JSON of a body.
+
+    Args:
+        rest: called between pieces of the work, which take milliseconds each. A thread
+            sleeps there, so that others get the lock and the processor.
 
     Raises:
         ValueError: it is none, or holds too much; says what.
     """
-    check_size(body)
+    check_size(body, rest)
     # From bytes it would guess the encoding, and let halves of surrogate pairs pass.
     text = body.decode()
     parsed: object = json.loads(text, parse_constant=_no_constant)
+    rest()
     _check_depth(parsed)
     if _may_have_surrogate(body):
+        rest()
         try:
             json.dumps(parsed, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -52,26 +58,35 @@ def parse_body(body: bytes) -> object:
     return parsed
 
 
-def check_size(body: bytes) -> None:
+def check_size(body: bytes, rest: Callable[[], None] = lambda: None) -> None:
     """Raise ValueError if a body holds more than `MAX_NODES` or `MAX_ITEMS`."""
     # Also counts what is in strings: enough to know that most bodies are small.
-    rough = sum(_count(body, each) for each in (b"{", b"[", b":", b'"'))
+    rough = 0
+    for each in (b"{", b"[", b":", b'"'):
+        rough += _count(body, each)
+        rest()
     if rough <= MAX_NODES and _count(body, b",") <= MAX_ITEMS:
         return
-    nodes = items = at = 0
-    while at >= 0:
-        start = body.find(b'"', at)
-        end = start if start >= 0 else len(body)
-        nodes += 1
-        nodes += body.count(b"{", at, end) + body.count(b"[", at, end)
-        nodes += body.count(b":", at, end)
-        items += body.count(b",", at, end)
+    nodes = items = 0
+    in_string, backslash = False, b""
+    for at in range(0, len(body), _PIECE):
+        piece = backslash + body[at : at + _PIECE]
+        # The last of an odd number escapes what the next piece begins with.
+        backslash = b"\\" * ((len(piece) - len(piece.rstrip(b"\\"))) % 2)
+        piece = piece.removesuffix(backslash)
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        quotes = len(parts) - 1
+        nodes += (quotes + (not in_string)) // 2  # each opens a string
+        outside = b"".join(parts[in_string::2])
+        nodes += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
+        items += outside.count(b",")
+        in_string ^= quotes % 2 == 1
         if nodes > MAX_NODES or items > MAX_ITEMS:
             raise ValueError(
                 f"it has more than {MAX_NODES} objects, lists, members and strings, or "
                 f"{MAX_ITEMS} items: send less in one request"
             )
-        at = _after_string(body, start) if start >= 0 else -1
+        rest()
 
 
 def _count(body: bytes, byte: bytes) -> int:
@@ -83,19 +98,6 @@ def _may_have_surrogate(body: bytes) -> bool:
     return any(
         _SURROGATE.search(body, at, at + _PIECE + longest) for at in range(0, len(body), _PIECE)
     )
-
-
-def _after_string(body: bytes, start: int) -> int:
-    """Where what follows a string begins; -1 if it does not end."""
-    at = start + 1
-    while (close := body.find(b'"', at)) >= 0:
-        slash = close
-        while body[slash - 1] == _BACKSLASH:
-            slash -= 1
-        if (close - slash) % 2 == 0:
-            return close + 1
-        at = close + 1
-    return -1
 
 
 def _check_depth(parsed: object) -> None:
