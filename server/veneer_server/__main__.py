@@ -83,9 +83,6 @@ cli.add_typer(model_cli, name="model")
 store_cli = Program(help="The adapters in a data folder.")
 cli.add_typer(store_cli, name="store")
 
-_ALIASES: Final = {"base": ("--model",)}
-"""What other servers call them."""
-
 _SWITCH_S: Final = 0.0005
 """How long the event loop waits for the interpreter's lock while another thread decodes a large
 request. Python's default, 5 ms, is paid again after every system call of the loop."""
@@ -149,8 +146,7 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
         off = f"/--no-{option.flag[2:]}" if option.default == "true" else ""
         kind: Any = Annotated[bool | None, typer.Option(option.flag + off, help=text)]
     else:
-        names = (option.flag, *_ALIASES.get(option.name, ()))
-        info = typer.Option(*names, metavar=option.metavar, help=text)
+        info = typer.Option(*option.flags, metavar=option.metavar, help=text)
         kind = Annotated[list[str] | None if option.repeated else str | None, info]
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind

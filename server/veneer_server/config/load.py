@@ -1,0 +1,122 @@
+"""Settings from flags, variables and a file, merged and checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from veneer_server.config.record import OPTIONS, ServerConfig
+from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
+
+__all__ = ["load_config"]
+
+_OTHERS: Final = frozenset({"SERVER", "ACTOR"})
+"""Variables of the clients."""
+_KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")
+_BY_NAME: Final = {option.name: option for option in OPTIONS}
+
+
+def load_config(
+    flags: Mapping[str, str | bool | list[str] | None],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+) -> ServerConfig:
+    """Merge flag, variable, file and default of each setting, and check them all.
+
+    Args:
+        flags: option name -> value given on the command line; None is "not given".
+        environ: the process environment.
+        file: a TOML file of option names.
+
+    Raises:
+        ConfigInvalid: the first thing wrong, its source and the fix.
+    """
+    in_file = _read_file(file) if file is not None else {}
+    _check_names(environ)
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        source, value = _pick(option, flags, environ, file, in_file)
+        try:
+            values[option.name] = option.kind.parse(value)
+        except ValueError as error:
+            raise ConfigInvalid(
+                f"{source}: {value!r} is not allowed: {error}", metadata={"key": option.name}
+            ) from error
+    config = ServerConfig(**values)
+    _check(config)
+    return config
+
+
+def _pick(
+    option: Option,
+    flags: Mapping[str, str | bool | list[str] | None],
+    environ: Mapping[str, str],
+    file: Path | None,
+    in_file: Mapping[str, Any],
+) -> tuple[str, Any]:
+    flag = flags.get(option.name)
+    if flag is not None and flag != []:
+        return option.flag, flag
+    if option.variable in environ:
+        return option.variable, environ[option.variable]
+    if option.name in in_file:
+        return f"{option.name} in {file}", in_file[option.name]
+    return f"default of {option.flag}", option.default
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigInvalid(f"--config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigInvalid(f"--config {path} is not valid TOML: {error}") from error
+    for key in loaded:
+        if key not in _BY_NAME:
+            near = difflib.get_close_matches(key.replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see veneer-server serve --help"
+            raise ConfigInvalid(f"unknown key {key!r} in {path}: {hint}", metadata={"key": key})
+    return loaded
+
+
+def _check_names(environ: Mapping[str, str]) -> None:
+    """Raises ConfigInvalid for a variable that is nearly one of ours. Others may be somebody
+    else's: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
+    ours = {
+        name.upper(): option.name.upper()
+        for option in OPTIONS
+        for name in (option.name, *option.also)
+    }
+    for variable in sorted(environ):
+        name = variable.removeprefix(PREFIX)
+        right = ours.get(name) == name or name in _OTHERS
+        if name == variable or right or _KUBERNETES.search(name):
+            continue
+        if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.75):
+            raise ConfigInvalid(
+                f"unknown variable {variable}: did you mean {PREFIX}{ours[near[0]]}?",
+                metadata={"key": variable},
+            )
+
+
+def _check(config: ServerConfig) -> None:
+    """Rules that need more than one setting."""
+    for flag, address in (
+        ("--listen", config.listen),
+        ("--metrics-listen", config.metrics_listen),
+        ("--openai-listen", config.openai_listen),
+    ):
+        if address is not None and not address.loopback and not config.insecure:
+            raise ConfigInvalid(
+                f"{flag} {address} can be reached from other machines and this version has no "
+                f"authentication: use 127.0.0.1:{address.port}, or add --insecure if the "
+                "network is trusted"
+            )
+    if config.port_file is not None and not config.port_file.parent.is_dir():
+        raise ConfigInvalid(f"--port-file: make the folder {config.port_file.parent} first")
+    if config.data_dir.resolve() == config.cache_dir.resolve():
+        raise ConfigInvalid("--data-dir and --cache-dir must be two folders")

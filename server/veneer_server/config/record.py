@@ -1,0 +1,185 @@
+"""The record of all settings, in the order that the help shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final, Literal
+
+from veneer_registry.bundled_base import CACHE_DIR
+
+from veneer_server.config import kinds
+from veneer_server.config.setting import Option, setting
+
+__all__ = ["OPTIONS", "ServerConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything an operator can set. Sizes are bytes, times are seconds unless they are hours.
+
+    A field is its default as a person would write it, the values it takes, and its help.
+    """
+
+    # fmt: off
+    base: str = setting(
+        "smollm2-135m", kinds.BASE,
+        "Base model: a Hugging Face folder, a hub name, or the bundled smollm2-135m.",
+        also=("model",))
+    listen: kinds.Address = setting(
+        "127.0.0.1:50051", kinds.ADDRESS,
+        "Address for gRPC; port 0 chooses a free one.")
+    metrics_listen: kinds.Address | None = setting(
+        "127.0.0.1:9095", kinds.optional(kinds.ADDRESS),
+        "Address for Prometheus; empty turns it off.")
+    openai_listen: kinds.Address | None = setting(
+        "", kinds.optional(kinds.ADDRESS),
+        "Address for the OpenAI-compatible HTTP gateway; empty leaves it off.")
+    allowed_hosts: tuple[str, ...] = setting(
+        "", kinds.HOSTS,
+        "Host names that the HTTP gateway and the metrics port answer to, beside localhost "
+        "and their address; * is any. Empty allows any where other machines can connect.")
+    insecure: bool = setting(
+        "false", kinds.SWITCH,
+        "Allow addresses that other machines can reach, without authentication.")
+    data_dir: Path = setting(
+        "~/.local/share/veneer", kinds.FOLDER,
+        "Adapters and their catalog; one server owns it.")
+    cache_dir: Path = setting(
+        CACHE_DIR, kinds.FOLDER,
+        "Imported bases and 4-bit checkpoints; may be shared and deleted.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", kinds.one_of("auto", "cpu", "cuda"),
+        "Where the model runs; auto takes CUDA if there is one.")
+    quantization: Literal["nf4", "fp4", "none"] = setting(
+        "nf4", kinds.one_of("nf4", "fp4", "none"),
+        "Of the base model's linear layers.")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", kinds.one_of("bfloat16", "float16", "float32"),
+        "Of activations, KV cache and adapters.")
+    backend: Literal["auto", "native", "torch"] = setting(
+        "auto", kinds.one_of("auto", "native", "torch"),
+        "What executes a step; auto takes the native CPU kernels where they can run.")
+    native_instructions: Literal["auto", "avx512-bf16", "avx2"] = setting(
+        "auto", kinds.one_of("auto", "avx512-bf16", "avx2"),
+        "Instructions that the native kernels use; auto is the most that the CPU has.")
+    threads: int = setting(
+        "0", kinds.whole(0, 1024),
+        "CPU threads of a step; 0 means all cores.")
+    max_running: int = setting(
+        "64", kinds.whole(1, 4096),
+        "Most sequences in one batch.")
+    max_batch_tokens: int = setting(
+        "512", kinds.whole(16, 1 << 20),
+        "Most tokens in one step.")
+    max_prefill_tokens: int = setting(
+        "128", kinds.whole(1, 1 << 20),
+        "Most prompt tokens in a step that also decodes (a quarter more to end one).")
+    prefix_cache: bool = setting(
+        "true", kinds.SWITCH,
+        "Keep keys and values of prompts and share them between requests.")
+    exact: bool = setting(
+        "false", kinds.SWITCH,
+        "Tokens and log-probabilities that do not depend on what shares a step, bit by bit; "
+        "with the torch backend much slower, and without the prefix cache.")
+    max_queue: int = setting(
+        "256", kinds.whole(0, 1 << 20),
+        "Requests that may wait; more are refused.")
+    default_max_tokens: int = setting(
+        "512", kinds.whole(1, 1 << 31),
+        "New tokens of a request that sets no max_tokens; 16 for /v1/completions.")
+    default_temperature: float | None = setting(
+        "auto", kinds.auto_number(0, 100),
+        "Of requests that set none; auto is the base's own, else 0.7.")
+    default_top_p: float | None = setting(
+        "auto", kinds.auto_number(0.01, 1),
+        "Of requests that set none; auto is the base's own, else 0.9.")
+    max_connections: int = setting(
+        "512", kinds.whole(8, 1 << 20),
+        "Connections to the gRPC port, and to the HTTP gateway. One more takes the place of "
+        "an idle one, and is refused where there is none.")
+    max_watchers: int = setting(
+        "256", kinds.whole(1, 1 << 20),
+        "WatchAdapters calls that may be open; more are refused.")
+    refusal_rate: int = setting(
+        "100", kinds.whole(0, 1 << 20),
+        "Invalid requests a second from one host that are refused at once; refusals beyond "
+        "that are delayed by up to 3 s. 0 delays none.")
+    kv_cache_bytes: int | None = setting(
+        "auto", kinds.optional(kinds.BYTES, "auto"),
+        "Memory for keys and values; auto is 1 GiB, or less where memory is short.")
+    host_cache_bytes: int = setting(
+        "2GiB", kinds.BYTES,
+        "Adapters ready in host memory.")
+    device_adapter_bytes: int = setting(
+        "1GiB", kinds.BYTES,
+        "Adapters ready to run.")
+    max_adapter_bytes: int = setting(
+        "2GiB", kinds.BYTES,
+        "Largest upload.")
+    retain_superseded: int = setting(
+        "2", kinds.whole(0, 1000),
+        "Replaced revisions kept on disk for each name.")
+    upload_ttl: float = setting(
+        "24", kinds.HOURS,
+        "How long what arrived of an interrupted upload is kept, to be resumed.")
+    min_upload_rate: int = setting(
+        "16KiB", kinds.BYTES,
+        "Bytes a second that an upload must bring, over a minute; a slower one is ended.")
+    upload_deadline: float = setting(
+        "3600", kinds.SOME_SECONDS,
+        "How long an upload may take; what arrived by then is kept, and can be resumed.")
+    max_broken_uploads: int = setting(
+        "16", kinds.whole(1, 1 << 20),
+        "Interrupted uploads to keep; older ones are removed.")
+    max_broken_upload_bytes: int = setting(
+        "512MiB", kinds.BYTES,
+        "Bytes of all interrupted uploads kept; the newest stays whatever its size.")
+    quarantine_ttl: float = setting(
+        "720", kinds.HOURS,
+        "How long the quarantine keeps damaged adapters and content that no adapter names.")
+    quarantine_bytes: int = setting(
+        "10GiB", kinds.BYTES,
+        "Size limit of the quarantine; the oldest content is removed first.")
+    allow_base_name: tuple[str, ...] = setting(
+        "", kinds.NAMES,
+        "Also accept adapters whose config names the base NAME; may be repeated.",
+        repeated=True)
+    grace: float = setting(
+        "30", kinds.SECONDS,
+        "How long running requests may finish when the server is told to stop.")
+    reader_limit: float = setting(
+        "30", kinds.SECONDS,
+        "How long a stream may wait for a caller that reads nothing, before it is ended.")
+    constraint_bytes: int = setting(
+        "32KiB", kinds.bytes_between("1KiB", "128KiB"),
+        "Largest JSON schema, regular expression or list of choices.")
+    constraint_workers: int = setting(
+        "2", kinds.whole(1, 64),
+        "Constraints compiled at once; one caller may use all but one of these workers.")
+    constraint_seconds: float = setting(
+        "0.5", kinds.CPU_SECONDS,
+        "CPU time that compiling a constraint may take.")
+    constraint_memory: int = setting(
+        "16MiB", kinds.bytes_between("4MiB", "64GiB"),
+        "Memory that compiling or following one constraint may take.")
+    constraint_mask_seconds: float = setting(
+        "0.1", kinds.CPU_SECONDS,
+        "CPU time for finding the tokens that may come next, before each token.")
+    constraint_fuel: int = setting(
+        "50000", kinds.whole(1000, 10_000_000),
+        "The same, in llguidance's own count (step_lexer_fuel), whatever the machine.")
+    constraint_matcher_memory: int = setting(
+        "48MiB", kinds.bytes_between("16MiB", "64GiB"),
+        "Memory for all running constraints; slow ones get half as much again.")
+    log_format: Literal["console", "json"] = setting(
+        "console", kinds.one_of("console", "json"),
+        "Format of the log on stderr.")
+    port_file: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "Write the bound addresses there as JSON when ready.")
+    # fmt: on
+
+
+OPTIONS: Final = tuple(Option(field.name, **field.metadata) for field in fields(ServerConfig))
+"""Every setting, in the order that the help shows."""

@@ -1,0 +1,94 @@
+"""One setting: what its field in `ServerConfig` says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from veneer_registry.errors import VeneerError
+
+from veneer_server.config.kinds import Kind
+
+__all__ = ["PREFIX", "ConfigInvalid", "Option", "setting"]
+
+PREFIX: Final = "VENEER_"
+"""Of the variables."""
+
+T = TypeVar("T")
+
+
+class ConfigInvalid(VeneerError):
+    """A setting is unknown or has a value that cannot be used."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "CONFIG_INVALID"
+
+
+def setting(
+    default: str,
+    kind: Kind[T],
+    help: str,
+    *,
+    also: tuple[str, ...] = (),
+    repeated: bool = False,
+) -> T:
+    """A field of the record, with all that is said of it; see `Option`.
+
+    Typed as its value, so that mypy compares the field's type with the kind's.
+    """
+    metadata = {
+        "default": default,
+        "kind": kind,
+        "help": help,
+        "also": also,
+        "repeated": repeated,
+    }
+    declared: Any = field(default_factory=lambda: kind.parse(default), metadata=metadata)
+    return declared  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting by name.
+
+    Attributes:
+        name: field of `ServerConfig`, key of the file; ``--`` and ``VENEER_``
+            names follow from it.
+        default: as a person would write it.
+        kind: what values it takes, and how they are read.
+        also: other names of the flag, by which other servers call it.
+        repeated: the flag may be given several times, the file's key is a list, and the
+            variable has commas.
+    """
+
+    name: str
+    default: str
+    kind: Kind[Any]
+    help: str
+    also: tuple[str, ...]
+    repeated: bool
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flag and its other names."""
+        return (self.flag, *map(flag_of, self.also))
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def metavar(self) -> str:
+        return self.kind.metavar
+
+    @property
+    def switch(self) -> bool:
+        return not self.metavar
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
