@@ -29,7 +29,7 @@ from veneer_server.constraints.family import Family
 from veneer_server.engine_client.connection import Connection
 from veneer_server.models import source
 from veneer_server.models.source import BaseUnavailable
-from veneer_server.operate import doctor
+from veneer_server.operate.doctor import backends
 from veneer_server.system import machine
 from veneer_server.text.templates.uploaded import UploadedTemplates
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
@@ -112,7 +112,7 @@ def test_the_processes_of_constraints(traps: Ran) -> None:
 
 def test_the_doctors_probe(traps: Ran, tmp_path: Path) -> None:
     flags = {"device": "cpu", "backend": "torch", "cache_dir": str(tmp_path)}
-    found = {check.name for check in doctor._torch(load_config(flags, {}))}
+    found = {check.name for check in backends.torch_checks(load_config(flags, {}))}
     assert "would serve" in found
     assert traps() == []
 

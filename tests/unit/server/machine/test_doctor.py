@@ -15,8 +15,9 @@ import pytest
 from veneer_registry.lock import OwnerLock
 from veneer_server import openai
 from veneer_server.config import load_config
-from veneer_server.operate import doctor
-from veneer_server.operate.doctor import Check, examine, report
+from veneer_server.operate.doctor import backends, machine
+from veneer_server.operate.doctor.check import Check
+from veneer_server.operate.doctor.report import examine, report
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def flags(tmp_path: Path, base_folder: Path) -> dict[str, str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the checks that import torch in a process of its own."""
-    monkeypatch.setattr(doctor, "_torch", lambda config: iter(()))
+    monkeypatch.setattr(backends, "torch_checks", lambda config: iter(()))
 
 
 def checks(**flags: str) -> dict[str, Check]:
@@ -125,7 +126,7 @@ def test_the_kernels_package_must_be_absent(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert checks(**flags)["kernels"].status == "ok"
-    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine, "find_spec", lambda name: object())
     check = checks(**flags)["kernels"]
     assert (check.status, check.fix) == ("problem", "pip uninstall kernels")
 

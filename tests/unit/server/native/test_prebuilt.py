@@ -19,7 +19,7 @@ from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.forms import AVX2, AVX512, FORMS, HEX, compile_forms
 from veneer_server.backends.native.library import Library
 from veneer_server.config import load_config
-from veneer_server.operate import doctor
+from veneer_server.operate.doctor import backends
 
 from tests.backends_ran import native_possible
 from tests.unit.server.native.test_kept_library import broken, for_a_group
@@ -166,7 +166,7 @@ def test_what_is_broken_or_may_be_anybodys_is_not_loaded(
     if "no prebuilt" not in said:
         assert "install Veneer's wheel again" in str(raised.value)
     config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = backends.native_check(config)
     assert check.status == "warning"
     assert said in check.found
 
@@ -187,7 +187,7 @@ def test_one_that_this_cpu_does_not_run(prebuilt: Path, tmp_path: Path) -> None:
 
 def test_the_doctor_says_which_serves(prebuilt: Path, tmp_path: Path) -> None:
     config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = backends.native_check(config)
     assert check.status == "ok"
     assert check.found.startswith("prebuilt, and runs here")
     assert "/nowhere/c++ does not run" in check.found

@@ -1,4 +1,4 @@
-"""``python -m veneer_server.operate.doctor_probe DEVICE``: what torch and bitsandbytes do here.
+"""``python -m veneer_server.operate.doctor.probe DEVICE``: what torch and bitsandbytes do here.
 
 A process of its own, since the front never imports torch and a broken installation may
 end the process that tries it. Prints one JSON object.

@@ -1,0 +1,96 @@
+"""What would execute a step here, tried out in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from veneer_registry.child_python import child_python
+
+from veneer_server.backends.native.chosen import find_library
+from veneer_server.backends.native.compiler import NativeUnavailable, try_out
+from veneer_server.config import ServerConfig
+from veneer_server.operate.doctor.check import Check
+from veneer_server.system.machine import usable_cores
+
+__all__ = ["native_check", "torch_checks"]
+
+
+def torch_checks(config: ServerConfig) -> Iterator[Check]:
+    done = subprocess.run(
+        child_python("-m", "veneer_server.operate.doctor.probe", config.device),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        facts: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield Check(
+            "torch works", "problem", last, "install the torch build that fits this machine"
+        )
+        return
+    native = None
+    if facts["device"] == "cpu" and config.backend != "torch":
+        native = native_check(config)
+    by = "native" if native is not None and native.status == "ok" else "torch"
+    cores = usable_cores()
+    on = facts["cuda"] if facts["device"] == "cuda" else f"the CPU, {cores} cores"
+    if config.device == "cuda" and not facts["cuda"]:
+        yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
+    else:
+        yield Check("would serve", "ok", f"the {by} backend on {on}")
+    threads = config.threads or cores
+    fix = f"--threads {cores}, or 0" if threads > cores else ""
+    found = f"{threads} of {cores} usable cores, {facts['cpu']}"
+    yield Check("threads", "warning" if fix else "ok", found, fix)
+    if facts["four_bit"]:
+        yield Check(
+            "4-bit product",
+            "problem",
+            facts["four_bit"],
+            "install a bitsandbytes for this machine, or serve --quantization none",
+        )
+    else:
+        yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
+    if facts["device"] == "cpu":
+        if native is not None:
+            yield native
+        if by == "torch":
+            yield _packed(facts["packed"])
+
+
+def native_check(config: ServerConfig) -> Check:
+    """Whether steps are executed by the kernels; compiles them, and has a process try them."""
+    fix = "see --backend; the torch backend takes several times as long"
+    if config.dtype != "bfloat16":
+        return Check("native step", "warning", f"not for {config.dtype}", fix)
+    try:
+        avx2 = "avx2" if config.native_instructions == "avx2" else ""
+        library = find_library(config.cache_dir, instructions=avx2)
+        instructions = try_out(library.file)
+    except NativeUnavailable as reason:
+        return Check("native step", "warning", str(reason), fix)
+    if library.why_prebuilt:
+        found = (
+            f"prebuilt, and runs here ({instructions}); not compiled: {library.why_prebuilt}"
+        )
+        return Check("native step", "ok", found)
+    return Check("native step", "ok", f"compiled for this CPU, and runs here ({instructions})")
+
+
+def _packed(packed: bool) -> Check:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    cpu = "this CPU has AVX512-BF16" if "avx512_bf16" in flags else "no AVX512-BF16"
+    if packed:
+        return Check("packed 4-bit", "ok", f"yes: {cpu}")
+    return Check(
+        "packed 4-bit",
+        "warning",
+        f"no: {cpu}",
+        "steps take several times as long: use a CPU with AVX512-BF16, or a GPU",
+    )

@@ -1,0 +1,102 @@
+"""The base model, and whether memory is enough for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from veneer_registry.errors import VeneerError
+
+from veneer_server.config import ServerConfig
+from veneer_server.models.config import DecoderConfig, read_decoder_config
+from veneer_server.models.source import BUNDLED, bundled_damage, bundled_folder
+from veneer_server.operate.doctor.check import INSTALL, Check
+from veneer_server.operate.doctor.places import folder_checks
+from veneer_server.sizing.memory_plan import plan_memory
+from veneer_server.system.machine import find_gpu, host_memory
+
+__all__ = ["base_checks", "memory_check"]
+
+
+def base_checks(config: ServerConfig) -> Iterator[Check]:
+    folder = _base_folder(config)
+    if folder is None:
+        fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
+        if any(check.status == "problem" for check in folder_checks("", "", config.cache_dir)):
+            found = f"{config.base} is not here, and {config.cache_dir} cannot hold it"
+            yield Check(
+                "base", "problem", found, "choose another --cache-dir, or give a folder"
+            )
+            return
+        yield Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        return
+    if config.base == BUNDLED and (damage := bundled_damage(folder)):
+        found = f"{folder} is damaged: {damage}"
+        yield Check("base", "warning", found, "it is fetched again at the next start")
+        return
+    try:
+        decoder = read_decoder_config(folder)
+    except (VeneerError, KeyError, ValueError) as error:
+        yield Check("base", "problem", str(error), "choose another --base")
+        return
+    yield Check("base", "ok", f"{config.base}: {decoder.architecture}")
+    yield _tokenizer(folder, decoder)
+
+
+def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
+    """What the front process reads of the base: its tokenizer and its chat template."""
+    try:
+        # Not at the top: the doctor is who says that a package is missing.
+        from veneer_server.text.templates.template import ChatTemplate, read_base_template
+        from veneer_server.text.tokenizer import TextTokenizer
+
+        tokenizer = TextTokenizer.from_folder(folder)
+        template, special = read_base_template(folder)
+        if template is not None:
+            ChatTemplate(template, special)
+    except ImportError as error:
+        return Check("tokenizer", "problem", str(error), INSTALL)
+    except (VeneerError, ValueError, KeyError) as error:
+        found, _, fix = str(error).partition(": ")
+        return Check("tokenizer", "problem", found, fix or "choose another --base")
+    chats = "a chat template" if template is not None else "no chat template"
+    found = f"{tokenizer.vocab_size} tokens, {chats}"
+    if tokenizer.vocab_size > decoder.vocab_size:
+        return Check(
+            "tokenizer",
+            "warning",
+            f"{found}, but the model has {decoder.vocab_size}",
+            "text with the others is refused: resize the model's embeddings to serve it",
+        )
+    return Check("tokenizer", "ok", found)
+
+
+def _base_folder(config: ServerConfig) -> Path | None:
+    """Where the base is, if it is on this machine or should be."""
+    bundled = bundled_folder(config.cache_dir)
+    if config.base == BUNDLED:
+        return bundled if bundled.is_dir() else None
+    folder = Path(config.base).expanduser()
+    looks_local = folder.is_absolute() or config.base.startswith((".", "~"))
+    return folder if folder.is_dir() or looks_local else None
+
+
+def memory_check(config: ServerConfig) -> Check:
+    folder, host = _base_folder(config), host_memory()
+    where = "this container" if host.contained else "this machine"
+    free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
+    if folder is None:
+        return Check("memory", "ok", f"{free}; the plan needs the base, which is not here")
+    try:
+        plan = plan_memory(read_decoder_config(folder), config, host, find_gpu(config.device))
+    except VeneerError as error:
+        needed, _, fix = str(error).partition(": lower")
+        return Check("memory", "problem", needed, f"lower{fix}" if fix else "another --base")
+    except (KeyError, ValueError):
+        return Check("memory", "ok", f"{free}; no plan without a supported base")
+    needs = next(pool.total for pool in plan.pools if pool.name == "host")
+    if needs > host.available:
+        return Check(
+            "memory", "warning", f"{plan}; {free}", "stop other programs, or lower the budgets"
+        )
+    return Check("memory", "ok", f"{plan}; {free}")

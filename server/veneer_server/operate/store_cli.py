@@ -1,0 +1,114 @@
+"""``veneer-server store``: the adapters in a data folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from veneer_registry.command_line import Program
+
+from veneer_server.config import load_config
+from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
+
+__all__ = ["store_cli"]
+
+store_cli = Program(help="The adapters in a data folder.")
+
+
+@store_cli.command(
+    "verify",
+    epilog="""
+Examples:
+
+  veneer-server store verify                     beside a running server, too
+
+  veneer-server store verify --data-dir /srv/veneer --quarantine
+""",
+)
+@with_flags(options("data_dir"))
+def store_verify(
+    *,
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Serve damaged weights no more (no server may run)."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Read every stored byte and compare it with its digest; exit status 1 if one differs."""
+    from veneer_server.operate.store_command import verify
+
+    def run() -> None:
+        folder = load_config(flags, os.environ).data_dir
+        whole = verify(folder, print, quarantine=quarantine, as_json=as_json)
+        raise typer.Exit(0 if whole else 1)
+
+    guarded(run, debug)
+
+
+@store_cli.command(
+    "gc",
+    epilog="""
+Examples:
+
+  veneer-server store gc --dry-run
+
+  veneer-server store gc --upload-ttl 0 --quarantine
+""",
+)
+@with_flags(options("data_dir", "upload_ttl"))
+def store_gc(
+    *,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Remove what lies in quarantine, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Remove what no adapter needs, and old parts of uploads.
+
+    A running server does so by itself.
+    """
+    from veneer_server.operate.store_command import collect
+
+    def run() -> None:
+        config = load_config(flags, os.environ)
+        collect(
+            config.data_dir,
+            print,
+            upload_hours=config.upload_ttl,
+            quarantine=quarantine,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+
+    guarded(run, debug)
+
+
+@store_cli.command(
+    "recover",
+    epilog="""
+Examples:
+
+  veneer-server store recover                    the catalog is gone, damaged or too old
+
+  veneer-server store recover --data-dir /srv/veneer --json
+""",
+)
+@with_flags(options("data_dir"))
+def store_recover(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> None:
+    """Rebuild the catalog from what can be read of it and from the stored adapters.
+
+    Every stored file is compared with its digest. The old catalog is kept beside the new one.
+    What only the catalog knew and cannot be read (aliases, history, retention, pins) is lost.
+    No server may run.
+    """
+    from veneer_server.operate.store_command import recover
+
+    guarded(
+        lambda: recover(load_config(flags, os.environ).data_dir, print, as_json=as_json), debug
+    )
