@@ -11,22 +11,15 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-import grpc
-from grpc_reflection.v1alpha import reflection
-from veneer_proto.v1 import (
-    adapters_pb2_grpc,
-    inference_pb2_grpc,
-    server_pb2_grpc,
-)
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.base_names import known_names
-from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
 
-from veneer_server.config import Address, ServerConfig
+from veneer_server.config import ServerConfig
+from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
 from veneer_server.logs import get_logger, show_status
 from veneer_server.models.config import read_decoder_config
@@ -35,15 +28,9 @@ from veneer_server.openai import require_gateway
 from veneer_server.progress import SINK, Display
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
-from veneer_server.rpc.health import SERVICES, Health
-from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
-from veneer_server.rpc.interceptors import CallInterceptor
-from veneer_server.rpc.open_calls import OpenCalls
+from veneer_server.rpc.health import Health
+from veneer_server.rpc.inference_service import InferenceService
 from veneer_server.rpc.server_service import ServerService
-from veneer_server.rpc.transport.channel import channel_options
-from veneer_server.rpc.transport.connections import Connections
-from veneer_server.rpc.transport.later import Later
-from veneer_server.rpc.transport.receiving import Receiving
 from veneer_server.serving.adapters.budgets import AdapterBudgets
 from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.self_test import SelfTest
@@ -55,30 +42,18 @@ from veneer_server.serving.housekeeping import Housekeeping
 from veneer_server.serving.threads import Background
 from veneer_server.sizing.memory_plan import MemoryPlan
 from veneer_server.startup import engine_config, fingerprint_of, memory_for, replan
-from veneer_server.system.descriptors import Descriptors, share_descriptors
-from veneer_server.system.hosts import AllowedHosts
+from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
-from veneer_server.telemetry.scrape import ScrapeServer
 from veneer_server.text.defaults import read_defaults
 from veneer_server.text.prompts import Prompts
 from veneer_server.wire.messages import EngineInfo
 
-if TYPE_CHECKING:
-    from veneer_server.openai.gateway import Gateway
-
-__all__ = ["App", "CannotListen"]
+__all__ = ["App"]
 
 _STOP_GRACE_S: Final = 1.0
 
 _log = get_logger(__name__)
-
-
-class CannotListen(VeneerError):
-    """An address is taken or does not exist."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "CANNOT_LISTEN"
 
 
 class App:
@@ -104,15 +79,14 @@ class App:
         self._health = Health()
         self._events = AdapterEvents()
         self._pace = Pace(config.refusal_rate)
-        self._descriptors = Descriptors(limit=0, connections=config.max_connections)
         self._stop_asked = asyncio.Event()
-        self._server: Any = None
-        self._gateway: Gateway | None = None
-        self._scraping: ScrapeServer | None = None
-        self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
-        self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
-        self._about = Later(server_pb2_grpc.ServerServiceServicer)
-        self._check_wire: Callable[[bytes], None] = lambda request: None
+        self._doors = Doors(
+            config,
+            metrics=self._metrics,
+            calls=self._calls,
+            health=self._health,
+            pace=self._pace,
+        )
         self._engine_up = False
 
     async def run_until_signal(self) -> None:
@@ -164,22 +138,15 @@ class App:
         config = self._config
         if config.openai_listen is not None:
             require_gateway()
-        self._descriptors = share_descriptors(
+        descriptors = share_descriptors(
             wanted=config.max_connections, ports=1 if config.openai_listen is None else 2
         )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
         # Then the ports: one that is taken is told at once too, and whoever calls while the
         # base is fetched and loaded is told so.
-        metrics_address = await self._serve_metrics()
-        openai_address = await self._serve_openai()
-        grpc_address = await self._serve_grpc()
-        _log.info(
-            "listening",
-            grpc=str(grpc_address),
-            metrics=str(metrics_address or "off"),
-            openai=str(openai_address or "off"),
-        )
+        bound = await self._doors.open(self._resources, descriptors.connections)
+        _log.info("listening", **bound.told("off"))
         base_folder = await asyncio.to_thread(
             resolve_base,
             config.base,
@@ -212,9 +179,7 @@ class App:
             )
         )
         self._resources.callback(registry.close)
-        if self._scraping is not None:
-            self._metrics.ask(registry)
-            self._resources.push_async_callback(self._scraping.stop)  # before what it asks
+        self._doors.scrape(registry, self._resources)
         self._events.name_by(registry.names)
         housekeeping = Housekeeping(
             registry,
@@ -257,13 +222,9 @@ class App:
             # When nothing runs, the last busy minute's steps say nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
-        if self._gateway is not None:
-            self._answer_openai(generator, registry, engine, base)
-        self._inference.answer_by(
-            inference := InferenceService(generator, reader_limit_s=config.reader_limit)
-        )
-        self._check_wire = inference.check_wire
-        self._adapters.answer_by(
+        self._answer_openai(generator, registry, engine, base)
+        self._doors.answer_grpc(
+            InferenceService(generator, reader_limit_s=config.reader_limit),
             AdapterService(
                 registry,
                 engine,
@@ -280,12 +241,10 @@ class App:
                     registry, engine, prompts, use, dtype=config.dtype, exact=config.exact
                 ),
                 keep_residents=housekeeping.keep_residents,
-            )
+            ),
+            ServerService(config, base, registry, engine, self._metrics, budgets, defaults),
         )
-        self._about.answer_by(
-            ServerService(config, base, registry, engine, self._metrics, budgets, defaults)
-        )
-        _log.info("loading", base=base.name, grpc=str(grpc_address))
+        _log.info("loading", base=base.name, grpc=str(bound.grpc))
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
@@ -295,7 +254,7 @@ class App:
         self._calls.serve()
         self._tell_ready()
         await self._health.loaded()
-        self._ready(base, info, memory, grpc_address, metrics_address, openai_address)
+        self._ready(base, info, memory, bound)
 
     async def drain(self) -> None:
         """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
@@ -304,18 +263,15 @@ class App:
         self._tell_ready()
         self._pace.stop()
         self._events.close()  # a watch has no end of its own
-        if self._gateway is not None:
-            self._gateway.stop_accepting()
-        if self._server is None:
+        self._doors.stop_accepting()
+        if not self._doors.opened:
             return
         _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
         cut_off = await self._calls.finish(self._config.grace)
         if cut_off:
             _log.warning("calls ended by the grace period", calls=cut_off)
         # What is left are health watchers and reflection; answers get out in time.
-        await self._server.stop(_STOP_GRACE_S)
-        if self._gateway is not None:
-            await self._gateway.stop()
+        await self._doors.stop(_STOP_GRACE_S)
 
     def _on_signal(self, number: int) -> None:
         if self._stop_asked.is_set():
@@ -367,95 +323,15 @@ class App:
         auto = self._config.backend == "auto" and info.device == "cpu"
         return info.why_not_native if auto else ""
 
-    async def _serve_metrics(self) -> Address | None:
-        wanted = self._config.metrics_listen
-        if wanted is None:
-            return None
-        hosts = AllowedHosts(wanted, self._config.allowed_hosts)
-        scraping = ScrapeServer(self._metrics.registry, hosts)
-        try:
-            address = await scraping.start(wanted)
-        except OSError as error:
-            raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
-        self._scraping = scraping
-        self._resources.push_async_callback(scraping.stop)
-        return address
-
-    async def _serve_grpc(self) -> Address:
-        wanted = self._config.listen
-        capacity = self._config.max_running + self._config.max_queue
-        connections = Connections(self._descriptors.connections)
-        server = grpc.aio.server(
-            interceptors=[
-                CallInterceptor(
-                    self._metrics,
-                    self._calls,
-                    Receiving(limit_s=self._config.reader_limit),
-                    open_calls=OpenCalls(watchers=self._config.max_watchers),
-                    connections=connections,
-                    checks=dict.fromkeys(
-                        GENERATE_METHODS, lambda request: self._check_wire(request)
-                    ),
-                    pace=self._pace,
-                )
-            ],
-            options=channel_options(
-                reader_limit_s=self._config.reader_limit,
-                connections=self._descriptors.connections,
-                generations=capacity,
-            ),
-        )
-        # Servicers by their methods; the generated functions want their class.
-        inference: Any = self._inference
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-        adapters: Any = self._adapters
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
-        about: Any = self._about
-        server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
-        await self._health.add_to(server)
-        reflection.enable_server_reflection(
-            [*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME], server
-        )
-        try:
-            port = server.add_insecure_port(str(wanted))
-        except RuntimeError as error:
-            raise _cannot_listen("--listen", wanted, str(error)) from error
-        await server.start()
-        self._server = server
-        self._resources.push_async_callback(server.stop, 0)
-        self._resources.callback(asyncio.create_task(connections.watch(port)).cancel)
-        return Address(wanted.host, port)
-
-    async def _serve_openai(self) -> Address | None:
-        wanted = self._config.openai_listen
-        if wanted is None:
-            return None
-        # Here, since what it imports is an extra.
-        from veneer_server.openai.gateway import Gateway
-
-        gateway = Gateway(
-            calls=self._calls,
-            metrics=self._metrics,
-            hosts=AllowedHosts(wanted, self._config.allowed_hosts),
-            reader_limit_s=self._config.reader_limit,
-            max_connections=self._descriptors.connections,
-            pace=self._pace,
-        )
-        try:
-            address = await gateway.start(wanted)
-        except OSError as error:
-            raise _cannot_listen("--openai-listen", wanted, str(error)) from error
-        self._gateway = gateway
-        self._resources.push_async_callback(gateway.stop)
-        return address
-
     def _answer_openai(
         self, generator: Generator, registry: Registry, engine: EngineClient, base: BaseSpec
     ) -> None:
+        if self._doors.gateway is None:
+            return
+        # Here, since what it imports is an extra.
         from veneer_server.openai.generate import Loaded
 
-        assert self._gateway is not None
-        self._gateway.answer_by(
+        self._doors.gateway.answer_by(
             Loaded(generator=generator, registry=registry, engine=engine, base=base)
         )
 
@@ -464,36 +340,23 @@ class App:
         base: BaseSpec,
         info: EngineInfo,
         memory: MemoryPlan,
-        listening: Address,
-        metrics: Address | None,
-        openai: Address | None,
+        bound: Bound,
     ) -> None:
         config = self._config
         if config.port_file is not None:
-            addresses = {
-                "grpc": str(listening),
-                "metrics": str(metrics or ""),
-                "openai": str(openai or ""),
-            }
             partial = config.port_file.with_name(config.port_file.name + ".partial")
-            partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(bound.told("")) + "\n", encoding="utf-8")
             # By rename, so that a reader never sees half of it.
             partial.replace(config.port_file)
+        listening = "  ".join(f"{name}={at}" for name, at in bound.told("off").items())
         why = self._why_slower(info)
         slower = f" (several times slower than native: {why})" if why else ""
         show_status("")  # adapters may be on their way back
         self._announce(
-            f"veneer ready  grpc={listening}  metrics={metrics or 'off'}  "
-            f"openai={openai or 'off'}  base={base.name} "
+            f"veneer ready  {listening}  base={base.name} "
             f"({config.quantization}, {config.dtype})  device={info.device}  "
             f"backend={info.backend}{slower}  context={info.context_length}  "
             f"kv={info.kv_cache_tokens} tokens  "
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
         )
-
-
-def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
-    return CannotListen(
-        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}"
-    )

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from veneer_registry.errors import InternalError
-from veneer_server.app import App, CannotListen
+from veneer_server.app import App
 from veneer_server.config import ConfigInvalid, load_config
+from veneer_server.doors import CannotListen
 from veneer_server.openai import GatewayMissing, require_gateway
 from veneer_server.openai.http.asgi import ABORT, ReaderStopped, Reply
 from veneer_server.wire.messages import SequenceOutput
@@ -125,8 +126,8 @@ async def test_a_reader_that_stops_is_bounded_and_loses_its_place(
             await until(lambda: front.engine.cancelled == 1)
             assert front.engine.in_flight == 0
             # Dropped, not left to end when the reader likes.
-            assert front.app._gateway is not None
-            connections = front.app._gateway._uvicorn.server_state.connections
+            assert front.app._doors.gateway is not None
+            connections = front.app._doors.gateway._uvicorn.server_state.connections
             await until(lambda: not connections)
             reader.setblocking(False)
             loop = asyncio.get_running_loop()

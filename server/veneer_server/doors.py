@@ -1,0 +1,224 @@
+"""The server's sockets: gRPC, the HTTP gateway and Prometheus.
+
+They are opened before the base is loaded, so that a port that is taken is told at once, and
+whoever calls meanwhile is told that the model is loading. What answers is given to them later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_grpc
+from veneer_registry.errors import VeneerError
+from veneer_registry.registry import Registry
+
+from veneer_server.config import Address, ServerConfig
+from veneer_server.queues.refusal_pace import Pace
+from veneer_server.rpc.adapter_service import AdapterService
+from veneer_server.rpc.health import SERVICES, Health
+from veneer_server.rpc.inference_service import GENERATE_METHODS, InferenceService
+from veneer_server.rpc.interceptors import CallInterceptor
+from veneer_server.rpc.open_calls import OpenCalls
+from veneer_server.rpc.server_service import ServerService
+from veneer_server.rpc.transport.channel import channel_options
+from veneer_server.rpc.transport.connections import Connections
+from veneer_server.rpc.transport.later import Later
+from veneer_server.rpc.transport.receiving import Receiving
+from veneer_server.serving.calls import Calls
+from veneer_server.system.hosts import AllowedHosts
+from veneer_server.telemetry.metrics import Metrics
+from veneer_server.telemetry.scrape import ScrapeServer
+
+if TYPE_CHECKING:
+    from veneer_server.openai.gateway import Gateway
+
+__all__ = ["Bound", "CannotListen", "Doors"]
+
+
+class CannotListen(VeneerError):
+    """An address is taken or does not exist."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "CANNOT_LISTEN"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Where the sockets listen; None for one that is off."""
+
+    grpc: Address
+    metrics: Address | None
+    openai: Address | None
+
+    def told(self, off: str) -> dict[str, str]:
+        """By name, as text; ``off`` for those that are."""
+        return {
+            "grpc": str(self.grpc),
+            "metrics": str(self.metrics or off),
+            "openai": str(self.openai or off),
+        }
+
+
+class Doors:
+    """`open` them, then give them what answers; `stop_accepting` and `stop` close them."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        metrics: Metrics,
+        calls: Calls,
+        health: Health,
+        pace: Pace,
+    ) -> None:
+        self.gateway: Gateway | None = None
+        self._config = config
+        self._metrics = metrics
+        self._calls = calls
+        self._health = health
+        self._pace = pace
+        self._server: Any = None
+        self._scraping: ScrapeServer | None = None
+        self._inference = Later(inference_pb2_grpc.InferenceServiceServicer)
+        self._adapters = Later(adapters_pb2_grpc.AdapterServiceServicer)
+        self._about = Later(server_pb2_grpc.ServerServiceServicer)
+        self._check_wire: Callable[[bytes], None] = lambda request: None
+
+    async def open(self, resources: AsyncExitStack, connections: int) -> Bound:
+        """Listen on all that are wanted; ``resources`` closes them.
+
+        Args:
+            connections: that each port may hold.
+
+        Raises:
+            CannotListen: an address cannot be had.
+        """
+        metrics = await self._open_metrics(resources)
+        openai = await self._open_openai(resources, connections)
+        return Bound(await self._open_grpc(resources, connections), metrics, openai)
+
+    @property
+    def opened(self) -> bool:
+        """Calls may have come."""
+        return self._server is not None
+
+    def scrape(self, registry: Registry, resources: AsyncExitStack) -> None:
+        """Let Prometheus ask the registry too, until ``resources`` closes it."""
+        if self._scraping is not None:
+            self._metrics.ask(registry)
+            resources.push_async_callback(self._scraping.stop)  # before what it asks
+
+    def answer_grpc(
+        self, inference: InferenceService, adapters: AdapterService, about: ServerService
+    ) -> None:
+        """By these from now on."""
+        self._inference.answer_by(inference)
+        self._check_wire = inference.check_wire
+        self._adapters.answer_by(adapters)
+        self._about.answer_by(about)
+
+    def stop_accepting(self) -> None:
+        """No new connections to the gateway."""
+        if self.gateway is not None:
+            self.gateway.stop_accepting()
+
+    async def stop(self, grace_s: float) -> None:
+        """End what is left; answers get out within the grace."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self.gateway is not None:
+            await self.gateway.stop()
+
+    async def _open_metrics(self, resources: AsyncExitStack) -> Address | None:
+        wanted = self._config.metrics_listen
+        if wanted is None:
+            return None
+        hosts = AllowedHosts(wanted, self._config.allowed_hosts)
+        scraping = ScrapeServer(self._metrics.registry, hosts)
+        try:
+            address = await scraping.start(wanted)
+        except OSError as error:
+            raise _cannot_listen("--metrics-listen", wanted, str(error)) from error
+        self._scraping = scraping
+        resources.push_async_callback(scraping.stop)
+        return address
+
+    async def _open_grpc(self, resources: AsyncExitStack, most: int) -> Address:
+        wanted = self._config.listen
+        capacity = self._config.max_running + self._config.max_queue
+        connections = Connections(most)
+        server = grpc.aio.server(
+            interceptors=[
+                CallInterceptor(
+                    self._metrics,
+                    self._calls,
+                    Receiving(limit_s=self._config.reader_limit),
+                    open_calls=OpenCalls(watchers=self._config.max_watchers),
+                    connections=connections,
+                    checks=dict.fromkeys(
+                        GENERATE_METHODS, lambda request: self._check_wire(request)
+                    ),
+                    pace=self._pace,
+                )
+            ],
+            options=channel_options(
+                reader_limit_s=self._config.reader_limit,
+                connections=most,
+                generations=capacity,
+            ),
+        )
+        # Servicers by their methods; the generated functions want their class.
+        inference: Any = self._inference
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        adapters: Any = self._adapters
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+        about: Any = self._about
+        server_pb2_grpc.add_ServerServiceServicer_to_server(about, server)
+        await self._health.add_to(server)
+        reflection.enable_server_reflection(
+            [*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME], server
+        )
+        try:
+            port = server.add_insecure_port(str(wanted))
+        except RuntimeError as error:
+            raise _cannot_listen("--listen", wanted, str(error)) from error
+        await server.start()
+        self._server = server
+        resources.push_async_callback(server.stop, 0)
+        resources.callback(asyncio.create_task(connections.watch(port)).cancel)
+        return Address(wanted.host, port)
+
+    async def _open_openai(self, resources: AsyncExitStack, most: int) -> Address | None:
+        wanted = self._config.openai_listen
+        if wanted is None:
+            return None
+        # Here, since what it imports is an extra.
+        from veneer_server.openai.gateway import Gateway
+
+        gateway = Gateway(
+            calls=self._calls,
+            metrics=self._metrics,
+            hosts=AllowedHosts(wanted, self._config.allowed_hosts),
+            reader_limit_s=self._config.reader_limit,
+            max_connections=most,
+            pace=self._pace,
+        )
+        try:
+            address = await gateway.start(wanted)
+        except OSError as error:
+            raise _cannot_listen("--openai-listen", wanted, str(error)) from error
+        self.gateway = gateway
+        resources.push_async_callback(gateway.stop)
+        return address
+
+
+def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
+    return CannotListen(
+        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}"
+    )
