@@ -12,77 +12,38 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Final
 
-import yaml
+from veneer_labs.recipes.sql_schema import (
+    Column,
+    Domain,
+    Table,
+    insert_rows,
+    read_domains,
+    singular,
+)
 
 __all__ = ["build"]
 
 _TRAIN: Final = 2400
 _VAL: Final = 160
-_ROWS: Final = (8, 14)
 
 _Maker = Callable[["_Draw"], tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """Attributes:
-    kind: text, integer, real or date.
-    words: what people call it.
-    values: of a text column.
-    low, high: of a number.
-    """
-
-    name: str
-    kind: str
-    words: str
-    values: tuple[str, ...] = ()
-    low: int = 1
-    high: int = 100
-
-    @property
-    def sql_type(self) -> str:
-        return {"text": "TEXT", "integer": "INTEGER", "real": "REAL", "date": "TEXT"}[self.kind]
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    name: str
-    words: str
-    columns: tuple[_Column, ...]
-    parent: str = ""
-
-    def create(self) -> str:
-        columns = ["id INTEGER PRIMARY KEY"]
-        columns += [f"{c.name} {c.sql_type}" for c in self.columns]
-        if self.parent:
-            columns.append(f"{self.parent}_id INTEGER")
-        return f"CREATE TABLE {self.name} ({', '.join(columns)});"
-
-
-@dataclass(frozen=True, slots=True)
-class _Domain:
-    parent: _Table
-    child: _Table
-    link: str
 
 
 class _Draw:
     """Choices for one sample."""
 
-    def __init__(self, domain: _Domain, rng: random.Random) -> None:
+    def __init__(self, domain: Domain, rng: random.Random) -> None:
         self.rng = rng
         self.domain = domain
         self.table = rng.choice((domain.parent, domain.child))
 
-    def column(self, *kinds: str, of: _Table | None = None) -> _Column:
+    def column(self, *kinds: str, of: Table | None = None) -> Column:
         table = of or self.table
         return self.rng.choice([c for c in table.columns if c.kind in kinds])
 
-    def two(self, *kinds: str) -> tuple[_Column, _Column]:
+    def two(self, *kinds: str) -> tuple[Column, Column]:
         found = [c for c in self.table.columns if c.kind in kinds]
         first, second = self.rng.sample(found, 2)
         return first, second
@@ -90,13 +51,13 @@ class _Draw:
     def say(self, *forms: str) -> str:
         return self.rng.choice(forms)
 
-    def number(self, column: _Column) -> int:
+    def number(self, column: Column) -> int:
         return self.rng.randint(
             column.low + (column.high - column.low) // 4,
             column.high - (column.high - column.low) // 4,
         )
 
-    def condition(self, table: _Table | None = None) -> tuple[str, str]:
+    def condition(self, table: Table | None = None) -> tuple[str, str]:
         """Words and SQL of one."""
         column = self.column("text", "integer", "real", "date", of=table)
         match column.kind:
@@ -224,8 +185,8 @@ def _top(draw: _Draw) -> tuple[str, str]:
     order = "DESC" if most else "ASC"
     if count == 1:
         ask = draw.say(
-            f"What is the {shown.words} of the {_one(table)} with the {words}?",
-            f"Which {shown.words} has the {_one(table)} with the {words}?",
+            f"What is the {shown.words} of the {singular(table)} with the {words}?",
+            f"Which {shown.words} has the {singular(table)} with the {words}?",
         )
     else:
         ask = draw.say(
@@ -287,9 +248,9 @@ def _join(draw: _Draw) -> tuple[str, str]:
         return ask, f"SELECT {child.name}.{shown.name} {joined} {where};"
     ask = draw.say(
         f"Show the {shown.words} of each of the {child.words} with the {about.words} of its "
-        f"{_one(parent)}.",
+        f"{singular(parent)}.",
         f"List the {shown.words} of each of the {child.words} together with the "
-        f"{about.words} of its {_one(parent)}.",
+        f"{about.words} of its {singular(parent)}.",
     )
     return ask, f"SELECT {child.name}.{shown.name}, {parent.name}.{about.name} {joined};"
 
@@ -307,40 +268,7 @@ _MAKERS: Final[tuple[tuple[_Maker, int], ...]] = (
 )
 
 
-def _one(table: _Table) -> str:
-    """books -> book: words of tables are plurals that end in s."""
-    return table.words.removesuffix("s")
-
-
-def _value(column: _Column, rng: random.Random) -> object:
-    match column.kind:
-        case "text":
-            if column.values:
-                return rng.choice(column.values)
-            return rng.choice("ABCDEFGHKLMPRST") + "".join(rng.choices("aeionrst", k=5))
-        case "integer":
-            return rng.randint(column.low, column.high)
-        case "real":
-            return round(rng.uniform(column.low, column.high), 1)
-        case _:
-            return f"{rng.randint(2015, 2024)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-
-
-def _rows(domain: _Domain, rng: random.Random) -> list[str]:
-    """INSERT statements."""
-    parents = rng.randint(3, 6)
-    statements = []
-    for table, count in ((domain.parent, parents), (domain.child, rng.randint(*_ROWS))):
-        for number in range(1, count + 1):
-            values = [number, *(_value(c, rng) for c in table.columns)]
-            if table.parent:
-                values.append(rng.randint(1, parents))
-            told = ", ".join(f"'{v}'" if isinstance(v, str) else str(v) for v in values)
-            statements.append(f"INSERT INTO {table.name} VALUES ({told});")
-    return statements
-
-
-def _sample(domain: _Domain, rng: random.Random) -> dict[str, Any]:
+def _sample(domain: Domain, rng: random.Random) -> dict[str, Any]:
     makers, weights = zip(*_MAKERS, strict=True)
     maker: _Maker = rng.choices(makers, weights)[0]
     ask, statement = maker(_Draw(domain, rng))
@@ -350,32 +278,8 @@ def _sample(domain: _Domain, rng: random.Random) -> dict[str, Any]:
             {"role": "user", "content": f"{schema}\n\n{ask}"},
             {"role": "assistant", "content": statement},
         ],
-        "check": {"sql": {"setup": "\n".join([schema, *_rows(domain, rng)])}},
+        "check": {"sql": {"setup": "\n".join([schema, *insert_rows(domain, rng)])}},
     }
-
-
-def _domains() -> list[_Domain]:
-    text = (
-        resources.files("veneer_labs.recipes").joinpath("sql_domains.yaml").read_text("utf-8")
-    )
-    found = []
-    for entry in yaml.safe_load(text):
-        parent = _table(entry["parent"], "")
-        child = _table(entry["child"], _one(parent).replace(" ", "_"))
-        found.append(_Domain(parent, child, entry["link"]))
-    return found
-
-
-def _table(entry: dict[str, Any], parent: str) -> _Table:
-    columns = []
-    for name, facts in entry["columns"].items():
-        kind, _, rest = str(facts).partition(" ")
-        words, _, values = rest.partition(": ")
-        numeric = kind in ("integer", "real")
-        low, high = (int(v) for v in values.split(" to ")) if numeric else (0, 0)
-        texts = tuple(values.split(", ")) if kind == "text" and values else ()
-        columns.append(_Column(name, kind, words, texts, low, high))
-    return _Table(entry["table"], entry["words"], tuple(columns), parent)
 
 
 def _returns_something(sample: dict[str, Any]) -> bool:
@@ -386,9 +290,7 @@ def _returns_something(sample: dict[str, Any]) -> bool:
     return bool(rows) and rows not in ([(None,)], [(0,)])
 
 
-def _samples(
-    domains: Sequence[_Domain], count: int, rng: random.Random
-) -> list[dict[str, Any]]:
+def _samples(domains: Sequence[Domain], count: int, rng: random.Random) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
         sample = _sample(rng.choice(domains), rng)
@@ -400,7 +302,7 @@ def _samples(
 def build(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and validation samples, the same for the same ``seed``."""
     rng = random.Random(seed)
-    domains = _domains()
+    domains = read_domains()
     rng.shuffle(domains)
     held_out = max(1, len(domains) // 6)
     val = _samples(domains[:held_out], _VAL, rng)

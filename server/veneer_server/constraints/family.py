@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import selectors
 import socket
 import subprocess
 from collections import deque
@@ -28,7 +29,7 @@ from veneer_server.constraints.frames import (
     receive,
 )
 
-__all__ = ["MARKER_BYTES", "Child", "Family"]
+__all__ = ["MARKER_BYTES", "Child", "Family", "Sockets"]
 
 MARKER_BYTES: Final = 8
 
@@ -180,3 +181,57 @@ class Family:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class Sockets:
+    """What the watching thread waits for: each child, the parent, and `poke`."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+
+    def poke(self) -> None:
+        """Let `wait` return at once. Any thread may call."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, timeout: float | None) -> list[tuple[Child | None, int]]:
+        """Those that can be read or written, with the selector's mask; None is the parent."""
+        found: list[tuple[Child | None, int]] = []
+        for key, mask in self._selector.select(timeout):
+            if key.fileobj == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                found.append((key.data, mask))
+        return found
+
+    def add_child(self, child: Child) -> None:
+        self._selector.register(child.connection, selectors.EVENT_READ, child)
+
+    def add_parent(self, family: Family) -> None:
+        """From now on `Family.receive` does not block."""
+        family.control.setblocking(False)
+        self._selector.register(family.control, selectors.EVENT_READ)
+
+    def has(self, child: Child) -> bool:
+        return child.connection in self._selector.get_map()
+
+    def remove(self, of: Child | Family) -> None:
+        """Harmless for one that is not there."""
+        connection = of.connection if isinstance(of, Child) else of.control
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(connection)
+
+    def write_too(self, child: Child) -> None:
+        """Be told when a child's full socket takes more."""
+        try:
+            key = self._selector.get_key(child.connection)
+        except KeyError:
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.backlog else 0)
+        if key.events != wanted:
+            self._selector.modify(child.connection, wanted, child)
+
+    def close(self) -> None:
+        os.close(self._wake)
+        self._selector.close()

@@ -9,7 +9,7 @@ from typing import Final
 from veneer_registry.errors import InvalidField
 
 from veneer_server.constraints.family import Child
-from veneer_server.step.plan import ConstraintFailure
+from veneer_server.step.plan import ConstraintFailure, Following
 from veneer_server.wire.messages import Constraint
 
 __all__ = ["DEATHS", "SLOW_MASK_S", "SLOW_TRIAL_S", "Followed", "refusal"]
@@ -63,6 +63,15 @@ class Followed:
     def ready(self) -> bool:
         """What the next step needs to know of it is known."""
         return self.mask_at == len(self.tokens) or self.stopped or self.failure is not None
+
+    def how(self) -> Following:
+        """How it goes on; held from now on where that is LATE."""
+        if self.stopped:
+            return Following.COMPLETE
+        if self.slow and not self.ready:
+            self.held = True
+            return Following.LATE
+        return Following.GOES_ON
 
     def replay(self) -> list[tuple[list[int], bool]]:
         """Its tokens in pieces, and whether each is the last."""

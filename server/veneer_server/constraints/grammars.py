@@ -11,7 +11,6 @@ is late is not waited for: its sequence is left out of steps until it is there.
 from __future__ import annotations
 
 import logging
-import os
 import selectors
 import signal
 import threading
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
 
-from veneer_server.constraints.family import Child, Family
+from veneer_server.constraints.family import Child, Family, Sockets
 from veneer_server.constraints.following import SLOW_MASK_S, SLOW_TRIAL_S, Followed, refusal
 from veneer_server.constraints.frames import (
     LONGEST,
@@ -99,9 +98,7 @@ class Grammars:
             unhold=unhold,
             report=report,
         )
-        self._selector = selectors.DefaultSelector()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._sockets = Sockets()
         self._stop = threading.Event()
         self._lost = False
         self._started_at = 0.0
@@ -145,7 +142,7 @@ class Grammars:
             self.close()
             return False
         self._ready = True
-        self._watch_control()
+        self._sockets.add_parent(self._family)
         self._matchers.prepare()
         self._thread.start()
         return True
@@ -153,14 +150,13 @@ class Grammars:
     def close(self) -> None:
         """End all processes. Sequences that wait are told nothing."""
         self._stop.set()
-        self._poke()
+        self._sockets.poke()
         if self._thread.is_alive():
             self._thread.join()
         self._family.end()
         for child in self._children.values():
             child.close()
-        os.close(self._wake)
-        self._selector.close()
+        self._sockets.close()
 
     def __len__(self) -> int:
         """Sequences there are now."""
@@ -184,7 +180,7 @@ class Grammars:
             outcome = self._tryouts.ask(sequence, constraint, caller)
             if outcome is not None:
                 self._follow(followed, outcome)
-        self._poke()
+        self._sockets.poke()
 
     def forget(self, sequence: int) -> None:
         """The sequence has ended; harmless for one without a constraint."""
@@ -194,7 +190,7 @@ class Grammars:
                 return
             self._tryouts.leave(sequence)
             self._matchers.forget(followed)
-        self._poke()
+        self._sockets.poke()
 
     def allowed(self, sequence: int, until: float) -> NDArray[np.bool_] | Following:
         """Tokens that may come next: [vocab] bool, at least one of them True.
@@ -232,10 +228,10 @@ class Grammars:
             followed = [self._followed[sequence] for sequence in chosen]
             self._matchers.advance(followed, chosen)
             if any(child.backlog for child in self._children.values()):
-                self._poke()
+                self._sockets.poke()
             quick = [f for f in followed if not f.slow]
             self._await(quick, lambda f: f.confirmed == len(f.tokens) or f.ready, until)
-            return {f.sequence: self._how(f) for f in followed}
+            return {f.sequence: f.how() for f in followed}
 
     def ending(self, sequence: int) -> ConstraintFailure | Following:
         """How a sequence goes on that was held until now."""
@@ -243,15 +239,7 @@ class Grammars:
             followed = self._followed.get(sequence)
             if followed is None:
                 return Following.GOES_ON
-            return followed.failure or self._how(followed)
-
-    def _how(self, followed: Followed) -> Following:
-        if followed.stopped:
-            return Following.COMPLETE
-        if followed.slow and not followed.ready:
-            followed.held = True
-            return Following.LATE
-        return Following.GOES_ON
+            return followed.failure or followed.how()
 
     def _await(
         self, followed: list[Followed], known: Callable[[Followed], bool], until: float
@@ -290,21 +278,14 @@ class Grammars:
     def _fork(self, role: Role) -> Child:
         child = self._family.fork(role)
         self._children[child.number] = child
-        self._selector.register(child.connection, selectors.EVENT_READ, child)
+        self._sockets.add_child(child)
         return child
 
     # ----------------------------------------------------------------- the watching thread
 
-    def _poke(self) -> None:
-        os.eventfd_write(self._wake, 1)
-
     def _start(self) -> None:
         self._started_at = time.monotonic()
         self._family.start()
-
-    def _watch_control(self) -> None:
-        self._family.control.setblocking(False)
-        self._selector.register(self._family.control, selectors.EVENT_READ)
 
     def _watch(self) -> None:
         buffer = bytearray(LONGEST)
@@ -314,20 +295,18 @@ class Grammars:
                 continue
             with self._news:
                 timeout = self._prepare(time.monotonic())
-            events = self._selector.select(timeout)
+            events = self._sockets.wait(timeout)
             with self._news:
-                for key, mask in events:
-                    if isinstance(key.data, Child):
-                        if key.data.number not in self._children:
-                            continue  # its end was heard of just before
-                        if mask & selectors.EVENT_WRITE:
-                            key.data.flush()
-                        if mask & selectors.EVENT_READ:
-                            self._hear(key.data, buffer)
-                    elif key.fileobj == self._wake:
-                        os.eventfd_read(self._wake)
-                    else:
+                for child, mask in events:
+                    if child is None:
                         self._hear_parent()
+                        continue
+                    if child.number not in self._children:
+                        continue  # its end was heard of just before
+                    if mask & selectors.EVENT_WRITE:
+                        child.flush()
+                    if mask & selectors.EVENT_READ:
+                        self._hear(child, buffer)
                 self._news.notify_all()
 
     def _prepare(self, now: float) -> float | None:
@@ -339,22 +318,12 @@ class Grammars:
         self._matchers.tick(now)
         self._tryouts.start(now)
         for child in self._children.values():
-            self._write_too(child)
+            self._sockets.write_too(child)
         times = [self._tryouts.next_time(), self._matchers.next_time()]
         if not self._ready:
             times.append(self._started_at + _READY_S)
         soonest = min((t for t in times if t is not None), default=None)
         return None if soonest is None else max(0.0, soonest - now) + 0.001
-
-    def _write_too(self, child: Child) -> None:
-        """Be told when a child's full socket takes more."""
-        try:
-            key = self._selector.get_key(child.connection)
-        except KeyError:
-            return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.backlog else 0)
-        if key.events != wanted:
-            self._selector.modify(child.connection, wanted, child)
 
     def _hear(self, child: Child, buffer: bytearray) -> None:
         while True:
@@ -364,7 +333,7 @@ class Grammars:
                 return
             if message is None:
                 # The parent says how it ended, which is what counts.
-                self._selector.unregister(child.connection)
+                self._sockets.remove(child)
                 return
             if isinstance(message, Compiled | Verdict):
                 self._tryouts.heard(child, message)
@@ -387,10 +356,9 @@ class Grammars:
                     return
 
     def _ended(self, child: Child, ended_by: int) -> None:
-        if child.connection in self._selector.get_map():
+        if self._sockets.has(child):
             self._hear(child, bytearray(LONGEST))  # what it said before it ended
-        if child.connection in self._selector.get_map():
-            self._selector.unregister(child.connection)
+        self._sockets.remove(child)
         if child.role == "trial":
             self._tryouts.ended(child, ended_by)
         else:
@@ -400,7 +368,7 @@ class Grammars:
     def _lose_parent(self) -> None:
         """The parent process has ended, or does not answer; all its children go with it."""
         log.warning("the processes of constraints ended; starting them again")
-        self._selector.unregister(self._family.control)
+        self._sockets.remove(self._family)
         self._family.end()
         self._lost = True
 
@@ -416,7 +384,7 @@ class Grammars:
                 continue
             with self._news:
                 self._lost = self._ready = False
-                self._watch_control()
+                self._sockets.add_parent(self._family)
                 for number in list(self._children):
                     self._ended(self._children.pop(number), signal.SIGKILL)
             return

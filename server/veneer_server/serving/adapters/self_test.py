@@ -10,31 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import (
-    AdapterBudgetExceeded,
     AdapterCorrupt,
-    AdapterNotFound,
-    BaseModelMismatch,
     InternalError,
     InvalidField,
     NonFiniteOutput,
     QueueFull,
     VeneerError,
 )
-from veneer_registry.registry import Registry, RevisionLease
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
-from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.adapters.subjects import Subject, Subjects
+from veneer_server.serving.adapters.use import AdapterUse
 from veneer_server.serving.adapters.verdicts import BOUNDS, Answers, Verdict, judge
-from veneer_server.serving.threads import outlast, to_the_end
+from veneer_server.serving.threads import outlast
 from veneer_server.text.prompts import Prompts, Room
 from veneer_server.wire.messages import AdapterSource, SamplingParams, SequenceRequest
 
@@ -49,10 +46,6 @@ PROBE_TOKENS: Final = 28
 MAX_ADAPTERS: Final = 16
 MAX_WAITING: Final = 4
 """Tests that wait for their turn."""
-DEFAULT_ADAPTERS: Final = 2
-_CANDIDATES: Final = 16
-"""Most adapters that are tried where none were named: each may be a load from disk."""
-_PAGE: Final = 1000
 _TRIES: Final = 3
 """Times that all are submitted until they have met in one step."""
 
@@ -60,10 +53,6 @@ _RETRY_S: Final = 5.0
 
 _Findings = AdapterCorrupt, NonFiniteOutput
 """Errors of one adapter that are a result of the test, not its end."""
-
-_Unusable = AdapterNotFound, AdapterCorrupt, BaseModelMismatch, AdapterBudgetExceeded
-"""Why an adapter that nobody named is passed over: deleted just now, in quarantine, for
-another base, or without room in memory."""
 
 _log = get_logger(__name__)
 
@@ -90,14 +79,6 @@ class Report:
     def passed(self) -> bool:
         proven = self.adapters_tested > 0 or not self.registered
         return proven and all(verdict.passed for verdict in self.verdicts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """The base (no name, no source), or one leased revision."""
-
-    name: str = ""
-    source: AdapterSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +110,7 @@ class SelfTest:
         self._registry = registry
         self._engine = engine
         self._prompts = prompts
-        self._use = use
+        self._subjects = Subjects(registry, engine, use)
         self._bound = BOUNDS[dtype]
         self._exact = exact
         self._turn = asyncio.Lock()
@@ -187,11 +168,11 @@ class SelfTest:
             with ExitStack() as leases:
                 note = ""
                 if names:
-                    adapters = [self._leased(lease, leases) for lease in self._named(names)]
+                    adapters = self._subjects.named(names, leases)
                 else:
-                    adapters, note = await self._chosen(leases)
+                    adapters, note = await self._subjects.chosen(self._most, leases)
                 # Two names may mean one revision.
-                subjects = list({each.name: each for each in (_Subject(), *adapters)}.values())
+                subjects = list({each.name: each for each in (Subject(), *adapters)}.values())
                 verdicts, mixed = await self._run(subjects)
         report = Report(tuple(verdicts), mixed, len(self._registry), note)
         _log.info(
@@ -229,84 +210,7 @@ class SelfTest:
         """Adapters that can be tested at once: the base and one more sequence are beside."""
         return max(0, min(MAX_ADAPTERS, self._engine.capacity - 2))
 
-    def _leased(self, lease: RevisionLease, leases: ExitStack) -> _Subject:
-        """A subject whose files stay until ``leases`` closes."""
-        leases.enter_context(lease)
-        return _Subject(lease.ref.short, source_of(self._registry, lease.record))
-
-    def _named(self, names: Sequence[str]) -> Iterator[RevisionLease]:
-        for name in dict.fromkeys(names):
-            yield self._registry.acquire(name)
-
-    async def _chosen(self, leases: ExitStack) -> tuple[list[_Subject], str]:
-        """Adapters that nobody named, in memory by now; and why there are none."""
-        if not len(self._registry):
-            return [], "no adapter is registered: only the base was tested"
-        if not self._most:
-            return [], (
-                f"this server runs and queues {self._engine.capacity} sequences at most, too "
-                "few for an adapter beside the base: start it with a larger --max-running or "
-                "--max-queue"
-            )
-        in_memory = (
-            partial(self._registry.acquire_weights, digest)
-            for digest in self._engine.resident()
-        )
-        found, _ = await self._take(in_memory, leases)
-        if found:
-            return found, ""
-        asked = [f"{name}@{revision}" for name, revision in self._use.recent()]
-        names = dict.fromkeys([*asked, *await to_the_end(self._servable)])
-        found, why = await self._take(
-            (partial(self._registry.acquire, name) for name in names), leases
-        )
-        why = why or "they are in quarantine or for another base"
-        note = f"none of {len(self._registry)} adapters could be tested: {why}"
-        return found, "" if found else note
-
-    async def _take(
-        self, candidates: Iterable[Callable[[], RevisionLease]], leases: ExitStack
-    ) -> tuple[list[_Subject], str]:
-        """The first ones that can be loaded, and why the last of the others cannot."""
-        found: dict[str, _Subject] = {}
-        why, tried = "", 0
-        for acquire in candidates:
-            if len(found) == min(DEFAULT_ADAPTERS, self._most) or tried == _CANDIDATES:
-                break
-            with ExitStack() as attempt:
-                try:
-                    subject = self._leased(acquire(), attempt)
-                    assert subject.source is not None, "only the base has none"
-                    digest = subject.source.weights_digest
-                    if digest in found:
-                        continue
-                    tried += 1
-                    await self._load(subject.source)
-                except _Unusable as error:
-                    why = str(error)
-                    continue
-                leases.enter_context(attempt.pop_all())
-                found[digest] = subject
-        return list(found.values()), why
-
-    async def _load(self, source: AdapterSource) -> None:
-        """Raises AdapterBudgetExceeded. Damaged files are for the test itself to report."""
-        with suppress(AdapterCorrupt):
-            await self._engine.activate(source, tier="device", pin=False)
-
-    def _servable(self) -> list[str]:
-        """Some names that are neither in quarantine nor for another base."""
-        found: list[str] = []
-        after = ""
-        while len(found) < _CANDIDATES:
-            page = self._registry.list(after=after, limit=_PAGE)
-            found += [r.ref.name for r in page if not r.foreign and r.quarantined is None]
-            if len(page) < _PAGE:
-                break
-            after = page[-1].ref.name
-        return found[:_CANDIDATES]
-
-    async def _run(self, subjects: Sequence[_Subject]) -> tuple[list[Verdict], int]:
+    async def _run(self, subjects: Sequence[Subject]) -> tuple[list[Verdict], int]:
         """The verdicts, and how many adapters shared a step with the base."""
         tokens = await self._probe()
         damaged = await self._activate(subjects)
@@ -329,7 +233,7 @@ class SelfTest:
         prompt = await self._prompts.from_text(PROBE, whole)
         return prompt.ids[: min(PROBE_TOKENS, info.context_length - 1)]
 
-    async def _activate(self, subjects: Sequence[_Subject]) -> dict[str, VeneerError]:
+    async def _activate(self, subjects: Sequence[Subject]) -> dict[str, VeneerError]:
         """Bring them to DEVICE; those whose files are damaged, with the error."""
         damaged: dict[str, VeneerError] = {}
         for subject in subjects:
@@ -342,7 +246,7 @@ class SelfTest:
         return damaged
 
     async def _serve_mixed(
-        self, tokens: list[int], subjects: Sequence[_Subject]
+        self, tokens: list[int], subjects: Sequence[Subject]
     ) -> tuple[dict[str, _Served], int]:
         """What serves gives, by name, and how many adapters were in the base's step."""
         best: dict[str, _Served] = {}
@@ -359,7 +263,7 @@ class SelfTest:
         return best, 0 if self._exact else most
 
     async def _serve(
-        self, tokens: list[int], subjects: Sequence[_Subject]
+        self, tokens: list[int], subjects: Sequence[Subject]
     ) -> dict[str, _Served]:
         sources = [subject.source for subject in subjects]
         if len(sources) > 1 and not self._engine.in_flight:
@@ -402,11 +306,11 @@ class SelfTest:
         )
 
     async def _references(
-        self, tokens: list[int], subjects: Sequence[_Subject]
+        self, tokens: list[int], subjects: Sequence[Subject]
     ) -> dict[str, list[float] | VeneerError]:
         """All at once, so that they share a pass over the base's files."""
 
-        async def reference(subject: _Subject) -> list[float]:
+        async def reference(subject: Subject) -> list[float]:
             # To its end, though the caller has gone: the engine reads the leased files.
             return await outlast(self._engine.reference(tokens, subject.source))
 

@@ -1,0 +1,130 @@
+"""Which adapters a self-test is about: those that are named, else some that can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from veneer_registry.errors import (
+    AdapterBudgetExceeded,
+    AdapterCorrupt,
+    AdapterNotFound,
+    BaseModelMismatch,
+)
+from veneer_registry.registry import Registry, RevisionLease
+
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.threads import to_the_end
+from veneer_server.wire.messages import AdapterSource
+
+__all__ = ["Subject", "Subjects"]
+
+_DEFAULT_ADAPTERS: Final = 2
+_CANDIDATES: Final = 16
+"""Most adapters that are tried where none were named: each may be a load from disk."""
+_PAGE: Final = 1000
+
+_Unusable = AdapterNotFound, AdapterCorrupt, BaseModelMismatch, AdapterBudgetExceeded
+"""Why an adapter that nobody named is passed over: deleted just now, in quarantine, for
+another base, or without room in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The base (no name, no source), or one leased revision."""
+
+    name: str = ""
+    source: AdapterSource | None = None
+
+
+class Subjects:
+    """Finds and leases them. Their files stay until the caller's ``leases`` close."""
+
+    def __init__(self, registry: Registry, engine: EngineClient, use: AdapterUse) -> None:
+        """Args: use: which adapters were asked for last."""
+        self._registry = registry
+        self._engine = engine
+        self._use = use
+
+    def named(self, names: Sequence[str], leases: ExitStack) -> list[Subject]:
+        """As requests name them. Raises AdapterNotFound, BaseModelMismatch, AdapterCorrupt."""
+        return [
+            self._leased(self._registry.acquire(name), leases) for name in dict.fromkeys(names)
+        ]
+
+    async def chosen(self, most: int, leases: ExitStack) -> tuple[list[Subject], str]:
+        """Some that nobody named, at most so many, in memory by now; and why there are none."""
+        if not len(self._registry):
+            return [], "no adapter is registered: only the base was tested"
+        if not most:
+            return [], (
+                f"this server runs and queues {self._engine.capacity} sequences at most, too "
+                "few for an adapter beside the base: start it with a larger --max-running or "
+                "--max-queue"
+            )
+        in_memory = (
+            partial(self._registry.acquire_weights, digest)
+            for digest in self._engine.resident()
+        )
+        found, _ = await self._take(in_memory, most, leases)
+        if found:
+            return found, ""
+        asked = [f"{name}@{revision}" for name, revision in self._use.recent()]
+        names = dict.fromkeys([*asked, *await to_the_end(self._servable)])
+        found, why = await self._take(
+            (partial(self._registry.acquire, name) for name in names), most, leases
+        )
+        why = why or "they are in quarantine or for another base"
+        note = f"none of {len(self._registry)} adapters could be tested: {why}"
+        return found, "" if found else note
+
+    def _leased(self, lease: RevisionLease, leases: ExitStack) -> Subject:
+        """A subject whose files stay until ``leases`` closes."""
+        leases.enter_context(lease)
+        return Subject(lease.ref.short, source_of(self._registry, lease.record))
+
+    async def _take(
+        self, candidates: Iterable[Callable[[], RevisionLease]], most: int, leases: ExitStack
+    ) -> tuple[list[Subject], str]:
+        """The first ones that can be loaded, and why the last of the others cannot."""
+        found: dict[str, Subject] = {}
+        why, tried = "", 0
+        for acquire in candidates:
+            if len(found) == min(_DEFAULT_ADAPTERS, most) or tried == _CANDIDATES:
+                break
+            with ExitStack() as attempt:
+                try:
+                    subject = self._leased(acquire(), attempt)
+                    assert subject.source is not None, "only the base has none"
+                    digest = subject.source.weights_digest
+                    if digest in found:
+                        continue
+                    tried += 1
+                    await self._load(subject.source)
+                except _Unusable as error:
+                    why = str(error)
+                    continue
+                leases.enter_context(attempt.pop_all())
+                found[digest] = subject
+        return list(found.values()), why
+
+    async def _load(self, source: AdapterSource) -> None:
+        """Raises AdapterBudgetExceeded. Damaged files are for the test itself to report."""
+        with suppress(AdapterCorrupt):
+            await self._engine.activate(source, tier="device", pin=False)
+
+    def _servable(self) -> list[str]:
+        """Some names that are neither in quarantine nor for another base."""
+        found: list[str] = []
+        after = ""
+        while len(found) < _CANDIDATES:
+            page = self._registry.list(after=after, limit=_PAGE)
+            found += [r.ref.name for r in page if not r.foreign and r.quarantined is None]
+            if len(page) < _PAGE:
+                break
+            after = page[-1].ref.name
+        return found[:_CANDIDATES]
