@@ -6,7 +6,7 @@ Messages of the other services are read in `convert_admin` and `convert_server`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -54,16 +54,12 @@ _FINISH: Final = {
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     inference_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
 }
-_SAMPLING: Final = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
+_SAMPLING: Final = tuple(
+    field.name
+    for field in inference_pb2.SamplingOptions.DESCRIPTOR.fields
+    if field.name != "logit_bias"
 )
+"""Options by the contract's names, which are ours; biases are a map and set apart."""
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -108,9 +104,10 @@ def _request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Generate
         case Tokens(ids):
             request.token_ids.SetInParent()
             request.token_ids.ids.extend(ids)
+    given: Mapping[str, object] = options
     for name in _SAMPLING:
-        if name in options:
-            setattr(request.sampling, name, options[name])
+        if name in given:
+            setattr(request.sampling, name, given[name])
     request.sampling.logit_bias.update(options.get("logit_bias", {}))
     if "max_tokens" in options:
         request.stopping.max_tokens = options["max_tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Final
 
 from grpc_health.v1 import health_pb2
@@ -19,7 +20,6 @@ from veneer_client.server_records import (
     Limit,
     Memory,
     MemoryPool,
-    RequestDefaults,
     SelfTest,
     SelfTestResult,
     SequenceCapacity,
@@ -27,6 +27,7 @@ from veneer_client.server_records import (
     ServingStatus,
     Shortfall,
 )
+from veneer_client.types import RequestDefaults
 
 __all__ = ["budget_use", "capacity", "self_test", "server_info", "serving_status"]
 
@@ -101,12 +102,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
 
 def _defaults(message: server_pb2.RequestDefaults) -> RequestDefaults:
     return RequestDefaults(
-        temperature=message.temperature,
-        top_p=message.top_p,
-        top_k=message.top_k,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        max_tokens=message.max_tokens,
+        **{field.name: getattr(message, field.name) for field in fields(RequestDefaults)}
     )
 
 

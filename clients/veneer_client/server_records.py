@@ -11,6 +11,8 @@ from enum import Enum
 
 from veneer_registry.adapter import BaseFingerprint
 
+from veneer_client.types import RequestDefaults
+
 __all__ = [
     "AdapterCapacity",
     "BaseModel",
@@ -21,7 +23,6 @@ __all__ = [
     "Limit",
     "Memory",
     "MemoryPool",
-    "RequestDefaults",
     "SelfTest",
     "SelfTestResult",
     "SequenceCapacity",
@@ -102,18 +103,6 @@ class Memory:
     pools: tuple[MemoryPool, ...]
     front_peak: int
     engine_peak: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestDefaults:
-    """What a request that leaves them unset gets; ``max_tokens`` where the context allows."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ __all__ = [
     "MessageLike",
     "Prompt",
     "Provenance",
+    "RequestDefaults",
     "Sample",
     "Text",
     "Timings",
@@ -147,6 +148,18 @@ class BoundOptions(TypedDict, total=False):
     """Where an alias means several revisions, one key gets one."""
     timeout_s: float
     """Deadline of the whole call, retries included; unset: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What a request that leaves them unset gets; ``max_tokens`` where the context allows."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int
 
 
 class GenerateOptions(BoundOptions, total=False):

@@ -29,8 +29,7 @@ DOORS = ("rpc", "openai", "text", "constraints")
 """Packages in which a constant called MAX_... bounds a caller."""
 ELSEWHERE = {
     # Ranges of a value, in the proto's comments, and sizes that follow from another bound.
-    *("MAX_TEMPERATURE", "MAX_REPETITION_PENALTY", "MAX_PENALTY", "MAX_BIAS"),
-    *("MAX_SESSION_KEY", "MAX_PROMPTS", "MAX_ERROR", "MAX_ANSWER", "MAX_VALUE"),
+    *("MAX_BIAS", "MAX_SESSION_KEY", "MAX_PROMPTS", "MAX_ERROR", "MAX_ANSWER", "MAX_VALUE"),
     # The defaults of flags.
     *("MAX_BROKEN", "MAX_BROKEN_BYTES", "MAX_WATCHERS"),
 }

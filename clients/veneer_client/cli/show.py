@@ -212,14 +212,19 @@ def print_rows(rows: dict[str, str]) -> None:
     Console(highlight=False).print(table)
 
 
+_LABELS: Final = {"repetition_penalty": "repetition penalty"}
+_OFF: Final = {"temperature": None, "top_p": None, "repetition_penalty": 1}
+"""What a default is where it changes nothing, and is not shown; 0 for others."""
+
+
 def _defaults(info: ServerInfo) -> dict[str, str]:
     if (given := info.defaults) is None:
         return {}
-    parts = [f"temperature {given.temperature:g}", f"top-p {given.top_p:g}"]
-    parts += [f"top-k {given.top_k}"] if given.top_k else []
-    parts += [f"min-p {given.min_p:g}"] if given.min_p else []
-    if given.repetition_penalty != 1:
-        parts.append(f"repetition penalty {given.repetition_penalty:g}")
+    parts = [
+        f"{_LABELS.get(name, name.replace('_', '-'))} {value:g}"
+        for name, value in dataclasses.asdict(given).items()
+        if name != "max_tokens" and value != _OFF.get(name, 0)
+    ]
     return {"defaults": ", ".join([*parts, f"{given.max_tokens} tokens"])}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from veneer_proto.v1 import inference_pb2
 from veneer_registry.interface_words import Translation
 
 __all__ = ["in_cli_words"]
@@ -29,11 +30,8 @@ _COMMANDS: Final = {
 
 _OPTIONS: Final = {
     **{
-        f"sampling.{name}": f"--{name.replace('_', '-')}"
-        for name in (
-            *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty"),
-            *("presence_penalty", "frequency_penalty", "logit_bias"),
-        )
+        f"sampling.{field.name}": f"--{field.name.replace('_', '-')}"
+        for field in inference_pb2.SamplingOptions.DESCRIPTOR.fields
     },
     "stopping.max_tokens": "--max-tokens",
     "stopping.stop": "--stop",

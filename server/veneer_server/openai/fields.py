@@ -15,12 +15,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
 from veneer_registry.errors import InvalidField
 
 from veneer_server.serving.checks import MAX_BIAS, MAX_BIASES, MAX_MESSAGES
+from veneer_server.wire.sampling import FRACTIONS
 
 __all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
 
@@ -147,7 +149,8 @@ class StructuredOutputs(_Fields):
 
 
 class CommonFields(_Fields):
-    """Fields of both endpoints. Ranges that gRPC has too are checked where it does."""
+    """Fields of both endpoints, without those that `_with_fractions` adds. Ranges that gRPC has
+    too are checked where it does."""
 
     model: str = Field(min_length=1, max_length=512)
     max_tokens: _Count | None = None
@@ -157,16 +160,10 @@ class CommonFields(_Fields):
     stop: str | _Texts = []
     user: str | None = None
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     logit_bias: dict[str, float] = {}
     response_format: ResponseFormat | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
     stop_token_ids: _Counts = []
     ignore_eos: bool = False
     use_prefix_cache: bool | None = None
@@ -229,6 +226,17 @@ class Message(_Fields):
         return "".join(texts)
 
 
+FieldsT = TypeVar("FieldsT", bound=CommonFields)
+
+
+def _with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
+    """The class with the sampling options that are fractions: OpenAI and vLLM have the names
+    of our table for them."""
+    fractions: Any = dict.fromkeys(FRACTIONS, (float | None, None))
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fractions)
+
+
+@_with_fractions
 class ChatFields(CommonFields):
     """``POST /v1/chat/completions``."""
 
@@ -238,6 +246,7 @@ class ChatFields(CommonFields):
     top_logprobs: _Count = 0
 
 
+@_with_fractions
 class CompletionFields(CommonFields):
     """``POST /v1/completions``.
 
@@ -260,9 +269,6 @@ class CompletionFields(CommonFields):
         if not isinstance(given[0], int):  # those are one prompt's tokens
             raise ValueError(f"holds {len(given)} prompts: send at most {MAX_PROMPTS}")
         return given
-
-
-FieldsT = TypeVar("FieldsT", bound=CommonFields)
 
 
 def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:

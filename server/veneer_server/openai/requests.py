@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields as fields_of
 from typing import Any, Final
 
 from veneer_server.openai.fields import (
@@ -22,7 +21,7 @@ from veneer_server.serving.records import (
     PromptTokens,
     Sampling,
 )
-from veneer_server.wire.messages import Constraint
+from veneer_server.wire.messages import Constraint, SamplingParams
 
 __all__ = ["chat_call", "completion_calls"]
 
@@ -107,19 +106,9 @@ def _check_options(fields: CommonFields) -> None:
 def _common(fields: CommonFields, base: str) -> dict[str, Any]:
     """What both endpoints have, as arguments of `GenerateCall`."""
     _check_options(fields)
-    sampling = {
-        field.name: getattr(fields, field.name)
-        for field in fields_of(Sampling)
-        if field.name not in ("top_k", "logit_bias")
-    }
     return {
         "adapter": "" if fields.model == base else fields.model,
-        "sampling": Sampling(
-            **sampling,
-            # -1 is off, as vLLM has it.
-            top_k=None if fields.top_k is None else max(0, fields.top_k),
-            logit_bias={int(token): bias for token, bias in fields.logit_bias.items()},
-        ),
+        "sampling": _sampling(fields),
         "stops": (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
         "stop_token_ids": tuple(fields.stop_token_ids),
         "ignore_eos": fields.ignore_eos,
@@ -129,6 +118,20 @@ def _common(fields: CommonFields, base: str) -> dict[str, Any]:
         # Whoever asks gets the same target of a canary each time. Of any length here.
         "session_key": hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
     }
+
+
+def _sampling(fields: CommonFields) -> Sampling:
+    """The options that are set. OpenAI's names and vLLM's are the contract's."""
+    given = {
+        name: value
+        for name in SamplingParams.__struct_fields__
+        if (value := getattr(fields, name)) not in (None, {})
+    }
+    if "top_k" in given:
+        given["top_k"] = max(0, given["top_k"])  # -1 is off, as vLLM has it
+    if fields.logit_bias:
+        given["logit_bias"] = {int(token): bias for token, bias in fields.logit_bias.items()}
+    return Sampling(given)
 
 
 def _constraint(fields: CommonFields) -> Constraint | None:

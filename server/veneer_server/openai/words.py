@@ -6,13 +6,12 @@ from typing import Final
 
 from veneer_registry.interface_words import Translation
 
+from veneer_server.wire.messages import SamplingParams
+
 __all__ = ["in_openai_words"]
 
 _SAME: Final = {
-    "sampling": (
-        *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty"),
-        *("presence_penalty", "frequency_penalty", "logit_bias"),
-    ),
+    "sampling": SamplingParams.__struct_fields__,
     "stopping": ("max_tokens", "stop", "stop_token_ids", "ignore_eos"),
     "output": ("n", "logprobs", "top_logprobs", "echo"),
 }

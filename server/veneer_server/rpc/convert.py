@@ -6,7 +6,6 @@ Request fields are checked by the records that they go into; see `serving.record
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any, Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -84,12 +83,11 @@ def _optional(message: Message, name: str) -> Any:
 
 
 def _sampling(options: inference_pb2.SamplingOptions) -> Sampling:
-    numbers = {
-        field.name: _optional(options, field.name)
-        for field in fields(Sampling)
-        if field.name != "logit_bias"
-    }
-    return Sampling(**numbers, logit_bias=dict(options.logit_bias))
+    """The contract's names are the record's."""
+    given = {field.name: value for field, value in options.ListFields()}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return Sampling(given)
 
 
 def _constraint(request: inference_pb2.GenerateRequest) -> Constraint | None:

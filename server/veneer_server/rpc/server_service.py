@@ -21,6 +21,7 @@ from veneer_server.sizing.memory_plan import BLOCK_TOKENS
 from veneer_server.system.machine import peak_bytes
 from veneer_server.telemetry.metrics import Metrics
 from veneer_server.text.defaults import RequestDefaults
+from veneer_server.wire.sampling import OF_BASE
 
 __all__ = ["ServerService"]
 
@@ -109,12 +110,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             memory=self._memory_used(),
             longest_step=convert.duration(info.longest_step_seconds),
             defaults=server_pb2.RequestDefaults(
-                temperature=self._defaults.temperature,
-                top_p=self._defaults.top_p,
-                top_k=self._defaults.top_k,
-                min_p=self._defaults.min_p,
-                repetition_penalty=self._defaults.repetition_penalty,
                 max_tokens=self._defaults.max_tokens,
+                **{name: getattr(self._defaults.sampling, name) for name in OF_BASE},
             ),
         )
 

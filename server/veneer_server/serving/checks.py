@@ -30,11 +30,6 @@ MAX_SESSION_KEY: Final = 256
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
 MAX_STOP_TOKENS: Final = 64
-MAX_TEMPERATURE: Final = 100.0
-MIN_REPETITION_PENALTY: Final = 0.01
-"""Logits are divided by it: by much less they would overflow."""
-MAX_REPETITION_PENALTY: Final = 100.0
-MAX_PENALTY: Final = 2.0
 MAX_BIAS: Final = 100.0
 MAX_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import Final, TypeVar
+from typing import Final
 
+import msgspec
 from veneer_registry.errors import ContextTooLong, InvalidField
 
 from veneer_server.serving.records import Sampling
@@ -21,8 +22,6 @@ __all__ = [
 ]
 
 _SEED_BITS: Final = 63
-
-T = TypeVar("T")
 
 
 def most_prompt_tokens(info: EngineInfo) -> int:
@@ -84,18 +83,5 @@ def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:
 
 def resolve_sampling(given: Sampling, base: RequestDefaults) -> SamplingParams:
     """Unset values are the base's defaults; an unset seed is a random one."""
-    return SamplingParams(
-        temperature=_either(given.temperature, base.temperature),
-        top_k=_either(given.top_k, base.top_k),
-        top_p=_either(given.top_p, base.top_p),
-        min_p=_either(given.min_p, base.min_p),
-        seed=secrets.randbits(_SEED_BITS) if given.seed is None else given.seed,
-        repetition_penalty=_either(given.repetition_penalty, base.repetition_penalty),
-        presence_penalty=_either(given.presence_penalty, 0.0),
-        frequency_penalty=_either(given.frequency_penalty, 0.0),
-        logit_bias=dict(given.logit_bias),
-    )
-
-
-def _either(value: T | None, default: T) -> T:
-    return default if value is None else value
+    options = {"seed": secrets.randbits(_SEED_BITS), **given.given}
+    return msgspec.structs.replace(base.sampling, **options)

@@ -5,15 +5,15 @@ A record that exists has been checked: its ranges are in `serving.checks`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Literal
 
 from veneer_registry.adapter import Tier
 
 from veneer_server.serving import checks
 from veneer_server.wire.messages import Constraint
+from veneer_server.wire.sampling import RANGES
 
 __all__ = [
     "ChatMessages",
@@ -24,8 +24,6 @@ __all__ = [
     "Provenance",
     "Sampling",
 ]
-
-_ABOVE_0: Final = math.ulp(0.0)
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -64,32 +62,26 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling as given; None is unset. ``temperature`` 0 is greedy, ``top_k`` 0 off."""
+    """The sampling options that a caller set, by their names in `SamplingParams`."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        most = checks.MAX_TEMPERATURE
-        self._check("temperature", 0, most, f"give 0 (greedy) to {most:g}, or leave it unset")
-        self._check("top_p", _ABOVE_0, 1, "give more than 0 and at most 1")
-        self._check("min_p", 0, 1, "give 0 (off) to 1")
-        least, most = checks.MIN_REPETITION_PENALTY, checks.MAX_REPETITION_PENALTY
-        self._check("repetition_penalty", least, most, f"give {least:g} to {most:g}; 1 is off")
-        most = checks.MAX_PENALTY
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, -most, most, f"give {-most:g} to {most:g}; 0 is off")
+        for name, allowed in RANGES.items():
+            checks.check_number(
+                f"sampling.{name}",
+                self.given.get(name),
+                allowed.least,
+                allowed.most,
+                allowed.fix,
+            )
         checks.check_logit_bias(self.logit_bias)
 
-    def _check(self, name: str, least: float, most: float, fix: str) -> None:
-        checks.check_number(f"sampling.{name}", getattr(self, name), least, most, fix)
+    @property
+    def logit_bias(self) -> Mapping[int, float]:
+        """Token id to what is added to its logit."""
+        biases: Mapping[int, float] = self.given.get("logit_bias", {})
+        return biases
 
 
 @dataclass(frozen=True, slots=True)

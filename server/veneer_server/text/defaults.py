@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec.structs import replace
+
+from veneer_server.wire.sampling import OF_BASE, RANGES, SamplingParams
+
 __all__ = ["RequestDefaults", "read_defaults"]
+
+
+_OURS: Final = SamplingParams(temperature=0.7, top_p=0.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +25,13 @@ class RequestDefaults:
         max_tokens: new tokens at most; fewer where the context ends first.
     """
 
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    sampling: SamplingParams = _OURS
     max_tokens: int = 512
 
 
 _BUNDLED: Final = {
     # As its model card recommends; the file that it is imported from says nothing.
-    "smollm2-135m": RequestDefaults(temperature=0.2),
+    "smollm2-135m": SamplingParams(temperature=0.2, top_p=0.9),
 }
 
 
@@ -42,44 +45,34 @@ def read_defaults(
 ) -> RequestDefaults:
     """Of a base: what the operator says, else its ``generation_config.json``, else ours.
 
-    Transformers ignores temperature, top_k, top_p and min_p unless ``do_sample`` is true, so a
-    file without it says nothing of these; its repetition penalty counts either way. Values
-    out of range are left out. A file that samples and leaves one of them out means "off".
+    Transformers ignores what is about sampling unless ``do_sample`` is true, so a file without
+    it says nothing of that; its repetition penalty counts either way. Values out of range are
+    left out. A file that samples and leaves an option out means "off".
 
     Args:
         folder: of the base.
         name: that the base is served as.
         temperature: the operator's, as ``top_p``; None for the base's own.
     """
-    found = _from_file(folder, _BUNDLED.get(name, RequestDefaults()))
-    return replace(
-        found,
-        temperature=found.temperature if temperature is None else temperature,
-        top_p=found.top_p if top_p is None else top_p,
-        max_tokens=max_tokens,
-    )
+    found = _from_file(folder, _BUNDLED.get(name, _OURS))
+    operators = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in operators.items() if value is not None}
+    return RequestDefaults(replace(found, **given), max_tokens)
 
 
-def _from_file(folder: Path, ours: RequestDefaults) -> RequestDefaults:
+def _from_file(folder: Path, ours: SamplingParams) -> SamplingParams:
     try:
         raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ours
     if not isinstance(raw, dict):
         return ours
-
-    def number(key: str, low: float, high: float, default: float) -> float:
-        value: Any = raw.get(key)
-        fits = isinstance(value, int | float) and low <= value <= high
-        return float(value) if fits else default
-
-    repetition_penalty = number("repetition_penalty", 0.01, 100.0, ours.repetition_penalty)
-    if raw.get("do_sample") is not True:
-        return replace(ours, repetition_penalty=repetition_penalty)
-    return RequestDefaults(
-        temperature=number("temperature", 0.0, 100.0, 1.0),
-        top_k=int(number("top_k", 0, 1 << 31, 0)),
-        top_p=number("top_p", 1e-6, 1.0, 1.0),
-        min_p=number("min_p", 0.0, 1.0, 0.0),
-        repetition_penalty=repetition_penalty,
-    )
+    samples = raw.get("do_sample") is True
+    off = SamplingParams()
+    found: dict[str, float] = {}
+    for name in OF_BASE if samples else ("repetition_penalty",):
+        value: Any = raw.get(name)
+        allowed = RANGES[name]
+        if isinstance(value, int | float) and allowed.least <= value <= allowed.most:
+            found[name] = type(getattr(off, name))(value)
+    return replace(off if samples else ours, **found)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from veneer_server.backends.native.library import Draw, Library, address
 from veneer_server.step.choice import Choice
+from veneer_server.wire.messages import SamplingParams
 
 __all__ = ["NativeDraws"]
+
+_SAME: Final = tuple(
+    name
+    for name in SamplingParams.__struct_fields__
+    if hasattr(Draw, name) and name != "seed"  # which is cut to 64 bits
+)
+"""Options that a draw takes as they are; bias and penalties are in the logits already."""
 
 
 class NativeDraws:
@@ -33,8 +42,8 @@ class NativeDraws:
             draw.logits = start + i * row
             draw.seed = params.seed & (2**64 - 1)
             draw.position = choice.position
-            draw.temperature = params.temperature
-            draw.top_k, draw.top_p, draw.min_p = params.top_k, params.top_p, params.min_p
+            for name in _SAME:
+                setattr(draw, name, getattr(params, name))
         self._library.sample(self._engine, draws, logits.shape[1])
         return [None if draw.token < 0 else draw.token for draw in draws]
 

@@ -126,7 +126,7 @@ def test_a_top_p_that_rounds_to_nothing_keeps_the_likeliest_token(draws: Draws) 
 def test_a_repetition_penalty_that_could_overflow_is_refused(penalty: float) -> None:
     with pytest.raises(InvalidField, match=r"give 0\.01 to 100"):
         checked(pb.SamplingOptions(repetition_penalty=penalty))
-    assert checked(pb.SamplingOptions(repetition_penalty=0.01)).repetition_penalty
+    assert checked(pb.SamplingOptions(repetition_penalty=0.01)).given["repetition_penalty"]
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])

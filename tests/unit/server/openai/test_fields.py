@@ -84,15 +84,17 @@ def test_every_field_that_is_served_arrives() -> None:
             )
         ),
         sampling=Sampling(
-            temperature=0,
-            top_p=0.5,
-            top_k=7,
-            min_p=0.25,
-            seed=2**64 - 1,
-            repetition_penalty=1.5,
-            presence_penalty=1,
-            frequency_penalty=-1,
-            logit_bias={17: -100, 5: 2.5},
+            {
+                "temperature": 0,
+                "top_p": 0.5,
+                "top_k": 7,
+                "min_p": 0.25,
+                "seed": 2**64 - 1,
+                "repetition_penalty": 1.5,
+                "presence_penalty": 1,
+                "frequency_penalty": -1,
+                "logit_bias": {17: -100, 5: 2.5},
+            }
         ),
         max_tokens=9,
         stops=("x", "y"),
@@ -121,7 +123,7 @@ def test_what_is_left_out_or_null_stays_unset() -> None:
         logprobs=False,
         echo=False,
     )
-    assert chat(top_k=-1).sampling.top_k == 0
+    assert chat(top_k=-1).sampling.given["top_k"] == 0
 
 
 def test_an_assistant_message_as_the_sdk_writes_it_back() -> None:

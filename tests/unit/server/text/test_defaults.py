@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from veneer_server.text.defaults import RequestDefaults, read_defaults
+from veneer_server.wire.messages import SamplingParams
 
 FULL = {
     "do_sample": True,
@@ -17,7 +19,8 @@ FULL = {
     "min_p": 0.05,
     "repetition_penalty": 1.1,
 }
-OURS = RequestDefaults(temperature=0.7, top_p=0.9, max_tokens=512)
+ALL = SamplingParams(temperature=0.6, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.1)
+OURS = RequestDefaults(SamplingParams(temperature=0.7, top_p=0.9), max_tokens=512)
 
 
 def defaults(folder: Path, name: str = "base", **operators: Any) -> RequestDefaults:
@@ -30,17 +33,19 @@ def read(folder: Path, **values: Any) -> RequestDefaults:
 
 
 def test_everything_is_taken(tmp_path: Path) -> None:
-    assert read(tmp_path, **FULL) == RequestDefaults(0.6, 20, 0.8, 0.05, 1.1)
+    assert read(tmp_path, **FULL) == RequestDefaults(ALL)
 
 
 def test_without_sampling_only_the_penalty_counts(tmp_path: Path) -> None:
     said = read(tmp_path, **FULL | {"do_sample": False})
-    assert said == RequestDefaults(0.7, 0, 0.9, repetition_penalty=1.1)
+    assert said == RequestDefaults(
+        SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    )
 
 
 def test_a_base_that_samples_and_leaves_a_value_out_has_it_off(tmp_path: Path) -> None:
     said = read(tmp_path, do_sample=True, temperature=0.6)
-    assert said == RequestDefaults(0.6, 0, 1.0)
+    assert said == RequestDefaults(SamplingParams(temperature=0.6))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,7 @@ def test_values_out_of_range_are_left_out(
     bad: dict[str, Any], off: float, tmp_path: Path
 ) -> None:
     [key] = bad
-    assert getattr(read(tmp_path, **FULL | bad), key) == off
+    assert getattr(read(tmp_path, **FULL | bad).sampling, key) == off
 
 
 def test_where_the_base_says_nothing_answers_are_short_and_sober(tmp_path: Path) -> None:
@@ -69,9 +74,9 @@ def test_where_the_base_says_nothing_answers_are_short_and_sober(tmp_path: Path)
 def test_the_operator_comes_first(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(FULL))
     said = defaults(tmp_path, temperature=0.0, top_p=1.0, max_tokens=64)
-    assert said == RequestDefaults(0.0, 20, 1.0, 0.05, 1.1, max_tokens=64)
+    assert said == RequestDefaults(replace(ALL, temperature=0.0, top_p=1.0), max_tokens=64)
 
 
 def test_the_bundled_base_has_its_model_cards_values(base_folder: Path) -> None:
     said = defaults(base_folder, "smollm2-135m")
-    assert (said.temperature, said.top_p, said.max_tokens) == (0.2, 0.9, 512)
+    assert said == RequestDefaults(SamplingParams(temperature=0.2, top_p=0.9), 512)

@@ -1,0 +1,82 @@
+"""What the engine process is started with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from veneer_server.wire.base import Message
+
+__all__ = [
+    "ConstraintLimits",
+    "EngineConfig",
+]
+
+
+class ConstraintLimits(Message, frozen=True):
+    """What one constraint may take, and all of them. Times are of CPU, sizes in bytes.
+
+    Attributes:
+        workers: constraints that are compiled at once.
+        compile_seconds, memory: of compiling one; ``memory`` also of following it.
+        mask_seconds: of finding the tokens that may follow, each time.
+        fuel: the same in the library's own count (`step_lexer_fuel`).
+        matcher_memory: of the process that follows sequences, for all of them together; the
+            one for slow ones has half of it.
+    """
+
+    workers: int = 2
+    compile_seconds: float = 0.5
+    memory: int = 16 << 20
+    mask_seconds: float = 0.1
+    fuel: int = 50_000
+    matcher_memory: int = 48 << 20
+
+
+class EngineConfig(Message, frozen=True):
+    """Everything the engine process needs, fixed at its start.
+
+    Attributes:
+        base_folder: local Hugging Face folder of the base model.
+        cache_folder: where 4-bit checkpoints are kept.
+        base_name: logical name, for messages.
+        log_format: of the engine's lines on standard error, see `logs`.
+        weights_fingerprint: `BaseFingerprint.weights`; keys the 4-bit cache.
+        device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
+        quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
+        dtype: of activations, KV cache and adapters.
+        backend: ``native`` and ``torch`` insist on one, see `engine.execution.backend_choice`.
+        native_instructions: of the native kernels; ``auto`` is the most that the CPU has.
+        threads: of a step; 0 means the number of usable cores.
+        max_batch_tokens: most tokens computed in one step.
+        max_prefill_tokens: most prompt tokens in a step that also decodes.
+        max_running: most sequences running at once.
+        block_size: tokens a KV block holds.
+        kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
+        load_workers: threads that read and convert adapters.
+        prefix_cache: keep the K and V of prefixes and share them.
+        exact: results do not depend on what shares a step; no prefix cache then.
+        constraints: bounds of constrained output.
+    """
+
+    base_folder: str
+    cache_folder: str
+    base_name: str
+    weights_fingerprint: str
+    log_format: Literal["console", "json"] = "console"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "native", "torch"] = "auto"
+    native_instructions: Literal["auto", "avx512-bf16", "avx2"] = "auto"
+    threads: int = 0
+    max_batch_tokens: int = 512
+    max_prefill_tokens: int = 128
+    max_running: int = 64
+    block_size: int = 16
+    kv_cache_bytes: int = 1 << 30
+    host_adapter_bytes: int = 2 << 30
+    device_adapter_bytes: int = 1 << 30
+    load_workers: int = 1
+    prefix_cache: bool = True
+    exact: bool = False
+    constraints: ConstraintLimits = ConstraintLimits()

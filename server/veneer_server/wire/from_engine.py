@@ -1,0 +1,306 @@
+"""Messages from the engine process to the front."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from veneer_registry.errors import VeneerError
+
+from veneer_server.progress import Part
+from veneer_server.wire.base import MemoryTier, Message, TierName, Tops
+
+__all__ = [
+    "LOST",
+    "AdapterFailed",
+    "AdapterLoaded",
+    "BudgetsState",
+    "ConstraintDone",
+    "ConstraintOutcome",
+    "EngineInfo",
+    "Evicted",
+    "EvictionCause",
+    "FromEngine",
+    "Loading",
+    "MatcherEnded",
+    "Occupancy",
+    "OperationDone",
+    "Pong",
+    "Residency",
+    "SequenceFailed",
+    "SequenceOutput",
+    "StepDone",
+    "WireError",
+    "wire_error",
+]
+
+
+class Loading(Message, frozen=True):
+    """Before `EngineInfo`: how far a part of the start is."""
+
+    part: Part
+
+
+class EngineInfo(Message, frozen=True):
+    """First message from an engine that is started; sizes in bytes unless named otherwise.
+
+    Attributes:
+        backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
+            ``, prebuilt`` inside where the kernels came with the wheel, or ``torch``.
+        why_not_native: in words; empty where the native one serves.
+        kv_cache_tokens: tokens that the KV cache holds in all.
+        adapter_itemsize: bytes of one number of a resident adapter.
+        load_seconds: from start to ready.
+        max_batch_tokens, max_prefill_tokens: as configured, or fewer where a step of so
+            many would take too long on this machine.
+        step_seconds: a step of one token, as measured before serving.
+        token_seconds: each further token of it.
+        longest_step_seconds: the longest step that may be planned, by these.
+    """
+
+    device: str
+    backend: str
+    architecture: str
+    parameters: int
+    weights_bytes: int
+    context_length: int
+    vocab_size: int
+    kv_cache_tokens: int
+    adapter_itemsize: int
+    load_seconds: float
+    why_not_native: str = ""
+    max_batch_tokens: int = 0
+    max_prefill_tokens: int = 0
+    step_seconds: float = 0.0
+    token_seconds: float = 0.0
+    longest_step_seconds: float = 0.0
+
+
+class WireError(Message, frozen=True):
+    """A `VeneerError` by its stable reason (see ``error_for_reason``)."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_s: float | None = None
+
+
+class SequenceOutput(Message, frozen=True):
+    """What one step gave one sequence.
+
+    Attributes:
+        tokens: new token ids (one, or none where it was cancelled).
+        logprobs: raw log-probabilities of `tokens`, if asked for.
+        prompt_logprobs: one for each prompt token after the first; with the
+            first token only, if asked for.
+        tier: tier that its adapter was found in at submission; first output only.
+        load_seconds: time it waited for its adapter; first output only.
+        queue_seconds: other time before its first step; first output only.
+        finish: set in the last output.
+        top_logprobs: for each of `tokens` the most likely tokens with their
+            log-probabilities, likeliest first, if asked for.
+        prompt_top_logprobs: the same for `prompt_logprobs`.
+        cached_tokens: prompt tokens found in the prefix cache; first output only.
+        step: number of the step that gave it (see `StepDone`); first output only.
+    """
+
+    sequence: int
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    prompt_logprobs: list[float] | None = None
+    tier: TierName | None = None
+    load_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    finish: Literal["stop", "length", "cancelled"] | None = None
+    top_logprobs: list[Tops] | None = None
+    prompt_top_logprobs: list[Tops] | None = None
+    cached_tokens: int = 0
+    step: int = 0
+
+
+class SequenceFailed(Message, frozen=True):
+    """A sequence ended by an error; the last message about it."""
+
+    sequence: int
+    error: WireError
+
+
+class StepDone(Message, frozen=True):
+    """One executed step, after its outputs.
+
+    Attributes:
+        step: number of steps executed since the engine started.
+        seconds: wall time of the step.
+        prefill_tokens, decode_rows: what the step computed.
+        adapters: different adapters in the step.
+        prefix_asked, prefix_found: prompt tokens of the sequences that started with
+            it, and how many of them were in the prefix cache.
+    """
+
+    step: int
+    seconds: float
+    prefill_tokens: int
+    decode_rows: int
+    adapters: int
+    prefix_asked: int = 0
+    prefix_found: int = 0
+
+
+class Occupancy(Message, frozen=True):
+    """How full the engine is; sent whenever it differs from the last one sent.
+
+    Attributes:
+        running, waiting: sequences.
+        waiting_for_adapter: of `waiting`, those whose adapter is not resident.
+        kv_blocks_used, kv_blocks: the pool.
+        kv_blocks_cached: of those not used, the ones that hold a prefix.
+        running_adapters, waiting_adapters: weights digests, sorted.
+    """
+
+    running: int
+    waiting: int
+    waiting_for_adapter: int
+    kv_blocks_used: int
+    kv_blocks: int
+    kv_blocks_cached: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+
+
+class Residency(Message, frozen=True):
+    """New state of one adapter; sent on every change.
+
+    Attributes:
+        tier: nearest memory tier that holds it, or ``disk`` for none.
+        host_bytes, device_bytes: bytes used by all adapters in each tier.
+        host_count, device_count: adapters in each tier; one may be in both.
+    """
+
+    weights_digest: str
+    tier: TierName
+    pinned: bool
+    bytes: int
+    host_bytes: int
+    device_bytes: int
+    host_count: int
+    device_count: int
+
+
+LOST: Final = "lost"
+
+
+class AdapterLoaded(Message, frozen=True):
+    """A load (to HOST) or activation (to DEVICE) ended well; for metrics.
+
+    ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds; and ``lost``
+    (`LOST`), where a loader process ended or was killed before another did the work.
+    """
+
+    weights_digest: str
+    source: Literal["disk", "host"]
+    stages: dict[str, float]
+
+
+EvictionCause = Literal["capacity", "budget", "admin", "abort"]
+
+
+class Evicted(Message, frozen=True):
+    """An adapter left a tier; for metrics.
+
+    ``cause``: ``capacity`` (room for another), ``budget`` (it was lowered), ``admin``,
+    or ``abort``.
+    """
+
+    weights_digest: str
+    tier: MemoryTier
+    cause: EvictionCause
+
+
+class AdapterFailed(Message, frozen=True):
+    """An adapter could not be brought into memory; what waited for it has its own error."""
+
+    weights_digest: str
+    error: WireError
+
+
+ConstraintOutcome = Literal[
+    "ok", "invalid", "compile_seconds", "memory", "mask_seconds", "fuel", "library"
+]
+"""``ok``, ``invalid`` (wrong or not supported), or what stopped it: a limit, or a fault of
+the library."""
+
+
+class ConstraintDone(Message, frozen=True):
+    """A constraint was compiled for the first time (``trial``), or stopped one that was
+    being followed (``generation``); for metrics.
+
+    ``seconds``: CPU time of compiling; 0 where that did not end.
+    """
+
+    phase: Literal["trial", "generation"]
+    outcome: ConstraintOutcome
+    seconds: float
+
+
+class MatcherEnded(Message, frozen=True):
+    """A process that follows constraints ended, and another took over; for metrics.
+
+    ``cause``: ``limit`` (CPU time), ``killed`` (from outside), or ``fault``.
+    """
+
+    cause: Literal["limit", "killed", "fault"]
+
+
+class BudgetsState(Message, frozen=True):
+    """The budgets of adapters and what is taken of them now, in bytes.
+
+    More may be taken than the budget while running sequences use what must go.
+    """
+
+    host_budget: int
+    device_budget: int
+    host_bytes: int
+    device_bytes: int
+
+
+class OperationDone(Message, frozen=True):
+    """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets` or `Reference`.
+
+    ``done`` is False where a drain still waits for running sequences; ``budgets`` is the
+    answer to `UpdateBudgets`, ``logprobs`` that to `Reference`.
+    """
+
+    operation: int
+    error: WireError | None = None
+    done: bool = True
+    freed_bytes: int = 0
+    budgets: BudgetsState | None = None
+    logprobs: list[float] | None = None
+
+
+class Pong(Message, frozen=True):
+    """Answer of the step loop to `Ping`, with the steps executed so far."""
+
+    number: int
+    step: int
+
+
+FromEngine = (
+    Loading
+    | EngineInfo
+    | SequenceOutput
+    | SequenceFailed
+    | StepDone
+    | Occupancy
+    | Residency
+    | AdapterLoaded
+    | AdapterFailed
+    | Evicted
+    | ConstraintDone
+    | MatcherEnded
+    | OperationDone
+    | Pong
+)
+
+
+def wire_error(error: VeneerError) -> WireError:
+    return WireError(error.reason, error.message, error.metadata, error.retry_after_s)

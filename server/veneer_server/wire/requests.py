@@ -1,0 +1,80 @@
+"""What a sequence is to be: its adapter, sampling and constraint, all resolved."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from veneer_server.wire.base import Message
+from veneer_server.wire.sampling import SamplingParams
+
+__all__ = [
+    "AdapterSource",
+    "Constraint",
+    "SequenceRequest",
+]
+
+
+class AdapterSource(Message, frozen=True):
+    """Where the engine finds the weights of one revision.
+
+    Attributes:
+        weights_digest: key of the resident copy; verified when read.
+        folder: local folder with ``adapter_config.json`` and
+            ``adapter_model.safetensors`` (made by the registry's store).
+        parameters: numbers in all A and B; a resident copy takes this many times
+            `EngineInfo.adapter_itemsize` bytes.
+        name: for messages only.
+    """
+
+    weights_digest: str
+    folder: str
+    parameters: int
+    name: str
+
+
+class Constraint(Message, frozen=True):
+    """What the output must be; the front has checked that it compiles.
+
+    Attributes:
+        text: a JSON schema, a regular expression, or a JSON array of strings.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
+class SequenceRequest(Message, frozen=True):
+    """What a sequence is to be: made once, by `serving.generation`, and then only passed on.
+
+    Lengths and ranges have been checked.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: most new tokens, at least 1, within the context.
+        prompt_logprobs: also report the prompt's log-probabilities.
+        top_logprobs: most likely tokens to report beside each log-probability.
+        stop_token_ids: end the sequence, beside the model's own.
+        use_prefix_cache: K and V of other sequences with the same prefix may be used.
+        cache_scope: prefixes are shared only within a scope.
+        deadline: when the first token must have come, on the monotonic clock, which the
+            processes of a machine share; a sequence that cannot meet it is refused.
+        caller: who asks, as far as that is known; callers take turns where they wait for
+            a constraint to be compiled.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    adapter: AdapterSource | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    top_logprobs: int = 0
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    constraint: Constraint | None = None
+    use_prefix_cache: bool = True
+    cache_scope: str = ""
+    deadline: float | None = None
+    caller: str = ""

@@ -1,0 +1,90 @@
+"""How a token is chosen: the one list of sampling options, with what each may be.
+
+A door passes on the options that a caller set (`serving.records.Sampling`), by these names; the
+base's defaults fill in the rest, and the record crosses the wire as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Final, NamedTuple, get_type_hints
+
+import msgspec
+
+from veneer_server.wire.base import Message
+
+__all__ = ["FRACTIONS", "OF_BASE", "RANGES", "Range", "SamplingParams"]
+
+
+class Range(NamedTuple):
+    """What an option may be.
+
+    Attributes:
+        fix: what a caller outside of it is told.
+        of_base: a base's ``generation_config.json`` may set a default for it.
+    """
+
+    least: float
+    most: float
+    fix: str
+    of_base: bool = False
+
+
+_PENALTY: Final = Range(-2, 2, "give -2 to 2; 0 is off")
+
+
+class SamplingParams(Message, frozen=True):
+    """Resolved sampling: nothing is unset any more. The defaults turn an option off.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        min_p: 0 is off.
+        seed: the random stream of this request; the same seed, request and
+            logits give the same tokens.
+        repetition_penalty: of prompt and output; 1 is off. Logits are divided by it: by much
+            less than 0.01 they would overflow.
+        presence_penalty, frequency_penalty: of the output; 0 is off.
+        logit_bias: added to the logits of these token ids; see `serving.checks`.
+    """
+
+    temperature: Annotated[
+        float, Range(0, 100, "give 0 (greedy) to 100, or leave it unset", of_base=True)
+    ] = 1.0
+    top_k: Annotated[int, Range(0, (1 << 32) - 1, "give 0 (off) or more", of_base=True)] = 0
+    top_p: Annotated[
+        float, Range(math.ulp(0.0), 1, "give more than 0 and at most 1", of_base=True)
+    ] = 1.0
+    seed: int = 0
+    min_p: Annotated[float, Range(0, 1, "give 0 (off) to 1", of_base=True)] = 0.0
+    repetition_penalty: Annotated[
+        float, Range(0.01, 100, "give 0.01 to 100; 1 is off", of_base=True)
+    ] = 1.0
+    presence_penalty: Annotated[float, _PENALTY] = 0.0
+    frequency_penalty: Annotated[float, _PENALTY] = 0.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+
+    @property
+    def needs_token_counts(self) -> bool:
+        """Choosing a token takes the tokens before it."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+_HINTS: Final = get_type_hints(SamplingParams, include_extras=True)
+
+RANGES: Final[Mapping[str, Range]] = {
+    name: said[0]
+    for name, hint in _HINTS.items()
+    if (said := getattr(hint, "__metadata__", ()))
+}
+"""Of each option that is a number; any seed is one, and biases are checked apart."""
+
+FRACTIONS: Final = tuple(name for name in RANGES if _HINTS[name].__origin__ is float)
+
+OF_BASE: Final = tuple(name for name, allowed in RANGES.items() if allowed.of_base)

@@ -1,0 +1,112 @@
+"""Messages from the front to the engine process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from veneer_server.wire.base import MemoryTier, Message
+from veneer_server.wire.requests import AdapterSource, SequenceRequest
+
+__all__ = [
+    "Activate",
+    "Cancel",
+    "Evict",
+    "EvictMode",
+    "Ping",
+    "Reference",
+    "Stop",
+    "Submit",
+    "ToEngine",
+    "Unpin",
+    "UpdateBudgets",
+]
+
+EvictMode = Literal["drain", "fail_if_busy", "abort", "forget"]
+
+
+class Submit(Message, frozen=True):
+    """A new sequence.
+
+    Attributes:
+        sequence: id chosen by the engine client, never used twice.
+    """
+
+    sequence: int
+    request: SequenceRequest
+
+
+class Cancel(Message, frozen=True):
+    """End a sequence now; answered by a `SequenceOutput` with ``cancelled``
+    unless it has finished already."""
+
+    sequence: int
+
+
+class Activate(Message, frozen=True):
+    """Bring an adapter to ``host`` or ``device``; answered by `OperationDone`."""
+
+    operation: int
+    adapter: AdapterSource
+    tier: MemoryTier = "device"
+    pin: bool = False
+
+
+class Evict(Message, frozen=True):
+    """Free an adapter's memory; answered by `OperationDone`.
+
+    ``drain`` frees it when the sequences that run now have ended: others wait, and load it
+    anew. ``fail_if_busy`` refuses while there is a sequence, ``abort`` ends them with
+    ADAPTER_EVICTED. ``forget`` is for weights that no name has any more: it frees them when
+    the last of their sequences, waiting ones included, has ended.
+    """
+
+    operation: int
+    weights_digest: str
+    mode: EvictMode = "drain"
+    unpin: bool = False
+
+
+class Unpin(Message, frozen=True):
+    """Remove an adapter's pin, free nothing; answered by `OperationDone`."""
+
+    operation: int
+    weights_digest: str
+
+
+class UpdateBudgets(Message, frozen=True):
+    """Change the bytes that adapters may take; answered by `OperationDone`.
+
+    None leaves a budget as it is. What is past a lower one and not in use goes at once, the
+    rest when what uses it has ended. Refused where pinned adapters alone take more.
+    """
+
+    operation: int
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+class Reference(Message, frozen=True):
+    """Compute a prompt's log-probabilities apart from the serving path; answered by
+    `OperationDone`.
+
+    Attributes:
+        tokens: at least one; each after the first gets its log-probability.
+        adapter: read from its files, whether it is resident or not. None: the base alone.
+    """
+
+    operation: int
+    tokens: list[int]
+    adapter: AdapterSource | None = None
+
+
+class Ping(Message, frozen=True):
+    """Answered by the step loop itself, so an answer proves that it advances."""
+
+    number: int
+
+
+class Stop(Message, frozen=True):
+    """End the engine process; the front has drained it."""
+
+
+ToEngine = Submit | Cancel | Activate | Evict | Unpin | UpdateBudgets | Reference | Ping | Stop
