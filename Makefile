@@ -52,12 +52,13 @@ mutants: base ## Wrong kernels, each of which the kernels' tests must notice
 client-sync: install ## Generate the synchronous client from the asyncio one
 	$(BIN)/python clients/generate_sync.py
 
-check: install protos-check ## ruff, mypy, import-linter, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
+check: install protos-check ## ruff, mypy, import-linter, structure, buf, hadolint; of the C++ warnings, clang-format, clang-tidy
 	$(BIN)/python clients/generate_sync.py --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.structure
 	$(BIN)/buf lint
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tests.sanitize.static

@@ -1,0 +1,179 @@
+"""What the structure is held to: ``python -m tests.structure``, part of ``make check``.
+
+Prints four figures with the files behind them, and exits 1 where one is above its limit, which
+is what was reached so far; where one is below, it says that the limit can be lowered.
+Of the files that git tracks:
+
+- Lines: no source file (`SOURCES`) outside tests and generated code is longer than `LONGEST`.
+  `LONG` has those that still are, each with a reason and the most lines that it may have.
+- Folders: no folder inside the server holds more than `MOST_FILES` files, folders in it not
+  counted. `FULL` has those that still do, in the same way.
+- Sampling option: source files outside tests and generated code that name `min_p`. That is what
+  adding an option like it touches: the contract, the record, both doors, both backends and the
+  clients. It is at most `SAMPLING_FILES`.
+- Adapter: modules from the gRPC call to the kernel that name an adapter or its digest
+  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for an adapter that is
+  resident. Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
+  the digests of other things. They are at most `ADAPTER_FILES`.
+
+The last figure is not that of all modules that know adapters, which is printed beside it:
+administration, loading and the metrics know them too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+__all__: list[str] = []
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+SERVER: Final = "server/veneer_server/"
+
+SOURCES: Final = (".py", ".h", ".cpp", ".proto", ".html", ".css", ".js", ".svg", ".jinja")
+GENERATED: Final = re.compile(
+    r"(?i)\A.{0,60}\bgenerated\b (from|by)|DO NOT EDIT|_pb2(_grpc)?\.pyi?$"
+)
+"""In a file's first line, or its path."""
+RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
+"""Pages and pictures that a program wrote."""
+
+LONGEST: Final = 400
+MOST_FILES: Final = 12
+SAMPLING_FILES: Final = 9
+ADAPTER_FILES: Final = 26
+
+_REGISTRY: Final = "adapters_registry/veneer_registry/"
+
+LONG: Final[Mapping[str, tuple[int, str]]] = {
+    _REGISTRY + "catalog.py": (487, "all SQL of the catalog beside its schema; wants a split"),
+    _REGISTRY + "format.py": (410, "the rules of the format, in the order of the check"),
+    _REGISTRY + "publishing.py": (417, "the steps of publication, whose order matters"),
+    _REGISTRY + "registry.py": (542, "a method for each operation; wants a split"),
+    _REGISTRY + "store.py": (449, "all access to stored content; wants a split"),
+    "proto/veneer_proto/v1/adapters.proto": (458, "one service with its messages"),
+    SERVER + "engine/loop.py": (572, "the step loop; wants a split"),
+    SERVER + "engine/scheduling/scheduler.py": (459, "what a step holds; wants a split"),
+    SERVER + "rpc/adapter_service.py": (470, "a method for each call; wants a split"),
+}
+FULL: Final[Mapping[str, tuple[int, str]]] = {
+    SERVER + "backends/native/cpp": (17, "headers of one program; wants a drawer"),
+}
+
+PATH_ROOMS: Final = (
+    *("rpc/", "serving/", "engine_client/", "wire/", "engine/", "step/"),
+    *("adapters/", "backends/"),
+)
+ADAPTER_NAMES: Final = frozenset(
+    {"adapter", "digest", "weights_digest", "AdapterRef", "AdapterSource"}
+)
+BESIDE: Final[Mapping[str, str]] = {
+    "rpc/adapter_service.py": "administration",
+    "rpc/adapter_view.py": "administration",
+    "rpc/watch.py": "administration",
+    "serving/adapters/budgets.py": "administration",
+    "serving/adapters/events.py": "administration",
+    "serving/adapters/replacing.py": "administration",
+    "serving/adapters/self_test.py": "administration",
+    "serving/adapters/subjects.py": "administration",
+    "serving/adapters/uploads.py": "administration",
+    "serving/housekeeping.py": "administration",
+    "serving/samples.py": "the digest of a seed",
+    "adapters/loader_process.py": "loading",
+    "adapters/loaders.py": "loading",
+    "adapters/reading.py": "loading",
+    "adapters/references.py": "the self-test's own path",
+    "backends/native/compiler.py": "the digest of a library",
+    "backends/native/forms.py": "the digest of a library",
+    "backends/native/kept.py": "the digest of a library",
+}
+"""Modules of those rooms that a call for a resident adapter does not go through."""
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Path and text of each source file that people write, tests left out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    for path in sorted(filter(None, listed.stdout.split("\0"))):
+        if not path.endswith(SOURCES) or path.startswith(("tests/", *RECORDED)):
+            continue
+        file = REPOSITORY / path
+        if not file.is_file() or GENERATED.search(path):
+            continue
+        text = file.read_text("utf-8")
+        if not GENERATED.search("\n".join(text.splitlines()[:2])):
+            yield path, text
+
+
+def names_of(text: str) -> set[str]:
+    """Variables, parameters, attributes and keywords of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
+                found.add(name)
+            case ast.keyword(arg=str(name)):
+                found.add(name)
+    return found
+
+
+def too_many(
+    what: str, found: Mapping[str, int], most: int, allowed: Mapping[str, tuple[int, str]]
+) -> Iterator[str]:
+    """Prints the counts that are allowed to be above ``most``; yields what is wrong."""
+    print(f"{what}: {max(found.values())} at most, limit {most}")
+    for path, (limit, why) in allowed.items():
+        count = found.get(path, 0)
+        lower = "" if count == limit else f" (limit {limit}: lower it)"
+        print(f"  {count:4} {path}: {why}{lower}")
+    for path, count in sorted(found.items()):
+        limit = allowed.get(path, (most, ""))[0]
+        if count > limit:
+            yield f"{path}: {count} {what}, more than {limit}"
+
+
+def at_most(what: str, found: list[str], most: int) -> Iterator[str]:
+    """Prints the files; yields what is wrong."""
+    lower = ": lower it" if len(found) < most else ""
+    print(f"{what}: {len(found)} files, limit {most}{lower}")
+    for path in found:
+        print(f"  {path}")
+    if len(found) > most:
+        yield f"{what}: {len(found)} files, more than {most}"
+
+
+def main() -> int:
+    """Entry point."""
+    texts = dict(sources())
+    lines = {path: text.count("\n") for path, text in texts.items()}
+    folders = Counter(path.rpartition("/")[0] for path in texts if path.startswith(SERVER))
+    option = [path for path, text in texts.items() if re.search(r"\bmin_p\b", text)]
+    knowing = [
+        path.removeprefix(SERVER)
+        for path, text in texts.items()
+        if path.startswith(SERVER) and path.endswith(".py") and names_of(text) & ADAPTER_NAMES
+    ]
+    passing = [
+        module for module in knowing if module.startswith(PATH_ROOMS) and module not in BESIDE
+    ]
+    wrong = [
+        *too_many("lines of a file", lines, LONGEST, LONG),
+        *too_many("files of a folder", folders, MOST_FILES, FULL),
+        *at_most("a sampling option", option, SAMPLING_FILES),
+        *at_most("an adapter, from the call to the kernel", passing, ADAPTER_FILES),
+    ]
+    print(f"modules of the server that know adapters or have a digest: {len(knowing)}")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
