@@ -19,6 +19,11 @@ HIDDEN = re.compile(r"(^|/)(\.|node_modules|build/|dist/)")
 PATHS = re.compile(r"(?<![\w./<-])(?:tests|examples|deploy|server/veneer_server)/[\w./-]+")
 DOCS = REPOSITORY / "docs"
 PICTURE = DOCS / "terminal.svg"
+SOURCES = (
+    *("adapters_registry", "clients", "deploy", "labs", "loadtest", "proto", "server"),
+    *("tests", "training"),
+)
+FILE = re.compile(r"[\w./-]+\.(?:py|h|cpp|proto|yml)")
 
 
 def all_pages() -> list[Path]:
@@ -108,6 +113,19 @@ def test_targets_modules_and_files_that_a_page_names_are_there(page: Path) -> No
             if not (REPOSITORY / path.rstrip(".")).exists()
         ]
     assert not wrong
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_source_files_that_a_page_for_contributors_names_are_there(page: str) -> None:
+    there = [
+        f"/{path.relative_to(REPOSITORY).as_posix()}"
+        for folder in SOURCES
+        for path in (REPOSITORY / folder).rglob("*.*")
+    ]
+    named = {text for text in code(Path(page)) if FILE.fullmatch(text)}
+    assert len(named) > 20
+    missing = [name for name in named if not any(at.endswith(f"/{name}") for at in there)]
+    assert not missing
 
 
 def test_the_picture_is_of_the_commands_and_loads_nothing() -> None:
