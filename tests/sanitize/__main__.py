@@ -26,7 +26,7 @@ __all__: list[str] = []
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-KERNELS = REPOSITORY / "server" / "veneer_server" / "native" / "cpp"
+KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
 FORMS = ("best", "avx2")
 """As the tests' fixture names what it compiles."""
