@@ -147,8 +147,8 @@ MUTANTS: Final = (
     Mutant(
         "every row of a bunch reads the first one's h",
         _LORA,
-        "const Floats input = all(rows.h[r * rows.h_stride + rank]);",
-        "const Floats input = all(rows.h[rank]);",
+        "const Floats input = all(load_number(rows.h + r * rows.h_stride + rank));",
+        "const Floats input = all(load_number(rows.h + rank));",
     ),
     Mutant(
         "the last inputs of A left out",
@@ -257,13 +257,13 @@ MUTANTS: Final = (
     Mutant(
         "pieces' sums without their shares",
         _ATTENTION,
-        "total += piece.share() * piece.total();",
+        "total += shares[i] * piece.total();",
         "total += piece.total();",
     ),
     Mutant(
         "pieces' results without their shares",
         _ATTENTION,
-        "all(piece.share()), sum)",
+        "all(shares[i]), sum)",
         "all(1.0f), sum)",
     ),
     Mutant(
@@ -344,20 +344,20 @@ MUTANTS: Final = (
     Mutant(
         "gate without silu",
         _ROWS,
-        "mul(div(gate, divisor), load(from + apart + i))",
-        "mul(gate, load(from + apart + i))",
+        "mul(div(gate, divisor), load_shared(from + apart + i))",
+        "mul(gate, load_shared(from + apart + i))",
     ),
     Mutant(
         "gate without up",
         _ROWS,
-        "mul(div(gate, divisor), load(from + apart + i))",
+        "mul(div(gate, divisor), load_shared(from + apart + i))",
         "div(gate, divisor)",
     ),
     Mutant(
         "no residual",
         _ROWS,
-        "veneer::add(load(before + i), load(from + i))",
-        "load(from + i)",
+        "veneer::add(load_shared(before + i), load_shared(from + i))",
+        "load_shared(from + i)",
     ),
     Mutant(
         "a row's last numbers are not looked at",

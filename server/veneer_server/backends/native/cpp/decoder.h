@@ -1,9 +1,9 @@
 // A whole step as a program of parts (see team.h): ten a layer, with nothing but these headers'
 // kernels in them.
 //
-// A chunk of a part may be done twice, at one time too. So a part never changes what it reads (but
-// for a share in attention's pieces, which nothing else reads), and puts nothing but results into
-// memory that other threads see: what is under way is in registers and in the thread's own scratch.
+// A chunk of a part may be executed twice, at one time too. So a part never changes what it reads,
+// and puts nothing but results into memory that other threads see, by the functions of shared.h:
+// what is under way is in registers and in the thread's own scratch.
 #pragma once
 
 #include <algorithm>
@@ -175,7 +175,7 @@ class Decoder final : Program {
                 return each(heads_.items(),
                             [&](int64_t i) { heads_.attend_item(work.layer, at, i, scratch); });
             case kGather:
-                return each(heads_.items(), [&](int64_t i) { heads_.gather_item(at, i); });
+                return each(heads_.items(), [&](int64_t i) { heads_.gather_item(at, i, scratch); });
             case kAdd:
                 return each(bunches(), [&](int64_t i) {
                     rows_.add(work.layer, work.group, work.norm, at, f_.bunches[size_t(i)],

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "shared.h"
 #include "step.h"
 #include "team.h"
 
@@ -100,8 +100,7 @@ struct Frame {
     void updated(const Arrays& at, int layer, Group group, int member, const Bunch& bunch,
                  int column, int first, int count, float* to, size_t stride) const {
         for (int row = 0; row < bunch.rows; ++row)
-            std::memcpy(to + row * stride, at.y + (bunch.row + row) * wide + column,
-                        size_t(count) * sizeof(float));
+            load_numbers(to + row * stride, at.y + (bunch.row + row) * wide + column, count);
         if (bunch.adapter == nullptr) return;
         expand(*bunch.adapter, group_of(*bunch.adapter, layer, group).members[member],
                member_outputs(group, member), first, count, bunch.rows,

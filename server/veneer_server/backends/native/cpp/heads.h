@@ -23,9 +23,7 @@ class Heads {
     }
 
     // Numbers of a thread's own that attention needs.
-    size_t scratch() const {
-        return kAttentionScratch + size_t(longest_) * kMostQueries * Piece::numbers(m_.dim);
-    }
+    size_t scratch() const { return kAttentionScratch + results_of_item() + size_t(longest_); }
     // Numbers of `Arrays::results`.
     size_t results() const { return results_; }
     // Blocks of the cache, in the order in which they are read.
@@ -61,7 +59,7 @@ class Heads {
             bf16* to = at.queries + row * f_.query_width + query_at;
             for (int g = 0; g < group; ++g, query += dim, to += dim) {
                 turn(query, layer.query_norm, row);
-                for (int d = 0; d < dim; d += kLanes) store_bf16(to + d, load(query + d));
+                for (int d = 0; d < dim; d += kLanes) store_shared(to + d, load(query + d));
             }
             turn(query, layer.key_norm, row);
             write_key(layer.keys, f_.kv, f_.step->slots[row], head, query);
@@ -74,8 +72,8 @@ class Heads {
         const auto& [item, piece] = parts_[size_t(part)];
         attend(layer, at, items_[item], piece, scratch, at.results + items_[item].in_parts);
     }
-    void gather_item(const Arrays& at, int64_t item) const {
-        gather(at, items_[size_t(item)], at.results + items_[size_t(item)].in_parts);
+    void gather_item(const Arrays& at, int64_t item, float* scratch) const {
+        gather(at, items_[size_t(item)], at.results + items_[size_t(item)].in_parts, scratch);
     }
 
     // One item as a whole.
@@ -84,10 +82,15 @@ class Heads {
         float* results = scratch + kAttentionScratch;
         for (int piece = 0; piece < item.pieces; ++piece)
             attend(layer, at, item, piece, scratch, results);
-        gather(at, item, results);
+        gather(at, item, results, results + results_of_item());
     }
 
   private:
+    // Numbers of the results of the longest item's pieces.
+    size_t results_of_item() const {
+        return size_t(longest_) * kMostQueries * Piece::numbers(m_.dim);
+    }
+
     // Some rows' queries that see one key head.
     struct Item {
         int64_t sequence, row;
@@ -193,12 +196,11 @@ class Heads {
                        scratch, to);
     }
 
-    // Writes into `results` too, which nothing else reads: the pieces' shares.
-    void gather(const Arrays& at, const Item& item, float* results) const {
+    void gather(const Arrays& at, const Item& item, float* results, float* shares) const {
         const size_t numbers = Piece::numbers(m_.dim);
         for (int64_t row = item.row; row < item.row + item.rows; ++row)
             for (int h = 0; h < item.head_count; ++h, results += numbers)
-                veneer::gather(f_.kv, results, item.pieces, kMostQueries * numbers,
+                veneer::gather(f_.kv, results, item.pieces, kMostQueries * numbers, shares,
                                at.rounded + row * f_.width + (item.first_head + h) * m_.dim);
     }
 

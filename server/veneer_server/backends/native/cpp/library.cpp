@@ -115,14 +115,15 @@ Status veneer_step(void* handle, const Step* step) {
 // The tokens of rows of logits; without an engine on the calling thread.
 Status veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
     return each_row(engine, count, [&](int64_t row, Sampler& sampler) {
-        draws[row].token = sampler.token(draws[row], vocab);
+        store_number(&draws[row].token, sampler.token(draws[row], vocab));
     });
 }
 
 // log(sum of e^logit) of each row.
 Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
-    return each_row(engine, rows,
-                    [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
+    return each_row(engine, rows, [&](int64_t row, Sampler&) {
+        store_number(to + row, log_sum(logits + row * vocab, vocab));
+    });
 }
 
 // Seconds in each part of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.

@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "ask.h"
+#include "shared.h"
 #include "simd.h"
 
 namespace veneer {
@@ -138,7 +139,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
         auto multiply = [&](int q) {
             for (int r = 0; r < Rows; ++r) {
                 Floats* row = sums[q % chains][r];
-                const Pairs input = same_pair(here + r * stride + 2 * q);
+                const Pairs input = same_pair_shared(here + r * stride + 2 * q);
                 row[0] = dot(row[0], low, input);
                 row[1] = dot(row[1], high, input);
             }
@@ -185,7 +186,7 @@ inline void store_tile(const Linear& w, int tile, const float* totals, int rows,
             const int output = tile * kTile + half * 16;
             Floats result = load(totals + r * kTile + half * 16);
             if (w.bias != nullptr) result = add(result, load(w.bias + output, count));
-            store(y + r * y_stride + output, result, count);
+            store_shared(y + r * y_stride + output, result, count);
         }
     }
 }

@@ -15,7 +15,7 @@ class Rows {
     void embed(const Arrays& at, int64_t row) const {
         const bf16* from = m_.embedding + f_.step->tokens[row] * m_.hidden;
         float* to = at.hidden + row * m_.hidden;
-        for (int i = 0; i < m_.hidden; i += kLanes) store(to + i, load(from + i));
+        for (int i = 0; i < m_.hidden; i += kLanes) store_shared(to + i, load(from + i));
         normalize(to, m_.layers[0].input_norm, at.rounded + row * f_.width);
     }
 
@@ -34,7 +34,7 @@ class Rows {
             const float* before = at.hidden_before + row * m_.hidden;
             float* to = at.hidden + row * m_.hidden;
             for (int i = 0; i < m_.hidden; i += kLanes)
-                store(to + i, veneer::add(load(before + i), load(from + i)));
+                store_shared(to + i, veneer::add(load_shared(before + i), load_shared(from + i)));
             if (norm != nullptr) normalize(to, norm, at.rounded + row * f_.width);
         }
     }
@@ -54,9 +54,9 @@ class Rows {
         for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row, from += stride) {
             bf16* to = at.rounded + row * f_.width + first;
             for (int i = 0; i < count; i += kLanes) {
-                const Floats gate = load(from + i);
+                const Floats gate = load_shared(from + i);
                 const Floats divisor = veneer::add(all(1.0f), exp(sub(zeros(), gate)));
-                store_bf16(to + i, mul(div(gate, divisor), load(from + apart + i)));
+                store_shared(to + i, mul(div(gate, divisor), load_shared(from + apart + i)));
             }
         }
     }
@@ -76,7 +76,7 @@ class Rows {
         const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
         for (int64_t i = 0; i < step.logit_count; ++i)
             if (!finite(step.logits + i * m_.vocab + first, count))
-                __atomic_store_n(step.finite + i, uint8_t(0), __ATOMIC_RELAXED);
+                store_number(step.finite + i, uint8_t(0));
     }
 
   private:
@@ -84,20 +84,21 @@ class Rows {
     void normalize(const float* from, const float* weight, bf16* to) const {
         Floats squares = zeros();
         for (int i = 0; i < m_.hidden; i += kLanes) {
-            const Floats number = load(from + i);
+            const Floats number = load_shared(from + i);
             squares = fma(number, number, squares);
         }
         const Floats scale = all(1.0f / std::sqrt(sum(squares) / float(m_.hidden) + m_.epsilon));
         for (int i = 0; i < m_.hidden; i += kLanes) {
-            store_bf16(to + i, mul(mul(load(from + i), scale), load(weight + i)));
+            store_shared(to + i, mul(mul(load_shared(from + i), scale), load(weight + i)));
         }
     }
 
     static bool finite(const float* numbers, int count) {
         Floats none = zeros();  // 0 times a number is 0, of what is none it is none
         int i = 0;
-        for (; i + kLanes <= count; i += kLanes) none = fma(load(numbers + i), zeros(), none);
-        if (i < count) none = fma(load(numbers + i, count - i), zeros(), none);
+        for (; i + kLanes <= count; i += kLanes)
+            none = fma(load_shared(numbers + i), zeros(), none);
+        if (i < count) none = fma(load_shared(numbers + i, count - i), zeros(), none);
         return sum(none) == 0;
     }
 
