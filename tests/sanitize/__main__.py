@@ -5,7 +5,7 @@ backend compiles them as ever, with ``tests/sanitize/c++`` as the compiler, so i
 own library that is instrumented. Python, numpy and torch are not, but what they allocate has
 ASan's red zones, and a kernel that reads or writes past it is caught. Packed weights lie in
 mapped pages, where a fault within a piece is not. ThreadSanitizer cannot be loaded into Python:
-`team.cpp` drives team.h alone, `decoder.cpp` whole steps of the real decoder.
+`thread_pool.cpp` drives thread_pool.h alone, `decoder.cpp` whole steps of the real decoder.
 
 Exits 1, with the sanitizer's report printed, if any of it fails.
 """
@@ -114,7 +114,7 @@ def _double_writes() -> tuple[bool, str]:
     others = [report for report in reports if report.count("veneer::Decoder::chunk(") < 2]
     if not passed or not reports or others:
         return False, "\n".join(others) or told
-    return True, f"no report by relaxed atomics; in plain memory {len(reports)}, each of two chunks"
+    return True, f"clean; in plain memory {len(reports)} reports, each of two chunks"
 
 
 def main() -> int:
@@ -124,7 +124,7 @@ def main() -> int:
         waiting = {
             f"address, undefined: {form}": pool.submit(_kernel_tests, form) for form in FORMS
         }
-        waiting["thread: team.h"] = pool.submit(_under_tsan, "team")
+        waiting["thread: thread_pool.h"] = pool.submit(_under_tsan, "thread_pool")
         waiting["thread: decoder.h"] = pool.submit(_under_tsan, "decoder")
         waiting["thread: decoder.h, chunks executed twice"] = pool.submit(_double_writes)
         results = {name: future.result() for name, future in waiting.items()}

@@ -7,7 +7,7 @@
 // for that memory (shared.h) use relaxed atomics, and the decoder must be clean again: nothing else
 // is written twice. Without it each report is of such memory. The logits and tokens must be those
 // of one thread, to the bit, each time.
-#include "decoder.h"
+#include "decoder/decoder.h"
 
 #include <cstdint>
 #include <cstdio>
@@ -81,13 +81,14 @@ struct Base {
 
 // Neighbouring tokens of each sequence: its context from `first` on, so many of them.
 struct TokenRows {
-    std::vector<int64_t> tokens, positions, slots, starts{0}, contexts, blocks, wanted;
+    std::vector<int64_t> tokens, positions, slots, starts{0}, contexts, blocks, prefetches;
     int64_t sequences = 0;
 
     void add(int64_t first, int64_t count) {
         for (int64_t at = first; at < first + count; ++at) {
             tokens.push_back((7 * sequences + 5 * at) % kVocab), positions.push_back(at);
-            slots.push_back(sequences * kContext + at), wanted.push_back(int64_t(wanted.size()));
+            slots.push_back(sequences * kContext + at),
+                prefetches.push_back(int64_t(prefetches.size()));
         }
         for (int64_t i = 0; i < kContext / kBlockSize; ++i)
             blocks.push_back(sequences * kContext / kBlockSize + i);
@@ -118,7 +119,7 @@ std::vector<float> results(const TokenRows& rows, int threads, bool patient, int
                     rows.contexts.data(),
                     rows.blocks.data(),
                     &segment,
-                    rows.wanted.data(),
+                    rows.prefetches.data(),
                     logits.data(),
                     finite.data(),
                     count,
@@ -126,26 +127,26 @@ std::vector<float> results(const TokenRows& rows, int threads, bool patient, int
                     kContext / kBlockSize,
                     1,
                     count};
-    Team team(threads, patient);
-    Decoder decoder(base.model, team);
+    ThreadPool pool(threads, patient);
+    Decoder decoder(base.model, pool);
     for (int i = 0; i < steps; ++i) {
-        team.call();
+        pool.wake();
         decoder.run(step);
-        team.rest();
+        pool.let_sleep();
         all.insert(all.end(), logits.begin(), logits.end());
     }
     if (patient) return all;
     // By the C interface, whose thread pool is not patient.
     void* engine = nullptr;
     if (veneer_create(&base.model, threads, &engine) != kOk) return {};
-    std::vector<Draw> draws;
+    std::vector<SampleRow> draws;
     for (int64_t row = 0; row < count; ++row)
         draws.push_back({logits.data() + row * kVocab, 3, uint64_t(row), 0.9, 0, 1, 0, 0});
     for (int i = 0; i < steps; ++i) {
         std::vector<float> sums(static_cast<size_t>(count), 0);
         veneer_sample(engine, draws.data(), count, kVocab);
         veneer_log_sums(engine, logits.data(), count, kVocab, sums.data());
-        for (const Draw& draw : draws) all.push_back(float(draw.token));
+        for (const SampleRow& draw : draws) all.push_back(float(draw.token));
         all.insert(all.end(), sums.begin(), sums.end());
     }
     veneer_destroy(engine);

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 SOURCES = (
     KERNELS / "library.cpp",
-    REPOSITORY / "tests" / "sanitize" / "team.cpp",
+    REPOSITORY / "tests" / "sanitize" / "thread_pool.cpp",
     REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
     REPOSITORY / "tests" / "bench" / "limits.cpp",
 )

@@ -9,12 +9,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "frame.h"
+#include "../step.h"
+#include "buffers.h"
+#include "context.h"
+#include "gemms.h"
 #include "heads.h"
-#include "products.h"
 #include "rows.h"
-#include "state.h"
-#include "step.h"
 
 #ifdef VENEER_TIMES
 #include <chrono>
@@ -38,31 +38,31 @@ enum Time {
 
 class Decoder final : Program {
   public:
-    Decoder(const Model& model, Team& team)
+    Decoder(const Model& model, ThreadPool& pool)
         : m_(model),
-          team_(team),
-          f_(model, team.size()),
-          products_(f_),
-          heads_(f_),
-          rows_(f_),
-          scratch_(size_t(team.size())) {
+          pool_(pool),
+          ctx_(model, pool.size()),
+          gemms_(ctx_),
+          heads_(ctx_),
+          rows_(ctx_),
+          scratch_(size_t(pool.size())) {
         work_.push_back({kEmbed});
         for (int layer = 0; layer < m_.layer_count; ++layer) {
             const bool last = layer + 1 == m_.layer_count;
-            work_.push_back({kProduct, layer, kQkv});
+            work_.push_back({kGemm, layer, kQkv});
             work_.push_back({kRotate, layer, kQkv});
             work_.push_back({kAttend, layer});
-            work_.push_back({kGather, layer});
-            work_.push_back({kProduct, layer, kOutput});
+            work_.push_back({kMerge, layer});
+            work_.push_back({kGemm, layer, kOutput});
             work_.push_back({kAdd, layer, kOutput, m_.layers[layer].post_norm});
-            work_.push_back({kProduct, layer, kGateUp});
+            work_.push_back({kGemm, layer, kGateUp});
             work_.push_back({kGate, layer, kGateUp});
-            work_.push_back({kProduct, layer, kDown});
+            work_.push_back({kGemm, layer, kDown});
             work_.push_back({kAdd, layer, kDown, last ? nullptr : m_.layers[layer + 1].input_norm});
         }
         work_.push_back({kNormalize});
         work_.push_back({kLogits});
-        places_.reset(parts());
+        versions_.reset(phases());
     }
 
     Decoder(const Decoder&) = delete;  // its parts refer to one another
@@ -71,58 +71,58 @@ class Decoder final : Program {
     void run(const Step& step) {
         prepare(step);
         begin_times();
-        team_.run(*this);
-        add_time(parts() - 1);
+        pool_.run(*this);
+        add_time(phases() - 1);
     }
 
     double seconds[kTimes] = {};
 
   private:
-    enum What { kEmbed, kProduct, kRotate, kAttend, kGather, kAdd, kGate, kNormalize, kLogits };
+    enum Op { kEmbed, kGemm, kRotate, kAttend, kMerge, kAdd, kGate, kNormalize, kLogits };
     struct Work {
-        What what;
+        Op op;
         int layer = 0;
         Group group = kQkv;
         const float* norm = nullptr;  // of what is added; null after the last layer
     };
 
     void prepare(const Step& step) {
-        f_.prepare(step);
+        ctx_.prepare(step);
         heads_.prepare();
-        products_.prepare(heads_.blocks());
+        gemms_.prepare(heads_.blocks());
         const size_t rows = size_t(step.rows);
         const size_t normed = std::max(rows, size_t(step.logit_count));
         hidden_.take(rows * m_.hidden);
-        rounded_.take(normed * f_.width);
-        y_.take(rows * f_.wide);
-        shrunk_.take(rows * size_t(f_.ranks) + kLanes);
-        queries_.take(rows * f_.query_width);
+        rounded_.take(normed * ctx_.width);
+        y_.take(rows * ctx_.wide);
+        shrunk_.take(rows * size_t(ctx_.ranks) + kLanes);
+        queries_.take(rows * ctx_.query_width);
         results_.take(heads_.results());
-        for (auto& each : scratch_) each.take(std::max(f_.scratch(), heads_.scratch()));
+        for (auto& each : scratch_) each.take(std::max(ctx_.scratch(), heads_.scratch()));
         std::fill(step.finite, step.finite + step.logit_count, uint8_t(1));
     }
 
     // ----------------------------------------------------------------------- program
 
-    int parts() const override { return int(work_.size()); }
+    int phases() const override { return int(work_.size()); }
 
-    int prepare(int part, Stragglers stragglers) override {
-        const Work& work = work_[size_t(part)];
-        if (!places_.prepare(part, writes(work), stragglers)) return -1;
-        if (part > 0) add_time(part - 1);
-        if (work.what == kProduct) products_.list(work.layer, work.group, lists(part));
-        return chunks(part);
+    int prepare(int phase, Stragglers stragglers) override {
+        const Work& work = work_[size_t(phase)];
+        if (!versions_.prepare(phase, writes(work), stragglers)) return -1;
+        if (phase > 0) add_time(phase - 1);
+        if (work.op == kGemm) gemms_.list(work.layer, work.group, lists(phase));
+        return chunks(phase);
     }
 
     // What later parts read: nothing where a part is left out.
     unsigned writes(const Work& work) const {
-        switch (work.what) {
+        switch (work.op) {
             case kEmbed:
             case kAdd: return 1u << kHidden | 1u << kRounded;
-            case kProduct: return 1u << kY | 1u << kShrunk | 1u << kLists;
+            case kGemm: return 1u << kY | 1u << kShrunk | 1u << kLists;
             case kRotate: return 1u << kQueries;
-            case kAttend: return heads_.in_parts() ? 1u << kResults : 1u << kRounded;
-            case kGather: return heads_.in_parts() ? 1u << kRounded : 0;
+            case kAttend: return heads_.shares_pieces() ? 1u << kResults : 1u << kRounded;
+            case kMerge: return heads_.shares_pieces() ? 1u << kRounded : 0;
             case kGate:
             case kNormalize: return 1u << kRounded;
             case kLogits: return 0;
@@ -130,66 +130,68 @@ class Decoder final : Program {
         return 0;
     }
 
-    int chunks(int part) const {
-        const Work& work = work_[size_t(part)];
-        switch (work.what) {
-            case kEmbed: return f_.chunks(f_.step->rows);
-            case kProduct: return products_.chunks(work.layer, work.group, lists(part));
-            case kRotate: return f_.chunks(bunches() * m_.kv_heads);
+    int chunks(int phase) const {
+        const Work& work = work_[size_t(phase)];
+        switch (work.op) {
+            case kEmbed: return ctx_.chunks(ctx_.step->rows);
+            case kGemm: return gemms_.chunks(work.layer, work.group, lists(phase));
+            case kRotate: return ctx_.chunks(row_tiles() * m_.kv_heads);
             case kAttend: return heads_.chunks();
-            case kGather: return heads_.in_parts() ? f_.chunks(heads_.items()) : 0;
-            case kAdd: return f_.chunks(bunches());
-            case kGate: return f_.columns(work.layer, work.group).chunks;
-            case kNormalize: return f_.chunks(f_.step->logit_count);
-            case kLogits: return few(m_.head.tiles(), team_.size() * kHeadChunks);
+            case kMerge: return heads_.shares_pieces() ? ctx_.chunks(heads_.items()) : 0;
+            case kAdd: return ctx_.chunks(row_tiles());
+            case kGate: return ctx_.columns(work.layer, work.group).chunks;
+            case kNormalize: return ctx_.chunks(ctx_.step->logit_count);
+            case kLogits: return chunk_count(m_.head.tiles(), pool_.size() * kHeadChunks);
         }
         return 0;
     }
 
-    int begin(int part, int chunks, int thread, int size) const override {
-        return work_[size_t(part)].what == kProduct ? products_.begin(chunks, lists(part), thread)
-                                                    : Program::begin(part, chunks, thread, size);
+    int begin(int phase, int chunks, int thread, int size) const override {
+        return work_[size_t(phase)].op == kGemm ? gemms_.begin(chunks, lists(phase), thread)
+                                                : Program::begin(phase, chunks, thread, size);
     }
 
-    void chunk(int part, int chunk, int thread) override {
-        const Work& work = work_[size_t(part)];
-        const Arrays at = arrays(part);
-        const int count = chunks(part);
+    void chunk(int phase, int chunk, int thread) override {
+        const Work& work = work_[size_t(phase)];
+        const Arrays at = arrays(phase);
+        const int count = chunks(phase);
         float* scratch = scratch_[size_t(thread)].take(0);
         // `function` for a chunk's share of so many.
         auto each = [&](int64_t of, const auto& function) {
             for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
         };
-        switch (work.what) {
-            case kEmbed: return each(f_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
-            case kProduct: return products_.chunk(work.layer, work.group, lists(part), at, chunk);
+        switch (work.op) {
+            case kEmbed: return each(ctx_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
+            case kGemm: return gemms_.chunk(work.layer, work.group, lists(phase), at, chunk);
             case kRotate:
-                return each(bunches() * m_.kv_heads, [&](int64_t item) {
-                    heads_.rotate(work.layer, at, f_.bunches[size_t(item / m_.kv_heads)],
+                return each(row_tiles() * m_.kv_heads, [&](int64_t item) {
+                    heads_.rotate(work.layer, at, ctx_.row_tiles[size_t(item / m_.kv_heads)],
                                   int(item % m_.kv_heads), scratch);
                 });
             case kAttend:
-                if (heads_.in_parts())
-                    return each(heads_.parts(),
-                                [&](int64_t i) { heads_.attend_part(work.layer, at, i, scratch); });
+                if (heads_.shares_pieces())
+                    return each(heads_.shared_pieces(), [&](int64_t i) {
+                        heads_.attend_piece(work.layer, at, i, scratch);
+                    });
                 return each(heads_.items(),
                             [&](int64_t i) { heads_.attend_item(work.layer, at, i, scratch); });
-            case kGather:
-                return each(heads_.items(), [&](int64_t i) { heads_.gather_item(at, i, scratch); });
+            case kMerge:
+                return each(heads_.items(), [&](int64_t i) { heads_.merge_item(at, i, scratch); });
             case kAdd:
-                return each(bunches(), [&](int64_t i) {
-                    rows_.add(work.layer, work.group, work.norm, at, f_.bunches[size_t(i)],
+                return each(row_tiles(), [&](int64_t i) {
+                    rows_.add(work.layer, work.group, work.norm, at, ctx_.row_tiles[size_t(i)],
                               scratch);
                 });
             case kGate: {
-                const Columns cut = f_.columns(work.layer, work.group);
+                const Columns cut = ctx_.columns(work.layer, work.group);
                 const int first = kTile * cut.begin(chunk), end = kTile * cut.begin(chunk + 1);
-                for (const Bunch& bunch : f_.bunches)
-                    rows_.gate(work.layer, at, bunch, first, end - first, scratch);
+                for (const RowTile& row_tile : ctx_.row_tiles)
+                    rows_.gate(work.layer, at, row_tile, first, end - first, scratch);
                 return;
             }
             case kNormalize:
-                return each(f_.step->logit_count, [&](int64_t i) { rows_.normalize_last(at, i); });
+                return each(ctx_.step->logit_count,
+                            [&](int64_t i) { rows_.normalize_last(at, i); });
             case kLogits: {
                 const int tiles = m_.head.tiles();
                 return rows_.logits(at, tiles * chunk / count, tiles * (chunk + 1) / count);
@@ -197,13 +199,15 @@ class Decoder final : Program {
         }
     }
 
-    int64_t bunches() const { return int64_t(f_.bunches.size()); }
+    int64_t row_tiles() const { return int64_t(ctx_.row_tiles.size()); }
     // Which of the products' lists a part goes by.
-    int lists(int part) const { return places_.wrote(part, kLists); }
+    int lists(int phase) const { return versions_.wrote(phase, kLists); }
 
-    Arrays arrays(int part) const {
-        auto now = [&](Array array) { return places_.wrote(part, array); };
-        auto before = [&](Array array) { return places_.wrote(part > 0 ? part - 1 : 0, array); };
+    Arrays arrays(int phase) const {
+        auto now = [&](Array array) { return versions_.wrote(phase, array); };
+        auto before = [&](Array array) {
+            return versions_.wrote(phase > 0 ? phase - 1 : 0, array);
+        };
         return {hidden_[before(kHidden)],
                 rounded_[before(kRounded)],
                 hidden_[now(kHidden)],
@@ -216,22 +220,22 @@ class Decoder final : Program {
 
 #ifdef VENEER_TIMES
     void begin_times() { began_ = std::chrono::steady_clock::now(); }
-    void add_time(int part) {
+    void add_time(int phase) {
         const auto now = std::chrono::steady_clock::now();
-        seconds[time_of(work_[size_t(part)])] +=
+        seconds[time_of(work_[size_t(phase)])] +=
             std::chrono::duration<double>(now - began_).count();
         began_ = now;
     }
     static Time time_of(const Work& work) {
-        switch (work.what) {
-            case kProduct:
+        switch (work.op) {
+            case kGemm:
                 return work.group == kQkv      ? kQkvTime
                        : work.group == kOutput ? kOutputTime
                        : work.group == kGateUp ? kGateUpTime
                                                : kDownTime;
             case kRotate: return kRotateTime;
             case kAttend:
-            case kGather: return kAttendTime;
+            case kMerge: return kAttendTime;
             case kGate: return kGateTime;
             case kLogits: return kHeadTime;
             default: return kNormTime;
@@ -246,16 +250,16 @@ class Decoder final : Program {
     static constexpr int kHeadChunks = 64;  // a thread's
 
     const Model& m_;
-    Team& team_;
+    ThreadPool& pool_;
     std::vector<Work> work_;
-    Places places_;
-    Frame f_;
-    Products products_;
+    BufferVersions versions_;
+    StepContext ctx_;
+    Gemms gemms_;
     Heads heads_;
     Rows rows_;
     // What parts write.
-    Placed<float> hidden_, y_, shrunk_, results_;
-    Placed<bf16> rounded_, queries_;
+    VersionedBuffer<float> hidden_, y_, shrunk_, results_;
+    VersionedBuffer<bf16> rounded_, queries_;
     std::vector<Buffer<float>> scratch_;  // by thread
 };
 

@@ -13,8 +13,8 @@
 
 #include <cstring>
 
+#include "../isa/isa.h"
 #include "bf16.h"
-#include "isa/isa.h"
 
 namespace veneer {
 
@@ -94,11 +94,11 @@ inline Pairs load_pairs_shared(const bf16* at) {
     return load_pairs(numbers);
 }
 
-inline Pairs same_pair_shared(const bf16* at) {
-    if constexpr (!kAtomicNumbers) return same_pair(at);
+inline Pairs broadcast_pair_shared(const bf16* at) {
+    if constexpr (!kAtomicNumbers) return broadcast_pair(at);
     bf16 numbers[2];
     load_numbers(numbers, at, 2);
-    return same_pair(numbers);
+    return broadcast_pair(numbers);
 }
 
 }  // namespace veneer

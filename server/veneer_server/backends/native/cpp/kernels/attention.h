@@ -20,7 +20,7 @@
 namespace veneer {
 
 constexpr int kRun = 16;  // tokens
-constexpr int kMostQueries = 12;
+constexpr int kMaxQueries = 12;
 constexpr int kPiece = 512;  // tokens
 
 constexpr int pieces(int64_t tokens) { return int((tokens + kPiece - 1) / kPiece); }
@@ -52,8 +52,8 @@ inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int he
 
 // Ask for what a token's key and value will be written to: they touch a line for each pair of
 // dimensions.
-inline void ask_for_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
-                         int head) {
+inline void prefetch_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
+                          int head) {
     const size_t run = shape.run(slot, head);
     const bf16* key = keys + run + slot % kRun * 2;
     const bf16* value = values + run + slot % kRun / 2 * 2 * shape.dim;
@@ -102,13 +102,13 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
                 prefetch(values + line);
                 const Pairs key = load_pairs_shared(keys + line);
                 for (int q = 0; q < Queries; ++q)
-                    sums[c][q] =
-                        dot(sums[c][q], key, same_pair_shared(queries[q].query + 2 * (pair + c)));
+                    sums[c][q] = dot(sums[c][q], key,
+                                     broadcast_pair_shared(queries[q].query + 2 * (pair + c)));
             }
         }
         for (int q = 0; q < Queries; ++q)
             store(scores + q * stride + size_t(run - first_run) * kRun,
-                  mul(add(sums[0][q], sums[1][q]), all(scale)));
+                  mul(add(sums[0][q], sums[1][q]), broadcast(scale)));
     }
 }
 
@@ -125,8 +125,8 @@ struct Piece {
 };
 
 // Scores of one query to weights, in place and as bfloat16; their largest and their sum.
-inline void soften(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
-                   const Piece& piece) {
+inline void softmax(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
+                    const Piece& piece) {
     const float none = -std::numeric_limits<float>::infinity();
     const int begin = first_run * kRun, count = (end_run - first_run) * kRun;
     const int unseen = std::max(query.first - begin, 0);  // before the first, ...
@@ -140,7 +140,7 @@ inline void soften(const Query& query, int first_run, int end_run, float* scores
     std::fill(scores + seen, scores + count, none);
     Floats most = load(scores);
     for (int t = kRun; t < count; t += kRun) most = max(most, load(scores + t));
-    const Floats top = all(largest(most));
+    const Floats top = broadcast(largest(most));
     Floats total = zeros();
     for (int t = 0; t < count; t += kRun) {
         // What is not seen is e^-87 of nothing: its weight must be 0, and so it is.
@@ -164,7 +164,7 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
             for (int pair = 0; pair < kRun / 2; ++pair) {
                 const Pairs value = load_pairs_shared(values + size_t(pair) * 2 * shape.dim);
                 for (int q = 0; q < Queries; ++q)
-                    sums[q] = dot(sums[q], value, same_pair(here + q * stride + 2 * pair));
+                    sums[q] = dot(sums[q], value, broadcast_pair(here + q * stride + 2 * pair));
             }
         }
         for (int q = 0; q < Queries; ++q) store_shared(to[q].out() + d, sums[q]);
@@ -172,7 +172,7 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
 }
 
 // Floats that `attend` needs.
-constexpr size_t kAttentionScratch = kMostQueries * (kPiece + kPiece / 2);
+constexpr size_t kAttentionScratch = kMaxQueries * (kPiece + kPiece / 2);
 
 template <int Queries>
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int number,
@@ -192,7 +192,7 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     bf16* weights = reinterpret_cast<bf16*>(scratch + Queries * stride);
     score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
     for (int q = 0; q < Queries; ++q)
-        soften(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride, to[q]);
+        softmax(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride, to[q]);
     combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
 }
 
@@ -212,8 +212,8 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
 }
 
 // Put a query's pieces together, which lie `stride` apart. `shares`: [count], the caller's own.
-inline void gather(const KvShape& shape, float* first, int count, size_t stride, float* shares,
-                   bf16* out) {
+inline void merge(const KvShape& shape, float* first, int count, size_t stride, float* shares,
+                  bf16* out) {
     float top = -std::numeric_limits<float>::infinity(), total = 0;
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
@@ -230,9 +230,10 @@ inline void gather(const KvShape& shape, float* first, int count, size_t stride,
         Floats sum = zeros();
         for (int i = 0; i < count; ++i) {
             const Piece piece{first + i * stride};
-            if (piece.total() != 0) sum = fma(load_shared(piece.out() + d), all(shares[i]), sum);
+            if (piece.total() != 0)
+                sum = fma(load_shared(piece.out() + d), broadcast(shares[i]), sum);
         }
-        store_shared(out + d, mul(sum, all(1.0f / total)));
+        store_shared(out + d, mul(sum, broadcast(1.0f / total)));
     }
 }
 
