@@ -91,7 +91,7 @@ format-cpp: install ## Write the C++ as clang-format has it
 	$(BIN)/python -m tests.sanitize.static --format
 
 # GCC with its libasan, libubsan and libtsan; about a minute.
-sanitize: install ## The kernels' tests under ASan and UBSan, team and decoder under TSan
+sanitize: install ## The kernels' tests under ASan and UBSan, thread pool and decoder under TSan
 	$(BIN)/python -m tests.sanitize
 
 torture-quick: base ## Every torture row in its quick form, with planted bugs that it must catch

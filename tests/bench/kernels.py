@@ -108,9 +108,9 @@ def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
 
 def part_names() -> list[str]:
     """As decoder.h orders them: its ``kQkvTime`` is ``qkv`` here."""
-    source = (resources.files("veneer_server.backends.native") / "cpp" / "decoder.h").read_text(
-        "utf-8"
-    )
+    source = (
+        resources.files("veneer_server.backends.native") / "cpp" / "decoder" / "decoder.h"
+    ).read_text("utf-8")
     found = re.search(r"enum Time \{([^}]*)\}", source)
     assert found, "decoder.h has no enum Time"
     names = [name.strip() for name in found[1].split(",")]

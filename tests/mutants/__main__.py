@@ -59,7 +59,7 @@ def judge(mutant: Mutant) -> Verdict:
         package = Path(scratch) / "path" / "veneer_server"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant.file:
-            mutant.apply(package / "native")
+            mutant.apply(package / "backends" / "native")
         passed, told = _run(package, mutant.form, Path(scratch) / "tests")
     killed = re.search(r"^FAILED \S*::(\S+)", told, re.MULTILINE)
     problem = ""

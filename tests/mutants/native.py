@@ -58,15 +58,15 @@ class Mutant:
         path.write_text(self.applied(path.read_text("utf-8")), "utf-8")
 
 
-_LINEAR: Final = "cpp/linear.h"
-_LORA: Final = "cpp/lora.h"
-_ATTENTION: Final = "cpp/attention.h"
-_HEADS: Final = "cpp/heads.h"
-_ROWS: Final = "cpp/rows.h"
-_STEP: Final = "cpp/decoder.h"
-_SAMPLE: Final = "cpp/sample.h"
-_SIMD: Final = "cpp/simd.h"
-_BF16: Final = "cpp/bf16.h"
+_LINEAR: Final = "cpp/kernels/linear.h"
+_LORA: Final = "cpp/kernels/lora.h"
+_ATTENTION: Final = "cpp/kernels/attention.h"
+_HEADS: Final = "cpp/decoder/heads.h"
+_ROWS: Final = "cpp/decoder/rows.h"
+_STEP: Final = "cpp/decoder/decoder.h"
+_SAMPLE: Final = "cpp/kernels/sample.h"
+_SIMD: Final = "cpp/kernels/simd.h"
+_BF16: Final = "cpp/kernels/bf16.h"
 _AVX2: Final = "cpp/isa/avx2.h"
 
 MUTANTS: Final = (
@@ -128,8 +128,8 @@ MUTANTS: Final = (
     Mutant(
         "LoRA scaling x 1.01",
         _LORA,
-        "fma(sums[r][v], all(member.scaling), load(to))",
-        "fma(sums[r][v], all(member.scaling * 1.01f), load(to))",
+        "fma(sums[r][v], broadcast(member.scaling), load(to))",
+        "fma(sums[r][v], broadcast(member.scaling * 1.01f), load(to))",
     ),
     Mutant(
         "LoRA scaling x 1.01, handed over by Python",
@@ -147,8 +147,8 @@ MUTANTS: Final = (
     Mutant(
         "every row of a bunch reads the first one's h",
         _LORA,
-        "const Floats input = all(rows.h[r * rows.h_stride + rank]);",
-        "const Floats input = all(rows.h[rank]);",
+        "const Floats input = broadcast(load_number(rows.h + r * rows.h_stride + rank));",
+        "const Floats input = broadcast(load_number(rows.h + rank));",
     ),
     Mutant(
         "the last inputs of A left out",
@@ -165,18 +165,18 @@ MUTANTS: Final = (
     Mutant(
         "v updated by k's matrices",
         _HEADS,
-        "f_.updated(at, index, kQkv, 2, bunch, value_at,",
-        "f_.updated(at, index, kQkv, 1, bunch, value_at,",
+        "ctx_.updated(at, index, kQkv, 2, row_tile, value_at,",
+        "ctx_.updated(at, index, kQkv, 1, row_tile, value_at,",
     ),
     Mutant(
         "up updated by gate's matrices",
         _ROWS,
-        "f_.updated(at, layer, kGateUp, 1, bunch, m_.intermediate + first,",
-        "f_.updated(at, layer, kGateUp, 0, bunch, m_.intermediate + first,",
+        "ctx_.updated(at, layer, kGateUp, 1, row_tile, m_.intermediate + first,",
+        "ctx_.updated(at, layer, kGateUp, 0, row_tile, m_.intermediate + first,",
     ),
     Mutant(
         "rows before a segment get its adapter",
-        "cpp/frame.h",
+        "cpp/decoder/context.h",
         "cut(step->segments[s].begin, nullptr);",
         "cut(step->segments[s].begin, step->segments[s].adapter);",
     ),
@@ -190,8 +190,8 @@ MUTANTS: Final = (
     Mutant(
         "half of a score",
         _ATTENTION,
-        "mul(add(sums[0][q], sums[1][q]), all(scale))",
-        "mul(add(sums[0][q], sums[0][q]), all(scale))",
+        "mul(add(sums[0][q], sums[1][q]), broadcast(scale))",
+        "mul(add(sums[0][q], sums[0][q]), broadcast(scale))",
     ),
     Mutant(
         "softmax without its maximum",
@@ -227,8 +227,8 @@ MUTANTS: Final = (
     Mutant(
         "a token does not see itself",
         _HEADS,
-        "const int64_t end = f_.step->positions[row] + 1;",
-        "const int64_t end = std::max<int64_t>(1, f_.step->positions[row]);",
+        "const int64_t end = ctx_.step->positions[row] + 1;",
+        "const int64_t end = std::max<int64_t>(1, ctx_.step->positions[row]);",
     ),
     Mutant(
         "K and V of the first head for all",
@@ -257,14 +257,14 @@ MUTANTS: Final = (
     Mutant(
         "pieces' sums without their shares",
         _ATTENTION,
-        "total += piece.share() * piece.total();",
+        "total += shares[i] * piece.total();",
         "total += piece.total();",
     ),
     Mutant(
         "pieces' results without their shares",
         _ATTENTION,
-        "all(piece.share()), sum)",
-        "all(1.0f), sum)",
+        "broadcast(shares[i]), sum)",
+        "broadcast(1.0f), sum)",
     ),
     Mutant(
         "queries past the first 12 see other keys",
@@ -282,14 +282,14 @@ MUTANTS: Final = (
     Mutant(
         "queries turned by the row before's position",
         _HEADS,
-        "turn(query, layer.query_norm, row);",
-        "turn(query, layer.query_norm, row > 0 ? row - 1 : row);",
+        "normalize_and_rotate(query, layer.query_norm, row);",
+        "normalize_and_rotate(query, layer.query_norm, row > 0 ? row - 1 : row);",
     ),
     Mutant(
         "keys turned by the row before's position",
         _HEADS,
-        "turn(query, layer.key_norm, row);",
-        "turn(query, layer.key_norm, row > 0 ? row - 1 : row);",
+        "normalize_and_rotate(query, layer.key_norm, row);",
+        "normalize_and_rotate(query, layer.key_norm, row > 0 ? row - 1 : row);",
     ),
     Mutant(
         "rotary scale left out",
@@ -319,8 +319,8 @@ MUTANTS: Final = (
     Mutant(
         "queries by the keys' norm",
         _HEADS,
-        "turn(query, layer.query_norm, row);",
-        "turn(query, layer.key_norm, row);",
+        "normalize_and_rotate(query, layer.query_norm, row);",
+        "normalize_and_rotate(query, layer.key_norm, row);",
     ),
     Mutant(
         "the norm before the MLP is attention's",
@@ -337,27 +337,27 @@ MUTANTS: Final = (
     Mutant(
         "the last norm of another row",
         _ROWS,
-        "f_.step->logit_rows[i] * m_.hidden",
+        "ctx_.step->logit_rows[i] * m_.hidden",
         "i * m_.hidden",
     ),
     # ---------------------------------------------------------------- gate, residual
     Mutant(
         "gate without silu",
         _ROWS,
-        "mul(div(gate, divisor), load(from + apart + i))",
-        "mul(gate, load(from + apart + i))",
+        "mul(div(gate, divisor), load_shared(from + apart + i))",
+        "mul(gate, load_shared(from + apart + i))",
     ),
     Mutant(
         "gate without up",
         _ROWS,
-        "mul(div(gate, divisor), load(from + apart + i))",
+        "mul(div(gate, divisor), load_shared(from + apart + i))",
         "div(gate, divisor)",
     ),
     Mutant(
         "no residual",
         _ROWS,
-        "veneer::add(load(before + i), load(from + i))",
-        "load(from + i)",
+        "veneer::add(load_shared(before + i), load_shared(from + i))",
+        "load_shared(from + i)",
     ),
     Mutant(
         "a row's last numbers are not looked at",
@@ -366,12 +366,12 @@ MUTANTS: Final = (
         "if (false) none = fma",
     ),
     # ---------------------------------------------------------------------- numbers
-    Mutant("e^x off by 1e-3", _SIMD, "all(5.0000001201e-1f)", "all(5.1e-1f)"),
+    Mutant("e^x off by 1e-3", _SIMD, "broadcast(5.0000001201e-1f)", "broadcast(5.1e-1f)"),
     Mutant(
         "e^x ends at -20",
         _SIMD,
-        "min(all(88.0f), max(all(-87.0f), x))",
-        "min(all(88.0f), max(all(-20.0f), x))",
+        "min(broadcast(88.0f), max(broadcast(-87.0f), x))",
+        "min(broadcast(88.0f), max(broadcast(-20.0f), x))",
     ),
     Mutant(
         "bfloat16 rounded down",
@@ -404,23 +404,23 @@ MUTANTS: Final = (
     Mutant(
         "top-p without the token that crosses it",
         _SAMPLE,
-        "kept >= draw.top_p * whole",
-        "kept + double(weight) >= draw.top_p * whole",
+        "kept >= row.top_p * whole",
+        "kept + double(weight) >= row.top_p * whole",
     ),
     Mutant("top-p of all, not of what top-k left", _SAMPLE, "            whole = 0;\n", ""),
     Mutant(
         "top-k one more",
         _SAMPLE,
-        "std::min(count, size_t(draw.top_k))",
-        "std::min(count, size_t(draw.top_k) + 1)",
+        "std::min(count, size_t(row.top_k))",
+        "std::min(count, size_t(row.top_k) + 1)",
     ),
     Mutant(
         "min-p of all",
         _SAMPLE,
-        "weight < draw.min_p * candidates_[0].weight",
-        "weight < draw.min_p * total_",
+        "weight < row.min_p * candidates_[0].weight",
+        "weight < row.min_p * total_",
     ),
-    Mutant("no temperature", _SAMPLE, "div(sub(logit, top), warmth)", "sub(logit, top)"),
+    Mutant("no temperature", _SAMPLE, "div(sub(logit, top), temperature)", "sub(logit, top)"),
     Mutant("another random number", _SAMPLE, "{counter + 1, 0, 0, 0}", "{counter, 0, 0, 0}"),
     Mutant(
         "of equals the higher id",
@@ -437,7 +437,7 @@ MUTANTS: Final = (
     Mutant(
         "candidates end at e^-10 of the likeliest",
         _SAMPLE,
-        "if (!enough(draw)) collect(0, vocab);",
+        "if (!enough(row)) collect(0, vocab);",
         "",
     ),
     Mutant(

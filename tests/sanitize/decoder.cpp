@@ -1,17 +1,13 @@
-// Whole steps of the real decoder by several threads: built with ThreadSanitizer, it tells of
-// every access that nothing puts in order.
+// Whole steps of the real decoder by several threads, and tokens sampled from their logits: built
+// with ThreadSanitizer, it tells of every access that nothing puts in order.
 //
-// Patiently (no argument) no chunk is done twice, and the decoder must be clean. With "stalls", and
-// compiled with VENEER_STALLS, chunks are done twice at one time: two threads then write the same
-// numbers to the same place, in plain memory, which ThreadSanitizer reports. The logits must be
-// those of one thread, to the bit, either way.
-//
-// What is written twice, each by one chunk for itself, and read by chunks of later parts: a tile of
-// y (`store_tile`), h of the adapters (`shrink_rows`), hidden states and inputs rounded to bfloat16
-// (`Rows`), queries, K and V in the cache (`Heads::rotate`), attention's results (`gather`). All
-// are written by vectors: an x86 CPU writes each aligned number of one as a whole, which C++ does
-// not promise. Relaxed atomics would be numbers one by one.
-#include "decoder.h"
+// Patiently (no argument) no chunk is executed twice, memory is plain, and the decoder must be
+// clean. With "stalls" chunks are executed twice at one time (VENEER_STALLS): two threads then
+// write the same numbers to the same place. With VENEER_ATOMIC_NUMBERS the kernels' own functions
+// for that memory (shared.h) use relaxed atomics, and the decoder must be clean again: nothing else
+// is written twice. Without it each report is of such memory. The logits and tokens must be those
+// of one thread, to the bit, each time.
+#include "decoder/decoder.h"
 
 #include <cstdint>
 #include <cstdio>
@@ -19,12 +15,14 @@
 #include <random>
 #include <vector>
 
+#include "library.cpp"
+
 namespace {
 
 using namespace veneer;
 
 constexpr int kHidden = 64, kInner = 128, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96;
-constexpr int kLayers = 2, kBlockSize = 16, kBlocks = 8, kRows = 24, kSequences = 3;
+constexpr int kLayers = 2, kBlockSize = 16, kContext = 640, kBlocks = 3 * kContext / kBlockSize;
 
 struct Base {
     std::mt19937 random{11};
@@ -67,7 +65,7 @@ struct Base {
             made.linears[kGateUp] = linear(2 * kInner, kHidden, 2);
             made.linears[kDown] = linear(kHidden, kInner);
             made.input_norm = numbers(kHidden, 0.1f, 1), made.post_norm = numbers(kHidden, 0.1f, 1);
-            made.keys = rounded(cache, 0), made.values = rounded(cache, 0);
+            made.keys = rounded(cache, 0.5f), made.values = rounded(cache, 0.5f);
             layers.push_back(made);
         }
         model.layers = layers.data();
@@ -81,8 +79,26 @@ struct Base {
     }
 };
 
-// The logits of some steps by so many threads; the same base and adapter each time.
-std::vector<float> logits(int threads, bool patient, int steps) {
+// Neighbouring tokens of each sequence: its context from `first` on, so many of them.
+struct TokenRows {
+    std::vector<int64_t> tokens, positions, slots, starts{0}, contexts, blocks, prefetches;
+    int64_t sequences = 0;
+
+    void add(int64_t first, int64_t count) {
+        for (int64_t at = first; at < first + count; ++at) {
+            tokens.push_back((7 * sequences + 5 * at) % kVocab), positions.push_back(at);
+            slots.push_back(sequences * kContext + at),
+                prefetches.push_back(int64_t(prefetches.size()));
+        }
+        for (int64_t i = 0; i < kContext / kBlockSize; ++i)
+            blocks.push_back(sequences * kContext / kBlockSize + i);
+        starts.push_back(int64_t(tokens.size())), contexts.push_back(first + count), ++sequences;
+    }
+};
+
+// The logits of some steps by so many threads, then a token of each row; the same base and adapter
+// each time.
+std::vector<float> results(const TokenRows& rows, int threads, bool patient, int steps) {
     Base base;
     constexpr int kRank = 8;
     std::vector<LoraGroup> groups(size_t(kLayers) * kGroups);
@@ -92,41 +108,48 @@ std::vector<float> logits(int threads, bool patient, int steps) {
         group.members[0] = {base.rounded(size_t(kRank) * kHeads * kDim, 0.1f), kRank, 0, 2, 0};
     }
     const LoraAdapter adapter{groups.data(), 0, 0};
-    const Segment segment{5, 15, &adapter};
-    std::vector<int64_t> tokens, positions, slots, starts{0}, contexts, blocks, wanted;
-    for (int64_t s = 0; s < kSequences; ++s) {
-        for (int64_t at = 0; at < kRows / kSequences; ++at) {
-            tokens.push_back((7 * s + 5 * at) % kVocab), positions.push_back(at);
-            slots.push_back((s + 1) * kBlockSize + at), wanted.push_back(int64_t(wanted.size()));
-        }
-        starts.push_back(int64_t(tokens.size()));
-        contexts.push_back(kRows / kSequences), blocks.push_back(s + 1);
-    }
-    std::vector<float> result(size_t(kRows) * kVocab), all;
-    std::vector<uint8_t> finite(kRows);
-    const Step step{tokens.data(),
-                    positions.data(),
-                    slots.data(),
-                    starts.data(),
-                    contexts.data(),
-                    blocks.data(),
+    const auto count = int64_t(rows.tokens.size());
+    const Segment segment{count / 4, count - count / 4, &adapter};
+    std::vector<float> logits(size_t(count) * kVocab), all;
+    std::vector<uint8_t> finite(size_t(count), 0);
+    const Step step{rows.tokens.data(),
+                    rows.positions.data(),
+                    rows.slots.data(),
+                    rows.starts.data(),
+                    rows.contexts.data(),
+                    rows.blocks.data(),
                     &segment,
-                    wanted.data(),
-                    result.data(),
+                    rows.prefetches.data(),
+                    logits.data(),
                     finite.data(),
-                    kRows,
-                    kSequences,
+                    count,
+                    rows.sequences,
+                    kContext / kBlockSize,
                     1,
-                    1,
-                    kRows};
-    Team team(threads, patient);
-    Decoder decoder(base.model, team);
+                    count};
+    ThreadPool pool(threads, patient);
+    Decoder decoder(base.model, pool);
     for (int i = 0; i < steps; ++i) {
-        team.call();
+        pool.wake();
         decoder.run(step);
-        team.rest();
-        all.insert(all.end(), result.begin(), result.end());
+        pool.let_sleep();
+        all.insert(all.end(), logits.begin(), logits.end());
     }
+    if (patient) return all;
+    // By the C interface, whose thread pool is not patient.
+    void* engine = nullptr;
+    if (veneer_create(&base.model, threads, &engine) != kOk) return {};
+    std::vector<SampleRow> draws;
+    for (int64_t row = 0; row < count; ++row)
+        draws.push_back({logits.data() + row * kVocab, 3, uint64_t(row), 0.9, 0, 1, 0, 0});
+    for (int i = 0; i < steps; ++i) {
+        std::vector<float> sums(static_cast<size_t>(count), 0);
+        veneer_sample(engine, draws.data(), count, kVocab);
+        veneer_log_sums(engine, logits.data(), count, kVocab, sums.data());
+        for (const SampleRow& draw : draws) all.push_back(float(draw.token));
+        all.insert(all.end(), sums.begin(), sums.end());
+    }
+    veneer_destroy(engine);
     return all;
 }
 
@@ -135,13 +158,20 @@ std::vector<float> logits(int threads, bool patient, int steps) {
 int main(int count, char** words) {
     const bool patient = count < 2 || std::strcmp(words[1], "stalls") != 0;
     constexpr int kSteps = 20;
-    const std::vector<float> expected = logits(1, true, kSteps);
-    for (const int threads : {2, 3, 5}) {
-        const std::vector<float> got = logits(threads, patient, kSteps);
-        if (std::memcmp(got.data(), expected.data(), got.size() * sizeof(float)) != 0) {
-            std::printf("%d threads computed other logits\n", threads);
-            return 1;
+    TokenRows prompts, long_contexts;
+    for (int i = 0; i < 3; ++i) prompts.add(0, 8);
+    // So long that threads share an item's pieces.
+    for (const int64_t context : {600, 530}) long_contexts.add(context - 2, 2);
+    for (const TokenRows* rows : {&prompts, &long_contexts}) {
+        const std::vector<float> expected = results(*rows, 1, patient, kSteps);
+        for (const int threads : {2, 3, 5}) {
+            const std::vector<float> got = results(*rows, threads, patient, kSteps);
+            if (got.size() != expected.size() ||
+                std::memcmp(got.data(), expected.data(), got.size() * sizeof(float)) != 0) {
+                std::printf("%d threads computed other logits or tokens\n", threads);
+                return 1;
+            }
         }
     }
-    std::printf("%d steps by 2, 3 and 5 threads: in order, the same logits\n", kSteps);
+    std::printf("%d steps by 2, 3 and 5 threads: in order, the same logits\n", 2 * kSteps);
 }

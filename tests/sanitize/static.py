@@ -21,10 +21,10 @@ from veneer_server.backends.native.forms import FLAGS, FORMS
 __all__: list[str] = []
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-KERNELS = REPOSITORY / "server" / "veneer_server" / "native" / "cpp"
+KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 SOURCES = (
     KERNELS / "library.cpp",
-    REPOSITORY / "tests" / "sanitize" / "team.cpp",
+    REPOSITORY / "tests" / "sanitize" / "thread_pool.cpp",
     REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
     REPOSITORY / "tests" / "bench" / "limits.cpp",
 )

@@ -1,4 +1,4 @@
-"""Tokens from logits by the kernels (``cpp/sample.h``)."""
+"""Tokens from logits by the kernels (``cpp/kernels/sample.h``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base's linears, packed as the kernels read them (``cpp/linear.h``)."""
+"""The base's linears, packed as the kernels read them (``cpp/kernels/linear.h``)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The structs of the C interface (``cpp/step.h``, ``cpp/linear.h``, ``cpp/lora.h``,
-``cpp/sample.h``), and whether a compiled library has the same."""
+"""The structs of the C interface (``step.h``, ``linear.h``, ``lora.h`` and ``sample.h`` in
+``cpp``), and whether a compiled library has the same."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import veneer_server
 
 from tests.mutants.native import MUTANTS, Mutant
 
-NATIVE = Path(veneer_server.__file__).parent / "native"
+NATIVE = Path(veneer_server.__file__).parent / "backends" / "native"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

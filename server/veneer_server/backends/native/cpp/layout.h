@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "sample.h"
+#include "kernels/sample.h"
 #include "step.h"
 
 namespace veneer {
@@ -88,15 +88,15 @@ constexpr Field kFields[] = {
     VENEER_FIELD(Step, table_width),
     VENEER_FIELD(Step, segment_count),
     VENEER_FIELD(Step, logit_count),
-    VENEER_STRUCT(Draw),
-    VENEER_FIELD(Draw, logits),
-    VENEER_FIELD(Draw, seed),
-    VENEER_FIELD(Draw, position),
-    VENEER_FIELD(Draw, top_p),
-    VENEER_FIELD(Draw, top_k),
-    VENEER_FIELD(Draw, temperature),
-    VENEER_FIELD(Draw, min_p),
-    VENEER_FIELD(Draw, token),
+    VENEER_STRUCT(SampleRow),
+    VENEER_FIELD(SampleRow, logits),
+    VENEER_FIELD(SampleRow, seed),
+    VENEER_FIELD(SampleRow, position),
+    VENEER_FIELD(SampleRow, top_p),
+    VENEER_FIELD(SampleRow, top_k),
+    VENEER_FIELD(SampleRow, temperature),
+    VENEER_FIELD(SampleRow, min_p),
+    VENEER_FIELD(SampleRow, token),
     {nullptr, nullptr, 0, 0},
 };
 // clang-format on

@@ -4,9 +4,9 @@
 #include <new>
 #include <system_error>
 
-#include "decoder.h"
+#include "decoder/decoder.h"
+#include "kernels/sample.h"
 #include "layout.h"
-#include "sample.h"
 
 using namespace veneer;
 
@@ -32,10 +32,10 @@ Status caught(const Function& function) noexcept {
 
 struct Engine {
     Engine(const Model& given, int threads)
-        : model(given), team(threads), decoder(model, team), samplers(size_t(threads)) {}
+        : model(given), pool(threads), decoder(model, pool), samplers(size_t(threads)) {}
 
     Model model;
-    Team team;
+    ThreadPool pool;
     Decoder decoder;
     std::vector<Sampler> samplers;  // by thread
 };
@@ -52,13 +52,13 @@ Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     }
     std::atomic<Status> status{kOk};
     Engine& engine = *static_cast<Engine*>(handle);
-    if (rows > 1) engine.team.call();
-    engine.team.each(rows, [&](int64_t row, int thread) {
+    if (rows > 1) engine.pool.wake();
+    engine.pool.each(rows, [&](int64_t row, int thread) {
         // Caught here: an exception must not leave a thread of the pool.
         const Status each = caught([&] { function(row, engine.samplers[size_t(thread)]); });
         if (each != kOk) status.store(each, std::memory_order_relaxed);
     });
-    if (rows > 1) engine.team.rest();
+    if (rows > 1) engine.pool.let_sleep();
     return status;
 }
 
@@ -91,7 +91,7 @@ void veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, bf16
 
 // y [rows, outputs] = x [rows, inputs] W^T, on the calling thread.
 void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y) {
-    Asking nothing;
+    Prefetcher nothing;
     multiply_tiles(*linear, 0, linear->tiles(), x, size_t(linear->inputs), int(rows), y,
                    size_t(linear->outputs), nothing);
 }
@@ -106,23 +106,24 @@ void veneer_destroy(void* engine) { delete static_cast<Engine*>(engine); }
 
 Status veneer_step(void* handle, const Step* step) {
     Engine& engine = *static_cast<Engine*>(handle);
-    engine.team.call();
+    engine.pool.wake();
     const Status status = caught([&] { engine.decoder.run(*step); });
-    engine.team.rest();
+    engine.pool.let_sleep();
     return status;
 }
 
 // The tokens of rows of logits; without an engine on the calling thread.
-Status veneer_sample(void* engine, Draw* draws, int64_t count, int64_t vocab) {
+Status veneer_sample(void* engine, SampleRow* rows, int64_t count, int64_t vocab) {
     return each_row(engine, count, [&](int64_t row, Sampler& sampler) {
-        draws[row].token = sampler.token(draws[row], vocab);
+        store_number(&rows[row].token, sampler.token(rows[row], vocab));
     });
 }
 
 // log(sum of e^logit) of each row.
 Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t vocab, float* to) {
-    return each_row(engine, rows,
-                    [&](int64_t row, Sampler&) { to[row] = log_sum(logits + row * vocab, vocab); });
+    return each_row(engine, rows, [&](int64_t row, Sampler&) {
+        store_number(to + row, log_sum(logits + row * vocab, vocab));
+    });
 }
 
 // Seconds in each part of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.

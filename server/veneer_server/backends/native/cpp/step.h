@@ -1,9 +1,9 @@
 // What goes over the C interface: plain structs of pointers and numbers, owned by the caller.
 #pragma once
 
-#include "attention.h"
-#include "linear.h"
-#include "lora.h"
+#include "kernels/attention.h"
+#include "kernels/linear.h"
+#include "kernels/lora.h"
 
 namespace veneer {
 

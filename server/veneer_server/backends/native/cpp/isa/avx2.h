@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../bf16.h"
+#include "../kernels/bf16.h"
 #include "x86.h"
 
 namespace veneer {
@@ -48,7 +48,7 @@ struct Table {
 };
 
 inline Floats zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Floats all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 inline Floats load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
 inline __m256 widened(__m128i half) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -145,20 +145,20 @@ inline Pairs load_pairs(const bf16* at) {
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
 // Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
-inline Pairs pair_up(const bf16* first, const bf16* second) {
+inline Pairs interleave(const bf16* first, const bf16* second) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
     // Unpacking works on 128 bits apart.
     const __m256i lo = _mm256_unpacklo_epi16(a, b), hi = _mm256_unpackhi_epi16(a, b);
     return {_mm256_permute2x128_si256(lo, hi, 0x20), _mm256_permute2x128_si256(lo, hi, 0x31)};
 }
-inline Pairs pair_up(const bf16* first, const bf16* second, int count) {
+inline Pairs interleave(const bf16* first, const bf16* second, int count) {
     alignas(32) bf16 padded[2][kLanes] = {};
     std::memcpy(padded[0], first, count * sizeof(bf16));
     std::memcpy(padded[1], second, count * sizeof(bf16));
-    return pair_up(padded[0], padded[1]);
+    return interleave(padded[0], padded[1]);
 }
-inline Pairs same_pair(const bf16* at) {
+inline Pairs broadcast_pair(const bf16* at) {
     int32_t both;
     std::memcpy(&both, at, sizeof both);
     return {_mm256_set1_epi32(both), _mm256_set1_epi32(both)};

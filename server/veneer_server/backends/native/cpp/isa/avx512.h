@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../bf16.h"
+#include "../kernels/bf16.h"
 #include "x86.h"
 
 namespace veneer {
@@ -49,7 +49,7 @@ struct Table {
 };
 
 inline Floats zeros() { return {_mm512_setzero_ps()}; }
-inline Floats all(float value) { return {_mm512_set1_ps(value)}; }
+inline Floats broadcast(float value) { return {_mm512_set1_ps(value)}; }
 inline Floats load(const float* at) { return {_mm512_loadu_ps(at)}; }
 inline Floats load(const bf16* at) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
@@ -88,22 +88,22 @@ inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
 // Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
-inline Pairs pair_up(__m256i first, __m256i second) {
+inline Pairs interleave(__m256i first, __m256i second) {
     alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), _mm512_load_si512(order),
                                       _mm512_castsi256_si512(second))};
 }
-inline Pairs pair_up(const bf16* first_line, const bf16* second_line) {
-    return pair_up(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_line)),
-                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second_line)));
+inline Pairs interleave(const bf16* first_line, const bf16* second_line) {
+    return interleave(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_line)),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second_line)));
 }
-inline Pairs pair_up(const bf16* first_line, const bf16* second_line, int count) {
-    return pair_up(_mm256_maskz_loadu_epi16(first(count), first_line),
-                   _mm256_maskz_loadu_epi16(first(count), second_line));
+inline Pairs interleave(const bf16* first_line, const bf16* second_line, int count) {
+    return interleave(_mm256_maskz_loadu_epi16(first(count), first_line),
+                      _mm256_maskz_loadu_epi16(first(count), second_line));
 }
-inline Pairs same_pair(const bf16* at) {
+inline Pairs broadcast_pair(const bf16* at) {
     int32_t both;
     std::memcpy(&both, at, sizeof both);
     return {_mm512_set1_epi32(both)};

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
-#include "step.h"
-#include "team.h"
+#include "../kernels/shared.h"
+#include "../step.h"
+#include "../thread_pool.h"
 
 namespace veneer {
 
@@ -25,15 +25,15 @@ struct Arrays {
 };
 
 // Neighbouring rows of one adapter, or of none.
-struct Bunch {
+struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
     int rows;
 };
 
 // No more chunks than the threads need to share them well.
-inline int few(int64_t count, int most) {
-    return int(std::min<int64_t>(count, std::min(most, kMostChunks)));
+inline int chunk_count(int64_t count, int most) {
+    return int(std::min<int64_t>(count, std::min(most, kMaxChunks)));
 }
 
 // How a linear's tiles are cut into chunks. A gate and what it multiplies are computed by
@@ -54,8 +54,8 @@ struct Columns {
 
 constexpr int kShrinks = 512;  // chunks of a product that are not its tiles, at most
 
-struct Frame {
-    Frame(const Model& model_, int threads_)
+struct StepContext {
+    StepContext(const Model& model_, int threads_)
         : model(model_),
           threads(threads_),
           kv{model.kv_heads, model.dim, model.block_size},
@@ -71,20 +71,20 @@ struct Frame {
         for (int64_t s = 0; s < step->segment_count; ++s)
             for (int g = 0; g < model.layer_count * kGroups; ++g)
                 ranks = std::max(ranks, step->segments[s].adapter->groups[g].ranks);
-        prepare_bunches();
+        cut_row_tiles();
     }
 
-    // See `few`.
-    int chunks(int64_t count) const { return few(count, threads * kChunks); }
+    // See `chunk_count`.
+    int chunks(int64_t count) const { return chunk_count(count, threads * kChunks); }
 
     Columns columns(int layer, Group group) const {
-        return {model.layers[layer].linears[group], chunks(kMostChunks - kShrinks)};
+        return {model.layers[layer].linears[group], chunks(kMaxChunks - kShrinks)};
     }
 
     // Numbers of a thread's own that a bunch's rows take up in between.
     size_t scratch() const {
         const int head_group = (model.heads / model.kv_heads + 2) * model.dim;
-        return size_t(kBunch * std::max({model.hidden, head_group, 2 * model.intermediate}));
+        return size_t(kRowTile * std::max({model.hidden, head_group, 2 * model.intermediate}));
     }
 
     int member_outputs(Group group, int member) const {
@@ -97,21 +97,20 @@ struct Frame {
 
     // One of a bunch's projections with its adapter's update, `count` outputs from `first` on:
     // `at.y` from `column` on and that, into `to` [rows, stride].
-    void updated(const Arrays& at, int layer, Group group, int member, const Bunch& bunch,
+    void updated(const Arrays& at, int layer, Group group, int member, const RowTile& row_tile,
                  int column, int first, int count, float* to, size_t stride) const {
-        for (int row = 0; row < bunch.rows; ++row)
-            std::memcpy(to + row * stride, at.y + (bunch.row + row) * wide + column,
-                        size_t(count) * sizeof(float));
-        if (bunch.adapter == nullptr) return;
-        expand(*bunch.adapter, group_of(*bunch.adapter, layer, group).members[member],
-               member_outputs(group, member), first, count, bunch.rows,
-               {at.shrunk + bunch.row * ranks, size_t(ranks), to, stride});
+        for (int row = 0; row < row_tile.rows; ++row)
+            load_numbers(to + row * stride, at.y + (row_tile.row + row) * wide + column, count);
+        if (row_tile.adapter == nullptr) return;
+        expand(*row_tile.adapter, group_of(*row_tile.adapter, layer, group).members[member],
+               member_outputs(group, member), first, count, row_tile.rows,
+               {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
     }
 
     // Ask for a bunch's y[first to first + count - 1]: half of it another thread has just
     // written, and its core may be far away.
-    void ask_for_y(const Arrays& at, const Bunch& bunch, int first, int count) const {
-        for (int64_t row = bunch.row; row < bunch.row + bunch.rows; ++row)
+    void prefetch_y(const Arrays& at, const RowTile& row_tile, int first, int count) const {
+        for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows; ++row)
             for (int i = 0; i < count; i += kLanes)
                 __builtin_prefetch(at.y + row * wide + first + i);
     }
@@ -124,7 +123,7 @@ struct Frame {
     const int wide;   // of `y`
     const Step* step = nullptr;
     int ranks = 0;  // of the group and adapter with the most
-    std::vector<Bunch> bunches;
+    std::vector<RowTile> row_tiles;
 
   private:
     static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do
@@ -137,14 +136,14 @@ struct Frame {
         return ((width + line - 1) / line | 1) * line;
     }
 
-    void prepare_bunches() {
+    void cut_row_tiles() {
         // As many as the threads can share, and no larger than `expand` takes.
-        const int64_t most = std::clamp<int64_t>(step->rows / threads, 1, kBunch);
-        bunches.clear();
+        const int64_t most = std::clamp<int64_t>(step->rows / threads, 1, kRowTile);
+        row_tiles.clear();
         int64_t row = 0;
         auto cut = [&](int64_t end, const LoraAdapter* adapter) {
             for (; row < end; row = std::min(row + most, end))
-                bunches.push_back({adapter, row, int(std::min(most, end - row))});
+                row_tiles.push_back({adapter, row, int(std::min(most, end - row))});
         };
         for (int64_t s = 0; s < step->segment_count; ++s) {
             cut(step->segments[s].begin, nullptr);

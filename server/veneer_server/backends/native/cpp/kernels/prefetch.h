@@ -16,7 +16,7 @@ namespace veneer {
 constexpr size_t kLine = 64;  // bytes
 
 // Pieces of memory in the order in which they are wanted.
-class Wanted {
+class PrefetchList {
   public:
     void clear() { pieces_.clear(), lines_ = 0; }
     void reserve(size_t pieces) { pieces_.reserve(pieces); }
@@ -31,11 +31,11 @@ class Wanted {
     }
 
     // No more than a thread's cache would keep until it is used.
-    size_t lines() const { return lines_ <= kMost ? lines_ : 0; }
+    size_t lines() const { return lines_ <= kMax ? lines_ : 0; }
 
   private:
-    friend class Asking;
-    static constexpr size_t kMost = (4 << 20) / kLine;
+    friend class Prefetcher;
+    static constexpr size_t kMax = (4 << 20) / kLine;
     struct Piece {
         const char* at;
         size_t run, stride;  // lines of a run, bytes from one to the next
@@ -46,30 +46,30 @@ class Wanted {
 };
 
 // A share of each of some lists, one list after the other, a few lines at a time.
-class Asking {
+class Prefetcher {
   public:
     bool inputs = true;  // of the product too: no tile has read them yet
 
-    Asking() = default;
+    Prefetcher() = default;
 
     // Share `share` of `shares` of equal size.
     template <size_t Count>
-    Asking(const Wanted (&lists)[Count], int share, int shares) {
+    Prefetcher(const PrefetchList (&lists)[Count], int share, int shares) {
         static_assert(Count <= kLists);
-        for (const Wanted& list : lists) {
+        for (const PrefetchList& list : lists) {
             lists_[count_] = List(list, share, shares);
             left_ += lists_[count_].left;
             count_ += lists_[count_].left > 0;
         }
     }
 
-    // Ask for all that is left in so many calls of `some`. More than a few lines at once would
-    // fill the queue to memory, and what is computed would wait behind them.
+    // Ask for all that is left in so many calls of `prefetch_some`. More than a few lines at once
+    // would fill the queue to memory, and what is computed would wait behind them.
     void spread(size_t calls) { at_once_ = (left_ + calls - 1) / calls; }
 
-    void some() {
+    void prefetch_some() {
         for (size_t count = at_once_; count > 0 && now_ < count_;) {
-            count -= lists_[now_].some(count);
+            count -= lists_[now_].prefetch_some(count);
             now_ += lists_[now_].left == 0;
         }
     }
@@ -79,15 +79,15 @@ class Asking {
 
     struct List {
         List() = default;
-        List(const Wanted& wanted, int share, int shares) {
-            const size_t all = wanted.lines();
+        List(const PrefetchList& prefetches, int share, int shares) {
+            const size_t all = prefetches.lines();
             const size_t first = all * size_t(share) / size_t(shares);
             left = all * size_t(share + 1) / size_t(shares) - first;
             if (left == 0) return;
-            const Wanted::Piece* pieces = wanted.pieces_.data();
+            const PrefetchList::Piece* pieces = prefetches.pieces_.data();
             piece = std::upper_bound(
-                pieces, pieces + wanted.pieces_.size(), first,
-                [](size_t number, const Wanted::Piece& other) { return number < other.end; });
+                pieces, pieces + prefetches.pieces_.size(), first,
+                [](size_t number, const PrefetchList::Piece& other) { return number < other.end; });
             const size_t within = first - (piece == pieces ? 0 : piece[-1].end);
             run = piece->at + within / piece->run * piece->stride;
             next = run + within % piece->run * kLine;
@@ -96,7 +96,7 @@ class Asking {
         }
 
         // Up to so many lines of one run; how many.
-        size_t some(size_t count) {
+        size_t prefetch_some(size_t count) {
             count = std::min({count, in_run, left});
             for (const char* end = next + count * kLine; next < end; next += kLine) prefetch(next);
             left -= count, in_run -= count, in_piece -= count;
@@ -112,7 +112,7 @@ class Asking {
             return count;
         }
 
-        const Wanted::Piece* piece = nullptr;
+        const PrefetchList::Piece* piece = nullptr;
         const char* run = nullptr;   // where the current one begins
         const char* next = nullptr;  // of it, the next line
         size_t in_run = 0, in_piece = 0, left = 0;

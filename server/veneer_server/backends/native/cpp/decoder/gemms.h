@@ -5,34 +5,34 @@
 #include <algorithm>
 #include <vector>
 
-#include "ask.h"
-#include "frame.h"
-#include "state.h"
+#include "../kernels/prefetch.h"
+#include "buffers.h"
+#include "context.h"
 
 namespace veneer {
 
-class Products {
+class Gemms {
   public:
-    explicit Products(const Frame& frame) : f_(frame) {}
+    explicit Gemms(const StepContext& context) : ctx_(context) {}
 
     // `blocks`: of the cache, in the order in which attention reads them.
     void prepare(const std::vector<int64_t>& blocks) {
         blocks_ = &blocks;
         // What `list` adds at most: it is called while others are at work.
         const size_t pieces =
-            size_t((8 + 2 * f_.threads) * f_.step->segment_count) + 2 * blocks.size();
+            size_t((8 + 2 * ctx_.threads) * ctx_.step->segment_count) + 2 * blocks.size();
         for (Lists& lists : lists_) {
             lists.shrinks.clear(), lists.shrinks.reserve(most_shrinks());
-            for (Wanted& wanted : lists.wanted) wanted.reserve(pieces);
+            for (PrefetchList& prefetches : lists.prefetches) prefetches.reserve(pieces);
         }
     }
 
     // List what a product's chunks go by, in one of the places.
-    void list(int layer, Group group, int place) {
-        std::vector<ShrinkItem>& shrinks = lists_[place].shrinks;
+    void list(int layer, Group group, int version) {
+        std::vector<ShrinkItem>& shrinks = lists_[version].shrinks;
         shrinks.clear();
-        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
-            const Segment& segment = f_.step->segments[s];
+        for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
+            const Segment& segment = ctx_.step->segments[s];
             const LoraGroup& lora = group_of(*segment.adapter, layer, group);
             if (lora.a == nullptr) continue;
             const int chunks = (lora.ranks + kRankChunk - 1) / kRankChunk;
@@ -41,27 +41,27 @@ class Products {
                     shrinks.push_back(
                         {&segment, &lora, row, std::min(kShrinkRows, segment.end - row), chunk});
         }
-        want(layer, group, lists_[place].wanted);
+        list_prefetches(layer, group, lists_[version].prefetches);
     }
 
-    int chunks(int layer, Group group, int place) const {
-        return shrink_chunks(place) + f_.columns(layer, group).chunks;
+    int chunks(int layer, Group group, int version) const {
+        return shrink_chunks(version) + ctx_.columns(layer, group).chunks;
     }
 
     // A thread's share begins here: of each kind of chunks an even part, shrinks first, since a
     // tile is shorter, then neighbouring tiles.
-    int begin(int chunks, int place, int thread) const {
-        const int shrinks = shrink_chunks(place);
+    int begin(int chunks, int version, int thread) const {
+        const int shrinks = shrink_chunks(version);
         return even(shrinks, thread) + even(chunks - shrinks, thread);
     }
 
-    void chunk(int layer, Group group, int place, const Arrays& at, int number) const {
-        const Linear& linear = f_.model.layers[layer].linears[group];
-        const Lists& list = lists_[place];
-        const Columns cut = f_.columns(layer, group);
-        const int shrinks = shrink_chunks(place);
-        int thread = f_.threads - 1;
-        while (number < begin(shrinks + cut.chunks, place, thread)) --thread;
+    void chunk(int layer, Group group, int version, const Arrays& at, int number) const {
+        const Linear& linear = ctx_.model.layers[layer].linears[group];
+        const Lists& list = lists_[version];
+        const Columns cut = ctx_.columns(layer, group);
+        const int shrinks = shrink_chunks(version);
+        int thread = ctx_.threads - 1;
+        while (number < begin(shrinks + cut.chunks, version, thread)) --thread;
         const int shrink_number = number - even(cut.chunks, thread);
         if (shrink_number < even(shrinks, thread + 1)) {
             const size_t all = list.shrinks.size();
@@ -70,7 +70,7 @@ class Products {
                 shrink(at, list.shrinks[i], linear.inputs);
             return;
         }
-        multiply(linear, cut, number - even(shrinks, thread + 1), list.wanted, at);
+        multiply(linear, cut, number - even(shrinks, thread + 1), list.prefetches, at);
     }
 
   private:
@@ -84,62 +84,63 @@ class Products {
     // What a product's chunks go by.
     struct Lists {
         std::vector<ShrinkItem> shrinks;
-        Wanted wanted[3];
+        PrefetchList prefetches[3];
     };
 
     size_t most_shrinks() const {
-        const size_t chunks = size_t(f_.ranks + kRankChunk - 1) / kRankChunk;
-        return chunks * size_t(f_.step->segment_count + f_.step->rows / kShrinkRows);
+        const size_t chunks = size_t(ctx_.ranks + kRankChunk - 1) / kRankChunk;
+        return chunks * size_t(ctx_.step->segment_count + ctx_.step->rows / kShrinkRows);
     }
-    int shrink_chunks(int place) const {
-        return few(int64_t(lists_[place].shrinks.size()), kShrinks);
+    int shrink_chunks(int version) const {
+        return chunk_count(int64_t(lists_[version].shrinks.size()), kShrinks);
     }
-    int even(int count, int thread) const { return int(int64_t(count) * thread / f_.threads); }
+    int even(int count, int thread) const { return int(int64_t(count) * thread / ctx_.threads); }
 
-    void multiply(const Linear& linear, const Columns& cut, int chunk, const Wanted (&wanted)[3],
-                  const Arrays& at) const {
-        const int rows = int(f_.step->rows);
+    void multiply(const Linear& linear, const Columns& cut, int chunk,
+                  const PrefetchList (&prefetches)[3], const Arrays& at) const {
+        const int rows = int(ctx_.step->rows);
         const int first = cut.begin(chunk), last = cut.begin(chunk + 1);
-        Asking asking(wanted, chunk, cut.chunks);
-        asking.spread(row_groups(linear, rows) * linear.blocks() * (last - first) * linear.parts);
+        Prefetcher prefetcher(prefetches, chunk, cut.chunks);
+        prefetcher.spread(row_groups(linear, rows) * linear.blocks() * (last - first) *
+                          linear.parts);
         // In the order in which they lie.
         const int run = linear.parts == 1 ? last - first : 2;
         for (int tile = first; tile < last; tile += run)
             for (int p = 0; p < linear.parts; ++p)
                 multiply_tiles(linear, p * cut.tiles + tile, p * cut.tiles + tile + run,
-                               at.rounded_before, size_t(f_.width), rows, at.y, size_t(f_.wide),
-                               asking);
+                               at.rounded_before, size_t(ctx_.width), rows, at.y, size_t(ctx_.wide),
+                               prefetcher);
     }
 
     void shrink(const Arrays& at, const ShrinkItem& item, int inputs) const {
-        const bf16* x = at.rounded_before + item.row * f_.width;
-        float* h = at.shrunk + item.row * f_.ranks;
+        const bf16* x = at.rounded_before + item.row * ctx_.width;
+        float* h = at.shrunk + item.row * ctx_.ranks;
         if (item.segment->adapter->is_float)
-            veneer::shrink<float>(*item.group, item.chunk, x, size_t(f_.width), inputs,
-                                  int(item.rows), h, size_t(f_.ranks));
+            veneer::shrink<float>(*item.group, item.chunk, x, size_t(ctx_.width), inputs,
+                                  int(item.rows), h, size_t(ctx_.ranks));
         else
-            veneer::shrink<bf16>(*item.group, item.chunk, x, size_t(f_.width), inputs,
-                                 int(item.rows), h, size_t(f_.ranks));
+            veneer::shrink<bf16>(*item.group, item.chunk, x, size_t(ctx_.width), inputs,
+                                 int(item.rows), h, size_t(ctx_.ranks));
     }
 
     // What is read after a product: the adapters' B of its own group, the cache after the keys'
     // and values' own, and the adapters' A of the next group.
-    void want(int layer, Group group, Wanted (&lists)[3]) const {
-        Wanted& expanding = lists[0];
-        Wanted& cache = lists[1];
-        Wanted& shrinking = lists[2];
-        for (Wanted& list : lists) list.clear();
-        const Model& model = f_.model;
-        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
-            const LoraGroup& lora = group_of(*f_.step->segments[s].adapter, layer, group);
+    void list_prefetches(int layer, Group group, PrefetchList (&lists)[3]) const {
+        PrefetchList& expanding = lists[0];
+        PrefetchList& cache = lists[1];
+        PrefetchList& shrinking = lists[2];
+        for (PrefetchList& list : lists) list.clear();
+        const Model& model = ctx_.model;
+        for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
+            const LoraGroup& lora = group_of(*ctx_.step->segments[s].adapter, layer, group);
             for (int member = 0; member < kMembers; ++member) {
                 const LoraMember& update = lora.members[member];
                 if (update.b != nullptr && group != kGateUp)
-                    expanding.add(update.b, bytes(f_.step->segments[s], update.rank) *
-                                                size_t(f_.member_outputs(group, member)));
+                    expanding.add(update.b, bytes(ctx_.step->segments[s], update.rank) *
+                                                size_t(ctx_.member_outputs(group, member)));
             }
         }
-        if (group == kGateUp) want_columns(layer, expanding);
+        if (group == kGateUp) list_prefetches_of_columns(layer, expanding);
         if (group == kGateUp && layer + 1 < model.layer_count) {
             const size_t block = size_t(model.kv_heads) * model.block_size * model.dim;
             for (const int64_t id : *blocks_) {
@@ -151,28 +152,28 @@ class Products {
         const int next = layer * kGroups + group + 1;
         if (next == model.layer_count * kGroups) return;
         const int inputs = model.layers[next / kGroups].linears[next % kGroups].inputs;
-        for (int64_t s = 0; s < f_.step->segment_count; ++s) {
-            const LoraGroup& lora = f_.step->segments[s].adapter->groups[next];
+        for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
+            const LoraGroup& lora = ctx_.step->segments[s].adapter->groups[next];
             if (lora.a != nullptr)
-                shrinking.add(lora.a, bytes(f_.step->segments[s], lora.ranks) * size_t(inputs));
+                shrinking.add(lora.a, bytes(ctx_.step->segments[s], lora.ranks) * size_t(inputs));
         }
     }
 
     // Of each thread, the columns of B that belong to its tiles.
-    void want_columns(int layer, Wanted& expanding) const {
-        const Columns cut = f_.columns(layer, kGateUp);
-        for (int thread = 0; thread < f_.threads; ++thread) {
+    void list_prefetches_of_columns(int layer, PrefetchList& expanding) const {
+        const Columns cut = ctx_.columns(layer, kGateUp);
+        for (int thread = 0; thread < ctx_.threads; ++thread) {
             const int first = kTile * cut.begin(even(cut.chunks, thread));
             const int last = kTile * cut.begin(even(cut.chunks, thread + 1));
-            for (int64_t s = 0; s < f_.step->segment_count; ++s) {
-                const Segment& segment = f_.step->segments[s];
+            for (int64_t s = 0; s < ctx_.step->segment_count; ++s) {
+                const Segment& segment = ctx_.step->segments[s];
                 const LoraGroup& lora = group_of(*segment.adapter, layer, kGateUp);
                 for (int member = 0; member < 2; ++member) {
                     const LoraMember& update = lora.members[member];
                     if (update.b == nullptr) continue;
                     expanding.add(static_cast<const char*>(update.b) + bytes(segment, first),
                                   bytes(segment, last - first), size_t(update.rank),
-                                  bytes(segment, f_.model.intermediate));
+                                  bytes(segment, ctx_.model.intermediate));
                 }
             }
         }
@@ -184,9 +185,9 @@ class Products {
 
     static constexpr int64_t kShrinkRows = 32;
 
-    const Frame& f_;
+    const StepContext& ctx_;
     const std::vector<int64_t>* blocks_ = nullptr;
-    Lists lists_[kPlaces];
+    Lists lists_[kVersions];
 };
 
 }  // namespace veneer

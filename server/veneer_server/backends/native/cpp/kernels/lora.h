@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "shared.h"
 #include "simd.h"
 
 namespace veneer {
@@ -53,10 +54,12 @@ template <>
 struct TwoInputs<bf16> {
     Pairs pairs;
     TwoInputs() = default;
-    TwoInputs(const bf16* first, const bf16* second) : pairs(pair_up(first, second)) {}
+    TwoInputs(const bf16* first, const bf16* second) : pairs(interleave(first, second)) {}
     TwoInputs(const bf16* first, const bf16* second, int count)
-        : pairs(pair_up(first, second, count)) {}
-    Floats dot(Floats sums, const bf16* x) const { return veneer::dot(sums, pairs, same_pair(x)); }
+        : pairs(interleave(first, second, count)) {}
+    Floats dot(Floats sums, const bf16* x) const {
+        return veneer::dot(sums, pairs, broadcast_pair_shared(x));
+    }
 };
 
 template <>
@@ -67,7 +70,8 @@ struct TwoInputs<float> {
     TwoInputs(const float* a, const float* b, int count)
         : first(load(a, count)), second(load(b, count)) {}
     Floats dot(Floats sums, const bf16* x) const {
-        return fma(second, all(to_float(x[1])), fma(first, all(to_float(x[0])), sums));
+        return fma(second, broadcast(to_float(load_number(x + 1))),
+                   fma(first, broadcast(to_float(load_number(x))), sums));
     }
 };
 
@@ -103,7 +107,7 @@ inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, si
         for (int v = 0; v < Vectors; ++v) {
             Floats total = sums[0][r][v];
             for (int c = 1; c < chains; ++c) total = add(total, sums[c][r][v]);
-            store(h + r * h_stride + v * kLanes, total, v + 1 < Vectors ? kLanes : tail);
+            store_shared(h + r * h_stride + v * kLanes, total, v + 1 < Vectors ? kLanes : tail);
         }
     }
 }
@@ -139,7 +143,7 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
 }
 
 // Rows of one adapter whose updates are computed together: B is read and widened once for them.
-constexpr int kBunch = 4;
+constexpr int kRowTile = 4;
 
 // Rows of h [rows, stride], and of what their updates are added to.
 struct Expanded {
@@ -164,14 +168,14 @@ inline int expand_vectors(const LoraMember& member, int outputs, const Number* b
             Floats weights[Vectors];
             for (int v = 0; v < Vectors; ++v) weights[v] = load(line + v * kLanes);
             for (int r = 0; r < Rows; ++r) {
-                const Floats input = all(rows.h[r * rows.h_stride + rank]);
+                const Floats input = broadcast(load_number(rows.h + r * rows.h_stride + rank));
                 for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(weights[v], input, sums[r][v]);
             }
         }
         for (int r = 0; r < Rows; ++r) {
             for (int v = 0; v < Vectors; ++v) {
                 float* to = rows.y + r * rows.y_stride + n + v * kLanes;
-                store(to, fma(sums[r][v], all(member.scaling), load(to)));
+                store(to, fma(sums[r][v], broadcast(member.scaling), load(to)));
             }
         }
     }
@@ -190,9 +194,9 @@ inline void expand_rows(const LoraMember& member, int outputs, const Number* b,
         Floats total = zeros();
         for (int rank = 0; rank < member.rank; ++rank)
             total = fma(load(b + size_t(rank) * outputs + n, width),
-                        all(rows.h[r * rows.h_stride + rank]), total);
+                        broadcast(load_number(rows.h + r * rows.h_stride + rank)), total);
         float* to = rows.y + r * rows.y_stride + n;
-        store(to, fma(total, all(member.scaling), load(to, width)), width);
+        store(to, fma(total, broadcast(member.scaling), load(to, width)), width);
     }
 }
 
@@ -205,7 +209,7 @@ inline void expand(const LoraMember& member, int outputs, int first, int count, 
         case 1: return expand_rows<1>(member, outputs, b, rows, count);
         case 2: return expand_rows<2>(member, outputs, b, rows, count);
         case 3: return expand_rows<3>(member, outputs, b, rows, count);
-        default: return expand_rows<kBunch>(member, outputs, b, rows, count);
+        default: return expand_rows<kRowTile>(member, outputs, b, rows, count);
     }
 }
 

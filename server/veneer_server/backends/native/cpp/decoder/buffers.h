@@ -12,7 +12,7 @@
 #include <new>
 #include <vector>
 
-#include "team.h"
+#include "../thread_pool.h"
 
 namespace veneer {
 
@@ -38,17 +38,17 @@ class Buffer {
     size_t size_ = 0;
 };
 
-constexpr int kPlaces = 4;  // more stragglers than these allow for are waited for
+constexpr int kVersions = 4;  // more stragglers than these allow for are waited for
 
 // One kind of array in its places. Those that are never used take no memory.
 template <class Number>
-class Placed {
+class VersionedBuffer {
   public:
     void take(size_t count) {
         stride_ = (count + 63) / 64 * 64;
-        at_ = buffer_.take(stride_ * kPlaces);
+        at_ = buffer_.take(stride_ * kVersions);
     }
-    Number* operator[](int place) const { return at_ + stride_ * size_t(place); }
+    Number* operator[](int version) const { return at_ + stride_ * size_t(version); }
 
   private:
     Buffer<Number> buffer_;
@@ -61,39 +61,39 @@ enum Array { kHidden, kRounded, kY, kShrunk, kQueries, kResults, kLists };
 constexpr int kArrays = 7;
 
 // Where each part of a step finds and puts what.
-class Places {
+class BufferVersions {
   public:
-    void reset(int parts) { parts_.resize(size_t(parts)); }
+    void reset(int phases) { phases_.resize(size_t(phases)); }
 
     // Choose places for what a part writes (bits of `Array`); false where stragglers have all.
-    bool prepare(int part, unsigned writes, Stragglers stragglers) {
-        Part& now = parts_[size_t(part)];
-        now = part > 0 ? parts_[size_t(part - 1)] : Part{};
+    bool prepare(int phase, unsigned writes, Stragglers stragglers) {
+        Phase& now = phases_[size_t(phase)];
+        now = phase > 0 ? phases_[size_t(phase - 1)] : Phase{};
         for (int array = 0; array < kArrays; ++array) {
             if (!(writes >> array & 1)) continue;
-            unsigned taken = array == kHidden && part > 0 ? 1u << now.place[array] : 0;
+            unsigned taken = array == kHidden && phase > 0 ? 1u << now.version[array] : 0;
             for (int i = 0; i < stragglers.count; ++i) {
-                const int other = stragglers.parts[i];
+                const int other = stragglers.phases[i];
                 taken |= 1u << wrote(other, Array(array));
                 if (other > 0) taken |= 1u << wrote(other - 1, Array(array));
             }
-            int place = now.place[array];
-            if (taken >> place & 1)
-                for (place = 0; taken >> place & 1;) ++place;
-            if (place >= kPlaces) return false;
-            now.place[array] = uint8_t(place);
+            int version = now.version[array];
+            if (taken >> version & 1)
+                for (version = 0; taken >> version & 1;) ++version;
+            if (version >= kVersions) return false;
+            now.version[array] = uint8_t(version);
         }
         return true;
     }
 
     // The place that a part, or the last one before it that did, writes an array to.
-    int wrote(int part, Array array) const { return parts_[size_t(part)].place[array]; }
+    int wrote(int phase, Array array) const { return phases_[size_t(phase)].version[array]; }
 
   private:
-    struct Part {
-        uint8_t place[kArrays] = {};
+    struct Phase {
+        uint8_t version[kArrays] = {};
     };
-    std::vector<Part> parts_;
+    std::vector<Phase> phases_;
 };
 
 }  // namespace veneer

@@ -7,75 +7,76 @@
 #include <utility>
 #include <vector>
 
-#include "frame.h"
-#include "state.h"
+#include "buffers.h"
+#include "context.h"
 
 namespace veneer {
 
 class Heads {
   public:
-    explicit Heads(const Frame& frame) : f_(frame), m_(frame.model) {}
+    explicit Heads(const StepContext& context) : ctx_(context), m_(context.model) {}
 
     void prepare() {
         prepare_angles();
         prepare_items();
-        prepare_parts();
+        prepare_shared_pieces();
     }
 
     // Numbers of a thread's own that attention needs.
-    size_t scratch() const {
-        return kAttentionScratch + size_t(longest_) * kMostQueries * Piece::numbers(m_.dim);
-    }
+    size_t scratch() const { return kAttentionScratch + results_of_item() + size_t(longest_); }
     // Numbers of `Arrays::results`.
     size_t results() const { return results_; }
     // Blocks of the cache, in the order in which they are read.
     const std::vector<int64_t>& blocks() const { return blocks_; }
 
     // Whether an item's pieces are computed one by one and gathered by the next part.
-    bool in_parts() const { return !parts_.empty(); }
+    bool shares_pieces() const { return !shared_pieces_.empty(); }
     int64_t items() const { return int64_t(items_.size()); }
-    int64_t parts() const { return int64_t(parts_.size()); }
+    int64_t shared_pieces() const { return int64_t(shared_pieces_.size()); }
     int chunks() const {
-        return in_parts() ? few(parts(), kMostChunks) : few(items(), kAttentionChunks * f_.threads);
+        return shares_pieces() ? chunk_count(shared_pieces(), kMaxChunks)
+                               : chunk_count(items(), kAttentionChunks * ctx_.threads);
     }
 
     // Of a bunch and a key head: finish its queries, keys and values.
-    void rotate(int index, const Arrays& at, const Bunch& bunch, int head, float* scratch) const {
+    void rotate(int index, const Arrays& at, const RowTile& row_tile, int head,
+                float* scratch) const {
         const Layer& layer = m_.layers[index];
         const int group = m_.heads / m_.kv_heads, dim = m_.dim, queries = group * dim;
-        const int query_at = head * queries, key_at = f_.query_width + head * dim;
-        const int value_at = key_at + f_.kv_width;
-        const int64_t end = bunch.row + bunch.rows;
-        f_.ask_for_y(at, bunch, query_at, queries);
-        f_.ask_for_y(at, bunch, key_at, dim);
-        f_.ask_for_y(at, bunch, value_at, dim);
-        for (int64_t row = bunch.row; row < end; ++row)
-            ask_for_slot(layer.keys, layer.values, f_.kv, f_.step->slots[row], head);
+        const int query_at = head * queries, key_at = ctx_.query_width + head * dim;
+        const int value_at = key_at + ctx_.kv_width;
+        const int64_t end = row_tile.row + row_tile.rows;
+        ctx_.prefetch_y(at, row_tile, query_at, queries);
+        ctx_.prefetch_y(at, row_tile, key_at, dim);
+        ctx_.prefetch_y(at, row_tile, value_at, dim);
+        for (int64_t row = row_tile.row; row < end; ++row)
+            prefetch_slot(layer.keys, layer.values, ctx_.kv, ctx_.step->slots[row], head);
         const size_t stride = size_t(queries) + 2 * size_t(dim);
-        f_.updated(at, index, kQkv, 0, bunch, query_at, query_at, queries, scratch, stride);
-        f_.updated(at, index, kQkv, 1, bunch, key_at, head * dim, dim, scratch + queries, stride);
-        f_.updated(at, index, kQkv, 2, bunch, value_at, head * dim, dim, scratch + queries + dim,
-                   stride);
+        ctx_.updated(at, index, kQkv, 0, row_tile, query_at, query_at, queries, scratch, stride);
+        ctx_.updated(at, index, kQkv, 1, row_tile, key_at, head * dim, dim, scratch + queries,
+                     stride);
+        ctx_.updated(at, index, kQkv, 2, row_tile, value_at, head * dim, dim,
+                     scratch + queries + dim, stride);
         float* query = scratch;
-        for (int64_t row = bunch.row; row < end; ++row, query += 2 * dim) {
-            bf16* to = at.queries + row * f_.query_width + query_at;
+        for (int64_t row = row_tile.row; row < end; ++row, query += 2 * dim) {
+            bf16* to = at.queries + row * ctx_.query_width + query_at;
             for (int g = 0; g < group; ++g, query += dim, to += dim) {
-                turn(query, layer.query_norm, row);
-                for (int d = 0; d < dim; d += kLanes) store_bf16(to + d, load(query + d));
+                normalize_and_rotate(query, layer.query_norm, row);
+                for (int d = 0; d < dim; d += kLanes) store_shared(to + d, load(query + d));
             }
-            turn(query, layer.key_norm, row);
-            write_key(layer.keys, f_.kv, f_.step->slots[row], head, query);
-            write_value(layer.values, f_.kv, f_.step->slots[row], head, query + dim);
+            normalize_and_rotate(query, layer.key_norm, row);
+            write_key(layer.keys, ctx_.kv, ctx_.step->slots[row], head, query);
+            write_value(layer.values, ctx_.kv, ctx_.step->slots[row], head, query + dim);
         }
     }
 
     // One piece of one item.
-    void attend_part(int layer, const Arrays& at, int64_t part, float* scratch) const {
-        const auto& [item, piece] = parts_[size_t(part)];
-        attend(layer, at, items_[item], piece, scratch, at.results + items_[item].in_parts);
+    void attend_piece(int layer, const Arrays& at, int64_t number, float* scratch) const {
+        const auto& [item, piece] = shared_pieces_[size_t(number)];
+        attend(layer, at, items_[item], piece, scratch, at.results + items_[item].results_at);
     }
-    void gather_item(const Arrays& at, int64_t item) const {
-        gather(at, items_[size_t(item)], at.results + items_[size_t(item)].in_parts);
+    void merge_item(const Arrays& at, int64_t item, float* scratch) const {
+        merge(at, items_[size_t(item)], at.results + items_[size_t(item)].results_at, scratch);
     }
 
     // One item as a whole.
@@ -84,25 +85,30 @@ class Heads {
         float* results = scratch + kAttentionScratch;
         for (int piece = 0; piece < item.pieces; ++piece)
             attend(layer, at, item, piece, scratch, results);
-        gather(at, item, results);
+        merge(at, item, results, results + results_of_item());
     }
 
   private:
+    // Numbers of the results of the longest item's pieces.
+    size_t results_of_item() const {
+        return size_t(longest_) * kMaxQueries * Piece::numbers(m_.dim);
+    }
+
     // Some rows' queries that see one key head.
     struct Item {
         int64_t sequence, row;
         int rows, kv_head, first_head, head_count;
-        int pieces;       // of the longest row's context
-        size_t in_parts;  // where its pieces' results lie, if several threads compute them
+        int pieces;         // of the longest row's context
+        size_t results_at;  // where its pieces' results lie, if several threads compute them
     };
 
     void prepare_angles() {
-        const size_t rows = size_t(f_.step->rows), half = size_t(m_.dim / 2);
+        const size_t rows = size_t(ctx_.step->rows), half = size_t(m_.dim / 2);
         cos_ = angles_.take(2 * rows * half);
         sin_ = cos_ + rows * half;
         for (size_t row = 0; row < rows; ++row) {
             for (size_t i = 0; i < half; ++i) {
-                const float angle = float(f_.step->positions[row]) * m_.inv_freq[i];
+                const float angle = float(ctx_.step->positions[row]) * m_.inv_freq[i];
                 cos_[row * half + i] = std::cos(angle) * m_.rotary_scale;
                 sin_[row * half + i] = std::sin(angle) * m_.rotary_scale;
             }
@@ -110,10 +116,10 @@ class Heads {
     }
 
     void prepare_items() {
-        const Step& step = *f_.step;
+        const Step& step = *ctx_.step;
         const int group = m_.heads / m_.kv_heads;
-        const int heads_at_once = std::min(group, kMostQueries);
-        const int rows_at_once = std::max(1, kMostQueries / group);
+        const int heads_at_once = std::min(group, kMaxQueries);
+        const int rows_at_once = std::max(1, kMaxQueries / group);
         longest_ = 0;
         items_.clear();
         blocks_.clear();
@@ -135,18 +141,19 @@ class Heads {
     }
 
     // A few items with long contexts have their pieces computed by all threads.
-    void prepare_parts() {
-        parts_.clear();
+    void prepare_shared_pieces() {
+        shared_pieces_.clear();
         results_ = 0;
-        if (longest_ == 1 || int(items_.size()) >= kItemsToShare * f_.threads) return;
+        if (longest_ == 1 || int(items_.size()) >= kItemsToShare * ctx_.threads) return;
         for (size_t i = 0; i < items_.size(); ++i) {
-            items_[i].in_parts = results_;
-            results_ += size_t(items_[i].pieces) * kMostQueries * Piece::numbers(m_.dim);
-            for (int piece = 0; piece < items_[i].pieces; ++piece) parts_.emplace_back(i, piece);
+            items_[i].results_at = results_;
+            results_ += size_t(items_[i].pieces) * kMaxQueries * Piece::numbers(m_.dim);
+            for (int piece = 0; piece < items_[i].pieces; ++piece)
+                shared_pieces_.emplace_back(i, piece);
         }
     }
 
-    void turn(float* head, const float* norm, int64_t row) const {
+    void normalize_and_rotate(float* head, const float* norm, int64_t row) const {
         const int half = m_.dim / 2;
         if (norm != nullptr) {
             float squares = 0;
@@ -167,11 +174,11 @@ class Heads {
     int queries(const Layer& layer, const Arrays& at, const Item& item, Query* to) const {
         int count = 0;
         for (int64_t row = item.row; row < item.row + item.rows; ++row) {
-            const int64_t end = f_.step->positions[row] + 1;
+            const int64_t end = ctx_.step->positions[row] + 1;
             const int64_t first = layer.window > 0 ? std::max<int64_t>(0, end - layer.window) : 0;
             for (int h = 0; h < item.head_count; ++h) {
                 const int column = (item.first_head + h) * m_.dim;
-                to[count++] = {at.queries + row * f_.query_width + column, int(first), int(end)};
+                to[count++] = {at.queries + row * ctx_.query_width + column, int(first), int(end)};
             }
         }
         return count;
@@ -181,31 +188,30 @@ class Heads {
     void attend(int index, const Arrays& at, const Item& item, int piece, float* scratch,
                 float* results) const {
         const Layer& layer = m_.layers[index];
-        Query found[kMostQueries];
-        Piece to[kMostQueries];
+        Query found[kMaxQueries];
+        Piece to[kMaxQueries];
         const int count = queries(layer, at, item, found);
         for (int q = 0; q < count; ++q)
-            to[q].at = results + size_t(piece * kMostQueries + q) * Piece::numbers(m_.dim);
+            to[q].at = results + size_t(piece * kMaxQueries + q) * Piece::numbers(m_.dim);
         const Sequence sequence{layer.keys, layer.values,
-                                f_.step->block_tables + item.sequence * f_.step->table_width,
+                                ctx_.step->block_tables + item.sequence * ctx_.step->table_width,
                                 item.kv_head};
-        veneer::attend(sequence, f_.kv, found, count, piece, 1.0f / std::sqrt(float(m_.dim)),
+        veneer::attend(sequence, ctx_.kv, found, count, piece, 1.0f / std::sqrt(float(m_.dim)),
                        scratch, to);
     }
 
-    // Writes into `results` too, which nothing else reads: the pieces' shares.
-    void gather(const Arrays& at, const Item& item, float* results) const {
+    void merge(const Arrays& at, const Item& item, float* results, float* shares) const {
         const size_t numbers = Piece::numbers(m_.dim);
         for (int64_t row = item.row; row < item.row + item.rows; ++row)
             for (int h = 0; h < item.head_count; ++h, results += numbers)
-                veneer::gather(f_.kv, results, item.pieces, kMostQueries * numbers,
-                               at.rounded + row * f_.width + (item.first_head + h) * m_.dim);
+                veneer::merge(ctx_.kv, results, item.pieces, kMaxQueries * numbers, shares,
+                              at.rounded + row * ctx_.width + (item.first_head + h) * m_.dim);
     }
 
     static constexpr int kAttentionChunks = 16;  // a thread's
     static constexpr int kItemsToShare = 8;      // a thread's; more are shared well enough whole
 
-    const Frame& f_;
+    const StepContext& ctx_;
     const Model& m_;
     Buffer<float> angles_;
     float *cos_ = nullptr, *sin_ = nullptr;
@@ -213,7 +219,7 @@ class Heads {
     size_t results_ = 0;
     std::vector<int64_t> blocks_;
     std::vector<Item> items_;
-    std::vector<std::pair<size_t, int>> parts_;  // item and piece
+    std::vector<std::pair<size_t, int>> shared_pieces_;  // item and piece
 };
 
 }  // namespace veneer

@@ -15,7 +15,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ask.h"
+#include "prefetch.h"
+#include "shared.h"
 #include "simd.h"
 
 namespace veneer {
@@ -57,7 +58,7 @@ constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
 // An eighth of a block, and a bit more than that of one whose scales add two lines.
 template <size_t Bytes>
-inline void ask_ahead(const void* block, int group) {
+inline void prefetch_ahead(const void* block, int group) {
     const char* line = static_cast<const char*>(block) + kAhead;
     constexpr size_t lines = Bytes / kLine, each = lines / 8;
     for (size_t i = 0; i < each; ++i) prefetch(line + (group * each + i) * kLine);
@@ -77,7 +78,9 @@ struct FromCodes {
 
     FromCodes(const uint8_t* block, const Table& given) : at(block), table(given) {}
 
-    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::four_bit)>(at, group); }
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::four_bit)>(at, group);
+    }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -93,7 +96,9 @@ struct FromPairs {
 
     FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
 
-    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::bfloat16)>(at, group); }
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::bfloat16)>(at, group);
+    }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -110,7 +115,9 @@ struct FromBytes {
 
     FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}
 
-    void ask_ahead(int group) const { veneer::ask_ahead<block_bytes(Kind::eight_bit)>(at, group); }
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::eight_bit)>(at, group);
+    }
 
     template <int Q>
     void pairs(int group, Pairs& low, Pairs& high) const {
@@ -132,13 +139,13 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     for (auto& chain : sums)
         for (auto& row : chain) row[0] = row[1] = zeros();
     for (int group = 0; group < 8; ++group) {
-        if (first) source.ask_ahead(group);
+        if (first) source.prefetch_ahead(group);
         Pairs low, high;
         const bf16* here = x + group * 8;
         auto multiply = [&](int q) {
             for (int r = 0; r < Rows; ++r) {
                 Floats* row = sums[q % chains][r];
-                const Pairs input = same_pair(here + r * stride + 2 * q);
+                const Pairs input = broadcast_pair_shared(here + r * stride + 2 * q);
                 row[0] = dot(row[0], low, input);
                 row[1] = dot(row[1], high, input);
             }
@@ -148,7 +155,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
         source.template pairs<2>(group, low, high), multiply(2);
         source.template pairs<3>(group, low, high), multiply(3);
     }
-    const Floats low = scales != nullptr ? load(scales) : all(1.0f);
+    const Floats low = scales != nullptr ? load(scales) : broadcast(1.0f);
     const Floats high = scales != nullptr ? load(scales + 16) : low;
     for (int r = 0; r < Rows; ++r) {
         Floats first = sums[0][r][0], second = sums[0][r][1];
@@ -185,7 +192,7 @@ inline void store_tile(const Linear& w, int tile, const float* totals, int rows,
             const int output = tile * kTile + half * 16;
             Floats result = load(totals + r * kTile + half * 16);
             if (w.bias != nullptr) result = add(result, load(w.bias + output, count));
-            store(y + r * y_stride + output, result, count);
+            store_shared(y + r * y_stride + output, result, count);
         }
     }
 }
@@ -199,7 +206,7 @@ inline int row_groups(int rows) {
 // One tile for up to kPanel rows.
 template <class Source>
 inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_stride, int rows,
-                          float* y, size_t y_stride, Asking& asking) {
+                          float* y, size_t y_stride, Prefetcher& prefetcher) {
     alignas(64) float totals[kPanel * kTile];
     std::fill(totals, totals + size_t(rows) * kTile, 0.0f);
     const Table table(w.table);
@@ -212,7 +219,7 @@ inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_str
             for (int i = 0; i < kTile; i += kLanes)
                 __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
         // ... and inputs that no tile has read yet: another thread has just written half of them.
-        if (asking.inputs && b + 1 < w.blocks()) {
+        if (prefetcher.inputs && b + 1 < w.blocks()) {
             const bf16* next = x + (b + 1) * kBlock;
             for (int r = 0; r < rows; ++r)
                 for (int i = 0; i < 2; ++i) __builtin_prefetch(next + r * x_stride + i * 32);
@@ -222,24 +229,24 @@ inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_str
         if (w.kind != Kind::bfloat16)
             scales = reinterpret_cast<const float*>(block + code_bytes(w.kind));
         for (int g = 0; g < groups; ++g) {
-            asking.some();
+            prefetcher.prefetch_some();
             const int begin = rows * g / groups, end = rows * (g + 1) / groups;
             add_block<Source::rows>(source, g == 0, scales, x + b * kBlock + begin * x_stride,
                                     x_stride, end - begin, totals + begin * kTile);
         }
     }
-    asking.inputs = false;
+    prefetcher.inputs = false;
     store_tile(w, tile, totals, rows, y, y_stride);
 }
 
 template <class Source>
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                           int rows, float* y, size_t y_stride, Asking& asking) {
+                           int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
     for (int begin = 0; begin < rows; begin += kPanel) {
         const int count = std::min(kPanel, rows - begin);
         for (int tile = first; tile < last; ++tile)
             multiply_tile<Source>(w, tile, x + begin * x_stride, x_stride, count,
-                                  y + begin * y_stride, y_stride, asking);
+                                  y + begin * y_stride, y_stride, prefetcher);
     }
 }
 
@@ -254,17 +261,17 @@ inline int row_groups(const Linear& w, int rows) {
 
 // Tiles first to last - 1 for any number of rows; between its blocks, ask for what comes next.
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
-                           int rows, float* y, size_t y_stride, Asking& asking) {
+                           int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
     switch (w.kind) {
         case Kind::four_bit:
             return multiply_tiles<FromCodes>(w, first, last, x, x_stride, rows, y, y_stride,
-                                             asking);
+                                             prefetcher);
         case Kind::eight_bit:
             return multiply_tiles<FromBytes>(w, first, last, x, x_stride, rows, y, y_stride,
-                                             asking);
+                                             prefetcher);
         case Kind::bfloat16:
             return multiply_tiles<FromPairs>(w, first, last, x, x_stride, rows, y, y_stride,
-                                             asking);
+                                             prefetcher);
     }
 }
 

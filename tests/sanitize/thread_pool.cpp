@@ -6,7 +6,7 @@
 // returned, before that was written, it would be a data race. Then with threads that are put aside
 // with a chunk in their hands (VENEER_STALLS): others do it again, so what is written is atomic,
 // and what stragglers may read or write must not be written to.
-#include "team.h"
+#include "thread_pool.h"
 
 #include <atomic>
 #include <cstdint>
@@ -18,8 +18,8 @@
 namespace {
 
 constexpr int kChunks = 37;
-constexpr int kParts = 50;  // of a program
-constexpr int kPlaces = 4;  // arrays; several stragglers hold more, and are waited for
+constexpr int kPhases = 50;   // of a program
+constexpr int kVersions = 4;  // arrays; several stragglers hold more, and are waited for
 
 // Each part adds to what its neighbours wrote in the part before. `Number` is what they write.
 template <class Number>
@@ -29,37 +29,37 @@ struct Sums final : veneer::Program {
         for (int chunk = 0; chunk < kChunks; ++chunk) places[0][size_t(chunk)] = 1;
     }
 
-    int parts() const override { return kParts; }
+    int phases() const override { return kPhases; }
 
-    int prepare(int part, veneer::Stragglers stragglers) override {
-        unsigned taken = 1u << (part == 0 ? last : wrote[part - 1]);
+    int prepare(int phase, veneer::Stragglers stragglers) override {
+        unsigned taken = 1u << (phase == 0 ? last : wrote[phase - 1]);
         for (int i = 0; i < stragglers.count; ++i) {
-            const int other = stragglers.parts[i];
+            const int other = stragglers.phases[i];
             taken |= 1u << wrote[other] | 1u << (other == 0 ? last : wrote[other - 1]);
         }
         int place = 0;
         while (taken >> place & 1) ++place;
-        if (place >= kPlaces) return -1;
-        read[part] = part == 0 ? last : wrote[part - 1];
-        wrote[part] = place;
+        if (place >= kVersions) return -1;
+        read[phase] = phase == 0 ? last : wrote[phase - 1];
+        wrote[phase] = place;
         went_on += stragglers.count > 0;
         return kChunks;
     }
 
-    int begin(int part, int chunks, int thread, int size) const override {
-        if (part % 2 == 0) return Program::begin(part, chunks, thread, size);
+    int begin(int phase, int chunks, int thread, int size) const override {
+        if (phase % 2 == 0) return Program::begin(phase, chunks, thread, size);
         return chunks * thread * thread / (size * size);  // shares that are not equal
     }
 
-    void chunk(int part, int chunk, int thread) override {
-        const int64_t before = places[read[part]][size_t((chunk + 1) % kChunks)];
-        places[wrote[part]][size_t(chunk)] = before + (part + chunk) % 3;
+    void chunk(int phase, int chunk, int thread) override {
+        const int64_t before = places[read[phase]][size_t((chunk + 1) % kChunks)];
+        places[wrote[phase]][size_t(chunk)] = before + (phase + chunk) % 3;
         ++by_thread[size_t(thread)];  // a chunk may use its thread's scratch
     }
 
-    std::vector<Number> places[kPlaces];
+    std::vector<Number> places[kVersions];
     int last = 0;  // place of what the last program's last part wrote
-    int read[kParts] = {}, wrote[kParts] = {};
+    int read[kPhases] = {}, wrote[kPhases] = {};
     int64_t went_on = 0;
     std::vector<int64_t> by_thread;
 };
@@ -67,18 +67,18 @@ struct Sums final : veneer::Program {
 // Whether programs run by so many threads count what one thread counts.
 template <class Number>
 bool counts_right(int threads, int programs, bool patient) {
-    veneer::Team team(threads, patient);
+    veneer::ThreadPool pool(threads, patient);
     auto sums = std::make_unique<Sums<Number>>(threads);
     std::vector<int64_t> expected(kChunks, 1), next(kChunks);
     for (int program = 0; program < programs; ++program) {
-        team.call();
-        team.run(*sums);
-        sums->last = sums->wrote[kParts - 1];
-        team.rest();
+        pool.wake();
+        pool.run(*sums);
+        sums->last = sums->wrote[kPhases - 1];
+        pool.let_sleep();
         if (program % 4 == 3) usleep(200);  // they fall asleep
-        for (int part = 0; part < kParts; ++part) {
+        for (int phase = 0; phase < kPhases; ++phase) {
             for (int chunk = 0; chunk < kChunks; ++chunk)
-                next[size_t(chunk)] = expected[size_t((chunk + 1) % kChunks)] + (part + chunk) % 3;
+                next[size_t(chunk)] = expected[size_t((chunk + 1) % kChunks)] + (phase + chunk) % 3;
             expected = next;
         }
         for (int chunk = 0; chunk < kChunks; ++chunk)
@@ -86,7 +86,7 @@ bool counts_right(int threads, int programs, bool patient) {
     }
     int64_t done = 0;
     for (const int64_t count : sums->by_thread) done += count;
-    const int64_t needed = int64_t(programs) * kParts * kChunks;
+    const int64_t needed = int64_t(programs) * kPhases * kChunks;
     if (patient ? done != needed : done < needed) return false;
 #ifdef VENEER_STALLS
     if (threads > 1 && !patient && (done == needed || sums->went_on == 0)) {
@@ -108,6 +108,6 @@ int main(int count, char** words) {
             return 1;
         }
     }
-    for (int i = 0; i < 200; ++i) veneer::Team(3).call();  // ends while they wake
-    std::printf("%d parts by 1, 2, 3 and 5 threads: in order\n", programs * kParts);
+    for (int i = 0; i < 200; ++i) veneer::ThreadPool(3).wake();  // ends while they wake
+    std::printf("%d phases by 1, 2, 3 and 5 threads: in order\n", programs * kPhases);
 }

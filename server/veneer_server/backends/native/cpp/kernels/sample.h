@@ -12,19 +12,19 @@
 namespace veneer {
 
 // As it is handed over the C interface.
-struct Draw {
+struct SampleRow {
     const float* logits;  // [vocab]
     uint64_t seed, position;
     double top_p;       // 1: all
     int64_t top_k;      // 0: all
-    float temperature;  // below `kColdest`: the likeliest
+    float temperature;  // below `kMinTemperature`: the likeliest
     float min_p;        // 0: all
     int64_t token;      // the result; -1 where the logits give no probabilities
 };
 
-constexpr float kColdest = 1e-5f;  // dividing by less would overflow
-constexpr float kFloor = 4.5e-5f;  // e^-10: of the likeliest, what is looked at first
-constexpr int kSumWidth = 1024;    // probabilities that one sum of many holds
+constexpr float kMinTemperature = 1e-5f;  // dividing by less would overflow
+constexpr float kFloor = 4.5e-5f;         // e^-10: of the likeliest, what is looked at first
+constexpr int kSumWidth = 1024;           // probabilities that one sum of many holds
 
 // The first double in [0, 1) of the generator Philox 4x64-10 (Salmon et al. 2011) with this key
 // and counter, as numpy gives it.
@@ -43,22 +43,22 @@ inline double uniform(uint64_t key, uint64_t counter) {
     return double(c[0] >> 11) * 0x1p-53;
 }
 
-inline Floats load_some(const float* at, int count, float otherwise) {
+inline Floats load_padded(const float* at, int count, float otherwise) {
     alignas(64) float padded[kLanes];
     for (int i = 0; i < kLanes; ++i) padded[i] = i < count ? at[i] : otherwise;
     return load(padded);
 }
 
 inline float largest(const float* at, int64_t count) {
-    Floats most = all(-INFINITY);
+    Floats most = broadcast(-INFINITY);
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) most = max(most, load(at + i));
-    if (i < count) most = max(most, load_some(at + i, int(count - i), -INFINITY));
+    if (i < count) most = max(most, load_padded(at + i, int(count - i), -INFINITY));
     return largest(most);
 }
 
 // The first of equals.
-inline int64_t likeliest(const float* logits, int64_t vocab) {
+inline int64_t argmax(const float* logits, int64_t vocab) {
     const float most = largest(logits, vocab);
     for (int64_t i = 0; i < vocab; ++i)
         if (logits[i] == most) return i;
@@ -68,13 +68,13 @@ inline int64_t likeliest(const float* logits, int64_t vocab) {
 // Draws tokens; its buffers are kept.
 class Sampler {
   public:
-    int64_t token(const Draw& draw, int64_t vocab) {
-        if (draw.temperature < kColdest) return likeliest(draw.logits, vocab);
-        weigh(draw, vocab);
+    int64_t token(const SampleRow& row, int64_t vocab) {
+        if (row.temperature < kMinTemperature) return argmax(row.logits, vocab);
+        weigh(row, vocab);
         if (!(total_ > 0) || !std::isfinite(total_)) return -1;
-        const double random = uniform(draw.seed, draw.position);
-        const bool cut = draw.top_k > 0 || draw.top_p < 1 || draw.min_p > 0;
-        return cut ? among_kept(draw, vocab, random) : among_all(vocab, random);
+        const double random = uniform(row.seed, row.position);
+        const bool cut = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
+        return cut ? among_kept(row, vocab, random) : among_all(vocab, random);
     }
 
   private:
@@ -87,20 +87,20 @@ class Sampler {
     };
 
     // e^(logit - most) / temperature of each token, and their sums.
-    void weigh(const Draw& draw, int64_t vocab) {
+    void weigh(const SampleRow& row, int64_t vocab) {
         weights_.resize(size_t(vocab + kLanes));
         sums_.clear();
-        const Floats top = all(largest(draw.logits, vocab));
-        const Floats warmth = all(draw.temperature);
+        const Floats top = broadcast(largest(row.logits, vocab));
+        const Floats temperature = broadcast(row.temperature);
         total_ = 0;
         for (int64_t begin = 0; begin < vocab; begin += kSumWidth) {
             const int64_t end = std::min<int64_t>(begin + kSumWidth, vocab);
             Floats sum = zeros();
             for (int64_t i = begin; i < end; i += kLanes) {
                 const bool whole = i + kLanes <= end;
-                const Floats logit = whole ? load(draw.logits + i)
-                                           : load_some(draw.logits + i, int(end - i), -INFINITY);
-                const Floats x = div(sub(logit, top), warmth);
+                const Floats logit = whole ? load(row.logits + i)
+                                           : load_padded(row.logits + i, int(end - i), -INFINITY);
+                const Floats x = div(sub(logit, top), temperature);
                 const Floats weight = exp_or_zero(x);
                 store(weights_.data() + i, weight);
                 sum = add(sum, weight);
@@ -134,14 +134,14 @@ class Sampler {
     }
 
     // Likeliest first, among those that top-k, then top-p and min-p leave.
-    int64_t among_kept(const Draw& draw, int64_t vocab, double random) {
+    int64_t among_kept(const SampleRow& row, int64_t vocab, double random) {
         collect(kFloor, vocab);
-        if (!enough(draw)) collect(0, vocab);
+        if (!enough(row)) collect(0, vocab);
         std::sort(candidates_.begin(), candidates_.end());
         size_t count = candidates_.size();
-        if (draw.top_k > 0) count = std::min(count, size_t(draw.top_k));
+        if (row.top_k > 0) count = std::min(count, size_t(row.top_k));
         double whole = total_;
-        if (draw.top_k > 0) {
+        if (row.top_k > 0) {
             whole = 0;
             for (size_t i = 0; i < count; ++i) whole += double(candidates_[i].weight);
         }
@@ -149,8 +149,8 @@ class Sampler {
         size_t left = 0;
         for (; left < count; ++left) {
             const float weight = candidates_[left].weight;
-            const bool spent = draw.top_p < 1 && kept >= draw.top_p * whole;
-            if (left > 0 && (spent || weight < draw.min_p * candidates_[0].weight)) break;
+            const bool spent = row.top_p < 1 && kept >= row.top_p * whole;
+            if (left > 0 && (spent || weight < row.min_p * candidates_[0].weight)) break;
             kept += double(weight);
         }
         const double target = kept * random;
@@ -166,7 +166,7 @@ class Sampler {
         candidates_.clear();
         collected_ = 0;
         for (int64_t i = 0; i < vocab; i += kLanes) {
-            uint32_t found = above(load(weights_.data() + i), all(least));
+            uint32_t found = above(load(weights_.data() + i), broadcast(least));
             for (; found != 0; found &= found - 1) {
                 const int64_t token = i + __builtin_ctz(found);
                 const float weight = weights_[size_t(token)];
@@ -177,10 +177,10 @@ class Sampler {
     }
 
     // Do the collected ones hold all that is kept?
-    bool enough(const Draw& draw) const {
-        if (draw.min_p > 2 * kFloor) return true;
-        if (draw.top_k > 0 && candidates_.size() >= size_t(draw.top_k)) return true;
-        return draw.top_k == 0 && draw.top_p < 1 && collected_ > draw.top_p * total_ * (1 + 1e-5);
+    bool enough(const SampleRow& row) const {
+        if (row.min_p > 2 * kFloor) return true;
+        if (row.top_k > 0 && candidates_.size() >= size_t(row.top_k)) return true;
+        return row.top_k == 0 && row.top_p < 1 && collected_ > row.top_p * total_ * (1 + 1e-5);
     }
 
     std::vector<float> weights_;
@@ -192,7 +192,7 @@ class Sampler {
 // log(sum of e^logit) of a row.
 inline float log_sum(const float* logits, int64_t vocab) {
     const float most = largest(logits, vocab);
-    const Floats top = all(most);
+    const Floats top = broadcast(most);
     double total = 0;
     for (int64_t begin = 0; begin < vocab; begin += kSumWidth) {
         const int64_t end = std::min<int64_t>(begin + kSumWidth, vocab);
@@ -200,7 +200,7 @@ inline float log_sum(const float* logits, int64_t vocab) {
         for (int64_t i = begin; i < end; i += kLanes) {
             const bool whole = i + kLanes <= end;
             sum = add(sum, exp_or_zero(sub(whole ? load(logits + i)
-                                                 : load_some(logits + i, int(end - i), -INFINITY),
+                                                 : load_padded(logits + i, int(end - i), -INFINITY),
                                            top)));
         }
         total += veneer::sum(sum);

@@ -14,12 +14,13 @@
 #include <cmath>
 #include <limits>
 
+#include "shared.h"
 #include "simd.h"
 
 namespace veneer {
 
 constexpr int kRun = 16;  // tokens
-constexpr int kMostQueries = 12;
+constexpr int kMaxQueries = 12;
 constexpr int kPiece = 512;  // tokens
 
 constexpr int pieces(int64_t tokens) { return int((tokens + kPiece - 1) / kPiece); }
@@ -38,20 +39,21 @@ struct KvShape {
 
 inline void write_key(bf16* keys, const KvShape& shape, int64_t slot, int head, const float* key) {
     bf16* to = keys + shape.run(slot, head) + slot % kRun * 2;
-    for (int d = 0; d < shape.dim; ++d) to[d / 2 * 2 * kRun + d % 2] = to_bf16(key[d]);
+    for (int d = 0; d < shape.dim; ++d)
+        store_number(to + d / 2 * 2 * kRun + d % 2, to_bf16(key[d]));
 }
 
 inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int head,
                         const float* value) {
     const int64_t token = slot % kRun;
     bf16* to = values + shape.run(slot, head) + token / 2 * 2 * shape.dim + token % 2;
-    for (int d = 0; d < shape.dim; ++d) to[2 * d] = to_bf16(value[d]);
+    for (int d = 0; d < shape.dim; ++d) store_number(to + 2 * d, to_bf16(value[d]));
 }
 
 // Ask for what a token's key and value will be written to: they touch a line for each pair of
 // dimensions.
-inline void ask_for_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
-                         int head) {
+inline void prefetch_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
+                          int head) {
     const size_t run = shape.run(slot, head);
     const bf16* key = keys + run + slot % kRun * 2;
     const bf16* value = values + run + slot % kRun / 2 * 2 * shape.dim;
@@ -98,14 +100,15 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
                 // A cache of many sequences lies in memory: the next K, and V for later.
                 prefetch(next_keys + line);
                 prefetch(values + line);
-                const Pairs key = load_pairs(keys + line);
+                const Pairs key = load_pairs_shared(keys + line);
                 for (int q = 0; q < Queries; ++q)
-                    sums[c][q] = dot(sums[c][q], key, same_pair(queries[q].query + 2 * (pair + c)));
+                    sums[c][q] = dot(sums[c][q], key,
+                                     broadcast_pair_shared(queries[q].query + 2 * (pair + c)));
             }
         }
         for (int q = 0; q < Queries; ++q)
             store(scores + q * stride + size_t(run - first_run) * kRun,
-                  mul(add(sums[0][q], sums[1][q]), all(scale)));
+                  mul(add(sums[0][q], sums[1][q]), broadcast(scale)));
     }
 }
 
@@ -114,29 +117,30 @@ struct Piece {
     float* at;
 
     static size_t numbers(int dim) { return size_t(dim) + kLanes; }
-    float& top() const { return at[0]; }        // the largest score
-    float& total() const { return at[1]; }      // sum of e^(score - top); 0 where nothing is seen
-    float& share() const { return at[2]; }      // e^(top - the largest of all pieces)
-    float* out() const { return at + kLanes; }  // [dim] sum of e^(score - top) V
+    float top() const { return load_number(at); }        // the largest score
+    float total() const { return load_number(at + 1); }  // sum of e^(score - top); 0: none seen
+    float* out() const { return at + kLanes; }           // [dim] sum of e^(score - top) V
+
+    void set(float top, float total) const { store_number(at, top), store_number(at + 1, total); }
 };
 
 // Scores of one query to weights, in place and as bfloat16; their largest and their sum.
-inline void soften(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
-                   const Piece& piece) {
+inline void softmax(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
+                    const Piece& piece) {
     const float none = -std::numeric_limits<float>::infinity();
     const int begin = first_run * kRun, count = (end_run - first_run) * kRun;
     const int unseen = std::max(query.first - begin, 0);  // before the first, ...
     const int seen = std::min(query.end - begin, count);  // ... and past the last
     if (seen <= unseen) {
         std::fill(weights, weights + count, bf16(0));
-        piece.top() = none, piece.total() = 0;
+        piece.set(none, 0);
         return;
     }
     std::fill(scores, scores + unseen, none);
     std::fill(scores + seen, scores + count, none);
     Floats most = load(scores);
     for (int t = kRun; t < count; t += kRun) most = max(most, load(scores + t));
-    const Floats top = all(largest(most));
+    const Floats top = broadcast(largest(most));
     Floats total = zeros();
     for (int t = 0; t < count; t += kRun) {
         // What is not seen is e^-87 of nothing: its weight must be 0, and so it is.
@@ -145,7 +149,7 @@ inline void soften(const Query& query, int first_run, int end_run, float* scores
     }
     std::fill(weights, weights + unseen, bf16(0));
     std::fill(weights + seen, weights + count, bf16(0));
-    piece.top() = largest(most), piece.total() = sum(total);
+    piece.set(largest(most), sum(total));
 }
 
 template <int Queries>
@@ -158,17 +162,17 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
             const bf16* values = sequence.values + sequence.run(shape, run) + 2 * d;
             const bf16* here = weights + size_t(run - first_run) * kRun;
             for (int pair = 0; pair < kRun / 2; ++pair) {
-                const Pairs value = load_pairs(values + size_t(pair) * 2 * shape.dim);
+                const Pairs value = load_pairs_shared(values + size_t(pair) * 2 * shape.dim);
                 for (int q = 0; q < Queries; ++q)
-                    sums[q] = dot(sums[q], value, same_pair(here + q * stride + 2 * pair));
+                    sums[q] = dot(sums[q], value, broadcast_pair(here + q * stride + 2 * pair));
             }
         }
-        for (int q = 0; q < Queries; ++q) store(to[q].out() + d, sums[q]);
+        for (int q = 0; q < Queries; ++q) store_shared(to[q].out() + d, sums[q]);
     }
 }
 
 // Floats that `attend` needs.
-constexpr size_t kAttentionScratch = kMostQueries * (kPiece + kPiece / 2);
+constexpr size_t kAttentionScratch = kMaxQueries * (kPiece + kPiece / 2);
 
 template <int Queries>
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int number,
@@ -180,7 +184,7 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     }
     first = std::max(first, number * kPiece), end = std::min(end, (number + 1) * kPiece);
     if (first >= end) {
-        for (int q = 0; q < Queries; ++q) to[q].total() = 0;
+        for (int q = 0; q < Queries; ++q) to[q].set(0, 0);
         return;
     }
     const int first_run = first / kRun, end_run = (end + kRun - 1) / kRun;
@@ -188,7 +192,7 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     bf16* weights = reinterpret_cast<bf16*>(scratch + Queries * stride);
     score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
     for (int q = 0; q < Queries; ++q)
-        soften(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride, to[q]);
+        softmax(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride, to[q]);
     combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
 }
 
@@ -207,8 +211,9 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     }
 }
 
-// Put a query's pieces together, which lie `stride` apart.
-inline void gather(const KvShape& shape, float* first, int count, size_t stride, bf16* out) {
+// Put a query's pieces together, which lie `stride` apart. `shares`: [count], the caller's own.
+inline void merge(const KvShape& shape, float* first, int count, size_t stride, float* shares,
+                  bf16* out) {
     float top = -std::numeric_limits<float>::infinity(), total = 0;
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
@@ -218,16 +223,17 @@ inline void gather(const KvShape& shape, float* first, int count, size_t stride,
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
         if (piece.total() == 0) continue;
-        piece.share() = std::exp(piece.top() - top);
-        total += piece.share() * piece.total();
+        shares[i] = std::exp(piece.top() - top);  // e^(its largest score - that of all pieces)
+        total += shares[i] * piece.total();
     }
     for (int d = 0; d < shape.dim; d += kLanes) {
         Floats sum = zeros();
         for (int i = 0; i < count; ++i) {
             const Piece piece{first + i * stride};
-            if (piece.total() != 0) sum = fma(load(piece.out() + d), all(piece.share()), sum);
+            if (piece.total() != 0)
+                sum = fma(load_shared(piece.out() + d), broadcast(shares[i]), sum);
         }
-        store_bf16(out + d, mul(sum, all(1.0f / total)));
+        store_shared(out + d, mul(sum, broadcast(1.0f / total)));
     }
 }
 

@@ -36,11 +36,11 @@
 
 namespace veneer {
 
-constexpr int kMostChunks = 1024;  // of a part
+constexpr int kMaxChunks = 1024;  // of a part
 
 // The parts of threads that some process has put aside with a chunk of them.
 struct Stragglers {
-    const int* parts;
+    const int* phases;
     int count;
 };
 
@@ -48,34 +48,34 @@ class Program {
   public:
     virtual ~Program() = default;
 
-    virtual int parts() const = 0;
+    virtual int phases() const = 0;
 
     // How many chunks a part has, up to kMostChunks; 0 where there is nothing to do in it, -1 to
     // be asked again since it has to wait for stragglers. Called for one part after the other, by
     // any thread, when all chunks of the part before are done. What stragglers read and write
     // must stay as it is.
     // It must not throw, nor `chunk`: others are at work.
-    virtual int prepare(int part, Stragglers stragglers) = 0;
+    virtual int prepare(int phase, Stragglers stragglers) = 0;
 
     // The first chunk of a thread's share of a part; for `size` threads, thread `size` has the
     // end.
-    virtual int begin(int part, int chunks, int thread, int size) const {
-        (void)part;
+    virtual int begin(int phase, int chunks, int thread, int size) const {
+        (void)phase;
         return int(int64_t(chunks) * thread / size);
     }
 
     // Threads are 0, which is who called `run`, to size - 1.
-    virtual void chunk(int part, int chunk, int thread) = 0;
+    virtual void chunk(int phase, int chunk, int thread) = 0;
 };
 
-class Team {
+class ThreadPool {
   public:
     // `patient`: no chunk is done twice; for a test.
-    explicit Team(int size, bool patient = false)
+    explicit ThreadPool(int size, bool patient = false)
         : size_(size),
           patient_(patient),
           shares_(new Share[size_t(size)]),
-          finished_(new std::atomic<uint64_t>[kMostChunks]()),
+          finished_(new std::atomic<uint64_t>[kMaxChunks]()),
           straggling_(new int[size_t(size)]) {
         try {
             for (int thread = 1; thread < size; ++thread)
@@ -86,26 +86,26 @@ class Team {
         }
     }
 
-    ~Team() { end(); }
+    ~ThreadPool() { end(); }
 
-    Team(const Team&) = delete;
-    Team& operator=(const Team&) = delete;
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return size_; }
 
     // Wake the others; they look for work until `rest`.
-    void call() {
+    void wake() {
         awake_.store(1, std::memory_order_seq_cst);
         syscall(SYS_futex, &awake_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
     }
-    void rest() { awake_.store(0, std::memory_order_seq_cst); }
+    void let_sleep() { awake_.store(0, std::memory_order_seq_cst); }
 
     // Do a program; on return no thread is in it any more.
     void run(Program& program) {
         if (size_ == 1) return run_alone(program);
         program_ = &program;
         first_ = claimed_.load(std::memory_order_relaxed);
-        parts_ = program.parts();
+        phases_ = program.phases();
         lead(first_, 0);
         help(0);
         for (int other = 1; other < size_; ++other)
@@ -125,9 +125,9 @@ class Team {
     template <class Function>
     struct Each final : Program {
         Each(int64_t count_, const Function& function_) : count(count_), function(function_) {}
-        int parts() const override { return 1; }
+        int phases() const override { return 1; }
         int prepare(int, Stragglers) override {
-            return chunks = int(count < kMostChunks ? count : kMostChunks);
+            return chunks = int(count < kMaxChunks ? count : kMaxChunks);
         }
         void chunk(int, int chunk, int thread) override {
             for (int64_t i = count * chunk / chunks; i < count * (chunk + 1) / chunks; ++i)
@@ -144,18 +144,18 @@ class Team {
         // The part that the share's owner is in, or 0: it may read and write what that does.
         alignas(64) std::atomic<uint64_t> inside{0};
 
-        static uint64_t pack(uint64_t part, int begin, int end) {
-            return part << 32 | uint64_t(begin) << 16 | uint64_t(end);
+        static uint64_t pack(uint64_t phase, int begin, int end) {
+            return phase << 32 | uint64_t(begin) << 16 | uint64_t(end);
         }
 
         // A chunk of its beginning for its owner, of its end for others; -1 where none is left.
-        int take(uint64_t part, bool owner) {
+        int take(uint64_t phase, bool owner) {
             uint64_t seen = left.load(std::memory_order_acquire);
             for (;;) {
                 const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
-                if (uint32_t(seen >> 32) != uint32_t(part) || begin >= end) return -1;
+                if (uint32_t(seen >> 32) != uint32_t(phase) || begin >= end) return -1;
                 const uint64_t next =
-                    owner ? pack(part, begin + 1, end) : pack(part, begin, end - 1);
+                    owner ? pack(phase, begin + 1, end) : pack(phase, begin, end - 1);
                 if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
                     return owner ? begin : end - 1;
             }
@@ -163,9 +163,9 @@ class Team {
     };
 
     static void run_alone(Program& program) {
-        for (int part = 0; part < program.parts(); ++part) {
-            const int chunks = program.prepare(part, {nullptr, 0});
-            for (int chunk = 0; chunk < chunks; ++chunk) program.chunk(part, chunk, 0);
+        for (int phase = 0; phase < program.phases(); ++phase) {
+            const int chunks = program.prepare(phase, {nullptr, 0});
+            for (int chunk = 0; chunk < chunks; ++chunk) program.chunk(phase, chunk, 0);
         }
     }
 
@@ -181,7 +181,7 @@ class Team {
 
     void end() {
         stopping_.store(true);
-        call();
+        wake();
         for (auto& thread : threads_) thread.join();
     }
 
@@ -200,11 +200,11 @@ class Team {
         for (;;) {
             const uint64_t current = current_.load(std::memory_order_acquire);
             if (!(current & kUnderWay)) return;
-            const uint64_t part = current >> 1;
-            if (enter(part, thread)) {
+            const uint64_t phase = current >> 1;
+            if (enter(phase, thread)) {
                 // Of a later part, where we were put aside in between; then that has been claimed.
                 const int chunks = chunks_.load(std::memory_order_acquire);
-                const uint64_t patience = work(part, thread);
+                const uint64_t patience = work(phase, thread);
                 leave(thread);
                 finish(current, chunks, patience, thread);
             }
@@ -214,26 +214,26 @@ class Team {
 
     // Begin to read and write what a part does, unless it is over. Either we see that it is, or
     // who ends it sees us.
-    bool enter(uint64_t part, int thread) {
+    bool enter(uint64_t phase, int thread) {
         stall();
         std::atomic<uint64_t>& inside = shares_[thread].inside;
-        inside.store(part, std::memory_order_seq_cst);
+        inside.store(phase, std::memory_order_seq_cst);
         stall();
-        if (claimed_.load(std::memory_order_seq_cst) == part) return true;
+        if (claimed_.load(std::memory_order_seq_cst) == phase) return true;
         inside.store(0, std::memory_order_release);
         return false;
     }
     void leave(int thread) { shares_[thread].inside.store(0, std::memory_order_release); }
 
     // Do what nobody has begun; how long to wait for others' chunks before they are done again.
-    uint64_t work(uint64_t part, int thread) {
+    uint64_t work(uint64_t phase, int thread) {
         uint64_t longest = 0, before = cycles();
         for (int other = 0; other < size_; ++other) {
             Share& share = shares_[(thread + other) % size_];
             for (;;) {
-                const int chunk = share.take(part, other == 0);
+                const int chunk = share.take(phase, other == 0);
                 if (chunk < 0) break;
-                do_chunk(part, chunk, thread);
+                do_chunk(phase, chunk, thread);
                 const uint64_t now = cycles();
                 if (now - before > longest) longest = now - before;
                 before = now;
@@ -242,35 +242,36 @@ class Team {
         return longest > 0 ? kPatience + 2 * longest : kGuess;
     }
 
-    void do_chunk(uint64_t part, int chunk, int thread) {
+    void do_chunk(uint64_t phase, int chunk, int thread) {
         stall();
-        program_->chunk(int(part - first_), chunk, thread);
+        program_->chunk(int(phase - first_), chunk, thread);
         // Who comes late finds a later part's number there.
         std::atomic<uint64_t>& finished = finished_[chunk];
         uint64_t seen = finished.load(std::memory_order_relaxed);
-        while (seen < part &&
-               !finished.compare_exchange_weak(seen, part, std::memory_order_release)) {
+        while (seen < phase &&
+               !finished.compare_exchange_weak(seen, phase, std::memory_order_release)) {
         }
     }
 
     // Wait until all chunks are done, doing again those that take too long, then lead on; or
     // until somebody else has.
     void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
-        const uint64_t part = current >> 1, began = cycles();
+        const uint64_t phase = current >> 1, began = cycles();
         int done = 0;
         auto skip = [&] {
-            while (done < chunks && finished_[done].load(std::memory_order_acquire) >= part) ++done;
+            while (done < chunks && finished_[done].load(std::memory_order_acquire) >= phase)
+                ++done;
         };
         for (int turns = 0; current_.load(std::memory_order_acquire) == current;) {
             skip();
             if (done == chunks) {
-                uint64_t expected = part;
-                if (claimed_.compare_exchange_strong(expected, part + 1)) lead(part + 1, thread);
+                uint64_t expected = phase;
+                if (claimed_.compare_exchange_strong(expected, phase + 1)) lead(phase + 1, thread);
                 return;
             }
             if (!patient_ && cycles() - began > patience) {
-                if (!enter(part, thread)) return;
-                for (; done < chunks; skip()) do_chunk(part, done, thread);
+                if (!enter(phase, thread)) return;
+                for (; done < chunks; skip()) do_chunk(phase, done, thread);
                 leave(thread);
             } else if (++turns < kSpins) {
                 spin_pause();
@@ -282,23 +283,24 @@ class Team {
 
     // Prepare the next part and let all begin it, or end the program. One thread at a time is
     // here: who has claimed the part.
-    void lead(uint64_t part, int thread) {
+    void lead(uint64_t phase, int thread) {
         stall();
-        for (;; claimed_.store(++part, std::memory_order_seq_cst)) {
-            const int number = int(part - first_);
-            if (number == parts_) return current_.store(part << 1, std::memory_order_release);
+        for (;; claimed_.store(++phase, std::memory_order_seq_cst)) {
+            const int number = int(phase - first_);
+            if (number == phases_) return current_.store(phase << 1, std::memory_order_release);
             int chunks;
             while ((chunks = program_->prepare(number, stragglers(thread))) < 0) sched_yield();
-            assert(chunks <= kMostChunks);
+            assert(chunks <= kMaxChunks);
             if (chunks == 0) continue;
             chunks_.store(chunks, std::memory_order_release);
             int begin = program_->begin(number, chunks, 0, size_);
             for (int other = 0; other < size_; ++other) {
                 const int end = program_->begin(number, chunks, other + 1, size_);
-                shares_[other].left.store(Share::pack(part, begin, end), std::memory_order_release);
+                shares_[other].left.store(Share::pack(phase, begin, end),
+                                          std::memory_order_release);
                 begin = end;
             }
-            return current_.store(part << 1 | kUnderWay, std::memory_order_release);
+            return current_.store(phase << 1 | kUnderWay, std::memory_order_release);
         }
     }
 
@@ -341,7 +343,7 @@ class Team {
     // Of the program under way: set before its first part, and read by who has entered it.
     Program* program_ = nullptr;
     uint64_t first_ = 1;
-    int parts_ = 0;
+    int phases_ = 0;
     std::atomic<int> chunks_{0};
     alignas(64) std::atomic<uint64_t> current_{0};  // the part that all are to do, and kUnderWay
     alignas(64) std::atomic<uint64_t> claimed_{1};  // no part before this one can be entered

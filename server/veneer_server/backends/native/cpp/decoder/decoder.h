@@ -1,0 +1,266 @@
+// A whole step as a program of parts (see team.h): ten a layer, with nothing but these headers'
+// kernels in them.
+//
+// A chunk of a part may be executed twice, at one time too. So a part never changes what it reads,
+// and puts nothing but results into memory that other threads see, by the functions of shared.h:
+// what is under way is in registers and in the thread's own scratch.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../step.h"
+#include "buffers.h"
+#include "context.h"
+#include "gemms.h"
+#include "heads.h"
+#include "rows.h"
+
+#ifdef VENEER_TIMES
+#include <chrono>
+#endif
+
+namespace veneer {
+
+// Where a step's time goes. Kept only where it is compiled with VENEER_TIMES (by the benchmark).
+enum Time {
+    kNormTime,
+    kQkvTime,
+    kRotateTime,
+    kAttendTime,
+    kOutputTime,
+    kGateUpTime,
+    kGateTime,
+    kDownTime,
+    kHeadTime,
+    kTimes
+};
+
+class Decoder final : Program {
+  public:
+    Decoder(const Model& model, ThreadPool& pool)
+        : m_(model),
+          pool_(pool),
+          ctx_(model, pool.size()),
+          gemms_(ctx_),
+          heads_(ctx_),
+          rows_(ctx_),
+          scratch_(size_t(pool.size())) {
+        work_.push_back({kEmbed});
+        for (int layer = 0; layer < m_.layer_count; ++layer) {
+            const bool last = layer + 1 == m_.layer_count;
+            work_.push_back({kGemm, layer, kQkv});
+            work_.push_back({kRotate, layer, kQkv});
+            work_.push_back({kAttend, layer});
+            work_.push_back({kMerge, layer});
+            work_.push_back({kGemm, layer, kOutput});
+            work_.push_back({kAdd, layer, kOutput, m_.layers[layer].post_norm});
+            work_.push_back({kGemm, layer, kGateUp});
+            work_.push_back({kGate, layer, kGateUp});
+            work_.push_back({kGemm, layer, kDown});
+            work_.push_back({kAdd, layer, kDown, last ? nullptr : m_.layers[layer + 1].input_norm});
+        }
+        work_.push_back({kNormalize});
+        work_.push_back({kLogits});
+        versions_.reset(phases());
+    }
+
+    Decoder(const Decoder&) = delete;  // its parts refer to one another
+    Decoder& operator=(const Decoder&) = delete;
+
+    void run(const Step& step) {
+        prepare(step);
+        begin_times();
+        pool_.run(*this);
+        add_time(phases() - 1);
+    }
+
+    double seconds[kTimes] = {};
+
+  private:
+    enum Op { kEmbed, kGemm, kRotate, kAttend, kMerge, kAdd, kGate, kNormalize, kLogits };
+    struct Work {
+        Op op;
+        int layer = 0;
+        Group group = kQkv;
+        const float* norm = nullptr;  // of what is added; null after the last layer
+    };
+
+    void prepare(const Step& step) {
+        ctx_.prepare(step);
+        heads_.prepare();
+        gemms_.prepare(heads_.blocks());
+        const size_t rows = size_t(step.rows);
+        const size_t normed = std::max(rows, size_t(step.logit_count));
+        hidden_.take(rows * m_.hidden);
+        rounded_.take(normed * ctx_.width);
+        y_.take(rows * ctx_.wide);
+        shrunk_.take(rows * size_t(ctx_.ranks) + kLanes);
+        queries_.take(rows * ctx_.query_width);
+        results_.take(heads_.results());
+        for (auto& each : scratch_) each.take(std::max(ctx_.scratch(), heads_.scratch()));
+        std::fill(step.finite, step.finite + step.logit_count, uint8_t(1));
+    }
+
+    // ----------------------------------------------------------------------- program
+
+    int phases() const override { return int(work_.size()); }
+
+    int prepare(int phase, Stragglers stragglers) override {
+        const Work& work = work_[size_t(phase)];
+        if (!versions_.prepare(phase, writes(work), stragglers)) return -1;
+        if (phase > 0) add_time(phase - 1);
+        if (work.op == kGemm) gemms_.list(work.layer, work.group, lists(phase));
+        return chunks(phase);
+    }
+
+    // What later parts read: nothing where a part is left out.
+    unsigned writes(const Work& work) const {
+        switch (work.op) {
+            case kEmbed:
+            case kAdd: return 1u << kHidden | 1u << kRounded;
+            case kGemm: return 1u << kY | 1u << kShrunk | 1u << kLists;
+            case kRotate: return 1u << kQueries;
+            case kAttend: return heads_.shares_pieces() ? 1u << kResults : 1u << kRounded;
+            case kMerge: return heads_.shares_pieces() ? 1u << kRounded : 0;
+            case kGate:
+            case kNormalize: return 1u << kRounded;
+            case kLogits: return 0;
+        }
+        return 0;
+    }
+
+    int chunks(int phase) const {
+        const Work& work = work_[size_t(phase)];
+        switch (work.op) {
+            case kEmbed: return ctx_.chunks(ctx_.step->rows);
+            case kGemm: return gemms_.chunks(work.layer, work.group, lists(phase));
+            case kRotate: return ctx_.chunks(row_tiles() * m_.kv_heads);
+            case kAttend: return heads_.chunks();
+            case kMerge: return heads_.shares_pieces() ? ctx_.chunks(heads_.items()) : 0;
+            case kAdd: return ctx_.chunks(row_tiles());
+            case kGate: return ctx_.columns(work.layer, work.group).chunks;
+            case kNormalize: return ctx_.chunks(ctx_.step->logit_count);
+            case kLogits: return chunk_count(m_.head.tiles(), pool_.size() * kHeadChunks);
+        }
+        return 0;
+    }
+
+    int begin(int phase, int chunks, int thread, int size) const override {
+        return work_[size_t(phase)].op == kGemm ? gemms_.begin(chunks, lists(phase), thread)
+                                                : Program::begin(phase, chunks, thread, size);
+    }
+
+    void chunk(int phase, int chunk, int thread) override {
+        const Work& work = work_[size_t(phase)];
+        const Arrays at = arrays(phase);
+        const int count = chunks(phase);
+        float* scratch = scratch_[size_t(thread)].take(0);
+        // `function` for a chunk's share of so many.
+        auto each = [&](int64_t of, const auto& function) {
+            for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
+        };
+        switch (work.op) {
+            case kEmbed: return each(ctx_.step->rows, [&](int64_t row) { rows_.embed(at, row); });
+            case kGemm: return gemms_.chunk(work.layer, work.group, lists(phase), at, chunk);
+            case kRotate:
+                return each(row_tiles() * m_.kv_heads, [&](int64_t item) {
+                    heads_.rotate(work.layer, at, ctx_.row_tiles[size_t(item / m_.kv_heads)],
+                                  int(item % m_.kv_heads), scratch);
+                });
+            case kAttend:
+                if (heads_.shares_pieces())
+                    return each(heads_.shared_pieces(), [&](int64_t i) {
+                        heads_.attend_piece(work.layer, at, i, scratch);
+                    });
+                return each(heads_.items(),
+                            [&](int64_t i) { heads_.attend_item(work.layer, at, i, scratch); });
+            case kMerge:
+                return each(heads_.items(), [&](int64_t i) { heads_.merge_item(at, i, scratch); });
+            case kAdd:
+                return each(row_tiles(), [&](int64_t i) {
+                    rows_.add(work.layer, work.group, work.norm, at, ctx_.row_tiles[size_t(i)],
+                              scratch);
+                });
+            case kGate: {
+                const Columns cut = ctx_.columns(work.layer, work.group);
+                const int first = kTile * cut.begin(chunk), end = kTile * cut.begin(chunk + 1);
+                for (const RowTile& row_tile : ctx_.row_tiles)
+                    rows_.gate(work.layer, at, row_tile, first, end - first, scratch);
+                return;
+            }
+            case kNormalize:
+                return each(ctx_.step->logit_count,
+                            [&](int64_t i) { rows_.normalize_last(at, i); });
+            case kLogits: {
+                const int tiles = m_.head.tiles();
+                return rows_.logits(at, tiles * chunk / count, tiles * (chunk + 1) / count);
+            }
+        }
+    }
+
+    int64_t row_tiles() const { return int64_t(ctx_.row_tiles.size()); }
+    // Which of the products' lists a part goes by.
+    int lists(int phase) const { return versions_.wrote(phase, kLists); }
+
+    Arrays arrays(int phase) const {
+        auto now = [&](Array array) { return versions_.wrote(phase, array); };
+        auto before = [&](Array array) {
+            return versions_.wrote(phase > 0 ? phase - 1 : 0, array);
+        };
+        return {hidden_[before(kHidden)],
+                rounded_[before(kRounded)],
+                hidden_[now(kHidden)],
+                rounded_[now(kRounded)],
+                y_[now(kY)],
+                shrunk_[now(kShrunk)],
+                queries_[now(kQueries)],
+                results_[now(kResults)]};
+    }
+
+#ifdef VENEER_TIMES
+    void begin_times() { began_ = std::chrono::steady_clock::now(); }
+    void add_time(int phase) {
+        const auto now = std::chrono::steady_clock::now();
+        seconds[time_of(work_[size_t(phase)])] +=
+            std::chrono::duration<double>(now - began_).count();
+        began_ = now;
+    }
+    static Time time_of(const Work& work) {
+        switch (work.op) {
+            case kGemm:
+                return work.group == kQkv      ? kQkvTime
+                       : work.group == kOutput ? kOutputTime
+                       : work.group == kGateUp ? kGateUpTime
+                                               : kDownTime;
+            case kRotate: return kRotateTime;
+            case kAttend:
+            case kMerge: return kAttendTime;
+            case kGate: return kGateTime;
+            case kLogits: return kHeadTime;
+            default: return kNormTime;
+        }
+    }
+    std::chrono::steady_clock::time_point began_;
+#else
+    void begin_times() {}
+    void add_time(int) {}
+#endif
+
+    static constexpr int kHeadChunks = 64;  // a thread's
+
+    const Model& m_;
+    ThreadPool& pool_;
+    std::vector<Work> work_;
+    BufferVersions versions_;
+    StepContext ctx_;
+    Gemms gemms_;
+    Heads heads_;
+    Rows rows_;
+    // What parts write.
+    VersionedBuffer<float> hidden_, y_, shrunk_, results_;
+    VersionedBuffer<bf16> rounded_, queries_;
+    std::vector<Buffer<float>> scratch_;  // by thread
+};
+
+}  // namespace veneer

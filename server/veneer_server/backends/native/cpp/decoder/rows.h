@@ -1,0 +1,112 @@
+// What a step does to rows: embeddings, norms, sums, gates, and the head's logits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "context.h"
+
+namespace veneer {
+
+class Rows {
+  public:
+    explicit Rows(const StepContext& context) : ctx_(context), m_(context.model) {}
+
+    void embed(const Arrays& at, int64_t row) const {
+        const bf16* from = m_.embedding + ctx_.step->tokens[row] * m_.hidden;
+        float* to = at.hidden + row * m_.hidden;
+        for (int i = 0; i < m_.hidden; i += kLanes) store_shared(to + i, load(from + i));
+        normalize(to, m_.layers[0].input_norm, at.rounded + row * ctx_.width);
+    }
+
+    // hidden + y, then the next norm; null: there is none.
+    void add(int layer, Group group, const float* norm, const Arrays& at, const RowTile& row_tile,
+             float* scratch) const {
+        ctx_.prefetch_y(at, row_tile, 0, m_.hidden);
+        const float* from = at.y + row_tile.row * ctx_.wide;
+        size_t stride = size_t(ctx_.wide);
+        if (row_tile.adapter != nullptr) {
+            stride = size_t(m_.hidden);
+            ctx_.updated(at, layer, group, 0, row_tile, 0, 0, m_.hidden, scratch, stride);
+            from = scratch;
+        }
+        for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows;
+             ++row, from += stride) {
+            const float* before = at.hidden_before + row * m_.hidden;
+            float* to = at.hidden + row * m_.hidden;
+            for (int i = 0; i < m_.hidden; i += kLanes)
+                store_shared(to + i, veneer::add(load_shared(before + i), load_shared(from + i)));
+            if (norm != nullptr) normalize(to, norm, at.rounded + row * ctx_.width);
+        }
+    }
+
+    // silu(gate) * up, of the columns that a thread has computed.
+    void gate(int layer, const Arrays& at, const RowTile& row_tile, int first, int count,
+              float* scratch) const {
+        const float* from = at.y + row_tile.row * ctx_.wide + first;
+        size_t stride = size_t(ctx_.wide), apart = size_t(m_.intermediate);
+        if (row_tile.adapter != nullptr) {
+            apart = size_t(count), stride = 2 * apart;
+            ctx_.updated(at, layer, kGateUp, 0, row_tile, first, first, count, scratch, stride);
+            ctx_.updated(at, layer, kGateUp, 1, row_tile, m_.intermediate + first, first, count,
+                         scratch + apart, stride);
+            from = scratch;
+        }
+        for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows;
+             ++row, from += stride) {
+            bf16* to = at.rounded + row * ctx_.width + first;
+            for (int i = 0; i < count; i += kLanes) {
+                const Floats gate = load_shared(from + i);
+                const Floats divisor = veneer::add(broadcast(1.0f), exp(sub(zeros(), gate)));
+                store_shared(to + i, mul(div(gate, divisor), load_shared(from + apart + i)));
+            }
+        }
+    }
+
+    // The last norm of the i-th row whose logits are wanted.
+    void normalize_last(const Arrays& at, int64_t i) const {
+        normalize(at.hidden + ctx_.step->logit_rows[i] * m_.hidden, m_.final_norm,
+                  at.rounded + i * ctx_.width);
+    }
+
+    // Logits of the head's tiles `tile` to end - 1, and whether they are numbers.
+    void logits(const Arrays& at, int tile, int end) const {
+        const Step& step = *ctx_.step;
+        Prefetcher prefetcher;  // for nothing: it is the last
+        multiply_tiles(m_.head, tile, end, at.rounded, size_t(ctx_.width), int(step.logit_count),
+                       step.logits, size_t(m_.vocab), prefetcher);
+        const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
+        for (int64_t i = 0; i < step.logit_count; ++i)
+            if (!finite(step.logits + i * m_.vocab + first, count))
+                store_number(step.finite + i, uint8_t(0));
+    }
+
+  private:
+    // RMS norm into a row of the next product's inputs.
+    void normalize(const float* from, const float* weight, bf16* to) const {
+        Floats squares = zeros();
+        for (int i = 0; i < m_.hidden; i += kLanes) {
+            const Floats number = load_shared(from + i);
+            squares = fma(number, number, squares);
+        }
+        const Floats scale =
+            broadcast(1.0f / std::sqrt(sum(squares) / float(m_.hidden) + m_.epsilon));
+        for (int i = 0; i < m_.hidden; i += kLanes) {
+            store_shared(to + i, mul(mul(load_shared(from + i), scale), load(weight + i)));
+        }
+    }
+
+    static bool finite(const float* numbers, int count) {
+        Floats none = zeros();  // 0 times a number is 0, of what is none it is none
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            none = fma(load_shared(numbers + i), zeros(), none);
+        if (i < count) none = fma(load_shared(numbers + i, count - i), zeros(), none);
+        return sum(none) == 0;
+    }
+
+    const StepContext& ctx_;
+    const Model& m_;
+};
+
+}  // namespace veneer

@@ -1,0 +1,104 @@
+// Access to memory that chunks of a step hand on to later chunks.
+//
+// A chunk may be executed twice (see team.h). Then two threads write the same numbers to the same
+// place, and the later one may do so while other threads already read them. What is read is the
+// same either way, but to C++ it is a data race unless each access is atomic. So everything that a
+// chunk writes for others, and everything that it reads of others, goes through these functions.
+//
+// Single numbers are stored as relaxed atomics. There is no atomic vector: the kernels store and
+// load a vector by one instruction, and an atomic for each of its numbers would take sixteen. With
+// VENEER_ATOMIC_NUMBERS they do take sixteen: ThreadSanitizer then checks in the real decoder that
+// nothing but this memory is written twice (tests/sanitize).
+#pragma once
+
+#include <cstring>
+
+#include "../isa/isa.h"
+#include "bf16.h"
+
+namespace veneer {
+
+#ifdef VENEER_ATOMIC_NUMBERS
+constexpr bool kAtomicNumbers = true;
+#else
+constexpr bool kAtomicNumbers = false;
+#endif
+
+template <class Number>
+inline void store_number(Number* at, Number value) {
+    __atomic_store(at, &value, __ATOMIC_RELAXED);
+}
+
+template <class Number>
+inline Number load_number(const Number* at) {
+    if constexpr (!kAtomicNumbers) return *at;
+    Number value;
+    __atomic_load(at, &value, __ATOMIC_RELAXED);
+    return value;
+}
+
+template <class Number>
+inline void store_numbers(Number* at, const Number* from, int count) {
+    for (int i = 0; i < count; ++i) store_number(at + i, from[i]);
+}
+
+template <class Number>
+inline void load_numbers(Number* to, const Number* at, int count) {
+    if constexpr (!kAtomicNumbers) {
+        std::memcpy(to, at, size_t(count) * sizeof(Number));
+        return;
+    }
+    for (int i = 0; i < count; ++i) to[i] = load_number(at + i);
+}
+
+inline void store_shared(float* at, Floats a) {
+    if constexpr (!kAtomicNumbers) return store(at, a);
+    alignas(64) float numbers[kLanes];
+    store(numbers, a);
+    store_numbers(at, numbers, kLanes);
+}
+
+inline void store_shared(float* at, Floats a, int count) {
+    if constexpr (!kAtomicNumbers) return store(at, a, count);
+    alignas(64) float numbers[kLanes];
+    store(numbers, a);
+    store_numbers(at, numbers, count);
+}
+
+// Rounded to bfloat16.
+inline void store_shared(bf16* at, Floats a) {
+    if constexpr (!kAtomicNumbers) return store_bf16(at, a);
+    alignas(64) bf16 numbers[kLanes];
+    store_bf16(numbers, a);
+    store_numbers(at, numbers, kLanes);
+}
+
+inline Floats load_shared(const float* at) {
+    if constexpr (!kAtomicNumbers) return load(at);
+    alignas(64) float numbers[kLanes];
+    load_numbers(numbers, at, kLanes);
+    return load(numbers);
+}
+
+inline Floats load_shared(const float* at, int count) {
+    if constexpr (!kAtomicNumbers) return load(at, count);
+    alignas(64) float numbers[kLanes];
+    load_numbers(numbers, at, count);
+    return load(numbers, count);
+}
+
+inline Pairs load_pairs_shared(const bf16* at) {
+    if constexpr (!kAtomicNumbers) return load_pairs(at);
+    alignas(64) bf16 numbers[2 * kLanes];
+    load_numbers(numbers, at, 2 * kLanes);
+    return load_pairs(numbers);
+}
+
+inline Pairs broadcast_pair_shared(const bf16* at) {
+    if constexpr (!kAtomicNumbers) return broadcast_pair(at);
+    bf16 numbers[2];
+    load_numbers(numbers, at, 2);
+    return broadcast_pair(numbers);
+}
+
+}  // namespace veneer
