@@ -25,6 +25,7 @@ from veneer_registry.base_names import known_names
 from veneer_registry.errors import VeneerError
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
+from veneer_registry.replacing import replace_file
 
 from veneer_server.config import Address, ServerConfig
 from veneer_server.engine_client.client import EngineClient, EngineEvent
@@ -475,10 +476,8 @@ class App:
                 "metrics": str(metrics or ""),
                 "openai": str(openai or ""),
             }
-            partial = config.port_file.with_name(config.port_file.name + ".partial")
-            partial.write_text(json.dumps(addresses) + "\n", encoding="utf-8")
-            # By rename, so that a reader never sees half of it.
-            partial.replace(config.port_file)
+            # Whole or not at all: whoever waits for it reads it the moment it is there.
+            replace_file(config.port_file, json.dumps(addresses) + "\n")
         why = self._why_slower(info)
         slower = f" (several times slower than native: {why})" if why else ""
         show_status("")  # adapters may be on their way back
