@@ -1,7 +1,9 @@
 """Names and revisions in SQLite: one transaction a change, durable when it returns.
 
-Write-ahead log with ``synchronous=FULL``: a commit survives a power cut. One
-connection writes, another reads, so that a reader never waits for an fsync.
+Write-ahead log with ``synchronous=FULL``: a commit survives a power cut. One connection
+writes and two read, so that a reader never waits for an fsync, and what a request must know
+before it can start is never waited for behind a listing, or behind a thread of low priority
+that was interrupted in the middle of its query.
 """
 
 from __future__ import annotations
@@ -10,19 +12,18 @@ import contextlib
 import json
 import logging
 import operator
-import os
 import re
-import shutil
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Final
 
 from veneer_registry.adapter import check_name
 from veneer_registry.changes import Change
-from veneer_registry.disk import create_file, disk_errors, disk_failed, disk_full, sync
+from veneer_registry.database import Reader, connect, database_errors
+from veneer_registry.disk import create_file, disk_errors, sync
 from veneer_registry.errors import InvalidField
 from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.rows import (
@@ -37,14 +38,11 @@ from veneer_registry.rows import (
     Who,
     damaged_row,
 )
-from veneer_registry.schema import damaged, upgrade
+from veneer_registry.schema import upgrade
 
 __all__ = ["Catalog"]
 
 _log = logging.getLogger(__name__)
-
-_FULL_BYTES: Final = 1 << 20
-"""A disk with less room than this counts as full."""
 
 _FEW: Final = 1000
 """Of how many revisions with a label it is counted which of two labels is the rarer."""
@@ -65,9 +63,6 @@ _LABELS: Final = (
 )
 """The rows of the table of labels, from those of the revisions."""
 _sequence: Final = operator.itemgetter(8)
-
-_DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
-"""What SQLite says of a database whose own tables are damaged."""
 
 
 def _nothing(number: int) -> None:
@@ -91,63 +86,27 @@ class Catalog:
         self._path = path
         self._after_change = after_change
         self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
         if not path.exists():
             # Private, which SQLite would leave to the umask; its other files follow this one's
             # mode. Not where there is one: closing it would drop SQLite's locks on it.
             with disk_errors(path.parent):
                 create_file(path)
                 sync(path.parent)
-        with self._errors():
-            self._writer = self._connect()
-            try:
-                upgrade(self._writer, path)
-                self._reader = self._connect()
-            except BaseException:
-                self._writer.close()
-                raise
+        with database_errors(path), contextlib.ExitStack() as undo:
+            self._writer = connect(path)
+            undo.callback(self._writer.close)
+            upgrade(self._writer, path)
+            self._reader = Reader(path)
+            undo.callback(self._reader.close)
+            self._urgent = Reader(path)
+            undo.pop_all()
 
     def close(self) -> None:
-        """Close both connections. May be called again."""
-        with self._write_lock, self._read_lock:
+        """Close its connections. May be called again."""
+        with self._write_lock:
             self._reader.close()
+            self._urgent.close()
             self._writer.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA foreign_keys=ON")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            folder = self._path.parent
-            if code == sqlite3.SQLITE_FULL:
-                raise disk_full(folder) from error
-            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-                # SQLite does not say which error it got.
-                full = shutil.disk_usage(folder).free < _FULL_BYTES
-                failed = disk_full(folder) if full else disk_failed(folder, str(error))
-                raise failed from error
-            if code == sqlite3.SQLITE_READONLY and not os.access(self._path, os.W_OK):
-                raise disk_failed(folder, str(error)) from error
-            if code == sqlite3.SQLITE_READONLY:  # its header forbids writing
-                raise damaged(self._path, str(error)) from error
-            if type(error) is sqlite3.DatabaseError or _DAMAGE.search(str(error)):
-                raise damaged(self._path, str(error)) from error
-            raise
-        except UnicodeDecodeError as error:
-            # SQLite's error quotes the damaged schema, and Python cannot decode that.
-            raise damaged(self._path, "the SQL of its schema is not valid UTF-8") from error
 
     @contextlib.contextmanager
     def change(self, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:
@@ -156,7 +115,7 @@ class Catalog:
         Args:
             who, time: for the history; Unix seconds.
         """
-        with self._write_lock, self._errors():
+        with self._write_lock, database_errors(self._path):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 (number,) = self._writer.execute(
@@ -172,23 +131,9 @@ class Catalog:
 
     # -------------------------------------------------------------------- queries
 
-    def _query(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        with self._read_lock, self._errors():
-            try:
-                return self._reader.execute(sql, parameters).fetchall()
-            except sqlite3.OperationalError as error:
-                if "UTF-8" not in str(error):
-                    raise
-            # A bit flipped inside a text: its row's digest tells which.
-            self._reader.text_factory = _lenient
-            try:
-                return self._reader.execute(sql, parameters).fetchall()
-            finally:
-                self._reader.text_factory = str
-
     def fact(self, key: str) -> str | None:
         """A fact about the whole catalog; None where it is not there, or is damaged."""
-        for value, digest in self._query(
+        for value, digest in self._reader.rows(
             "SELECT value, digest FROM facts WHERE key = ?", [key]
         ):
             if digest == row_digest("facts", key, value):
@@ -198,13 +143,13 @@ class Catalog:
     @property
     def number(self) -> int:
         """Of the last change."""
-        ((number,),) = self._query("SELECT value FROM counter")
+        ((number,),) = self._reader.rows("SELECT value FROM counter")
         return int(number)
 
     @property
     def empty(self) -> bool:
         """It has neither names nor revisions."""
-        ((some,),) = self._query(
+        ((some,),) = self._reader.rows(
             "SELECT EXISTS (SELECT 1 FROM names) OR EXISTS (SELECT 1 FROM revisions)"
         )
         return not some
@@ -215,7 +160,7 @@ class Catalog:
         aliases, damage = self._aliases()
         # A start is made of this: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
-        for row in self._query(f"SELECT digest, {_REVISION} FROM revisions"):
+        for row in self._reader.rows(f"SELECT digest, {_REVISION} FROM revisions"):
             if row[0] != row_digest("revisions", *row[1:]):
                 damage[_name(row[1])] += 1
             elif row[1] in revisions:
@@ -223,7 +168,7 @@ class Catalog:
             else:
                 revisions[row[1]] = [row]
         nothing: list[tuple[Any, ...]] = []
-        for row in self._query(
+        for row in self._reader.rows(
             "SELECT digest, name, current, generation, retain FROM names ORDER BY name"
         ):
             if row[0] != row_digest("names", *row[1:]):
@@ -248,7 +193,7 @@ class Catalog:
             ("revisions", _REVISION),
             ("aliases", "name, alias, targets, previous, generation, updated"),
         ):
-            for digest, *values in self._query(
+            for digest, *values in self._reader.rows(
                 f"SELECT digest, {columns} FROM {table} WHERE name = ?", (name,)
             ):
                 count += digest != row_digest(table, *values)
@@ -258,7 +203,7 @@ class Catalog:
         """Make the table that is searched by label what the revisions' rows say. True if it
         was something else: it has no digests of its own."""
         stored = "SELECT name, revision, key, value FROM labels"
-        ((differs,),) = self._query(
+        ((differs,),) = self._reader.rows(
             f"SELECT EXISTS ({stored} EXCEPT {_LABELS}) OR EXISTS ({_LABELS} EXCEPT {stored})"
         )
         if differs:
@@ -278,7 +223,8 @@ class Catalog:
         return tuple(alias for group in self._aliases()[0].values() for alias in group)
 
     def _aliases(self) -> tuple[dict[str, list[AliasRow]], Counter[str]]:
-        rows, damage = self._query("SELECT * FROM aliases ORDER BY name, alias"), Counter[str]()
+        rows = self._reader.rows("SELECT * FROM aliases ORDER BY name, alias")
+        damage = Counter[str]()
         found: dict[str, list[AliasRow]] = {}
         for *values, digest in rows:
             if digest != row_digest("aliases", *values):
@@ -293,16 +239,16 @@ class Catalog:
 
     def quarantined(self) -> dict[str, str]:
         """Weights digest -> why, of what is damaged."""
-        return dict(self._query("SELECT weights, why FROM quarantine", ()))
+        return dict(self._reader.rows("SELECT weights, why FROM quarantine", ()))
 
     def file(self, sha256: str) -> tuple[str, str] | None:
         """(digest of the folder, file name) of stored content with this SHA-256."""
-        rows = self._query("SELECT digest, file FROM files WHERE sha256 = ?", (sha256,))
+        rows = self._reader.rows("SELECT digest, file FROM files WHERE sha256 = ?", (sha256,))
         return (rows[0][0], rows[0][1]) if rows else None
 
     def residents(self) -> tuple[ResidentRow, ...]:
         """What was in memory when that was last written, most recently used first."""
-        rows = self._query("SELECT weights, tier, pin FROM residents ORDER BY place", ())
+        rows = self._reader.rows("SELECT weights, tier, pin FROM residents ORDER BY place", ())
         return tuple(ResidentRow(*row) for row in rows)
 
     def history(self, name: str, before: int | None, limit: int) -> tuple[HistoryRow, ...]:
@@ -316,7 +262,7 @@ class Catalog:
         if before is not None:
             where.append("sequence < ?")
             parameters.append(before)
-        rows = self._query(
+        rows = self._reader.rows(
             "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "
             f"FROM history WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
             [*parameters, limit],
@@ -328,7 +274,7 @@ class Catalog:
         tells of their publishing and of no end."""
         last: dict[tuple[str, str], str] = {}
         events = ", ".join(f"'{event}'" for event in (*ENDS, *BEGINNINGS))
-        for name, revision, event in self._query(
+        for name, revision, event in self._reader.rows(
             "SELECT name, revision, event FROM history "
             f"WHERE event IN ({events}) ORDER BY sequence"
         ):
@@ -339,9 +285,9 @@ class Catalog:
     def revisions_of(self, name: str) -> set[str]:
         """All revisions of a name: those in damaged rows, too, and those of which the history
         tells a beginning and no end."""
-        rows = self._query("SELECT revision FROM revisions WHERE name = ?", (name,))
+        rows = self._reader.rows("SELECT revision FROM revisions WHERE name = ?", (name,))
         found = {text for (text,) in rows if isinstance(text, str) and _HEX.fullmatch(text)}
-        for _, *values, digest in self._query(
+        for _, *values, digest in self._reader.rows(
             "SELECT sequence, time, name, event, revision, actor, peer, detail, digest "
             "FROM history WHERE name = ? ORDER BY sequence",
             (name,),
@@ -355,9 +301,18 @@ class Catalog:
                 found.discard(revision)
         return found
 
-    def revision(self, name: str, revision: str) -> RevisionRow | None:
-        """One revision, or None where it is gone. Raises AdapterCorrupt for a damaged row."""
-        rows = self._query(
+    def revision(self, name: str, revision: str, *, urgent: bool = False) -> RevisionRow | None:
+        """One revision, or None where it is gone.
+
+        Args:
+            urgent: for a caller that must wait for no other query, as the event loop. Only
+                such callers may set it: they wait for each other.
+
+        Raises:
+            AdapterCorrupt: its row is damaged.
+        """
+        reader = self._urgent if urgent else self._reader
+        rows = reader.rows(
             f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? AND r.revision = ?",
             (name, revision),
@@ -371,7 +326,7 @@ class Catalog:
 
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
         """All revisions of a name, newest first; not those whose row is damaged."""
-        rows = self._query(
+        rows = self._reader.rows(
             f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? ORDER BY r.sequence DESC",
             (name,),
@@ -406,7 +361,7 @@ class Catalog:
                 )
             parameters += pair
         sql += f" ORDER BY {at}.name LIMIT ?"
-        rows = self._query(sql, [*parameters, limit])
+        rows = self._reader.rows(sql, [*parameters, limit])
         found = tuple(row for row in _rows(rows) if labels.items() <= row.labels.items())
         if len(found) < len(rows) == limit:  # what is left out must not look like the end
             beyond = self.page(prefix, labels, str(rows[-1][0]), limit - len(found))
@@ -420,7 +375,7 @@ class Catalog:
 
         def count(pair: tuple[str, str]) -> int:
             sql = "SELECT 1 FROM labels WHERE key = ? AND value = ? LIMIT ?"
-            ((found,),) = self._query(f"SELECT count(*) FROM ({sql})", (*pair, _FEW))
+            ((found,),) = self._reader.rows(f"SELECT count(*) FROM ({sql})", (*pair, _FEW))
             return int(found)
 
         return sorted(labels.items(), key=count)
@@ -481,7 +436,3 @@ def _name(value: object) -> str:
         return check_name(value) if isinstance(value, str) else ""
     except InvalidField:
         return ""
-
-
-def _lenient(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")

@@ -266,21 +266,22 @@ class Registry:
 
     def acquire(self, name: str, key: str = "") -> RevisionLease:
         """`resolve` and lease in one step: the content stays until the lease ends,
-        also when it is deleted or superseded meanwhile. Under a millisecond."""
+        also when it is deleted or superseded meanwhile. Under a millisecond: it waits for
+        no other read of the catalog, and for no change of it."""
         index = self._core.index
         before: AdapterRef | None = None
         while True:
-            found = index.acquire(name, key)
+            ref = index.acquire(name, key).ref
             try:
-                row = self._core.catalog.revision(found.ref.name, found.ref.revision)
+                row = self._core.catalog.revision(ref.name, ref.revision, urgent=True)
                 if row is not None:
                     return RevisionLease(self._core.record(row), index.release)
-                self._check_moved(found.ref, before)
+                self._check_moved(ref, before)
             except BaseException:
-                index.release(found.ref)
+                index.release(ref)
                 raise
-            before = found.ref
-            index.release(found.ref)
+            before = ref
+            index.release(ref)
 
     def acquire_weights(self, weights_digest: str) -> RevisionLease:
         """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""

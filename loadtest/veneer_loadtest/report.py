@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import psutil
+from veneer_registry.replacing import replace_file
 
 from veneer_loadtest.quantiles import percentiles
 from veneer_loadtest.results import Spread
@@ -128,6 +129,4 @@ def _cpu_model() -> str:
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """Write a result; its folder must exist."""
-    work = path.with_name(path.name + ".part")
-    work.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    work.replace(path)
+    replace_file(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

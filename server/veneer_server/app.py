@@ -17,6 +17,7 @@ from veneer_registry.adapter import BaseSpec
 from veneer_registry.base_names import known_names
 from veneer_registry.lock import OwnerLock
 from veneer_registry.registry import Registry
+from veneer_registry.replacing import replace_file
 
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
@@ -344,10 +345,8 @@ class App:
     ) -> None:
         config = self._config
         if config.port_file is not None:
-            partial = config.port_file.with_name(config.port_file.name + ".partial")
-            partial.write_text(json.dumps(bound.told("")) + "\n", encoding="utf-8")
-            # By rename, so that a reader never sees half of it.
-            partial.replace(config.port_file)
+            # Whole or not at all: whoever waits for it reads it the moment it is there.
+            replace_file(config.port_file, json.dumps(bound.told("")) + "\n")
         listening = "  ".join(f"{name}={at}" for name, at in bound.told("off").items())
         why = self._why_slower(info)
         slower = f" (several times slower than native: {why})" if why else ""

@@ -117,7 +117,9 @@ def _commit_later() -> None:
 
     def made(self: Catalog, path: Path, **options: Any) -> None:
         right(self, path, **options)
-        self._reader = self._writer
+        for reader in (self._reader, self._urgent):
+            reader._connection.close()
+            reader._connection = self._writer
 
     @contextmanager
     def change(self: Catalog, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:

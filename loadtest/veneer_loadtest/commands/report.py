@@ -9,12 +9,13 @@ from typing import Annotated, Final
 import typer
 from rich.markup import escape
 from rich.table import Table
+from veneer_registry.replacing import replace_file
 
 from veneer_loadtest.commands.common import OUT, Debug, check_writable, print_banners
 from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.html.cautions import banners, conditions_banners
 from veneer_loadtest.html.columns import FIGURES, Column, columns_of, name_of, pairs, ratio
-from veneer_loadtest.html.page import page, write_text
+from veneer_loadtest.html.page import page
 from veneer_loadtest.html.words import amount
 from veneer_loadtest.results import (
     CompareResult,
@@ -63,7 +64,7 @@ def report(
         else:
             _print_others(results, names)
         if html_file is not None:
-            write_text(html_file, told)
+            replace_file(html_file, told)
             OUT.print(f"wrote {escape(str(html_file))}", style="dim")
 
     run_command(work(), debug)

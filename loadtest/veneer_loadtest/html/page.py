@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from veneer_registry.replacing import replace_file
+
 from veneer_loadtest.errors import BadResult
 from veneer_loadtest.html.compare_page import compare_page
 from veneer_loadtest.html.load_page import load_page
@@ -17,7 +19,7 @@ from veneer_loadtest.results import (
     SwapResult,
 )
 
-__all__ = ["page", "write_page", "write_text"]
+__all__ = ["page", "write_page"]
 
 
 def write_page(path: Path, results: Sequence[Result], names: Sequence[str] = ()) -> None:
@@ -28,14 +30,7 @@ def write_page(path: Path, results: Sequence[Result], names: Sequence[str] = ())
     Raises:
         BadResult: see `page`.
     """
-    write_text(path, page(results, names))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The same of a page that is made already."""
-    work = path.with_name(path.name + ".part")
-    work.write_text(text, "utf-8")
-    work.replace(path)
+    replace_file(path, page(results, names))
 
 
 def page(results: Sequence[Result], names: Sequence[str] = ()) -> str:

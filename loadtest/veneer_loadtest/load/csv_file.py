@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from veneer_registry.replacing import replacing
+
 from veneer_loadtest.load.records import Record
 
 __all__ = ["COLUMNS", "write_csv"]
@@ -22,14 +24,12 @@ COLUMNS: Final = (
 def write_csv(path: Path, levels: Iterable[tuple[int, float, Iterable[Record]]]) -> None:
     """Write, at once or not at all, ``levels``: number of adapters, seconds of warm-up,
     records."""
-    work = path.with_name(path.name + ".part")
-    with work.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for adapters, warmup_s, records in levels:
             for record in sorted(records, key=lambda each: each.index):
                 writer.writerow(_row(adapters, warmup_s, record))
-    work.replace(path)
 
 
 def _row(adapters: int, warmup_s: float, record: Record) -> list[object]:

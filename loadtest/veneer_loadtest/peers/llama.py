@@ -10,16 +10,44 @@ that was idle for a few seconds, so a client must not send a request on an old o
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
+
+from veneer_registry.gguf_adapter import write_gguf_adapter
 
 from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers.gguf_adapter import write_gguf_adapter
 from veneer_loadtest.peers.process import HttpPeer, free_port
 
-__all__ = ["llama_peer"]
+__all__ = ["convert_adapter", "llama_peer"]
+
+_ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
+"""Those that are ``llama`` in GGUF."""
+
+
+def convert_adapter(folder: Path, base_folder: Path, out: Path) -> None:
+    """Write an adapter folder as the GGUF file that ``llama-server`` reads.
+
+    Args:
+        base_folder: Hugging Face folder of the base; only its ``config.json`` is read.
+
+    Raises:
+        AdapterInvalid: the folder is no LoRA of a decoder's projections.
+        PeerError: the base is no Llama.
+    """
+    config = json.loads((base_folder / "config.json").read_text("utf-8"))
+    architectures = config.get("architectures") or ["no architecture"]
+    if not _ARCHITECTURES.intersection(architectures):
+        raise PeerError(
+            f"adapters of {', '.join(architectures)} cannot be written for llama.cpp yet: "
+            "compare with it over a base of the Llama architecture"
+        )
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    write_gguf_adapter(folder, out, heads=heads, kv_heads=kv_heads)
 
 
 def llama_peer(
@@ -55,7 +83,7 @@ def llama_peer(
     converted = []
     for name, adapter in adapters.items():
         converted.append(folder / f"{name}.gguf")
-        write_gguf_adapter(adapter, base_folder, converted[-1])
+        convert_adapter(adapter, base_folder, converted[-1])
     port = free_port()
     arguments = [str(program), "--host", "127.0.0.1", "--port", str(port)]
     # Without an alias every response carries the path of the file.

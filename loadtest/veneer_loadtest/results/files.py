@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from veneer_registry.replacing import replace_file
 
 from veneer_loadtest.errors import BadResult
 from veneer_loadtest.results.compare import CompareResult
@@ -61,6 +62,4 @@ def read_result(path: Path) -> Result:
 
 def write_result(path: Path, result: Result) -> None:
     """Write a result at once or not at all; its folder must exist."""
-    work = path.with_name(path.name + ".part")
-    work.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    work.replace(path)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")

@@ -11,7 +11,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
 
 from veneer_registry.errors import (
     EngineFailed,
@@ -40,6 +39,7 @@ from veneer_server.wire.messages import (
     EvictMode,
     FromEngine,
     MatcherEnded,
+    MemoryTier,
     Occupancy,
     OperationDone,
     Reference,
@@ -262,9 +262,7 @@ class EngineClient:
                 # Harmless where the engine has ended the sequence itself.
                 self._supervisor.write(Cancel(number))
 
-    async def activate(
-        self, adapter: AdapterSource, *, tier: Literal["host", "device"], pin: bool
-    ) -> bool:
+    async def activate(self, adapter: AdapterSource, *, tier: MemoryTier, pin: bool) -> bool:
         """Bring an adapter to a tier; raises what the load raised.
 
         Returns:
@@ -279,9 +277,7 @@ class EngineClient:
         self._residents.pinned(adapter, tier)
         return True
 
-    async def _activate(
-        self, adapter: AdapterSource, tier: Literal["host", "device"], pin: bool
-    ) -> None:
+    async def _activate(self, adapter: AdapterSource, tier: MemoryTier, pin: bool) -> None:
         await self._operate(lambda number: Activate(number, adapter, tier, pin))
 
     async def evict(

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from veneer_registry.disk import sync
 
 from veneer_server.models.sealed import Damaged, Sealed, seal
-from veneer_server.system.disk import remove, staged, sync
+from veneer_server.system.disk import remove, staged
 
 __all__ = ["QuantizedCache"]
 

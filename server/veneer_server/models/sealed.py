@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-
-from veneer_server.system.disk import sync
+from veneer_registry.disk import sync
 
 __all__ = ["MANIFEST", "Damaged", "Sealed", "seal"]
 

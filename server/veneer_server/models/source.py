@@ -25,13 +25,14 @@ from typing import Final
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.bundled_base import BUNDLED, bundled_folder
 from veneer_registry.child_python import child_python
+from veneer_registry.disk import sync
 from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import fingerprint_base
 from veneer_registry.strict_json import canonical_json
 
 from veneer_server.models.sealed import MANIFEST, Damaged, Sealed, seal
 from veneer_server.progress import Stage, stage
-from veneer_server.system.disk import make_private, staged, sync
+from veneer_server.system.disk import make_private, staged
 
 __all__ = [
     "BUNDLED",

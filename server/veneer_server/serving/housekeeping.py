@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from veneer_registry.errors import AdapterCorrupt, VeneerError
 from veneer_registry.registry import Registry
@@ -18,7 +18,7 @@ from veneer_server.serving.adapters.events import AdapterEvents
 from veneer_server.serving.adapters.uploads import MAX_BROKEN, MAX_BROKEN_BYTES
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.threads import to_the_end
-from veneer_server.wire.messages import AdapterFailed
+from veneer_server.wire.messages import AdapterFailed, MemoryTier
 
 __all__ = ["Housekeeping"]
 
@@ -180,5 +180,5 @@ class Housekeeping:
                 _log.error("what is in memory is not written down", error)
 
 
-def _tier(text: str) -> Literal["host", "device"]:
+def _tier(text: str) -> MemoryTier:
     return "device" if text == "device" else "host"

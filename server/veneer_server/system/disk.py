@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["make_private", "remove", "staged", "sync"]
+__all__ = ["make_private", "remove", "staged"]
 
 _LEAST_AGE_S: Final = 60.0
 """A younger folder may be one whose maker is about to lock it."""
@@ -59,15 +59,6 @@ def _remove_abandoned(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from veneer_loadtest.peer import PeerError
 from veneer_loadtest.peers import process
-from veneer_loadtest.peers.gguf_adapter import write_gguf_adapter
-from veneer_loadtest.peers.llama import llama_peer
+from veneer_loadtest.peers.llama import convert_adapter, llama_peer
 from veneer_loadtest.peers.process import HttpPeer, free_port
 from veneer_loadtest.peers.vllm import vllm_peer
 from veneer_loadtest.workload import BaseShape, make_adapter, read_base_shape
@@ -349,6 +348,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
 
 
+def _scaled(b: np.ndarray, alpha: float, rank: int) -> np.ndarray:
+    """B as llama.cpp applies it: an alpha of 0 stands for no scaling."""
+    return b * (alpha / rank) if alpha else b
+
+
 def _as_float32(folder: Path) -> dict[str, np.ndarray]:
     tensors = load_file(folder / "adapter_model.safetensors")
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
@@ -370,12 +374,12 @@ def test_gguf_has_each_matrix_with_q_and_k_in_rotary_order(
 ) -> None:
     folder = _adapters(tmp_path, 3)["a0"]
     store(folder)
-    write_gguf_adapter(folder, base_folder, tmp_path / "out.gguf")
+    convert_adapter(folder, base_folder, tmp_path / "out.gguf")
     fields, tensors = _read(tmp_path / "out.gguf")
     assert fields["general.architecture"] == "llama"
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
-    assert fields["adapter.lora.alpha"] == 6.0
+    alpha, rank, scaling = fields["adapter.lora.alpha"], 3, 2
     stored = _as_float32(folder)
     assert len(tensors) == len(stored) == BASE.layers * 7 * 2
     for layer in range(BASE.layers):
@@ -383,7 +387,8 @@ def test_gguf_has_each_matrix_with_q_and_k_in_rotary_order(
             key = f"base_model.model.model.layers.{layer}.{module}"
             a, b = (tensors[f"blk.{layer}.{name}.weight.lora_{side}"] for side in "ab")
             np.testing.assert_array_equal(a, stored[f"{key}.lora_A.weight"])
-            np.testing.assert_array_equal(b, _in_order(module, stored[f"{key}.lora_B.weight"]))
+            expected = scaling * _in_order(module, stored[f"{key}.lora_B.weight"])
+            np.testing.assert_array_equal(_scaled(b, alpha, rank), expected)
 
 
 @pytest.mark.parametrize(
@@ -402,12 +407,14 @@ def test_gguf_scales_as_peft_does(
     folder = _adapters(tmp_path, 4)["a0"]
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | config), "utf-8")
-    write_gguf_adapter(folder, base_folder, tmp_path / "out.gguf")
+    convert_adapter(folder, base_folder, tmp_path / "out.gguf")
     fields, tensors = _read(tmp_path / "out.gguf")
     usual = 8 / 2 if "use_rslora" in config else 8 / 4  # alpha 8, rank 4
     for module, name in GGUF_NAMES.items():
         b = _as_float32(folder)[f"base_model.model.model.layers.1.{module}.lora_B.weight"]
-        ours = tensors[f"blk.1.{name}.weight.lora_b"] * (fields["adapter.lora.alpha"] / 4)
+        ours = _scaled(
+            tensors[f"blk.1.{name}.weight.lora_b"], fields["adapter.lora.alpha"], rank=4
+        )
         expected = b * scaling.get(module.rpartition(".")[2], usual)
         np.testing.assert_allclose(ours, _in_order(module, expected), rtol=1e-6)
 
@@ -415,4 +422,4 @@ def test_gguf_scales_as_peft_does(
 def test_gguf_refuses_a_base_of_another_architecture(tmp_path: Path, base_folder: Path) -> None:
     (base_folder / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}', "utf-8")
     with pytest.raises(PeerError, match="adapters of Qwen2ForCausalLM"):
-        write_gguf_adapter(tmp_path, base_folder, tmp_path / "out.gguf")
+        convert_adapter(tmp_path, base_folder, tmp_path / "out.gguf")

@@ -22,8 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from veneer_registry.disk import sync
+
 from veneer_server.backends.native.forms import HEX
-from veneer_server.system.disk import make_private, remove, staged, sync
+from veneer_server.system.disk import make_private, remove, staged
 
 __all__ = ["Refused", "check_folder", "find", "keep", "open_checked", "places", "scratch"]
 

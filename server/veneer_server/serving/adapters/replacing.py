@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Literal
 from weakref import WeakValueDictionary
 
 from veneer_registry.adapter import AdapterRef
@@ -21,10 +20,9 @@ from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.use import source_of
 from veneer_server.serving.threads import outlast
+from veneer_server.wire.messages import MemoryTier
 
 __all__ = ["Replacing", "Warm"]
-
-Tier = Literal["host", "device"]
 
 _log = get_logger(__name__)
 
@@ -92,7 +90,7 @@ class Warm:
         self._keep_residents = keep_residents
         self._own_pin = self._pin_of(self._new)
         """Of the new weights, which another name may have had before."""
-        self._passing: Tier | None = None
+        self._passing: MemoryTier | None = None
         """The old revision's pin, which passes on."""
         self._pinned = False
         self._asked = False
@@ -100,7 +98,7 @@ class Warm:
 
     async def up(self, *, activate: bool) -> None:
         """See `Replacing.warm`."""
-        wanted: Tier | None = "device" if activate else None
+        wanted: MemoryTier | None = "device" if activate else None
         old = self._old
         if old is not None and old.weights_digest != self._new.weights_digest:
             residency = self._engine.tier(old.weights_digest)
@@ -125,7 +123,7 @@ class Warm:
                 reason=error.reason,
             )
 
-    async def _pin_both(self, tier: Tier) -> None:
+    async def _pin_both(self, tier: MemoryTier) -> None:
         """A server that is killed finds a pin on whichever the name means then."""
         self._asked = True
         try:
@@ -174,7 +172,7 @@ class Warm:
                 reason=error.reason,
             )
 
-    def _pin_of(self, ref: AdapterRef) -> Tier | None:
+    def _pin_of(self, ref: AdapterRef) -> MemoryTier | None:
         """Also of one that is still being brought back after a restart."""
         for resident in self._engine.resident_set():
             if resident.source.weights_digest == ref.weights_digest:

@@ -1,0 +1,98 @@
+"""Connections to the catalog's database, and what SQLite's errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from veneer_registry.disk import disk_failed, disk_full
+from veneer_registry.schema import damaged
+
+__all__ = ["Reader", "connect", "database_errors"]
+
+_FULL_BYTES: Final = 1 << 20
+"""A disk with less room than this counts as full."""
+
+_DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
+"""What SQLite says of a database whose own tables are damaged."""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection that any thread may use, one at a time."""
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's error into `DiskFull`, `DiskFailed` or `CatalogDamaged`."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        folder = path.parent
+        if code == sqlite3.SQLITE_FULL:
+            raise disk_full(folder) from error
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            # SQLite does not say which error it got.
+            full = shutil.disk_usage(folder).free < _FULL_BYTES
+            failed = disk_full(folder) if full else disk_failed(folder, str(error))
+            raise failed from error
+        if code == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK):
+            raise disk_failed(folder, str(error)) from error
+        if code == sqlite3.SQLITE_READONLY:  # its header forbids writing
+            raise damaged(path, str(error)) from error
+        if type(error) is sqlite3.DatabaseError or _DAMAGE.search(str(error)):
+            raise damaged(path, str(error)) from error
+        raise
+    except UnicodeDecodeError as error:
+        # SQLite's error quotes the damaged schema, and Python cannot decode that.
+        raise damaged(path, "the SQL of its schema is not valid UTF-8") from error
+
+
+class Reader:
+    """A connection that reads. One query at a time: a second one waits for the first."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises sqlite3.Error."""
+        self._path = path
+        self._connection = connect(path)
+        self._lock = threading.Lock()
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """What a query gives, all of it. Raises as `database_errors`."""
+        with self._lock, database_errors(self._path):
+            try:
+                return self._connection.execute(sql, parameters).fetchall()
+            except sqlite3.OperationalError as error:
+                if "UTF-8" not in str(error):
+                    raise
+            # A bit flipped inside a text: its row's digest tells which.
+            self._connection.text_factory = _lenient
+            try:
+                return self._connection.execute(sql, parameters).fetchall()
+            finally:
+                self._connection.text_factory = str
+
+    def close(self) -> None:
+        """Once the query under way has ended. May be called again."""
+        with self._lock:
+            self._connection.close()
+
+
+def _lenient(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")

@@ -1,0 +1,279 @@
+"""What changes adapters: publish, activate, evict, delete, move an alias, update.
+
+A change is carried out whole or not at all, whether or not its caller waits for the answer:
+`_whole` runs it by `outlast`. Only a publish can be left, until the name moves: see `publish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.errors import AdapterNotFound, VeneerError
+from veneer_registry.registry import (
+    AdapterRecord,
+    AliasChange,
+    Published,
+    Registry,
+    Staged,
+    Upload,
+    Who,
+)
+
+from veneer_server.engine_client.client import EngineClient
+from veneer_server.logs import get_logger
+from veneer_server.serving.adapters.events import AdapterEvents
+from veneer_server.serving.adapters.replacing import Replacing, Warm
+from veneer_server.serving.adapters.uploads import Uploads
+from veneer_server.serving.adapters.use import AdapterUse, source_of
+from veneer_server.serving.threads import outlast, to_the_end
+from veneer_server.wire.messages import EvictMode, MemoryTier
+
+__all__ = ["AdapterChanges", "Update"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = get_logger(__name__)
+
+
+def _whole(
+    change: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A change that is carried out to its end once it has begun."""
+
+    @functools.wraps(change)
+    async def begun(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await outlast(change(*args, **kwargs))
+
+    return begun
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What to change of a revision and its name; None is left as it is.
+
+    Attributes:
+        labels, remove_labels: set these, and remove those.
+        retain: superseded revisions that the name keeps.
+        current: let the plain name mean this revision.
+        pinned: on DEVICE, or no longer.
+        etag: if not empty, what the name's must be.
+    """
+
+    labels: Mapping[str, str]
+    remove_labels: Sequence[str]
+    retain: int | None
+    current: bool
+    pinned: bool | None
+    etag: str
+
+    @property
+    def registered(self) -> bool:
+        """It changes what is registered."""
+        return bool(
+            self.labels or self.remove_labels or self.retain is not None or self.current
+        )
+
+
+class AdapterChanges:
+    """Changes of what is registered and of what is in memory. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: EngineClient,
+        use: AdapterUse,
+        uploads: Uploads,
+        events: AdapterEvents,
+        *,
+        keep_residents: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Args: keep_residents: writes down what is in memory, for the next start."""
+        self._registry = registry
+        self._engine = engine
+        self._use = use
+        self._uploads = uploads
+        self._events = events
+        self._keep_residents = keep_residents
+        self._replacing = Replacing(registry, engine, keep_residents=keep_residents)
+
+    async def publish(self, upload: Upload, *, activate: bool, who: Who) -> Published:
+        """Stage, warm, commit. A caller that leaves before the name has moved leaves nothing
+        behind but what it sent; after that all is carried out."""
+        async with (
+            self._uploads.stage(upload) as staged,
+            self._replacing.warm(staged, activate=activate) as warm,
+        ):
+            return await self._commit(staged, warm, who)
+
+    @_whole
+    async def _commit(self, staged: Staged, warm: Warm, who: Who) -> Published:
+        """Move the name, and do what follows from that."""
+        published = await to_the_end(lambda: self._registry.commit(staged, who))
+        warm.stays = True
+        self._events.published(published)
+        _log.info(
+            "upload",
+            adapter=published.record.ref.short,
+            published=published.published,
+            replaced=published.replaced,
+        )
+        warnings = published.warnings + await warm.passed()
+        await self._removed(published.dropped)
+        await self._keep_after()  # a pin that passed on outlives the server
+        return dataclasses.replace(published, warnings=warnings)
+
+    @_whole
+    async def activate(
+        self, name: str, tier: MemoryTier, *, pin: bool, who: Who
+    ) -> AdapterRecord:
+        """Bring a revision into memory, and pin it if asked to."""
+        record = await self._get(name)
+        await self._activate(record, tier, pin=pin, who=who)
+        return record
+
+    async def _activate(
+        self, record: AdapterRecord, tier: MemoryTier, *, pin: bool, who: Who
+    ) -> None:
+        # The lease keeps the files there while the engine reads them.
+        ref = record.ref
+        with self._registry.acquire(f"{ref.name}@{ref.revision}"):
+            pinned = await self._engine.activate(
+                source_of(self._registry, record), tier=tier, pin=pin
+            )
+        if pinned:
+            await self._pin_changed("pinned", ref, who)
+
+    @_whole
+    async def evict(
+        self, name: str, mode: EvictMode, *, unpin: bool, who: Who
+    ) -> tuple[bool, int]:
+        """Free a revision's memory. Returns whether it was freed now, and how many bytes."""
+        ref = (await self._get(name)).ref
+        residency = self._engine.tier(ref.weights_digest)
+        evicted, freed = await self._engine.evict(ref.weights_digest, mode=mode, unpin=unpin)
+        if unpin and residency is not None and residency.pinned:
+            await self._pin_changed("unpinned", ref, who)
+        _log.info("evict", adapter=ref.short, mode=mode, evicted=evicted, freed_bytes=freed)
+        return evicted, freed
+
+    @_whole
+    async def delete(self, name: str, mode: EvictMode, *, etag: str, who: Who) -> Sequence[str]:
+        """Remove a revision or a name. Returns the revisions that went."""
+        record = await self._get(name)
+        records: tuple[AdapterRecord, ...] = (record,)
+        if "@" not in name:
+            records = await to_the_end(lambda: self._registry.revisions(record.ref.name))
+        deleted = await to_the_end(
+            lambda: self._registry.delete(
+                name, etag or None, who, unless_leased=mode == "fail_if_busy"
+            )
+        )
+        _log.info("delete", adapter=name, revisions=len(deleted), mode=mode)
+        gone = [record for record in records if record.ref.revision in deleted]
+        self._events.deleted(gone)
+        await self._removed(
+            [record.ref for record in gone], mode="abort" if mode == "abort" else "forget"
+        )
+        await self._keep_after()  # its pin must not come back with the same content
+        return deleted
+
+    @_whole
+    async def alias(self, alias: str, change: Callable[[], AliasChange]) -> AliasChange:
+        """Move, roll back or remove an alias: ``change`` is one of the registry's calls."""
+        changed = await to_the_end(change)
+        _log.info(
+            "alias",
+            alias=alias,
+            targets=[revision[:12] for revision, _ in changed.alias.targets],
+            before=[revision[:12] for revision, _ in changed.before],
+        )
+        await self._tell_alias(changed)
+        return changed
+
+    async def _tell_alias(self, changed: AliasChange) -> None:
+        row = changed.alias
+        if row.targets == changed.before:
+            return
+        for revision, _ in row.targets or changed.before:
+            with contextlib.suppress(AdapterNotFound):  # deleted meanwhile
+                record = await self._get(f"{row.name}@{revision}")
+                self._events.alias_changed(record, f"{row.name}/{row.alias}")
+
+    @_whole
+    async def update(self, name: str, update: Update, who: Who) -> AdapterRecord:
+        """Change what is registered first, then the pin."""
+        record = await self._get(name)
+        if update.registered:
+            record = await self._update(update, record, who)
+        if update.pinned:
+            await self._activate(record, "device", pin=True, who=who)
+        elif update.pinned is not None:
+            await self._engine.unpin(record.ref.weights_digest)
+            await self._pin_changed("unpinned", record.ref, who)
+        return record
+
+    async def _update(self, update: Update, before: AdapterRecord, who: Who) -> AdapterRecord:
+        record, dropped = await to_the_end(
+            lambda: self._registry.update(
+                f"{before.ref.name}@{before.ref.revision}",
+                labels=update.labels,
+                remove_labels=update.remove_labels,
+                retain=update.retain,
+                current=update.current,
+                etag=update.etag,
+                who=who,
+            )
+        )
+        _log.info(
+            "update", adapter=record.ref.short, current=update.current, dropped=len(dropped)
+        )
+        if record.current and not before.current:
+            self._events.made_current(record)
+        if record.etag != before.etag:
+            self._events.updated(record)
+        await self._removed(dropped)
+        return record
+
+    # --------------------------------------------------------------- what follows
+
+    async def _keep_after(self) -> None:
+        """After a change that stands whatever becomes of this; housekeeping tries again."""
+        try:
+            await self._keep_residents()
+        except VeneerError as error:
+            _log.warning("what is in memory is not written down", reason=error.reason)
+
+    async def _pin_changed(self, event: str, ref: AdapterRef, who: Who) -> None:
+        """Before the caller is told: a pin outlives the server."""
+        await to_the_end(lambda: self._registry.note(event, ref, who))
+        await self._keep_residents()
+
+    async def _get(self, name: str) -> AdapterRecord:
+        return await to_the_end(lambda: self._registry.get(name))
+
+    async def _removed(
+        self, refs: Sequence[AdapterRef], *, mode: Literal["forget", "abort"] = "forget"
+    ) -> None:
+        """Keep nothing of revisions that their name does not have any more."""
+        for ref in refs:
+            self._use.forget(ref)
+        for weights_digest in {ref.weights_digest for ref in refs}:
+            # The memory, a pin and running requests are theirs too who have the same weights.
+            if not await to_the_end(lambda d=weights_digest: self._registry.holding(d)):  # type: ignore[misc]
+                await self._free(weights_digest, mode)
+
+    async def _free(self, weights_digest: str, mode: Literal["forget", "abort"]) -> None:
+        """Memory of weights that are gone, once their last sequence has ended. Also of what
+        the engine is loading, of which it has told nothing yet."""
+        try:
+            await self._engine.evict(weights_digest, mode=mode, unpin=True)
+        except VeneerError as error:
+            # The adapter is gone all the same; its memory goes when room is needed.
+            _log.warning("memory of a deleted adapter not freed", reason=error.reason)

@@ -1,0 +1,62 @@
+"""A query of the catalog that stays in its middle, as one whose thread gets no processor."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from typing import Any, Final
+
+import pytest
+
+__all__ = ["HeldQuery"]
+
+GIVE_UP_S: Final = 20.0
+"""Then a held query goes on, so that whoever waits for it wrongly fails instead of hanging."""
+
+
+class HeldQuery:
+    """FAULT: the first query whose SQL contains ``words`` is held inside SQLite, with all
+    the locks that it has taken on its way there, until `let_go`.
+
+    Connections that are opened from now on have it.
+
+    Attributes:
+        gave_up: it went on by itself, since nobody let it go.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+        self.gave_up = False
+        self._words = words
+        self._first = threading.Lock()
+        self._reached = threading.Event()
+        self._go = threading.Event()
+        held, real_connect = self, sqlite3.connect
+
+        class Connection(sqlite3.Connection):
+            def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+                if held._words not in sql or not held._first.acquire(blocking=False):
+                    return super().execute(sql, *rest)
+                self.set_progress_handler(held._hold, 1)
+                try:
+                    return super().execute(sql, *rest)
+                finally:
+                    self.set_progress_handler(None, 0)
+
+        def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+            return real_connect(*args, factory=Connection, **kwargs)
+
+        monkeypatch.setattr(sqlite3, "connect", connect)
+
+    def wait(self) -> None:
+        """Until the query is held."""
+        assert self._reached.wait(GIVE_UP_S), f"no query with {self._words!r}"
+
+    def let_go(self) -> None:
+        """It goes on."""
+        self._go.set()
+
+    def _hold(self) -> None:
+        self._reached.set()
+        if not self._go.wait(GIVE_UP_S):
+            self.gave_up = True
+            self._go.set()
