@@ -27,6 +27,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Imported before the forks, which then cost milliseconds in place of seconds.
@@ -34,15 +35,15 @@ import bitsandbytes  # noqa: F401
 import grpc
 import transformers
 import veneer_server.backends.native.decoder  # noqa: F401
-from veneer_registry import registry
+from veneer_registry import registry, store
 from veneer_registry.errors import VeneerError
-from veneer_registry.store import Store
 from veneer_server.models import (
     loader,  # noqa: F401
     sealed,
 )
 from veneer_server.text import prompts  # noqa: F401
 
+from tests.planted import edited
 from tests.server_harness import read_files, refusal, request, upload_messages
 from tests.torture.in_process import in_process
 
@@ -115,12 +116,18 @@ def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
         return {"crashed": traceback.format_exc(), "log": lines.lines}
 
 
+def _run(module: ModuleType, old: str, new: str) -> None:
+    """For as long as the process is there."""
+    function, code = edited(module, old, new)
+    function.__code__ = code
+
+
 def _trust_the_cache() -> None:
-    sealed._compare = lambda *_: None
+    _run(sealed, "if digest != sealed.sha256:", "if False:")
 
 
 def _delete_damaged_weights() -> None:
-    Store._set_aside = lambda self, folder, to: shutil.rmtree(folder, ignore_errors=True)  # type: ignore[method-assign]
+    _run(store, "self._move_away(folder, to)", "_remove(folder)")
 
 
 def _start_without_a_catalog() -> None:

@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import Protocol
 
 from veneer_registry.errors import (
@@ -66,6 +67,7 @@ __all__ = [
     "AdapterMemory",
     "GrammarMemory",
     "StepLoop",
+    "Turn",
 ]
 
 log = logging.getLogger(__name__)
@@ -123,6 +125,16 @@ def _cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
     )
 
 
+class Turn(Enum):
+    """What one turn of the loop was."""
+
+    STEPPED = "stepped"
+    IDLE = "idle"
+    """No sequence can go on before another message comes."""
+    STOPPED = "stopped"
+    """`Stop` was taken; there is no further turn."""
+
+
 class StepLoop:
     """Runs until `Stop`.
 
@@ -165,23 +177,28 @@ class StepLoop:
 
     def run(self) -> None:
         """The loop. An exception out of here is fatal for the process."""
-        while True:
-            if not self._take_messages(block=False):
+        while (turn := self.turn()) is not Turn.STOPPED:
+            if turn is Turn.IDLE and not self._take_messages(block=True):
                 return
-            self._start_transfers()
-            plan = self._scheduler.schedule(self._clock())
-            if plan is not None:
-                if self._outgoing or self._changed:
-                    # Who cancelled or evicts does not wait for the end of a step.
-                    self._flush()
-                self._step(plan)
-                continue
-            self._flush()
-            if not self._scheduler.has_work():
-                self._scheduler.check_unused()
-                self._check_when_due()
-            if not self._take_messages(block=True):
-                return
+
+    def turn(self) -> Turn:
+        """Take the messages that are there, plan, run a step, answer. Never waits for a
+        message: where nothing can run, that is for the caller."""
+        if not self._take_messages(block=False):
+            return Turn.STOPPED
+        self._start_transfers()
+        plan = self._scheduler.schedule(self._clock())
+        if plan is not None:
+            if self._outgoing or self._changed:
+                # Who cancelled or evicts does not wait for the end of a step.
+                self._flush()
+            self._step(plan)
+            return Turn.STEPPED
+        self._flush()
+        if not self._scheduler.has_work():
+            self._scheduler.check_unused()
+            self._check_when_due()
+        return Turn.IDLE
 
     def check_integrity(self) -> None:
         """Raises AssertionError if anything leaked."""

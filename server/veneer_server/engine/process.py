@@ -225,7 +225,7 @@ def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None])
             inbox.put(message)
 
 
-class _Loading:
+class WhileLoading:
     """While the base is loaded: the front is told how far that is, and its end is ours, with
     that of the compiler and whatever else was started."""
 
@@ -303,7 +303,7 @@ def main() -> None:
     def send(messages: list[FromEngine]) -> None:
         connection.sendall(encode(messages))
 
-    loading = _Loading(send)
+    loading = WhileLoading(send)
     try:
         with loading.running():
             threading.Thread(

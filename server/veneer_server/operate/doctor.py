@@ -84,7 +84,7 @@ def examine(config: ServerConfig) -> Iterator[Check]:
     yield _python()
     yield from map(_package, _PACKAGES)
     yield _no_kernels()
-    yield from _torch(config)
+    yield from torch_checks(config)
     yield from _base(config)
     yield _memory(config)
     owner = _owner(config.data_dir)
@@ -130,7 +130,8 @@ def _no_kernels() -> Check:
     )
 
 
-def _torch(config: ServerConfig) -> Iterator[Check]:
+def torch_checks(config: ServerConfig) -> Iterator[Check]:
+    """What only a process with torch can say."""
     done = subprocess.run(
         child_python("-m", "veneer_server.operate.doctor_probe", config.device),
         capture_output=True,
@@ -147,7 +148,7 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
         return
     native = None
     if facts["device"] == "cpu" and config.backend != "torch":
-        native = _native(config)
+        native = native_check(config)
     by = "native" if native is not None and native.status == "ok" else "torch"
     cores = usable_cores()
     on = facts["cuda"] if facts["device"] == "cuda" else f"the CPU, {cores} cores"
@@ -175,7 +176,7 @@ def _torch(config: ServerConfig) -> Iterator[Check]:
             yield _packed(facts["packed"])
 
 
-def _native(config: ServerConfig) -> Check:
+def native_check(config: ServerConfig) -> Check:
     """Whether steps are executed by the kernels; compiles them, and has a process try them."""
     fix = "see --backend; the torch backend takes several times as long"
     if config.dtype != "bfloat16":

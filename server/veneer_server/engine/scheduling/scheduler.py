@@ -122,6 +122,9 @@ class Scheduler:
 
     Everything a sequence grips (lease, hold, blocks, place) is given back in
     `_end`, whatever ended it.
+
+    Attributes:
+        admission: in what order those that wait start.
     """
 
     def __init__(
@@ -140,13 +143,23 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
         """Sequences that are left out of steps until `unhold`."""
-        self._admission = Admission(
+        self.admission = Admission(
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
         self._lookups = PrefixLookups()
         self._preempted = False
 
     # --------------------------------------------------------------- inspection
+
+    @property
+    def queue(self) -> tuple[Sequence, ...]:
+        """Sequences that wait: by arrival, preempted ones first."""
+        return tuple(self._waiting)
+
+    @property
+    def batch(self) -> tuple[Sequence, ...]:
+        """Sequences that run, in the order in which they started."""
+        return tuple(self._running.values())
 
     @property
     def running(self) -> int:
@@ -158,7 +171,7 @@ class Scheduler:
 
     @property
     def waiting_for_adapter(self) -> int:
-        return sum(1 for s in self._waiting if not self._admission.resident(s))
+        return sum(1 for s in self._waiting if not self.admission.resident(s))
 
     @property
     def running_adapters(self) -> tuple[str, ...]:
@@ -239,8 +252,8 @@ class Scheduler:
         wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
         first = islice(self._waiting, self.limits.max_running)
         near = len({s.digest for s in first if s.digest is not None})
-        plan = self.residency.plan(list(wanted), self._admission.lacking_too_long(now), near)
-        self._admission.note_lack_of_room(plan.blocked, now)
+        plan = self.residency.plan(list(wanted), self.admission.lacking_too_long(now), near)
+        self.admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
 
     # ---------------------------------------------------------------- the step
@@ -331,7 +344,7 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def _candidates(self, now: float) -> list[Sequence]:
-        return self._admission.order(
+        return self.admission.order(
             self._waiting,
             in_batch={s.digest for s in self._running.values() if s.digest is not None},
             places=self.limits.max_running - len(self._running),

@@ -119,8 +119,15 @@ def run(grammars: Grammars, blocks: int, requests: list[dict[str, Any]]) -> list
     scheduler = Scheduler(
         limits, BlockManager(blocks, BLOCK, prefix_cache=False), residency, frozenset({EOS})
     )
-    preempt, preempted = scheduler._preempt, []
-    scheduler._preempt = lambda s: (preempted.append(s.id), preempt(s))[1]  # type: ignore[method-assign]
+    schedule, preempted = scheduler.schedule, []
+
+    def noted(now: float) -> StepPlan | None:
+        running = {s.id for s in scheduler.batch}
+        plan = schedule(now)
+        preempted.extend(s.id for s in scheduler.queue if s.id in running)
+        return plan
+
+    scheduler.schedule = noted  # type: ignore[method-assign]
     loop = StepLoop(
         inbox=inbox,
         scheduler=scheduler,

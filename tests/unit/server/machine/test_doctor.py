@@ -44,7 +44,7 @@ def flags(tmp_path: Path, base_folder: Path) -> dict[str, str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the checks that import torch in a process of its own."""
-    monkeypatch.setattr(doctor, "_torch", lambda config: iter(()))
+    monkeypatch.setattr(doctor, "torch_checks", lambda config: iter(()))
 
 
 def checks(**flags: str) -> dict[str, Check]:

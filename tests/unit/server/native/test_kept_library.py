@@ -304,14 +304,14 @@ def test_a_library_that_does_not_run_here_ends_a_process_of_its_own(
             bench.build()
     assert bench.compiled == 1  # compiling the same again would not help
     config = load_config({"cache_dir": str(bench.cache), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = doctor.native_check(config)
     assert check.status == "warning"
     assert said in check.found
 
 
 def test_the_doctor_says_that_it_runs(bench: Bench) -> None:
     config = load_config({"cache_dir": str(bench.cache), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = doctor.native_check(config)
     assert check.status == "ok"
     assert Library(bench.build()).instructions in check.found
 

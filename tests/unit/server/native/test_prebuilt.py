@@ -166,7 +166,7 @@ def test_what_is_broken_or_may_be_anybodys_is_not_loaded(
     if "no prebuilt" not in said:
         assert "install Veneer's wheel again" in str(raised.value)
     config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = doctor.native_check(config)
     assert check.status == "warning"
     assert said in check.found
 
@@ -187,7 +187,7 @@ def test_one_that_this_cpu_does_not_run(prebuilt: Path, tmp_path: Path) -> None:
 
 def test_the_doctor_says_which_serves(prebuilt: Path, tmp_path: Path) -> None:
     config = load_config({"cache_dir": str(tmp_path / "cache"), "device": "cpu"}, {})
-    check = doctor._native(config)
+    check = doctor.native_check(config)
     assert check.status == "ok"
     assert check.found.startswith("prebuilt, and runs here")
     assert "/nowhere/c++ does not run" in check.found
