@@ -9,6 +9,8 @@ from veneer_server.engine.scheduling import pace, prefix_cache
 from veneer_server.engine.scheduling.pace import Pace
 
 from tests.planted import planted
+from tests.torture import at_rest_worker, planted_isolation
+from tests.torture.rows import row_07_models
 
 PART = {"tokens": [1, 2], "block_size": 2, "digest": None}
 
@@ -40,4 +42,20 @@ def test_a_method_and_an_error_within() -> None:
 )
 def test_an_edit_that_does_not_fit_is_an_error(old: str) -> None:
     with pytest.raises(LookupError), planted(pace, old, ""):
+        pass
+
+
+PLANTS = {
+    **{name: each.bug for name, each in planted_isolation.PLANTED.items()},
+    **{name: plant for name, (_, plant) in row_07_models.PLANTED.items()},
+    **at_rest_worker.PLANTED,
+    "two exchanged": lambda: planted_isolation.two_exchanged("a" * 64, "b" * 64),
+    "prefixes by name": planted_isolation.prefixes_by_name,
+    "prefixes without scope": planted_isolation.prefixes_without_scope,
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_the_torture_plants_fits_its_source(name: str) -> None:
+    with PLANTS[name]():
         pass

@@ -15,7 +15,7 @@ from hypothesis.reporting import with_reporter
 from hypothesis.stateful import run_state_machine_as_test
 from veneer_registry import editing, index
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.entry import LedgerEntry
+from veneer_registry.entry import Entry
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
 
@@ -102,7 +102,7 @@ def run(scale: Scale) -> Outcome:
 # ------------------------------------------------------------------- planted bugs
 
 
-def _beyond(self: LedgerEntry, retain: int) -> tuple[AdapterRef, ...]:
+def _beyond(self: Entry, retain: int) -> tuple[AdapterRef, ...]:
     superseded = [ref for ref in self.revisions if ref != self.current]
     return tuple(superseded[retain if self.retain is None else self.retain :])
 
@@ -121,7 +121,7 @@ Plant = Callable[[], AbstractContextManager[Any]]
 PLANTED: dict[str, tuple[Machine, Plant]] = {
     "retention forgets what aliases mean": (
         RegistryRules,
-        lambda: patch.object(LedgerEntry, "beyond", _beyond),
+        lambda: patch.object(Entry, "beyond", _beyond),
     ),
     "a held adapter is evicted": (StoreAndMemory, _holds_are_not_counted),
     "a sweep takes what requests lease": (

@@ -31,12 +31,13 @@ from veneer_server.engine.residency import load_planner, residency
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Plan
-from veneer_server.engine.scheduling import admission, prefix_cache, scheduler
+from veneer_server.engine.scheduling import admission, prefill_room, prefix_cache, scheduler
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.prefix_cache import PrefixCache
-from veneer_server.engine.scheduling.scheduler import Scheduler, Update
+from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.updates import Update
 from veneer_server.step.plan import StepPlan
 from veneer_server.wire.messages import AdapterSource
 
@@ -296,8 +297,8 @@ def _sampled_tokens_count_as_computed(patch: pytest.MonkeyPatch) -> None:
 def _chunks_ignore_the_budget(patch: pytest.MonkeyPatch) -> None:
     _edit(
         patch,
-        scheduler,
-        "if room.left + room.crumb <= 0:\n            return 0",
+        prefill_room,
+        "if self.left + self.crumb <= 0:\n            return 0",
         "if True:\n            return sequence.remaining",
     )
 

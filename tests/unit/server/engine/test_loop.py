@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from veneer_server.engine.loop import GrammarMemory, StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.step.inbox import Arrived, Inbox
 from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
