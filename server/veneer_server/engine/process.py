@@ -36,7 +36,8 @@ from veneer_server.engine.execution.step_cost import measure
 from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
 from veneer_server.progress import SINK, Part, stage

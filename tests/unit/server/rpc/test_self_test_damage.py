@@ -139,8 +139,9 @@ async def test_rows_that_get_their_neighbours_adapter_fail(
     shifted = planted(
         model_runner, "Segment(row_starts[begin], row", "Segment(row_starts[begin] + 1, row"
     )
-    async with bench(tmp_path) as made, shifted:
-        assert await made.failed(*NAMES) == list(NAMES)
+    async with bench(tmp_path) as made:
+        with shifted:
+            assert await made.failed(*NAMES) == list(NAMES)
 
 
 async def test_files_that_are_damaged_fail_and_the_others_are_tested(tmp_path: Path) -> None:
