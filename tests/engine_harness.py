@@ -16,6 +16,7 @@ from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.process import build_engine
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.step.inbox import Inbox
+from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
     EngineConfig,
@@ -46,6 +47,18 @@ class Answer:
     outputs: list[SequenceOutput] = field(default_factory=list)
 
 
+class _Either:
+    """Exact or not, from one step to the next."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.exact = False
+
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+        runner = ExactRunner(self._runner) if self.exact else self._runner
+        return runner.execute(plan)
+
+
 class EngineHarness:
     """Runs batches through one `StepLoop`; submissions of a batch arrive together."""
 
@@ -55,6 +68,7 @@ class EngineHarness:
         parts = build_engine(config, self.inbox)
         self.info, self.scheduler, self.residency, self.runner, self.memory, grammars = parts
         self.grammars = grammars
+        self._either = _Either(self.runner)
         self._numbers = iter(range(1, 1_000_000))
         self._limits = self.scheduler.limits
         self._kv_blocks, self._block_size = self.scheduler.blocks.total, config.block_size
@@ -62,7 +76,7 @@ class EngineHarness:
             inbox=self.inbox,
             scheduler=self.scheduler,
             residency=self.residency,
-            runner=self.runner,
+            runner=self._either,
             memory=self.memory,
             grammars=grammars,
             send=lambda messages: [self.out.put(m) for m in messages] and None,
@@ -100,7 +114,7 @@ class EngineHarness:
             self._block_size,
             prefix_cache=prefix_cache and not exact,
         )
-        self.loop._runner = ExactRunner(self.runner) if exact else self.runner
+        self._either.exact = exact
 
     def settle(self) -> None:
         """Return when the loop has handled all that it was told."""

@@ -13,7 +13,7 @@ from veneer_registry.integrity import add_functions
 
 __all__ = ["VERSION", "damaged", "upgrade", "version_of"]
 
-_STEPS: Final = (
+STEPS: Final = (
     """
     CREATE TABLE counter (value INTEGER NOT NULL);
     INSERT INTO counter VALUES (0);
@@ -128,7 +128,7 @@ _STEPS: Final = (
     """,
 )
 
-VERSION: Final = len(_STEPS)
+VERSION: Final = len(STEPS)
 
 
 def damaged(path: Path, why: str) -> CatalogDamaged:
@@ -178,7 +178,7 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
         return
     if version:
         _keep_copy(connection, path.with_name(f"{path.name}.v{version}"))
-    steps = "".join(_STEPS[version:])
+    steps = "".join(STEPS[version:])
     # A table that others refer to is replaced, which must not delete what refers to it.
     connection.execute("PRAGMA foreign_keys=OFF")
     try:

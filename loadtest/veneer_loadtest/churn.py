@@ -36,12 +36,12 @@ __all__ = ["ChurnOptions", "churn", "figures"]
 NAMES: Final = ("churn-0", "churn-1")
 """Published before, then replaced in turn."""
 
-_SETTLE_S: Final = 2.0
+SETTLE_S: Final = 2.0
 """From a phase's start: prompts are prefilled, streams have joined."""
 _TAIL: Final = 3
 """Steps after an activation that still belong to it: what it copied, they may pay for."""
 _TOKENS: Final = 1900
-_EVERY_S: Final = 1.0
+EVERY_S: Final = 1.0
 
 
 Window = tuple[float, float]
@@ -103,7 +103,7 @@ async def churn(
     Raises:
         TargetFailed: a stream failed.
     """
-    uploaded = int(options.phase_s / _EVERY_S) + 1 if options.by == "upload" else 0
+    uploaded = int(options.phase_s / EVERY_S) + 1 if options.by == "upload" else 0
     fresh = await asyncio.to_thread(
         lambda: [
             make_adapter(
@@ -123,7 +123,7 @@ async def churn(
     async def bring(number: int) -> Window | None:
         return await _bring(client, NAMES[number % len(NAMES)], uploads, options.by)
 
-    async with _published(client, NAMES, uploads):
+    async with published(client, NAMES, uploads):
         for number, kind in enumerate(order):
             if stopped():
                 break
@@ -137,7 +137,7 @@ def _pair(number: int) -> tuple[str, str]:
 
 
 @asynccontextmanager
-async def _published(
+async def published(
     client: AsyncClient, names: Sequence[str], folders: Iterator[Path]
 ) -> AsyncIterator[None]:
     """The names with a first revision each, deleted at the end.
@@ -189,7 +189,7 @@ async def _phase(
     )
     try:
         await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.sleep(_SETTLE_S)
+        await asyncio.sleep(SETTLE_S)
         begin = time.monotonic()
         windows = await _windows(bring, begin + options.phase_s)
     finally:
@@ -213,7 +213,7 @@ async def _windows(bring: Bring | None, end: float) -> list[Window]:
     begin = time.monotonic()
     while bring is not None and (window := await bring(len(windows))) is not None:
         windows.append(window)
-        await asyncio.sleep(max(0.0, begin + len(windows) * _EVERY_S - time.monotonic()))
+        await asyncio.sleep(max(0.0, begin + len(windows) * EVERY_S - time.monotonic()))
         if time.monotonic() >= end:
             return windows
     await asyncio.sleep(max(0.0, end - time.monotonic()))

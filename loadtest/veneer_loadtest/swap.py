@@ -124,7 +124,7 @@ async def swap(
     Raises:
         WrongTier: the server found an adapter in another tier than expected.
     """
-    bench = _Bench(client, options, folder)
+    bench = Bench(client, options, folder)
     cases: dict[Case, list[Sample]] = {case: [] for case in get_args(Case)}
     async with AsyncExitStack() as new:
         new.push_async_callback(bench.close)
@@ -174,7 +174,9 @@ def _load(options: SwapOptions) -> LoadSpec:
     )
 
 
-class _Bench:
+class Bench:
+    """The adapters of one run, from the first to their deletion in `close`."""
+
     def __init__(self, client: AsyncClient, options: SwapOptions, folder: Path) -> None:
         self._client = client
         self._options = options
@@ -217,7 +219,7 @@ class _Bench:
         await self.run(A)
         match case:
             case "publish":
-                return await self._publish_and_run()
+                return await self.publish_and_run()
             case "same":
                 return self._checked(await self.run(A), Tier.DEVICE)
             case "device":
@@ -246,7 +248,7 @@ class _Bench:
         if not self.can_drop:
             raise WrongTier("the adapters' files stayed in the page cache: run it again")
 
-    async def _publish_and_run(self) -> Sample:
+    async def publish_and_run(self) -> Sample:
         await self.publish(NEW)
         try:
             run = await self.run(NEW)

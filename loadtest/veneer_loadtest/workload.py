@@ -168,8 +168,8 @@ def make_adapter(
             key = f"base_model.model.model.layers.{layer}.{module}"
             a = rng.normal(0.0, in_features**-0.5, (rank, in_features))
             b = rng.normal(0.0, B_STD, (out_features, rank))
-            tensors[f"{key}.lora_A.weight"] = _bf16(a)
-            tensors[f"{key}.lora_B.weight"] = _bf16(b)
+            tensors[f"{key}.lora_A.weight"] = to_bfloat16(a)
+            tensors[f"{key}.lora_B.weight"] = to_bfloat16(b)
     config = {
         "base_model_name_or_path": base.name,
         "bias": "none",
@@ -217,7 +217,7 @@ def make_streams(
     )
 
 
-def _bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     """The bits of ``values`` rounded to the nearest bfloat16 (ties to even)."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

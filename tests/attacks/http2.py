@@ -50,10 +50,14 @@ class Connection:
         """Connect, and wait for the server's settings."""
         host, port = address.rsplit(":", 1)
         connection = cls(*await asyncio.open_connection(host, int(port)))
-        connection._writer.write(_PREFACE + _frame(_SETTINGS, 0, 0))
-        connection._task = asyncio.create_task(connection._read())
-        await connection._ready.wait()
+        await connection.begin()
         return connection
+
+    async def begin(self) -> None:
+        """Send the preface, and wait for the server's settings."""
+        self._writer.write(_PREFACE + _frame(_SETTINGS, 0, 0))
+        self._task = asyncio.create_task(self._read())
+        await self._ready.wait()
 
     async def __aenter__(self) -> Self:
         return self

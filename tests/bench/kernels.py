@@ -140,7 +140,7 @@ class Steps:
 
     def _read(self) -> list[float]:
         seconds = (ctypes.c_double * len(self._names))()
-        self._times(self._backend._engine, seconds)
+        self._times(self._backend.handle, seconds)
         return list(seconds)
 
 

@@ -34,8 +34,8 @@ def make_folder(data_dir: Path, count: int) -> None:
     catalog = Catalog(data_dir / "catalog.sqlite")
     base = base_identity(BASE)
     with (
-        mock.patch("veneer_registry.store._sync_file"),
-        mock.patch("veneer_registry.store._sync_folder"),
+        mock.patch("veneer_registry.store._sync_file"),  # private: for speed, as below
+        mock.patch("veneer_registry.store._sync_folder"),  # private: no folder outlives it
         catalog.change(time=1.0) as change,
     ):
         for number in range(count):

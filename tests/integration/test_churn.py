@@ -24,8 +24,8 @@ async def test_each_activation_beside_streams_reads_from_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(churn, "_SETTLE_S", 0.1)
-    monkeypatch.setattr(churn, "_EVERY_S", 0.2)
+    monkeypatch.setattr(churn, "SETTLE_S", 0.1)
+    monkeypatch.setattr(churn, "EVERY_S", 0.2)
     options = churn.ChurnOptions(
         base=read_base_shape(base_folder),
         adapters=tuple(real_adapters)[:2],

@@ -17,7 +17,7 @@ import pytest
 import torch
 from veneer_server.backends.native.compiler import NativeUnavailable, build
 from veneer_server.engine.scheduling.scheduler import Scheduler
-from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.step.plan import StepPlan
 from veneer_server.wire.messages import EngineConfig, SamplingParams
 
 from tests.engine_harness import Answer, EngineHarness, engine, source
@@ -117,13 +117,15 @@ def distance(one: Answer, other: Answer) -> float:
 def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ids of sequences, once for each time that one was preempted."""
     seen: list[int] = []
-    right = Scheduler._preempt
+    right = Scheduler.schedule
 
-    def counted(self: Scheduler, sequence: Sequence) -> None:
-        seen.append(sequence.id)
-        right(self, sequence)
+    def counted(self: Scheduler, now: float) -> StepPlan | None:
+        running = {s.id for s in self.batch}
+        plan = right(self, now)
+        seen.extend(s.id for s in self.queue if s.id in running)
+        return plan
 
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    monkeypatch.setattr(Scheduler, "schedule", counted)
     return seen
 
 

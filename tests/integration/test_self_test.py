@@ -118,8 +118,8 @@ class Bench:
         self.sources = {"": None} | {n: source(path) for n, path in EXAMPLES.items()}
         tokenizer = TextTokenizer.from_folder(base)
         self.tokens = tokenizer.encode(PROBE, add_special_tokens=True)
-        self._bound = BOUNDS[dtype]
-        self._references = {name: self._reference(name) for name in self.sources}
+        self.bound = BOUNDS[dtype]
+        self.references = {name: self.reference(name) for name in self.sources}
 
     def judge(self) -> dict[str, Verdict]:
         served = self.harness.run(
@@ -134,10 +134,10 @@ class Bench:
             ]
         )
         answers = [
-            Answers(name, answer.prompt_logprobs, self._references[name])
+            Answers(name, answer.prompt_logprobs, self.references[name])
             for name, answer in zip(self.sources, served, strict=True)
         ]
-        return dict(zip(self.sources, judge(answers, self._bound), strict=True))
+        return dict(zip(self.sources, judge(answers, self.bound), strict=True))
 
     def failed(self) -> list[str]:
         verdicts = self.judge()
@@ -171,7 +171,7 @@ class Bench:
         assert views is not None
         views.expands[0][0].mul_(1.1)
 
-    def _reference(self, name: str) -> list[float]:
+    def reference(self, name: str) -> list[float]:
         self.harness.tell(Reference(1, self.tokens, self.sources[name]))
         while not isinstance(done := self.harness.out.get(timeout=120), OperationDone):
             pass
@@ -210,7 +210,7 @@ def test_bfloat16_finds_an_exchange_and_a_doubled_adapter(rounded: Bench) -> Non
     verdicts = rounded.judge()
     assert [v.passed for v in verdicts.values()] == [True, False, False]
     assert "as code must" in verdicts["chat"].detail
-    assert verdicts["chat"].nearest_other < rounded._bound < verdicts["chat"].max_difference
+    assert verdicts["chat"].nearest_other < rounded.bound < verdicts["chat"].max_difference
     rounded.exchange()
     for name in EXAMPLES:
         rounded.scale(name, 2.0)
@@ -231,13 +231,13 @@ def test_float32_finds_a_tenth_more_in_one_matrix(full: Bench) -> None:
 def test_bfloat16_finds_a_layer_of_the_base_that_was_lost(rounded: Bench) -> None:
     """One linear of thirty layers, zeroed in the 4-bit weights that serve. The reference that
     is computed then is what it was: it reads the base's files."""
-    linear = rounded.harness.runner._backend._weights.layers[0].down  # type: ignore[attr-defined]
-    packed = linear._packed
-    kept, before = packed.clone(), rounded._references[""]
+    linear = rounded.harness.runner.backend.weights.layers[0].down  # type: ignore[attr-defined]
+    packed = linear.packed
+    kept, before = packed.clone(), rounded.references[""]
     packed.zero_()
     try:
         assert "" in rounded.failed()
-        np.testing.assert_allclose(rounded._reference(""), before, atol=1e-4)
+        np.testing.assert_allclose(rounded.reference(""), before, atol=1e-4)
     finally:
         packed.copy_(kept)
     assert rounded.failed() == []
@@ -245,7 +245,7 @@ def test_bfloat16_finds_a_layer_of_the_base_that_was_lost(rounded: Bench) -> Non
 
 def test_the_references_tell_the_examples_apart(rounded: Bench) -> None:
     """Negative control of the bound: all three lie farther apart than it is."""
-    values = [np.array(reference) for reference in rounded._references.values()]
+    values = [np.array(reference) for reference in rounded.references.values()]
     for i, one in enumerate(values):
         for other in values[i + 1 :]:
-            assert np.abs(one - other).max() > 2 * rounded._bound
+            assert np.abs(one - other).max() > 2 * rounded.bound

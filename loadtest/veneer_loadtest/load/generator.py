@@ -93,9 +93,7 @@ async def generate(
         workers = min(workers, load.arrivals.streams)
     loaded = Loaded()
     async with AsyncExitStack() as stack:
-        running = [
-            await stack.enter_async_context(_Worker(number)) for number in range(workers)
-        ]
+        running = [await stack.enter_async_context(Worker(number)) for number in range(workers)]
         for worker in running:
             await worker.tell(Setup(load, target, worker.number, workers, timeout_s))
         for worker in running:
@@ -118,7 +116,7 @@ async def generate(
     return loaded
 
 
-async def _stop_all(stop: asyncio.Event, workers: list[_Worker], loaded: Loaded) -> None:
+async def _stop_all(stop: asyncio.Event, workers: list[Worker], loaded: Loaded) -> None:
     await stop.wait()
     loaded.stopped = True
     for worker in workers:
@@ -126,7 +124,7 @@ async def _stop_all(stop: asyncio.Event, workers: list[_Worker], loaded: Loaded)
 
 
 async def _gather(
-    worker: _Worker,
+    worker: Worker,
     loaded: Loaded,
     on_progress: Callable[[Loaded], None],
     stop: asyncio.Event,
@@ -147,14 +145,14 @@ async def _gather(
         on_progress(loaded)
 
 
-class _Worker:
+class Worker:
     """One worker process, from its start to its end."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._process: asyncio.subprocess.Process
 
-    async def __aenter__(self) -> _Worker:
+    async def __aenter__(self) -> Worker:
         self._process = await asyncio.create_subprocess_exec(
             *child_python("-m", "veneer_loadtest.load.worker"),
             stdin=asyncio.subprocess.PIPE,

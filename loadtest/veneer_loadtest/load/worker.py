@@ -105,7 +105,7 @@ class Share:
             await self._wait_until(request.at_s)
             if self._stop.is_set():
                 return
-            self._begin(request, request.at_s)
+            self.begin(request, request.at_s)
 
     async def _wait_until(self, at_s: float) -> None:
         """Return then, or at a stop."""
@@ -125,9 +125,10 @@ class Share:
             request = next(mine, None)
             if request is None:
                 return
-            await asyncio.wait((self._begin(request, self._now()),))
+            await asyncio.wait((self.begin(request, self._now()),))
 
-    def _begin(self, request: Planned, due_s: float) -> asyncio.Task[None]:
+    def begin(self, request: Planned, due_s: float) -> asyncio.Task[None]:
+        """Send one request now, that was due then; the task ends with it."""
         self.sent += 1
         task = asyncio.create_task(self._run(request, due_s))
         self._running.add(task)

@@ -26,7 +26,7 @@ __all__ = ["HttpPeer", "free_port"]
 _HOST: Final = "127.0.0.1"
 _LOG_TAIL: Final = 12
 _POLL_S: Final = 0.1
-_GRACE_S: Final = 10.0
+GRACE_S: Final = 10.0
 """vLLM's front waits for its engine process; two seconds are usual."""
 
 
@@ -161,7 +161,7 @@ class HttpPeer:
         self._signal(signal.SIGTERM)
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _GRACE_S)
+                await asyncio.wait_for(self._process.wait(), GRACE_S)
         finally:  # a second Ctrl-C too
             self._signal(signal.SIGKILL)
         await self._process.wait()

@@ -29,7 +29,7 @@ _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TCMALLOC: Final = "libtcmalloc_minimal.so.4"
 """Found by the dynamic linker, in its own folders."""
 
-_SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
+SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
 """Keeps the current folder off the path, as `child_python` does. A variable, since that Python
 may be older than 3.11: it would refuse ``-P``, and ignores this."""
 
@@ -72,7 +72,7 @@ def vllm_peer(
         PeerError: that environment, or a library to preload, is not there.
         AdapterInvalid: an adapter folder cannot be read.
     """
-    probe = _probe(python)
+    probe = probe_python(python)
     cores = sorted(os.sched_getaffinity(0))[:threads]
     if len(cores) < threads:
         raise PeerError(f"vLLM needs a core for each of {threads} threads: {len(cores)} here")
@@ -94,7 +94,7 @@ def vllm_peer(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        **_SAFE_PATH,
+        **SAFE_PATH,
     }
     return HttpPeer(
         name="vllm",
@@ -133,12 +133,12 @@ class _Probe(TypedDict):
     versions: dict[str, str]
 
 
-def _probe(python: Path) -> _Probe:
+def probe_python(python: Path) -> _Probe:
     """Ask that Python; vLLM runs without what is preloaded, but too slowly to be a peer."""
     try:
         asked = subprocess.run(
             [str(python), "-c", _PROBE],
-            env={**os.environ, "LD_PRELOAD": _TCMALLOC, **_SAFE_PATH},
+            env={**os.environ, "LD_PRELOAD": _TCMALLOC, **SAFE_PATH},
             capture_output=True,
             text=True,
             check=True,

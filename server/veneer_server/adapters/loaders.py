@@ -36,7 +36,8 @@ __all__ = ["HostCopy", "Loaders"]
 
 log = logging.getLogger(__name__)
 
-_MODULE: Final = "veneer_server.adapters.loader_process"
+MODULE: Final = "veneer_server.adapters.loader_process"
+"""What a loader runs."""
 _TRIES: Final = 2
 
 LIMIT_S: Final = 20.0
@@ -93,8 +94,8 @@ class Loaders:
         self._dtype = dtype
         self._pinned = pinned
         self._tables = tables
-        self._processes = [_Loader(setup) for _ in range(count)]
-        self._idle: queue.SimpleQueue[_Loader] = queue.SimpleQueue()
+        self._processes = [Loader(setup) for _ in range(count)]
+        self._idle: queue.SimpleQueue[Loader] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
         # Not in the caller's thread: at low priority it would hold Python's lock, and the
@@ -154,7 +155,7 @@ _Prepare = Callable[[Begun, int], "Future[HostCopy]"]
 """Begins to make a copy of the descriptor of the run's memory, which it closes."""
 
 
-class _Loader:
+class Loader:
     """One process, started when it is first asked, and again when it has ended."""
 
     def __init__(self, setup: Setup) -> None:
@@ -168,7 +169,7 @@ class _Loader:
             return self._connection
         ours, theirs = socket.socketpair()
         with theirs:
-            command = child_python("-m", _MODULE, str(theirs.fileno()))
+            command = child_python("-m", MODULE, str(theirs.fileno()))
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )

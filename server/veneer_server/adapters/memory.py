@@ -1,6 +1,6 @@
 """HOST and DEVICE copies of adapters, and the workers that make them.
 
-Implements the loop's `AdapterMemory`. Processes of their own read, verify and convert
+Implements the engine's `AdapterMemory`. Processes of their own read, verify and convert
 (`loaders`), workers ask them and copy; the loop's thread only puts finished copies into
 dictionaries. On a CPU the
 DEVICE copy shares the HOST copy's memory: moving an adapter costs its table.

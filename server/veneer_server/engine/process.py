@@ -36,7 +36,8 @@ from veneer_server.engine.execution.step_cost import measure
 from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
 from veneer_server.progress import SINK, Part, stage
@@ -225,7 +226,7 @@ def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None])
             inbox.put(message)
 
 
-class _Loading:
+class WhileLoading:
     """While the base is loaded: the front is told how far that is, and its end is ours, with
     that of the compiler and whatever else was started."""
 
@@ -303,7 +304,7 @@ def main() -> None:
     def send(messages: list[FromEngine]) -> None:
         connection.sendall(encode(messages))
 
-    loading = _Loading(send)
+    loading = WhileLoading(send)
     try:
         with loading.running():
             threading.Thread(

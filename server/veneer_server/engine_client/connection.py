@@ -75,7 +75,7 @@ class Connection:
             body = msgspec.msgpack.encode(config)
             writer.write(LENGTH.pack(len(body)) + body)
             with stage("starting the engine"):
-                messages = await _next_frame(reader)
+                messages = await next_frame(reader)
             begun = bool(messages)
             info = await _loaded(reader, messages)
         except BaseException:
@@ -104,7 +104,7 @@ class Connection:
         Raises:
             EngineFailed: what it says cannot be read.
         """
-        while frame := await _next_frame(self._reader):
+        while frame := await next_frame(self._reader):
             for message in frame:
                 yield message
 
@@ -143,7 +143,7 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
                     SINK.get()(part)
                 if part.state != "running":
                     del parts[part.name]
-            messages = await _next_frame(reader)
+            messages = await next_frame(reader)
         raise EngineFailed(
             "the engine process ended while loading the base model; its log says why"
         )
@@ -180,7 +180,7 @@ def _environment() -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "passive", **os.environ}
 
 
-async def _next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
+async def next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
     """The messages of the next frame; none when the other side has closed.
 
     Raises:

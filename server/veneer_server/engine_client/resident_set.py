@@ -33,7 +33,7 @@ Activate = Callable[[AdapterSource, MemoryTier, bool], Awaitable[None]]
 Hold = Callable[[AdapterSource], AbstractContextManager[object]]
 
 _MOST_TRIES: Final = 2
-_MOST_KNOWN: Final = 4096
+MOST_KNOWN: Final = 4096
 """Adapters whose source is remembered; beyond it those not in memory are forgotten."""
 
 
@@ -85,6 +85,7 @@ class ResidentSet:
             the adapter is gone.
 
     Attributes:
+        restoring: brings back what a dead engine held; None where nothing ever was.
         version: greater whenever `snapshot` gives other adapters, tiers or pins than
             before; their order alone is no change.
     """
@@ -105,9 +106,14 @@ class ResidentSet:
         """Not restored yet, in the order to restore them."""
         self._calm = asyncio.Event()
         self._calm.set()
-        self._task: asyncio.Task[None] | None = None
+        self.restoring: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------ what is there
+
+    @property
+    def known(self) -> int:
+        """Adapters whose source is remembered."""
+        return len(self._known)
 
     def used(self, source: AdapterSource) -> None:
         """A request wants this adapter now."""
@@ -115,7 +121,7 @@ class ResidentSet:
         known = self._known.pop(digest, None) or _Known(source)
         known.source = source
         self._known[digest] = known
-        if len(self._known) > _MOST_KNOWN:
+        if len(self._known) > MOST_KNOWN:
             idle = next(
                 (d for d, k in self._known.items() if k.now is None and d not in self._lost),
                 digest,
@@ -156,7 +162,7 @@ class ResidentSet:
         except VeneerError:
             self._lost[weights_digest] = lost
             self.version += 1
-            if self._task is not None and self._task.done():
+            if self.restoring is not None and self.restoring.done():
                 self.restore(self._itemsize)
             raise
 
@@ -251,9 +257,9 @@ class ResidentSet:
 
     def lose(self) -> list[Residency]:
         """The engine has died. Returns the change of each adapter that it held."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        if self.restoring is not None:
+            self.restoring.cancel()
+            self.restoring = None
         changes = []
         lost = {}
         for digest, known in reversed(self._known.items()):
@@ -281,7 +287,7 @@ class ResidentSet:
         """
         self._itemsize = itemsize
         if self._lost:
-            self._task = asyncio.create_task(self._restore(), name="restore-adapters")
+            self.restoring = asyncio.create_task(self._restore(), name="restore-adapters")
 
     async def _restore(self) -> None:
         wanted = len(self._lost)

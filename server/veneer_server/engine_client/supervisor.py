@@ -65,7 +65,7 @@ class Supervisor:
         on_down: Callable[[VeneerError], None],
         on_health: Callable[[bool], None],
     ) -> None:
-        self._config = config
+        self.config = config
         self._on_message = on_message
         self._on_up = on_up
         self._on_down = on_down
@@ -113,7 +113,7 @@ class Supervisor:
 
     def reconfigure(self, **changes: int) -> None:
         """From its next start on the process gets these fields of `EngineConfig`."""
-        self._config = msgspec.structs.replace(self._config, **changes)
+        self.config = msgspec.structs.replace(self.config, **changes)
 
     def write(self, message: ToEngine) -> None:
         """Send a message; without a process it is dropped."""
@@ -124,7 +124,7 @@ class Supervisor:
 
     async def _launch(self) -> Connection:
         self.starts += 1
-        connection = await Connection.open(self._config)
+        connection = await Connection.open(self.config)
         self.connection = connection
         self._heard = asyncio.get_running_loop().time()
         self._longest_step = 0.0

@@ -101,23 +101,27 @@ class FourBit:
 
 
 class SideBySide:
-    """Several linears over one input, outputs concatenated: the fallback of `fuse`."""
+    """Several linears over one input, outputs concatenated: the fallback of `fuse`.
+
+    Attributes:
+        parts: the linears, in the order of their outputs.
+    """
 
     def __init__(self, parts: Sequence[Linear]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+        return sum(part.nbytes for part in self.parts)
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(part.rounded(x)) for part in self._parts], dim=-1)
+        return torch.cat([part(part.rounded(x)) for part in self.parts], dim=-1)
 
     def expanded(self) -> Iterator[Expanded]:
-        for part in self._parts:
+        for part in self.parts:
             yield from part.expanded()
 
 

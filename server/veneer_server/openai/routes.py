@@ -31,7 +31,8 @@ from veneer_server.system.hosts import AllowedHosts
 __all__ = ["Edge", "make_app"]
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_PAGE: Final = 100
+PAGE: Final = 100
+"""Adapters that are listed at once."""
 _PATHS: Final = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
 )
@@ -128,8 +129,8 @@ async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:
 
 def _page(core: Core, after: str) -> tuple[list[bytes], str]:
     """Some adapters as JSON, and the last one's name; empty where no more can follow."""
-    records = core.registry.list(after=after, limit=_PAGE)
-    last = records[-1].ref.name if len(records) == _PAGE else ""
+    records = core.registry.list(after=after, limit=PAGE)
+    last = records[-1].ref.name if len(records) == PAGE else ""
     return [_dump(_adapter_model(core, record)) for record in records], last
 
 

@@ -104,8 +104,8 @@ class ScrapeServer:
         self.hosts = hosts
         self._most = connections
         self._registry = registry
-        self._open: dict[_Connection, None] = {}
-        """In the order in which they came."""
+        self.open: dict[_Connection, None] = {}
+        """Connections, in the order in which they came."""
         # One, so that scrapers take at most half of the interpreter's time.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._turn = asyncio.Lock()
@@ -124,29 +124,29 @@ class ScrapeServer:
         """Close all connections. Harmless to repeat."""
         if self._server is not None:
             self._server.close()
-        for connection in tuple(self._open):
+        for connection in tuple(self.open):
             connection.drop()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     @property
     def connections(self) -> int:
         """Open now."""
-        return len(self._open)
+        return len(self.open)
 
     # ------------------------------------------------------- for its connections
 
     def opened(self, connection: _Connection) -> None:
         """A client has connected."""
-        if len(self._open) >= self._most:
+        if len(self.open) >= self._most:
             # Never the new one: it takes a full set of newer ones to displace it in turn.
-            least = min(self._open, key=_Connection.worth)
+            least = min(self.open, key=_Connection.worth)
             least.drop()
-            self._open.pop(least, None)
-        self._open[connection] = None
+            self.open.pop(least, None)
+        self.open[connection] = None
 
     def closed(self, connection: _Connection) -> None:
         """A connection has ended."""
-        self._open.pop(connection, None)
+        self.open.pop(connection, None)
 
     async def page(self, request: _Request) -> bytes:
         """The answer to a request, whole. Requests that wait for the same page share it: it

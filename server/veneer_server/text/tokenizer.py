@@ -43,7 +43,7 @@ _SPARSE: Final = 8
 """Characters for each token that the caller can use, from which on the text is looked at in
 pieces first: most text has fewer, and so would be too long."""
 
-_PIECE: Final = 32 << 10
+PIECE: Final = 32 << 10
 """Characters of such a piece. The library takes some 120 bytes for each while it works."""
 
 
@@ -70,8 +70,8 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-_ALPHABET: Final = _byte_alphabet()
-_CHARACTERS: Final = {byte: character for character, byte in _ALPHABET.items()}
+ALPHABET: Final = _byte_alphabet()
+_CHARACTERS: Final = {byte: character for character, byte in ALPHABET.items()}
 
 
 class TextTokenizer:
@@ -97,7 +97,7 @@ class TextTokenizer:
         self._labels: dict[int, str] = {}
         normalizer = rust.normalizer
         self._bound = read_bound(
-            description, _ALPHABET, normalizer.normalize_str if normalizer else str
+            description, ALPHABET, normalizer.normalize_str if normalizer else str
         )
 
     @classmethod
@@ -143,7 +143,7 @@ class TextTokenizer:
         Raises:
             TooManyTokens: there are more than ``most``.
         """
-        if most is not None and len(text) > max(_PIECE, _SPARSE * most):
+        if most is not None and len(text) > max(PIECE, _SPARSE * most):
             self._check_pieces(text, most)
         [found] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         if most is not None and len(found) > most:
@@ -158,8 +158,8 @@ class TextTokenizer:
         number of tokens; but it is nowhere near twice as many.
         """
         count = 0
-        for at in range(0, len(text), _PIECE):
-            piece = text[at : at + _PIECE]
+        for at in range(0, len(text), PIECE):
+            piece = text[at : at + PIECE]
             [found] = self._rust.encode_batch_fast([piece], add_special_tokens=False)
             count += len(found)
             if count > 2 * (most + 1):
@@ -236,7 +236,7 @@ class TextTokenizer:
             return b""
         if self._byte_level:
             try:
-                return bytes([_ALPHABET[char] for char in text])
+                return bytes([ALPHABET[char] for char in text])
             except KeyError:
                 # An added token outside the alphabet stands for itself.
                 return text.encode()

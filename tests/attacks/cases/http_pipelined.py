@@ -20,8 +20,8 @@ async def attack(target: Target) -> list[str]:
     async def one() -> None:
         host, port = target.openai.rsplit(":", 1)
         # The least that is read is what a socket's buffers take.
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        _, writer = await asyncio.open_connection(host, int(port), limit=1)
+        writer.transport.pause_reading()
         with contextlib.suppress(ConnectionError, TimeoutError):
             while (left := ends - time.monotonic()) > 0:
                 writer.write(REQUESTS)

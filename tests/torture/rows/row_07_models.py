@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, core, settings
 from hypothesis.reporting import with_reporter
 from hypothesis.stateful import run_state_machine_as_test
+from veneer_registry import editing, index
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.entry import LedgerEntry
-from veneer_registry.index import Index
+from veneer_registry.entry import Entry
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
 
+from tests.planted import planted
 from tests.torture.registry_rules import RegistryRules
 from tests.torture.row import Control, Outcome, Scale
 from tests.torture.store_and_memory import StoreAndMemory
@@ -101,20 +102,9 @@ def run(scale: Scale) -> Outcome:
 # ------------------------------------------------------------------- planted bugs
 
 
-def _beyond(self: LedgerEntry, retain: int) -> tuple[AdapterRef, ...]:
+def _beyond(self: Entry, retain: int) -> tuple[AdapterRef, ...]:
     superseded = [ref for ref in self.revisions if ref != self.current]
     return tuple(superseded[retain if self.retain is None else self.retain :])
-
-
-_right_unneeded = Index._unneeded
-
-
-def _unneeded(self: Index, key: str) -> bool:
-    leases, self._leases = self._leases, Counter()
-    try:
-        return _right_unneeded(self, key)
-    finally:
-        self._leases = leases
 
 
 def _holds_are_not_counted() -> AbstractContextManager[Any]:
@@ -131,16 +121,16 @@ Plant = Callable[[], AbstractContextManager[Any]]
 PLANTED: dict[str, tuple[Machine, Plant]] = {
     "retention forgets what aliases mean": (
         RegistryRules,
-        lambda: patch.object(LedgerEntry, "beyond", _beyond),
+        lambda: patch.object(Entry, "beyond", _beyond),
     ),
     "a held adapter is evicted": (StoreAndMemory, _holds_are_not_counted),
     "a sweep takes what requests lease": (
         StoreAndMemory,
-        lambda: patch.object(Index, "_unneeded", _unneeded),
+        lambda: planted(index, " and key not in self._leases", ""),
     ),
     "an alias rolls back to what was deleted": (
         RegistryRules,
-        lambda: patch("veneer_registry.editing._forgetting", lambda alias, gone: alias),
+        lambda: planted(editing, "replace(alias, previous=())", "replace(alias)"),
     ),
     "pins do not count when room is made": (
         StoreAndMemory,
@@ -157,8 +147,8 @@ PLANTED: dict[str, tuple[Machine, Plant]] = {
 
 def controls(scale: Scale) -> Iterator[Control]:
     """The same machines over broken products; the first three in the quick form."""
-    for planted in list(PLANTED)[: scale.pick(3, None)]:
-        machine, plant = PLANTED[planted]
+    for name in list(PLANTED)[: scale.pick(3, None)]:
+        machine, plant = PLANTED[name]
         with plant():
             caught = histories(machine, scale.pick(200, 3000), scale.seed, (Phase.generate,))
-        yield Control(planted, caught)
+        yield Control(name, caught)

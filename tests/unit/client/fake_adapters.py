@@ -131,26 +131,26 @@ class FakeAdapters(FakeUploads):
         self.changes.insert(0, entry)
 
     def GetAdapter(self, request, context):  # noqa: N802
-        self._note("GetAdapter", request, context)
+        self.note("GetAdapter", request, context)
         adapter = self._find(request.name, context)
         return adapters_pb2.GetAdapterResponse(
             adapter=adapter, revisions=self._revisions(adapter.name)
         )
 
     def ListAdapters(self, request, context):  # noqa: N802
-        self._note("ListAdapters", request, context)
+        self.note("ListAdapters", request, context)
         names = sorted(n for n in self.adapters if n.startswith(request.name_prefix))
         found, token = _page([self.adapters[name] for name in names], request)
         return adapters_pb2.ListAdaptersResponse(adapters=found, next_page_token=token)
 
     def ActivateAdapter(self, request, context):  # noqa: N802
-        self._note("ActivateAdapter", request, context)
+        self.note("ActivateAdapter", request, context)
         adapter = self._find(request.name, context)
         adapter.tier, adapter.pinned = request.tier, request.pin
         return adapters_pb2.ActivateAdapterResponse(adapter=adapter)
 
     def UpdateAdapter(self, request, context):  # noqa: N802
-        self._note("UpdateAdapter", request, context)
+        self.note("UpdateAdapter", request, context)
         adapter = self._find(request.name, context)
         if request.etag and request.etag != adapter.etag:
             ETAG.end(context)
@@ -180,16 +180,16 @@ class FakeAdapters(FakeUploads):
         return adapters_pb2.UpdateAdapterResponse(adapter=adapter)
 
     def EvictAdapter(self, request, context):  # noqa: N802
-        self._note("EvictAdapter", request, context)
+        self.note("EvictAdapter", request, context)
         return adapters_pb2.EvictAdapterResponse(evicted=True, freed_bytes=200)
 
     def DeleteAdapter(self, request, context):  # noqa: N802
-        self._note("DeleteAdapter", request, context)
+        self.note("DeleteAdapter", request, context)
         gone = self.adapters.pop(request.name)
         return adapters_pb2.DeleteAdapterResponse(revisions=[gone.revision])
 
     def SetAlias(self, request, context):  # noqa: N802
-        self._note("SetAlias", request, context)
+        self.note("SetAlias", request, context)
         name = request.alias.partition("/")[0]
         meanings = self.aliases.setdefault(request.alias, [])
         previous = list(meanings[-1].targets) if meanings else []
@@ -217,7 +217,7 @@ class FakeAdapters(FakeUploads):
         return adapters_pb2.SetAliasResponse(alias=alias, previous=previous)
 
     def ListAliases(self, request, context):  # noqa: N802
-        self._note("ListAliases", request, context)
+        self.note("ListAliases", request, context)
         return adapters_pb2.ListAliasesResponse(
             aliases=[
                 meanings[-1]
@@ -227,20 +227,20 @@ class FakeAdapters(FakeUploads):
         )
 
     def GetHistory(self, request, context):  # noqa: N802
-        self._note("GetHistory", request, context)
+        self.note("GetHistory", request, context)
         changes = [one for one in self.changes if request.name in ("", one.name)]
         found, token = _page(changes, request)
         return adapters_pb2.GetHistoryResponse(entries=found, next_page_token=token)
 
     def UpdateBudgets(self, request, context):  # noqa: N802
-        self._note("UpdateBudgets", request, context)
+        self.note("UpdateBudgets", request, context)
         for name in ("host_cache_bytes", "device_adapter_bytes"):
             if request.HasField(name):
                 setattr(self.budgets, name, getattr(request, name))
         return self.budgets
 
     def SelfTest(self, request, context):  # noqa: N802
-        self._note("SelfTest", request, context)
+        self.note("SelfTest", request, context)
         found = [self._find(name, context) for name in request.adapters]
         results = [
             adapters_pb2.SelfTestResult(
@@ -261,7 +261,7 @@ class FakeAdapters(FakeUploads):
         )
 
     def WatchAdapters(self, request, context):  # noqa: N802
-        self._note("WatchAdapters", request, context)
+        self.note("WatchAdapters", request, context)
         context.add_callback(self.cancelled.set)
         yield from self.watches.popleft()
         if self.break_after is not None:

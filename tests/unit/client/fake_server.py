@@ -109,7 +109,7 @@ class FakeServer(
         """Calls of a method so far."""
         return sum(name == method for name, _ in self.calls)
 
-    def _note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+    def note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         self.calls.append((method, request))
         self.actors += [str(v) for k, v in context.invocation_metadata() if k == "veneer-actor"]
         if self.refusals:
@@ -118,7 +118,7 @@ class FakeServer(
     # ------------------------------------------------------------------- inference
 
     def Generate(self, request, context):  # noqa: N802
-        self._note("Generate", request, context)
+        self.note("Generate", request, context)
         if self.hold is not None:
             context.add_callback(self.cancelled.set)
             self.begun.set()
@@ -136,7 +136,7 @@ class FakeServer(
         )
 
     def GenerateStream(self, request, context):  # noqa: N802
-        self._note("GenerateStream", request, context)
+        self.note("GenerateStream", request, context)
         context.add_callback(self.cancelled.set)
         if self.pieces:
             yield from self.pieces
@@ -175,7 +175,7 @@ class FakeServer(
     # ---------------------------------------------------------------------- server
 
     def GetServerInfo(self, request, context):  # noqa: N802
-        self._note("GetServerInfo", request, context)
+        self.note("GetServerInfo", request, context)
         return server_pb2.GetServerInfoResponse(
             version="9.9",
             base_model=server_pb2.BaseModel(name="fake-base", quantization="nf4"),
@@ -201,7 +201,7 @@ class FakeServer(
         )
 
     def PlanCapacity(self, request, context):  # noqa: N802
-        self._note("PlanCapacity", request, context)
+        self.note("PlanCapacity", request, context)
         short = server_pb2.Shortfall(
             limit=server_pb2.LIMIT_KV_CACHE,
             flag="--kv-cache-bytes",
@@ -224,7 +224,7 @@ class FakeServer(
         )
 
     def Check(self, request, context):  # noqa: N802
-        self._note("Check", request, context)
+        self.note("Check", request, context)
         serving = self.ready and request.service == "veneer.v1.InferenceService"
         state = health_pb2.HealthCheckResponse
         return state(status=state.SERVING if serving else state.NOT_SERVING)

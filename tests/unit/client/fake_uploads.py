@@ -53,7 +53,7 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
     def restart(self) -> None:
         raise NotImplementedError
 
-    def _note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+    def note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         raise NotImplementedError
 
     def add(self, name: str) -> adapters_pb2.Adapter:
@@ -63,7 +63,7 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
         raise NotImplementedError
 
     def GetUpload(self, request, context):  # noqa: N802
-        self._note("GetUpload", request, context)
+        self.note("GetUpload", request, context)
         if self.no_get_upload is not None:
             self.no_get_upload.end(context)
         return adapters_pb2.GetUploadResponse(committed=self._committed(request.spec))
@@ -73,7 +73,7 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
         spec = next(messages).spec
         if self.refusals:
             _drain(messages)
-        self._note("UploadAdapter", spec, context)
+        self.note("UploadAdapter", spec, context)
         upload = Upload(spec)
         self.uploads.append(upload)
         if not spec.resume:

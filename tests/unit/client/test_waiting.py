@@ -38,8 +38,8 @@ class LoadingServer(FakeServer):
     def load(self) -> None:
         self.ready = True
 
-    def _note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
-        super()._note(method, request, context)
+    def note(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+        super().note(method, request, context)
         if method != "Check" and not self.ready:
             self.asked.release()
             Refusal(
@@ -146,7 +146,7 @@ def test_an_engine_that_is_started_again_is_waited_for_too(
     kind: str, server: LoadingServer
 ) -> None:
     """All calls but generate are answered then."""
-    server._note = FakeServer._note.__get__(server)  # type: ignore[method-assign]
+    server.note = FakeServer.note.__get__(server)  # type: ignore[method-assign]
     told: list[VeneerError] = []
 
     def take(why: VeneerError) -> None:

@@ -184,7 +184,7 @@ async def test_a_request_that_is_stopped_before_its_first_line_is_told() -> None
     spec, nobody = load(Open(1.0), requests=1), VeneerSpec("127.0.0.1:1")
     async with make_target(spec, nobody) as target:
         share = Share(Setup(spec, nobody, 0, 1, 60.0), target)
-        task = share._begin(next(plan(spec)), 0.0)
+        task = share.begin(next(plan(spec)), 0.0)
         share.stop()
         await asyncio.wait((task,))
     assert [(r.index, r.outcome) for r in share.take()] == [(0, "stopped")]

@@ -78,14 +78,21 @@ GGUF_NAMES = {
 class FakePeer:
     """A FAKE peer, and a way to see that all its processes are gone."""
 
-    def __init__(self, folder: Path, how: str, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        how: str,
+        *,
+        start_timeout_s: float = 60.0,
+        program: str = sys.executable,
+    ) -> None:
         script, self.alive, self.log = folder / "peer.py", folder / "alive", folder / "log"
         script.write_text(FAKE_PEER, "utf-8")
         os.mkfifo(self.alive)
         self.port = free_port()
         self.peer = HttpPeer(
             name="FAKE",
-            arguments=[sys.executable, str(script), str(self.port), how, str(self.alive)],
+            arguments=[program, str(script), str(self.port), how, str(self.alive)],
             environment={"FAKE_SETTING": f"libfake.so:{folder}/with space.so"},
             port=self.port,
             ready_path="/health",
@@ -153,8 +160,7 @@ async def test_peer_that_is_never_ready_is_ended(tmp_path: Path) -> None:
 
 
 async def test_program_that_is_not_there(tmp_path: Path) -> None:
-    fake = FakePeer(tmp_path, "serves")
-    fake.peer._arguments = (str(tmp_path / "absent"),)
+    fake = FakePeer(tmp_path, "serves", program=str(tmp_path / "absent"))
     with pytest.raises(PeerError, match=r"FAKE could not be started: .*absent"):
         await fake.peer.__aenter__()
 
@@ -179,7 +185,7 @@ async def test_grandchild_that_ignores_the_end_is_killed(tmp_path: Path) -> None
 async def test_peer_that_ignores_the_end_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "_GRACE_S", 0.1)
+    monkeypatch.setattr(process, "GRACE_S", 0.1)
     fake = FakePeer(tmp_path, "deaf")
     async with fake.peer:
         pass

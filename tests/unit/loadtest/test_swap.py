@@ -48,9 +48,9 @@ async def test_a_failure_halfway_leaves_nothing(server: FakeServer, tmp_path: Pa
     options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
     server.break_after = Refusal(grpc.StatusCode.ABORTED, "no", "NON_FINITE_OUTPUT")
     async with AsyncClient(server.address) as client:
-        bench = swap._Bench(client, options, tmp_path)
+        bench = swap.Bench(client, options, tmp_path)
         with pytest.raises(NonFiniteOutput):
-            await bench._publish_and_run()
+            await bench.publish_and_run()
         await bench.close()
     assert server.adapters == {}
 
@@ -134,7 +134,7 @@ async def test_nobodys_adapter_is_replaced_or_deleted(
     folders = iter(make_adapter(tmp_path / str(n), SHAPE, rank=2, seed=n) for n in range(2))
     async with (
         AsyncClient(server.address) as client,
-        churn._published(client, churn.NAMES, folders),
+        churn.published(client, churn.NAMES, folders),
     ):
         assert set(server.adapters) == {"churn-0", "churn-1"}
     assert set(server.adapters) == {"churn-1"}
@@ -162,7 +162,7 @@ def test_nothing_to_drop_is_not_dropped(tmp_path: Path) -> None:
 def test_on_the_real_server(
     base_folder: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(churn, "_SETTLE_S", 0.5)
+    monkeypatch.setattr(churn, "SETTLE_S", 0.5)
     file = tmp_path / "s.json"
     done = CliRunner().invoke(
         cli,

@@ -94,7 +94,7 @@ def test_b_is_not_zero(tmp_path: Path) -> None:
 @example([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])  # half-way: to even
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_rounding_is_torchs(values: list[float]) -> None:
-    ours = workload._bf16(np.array(values, dtype=np.float64))
+    ours = workload.to_bfloat16(np.array(values, dtype=np.float64))
     torchs = torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.int16)
     assert ours.astype(np.int16).tolist() == torchs.tolist()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from veneer_registry import schema
 from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
+from veneer_registry.catalog import Catalog
 from veneer_registry.errors import VeneerError
 from veneer_registry.format import (
     ALLOWED_FILES,
@@ -133,6 +134,20 @@ def push(registry: Registry, name: str, folder: Path, **options: Any) -> Publish
     )
 
 
+def kill(registry: Registry) -> None:
+    """As kill -9 does: only the lock goes."""
+    registry._core.lock.release()  # private: whoever closes a registry cleans up
+
+
+def limit_pages(catalog: Catalog, most: int) -> None:
+    """The catalog's disk is full beyond so many pages; a limit is of one connection."""
+    catalog._writer.execute(f"PRAGMA max_page_count={most}")  # private: this connection
+
+
+def catalog_of(registry: Registry) -> Catalog:
+    return registry._core.catalog  # private: to stop between catalog and index
+
+
 def make_older(catalog: Path, version: int) -> None:
     """Turn a closed data folder into what an older Veneer left: its tables, filled from those
     of today, and nothing in the store that it did not write."""
@@ -143,7 +158,7 @@ def make_older(catalog: Path, version: int) -> None:
     catalog.rename(today)
     with contextlib.closing(sqlite3.connect(catalog, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode=WAL")
-        db.executescript("".join(schema._STEPS[:version]))
+        db.executescript("".join(schema.STEPS[:version]))
         db.execute("ATTACH ? AS today", (str(today),))
         tables = db.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")
         db.execute("BEGIN")

@@ -17,7 +17,7 @@ from veneer_registry.format import CONFIG_FILE, README_FILE, WEIGHTS_FILE, weigh
 from veneer_registry.rows import RevisionRow
 from veneer_registry.store import Bundle, Store
 
-from tests.unit.registry.kit import make_adapter
+from tests.unit.registry.kit import limit_pages, make_adapter
 
 
 def row(name: str, number: int, **labels: str) -> RevisionRow:
@@ -179,7 +179,7 @@ def test_other_schema_and_damage(tmp_path: Path) -> None:
 
 def test_full_database(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "c.sqlite")
-    catalog._writer.execute("PRAGMA max_page_count=20")
+    limit_pages(catalog, 20)
     big = RevisionRow("chat", "r1", "w1", "base", "x" * 1_000_000, 1.0, {}, 1)
     with pytest.raises(DiskFull, match="nothing was published"):
         publish(catalog, big)

@@ -39,11 +39,14 @@ from veneer_registry.format import (
 from veneer_registry.lock import OwnerLock
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.registry import Registry
+from veneer_registry.store import Store
 
 from tests.unit.registry.kit import (
     BASE,
     announce,
     bundle_files,
+    catalog_of,
+    limit_pages,
     make_adapter,
     make_tensors,
     push,
@@ -61,7 +64,10 @@ def staged(data: Path) -> list[str]:
 
 
 def test_publish_and_look_up(
-    registry: Registry, adapters: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+    registry: Registry,
+    adapters: Callable[[int], Path],
+    data: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     published = push(registry, "chat", adapters(1), labels={"team": "a"})
@@ -80,7 +86,7 @@ def test_publish_and_look_up(
     assert record.bytes == sum(len(d) for d in bundle_files(adapters(1)).values())
     verify_weights(registry.weights_folder(record.ref), record.ref.weights_digest)
     assert len(registry) == 1
-    assert staged(registry._core.lock.data_dir) == []
+    assert staged(data) == []
 
 
 def test_same_content_again(registry: Registry, adapters: Callable[[int], Path]) -> None:
@@ -256,10 +262,10 @@ def test_bad_announcements(
 def test_no_room_for_the_announced_bytes(
     registry: Registry, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry._core.store, "free_bytes", lambda: 19)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 19)
     with pytest.raises(DiskFull):
         registry.begin_upload(UploadRequest("x", GOOD))
-    monkeypatch.setattr(registry._core.store, "free_bytes", lambda: 20)
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 20)
     registry.begin_upload(UploadRequest("x", GOOD)).abort()
 
 
@@ -356,7 +362,7 @@ def test_full_disk(
             raise full
 
         if when == "catalog":
-            registry._core.catalog._writer.execute("PRAGMA max_page_count=1")
+            limit_pages(catalog_of(registry), 1)
             patch.setattr(
                 "veneer_registry.publishing.manifest_to_json",
                 lambda m: manifest_to_json(m) + " " * 10**6,
@@ -369,7 +375,7 @@ def test_full_disk(
             registry.publish(
                 send(registry.begin_upload(announce("chat", files, allow_replace=True)), files)
             )
-    registry._core.catalog._writer.execute("PRAGMA max_page_count=100000")
+    limit_pages(catalog_of(registry), 100_000)
     assert staged(data) == []
     assert registry.get("chat") == before
     registry.sweep()
@@ -468,7 +474,7 @@ def test_between_a_delete_s_two_steps(
 ) -> None:
     """The catalog has forgotten the name, the index has not yet: no spinning, no lease."""
     ref = push(registry, "chat", adapters(1)).record.ref
-    with registry._core.catalog.change() as change:
+    with catalog_of(registry).change() as change:
         change.delete_name("chat")
     for use in (registry.acquire, registry.get):
         with pytest.raises(AdapterNotFound, match="deleted just now"):

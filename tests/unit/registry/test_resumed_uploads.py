@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from veneer_registry.core import Core
 from veneer_registry.errors import Aborted, ChecksumMismatch, InvalidField
 from veneer_registry.format import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, verify_weights
 from veneer_registry.records import UploadRequest
 from veneer_registry.registry import Registry
 from veneer_registry.upload import Upload
 
-from tests.unit.registry.kit import BASE, announce, bundle_files, push, send
+from tests.unit.registry.kit import BASE, announce, bundle_files, kill, push, send
 
 Adapters = Callable[[int], Path]
 
@@ -74,8 +75,7 @@ def test_a_server_that_is_killed_keeps_what_arrived(
     registry = Registry.open(data, BASE)
     upload = registry.begin_upload(request_)
     upload.write(WEIGHTS_FILE, 0, files[WEIGHTS_FILE][:5000])
-    # No suspend, no close: only the lock goes, as with kill -9.
-    registry._core.lock.release()
+    kill(registry)
     with Registry.open(data, BASE) as successor:
         assert successor.committed(request_)[WEIGHTS_FILE] == 5000
 
@@ -270,10 +270,10 @@ def test_a_server_that_is_killed_while_it_publishes_keeps_what_arrived(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda self, to: (_ for _ in ()).throw(Killed()))
         patch.setattr(Upload, "abort", lambda self: None)
-        patch.setattr(registry._core, "sweep", lambda: 0)
+        patch.setattr(Core, "sweep", lambda self: 0)
         with pytest.raises(Killed):
             registry.publish(upload)
-    registry._core.lock.release()
+    kill(registry)
     with Registry.open(data, BASE) as successor:
         assert successor.committed(request_) == {n: len(d) for n, d in files.items()}
         assert successor.publish(successor.begin_upload(request_, resume=True)).published

@@ -52,10 +52,10 @@ def test_an_older_folder_is_upgraded(
 def test_an_upgrade_that_fails_leaves_the_old_tables(
     data: Path, older: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = (*schema._STEPS[:-1], schema._STEPS[-1] + "CREATE TABLE names (x);")
+    broken = (*schema.STEPS[:-1], schema.STEPS[-1] + "CREATE TABLE names (x);")
     before = version(older)
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_STEPS", broken)
+        patch.setattr(schema, "STEPS", broken)
         with pytest.raises(sqlite3.OperationalError):
             Registry.open(data, BASE)
     assert version(older) == before

@@ -16,13 +16,13 @@ class Garbage:
     """Of a part of a test, once it has ended."""
 
     def __init__(self) -> None:
-        self._found: list[object] = []
+        self.found: list[object] = []
 
     def large(self, size: int) -> list[str]:
         """Where the server's frames in it hold so many bytes of text, or a message of them."""
         return [
             f"{frame.f_code.co_qualname}: {name}"
-            for frame in self._found
+            for frame in self.found
             if isinstance(frame, FrameType) and "veneer_server" in frame.f_code.co_filename
             for name, value in frame.f_locals.items()
             if (isinstance(value, str | bytes | bytearray | list) and len(value) >= size)
@@ -40,7 +40,7 @@ def collected() -> Iterator[Garbage]:
     try:
         yield garbage
         gc.collect()
-        garbage._found = list(gc.garbage)
+        garbage.found = list(gc.garbage)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

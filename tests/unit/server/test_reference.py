@@ -149,7 +149,7 @@ def test_slices_of_a_weight_are_the_weight(
     bias = made.bias.float()
     both = fuse([made, dense], dtype)
     assert isinstance(both, SideBySide)
-    four_bit = both._parts[0]
+    four_bit = both.parts[0]
     # Packing rounds the scale of a block, and with it its numbers, to bfloat16.
     tolerance = 2**-8 if isinstance(four_bit, PackedFourBit) else 1e-6
     for size in (packed.SLICE, 64 * 192):

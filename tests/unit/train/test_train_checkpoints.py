@@ -189,6 +189,7 @@ def test_a_full_disk_costs_no_checkpoint_that_was_whole(
     tiny_base: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(tiny_base, chats, tmp_path / "mine")
+    # private: transformers writes this after the weights, and nothing public between them
     save = Trainer._save_optimizer_and_scheduler
 
     def once(self: Any, folder: str) -> None:
@@ -197,7 +198,7 @@ def test_a_full_disk_costs_no_checkpoint_that_was_whole(
         save(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_optimizer_and_scheduler", once)
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", once)  # private: as above
         with pytest.raises(DiskFull, match="goes on from checkpoint-2"):
             run(chosen)
     assert [p.name for p in chosen.output.checkpoints_dir.iterdir()] == ["checkpoint-2"]

@@ -47,6 +47,7 @@ class _Pushing(PushCallback):
     """Lets the server go on when the end was submitted."""
 
     server: _Server
+    submits_end: bool
 
     def _submit(self, model: Any, state: Any, *, last: bool = False) -> None:
         super()._submit(model, state, last=last)
@@ -56,7 +57,7 @@ class _Pushing(PushCallback):
 
 def callback(server: _Server, **options: Any) -> _Pushing:
     made = _Pushing("127.0.0.1:1", "sql", alias="prod", write=lambda *args: None, **options)
-    made.server = server
+    made.server, made.submits_end = server, options.get("at_end", True)
     return made
 
 
@@ -74,7 +75,7 @@ def train(pushing: _Pushing, server: _Server, steps: int) -> None:
         pushing.on_step_begin(None, state(done), None, model=model)
         if done == 1:
             assert server.begun.wait(30)
-    if not pushing._at_end:
+    if not pushing.submits_end:
         server.go_on.set()
     pushing.on_train_end(None, state(steps), None, model=model)
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InvalidField, match="every=-1"):
         PushCallback("127.0.0.1:1", "sql", every=-1)
     with pytest.raises(InvalidField, match="PEFT model"):
-        push._peft_model(SimpleNamespace())
+        push.peft_model(SimpleNamespace())
 
 
 @pytest.mark.parametrize(

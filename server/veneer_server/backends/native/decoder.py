@@ -64,6 +64,8 @@ class NativeDecoder:
 
     Attributes:
         draws: from logits to tokens, on the same threads.
+        weights: the base's; kept, since the kernels have their addresses.
+        handle: what the library's functions know this decoder by.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class NativeDecoder:
     ) -> None:
         config = weights.config
         self._library = library
-        self._weights = weights
+        self.weights = weights
         self._vocab = config.vocab_size
         self._logits = library.zeros((_KEPT_LOGITS, self._vocab), torch.float32)
         self._finite = torch.empty(_KEPT_LOGITS, dtype=torch.bool)
@@ -121,9 +123,9 @@ class NativeDecoder:
         self._adapters: weakref.WeakKeyDictionary[AdapterTable, _Adapter] = (
             weakref.WeakKeyDictionary()
         )
-        self._engine = library.create(self._model, threads)
-        self.draws = NativeDraws(library, self._engine)
-        self._finalizer = weakref.finalize(self, library.destroy, self._engine)
+        self.handle = library.create(self._model, threads)
+        self.draws = NativeDraws(library, self.handle)
+        self._finalizer = weakref.finalize(self, library.destroy, self.handle)
 
     @property
     def head_bytes(self) -> int:
@@ -143,7 +145,7 @@ class NativeDecoder:
             to.begin, to.end = segment.begin, segment.end
             to.adapter = self._adapter(segment.table)
         self._library.step(
-            self._engine,
+            self.handle,
             Step(
                 tokens=pointer(step.tokens),
                 positions=pointer(step.positions),

@@ -57,7 +57,7 @@ BLOCK: Final = 64
 """Inputs are cut into blocks of so many."""
 
 # What each function takes and returns; of ``cpp/library.cpp``.
-_SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
+SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_fields": (ctypes.POINTER(Field), ()),
     "veneer_instructions": (c_char_p, ()),
     "veneer_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
@@ -74,7 +74,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
 }
 
 
-class _Status(IntEnum):
+class Status(IntEnum):
     """Of a function that can fail; ``Status`` in ``cpp/library.cpp``."""
 
     OK = 0
@@ -130,14 +130,14 @@ class Library:
         try:
             # What was checked is what is loaded, whatever the name means by then. It stays
             # open: the loader goes by names, and must not see the same one for two libraries.
-            self._fd = kept.open_checked(file)
-            self._functions = functions = ctypes.CDLL(f"/proc/self/fd/{self._fd}")
+            self.fd = kept.open_checked(file)
+            self.functions = functions = ctypes.CDLL(f"/proc/self/fd/{self.fd}")
         except (OSError, kept.Refused) as error:
             raise NativeUnavailable(
                 f"the compiled kernels cannot be loaded: {error}"
             ) from error
         try:
-            for name, (result, arguments) in _SIGNATURES.items():
+            for name, (result, arguments) in SIGNATURES.items():
                 function = getattr(functions, name)
                 function.restype, function.argtypes = result, list(arguments)
         except AttributeError as error:
@@ -148,7 +148,7 @@ class Library:
     @property
     def instructions(self) -> str:
         """``avx512-bf16`` or ``avx2``."""
-        return str(self._functions.veneer_instructions().decode())
+        return str(self.functions.veneer_instructions().decode())
 
     def pack_four_bit(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Args:
@@ -157,7 +157,7 @@ class Library:
         """
         outputs, inputs = codes.shape[0], 2 * codes.shape[1]
         packed = self._packed(FOUR_BIT, outputs, inputs)
-        self._functions.veneer_pack_four_bit(
+        self.functions.veneer_pack_four_bit(
             address(codes), address(scales), outputs, inputs, address(packed)
         )
         return packed
@@ -168,7 +168,7 @@ class Library:
         weight: [outputs, inputs] bfloat16.
         """
         packed = self._packed(kind, *weight.shape)
-        functions = self._functions
+        functions = self.functions
         pack = (
             functions.veneer_pack_bf16 if kind == BFLOAT16 else functions.veneer_pack_eight_bit
         )
@@ -176,7 +176,7 @@ class Library:
         return packed
 
     def _packed(self, kind: int, outputs: int, inputs: int) -> torch.Tensor:
-        size = int(self._functions.veneer_packed_bytes(kind, outputs, inputs))
+        size = int(self.functions.veneer_packed_bytes(kind, outputs, inputs))
         return self._memory.take(size)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -187,21 +187,21 @@ class Library:
     def multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """x [rows, inputs] bfloat16 -> [rows, outputs] float32, on this thread."""
         y = torch.empty(len(x), linear.outputs)
-        self._functions.veneer_multiply(ctypes.byref(linear), address(x), len(x), address(y))
+        self.functions.veneer_multiply(ctypes.byref(linear), address(x), len(x), address(y))
         return y
 
     def create(self, model: Model, threads: int) -> int:
         """A decoder over ``model``, which the caller keeps alive."""
         engine = c_void_p()
-        status = self._functions.veneer_create(
+        status = self.functions.veneer_create(
             ctypes.byref(model), threads, ctypes.byref(engine)
         )
-        if status == _Status.NO_THREADS:
+        if status == Status.NO_THREADS:
             raise NativeUnavailable(f"{threads} threads cannot be started")
-        if status == _Status.NO_MEMORY:
+        if status == Status.NO_MEMORY:
             raise NativeUnavailable(f"there is no memory for a decoder on {threads} threads")
         if engine.value is None:
-            raise NativeUnavailable(f"the decoder cannot be created: {_Status(status).name}")
+            raise NativeUnavailable(f"the decoder cannot be created: {Status(status).name}")
         return engine.value
 
     def step(self, engine: int, step: Step) -> None:
@@ -210,7 +210,7 @@ class Library:
         Raises:
             MemoryError: there is none for its buffers.
         """
-        _check(self._functions.veneer_step(engine, ctypes.byref(step)), "a step")
+        check(self.functions.veneer_step(engine, ctypes.byref(step)), "a step")
 
     def sample(self, engine: int | None, draws: ctypes.Array[Draw], vocab: int) -> None:
         """Fill in their tokens.
@@ -218,31 +218,29 @@ class Library:
         Raises:
             MemoryError: there is none for the probabilities.
         """
-        _check(
-            self._functions.veneer_sample(engine, draws, len(draws), vocab), "sampling tokens"
-        )
+        check(self.functions.veneer_sample(engine, draws, len(draws), vocab), "sampling tokens")
 
     def log_sums(
         self, engine: int | None, logits: int | None, shape: Sequence[int], to: int | None
     ) -> None:
         """log(sum of e^logit) of each row of [rows, vocab] float32."""
         rows, vocab = shape
-        _check(
-            self._functions.veneer_log_sums(engine, logits, rows, vocab, to),
+        check(
+            self.functions.veneer_log_sums(engine, logits, rows, vocab, to),
             "summing probabilities",
         )
 
     def destroy(self, engine: int) -> None:
         """End its threads."""
-        self._functions.veneer_destroy(engine)
+        self.functions.veneer_destroy(engine)
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
     """Raise what a status says."""
-    if status == _Status.NO_MEMORY:
+    if status == Status.NO_MEMORY:
         raise MemoryError(f"no memory for the buffers of {what}")
-    if status != _Status.OK:
-        raise RuntimeError(f"the kernels failed at {what}: {_Status(status).name}")
+    if status != Status.OK:
+        raise RuntimeError(f"the kernels failed at {what}: {Status(status).name}")
 
 
 def pointer(array: NDArray[np.int64]) -> int:

@@ -33,6 +33,7 @@ class NativeLinear:
 
     Attributes:
         struct: what the kernels get; valid as long as this object lives.
+        packed: the weights.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class NativeLinear:
         parts: int = 1,
     ) -> None:
         self._library = library
-        self._packed = packed
+        self.packed = packed
         self._bias = bias
         self._table = table
         self.shape = shape
@@ -63,7 +64,7 @@ class NativeLinear:
 
     @property
     def nbytes(self) -> int:
-        return self._packed.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        return self.packed.nbytes + (self._bias.nbytes if self._bias is not None else 0)
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16()
@@ -74,7 +75,7 @@ class NativeLinear:
     def expanded(self) -> Iterator[Expanded]:
         """See `models.linear.Linear.expanded`: the very numbers that the kernels multiply."""
         outputs, inputs = self.shape
-        tiles = self._packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
+        tiles = self.packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         if self.struct.parts == 2:
             tiles = tiles.view(-1, 2, _TOGETHER // _TILE, *tiles.shape[1:])
             tiles = tiles.transpose(0, 1).flatten(0, 2)

@@ -43,6 +43,9 @@ class ModelRunner:
         grammars: what constrained sequences may say; None where the base's tokenizer
             allows no constraints, and no plan has any.
         draws: who draws tokens; torch where there is none.
+
+    Attributes:
+        backend: what computes the logits.
     """
 
     def __init__(
@@ -55,15 +58,15 @@ class ModelRunner:
     ) -> None:
         self._draws = draws or TorchDraws()
         self._grammars = grammars
-        self._backend = backend
+        self.backend = backend
         self._tables = tables
         self._block_size = block_size
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         arrays, places = _to_arrays(plan, self._tables, self._block_size)
-        logits = self._backend.execute(arrays)
-        finite_rows = self._backend.finite(logits)
+        logits = self.backend.execute(arrays)
+        finite_rows = self.backend.finite(logits)
         results = tuple(
             SequenceResult(finite=all(finite_rows[place.begin : place.end])) for place in places
         )
@@ -72,7 +75,7 @@ class ModelRunner:
             if not result.finite:
                 # What it wrote in this step; earlier chunks passed this check.
                 written = sequence.blocks[sequence.start // self._block_size :]
-                self._backend.clear(list(written))
+                self.backend.clear(list(written))
                 continue
             if place.sample is not None:
                 rows.append(_SampledRow(sequence, place.sample, result))

@@ -79,7 +79,7 @@ def sample(
     if not changed:
         return draws.tokens(logits, choices)
     those = [choices[i] for i in changed]
-    adjusted = _adjusted(logits[torch.tensor(changed, device=logits.device)], those)
+    adjusted = penalized(logits[torch.tensor(changed, device=logits.device)], those)
     if len(changed) == len(choices):
         return draws.tokens(adjusted, those)
     tokens = draws.tokens(logits, choices)  # some of them in vain: rare, and one call
@@ -96,7 +96,7 @@ class TorchDraws:
         drawn = [i for i, c in enumerate(choices) if c.params.temperature >= _COLDEST]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
-            chosen[rows] = _draw(logits[rows], [choices[i] for i in drawn])
+            chosen[rows] = draw(logits[rows], [choices[i] for i in drawn])
         return [None if token == _NOTHING else token for token in chosen.tolist()]
 
     def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _changes(choice: Choice) -> bool:
     )
 
 
-def _adjusted(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """Bias, penalties and masks, in place."""
     biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
     repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
@@ -194,7 +194,7 @@ def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch
 # -------------------------------------------------------------------------- draw
 
 
-def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+def draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """[rows] int64: inverse transform over the tokens that top-k, top-p and min-p leave."""
     # From the top, so that huge logits at a low temperature overflow to minus infinity only.
     logits = logits - logits.amax(dim=-1, keepdim=True)
@@ -285,7 +285,7 @@ def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
     # the whole: the search ends at a token with a weight.
     target = sums[:, -1] * randoms
     found = torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
-    # Past the end only where sums are no numbers: `_draw` says so, and nothing here fails.
+    # Past the end only where sums are no numbers: `draw` says so, and nothing here fails.
     return found.clamp_(max=weights.shape[1] - 1)
 
 

@@ -167,6 +167,11 @@ class EvictionOrder:
         """What was taken goes, for another: the tier ages."""
         self.age = max(self.age, taken[0][0])
 
+    @property
+    def notes(self) -> int:
+        """Items of the heap, outdated ones too."""
+        return len(self._heap)
+
     def key(self, entry: LedgerEntry, cost: float) -> Key:
         """The lowest goes first."""
         standing = entry.standing[self.tier]

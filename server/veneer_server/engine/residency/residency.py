@@ -61,6 +61,11 @@ class Residency:
         shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
         most_loads: loads from disk under way at once, at most.
         order: who is evicted first, for one tier.
+
+    Attributes:
+        ledger: every copy, lease, hold and pin; changed here only.
+        operator_wants: weights digests that operators activated and that are not there yet,
+            oldest first.
     """
 
     def __init__(
@@ -74,31 +79,30 @@ class Residency:
         order: Callable[[MemoryTier], EvictionOrder] = EvictionOrder,
     ) -> None:
         budgets: dict[MemoryTier, int] = {"host": host_budget, "device": device_budget}
-        self._ledger = Ledger(budgets, shared=shared, order=order)
-        self._entries = self._ledger.entries
+        self.ledger = Ledger(budgets, shared=shared, order=order)
         self._itemsize = itemsize
         self._shared = shared
         self._most_loads = most_loads
-        self._operator_wants: dict[str, None] = {}
+        self.operator_wants: dict[str, None] = {}
         self._shrinking = False
 
     # ------------------------------------------------------------- inspection
 
     def budget(self, tier: MemoryTier) -> int:
         """Bytes, as set: what is planned for, whatever is held now."""
-        return self._ledger.budgets[tier]
+        return self.ledger.budgets[tier]
 
     def bytes_in(self, tier: MemoryTier) -> int:
         """Bytes in use or reserved in a tier."""
-        return self._ledger.bytes_in(tier)
+        return self.ledger.bytes_in(tier)
 
     def count_in(self, tier: MemoryTier) -> int:
         """Adapters that are complete in a tier."""
-        return self._ledger.count_in(tier)
+        return self.ledger.count_in(tier)
 
     def tier(self, digest: str) -> TierName:
         """Nearest tier that holds the adapter; ``disk`` if no memory tier does."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is None:
             return "disk"
         if entry.device is Presence.THERE:
@@ -107,18 +111,18 @@ class Residency:
 
     def ready(self, digest: str) -> bool:
         """A sequence may take hold of it now."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is None or entry.leaving or entry.draining:
             return False
         return entry.device is Presence.THERE
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """To that tier, or to any."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         return entry is not None and entry.pinned in ([tier] if tier else TIERS)
 
     def bytes_of(self, digest: str) -> int:
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         return entry.bytes if entry else 0
 
     # ----------------------------------------------------------- lease and hold
@@ -130,34 +134,34 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: it can never fit.
         """
-        entry = self._ledger.find_or_make(source, self._itemsize)
-        self._entries[entry.digest] = entry
+        entry = self.ledger.find_or_make(source, self._itemsize)
+        self.ledger.entries[entry.digest] = entry
         found: TierName = "disk" if entry.draining else self.tier(entry.digest)
         entry.forgotten = False
-        self._ledger.request(entry)
+        self.ledger.request(entry)
         return found
 
     def release(self, digest: str) -> list[Action]:
         """The sequence has ended; may free an adapter that was evicted meanwhile."""
-        entry = self._entries[digest]
+        entry = self.ledger.entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
-        self._ledger.touch(entry)
+        self.ledger.touch(entry)
         if not entry.leases:
-            self._ledger.rest(entry)
+            self.ledger.rest(entry)
         actions = self.settle(digest)
-        self._ledger.forget_if_idle(entry)
+        self.ledger.forget_if_idle(entry)
         return actions
 
     def try_hold(self, digest: str) -> bool:
         """Grip the DEVICE copy for a sequence that is about to be scheduled."""
         if not self.ready(digest):
             return False
-        self._ledger.hold(self._entries[digest])
+        self.ledger.hold(self.ledger.entries[digest])
         return True
 
     def unhold(self, digest: str) -> None:
-        self._ledger.unhold(self._entries[digest])
+        self.ledger.unhold(self.ledger.entries[digest])
 
     # ------------------------------------------------------------------ planning
 
@@ -171,17 +175,17 @@ class Residency:
             overdue: the want that was `Plan.blocked` for too long, if any.
             near: how many of the wants may be in use at the same time; all if None.
         """
-        idle = not wants and not self._operator_wants and not self._shrinking
-        if idle and not self._ledger.draining:
+        idle = not wants and not self.operator_wants and not self._shrinking
+        if idle and not self.ledger.draining:
             return Plan()
-        entries = self._entries
+        entries = self.ledger.entries
         waiting = tuple(entries[digest] for digest in wants)
         # What ran on it may have been preempted since.
-        drops = [drop for digest in list(self._ledger.draining) for drop in self.settle(digest)]
+        drops = [drop for digest in list(self.ledger.draining) for drop in self.settle(digest)]
         drops += self._shrink(waiting)
-        operators = islice(self._operator_wants, _MOST_OPERATORS)
+        operators = islice(self.operator_wants, _MOST_OPERATORS)
         planner = LoadPlanner(
-            self._ledger,
+            self.ledger,
             Wants(
                 operators=tuple(entries[digest] for digest in operators),
                 waiting=waiting,
@@ -197,33 +201,33 @@ class Residency:
 
     def loaded(self, digest: str, seconds: float = 0.0) -> None:
         """The HOST copy is complete; reading it took ``seconds``, if measured."""
-        entry = self._entries[digest]
-        self._ledger.cost.observe("host", entry.bytes, seconds)
-        self._ledger.place(entry, "host", Presence.THERE)
+        entry = self.ledger.entries[digest]
+        self.ledger.cost.observe("host", entry.bytes, seconds)
+        self.ledger.place(entry, "host", Presence.THERE)
         if entry.wanted == "host":
             self._unwant(digest)
-        self._ledger.touch(entry)
+        self.ledger.touch(entry)
 
     def moved(self, digest: str, seconds: float = 0.0) -> None:
         """The DEVICE copy is complete; copying it took ``seconds``, if measured."""
-        entry = self._entries[digest]
-        self._ledger.cost.observe("device", entry.bytes, seconds)
-        self._ledger.place(entry, "device", Presence.THERE)
+        entry = self.ledger.entries[digest]
+        self.ledger.cost.observe("device", entry.bytes, seconds)
+        self.ledger.place(entry, "device", Presence.THERE)
         self._unwant(digest)
-        self._ledger.touch(entry)
+        self.ledger.touch(entry)
 
     def failed(self, digest: str) -> None:
         """A load or move failed, or can never begin: a pin that it was for is void."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is None:
             return  # it was forgotten with its last sequence, which failed first
         for tier in TIERS:
             if entry.at(tier) is Presence.COMING:
-                self._ledger.place(entry, tier, Presence.ABSENT)
+                self.ledger.place(entry, tier, Presence.ABSENT)
         if entry.pinned is not None and entry.at(entry.pinned) is not Presence.THERE:
-            self._ledger.pin(entry, None)
+            self.ledger.pin(entry, None)
         self._unwant(digest)
-        self._ledger.forget_if_idle(entry)
+        self.ledger.forget_if_idle(entry)
 
     # ------------------------------------------------------------ operator calls
 
@@ -235,12 +239,12 @@ class Residency:
             AdapterBudgetExceeded: it can never fit, or pins leave no room for it.
                 Nothing has changed.
         """
-        entry = self._ledger.find_or_make(source, self._itemsize)
+        entry = self.ledger.find_or_make(source, self._itemsize)
         if pin:
             self._check_pin_fits(entry, tier)
-            self._ledger.pin(entry, tier)
-        self._entries[entry.digest] = entry
-        self._ledger.drain(entry, draining=False)
+            self.ledger.pin(entry, tier)
+        self.ledger.entries[entry.digest] = entry
+        self.ledger.drain(entry, draining=False)
         entry.forgotten = False
         there = entry.at(tier) is Presence.THERE
         if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
@@ -248,8 +252,8 @@ class Residency:
         if not there:
             if entry.wanted != "device":  # what an earlier call asked for still counts
                 entry.wanted = tier
-            self._operator_wants[entry.digest] = None
-        self._ledger.expect(entry, tier)
+            self.operator_wants[entry.digest] = None
+        self.ledger.expect(entry, tier)
         return there
 
     def evict(
@@ -264,7 +268,7 @@ class Residency:
             AdapterPinned: it is pinned and ``unpin`` was not given.
             AdapterInUse: ``fail_if_busy`` and a sequence uses it; the pin stays.
         """
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is None:
             return True, 0, []
         if entry.pinned is not None and not unpin:
@@ -275,12 +279,12 @@ class Residency:
                 "or evict with `mode` drain or abort",
                 metadata={"leases": str(entry.leases)},
             )
-        self._ledger.pin(entry, None)
+        self.ledger.pin(entry, None)
         self._unwant(digest)
         if mode == "forget":
             entry.forgotten = True
         else:
-            self._ledger.drain(entry, draining=True)
+            self.ledger.drain(entry, draining=True)
         if self._in_use(entry):
             return False, 0, []
         actions = self._drop_both(entry, "abort" if mode == "abort" else "admin")
@@ -289,14 +293,14 @@ class Residency:
 
     def unpin(self, digest: str) -> None:
         """Remove the operator's flag, if set; the adapter stays until room is needed."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is not None:
-            self._ledger.pin(entry, None)
-            self._ledger.forget_if_idle(entry)
+            self.ledger.pin(entry, None)
+            self.ledger.forget_if_idle(entry)
 
     def settle(self, digest: str) -> list[Action]:
         """Finish an eviction if what it waited for uses or moves the adapter no more."""
-        entry = self._entries.get(digest)
+        entry = self.ledger.entries.get(digest)
         if entry is None or not (entry.draining or entry.forgotten) or self._in_use(entry):
             return []
         return self._drop_both(entry, "admin")
@@ -316,7 +320,7 @@ class Residency:
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
         """
-        ledger, before = self._ledger, dict(self._ledger.budgets)
+        ledger, before = self.ledger, dict(self.ledger.budgets)
         ledger.budgets["host"] = before["host"] if host is None else host
         ledger.budgets["device"] = before["device"] if device is None else device
         for tier in TIERS:
@@ -335,29 +339,29 @@ class Residency:
     def _shrink(self, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
         if not self._shrinking:
             return []
-        drops = shrink(self._ledger, waiting)
-        self._shrinking = any(self._ledger.excess(tier) for tier in TIERS)
+        drops = shrink(self.ledger, waiting)
+        self._shrinking = any(self.ledger.excess(tier) for tier in TIERS)
         return drops
 
     # ------------------------------------------------------------------ internals
 
     def _unwant(self, digest: str) -> None:
-        self._entries[digest].wanted = None
-        self._operator_wants.pop(digest, None)
+        self.ledger.entries[digest].wanted = None
+        self.operator_wants.pop(digest, None)
 
     def _drop_both(self, entry: LedgerEntry, cause: EvictionCause) -> list[Action]:
-        self._ledger.drain(entry, draining=False)
+        self.ledger.drain(entry, draining=False)
         drops: list[Action] = []
         for tier in TIERS:
             if entry.at(tier) is Presence.THERE:
-                drops += self._ledger.drop(entry, tier, cause)
-        self._ledger.forget_if_idle(entry)
+                drops += self.ledger.drop(entry, tier, cause)
+        self.ledger.forget_if_idle(entry)
         return drops
 
     def _check_pin_fits(self, entry: LedgerEntry, tier: MemoryTier) -> None:
         for kept in TIERS if self._shared and tier == "device" else (tier,):
-            others = self._ledger.pinned_bytes(kept, beside=entry)
-            budget = self._ledger.budget(kept)
+            others = self.ledger.pinned_bytes(kept, beside=entry)
+            budget = self.ledger.budget(kept)
             if others + entry.bytes > budget:
                 raise AdapterBudgetExceeded(
                     f"pinning {entry.source.name} ({entry.bytes} bytes) would take the pinned "
@@ -368,13 +372,14 @@ class Residency:
 
     def check_unused(self) -> None:
         """While no sequence is there, nothing is leased or held. Costs nothing."""
-        self._ledger.check_unused()
+        self.ledger.check_unused()
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
         """Holds and leases equal the sequences that claim them; budgets are kept, and what
         is past one that was lowered only becomes less. In slices, see `integrity`."""
-        yield from self._ledger.integrity(held, leased)
-        for part in in_slices(self._operator_wants):
+        yield from self.ledger.integrity(held, leased)
+        entries = self.ledger.entries
+        for part in in_slices(self.operator_wants):
             for digest in part:
-                assert self._entries[digest].wanted is not None, f"{digest[:12]} is not wanted"
+                assert entries[digest].wanted is not None, f"{digest[:12]} is not wanted"
             yield

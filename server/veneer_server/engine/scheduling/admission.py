@@ -41,6 +41,11 @@ class Admission:
         self._lacking: tuple[str, float] | None = None
         """(adapter, since): the first want that finds no room."""
 
+    @property
+    def lacking(self) -> str | None:
+        """The first want that finds no room, however short a time that has been so."""
+        return self._lacking[0] if self._lacking else None
+
     def note_lack_of_room(self, digest: str | None, now: float) -> None:
         """Told after each planning of adapters which want finds no room, if any."""
         if digest is None:

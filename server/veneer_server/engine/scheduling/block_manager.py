@@ -26,6 +26,9 @@ class BlockManager:
 
     Args:
         prefix_cache: whether sequences may share blocks at all.
+
+    Attributes:
+        cache: which blocks hold which prefixes; changed here only.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
@@ -34,14 +37,14 @@ class BlockManager:
         self.block_size = block_size
         self.total = num_blocks - 1
         self._enabled = prefix_cache
-        self._cache = PrefixCache()
+        self.cache = PrefixCache()
         self._free = list(range(num_blocks - 1, 0, -1))
         self._references = [0] * num_blocks
 
     @property
     def free(self) -> int:
         """Blocks that `grow` can hand out, idle ones included."""
-        return len(self._free) + self._cache.idle
+        return len(self._free) + self.cache.idle
 
     @property
     def used(self) -> int:
@@ -51,7 +54,7 @@ class BlockManager:
     @property
     def cached(self) -> int:
         """Idle blocks: no sequence uses them, but they hold a prefix."""
-        return self._cache.idle
+        return self.cache.idle
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -70,11 +73,11 @@ class BlockManager:
         assert not sequence.blocks, "adopting beside blocks of its own"
         if self.shares(sequence):
             for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
-                block = self._cache.find(key)
+                block = self.cache.find(key)
                 if block is None:
                     break
                 if not self._references[block]:
-                    self._cache.wake(block)
+                    self.cache.wake(block)
                 self._references[block] += 1
                 sequence.blocks.append(block)
         sequence.published = len(sequence.blocks)
@@ -86,7 +89,7 @@ class BlockManager:
             return 0
         found = 0
         for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
-            if self._cache.find(key) is None:
+            if self.cache.find(key) is None:
                 break
             found += self.block_size
         return found
@@ -116,7 +119,7 @@ class BlockManager:
         if missing > 0 and missing + spare > self.free:
             return False
         for _ in range(missing):
-            block = self._free.pop() if self._free else self._cache.give_up()
+            block = self._free.pop() if self._free else self.cache.give_up()
             self._references[block] = 1
             sequence.blocks.append(block)
         return True
@@ -130,13 +133,13 @@ class BlockManager:
             return
         keys = self._keys(sequence, full)
         for index in range(sequence.published, full):
-            self._cache.insert(keys[index], sequence.blocks[index])
+            self.cache.insert(keys[index], sequence.blocks[index])
         sequence.published = full
 
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find this sequence's blocks: what they hold cannot be trusted."""
         for block in sequence.blocks:
-            self._cache.forget(block)
+            self.cache.forget(block)
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of ``sequence``; harmless to repeat."""
@@ -144,7 +147,7 @@ class BlockManager:
         # which it could not be found.
         for block in reversed(sequence.blocks):
             self._references[block] -= 1
-            if not self._references[block] and not self._cache.keep(block):
+            if not self._references[block] and not self.cache.keep(block):
                 self._free.append(block)
         sequence.blocks.clear()
         sequence.published = 0
@@ -176,10 +179,10 @@ class BlockManager:
     def integrity(self, owners: list[Sequence]) -> Iterator[None]:
         """Every block is free, idle or referred to as counted. In slices, see `integrity`."""
         counted = Counter(block for sequence in owners for block in sequence.blocks)
-        yield from self._cache.integrity(counted)
+        yield from self.cache.integrity(counted)
         seen = bytearray(self.total + 1)
         seen[0] = 1
-        for blocks in in_slices(chain(self._free, self._cache.idle_blocks(), counted)):
+        for blocks in in_slices(chain(self._free, self.cache.idle_blocks(), counted)):
             for block in blocks:
                 assert not seen[block], f"KV block {block} is in two places, or is padding"
                 seen[block] = 1

@@ -15,8 +15,7 @@ ends, and everything does in turn.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from veneer_server.engine import integrity
@@ -24,97 +23,18 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
+from veneer_server.engine.scheduling.prefill_room import PrefillRoom
 from veneer_server.engine.scheduling.sequence import (
     Finish,
     Sequence,
     SequenceState,
     plan_sequence,
 )
-from veneer_server.engine.scheduling.step_limits import (
-    FIXED_CHUNK,
-    SMALLEST_CHUNK,
-    SchedulerLimits,
-    StepCost,
-)
-from veneer_server.step.plan import (
-    ConstraintFailure,
-    Following,
-    PlannedSequence,
-    SequenceResult,
-    StepPlan,
-)
-from veneer_server.wire.messages import Tops
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
+from veneer_server.engine.scheduling.updates import PrefixLookups, Update
+from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
 
-__all__ = ["PrefixLookups", "Scheduler", "SchedulerLimits", "Update"]
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixLookups:
-    """What sequences that started and may share found in the prefix cache; in tokens."""
-
-    asked: int = 0
-    found: int = 0
-
-
-@dataclass(slots=True)
-class _Room:
-    """Prompt tokens that a step may still take.
-
-    Attributes:
-        crumb: how many more, where that ends a prompt: what was left over of it would
-            cost every stream a further step with prefill.
-        cost: what tokens take here; None where that is no matter.
-        seconds: that prompt tokens may still take.
-        given: tokens that were; `SMALLEST_CHUNK` are whatever time they take, or prompts
-            would never end.
-    """
-
-    left: int
-    crumb: int = 0
-    cost: StepCost | None = None
-    seconds: float = 0.0
-    given: int = 0
-
-    def most(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that the time allows."""
-        if self.cost is None:
-            return sequence.remaining
-        # Each as if it were the last of them.
-        context = min(len(sequence.tokens), sequence.computed + max(1, self.left))
-        return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
-
-    def take(self, count: int, remaining: int, context: int) -> None:
-        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute,
-        with ``context`` before them."""
-        self.left -= count
-        self.given += count
-        if self.cost is not None:
-            self.seconds -= count * self.cost.row_s(context + count)
-        if count < remaining:
-            self.crumb = 0  # or a younger one would end before it
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a step gave one sequence.
-
-    Attributes:
-        token, logprob: the new token; None if the sequence only prefilled.
-        first: it is the sequence's first token.
-        finish: set if the sequence has ended.
-        finite: False if its logits were not finite; it has ended.
-        tops: the most likely tokens beside the new one, if asked for.
-        failure: why its constraint could not be followed; it has ended.
-    """
-
-    sequence: Sequence
-    token: int | None
-    logprob: float | None
-    first: bool
-    finish: Finish | None
-    finite: bool = True
-    tops: Tops | None = None
-    failure: ConstraintFailure | None = None
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -122,6 +42,9 @@ class Scheduler:
 
     Everything a sequence grips (lease, hold, blocks, place) is given back in
     `_end`, whatever ended it.
+
+    Attributes:
+        admission: in what order those that wait start.
     """
 
     def __init__(
@@ -140,13 +63,23 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
         """Sequences that are left out of steps until `unhold`."""
-        self._admission = Admission(
+        self.admission = Admission(
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
         self._lookups = PrefixLookups()
         self._preempted = False
 
     # --------------------------------------------------------------- inspection
+
+    @property
+    def queue(self) -> tuple[Sequence, ...]:
+        """Sequences that wait: by arrival, preempted ones first."""
+        return tuple(self._waiting)
+
+    @property
+    def batch(self) -> tuple[Sequence, ...]:
+        """Sequences that run, in the order in which they started."""
+        return tuple(self._running.values())
 
     @property
     def running(self) -> int:
@@ -158,7 +91,7 @@ class Scheduler:
 
     @property
     def waiting_for_adapter(self) -> int:
-        return sum(1 for s in self._waiting if not self._admission.resident(s))
+        return sum(1 for s in self._waiting if not self.admission.resident(s))
 
     @property
     def running_adapters(self) -> tuple[str, ...]:
@@ -184,7 +117,7 @@ class Scheduler:
             longest += self.blocks.blocks_for(len(request.prompt) + request.max_tokens)
             if longest <= self.blocks.total:
                 # In each step they take this much before anything is left to start on.
-                ahead += self._chunk(other, _Room(other.remaining))
+                ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
             # What it is going to publish is computed once, for both.
             known = max(known, self.blocks.common_prefix(sequence, other))
         return max(1, sequence.prompt_length - known), ahead
@@ -239,8 +172,8 @@ class Scheduler:
         wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
         first = islice(self._waiting, self.limits.max_running)
         near = len({s.digest for s in first if s.digest is not None})
-        plan = self.residency.plan(list(wanted), self._admission.lacking_too_long(now), near)
-        self._admission.note_lack_of_room(plan.blocked, now)
+        plan = self.residency.plan(list(wanted), self.admission.lacking_too_long(now), near)
+        self.admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
 
     # ---------------------------------------------------------------- the step
@@ -252,9 +185,9 @@ class Scheduler:
         started = [s for s in self._running.values() if s.id not in self._held]
         for sequence in (s for s in started if s.remaining == 1):
             self._choose(sequence, 1, chosen)
-        room = self._prefill_room(chosen)
+        room = PrefillRoom.beside(chosen, self.limits)
         for sequence in (s for s in started if s.remaining > 1):
-            remaining, count = sequence.remaining, self._chunk(sequence, room)
+            remaining, count = sequence.remaining, room.chunk(sequence)
             taken = self._choose(sequence, count, chosen) if count else 0
             room.take(taken, remaining, sequence.computed)
         # A step that preempted has no blocks to spare: admitting would only thrash.
@@ -284,30 +217,6 @@ class Scheduler:
         chosen[sequence.id] = plan_sequence(sequence, count)
         return count
 
-    def _prefill_room(self, decoding: Mapping[int, PlannedSequence]) -> _Room:
-        limits = self.limits
-        left, crumb = limits.max_batch_tokens - len(decoding), 0
-        beside = limits.prefill_beside_decode
-        if decoding and left > beside:
-            crumb = 0 if limits.exact else min(beside // 4, left - beside)
-            left = beside
-        if limits.cost is None or limits.exact:
-            return _Room(left, crumb)
-        context = sum(planned.start for planned in decoding.values())
-        seconds = limits.cost.prompt_s(len(decoding), context)
-        return _Room(left, crumb, limits.cost, seconds)
-
-    def _chunk(self, sequence: Sequence, room: _Room) -> int:
-        """Tokens of a prefill to compute in a step with this room; 0 if there is none."""
-        if room.left + room.crumb <= 0:
-            return 0
-        if self.limits.exact:
-            of_prompt = sequence.prompt_length - sequence.computed
-            return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
-        whole = sequence.remaining <= room.left + room.crumb
-        count = min(sequence.remaining if whole else max(0, room.left), room.most(sequence))
-        return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
-
     def _grow_or_preempt(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
     ) -> bool:
@@ -331,18 +240,18 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def _candidates(self, now: float) -> list[Sequence]:
-        return self._admission.order(
+        return self.admission.order(
             self._waiting,
             in_batch={s.digest for s in self._running.values() if s.digest is not None},
             places=self.limits.max_running - len(self._running),
             now=now,
         )
 
-    def _start(self, sequence: Sequence, room: _Room, now: float) -> int:
+    def _start(self, sequence: Sequence, room: PrefillRoom, now: float) -> int:
         """Let a waiting sequence run: tokens it computes, 0 if there is no room or there
         are no blocks for it."""
         sequence.computed = self.blocks.adopt(sequence)
-        count = self._chunk(sequence, room)
+        count = room.chunk(sequence)
         # Those that run will each want a block soon: without one to spare for them, this
         # one would be preempted a few steps later, and its work lost.
         spare = len(self._running)

@@ -27,7 +27,7 @@ MAX_DEPTH: Final = 200
 """Lists and objects within each other: enough for any schema, and no recursion of ours or
 of a library's comes near its limit."""
 
-_PIECE: Final = 64 << 10
+PIECE: Final = 64 << 10
 """Bytes that are looked at without letting other threads go on."""
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -69,8 +69,8 @@ def check_size(body: bytes, rest: Callable[[], None] = lambda: None) -> None:
         return
     nodes = items = 0
     in_string, backslash = False, b""
-    for at in range(0, len(body), _PIECE):
-        piece = backslash + body[at : at + _PIECE]
+    for at in range(0, len(body), PIECE):
+        piece = backslash + body[at : at + PIECE]
         # The last of an odd number escapes what the next piece begins with.
         backslash = b"\\" * ((len(piece) - len(piece.rstrip(b"\\"))) % 2)
         piece = piece.removesuffix(backslash)
@@ -90,13 +90,13 @@ def check_size(body: bytes, rest: Callable[[], None] = lambda: None) -> None:
 
 
 def _count(body: bytes, byte: bytes) -> int:
-    return sum(body.count(byte, at, at + _PIECE) for at in range(0, len(body), _PIECE))
+    return sum(body.count(byte, at, at + PIECE) for at in range(0, len(body), PIECE))
 
 
 def _may_have_surrogate(body: bytes) -> bool:
     longest = len(b"\\ud800")
     return any(
-        _SURROGATE.search(body, at, at + _PIECE + longest) for at in range(0, len(body), _PIECE)
+        _SURROGATE.search(body, at, at + PIECE + longest) for at in range(0, len(body), PIECE)
     )
 
 

@@ -79,7 +79,7 @@ class UploadOptions:
     resume: bool
 
 
-class _Pace:
+class UploadPace:
     """Whether an upload comes fast enough: in each `WINDOW_S` of waiting for its client it
     must bring ``min_rate`` bytes a second, or its end. So its waits add up to no more than
     its size divided by the rate, and one window. Our own work does not count for that, but
@@ -174,7 +174,7 @@ class Uploads:
         self._min_rate = min_rate
         self._deadline_s = deadline_s
         self._most_broken, self._most_broken_bytes = broken
-        self._running: dict[_Pace, None] = {}
+        self._running: dict[UploadPace, None] = {}
         """In the order in which they came."""
         self._discarding = 0
         # Hashing and checking would take the step's cores.
@@ -256,7 +256,7 @@ class Uploads:
             for staged in found:  # also where the caller had gone by then
                 await to_the_end(staged.discard, self._workers)
 
-    def _place(self) -> _Pace:
+    def _place(self) -> UploadPace:
         """A place among the uploads that run; that of one which hardly moves, or would
         take long, if need be."""
         if len(self._running) >= MAX_AT_ONCE:
@@ -272,7 +272,7 @@ class Uploads:
                 )
             slow.displace()
             del self._running[slow]
-        pace = _Pace(self._min_rate, self._deadline_s)
+        pace = UploadPace(self._min_rate, self._deadline_s)
         self._running[pace] = None
         return pace
 
@@ -293,7 +293,7 @@ class Uploads:
         self,
         messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         upload: Upload,
-        pace: _Pace,
+        pace: UploadPace,
     ) -> None:
         while (message := await self._next(messages, pace)) is not None:
             if message.WhichOneof("message") != "chunk":
@@ -314,7 +314,7 @@ class Uploads:
             pace.progressed(missing - left, left)
 
     async def _next(
-        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: _Pace
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: UploadPace
     ) -> adapters_pb2.UploadAdapterRequest | None:
         """The client's next message; None when it has sent its last."""
         try:

@@ -20,10 +20,10 @@ __all__ = ["Cause", "Ended", "Worker"]
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
 """Bytes of an answer; the front reads no more, whatever the process sends."""
 
-_WALL_FACTOR: Final = 15
+WALL_FACTOR: Final = 15
 """Wall-clock seconds of a job for each second of CPU time: the machine may be busy."""
 
-_WALL_LEAST_S: Final = 5.0
+WALL_LEAST_S: Final = 5.0
 """A process that is started takes a part of it."""
 
 _BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
@@ -62,10 +62,10 @@ class Worker:
     async def do(self, job: Job) -> Done:
         """Raises Ended."""
         process = await self._running()
-        wall = max((job.compile_limit_s + job.limit_s) * _WALL_FACTOR, _WALL_LEAST_S)
+        wall = max((job.compile_limit_s + job.limit_s) * WALL_FACTOR, WALL_LEAST_S)
         try:
             async with asyncio.timeout(wall):
-                return await _exchange(process, job)
+                return await exchange(process, job)
         except TimeoutError as error:
             await self.kill()
             raise Ended(Cause.NO_ANSWER) from error
@@ -116,7 +116,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def _exchange(process: asyncio.subprocess.Process, job: Job) -> Done:
+async def exchange(process: asyncio.subprocess.Process, job: Job) -> Done:
+    """Send a job to a process that is idle, and take its answer."""
     assert process.stdin is not None, "made with pipes"
     assert process.stdout is not None, "made with pipes"
     body = msgspec.msgpack.encode(job)

@@ -31,10 +31,9 @@ class SlowMemory(FakeMemory):
 
 
 def engine(*, device: int = 1000, slow: bool = False) -> Engine:
-    made = Engine(context=1000, blocks=1000)
+    memory = SlowMemory if slow else FakeMemory
+    made = Engine(context=1000, blocks=1000, memory=memory)
     made.scheduler.residency.set_budgets(host=None, device=device)
-    if slow:
-        made.memory = made.loop._memory = SlowMemory(made.inbox)
     return made
 
 

@@ -12,7 +12,8 @@ from veneer_registry.errors import InvalidField
 from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import (
     ConstraintFailure,

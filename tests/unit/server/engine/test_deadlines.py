@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from veneer_server.wire.messages import (
     AdapterSource,
+    Cancel,
     Constraint,
     SamplingParams,
     SequenceFailed,
@@ -23,9 +24,15 @@ PACE = 32
 """Tokens a second: a full step of `Engine`."""
 
 
-def engine(max_running: int = 4) -> Engine:
-    made = Engine(max_running, context=1000, blocks=1000)
-    made.loop._pace.observe(PACE, 1.0)
+def engine(max_running: int = 4, grammars: SlowGrammars | None = None) -> Engine:
+    """One that has had a step of a second, as full as can be. Later ones take no time."""
+    made = Engine(max_running, context=1000, blocks=1000, pace=PACE, grammars=grammars)
+    made.inbox.put(ask(-1, fresh(PACE, 1_000_000)))
+    made.turn()
+    made.inbox.put(Cancel(-1))
+    made.turn()
+    made.sent.clear()
+    made.now, made.pace = 0.0, None
     return made
 
 
@@ -146,8 +153,8 @@ def test_a_deadline_runs_while_the_message_and_its_constraint_wait(
     constraint: Constraint | None, late: float, in_time: bool
 ) -> None:
     """64 tokens: 2 seconds, less a margin."""
-    made = engine()
-    grammars = made.loop._grammars = SlowGrammars()
+    grammars = SlowGrammars()
+    made = engine(grammars=grammars)
     made.inbox.put(ask(1, fresh(64), deadline=8.0, constraint=constraint))
     if constraint is not None:
         made.turn()

@@ -47,9 +47,10 @@ class Noted(FakeMemory):
 class Drained(Engine):
     """An engine that holds adapter ``a`` in DEVICE and HOST."""
 
+    memory: Noted
+
     def __init__(self, max_running: int = 4, blocks: int = 1000) -> None:
-        super().__init__(max_running, context=1000, blocks=blocks)
-        self.memory = self.loop._memory = Noted(self.inbox)
+        super().__init__(max_running, context=1000, blocks=blocks, memory=Noted)
         self.turns(Activate(1, A))
         assert self.in_memory
         self.memory.told.clear()

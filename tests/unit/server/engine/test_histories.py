@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -26,19 +27,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
+from veneer_server.engine.residency import load_planner, residency
 from veneer_server.engine.residency.ledger import Ledger
-from veneer_server.engine.residency.load_planner import LoadPlanner
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Plan
-from veneer_server.engine.scheduling import prefix_cache
+from veneer_server.engine.scheduling import admission, prefill_room, prefix_cache, scheduler
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.prefix_cache import PrefixCache
-from veneer_server.engine.scheduling.scheduler import Scheduler, Update
+from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.updates import Update
 from veneer_server.step.plan import StepPlan
 from veneer_server.wire.messages import AdapterSource
 
+from tests.planted import edited
 from tests.unit.server.engine.world import BLOCK, CONTEXT, SIZE, World, adapter, token_of
 
 HISTORIES = 2000
@@ -222,7 +225,8 @@ class Histories(RuleBasedStateMachine):
         assert world.scheduler.blocks.used == 0
         world.plan_adapters()
         for tier in ("host", "device"):
-            assert world._used(tier) <= world._budget(tier), f"the {tier} budget is not kept"
+            held, most = world.bytes_held(tier), world.most_bytes(tier)
+            assert held <= most, f"the {tier} budget is not kept"
         for number, (prompt, new) in self.asked.items():
             if number not in world.failed:
                 assert number in world.finished, f"{number} was lost"
@@ -273,6 +277,11 @@ def test_random_histories() -> None:
 # ------------------------------------------------------------------- planted bugs
 
 
+def _edit(patch: pytest.MonkeyPatch, module: ModuleType, old: str, new: str) -> None:
+    function, code = edited(module, old, new)
+    patch.setattr(function, "__code__", code)
+
+
 def _sampled_tokens_count_as_computed(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.update
 
@@ -286,25 +295,30 @@ def _sampled_tokens_count_as_computed(patch: pytest.MonkeyPatch) -> None:
 
 
 def _chunks_ignore_the_budget(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_chunk", lambda self, sequence, left: sequence.remaining)
+    _edit(
+        patch,
+        prefill_room,
+        "if self.left + self.crumb <= 0:\n            return 0",
+        "if True:\n            return sequence.remaining",
+    )
 
 
 def _preempted_to_the_end_of_the_queue(patch: pytest.MonkeyPatch) -> None:
-    right = Scheduler._preempt
-
-    def wrong(self: Scheduler, sequence: Sequence) -> None:
-        right(self, sequence)
-        self._waiting.rotate(-1)
-
-    patch.setattr(Scheduler, "_preempt", wrong)
+    _edit(
+        patch,
+        scheduler,
+        "self._waiting.appendleft(sequence)",
+        "self._waiting.append(sequence)",
+    )
 
 
 def _end_forgets_the_hold(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Scheduler, sequence: Sequence) -> None:
-        del self._running[sequence.id]
-        self.blocks.release(sequence)
-
-    patch.setattr(Scheduler, "_leave_running", wrong)
+    _edit(
+        patch,
+        scheduler,
+        "self.residency.unhold(sequence.digest)",
+        "pass",
+    )
 
 
 def _nothing_is_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -312,28 +326,26 @@ def _nothing_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def _published_before_computed(patch: pytest.MonkeyPatch) -> None:
-    right = Scheduler._start
-
-    def wrong(self: Scheduler, sequence: Sequence, left: int, now: float) -> int:
-        count = right(self, sequence, left, now)
-        if count:
-            sequence.computed += count
-            self.blocks.publish(sequence)
-            sequence.computed -= count
-        return count
-
-    patch.setattr(Scheduler, "_start", wrong)
+    _edit(
+        patch,
+        scheduler,
+        "self._running[sequence.id] = sequence\n",
+        "self._running[sequence.id] = sequence\n"
+        "        sequence.computed += count\n"
+        "        self.blocks.publish(sequence)\n"
+        "        sequence.computed -= count\n",
+    )
 
 
 def _some_decode_later(patch: pytest.MonkeyPatch) -> None:
-    right = Scheduler._choose
-
-    def wrong(self: Scheduler, sequence: Sequence, count: int, chosen: dict[int, Any]) -> int:
-        if sequence.remaining == 1 and len(chosen) >= 2:
-            return 0
-        return right(self, sequence, count, chosen)
-
-    patch.setattr(Scheduler, "_choose", wrong)
+    _edit(
+        patch,
+        scheduler,
+        "if sequence.state is not SequenceState.RUNNING:",
+        "if sequence.state is not SequenceState.RUNNING or (\n"
+        "            sequence.remaining == 1 and len(chosen) >= 2\n"
+        "        ):",
+    )
 
 
 def _the_first_is_preempted_too(patch: pytest.MonkeyPatch) -> None:
@@ -352,7 +364,7 @@ def _shared_blocks_are_freed(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: BlockManager, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):
             self._references[block] = 0
-            if not self._cache.keep(block):
+            if not self.cache.keep(block):
                 self._free.append(block)
         sequence.blocks.clear()
         sequence.published = 0
@@ -417,10 +429,12 @@ def _given_up_blocks_are_still_found(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nobody_is_overdue(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Admission, sequence: Sequence, in_batch: set[str], now: float) -> int:
-        return int(sequence.digest is not None and sequence.digest not in in_batch)
-
-    patch.setattr(Admission, "_rank", wrong)
+    _edit(
+        patch,
+        admission,
+        "if preempted or now - sequence.arrived >= self._max_wait:",
+        "if False:",
+    )
 
 
 def _nobody_is_held_back(patch: pytest.MonkeyPatch) -> None:
@@ -437,14 +451,12 @@ def _the_room_is_taken_for_ever(patch: pytest.MonkeyPatch) -> None:
 
 
 def _older_ones_lose_their_adapters(patch: pytest.MonkeyPatch) -> None:
-    right = LoadPlanner._take_in_demand
-
-    def wrong(
-        self: LoadPlanner, tier: Any, missing: int, index: int
-    ) -> list[tuple[int, LedgerEntry]]:
-        return right(self, tier, missing, -1)
-
-    patch.setattr(LoadPlanner, "_take_in_demand", wrong)
+    _edit(
+        patch,
+        load_planner,
+        "found[-1][0] > index",
+        "found[-1][0] > -1",
+    )
 
 
 def _reading_ahead_takes_what_others_use(patch: pytest.MonkeyPatch) -> None:
@@ -466,14 +478,12 @@ def _lower_budgets_drop_nothing(patch: pytest.MonkeyPatch) -> None:
 
 def _a_lower_budget_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """What could not go at once is not looked at again."""
-    right = Residency._shrink
-
-    def wrong(self: Residency, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
-        drops = right(self, waiting)
-        self._shrinking = False
-        return drops
-
-    patch.setattr(Residency, "_shrink", wrong)
+    _edit(
+        patch,
+        residency,
+        "self._shrinking = any(self.ledger.excess(tier) for tier in TIERS)",
+        "self._shrinking = False",
+    )
 
 
 def _held_adapters_are_evicted(patch: pytest.MonkeyPatch) -> None:
@@ -486,16 +496,20 @@ def _a_new_request_ends_a_drain(patch: pytest.MonkeyPatch) -> None:
     right = Residency.lease
 
     def wrong(self: Residency, source: AdapterSource) -> str:
-        if (entry := self._entries.get(source.weights_digest)) is not None:
-            self._ledger.drain(entry, draining=False)
+        if (entry := self.ledger.entries.get(source.weights_digest)) is not None:
+            self.ledger.drain(entry, draining=False)
         return right(self, source)
 
     patch.setattr(Residency, "lease", wrong)
 
 
 def _a_drain_waits_for_what_waits(patch: pytest.MonkeyPatch) -> None:
-    right = Residency._in_use
-    patch.setattr(Residency, "_in_use", lambda self, e: right(self, e) or e.leases > 0)
+    _edit(
+        patch,
+        residency,
+        "(entry.leases > 0 and not entry.draining)",
+        "entry.leases > 0",
+    )
 
 
 def _all_that_wait_is_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -507,14 +521,15 @@ def _all_that_wait_is_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def _penalties_count_again_after_a_preemption(patch: pytest.MonkeyPatch) -> None:
-    right = Scheduler._preempt
-
-    def wrong(self: Scheduler, sequence: Sequence) -> None:
-        right(self, sequence)
-        if sequence.token_counts is not None:
-            sequence.token_counts.generated = 0
-
-    patch.setattr(Scheduler, "_preempt", wrong)
+    _edit(
+        patch,
+        scheduler,
+        "sequence.computed = 0\n        sequence.prompt_logprobs.clear()",
+        "sequence.computed = 0\n"
+        "        if sequence.token_counts is not None:\n"
+        "            sequence.token_counts.generated = 0\n"
+        "        sequence.prompt_logprobs.clear()",
+    )
 
 
 BUGS = [

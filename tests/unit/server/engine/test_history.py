@@ -87,7 +87,7 @@ def test_penalties_change_logits_as_the_text_says_to_the_bit(
             row[token] = value / repetition if value > 0 else value * repetition
         for token, count in Counter(output).items():
             row[token] -= torch.tensor(presence) + torch.tensor(frequency) * count
-    assert torch.equal(sampler._adjusted(logits, choices), right)
+    assert torch.equal(sampler.penalized(logits, choices), right)
 
 
 def test_only_rows_that_sample_with_penalties_have_it() -> None:

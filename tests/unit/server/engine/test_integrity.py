@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from veneer_server.engine.loop import CHECK_SECONDS
-from veneer_server.wire.messages import Activate, Ping, Pong, Stop
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.wire.messages import Activate, Ping, Pong
 
 from tests.unit.server.engine.test_loop import Engine, request
 from tests.unit.server.engine.world import adapter
@@ -16,13 +17,22 @@ ADAPTERS = 3_000
 
 
 class Watched(dict[str, Any]):
-    """A dict that counts the entries that are looked at one after the other."""
+    """A dict that counts the entries that are looked at one after the other.
+
+    Attributes:
+        meanwhile: called once, when ``at`` of them have been looked at.
+    """
 
     looked_at = 0
+    at = 0
+    meanwhile: Callable[[], None] | None = None
 
     def _count(self, items: Any) -> Any:
         for item in items:
             self.looked_at += 1
+            if self.meanwhile is not None and self.looked_at > self.at:
+                call, self.meanwhile = self.meanwhile, None
+                call()
             yield item
 
     def values(self) -> Any:
@@ -41,54 +51,29 @@ def filled(adapters: int = ADAPTERS) -> tuple[Engine, Watched]:
     while len(made.memory.held) < adapters:
         made.turn()
     made.sent.clear()
-    ledger = made.scheduler.residency._ledger
+    ledger = made.scheduler.residency.ledger
     watched = Watched(ledger.entries)
-    ledger.entries = made.scheduler.residency._entries = watched
+    ledger.entries = watched
     return made, watched
 
 
-class Pings:
-    """FAKE inbox of a loop: where that would sleep, the next ping comes, at last `Stop`.
+def answered(made: Engine, pings: int, between: Callable[[], None] = lambda: None) -> list[int]:
+    """Send an idle engine so many pings, one at a time; their numbers as it answered them.
 
     Args:
         between: called before each ping.
-        meanwhile: asked whenever the loop looks whether something has come; a ping has,
-            where it says so.
     """
-
-    def __init__(
-        self,
-        made: Engine,
-        pings: int,
-        between: Callable[[], None] = lambda: None,
-        meanwhile: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._inbox = made.inbox
-        self._left = iter(range(pings))
-        self._between = between
-        self._meanwhile = meanwhile
-
-    def get(self, *, block: bool) -> Any:
-        if block and self._inbox.empty():
-            self._between()
-            number = next(self._left, None)
-            return Stop() if number is None else Ping(number)
-        return self._inbox.get(block=False)
-
-    def put(self, message: Any) -> None:
-        self._inbox.put(message)
-
-    def empty(self) -> bool:
-        if self._meanwhile():
-            self._inbox.put(Ping(-1))
-        return self._inbox.empty()
-
-
-def answered(made: Engine, pings: int, **options: Any) -> list[int]:
-    """Run the loop until it has answered so many pings, one at a time; their numbers."""
-    made.loop._inbox = Pings(made, pings, **options)  # type: ignore[assignment]
-    made.loop.run()
+    made.turn()
+    for number in range(pings):
+        between()
+        made.inbox.put(Ping(number))
+        made.turn()
     return [m.number for m in made.sent if isinstance(m, Pong)]
+
+
+def leak_bytes(made: Engine) -> None:
+    """An adapter takes a byte more than was planned for it."""
+    made.scheduler.residency.ledger.entries["a7"].bytes += 1
 
 
 def test_a_message_to_an_idle_engine_does_not_cost_a_look_at_every_adapter() -> None:
@@ -109,7 +94,7 @@ def test_all_of_it_is_checked_once_a_minute_of_idleness() -> None:
 
 def test_what_leaked_ends_the_engine_at_the_next_full_check() -> None:
     made, _ = filled()
-    made.scheduler.residency._ledger._bytes["host"] += 1
+    leak_bytes(made)
     answered(made, 3)
 
     def pass_time() -> None:
@@ -127,7 +112,8 @@ def test_what_an_ended_request_left_behind_is_found_at_once(leak: str) -> None:
         made.turn()
     residency = made.scheduler.residency
     if leak == "block":
-        made.scheduler.blocks._free.pop()
+        nobody = Sequence(99, request(99).request, 0.0, None)
+        assert made.scheduler.blocks.grow(nobody, 1)
     else:
         residency.lease(adapter("a"))
     if leak == "hold":
@@ -136,42 +122,27 @@ def test_what_an_ended_request_left_behind_is_found_at_once(leak: str) -> None:
         answered(made, 2)
 
 
-def once(holds: Callable[[], bool]) -> Callable[[], bool]:
-    """True the first time that it holds."""
-    told: list[bool] = []
-
-    def found() -> bool:
-        if told or not holds():
-            return False
-        told.append(True)
-        return True
-
-    return found
-
-
 def test_a_message_that_comes_during_the_full_check_is_answered_before_its_end() -> None:
     made, entries = filled()
+    made.turn()
     made.now += CHECK_SECONDS
-    looked_at: list[int] = []
-
-    class Sent(list[Any]):
-        def extend(self, messages: Any) -> None:
-            looked_at.extend(entries.looked_at for m in messages if m == Pong(-1, 0))
-
-    made.loop._send = Sent().extend
-    answered(made, 1, meanwhile=once(lambda: entries.looked_at > ADAPTERS / 10))
-    (before,) = looked_at
-    assert ADAPTERS / 10 < before < ADAPTERS / 2
+    before = entries.looked_at
+    entries.at = before + ADAPTERS // 10
+    entries.meanwhile = lambda: made.inbox.put(Ping(-1))
+    for _ in range(2):
+        made.turn()
+        assert ADAPTERS / 10 < entries.looked_at - before < ADAPTERS / 2
+    assert Pong(-1, 0) in made.sent
 
 
 def test_a_check_that_was_interrupted_is_made_up_for() -> None:
     made, entries = filled()
-    made.scheduler.residency._ledger._bytes["host"] += 1
-    interrupt = once(lambda: entries.looked_at > 0)
+    leak_bytes(made)
+    entries.meanwhile = lambda: made.inbox.put(Ping(-1))
 
     def pass_time() -> None:
         made.now += CHECK_SECONDS / 3
 
     with pytest.raises(AssertionError, match="bytes in host differ"):
-        answered(made, 5, between=pass_time, meanwhile=interrupt)
+        answered(made, 5, between=pass_time)
     assert ADAPTERS < entries.looked_at < 2 * ADAPTERS

@@ -21,6 +21,7 @@ from veneer_server.adapters.loaders import Loaders
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.wire.messages import LOST, AdapterSource
 
+from tests.planted import planted
 from tests.unit.registry.kit import SHAPES, make_adapter, make_tensors
 
 DTYPES = {
@@ -126,13 +127,10 @@ def test_no_room_to_map_a_run_is_no_memory_and_the_next_load_goes_on(
     wanted = source(make_adapter(tmp_path / "a"))
     reader = make("float32")
 
-    def full(*args: object, **named: object) -> None:
-        raise MemoryError("Cannot allocate memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pages, "_map", full)
-        with pytest.raises(MemoryError, match="Cannot allocate"):
-            reader.read(wanted)
+    # More than there are addresses.
+    full = planted(pages, "length = size + _LARGE", "length = size + (1 << 50)")
+    with full, pytest.raises(MemoryError, match="Cannot allocate"):
+        reader.read(wanted)
     assert reader.read(wanted)[0].run.numel()
 
 
@@ -155,7 +153,7 @@ def test_an_adapter_that_ends_every_loader_is_an_error_and_no_more(
     wanted = source(make_adapter(tmp_path / "a"))
     reader = make("float32")
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "_MODULE", "this")  # prints a poem and leaves
+        patch.setattr(loaders, "MODULE", "this")  # prints a poem and leaves
         with pytest.raises(InternalError, match="ended 2 times"):
             reader.read(wanted)
     assert reader.read(wanted)[0].run.numel()
@@ -240,7 +238,7 @@ def test_a_load_that_takes_too_long_each_time_may_be_tried_again(
     setup = Setup(dict(SHAPES), 2, "float32")
     reader = Loaders(setup, torch.float32, count=1, pinned=False, limit_s=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "_MODULE", "sleeps_for_ever")
+        patch.setattr(loaders, "MODULE", "sleeps_for_ever")
         with pytest.raises(DiskFailed) as caught:
             reader.read(wanted)
     assert caught.value.retry_after_s
@@ -259,7 +257,7 @@ def test_a_large_adapter_has_more_time(
         given.append(limit_s)
         raise InternalError("enough is known")
 
-    monkeypatch.setattr(loaders._Loader, "load", noted)
+    monkeypatch.setattr(loaders.Loader, "load", noted)
     for parameters in (0, 500_000_000):
         with pytest.raises(InternalError):
             reader.read(AdapterSource("d" * 64, str(tmp_path), parameters, "big"))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from veneer_server.engine.process import _Loading
+from veneer_server.engine.process import WhileLoading
 from veneer_server.progress import Part, stage
 from veneer_server.wire.messages import FromEngine, Loading
 
@@ -19,7 +19,7 @@ def _signals() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def load(loading: _Loading, work: Callable[[], None]) -> None:
+def load(loading: WhileLoading, work: Callable[[], None]) -> None:
     with loading.running(), stage("packing the weights", total=3, unit="layers") as part:
         part.update(1)
         work()
@@ -27,7 +27,7 @@ def load(loading: _Loading, work: Callable[[], None]) -> None:
 
 def test_the_front_is_told() -> None:
     sent: list[FromEngine] = []
-    load(_Loading(sent.extend), lambda: None)
+    load(WhileLoading(sent.extend), lambda: None)
     parts = [message.part for message in sent if isinstance(message, Loading)]
     assert parts[0] == Part("packing the weights", 0, 3, "layers")
     assert parts[-1] == Part("packing the weights", 1, 3, "layers", "done")
@@ -40,7 +40,7 @@ def test_a_front_that_cannot_be_told_is_no_damaged_file() -> None:
         raise BrokenPipeError
 
     with pytest.raises(SystemExit):
-        load(_Loading(send), lambda: None)
+        load(WhileLoading(send), lambda: None)
 
 
 def test_the_fronts_end_interrupts_what_waits() -> None:
@@ -55,14 +55,14 @@ def test_the_fronts_end_interrupts_what_waits() -> None:
             cleaned.append(True)
             gone.join()
 
-    loading = _Loading(lambda messages: None)
+    loading = WhileLoading(lambda messages: None)
     with pytest.raises(SystemExit):
         load(loading, compile_kernels)
     assert cleaned == [True]
 
 
 def test_once_it_is_loaded_the_step_loop_hears_of_it_alone() -> None:
-    loading = _Loading(lambda messages: None)
+    loading = WhileLoading(lambda messages: None)
     load(loading, lambda: None)
     loading.front_gone()
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass, field
 
-from veneer_server.engine.loop import StepLoop
+from veneer_server.engine.loop import GrammarMemory, StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.step.inbox import Arrived, Inbox
-from veneer_server.step.plan import SequenceResult, StepPlan
+from veneer_server.step.plan import Runner, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     Activate,
     AdapterSource,
@@ -33,7 +34,7 @@ from tests.unit.server.engine.world import adapter
 
 
 class FakeRunner:
-    """Token 5, always."""
+    """FAKE: token 5, always; no time passes."""
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         return tuple(SequenceResult(token=5 if p.samples else None) for p in plan.sequences)
@@ -41,7 +42,7 @@ class FakeRunner:
 
 @dataclass
 class FakeMemory:
-    """Loads and moves end at once; drops are noted."""
+    """FAKE: loads and moves end at once; drops are noted."""
 
     inbox: Inbox
     held: set[tuple[str, str]] = field(default_factory=set)
@@ -60,14 +61,29 @@ class FakeMemory:
 
 
 class Engine:
-    """A loop that runs until its inbox has been worked off; ``now`` is its clock."""
+    """A loop that is told turn by turn; ``now`` is its clock.
 
-    def __init__(self, max_running: int = 4, context: int = 64, blocks: int = 20) -> None:
+    Args:
+        pace: tokens a second that steps compute; None where they take no time.
+    """
+
+    def __init__(
+        self,
+        max_running: int = 4,
+        context: int = 64,
+        blocks: int = 20,
+        *,
+        runner: Runner | None = None,
+        memory: type[FakeMemory] = FakeMemory,
+        pace: float | None = None,
+        grammars: GrammarMemory | None = None,
+    ) -> None:
         self.now = 0.0
+        self.pace = pace
         self.inbox: Inbox = queue.SimpleQueue()
         self.sent: list[FromEngine] = []
         residency = Residency(1000, 1000, itemsize=1)
-        self.memory = FakeMemory(self.inbox)
+        self.memory = memory(self.inbox)
         self.scheduler = Scheduler(
             SchedulerLimits(32, max_running, context_length=context),
             BlockManager(blocks, 4),
@@ -78,23 +94,30 @@ class Engine:
             inbox=self.inbox,
             scheduler=self.scheduler,
             residency=residency,
-            runner=FakeRunner(),
+            runner=runner or Paced(self),
             memory=self.memory,
             send=self.sent.extend,
             clock=lambda: self.now,
+            grammars=grammars,
         )
 
     def turn(self) -> None:
-        """What one turn of `StepLoop.run` does, without waiting for messages."""
-        self.loop._take_messages(block=False)
-        self.loop._start_transfers()
-        plan = self.scheduler.schedule(self.now)
-        if plan is not None:
-            self.loop._step(plan)
-        self.loop._flush()
+        self.loop.turn()
 
     def of(self, kind: type[FromEngine]) -> list[FromEngine]:
         return [m for m in self.sent if isinstance(m, kind)]
+
+
+class Paced(FakeRunner):
+    """FAKE: steps take the engine's time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
+        if self._engine.pace is not None:
+            self._engine.now += plan.rows / self._engine.pace
+        return super().execute(plan)
 
 
 def request(number: int, source: AdapterSource | None = None, new: int = 3) -> Submit:
@@ -121,7 +144,6 @@ def test_an_eviction_that_drains_is_carried_out_when_its_sequences_fail() -> Non
 
 def test_answers_to_messages_do_not_wait_for_the_next_step() -> None:
     """A step may take a second, and who cancelled or evicts is not served by it."""
-    engine = Engine()
     seen: list[list[FromEngine]] = []
 
     class Watching(FakeRunner):
@@ -130,7 +152,7 @@ def test_answers_to_messages_do_not_wait_for_the_next_step() -> None:
             engine.inbox.put(Stop())
             return super().execute(plan)
 
-    engine.loop._runner = Watching()
+    engine = Engine(runner=Watching())
     for message in (request(1), request(2), Cancel(2), Unpin(3, "a")):
         engine.inbox.put(message)
     engine.loop.run()
@@ -164,17 +186,15 @@ def with_deadline(number: int, prompt: range, deadline: float) -> Submit:
 
 
 def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
-    """The loop's pace is told, not measured: 32 tokens a second at best."""
-    engine = Engine()
+    """The loop measures the pace: a full step of 32 tokens takes a second."""
+    engine = Engine(pace=32)
     engine.inbox.put(with_deadline(1, range(40), 0.001))
     engine.turn()
     assert engine.of(SequenceFailed) == [], "nothing was measured yet"
-    engine.loop._pace.observe(32, 1.0)
-    engine.loop._pace.tokens_per_s = 32.0  # forget the step above: it took no time
-    engine.inbox.put(with_deadline(2, range(100, 140), 0.5))
-    engine.inbox.put(with_deadline(3, range(50, 58), 0.3))
-    engine.loop._take_messages(block=False)
-    engine.loop._flush()
+    assert engine.now == 1
+    engine.inbox.put(with_deadline(2, range(100, 140), 1.5))
+    engine.inbox.put(with_deadline(3, range(50, 58), 1.3))
+    engine.turn()
     alone, behind = [m for m in engine.sent if isinstance(m, SequenceFailed)]
     assert (alone.sequence, behind.sequence) == (2, 3)
     assert {m.error.reason for m in (alone, behind)} == {"DEADLINE_TOO_SHORT"}
@@ -184,11 +204,13 @@ def test_a_deadline_is_refused_when_what_runs_makes_it_impossible() -> None:
     assert engine.scheduler.waiting + engine.scheduler.running == 1
     while engine.scheduler.has_work():
         engine.turn()
-    engine.loop._pace.tokens_per_s = 32.0
-    engine.inbox.put(with_deadline(4, range(50, 58), 0.3))
-    engine.inbox.put(with_deadline(5, range(40), 0.5))  # the first one's prompt: it is cached
-    engine.loop._take_messages(block=False)
-    assert engine.scheduler.waiting == 2
+    engine.sent.clear()
+    engine.inbox.put(with_deadline(4, range(50, 58), engine.now + 0.3))
+    # The first one's prompt: it is cached.
+    engine.inbox.put(with_deadline(5, range(40), engine.now + 0.5))
+    engine.turn()
+    assert not engine.of(SequenceFailed)
+    assert engine.scheduler.running == 2
 
 
 def test_a_wait_for_a_place_is_not_counted_as_the_adapters_load() -> None:

@@ -21,7 +21,8 @@ from veneer_server.engine.execution.model_runner import ModelRunner
 from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
-from veneer_server.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.step.arrays import StepArrays, finite_rows
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import PlannedSequence, StepPlan
@@ -119,8 +120,15 @@ def run(grammars: Grammars, blocks: int, requests: list[dict[str, Any]]) -> list
     scheduler = Scheduler(
         limits, BlockManager(blocks, BLOCK, prefix_cache=False), residency, frozenset({EOS})
     )
-    preempt, preempted = scheduler._preempt, []
-    scheduler._preempt = lambda s: (preempted.append(s.id), preempt(s))[1]  # type: ignore[method-assign]
+    schedule, preempted = scheduler.schedule, []
+
+    def noted(now: float) -> StepPlan | None:
+        running = {s.id for s in scheduler.batch}
+        plan = schedule(now)
+        preempted.extend(s.id for s in scheduler.queue if s.id in running)
+        return plan
+
+    scheduler.schedule = noted  # type: ignore[method-assign]
     loop = StepLoop(
         inbox=inbox,
         scheduler=scheduler,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.engine.residency import load_planner as planner
-from veneer_server.engine.residency.load_planner import LoadPlanner
+from veneer_server.engine.residency import load_planner
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Load
 
 from tests.bench.residency import LeastRecentlyUsed, Simulation, wanted
+from tests.planted import planted
 from tests.unit.server.engine.test_residency import Memory
 from tests.unit.server.engine.world import SIZE, World, adapter
 
@@ -58,7 +58,7 @@ def test_reading_ahead_leaves_half_of_host_to_what_is_used_again(
         return sum(name.startswith("old") for name in hosted(world))
 
     assert left() == 2  # of the other half, one runs, and one is not ahead: it is next
-    monkeypatch.setattr(planner, "AHEAD", 1.0)
+    monkeypatch.setattr(load_planner, "AHEAD", 1.0)
     assert left() == 0, "a bug that this would miss"
 
 
@@ -130,7 +130,7 @@ def moves(world: World, adapters: int, requests: int) -> int:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_was_brought_serves_those_who_wait_before_it_goes(
-    shared: bool, monkeypatch: pytest.MonkeyPatch
+    shared: bool,
 ) -> None:
     """Four times as many adapters as DEVICE holds, and a queue for each: a copy to DEVICE
     serves its whole queue."""
@@ -140,10 +140,12 @@ def test_what_was_brought_serves_those_who_wait_before_it_goes(
         return moves(world, adapters=8, requests=32)
 
     assert count() == 8
-    monkeypatch.setattr(
-        LoadPlanner, "_find_in_demand", lambda self, tier: [(99, e) for e in self._queue]
+    all_may_go = planted(
+        load_planner,
+        "ledger, queue = self._ledger, self._queue\n        found =",
+        "return [(99, e) for e in self._queue]\n        found =",
     )
-    with pytest.raises(AssertionError):
+    with all_may_go, pytest.raises(AssertionError):
         count()
 
 

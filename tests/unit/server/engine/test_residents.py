@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import pytest
 from veneer_registry.errors import (
@@ -86,7 +85,7 @@ class Engine:
         """A new engine; the names of adapters that were brought back, in order."""
         self.asked.clear()
         self.residents.restore(itemsize=1)
-        if (task := self.residents._task) is not None:
+        if (task := self.residents.restoring) is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         return [name for name, _, _ in self.asked]
@@ -162,28 +161,18 @@ async def test_nothing_is_pushed_out_for_it() -> None:
     assert await engine.restart() == ["c", "b"]
 
 
-async def test_requests_that_wait_for_an_adapter_go_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_requests_that_wait_for_an_adapter_go_first() -> None:
     engine = Engine()
-    calm, waits = engine.residents._calm, asyncio.Event()
-    wait = calm.wait
-
-    async def noted() -> Literal[True]:
-        waits.set()
-        return await wait()
-
-    monkeypatch.setattr(calm, "wait", noted)
     engine.request("a")
     engine.die()
     engine.residents.occupancy(Occupancy(0, 1, 1, 0, 1))
     engine.residents.restore(itemsize=1)
-    task = engine.residents._task
+    task = engine.residents.restoring
     assert task is not None
-    waiting = asyncio.create_task(waits.wait())
-    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    assert waiting.done()
+    for _ in range(20):
+        await asyncio.sleep(0)
     assert engine.asked == []
+    assert not task.done()
     engine.residents.occupancy(Occupancy(1, 0, 0, 0, 1))
     await task
     assert engine.asked == [("a", "device", False)]
@@ -241,7 +230,7 @@ async def test_what_an_operator_evicts_meanwhile_is_restored_only_if_that_is_ref
 
     with pytest.raises(AdapterInUse):
         await evict()
-    task = engine.residents._task
+    task = engine.residents.restoring
     assert task is not None
     await task
     assert engine.asked == [("b", "device", True), ("a", "device", True)]
@@ -251,9 +240,7 @@ async def test_what_an_operator_evicts_meanwhile_is_restored_only_if_that_is_ref
 
 async def test_the_client_asks_about_lost_pins_before_it_asks_the_engine() -> None:
     client = EngineClient(EngineConfig("", "", "", ""), max_queue=1)
-    client._residents.pinned(source("a"), "device")
-    client.receive(Residency("a", "device", True, SIZE, SIZE, SIZE, 1, 1))
-    client.fail_everything(EngineFailed("it died"))
+    client.expect_residents([residents.Resident(source("a"), "device", "device")])
     with pytest.raises(AdapterPinned):
         await client.evict("a", mode="drain", unpin=False)
     with pytest.raises(ModelLoading):
@@ -278,12 +265,12 @@ async def test_one_that_kills_the_engine_is_left_after_two_tries() -> None:
 async def test_what_was_used_once_is_forgotten_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(residents, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(residents, "MOST_KNOWN", 3)
     engine = Engine()
     engine.request("kept")
     for name in "abcdef":
         engine.residents.used(source(name))
-    assert len(engine.residents._known) == 3
+    assert engine.residents.known == 3
     assert engine.residents.tier("kept") is not None
 
 
@@ -337,7 +324,7 @@ async def test_what_is_expected_is_brought_back_within_the_budgets_of_this_start
     other = Engine(device_budget=4 * SIZE - 1)
     other.residents.expect(after.residents.snapshot())
     other.residents.restore(itemsize=3)  # another dtype: each takes three times as much
-    task = other.residents._task
+    task = other.residents.restoring
     assert task is not None
     await task
     assert [name for name, _, _ in other.asked] == ["a"]
@@ -377,7 +364,7 @@ async def test_a_lower_budget_is_refused_while_pins_that_need_it_are_not_back() 
     with pytest.raises(AdapterBudgetExceeded, match="brought back"):
         engine.residents.check_budgets(host=None, device=2 * SIZE - 1)
     engine.residents.check_budgets(host=None, device=2 * SIZE)
-    task = engine.residents._task
+    task = engine.residents.restoring
     assert task is not None
     await task
     engine.residents.check_budgets(host=None, device=1)  # the engine knows, and will say
@@ -386,7 +373,7 @@ async def test_a_lower_budget_is_refused_while_pins_that_need_it_are_not_back() 
 async def test_what_is_not_back_yet_is_not_forgotten_for_what_is_used_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(residents, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(residents, "MOST_KNOWN", 3)
     engine = pinned_and_lost("a", "b")
     for name in "cdefg":
         engine.residents.used(source(name))

@@ -238,11 +238,11 @@ def test_extreme_temperatures_are_finite(draws: Draws) -> None:
 def test_greedy_rows_cost_one_argmax_and_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampler, "_draw", None)
+    monkeypatch.setattr(sampler, "draw", None)
     logits = torch.randn(4, VOCAB)
     before = logits.clone()
     greedy = Choice(SamplingParams(temperature=0), 1, seen_in([1], [2]))
-    monkeypatch.setattr(sampler, "_adjusted", None)
+    monkeypatch.setattr(sampler, "penalized", None)
     assert sample(logits, [greedy] * 4) == before.argmax(dim=-1).tolist()
     assert torch.equal(logits, before)
 
@@ -264,7 +264,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     choice = Choice(
         SamplingParams(repetition_penalty=1.3), 5, seen_in(history[:3], history[3:])
     )
-    assert torch.equal(sampler._adjusted(logits, [choice]), theirs)
+    assert torch.equal(sampler.penalized(logits, [choice]), theirs)
 
 
 def test_top_tokens_are_sorted_and_raw(draws: Draws) -> None:

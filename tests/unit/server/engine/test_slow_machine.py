@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from veneer_server.engine.scheduling.step_limits import (
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.engine_client.supervisor import HANG_FACTOR, SILENCE_SECONDS, Supervisor
-from veneer_server.wire.messages import EngineConfig, EngineInfo, SamplingParams, StepDone
+from veneer_server.wire.messages import (
+    EngineConfig,
+    EngineInfo,
+    SamplingParams,
+    SequenceRequest,
+    StepDone,
+    ToEngine,
+)
 
 from tests.engine_harness import GREEDY, engine
 from tests.other_engine import engine_of
@@ -51,9 +59,8 @@ def config(base: Path, **changes: object) -> EngineConfig:
 
 async def generate(client: EngineClient, prompt: int, new: int) -> int:
     """Tokens of one request."""
-    outputs = client.generate(
-        [5] * prompt, max_tokens=new, sampling=SamplingParams(temperature=0), ignore_eos=True
-    )
+    request = SequenceRequest([5] * prompt, new, SamplingParams(temperature=0), ignore_eos=True)
+    outputs = client.generate(request)
     async with aclosing(outputs):
         return sum([len(output.tokens) async for output in outputs])
 
@@ -213,7 +220,7 @@ def test_no_planned_step_is_longer_than_the_target_but_for_the_least_chunk(seed:
 
 def test_measuring_leaves_no_trace_in_the_cache_and_no_block_taken(tmp_path: Path) -> None:
     with engine(config(make_tiny_llama(tmp_path))) as made:
-        cache = made.runner._backend._cache  # type: ignore[attr-defined]
+        cache = made.runner.backend.cache  # type: ignore[attr-defined]
         assert not any(layer.any() for layer in (*cache.keys, *cache.values))
         assert made.scheduler.blocks.used == made.scheduler.blocks.cached == 0
         assert made.info.step_seconds > 0
@@ -221,8 +228,32 @@ def test_measuring_leaves_no_trace_in_the_cache_and_no_block_taken(tmp_path: Pat
         assert len(answer.tokens) == 3
 
 
-def test_a_longer_step_than_was_measured_moves_the_limit() -> None:
+async def test_a_longer_step_than_was_measured_moves_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow:
+        """FAKE: a process that tells of a long step, and is silent from then on."""
+
+        info = INFO
+
+        async def messages(self) -> AsyncIterator[StepDone]:
+            yield StepDone(1, 30.0, 0, 1, 0)
+            told.set()
+            await asyncio.Event().wait()
+
+        def write(self, message: ToEngine) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+    async def opened(config: EngineConfig) -> Slow:
+        return Slow()
+
+    told = asyncio.Event()
+    monkeypatch.setattr(supervisor.Connection, "open", opened)
     made = watching(INFO)
-    made._longest_step = 30.0
+    await made.start()
+    await told.wait()
     assert made.silence_limit == 120
-    assert StepDone(1, 30.0, 0, 1, 0).seconds == 30.0
+    await made.stop()

@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 import pytest
 from veneer_registry.errors import EngineFailed, VeneerError
 from veneer_server.engine_client import supervisor
-from veneer_server.engine_client.connection import Connection, _next_frame
+from veneer_server.engine_client.connection import Connection, next_frame
 from veneer_server.engine_client.supervisor import Supervisor
 from veneer_server.wire.messages import (
     LENGTH,
@@ -241,7 +241,7 @@ async def test_a_frame_that_cannot_be_read_is_an_engine_that_failed() -> None:
     reader = asyncio.StreamReader()
     reader.feed_data(LENGTH.pack(3) + b"\xc1\xc1\xc1")
     with pytest.raises(EngineFailed, match="frame"):
-        await _next_frame(reader)
+        await next_frame(reader)
 
 
 def test_the_fake_has_what_the_real_one_has() -> None:

@@ -233,14 +233,14 @@ class World:
         self.residency.set_budgets(host=host, device=device)
         self.host = self.host if host is None else host
         self.device = self.device if device is None else device
-        self.most = {tier: self._used(tier) for tier in ("host", "device")}
+        self.most = {tier: self.bytes_held(tier) for tier in ("host", "device")}
 
-    def _budget(self, tier: str) -> int:
+    def most_bytes(self, tier: str) -> int:
         if tier == "device":
             return self.device
         return max(self.host, self.device) if self.shared else self.host
 
-    def _used(self, tier: str) -> int:
+    def bytes_held(self, tier: str) -> int:
         """Bytes really held; with shared memory a DEVICE copy is its HOST copy."""
         copies = {*self.memory, *self.pending}
         if self.shared and tier == "host":
@@ -253,16 +253,16 @@ class World:
         """No more is held than the budgets allow, but for what was in use when they were
         lowered."""
         for tier in ("host", "device"):
-            most = max(self._budget(tier), self.most.get(tier, 0))
-            assert self._used(tier) <= most, f"more in {tier} than was planned"
+            most = max(self.most_bytes(tier), self.most.get(tier, 0))
+            assert self.bytes_held(tier) <= most, f"more in {tier} than was planned"
 
     def _check_in_use(self) -> None:
         """What is past a budget that was lowered is in use."""
         running = {s.digest for s in self.live.values() if s.state is SequenceState.RUNNING}
         moving = {digest for digest, tier in self.pending if tier == "device"}
         for tier in ("host", "device"):
-            self.most[tier] = self._used(tier)
-            if self.most[tier] <= self._budget(tier):
+            self.most[tier] = self.bytes_held(tier)
+            if self.most[tier] <= self.most_bytes(tier):
                 continue
             self.shrinks += 1
             for digest in (digest for digest, where in self.memory if where == tier):
@@ -273,13 +273,13 @@ class World:
                 assert used or pinned, f"{digest} is past the {tier} budget, and not in use"
 
     def plan_adapters(self) -> None:
-        waiting = [s.digest for s in self.scheduler._waiting if s.digest is not None]
-        wants = list(dict.fromkeys([*self.residency._operator_wants, *waiting]))
+        waiting = [s.digest for s in self.scheduler.queue if s.digest is not None]
+        wants = list(dict.fromkeys([*self.residency.operator_wants, *waiting]))
         overdue = self._lacking()
-        near = {s.digest for s in list(self.scheduler._waiting)[: self.max_running]}
+        near = {s.digest for s in self.scheduler.queue[: self.max_running]}
         actions, impossible = self.scheduler.plan_adapters(self.now)
         self._check_passed_over(actions, wants, overdue)
-        self._check_evicted(actions, wants, {*near, *self.residency._operator_wants})
+        self._check_evicted(actions, wants, {*near, *self.residency.operator_wants})
         self.carry_out(actions)
         self._check_in_use()
         self._check_drained()
@@ -290,10 +290,9 @@ class World:
         self, actions: Iterable[Action], wants: list[str], overdue: str | None
     ) -> None:
         """Behind a want without room nobody takes that room for long."""
-        lacking = self.scheduler._admission._lacking
-        if lacking is None:
+        blocked = self.scheduler.admission.lacking
+        if blocked is None:
             return
-        blocked, _ = lacking
         behind = wants[wants.index(blocked) + 1 :]
         for drops, action in _with_drops(actions):
             digest = _digest(action)
@@ -363,7 +362,7 @@ class World:
         assert self.scheduler.blocks.used == len(used)
 
     def _schedule(self) -> StepPlan | None:
-        queue = list(self.scheduler._waiting)
+        queue = list(self.scheduler.queue)
         running = [s for s in self.live.values() if s.state is SequenceState.RUNNING]
         resident = {s.id for s in queue if self._on_device(s)}
         plan = self.scheduler.schedule(self.now)
@@ -373,7 +372,7 @@ class World:
             assert first not in preempted, "nobody is sure to get on"
         waited = {s.id for s in queue}
         # In the order of their starts, which within one step is not that of the queue.
-        started = [number for number in self.scheduler._running if number in waited]
+        started = [s.id for s in self.scheduler.batch if s.id in waited]
         self.starts = [n for n in self.starts if n not in started] + started
         self.preempted |= preempted
         for number in started:
@@ -389,7 +388,7 @@ class World:
             return True
         there = (sequence.digest, "device") in self.memory
         if there and not self.residency.ready(sequence.digest):
-            past = any(self.most[tier] > self._budget(tier) for tier in self.most)
+            past = any(self.most[tier] > self.most_bytes(tier) for tier in self.most)
             assert past or sequence.digest in self.draining, (
                 f"{sequence.digest} is kept from sequences for no reason"
             )
@@ -426,8 +425,7 @@ class World:
 
     def _lacking(self) -> str | None:
         """The want that has found no room for `patience`, by the world's own watch."""
-        lacking = self.scheduler._admission._lacking
-        digest = lacking[0] if lacking else None
+        digest = self.scheduler.admission.lacking
         if digest is None:
             self.blocked = None
         elif self.blocked is None or self.blocked[0] != digest:
@@ -511,7 +509,7 @@ class World:
             self.bounds_met += 1
 
     def _check_forgotten(self, sequence: Sequence, blocks: set[int]) -> None:
-        cache = self.scheduler.blocks._cache
+        cache = self.scheduler.blocks.cache
         left = blocks & {cache.find(key) for key in sequence.block_keys}
         assert not left, f"blocks of {sequence.id}, which went wrong, can be found"
 

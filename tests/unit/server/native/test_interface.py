@@ -26,27 +26,27 @@ def exported() -> dict[str, int]:
 
 
 def test_each_function_is_declared_with_its_arguments() -> None:
-    declared = {name: len(types) for name, (_, types) in interface._SIGNATURES.items()}
+    declared = {name: len(types) for name, (_, types) in interface.SIGNATURES.items()}
     assert exported() == declared
 
 
 def test_an_argument_of_another_type_is_refused(library: Library) -> None:
     with pytest.raises(ctypes.ArgumentError):
-        library._functions.veneer_packed_bytes(0, "32", 64)
+        library.functions.veneer_packed_bytes(0, "32", 64)
     with pytest.raises(TypeError):
-        library._functions.veneer_packed_bytes(0, 32)
+        library.functions.veneer_packed_bytes(0, 32)
 
 
 def test_status_numbers_are_those_of_the_library() -> None:
     found = re.search(r"enum Status : int32_t \{([^}]*)\}", SOURCE.read_text("utf-8"))
     assert found is not None
     theirs = dict(re.findall(r"k(\w+) = (\d+)", found[1]))
-    ours = {s.name.title().replace("_", ""): str(s.value) for s in interface._Status}
+    ours = {s.name.title().replace("_", ""): str(s.value) for s in interface.Status}
     assert theirs == ours
 
 
 def table(library: Library) -> list[tuple[bytes | None, bytes | None, int, int]]:
-    rows = library._functions.veneer_fields()
+    rows = library.functions.veneer_fields()
     found: list[tuple[bytes | None, bytes | None, int, int]] = []
     while rows[len(found)].struct:
         row = rows[len(found)]
@@ -106,7 +106,7 @@ def test_a_library_with_another_struct_is_not_used(
     fields: list[Any] = [*Draw._fields_, ("typical_p", ctypes.c_float)]
     other = type("Draw", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (Linear, other))
-    file = Path(os.readlink(f"/proc/self/fd/{library._fd}"))
+    file = Path(os.readlink(f"/proc/self/fd/{library.fd}"))
     with pytest.raises(NativeUnavailable, match="other structs: struct Draw: "):
         Library(file)
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (LoraMember,))
@@ -117,10 +117,10 @@ def test_a_library_with_another_struct_is_not_used(
 def test_a_function_that_is_missing_is_named(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {**interface._SIGNATURES, "veneer_rewind": (None, ())}
-    monkeypatch.setattr(interface, "_SIGNATURES", more)
+    more = {**interface.SIGNATURES, "veneer_rewind": (None, ())}
+    monkeypatch.setattr(interface, "SIGNATURES", more)
     with pytest.raises(NativeUnavailable, match="veneer_rewind"):
-        Library(Path(os.readlink(f"/proc/self/fd/{library._fd}")))
+        Library(Path(os.readlink(f"/proc/self/fd/{library.fd}")))
 
 
 # ------------------------------------------------------------------------ what fails
@@ -167,12 +167,12 @@ def test_an_engine_that_cannot_be_created_says_why(library: Library) -> None:
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [
-        (interface._Status.NO_MEMORY, MemoryError, "no memory for the buffers of sampling"),
-        (interface._Status.NO_THREADS, RuntimeError, "failed at sampling: NO_THREADS"),
-        (interface._Status.INTERNAL, RuntimeError, "failed at sampling: INTERNAL"),
+        (interface.Status.NO_MEMORY, MemoryError, "no memory for the buffers of sampling"),
+        (interface.Status.NO_THREADS, RuntimeError, "failed at sampling: NO_THREADS"),
+        (interface.Status.INTERNAL, RuntimeError, "failed at sampling: INTERNAL"),
     ],
 )
 def test_each_status_becomes_a_sentence(status: int, error: type[Exception], said: str) -> None:
-    interface._check(interface._Status.OK, "sampling")
+    interface.check(interface.Status.OK, "sampling")
     with pytest.raises(error, match=said):
-        interface._check(status, "sampling")
+        interface.check(status, "sampling")

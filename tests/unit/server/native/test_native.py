@@ -236,7 +236,7 @@ def test_adapters_of_any_rank_are_added_to_their_rows_alone(
 ) -> None:
     folder = saved("qwen2", tmp_path)
     plain = oracle.build(folder, torch.float32)
-    config = plain._weights.config
+    config = plain.weights.config
     wide = {"ranks": (16, 3, 70, 1, 33)}
     few = {"ranks": (8,), "projections": ("v_proj", "down_proj"), "seed": 1}
     for first, second in ((wide, None), (few, wide), (None, few)):
@@ -254,7 +254,7 @@ def test_adapters_of_any_rank_are_added_to_their_rows_alone(
 def test_a_broken_adapter_harms_its_own_rows_alone(library: Library, tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     native = decoder(library, folder)
-    config = native._weights.config
+    config = native.weights.config
     whole, broken = (adapter(config, torch.bfloat16, (8,), seed=s) for s in (1, 2))
     broken.run[broken.run.numel() // 2] = torch.inf
     (want, *_) = run_all(native, steps((whole, None))[:1])
@@ -269,7 +269,7 @@ def test_what_is_no_number_in_a_query_stays_none(library: Library, tmp_path: Pat
     """It reaches the logits through softmax alone, whose bounds must not make it a number."""
     folder = saved("llama", tmp_path)
     native = decoder(library, folder)
-    broken = adapter(native._weights.config, torch.bfloat16, (8,), ("q_proj",))
+    broken = adapter(native.weights.config, torch.bfloat16, (8,), ("q_proj",))
     broken.run.fill_(torch.nan)
     (got, *_) = run_all(native, steps((None, broken))[:1])
     assert bool(got[:60].isfinite().all())
@@ -282,7 +282,7 @@ def test_threads_change_nothing(library: Library, tmp_path: Path) -> None:
     results = []
     for threads in (1, 2, 5):
         native = decoder(library, folder, threads)
-        config = native._weights.config
+        config = native.weights.config
         pair = tuple(adapter(config, torch.bfloat16, (8, 70), seed=s) for s in (1, 2))
         for _ in range(20):  # chunks fall to threads by chance
             results.append(torch.cat(run_all(native, steps(pair))))  # type: ignore[arg-type]
@@ -302,7 +302,7 @@ def test_threads_that_are_put_aside_change_nothing(
 
     def run(chosen: Library, threads: int) -> list[torch.Tensor]:
         native = decoder(chosen, folder, threads)
-        config = native._weights.config
+        config = native.weights.config
         pair = tuple(adapter(config, torch.bfloat16, (8, 70), seed=s) for s in (1, 2))
         mine = list(range(1, 35))  # 521 tokens: pieces of attention that threads share
         tokens = [3 + at % 300 for at in range(521)]
@@ -321,7 +321,7 @@ def test_a_row_s_logits_do_not_depend_on_its_company(library: Library, tmp_path:
     print(f"seed {SEED}")
     folder = saved("qwen2-window", tmp_path)
     native = decoder(library, folder)
-    config = native._weights.config
+    config = native.weights.config
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(3, 320, (70,), generator=generator).tolist()
     table = adapter(config, torch.bfloat16, (16, 3, 70))

@@ -75,7 +75,7 @@ def test_the_count_is_that_of_the_parsed_body(monkeypatch: pytest.MonkeyPatch) -
 
     for _ in range(300):
         given = value(4)
-        monkeypatch.setattr(module, "_PIECE", rng.randrange(1, 40))
+        monkeypatch.setattr(module, "PIECE", rng.randrange(1, 40))
         text = json.dumps(given, ensure_ascii=rng.random() < 0.5).encode()
         monkeypatch.setattr(module, "MAX_NODES", nodes(given) + 1)
         check_size(text)
@@ -104,7 +104,7 @@ def test_what_is_no_json(body: bytes) -> None:
 def test_half_of_a_pair_where_two_pieces_meet(
     before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE", 8)
+    monkeypatch.setattr(module, "PIECE", 8)
     with pytest.raises(ValueError, match="surrogate"):
         parse_body(b'"%b\\ud800"' % (b"x" * before))
 

@@ -342,7 +342,7 @@ async def test_a_list_of_several_pages_has_them_all(
     for at, name in enumerate(("sql", "chat", "code")):
         await front.push(make_adapter(tmp_path / name, seed=at), name)
     whole = await http.get("/v1/models")
-    monkeypatch.setattr(routes, "_PAGE", page)
+    monkeypatch.setattr(routes, "PAGE", page)
     assert (await http.get("/v1/models")).json() == whole.json()
     assert [model["id"] for model in whole.json()["data"]] == [BASE, "chat", "code", "sql"]
 
@@ -373,7 +373,7 @@ async def test_a_reader_that_stops_holds_a_little_of_a_long_list(
         listed = (await http.get("/v1/models")).json()["data"]
         monkeypatch.undo()
         assert len({model["id"] for model in listed}) == 10_001
-        whole = 10_000 // routes._PAGE + 1
+        whole = 10_000 // routes.PAGE + 1
         assert len(made) < 1.5 * whole, "the one that does not read got part of it"
 
 

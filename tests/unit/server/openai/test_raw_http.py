@@ -10,7 +10,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import generate_latest
 from veneer_server.openai.http.strict import MAX_HEAD, MAX_HEADERS, MAX_SMALL_CHUNKS
 
 from tests.unit.server.openai.kit import TEXT
@@ -90,7 +89,7 @@ ODD: dict[str, bytes] = {
 async def test_what_is_ambiguous_is_refused_and_the_connection_closed(
     name: str, front: Front, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = scraped(front)
+    before = await scraped(front)
     with caplog.at_level(logging.INFO):
         # Were it read after all, or only a part, the next request would get an answer.
         answer = await sent(front, ODD[name] + NEXT)
@@ -103,11 +102,11 @@ async def test_what_is_ambiguous_is_refused_and_the_connection_closed(
     assert front.engine.submitted == []
     assert noise(caplog.records) == []
     assert [r.getMessage() for r in caplog.records] == ["call refused"]
-    assert scraped(front) != before, "it is counted"
+    assert await scraped(front) != before, "it is counted"
 
 
-def scraped(front: Front) -> list[str]:
-    lines = generate_latest(front.app._metrics.registry).decode().splitlines()
+async def scraped(front: Front) -> list[str]:
+    lines = (await front.metrics()).splitlines()
     return [
         line for line in lines if line.startswith('veneer_http_requests_total{path="other"')
     ]

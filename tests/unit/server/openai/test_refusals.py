@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from prometheus_client import generate_latest
 from veneer_registry.errors import NonFiniteOutput, QueueFull
+from veneer_registry.registry import Registry
 from veneer_server.wire.messages import SequenceOutput
 
 from tests.unit.server.garbage import collected
@@ -146,7 +146,7 @@ async def test_a_bug_is_told_by_its_request_id_only(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in error_of(answer)["message"]
-    monkeypatch.setattr("veneer_server.openai.routes._page", broken)
+    monkeypatch.setattr(Registry, "list", broken)
     answer = await http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in error_of(answer)["message"]
@@ -231,7 +231,7 @@ async def test_requests_are_counted_by_known_paths(
     await ok(http, CHAT)
     await http.get("/v1/secret-name")
     await http.get("/v1/models/secret-name")
-    scraped = generate_latest(front.app._metrics.registry).decode()
+    scraped = await front.metrics()
     assert 'veneer_http_requests_total{path="/v1/chat/completions",status="200"}' in scraped
     assert 'veneer_http_requests_total{path="other",status="404"}' in scraped
     assert 'veneer_http_requests_total{path="/v1/models",status="404"}' in scraped

@@ -134,6 +134,7 @@ class Server:
         self.registry = Registry.open(folder, BASE)
         self.store = folder / "store" / "weights"
         self.events = AdapterEvents()
+        self._began = self.events.last
         self.housekeeping = Housekeeping(self.registry, self.events, upload_ttl_s=3600)
         self.engine = EngineClient(
             EngineConfig(
@@ -176,7 +177,7 @@ class Server:
 
     @property
     def connection(self) -> Turns:
-        connection = self.engine._supervisor.connection
+        connection = Turns.made[-1]
         assert isinstance(connection, Turns)
         return connection
 
@@ -211,7 +212,7 @@ class Server:
 
     def in_memory(self) -> dict[str, bool]:
         """Weights in the engine's memory, coming or wanted, and whether they are pinned."""
-        entries = self.residency._entries
+        entries = self.residency.ledger.entries
         return {digest: entry.pinned is not None for digest, entry in entries.items()}
 
     def means(self, name: str) -> str | None:
@@ -224,7 +225,7 @@ class Server:
         return [line.event for line in self.registry.history(name)][::-1]
 
     def happened(self) -> list[str]:
-        found = self.events.after(self.events._start) or []
+        found = self.events.after(self._began) or []
         return [pb.AdapterEvent.Name(e.kind).removeprefix("ADAPTER_EVENT_") for e in found]
 
     async def check(self) -> None:
@@ -243,7 +244,7 @@ class Server:
         assert digests == {d for d in digests if self.registry.names(d)}, "files of nobody"
         for digest in digests:
             assert not self.registry.leases(digest), "a lease without a request"
-        assert not self.residency._operator_wants, "an operator's want without an operator"
+        assert not self.residency.operator_wants, "an operator's want without an operator"
         self.connection.engine.loop.check_integrity()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
@@ -63,6 +64,16 @@ class Front:
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.adapters = adapters_pb2_grpc.AdapterServiceStub(self.channel)
         self.server = server_pb2_grpc.ServerServiceStub(self.channel)
+
+    @property
+    def calls(self) -> int:
+        """Calls that run now."""
+        return self.app._calls.count  # private: what a drain waits for, and no metric tells
+
+    async def metrics(self) -> str:
+        """What a scraper gets."""
+        async with httpx.AsyncClient(trust_env=False) as http:
+            return (await http.get(f"http://{self.addresses['metrics']}/metrics")).text
 
     async def push(self, folder: Path, name: str, **options: Any) -> Any:
         return await self.adapters.UploadAdapter(upload(folder, name, **options))

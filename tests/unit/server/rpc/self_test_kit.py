@@ -134,6 +134,7 @@ async def bench(
         for seed, name in enumerate(names):
             push(registry, name, make_lora(folder / name, seed=seed, rank=2 + 2 * seed))
         client = EngineClient(config, max_queue=8)
+        # private: the engine is a thread of this process, which nobody supervises
         client._supervisor = LoopThread(harness)  # type: ignore[assignment]
         client.info = harness.info
         with pumped(harness, client):

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from veneer_proto.v1 import adapters_pb2, inference_pb2
 from veneer_server.rpc.transport.decoding import (
     COUNTED_FROM,
@@ -126,7 +126,7 @@ class TestOverTheWire:
     ) -> None:
         generate = front.channel.unary_unary("/veneer.v1.InferenceService/Generate")
         watch = front.channel.unary_stream("/veneer.v1.AdapterService/WatchAdapters")
-        before = counted(front)
+        before = await counted(front)
         with caplog.at_level(logging.INFO):
             for call in (
                 generate(b"\xff" * 3000),
@@ -137,8 +137,8 @@ class TestOverTheWire:
                 assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
                 assert refused.reason == "MALFORMED_MESSAGE"
                 assert len(refused.message) < 300
-        assert counted(front) == before + 3
-        scraped = generate_latest(front.app._metrics.registry).decode()
+        assert await counted(front) == before + 3
+        scraped = await front.metrics()
         assert 'grpc_code="INVALID_ARGUMENT",grpc_method="Generate"' in scraped
         lines = [record.getMessage() for record in caplog.records]
         assert lines == ["call refused"] * 3
@@ -181,7 +181,7 @@ class TestOverTheWire:
     async def test_health_and_reflection_refuse_them_too(
         self, front: Front, caplog: pytest.LogCaptureFixture, method: str
     ) -> None:
-        before = counted(front)
+        before = await counted(front)
         if method.endswith("Info"):
             call = front.channel.stream_stream(f"/{method}")(iter([b"\x0a\x02\xff\xff"]))
         elif method.endswith("Watch"):
@@ -190,7 +190,7 @@ class TestOverTheWire:
             call = front.channel.unary_unary(f"/{method}")(b"\x0a\x02\xff\xff")
         refused = await failure(call)
         assert refused.reason == "MALFORMED_MESSAGE"
-        assert counted(front) == before + 1
+        assert await counted(front) == before + 1
         assert not any(record.exc_info for record in caplog.records)
 
     async def test_more_messages_than_a_chat_may_have(self, front: Front) -> None:
@@ -199,7 +199,11 @@ class TestOverTheWire:
         assert (await failure(generate(request))).reason == "INVALID_FIELD"
 
 
-def counted(front: Front) -> float:
-    registry = front.app._metrics.registry
-    reason = {"reason": "MALFORMED_MESSAGE"}
-    return registry.get_sample_value("veneer_request_failures_total", reason) or 0.0
+async def counted(front: Front) -> float:
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(await front.metrics())
+        for sample in family.samples
+        if sample.name == "veneer_request_failures_total"
+        and sample.labels["reason"] == "MALFORMED_MESSAGE"
+    )

@@ -144,7 +144,7 @@ async def test_scrapes_that_wait_together_share_a_page_made_after_they_came() ->
     first = asyncio.create_task(ask(address, GET))
     await until(lambda: made == [0])
     later = [asyncio.create_task(ask(address, GET)) for _ in range(30)]
-    await until(lambda: sum(each.asked for each in server._open) == 31)
+    await until(lambda: sum(each.asked for each in server.open) == 31)
     free.set()
     assert b"made_total 1.0" in await first
     for page in await asyncio.gather(*later):
@@ -194,7 +194,7 @@ async def test_scrapes_of_other_words_share_a_page() -> None:
         pages = [asyncio.create_task(ask(address, get(f"/metrics?x={n}"))) for n in range(15)]
         versions = [f"application/openmetrics-text;version=1.0.{n}" for n in range(1, 16)]
         pages += [asyncio.create_task(ask(address, get("/", accept))) for accept in versions]
-        await until(lambda: sum(each.asked for each in server._open) == 31)
+        await until(lambda: sum(each.asked for each in server.open) == 31)
         held.free.set()
         for page in await asyncio.gather(*pages):
             assert b"made_total 2.0" in page
@@ -206,7 +206,7 @@ async def test_pages_that_nobody_waits_for_are_not_made() -> None:
         for n in range(5):
             _, writer = await asyncio.open_connection(*address)
             writer.write(get(f"/metrics?name[]=made_total&name[]={n}"))
-            await until(lambda: sum(each.asked for each in server._open) == 2)
+            await until(lambda: sum(each.asked for each in server.open) == 2)
             writer.close()
             await until(lambda: server.connections == 1)
         held.free.set()
@@ -225,7 +225,7 @@ async def test_a_flood_of_partial_pages_leaves_room_for_the_whole_one() -> None:
         assert all(page.startswith(b"HTTP/1.1 503 ") for page in refused)
         assert all(b"Retry-After" in page for page in refused)
         whole = asyncio.create_task(ask(address, GET))
-        await until(lambda: sum(each.asked for each in server._open) == MAX_PARTIAL + 2)
+        await until(lambda: sum(each.asked for each in server.open) == MAX_PARTIAL + 2)
         held.free.set()
         assert b"made_total" in await whole
         served = [page for page in await asyncio.gather(*pages) if b"made_total" in page]
@@ -254,7 +254,7 @@ async def test_scrapers_that_wait_make_room_for_the_newest() -> None:
     waiting = []
     for count in range(1, 4):
         waiting.append(asyncio.create_task(ask(address, GET)))
-        await until(lambda count=count: sum(e.asked for e in server._open) == count)  # type: ignore[misc]
+        await until(lambda count=count: sum(e.asked for e in server.open) == count)  # type: ignore[misc]
     await until(began.is_set)
     newest = asyncio.create_task(ask(address, GET))
     with suppress(ConnectionError):
@@ -278,7 +278,7 @@ async def test_scrapers_that_do_not_read_make_room_for_one_that_does() -> None:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect(tuple(address))
             slow.send(GET)
-        await until(lambda: [each.answered for each in server._open] == [True] * 3)
+        await until(lambda: [each.answered for each in server.open] == [True] * 3)
         assert (await ask(address, GET)).count(b"asked_total{") == 6000
     await server.stop()
 

@@ -58,6 +58,7 @@ async def test_self_tests_that_wait_keep_nobody_else_out(
         await free.wait()
         return [], 0
 
+    # private: what a test does is left out, and its turn kept
     monkeypatch.setattr(SelfTest, "_run", held)
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [

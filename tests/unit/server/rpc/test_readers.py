@@ -44,7 +44,7 @@ async def test_its_work_ends_and_nothing_waits_for_it(
         # First the engine's work ends, then the call, though nobody takes its status.
         await until(lambda: front.engine.in_flight == 0)
         assert front.engine.cancelled == readers
-        await until(lambda: front.app._calls.count == 0)
+        await until(lambda: front.calls == 0)
         front.engine.script = None
         assert (await front.inference.Generate(prompt())).token_ids
         # Who reads after all gets what was sent before, then the reason.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from veneer_server.models.source import BaseDamaged
 from veneer_server.serving.adapters.verdicts import Answers, judge
 from veneer_server.step.adapter_table import GroupViews
 
+from tests.planted import planted
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.server.rpc.self_test_kit import NAMES, Bench, bench
 
@@ -82,7 +82,7 @@ async def test_damage_of_the_base_s_own_weights_is_found(tmp_path: Path) -> None
     reference is of the base's files; what was loaded would agree with itself."""
     async with bench(tmp_path) as made:
         assert await made.failed(*NAMES) == []
-        weight = made.harness.runner._backend._weights.layers[1].down.weight  # type: ignore[attr-defined]
+        weight = made.harness.runner.backend.weights.layers[1].down.weight  # type: ignore[attr-defined]
         kept = weight.clone()
         weight.zero_()
         assert await made.failed(*NAMES) == ["base", *NAMES]
@@ -122,27 +122,26 @@ async def test_an_exchange_says_whose_answer_it_is(tmp_path: Path) -> None:
 
 
 async def test_adapters_that_are_not_applied_all_answer_as_the_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
+    gone = planted(model_runner, "return tuple(segments)", "return ()")
     async with bench(tmp_path) as made:
-        monkeypatch.setattr(model_runner, "_segments", lambda *_: ())
-        report = await made.run(*NAMES)
+        with gone:
+            report = await made.run(*NAMES)
         assert [v.passed for v in report.verdicts] == [True, False, False, False]
         assert all("the base" in v.detail for v in report.verdicts[1:])
 
 
 async def test_rows_that_get_their_neighbours_adapter_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """A segment that begins a row late, as a wrong row range would."""
-    real = model_runner._segments
-
-    def shifted(*args: Any) -> Any:
-        return tuple(replace(s, begin=s.begin + 1) for s in real(*args))
-
+    shifted = planted(
+        model_runner, "Segment(row_starts[begin], row", "Segment(row_starts[begin] + 1, row"
+    )
     async with bench(tmp_path) as made:
-        monkeypatch.setattr(model_runner, "_segments", shifted)
-        assert await made.failed(*NAMES) == list(NAMES)
+        with shifted:
+            assert await made.failed(*NAMES) == list(NAMES)
 
 
 async def test_files_that_are_damaged_fail_and_the_others_are_tested(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_server.serving.adapters import uploads as uploads
-from veneer_server.serving.adapters.uploads import MAX_AT_ONCE, MIN_RATE, WINDOW_S, _Pace
+from veneer_server.serving.adapters.uploads import MAX_AT_ONCE, MIN_RATE, WINDOW_S, UploadPace
 
 from tests.unit.server.rpc.front_harness import Front, failure, make_adapter, running, until
 from tests.unit.server.rpc.front_harness import upload as messages_of
@@ -56,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def receive(size: int, chunk: int, seconds: float) -> float:
     """Take in so many bytes, a chunk each so many seconds; how long that took."""
-    pace, loop = _Pace(MIN_RATE), asyncio.get_running_loop()
+    pace, loop = UploadPace(MIN_RATE), asyncio.get_running_loop()
     left = size
     while left > 0:
         await pace.wait(lambda: asyncio.sleep(seconds))
@@ -87,7 +87,7 @@ def test_an_upload_ends_by_its_deadline_however_fast_it_comes() -> None:
     """At the lowest rate, 2 GiB took 36 hours."""
 
     async def ended_after() -> float:
-        pace = _Pace(MIN_RATE, 3600)
+        pace = UploadPace(MIN_RATE, 3600)
         with contextlib.suppress(TimeoutError):
             while not pace.late:
                 await pace.wait(lambda: asyncio.sleep(1.1))
@@ -99,7 +99,7 @@ def test_an_upload_ends_by_its_deadline_however_fast_it_comes() -> None:
 
 
 async def empty(seconds: float) -> None:
-    pace = _Pace(MIN_RATE)
+    pace = UploadPace(MIN_RATE)
     while True:
         await pace.wait(lambda: asyncio.sleep(seconds))
         pace.progressed(0)
@@ -112,7 +112,7 @@ def test_whatever_an_upload_does_it_ends_in_time() -> None:
     size = 10_000_000
 
     async def attempt() -> float:
-        pace, left = _Pace(MIN_RATE), size
+        pace, left = UploadPace(MIN_RATE), size
         try:
             while left > 0:
                 await pace.wait(lambda: asyncio.sleep(generator.uniform(0, 30)))
@@ -305,7 +305,7 @@ async def test_broken_uploads_are_kept_by_number_and_bytes_the_newest_first(
             sender = Sender(front, begun(adapter, f"broken-{n}", resume=True))
             await until(lambda before=before: bool(set(kept(front)) - before))  # type: ignore[misc]
             sender.call.cancel()
-            await until(lambda: len(front.app._calls._tasks) == 1)
+            await until(lambda: front.calls == 1)
         assert len(kept(front)) == 4
         assert being_sent in kept(front)
         # Larger than all that may be kept: the newest stays, and can be resumed.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from veneer_server.text.bound import UNICODE_SHRINK
-from veneer_server.text.tokenizer import _ALPHABET, TextTokenizer
+from veneer_server.text.tokenizer import ALPHABET, TextTokenizer
 
 Described = dict[str, Any]
 
@@ -69,7 +69,7 @@ def sentencepiece() -> Described:
 def composing(base_folder: Path) -> Described:
     """As Qwen has it: composed, then byte-level; and an added token that is normalized."""
     found = described(base_folder) | {"normalizer": {"type": "NFC"}}
-    for char in _ALPHABET:
+    for char in ALPHABET:
         found["model"]["vocab"].setdefault(char, len(found["model"]["vocab"]) + 100)
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
     own = {"id": 49152, "content": "e\u0301" * 60, "normalized": True, **plain}

@@ -172,7 +172,7 @@ async def test_slow_templates_take_turns(hurried: UploadedTemplates) -> None:
 async def test_a_process_that_hangs_is_replaced(
     hurried: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_worker, "_WALL_LEAST_S", 2.0)
+    monkeypatch.setattr(template_worker, "WALL_LEAST_S", 2.0)
     assert await hurried.render(GOOD, USER) == "<s>Hi"
     assert hurried.quick.process is not None
     pid = hurried.quick.process.pid
@@ -194,9 +194,9 @@ async def test_one_that_never_answers_is_refused_at_once_for_a_while(
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(template_worker, "_exchange", silent)
-        patch.setattr(template_worker, "_WALL_FACTOR", 0.05)
-        patch.setattr(template_worker, "_WALL_LEAST_S", 0.01)
+        patch.setattr(template_worker, "exchange", silent)
+        patch.setattr(template_worker, "WALL_FACTOR", 0.05)
+        patch.setattr(template_worker, "WALL_LEAST_S", 0.01)
         with pytest.raises(TemplateFailed):
             await templates.render(GOOD, USER)
         assert asked == 2, "in either process"
@@ -253,7 +253,7 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     templates: UploadedTemplates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One operation in C code, which no exception reaches."""
-    monkeypatch.setattr(template_worker, "_WALL_LEAST_S", 60.0)  # for a busy machine
+    monkeypatch.setattr(template_worker, "WALL_LEAST_S", 60.0)  # for a busy machine
     large = "[messages] * 1000000"
     source = f"{{% set a, b = {large}, {large} %}}{{{{ ([a] * 9999).count(b) }}}}"
     with pytest.raises(TemplateFailed):
@@ -315,7 +315,7 @@ async def test_an_answer_that_makes_no_sense_is_the_templates_fault(
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """SIGKILL at each rendering, as by the kernel where memory ends; ``[n]`` is how many."""
-    left, exchange = [0], template_worker._exchange
+    left, exchange = [0], template_worker.exchange
 
     async def killed(process: asyncio.subprocess.Process, job: Any) -> Any:
         if left[0]:
@@ -323,7 +323,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             process.kill()
         return await exchange(process, job)
 
-    monkeypatch.setattr(template_worker, "_exchange", killed)
+    monkeypatch.setattr(template_worker, "exchange", killed)
     return left
 
 

@@ -1,0 +1,84 @@
+"""Prompt tokens of a step: how many there may be, and how many each prompt gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.step_limits import (
+    FIXED_CHUNK,
+    SMALLEST_CHUNK,
+    SchedulerLimits,
+    StepCost,
+)
+from veneer_server.step.plan import PlannedSequence
+
+__all__ = ["PrefillRoom"]
+
+
+@dataclass(slots=True)
+class PrefillRoom:
+    """Prompt tokens that a step may still take.
+
+    Attributes:
+        exact: chunks are those of exact mode, see `SchedulerLimits`.
+        crumb: how many more, where that ends a prompt: what was left over of it would
+            cost every stream a further step with prefill.
+        cost: what tokens take here; None where that is no matter.
+        seconds: that prompt tokens may still take.
+        given: tokens that were; `SMALLEST_CHUNK` are whatever time they take, or prompts
+            would never end.
+    """
+
+    left: int
+    exact: bool
+    crumb: int = 0
+    cost: StepCost | None = None
+    seconds: float = 0.0
+    given: int = 0
+
+    @classmethod
+    def beside(
+        cls, decoding: Mapping[int, PlannedSequence], limits: SchedulerLimits
+    ) -> PrefillRoom:
+        """What a step has that decodes for these."""
+        left, crumb = limits.max_batch_tokens - len(decoding), 0
+        beside = limits.prefill_beside_decode
+        if decoding and left > beside:
+            crumb = 0 if limits.exact else min(beside // 4, left - beside)
+            left = beside
+        if limits.cost is None or limits.exact:
+            return cls(left, limits.exact, crumb)
+        context = sum(planned.start for planned in decoding.values())
+        seconds = limits.cost.prompt_s(len(decoding), context)
+        return cls(left, limits.exact, crumb, limits.cost, seconds)
+
+    def chunk(self, sequence: Sequence) -> int:
+        """Tokens of a prefill to compute in the step; 0 if there is no room."""
+        if self.left + self.crumb <= 0:
+            return 0
+        if self.exact:
+            of_prompt = sequence.prompt_length - sequence.computed
+            return min(FIXED_CHUNK, of_prompt) if of_prompt > 0 else 1
+        whole = sequence.remaining <= self.left + self.crumb
+        count = min(sequence.remaining if whole else max(0, self.left), self._most(sequence))
+        return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
+
+    def _most(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that the time allows."""
+        if self.cost is None:
+            return sequence.remaining
+        # Each as if it were the last of them.
+        context = min(len(sequence.tokens), sequence.computed + max(1, self.left))
+        return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
+
+    def take(self, count: int, remaining: int, context: int) -> None:
+        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute,
+        with ``context`` before them."""
+        self.left -= count
+        self.given += count
+        if self.cost is not None:
+            self.seconds -= count * self.cost.row_s(context + count)
+        if count < remaining:
+            self.crumb = 0  # or a younger one would end before it

@@ -1,0 +1,199 @@
+"""Adapters between tiers: what sequences and operators want is brought, and they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from veneer_registry.errors import AdapterBudgetExceeded, AdapterEvicted, VeneerError
+
+from veneer_server.engine.outbox import Outbox
+from veneer_server.engine.residency.residency import Residency
+from veneer_server.engine.residency.tiers import Action, Drop, Load
+from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.step.inbox import Arrived
+from veneer_server.wire.messages import (
+    LOST,
+    Activate,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterSource,
+    BudgetsState,
+    Evict,
+    Evicted,
+    OperationDone,
+    Reference,
+    Unpin,
+    UpdateBudgets,
+    wire_error,
+)
+
+__all__ = ["AdapterMemory", "Transfers"]
+
+
+class AdapterMemory(Protocol):
+    """What holds the bytes (`veneer_server.adapters.memory`). Calls return at once;
+    the outcome of `load` and `move` comes to the inbox as `Arrived`."""
+
+    def load(self, source: AdapterSource) -> None: ...
+
+    def move(self, weights_digest: str) -> None: ...
+
+    def admit(self, arrived: Arrived) -> None:
+        """Make a complete copy visible to the runner; on the loop's thread."""
+
+    def drop(self, weights_digest: str, tier: str) -> None: ...
+
+    def reference(self, wanted: Reference) -> None:
+        """Have it computed; the `OperationDone` that answers it comes to the inbox."""
+
+
+class Transfers:
+    """Carries out what residency decides, and knows who waits for it.
+
+    Args:
+        ended: called for each sequence that is failed for its adapter.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        residency: Residency,
+        memory: AdapterMemory,
+        outbox: Outbox,
+        ended: Callable[[int], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._residency = residency
+        self._memory = memory
+        self._outbox = outbox
+        self._ended = ended
+        self._operations: dict[str, list[Activate]] = {}
+        """Activations that wait for an adapter, by digest."""
+
+    # ----------------------------------------------------------------- operators
+
+    def activate(self, message: Activate) -> None:
+        digest = message.adapter.weights_digest
+        try:
+            there = self._residency.activate(message.adapter, message.tier, message.pin)
+        except VeneerError as error:
+            self._outbox.fail_operation(message.operation, error)
+            return
+        self._outbox.changed(digest)
+        if there:
+            self._outbox.add(OperationDone(message.operation))
+        else:
+            self._operations.setdefault(digest, []).append(message)
+
+    def evict(self, message: Evict) -> None:
+        digest = message.weights_digest
+        try:
+            if message.mode == "abort":
+                if self._residency.pinned(digest) and not message.unpin:
+                    self._residency.evict(digest, "fail_if_busy", unpin=False)
+                self._fail_sequences(
+                    digest, AdapterEvicted("the adapter was evicted by an operator; try again")
+                )
+            done, freed, actions = self._residency.evict(digest, message.mode, message.unpin)
+        except VeneerError as error:
+            self._outbox.fail_operation(message.operation, error)
+            return
+        self._outbox.changed(digest)
+        self.carry_out(actions)
+        self._fail_operations(
+            digest,
+            AdapterEvicted("the adapter was evicted before it was there; activate it again"),
+        )
+        self._outbox.add(OperationDone(message.operation, done=done, freed_bytes=freed))
+
+    def unpin(self, message: Unpin) -> None:
+        self._residency.unpin(message.weights_digest)
+        self._outbox.changed(message.weights_digest)
+        self._outbox.add(OperationDone(message.operation))
+
+    def update_budgets(self, message: UpdateBudgets, now: float) -> None:
+        residency = self._residency
+        try:
+            residency.set_budgets(host=message.host_bytes, device=message.device_bytes)
+        except VeneerError as error:
+            self._outbox.fail_operation(message.operation, error)
+            return
+        self.start(now)  # what is not in use goes before the answer says what is held
+        budgets = BudgetsState(
+            host_budget=residency.budget("host"),
+            device_budget=residency.budget("device"),
+            host_bytes=residency.bytes_in("host"),
+            device_bytes=residency.bytes_in("device"),
+        )
+        self._outbox.add(OperationDone(message.operation, budgets=budgets))
+
+    # ----------------------------------------------------------------- transfers
+
+    def start(self, now: float) -> None:
+        """Begin what waiting sequences and operators want, as far as there is room."""
+        actions, impossible = self._scheduler.plan_adapters(now)
+        self.carry_out(actions)
+        for digest in impossible:
+            error = AdapterBudgetExceeded(
+                "pinned adapters, or budgets that were lowered, leave no room for this one; "
+                "evict one with `unpin`, or raise the adapter budgets with `UpdateBudgets`"
+            )
+            self._fail_adapter(digest, error)
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Load():
+                    self._memory.load(action.source)
+                case Drop():
+                    self._memory.drop(action.weights_digest, action.tier)
+                    self._outbox.changed(action.weights_digest)
+                    self._outbox.add(Evicted(action.weights_digest, action.tier, action.cause))
+                case _:
+                    self._memory.move(action.weights_digest)
+
+    def arrived(self, message: Arrived) -> None:
+        digest = message.weights_digest
+        self._outbox.changed(digest)
+        if message.error is not None:
+            self._fail_adapter(digest, message.error)
+            return
+        self._memory.admit(message)
+        took = sum(s for stage, s in message.stages.items() if stage != LOST)
+        if message.tier == "host":
+            self._residency.loaded(digest, took)
+        else:
+            self._residency.moved(digest, took)
+        self._outbox.add(
+            AdapterLoaded(digest, "disk" if message.tier == "host" else "host", message.stages)
+        )
+        self.carry_out(self._residency.settle(digest))
+        waiting = self._operations.pop(digest, [])
+        for operation in waiting:
+            if message.tier in (operation.tier, "device"):
+                self._outbox.add(OperationDone(operation.operation))
+            else:
+                self._operations.setdefault(digest, []).append(operation)
+
+    # ------------------------------------------------------------------ failures
+
+    def _fail_adapter(self, digest: str, error: VeneerError) -> None:
+        """It cannot be brought into memory: end all that waits for it."""
+        self._fail_operations(digest, error)
+        if self._residency.tier(digest) != "device":  # else only HOST lacks it, for a pin
+            self._fail_sequences(digest, error)
+        self._residency.failed(digest)
+        self.carry_out(self._residency.settle(digest))
+        self._outbox.add(AdapterFailed(digest, wire_error(error)))
+
+    def _fail_sequences(self, digest: str, error: VeneerError) -> None:
+        for sequence in self._scheduler.using(digest):
+            _, actions = self._scheduler.cancel(sequence.id)
+            self.carry_out(actions)
+            self._ended(sequence.id)
+            self._outbox.fail_sequence(sequence.id, error)
+
+    def _fail_operations(self, digest: str, error: VeneerError) -> None:
+        for operation in self._operations.pop(digest, []):
+            self._outbox.fail_operation(operation.operation, error)

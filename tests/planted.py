@@ -1,0 +1,67 @@
+"""Bugs planted in our own Python code, each as an edit of its source.
+
+The function that the edit is in gets the code that the edited source compiles to; the function
+itself stays, so that whoever has imported it runs what is planted. An edit no longer fits when
+the source changes, and then says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["edited", "planted"]
+
+
+def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeType]:
+    """The function of ``module`` whose source holds ``old``, and its code with ``new`` there.
+
+    Raises:
+        LookupError: ``old`` is not in the source exactly once, or in no function.
+    """
+    source = inspect.getsource(module)
+    if source.count(old) != 1:
+        raise LookupError(f"{source.count(old)} times in {module.__name__}: {old!r}")
+    line = source[: source.index(old)].count("\n") + 1
+    changed = compile(source.replace(old, new), inspect.getfile(module), "exec")
+    codes = {(c.co_qualname, c.co_firstlineno): c for c in _codes(changed)}
+    for function in _functions(module):
+        code = function.__code__
+        last = max(number or 0 for _, _, number in code.co_lines())
+        if code.co_firstlineno <= line <= last:
+            return function, codes[code.co_qualname, code.co_firstlineno]
+    raise LookupError(f"in no function of {module.__name__}: {old!r}")
+
+
+@contextmanager
+def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
+    """``module`` runs with ``new`` for ``old`` until the context is left."""
+    function, code = edited(module, old, new)
+    right, function.__code__ = function.__code__, code
+    try:
+        yield
+    finally:
+        function.__code__ = right
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _codes(each)
+
+
+def _functions(owner: Any) -> Iterator[FunctionType]:
+    """Of a module or class, those that are written in it."""
+    module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+    for each in vars(owner).values():
+        if isinstance(each, property):
+            each = each.fget
+        found = inspect.unwrap(getattr(each, "__func__", each)) if callable(each) else each
+        if isinstance(found, FunctionType) and found.__module__ == module:
+            yield found
+        elif inspect.isclass(found) and found.__module__ == module and found is not owner:
+            yield from _functions(found)
