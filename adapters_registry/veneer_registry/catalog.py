@@ -9,9 +9,7 @@ that was interrupted in the middle of its query.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import operator
 import re
 import sqlite3
 import threading
@@ -20,12 +18,20 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Final
 
-from veneer_registry.adapter import check_name
 from veneer_registry.changes import Change
+from veneer_registry.checked_rows import (
+    COLUMNS,
+    REVISION,
+    alias_row,
+    history_row,
+    newest_first,
+    revision_row,
+    revision_rows,
+    sound_name,
+)
 from veneer_registry.database import Reader, connect, database_errors
 from veneer_registry.disk import create_file, disk_errors, sync
-from veneer_registry.errors import InvalidField
-from veneer_registry.integrity import row_digest, text_digest
+from veneer_registry.integrity import row_digest
 from veneer_registry.rows import (
     BEGINNINGS,
     ENDS,
@@ -47,14 +53,6 @@ _log = logging.getLogger(__name__)
 _FEW: Final = 1000
 """Of how many revisions with a label it is counted which of two labels is the rarer."""
 
-_REVISION: Final = (
-    "name, revision, weights, base, created, labels, bytes, sequence, manifest_sha256"
-)
-"""What a revision's digest covers, in its order."""
-_COLUMNS: Final = (
-    ", ".join(f"r.{column}" for column in _REVISION.split(", "))
-    + ", r.digest, r.manifest, n.current IS r.revision, n.generation"
-)
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 _LABELS: Final = (
@@ -62,7 +60,6 @@ _LABELS: Final = (
     "json_each(CASE WHEN json_valid(r.labels) THEN r.labels ELSE '{}' END) l"
 )
 """The rows of the table of labels, from those of the revisions."""
-_sequence: Final = operator.itemgetter(8)
 
 
 def _nothing(number: int) -> None:
@@ -160,9 +157,9 @@ class Catalog:
         aliases, damage = self._aliases()
         # A start is made of this: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
-        for row in self._reader.rows(f"SELECT digest, {_REVISION} FROM revisions"):
+        for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):
             if row[0] != row_digest("revisions", *row[1:]):
-                damage[_name(row[1])] += 1
+                damage[sound_name(row[1])] += 1
             elif row[1] in revisions:
                 revisions[row[1]].append(row)
             else:
@@ -172,16 +169,16 @@ class Catalog:
             "SELECT digest, name, current, generation, retain FROM names ORDER BY name"
         ):
             if row[0] != row_digest("names", *row[1:]):
-                damage[_name(row[1])] += 1
+                damage[sound_name(row[1])] += 1
                 continue
             _, name, current, generation, retain = row
-            kept = _newest_first(revisions.pop(name, nothing))
+            kept = newest_first(revisions.pop(name, nothing))
             also = tuple(aliases.pop(name, ())) if name in aliases else ()
             bad = damage.pop(name, 0) if damage else 0
             yield NameRow(name, current, generation, kept, retain, also, bad)
         # What is left is about names whose own row is damaged, or gone.
         for name in sorted({*revisions, *aliases, *damage}):
-            kept = _newest_first(revisions.get(name, nothing))
+            kept = newest_first(revisions.get(name, nothing))
             also = tuple(aliases.get(name, ()))
             yield NameRow(name, None, 0, kept, None, also, max(1, damage[name]))
 
@@ -190,7 +187,7 @@ class Catalog:
         count = 0
         for table, columns in (
             ("names", "name, current, generation, retain"),
-            ("revisions", _REVISION),
+            ("revisions", REVISION),
             ("aliases", "name, alias, targets, previous, generation, updated"),
         ):
             for digest, *values in self._reader.rows(
@@ -226,15 +223,11 @@ class Catalog:
         rows = self._reader.rows("SELECT * FROM aliases ORDER BY name, alias")
         damage = Counter[str]()
         found: dict[str, list[AliasRow]] = {}
-        for *values, digest in rows:
-            if digest != row_digest("aliases", *values):
-                damage[_name(values[0])] += 1
-                continue
-            name, alias, targets, previous, generation, updated = values
-            row = AliasRow(
-                name, alias, _targets(targets), _targets(previous), generation, updated
-            )
-            found.setdefault(name, []).append(row)
+        for each in rows:
+            if (row := alias_row(each)) is None:
+                damage[sound_name(each[0])] += 1
+            else:
+                found.setdefault(row.name, []).append(row)
         return found, damage
 
     def quarantined(self) -> dict[str, str]:
@@ -267,7 +260,7 @@ class Catalog:
             f"FROM history WHERE {' AND '.join(where)} ORDER BY sequence DESC LIMIT ?",
             [*parameters, limit],
         )
-        return tuple(_line(row) for row in rows)
+        return tuple(history_row(row) for row in rows)
 
     def vanished(self, revisions: Set[str]) -> set[str]:
         """Which of these revisions, that no row names, a row must have named: the history
@@ -313,13 +306,13 @@ class Catalog:
         """
         reader = self._urgent if urgent else self._reader
         rows = reader.rows(
-            f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
+            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? AND r.revision = ?",
             (name, revision),
         )
         if not rows:
             return None
-        row = _row(rows[0])
+        row = revision_row(rows[0])
         if row is None:
             raise damaged_row(f"{name}@{revision[:12]}")
         return row
@@ -327,11 +320,11 @@ class Catalog:
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
         """All revisions of a name, newest first; not those whose row is damaged."""
         rows = self._reader.rows(
-            f"SELECT {_COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
+            f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? ORDER BY r.sequence DESC",
             (name,),
         )
-        return _rows(rows)
+        return revision_rows(rows)
 
     def page(
         self, prefix: str, labels: Mapping[str, str], after: str, limit: int
@@ -345,7 +338,7 @@ class Catalog:
             first = "labels l CROSS JOIN names n ON n.name = l.name AND n.current = l.revision"
             at = "l"
         sql = (
-            f"SELECT {_COLUMNS} FROM {first} CROSS JOIN revisions r ON r.name = n.name "
+            f"SELECT {COLUMNS} FROM {first} CROSS JOIN revisions r ON r.name = n.name "
             f"AND r.revision = n.current WHERE {at}.name > ? AND {at}.name >= ? "
             f"AND {at}.name < ?"
         )
@@ -362,7 +355,8 @@ class Catalog:
             parameters += pair
         sql += f" ORDER BY {at}.name LIMIT ?"
         rows = self._reader.rows(sql, [*parameters, limit])
-        found = tuple(row for row in _rows(rows) if labels.items() <= row.labels.items())
+        sound = revision_rows(rows)
+        found = tuple(row for row in sound if labels.items() <= row.labels.items())
         if len(found) < len(rows) == limit:  # what is left out must not look like the end
             beyond = self.page(prefix, labels, str(rows[-1][0]), limit - len(found))
             return found + beyond
@@ -379,60 +373,3 @@ class Catalog:
             return int(found)
 
         return sorted(labels.items(), key=count)
-
-
-def _newest_first(rows: list[tuple[Any, ...]]) -> tuple[tuple[str, str, str], ...]:
-    if len(rows) > 1:
-        rows.sort(key=_sequence, reverse=True)
-    return tuple([(row[2], row[3], row[4]) for row in rows])
-
-
-def _rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
-    found = tuple(row for row in map(_row, rows) if row is not None)
-    if len(found) < len(rows):
-        _log.error(
-            "%d damaged rows of the catalog are left out of a listing; stop the server and run "
-            "`veneer-server store recover`",
-            len(rows) - len(found),
-        )
-    return found
-
-
-def _row(row: tuple[Any, ...]) -> RevisionRow | None:
-    """A row of `_COLUMNS`; None where it is not what was written."""
-    *values, digest, manifest, current, generation = row
-    if digest != row_digest("revisions", *values) or values[-1] != text_digest(manifest):
-        return None
-    name, revision, weights, base, created, labels, size, _, _ = values
-    return RevisionRow(
-        name=name,
-        revision=revision,
-        weights=weights,
-        base=base,
-        manifest=manifest,
-        created=created,
-        labels=json.loads(labels),
-        bytes=size,
-        current=bool(current),
-        generation=generation,
-    )
-
-
-def _line(row: tuple[Any, ...]) -> HistoryRow:
-    number, *values, digest = row
-    if digest != row_digest("history", *values):
-        return HistoryRow(number, 0.0, "", "damaged", "", SERVER, "this line is damaged")
-    time, name, event, revision, actor, peer, detail = values
-    return HistoryRow(number, time, name, event, revision, Who(actor, peer), detail)
-
-
-def _targets(text: str) -> tuple[tuple[str, int], ...]:
-    return tuple((revision, weight) for revision, weight in json.loads(text))
-
-
-def _name(value: object) -> str:
-    """A name that may be damaged: itself, or nothing where no adapter can have it."""
-    try:
-        return check_name(value) if isinstance(value, str) else ""
-    except InvalidField:
-        return ""

@@ -2,10 +2,10 @@
 
 A publish is: check the received files, bring content to disk (`stage`), one catalog
 transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
-and what was acknowledged survives ``kill -9``. `publishing` brings content in,
-`editing` changes what is there; `core` is what they share. The index is never
-locked across a system call, so `resolve`, `acquire` and `release` may be called
-from an event loop. Call everything else from a worker thread.
+and what was acknowledged survives ``kill -9``. `open_uploads` receives content,
+`publishing` brings it in, `editing` changes what is there; `core` is what they share.
+The index is never locked across a system call, so `resolve`, `acquire` and `release` may
+be called from an event loop. Call everything else from a worker thread.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from veneer_registry.errors import (
 from veneer_registry.index import Index
 from veneer_registry.lease import RevisionLease
 from veneer_registry.lock import OwnerLock
+from veneer_registry.open_uploads import OpenUploads
 from veneer_registry.pairing import ChangeMark, check_catalog, check_pair, settle_id, survey
 from veneer_registry.publishing import Publisher, Staged
 from veneer_registry.records import (
@@ -68,7 +69,8 @@ class Registry:
     def __init__(self, core: Core, *, max_adapter_bytes: int) -> None:
         """Use `Registry.open`."""
         self._core = core
-        self._publisher = Publisher(core, max_adapter_bytes)
+        self._uploads = OpenUploads(core, max_adapter_bytes)
+        self._publisher = Publisher(core)
         self._editor = Editor(core)
         self._completing = Completing(core)
 
@@ -154,7 +156,7 @@ class Registry:
 
     def close(self) -> None:
         """End open uploads, wait for a running change, give the folder back."""
-        self._publisher.close()
+        self._uploads.close()
         with self._core.changes:
             self._core.catalog.close()
             self._core.mark.close()
@@ -183,7 +185,7 @@ class Registry:
 
         Raises as `begin_upload`.
         """
-        return self._publisher.committed(request)
+        return self._uploads.committed(request)
 
     def begin_upload(self, request: UploadRequest, *, resume: bool = False) -> Upload:
         """Check an announcement and open its files for writing.
@@ -197,7 +199,7 @@ class Registry:
             ChecksumMismatch: what was there is damaged; begin without ``resume``.
             DiskFull: the disk has not room for the announced bytes.
         """
-        return self._publisher.begin(request, resume=resume)
+        return self._uploads.begin(request, resume=resume)
 
     def publish(self, upload: Upload, *, who: Who = SERVER) -> Published:
         """`stage` and `commit` in one: make a complete upload the current revision of its
@@ -239,12 +241,12 @@ class Registry:
 
     def sweep_uploads(self, idle_s: float) -> int:
         """Remove what arrived of uploads that nobody went on with for so many seconds."""
-        return self._publisher.sweep_uploads(idle_s)
+        return self._uploads.sweep(idle_s)
 
     def trim_uploads(self, *, most: int, most_bytes: int) -> int:
         """Remove the oldest of what broken uploads left, beyond a number and bytes. None
         that is being sent goes, and the newest stays."""
-        return self._publisher.trim_uploads(most=most, most_bytes=most_bytes)
+        return self._uploads.trim(most=most, most_bytes=most_bytes)
 
     # ------------------------------------------------------------------- look-up
 

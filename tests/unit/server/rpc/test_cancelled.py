@@ -104,6 +104,20 @@ async def test_an_upload(everywhere: Everywhere, folders: Folders) -> None:
     assert waits > 3
 
 
+async def test_an_upload_that_is_only_checked(everywhere: Everywhere, folders: Folders) -> None:
+    async def after(made: Server, ended: bool) -> None:
+        assert made.means("chat") is None
+        assert made.history("chat") == made.happened() == []
+        assert not list(made.store.iterdir())
+
+    waits = await everywhere.cancel(
+        lambda made: made.push(folders(1), "chat", validate_only=True),
+        before=nothing,
+        after=after,
+    )
+    assert waits > 3
+
+
 async def test_an_upload_that_activates(everywhere: Everywhere, folders: Folders) -> None:
     async def after(made: Server, ended: bool) -> None:
         digest = made.means("chat")

@@ -1,0 +1,107 @@
+"""Rows of the catalog as they are read: what is not what was written is left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+from typing import Any, Final
+
+from veneer_registry.adapter import check_name
+from veneer_registry.errors import InvalidField
+from veneer_registry.integrity import row_digest, text_digest
+from veneer_registry.rows import SERVER, AliasRow, HistoryRow, RevisionRow, Who
+
+__all__ = [
+    "COLUMNS",
+    "REVISION",
+    "alias_row",
+    "history_row",
+    "newest_first",
+    "revision_row",
+    "revision_rows",
+    "sound_name",
+]
+
+_log = logging.getLogger(__name__)
+
+REVISION: Final = (
+    "name, revision, weights, base, created, labels, bytes, sequence, manifest_sha256"
+)
+"""What a revision's digest covers, in its order."""
+COLUMNS: Final = (
+    ", ".join(f"r.{column}" for column in REVISION.split(", "))
+    + ", r.digest, r.manifest, n.current IS r.revision, n.generation"
+)
+"""Of a revision, ``r``, and its name, ``n``: what `revision_row` reads."""
+
+_sequence: Final = operator.itemgetter(8)
+
+
+def newest_first(rows: list[tuple[Any, ...]]) -> tuple[tuple[str, str, str], ...]:
+    """(revision, weights, base) of rows that begin with a digest and `REVISION`; sorts them."""
+    if len(rows) > 1:
+        rows.sort(key=_sequence, reverse=True)
+    return tuple([(row[2], row[3], row[4]) for row in rows])
+
+
+def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
+    """Those of the rows that are what was written."""
+    found = tuple(row for row in map(revision_row, rows) if row is not None)
+    if len(found) < len(rows):
+        _log.error(
+            "%d damaged rows of the catalog are left out of a listing; stop the server and run "
+            "`veneer-server store recover`",
+            len(rows) - len(found),
+        )
+    return found
+
+
+def revision_row(row: tuple[Any, ...]) -> RevisionRow | None:
+    """A row of `COLUMNS`; None where it is not what was written."""
+    *values, digest, manifest, current, generation = row
+    if digest != row_digest("revisions", *values) or values[-1] != text_digest(manifest):
+        return None
+    name, revision, weights, base, created, labels, size, _, _ = values
+    return RevisionRow(
+        name=name,
+        revision=revision,
+        weights=weights,
+        base=base,
+        manifest=manifest,
+        created=created,
+        labels=json.loads(labels),
+        bytes=size,
+        current=bool(current),
+        generation=generation,
+    )
+
+
+def history_row(row: tuple[Any, ...]) -> HistoryRow:
+    """A line; of one that is not what was written, its number and that."""
+    number, *values, digest = row
+    if digest != row_digest("history", *values):
+        return HistoryRow(number, 0.0, "", "damaged", "", SERVER, "this line is damaged")
+    time, name, event, revision, actor, peer, detail = values
+    return HistoryRow(number, time, name, event, revision, Who(actor, peer), detail)
+
+
+def alias_row(row: tuple[Any, ...]) -> AliasRow | None:
+    """A whole row of the table of aliases; None where it is not what was written."""
+    *values, digest = row
+    if digest != row_digest("aliases", *values):
+        return None
+    name, alias, targets, previous, generation, updated = values
+    return AliasRow(name, alias, _targets(targets), _targets(previous), generation, updated)
+
+
+def _targets(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple((revision, weight) for revision, weight in json.loads(text))
+
+
+def sound_name(value: object) -> str:
+    """A name that may be damaged: itself, or nothing where no adapter can have it."""
+    try:
+        return check_name(value) if isinstance(value, str) else ""
+    except InvalidField:
+        return ""
