@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from veneer_server.backends.native.library import Draw, Library, address
+from veneer_server.backends.native.library import Library, SampleRow, address
 from veneer_server.step.choice import Choice
 
 __all__ = ["NativeDraws"]
@@ -27,7 +27,7 @@ class NativeDraws:
         """See `Draws.tokens`."""
         logits = logits.contiguous()
         start, row = logits.data_ptr(), logits.stride(0) * logits.itemsize
-        draws = (Draw * len(choices))()
+        draws = (SampleRow * len(choices))()
         for i, (draw, choice) in enumerate(zip(draws, choices, strict=True)):
             params = choice.params
             draw.logits = start + i * row
