@@ -1,12 +1,12 @@
-// Whole steps of the real decoder by several threads, and tokens sampled from their logits: built
-// with ThreadSanitizer, it tells of every access that nothing puts in order.
+// Runs whole steps of the real decoder on several threads, and samples tokens from their logits:
+// built with ThreadSanitizer, it reports every pair of accesses that nothing orders.
 //
 // Patiently (no argument) no chunk is executed twice, memory is plain, and the decoder must be
 // clean. With "stalls" chunks are executed twice at one time (VENEER_STALLS): two threads then
 // write the same numbers to the same place. With VENEER_ATOMIC_NUMBERS the kernels' own functions
-// for that memory (shared.h) use relaxed atomics, and the decoder must be clean again: nothing else
-// is written twice. Without it each report is of such memory. The logits and tokens must be those
-// of one thread, to the bit, each time.
+// for that memory (kernels/shared.h) use relaxed atomics, and the decoder must be clean again.
+// Without it each report must be of such memory. Logits and tokens must be bit-identical to those
+// of one thread each time.
 #include "decoder/decoder.h"
 
 #include <cstdint>
@@ -79,7 +79,7 @@ struct Base {
     }
 };
 
-// Neighbouring tokens of each sequence: its context from `first` on, so many of them.
+// Sequences, each with `count` tokens from position `first` of its context on.
 struct TokenRows {
     std::vector<int64_t> tokens, positions, slots, starts{0}, contexts, blocks, prefetches;
     int64_t sequences = 0;
@@ -96,8 +96,8 @@ struct TokenRows {
     }
 };
 
-// The logits of some steps by so many threads, then a token of each row; the same base and adapter
-// each time.
+// The logits of some steps on so many threads, then a token of each row; with the same base and
+// adapter each time.
 std::vector<float> results(const TokenRows& rows, int threads, bool patient, int steps) {
     Base base;
     constexpr int kRank = 8;

@@ -1,11 +1,11 @@
-// Drives a Team for many short parts: built with ThreadSanitizer, it tells of every access that
-// nothing puts in order.
+// Runs many short phases on a thread pool: built with ThreadSanitizer, it reports every pair of
+// accesses that nothing orders.
 //
-// Twice. First patiently: no chunk is done twice, so what parts write can lie in plain memory, and
-// each part reads what other threads wrote in the part before: if a chunk began, or `run`
-// returned, before that was written, it would be a data race. Then with threads that are put aside
-// with a chunk in their hands (VENEER_STALLS): others do it again, so what is written is atomic,
-// and what stragglers may read or write must not be written to.
+// Twice. First patiently: no chunk is executed twice, so phases write to plain memory, and each
+// reads what other threads wrote in the phase before. If a chunk began, or `run` returned, before
+// that was written, it would be a data race. Then with threads that sleep while they hold a chunk,
+// as if preempted (VENEER_STALLS): others execute it again, so what is written is atomic, and
+// nothing may be written where stragglers read or write.
 #include "thread_pool.h"
 
 #include <atomic>
@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kChunks = 37;
 constexpr int kPhases = 50;   // of a program
-constexpr int kVersions = 4;  // arrays; several stragglers hold more, and are waited for
+constexpr int kVersions = 4;  // arrays; stragglers that use all of them are waited for
 
-// Each part adds to what its neighbours wrote in the part before. `Number` is what they write.
+// Each phase adds to what its neighbours wrote in the phase before. `Number` is what they write.
 template <class Number>
 struct Sums final : veneer::Program {
     explicit Sums(int threads) : by_thread(size_t(threads), 0) {
@@ -58,7 +58,7 @@ struct Sums final : veneer::Program {
     }
 
     std::vector<Number> places[kVersions];
-    int last = 0;  // place of what the last program's last part wrote
+    int last = 0;  // where the last program's last phase wrote
     int read[kPhases] = {}, wrote[kPhases] = {};
     int64_t went_on = 0;
     std::vector<int64_t> by_thread;
@@ -90,7 +90,7 @@ bool counts_right(int threads, int programs, bool patient) {
     if (patient ? done != needed : done < needed) return false;
 #ifdef VENEER_STALLS
     if (threads > 1 && !patient && (done == needed || sums->went_on == 0)) {
-        std::printf("nobody was put aside\n");
+        std::printf("no thread was preempted\n");
         return false;
     }
 #endif

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from veneer_server.backends.native.library import Draw, Library, address
+from veneer_server.backends.native.library import Library, SampleRow, address
 from veneer_server.step.choice import Choice
 from veneer_server.wire.messages import SamplingParams
 
@@ -36,7 +36,7 @@ class NativeDraws:
         """See `Draws.tokens`."""
         logits = logits.contiguous()
         start, row = logits.data_ptr(), logits.stride(0) * logits.itemsize
-        draws = (Draw * len(choices))()
+        draws = (SampleRow * len(choices))()
         for i, (draw, choice) in enumerate(zip(draws, choices, strict=True)):
             params = choice.params
             draw.logits = start + i * row

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from veneer_server.backends.native import kept
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.structs import (
-    Draw,
     Field,
     Layer,
     Linear,
@@ -27,6 +26,7 @@ from veneer_server.backends.native.structs import (
     LoraGroup,
     LoraMember,
     Model,
+    SampleRow,
     Segment,
     Step,
     mismatch,
@@ -37,7 +37,6 @@ __all__ = [
     "BLOCK",
     "EIGHT_BIT",
     "FOUR_BIT",
-    "Draw",
     "Layer",
     "Library",
     "Linear",
@@ -45,6 +44,7 @@ __all__ = [
     "LoraGroup",
     "LoraMember",
     "Model",
+    "SampleRow",
     "Segment",
     "Step",
     "address",
@@ -68,7 +68,7 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_create": (c_int32, (ctypes.POINTER(Model), c_int32, ctypes.POINTER(c_void_p))),
     "veneer_destroy": (None, (c_void_p,)),
     "veneer_step": (c_int32, (c_void_p, ctypes.POINTER(Step))),
-    "veneer_sample": (c_int32, (c_void_p, ctypes.POINTER(Draw), c_int64, c_int64)),
+    "veneer_sample": (c_int32, (c_void_p, ctypes.POINTER(SampleRow), c_int64, c_int64)),
     "veneer_log_sums": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     "veneer_times": (None, (c_void_p, c_void_p)),
 }
@@ -81,6 +81,14 @@ class Status(IntEnum):
     NO_MEMORY = 1
     NO_THREADS = 2
     INTERNAL = 3
+
+
+SENTENCES: Final = {
+    Status.NO_MEMORY: "there is no memory for the buffers of {}",
+    Status.NO_THREADS: "the threads of {} cannot be started",
+    Status.INTERNAL: "an unexpected C++ exception ended {}",
+}
+"""What each failure says, of what was being done."""
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -196,12 +204,9 @@ class Library:
         status = self.functions.veneer_create(
             ctypes.byref(model), threads, ctypes.byref(engine)
         )
-        if status == Status.NO_THREADS:
-            raise NativeUnavailable(f"{threads} threads cannot be started")
-        if status == Status.NO_MEMORY:
-            raise NativeUnavailable(f"there is no memory for a decoder on {threads} threads")
-        if engine.value is None:
-            raise NativeUnavailable(f"the decoder cannot be created: {Status(status).name}")
+        if status != Status.OK:
+            raise NativeUnavailable(_sentence(status, f"a decoder on {threads} threads"))
+        assert engine.value is not None
         return engine.value
 
     def step(self, engine: int, step: Step) -> None:
@@ -212,7 +217,7 @@ class Library:
         """
         check(self.functions.veneer_step(engine, ctypes.byref(step)), "a step")
 
-    def sample(self, engine: int | None, draws: ctypes.Array[Draw], vocab: int) -> None:
+    def sample(self, engine: int | None, draws: ctypes.Array[SampleRow], vocab: int) -> None:
         """Fill in their tokens.
 
         Raises:
@@ -235,12 +240,16 @@ class Library:
         self.functions.veneer_destroy(engine)
 
 
+def _sentence(status: int, what: str) -> str:
+    return SENTENCES[Status(status)].format(what)
+
+
 def check(status: int, what: str) -> None:
     """Raise what a status says."""
     if status == Status.NO_MEMORY:
-        raise MemoryError(f"no memory for the buffers of {what}")
+        raise MemoryError(_sentence(status, what))
     if status != Status.OK:
-        raise RuntimeError(f"the kernels failed at {what}: {Status(status).name}")
+        raise RuntimeError(_sentence(status, what))
 
 
 def pointer(array: NDArray[np.int64]) -> int:

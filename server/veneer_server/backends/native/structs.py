@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final
 
 __all__ = [
     "STRUCTS",
-    "Draw",
     "Field",
     "Layer",
     "Linear",
@@ -19,6 +18,7 @@ __all__ = [
     "LoraGroup",
     "LoraMember",
     "Model",
+    "SampleRow",
     "Segment",
     "Step",
     "mismatch",
@@ -143,7 +143,7 @@ class Step(ctypes.Structure):
     ]
 
 
-class Draw(ctypes.Structure):
+class SampleRow(ctypes.Structure):
     """A row of logits, and how its token is drawn."""
 
     _fields_: ClassVar[_Fields] = [
@@ -167,7 +167,7 @@ STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
     LoraAdapter,
     Segment,
     Step,
-    Draw,
+    SampleRow,
 )
 
 

@@ -6,13 +6,14 @@ import ctypes
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from veneer_server.backends.native import library as interface
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.library import Library, Linear, Model, Step
-from veneer_server.backends.native.structs import Draw, Field, LoraMember, mismatch
+from veneer_server.backends.native.structs import Field, LoraMember, SampleRow, mismatch
 
 SOURCE = Path(interface.__file__).with_name("cpp") / "library.cpp"
 
@@ -68,8 +69,8 @@ def test_structs_lie_in_memory_as_the_library_s_do(library: Library) -> None:
     ("changed", "said"),
     [
         (
-            (b"Draw", b"top_k", 40, 8),
-            "struct Draw: top_k of 8 bytes at 32 in Python, top_k of 8 bytes at 40 in the",
+            (b"SampleRow", b"top_k", 40, 8),
+            "struct SampleRow: top_k of 8 bytes at 32 in Python, top_k of 8 bytes at 40 in the",
         ),
         ((b"Step", b"logits", 64, 4), "struct Step: logits of 8 bytes at 64 in Python, logits"),
         ((b"LoraMember", b"", 0, 32), "struct LoraMember: 24 bytes in Python, 32 bytes in the"),
@@ -91,9 +92,9 @@ def test_a_struct_that_differs_is_named(
 
 def test_a_field_or_a_struct_that_the_library_lacks_is_named(library: Library) -> None:
     rows = table(library)
-    without = differs([row for row in rows if row[:2] != (b"Draw", b"min_p")])
+    without = differs([row for row in rows if row[:2] != (b"SampleRow", b"min_p")])
     assert without == (
-        "struct Draw: min_p of 4 bytes at 44 in Python, no field min_p in the library"
+        "struct SampleRow: min_p of 4 bytes at 44 in Python, no field min_p in the library"
     )
     none = differs([row for row in rows if row[0] != b"Linear"])
     assert none == "struct Linear: 64 bytes in Python, no such struct in the library"
@@ -103,14 +104,14 @@ def test_a_library_with_another_struct_is_not_used(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's struct is another here, which is the same to the check."""
-    fields: list[Any] = [*Draw._fields_, ("typical_p", ctypes.c_float)]
-    other = type("Draw", (ctypes.Structure,), {"_fields_": fields})
+    fields: list[Any] = [*SampleRow._fields_, ("typical_p", ctypes.c_float)]
+    other = type("SampleRow", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (Linear, other))
     file = Path(os.readlink(f"/proc/self/fd/{library.fd}"))
-    with pytest.raises(NativeUnavailable, match="other structs: struct Draw: "):
+    with pytest.raises(NativeUnavailable, match="other structs: struct SampleRow: "):
         Library(file)
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (LoraMember,))
-    with pytest.raises(NativeUnavailable, match="struct Draw: Python has none"):
+    with pytest.raises(NativeUnavailable, match="struct Layer: Python has none"):
         Library(file)
 
 
@@ -150,29 +151,45 @@ def test_sampling_without_memory_says_so(library: Library, threads: int) -> None
     """On the caller's thread (0) and on an engine's, whose threads go on."""
     base = model()
     engine = library.create(base, threads) if threads else None
-    draws = (Draw * 5)(*[Draw(temperature=1, top_p=1)] * 5)
+    draws = (SampleRow * 5)(*[SampleRow(temperature=1, top_p=1)] * 5)
     with pytest.raises(MemoryError, match="no memory for the buffers of sampling tokens"):
         library.sample(engine, draws, 1 << 45)
     logits = (ctypes.c_float * 16)(*range(16))
-    library.sample(engine, (Draw * 1)(Draw(ctypes.addressof(logits), top_p=1)), 16)
+    library.sample(engine, (SampleRow * 1)(SampleRow(ctypes.addressof(logits), top_p=1)), 16)
     if engine:
         library.destroy(engine)
 
 
 def test_an_engine_that_cannot_be_created_says_why(library: Library) -> None:
-    with pytest.raises(NativeUnavailable, match="no memory for a decoder on -1 threads"):
+    said = "no memory for the buffers of a decoder on -1 threads"
+    with pytest.raises(NativeUnavailable, match=said):
         library.create(model(), -1)
 
 
-@pytest.mark.parametrize(
-    ("status", "error", "said"),
-    [
-        (interface.Status.NO_MEMORY, MemoryError, "no memory for the buffers of sampling"),
-        (interface.Status.NO_THREADS, RuntimeError, "failed at sampling: NO_THREADS"),
-        (interface.Status.INTERNAL, RuntimeError, "failed at sampling: INTERNAL"),
-    ],
-)
-def test_each_status_becomes_a_sentence(status: int, error: type[Exception], said: str) -> None:
+FAILURES = [status for status in interface.Status if status != interface.Status.OK]
+
+
+def test_each_failure_has_a_sentence_of_its_own() -> None:
+    assert set(interface.SENTENCES) == set(FAILURES)
+    assert len(set(interface.SENTENCES.values())) == len(FAILURES)
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_a_status_is_raised_as_its_sentence(status: interface.Status) -> None:
     interface.check(interface.Status.OK, "sampling")
-    with pytest.raises(error, match=said):
+    error = MemoryError if status == interface.Status.NO_MEMORY else RuntimeError
+    with pytest.raises(error) as raised:
         interface.check(status, "sampling")
+    assert str(raised.value) == interface.SENTENCES[status].format("sampling")
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_a_status_of_create_is_raised_as_its_sentence(
+    library: Library, monkeypatch: pytest.MonkeyPatch, status: interface.Status
+) -> None:
+    """FAKE: the function of the library is replaced by one that fails."""
+    functions = SimpleNamespace(veneer_create=lambda *_: int(status))
+    monkeypatch.setattr(library, "functions", functions)
+    with pytest.raises(NativeUnavailable) as raised:
+        library.create(model(), 2)
+    assert str(raised.value) == interface.SENTENCES[status].format("a decoder on 2 threads")

@@ -11,6 +11,7 @@ from veneer_server.backends.native import forms
 CPP = Path(forms.__file__).with_name("cpp")
 NAMED = re.compile(
     r"\b_mm\d*_|\b__m(?:128|256|512|mask)|_MM_|\b__rdtsc|\b_?_?builtin_ia32"
+    r"|\b(?:__)?asm(?:__)?\b|cpuid|\b__builtin_cpu_|\b__target|\btarget\("
     r"|\w*intrin\.h|\barm_neon\.h|(?<![a-z])(?:avx|sse|amx|neon|sve|fma3|x86)(?![a-z])"
     r"|isa/(?!isa\.h)",
     re.IGNORECASE,
@@ -30,6 +31,20 @@ def test_only_isa_names_an_instruction_set() -> None:
 @pytest.mark.parametrize("file", ["avx512.h", "avx2.h", "x86.h", "isa.h"])
 def test_the_pattern_finds_those_that_do(file: str) -> None:
     assert named((CPP / "isa" / file).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'asm volatile("pause");',
+        "__cpuid(1, a, b, c, d);",
+        '__builtin_cpu_supports("fma")',
+        '__attribute__((target("fma")))',
+        "#ifdef __AVX512BF16__",
+    ],
+)
+def test_the_pattern_finds_other_ways_to_name_one(line: str) -> None:
+    assert named(line)
 
 
 @pytest.mark.parametrize("form", forms.FORMS, ids=lambda form: form.name)

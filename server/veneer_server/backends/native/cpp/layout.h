@@ -1,4 +1,4 @@
-// How the structs of the C interface lie in memory, for the caller to compare with its own.
+// The memory layout of the C interface's structs, for the caller to compare with its own.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace veneer {
 
-// A field, or with no name the struct itself.
+// A field; with an empty name, the struct itself.
 struct Field {
     const char* of;
     const char* name;

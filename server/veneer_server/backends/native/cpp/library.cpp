@@ -12,10 +12,10 @@ using namespace veneer;
 
 namespace {
 
-// Known to the caller by its numbers (`_Status` of library.py).
+// The caller knows these numbers (`_Status` of library.py).
 enum Status : int32_t { kOk = 0, kNoMemory = 1, kNoThreads = 2, kInternal = 3 };
 
-// Call `function`; what it throws as a status.
+// Call `function`; an exception becomes a status.
 template <class Function>
 Status caught(const Function& function) noexcept {
     try {
@@ -24,7 +24,7 @@ Status caught(const Function& function) noexcept {
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     } catch (const std::system_error&) {
-        return kNoThreads;  // nothing but starting them throws it
+        return kNoThreads;  // only starting threads throws it
     } catch (...) {
         return kInternal;
     }
@@ -40,8 +40,8 @@ struct Engine {
     std::vector<Sampler> samplers;  // by thread
 };
 
-// Call `function(row, sampler)` for each row; by an engine's threads where there are several. The
-// status of one that failed, if any did.
+// Call `function(row, sampler)` for each row, on an engine's threads if there is more than one row.
+// Returns the status of a row that failed, if any did.
 template <class Function>
 Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     if (handle == nullptr) {
@@ -66,7 +66,7 @@ Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
 
 extern "C" {
 
-// The structs' fields; one without a struct is past the last.
+// The structs' fields; the last row has no struct.
 const Field* veneer_fields() { return kFields; }
 
 const char* veneer_instructions() { return kInstructions; }
@@ -96,7 +96,7 @@ void veneer_multiply(const Linear* linear, const bf16* x, int64_t rows, float* y
                    size_t(linear->outputs), nothing);
 }
 
-// An engine for `veneer_destroy` into *to, or null.
+// Creates an engine into *to, for `veneer_destroy`; null where it fails.
 Status veneer_create(const Model* model, int32_t threads, void** to) {
     *to = nullptr;
     return caught([&] { *to = new Engine(*model, threads); });
@@ -112,7 +112,7 @@ Status veneer_step(void* handle, const Step* step) {
     return status;
 }
 
-// The tokens of rows of logits; without an engine on the calling thread.
+// Samples a token for each row; on the calling thread if there is no engine.
 Status veneer_sample(void* engine, SampleRow* rows, int64_t count, int64_t vocab) {
     return each_row(engine, count, [&](int64_t row, Sampler& sampler) {
         store_number(&rows[row].token, sampler.token(rows[row], vocab));
@@ -126,7 +126,7 @@ Status veneer_log_sums(void* engine, const float* logits, int64_t rows, int64_t 
     });
 }
 
-// Seconds in each part of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.
+// Seconds in each phase of all steps so far (`Time`); zeros unless compiled with VENEER_TIMES.
 void veneer_times(void* handle, double* to) {
     const Decoder& decoder = static_cast<Engine*>(handle)->decoder;
     std::memcpy(to, decoder.seconds, sizeof decoder.seconds);

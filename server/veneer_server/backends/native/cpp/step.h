@@ -1,4 +1,4 @@
-// What goes over the C interface: plain structs of pointers and numbers, owned by the caller.
+// The structs of the C interface: plain pointers and numbers, owned by the caller.
 #pragma once
 
 #include "kernels/attention.h"
@@ -16,9 +16,9 @@ struct Layer {
     const float* post_norm;   // [hidden]
     const float* query_norm;  // [dim], or null
     const float* key_norm;    // [dim], or null
-    bf16* keys;               // the layer's cache; see attention.h
+    bf16* keys;               // the layer's KV cache; see attention.h
     bf16* values;
-    int64_t window;  // tokens that a token sees, itself included; 0: all
+    int64_t window;  // sliding window: tokens that a token attends to, itself included; 0: all
 };
 
 struct Model {
@@ -36,7 +36,7 @@ inline const LoraGroup& group_of(const LoraAdapter& adapter, int layer, Group gr
     return adapter.groups[layer * kGroups + group];
 }
 
-// `StepArrays` of models/arrays.py, and where its logits go.
+// `StepArrays` of step/arrays.py, and where its logits go.
 struct Step {
     const int64_t* tokens;
     const int64_t* positions;
@@ -47,7 +47,7 @@ struct Step {
     const Segment* segments;
     const int64_t* logit_rows;
     float* logits;    // [logit_count, vocab]
-    uint8_t* finite;  // [logit_count] 1 where all of a row's logits are numbers, else 0
+    uint8_t* finite;  // [logit_count] 1 where all of a row's logits are finite, else 0
     int64_t rows, sequences, table_width, segment_count, logit_count;
 };
 

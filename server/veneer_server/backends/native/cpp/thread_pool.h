@@ -1,19 +1,23 @@
-// Threads that do a program's parts together, and hardly ever wait for one that is not running.
+// A thread pool that executes a program of phases, and that hardly ever waits for a thread which
+// the OS has preempted.
 //
-// A program is a list of parts, a part is a number of chunks. All threads go through it side by
-// side. Each has a share of a part's chunks and takes them in order, so that it reads memory in
-// order, and so that a later part's share finds in its caches what an earlier one's brought; who
-// has done its own takes chunks from the end of another's.
+// A program is a list of phases with a barrier between them; a phase is a number of chunks. Each
+// thread has a share of a phase's chunks and takes them in order, so that it reads memory in order
+// and finds in its caches what its share of an earlier phase brought there. A thread that has
+// finished its own share steals chunks from the end of another's.
 //
-// On few cores other processes have one of them now and then, for a time in which dozens of parts
-// would be done, and a thread that is put aside may hold a chunk. So whoever has waited for a
-// chunk longer than one takes does it again: chunks only read what earlier parts wrote and write
-// what they alone write, so twice is the same as once. Then all but the thread that was put aside
-// go on. It will write its chunk's results once more whenever it is back: until then nothing may
-// be put where it reads or writes, so a program is told of such stragglers as it prepares a part,
-// and has it write elsewhere (see `Program::prepare`). Any thread can lead from part to part. All
-// wait for one that is put aside while it leads (it prepares lists, no more), for stragglers
-// at a program's end, and for them where a program has no room left to write elsewhere.
+// On few cores the OS now and then preempts a thread for long enough to execute dozens of phases,
+// and that thread may hold a chunk: it is then a straggler. So a thread that has waited longer for
+// a chunk than one takes executes it again. A chunk only reads what earlier phases wrote and only
+// writes its own results, so executing it twice is the same as executing it once, and all threads
+// but the straggler go on. When the straggler resumes it writes the chunk's results once more.
+// Until then nothing may be put where it reads or writes: a program is told of stragglers when it
+// prepares a phase, and has that phase write elsewhere (see `Program::prepare`). Both threads may
+// write at one time: see kernels/shared.h.
+//
+// Any thread can lead from one phase to the next. All threads wait for a straggler only where it
+// was preempted while it led (it prepares lists, no more), at a program's end, and where a program
+// has no room left to write elsewhere.
 #pragma once
 
 #include <linux/futex.h>
@@ -36,9 +40,9 @@
 
 namespace veneer {
 
-constexpr int kMaxChunks = 1024;  // of a part
+constexpr int kMaxChunks = 1024;  // of a phase
 
-// The parts of threads that some process has put aside with a chunk of them.
+// The phases of the threads that were preempted while they held a chunk of them.
 struct Stragglers {
     const int* phases;
     int count;
@@ -50,27 +54,26 @@ class Program {
 
     virtual int phases() const = 0;
 
-    // How many chunks a part has, up to kMostChunks; 0 where there is nothing to do in it, -1 to
-    // be asked again since it has to wait for stragglers. Called for one part after the other, by
-    // any thread, when all chunks of the part before are done. What stragglers read and write
-    // must stay as it is.
-    // It must not throw, nor `chunk`: others are at work.
+    // The number of chunks of a phase, up to kMaxChunks. 0: nothing to do in it; -1: ask again,
+    // since it has to wait for stragglers. Called for one phase after the other, by any thread,
+    // when all chunks of the phase before are finished. It must leave alone what stragglers read
+    // and write. Neither this function nor `chunk` may throw: other threads are at work.
     virtual int prepare(int phase, Stragglers stragglers) = 0;
 
-    // The first chunk of a thread's share of a part; for `size` threads, thread `size` has the
-    // end.
+    // The first chunk of a thread's share of a phase. For thread `size`, one past the last, the end
+    // of all chunks.
     virtual int begin(int phase, int chunks, int thread, int size) const {
         (void)phase;
         return int(int64_t(chunks) * thread / size);
     }
 
-    // Threads are 0, which is who called `run`, to size - 1.
+    // Threads are numbered from 0, the caller of `run`, to size - 1.
     virtual void chunk(int phase, int chunk, int thread) = 0;
 };
 
 class ThreadPool {
   public:
-    // `patient`: no chunk is done twice; for a test.
+    // `patient`: no chunk is executed twice; for tests.
     explicit ThreadPool(int size, bool patient = false)
         : size_(size),
           patient_(patient),
@@ -93,14 +96,14 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // Wake the others; they look for work until `rest`.
+    // Wake the other threads; they look for work until `let_sleep`.
     void wake() {
         awake_.store(1, std::memory_order_seq_cst);
         syscall(SYS_futex, &awake_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
     }
     void let_sleep() { awake_.store(0, std::memory_order_seq_cst); }
 
-    // Do a program; on return no thread is in it any more.
+    // Execute a program. On return no thread is in it any more.
     void run(Program& program) {
         if (size_ == 1) return run_alone(program);
         program_ = &program;
@@ -120,7 +123,7 @@ class ThreadPool {
     }
 
   private:
-    // Parts are numbered on from program to program, from 1.
+    // Phases are numbered from 1 and on from program to program.
 
     template <class Function>
     struct Each final : Program {
@@ -139,16 +142,16 @@ class ThreadPool {
     };
 
     struct alignas(64) Share {
-        // A part's number (its lower half), and which chunks of the share nobody has begun.
+        // A phase's number (its lower half), and the chunks of the share that nobody has begun.
         std::atomic<uint64_t> left{0};
-        // The part that the share's owner is in, or 0: it may read and write what that does.
+        // The phase that the share's owner is in, or 0: it may read and write what that phase does.
         alignas(64) std::atomic<uint64_t> inside{0};
 
         static uint64_t pack(uint64_t phase, int begin, int end) {
             return phase << 32 | uint64_t(begin) << 16 | uint64_t(end);
         }
 
-        // A chunk of its beginning for its owner, of its end for others; -1 where none is left.
+        // A chunk from the beginning for the owner, from the end for others; -1 where none is left.
         int take(uint64_t phase, bool owner) {
             uint64_t seen = left.load(std::memory_order_acquire);
             for (;;) {
@@ -195,14 +198,15 @@ class ThreadPool {
         }
     }
 
-    // Take part in the program under way until it has ended.
+    // Execute chunks of the current program until it has ended.
     void help(int thread) {
         for (;;) {
             const uint64_t current = current_.load(std::memory_order_acquire);
             if (!(current & kUnderWay)) return;
             const uint64_t phase = current >> 1;
             if (enter(phase, thread)) {
-                // Of a later part, where we were put aside in between; then that has been claimed.
+                // If this thread was preempted in between it may be a later phase's number: then
+                // this phase has been claimed.
                 const int chunks = chunks_.load(std::memory_order_acquire);
                 const uint64_t patience = work(phase, thread);
                 leave(thread);
@@ -212,8 +216,8 @@ class ThreadPool {
         }
     }
 
-    // Begin to read and write what a part does, unless it is over. Either we see that it is, or
-    // who ends it sees us.
+    // Begin to read and write what a phase does, unless it is over. Either this thread sees that it
+    // is over, or the thread that ends it sees this one.
     bool enter(uint64_t phase, int thread) {
         stall();
         std::atomic<uint64_t>& inside = shares_[thread].inside;
@@ -225,7 +229,8 @@ class ThreadPool {
     }
     void leave(int thread) { shares_[thread].inside.store(0, std::memory_order_release); }
 
-    // Do what nobody has begun; how long to wait for others' chunks before they are done again.
+    // Execute the chunks that nobody has begun. Returns how long to wait for other threads' chunks
+    // before they are executed again.
     uint64_t work(uint64_t phase, int thread) {
         uint64_t longest = 0, before = cycles();
         for (int other = 0; other < size_; ++other) {
@@ -245,7 +250,7 @@ class ThreadPool {
     void do_chunk(uint64_t phase, int chunk, int thread) {
         stall();
         program_->chunk(int(phase - first_), chunk, thread);
-        // Who comes late finds a later part's number there.
+        // A late thread finds a later phase's number there.
         std::atomic<uint64_t>& finished = finished_[chunk];
         uint64_t seen = finished.load(std::memory_order_relaxed);
         while (seen < phase &&
@@ -253,8 +258,8 @@ class ThreadPool {
         }
     }
 
-    // Wait until all chunks are done, doing again those that take too long, then lead on; or
-    // until somebody else has.
+    // Wait until all chunks are finished, executing again those that take too long; then lead to
+    // the next phase, unless another thread has.
     void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
         const uint64_t phase = current >> 1, began = cycles();
         int done = 0;
@@ -281,8 +286,8 @@ class ThreadPool {
         }
     }
 
-    // Prepare the next part and let all begin it, or end the program. One thread at a time is
-    // here: who has claimed the part.
+    // Prepare the next phase and let all threads begin it, or end the program. Only the thread that
+    // has claimed the phase is here.
     void lead(uint64_t phase, int thread) {
         stall();
         for (;; claimed_.store(++phase, std::memory_order_seq_cst)) {
@@ -304,14 +309,14 @@ class ThreadPool {
         }
     }
 
-    // The parts that other threads are still in. Who is just leaving is given a moment.
+    // The phases that other threads are still in. A thread that is just leaving is given a moment.
     Stragglers stragglers(int thread) {
         int count = 0;
         for (int turns = 0; turns < kMoment; ++turns) {
             count = 0;
             for (int other = 0; other < size_; ++other) {
                 const uint64_t inside = shares_[other].inside.load(std::memory_order_seq_cst);
-                // What is older is of a program that is over, and will be found to be.
+                // An older one belongs to a program that is over; its thread will notice.
                 if (other != thread && inside >= first_)
                     straggling_[count++] = int(inside - first_);
             }
@@ -321,7 +326,7 @@ class ThreadPool {
         return {straggling_.get(), count};
     }
 
-    // For tests: threads are put aside with a chunk in their hands.
+    // For tests: threads sleep now and then while they hold a chunk, as if preempted.
     static void stall() {
 #ifdef VENEER_STALLS
         thread_local unsigned seed = unsigned(cycles());
@@ -329,27 +334,27 @@ class ThreadPool {
 #endif
     }
 
-    static constexpr uint64_t kUnderWay = 1;      // beside a part's number
+    static constexpr uint64_t kUnderWay = 1;      // beside a phase's number
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
-    static constexpr uint64_t kGuess = 100000;    // where nothing tells how long a chunk takes
+    static constexpr uint64_t kGuess = 100000;    // where this thread executed none
     static constexpr int kSpins = 2000;
     static constexpr int kMoment = 20;
 
     const int size_;
     const bool patient_;
-    std::unique_ptr<Share[]> shares_;                    // one a thread
-    std::unique_ptr<std::atomic<uint64_t>[]> finished_;  // by chunk, the last part it was done in
-    std::unique_ptr<int[]> straggling_;                  // who leads writes there
-    // Of the program under way: set before its first part, and read by who has entered it.
+    std::unique_ptr<Share[]> shares_;                    // by thread
+    std::unique_ptr<std::atomic<uint64_t>[]> finished_;  // by chunk, its last finished phase
+    std::unique_ptr<int[]> straggling_;                  // written by the thread that leads
+    // Of the current program: set before its first phase, and read by threads that have entered it.
     Program* program_ = nullptr;
     uint64_t first_ = 1;
     int phases_ = 0;
     std::atomic<int> chunks_{0};
-    alignas(64) std::atomic<uint64_t> current_{0};  // the part that all are to do, and kUnderWay
-    alignas(64) std::atomic<uint64_t> claimed_{1};  // no part before this one can be entered
+    alignas(64) std::atomic<uint64_t> current_{0};  // the current phase, and kUnderWay
+    alignas(64) std::atomic<uint64_t> claimed_{1};  // no phase before this one can be entered
     alignas(64) std::atomic<uint32_t> awake_{0};
     std::atomic<bool> stopping_{false};
-    std::vector<std::thread> threads_;  // last: they use the rest
+    std::vector<std::thread> threads_;  // last: they use the members above
 };
 
 }  // namespace veneer

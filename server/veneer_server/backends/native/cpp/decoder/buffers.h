@@ -1,10 +1,10 @@
-// What a step's parts hand on to each other, laid so that no part overwrites what a thread that
-// was put aside may still read or write (see team.h).
+// The buffers that the phases of a step hand on to each other, versioned so that no phase
+// overwrites what a straggler may still read or write (see thread_pool.h).
 //
-// Each kind of array has a few places. A part writes each of its results to a place that no
-// straggler knows, and reads what was written last. Without stragglers that is the same place all
-// the time, which stays in the caches; only hidden states, which a part both reads and writes,
-// have two in turn.
+// Each kind of array has a few versions. A phase writes each of its results to a version that no
+// straggler uses, and reads the version written last. Without stragglers that is always the same
+// one, which stays in the caches; only hidden states, which a phase both reads and writes,
+// alternate between two.
 #pragma once
 
 #include <cstddef>
@@ -16,13 +16,13 @@
 
 namespace veneer {
 
-// Numbers that grow with the largest step and are never given back.
+// An array that grows to the size of the largest step and never shrinks.
 template <class Number>
 class Buffer {
   public:
     Number* take(size_t count) {
         if (count > size_) {
-            at_.reset(), size_ = 0;  // not both at once
+            at_.reset(), size_ = 0;  // the old memory first: never both at once
             at_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), kAlign)));
             size_ = count;
         }
@@ -38,9 +38,9 @@ class Buffer {
     size_t size_ = 0;
 };
 
-constexpr int kVersions = 4;  // more stragglers than these allow for are waited for
+constexpr int kVersions = 4;  // beyond these, wait for stragglers
 
-// One kind of array in its places. Those that are never used take no memory.
+// One kind of array in all its versions. Versions that are never used take no memory.
 template <class Number>
 class VersionedBuffer {
   public:
@@ -60,12 +60,13 @@ class VersionedBuffer {
 enum Array { kHidden, kRounded, kY, kShrunk, kQueries, kResults, kLists };
 constexpr int kArrays = 7;
 
-// Where each part of a step finds and puts what.
+// Which version of each array every phase of a step reads and writes.
 class BufferVersions {
   public:
     void reset(int phases) { phases_.resize(size_t(phases)); }
 
-    // Choose places for what a part writes (bits of `Array`); false where stragglers have all.
+    // Choose the versions that a phase writes (`writes`: bits of `Array`). False where stragglers
+    // use all of them.
     bool prepare(int phase, unsigned writes, Stragglers stragglers) {
         Phase& now = phases_[size_t(phase)];
         now = phase > 0 ? phases_[size_t(phase - 1)] : Phase{};
@@ -86,7 +87,7 @@ class BufferVersions {
         return true;
     }
 
-    // The place that a part, or the last one before it that did, writes an array to.
+    // The version of an array that a phase wrote, or else the last phase before it that did.
     int wrote(int phase, Array array) const { return phases_[size_t(phase)].version[array]; }
 
   private:

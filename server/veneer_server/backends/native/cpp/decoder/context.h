@@ -1,5 +1,5 @@
-// What all parts of the step under way go by and none of them changes: its rows, the lengths of
-// its arrays' rows in memory, and how its work is cut.
+// The read-only context of a step: its rows, the lengths of its arrays' rows in memory, and how its
+// work is cut into chunks.
 #pragma once
 
 #include <algorithm>
@@ -11,33 +11,33 @@
 
 namespace veneer {
 
-// Where a part's arrays are: those it reads, and those it writes. See decoder.h for how they may
-// be written: a chunk may be done twice, at one time too.
+// The arrays that a phase reads and writes. A chunk may be executed twice at one time: see
+// kernels/shared.h for how they are accessed.
 struct Arrays {
     const float* hidden_before;
     const bf16* rounded_before;
     float* hidden;   // [rows, hidden]
-    bf16* rounded;   // [rows, width] a product's inputs
-    float* y;        // [rows, wide] a product's results, without the adapters' updates
+    bf16* rounded;   // [rows, width] a GEMM's inputs
+    float* y;        // [rows, wide] a GEMM's results, without the adapters' updates
     float* shrunk;   // [rows, ranks]
     bf16* queries;   // [rows, query width]
     float* results;  // of attention's pieces
 };
 
-// Neighbouring rows of one adapter, or of none.
+// Neighbouring rows of one adapter, or of none, whose updates are computed together.
 struct RowTile {
     const LoraAdapter* adapter;  // or null
     int64_t row;
     int rows;
 };
 
-// No more chunks than the threads need to share them well.
+// The number of chunks for so many pieces of work: no more than threads need to share it well.
 inline int chunk_count(int64_t count, int most) {
     return int(std::min<int64_t>(count, std::min(most, kMaxChunks)));
 }
 
-// How a linear's tiles are cut into chunks. A gate and what it multiplies are computed by
-// one thread, which finds both in its cache when it goes on with them.
+// How a linear's tiles are cut into chunks. A gate and the up that it multiplies are computed by
+// one thread, which finds both in its cache when it multiplies them.
 struct Columns {
     int unit;   // tiles that lie together
     int tiles;  // of each part
@@ -52,7 +52,7 @@ struct Columns {
     int begin(int chunk) const { return tiles / unit * chunk / chunks * unit; }
 };
 
-constexpr int kShrinks = 512;  // chunks of a product that are not its tiles, at most
+constexpr int kShrinks = 512;  // chunks of a GEMM phase that are not tiles, at most
 
 struct StepContext {
     StepContext(const Model& model_, int threads_)
@@ -81,7 +81,7 @@ struct StepContext {
         return {model.layers[layer].linears[group], chunks(kMaxChunks - kShrinks)};
     }
 
-    // Numbers of a thread's own that a bunch's rows take up in between.
+    // Floats of a thread's scratch that a row tile takes.
     size_t scratch() const {
         const int head_group = (model.heads / model.kv_heads + 2) * model.dim;
         return size_t(kRowTile * std::max({model.hidden, head_group, 2 * model.intermediate}));
@@ -95,8 +95,8 @@ struct StepContext {
         }
     }
 
-    // One of a bunch's projections with its adapter's update, `count` outputs from `first` on:
-    // `at.y` from `column` on and that, into `to` [rows, stride].
+    // One projection of a row tile with its adapter's update: `count` outputs from `first` on,
+    // which are `at.y` from `column` on plus the update, into `to` [rows, stride].
     void updated(const Arrays& at, int layer, Group group, int member, const RowTile& row_tile,
                  int column, int first, int count, float* to, size_t stride) const {
         for (int row = 0; row < row_tile.rows; ++row)
@@ -107,8 +107,8 @@ struct StepContext {
                {at.shrunk + row_tile.row * ranks, size_t(ranks), to, stride});
     }
 
-    // Ask for a bunch's y[first to first + count - 1]: half of it another thread has just
-    // written, and its core may be far away.
+    // Prefetch a row tile's y[first to first + count - 1]: another thread has just written half of
+    // it, and its core may be far away.
     void prefetch_y(const Arrays& at, const RowTile& row_tile, int first, int count) const {
         for (int64_t row = row_tile.row; row < row_tile.row + row_tile.rows; ++row)
             for (int i = 0; i < count; i += kLanes)
@@ -126,10 +126,11 @@ struct StepContext {
     std::vector<RowTile> row_tiles;
 
   private:
-    static constexpr int kChunks = 8;  // a thread and part: what the slowest still has to do
+    static constexpr int kChunks =
+        8;  // per thread and phase: bounds what the slowest still has to do
 
-    // A row's length in memory. Rows that are an even number of lines apart, as those of most
-    // bases are, share a few sets of a cache and push each other out.
+    // A row's length in memory. Rows an even number of cache lines apart, as those of most bases
+    // are, share a few sets of a cache and evict each other.
     template <class Number>
     static int padded(int width) {
         constexpr int line = kLine / sizeof(Number);
@@ -137,7 +138,7 @@ struct StepContext {
     }
 
     void cut_row_tiles() {
-        // As many as the threads can share, and no larger than `expand` takes.
+        // As many row tiles as the threads can share, and none larger than `expand` takes.
         const int64_t most = std::clamp<int64_t>(step->rows / threads, 1, kRowTile);
         row_tiles.clear();
         int64_t row = 0;

@@ -1,9 +1,9 @@
-// A whole step as a program of parts (see team.h): ten a layer, with nothing but these headers'
-// kernels in them.
+// A whole step as a program of phases (see thread_pool.h), ten a layer, made of the kernels of
+// these headers alone.
 //
-// A chunk of a part may be executed twice, at one time too. So a part never changes what it reads,
-// and puts nothing but results into memory that other threads see, by the functions of shared.h:
-// what is under way is in registers and in the thread's own scratch.
+// A chunk of a phase may be executed twice, at one time too. So a phase never changes what it
+// reads, and writes nothing but results, by the functions of kernels/shared.h, to memory that other
+// threads see. Intermediate values are in registers and in the thread's own scratch.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 
 namespace veneer {
 
-// Where a step's time goes. Kept only where it is compiled with VENEER_TIMES (by the benchmark).
+// The phases whose time is measured, where compiled with VENEER_TIMES (by the benchmark).
 enum Time {
     kNormTime,
     kQkvTime,
@@ -65,7 +65,7 @@ class Decoder final : Program {
         versions_.reset(phases());
     }
 
-    Decoder(const Decoder&) = delete;  // its parts refer to one another
+    Decoder(const Decoder&) = delete;  // its members refer to one another
     Decoder& operator=(const Decoder&) = delete;
 
     void run(const Step& step) {
@@ -83,7 +83,7 @@ class Decoder final : Program {
         Op op;
         int layer = 0;
         Group group = kQkv;
-        const float* norm = nullptr;  // of what is added; null after the last layer
+        const float* norm = nullptr;  // after the addition; null after the last layer
     };
 
     void prepare(const Step& step) {
@@ -102,7 +102,7 @@ class Decoder final : Program {
         std::fill(step.finite, step.finite + step.logit_count, uint8_t(1));
     }
 
-    // ----------------------------------------------------------------------- program
+    // ----------------------------------------------------------------------- Program
 
     int phases() const override { return int(work_.size()); }
 
@@ -114,7 +114,7 @@ class Decoder final : Program {
         return chunks(phase);
     }
 
-    // What later parts read: nothing where a part is left out.
+    // The arrays that a phase writes for later ones; none where it has nothing to do.
     unsigned writes(const Work& work) const {
         switch (work.op) {
             case kEmbed:
@@ -156,7 +156,7 @@ class Decoder final : Program {
         const Arrays at = arrays(phase);
         const int count = chunks(phase);
         float* scratch = scratch_[size_t(thread)].take(0);
-        // `function` for a chunk's share of so many.
+        // Call `function` for this chunk's share of `of` items.
         auto each = [&](int64_t of, const auto& function) {
             for (int64_t i = of * chunk / count; i < of * (chunk + 1) / count; ++i) function(i);
         };
@@ -200,7 +200,7 @@ class Decoder final : Program {
     }
 
     int64_t row_tiles() const { return int64_t(ctx_.row_tiles.size()); }
-    // Which of the products' lists a part goes by.
+    // The version of the GEMMs' lists that a phase uses.
     int lists(int phase) const { return versions_.wrote(phase, kLists); }
 
     Arrays arrays(int phase) const {
@@ -247,7 +247,7 @@ class Decoder final : Program {
     void add_time(int) {}
 #endif
 
-    static constexpr int kHeadChunks = 64;  // a thread's
+    static constexpr int kHeadChunks = 64;  // per thread
 
     const Model& m_;
     ThreadPool& pool_;
@@ -257,7 +257,7 @@ class Decoder final : Program {
     Gemms gemms_;
     Heads heads_;
     Rows rows_;
-    // What parts write.
+    // What phases write.
     VersionedBuffer<float> hidden_, y_, shrunk_, results_;
     VersionedBuffer<bf16> rounded_, queries_;
     std::vector<Buffer<float>> scratch_;  // by thread

@@ -1,5 +1,5 @@
-// A step's products: y = W x of a group's fused linear and h = A x of all adapters, cut into
-// chunks. Meanwhile, what the parts after it read is brought.
+// A step's matrix multiplies, cut into chunks: y = W x of a group's fused linear (GEMM) and h = A x
+// of all its adapters (LoRA's shrink). Meanwhile, what later phases read is prefetched.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@ class Gemms {
   public:
     explicit Gemms(const StepContext& context) : ctx_(context) {}
 
-    // `blocks`: of the cache, in the order in which attention reads them.
+    // `blocks`: the KV cache's, in the order in which attention reads them.
     void prepare(const std::vector<int64_t>& blocks) {
         blocks_ = &blocks;
-        // What `list` adds at most: it is called while others are at work.
+        // The most that `list` adds: it must not allocate, since other threads are at work.
         const size_t pieces =
             size_t((8 + 2 * ctx_.threads) * ctx_.step->segment_count) + 2 * blocks.size();
         for (Lists& lists : lists_) {
@@ -27,7 +27,7 @@ class Gemms {
         }
     }
 
-    // List what a product's chunks go by, in one of the places.
+    // List what a phase's chunks compute and prefetch, in one of the versions.
     void list(int layer, Group group, int version) {
         std::vector<ShrinkItem>& shrinks = lists_[version].shrinks;
         shrinks.clear();
@@ -48,8 +48,8 @@ class Gemms {
         return shrink_chunks(version) + ctx_.columns(layer, group).chunks;
     }
 
-    // A thread's share begins here: of each kind of chunks an even part, shrinks first, since a
-    // tile is shorter, then neighbouring tiles.
+    // The first chunk of a thread's share: an even part of the shrinks, which come first since a
+    // tile takes less time, then an even part of the tiles, all neighbours.
     int begin(int chunks, int version, int thread) const {
         const int shrinks = shrink_chunks(version);
         return even(shrinks, thread) + even(chunks - shrinks, thread);
@@ -81,7 +81,7 @@ class Gemms {
         int chunk;
     };
 
-    // What a product's chunks go by.
+    // What a phase's chunks compute and prefetch.
     struct Lists {
         std::vector<ShrinkItem> shrinks;
         PrefetchList prefetches[3];
@@ -103,7 +103,7 @@ class Gemms {
         Prefetcher prefetcher(prefetches, chunk, cut.chunks);
         prefetcher.spread(row_groups(linear, rows) * linear.blocks() * (last - first) *
                           linear.parts);
-        // In the order in which they lie.
+        // In the order in which they lie in memory.
         const int run = linear.parts == 1 ? last - first : 2;
         for (int tile = first; tile < last; tile += run)
             for (int p = 0; p < linear.parts; ++p)
@@ -123,8 +123,8 @@ class Gemms {
                                  int(item.rows), h, size_t(ctx_.ranks));
     }
 
-    // What is read after a product: the adapters' B of its own group, the cache after the keys'
-    // and values' own, and the adapters' A of the next group.
+    // What is read after a group's GEMM: its adapters' B; after the GEMM of q, k and v the KV
+    // cache; and the adapters' A of the next group.
     void list_prefetches(int layer, Group group, PrefetchList (&lists)[3]) const {
         PrefetchList& expanding = lists[0];
         PrefetchList& cache = lists[1];
@@ -159,7 +159,7 @@ class Gemms {
         }
     }
 
-    // Of each thread, the columns of B that belong to its tiles.
+    // For each thread, the columns of B that belong to its tiles.
     void list_prefetches_of_columns(int layer, PrefetchList& expanding) const {
         const Columns cut = ctx_.columns(layer, kGateUp);
         for (int thread = 0; thread < ctx_.threads; ++thread) {

@@ -1,5 +1,6 @@
-// A step's attention, cut for threads: queries, keys and values finished and written to the
-// cache, and each few rows' queries that see one key head; long contexts in pieces.
+// A step's attention, cut into chunks: queries, keys and values are finished and written to the KV
+// cache, then a few rows' queries at a time attend to one key head. Long contexts are cut into
+// pieces that threads share, as in flash-decoding.
 #pragma once
 
 #include <algorithm>
@@ -22,14 +23,14 @@ class Heads {
         prepare_shared_pieces();
     }
 
-    // Numbers of a thread's own that attention needs.
+    // Floats of a thread's scratch that attention takes.
     size_t scratch() const { return kAttentionScratch + results_of_item() + size_t(longest_); }
-    // Numbers of `Arrays::results`.
+    // Floats of `Arrays::results`.
     size_t results() const { return results_; }
-    // Blocks of the cache, in the order in which they are read.
+    // The KV cache's blocks, in the order in which they are read.
     const std::vector<int64_t>& blocks() const { return blocks_; }
 
-    // Whether an item's pieces are computed one by one and gathered by the next part.
+    // Whether threads share an item's pieces, whose results the next phase merges.
     bool shares_pieces() const { return !shared_pieces_.empty(); }
     int64_t items() const { return int64_t(items_.size()); }
     int64_t shared_pieces() const { return int64_t(shared_pieces_.size()); }
@@ -38,7 +39,7 @@ class Heads {
                                : chunk_count(items(), kAttentionChunks * ctx_.threads);
     }
 
-    // Of a bunch and a key head: finish its queries, keys and values.
+    // Finish the queries, keys and values of a row tile and a key head.
     void rotate(int index, const Arrays& at, const RowTile& row_tile, int head,
                 float* scratch) const {
         const Layer& layer = m_.layers[index];
@@ -89,17 +90,17 @@ class Heads {
     }
 
   private:
-    // Numbers of the results of the longest item's pieces.
+    // Floats of the results of the longest item's pieces.
     size_t results_of_item() const {
         return size_t(longest_) * kMaxQueries * Piece::numbers(m_.dim);
     }
 
-    // Some rows' queries that see one key head.
+    // A few rows' queries that attend to one key head.
     struct Item {
         int64_t sequence, row;
         int rows, kv_head, first_head, head_count;
         int pieces;         // of the longest row's context
-        size_t results_at;  // where its pieces' results lie, if several threads compute them
+        size_t results_at;  // of its pieces, where threads share them
     };
 
     void prepare_angles() {
@@ -140,7 +141,7 @@ class Heads {
         }
     }
 
-    // A few items with long contexts have their pieces computed by all threads.
+    // Where few items have long contexts, threads share their pieces.
     void prepare_shared_pieces() {
         shared_pieces_.clear();
         results_ = 0;
@@ -170,7 +171,7 @@ class Heads {
         }
     }
 
-    // An item's queries, row by row; how many there are.
+    // An item's queries, row by row; returns their number.
     int queries(const Layer& layer, const Arrays& at, const Item& item, Query* to) const {
         int count = 0;
         for (int64_t row = item.row; row < item.row + item.rows; ++row) {
@@ -184,7 +185,7 @@ class Heads {
         return count;
     }
 
-    // One piece of an item: its queries' results into results[piece][query].
+    // Attend to one piece of an item: its queries' results go to results[piece][query].
     void attend(int index, const Arrays& at, const Item& item, int piece, float* scratch,
                 float* results) const {
         const Layer& layer = m_.layers[index];
@@ -208,8 +209,8 @@ class Heads {
                               at.rounded + row * ctx_.width + (item.first_head + h) * m_.dim);
     }
 
-    static constexpr int kAttentionChunks = 16;  // a thread's
-    static constexpr int kItemsToShare = 8;      // a thread's; more are shared well enough whole
+    static constexpr int kAttentionChunks = 16;  // per thread
+    static constexpr int kItemsToShare = 8;  // per thread; more items are shared well enough whole
 
     const StepContext& ctx_;
     const Model& m_;

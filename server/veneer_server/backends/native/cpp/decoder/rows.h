@@ -1,4 +1,4 @@
-// What a step does to rows: embeddings, norms, sums, gates, and the head's logits.
+// A step's work on single rows: embeddings, norms, residual sums, gates; and the head's logits.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ class Rows {
         normalize(to, m_.layers[0].input_norm, at.rounded + row * ctx_.width);
     }
 
-    // hidden + y, then the next norm; null: there is none.
+    // hidden + y, then the next norm, unless `norm` is null.
     void add(int layer, Group group, const float* norm, const Arrays& at, const RowTile& row_tile,
              float* scratch) const {
         ctx_.prefetch_y(at, row_tile, 0, m_.hidden);
@@ -40,7 +40,7 @@ class Rows {
         }
     }
 
-    // silu(gate) * up, of the columns that a thread has computed.
+    // silu(gate) * up of the columns that this thread has computed.
     void gate(int layer, const Arrays& at, const RowTile& row_tile, int first, int count,
               float* scratch) const {
         const float* from = at.y + row_tile.row * ctx_.wide + first;
@@ -63,16 +63,16 @@ class Rows {
         }
     }
 
-    // The last norm of the i-th row whose logits are wanted.
+    // The final norm of the i-th row that logits are asked for.
     void normalize_last(const Arrays& at, int64_t i) const {
         normalize(at.hidden + ctx_.step->logit_rows[i] * m_.hidden, m_.final_norm,
                   at.rounded + i * ctx_.width);
     }
 
-    // Logits of the head's tiles `tile` to end - 1, and whether they are numbers.
+    // Logits of the head's tiles `tile` to end - 1, and whether all of them are finite.
     void logits(const Arrays& at, int tile, int end) const {
         const Step& step = *ctx_.step;
-        Prefetcher prefetcher;  // for nothing: it is the last
+        Prefetcher prefetcher;  // with nothing to prefetch: no phase comes after
         multiply_tiles(m_.head, tile, end, at.rounded, size_t(ctx_.width), int(step.logit_count),
                        step.logits, size_t(m_.vocab), prefetcher);
         const int first = tile * kTile, count = std::min(end * kTile, m_.vocab) - first;
@@ -82,7 +82,7 @@ class Rows {
     }
 
   private:
-    // RMS norm into a row of the next product's inputs.
+    // RMS norm of a row, as the next GEMM's input.
     void normalize(const float* from, const float* weight, bf16* to) const {
         Floats squares = zeros();
         for (int i = 0; i < m_.hidden; i += kLanes) {
@@ -97,7 +97,7 @@ class Rows {
     }
 
     static bool finite(const float* numbers, int count) {
-        Floats none = zeros();  // 0 times a number is 0, of what is none it is none
+        Floats none = zeros();  // 0 x a finite number is 0; 0 x inf and 0 x NaN are NaN
         int i = 0;
         for (; i + kLanes <= count; i += kLanes)
             none = fma(load_shared(numbers + i), zeros(), none);

@@ -14,13 +14,13 @@ namespace veneer {
 constexpr char kInstructions[] = "avx2";
 constexpr int kLanes = 16;
 
-// Tile sizes, so that a tile's sums and what is multiplied fit 16 registers. `rows`: of a GEMM's
-// tile of 32 outputs, multiplied at once. `chains`: sums that a row and an output have.
+// Tile sizes, so that a tile's sums and operands fit 16 registers. `rows`: rows of a GEMM's tile of
+// 32 outputs that are multiplied at once. `chains`: sums of each row and output.
 namespace tiles {
 constexpr int kFourBitRows = 3, kFourBitChains = 1;  // 12 registers
 constexpr int kBf16Rows = 3;
 constexpr int kEightBitRows = 3;
-// Vectors of outputs of LoRA's second GEMM at once, for so many rows.
+// Vectors of outputs at once in LoRA's second GEMM, by the number of rows.
 constexpr int expand_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 }  // namespace tiles
 
@@ -144,11 +144,11 @@ inline Pairs load_pairs(const bf16* at) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(at);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
-// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+// Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
 inline Pairs interleave(const bf16* first, const bf16* second) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
-    // Unpacking works on 128 bits apart.
+    // Unpacking works within 128 bits.
     const __m256i lo = _mm256_unpacklo_epi16(a, b), hi = _mm256_unpackhi_epi16(a, b);
     return {_mm256_permute2x128_si256(lo, hi, 0x20), _mm256_permute2x128_si256(lo, hi, 0x31)};
 }
@@ -179,11 +179,11 @@ inline Codes load_codes(const uint8_t* at) {
 }
 template <int Q>
 inline __m256i look_up_half(const Table& table, __m256i codes) {
-    // Index bytes of each 16: the code in the lower one, in the upper one too.
+    // Index bytes: the code in the lower byte of each 16 bits, 0 in the upper one.
     const __m256i code = _mm256_and_si256(_mm256_srli_epi16(codes, 4 * Q), _mm256_set1_epi16(15));
     const __m256i low = _mm256_shuffle_epi8(table.low, code);
     const __m256i high = _mm256_shuffle_epi8(table.high, code);
-    // The upper bytes looked up entry 0: they are not wanted.
+    // The upper bytes looked up entry 0: they are masked or shifted out.
     return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi16(255)),
                            _mm256_slli_epi16(high, 8));
 }
@@ -192,12 +192,12 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {look_up_half<Q>(table, codes.lo), look_up_half<Q>(table, codes.hi)};
 }
 
-// Sixteen pairs of signed bytes; every one is a bfloat16.
+// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
 inline __m256i widened_bytes(const int8_t* at) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
-    // Their lower halves are zero. Packing works on 128 bits apart: put in order after it.
+    // Their lower halves are zero. Packing works within 128 bits, so the result is permuted.
     const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(lo), 16),
                                                _mm256_srli_epi32(_mm256_castps_si256(hi), 16));
     return _mm256_permute4x64_epi64(packed, 0b11011000);

@@ -13,13 +13,13 @@ namespace veneer {
 constexpr char kInstructions[] = "avx512-bf16";
 constexpr int kLanes = 16;
 
-// Tile sizes, so that a tile's sums and what is multiplied fit 32 registers. `rows`: of a GEMM's
-// tile of 32 outputs, multiplied at once. `chains`: sums that a row and an output have.
+// Tile sizes, so that a tile's sums and operands fit 32 registers. `rows`: rows of a GEMM's tile of
+// 32 outputs that are multiplied at once. `chains`: sums of each row and output.
 namespace tiles {
 constexpr int kFourBitRows = 6, kFourBitChains = 2;  // 24 registers
 constexpr int kBf16Rows = 12;
 constexpr int kEightBitRows = 12;
-// Vectors of outputs of LoRA's second GEMM at once, for so many rows.
+// Vectors of outputs at once in LoRA's second GEMM, by the number of rows.
 constexpr int expand_vectors(int rows) {
     return rows == 1 ? 12 : rows == 2 ? 8 : rows == 3 ? 6 : 4;
 }
@@ -39,12 +39,12 @@ struct Codes {
     __m512i v;
 };
 
-// Sixteen bfloat16 by 4-bit code.
+// The bfloat16 of each of the sixteen codes.
 struct Table {
     __m512i v;
     explicit Table(const bf16* entries) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
-        v = _mm512_broadcast_i64x4(half);  // twice: bit 4 of an index then says nothing
+        v = _mm512_broadcast_i64x4(half);  // twice: bit 4 of an index is ignored
     }
 };
 
@@ -87,7 +87,7 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
-// Numbers of two lines side by side: (first[0], second[0]), (first[1], second[1]), ...
+// Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
 inline Pairs interleave(__m256i first, __m256i second) {
     alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -119,7 +119,7 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.v, 4 * Q), table.v)};
 }
 
-// Sixteen pairs of signed bytes; every one is a bfloat16.
+// Sixteen pairs of signed bytes, each of which bfloat16 represents exactly.
 inline Pairs load_bytes(const int8_t* at) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(at);
     const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));

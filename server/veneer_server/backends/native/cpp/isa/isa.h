@@ -1,13 +1,13 @@
-// The instruction set that this library is compiled for. This folder is the only place that names
-// one. Each header of a set has the same names, which is all that the kernels use:
+// The instruction set that this library is compiled for. Nothing outside this folder names one.
+// Each set's header defines the same names, which are all that the kernels use:
 //
-//     kInstructions           what the library calls itself (`Form.name` of forms.py)
-//     kLanes                  numbers that a vector holds
+//     kInstructions           the library's name for its set (`Form.name` of forms.py)
+//     kLanes                  lanes of a vector
 //     Floats, Pairs           vectors of floats, and of pairs of bfloat16
-//     Codes, Table            4-bit codes, and the bfloat16 that they stand for
-//     tiles                   how many sums the registers hold (below)
+//     Codes, Table            4-bit codes, and the bfloat16 of each
+//     tiles                   tile sizes that the registers allow
 //     prefetch, cycles, spin_pause
-//                             memory ahead of its use, a clock, a moment in a loop that waits
+//                             a prefetch, a clock, the pause of a spin loop
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second

@@ -1,4 +1,4 @@
-// What all sets of instructions for x86-64 share.
+// What all x86-64 instruction sets share.
 #pragma once
 
 #include <immintrin.h>
@@ -10,10 +10,10 @@ namespace veneer {
 
 inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
-// A clock that counts up at the CPU's nominal frequency, whatever core reads it.
+// A clock at the CPU's nominal frequency, the same on every core.
 inline uint64_t cycles() { return __rdtsc(); }
 
-// In a loop that waits for another thread: lets the core's other thread run.
+// For spin loops: lets the core's other hardware thread run.
 inline void spin_pause() { _mm_pause(); }
 
 }  // namespace veneer

@@ -1,13 +1,13 @@
-// Paged attention with grouped queries, for one key head and up to 12 queries of one sequence.
+// Paged attention with grouped queries (GQA), for one key head and up to 12 queries of one
+// sequence.
 //
-// A KV block is cut into runs of 16 tokens. Of a run and a key head, K lies as pairs of
-// dimensions, each for 16 tokens [dim / 2][16][2], so that a score is a sum down the lanes and
-// nothing has to be added across them; V as pairs of tokens, each for all dimensions
-// [8][dim][2]. Both bfloat16.
+// A KV block is cut into runs of 16 tokens. In a run of a key head, K lies as pairs of dimensions,
+// each for 16 tokens [dim / 2][16][2]: a lane is a token, and a score needs no sum across lanes. V
+// lies as pairs of tokens, each for all dimensions [8][dim][2]. Both are bfloat16.
 //
-// A context is cut into pieces of 512 tokens, always at the same places. Each is computed by
-// itself, by any thread, and then they are put together in order: a query's result does not
-// depend on who computed what, and one long context can have all threads.
+// A context is cut into pieces of 512 tokens, always at the same places, as flash-decoding does.
+// Any thread may compute any piece, and the pieces are merged in order: a query's result does not
+// depend on which threads computed it, and all threads can share one long context.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ struct KvShape {
     int32_t kv_heads, dim, block_size;  // block_size: a multiple of 16
 
     size_t run_numbers() const { return size_t(kRun) * dim; }
-    // Where the run of a token slot and a head begins.
+    // Where the run of a token's slot and a head begins.
     size_t run(int64_t slot, int head) const {
         const int64_t block = slot / block_size;
         const int64_t within = slot % block_size / kRun;
@@ -50,7 +50,7 @@ inline void write_value(bf16* values, const KvShape& shape, int64_t slot, int he
     for (int d = 0; d < shape.dim; ++d) store_number(to + 2 * d, to_bf16(value[d]));
 }
 
-// Ask for what a token's key and value will be written to: they touch a line for each pair of
+// Prefetch what a token's key and value will be written to: a cache line for each pair of
 // dimensions.
 inline void prefetch_slot(const bf16* keys, const bf16* values, const KvShape& shape, int64_t slot,
                           int head) {
@@ -97,7 +97,8 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
         for (int pair = 0; pair < shape.dim / 2; pair += 2) {
             for (int c = 0; c < 2; ++c) {
                 const size_t line = size_t(pair + c) * 2 * kRun;
-                // A cache of many sequences lies in memory: the next K, and V for later.
+                // The KV cache of many sequences does not fit the CPU's caches: prefetch the next
+                // K, and V for later.
                 prefetch(next_keys + line);
                 prefetch(values + line);
                 const Pairs key = load_pairs_shared(keys + line);
@@ -112,19 +113,20 @@ inline void score(const Sequence& sequence, const KvShape& shape, const Query* q
     }
 }
 
-// What a query gets from one piece: `numbers` of them.
+// A query's result for one piece: `numbers` floats.
 struct Piece {
     float* at;
 
     static size_t numbers(int dim) { return size_t(dim) + kLanes; }
     float top() const { return load_number(at); }        // the largest score
-    float total() const { return load_number(at + 1); }  // sum of e^(score - top); 0: none seen
+    float total() const { return load_number(at + 1); }  // sum of e^(score - top); 0: no token seen
     float* out() const { return at + kLanes; }           // [dim] sum of e^(score - top) V
 
     void set(float top, float total) const { store_number(at, top), store_number(at + 1, total); }
 };
 
-// Scores of one query to weights, in place and as bfloat16; their largest and their sum.
+// Softmax of one query's scores, in place, and as bfloat16 weights; their maximum and sum go to
+// `piece`.
 inline void softmax(const Query& query, int first_run, int end_run, float* scores, bf16* weights,
                     const Piece& piece) {
     const float none = -std::numeric_limits<float>::infinity();
@@ -143,7 +145,8 @@ inline void softmax(const Query& query, int first_run, int end_run, float* score
     const Floats top = broadcast(largest(most));
     Floats total = zeros();
     for (int t = 0; t < count; t += kRun) {
-        // What is not seen is e^-87 of nothing: its weight must be 0, and so it is.
+        // The mask made unseen scores -inf, which `exp` takes as -87: their weights are set to 0
+        // below.
         store_bf16(weights + t, exp(sub(load(scores + t), top)));
         total = add(total, load(weights + t));
     }
@@ -171,7 +174,7 @@ inline void combine(const Sequence& sequence, const KvShape& shape, int first_ru
     }
 }
 
-// Floats that `attend` needs.
+// Floats of scratch that `attend` takes.
 constexpr size_t kAttentionScratch = kMaxQueries * (kPiece + kPiece / 2);
 
 template <int Queries>
@@ -196,7 +199,7 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
 }
 
-// One piece's part of what up to 12 queries of one sequence get: to[query].
+// Attend to one piece, for up to 12 queries of one sequence: results go to to[query].
 inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int count,
                    int number, float scale, float* scratch, const Piece* to) {
     switch (count) {
@@ -211,19 +214,20 @@ inline void attend(const Sequence& sequence, const KvShape& shape, const Query* 
     }
 }
 
-// Put a query's pieces together, which lie `stride` apart. `shares`: [count], the caller's own.
+// Merge a query's pieces, which lie `stride` floats apart. `shares`: [count], the caller's own
+// scratch.
 inline void merge(const KvShape& shape, float* first, int count, size_t stride, float* shares,
                   bf16* out) {
     float top = -std::numeric_limits<float>::infinity(), total = 0;
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
-        // Where a score is no number, neither is the result.
+        // A NaN score makes the result NaN.
         if (piece.total() != 0 && !(piece.top() <= top)) top = piece.top();
     }
     for (int i = 0; i < count; ++i) {
         const Piece piece{first + i * stride};
         if (piece.total() == 0) continue;
-        shares[i] = std::exp(piece.top() - top);  // e^(its largest score - that of all pieces)
+        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - that of all pieces)
         total += shares[i] * piece.total();
     }
     for (int d = 0; d < shape.dim; d += kLanes) {

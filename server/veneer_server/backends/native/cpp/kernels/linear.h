@@ -1,15 +1,15 @@
 // y = x W^T for a frozen weight W [outputs, inputs], over tiles of 32 outputs.
 //
-// Weights lie in the order in which a product reads them, one run a tile. Inputs are cut into
-// blocks of 64, which is the block that bitsandbytes gives a scale of its own:
+// Weights lie in the order in which the GEMM reads them, tile by tile. Inputs are cut into blocks
+// of 64, which is the block for which bitsandbytes has a scale:
 //
 //     4 bits:  for each block: codes of outputs 0-15 (512 bytes), of outputs 16-31 (512 bytes),
 //              32 scales (float)
 //     8 bits:  for each block: 32 pairs of inputs, each for 32 outputs (2048 bytes), 32 scales
 //     bf16:    for each block: 32 pairs of inputs, each for 32 outputs (4096 bytes)
 //
-// A block's sums are bfloat16 products added in float; the scale multiplies the sum, so that no
-// weight is rounded once more than its code book is. What lies past the last output is zero.
+// Products of bfloat16 are added up in float over a block, and the scale multiplies the sum: a
+// weight is rounded only as its code book is. Padding past the last output is zero.
 #pragma once
 
 #include <algorithm>
@@ -34,14 +34,14 @@ constexpr size_t block_bytes(Kind kind) {
     return code_bytes(kind) + (kind == Kind::bfloat16 ? 0 : kTile * sizeof(float));
 }
 
-// As it is handed over the C interface.
+// Shared with Python: see layout.h.
 struct Linear {
     const uint8_t* weights;
     const float* bias;  // or null
     int32_t outputs;
     int32_t inputs;  // a multiple of 64
     Kind kind;
-    int32_t parts;   // two that lie by turns, a pair of tiles each: gate and up; else one
+    int32_t parts;   // 2: gate and up, interleaved by pairs of tiles; else 1
     bf16 table[16];  // of 4-bit codes
 
     int tiles() const { return (outputs + kTile - 1) / kTile; }
@@ -53,10 +53,10 @@ struct Linear {
     }
 };
 
-// Bytes ahead of what is read that memory is asked for.
+// How far ahead of what is read weights are prefetched, in bytes.
 constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
 
-// An eighth of a block, and a bit more than that of one whose scales add two lines.
+// Prefetch an eighth of a block ahead, and more where a block's lines are not a multiple of eight.
 template <size_t Bytes>
 inline void prefetch_ahead(const void* block, int group) {
     const char* line = static_cast<const char*>(block) + kAhead;
@@ -65,12 +65,13 @@ inline void prefetch_ahead(const void* block, int group) {
     if (size_t(group) < lines % 8) prefetch(line + (8 * each + group) * kLine);
 }
 
-// A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row
-// and an output have, added up at the end of a block: one row alone would wait for each
-// sum before the next. `rows`: how many are multiplied at once, as the registers allow.
+// A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row and
+// an output have, added up at a block's end: with one sum, each FMA of a single row would wait for
+// the one before. `rows`: how many are multiplied at once, as the registers allow.
 
-// From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. To look up
-// costs less than to keep what was looked up: a product of 32 rows was 20 % slower so.
+// From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. Looking codes up
+// again for each row group costs less than keeping the weights: a GEMM of 32 rows was 20 % slower
+// so.
 struct FromCodes {
     static constexpr int chains = tiles::kFourBitChains, rows = tiles::kFourBitRows;
     const uint8_t* at;
@@ -108,7 +109,7 @@ struct FromPairs {
     }
 };
 
-// From 8-bit numbers; widening them is work, shared by more rows.
+// From 8-bit numbers. Widening them takes time, which more rows share.
 struct FromBytes {
     static constexpr int chains = 1, rows = tiles::kEightBitRows;
     const int8_t* at;
@@ -127,10 +128,10 @@ struct FromBytes {
     }
 };
 
-// Add a block's products of Rows rows to `totals` [row][32].
+// Add a block's products with Rows rows to `totals` [row][32].
 //
-// Sums of a row are added in one order, whatever rows share the product: a row's result does not
-// depend on its company, to the bit.
+// A row's sums are added in one order, whatever rows share the GEMM: its result is bit-identical
+// whatever else is in the batch.
 template <int Rows, class Source>
 inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
                       size_t stride, float* totals) {
@@ -169,7 +170,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     }
 }
 
-// The same for 1 to Rows rows, known when it runs.
+// The same for 1 to Rows rows, a number known at run time.
 template <int Rows, class Source>
 inline void add_block(const Source& source, bool first, const float* scales, const bf16* x,
                       size_t stride, int rows, float* totals) {
@@ -179,10 +180,10 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     }
 }
 
-// Rows at a time so that a panel's totals and inputs stay in the first cache.
+// Rows at a time, so that a panel's totals and inputs stay in the L1 cache.
 constexpr int kPanel = 96;
 
-// y[row * y_stride + output] = what was added up of a tile, and the bias.
+// y[row * y_stride + output] = a tile's totals, plus the bias.
 inline void store_tile(const Linear& w, int tile, const float* totals, int rows, float* y,
                        size_t y_stride) {
     const int width = std::min(kTile, w.outputs - tile * kTile);
@@ -197,7 +198,7 @@ inline void store_tile(const Linear& w, int tile, const float* totals, int rows,
     }
 }
 
-// Rows are multiplied in so many groups of about one size.
+// The number of groups of about equal size in which rows are multiplied.
 template <class Source>
 inline int row_groups(int rows) {
     return (rows + Source::rows - 1) / Source::rows;
@@ -214,7 +215,8 @@ inline void multiply_tile(const Linear& w, int tile, const bf16* x, size_t x_str
     const size_t bytes = block_bytes(w.kind);
     const uint8_t* block = w.tile(tile);
     for (int b = 0; b < w.blocks(); ++b, block += bytes) {
-        // Where the results go, which another thread has read since they were last written, ...
+        // Prefetch where the results go, which another thread has read since they were last
+        // written, ...
         for (int r = rows * b / w.blocks(); r < rows * (b + 1) / w.blocks(); ++r)
             for (int i = 0; i < kTile; i += kLanes)
                 __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
@@ -250,7 +252,7 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
     }
 }
 
-// How often `multiply_tiles` asks in each block of a tile.
+// How often `multiply_tiles` prefetches in each block of a tile.
 inline int row_groups(const Linear& w, int rows) {
     switch (w.kind) {
         case Kind::four_bit: return row_groups<FromCodes>(rows);
@@ -259,7 +261,7 @@ inline int row_groups(const Linear& w, int rows) {
     }
 }
 
-// Tiles first to last - 1 for any number of rows; between its blocks, ask for what comes next.
+// Tiles first to last - 1 for any number of rows; between its blocks, prefetch what comes next.
 inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, size_t x_stride,
                            int rows, float* y, size_t y_stride, Prefetcher& prefetcher) {
     switch (w.kind) {
@@ -275,8 +277,8 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
     }
 }
 
-// From what bitsandbytes keeps: codes [outputs, inputs / 2], the earlier of two neighbours in
-// the high half of a byte; scales [outputs, inputs / 64].
+// Pack what bitsandbytes stores: codes [outputs, inputs / 2], the earlier of two neighbours in the
+// high half of a byte; scales [outputs, inputs / 64].
 inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs, int inputs,
                           uint8_t* to) {
     const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
@@ -292,8 +294,8 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
                 const uint8_t* row = codes + (size_t(output) * inputs + b * kBlock) / 2;
                 for (int k = 0; k < kBlock; ++k) {
                     const unsigned code = k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4;
-                    // Pair k / 2 is the q-th of its group; each output has 16 bits for each of
-                    // a pair's halves.
+                    // Pair k / 2 is the q-th of its group; each output has 16 bits for each half of
+                    // a pair: four codes of four bits.
                     const int group = k / 8, q = k / 2 % 4;
                     const int word = n / 16 * 256 + group * 32 + n % 16 * 2 + k % 2;
                     to[word * 2 + q / 2] |= uint8_t(code << (q % 2 * 4));
@@ -303,7 +305,7 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
     }
 }
 
-// From weights [outputs, inputs] in bf16, rounded to 127ths of the largest of their block.
+// Pack weights [outputs, inputs] in bf16 as 8-bit numbers: 127ths of the largest of their block.
 inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, uint8_t* to) {
     const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
     constexpr size_t bytes = block_bytes(Kind::eight_bit);
@@ -325,7 +327,7 @@ inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, uint8_t
     }
 }
 
-// From weights [outputs, inputs] in bf16.
+// Pack weights [outputs, inputs] in bf16.
 inline void pack_bf16(const bf16* weights, int outputs, int inputs, bf16* to) {
     const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
     for (int tile = 0; tile < tiles; ++tile) {

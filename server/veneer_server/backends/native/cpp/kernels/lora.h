@@ -1,9 +1,10 @@
-// Low-rank updates of the rows that have an adapter: h = x A^T, then y += s h B^T.
+// Low-rank updates of the rows that have an adapter: h = x A^T (shrink), then y += s h B^T
+// (expand).
 //
-// Rows of one adapter are neighbours (a segment). Its matrices lie transposed, as the registry's
-// loaders lay them out (lora/layout.py): A^T [inputs, ranks of a group side by side] and, of each
-// projection, B^T [rank, outputs]; in bfloat16 or float, any rank. x is the bfloat16 that the
-// base's product takes too; sums and h are float.
+// Rows of one adapter are neighbours (a segment). Its matrices lie transposed, as the server's
+// loaders lay them out (step/layout.py): A^T [inputs, ranks of a group side by side] and, for each
+// projection, B^T [rank, outputs]; in bfloat16 or float, of any rank. x is the bfloat16 input of
+// the base's GEMM too; sums and h are float.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +16,11 @@ namespace veneer {
 
 constexpr int kMembers = 3;  // projections that share an input: q, k, v
 
-// One adapted projection; as it is handed over the C interface.
+// One adapted projection. Shared with Python: see layout.h.
 struct LoraMember {
     const void* b;  // null: not adapted
     int32_t rank;
-    int32_t first;  // its column of h
+    int32_t first;  // its first column of h
     float scaling;
     int32_t reserved;
 };
@@ -27,12 +28,12 @@ struct LoraMember {
 // An adapter in one group of one layer.
 struct LoraGroup {
     const void* a;  // null: nothing adapted
-    int32_t ranks;  // all members' together
+    int32_t ranks;  // of all members together
     int32_t reserved;
     LoraMember members[kMembers];
 };
 
-// An adapter: its groups of all layers, [layer][group].
+// An adapter: its groups in all layers, [layer][group].
 struct LoraAdapter {
     const LoraGroup* groups;
     int32_t is_float;  // else bfloat16
@@ -46,7 +47,7 @@ struct Segment {
 
 constexpr int kRankChunk = 64;  // ranks that one call of `shrink` computes
 
-// Of two neighbouring inputs the weights of sixteen ranks.
+// The weights of sixteen ranks for two neighbouring inputs.
 template <class Number>
 struct TwoInputs;
 
@@ -78,14 +79,14 @@ struct TwoInputs<float> {
 template <int Rows, int Vectors, class Number>
 inline void shrink_rows(const Number* a, int ranks, int width, const bf16* x, size_t x_stride,
                         int inputs, float* h, size_t h_stride) {
-    // Several sums each, so that one need not wait for the last; not by the number of rows: a
-    // row's result must not depend on its company.
+    // Several sums each, so that an FMA need not wait for the one before. Their number does not
+    // depend on the number of rows: a row's result is bit-identical whatever else is in the batch.
     constexpr int chains = Vectors == 1 ? 4 : 2;
     Floats sums[chains][Rows][Vectors];
     for (auto& chain : sums)
         for (auto& row : chain)
             for (auto& each : row) each = zeros();
-    // The last vector may be short; past it lies the next line, or what is not ours.
+    // The last vector may be short: past it lies the next input's row, or memory that is not ours.
     const int tail = width - (Vectors - 1) * kLanes;
     for (int k = 0; k < inputs; k += 2 * chains) {  // inputs: a multiple of 64
         for (int c = 0; c < chains; ++c) {
@@ -142,10 +143,11 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
     }
 }
 
-// Rows of one adapter whose updates are computed together: B is read and widened once for them.
+// The most rows in a row tile. Their updates are computed together: B is read and widened once for
+// them.
 constexpr int kRowTile = 4;
 
-// Rows of h [rows, stride], and of what their updates are added to.
+// Rows of h [rows, h_stride], and of y, to which their updates are added.
 struct Expanded {
     const float* h;
     size_t h_stride;
@@ -153,8 +155,8 @@ struct Expanded {
     size_t y_stride;
 };
 
-// y[row][n to n + width - 1] += s (h B^T)[same], and so on as long as whole widths are left;
-// where it ended. Sums run down the ranks, whatever rows share them.
+// y[row][n to n + width - 1] += s (h B^T)[the same], and on while whole widths are left; returns
+// where it ended. Sums run over the ranks in order, whatever rows share them.
 template <int Rows, int Vectors, class Number>
 inline int expand_vectors(const LoraMember& member, int outputs, const Number* b,
                           const Expanded& rows, int n, int count) {
@@ -213,7 +215,7 @@ inline void expand(const LoraMember& member, int outputs, int first, int count, 
     }
 }
 
-// y[row][0 to count - 1] += s (h B^T)[row][first to first + count - 1] for up to kBunch rows.
+// y[row][0 to count - 1] += s (h B^T)[row][first to first + count - 1] for up to kRowTile rows.
 inline void expand(const LoraAdapter& adapter, const LoraMember& member, int outputs, int first,
                    int count, int row_count, const Expanded& rows) {
     if (member.b == nullptr) return;

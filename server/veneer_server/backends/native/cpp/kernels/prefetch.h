@@ -1,8 +1,8 @@
-// Asking for memory ahead of its use, while a product computes.
+// Prefetching memory while a GEMM computes.
 //
-// Where a step has several rows its products are bound by computing, and the memory has time to
-// bring what comes after: adapters, which lie apart and are read once, and the KV cache. What
-// a thread asks for comes into its own cache, so each asks for its share of the next part.
+// A GEMM of several rows is compute-bound: meanwhile there is memory bandwidth for what comes
+// after, which is adapters, scattered in memory and read once, and the KV cache. A prefetch brings
+// memory to the core's own caches, so each thread prefetches its share of the next phase.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace veneer {
 
 constexpr size_t kLine = 64;  // bytes
 
-// Pieces of memory in the order in which they are wanted.
+// Pieces of memory in the order in which they will be read.
 class PrefetchList {
   public:
     void clear() { pieces_.clear(), lines_ = 0; }
@@ -23,14 +23,14 @@ class PrefetchList {
 
     void add(const void* at, size_t bytes) { add(at, bytes, 1, 0); }
 
-    // So many runs of bytes, `stride` bytes apart.
+    // `runs` runs of bytes, `stride` bytes apart.
     void add(const void* at, size_t bytes, size_t runs, size_t stride) {
         const size_t lines = (bytes + kLine - 1) / kLine;
         lines_ += lines * runs;
         pieces_.push_back({static_cast<const char*>(at), lines, stride, lines_});
     }
 
-    // No more than a thread's cache would keep until it is used.
+    // Cache lines to prefetch: none if they are more than a core's cache keeps until they are read.
     size_t lines() const { return lines_ <= kMax ? lines_ : 0; }
 
   private:
@@ -39,20 +39,20 @@ class PrefetchList {
     struct Piece {
         const char* at;
         size_t run, stride;  // lines of a run, bytes from one to the next
-        size_t end;          // lines of all pieces up to this one's last
+        size_t end;          // lines of all pieces up to this one's end
     };
     std::vector<Piece> pieces_;
     size_t lines_ = 0;
 };
 
-// A share of each of some lists, one list after the other, a few lines at a time.
+// Prefetches a share of each of some lists, one list after the other, a few lines at a time.
 class Prefetcher {
   public:
-    bool inputs = true;  // of the product too: no tile has read them yet
+    bool inputs = true;  // prefetch the GEMM's inputs too: no tile has read them yet
 
     Prefetcher() = default;
 
-    // Share `share` of `shares` of equal size.
+    // Share number `share` of `shares` equal ones.
     template <size_t Count>
     Prefetcher(const PrefetchList (&lists)[Count], int share, int shares) {
         static_assert(Count <= kLists);
@@ -63,8 +63,8 @@ class Prefetcher {
         }
     }
 
-    // Ask for all that is left in so many calls of `prefetch_some`. More than a few lines at once
-    // would fill the queue to memory, and what is computed would wait behind them.
+    // Prefetch all that is left in so many calls of `prefetch_some`. More than a few lines at once
+    // would fill the queue of loads to memory, and the GEMM's own would wait behind them.
     void spread(size_t calls) { at_once_ = (left_ + calls - 1) / calls; }
 
     void prefetch_some() {
@@ -95,7 +95,7 @@ class Prefetcher {
             in_piece = piece->end - first;
         }
 
-        // Up to so many lines of one run; how many.
+        // Prefetch up to `count` lines of one run; returns how many.
         size_t prefetch_some(size_t count) {
             count = std::min({count, in_run, left});
             for (const char* end = next + count * kLine; next < end; next += kLine) prefetch(next);
@@ -113,8 +113,8 @@ class Prefetcher {
         }
 
         const PrefetchList::Piece* piece = nullptr;
-        const char* run = nullptr;   // where the current one begins
-        const char* next = nullptr;  // of it, the next line
+        const char* run = nullptr;   // the current run's beginning
+        const char* next = nullptr;  // the next line of it
         size_t in_run = 0, in_piece = 0, left = 0;
     };
 

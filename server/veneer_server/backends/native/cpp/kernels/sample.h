@@ -1,6 +1,6 @@
-// From a row of logits to its token: what engine/sampler.py does in torch, a row at a time.
+// Samples a token from a row of logits: what the torch backend's sampler does, row by row.
 //
-// A row's token is a function of the row, its settings, its seed and its position.
+// A row's token is a function of its logits, its settings, its seed and its position.
 #pragma once
 
 #include <algorithm>
@@ -11,23 +11,23 @@
 
 namespace veneer {
 
-// As it is handed over the C interface.
+// A row of logits, how to sample it, and its token. Shared with Python: see layout.h.
 struct SampleRow {
     const float* logits;  // [vocab]
     uint64_t seed, position;
-    double top_p;       // 1: all
-    int64_t top_k;      // 0: all
-    float temperature;  // below `kMinTemperature`: the likeliest
-    float min_p;        // 0: all
-    int64_t token;      // the result; -1 where the logits give no probabilities
+    double top_p;       // 1: keep all
+    int64_t top_k;      // 0: keep all
+    float temperature;  // below `kMinTemperature`: greedy
+    float min_p;        // 0: keep all
+    int64_t token;      // the result; -1 where the logits are not finite
 };
 
 constexpr float kMinTemperature = 1e-5f;  // dividing by less would overflow
-constexpr float kFloor = 4.5e-5f;         // e^-10: of the likeliest, what is looked at first
-constexpr int kSumWidth = 1024;           // probabilities that one sum of many holds
+constexpr float kFloor = 4.5e-5f;         // e^-10 of the likeliest: candidates at first
+constexpr int kSumWidth = 1024;           // probabilities in each partial sum
 
-// The first double in [0, 1) of the generator Philox 4x64-10 (Salmon et al. 2011) with this key
-// and counter, as numpy gives it.
+// The first double in [0, 1) of the random number generator Philox 4x64-10 (Salmon et al. 2011)
+// with this key and counter, as in numpy.
 inline double uniform(uint64_t key, uint64_t counter) {
     uint64_t c[4] = {counter + 1, 0, 0, 0}, k[2] = {key, 0};
     if (c[0] == 0) c[1] = 1;
@@ -57,15 +57,15 @@ inline float largest(const float* at, int64_t count) {
     return largest(most);
 }
 
-// The first of equals.
+// The token with the largest logit; of equals the first.
 inline int64_t argmax(const float* logits, int64_t vocab) {
     const float most = largest(logits, vocab);
     for (int64_t i = 0; i < vocab; ++i)
         if (logits[i] == most) return i;
-    return -1;  // not a number
+    return -1;  // NaN
 }
 
-// Draws tokens; its buffers are kept.
+// Samples tokens. Its buffers are kept from row to row.
 class Sampler {
   public:
     int64_t token(const SampleRow& row, int64_t vocab) {
@@ -86,7 +86,7 @@ class Sampler {
         }
     };
 
-    // e^(logit - most) / temperature of each token, and their sums.
+    // e^((logit - maximum) / temperature) of each token, and their sums.
     void weigh(const SampleRow& row, int64_t vocab) {
         weights_.resize(size_t(vocab + kLanes));
         sums_.clear();
@@ -110,7 +110,7 @@ class Sampler {
         }
     }
 
-    // In the order of tokens, the first running sum above the random share.
+    // Without a cut: in the order of tokens, the first whose running sum exceeds the random share.
     int64_t among_all(int64_t vocab, double random) const {
         const double target = total_ * random;
         double before = 0;
@@ -120,8 +120,8 @@ class Sampler {
                 before += sums_[s];
                 continue;
             }
-            // The sum of floats and that of doubles differ a little: a share that falls
-            // between is the next token's.
+            // Sums of floats and of doubles differ a little: a share that falls between them
+            // belongs to the next token.
             const int64_t begin = int64_t(s) * kSumWidth;
             for (int64_t i = begin; i < std::min<int64_t>(begin + kSumWidth, vocab); ++i) {
                 if (weights_[size_t(i)] == 0) continue;
@@ -133,7 +133,7 @@ class Sampler {
         return last;
     }
 
-    // Likeliest first, among those that top-k, then top-p and min-p leave.
+    // With a cut: likeliest first, among the tokens that top-k, then top-p and min-p keep.
     int64_t among_kept(const SampleRow& row, int64_t vocab, double random) {
         collect(kFloor, vocab);
         if (!enough(row)) collect(0, vocab);
@@ -176,7 +176,7 @@ class Sampler {
         }
     }
 
-    // Do the collected ones hold all that is kept?
+    // Whether the collected candidates include all that are kept.
     bool enough(const SampleRow& row) const {
         if (row.min_p > 2 * kFloor) return true;
         if (row.top_k > 0 && candidates_.size() >= size_t(row.top_k)) return true;

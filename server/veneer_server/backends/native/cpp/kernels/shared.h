@@ -1,14 +1,15 @@
-// Access to memory that chunks of a step hand on to later chunks.
+// Access to memory that the chunks of a step hand on to later chunks.
 //
-// A chunk may be executed twice (see team.h). Then two threads write the same numbers to the same
-// place, and the later one may do so while other threads already read them. What is read is the
-// same either way, but to C++ it is a data race unless each access is atomic. So everything that a
-// chunk writes for others, and everything that it reads of others, goes through these functions.
+// A chunk may be executed twice (see thread_pool.h). Then two threads write the same numbers to the
+// same place, and the later one may do so while other threads already read them. What is read is
+// the same either way, but to C++ it is a data race unless each access is atomic. So all that a
+// chunk writes for others, and all that it reads of what other chunks wrote, goes through these
+// functions.
 //
-// Single numbers are stored as relaxed atomics. There is no atomic vector: the kernels store and
-// load a vector by one instruction, and an atomic for each of its numbers would take sixteen. With
-// VENEER_ATOMIC_NUMBERS they do take sixteen: ThreadSanitizer then checks in the real decoder that
-// nothing but this memory is written twice (tests/sanitize).
+// Single numbers are stored as relaxed atomics. There are no atomic vectors: the kernels store and
+// load a vector by one or two instructions, where atomics would take one for each of its numbers.
+// With VENEER_ATOMIC_NUMBERS they take one for each: ThreadSanitizer then checks in the real
+// decoder that no other memory is accessed by two threads at one time (tests/sanitize).
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// Functions of vectors that every instruction set has alike; see isa/isa.h for the rest.
+// Vector functions that are the same for every instruction set; see isa/isa.h for the others.
 #pragma once
 
 #include "../isa/isa.h"
@@ -6,12 +6,12 @@
 
 namespace veneer {
 
-// e^x within 2 units in the last place, for x in [-87, 88]; beyond them as at them, where floats
-// run out. Of a NaN and a number, max and min give the second operand: a NaN stays one.
+// e^x within 2 units in the last place, for x in [-87, 88]; x is clamped to that, where floats
+// over- and underflow. NaN stays NaN: max and min give the second operand if one is NaN.
 inline Floats exp(Floats x) {
     const Floats clamped = min(broadcast(88.0f), max(broadcast(-87.0f), x));
     const Floats n = round(mul(clamped, broadcast(1.44269504088896341f)));
-    // x - n ln 2 in two parts, so that little is lost
+    // x - n ln 2, with ln 2 in two parts, which loses little precision
     Floats r = fma(n, broadcast(-0.693359375f), clamped);
     r = fma(n, broadcast(2.12194440e-4f), r);
     Floats p = broadcast(1.9875691500e-4f);
@@ -24,7 +24,7 @@ inline Floats exp(Floats x) {
     return scale_by_power(p, n);
 }
 
-// e^x, and 0 where it would be below e^-87.
+// e^x, or 0 for x below -87.
 inline Floats exp_or_zero(Floats x) { return keep_above(exp(x), x, broadcast(-87.0f)); }
 
 }  // namespace veneer
