@@ -16,7 +16,7 @@ __all__ = ["NativeDraws"]
 _SAME: Final = tuple(
     name
     for name in SamplingParams.__struct_fields__
-    if hasattr(Draw, name) and name != "seed"  # which is cut to 64 bits
+    if hasattr(SampleRow, name) and name != "seed"  # which is cut to 64 bits
 )
 """Options that a draw takes as they are; bias and penalties are in the logits already."""
 
