@@ -207,10 +207,12 @@ async def running(
         addresses = json.loads(port_file.read_text())
     async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
         await channel.channel_ready()
-        yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)
-        app.stop()
-        if engines[0].pace is not None:
-            for _ in range(10_000):
-                engines[0].pace.release()
-        await task
+        try:
+            yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)
+        finally:  # a server that is left behind takes the interpreter down at its end
+            app.stop()
+            if engines[0].pace is not None:
+                for _ in range(10_000):
+                    engines[0].pace.release()
+            await task
     assert engines[0].in_flight == 0
