@@ -118,8 +118,8 @@ def _commit_later() -> None:
     def made(self: Catalog, path: Path, **options: Any) -> None:
         right(self, path, **options)
         for reader in (self._reader, self._urgent):
-            reader._connection.close()
-            reader._connection = self._writer
+            reader._connection.close()  # private: reads must see what is not committed
+            reader._connection = self._writer  # private: so they use the writer's
 
     @contextmanager
     def change(self: Catalog, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:

@@ -26,17 +26,17 @@ class HeldQuery:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
         self.gave_up = False
+        first = threading.Lock()
         self._words = words
-        self._first = threading.Lock()
         self._reached = threading.Event()
         self._go = threading.Event()
-        held, real_connect = self, sqlite3.connect
+        hold, real_connect = self._hold, sqlite3.connect
 
         class Connection(sqlite3.Connection):
             def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
-                if held._words not in sql or not held._first.acquire(blocking=False):
+                if words not in sql or not first.acquire(blocking=False):
                     return super().execute(sql, *rest)
-                self.set_progress_handler(held._hold, 1)
+                self.set_progress_handler(hold, 1)
                 try:
                     return super().execute(sql, *rest)
                 finally:
