@@ -46,8 +46,7 @@ _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil
 
 class RestoringEngine(FakeEngine):
     """FAKE, as `FakeEngine`; brings back what the last run had in memory, as the real
-    client does (which counts as held from the moment that it is expected), and like the real
-    engine keeps a pin when it is asked to activate again."""
+    client does (which counts as held from the moment that it is expected)."""
 
     def resident_set(self) -> tuple[Resident, ...]:
         return super().resident_set() if self.starts else tuple(self.expected)
@@ -59,11 +58,6 @@ class RestoringEngine(FakeEngine):
             self.sources[digest] = resident.source
             self._set_tier(digest, resident.tier, pinned=resident.pin is not None)
         return info
-
-    async def activate(self, adapter: Any, *, tier: Any, pin: bool) -> None:
-        await super().activate(
-            adapter, tier=tier, pin=pin or adapter.weights_digest in self.pins
-        )
 
 
 def die_at(point: int, data: Path) -> None:
