@@ -1,5 +1,5 @@
 """One upload: announced files, written in order into a folder of its own, hashed as they
-come. What has arrived can be kept when the connection breaks, and gone on with."""
+come. If the connection breaks, what has arrived can be kept and the upload resumed."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def build_engine(
         # behind those that were begun for adapters which are needed last.
         most_loads=4 * config.load_workers,
     )
-    # A backend that gives the same bits in any company is exact as it is.
+    # A backend whose results do not depend on the batch is exact as it is.
     alone = config.exact and not chosen.invariant
     blocks = BlockManager(
         num_blocks,

@@ -1,5 +1,5 @@
-"""What the front does beside serving: damaged content is put into quarantine, what is in
-memory is written down for the next start, and what was left lying is swept."""
+"""What the front does beside serving: it quarantines damaged content, writes down what is in
+memory for the next start, and removes leftover files."""
 
 from __future__ import annotations
 

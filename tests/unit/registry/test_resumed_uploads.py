@@ -1,4 +1,4 @@
-"""An upload that breaks off: what arrived is told, kept, gone on with, and swept."""
+"""Interrupted uploads: what arrived is reported, kept, resumed from, and removed in the end."""
 
 from __future__ import annotations
 

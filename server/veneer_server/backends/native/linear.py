@@ -128,8 +128,8 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
 
 
 def _parts(modules: int, outputs: int) -> int:
-    """Two linears, gate and up, lie by turns: the thread that computes a column of one computes
-    it of the other, and reads memory in order all the same."""
+    """Two linears, gate and up, are interleaved: a thread computes the same columns of both
+    and still reads memory in order."""
     return 2 if modules == 2 and outputs % (2 * _TOGETHER) == 0 else 1
 
 

@@ -4,11 +4,11 @@ Matrix products, reductions and fused attention choose their order of summation 
 shape, so a row's last bits change with the batch. Here every sequence has a
 backend call and a sampler call of its own, whose shapes depend on its position
 alone; with the scheduler's canonical chunks (`SchedulerLimits.exact`) tokens and
-log-probabilities are bitwise the same in any company, preempted or not, on the
+log-probabilities are bit-identical whatever else is in the batch, preempted or not, on the
 same machine with the same number of threads.
 
-Only where the backend needs it (`Chosen.invariant`): the native one's rows are the same to
-the bit in any company as they are.
+Only where the backend needs it (`Chosen.invariant`): the native backend's rows
+are bit-identical anyway.
 
 The price: no weight is read once for several sequences any more, so a step of n
 sequences takes about n steps' time; there is no prefix cache; and a preempted

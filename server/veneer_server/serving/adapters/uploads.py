@@ -1,7 +1,7 @@
 """Receiving an upload: one spec, then chunks into a folder of the registry.
 
-Nothing is visible before the registry's commit. Of an upload that is refused nothing is
-left; of one whose connection breaks, what arrived is kept and can be gone on with.
+Nothing is visible before the registry's commit. A refused upload leaves
+nothing behind. If the connection breaks, what arrived is kept and the upload can be resumed.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ async def test_bad_uploads_say_why_and_leave_nothing(front: Front, tmp_path: Pat
         assert words in told
         assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
         assert failed.details["BadRequest"].field_violations[0].description
-        # What only came to an end too early can be gone on with.
+        # An upload that only ended too early can be resumed.
         left = 1 if words == "bytes arrived" else 0
         await until(lambda left=left: len(staging(front)) == left)  # type: ignore[misc]
     assert await names(front) == []

@@ -72,7 +72,7 @@ async def test_a_damaged_copy_fails_and_no_other(
         assert await made.failed(*NAMES) == []
         damage(made)
         assert await made.failed(*NAMES) == wrong
-        # The healthy ones pass in any company.
+        # The healthy ones pass whatever is tested beside them.
         well = [name for name in NAMES if name not in wrong]
         assert await made.failed(*well) == []
 
