@@ -39,6 +39,7 @@ class Noticed:
         worst: when the longest of them was.
         answers: how many streams and small calls ended well.
         unanswered: how the others ended, a line each.
+        streaming: set once each stream has had a token, or was not answered.
     """
 
     gaps: list[float] = field(default_factory=list)
@@ -46,6 +47,14 @@ class Noticed:
     unanswered: list[str] = field(default_factory=list)
     worst: str = ""
     began: float = field(default_factory=time.perf_counter)
+    streaming: asyncio.Event = field(default_factory=asyncio.Event)
+    _waiting: set[int] = field(default_factory=lambda: set(range(STREAMS)))
+
+    def heard(self, stream: int) -> None:
+        """A stream has had something."""
+        self._waiting.discard(stream)
+        if not self._waiting:
+            self.streaming.set()
 
     def gap(self, last: float, tokens: int) -> None:
         """From ``last`` until now, after so many tokens of an answer."""
@@ -60,20 +69,20 @@ class Noticed:
         return max(self.gaps, default=0.0)
 
 
-async def notice(server: Server, until: asyncio.Event, adapters: list[str]) -> Noticed:
+async def notice(
+    server: Server, until: asyncio.Event, adapters: list[str], noticed: Noticed
+) -> None:
     """Be four streams and a caller of small requests until ``until`` is set."""
-    noticed = Noticed()
     streams = [
-        _stream(server, until, PROMPTS[i % len(PROMPTS)], adapters[i % len(adapters)], noticed)
-        for i in range(STREAMS)
+        _stream(server, until, i, adapters[i % len(adapters)], noticed) for i in range(STREAMS)
     ]
     await asyncio.gather(*streams, _small(server, until, noticed))
-    return noticed
 
 
 async def _stream(
-    server: Server, until: asyncio.Event, prompt: str, adapter: str, noticed: Noticed
+    server: Server, until: asyncio.Event, number: int, adapter: str, noticed: Noticed
 ) -> None:
+    prompt = PROMPTS[number % len(PROMPTS)]
     while not until.is_set():
         asked = request(
             prompt=prompt,
@@ -89,8 +98,10 @@ async def _stream(
                         noticed.gap(last, tokens)
                         last = time.perf_counter()
                         tokens += len(message.token_ids)
+                        noticed.heard(number)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             noticed.gap(last, tokens)
+            noticed.heard(number)
             noticed.unanswered.append(f"a stream of {adapter or 'the base'}: {_told(error)}")
             continue
         if tokens == TOKENS:
