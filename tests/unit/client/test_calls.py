@@ -203,6 +203,7 @@ def test_final_before_the_end(server: FakeServer) -> None:
     with Client(server.address) as client:
         stream = client.generate_stream(Text("hi"))
         next(stream)
+        # A wrong use of the client is a plain error, whose sentence is the fix.
         with pytest.raises(RuntimeError, match="has not ended"):
             _ = stream.final
 

@@ -44,6 +44,7 @@ def test_server_errors_are_rebuilt(
 
 def test_unknown_reason_keeps_its_sentence(server: FakeServer, client: Driver) -> None:
     server.refusals.append(Refusal(grpc.StatusCode.ABORTED, "of a later version", "LATER"))
+    # Words of the FAKE server, which the client must pass on, here and below.
     with pytest.raises(VeneerError, match="of a later version") as caught:
         client.info()
     assert type(caught.value) is VeneerError

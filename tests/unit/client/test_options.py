@@ -115,6 +115,7 @@ def test_what_a_field_cannot_hold(
 
 
 def test_a_plain_string_is_no_prompt(server: FakeServer, client: Driver) -> None:
+    # A wrong use of the client is a plain error, whose sentence is the fix, here and below.
     with pytest.raises(TypeError, match=r"not str: Chat.user\('Hi'\).*Text\('Hi'\)"):
         client.generate("Hello")  # type: ignore[arg-type]
     assert server.calls == []

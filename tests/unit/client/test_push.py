@@ -182,6 +182,7 @@ async def test_a_write_that_broke_off_is_an_interruption(
     told = Refusal(grpc.StatusCode.INTERNAL, "a bug", "INTERNAL")
     refuse = once(lambda: server.refusals.append(told))
     async with AsyncClient(server.address, retry=QUICK) as client:
+        # Words of the FAKE server, which the client must pass on.
         with pytest.raises(InternalError, match="a bug"):
             await client.push(adapter_folder, "other", progress=refuse)
 

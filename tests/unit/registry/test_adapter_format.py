@@ -651,6 +651,7 @@ def test_manifest_json_round_trip(tmp_path: Path) -> None:
     text = manifest_to_json(manifest)
     assert manifest_from_json(text) == manifest
     assert manifest_to_json(manifest_from_json(text)) == text
+    # An internal check: a ValueError without metadata.
     with pytest.raises(ValueError, match="version"):
         manifest_from_json(text.replace('"version":1', '"version":2'))
 
@@ -675,5 +676,6 @@ def test_manifests_do_not_share_what_differs(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_other_dtypes(tmp_path: Path) -> None:
+    # An internal check: the dtype is named.
     with pytest.raises(ValueError, match="int64"):
         write_adapter(tmp_path, {}, {"x": np.ones((2, 2), np.int64)})
