@@ -101,7 +101,7 @@ class Split:
     val: DataSet | None
 
 
-def _fail(path: Path, line: int, message: str, cause: str, **metadata: str) -> NoReturn:
+def _fail(path: Path, line: int, message: str, cause: str, /, **metadata: str) -> NoReturn:
     raise InvalidField(
         f"{path.name}, line {line}: {message}",
         metadata={"file": path.name, "line": str(line), "cause": cause, **metadata},
@@ -124,12 +124,8 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         value = _object(path, number, line)
         if not isinstance(value, dict):
-            _fail(
-                path,
-                number,
-                "must be an object with 'messages', or 'prompt' and 'completion'",
-                "not_object",
-            )
+            wanted = "must be an object with 'messages', or 'prompt' and 'completion'"
+            _fail(path, number, wanted, "not_object")
         yield number, value
 
 
@@ -290,12 +286,8 @@ class _Tokenise:
         self, path: Path, line: int, prompt: object, completion: object
     ) -> tuple[list[int], list[int]]:
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            _fail(
-                path,
-                line,
-                "'prompt' and 'completion' must be text; use 'messages' for chats",
-                "text",
-            )
+            wanted = "'prompt' and 'completion' must be text; use 'messages' for chats"
+            _fail(path, line, wanted, "text")
         if not completion.strip():
             _fail(
                 path,

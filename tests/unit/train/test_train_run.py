@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidField
 from veneer_registry.fingerprint import fingerprint_base
-from veneer_registry.format import read_adapter
+from veneer_registry.format import TEMPLATE_LIMIT, read_adapter
 from veneer_registry.strict_json import parse_object
 from veneer_train import loop, trainer
 from veneer_train.cli import app
 from veneer_train.config import OptimConfig, QuantConfig, TrainConfig, parse_config
 from veneer_train.evaluate import Evaluation
 from veneer_train.export import AdapterState
-from veneer_train.model import TEMPLATE_LIMIT, load_base
+from veneer_train.model import load_base
 from veneer_train.stability import TrainingStopped
 
 from tests.refused import refused
