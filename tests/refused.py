@@ -18,7 +18,9 @@ _Error = TypeVar("_Error", bound=VeneerError)
 
 
 @contextmanager
-def refused(error: type[_Error], **metadata: object) -> Iterator[pytest.ExceptionInfo[_Error]]:
+def refused(
+    error: type[_Error], /, **metadata: object
+) -> Iterator[pytest.ExceptionInfo[_Error]]:
     """Expect this very class, no class below it, with at least this metadata; the values are
     compared as text, as they travel."""
     with pytest.raises(error) as caught:
