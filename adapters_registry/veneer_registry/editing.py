@@ -74,7 +74,7 @@ class Editor:
             if not old.previous:
                 raise FailedPrecondition(
                     f"alias {spec} never meant anything else: give it a revision",
-                    metadata={"alias": spec},
+                    metadata={"alias": spec, "cause": "no_previous"},
                 )
             return self._move(entry, name, alias, old, old.previous, who)
 
@@ -158,7 +158,10 @@ class Editor:
             check_etag(ref.name, entry, etag)
             row = core.catalog.revision(ref.name, ref.revision)
             if row is None:
-                raise AdapterNotFound(f"adapter {ref.short} was deleted just now")
+                raise AdapterNotFound(
+                    f"adapter {ref.short} was deleted just now",
+                    metadata={"adapter": ref.name, "cause": "deleted"},
+                )
             wanted = {**row.labels, **labels}
             for key in remove_labels:
                 wanted.pop(key, None)
@@ -274,7 +277,7 @@ class Editor:
             raise FailedPrecondition(
                 f"{ref.short} is what {name!r} means now; push another revision "
                 f"first, or delete {name!r} with all of them",
-                metadata={"adapter": name},
+                metadata={"adapter": name, "cause": "current"},
             )
         if aliases := entry.aliases_of(ref.revision):
             raise FailedPrecondition(

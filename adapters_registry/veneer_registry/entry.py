@@ -108,12 +108,12 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
         kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
         raise AdapterNotFound(
             f"adapter {name!r} has no revision {prefix[:SHORT_REVISION]}; it has {kept}",
-            metadata={"adapter": name, "revision": prefix},
+            metadata={"adapter": name, "revision": prefix, "kept": kept},
         )
     if len(matches) > 1:
         raise InvalidField(
             f"revision {prefix} of {name!r} is ambiguous; give more of its digits",
-            metadata={"field": "adapter"},
+            metadata={"field": "adapter", "cause": "ambiguous"},
         )
     return matches[0]
 
@@ -137,7 +137,7 @@ def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef
         kept = ", ".join(f"{name}@{revision[:SHORT_REVISION]}" for revision, _ in found.targets)
         raise InvalidField(
             f"alias {name}/{alias} means several revisions; name one of them: {kept}",
-            metadata={"field": "name"},
+            metadata={"field": "name", "alias": f"{name}/{alias}"},
         )
     revision = _share(found, key or "")
     for ref in entry.revisions:

@@ -100,6 +100,8 @@ class VeneerError(Exception):
         message: one sentence for a person; it names the fix.
         metadata: string pairs that a program may read (``ErrorInfo.metadata``),
             for example ``{"file": "adapter_config.json", "did_you_mean": "chat"}``.
+            Where they do not tell two causes of one class apart, ``cause`` does, by a word
+            that stays.
         retry_after_s: seconds after which a retry may succeed, or None where a
             retry of the same call cannot help (``google.rpc.RetryInfo``).
     """
@@ -161,7 +163,7 @@ class MalformedMessage(InvalidArgument):
 
 
 class TemplateFailed(InvalidArgument):
-    """The chat template could not render these messages."""
+    """The chat template could not render these messages (metadata ``cause``)."""
 
     reason = "TEMPLATE_FAILED"
 
@@ -293,7 +295,7 @@ class ServerUnreachable(Unavailable):
 
 
 class Aborted(VeneerError):
-    """The request was ended by the server."""
+    """The request was ended by the server (metadata ``cause``)."""
 
     code = "ABORTED"
     reason = "ABORTED"

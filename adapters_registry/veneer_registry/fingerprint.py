@@ -79,8 +79,8 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _bad_base(message: str) -> InvalidField:
-    return InvalidField(message, metadata={"field": "base"})
+def _bad_base(message: str, **metadata: str) -> InvalidField:
+    return InvalidField(message, metadata={"field": "base", **metadata})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,16 +96,32 @@ def weight_files(folder: Path) -> list[Path]:
             index = json.loads((folder / _INDEX).read_bytes())
             names = sorted(set(index["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _bad_base(f"{folder / _INDEX} is damaged; download it again") from error
+            raise _bad_base(
+                f"{folder / _INDEX} is damaged; download it again",
+                file=_INDEX,
+                cause="damaged",
+            ) from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
-                raise _bad_base(f"{_INDEX} names {name!r}, which is not in the folder")
+                raise _bad_base(
+                    f"{_INDEX} names {name!r}, which is not in the folder",
+                    file=_INDEX,
+                    cause="outside",
+                )
             if not (folder / name).is_file():
-                raise _bad_base(f"{folder} lacks {name}; download the base model again")
+                raise _bad_base(
+                    f"{folder} lacks {name}; download the base model again",
+                    file=name,
+                    cause="missing",
+                )
         return [folder / name for name in names]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
-        raise _bad_base(f"{folder} holds no *.safetensors; give a Hugging Face model folder")
+        raise _bad_base(
+            f"{folder} holds no *.safetensors; give a Hugging Face model folder",
+            file="*.safetensors",
+            cause="missing",
+        )
     return found
 
 
@@ -163,10 +179,16 @@ def _hash_weights(
             try:
                 header = read_header(file, path.name, CHECKPOINT_LIMITS)
             except AdapterInvalid as error:
-                raise _bad_base(f"the base model is damaged: {error}") from error
+                raise _bad_base(
+                    f"the base model is damaged: {error}", file=path.name, cause="damaged"
+                ) from error
             for name, tensor in header.tensors.items():
                 if name in tensors:
-                    raise _bad_base(f"tensor {name!r} is in two files; keep one of them")
+                    raise _bad_base(
+                        f"tensor {name!r} is in two files; keep one of them",
+                        tensor=name,
+                        cause="two_files",
+                    )
                 tensors[name] = (tensor, file)
         digest = hashlib.sha256(_TAG)
         buffer = memoryview(bytearray(_CHUNK))
@@ -183,7 +205,11 @@ def _hash_weights(
             while left:
                 count = file.readinto(buffer[: min(left, _CHUNK)])
                 if not count:
-                    raise _bad_base(f"tensor {name!r} is cut off; download the base again")
+                    raise _bad_base(
+                        f"tensor {name!r} is cut off; download the base again",
+                        tensor=name,
+                        cause="cut_off",
+                    )
                 digest.update(buffer[:count])
                 left -= count
         hashed(done, total)
@@ -196,7 +222,11 @@ def _tokenizer(folder: Path) -> str:
         try:
             return _sha256(canonical_json(json.loads(path.read_bytes())))
         except (ValueError, RecursionError) as error:
-            raise _bad_base(f"{path} is not JSON; download the base model again") from error
+            raise _bad_base(
+                f"{path} is not JSON; download the base model again",
+                file=path.name,
+                cause="json",
+            ) from error
     path = folder / "tokenizer.model"
     return _sha256(path.read_bytes()) if path.is_file() else ""
 
@@ -211,7 +241,11 @@ def _template(folder: Path) -> str:
     try:
         template = json.loads(path.read_bytes()).get("chat_template")
     except (ValueError, AttributeError) as error:
-        raise _bad_base(f"{path} is not a JSON object; download the base again") from error
+        raise _bad_base(
+            f"{path} is not a JSON object; download the base again",
+            file=path.name,
+            cause="json",
+        ) from error
     if template is None:
         return ""
     # Old configs may hold a list of named templates.

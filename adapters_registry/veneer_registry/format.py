@@ -297,13 +297,13 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
             modules = find_modules(header, settings, None)
             content = stack.enter_context(mapped(file))
         except (AdapterInvalid, OSError) as error:
-            raise _damaged(digest, str(error)[:200]) from error
+            raise _damaged(digest, str(error)[:200], "files") from error
 
         def verify() -> None:
             pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731
             found = digest_weights(pieces, header, modules, None)
             if found != digest:
-                raise _damaged(digest, f"its content has digest {found[:12]}")
+                raise _damaged(digest, f"its content has digest {found[:12]}", "digest")
 
         tensors = stack.enter_context(view_tensors(content, header, modules))
         yield Stored(settings, header, modules, tensors, verify)
@@ -329,10 +329,10 @@ def _read_ahead(fd: int) -> Iterator[None]:
         thread.join()
 
 
-def _damaged(digest: str, why: str) -> AdapterCorrupt:
+def _damaged(digest: str, why: str, cause: str) -> AdapterCorrupt:
     return AdapterCorrupt(
         f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
-        metadata={"weights_digest": digest, "why": why},
+        metadata={"weights_digest": digest, "why": why, "cause": cause},
     )
 
 

@@ -150,7 +150,7 @@ class Index:
                 f"adapter {found.ref.short} is in quarantine since its stored content is "
                 f"damaged ({why}); push the same files again to repair it, or name another "
                 "revision",
-                metadata={"adapter": found.ref.short},
+                metadata={"adapter": found.ref.short, "why": why[:200]},
             )
         if self._is_lost(found.ref):
             raise AdapterCorrupt(
@@ -192,7 +192,7 @@ class Index:
         if entry.current is None:
             raise AdapterNotFound(
                 f"the content of adapter {name!r} was lost; push it again",
-                metadata={"adapter": name},
+                metadata={"adapter": name, "why": LOST},
             )
         return Found(entry, entry.current)
 

@@ -301,7 +301,7 @@ class Registry:
         if ref == before:
             raise AdapterNotFound(
                 f"adapter {ref.short} was deleted just now; push it again",
-                metadata={"adapter": ref.name},
+                metadata={"adapter": ref.name, "cause": "deleted"},
             )
 
     def get(self, name: str) -> AdapterRecord:

@@ -93,6 +93,7 @@ def _followed(path: Path) -> str:
             path.name,
             f"is a link to {show(target)}, outside the folder; put a copy of that file there "
             "if it is the adapter's, or remove the link",
+            cause="outside",
         )
     return target
 

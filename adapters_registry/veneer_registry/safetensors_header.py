@@ -139,12 +139,20 @@ def read_header(
             "allowed; it is not a safetensors file of an adapter",
         )
     if _LENGTH_BYTES + length > size:
-        refuse(name, f"is cut off: its header of {length} bytes passes the end of the file")
+        refuse(
+            name,
+            f"is cut off: its header of {length} bytes passes the end of the file",
+            cause="cut_off",
+        )
     text = file.read(length)
     entries = parse_object(text, file=name)
     metadata = _metadata(name, entries.pop(_METADATA, {}))
     if len(entries) > limits.tensors:
-        refuse(name, f"has {len(entries)} tensors, more than the {limits.tensors} allowed")
+        refuse(
+            name,
+            f"has {len(entries)} tensors, more than the {limits.tensors} allowed",
+            cause="tensors",
+        )
     start = _LENGTH_BYTES + length
     found = [_tensor(name, key, entry, start, limits) for key, entry in entries.items()]
     found.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -207,5 +215,10 @@ def _check_layout(file: str, tensors: list[TensorInfo], start: int, size: int) -
             refuse(file, f"{kind}; save the file again", tensor=tensor.name)
         at = tensor.end
     if at != size:
-        what = "is cut off" if at > size else "has bytes that no tensor owns"
-        refuse(file, f"{what}: tensors end at {at}, the file at {size}; copy it again")
+        cut = at > size
+        what = "is cut off" if cut else "has bytes that no tensor owns"
+        refuse(
+            file,
+            f"{what}: tensors end at {at}, the file at {size}; copy it again",
+            cause="cut_off" if cut else "unowned_bytes",
+        )

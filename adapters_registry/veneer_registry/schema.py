@@ -172,7 +172,7 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} has schema {version}, this Veneer knows {VERSION}; start the version that "
             "made it, or give another folder with --data-dir (if no newer version was ever "
             "used here, the file is damaged: run `veneer-server store recover`)",
-            metadata={"schema": str(version)},
+            metadata={"schema": str(version), "known": str(VERSION)},
         )
     if version == VERSION:
         return

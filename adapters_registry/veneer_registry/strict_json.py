@@ -25,10 +25,22 @@ def show(text: object) -> str:
 
 
 def refuse(
-    file: str, why: str, *, tensor: str | None = None, key: str | None = None
+    file: str,
+    why: str,
+    *,
+    tensor: str | None = None,
+    key: str | None = None,
+    cause: str | None = None,
 ) -> NoReturn:
-    """Raise `AdapterInvalid` for ``file``; ``why`` is a sentence that names the fix."""
+    """Raise `AdapterInvalid` for ``file``.
+
+    Args:
+        why: a sentence that names the fix.
+        cause: a word that stays, where file, tensor and key do not tell what is wrong.
+    """
     metadata = {"file": file, "why": why}
+    if cause is not None:
+        metadata["cause"] = cause
     place = file
     if tensor is not None:
         metadata["tensor"] = tensor[:_SHOWN]

@@ -108,7 +108,7 @@ def _reading(data_dir: Path) -> Iterator[sqlite3.Connection]:
                 raise FailedPrecondition(
                     f"{path} has schema {version}, this Veneer knows {VERSION}; start a server "
                     "of this version on it once, which upgrades it",
-                    metadata={"schema": str(version)},
+                    metadata={"schema": str(version), "known": str(VERSION)},
                 )
             yield connection
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

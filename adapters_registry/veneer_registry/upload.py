@@ -88,8 +88,9 @@ def _check_file(file: UploadFile, max_adapter_bytes: int) -> None:
         raise _bad_field("sha256", f"{file.name} needs its SHA-256 as 64 lower-case hex digits")
 
 
-def _bad_field(name: str, message: str) -> InvalidField:
-    return InvalidField(message, metadata={"field": name})
+def _bad_field(name: str, message: str, **metadata: object) -> InvalidField:
+    more = {key: str(value) for key, value in metadata.items()}
+    return InvalidField(message, metadata={"field": name, **more})
 
 
 @dataclass(slots=True)
@@ -181,12 +182,16 @@ class Upload:
                     "offset",
                     f"{name}: chunk at offset {offset}, expected {file.received}; "
                     "send chunks in order",
+                    file=name,
+                    expected=file.received,
                 )
             if offset + len(data) > file.announced.size:
                 raise _bad_field(
                     "data",
                     f"{name}: more than the {file.announced.size} bytes announced; "
                     "announce the size of the file that you send",
+                    file=name,
+                    announced=file.announced.size,
                 )
             data = data[file.received - offset :]
             try:
@@ -213,6 +218,8 @@ class Upload:
                         "files",
                         f"{name}: {file.received} of {file.announced.size} bytes arrived; "
                         "send all of them",
+                        file=name,
+                        received=file.received,
                     )
                 _check_digest(file)
             self._close_files()
@@ -241,7 +248,8 @@ class Upload:
         if self._taken_over:
             raise Aborted(
                 "another connection goes on with this upload; wait for its end, or send it "
-                "again"
+                "again",
+                metadata={"cause": "taken_over"},
             )
         if not self._open:
             raise _bad_field("upload", "the upload has ended; begin a new one")

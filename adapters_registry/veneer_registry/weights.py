@@ -257,7 +257,12 @@ def _chunks(
         while got < want:
             count = file.readinto(buffer[got:want])
             if not count:
-                refuse(WEIGHTS_FILE, "is cut off; copy the file again", tensor=tensor.name)
+                refuse(
+                    WEIGHTS_FILE,
+                    "is cut off; copy the file again",
+                    tensor=tensor.name,
+                    cause="cut_off",
+                )
             got += count
         yield buffer[:want]
         left -= want

@@ -194,7 +194,7 @@ def set_alias(
         raise InvalidField(
             f"what shall alias {alias!r} mean? Give exactly one of revision, targets, "
             "rollback and remove",
-            metadata={"field": "revision"},
+            metadata={"field": "revision", "one_of": "revision targets rollback remove"},
         )
     pairs = targets.items() if isinstance(targets, Mapping) else _pairs(targets)
     request = _made(

@@ -130,7 +130,7 @@ def _constrain(request: inference_pb2.GenerateRequest, options: GenerateOptions)
     if len(given) > 1:
         raise InvalidField(
             f"{' and '.join(given)} constrain the same output: give one of them",
-            metadata={"field": "constraint"},
+            metadata={"field": "constraint", "given": " ".join(given)},
         )
     if "json_schema" in options:
         request.constraint.json_schema = json.dumps(options["json_schema"])

@@ -85,7 +85,8 @@ def to_error(
         within = f" within {timeout_s:g} s" if timeout_s is not None else " in time"
         return DeadlineExceeded(
             f"{address} did not finish the call{within}: allow more time, ask for fewer "
-            "tokens, or look at the server's load"
+            "tokens, or look at the server's load",
+            metadata={"address": address, "cause": "client_deadline"},
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Unimplemented(
@@ -119,7 +120,9 @@ def starting() -> Iterator[None]:
     try:
         yield
     except (ValueError, grpc.aio.UsageError) as error:
-        raise Cancelled("the client was closed: make a new one") from error
+        raise Cancelled(
+            "the client was closed: make a new one", metadata={"cause": "client_closed"}
+        ) from error
 
 
 def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | None:

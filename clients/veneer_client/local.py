@@ -164,7 +164,8 @@ class LocalServer:
         raise ServerUnreachable(
             f"the server ended with status {status} before it was ready "
             f"(allowed {timeout_s:g} s); run `{self.command}` to see why. Its last lines:\n"
-            f"{self.log_tail()}"
+            f"{self.log_tail()}",
+            metadata={"status": str(status), "command": self.command},
         )
 
     def _close(self) -> None:

@@ -48,7 +48,8 @@ class GenerationReader:
         if self.end is None:
             raise InternalError(
                 "the stream stopped without a finish reason: is there a proxy between "
-                "that cuts streams? If not, report it with the server's log"
+                "that cuts streams? If not, report it with the server's log",
+                metadata={"cause": "stream_cut"},
             )
 
     def require_end(self) -> GenerationEnd:
@@ -86,7 +87,8 @@ class WatchReader:
         """Raise `InternalError`: a watch ends only by an error, or by its reader."""
         raise InternalError(
             "the watch stopped without a reason: is there a proxy between that cuts "
-            "streams? Watch again from the last sequence number"
+            "streams? Watch again from the last sequence number",
+            metadata={"cause": "stream_cut"},
         )
 
 

@@ -260,6 +260,7 @@ class Upload:
             )
         if isinstance(failure, ServerUnreachable) and self._attempt and not self._old_server:
             failure.message += "; push again, and it goes on where it was"
+            failure.metadata["fix"] = "push again"
         return failure
 
     def wait_s(self, failure: VeneerError) -> float | None:
@@ -343,4 +344,6 @@ def _unreadable(path: Path, error: OSError | ValueError) -> AdapterInvalid:
 
 def _changed(path: Path) -> AdapterInvalid:
     why = "changed while it was read; push again when nothing writes to it"
-    return AdapterInvalid(f"{path} {why}", metadata={"file": path.name, "why": why})
+    return AdapterInvalid(
+        f"{path} {why}", metadata={"file": path.name, "why": why, "cause": "changed"}
+    )

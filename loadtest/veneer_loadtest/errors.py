@@ -15,14 +15,15 @@ __all__ = [
 
 
 class BadOption(VeneerError):
-    """A command-line value that cannot be used; says what would do."""
+    """A command-line value that cannot be used; says what would do (metadata ``field``, the
+    option, or ``one_of``)."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID_FIELD"
 
 
 class BadTrace(VeneerError):
-    """A trace file that cannot be replayed; names the line."""
+    """A trace file that cannot be replayed (metadata ``file``, ``line`` or ``cause``)."""
 
     code = "INVALID_ARGUMENT"
     reason = "BAD_TRACE"
@@ -43,7 +44,7 @@ class GeneratorFailed(VeneerError):
 
 
 class BadResult(VeneerError):
-    """A result file that cannot be read."""
+    """A result file that cannot be read (metadata ``file`` and ``cause``)."""
 
     code = "INVALID_ARGUMENT"
     reason = "BAD_RESULT"

@@ -97,7 +97,8 @@ async def check(
     if not _passes(gate):
         raise GateFailed(
             "the server does not compute what PEFT computes, or the adapters are too alike "
-            f"to tell, so its speed means nothing: {gate}"
+            f"to tell, so its speed means nothing: {gate}",
+            metadata={"system": "veneer"},
         )
     return gate
 
@@ -142,7 +143,8 @@ async def check_answers(
     elsewhere = gate.other_regret if gate.other_regret is not None else ALONE_BOUND
     if elsewhere < DISTINCT_PEER * gate.regret:
         raise GateFailed(
-            f"{system} does not answer with the adapters that it is asked for: {gate}"
+            f"{system} does not answer with the adapters that it is asked for: {gate}",
+            metadata={"system": system},
         )
     return gate
 

@@ -98,7 +98,10 @@ class PeftPeerProcess:
         if isinstance(answer, reply):
             return answer
         why = answer.message if isinstance(answer, PeerFailed) else f"it sent {answer}"
-        raise PeerError(f"the PEFT peer failed ({why}); its log ends:\n{self._log_tail()}")
+        raise PeerError(
+            f"the PEFT peer failed ({why}); its log ends:\n{self._log_tail()}",
+            metadata={"peer": "peft"},
+        )
 
     async def _exchange(self, call: ToPeer) -> FromPeer:
         pipe_in: Any = self._process.stdin

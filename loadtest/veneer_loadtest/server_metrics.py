@@ -62,7 +62,8 @@ async def read_counters(address: str) -> Counters:
     except (OSError, HTTPException, ValueError) as error:
         raise TargetFailed(
             f"no metrics at {address} ({error}): give --metrics the server's "
-            "--metrics-listen, or leave it out"
+            "--metrics-listen, or leave it out",
+            metadata={"field": "--metrics", "address": address},
         ) from error
     samples: Samples = defaultdict(dict)
     for family in text_string_to_metric_families(text):

@@ -63,7 +63,10 @@ async def target(
         ServerUnreachable: it did not start.
     """
     if spawn == (address is not None):
-        raise BadOption("give either --spawn, or --server HOST:PORT of a running server")
+        raise BadOption(
+            "give either --spawn, or --server HOST:PORT of a running server",
+            metadata={"one_of": "--spawn --server"},
+        )
     if address is not None:
         async with AsyncClient(address, timeout_s=120.0) as client:
             yield Target(client, f"(running at {address})")
@@ -180,6 +183,7 @@ def find_adapters(folder: Path) -> Mapping[str, Path]:
     if not found:
         raise BadOption(
             f"no folder with an adapter_config.json under {folder}: give --adapters a folder "
-            "of adapter folders, or leave it out to make synthetic ones"
+            "of adapter folders, or leave it out to make synthetic ones",
+            metadata={"field": "--adapters"},
         )
     return found

@@ -246,7 +246,10 @@ class Bench:
 
     def _drop(self) -> None:
         if not self.can_drop:
-            raise WrongTier("the adapters' files stayed in the page cache: run it again")
+            raise WrongTier(
+                "the adapters' files stayed in the page cache: run it again",
+                metadata={"cause": "page_cache"},
+            )
 
     async def publish_and_run(self) -> Sample:
         await self.publish(NEW)
@@ -261,6 +264,7 @@ class Bench:
             raise WrongTier(
                 f"{run.adapter}@{run.facts.revision[:SHORT_REVISION]} was found in "
                 f"{run.facts.tier.upper() or 'no tier'}, not in {tier}: give the "
-                "server larger adapter budgets, and let nothing else use it"
+                "server larger adapter budgets, and let nothing else use it",
+                metadata={"tier": run.facts.tier, "wanted": tier.name.lower()},
             )
         return run.sample

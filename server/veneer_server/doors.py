@@ -220,5 +220,6 @@ class Doors:
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
     return CannotListen(
-        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}"
+        f"cannot listen on {address} ({why}): stop what uses it, or choose another {flag}",
+        metadata={"flag": flag, "address": str(address)},
     )

@@ -137,6 +137,7 @@ async def test_a_second_server_on_the_same_data_folder_names_the_first(
 ) -> None:
     data, log = tmp_path / "data", tmp_path / "second.log"
     async with running_server(data, cache_dir) as server:
+        # The harness's own words; what the server says is in its log.
         with pytest.raises(AssertionError, match="did not start"):
             async with running_server(data, cache_dir, log=log):
                 pass

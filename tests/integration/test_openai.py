@@ -189,6 +189,7 @@ async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI) -> None:
         given = {"model": BASE, "messages": MESSAGES, "max_tokens": 4, **fields}
         await sdk.chat.completions.create(**given)
 
+    # Over HTTP an error has no metadata: the hint is in the message only.
     with pytest.raises(openai.NotFoundError, match="did you mean 'rank-") as missing:
         await ask(model="rank-61")
     assert missing.value.code == "model_not_found"

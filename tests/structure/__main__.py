@@ -1,6 +1,6 @@
 """What the structure is held to: ``python -m tests.structure``, part of ``make check``.
 
-Prints four figures with the files behind them, and exits 1 where one is above its limit, which
+Prints five figures with the files behind them, and exits 1 where one is above its limit, which
 is what was reached so far; where one is below, it says that the limit can be lowered.
 Of the files that git tracks:
 
@@ -15,9 +15,12 @@ Of the files that git tracks:
   (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for an adapter that is
   resident. Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
   the digests of other things. They are at most `ADAPTER_FILES`.
+- Words: ``pytest.raises(..., match=...)`` in tests. Errors of ours are told by class, `reason`
+  and metadata (`tests.refused`), so that their words can be improved. Matched are others'
+  words, plain errors, and sentences that are tested on purpose. They are at most `MATCHES`.
 
-The last figure is not that of all modules that know adapters, which is printed beside it:
-administration, loading and the metrics know them too.
+The figure of an adapter is not that of all modules that know adapters, which is printed at the
+end: administration, loading and the metrics know them too.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ LONGEST: Final = 400
 MOST_FILES: Final = 12
 SAMPLING_FILES: Final = 9
 ADAPTER_FILES: Final = 27
+MATCHES: Final = 49
 
 _REGISTRY: Final = "adapters_registry/veneer_registry/"
 
@@ -91,12 +95,17 @@ BESIDE: Final[Mapping[str, str]] = {
 """Modules of those rooms that a call for a resident adapter does not go through."""
 
 
-def sources() -> Iterator[tuple[str, str]]:
-    """Path and text of each source file that people write, tests left out."""
+def tracked() -> list[str]:
+    """Paths that git tracks."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    for path in sorted(filter(None, listed.stdout.split("\0"))):
+    return sorted(filter(None, listed.stdout.split("\0")))
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Path and text of each source file that people write, tests left out."""
+    for path in tracked():
         if not path.endswith(SOURCES) or path.startswith(("tests/", *RECORDED)):
             continue
         file = REPOSITORY / path
@@ -117,6 +126,24 @@ def names_of(text: str) -> set[str]:
             case ast.keyword(arg=str(name)):
                 found.add(name)
     return found
+
+
+def matches() -> Mapping[str, int]:
+    """How often each test file matches an error's words."""
+    found = {}
+    for path in tracked():
+        file = REPOSITORY / path
+        if not path.startswith("tests/") or file.suffix != ".py" or not file.is_file():
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        found[path] = sum(
+            isinstance(call.func, ast.Attribute)
+            and call.func.attr == "raises"
+            and any(keyword.arg == "match" for keyword in call.keywords)
+            for call in calls
+        )
+    return {path: count for path, count in found.items() if count}
 
 
 def too_many(
@@ -164,6 +191,16 @@ def main() -> int:
         *at_most("a sampling option", option, SAMPLING_FILES),
         *at_most("an adapter, from the call to the kernel", passing, ADAPTER_FILES),
     ]
+    matched = matches()
+    total = sum(matched.values())
+    lower = ": lower it" if total < MATCHES else ""
+    print(f"errors matched by their words: {total}, limit {MATCHES}{lower}")
+    for path, count in matched.items():
+        print(f"  {count:4} {path}")
+    if total > MATCHES:
+        wrong.append(
+            f"errors matched by their words: {total}, more than {MATCHES}: use `tests.refused`"
+        )
     print(f"modules of the server that know adapters or have a digest: {len(knowing)}")
     for line in wrong:
         print(line, file=sys.stderr)

@@ -32,6 +32,7 @@ def test_an_engine_that_falls_back_fails_its_test(monkeypatch: pytest.MonkeyPatc
     possible(monkeypatch, True)
     backends_ran.check(NATIVE, torch_wanted=False)
     backends_ran.check("torch", torch_wanted=True)
+    # The suite's own words, of `tests.backends_ran`.
     with pytest.raises(AssertionError, match=r"fell back to torch: no compiler"):
         backends_ran.check("torch", torch_wanted=False, why="no compiler")
     possible(monkeypatch, False)

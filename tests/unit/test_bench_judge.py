@@ -44,6 +44,7 @@ def test_a_loss_names_the_ratio_both_values_and_the_noise() -> None:
 
 def test_ratios_that_are_not_both_recorded_and_measured_are_told() -> None:
     one, other = {RATIO: Spread(5.0, 0.0)}, {"another": Spread(5.0, 0.0)}
+    # The bench's own words, of `tests.bench.judge`.
     with pytest.raises(
         ValueError, match="another, native / torch, mixed, 8 rows; record again"
     ):

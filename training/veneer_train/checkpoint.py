@@ -32,7 +32,7 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFailed(VeneerError):
-    """A checkpoint could not be written (metadata ``step``)."""
+    """A checkpoint could not be written (metadata ``what``)."""
 
     code = "INTERNAL"
     reason: ClassVar[str] = "CHECKPOINT_FAILED"
@@ -81,7 +81,7 @@ class Checkpoints:
                     f"{folder} is of a run with other settings ({', '.join(different[:5])}): "
                     "give it the same ones, train anew with --overwrite, or choose another "
                     "output.dir",
-                    metadata={"field": different[0]},
+                    metadata={"field": different[0], "cause": "another_run"},
                 )
             return Checkpoint(folder, record["step"], record["facts"])
         return None
@@ -147,8 +147,12 @@ def _write_error(error: Exception, what: str, advice: str) -> VeneerError:
     full = isinstance(error, OSError) and error.errno in _FULL
     # safetensors and torch say it in words alone.
     if full or "No space left" in text or "os error 28" in text:
-        return DiskFull(f"{what} could not be written, the disk is full: {advice}")
-    return CheckpointFailed(f"{what} could not be written ({text}): {advice}")
+        return DiskFull(
+            f"{what} could not be written, the disk is full: {advice}", metadata={"what": what}
+        )
+    return CheckpointFailed(
+        f"{what} could not be written ({text}): {advice}", metadata={"what": what}
+    )
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> list[str]:

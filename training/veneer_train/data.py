@@ -101,10 +101,10 @@ class Split:
     val: DataSet | None
 
 
-def _fail(path: Path, line: int, message: str) -> NoReturn:
+def _fail(path: Path, line: int, message: str, cause: str, /, **metadata: str) -> NoReturn:
     raise InvalidField(
         f"{path.name}, line {line}: {message}",
-        metadata={"file": path.name, "line": str(line)},
+        metadata={"file": path.name, "line": str(line), "cause": cause, **metadata},
     )
 
 
@@ -113,15 +113,19 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        _fail(path, raw[: error.start].count(b"\n") + 1, "is not UTF-8; save it as UTF-8")
+        _fail(
+            path,
+            raw[: error.start].count(b"\n") + 1,
+            "is not UTF-8; save it as UTF-8",
+            "not_utf8",
+        )
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         value = _object(path, number, line)
         if not isinstance(value, dict):
-            _fail(
-                path, number, "must be an object with 'messages', or 'prompt' and 'completion'"
-            )
+            wanted = "must be an object with 'messages', or 'prompt' and 'completion'"
+            _fail(path, number, wanted, "not_object")
         yield number, value
 
 
@@ -131,7 +135,7 @@ def _object(path: Path, number: int, line: str) -> Any:
         if "\\u" in line:  # no other way to write what UTF-8 cannot hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})")
+        _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})", "not_json")
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
         _fail(
@@ -139,11 +143,12 @@ def _object(path: Path, number: int, line: str) -> Any:
             number,
             f"holds half of a surrogate pair (\\u{half:04x}), which is not text: write the "
             "whole character, or remove it",
+            "surrogate",
         )
     except RecursionError:
-        _fail(path, number, "is nested too deeply")
+        _fail(path, number, "is nested too deeply", "nested")
     except ValueError as error:  # of the two hooks, and of numbers of thousands of digits
-        _fail(path, number, f"is not JSON ({show(str(error))})")
+        _fail(path, number, f"is not JSON ({show(str(error))})", "not_json")
     return value
 
 
@@ -163,25 +168,33 @@ def _no_number(text: str) -> NoReturn:
 def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, str]]:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
-        _fail(path, line, "'messages' must be a list of {role, content}, not empty")
+        _fail(path, line, "'messages' must be a list of {role, content}, not empty", "messages")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             _fail(
                 path,
                 line,
                 f"a message must have 'role' and 'content' alone; got {show(message)}",
+                "message_keys",
             )
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in _ROLES:
-            _fail(path, line, f"role {show(role)} is not one of {', '.join(sorted(_ROLES))}")
+            _fail(
+                path,
+                line,
+                f"role {show(role)} is not one of {', '.join(sorted(_ROLES))}",
+                "role",
+            )
         if not isinstance(content, str):
-            _fail(path, line, f"'content' must be text; got {show(content)}")
+            _fail(path, line, f"'content' must be text; got {show(content)}", "content")
         if role == "assistant" and not content.strip():
             _fail(
                 path,
                 line,
                 f"message {number}, the assistant's, is empty, which would teach to answer "
                 "nothing: write an answer, or remove the line",
+                "answer_empty",
+                message=str(number),
             )
     return messages
 
@@ -190,7 +203,7 @@ def _check(path: Path, line: int, value: object, expected: str) -> Mapping[str, 
     try:
         return validate(value, expected)
     except InvalidField as error:
-        _fail(path, line, error.message)
+        _fail(path, line, error.message, "check")
 
 
 class _Tokenise:
@@ -222,14 +235,16 @@ class _Tokenise:
             "prompt": "'prompt' and 'completion'",
         }[kind]
         told = ", ".join(sorted(value))[:_SHOWN]
-        _fail(path, line, f"has no {wanted}; it has {told or 'nothing'}")
+        _fail(path, line, f"has no {wanted}; it has {told or 'nothing'}", "keys")
 
     def _chat_task(self, path: Path, line: int, value: dict[str, Any]) -> Task | None:
         if "check" not in value:
             return None
         *asked, last = value["messages"]
         if last["role"] != "assistant" or not asked:
-            _fail(path, line, "a line with 'check' must end with the assistant's answer")
+            _fail(
+                path, line, "a line with 'check' must end with the assistant's answer", "check"
+            )
         check = _check(path, line, value["check"], last["content"])
         text = render_prompt(self._template, asked, self._tokenizer.special_tokens_map)
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -240,14 +255,19 @@ class _Tokenise:
     ) -> tuple[list[int], list[int]]:
         everything = self._config.loss_on == "all"
         if not self._template:
-            _fail(path, line, "this base has no chat template; give one as data.template")
+            _fail(
+                path,
+                line,
+                "this base has no chat template; give one as data.template",
+                "no_template",
+            )
         marked = self._template if everything else with_generation_marks(self._template)
         try:
             rendered = render(
                 self._template, marked, messages, self._tokenizer.special_tokens_map
             )
         except TemplateFailed as error:
-            _fail(path, line, error.message)
+            _fail(path, line, error.message, "template")
         coded = self._tokenizer(
             rendered.text, add_special_tokens=False, return_offsets_mapping=True
         )
@@ -266,15 +286,15 @@ class _Tokenise:
         self, path: Path, line: int, prompt: object, completion: object
     ) -> tuple[list[int], list[int]]:
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            _fail(
-                path, line, "'prompt' and 'completion' must be text; use 'messages' for chats"
-            )
+            wanted = "'prompt' and 'completion' must be text; use 'messages' for chats"
+            _fail(path, line, wanted, "text")
         if not completion.strip():
             _fail(
                 path,
                 line,
                 "the completion is empty, which would teach to answer nothing: write one, or "
                 "remove the line",
+                "completion_empty",
             )
         # Tokenised apart, as at serving: no token crosses from prompt to completion.
         asked: list[int] = self._tokenizer(prompt)["input_ids"]
@@ -295,7 +315,7 @@ def _load(
         raise InvalidField(
             f"cannot read the data file {path}: {error.strerror}; "
             "'veneer-train data chat --out DIR' builds an example",
-            metadata={"file": path.name},
+            metadata={"file": path.name, "cause": "unreadable"},
         ) from error
     samples: list[Sample] = []
     dropped = truncated = 0
@@ -312,23 +332,25 @@ def _load(
                     line,
                     f"has {whole} tokens, data.max_len is {config.max_len}: raise it, shorten "
                     "the sample, or set data.on_truncated to drop or truncate",
+                    "too_long",
                 )
             ids, labels = ids[: config.max_len], labels[: config.max_len]
             truncated += 1
         sample = Sample(tuple(ids), tuple(labels), line, task)
         if not sample.learned:
-            cut = "truncated away" if whole > config.max_len else "masked"
+            cut = whole > config.max_len
             _fail(
                 path,
                 line,
-                f"nothing to learn, all labels are {cut}: it needs a non-empty assistant "
-                "message (or completion) within data.max_len",
+                f"nothing to learn, all labels are {'truncated away' if cut else 'masked'}: it "
+                "needs a non-empty assistant message (or completion) within data.max_len",
+                "all_truncated" if cut else "all_masked",
             )
         samples.append(sample)
     if not samples:
         raise InvalidField(
             f"{path.name} holds no sample (dropped as too long: {dropped})",
-            metadata={"file": path.name},
+            metadata={"file": path.name, "cause": "no_sample", "dropped": str(dropped)},
         )
     return DataSet(tuple(samples), path.name, sha256(raw).hexdigest(), dropped, truncated)
 
@@ -363,7 +385,7 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
         raise InvalidField(
             f"{whole.file} has {len(whole.samples)} samples: too few to hold out {count}; add "
             "some, name a data.val file, or set data.val_fraction: 0",
-            metadata={"file": whole.file},
+            metadata={"file": whole.file, "cause": "too_few"},
         )
     order = list(whole.samples)
     random.Random(seed).shuffle(order)

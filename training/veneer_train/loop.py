@@ -156,18 +156,21 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
-        why, fix = "is not a folder", "remove it, or choose another"
+        cause, why = "no_folder", "is not a folder"
+        fix = "remove it, or choose another"
     elif not any(folder.iterdir()):
         return
     elif not overwrite:
-        why = "exists and is not empty"
+        cause, why = "exists", "exists and is not empty"
         fix = "remove it, choose another, or use --overwrite"
     elif not (folder / "adapter_config.json").is_file():
-        why, fix = "holds something else than an adapter", "choose another"
+        cause, why = "no_adapter", "holds something else than an adapter"
+        fix = "choose another"
     else:
         return
     raise InvalidField(
-        f"output.dir {str(folder)!r} {why}: {fix}", metadata={"field": "output.dir"}
+        f"output.dir {str(folder)!r} {why}: {fix}",
+        metadata={"field": "output.dir", "cause": cause},
     )
 
 

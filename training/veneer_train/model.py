@@ -64,13 +64,13 @@ def read_template(file: str | None, tokenizer: Any) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidField(
             f"cannot read data.template {file!r}: {error}",
-            metadata={"field": "data.template"},
+            metadata={"field": "data.template", "cause": "unreadable"},
         ) from error
     if len(text.encode()) > TEMPLATE_LIMIT:
         raise InvalidField(
             f"data.template {file!r} is larger than the {TEMPLATE_LIMIT} bytes that a server "
             "takes: shorten it",
-            metadata={"field": "data.template"},
+            metadata={"field": "data.template", "limit": str(TEMPLATE_LIMIT)},
         )
     return text
 
@@ -128,7 +128,7 @@ def load_base(
             f"{folder} is in {stored.type} already, with double_quant {double}: set "
             f"quant.type: {stored.type} and quant.double_quant: {double}, or give the folder "
             "in 16 bits",
-            metadata={"field": "quant.type"},
+            metadata={"field": "quant.type", "found": stored.type},
         )
     if quant.type != "none" and stored is None:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -21,7 +21,7 @@ _WORSE_THAN_GUESSING: Final = 2.0
 
 
 class TrainingStopped(Aborted):
-    """A run was stopped because going on cannot help (metadata ``step``)."""
+    """A run was stopped because going on cannot help (metadata ``step`` and ``cause``)."""
 
     reason: ClassVar[str] = "TRAINING_STOPPED"
 
@@ -55,13 +55,15 @@ class StabilityWatch:
         """
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
-                raise self._stop(step, f"the {what} is {value}")
+                raise self._stop(step, "not_finite", f"the {what} is {value}")
         self._check_loss(step, loss)
         if len(self._norms) >= _ENOUGH:
             usual = median(self._norms)
             if usual > 0 and grad_norm > _JUMP * usual:
                 raise self._stop(
-                    step, f"the gradient norm jumped from about {usual:.3g} to {grad_norm:.3g}"
+                    step,
+                    "jump",
+                    f"the gradient norm jumped from about {usual:.3g} to {grad_norm:.3g}",
                 )
         self._norms.append(grad_norm)
 
@@ -75,15 +77,16 @@ class StabilityWatch:
         if self._above is not None:
             raise self._stop(
                 step,
+                "worse_than_guessing",
                 f"the loss is {loss:.3g} after {self._above:.3g}, and guessing among all "
                 f"{self._vocabulary} tokens gives {guessing:.3g}",
             )
         self._above = loss
 
     @staticmethod
-    def _stop(step: int, seen: str) -> TrainingStopped:
+    def _stop(step: int, cause: str, seen: str) -> TrainingStopped:
         return TrainingStopped(
             f"stopped at step {step}: {seen}. Lower train.lr or train.clip, set "
             "quant.compute_dtype: fp32, or look at the data of this step; nothing was written",
-            metadata={"step": str(step)},
+            metadata={"step": str(step), "cause": cause},
         )

@@ -25,9 +25,9 @@ _T = TypeVar("_T")
 _WANTED: Final = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
-def bad_setting(key: str, message: str) -> InvalidField:
+def bad_setting(key: str, message: str, **metadata: str) -> InvalidField:
     """The error for ``key`` (dotted); the caller raises it."""
-    return InvalidField(f"{key}: {message}", metadata={"field": key})
+    return InvalidField(f"{key}: {message}", metadata={"field": key, **metadata})
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
@@ -79,6 +79,7 @@ def _check_text(value: str, key: str) -> None:
             key,
             f"must be text that UTF-8 can hold; character {error.start + 1} of {value!r} "
             "cannot be: write it in UTF-8",
+            cause="not_utf8",
         ) from None
 
 
@@ -113,7 +114,9 @@ def build(cls: type[_T], raw: object, prefix: str = "") -> _T:
             if dataclasses.is_dataclass(kind):  # let the section say which key it misses
                 values[name] = build(typing.cast(type, kind), {}, f"{prefix}{name}.")
             else:
-                raise bad_setting(f"{prefix}{name}", "is required; add it or use --set")
+                raise bad_setting(
+                    f"{prefix}{name}", "is required; add it or use --set", cause="required"
+                )
     return cls(**values)
 
 
@@ -175,7 +178,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
-        raise bad_setting("config", f"cannot read {path}: {error.strerror}") from error
+        raise bad_setting(
+            "config", f"cannot read {path}: {error.strerror}", cause="unreadable"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Of a date that there is not, or a number of thousands of digits, too.
         raise bad_setting("config", f"{path} is not YAML: {error}") from error

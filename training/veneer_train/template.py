@@ -65,7 +65,8 @@ def with_generation_marks(template: str) -> str:
     if count != 1:
         raise TemplateFailed(
             "the base's chat template has no {% generation %} marks and is not one that "
-            "Veneer can mark: give a marked copy as data.template, or set data.loss_on: all"
+            "Veneer can mark: give a marked copy as data.template, or set data.loss_on: all",
+            metadata={"cause": "no_marks"},
         )
     return marked
 
@@ -94,7 +95,10 @@ def _render(
             **special,
         )
     except Exception as error:  # Jinja runs the template's own code: it may raise anything
-        raise TemplateFailed(f"the chat template refuses these messages: {error}") from error
+        raise TemplateFailed(
+            f"the chat template refuses these messages: {error}",
+            metadata={"cause": "raised", "why": str(error)[:200]},
+        ) from error
     return texts[0], list(spans[0]) if mask else []
 
 
@@ -121,6 +125,7 @@ def render(
     if with_marks != text:
         raise TemplateFailed(
             "the marked chat template renders other text than the original: give a "
-            "template with {% generation %} marks as data.template"
+            "template with {% generation %} marks as data.template",
+            metadata={"cause": "other_text"},
         )
     return Rendered(text, tuple(spans))

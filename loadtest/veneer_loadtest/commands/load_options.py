@@ -216,7 +216,10 @@ def _counted(part: str) -> tuple[str, ...]:
         return (part,)
     low, high = int(found[2]), int(found[3])
     if not low <= high < low + _MOST_NAMES:
-        raise BadOption(f"--names {part!r}: give a range such as load-{{0..99}}")
+        raise BadOption(
+            f"--names {part!r}: give a range such as load-{{0..99}}",
+            metadata={"field": "--names"},
+        )
     return tuple(f"{found[1]}{number}{found[4]}" for number in range(low, high + 1))
 
 
@@ -232,7 +235,8 @@ def targets_of(text: str) -> tuple[str, ...]:
     if not set(targets) <= set(workload.PROJECTIONS):
         raise BadOption(
             f"--targets {text!r}: give all, attention, or some of "
-            f"{', '.join(workload.PROJECTIONS)}"
+            f"{', '.join(workload.PROJECTIONS)}",
+            metadata={"field": "--targets"},
         )
     return targets
 
@@ -246,5 +250,8 @@ def numbers_of(option: str, text: str, *, least: int = 0) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text or least else []
     if not all(part.isdecimal() and int(part) >= least for part in parts):
         above = f" of {least} or more" if least else ""
-        raise BadOption(f"{option} {text!r}: give numbers{above} such as 8 or 1,8,32")
+        raise BadOption(
+            f"{option} {text!r}: give numbers{above} such as 8 or 1,8,32",
+            metadata={"field": option},
+        )
     return tuple(int(part) for part in parts)

@@ -190,7 +190,7 @@ class Worker:
             )
         message: FromWorker = decode_from_worker(body)
         if isinstance(message, Failed):
-            raise TargetFailed(message.message)
+            raise TargetFailed(message.message, metadata=message.metadata)
         if not isinstance(message, kinds):
             raise GeneratorFailed(f"worker {self.number} said {message!r} out of turn")
         return message

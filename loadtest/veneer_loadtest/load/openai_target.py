@@ -189,7 +189,8 @@ def _failures(url: str) -> Iterator[None]:
     ) as error:
         raise TargetFailed(
             f"nobody answers at {url}: give --openai the address of an OpenAI-compatible "
-            f"server, without /v1 [{error}]"
+            f"server, without /v1 [{error}]",
+            metadata={"address": url},
         ) from error
     except (aiohttp.ClientError, msgspec.DecodeError, ValueError) as error:
         raise HttpFailed(type(error).__name__, str(error)) from error

@@ -142,19 +142,27 @@ def parse_arrivals(
     if (rate is not None) + (streams is not None) + (trace is not None) != 1:
         raise BadOption(
             "give one of --rate R (open loop, requests a second), --streams N (closed loop) "
-            "and --trace FILE"
+            "and --trace FILE",
+            metadata={"one_of": "--rate --streams --trace"},
         )
     if streams is not None:
         if streams < 1:
-            raise BadOption(f"--streams {streams}: give 1 or more")
+            raise BadOption(
+                f"--streams {streams}: give 1 or more", metadata={"field": "--streams"}
+            )
         return Closed(streams)
     if trace is not None:
         if not (speed > 0 and math.isfinite(speed)):
-            raise BadOption(f"--speed {speed:g}: give a number above 0; 2 is twice as fast")
+            raise BadOption(
+                f"--speed {speed:g}: give a number above 0; 2 is twice as fast",
+                metadata={"field": "--speed"},
+            )
         return Traced(trace, speed)
     assert rate is not None
     if not (rate > 0 and math.isfinite(rate)):
-        raise BadOption(f"--rate {rate:g}: give requests a second, above 0")
+        raise BadOption(
+            f"--rate {rate:g}: give requests a second, above 0", metadata={"field": "--rate"}
+        )
     return Open(rate, _cv(arrivals))
 
 
@@ -167,7 +175,8 @@ def _cv(arrivals: str) -> float:
         return value
     raise BadOption(
         f"--arrivals {arrivals!r}: give poisson, constant, or gamma:CV with the coefficient "
-        "of variation, such as gamma:4"
+        "of variation, such as gamma:4",
+        metadata={"field": "--arrivals"},
     )
 
 
@@ -186,7 +195,8 @@ def parse_popularity(text: str) -> Popularity:
             return Popularity(kind, value)  # type: ignore[arg-type]
     raise BadOption(
         f"--popularity {text!r}: give identical, uniform, zipf:S, powerlaw:A (S and A above "
-        "0), distinct or roundrobin"
+        "0), distinct or roundrobin",
+        metadata={"field": "--popularity"},
     )
 
 
@@ -210,7 +220,8 @@ def parse_lengths(option: str, text: str) -> Lengths:
                 return Lengths(*ends)
     raise BadOption(
         f"{option} {text!r}: give tokens as 64, as a range such as 16..64, or as "
-        "lognormal:MEAN:CV:MAX, such as lognormal:200:1:1000"
+        "lognormal:MEAN:CV:MAX, such as lognormal:200:1:1000",
+        metadata={"field": option},
     )
 
 

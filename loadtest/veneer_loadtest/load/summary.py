@@ -129,10 +129,14 @@ def parse_limit(text: str, keys: Sequence[str] = KEYS) -> Limit:
     if found is None or math.isnan(value):
         raise BadOption(
             f"--fail-if {text!r}: give a figure of the summary, a sign and a number, such as "
-            f"'{keys[0]}<1'"
+            f"'{keys[0]}<1'",
+            metadata={"field": "--fail-if"},
         )
     if found[1] not in keys:
-        raise BadOption(f"--fail-if {text!r}: the summary has {', '.join(keys)}")
+        raise BadOption(
+            f"--fail-if {text!r}: the summary has {', '.join(keys)}",
+            metadata={"field": "--fail-if", "figure": found[1]},
+        )
     return Limit(text, found[1], found[2], value)
 
 
@@ -153,7 +157,9 @@ def parse_seconds(option: str, text: str) -> float:
 
 
 def _bad_time(option: str, text: str) -> float:
-    raise BadOption(f"{option} {text!r}: give a time such as 500ms, 30s or 5m")
+    raise BadOption(
+        f"{option} {text!r}: give a time such as 500ms, 30s or 5m", metadata={"field": option}
+    )
 
 
 def parse_slo(text: str) -> SloLimits:
@@ -168,7 +174,8 @@ def parse_slo(text: str) -> SloLimits:
         if name not in ("ttft", "tpot", "e2e") or not sign:
             raise BadOption(
                 f"--slo {text!r}: give limits of ttft (first token), tpot (mean time between "
-                "tokens) and e2e (whole request), such as ttft=500ms,tpot=50ms"
+                "tokens) and e2e (whole request), such as ttft=500ms,tpot=50ms",
+                metadata={"field": "--slo"},
             )
         limits[f"{name}_ms"] = parse_seconds("--slo", value) * 1e3
     return SloLimits(**limits)

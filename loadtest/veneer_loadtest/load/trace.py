@@ -58,13 +58,20 @@ def read_trace(path: Path) -> tuple[TraceLine, ...]:
                 except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                     fault = str(error)
                 if fault:
-                    raise BadTrace(f"{path}, line {number}: {fault}")
+                    raise BadTrace(
+                        f"{path}, line {number}: {fault}",
+                        metadata={"file": str(path), "line": str(number)},
+                    )
                 found.append(request)
     except OSError as error:
-        raise BadTrace(f"cannot read the trace {path}: {error.strerror}") from error
+        raise BadTrace(
+            f"cannot read the trace {path}: {error.strerror}",
+            metadata={"file": str(path), "cause": "unreadable"},
+        ) from error
     if not found:
         raise BadTrace(
             f"{path} holds no request: a trace has one JSON object a line, such as "
-            '{"at_s": 0.25, "adapter": "chat", "prompt_tokens": 40, "tokens": 64}'
+            '{"at_s": 0.25, "adapter": "chat", "prompt_tokens": 40, "tokens": 64}',
+            metadata={"file": str(path), "cause": "empty"},
         )
     return tuple(sorted(found, key=lambda request: request.at_s))

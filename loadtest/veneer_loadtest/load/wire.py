@@ -81,6 +81,7 @@ class Failed(Message, frozen=True):
     """The last message of a worker that cannot go on."""
 
     message: str
+    metadata: dict[str, str]
 
 
 FromWorker = Ready | Progress | Done | Failed

@@ -255,7 +255,7 @@ async def _serve() -> None:
             await tell(Progress(share.sent, share.take()))
             await tell(Done(share.sent, time.process_time() - cpu))
     except VeneerError as error:
-        await tell(Failed(str(error)))
+        await tell(Failed(error.message, error.metadata))
 
 
 async def _pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -43,7 +43,8 @@ def convert_adapter(folder: Path, base_folder: Path, out: Path) -> None:
     if not _ARCHITECTURES.intersection(architectures):
         raise PeerError(
             f"adapters of {', '.join(architectures)} cannot be written for llama.cpp yet: "
-            "compare with it over a base of the Llama architecture"
+            "compare with it over a base of the Llama architecture",
+            metadata={"architectures": ", ".join(architectures)},
         )
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -99,7 +100,10 @@ def llama_peer(
 
     def request_fields(adapter: str) -> dict[str, object]:
         if adapter and adapter not in numbers:
-            raise PeerError(f"llama-server was started without the adapter {adapter!r}")
+            raise PeerError(
+                f"llama-server was started without the adapter {adapter!r}",
+                metadata={"adapter": adapter},
+            )
         # No list means every adapter at full scale, and so does an empty one, even with
         # --lora-init-without-apply: to get the base, one must be named and turned off.
         chosen = [{"id": numbers.get(adapter, 0), "scale": 1.0 if adapter else 0.0}]
@@ -135,7 +139,8 @@ def _version(program: Path) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise PeerError(
             f"{program} cannot be run ({error}): give the path of a llama-server that was "
-            "built on this machine"
+            "built on this machine",
+            metadata={"program": str(program)},
         ) from error
     match = re.search(r"^version: (.*)$", asked.stdout, re.MULTILINE)
     return match[1] if match else "unknown"

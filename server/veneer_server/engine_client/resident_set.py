@@ -219,7 +219,12 @@ class ResidentSet:
                     f"a {tier} budget of {budget} bytes is less than pinned adapters take "
                     f"there ({pinned}), some of which are still being brought back: unpin "
                     "some, or choose a larger one",
-                    metadata={"budget": str(budget), "pinned": str(pinned), "tier": tier},
+                    metadata={
+                        "budget": str(budget),
+                        "pinned": str(pinned),
+                        "tier": tier,
+                        "cause": "restoring",
+                    },
                 )
 
     def set_budgets(self, *, host: int, device: int) -> None:

@@ -53,7 +53,8 @@ class OutputStream:
                     Aborted(
                         "the caller reads too slowly: more than "
                         f"{MAX_BUFFERED_BYTES >> 20} MiB of output waited for it. Read the "
-                        "stream as it comes, or ask for fewer log-probabilities"
+                        "stream as it comes, or ask for fewer log-probabilities",
+                        metadata={"cause": "slow_reader"},
                     )
                 )
         self._news.set()

@@ -92,9 +92,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read as JSON: {error}") from error
+        raise UnsupportedModel(
+            f"{path} cannot be read as JSON: {error}", metadata={"file": path.name}
+        ) from error
     if not isinstance(loaded, dict):
-        raise UnsupportedModel(f"{path} must hold a JSON object")
+        raise UnsupportedModel(f"{path} must hold a JSON object", metadata={"file": path.name})
     return loaded
 
 
@@ -117,7 +119,8 @@ def _stored_quantization(raw: Mapping[str, Any], folder: Path) -> Quantization |
             return "fp4"
     raise UnsupportedModel(
         f"{folder.name} is quantized by {settings.get('quant_method')!r}; supported are "
-        "bitsandbytes 4-bit folders and unquantized ones"
+        "bitsandbytes 4-bit folders and unquantized ones",
+        metadata={"key": "quantization_config"},
     )
 
 
@@ -144,24 +147,28 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     if not raw:
         raise UnsupportedModel(
             f"{folder} has no config.json: give a Hugging Face model folder, a hub name, "
-            "or 'smollm2-135m'"
+            "or 'smollm2-135m'",
+            metadata={"file": "config.json"},
         )
     model_type = str(raw.get("model_type"))
     if model_type not in SUPPORTED:
         raise UnsupportedModel(
             f"model type {model_type!r} is not supported; supported are "
-            + ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
+            + ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items()),
+            metadata={"key": "model_type", "supported": " ".join(SUPPORTED)},
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in SUPPORTED_ROPE:
         raise UnsupportedModel(
             f"rotary scaling {rope_type!r} is not supported; supported are "
-            + ", ".join(SUPPORTED_ROPE)
+            + ", ".join(SUPPORTED_ROPE),
+            metadata={"key": "rope_type", "supported": " ".join(SUPPORTED_ROPE)},
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(
-            f"activation {raw['hidden_act']!r} is not supported; supported is silu (SwiGLU)"
+            f"activation {raw['hidden_act']!r} is not supported; supported is silu (SwiGLU)",
+            metadata={"key": "hidden_act", "supported": "silu"},
         )
     layers = int(raw["num_hidden_layers"])
     heads = int(raw["num_attention_heads"])

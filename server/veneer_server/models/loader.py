@@ -204,12 +204,15 @@ def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
         try:
             found = hashing.result()
         except (VeneerError, OSError) as error:
-            raise BaseDamaged(f"the base in {folder} is damaged: {error}") from error
+            raise BaseDamaged(
+                f"the base in {folder} is damaged: {error}", metadata={"cause": "unreadable"}
+            ) from error
         if found != fingerprint:
             raise BaseDamaged(
                 f"the weights in {folder} are not those of its fingerprint, though size and "
                 "time of the files are: the disk may be failing. Download the base again; if "
-                "you changed the files yourself, touch them"
+                "you changed the files yourself, touch them",
+                metadata={"cause": "digest"},
             )
 
     with ThreadPoolExecutor(1, thread_name_prefix="verify") as hasher:

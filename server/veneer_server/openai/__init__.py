@@ -33,5 +33,6 @@ def require_gateway() -> None:
     if missing:
         raise GatewayMissing(
             f"--openai-listen needs {' and '.join(missing)}: pip install '.[gateway]' in "
-            "Veneer's folder, or leave the flag out"
+            "Veneer's folder, or leave the flag out",
+            metadata={"missing": " ".join(missing)},
         )

@@ -278,7 +278,10 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
         InvalidField: names the first field that is wrong, and the fix.
     """
     if not isinstance(given, dict):
-        raise InvalidField("the body must be a JSON object: send the request's fields")
+        raise InvalidField(
+            "the body must be a JSON object: send the request's fields",
+            metadata={"cause": "not_object"},
+        )
     kept = {}
     for name, value in given.items():
         if value is None or name in IGNORED:

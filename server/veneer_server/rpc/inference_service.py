@@ -112,7 +112,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 await context.write(message)
         except TimeoutError as error:
             raise Aborted(
-                f"the caller read nothing for {limit:g} s: read the stream as it comes"
+                f"the caller read nothing for {limit:g} s: read the stream as it comes",
+                metadata={"cause": "reader_limit"},
             ) from error
 
 

@@ -173,7 +173,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except TimeoutError as error:
                     raise Aborted(
                         f"no request arrived within {limit_s:g} s; open the call again when "
-                        "you have one"
+                        "you have one",
+                        metadata={"cause": "no_request"},
                     ) from error
                 if request is grpc.aio.EOF:
                     return

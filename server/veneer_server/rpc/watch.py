@@ -68,7 +68,8 @@ class AdapterWatch:
             if happened is None:
                 raise Aborted(
                     "the watcher fell behind what the server keeps: read faster, and watch "
-                    "again from the last sequence number"
+                    "again from the last sequence number",
+                    metadata={"cause": "fell_behind"},
                 )
             for event in happened:
                 for message in await self._once(event):
@@ -162,5 +163,6 @@ class AdapterWatch:
         except TimeoutError as error:
             raise Aborted(
                 f"the watcher read nothing for {self._reader_limit_s:g} s: read events as "
-                "they come"
+                "they come",
+                metadata={"cause": "reader_limit"},
             ) from error

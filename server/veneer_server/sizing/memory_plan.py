@@ -166,17 +166,18 @@ def plan_memory(
     plan = MemoryPlan((*host_pool, pool), kv, each, shrunk)
     for planned in plan.pools:
         if not planned.fits:
-            raise MemoryTooSmall(_too_small(planned))
+            raise _too_small(planned)
     return plan
 
 
-def _too_small(pool: MemoryPool) -> str:
+def _too_small(pool: MemoryPool) -> MemoryTooSmall:
     most = sorted((u for u in pool.uses if u.flag), key=lambda u: u.bytes, reverse=True)
     over = pool.total - pool.limit
-    return (
+    lower = [use.flag for use in most if use.flag != "--base"]
+    return MemoryTooSmall(
         f"this configuration needs {_mib(over)} MiB more {pool.name} memory than there is "
-        f"({pool}): lower {', '.join(use.flag for use in most if use.flag != '--base')}, or "
-        "choose a smaller --base"
+        f"({pool}): lower {', '.join(lower)}, or choose a smaller --base",
+        metadata={"pool": pool.name, "missing_bytes": str(over), "lower": " ".join(lower)},
     )
 
 

@@ -117,7 +117,8 @@ class Prompts:
         elif (base := self._base) is None:
             raise TemplateFailed(
                 "neither the adapter nor the base model has a chat template: send `prompt` "
-                "instead of `messages`"
+                "instead of `messages`",
+                metadata={"cause": "no_template"},
             )
         else:
             size = sum(len(message["content"]) for message in messages)

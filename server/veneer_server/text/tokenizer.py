@@ -114,10 +114,14 @@ class TextTokenizer:
         except FileNotFoundError as error:
             raise TokenizerUnsupported(
                 f"{folder} has no tokenizer.json: save the tokenizer with transformers' "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+                metadata={"file": path.name, "cause": "missing"},
             ) from error
         except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerUnsupported(f"{path} cannot be read: {error}") from error
+            raise TokenizerUnsupported(
+                f"{path} cannot be read: {error}",
+                metadata={"file": path.name, "cause": "unreadable"},
+            ) from error
         # A saved truncation or padding would cut or fill prompts in silence.
         rust.no_truncation()
         rust.no_padding()
@@ -252,14 +256,17 @@ _KNOWN_STEPS: Final = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", 
 
 def _decoder_steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder is None:
-        raise TokenizerUnsupported("tokenizer.json has no decoder: its tokens have no text")
+        raise TokenizerUnsupported(
+            "tokenizer.json has no decoder: its tokens have no text", metadata={"decoder": ""}
+        )
     steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     for step in steps:
         plain = step.get("type") != "Replace" or "String" in step.get("pattern", {})
         if step.get("type") not in _KNOWN_STEPS or not plain:
             raise TokenizerUnsupported(
                 f"tokenizer decoder {step.get('type')!r} is not supported; supported are "
-                "byte-level BPE and SentencePiece BPE with byte fallback"
+                "byte-level BPE and SentencePiece BPE with byte fallback",
+                metadata={"decoder": str(step.get("type"))},
             )
     return list(steps)
 

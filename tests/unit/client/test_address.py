@@ -7,6 +7,7 @@ from veneer_client import Client
 from veneer_client.address import server_address
 from veneer_registry.errors import InvalidField
 
+from tests.refused import refused
 from tests.unit.client.fake_server import FakeServer
 
 
@@ -37,7 +38,7 @@ def test_forms_of_an_address(given: str, meant: str) -> None:
     "given", ["https://gpu1:50051", "ftp://gpu1", "gpu1:port", "http://gpu1/v1", "::1", "a b"]
 )
 def test_what_is_no_address_is_refused_with_the_fix(given: str) -> None:
-    with pytest.raises(InvalidField, match="give HOST:PORT"):
+    with refused(InvalidField, field="server"):
         server_address(given)
 
 

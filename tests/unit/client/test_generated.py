@@ -75,5 +75,6 @@ def test_check_finds_an_edit_and_a_run_undoes_it(tmp_path: Path) -> None:
 
 def test_words_that_no_longer_occur_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(generate_sync.WORDS, "said nowhere", "")
+    # A script of ours: the word that it names.
     with pytest.raises(SystemExit, match="said nowhere"):
         generate_sync.generated()

@@ -62,6 +62,7 @@ def test_unknown_name_is_told_at_entry(server: FakeServer, client: Driver) -> No
     with pytest.raises(AdapterNotFound) as caught:
         client.inside(handle, lambda a: None)
     assert caught.value.metadata["did_you_mean"] == "chat"
+    # A wrong use of the client is a plain error, whose sentence is the fix.
     with pytest.raises(RuntimeError, match="inside its `with`"):
         _ = handle.info
 

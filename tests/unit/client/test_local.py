@@ -23,14 +23,16 @@ from veneer_client.local import LocalServer
 from veneer_loadtest.workload import make_adapter, read_base_shape
 from veneer_registry.errors import AdapterExists, AdapterNotFound, ContextTooLong
 
+from tests.refused import refused
+
 
 def test_server_that_cannot_start_says_why() -> None:
-    with pytest.raises(ServerUnreachable, match="--no-such-flag"):
+    with refused(ServerUnreachable, status=2, command="veneer-server --no-such-flag"):
         LocalServer(["--no-such-flag"])
 
 
 def test_server_that_is_not_ready_in_time_is_ended() -> None:
-    with pytest.raises(ServerUnreachable, match="before it was ready"):
+    with refused(ServerUnreachable, status=-9):
         LocalServer(start_timeout_s=0.001)
 
 
@@ -50,7 +52,7 @@ def test_a_whole_session(base_folder: Path, cache_dir: Path, tmp_path: Path) -> 
             pushed = client.push(first, "one", labels={"team": "x"})
             assert pushed.published
             assert not client.push(first, "one").published, "the same content again"
-            with pytest.raises(AdapterExists, match="other content"):
+            with refused(AdapterExists, adapter="one"):
                 client.push(second, "one")
             other = client.push(second, "two", activate=True).adapter
             assert client.get("two").adapter.tier is Tier.DEVICE

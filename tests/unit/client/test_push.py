@@ -21,6 +21,7 @@ from veneer_registry.errors import (
     QuotaExceeded,
 )
 
+from tests.refused import refused
 from tests.unit.client.drivers import Driver, driver
 from tests.unit.client.fake_server import FakeServer, Refusal
 from tests.unit.client.fake_uploads import NO_METHOD, UNIMPLEMENTED
@@ -119,7 +120,7 @@ def test_gives_up_without_progress_and_goes_on_when_asked_again(
     server: FakeServer, quick: Driver, adapter_folder: Path
 ) -> None:
     server.breaks.extend([MIB] * 99)
-    with pytest.raises(ServerUnreachable, match="push again, and it goes on where it was"):
+    with refused(ServerUnreachable, fix="push again"):
         quick.push(adapter_folder, "chat")
     # The first attempt brought a mebibyte; those after it nothing.
     assert len(server.uploads) == 1 + QUICK.attempts
@@ -181,6 +182,7 @@ async def test_a_write_that_broke_off_is_an_interruption(
     told = Refusal(grpc.StatusCode.INTERNAL, "a bug", "INTERNAL")
     refuse = once(lambda: server.refusals.append(told))
     async with AsyncClient(server.address, retry=QUICK) as client:
+        # Words of the FAKE server, which the client must pass on.
         with pytest.raises(InternalError, match="a bug"):
             await client.push(adapter_folder, "other", progress=refuse)
 

@@ -12,6 +12,7 @@ from veneer_client.convert_admin import adapter_event
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_registry.errors import Aborted, InternalError, ServerUnreachable
 
+from tests.refused import refused
 from tests.unit.client.drivers import Driver, driver
 from tests.unit.client.fake_server import FakeServer, Refusal
 
@@ -62,7 +63,7 @@ def test_events_are_records(server: FakeServer, client: Driver) -> None:
     ]
     assert events[0].time.year == 2023
     assert (since(server), watch.sequence) == ([5], 9)
-    with pytest.raises(InternalError, match="without a reason"):
+    with refused(InternalError, cause="stream_cut"):
         client.take(watch, 1)
 
 
@@ -112,7 +113,7 @@ def test_who_fell_behind_is_told(server: FakeServer, client: Driver) -> None:
     server.break_after = Refusal(grpc.StatusCode.ABORTED, "fell behind", "ABORTED")
     watch = client.watch()
     client.take(watch, 1)
-    with pytest.raises(Aborted, match="fell behind"):
+    with refused(Aborted):
         client.take(watch, 1)
 
 

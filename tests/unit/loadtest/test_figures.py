@@ -23,6 +23,7 @@ from veneer_loadtest.results import (
 from veneer_loadtest.server_metrics import MetricsWatch
 
 from tests.ports import free_port
+from tests.refused import refused
 
 LOAD = LoadSpec(
     adapters=("a", "b"),
@@ -268,18 +269,21 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
     write_result(whole, _result(figures([record(0, 2.0, [0.1])])))
     file = tmp_path / "b.json"
     cases = {
-        whole.read_bytes()[: whole.stat().st_size // 2]: "no whole result file",
-        b"": "no whole result file",
-        b'{"kind": "prefix", "summary": {}}': "'prefix'",
-        b"[1]": "no whole result file",
-        whole.read_bytes().replace(b'"format": 1', b'"format": 2'): "newer",
-        whole.read_bytes().replace(b'"totals"', b'"sums"'): "totals",
+        whole.read_bytes()[: whole.stat().st_size // 2]: {"cause": "not_whole"},
+        b"": {"cause": "not_whole"},
+        b'{"kind": "prefix", "summary": {}}': {"cause": "kind", "kind": "prefix"},
+        b"[1]": {"cause": "not_whole"},
+        whole.read_bytes().replace(b'"format": 1', b'"format": 2'): {
+            "cause": "newer",
+            "format": "2",
+        },
+        whole.read_bytes().replace(b'"totals"', b'"sums"'): {"cause": "fields"},
     }
-    for content, told in cases.items():
+    for content, named in cases.items():
         file.write_bytes(content)
-        with pytest.raises(BadResult, match=told):
+        with refused(BadResult, file=file, **named):
             read_result(file)
-    with pytest.raises(BadResult, match="No such file"):
+    with refused(BadResult, cause="unreadable"):
         read_result(tmp_path / "nowhere.json")
 
 
@@ -327,6 +331,6 @@ async def test_the_servers_own_counts() -> None:
 
 
 async def test_no_metrics_there() -> None:
-    with pytest.raises(TargetFailed, match="--metrics"):
+    with refused(TargetFailed, field="--metrics"):
         async with MetricsWatch(f"127.0.0.1:{free_port()}"):
             pass

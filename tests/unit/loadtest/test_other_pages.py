@@ -14,6 +14,7 @@ from veneer_loadtest.html.page import page
 from veneer_loadtest.results import Result, read_result, write_result
 from veneer_loadtest.results.schema import schema_text
 
+from tests.refused import refused
 from tests.unit.loadtest import results_kit as kit
 from tests.unit.loadtest.page_kit import Page
 
@@ -69,7 +70,7 @@ def test_a_comparison_tells_losses_and_ties_as_well() -> None:
 
 
 def test_other_kinds_have_nothing_to_lay_side_by_side() -> None:
-    with pytest.raises(BadResult, match="results of one kind"):
+    with refused(BadResult, cause="kinds"):
         page([kit.swap(), kit.compare()])
 
 

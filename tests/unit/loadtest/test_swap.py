@@ -23,6 +23,7 @@ from veneer_loadtest.workload import BaseShape, make_adapter
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.errors import NonFiniteOutput
 
+from tests.refused import refused
 from tests.unit.client.fake_server import FakeServer, Refusal
 
 SHAPE = BaseShape("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
@@ -38,7 +39,7 @@ async def test_refuses_figures_from_the_wrong_tier(server: FakeServer, tmp_path:
     server.tier = inference_pb2.TIER_HOST  # whatever is asked for
     options = SwapOptions(SHAPE, rank=2, prompt_tokens=4, samples=1, seed=1)
     async with AsyncClient(server.address) as client:
-        with pytest.raises(WrongTier, match="larger adapter budgets"):
+        with refused(WrongTier, tier="host", wanted="device"):
             await swap.swap(client, options, tmp_path)
     assert server.adapters == {}, "what the run published is gone"
 

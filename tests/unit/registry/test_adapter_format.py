@@ -31,6 +31,7 @@ from veneer_registry.safetensors_header import read_header
 from veneer_registry.tensor_names import tensor_keys
 from veneer_registry.weights import check_numbers, digest_weights, read_pieces
 
+from tests.refused import refused
 from tests.unit.registry.kit import (
     BASE,
     SHAPES,
@@ -42,7 +43,7 @@ from tests.unit.registry.kit import (
 Q0A, Q0B = tensor_keys(0, "q_proj")
 
 
-def refused(folder: Path, base: BaseSpec | None = BASE) -> AdapterInvalid:
+def refusal(folder: Path, base: BaseSpec | None = BASE) -> AdapterInvalid:
     with pytest.raises(AdapterInvalid) as caught:
         read_adapter(folder, base)
     assert_checks_agree(folder)
@@ -102,7 +103,7 @@ def test_a_target_pattern_is_never_run(tmp_path: Path) -> None:
     time limit would end it."""
     evil = {"target_modules": "(([a-z_.0-9]*)*)*!", "exclude_modules": "(.*.*.*.*.*.*.*.*)*!"}
     read_adapter(make_adapter(tmp_path / "a", evil), BASE)
-    error = refused(make_adapter(tmp_path / "b", {"rank_pattern": {"(([a-z.]*)*)*!": 4}}))
+    error = refusal(make_adapter(tmp_path / "b", {"rank_pattern": {"(([a-z.]*)*)*!": 4}}))
     assert "regular expression" in error.message
 
 
@@ -217,7 +218,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_refuses_config(case: str, tmp_path: Path) -> None:
     changes, key, words = BAD_CONFIGS[case]
-    error = refused(make_adapter(tmp_path, changes))
+    error = refusal(make_adapter(tmp_path, changes))
     assert error.metadata["file"] == CONFIG_FILE
     assert error.metadata["key"] == key
     assert words in error.message
@@ -241,7 +242,7 @@ def test_refuses_config(case: str, tmp_path: Path) -> None:
 def test_refuses_config_text(tmp_path: Path, text: bytes, words: str) -> None:
     make_adapter(tmp_path)
     (tmp_path / CONFIG_FILE).write_bytes(text)
-    error = refused(tmp_path)
+    error = refusal(tmp_path)
     assert words in error.message
     assert error.metadata["file"] == CONFIG_FILE
 
@@ -250,7 +251,7 @@ def test_many_pattern_keys_take_linear_time(tmp_path: Path) -> None:
     """20,000 keys x 14 modules by a loop would be seconds; by look-up it is nothing.
     The refusal names the first key that matches nothing."""
     keys = {f"layers.{n}.mlp.up_proj": 8 for n in range(20_000)}
-    error = refused(make_adapter(tmp_path, {"alpha_pattern": keys}))
+    error = refusal(make_adapter(tmp_path, {"alpha_pattern": keys}))
     assert error.metadata["key"] == "layers.10.mlp.up_proj"  # sorted
 
 
@@ -357,7 +358,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], dict[str, Any]], str | None, str]] = {
 @pytest.mark.parametrize("case", BAD_TENSORS)
 def test_refuses_tensors(case: str, tmp_path: Path) -> None:
     build, tensor, words = BAD_TENSORS[case]
-    error = refused(make_adapter(tmp_path, tensors=build()))
+    error = refusal(make_adapter(tmp_path, tensors=build()))
     assert words in error.message
     assert error.metadata["file"] == WEIGHTS_FILE
     assert error.metadata.get("tensor") == tensor
@@ -370,14 +371,14 @@ def test_largest_allowed_values_pass(tmp_path: Path) -> None:
 
 
 def test_scaling_is_bounded(tmp_path: Path) -> None:
-    error = refused(make_adapter(tmp_path, {"alpha_pattern": {"q_proj": 1e6}}))
+    error = refusal(make_adapter(tmp_path, {"alpha_pattern": {"q_proj": 1e6}}))
     assert "would be scaled by 250000" in error.message
     assert error.metadata["tensor"] == Q0A
 
 
 def test_a_base_without_the_projection(tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != "gate_proj"}
-    error = refused(make_adapter(tmp_path), BaseSpec("old", 2, shapes, BASE.fingerprint))
+    error = refusal(make_adapter(tmp_path), BaseSpec("old", 2, shapes, BASE.fingerprint))
     assert "adapts gate_proj, which old has not" in error.message
 
 
@@ -393,7 +394,7 @@ def test_only_a_pickle(tmp_path: Path) -> None:
     make_adapter(tmp_path)
     (tmp_path / WEIGHTS_FILE).unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    error = refused(tmp_path)
+    error = refusal(tmp_path)
     assert "'adapter_model.bin' is a pickle" in error.message
     assert "safe_serialization=True" in error.message
 
@@ -402,13 +403,13 @@ def test_only_a_pickle(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path, name: str) -> None:
     make_adapter(tmp_path)
     (tmp_path / name).unlink()
-    error = refused(tmp_path)
+    error = refusal(tmp_path)
     assert name in error.message
     assert error.metadata["file"] == name
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    assert "is not a folder" in refused(tmp_path / "x").message
+    assert "is not a folder" in refusal(tmp_path / "x").message
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
@@ -416,7 +417,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     make_adapter(tmp_path)
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    assert "not a regular file" in refused(tmp_path).message
+    assert "not a regular file" in refusal(tmp_path).message
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,7 @@ def test_template_is_kept(tmp_path: Path) -> None:
 def test_bad_templates(tmp_path: Path, data: bytes, words: str) -> None:
     make_adapter(tmp_path)
     (tmp_path / TEMPLATE_FILE).write_bytes(data)
-    error = refused(tmp_path)
+    error = refusal(tmp_path)
     assert words in error.message
     assert error.metadata["file"] == TEMPLATE_FILE
 
@@ -539,7 +540,7 @@ def test_what_the_server_does_not_know_cannot_differ(tmp_path: Path) -> None:
     ],
 )
 def test_bad_training_manifests(tmp_path: Path, document: object, key: str) -> None:
-    error = refused(train(tmp_path, document))
+    error = refusal(train(tmp_path, document))
     assert error.metadata["file"] == TRAINING_FILE
     assert error.metadata["key"] == key
 
@@ -593,10 +594,10 @@ def test_verify(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(AdapterCorrupt, match="push the adapter again"):
+    with refused(AdapterCorrupt, cause="digest"):
         verify_weights(tmp_path, manifest.weights_digest)
     path.write_bytes(data[:-1])
-    with pytest.raises(AdapterCorrupt, match="cut off"):
+    with refused(AdapterCorrupt, cause="files"):
         verify_weights(tmp_path, manifest.weights_digest)
     path.unlink()
     with pytest.raises(AdapterCorrupt):
@@ -609,9 +610,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with path.open("rb") as file:
         header = read_header(file, WEIGHTS_FILE)
         os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(AdapterInvalid, match="cut off"):
+        with refused(AdapterInvalid, file=WEIGHTS_FILE, cause="cut_off"):
             digest_weights(read_pieces(file), header, (), "bfloat16")
-        with pytest.raises(AdapterInvalid, match="cut off"):
+        with refused(AdapterInvalid, file=WEIGHTS_FILE, cause="cut_off"):
             check_numbers(read_pieces(file), header, "bfloat16")
 
 
@@ -630,7 +631,7 @@ def test_views_are_the_tensors(tmp_path: Path) -> None:
                 del array
         modules[0].a.data[0] = 1  # private: must not reach the file
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
-    with pytest.raises(ValueError, match="released"):
+    with pytest.raises(ValueError, match="released"):  # Python's own words
         modules[0].a.data.tobytes()
 
 
@@ -650,7 +651,8 @@ def test_manifest_json_round_trip(tmp_path: Path) -> None:
     text = manifest_to_json(manifest)
     assert manifest_from_json(text) == manifest
     assert manifest_to_json(manifest_from_json(text)) == text
-    with pytest.raises(ValueError, match="another version"):
+    # An internal check: a ValueError without metadata.
+    with pytest.raises(ValueError, match="version"):
         manifest_from_json(text.replace('"version":1', '"version":2'))
 
 
@@ -674,5 +676,6 @@ def test_manifests_do_not_share_what_differs(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_other_dtypes(tmp_path: Path) -> None:
+    # An internal check: the dtype is named.
     with pytest.raises(ValueError, match="int64"):
         write_adapter(tmp_path, {}, {"x": np.ones((2, 2), np.int64)})

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from veneer_registry.catalog import Catalog
-from veneer_registry.errors import DiskFull, FailedPrecondition, InternalError
+from veneer_registry.errors import CatalogDamaged, DiskFull, FailedPrecondition, InternalError
 from veneer_registry.format import CONFIG_FILE, README_FILE, WEIGHTS_FILE, weights_digest
 from veneer_registry.rows import RevisionRow
 from veneer_registry.store import Bundle, Store
 
+from tests.refused import refused
 from tests.unit.registry.kit import limit_pages, make_adapter
 
 
@@ -170,10 +171,10 @@ def test_other_schema_and_damage(tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "c.sqlite")
     other.execute("PRAGMA user_version=7")
     other.close()
-    with pytest.raises(FailedPrecondition, match="schema 7"):
+    with refused(FailedPrecondition, schema=7):
         Catalog(tmp_path / "c.sqlite")
     (tmp_path / "d.sqlite").write_bytes(b"not a database" * 1000)
-    with pytest.raises(FailedPrecondition, match="damaged"):
+    with refused(CatalogDamaged, file=tmp_path / "d.sqlite"):
         Catalog(tmp_path / "d.sqlite")
 
 
@@ -181,7 +182,7 @@ def test_full_database(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "c.sqlite")
     limit_pages(catalog, 20)
     big = RevisionRow("chat", "r1", "w1", "base", "x" * 1_000_000, 1.0, {}, 1)
-    with pytest.raises(DiskFull, match="nothing was published"):
+    with refused(DiskFull, folder=tmp_path):
         publish(catalog, big)
     assert catalog.revisions("chat") == ()
     publish(catalog, row("chat", 1))

@@ -8,7 +8,9 @@ import pytest
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterNotFound, BaseModelMismatch, InvalidField
-from veneer_registry.index import Index
+from veneer_registry.index import LOST, Index
+
+from tests.refused import refused
 
 
 def ref(name: str, number: int, weights: int | None = None) -> AdapterRef:
@@ -85,7 +87,7 @@ def test_malformed(index: Index, spec: str) -> None:
 
 def test_unknown_revision_names_those_kept(index: Index) -> None:
     index.put("chat", entry(ref("chat", 1)))
-    with pytest.raises(AdapterNotFound, match=ref("chat", 1).revision[:12]):
+    with refused(AdapterNotFound, kept=ref("chat", 1).revision[:12]):
         index.resolve("chat@" + "0" * 12)
 
 
@@ -93,7 +95,7 @@ def test_ambiguous_prefix(index: Index) -> None:
     one = AdapterRef("chat", "a" * 63 + "0", "1" * 64)
     two = AdapterRef("chat", "a" * 63 + "1", "1" * 64)
     index.put("chat", entry(one, two))
-    with pytest.raises(InvalidField, match="ambiguous"):
+    with refused(InvalidField, field="adapter", cause="ambiguous"):
         index.resolve("chat@" + "a" * 12)
     assert index.resolve("chat@" + two.revision) == two
 
@@ -126,7 +128,7 @@ def test_foreign_revisions_are_found_but_not_served(index: Index) -> None:
     index.put("chat", entry(one, foreign=frozenset({one.revision})))
     assert index.find("chat").ref == one
     for use in (index.resolve, index.acquire):
-        with pytest.raises(BaseModelMismatch, match="push it again"):
+        with refused(BaseModelMismatch, adapter=one.short):
             use("chat")
     assert index.leases(one.weights_digest) == 0
 
@@ -134,7 +136,7 @@ def test_foreign_revisions_are_found_but_not_served(index: Index) -> None:
 def test_lost_content(index: Index) -> None:
     old = ref("chat", 1)
     index.put("chat", Entry(None, (old,), 3))
-    with pytest.raises(AdapterNotFound, match="was lost"):
+    with refused(AdapterNotFound, adapter="chat", why=LOST):
         index.resolve("chat")
     assert index.resolve("chat@" + old.revision[:12]) == old
 

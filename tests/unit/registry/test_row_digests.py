@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from veneer_registry import rebuild
-from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, VeneerError
+from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, CatalogDamaged, VeneerError
 from veneer_registry.registry import Registry
 from veneer_registry.upkeep import collect, verify
 
+from tests.refused import refused
 from tests.unit.registry.kit import BASE, push
 
 Adapters = Callable[[int], Path]
@@ -37,7 +38,7 @@ def spoil(data: Path, sql: str, *values: object) -> None:
     db.close()
 
 
-def refused(registry: Registry, spec: str) -> None:
+def damage_is_told(registry: Registry, spec: str) -> None:
     with pytest.raises(AdapterCorrupt) as caught:
         registry.acquire(spec)
     assert caught.value.code == "DATA_LOSS"
@@ -72,7 +73,7 @@ def test_a_damaged_row_is_refused_and_the_others_are_served(
     store = sorted(path.name for path in (filled / "store").rglob("*"))
     spoil(filled, sql)
     with Registry.open(filled, BASE) as registry:
-        refused(registry, "code")
+        damage_is_told(registry, "code")
         for spec in ("chat", "chat/prod", "other"):
             registry.acquire(spec).release()
         assert {"chat", "other"} <= {record.ref.name for record in registry.list()}
@@ -102,13 +103,13 @@ def test_a_change_does_not_make_a_damaged_row_look_whole(filled: Path) -> None:
         with pytest.raises(AdapterCorrupt):
             registry.update("code", labels={"a": "b"})
     with Registry.open(filled, BASE) as registry:
-        refused(registry, "code")
+        damage_is_told(registry, "code")
 
 
 def test_a_damaged_alias_is_refused_alone(filled: Path) -> None:
     spoil(filled, "UPDATE aliases SET targets = previous")
     with Registry.open(filled, BASE) as registry:
-        refused(registry, "chat/prod")
+        damage_is_told(registry, "chat/prod")
         registry.acquire("chat").release()
         assert registry.aliases("chat") == ()
 
@@ -148,7 +149,7 @@ def test_a_schema_that_is_no_text_is_damage_and_can_be_recovered(
             Registry.open(filled, BASE)
         assert caught.value.reason == "CATALOG_DAMAGED"
         assert "store recover" in caught.value.message
-        with pytest.raises(VeneerError, match="recover"):
+        with refused(CatalogDamaged, fix="veneer-server store recover"):
             verify(filled)
     assert content(filled) == stored
     rebuild.recover(filled)

@@ -11,6 +11,7 @@ from veneer_registry import rebuild, schema
 from veneer_registry.errors import FailedPrecondition
 from veneer_registry.registry import Registry
 
+from tests.refused import refused
 from tests.unit.registry.kit import BASE, make_older, push
 
 
@@ -67,7 +68,7 @@ def test_a_newer_folder_is_refused(data: Path) -> None:
     Registry.open(data, BASE).close()
     with sqlite3.connect(data / "catalog.sqlite") as connection:
         connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
-    with pytest.raises(FailedPrecondition, match="start the version that made it"):
+    with refused(FailedPrecondition, schema=schema.VERSION + 1, known=schema.VERSION):
         Registry.open(data, BASE)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from veneer_registry.errors import (
     AdapterCorrupt,
+    CatalogDamaged,
     FailedPrecondition,
     InvalidField,
     StoreLocked,
@@ -19,6 +20,7 @@ from veneer_registry.format import TEMPLATE_FILE, WEIGHTS_FILE
 from veneer_registry.registry import Registry
 from veneer_registry.upkeep import collect, quarantine, verify
 
+from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, push
 
 Adapters = Callable[[int], Path]
@@ -115,15 +117,15 @@ def test_collecting(data: Path, filled: dict[str, Path], adapters: Adapters) -> 
 
 def test_what_is_no_data_folder(tmp_path: Path, data: Path, filled: dict[str, Path]) -> None:
     for call in (lambda: verify(tmp_path / "x"), lambda: collect(tmp_path / "x", **GC)):
-        with pytest.raises(InvalidField, match="--data-dir"):
+        with refused(InvalidField, field="data_dir"):
             call()
     assert not (tmp_path / "x").exists()
     with sqlite3.connect(data / "catalog.sqlite") as catalog:
         catalog.execute("PRAGMA user_version = 1")
-    with pytest.raises(FailedPrecondition, match="upgrades it"):
+    with refused(FailedPrecondition, schema=1):
         verify(data)
     for path in data.glob("catalog.sqlite-*"):
         path.unlink()
     (data / "catalog.sqlite").write_bytes(os.urandom(4096))
-    with pytest.raises(FailedPrecondition, match="damaged"):
+    with refused(CatalogDamaged, file=data / "catalog.sqlite"):
         verify(data)

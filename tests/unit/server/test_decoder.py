@@ -25,6 +25,8 @@ from veneer_server.models.loader import load_weights
 from veneer_server.models.packed import PackedFourBit
 from veneer_server.step.arrays import StepArrays
 
+from tests.refused import refused
+
 # Sizes that bitsandbytes can pack: rows % 32 == 0, columns % 64 == 0.
 TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -339,6 +341,7 @@ def test_a_stored_weight_that_is_shorter_than_its_state_says_is_refused(
     state["shape"][0] *= 10
     tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     save_file(tensors, file, metadata={"format": "pt"})
+    # An internal check: a ValueError without metadata.
     with pytest.raises(ValueError, match="another size than its state"):
         build(tmp_path / "stored", torch.float32)
 
@@ -362,19 +365,20 @@ def test_four_bit_weights_are_cached_and_the_cache_gives_the_same(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "key", "supported"),
     [
-        ({"model_type": "gpt2"}, "qwen3"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "yarn"),
-        ({"hidden_act": "gelu"}, "silu"),
+        ({"model_type": "gpt2"}, "model_type", "qwen3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type", "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act", "silu"),
     ],
 )
 def test_an_unsupported_base_is_refused_with_what_is_supported(
-    change: dict[str, Any], says: str, tmp_path: Path
+    change: dict[str, Any], key: str, supported: str, tmp_path: Path
 ) -> None:
     import json
 
     raw = SHAPES["llama"].to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UnsupportedModel, match=says):
+    with refused(UnsupportedModel, key=key) as caught:
         read_decoder_config(tmp_path)
+    assert supported in caught.value.metadata["supported"].split()

@@ -15,6 +15,8 @@ from veneer_train.config import DataConfig
 from veneer_train.data import load_file
 from veneer_train.sandbox import run_python
 
+from tests.refused import refused
+
 SQL = {
     "sql": {
         "setup": "CREATE TABLE t (a INTEGER, b TEXT);\n"
@@ -141,14 +143,14 @@ def test_an_interval_holds_the_share() -> None:
     ],
 )
 def test_a_check_that_is_none_is_refused(check: object) -> None:
-    with pytest.raises(InvalidField, match="check"):
+    with refused(InvalidField, field="check"):
         validate(check, "")
 
 
 def test_a_bad_check_names_its_line(tokenizer: Any, jsonl: Callable[..., Path]) -> None:
     good = {"prompt": "a", "completion": "b"}
     path = jsonl(good, {**good, "check": {"sqll": {}}})
-    with pytest.raises(InvalidField, match=r"data\.jsonl, line 2: 'check'"):
+    with refused(InvalidField, file="data.jsonl", line=2, cause="check"):
         load_file(path, DataConfig(train=str(path)), tokenizer, "")
 
 

@@ -18,6 +18,7 @@ from veneer_train.llama_cpp.export import export_model
 from veneer_train.merge import DTYPES, dequantized_base, merge
 from veneer_train.merge_report import REPORT_FILE, merge_and_compare
 
+from tests.refused import refused
 from tests.unit.train.test_train_merge import FP32
 from tests.unit.train.test_train_run import config, run
 
@@ -154,7 +155,7 @@ def test_bad_data_is_found_before_the_work(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n')
-    with pytest.raises(InvalidField, match="line 1"):
+    with refused(InvalidField, file="bad.jsonl", line=1):
         merge_and_compare(tiny_base, trained, tmp_path / "m", "dequant", data=bad)
     assert not (tmp_path / "m").exists()
 
@@ -183,7 +184,7 @@ def test_a_folder_with_a_link_or_a_pickle_is_not_opened(
     secret.write_text("secret")
     shutil.copytree(trained, adapter)
     (adapter / "chat_template.jinja").symlink_to(secret)
-    with pytest.raises(AdapterInvalid, match="outside the folder"):
+    with refused(AdapterInvalid, file="chat_template.jinja", cause="outside"):
         merge_and_compare(tiny_base, adapter, tmp_path / "m", "dequant")
     assert not (tmp_path / "m").exists()
 

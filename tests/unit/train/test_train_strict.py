@@ -13,6 +13,8 @@ import yaml
 from veneer_registry.errors import InvalidField
 from veneer_train.strict import build
 
+from tests.refused import refused
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kinds:
@@ -88,7 +90,7 @@ def test_a_value_is_taken_or_refused_by_its_type(key: str, text: str) -> None:
         return
     with pytest.raises(InvalidField) as caught:
         build(Config, {"kinds": {key: value}})
-    assert caught.value.metadata == {"field": f"kinds.{key}"}
+    assert caught.value.metadata["field"] == f"kinds.{key}"
     message = caught.value.message.removeprefix(f"kinds.{key}: ")
     if key in ("number", "maybe_number") and text in INFINITE:
         assert message == f"must be a finite number; got {str(value)[:40]}"
@@ -101,7 +103,7 @@ def test_a_value_is_taken_or_refused_by_its_type(key: str, text: str) -> None:
 
 @pytest.mark.parametrize("key", MAY_BE_TEXT)
 def test_half_a_surrogate_pair_is_named(key: str) -> None:
-    with pytest.raises(InvalidField, match="must be text that UTF-8 can hold; character 2"):
+    with refused(InvalidField, field=f"kinds.{key}", cause="not_utf8"):
         build(Config, {"kinds": {key: "a\ud83d"}})
 
 
@@ -131,5 +133,5 @@ def test_an_absent_section_has_its_defaults() -> None:
 
 @pytest.mark.parametrize("value", [{"a"}, frozenset("a"), ("a",)])
 def test_only_a_list_is_a_list(value: object) -> None:
-    with pytest.raises(InvalidField, match=r"kinds\.names: must be text; got"):
+    with refused(InvalidField, field="kinds.names"):
         build(Config, {"kinds": {"names": value}})

@@ -6,6 +6,8 @@ import pytest
 from veneer_registry.errors import TemplateFailed
 from veneer_train.template import render, with_generation_marks
 
+from tests.refused import refused
+
 SPECIAL: dict[str, Any] = {"eos_token": "<|im_end|>"}
 QWEN2 = (
     "{% for message in messages %}"
@@ -53,18 +55,18 @@ def test_a_template_with_marks_is_left_alone() -> None:
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "", QWEN2 + QWEN2])
 def test_a_template_that_cannot_be_marked_is_refused(template: str) -> None:
-    with pytest.raises(TemplateFailed, match=r"data\.template"):
+    with refused(TemplateFailed, cause="no_marks"):
         with_generation_marks(template)
 
 
 def test_a_marked_template_that_renders_other_text_is_refused() -> None:
     marked = with_generation_marks(QWEN2).replace("+ '<|im_end|>' }}{% endg", "}}{% endg")
     assert marked != with_generation_marks(QWEN2)
-    with pytest.raises(TemplateFailed, match="other text"):
+    with refused(TemplateFailed, cause="other_text"):
         render(QWEN2, marked, turns(("user", "a"), ("assistant", "b")), SPECIAL)
 
 
 def test_a_template_that_raises_is_an_error_of_ours() -> None:
     broken = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TemplateFailed, match="roles must alternate"):
+    with refused(TemplateFailed, cause="raised", why="roles must alternate"):
         render(broken, broken, turns(("user", "a")), SPECIAL)

@@ -75,7 +75,7 @@ def read_architecture(folder: Path) -> Architecture:
             f"a {config.model_type} model cannot be exported here, only "
             f"{', '.join(_SUPPORTED)}: use llama.cpp's own converter on the merged folder "
             "(veneer-train merge)",
-            metadata={"field": "base"},
+            metadata={"field": "base", "model_type": config.model_type},
         )
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type", "default") != "default":

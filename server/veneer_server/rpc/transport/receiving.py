@@ -158,7 +158,8 @@ class Receiving:
                 ) from error
             raise Aborted(
                 f"the request was not complete after {self.limit_s:g} s: send all of it at "
-                "once, or start the server with a larger --reader-limit"
+                "once, or start the server with a larger --reader-limit",
+                metadata={"cause": "request_incomplete"},
             ) from error
         finally:
             self._held.discard(place)

@@ -161,7 +161,7 @@ class SelfTest:
         if (count := len(set(names))) > self._most:
             raise InvalidField(
                 f"adapters has {count} names: this server tests at most {self._most} at once",
-                metadata={"field": "adapters"},
+                metadata={"field": "adapters", "limit": str(self._most)},
             )
         began = time.perf_counter()
         async with self._my_turn():

@@ -324,18 +324,21 @@ class Uploads:
                 raise Aborted(
                     "the upload stalled or had long to go, and its slot went to another "
                     "upload; what arrived is kept: resume it",
+                    metadata={"cause": "displaced"},
                     retry_after_s=2.0,
                 ) from error
             if pace.late:
                 raise Aborted(
                     f"the upload was not complete after {self._deadline_s:g} s; what arrived "
                     "is kept: resume it, or start the server with a larger --upload-deadline",
+                    metadata={"cause": "upload_deadline"},
                     retry_after_s=0.0,
                 ) from error
             raise Aborted(
                 f"the upload brought less than {self._min_rate} bytes a second over "
                 f"{WINDOW_S:g} s; what arrived is kept: resume it, or start the server with "
                 "a smaller --min-upload-rate",
+                metadata={"cause": "upload_rate"},
                 retry_after_s=0.0,
             ) from error
 

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from types import FrameType
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
 import msgspec
 from veneer_registry.errors import TemplateFailed
 
 from veneer_server.queues.recent import Recent
 from veneer_server.system.priority import lower_priority
-from veneer_server.text.templates.template import ChatTemplate
+from veneer_server.text.templates.template import Cause, ChatTemplate
 
 __all__ = ["LENGTH", "MEMORY_LIMIT", "OUT_OF_TIME", "Done", "Job", "TooSlow"]
 
@@ -72,6 +72,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     """Text, error or what was too slow.
 
     Attributes:
+        cause: of the error. No other word: a template may have taken the process over.
         seconds: CPU time.
     """
 
@@ -79,6 +80,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     too_slow: TooSlow = TooSlow.NOTHING
     seconds: float = 0.0
+    cause: Cause = "rendering"
 
 
 class _Interrupted(BaseException):
@@ -112,7 +114,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
         with _limited(job.limit_s):
             return Done(template.render(job.messages))
     except TemplateFailed as error:
-        return Done(error=error.message)
+        return Done(error=error.message, cause=cast(Cause, error.metadata["cause"]))
     except _Interrupted:
         return Done(too_slow=doing)
     finally:

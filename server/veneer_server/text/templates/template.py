@@ -10,7 +10,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -19,7 +19,17 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from veneer_registry.errors import TemplateFailed
 
-__all__ = ["MAX_ERROR", "MAX_OUTPUT", "MAX_TEMPLATE", "ChatTemplate", "read_base_template"]
+__all__ = [
+    "MAX_ERROR",
+    "MAX_OUTPUT",
+    "MAX_TEMPLATE",
+    "Cause",
+    "ChatTemplate",
+    "read_base_template",
+]
+
+Cause = Literal["template_size", "syntax", "output_size", "rendering"]
+"""Metadata ``cause`` of what `ChatTemplate` raises."""
 
 MAX_TEMPLATE: Final = 64 << 10
 """Bytes of a template."""
@@ -78,14 +88,15 @@ class ChatTemplate:
             TemplateFailed: too long, or no Jinja.
         """
         if len(source.encode()) > MAX_TEMPLATE:
-            raise TemplateFailed(
-                f"the chat template has more than {MAX_TEMPLATE} bytes: shorten it"
+            raise _failed(
+                "template_size",
+                f"the chat template has more than {MAX_TEMPLATE} bytes: shorten it",
             )
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # deep nesting overflows the parser's stack, too
-            raise TemplateFailed(
-                f"the chat template is not valid Jinja: {_words(error)}"
+            raise _failed(
+                "syntax", f"the chat template is not valid Jinja: {_words(error)}"
             ) from error
         self._special = dict(special_tokens)
 
@@ -103,18 +114,23 @@ class ChatTemplate:
             ):
                 size += len(piece)
                 if size > MAX_OUTPUT:
-                    raise TemplateFailed(
+                    raise _failed(
+                        "output_size",
                         f"the chat template produced more than {MAX_OUTPUT} characters: send "
-                        "fewer messages or fix the template"
+                        "fewer messages or fix the template",
                     )
                 pieces.append(piece)
         except TemplateFailed:
             raise
         except Exception as error:  # a template may raise anything Python can
-            raise TemplateFailed(
-                f"the chat template cannot render these messages: {_words(error)}"
+            raise _failed(
+                "rendering", f"the chat template cannot render these messages: {_words(error)}"
             ) from error
         return "".join(pieces)
+
+
+def _failed(cause: Cause, message: str) -> TemplateFailed:
+    return TemplateFailed(message, metadata={"cause": cause})
 
 
 def _words(error: Exception) -> str:

@@ -107,7 +107,7 @@ class UploadedTemplates:
         if done is None:
             done = await self._slowly(key, caller, job, tries)
         if done.error:
-            raise TemplateFailed(done.error)
+            raise TemplateFailed(done.error, metadata={"cause": done.cause})
         return done.text
 
     async def _quickly(self, key: bytes, caller: str, job: Job) -> Done | None:
@@ -189,11 +189,13 @@ class UploadedTemplates:
         if cause is Cause.OTHERS:
             return TemplateFailed(
                 "the process that renders the adapter's chat template was killed, as by a "
-                f"machine without memory: retry after {SLOW_FOR_S:g} s, or use `prompt`"
+                f"machine without memory: retry after {SLOW_FOR_S:g} s, or use `prompt`",
+                metadata={"cause": "killed"},
             )
         return TemplateFailed(
             f"the adapter's chat template takes more than {self._limit_s:g} s or "
-            f"{MEMORY_LIMIT >> 20} MiB: fix it and push the adapter again, or use `prompt`"
+            f"{MEMORY_LIMIT >> 20} MiB: fix it and push the adapter again, or use `prompt`",
+            metadata={"cause": "too_slow", "limit_s": f"{self._limit_s:g}"},
         )
 
 

@@ -48,7 +48,9 @@ def test_without_a_compiler_torch_serves_and_says_why(
     assert found.name == "torch"
     assert isinstance(found.backend, Decoder)
     assert "/nowhere/c++ does not run" in found.why_not_native
-    with pytest.raises(BackendUnavailable, match=r"does not run.*use --backend auto"):
+    # Why the kernels do not serve is words for the operator, here and below: the compiler's,
+    # or those of `NativeUnavailable`, which has no more than words.
+    with pytest.raises(BackendUnavailable, match=r"/nowhere/c\+\+"):
         asked(base, tmp_path, backend="native")
 
 
@@ -86,7 +88,7 @@ def test_instructions_that_the_kernels_do_not_have_are_refused(
     if not native_possible():
         pytest.skip("no AVX2 or no compiler")
     monkeypatch.setattr(Library, "instructions", "avx2")
-    with pytest.raises(BackendUnavailable, match="avx2 at most, not --native-instructions"):
+    with pytest.raises(BackendUnavailable, match=r"avx2.*--native-instructions"):
         asked(base, cache_dir, backend="native", native_instructions="avx512-bf16")
     found = asked(base, cache_dir, backend="auto", native_instructions="avx512-bf16")
     assert found.name == "torch"

@@ -25,6 +25,7 @@ from veneer_server.wire.messages import (
     encode,
 )
 
+from tests.refused import refused
 from tests.unit.server.engine.test_loop import Engine
 from tests.unit.server.engine.test_supervisor import INFO
 from tests.unit.server.engine.world import SIZE, adapter
@@ -121,7 +122,7 @@ async def test_an_engine_that_is_started_again_gets_the_budgets_of_now() -> None
     assert state == BudgetsState(4 * SIZE, 2 * SIZE, 3 * SIZE, 2 * SIZE)
     await server.client.activate(adapter("c"), tier="device", pin=True)
     await server.client.activate(adapter("b"), tier="device", pin=True)
-    with pytest.raises(AdapterBudgetExceeded, match="pinned"):
+    with refused(AdapterBudgetExceeded, budget=SIZE, pinned=2 * SIZE, tier="device"):
         await server.client.update_budgets(host_bytes=None, device_bytes=SIZE)
     first, *_ = LoopConnection.made
     first.kill()

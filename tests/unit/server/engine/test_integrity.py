@@ -100,6 +100,7 @@ def test_what_leaked_ends_the_engine_at_the_next_full_check() -> None:
     def pass_time() -> None:
         made.now += CHECK_SECONDS
 
+    # Only its words tell one broken invariant from another, here and below.
     with pytest.raises(AssertionError, match="bytes in host differ"):
         answered(made, 3, between=pass_time)
 

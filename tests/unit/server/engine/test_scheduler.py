@@ -10,6 +10,7 @@ from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Drop
 from veneer_server.engine.scheduling.sequence import Finish, SequenceState
 
+from tests.refused import refused
 from tests.unit.server.engine.world import SIZE, World, adapter
 
 
@@ -139,7 +140,7 @@ def test_what_an_older_request_wants_is_not_evicted_for_a_younger_one() -> None:
 
 def test_an_adapter_larger_than_a_budget_is_refused_at_once() -> None:
     residency = Residency(host_budget=50, device_budget=500, itemsize=4)
-    with pytest.raises(AdapterBudgetExceeded, match="host-cache-bytes"):
+    with refused(AdapterBudgetExceeded, bytes=80, budget=50, tier="host"):
         residency.lease(adapter("big", 20))
 
 
@@ -151,7 +152,7 @@ def test_pinned_adapters_are_kept_and_what_cannot_fit_beside_them_is_named() -> 
         residency.loaded(name)
         residency.plan([])
         residency.moved(name)
-    with pytest.raises(AdapterBudgetExceeded, match="pinned"):
+    with refused(AdapterBudgetExceeded, bytes=100, pinned=200, tier="device"):
         residency.activate(adapter("three"), "device", pin=True)
     residency.lease(adapter("four"))
     residency.plan(["four"])

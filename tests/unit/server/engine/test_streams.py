@@ -9,6 +9,8 @@ from veneer_registry.errors import Aborted, EngineFailed
 from veneer_server.engine_client.streams import MAX_BUFFERED_BYTES, OutputStream
 from veneer_server.wire.messages import SequenceOutput
 
+from tests.refused import refused
+
 
 def first() -> SequenceOutput:
     """A fresh one each time: a stream owns what it is given."""
@@ -70,5 +72,5 @@ async def test_what_waits_for_a_reader_is_bounded() -> None:
     for _ in range(most):
         stream.put(SequenceOutput(1, [1], [-1.0], top_logprobs=[list(tops)]))
     assert 0 < len((await stream.get()).tokens) < most
-    with pytest.raises(Aborted, match="reads too slowly"):
+    with refused(Aborted, cause="slow_reader"):
         await stream.get()

@@ -108,10 +108,12 @@ def test_a_library_with_another_struct_is_not_used(
     other = type("SampleRow", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (Linear, other))
     file = Path(os.readlink(f"/proc/self/fd/{library.fd}"))
-    with pytest.raises(NativeUnavailable, match="other structs: struct SampleRow: "):
+    # `NativeUnavailable` and MemoryError have words for the operator only: matched are the
+    # struct, the function and the buffers that they name, here and below.
+    with pytest.raises(NativeUnavailable, match="SampleRow"):
         Library(file)
     monkeypatch.setattr("veneer_server.backends.native.structs.STRUCTS", (LoraMember,))
-    with pytest.raises(NativeUnavailable, match="struct Layer: Python has none"):
+    with pytest.raises(NativeUnavailable, match="struct Layer"):
         Library(file)
 
 

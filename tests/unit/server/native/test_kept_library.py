@@ -172,6 +172,7 @@ def test_a_user_private_group_may_write(bench: Bench, monkeypatch: pytest.Monkey
         file.chmod(0o660)
     for name, members in (("jo", ["mo"]), ("staff", [])):
         groups[gid] = grp.struct_group((name, "x", gid, members))
+        # `Refused` and `NativeUnavailable` have words for the operator only, here and below.
         with pytest.raises(kept.Refused, match="others can write"):
             kept.open_checked(file)
     groups[gid] = grp.struct_group(("jo", "x", gid, ["jo"]))

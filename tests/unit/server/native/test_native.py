@@ -112,7 +112,8 @@ def test_q_k_and_v_are_multiplied_as_one(library: Library) -> None:
 
 
 def test_what_the_kernels_cannot_multiply_is_told(library: Library) -> None:
-    with pytest.raises(NativeUnavailable, match="96 inputs, no multiple of 64"):
+    # `NativeUnavailable` has words for the operator only; this is the size in them.
+    with pytest.raises(NativeUnavailable, match="96 inputs"):
         native_linear.fuse(library, [torch.nn.Linear(96, 32)], torch.bfloat16)
 
 

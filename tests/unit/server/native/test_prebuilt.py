@@ -160,6 +160,7 @@ def test_what_is_broken_or_may_be_anybodys_is_not_loaded(
         pytest.skip("only root gives files away")
     do, said = BROKEN[how]
     do(best(prebuilt))
+    # Words for the operator, which is what is tested: the doctor says the same.
     with pytest.raises(NativeUnavailable, match=said) as raised:
         find_library(tmp_path / "cache")
     assert "/nowhere/c++ does not run" in str(raised.value)

@@ -30,6 +30,7 @@ def test_too_much_is_refused_before_it_is_parsed(
     body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.json, "loads", None)
+    # Internal checks: ValueErrors without metadata, here and below.
     with pytest.raises(ValueError, match="more than"):
         parse_body(body)
 

@@ -24,6 +24,7 @@ from veneer_server.openai.http.asgi import ABORT, ReaderStopped, Reply
 from veneer_server.wire.messages import SequenceOutput
 
 from tests.ports import free_port
+from tests.refused import refused
 from tests.unit.server.rpc.front_harness import running, until
 
 LISTEN = "127.0.0.1:0"
@@ -150,7 +151,7 @@ async def test_a_send_that_blocks_drops_the_connection_and_no_more_is_sent() -> 
 
     scope = {"state": {ABORT: lambda: dropped.append(True)}}
     reply = Reply(scope, send, 0.01)
-    with pytest.raises(ReaderStopped, match="read the stream") as stopped:
+    with refused(ReaderStopped) as stopped:
         await reply.events([{}], {})
     assert dropped == [True]
     await reply.fail(stopped.value)
@@ -337,7 +338,7 @@ async def test_an_address_that_is_taken(base_folder: Path, tmp_path: Path) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(CannotListen, match="--openai-listen"):
+        with refused(CannotListen, flag="--openai-listen", address=address):
             async with running(base_folder, tmp_path, tmp_path / "d", openai_listen=address):
                 pass
 
@@ -350,7 +351,7 @@ async def test_without_the_extra_the_flag_fails_at_once(
         "veneer_server.openai.find_spec",
         lambda name: None if name == "fastapi" else real(name),
     )
-    with pytest.raises(GatewayMissing, match=r"needs fastapi: pip install '\.\[gateway\]'"):
+    with refused(GatewayMissing, missing="fastapi"):
         require_gateway()
     config = load_config(
         {
@@ -367,7 +368,7 @@ async def test_without_the_extra_the_flag_fails_at_once(
 
 def test_an_open_address_needs_insecure_as_for_grpc() -> None:
     given = {"openai_listen": "0.0.0.0:8000"}
-    with pytest.raises(ConfigInvalid, match=r"--openai-listen.*--insecure"):
+    with refused(ConfigInvalid, key="openai_listen", needs="insecure"):
         load_config(given, {})
     assert load_config({**given, "insecure": True}, {}).openai_listen == ("0.0.0.0", 8000)
     assert load_config({}, {}).openai_listen is None

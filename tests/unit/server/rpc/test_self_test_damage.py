@@ -16,6 +16,7 @@ from veneer_server.serving.adapters.verdicts import Answers, judge
 from veneer_server.step.adapter_table import GroupViews
 
 from tests.planted import planted
+from tests.refused import refused
 from tests.tiny_llama import make_tiny_llama
 from tests.unit.server.rpc.self_test_kit import NAMES, Bench, bench
 
@@ -101,10 +102,10 @@ async def test_a_base_whose_files_changed_cannot_be_compared(tmp_path: Path) -> 
         data[-1] ^= 1
         file.unlink()
         file.write_bytes(data)
-        with pytest.raises(BaseDamaged, match="changed since the server started"):
+        with refused(BaseDamaged, cause="changed"):
             await made.failed()
         file.write_bytes(data[:-100])
-        with pytest.raises(BaseDamaged, match="cannot be read"):
+        with refused(BaseDamaged, cause="unreadable"):
             await made.failed()
 
 

@@ -16,6 +16,7 @@ async def test_results_and_errors_come_back() -> None:
     def fail() -> None:
         raise ValueError("boom")
 
+    # The test's own error.
     with pytest.raises(ValueError, match="boom"):
         await to_the_end(fail)
 

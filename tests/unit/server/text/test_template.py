@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from veneer_registry.errors import TemplateFailed
 from veneer_server.text.templates.template import (
-    MAX_OUTPUT,
     MAX_TEMPLATE,
     ChatTemplate,
     read_base_template,
 )
+
+from tests.refused import refused
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -49,20 +50,21 @@ def test_what_hugging_face_templates_use() -> None:
     ],
 )
 def test_failures_say_why(source: str, why: str) -> None:
-    with pytest.raises(TemplateFailed, match=why):
+    with refused(TemplateFailed, cause="rendering") as caught:
         ChatTemplate(source, {}).render(USER)
+    assert why in caught.value.message, "Jinja's words, or the template's"
 
 
 def test_syntax_and_size_are_checked_when_compiled() -> None:
-    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+    with refused(TemplateFailed, cause="syntax"):
         ChatTemplate("{% if %}", {})
-    with pytest.raises(TemplateFailed, match=str(MAX_TEMPLATE)):
+    with refused(TemplateFailed, cause="template_size"):
         ChatTemplate("x" * (MAX_TEMPLATE + 1), {})
 
 
 def test_output_is_bounded() -> None:
     loop = "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"
-    with pytest.raises(TemplateFailed, match=str(MAX_OUTPUT)):
+    with refused(TemplateFailed, cause="output_size"):
         ChatTemplate(loop, {}).render(USER)
 
 

@@ -17,6 +17,8 @@ from veneer_server.text.templates import worker as template_worker
 from veneer_server.text.templates.process import MEMORY_LIMIT
 from veneer_server.text.templates.uploaded import UploadedTemplates
 
+from tests.refused import refused
+
 USER = [{"role": "user", "content": "Hi"}]
 GOOD = "{{ bos_token }}{{ messages[0].content }}"
 SILENT_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -35,11 +37,12 @@ async def templates() -> AsyncIterator[UploadedTemplates]:
 
 async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates) -> None:
     assert await templates.render(GOOD, USER) == "<s>Hi"
-    with pytest.raises(TemplateFailed, match="roles must alternate"):
+    with refused(TemplateFailed, cause="rendering") as caught:
         await templates.render("{{ raise_exception('roles must alternate') }}", USER)
-    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+    assert caught.value.message.endswith("roles must alternate"), "the template's own words"
+    with refused(TemplateFailed, cause="syntax"):
         await templates.render("{% if %}", USER)
-    with pytest.raises(TemplateFailed, match="not valid Jinja"):
+    with refused(TemplateFailed, cause="syntax"):
         await templates.render("{{ " + "(" * 30_000, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
 
@@ -47,11 +50,11 @@ async def test_renders_and_reports_as_in_the_front(templates: UploadedTemplates)
 async def test_an_endless_template_is_killed_and_refused_from_then_on(
     templates: UploadedTemplates,
 ) -> None:
-    with pytest.raises(TemplateFailed, match=r"0\.2 s"):
+    with refused(TemplateFailed, cause="too_slow", limit_s="0.2"):
         await templates.render(SILENT_LOOP, USER)
     assert await templates.render(GOOD, USER) == "<s>Hi"
     running = templates.quick.process
-    with pytest.raises(TemplateFailed, match="push the adapter again"):
+    with refused(TemplateFailed, cause="too_slow"):
         await templates.render(SILENT_LOOP, USER)
     assert templates.quick.process is running
 
@@ -263,7 +266,7 @@ async def test_what_cannot_be_interrupted_is_killed_and_refused_from_then_on(
     loop = asyncio.get_running_loop()
     now = loop.time
     monkeypatch.setattr(loop, "time", lambda: now() + uploaded_templates.SLOW_FOR_S)
-    with pytest.raises(TemplateFailed, match="push the adapter again"):
+    with refused(TemplateFailed, cause="too_slow"):
         await templates.render(source, USER)
     assert templates.quick.process is running, "it was not tried again"
 
@@ -347,7 +350,7 @@ async def test_a_template_whose_process_is_killed_twice_is_refused_for_a_while_o
     templates: UploadedTemplates, killer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer[0] = 2
-    with pytest.raises(TemplateFailed, match="was killed"):
+    with refused(TemplateFailed, cause="killed"):
         await templates.render(GOOD, USER)
     assert killer == [0]
     with pytest.raises(TemplateFailed):

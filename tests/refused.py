@@ -1,0 +1,34 @@
+"""An error of ours, told by what stays the same: its class, `reason` and metadata.
+
+Its message is for people, and may be improved at any time without a change of a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pytest
+from veneer_registry.errors import VeneerError
+
+__all__ = ["refused"]
+
+_Error = TypeVar("_Error", bound=VeneerError)
+
+
+@contextmanager
+def refused(
+    error: type[_Error], /, **metadata: object
+) -> Iterator[pytest.ExceptionInfo[_Error]]:
+    """Expect this very class, no class below it, with at least this metadata; the values are
+    compared as text, as they travel."""
+    with pytest.raises(error) as caught:
+        yield caught
+    found = caught.value
+    assert type(found) is error, f"{type(found).__name__}: {found}"
+    assert found.reason == error.reason
+    wanted = {key: str(value) for key, value in metadata.items()}
+    assert {key: found.metadata.get(key) for key in wanted} == wanted, (
+        f"{found} {found.metadata}"
+    )
