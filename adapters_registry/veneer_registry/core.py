@@ -22,9 +22,9 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
-from veneer_registry.format import manifest_from_json
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
+from veneer_registry.manifest_json import manifest_from_json
 from veneer_registry.pairing import ChangeMark
 from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import SERVER, RevisionRow, Who
@@ -122,7 +122,7 @@ class Core:
                 if any(healed):
                     self.index.set_quarantined(self.catalog.quarantined())
                 if self.index.any_damaged:
-                    self.store.set_aside(weights, revisions)
+                    self.store.quarantine.set_aside(weights, revisions)
                 else:
                     trash = self.store.discard(weights, revisions)
             except BaseException:

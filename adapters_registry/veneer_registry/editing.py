@@ -297,7 +297,7 @@ class Editor:
                     change.note("quarantined", ref.name, ref.revision, why)
             core.index.set_quarantined(core.catalog.quarantined())
             try:
-                core.store.quarantine(weights)
+                core.store.quarantine.add(weights)
             except OSError as error:  # it is not served, wherever it lies
                 _log.warning("damaged weights %s stay where they are: %s", weights[:12], error)
         return holding

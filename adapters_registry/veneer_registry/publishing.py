@@ -11,14 +11,16 @@ from typing import Self
 
 from veneer_registry import registration
 from veneer_registry.adapter import AdapterRef
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.changes import Change
 from veneer_registry.core import Core, check_etag
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, AdapterExists, VeneerError
-from veneer_registry.format import REQUIRED_FILES, manifest_to_json, read_adapter
+from veneer_registry.format import read_adapter
+from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.records import AdapterRecord, Published, UploadRequest
 from veneer_registry.rows import RevisionRow, Who
-from veneer_registry.store import Bundle
 from veneer_registry.upload import Upload
 
 __all__ = ["Publisher", "Staged"]

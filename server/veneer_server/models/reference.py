@@ -19,7 +19,8 @@ from typing import Final, Protocol
 import torch
 from veneer_registry.adapter import Projection
 from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.format import ModuleTensors, TensorView, open_stored
+from veneer_registry.stored_adapter import open_stored
+from veneer_registry.weights import ModuleTensors, TensorView
 
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.linear import Expanded

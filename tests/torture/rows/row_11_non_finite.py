@@ -14,10 +14,9 @@ import torch
 from veneer_registry import weights
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.format import to_bfloat16
 from veneer_registry.registry import Registry
 from veneer_registry.safetensors_header import parse_header
-from veneer_registry.values import MAX_MAGNITUDE, ServingDtype
+from veneer_registry.values import MAX_MAGNITUDE, ServingDtype, to_bfloat16
 from veneer_server.backends.native.decoder import NativeDecoder
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.lora import LoraBatch

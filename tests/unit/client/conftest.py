@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 from veneer_client.cli.main import cli
-from veneer_registry.format import write_adapter
+from veneer_registry.writer import write_adapter
 
 from tests.unit.client.drivers import Driver, driver
 from tests.unit.client.fake_server import FakeServer
