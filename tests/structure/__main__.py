@@ -46,7 +46,7 @@ RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
 
 LONGEST: Final = 400
 MOST_FILES: Final = 12
-SAMPLING_FILES: Final = 9
+SAMPLING_FILES: Final = 7
 ADAPTER_FILES: Final = 27
 
 LONG: Final[Mapping[str, tuple[int, str]]] = {
