@@ -38,6 +38,7 @@ _CACHED_MANIFESTS: Final = 256
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Core:
     """Owner of a data folder's parts; `Registry` opens and closes it.
 
@@ -45,31 +46,21 @@ class Core:
         base_id: what of the base decides whether an adapter fits.
         retain: superseded revisions that a name keeps, unless it has a number of its own.
         clock: Unix seconds.
+        changes: see the module.
     """
 
-    def __init__(
-        self,
-        *,
-        lock: OwnerLock,
-        store: Store,
-        mark: ChangeMark,
-        catalog: Catalog,
-        index: Index,
-        base: BaseSpec,
-        base_id: str,
-        retain: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.lock = lock
-        self.store = store
-        self.mark = mark
-        self.catalog = catalog
-        self.index = index
-        self.base = base
-        self.base_id = base_id
-        self.retain = retain
-        self.clock = clock
-        self.changes = threading.Lock()
+    lock: OwnerLock
+    store: Store
+    mark: ChangeMark
+    catalog: Catalog
+    index: Index
+    base: BaseSpec
+    base_id: str
+    retain: int
+    clock: Callable[[], float]
+    changes: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
         # Rows are read each time, their parsed manifests kept: keyed by their own
         # text, so that an entry cannot be stale.
         self._parse = functools.lru_cache(maxsize=_CACHED_MANIFESTS)(manifest_from_json)

@@ -1,4 +1,4 @@
-"""The adapter format: read, validate and write a PEFT adapter folder.
+"""The adapter format: reading and checking a PEFT adapter folder.
 
 Everything is checked by our own code before any library sees a byte. Pickles are
 never opened; ``base_model_name_or_path`` is never fetched; no config string is

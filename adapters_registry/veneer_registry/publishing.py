@@ -39,6 +39,7 @@ class _Content:
     found: bool = False
 
 
+@dataclasses.dataclass(eq=False)
 class Staged:
     """Content that is on disk and that no name means yet, until `Registry.commit` or
     `discard` ends it. No sweep takes it meanwhile.
@@ -46,30 +47,21 @@ class Staged:
     Attributes:
         record: of the new revision, which is not current.
         current: the revision that the name meant when it was staged, if that is another.
+        end: what ends it.
     """
 
-    def __init__(
-        self,
-        request: UploadRequest,
-        row: RevisionRow,
-        content: _Content,
-        record: AdapterRecord,
-        current: AdapterRef | None,
-        end: contextlib.ExitStack,
-    ) -> None:
-        """Use `Registry.stage`."""
-        self.request = request
-        self.row = row
-        self.content = content
-        self.record = record
-        self.current = current
-        self.open = True
-        self._end = end
+    request: UploadRequest
+    row: RevisionRow
+    content: _Content
+    record: AdapterRecord
+    current: AdapterRef | None
+    end: contextlib.ExitStack
+    open: bool = dataclasses.field(default=True, init=False)
 
     def discard(self) -> None:
         """End it; what no name has goes. May be called again, also after a commit."""
         self.open = False
-        self._end.close()
+        self.end.close()
 
     def __enter__(self) -> Self:
         return self

@@ -15,8 +15,8 @@ from veneer_registry.recovery import base_identity
 from veneer_registry.rows import AliasRow, RevisionRow
 from veneer_registry.store import Store
 from veneer_registry.tensor_names import tensor_keys
-from veneer_registry.writer import write_adapter
 
+from tests.adapter_files import write_adapter
 from tests.unit.registry.kit import BASE, SHAPES
 
 __all__ = ["make_folder", "name_of"]

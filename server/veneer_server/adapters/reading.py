@@ -1,5 +1,5 @@
 """From an adapter's folder to a run of numbers. Numpy alone: it runs in loader processes,
-which start without torch, and torch's operators would bring a team of threads along.
+which start without torch, and torch's operators would bring a thread pool along.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from veneer_registry.registry import Registry
 from veneer_registry.tensor_names import tensor_keys
 from veneer_registry.upload import Upload
 from veneer_registry.values import to_bfloat16
-from veneer_registry.writer import write_adapter
+
+from tests.adapter_files import write_adapter
 
 SHAPES: dict[Projection, tuple[int, int]] = {
     "q_proj": (32, 32),

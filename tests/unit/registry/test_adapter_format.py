@@ -21,8 +21,8 @@ from veneer_registry.stored_adapter import open_stored, verify_weights
 from veneer_registry.tensor_names import tensor_keys
 from veneer_registry.training_manifest import TRAINING_FILE
 from veneer_registry.weights import WEIGHTS_FILE, check_numbers, digest_weights, read_pieces
-from veneer_registry.writer import write_adapter
 
+from tests.adapter_files import write_adapter
 from tests.unit.registry.kit import (
     BASE,
     SHAPES,
