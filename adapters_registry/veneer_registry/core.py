@@ -31,7 +31,7 @@ from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.store import Store
 from veneer_registry.values import SERVING_BYTES
 
-__all__ = ["Core", "check_etag"]
+__all__ = ["Core", "Part", "check_etag"]
 
 _CACHED_MANIFESTS: Final = 256
 
@@ -178,6 +178,13 @@ class Core:
             self.store.register(row.revision, *registration.write(row))
         except VeneerError as error:
             _log.warning("the registration of %s in the store is old: %s", row.name, error)
+
+
+class Part:
+    """Some operations of `Registry`, which has all of them."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
 
 def check_etag(name: str, entry: Entry | None, etag: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.core import Core
+from veneer_registry.core import Part
 from veneer_registry.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -24,11 +24,8 @@ __all__ = ["Lookups"]
 _MAX_PAGE: Final = 1000
 
 
-class Lookups:
+class Lookups(Part):
     """The part of `Registry` that changes nothing, but for the leases that it gives."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
 
     def __len__(self) -> int:
         """Registered names."""

@@ -3,8 +3,8 @@
 A publish is: check the received files, bring content to disk (`stage`), one catalog
 transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
 and what was acknowledged survives ``kill -9``. `open_uploads` receives content,
-`publishing` brings it in, `editing` changes what is there, `lookups` reads it; `core` is
-what they share.
+`publishing` brings it in, `aliases` and `editing` change what is there, `lookups` reads it;
+`core` is what they share.
 The index is never locked across a system call, so `resolve`, `acquire` and `release` may
 be called from an event loop. Call everything else from a worker thread.
 """
@@ -18,30 +18,29 @@ from types import TracebackType
 from typing import Self
 
 from veneer_registry.adapter import AdapterRef, BaseSpec
+from veneer_registry.aliases import Aliases
 from veneer_registry.completing import Completing
 from veneer_registry.core import Core
-from veneer_registry.editing import Editor
+from veneer_registry.editing import Editing
 from veneer_registry.lock import OwnerLock
 from veneer_registry.lookups import Lookups
 from veneer_registry.open_uploads import OpenUploads
 from veneer_registry.opening import open_core
-from veneer_registry.publishing import Publisher, Staged
-from veneer_registry.records import AdapterRecord, AliasChange, Published, UploadRequest
+from veneer_registry.publishing import Publishing
+from veneer_registry.records import UploadRequest
 from veneer_registry.rows import SERVER, ResidentRow, Who
 from veneer_registry.upload import Upload
 
 __all__ = ["Registry"]
 
 
-class Registry(Lookups):
+class Registry(Lookups, Aliases, Editing, Publishing):
     """Owner of a data folder. Thread-safe."""
 
     def __init__(self, core: Core, *, max_adapter_bytes: int) -> None:
         """Use `Registry.open`."""
         super().__init__(core)
         self._uploads = OpenUploads(core, max_adapter_bytes)
-        self._publisher = Publisher(core)
-        self._editor = Editor(core)
         self._completing = Completing(core)
 
     @classmethod
@@ -126,44 +125,6 @@ class Registry(Lookups):
         """
         return self._uploads.begin(request, resume=resume)
 
-    def publish(self, upload: Upload, *, who: Who = SERVER) -> Published:
-        """`stage` and `commit` in one: make a complete upload the current revision of its
-        name. Raises as they do."""
-        return self.commit(self.stage(upload), who)
-
-    def validate(self, upload: Upload) -> Published:
-        """Check a complete upload as `stage` does, and publish nothing; it is used up."""
-        return self._publisher.validate(upload)
-
-    def stage(self, upload: Upload) -> Staged:
-        """Check a complete upload and bring its content to disk; its name still means what
-        it meant before. `commit` what it gives, or ``discard`` it.
-
-        The upload is used up, whatever the outcome.
-
-        Raises:
-            InvalidField, ChecksumMismatch: incomplete or damaged in transit.
-            AdapterInvalid, BaseModelMismatch: see `read_adapter`.
-            AdapterExists: the name holds other content, ``allow_replace`` is not set.
-            EtagMismatch: the request has an etag, and it is not the name's.
-            DiskFull: nothing is left of it.
-        """
-        return self._publisher.stage(upload)
-
-    def commit(self, staged: Staged, who: Who = SERVER) -> Published:
-        """Make staged content the current revision of its name, in one transaction. Same
-        content as the current revision succeeds with ``published=False`` (and repairs what
-        is damaged on disk). It is used up, whatever the outcome.
-
-        Args:
-            who: for the history.
-
-        Raises:
-            AdapterExists, EtagMismatch: the name has moved since it was staged.
-            DiskFull: nothing was published.
-        """
-        return self._publisher.commit(staged, who)
-
     def sweep_uploads(self, idle_s: float) -> int:
         """Remove what arrived of uploads that nobody went on with for so many seconds."""
         return self._uploads.sweep(idle_s)
@@ -174,101 +135,6 @@ class Registry(Lookups):
         return self._uploads.trim(most=most, most_bytes=most_bytes)
 
     # -------------------------------------------------------------------- changes
-
-    def set_alias(
-        self,
-        alias: str,
-        targets: Sequence[tuple[str, int]],
-        *,
-        etag: str = "",
-        who: Who = SERVER,
-    ) -> AliasChange:
-        """Make or move ``name/alias``, in one step for all who ask.
-
-        Args:
-            targets: (12 to 64 hex digits of a kept revision, weight of 1 to 10,000).
-            etag: if not empty, what the alias's must be.
-
-        Raises:
-            InvalidField: not of that form.
-            AdapterNotFound: the name, or a revision of it, is not there.
-            EtagMismatch: it was moved meanwhile.
-        """
-        return self._editor.set_alias(alias, targets, etag, who)
-
-    def rollback_alias(self, alias: str, *, etag: str = "", who: Who = SERVER) -> AliasChange:
-        """Move ``name/alias`` back to what it meant before its last move.
-
-        Raises:
-            FailedPrecondition: it never meant anything else, or that was deleted.
-        """
-        return self._editor.rollback_alias(alias, etag, who)
-
-    def remove_alias(self, alias: str, *, etag: str = "", who: Who = SERVER) -> AliasChange:
-        """End ``name/alias``; the revisions stay."""
-        return self._editor.remove_alias(alias, etag, who)
-
-    def update(
-        self,
-        name: str,
-        *,
-        labels: Mapping[str, str] | None = None,
-        remove_labels: Sequence[str] = (),
-        retain: int | None = None,
-        current: bool = False,
-        etag: str = "",
-        who: Who = SERVER,
-    ) -> tuple[AdapterRecord, tuple[AdapterRef, ...]]:
-        """Change a revision's labels, or its name; all or nothing.
-
-        Args:
-            labels, remove_labels: set these, and remove those.
-            retain: superseded revisions that the name keeps; those beyond go at once.
-            current: let the plain name mean this revision.
-            etag: if not empty, what the name's must be.
-
-        Returns:
-            The revision as it is now, and revisions that the name keeps no longer.
-        """
-        return self._editor.update(
-            name,
-            labels=labels or {},
-            remove_labels=remove_labels,
-            retain=retain,
-            current=current,
-            etag=etag,
-            who=who,
-        )
-
-    def delete(
-        self,
-        name: str,
-        etag: str | None = None,
-        who: Who = SERVER,
-        *,
-        unless_leased: bool = False,
-    ) -> tuple[str, ...]:
-        """Forget ``name`` with all its revisions and aliases, or one ``name@revision``.
-
-        Running requests keep what they lease. Returns the revisions, newest first.
-
-        Raises:
-            AdapterNotFound: there is none.
-            EtagMismatch: ``etag`` is given and is not the name's.
-            FailedPrecondition: ``name@revision`` is current and others are kept (the
-                name would silently mean an older one), or an alias means it.
-            AdapterInUse: ``unless_leased``, and requests use it.
-        """
-        return self._editor.delete(name, etag or "", who, unless_leased=unless_leased)
-
-    def quarantine(
-        self, weights_digest: str, why: str, who: Who = SERVER
-    ) -> tuple[AdapterRef, ...]:
-        """Stored weights are damaged: serve them no more until they are pushed again.
-
-        Returns the revisions that have them; empty if that was known already.
-        """
-        return self._editor.quarantine(weights_digest, why, who)
 
     def note(self, event: str, ref: AdapterRef, who: Who, detail: str = "") -> None:
         """Add a line to the history: something was done to a revision in memory."""
