@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from veneer_registry.writer import write_adapter, write_safetensors
+
+from tests.adapter_files import write_adapter, write_safetensors
 
 __all__ = ["SHAPES", "VOCABULARY", "make_lora", "make_tiny_llama"]
 

@@ -6,9 +6,10 @@ command's first sentence is shown whole, and an epilog's examples stay lines tha
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import typer
@@ -16,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer_registry.bash_words import whole_words
 
-__all__ = ["Command", "Group", "Program"]
+__all__ = ["Command", "Group", "Program", "with_parameters"]
 
 _WIDEST: Final = 120
 _EXAMPLE: Final = "  "
@@ -87,6 +88,29 @@ class Program(typer.Typer):
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
         """As Typer's."""
         return super().command(name, cls=Command, **more)
+
+
+def with_parameters(
+    parameters: Iterable[inspect.Parameter], *, before: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes ``**`` keyword arguments these parameters instead: Typer reads
+    flags from the signature.
+
+    Args:
+        before: the command's own parameter that they precede in the help; None: at the end.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        whole = inspect.signature(command, eval_str=True)
+        own = [p for p in whole.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        at = len(own) if before is None else [p.name for p in own].index(before)
+        own[at:] = [p.replace(kind=p.KEYWORD_ONLY) for p in own[at:]]
+        own[at:at] = parameters
+        command.__signature__ = whole.replace(parameters=own)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in own}
+        return command
+
+    return decorate
 
 
 def _first_sentence(text: str) -> str:

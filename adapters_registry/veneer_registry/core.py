@@ -22,22 +22,23 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
-from veneer_registry.format import manifest_from_json
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
+from veneer_registry.manifest_json import manifest_from_json
 from veneer_registry.pairing import ChangeMark
 from veneer_registry.records import AdapterRecord
 from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.store import Store
 from veneer_registry.values import SERVING_BYTES
 
-__all__ = ["Core", "check_etag"]
+__all__ = ["Core", "Part", "check_etag"]
 
 _CACHED_MANIFESTS: Final = 256
 
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Core:
     """Owner of a data folder's parts; `Registry` opens and closes it.
 
@@ -45,31 +46,21 @@ class Core:
         base_id: what of the base decides whether an adapter fits.
         retain: superseded revisions that a name keeps, unless it has a number of its own.
         clock: Unix seconds.
+        changes: see the module.
     """
 
-    def __init__(
-        self,
-        *,
-        lock: OwnerLock,
-        store: Store,
-        mark: ChangeMark,
-        catalog: Catalog,
-        index: Index,
-        base: BaseSpec,
-        base_id: str,
-        retain: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.lock = lock
-        self.store = store
-        self.mark = mark
-        self.catalog = catalog
-        self.index = index
-        self.base = base
-        self.base_id = base_id
-        self.retain = retain
-        self.clock = clock
-        self.changes = threading.Lock()
+    lock: OwnerLock
+    store: Store
+    mark: ChangeMark
+    catalog: Catalog
+    index: Index
+    base: BaseSpec
+    base_id: str
+    retain: int
+    clock: Callable[[], float]
+    changes: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
         # Rows are read each time, their parsed manifests kept: keyed by their own
         # text, so that an entry cannot be stale.
         self._parse = functools.lru_cache(maxsize=_CACHED_MANIFESTS)(manifest_from_json)
@@ -122,7 +113,7 @@ class Core:
                 if any(healed):
                     self.index.set_quarantined(self.catalog.quarantined())
                 if self.index.any_damaged:
-                    self.store.set_aside(weights, revisions)
+                    self.store.quarantine.set_aside(weights, revisions)
                 else:
                     trash = self.store.discard(weights, revisions)
             except BaseException:
@@ -187,6 +178,13 @@ class Core:
             self.store.register(row.revision, *registration.write(row))
         except VeneerError as error:
             _log.warning("the registration of %s in the store is old: %s", row.name, error)
+
+
+class Part:
+    """Some operations of `Registry`, which has all of them."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
 
 
 def check_etag(name: str, entry: Entry | None, etag: str) -> None:

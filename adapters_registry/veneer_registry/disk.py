@@ -29,6 +29,7 @@ __all__ = [
     "link",
     "make_folder",
     "make_private",
+    "move_away",
     "remove",
     "sync",
     "write_file",
@@ -113,6 +114,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def move_away(folder: Path, to: Path) -> None:
+    """Rename a folder. Does nothing where it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(to)
 
 
 def make_private(data_dir: Path, paths: Iterable[Path]) -> None:

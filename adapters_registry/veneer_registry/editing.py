@@ -1,5 +1,5 @@
-"""Changes of what is registered: aliases, labels, retention, current revision, deletion,
-quarantine. Each is one transaction, then one swap in the index."""
+"""Changes of what is registered, but for aliases: labels, retention, current revision,
+deletion, quarantine."""
 
 from __future__ import annotations
 
@@ -9,143 +9,50 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.core import Core, check_etag
-from veneer_registry.entry import Entry, by_prefix, check_prefix, short_name, split_spec
+from veneer_registry.core import Part, check_etag
+from veneer_registry.entry import Entry, split_spec
 from veneer_registry.errors import (
     AdapterInUse,
     AdapterNotFound,
-    EtagMismatch,
     FailedPrecondition,
     InvalidField,
 )
-from veneer_registry.records import AdapterRecord, AliasChange
-from veneer_registry.rows import AliasRow, Who
+from veneer_registry.records import AdapterRecord
+from veneer_registry.rows import SERVER, AliasRow, Who
 from veneer_registry.upload import check_labels
 
-__all__ = ["Editor"]
+__all__ = ["Editing"]
 
 _log = logging.getLogger(__name__)
 
-_MOST_WEIGHT: Final = 10_000
-_MOST_TARGETS: Final = 16
-_MOST_ALIASES: Final = 64
 _MOST_RETAIN: Final = 1000
 
-Targets = tuple[tuple[str, int], ...]
 
-
-class Editor:
-    """The registry's changes but for publishing."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    # --------------------------------------------------------------------- aliases
-
-    def set_alias(
-        self, spec: str, targets: Sequence[tuple[str, int]], etag: str, who: Who
-    ) -> AliasChange:
-        """See `Registry.set_alias`."""
-        name, alias = _parse_alias(spec)
-        core = self._core
-        with core.changes:
-            entry, old = self._alias(name, alias, etag)
-            if old is None and len(entry.aliases) >= _MOST_ALIASES:
-                raise FailedPrecondition(
-                    f"adapter {name!r} has {_MOST_ALIASES} aliases, which is the most; remove "
-                    "one",
-                    metadata={"adapter": name},
-                )
-            new = _resolve(name, entry, targets)
-            if old is not None and old.targets == new:
-                return AliasChange(old, old.targets)  # so that a rollback goes further back
-            return self._move(entry, name, alias, old, new, who)
-
-    def rollback_alias(self, spec: str, etag: str, who: Who) -> AliasChange:
-        """See `Registry.rollback_alias`."""
-        name, alias = _parse_alias(spec)
-        with self._core.changes:
-            entry, old = self._alias(name, alias, etag)
-            if old is None:
-                raise AdapterNotFound(
-                    f"adapter {name!r} has no alias {alias!r}; set it first",
-                    metadata={"adapter": name},
-                )
-            if not old.previous:
-                raise FailedPrecondition(
-                    f"alias {spec} never meant anything else: give it a revision",
-                    metadata={"alias": spec, "cause": "no_previous"},
-                )
-            return self._move(entry, name, alias, old, old.previous, who)
-
-    def remove_alias(self, spec: str, etag: str, who: Who) -> AliasChange:
-        """See `Registry.remove_alias`."""
-        name, alias = _parse_alias(spec)
-        core = self._core
-        with core.changes:
-            entry, old = self._alias(name, alias, etag)
-            if old is None:
-                raise AdapterNotFound(
-                    f"adapter {name!r} has no alias {alias!r}", metadata={"adapter": name}
-                )
-            with core.change(who) as change:
-                change.remove_alias(name, alias)
-                change.note("alias_removed", name, detail=f"{alias}: {_words(old.targets)}")
-            rest = tuple(a for a in entry.aliases if a is not old)
-            self._put(name, dataclasses.replace(entry, aliases=rest))
-            gone = dataclasses.replace(old, targets=(), previous=old.targets)
-        core.sweep_quietly()
-        return AliasChange(gone, old.targets)
-
-    def _alias(self, name: str, alias: str, etag: str) -> tuple[Entry, AliasRow | None]:
-        entry = self._core.index.find_entry(name)
-        old = entry.alias(alias)
-        now = "" if old is None else str(old.generation)
-        if etag and etag != now:
-            raise EtagMismatch(
-                f"alias {name}/{alias} has etag {now or 'none'}, not {etag[:40]}: it was moved "
-                "meanwhile; list the aliases again",
-                metadata={"alias": f"{name}/{alias}", "etag": now},
-            )
-        return entry, old
-
-    def _move(
-        self,
-        entry: Entry,
-        name: str,
-        alias: str,
-        old: AliasRow | None,
-        targets: Targets,
-        who: Who,
-    ) -> AliasChange:
-        core = self._core
-        before = () if old is None else old.targets
-        with core.change(who) as change:
-            row = AliasRow(name, alias, targets, before, change.number, core.clock())
-            change.set_alias(row)
-            was = f", before: {_words(before)}" if before else ""
-            change.note(
-                "alias_set", name, targets[0][0], detail=f"{alias}: {_words(targets)}{was}"
-            )
-        rest = [a for a in entry.aliases if a is not old]
-        aliases = tuple(sorted([*rest, row], key=lambda a: a.alias))
-        self._put(name, dataclasses.replace(entry, aliases=aliases))
-        return AliasChange(row, before)
-
-    # ------------------------------------------------- labels, retention, rollback
+class Editing(Part):
+    """Changes of revisions and names. Each is one transaction, then one swap in the index."""
 
     def update(
         self,
         spec: str,
         *,
-        labels: Mapping[str, str],
-        remove_labels: Sequence[str],
-        retain: int | None,
-        current: bool,
-        etag: str,
-        who: Who,
+        labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+        retain: int | None = None,
+        current: bool = False,
+        etag: str = "",
+        who: Who = SERVER,
     ) -> tuple[AdapterRecord, tuple[AdapterRef, ...]]:
-        """See `Registry.update`."""
+        """Change a revision's labels, or its name; all or nothing.
+
+        Args:
+            labels, remove_labels: set these, and remove those.
+            retain: superseded revisions that the name keeps; those beyond go at once.
+            current: let the plain name mean this revision.
+            etag: if not empty, what the name's must be.
+
+        Returns:
+            The revision as it is now, and revisions that the name keeps no longer.
+        """
         if retain is not None and not 0 <= retain <= _MOST_RETAIN:
             raise InvalidField(
                 f"retain is {retain}: 0 to {_MOST_RETAIN} superseded revisions can be kept",
@@ -162,7 +69,7 @@ class Editor:
                     f"adapter {ref.short} was deleted just now",
                     metadata={"adapter": ref.name, "cause": "deleted"},
                 )
-            wanted = {**row.labels, **labels}
+            wanted = {**row.labels, **(labels or {})}
             for key in remove_labels:
                 wanted.pop(key, None)
             check_labels(wanted)
@@ -195,7 +102,7 @@ class Editor:
             entry = dataclasses.replace(
                 entry, revisions=entry.without(gone), foreign=entry.foreign - set(gone)
             )
-            self._put(ref.name, entry)
+            core.index.put(ref.name, entry)
             if dropped:
                 core.drop_superseded(ref.name, entry, dropped)
             after = core.catalog.revision(ref.name, ref.revision)
@@ -212,10 +119,25 @@ class Editor:
                 metadata={"adapter": ref.short},
             )
 
-    # -------------------------------------------------------------------- deletion
+    def delete(
+        self,
+        spec: str,
+        etag: str | None = None,
+        who: Who = SERVER,
+        *,
+        unless_leased: bool = False,
+    ) -> tuple[str, ...]:
+        """Forget a name with all its revisions and aliases, or one ``name@revision``.
 
-    def delete(self, spec: str, etag: str, who: Who, *, unless_leased: bool) -> tuple[str, ...]:
-        """See `Registry.delete`."""
+        Running requests keep what they lease. Returns the revisions, newest first.
+
+        Raises:
+            AdapterNotFound: there is none.
+            EtagMismatch: ``etag`` is given and is not the name's.
+            FailedPrecondition: ``name@revision`` is current and others are kept (the
+                name would silently mean an older one), or an alias means it.
+            AdapterInUse: ``unless_leased``, and requests use it.
+        """
         plain, mark, _ = split_spec(spec)
         if mark == "/":
             raise InvalidField(
@@ -231,7 +153,7 @@ class Editor:
             else:
                 entry = core.index.find_entry(plain)
                 targets = entry.revisions
-            check_etag(plain, entry, etag)
+            check_etag(plain, entry, etag or "")
             gone = tuple(ref.revision for ref in targets)
             left = entry.without(gone)
             if left:
@@ -264,7 +186,7 @@ class Editor:
                     foreign=entry.foreign - set(gone),
                     aliases=aliases,
                 )
-                self._put(plain, kept)
+                core.index.put(plain, kept)
             else:
                 core.index.remove(plain)
                 core.index.set_damaged(plain, 0)
@@ -285,67 +207,30 @@ class Editor:
                 metadata={"adapter": name, "alias": f"{name}/{aliases[0]}"},
             )
 
-    # ------------------------------------------------------------------ quarantine
+    def quarantine(
+        self, weights_digest: str, why: str, who: Who = SERVER
+    ) -> tuple[AdapterRef, ...]:
+        """Stored weights are damaged: serve them no more until they are pushed again.
 
-    def quarantine(self, weights: str, why: str, who: Who) -> tuple[AdapterRef, ...]:
-        """See `Registry.quarantine`."""
+        Returns the revisions that have them; empty if that was known already.
+        """
         core = self._core
         with core.changes:
-            holding = core.index.holding(weights)
-            if not holding or core.index.quarantined(weights) is not None:
+            holding = core.index.holding(weights_digest)
+            if not holding or core.index.quarantined(weights_digest) is not None:
                 return ()
             with core.change(who) as change:
-                change.quarantine(weights, why)
+                change.quarantine(weights_digest, why)
                 for ref in holding:
                     change.note("quarantined", ref.name, ref.revision, why)
             core.index.set_quarantined(core.catalog.quarantined())
             try:
-                core.store.quarantine(weights)
+                core.store.quarantine.add(weights_digest)
             except OSError as error:  # it is not served, wherever it lies
-                _log.warning("damaged weights %s stay where they are: %s", weights[:12], error)
+                _log.warning(
+                    "damaged weights %s stay where they are: %s", weights_digest[:12], error
+                )
         return holding
-
-    def _put(self, name: str, entry: Entry) -> None:
-        self._core.index.put(name, entry)
-
-
-def _parse_alias(spec: str) -> tuple[str, str]:
-    name, mark, alias = split_spec(spec)
-    if mark != "/":
-        raise InvalidField(
-            f"{spec[:80]!r} is not an alias: write it as NAME/ALIAS, for example chat/prod",
-            metadata={"field": "alias"},
-        )
-    short_name(name)
-    try:
-        short_name(alias)
-    except InvalidField as error:
-        raise InvalidField(
-            f"alias {alias[:80]!r} is not allowed: use 1 to 63 of a-z, 0-9, '.', '_' and '-', "
-            "starting with a letter or digit",
-            metadata={"field": "alias"},
-        ) from error
-    return name, alias
-
-
-def _resolve(name: str, entry: Entry, targets: Sequence[tuple[str, int]]) -> Targets:
-    if not 1 <= len(targets) <= _MOST_TARGETS:
-        raise InvalidField(
-            f"an alias has 1 to {_MOST_TARGETS} targets, not {len(targets)}",
-            metadata={"field": "targets"},
-        )
-    found: dict[str, int] = {}
-    for prefix, weight in targets:
-        check_prefix(prefix)
-        ref = by_prefix(name, entry, prefix)
-        if not 1 <= weight <= _MOST_WEIGHT or ref.revision in found:
-            raise InvalidField(
-                f"target {ref.short} needs a weight of 1 to {_MOST_WEIGHT}, and must be "
-                "given once",
-                metadata={"field": "targets"},
-            )
-        found[ref.revision] = weight
-    return tuple(found.items())
 
 
 def _forgetting(alias: AliasRow, gone: Sequence[str]) -> AliasRow:
@@ -353,12 +238,6 @@ def _forgetting(alias: AliasRow, gone: Sequence[str]) -> AliasRow:
     if any(revision in gone for revision, _ in alias.previous):
         return dataclasses.replace(alias, previous=())
     return alias
-
-
-def _words(targets: Targets) -> str:
-    if len(targets) == 1:
-        return targets[0][0]
-    return ", ".join(f"{revision}={weight}" for revision, weight in targets)
 
 
 def _label_words(labels: Mapping[str, str]) -> str:

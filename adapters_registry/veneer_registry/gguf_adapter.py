@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from veneer_registry.adapter import Projection
-from veneer_registry.format import open_stored, read_adapter
+from veneer_registry.format import read_adapter
 from veneer_registry.replacing import replacing
+from veneer_registry.stored_adapter import open_stored
 from veneer_registry.weights import TensorView
 
 __all__ = ["Matrix", "gguf_file", "interleave_halves", "write_gguf_adapter"]

@@ -348,20 +348,13 @@ class Index:
         with self._lock:
             self._garbage |= garbage.noted
 
-    def referenced(self, digest: str) -> bool:
-        """A name refers to this weights digest or revision."""
-        with self._lock:
-            return self._referenced(digest)
-
-    def _referenced(self, digest: str) -> bool:
-        return digest in self._by_weights or digest in self._by_revision
-
     def _note(self, ref: AdapterRef) -> None:
         if self._unneeded(ref.weights_digest) or self._unneeded(ref.revision):
             self._garbage.add(ref)
 
     def _unneeded(self, key: str) -> bool:
-        return not self._referenced(key) and key not in self._leases
+        named = key in self._by_weights or key in self._by_revision
+        return not named and key not in self._leases
 
 
 def _add(counts: dict[_Key, int], key: _Key, by: int) -> None:

@@ -47,7 +47,7 @@ class OpenUploads:
     def committed(self, request: UploadRequest) -> Mapping[str, int]:
         """Bytes of each file that a resumed upload need not send."""
         self.check(request)
-        received = self._core.store.received(request.upload_id)
+        received = self._core.store.uploads.received(request.upload_id)
         return {
             file.name: file.size
             if self._stored(file.sha256) is not None
@@ -83,10 +83,10 @@ class OpenUploads:
             # Another connection sends the same: both go on, this one not to be resumed.
             folder = store.new_staging()
         else:
-            folder = store.upload_folder(request.upload_id)
+            folder = store.uploads.folder(request.upload_id)
             if not resume:
                 store.drop_staging(folder)
-                folder = store.upload_folder(request.upload_id)
+                folder = store.uploads.folder(request.upload_id)
         upload = Upload(request, folder, self._ended, resumed=resume)
         self._uploads.add(upload)
         if not own_folder:
@@ -116,7 +116,7 @@ class OpenUploads:
     def sweep(self, idle_s: float) -> int:
         """Remove what arrived of uploads that were left for so long. Returns how many."""
         swept = 0
-        for folder in self._core.store.stale_uploads(time.time() - idle_s):
+        for folder in self._core.store.uploads.stale(time.time() - idle_s):
             with self._lock:
                 if folder.name not in self._active:
                     self._core.store.drop_staging(folder)
@@ -131,7 +131,7 @@ class OpenUploads:
         with self._lock:
             broken = [
                 (size, folder)
-                for _, size, folder in self._core.store.kept_uploads()
+                for _, size, folder in self._core.store.uploads.kept()
                 if folder.name not in self._active
             ]
             total = sum(size for size, _ in broken)

@@ -11,17 +11,19 @@ from typing import Self
 
 from veneer_registry import registration
 from veneer_registry.adapter import AdapterRef
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.changes import Change
-from veneer_registry.core import Core, check_etag
+from veneer_registry.core import Part, check_etag
 from veneer_registry.entry import Entry
 from veneer_registry.errors import AdapterCorrupt, AdapterExists, VeneerError
-from veneer_registry.format import REQUIRED_FILES, manifest_to_json, read_adapter
+from veneer_registry.format import read_adapter
+from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.records import AdapterRecord, Published, UploadRequest
-from veneer_registry.rows import RevisionRow, Who
-from veneer_registry.store import Bundle
+from veneer_registry.rows import SERVER, RevisionRow, Who
 from veneer_registry.upload import Upload
 
-__all__ = ["Publisher", "Staged"]
+__all__ = ["Publishing", "Staged"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,37 +39,29 @@ class _Content:
     found: bool = False
 
 
+@dataclasses.dataclass(eq=False)
 class Staged:
-    """Content that is on disk and that no name means yet, until `Registry.commit` or
+    """Content that is on disk and that no name means yet, until `Publishing.commit` or
     `discard` ends it. No sweep takes it meanwhile.
 
     Attributes:
         record: of the new revision, which is not current.
         current: the revision that the name meant when it was staged, if that is another.
+        end: what ends it.
     """
 
-    def __init__(
-        self,
-        request: UploadRequest,
-        row: RevisionRow,
-        content: _Content,
-        record: AdapterRecord,
-        current: AdapterRef | None,
-        end: contextlib.ExitStack,
-    ) -> None:
-        """Use `Registry.stage`."""
-        self.request = request
-        self.row = row
-        self.content = content
-        self.record = record
-        self.current = current
-        self.open = True
-        self._end = end
+    request: UploadRequest
+    row: RevisionRow
+    content: _Content
+    record: AdapterRecord
+    current: AdapterRef | None
+    end: contextlib.ExitStack
+    open: bool = dataclasses.field(default=True, init=False)
 
     def discard(self) -> None:
         """End it; what no name has goes. May be called again, also after a commit."""
         self.open = False
-        self._end.close()
+        self.end.close()
 
     def __enter__(self) -> Self:
         return self
@@ -81,19 +75,32 @@ class Staged:
         self.discard()
 
 
-class Publisher:
+class Publishing(Part):
     """From a complete upload to a revision: `stage`, then `commit`."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def publish(self, upload: Upload, *, who: Who = SERVER) -> Published:
+        """`stage` and `commit` in one: make a complete upload the current revision of its
+        name. Raises as they do."""
+        return self.commit(self.stage(upload), who)
 
     def validate(self, upload: Upload) -> Published:
-        """See `Registry.validate`."""
+        """Check a complete upload as `stage` does, and publish nothing; it is used up."""
         with upload:
             return self._preview(upload.request, self._read(upload)[0])
 
     def stage(self, upload: Upload) -> Staged:
-        """See `Registry.stage`."""
+        """Check a complete upload and bring its content to disk; its name still means what
+        it meant before. `commit` what it gives, or ``discard`` it.
+
+        The upload is used up, whatever the outcome.
+
+        Raises:
+            InvalidField, ChecksumMismatch: incomplete or damaged in transit.
+            AdapterInvalid, BaseModelMismatch: see `read_adapter`.
+            AdapterExists: the name holds other content, ``allow_replace`` is not set.
+            EtagMismatch: the request has an etag, and it is not the name's.
+            DiskFull: nothing is left of it.
+        """
         core, request = self._core, upload.request
         with contextlib.ExitStack() as undo:
             undo.enter_context(upload)  # aborts it; nothing is left of it after a commit
@@ -130,8 +137,18 @@ class Publisher:
             if entry is None or ref not in entry.revisions:
                 self._core.unregister(ref.name, [ref.revision])
 
-    def commit(self, staged: Staged, who: Who) -> Published:
-        """See `Registry.commit`."""
+    def commit(self, staged: Staged, who: Who = SERVER) -> Published:
+        """Make staged content the current revision of its name, in one transaction. Same
+        content as the current revision succeeds with ``published=False`` (and repairs what
+        is damaged on disk). It is used up, whatever the outcome.
+
+        Args:
+            who: for the history.
+
+        Raises:
+            AdapterExists, EtagMismatch: the name has moved since it was staged.
+            DiskFull: nothing was published.
+        """
         assert staged.open, "a publish that has ended already"
         core, row = self._core, staged.row
         with staged, core.changes:

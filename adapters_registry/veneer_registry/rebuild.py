@@ -25,12 +25,14 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.changes import Change
 from veneer_registry.disk import make_private, sync
 from veneer_registry.errors import InvalidField, StoreMismatch, VeneerError
-from veneer_registry.format import manifest_to_json, read_adapter
+from veneer_registry.format import read_adapter
 from veneer_registry.lock import OwnerLock
+from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.pairing import REBUILT, STORE_FACT, settle_id, survey
 from veneer_registry.rows import RevisionRow
 from veneer_registry.salvage import Salvaged, salvage
-from veneer_registry.store import Store, size_of
+from veneer_registry.store import Store
+from veneer_registry.store_folders import size_of
 from veneer_registry.upkeep import COMMAND, check_revision, check_weights
 
 __all__ = ["Recovered", "recover"]
@@ -128,7 +130,7 @@ class _Recovery:
         recovered = self._finish()
         for digest in self._found.damaged:
             if any(row.weights == digest for row in rows.values()):
-                store.quarantine(digest)
+                store.quarantine.add(digest)
         return recovered
 
     def _count(self, rows: dict[tuple[str, str], RevisionRow]) -> None:

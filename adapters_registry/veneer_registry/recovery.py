@@ -12,8 +12,9 @@ from veneer_registry.adapter import AdapterRef, BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.entry import Entry
 from veneer_registry.errors import VeneerError
-from veneer_registry.format import check_fit, manifest_from_json
+from veneer_registry.format import check_fit
 from veneer_registry.index import Index
+from veneer_registry.manifest_json import manifest_from_json
 from veneer_registry.pairing import check_vanished
 from veneer_registry.rows import NameRow, Who
 from veneer_registry.store import Store
@@ -97,7 +98,7 @@ def recover(
         )
     elif any(unnamed):
         check_vanished(data_dir, catalog, unnamed[1])
-        store.set_aside(*unnamed)
+        store.quarantine.set_aside(*unnamed)
         _log.warning(
             "moved %d weights and %d revisions that no adapter names (a publish or delete was "
             "cut short) to %s; push them again to use them, or let the quarantine's limits "
@@ -129,7 +130,7 @@ def _find_lost(
     a row names it (an earlier start had another catalog)."""
     if not gone_weights and not gone_revisions:
         return
-    back = store.bring_back(gone_weights, gone_revisions)
+    back = store.quarantine.bring_back(gone_weights, gone_revisions)
     if back:
         _log.warning("took %d folders back from quarantine, since adapters name them", back)
         weights, revisions = store.present()

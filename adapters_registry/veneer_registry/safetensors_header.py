@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Final, TypeGuard
 
@@ -25,7 +24,6 @@ __all__ = [
     "HeaderLimits",
     "SafetensorsHeader",
     "TensorInfo",
-    "parse_header",
     "read_header",
 ]
 
@@ -112,20 +110,14 @@ CHECKPOINT_LIMITS: Final = HeaderLimits(
 """Limits for base checkpoints, which the operator chose: every dtype, larger headers."""
 
 
-def parse_header(path: Path, limits: HeaderLimits = ADAPTER_LIMITS) -> SafetensorsHeader:
-    """Read and check the header of the file at ``path``.
+def read_header(
+    file: BinaryIO, name: str, limits: HeaderLimits = ADAPTER_LIMITS
+) -> SafetensorsHeader:
+    """Read and check the header of a file; ``name`` is what messages call it.
 
     Raises:
         AdapterInvalid: with metadata ``file`` and, where one is to blame, ``tensor``.
     """
-    with path.open("rb") as file:
-        return read_header(file, path.name, limits)
-
-
-def read_header(
-    file: BinaryIO, name: str, limits: HeaderLimits = ADAPTER_LIMITS
-) -> SafetensorsHeader:
-    """`parse_header` of an open file; ``name`` is what messages call it."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     prefix = file.read(_LENGTH_BYTES)

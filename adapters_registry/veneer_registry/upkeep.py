@@ -18,12 +18,13 @@ from typing import Final
 
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, InvalidField
-from veneer_registry.format import verify_weights
 from veneer_registry.lock import OwnerLock
 from veneer_registry.pairing import check_catalog, check_pair, survey
 from veneer_registry.rows import Who
 from veneer_registry.schema import VERSION, damaged
-from veneer_registry.store import Store, size_of
+from veneer_registry.store import Store
+from veneer_registry.store_folders import size_of
+from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.strict_json import parse_object
 
 __all__ = [
@@ -217,7 +218,7 @@ def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
                 for adapter in damage.adapters:
                     name, _, revision = adapter.partition("@")
                     change.note("quarantined", name, revision, damage.why)
-            store.quarantine(damage.digest)
+            store.quarantine.add(damage.digest)
     return len(weights)
 
 
@@ -242,8 +243,8 @@ def collect(
         unneeded = (weights - needed, revisions - needed)
         folders = [store.weights_folder(digest) for digest in unneeded[0]]
         folders += [store.revision_folder(revision) for revision in unneeded[1]]
-        stale = store.stale_uploads(uploads_older_than)
-        held = store.quarantined() if quarantine else []
+        stale = store.uploads.stale(uploads_older_than)
+        held = store.quarantine.held() if quarantine else []
         collected = Collected(
             unreferenced=len(folders),
             uploads=len(stale),

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from veneer_registry.bundle_files import ALLOWED_FILES, REQUIRED_FILES, check_file_name
 from veneer_registry.disk import FILE_MODE, disk_errors
 from veneer_registry.entry import short_name
 from veneer_registry.errors import Aborted, AdapterInvalid, ChecksumMismatch, InvalidField
-from veneer_registry.format import ALLOWED_FILES, REQUIRED_FILES, WEIGHTS_FILE, check_file_name
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.strict_json import show
+from veneer_registry.weights import WEIGHTS_FILE
 
 __all__ = ["Upload", "check_labels", "check_request"]
 

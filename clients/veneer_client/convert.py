@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Final
+from dataclasses import fields
+from typing import Any, Final, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from veneer_proto.v1 import inference_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField
@@ -39,8 +41,11 @@ __all__ = [
     "generate_request",
     "generation",
     "generation_end",
+    "same_names",
     "seconds",
 ]
+
+Record = TypeVar("Record")
 
 TIERS: Final = {
     Tier.REMOTE: inference_pb2.TIER_REMOTE,
@@ -202,20 +207,14 @@ def _logprobs(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogp
 
 
 def _usage(message: inference_pb2.Usage) -> Usage:
-    return Usage(
-        prompt_tokens=message.prompt_tokens,
-        completion_tokens=message.completion_tokens,
-        cached_prompt_tokens=message.cached_prompt_tokens,
-    )
+    return same_names(Usage, message)
 
 
 def _provenance(message: inference_pb2.Provenance) -> Provenance:
     timings = message.timings
-    return Provenance(
-        base_model=message.base_model,
-        adapter=message.adapter,
-        revision=message.revision,
-        weights_digest=message.weights_digest,
+    return same_names(
+        Provenance,
+        message,
         tier=TIER_OF.get(message.tier),
         timings=Timings(
             queue_s=seconds(timings.queue),
@@ -224,6 +223,18 @@ def _provenance(message: inference_pb2.Provenance) -> Provenance:
             total_s=seconds(timings.total),
         ),
     )
+
+
+def same_names(record: type[Record], message: Message, **others: object) -> Record:
+    """A record from the message's fields of the same names, which are numbers and texts, and
+    from ``others``."""
+    values: dict[str, object] = {
+        field.name: getattr(message, field.name)
+        for field in fields(cast(Any, record))
+        if field.name not in others
+    }
+    assert all(isinstance(value, int | float | str) for value in values.values()), record
+    return record(**values, **others)
 
 
 def seconds(duration: Duration) -> float:

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
 
-from veneer_client.convert import TIER_OF
+from veneer_client.convert import TIER_OF, same_names
 from veneer_client.records import (
     AdapterDetails,
     AdapterEvent,
@@ -55,29 +55,18 @@ _KINDS: Final = {
 
 def adapter_info(message: adapters_pb2.Adapter) -> AdapterInfo:
     """One revision."""
-    return AdapterInfo(
-        name=message.name,
-        revision=message.revision,
-        weights_digest=message.weights_digest,
-        base_model=message.base_model,
-        rank=message.rank,
+    return same_names(
+        AdapterInfo,
+        message,
         targets=tuple(message.targets),
-        parameters=message.parameters,
         size=message.bytes,
         tier=TIER_OF.get(message.tier, Tier.DISK),
-        pinned=message.pinned,
-        leases=message.leases,
         created=_time(message.created),
         last_used=_time(message.last_used) if message.HasField("last_used") else None,
         labels=dict(message.labels),
         training=dict(message.training),
-        current=message.current,
-        etag=message.etag,
-        has_chat_template=message.has_chat_template,
         state=_STATES.get(message.state, AdapterState.UNKNOWN),
         aliases=tuple(message.aliases),
-        disk_bytes=message.disk_bytes,
-        retain=message.retain,
     )
 
 
@@ -92,7 +81,7 @@ def adapter_details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
 
 def eviction(message: adapters_pb2.EvictAdapterResponse) -> Eviction:
     """Outcome of an eviction."""
-    return Eviction(evicted=message.evicted, freed_bytes=message.freed_bytes)
+    return same_names(Eviction, message)
 
 
 def adapter_event(message: adapters_pb2.WatchAdaptersResponse) -> AdapterEvent:
@@ -123,15 +112,7 @@ def alias_move(message: adapters_pb2.SetAliasResponse) -> AliasMove:
 
 def history_entry(message: adapters_pb2.HistoryEntry) -> HistoryEntry:
     """One change."""
-    return HistoryEntry(
-        time=_time(message.time),
-        event=message.event,
-        name=message.name,
-        revision=message.revision,
-        actor=message.actor,
-        peer=message.peer,
-        detail=message.detail,
-    )
+    return same_names(HistoryEntry, message, time=_time(message.time))
 
 
 def _targets(messages: Iterable[adapters_pb2.AliasTarget]) -> tuple[AliasTarget, ...]:

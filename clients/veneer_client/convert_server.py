@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Final
 
 from grpc_health.v1 import health_pb2
 from veneer_proto.v1 import adapters_pb2, server_pb2
 from veneer_registry.adapter import BaseFingerprint
 
-from veneer_client.convert import seconds
+from veneer_client.convert import same_names, seconds
 from veneer_client.server_records import (
     AdapterCapacity,
     BaseModel,
@@ -45,43 +44,19 @@ _LIMITS: Final = {
 
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
     """What the server is."""
-    base, budgets = message.base_model, message.budgets
-    parts = base.fingerprint
-    return ServerInfo(
-        version=message.version,
-        base_model=BaseModel(
-            name=base.name,
-            architecture=base.architecture,
-            quantization=base.quantization,
-            dtype=base.dtype,
-            parameters=base.parameters,
+    base = message.base_model
+    return same_names(
+        ServerInfo,
+        message,
+        base_model=same_names(
+            BaseModel,
+            base,
             size=base.bytes,
-            fingerprint=BaseFingerprint(
-                weights=parts.weights,
-                tokenizer=parts.tokenizer,
-                quantization=parts.quantization,
-                template=parts.template,
-            ),
+            fingerprint=same_names(BaseFingerprint, base.fingerprint),
             shape=_base_shape(base.shape) if base.HasField("shape") else None,
         ),
-        device=message.device,
-        backend=message.backend,
-        why_not_native=message.why_not_native,
-        budgets=Budgets(
-            host_adapter_bytes=budgets.host_adapter_bytes,
-            device_adapter_bytes=budgets.device_adapter_bytes,
-            kv_cache_bytes=budgets.kv_cache_bytes,
-            kv_cache_tokens=budgets.kv_cache_tokens,
-            max_batch_tokens=budgets.max_batch_tokens,
-            max_running=budgets.max_running,
-            max_queue=budgets.max_queue,
-            max_prefill_tokens=budgets.max_prefill_tokens,
-        ),
-        context_length=message.context_length,
+        budgets=same_names(Budgets, message.budgets),
         uptime_s=seconds(message.uptime),
-        adapters_registered=message.adapters_registered,
-        adapters_on_device=message.adapters_on_device,
-        engine_starts=message.engine_starts,
         memory=Memory(
             pools=tuple(
                 MemoryPool(
@@ -96,13 +71,9 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
             engine_peak=message.memory.engine_peak_bytes,
         ),
         longest_step_s=seconds(message.longest_step),
-        defaults=_defaults(message.defaults) if message.HasField("defaults") else None,
-    )
-
-
-def _defaults(message: server_pb2.RequestDefaults) -> RequestDefaults:
-    return RequestDefaults(
-        **{field.name: getattr(message, field.name) for field in fields(RequestDefaults)}
+        defaults=same_names(RequestDefaults, message.defaults)
+        if message.HasField("defaults")
+        else None,
     )
 
 
@@ -137,13 +108,7 @@ def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
         ),
         fits=message.fits,
         shortfalls=tuple(
-            Shortfall(
-                limit=_LIMITS.get(short.limit, Limit.NONE),
-                flag=short.flag,
-                needed=short.needed,
-                available=short.available,
-                message=short.message,
-            )
+            same_names(Shortfall, short, limit=_LIMITS.get(short.limit, Limit.NONE))
             for short in message.shortfalls
         ),
     )
@@ -151,29 +116,13 @@ def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
 
 def budget_use(message: adapters_pb2.UpdateBudgetsResponse) -> BudgetUse:
     """Budgets as they are now, and what is taken of them."""
-    return BudgetUse(
-        host_cache_bytes=message.host_cache_bytes,
-        device_adapter_bytes=message.device_adapter_bytes,
-        host_bytes=message.host_bytes,
-        device_bytes=message.device_bytes,
-    )
+    return same_names(BudgetUse, message)
 
 
 def self_test(message: adapters_pb2.SelfTestResponse) -> SelfTest:
     """Outcome of a self-test."""
-    return SelfTest(
-        passed=message.passed,
-        results=tuple(
-            SelfTestResult(
-                adapter=result.adapter,
-                passed=result.passed,
-                max_difference=result.max_difference,
-                bound=result.bound,
-                nearest_other=result.nearest_other,
-                detail=result.detail,
-            )
-            for result in message.results
-        ),
-        adapters_mixed=message.adapters_mixed,
-        note=message.note,
+    return same_names(
+        SelfTest,
+        message,
+        results=tuple(same_names(SelfTestResult, result) for result in message.results),
     )

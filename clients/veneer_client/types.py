@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 from veneer_registry.adapter import SHORT_REVISION, Tier
 from veneer_registry.errors import InvalidField
@@ -19,6 +19,7 @@ __all__ = [
     "ChatMessage",
     "Chunk",
     "FinishReason",
+    "Flag",
     "GenerateOptions",
     "Generation",
     "GenerationEnd",
@@ -27,6 +28,7 @@ __all__ = [
     "Provenance",
     "RequestDefaults",
     "Sample",
+    "SamplingNumbers",
     "Text",
     "Timings",
     "TokenLogprob",
@@ -101,24 +103,36 @@ class Tokens:
 Prompt = Text | Chat | Tokens
 
 
-class BoundOptions(TypedDict, total=False):
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """An option's flag of ``veneer generate``: its help, and the least value, if it has one."""
+
+    help: str
+    least: float | None = None
+
+
+class SamplingNumbers(TypedDict, total=False):
+    """How tokens are sampled, in numbers. The flags of ``veneer generate`` follow from it."""
+
+    temperature: Annotated[float, Flag("0 is greedy; else the server's default.", least=0.0)]
+    top_p: Annotated[float, Flag("Above 0, at most 1.")]
+    top_k: Annotated[int, Flag("0 means all tokens.", least=0)]
+    min_p: Annotated[float, Flag("Drop tokens below this times the likeliest, 0 to 1.")]
+    seed: Annotated[int, Flag("Same seed, same tokens; else random.", least=0)]
+    repetition_penalty: Annotated[float, Flag("1 is off.")]
+    """Of tokens in prompt and output."""
+    presence_penalty: Annotated[float, Flag("-2 to 2; 0 is off.")]
+    """Of tokens in the output."""
+    frequency_penalty: Annotated[float, Flag("-2 to 2; 0 is off.")]
+    """Of tokens in the output."""
+
+
+class BoundOptions(SamplingNumbers, total=False):
     """Keyword arguments of every generate method but for the adapter. What is left out
     is unset: the server's defaults decide (`ServerInfo.defaults`)."""
 
     request_id: str
     """Echoed in the answer and in the server's log."""
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    top_k: int
-    min_p: float
-    """Leave out tokens less likely than this times the likeliest one."""
-    seed: int
-    repetition_penalty: float
-    """1 is off; of tokens in prompt and output."""
-    presence_penalty: float
-    frequency_penalty: float
-    """0 is off; both of tokens in the output."""
     logit_bias: Mapping[int, float]
     """Token id to what is added to its logit, -100 to 100."""
     max_tokens: int

@@ -18,6 +18,7 @@ from typing import Final, Self
 import grpc
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import check_name
+from veneer_registry.bundle_files import select_files
 from veneer_registry.errors import (
     Aborted,
     AdapterInvalid,
@@ -29,7 +30,7 @@ from veneer_registry.errors import (
     Unimplemented,
     VeneerError,
 )
-from veneer_registry.format import check_adapter, select_files
+from veneer_registry.format import check_adapter
 from veneer_registry.regular_files import open_regular
 
 from veneer_client import calls, calls_admin, convert_admin

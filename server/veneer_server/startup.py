@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
@@ -84,28 +84,18 @@ def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
 def engine_config(
     config: ServerConfig, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan
 ) -> EngineConfig:
-    """What the engine process is started with."""
+    """What the engine process is started with: settings of the server by the same names, and
+    what was worked out."""
+    planned = replace(config, kv_cache_bytes=memory.kv_cache_bytes)
+    settings = asdict(planned)
     return EngineConfig(
+        **{name: settings[name] for name in EngineConfig.__struct_fields__ if name in settings},
         base_folder=str(folder.path),
         cache_folder=str(config.cache_dir),
         base_name=base.name,
-        log_format=config.log_format,
         weights_fingerprint=base.fingerprint.weights,
-        device=config.device,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        backend=config.backend,
-        native_instructions=config.native_instructions,
-        threads=config.threads,
-        max_batch_tokens=config.max_batch_tokens,
-        max_prefill_tokens=config.max_prefill_tokens,
-        prefix_cache=config.prefix_cache,
-        exact=config.exact,
-        max_running=config.max_running,
         block_size=BLOCK_TOKENS,
-        kv_cache_bytes=memory.kv_cache_bytes,
         host_adapter_bytes=config.host_cache_bytes,
-        device_adapter_bytes=config.device_adapter_bytes,
         constraints=ConstraintLimits(
             workers=config.constraint_workers,
             compile_seconds=config.constraint_seconds,

@@ -7,13 +7,16 @@ from unittest import mock
 
 import numpy as np
 from veneer_registry.adapter import PROJECTIONS, AdapterManifest, LoraModule
+from veneer_registry.bundle import Bundle
 from veneer_registry.catalog import Catalog
-from veneer_registry.format import manifest_to_json, weights_digest, write_adapter
+from veneer_registry.format import weights_digest
+from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.recovery import base_identity
 from veneer_registry.rows import AliasRow, RevisionRow
-from veneer_registry.store import Bundle, Store
+from veneer_registry.store import Store
 from veneer_registry.tensor_names import tensor_keys
 
+from tests.adapter_files import write_adapter
 from tests.unit.registry.kit import BASE, SHAPES
 
 __all__ = ["make_folder", "name_of"]
@@ -34,8 +37,7 @@ def make_folder(data_dir: Path, count: int) -> None:
     catalog = Catalog(data_dir / "catalog.sqlite")
     base = base_identity(BASE)
     with (
-        mock.patch("veneer_registry.store._sync_file"),  # private: for speed, as below
-        mock.patch("veneer_registry.store._sync_folder"),  # private: no folder outlives it
+        mock.patch("veneer_registry.store.sync"),  # for speed: no folder outlives it
         catalog.change(time=1.0) as change,
     ):
         for number in range(count):

@@ -37,7 +37,7 @@ import bitsandbytes  # noqa: F401
 import grpc
 import transformers
 import veneer_server.backends.native.decoder  # noqa: F401
-from veneer_registry import registry, store
+from veneer_registry import opening, quarantine
 from veneer_registry.errors import VeneerError
 from veneer_server.models import (
     loader,  # noqa: F401
@@ -119,7 +119,7 @@ def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_without_a_catalog() -> AbstractContextManager[Any]:
-    return patch.multiple(registry, check_catalog=lambda *_: None, check_pair=lambda *_: None)
+    return patch.multiple(opening, check_catalog=lambda *_: None, check_pair=lambda *_: None)
 
 
 PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -127,7 +127,7 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         sealed, "if digest != sealed.sha256:", "if False:"
     ),
     "damaged weights are deleted": lambda: planted(
-        store, "self._move_away(folder, to)", "_remove(folder)"
+        quarantine, "move_away(folder, to)", "remove(folder)"
     ),
     "a start goes on without a catalog": _start_without_a_catalog,
 }

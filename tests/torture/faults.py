@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer_registry.errors import VeneerError
-from veneer_registry.format import verify_weights
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.torture.history import make_contents, open_registry
 from tests.unit.registry.kit import push

@@ -29,8 +29,8 @@ from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.process import build_engine
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.step.inbox import Inbox
+from veneer_server.wire.frames import LENGTH
 from veneer_server.wire.messages import (
-    LENGTH,
     EngineConfig,
     EngineInfo,
     FromEngine,

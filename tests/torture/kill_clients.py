@@ -16,13 +16,10 @@ from typing import Any, ClassVar, Final
 import grpc
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import adapters_pb2_grpc
-from veneer_registry.format import (
-    ALLOWED_FILES,
-    CONFIG_FILE,
-    REQUIRED_FILES,
-    weights_digest,
-)
-from veneer_registry.store import Bundle
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import ALLOWED_FILES, REQUIRED_FILES
+from veneer_registry.format import weights_digest
+from veneer_registry.lora_config import CONFIG_FILE
 
 from tests.torture.ledger import Name
 from tests.unit.server.rpc.front_harness import make_adapter

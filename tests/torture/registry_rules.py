@@ -28,6 +28,8 @@ from hypothesis.stateful import (
     rule,
 )
 from veneer_registry.adapter import AdapterRef
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import REQUIRED_FILES, TEMPLATE_FILE
 from veneer_registry.errors import (
     Aborted,
     AdapterCorrupt,
@@ -40,17 +42,14 @@ from veneer_registry.errors import (
     InvalidField,
     VeneerError,
 )
-from veneer_registry.format import (
-    REQUIRED_FILES,
-    TEMPLATE_FILE,
-    WEIGHTS_FILE,
-    verify_weights,
-    weights_digest,
-)
+from veneer_registry.format import weights_digest
 from veneer_registry.lease import RevisionLease
-from veneer_registry.registry import Published, Registry, Staged
-from veneer_registry.store import Bundle
+from veneer_registry.publishing import Staged
+from veneer_registry.records import Published
+from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.upload import Upload
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.torture.ledger import Name
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, make_tensors

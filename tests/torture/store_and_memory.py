@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.format import verify_weights
 from veneer_registry.lease import RevisionLease
+from veneer_registry.stored_adapter import verify_weights
 from veneer_server.wire.messages import AdapterSource
 
 from tests.torture.ledger import Name

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from peft import PeftModel
+from veneer_registry.bundle_files import TEMPLATE_FILE, read_small, select_files
 from veneer_registry.errors import InvalidField
-from veneer_registry.format import TEMPLATE_FILE, read_small, select_files
 from veneer_registry.replacing import replace_file
 from veneer_registry.training_manifest import TRAINING_FILE
 

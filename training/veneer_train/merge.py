@@ -23,8 +23,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from veneer_registry.bundle_files import select_files
 from veneer_registry.errors import InvalidField
-from veneer_registry.format import select_files
 from veneer_registry.replacing import new_folder
 
 from veneer_train.config import QuantConfig

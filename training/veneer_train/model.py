@@ -11,8 +11,8 @@ import bitsandbytes as bnb
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from veneer_registry.bundle_files import TEMPLATE_LIMIT
 from veneer_registry.errors import InvalidField
-from veneer_registry.format import TEMPLATE_LIMIT
 
 from veneer_train.config import LoraConfig, QuantConfig
 

@@ -19,11 +19,10 @@ from veneer_client.cli.context import DebugFlag, ServerOption, connect, errors_s
 from veneer_client.cli.generate import (
     AdapterOption,
     MaxTokens,
-    Seed,
     SessionOption,
-    Temperature,
     given,
 )
+from veneer_client.cli.sampling_flags import flag
 from veneer_client.cli.show import summary
 from veneer_client.cli.words import in_cli_words
 from veneer_client.client import Client
@@ -77,8 +76,8 @@ def chat(
     adapter: AdapterOption = "",
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
+    temperature: Annotated[float | None, flag("temperature")] = None,
+    seed: Annotated[int | None, flag("seed")] = None,
     session: SessionOption = None,
     server: ServerOption = None,
     debug: DebugFlag = False,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from veneer_registry.command_line import with_parameters
 from veneer_registry.errors import InvalidField
 
 from veneer_client.cli.complete import adapter_names
@@ -20,6 +21,7 @@ from veneer_client.cli.context import (
     connect,
     errors_shown,
 )
+from veneer_client.cli.sampling_flags import flag_parameters
 from veneer_client.cli.show import as_json, summary
 from veneer_client.client import Client
 from veneer_client.types import (
@@ -37,9 +39,7 @@ from veneer_client.types import (
 __all__ = [
     "AdapterOption",
     "MaxTokens",
-    "Seed",
     "SessionOption",
-    "Temperature",
     "generate",
     "given",
 ]
@@ -62,10 +62,6 @@ SessionOption = Annotated[
 MaxTokens = Annotated[
     int | None, typer.Option(help="Most new tokens; else the server's default.", min=1)
 ]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; else the server's default.", min=0.0)
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens; else random.", min=0)]
 
 EXAMPLES = """
 Examples:
@@ -90,6 +86,7 @@ Examples:
 """
 
 
+@with_parameters(flag_parameters(), before="logit_bias")
 def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
@@ -99,16 +96,6 @@ def generate(
         typer.Option("--chat/--raw", help="A chat message, or text to continue as it stands."),
     ] = True,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: Annotated[float | None, typer.Option(help="Above 0, at most 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 means all tokens.", min=0)] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens below this times the likeliest, 0 to 1.")
-    ] = None,
-    seed: Seed = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0 is off.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0 is off.")] = None,
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(metavar="ID=BIAS", help="Add to a token's logit; repeatable."),
@@ -147,20 +134,14 @@ def generate(
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
+    **sampling: Any,
 ) -> None:
     """Generate text, shown as it comes."""
     with errors_shown(context, debug), connect(context, server) as client:
         options = given(
             adapter=adapter,
             max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
+            **sampling,
             logit_bias=_biases(logit_bias) if logit_bias else None,
             stop=stop or None,
             stop_token_ids=stop_token_id or None,

@@ -28,8 +28,10 @@ __all__ = [
     "Plot",
     "canvas",
     "from_zero",
+    "legend",
     "log_axis",
     "named_legend",
+    "result_lines",
     "seconds_axis",
     "svg_of",
     "tiers_in_order",
@@ -194,17 +196,34 @@ def _own(name: str, value: str, key: str) -> str:
     return value.replace("url(#", f"url(#{key}-")
 
 
-def named_legend(figure: Any, names: Sequence[str]) -> None:
-    """Which colour is which result; none for one."""
+def legend(figure: Any, handles: Sequence[Any], most: int = 4) -> None:
+    """Above the plots, in at most so many columns."""
+    columns = min(most, len(handles)) or 1
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+
+def result_lines(names: Sequence[str], *, dashed: bool = True, **more: Any) -> list[Any]:
+    """A legend's entry for each result: its colour, its mark and its dash."""
     from matplotlib.lines import Line2D
 
-    if len(names) < 2:
-        return
-    handles = [
-        Line2D([], [], color=COLOURS[n], marker=MARKERS[n], label=name)
-        for n, name in enumerate(names[: len(COLOURS)])
+    return [
+        Line2D(
+            [],
+            [],
+            color=COLOURS[number],
+            linestyle=DASHES[number] if dashed else "-",
+            marker=MARKERS[number],
+            label=name,
+            **more,
+        )
+        for number, name in enumerate(names[: len(COLOURS)])
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
+
+
+def named_legend(figure: Any, names: Sequence[str], *, dashed: bool = False) -> None:
+    """Which colour is which result; none for one."""
+    if len(names) > 1:
+        legend(figure, result_lines(names, dashed=dashed))
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:

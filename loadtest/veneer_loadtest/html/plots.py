@@ -15,7 +15,9 @@ from veneer_loadtest.html.drawing import (
     PAPER,
     Plot,
     canvas,
+    legend,
     log_axis,
+    result_lines,
     svg_of,
 )
 from veneer_loadtest.html.words import spread
@@ -47,7 +49,9 @@ def latencies(columns: Sequence[Column]) -> Plot:
         for axis, (name, rows) in zip(axes[0], kinds, strict=True):
             _cdf(axis, name, rows)
         axes[0][0].set_ylabel("share of all, %")
-        _legend(figure, columns)
+        marks = " (marks: p50 and p99)" if len(columns) == 1 else ""
+        names = [column.short + marks for column in columns]
+        legend(figure, result_lines(names, markeredgecolor=PAPER, markersize=7))
         svg = svg_of(figure, "latency", title)
     return Plot(title, _latency_caption(kinds), svg)
 
@@ -106,23 +110,3 @@ def _latency_caption(kinds: Sequence[tuple[str, Rows]]) -> str:
         return f"{told[0].upper()}{told[1:]}."
     lines = [f"{column.short}: {spread(things[name], values)}." for _, column, values in rows]
     return "\n".join([*lines, "Marks: p50 and p99."])
-
-
-def _legend(figure: Any, columns: Sequence[Column]) -> None:
-    """Above the plots, one entry a run, with its mark at p50 and p99."""
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=COLOURS[number],
-            linestyle=DASHES[number],
-            marker=MARKERS[number],
-            markeredgecolor=PAPER,
-            markersize=7,
-            label=column.short + (" (marks: p50 and p99)" if len(columns) == 1 else ""),
-        )
-        for number, column in enumerate(columns)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(columns)))

@@ -15,7 +15,10 @@ from veneer_loadtest.html.drawing import (
     Plot,
     canvas,
     from_zero,
+    legend,
     log_axis,
+    named_legend,
+    result_lines,
     svg_of,
 )
 from veneer_loadtest.html.words import amount, limits_words, ms, share, shortened
@@ -41,7 +44,8 @@ def against_adapters(results: Sequence[LoadResult], columns: Sequence[Column]) -
         from_zero(axes[0][0], "new tokens/s")
         axes[0][1].set_title("First token")
         from_zero(axes[0][1], "p99, ms")
-        _legend(figure, [name_of(results, number) for number in range(len(results))])
+        names = [name_of(results, number) for number in range(len(results))]
+        named_legend(figure, [shortened(name, 28) for name in names], dashed=True)
         svg = svg_of(figure, "adapters", title)
     return Plot(title, _adapters_caption(results, columns), svg)
 
@@ -95,25 +99,6 @@ def _adapters_caption(results: Sequence[LoadResult], columns: Sequence[Column]) 
 def _first_words(level: Level) -> str:
     first = level.first_token_ms
     return f" and a first token's p99 of {ms(first.p99)}" if first else ""
-
-
-def _legend(figure: Any, names: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    if len(names) < 2:
-        return
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=COLOURS[number],
-            linestyle=DASHES[number],
-            marker=MARKERS[number],
-            label=shortened(name, 28),
-        )
-        for number, name in enumerate(names[:MOST_DRAWN])
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
 
 
 def against_rate(results: Sequence[LoadResult]) -> list[Plot]:
@@ -202,23 +187,14 @@ def _note(axis: Any, at: tuple[float, float], text: str, colour: str, xy: Any) -
 def _rate_legend(figure: Any, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=COLOURS[number],
-            linestyle=DASHES[number],
-            marker=MARKERS[number],
-            label=shortened(name, 28) if len(names) > 1 else "kept the limits",
-        )
-        for number, name in enumerate(names[:MOST_DRAWN])
-    ]
+    own = [shortened(name, 28) if len(names) > 1 else "kept the limits" for name in names]
+    handles = result_lines(own)
     handles += [
         Line2D([], [], color=GREY, marker="x", linestyle="", label="broke the limits"),
         Line2D([], [], color=BAD, linestyle=(0, (4, 2)), linewidth=1, label="limit"),
         Line2D([], [], color=GREY, linestyle=(0, (1, 1.5)), linewidth=1, label="highest rate"),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
+    legend(figure, handles, 5)
 
 
 def _rate_caption(result: FindMaxResult) -> str:

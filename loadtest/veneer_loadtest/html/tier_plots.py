@@ -15,6 +15,7 @@ from veneer_loadtest.html.drawing import (
     Plot,
     canvas,
     from_zero,
+    legend,
     seconds_axis,
     svg_of,
     tiers_in_order,
@@ -92,7 +93,7 @@ def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
         )
         for tier in tiers
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) or 1)
+    legend(figure, handles, len(handles))
 
 
 def _residency_caption(column: Column, held: Residency, named: bool) -> str:
@@ -201,7 +202,7 @@ def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
         Patch(facecolor=GREY, label="p50 (narrow)"),
         Patch(facecolor=f"{GREY}38", edgecolor=GREY, label="p99 (wide); above: requests"),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
+    legend(figure, handles, 5)
 
 
 def _tier_caption(column: Column, named: bool) -> str:

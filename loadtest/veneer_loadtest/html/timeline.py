@@ -18,6 +18,7 @@ from veneer_loadtest.html.drawing import (
     Plot,
     canvas,
     from_zero,
+    legend,
     seconds_axis,
     svg_of,
     tiers_in_order,
@@ -180,7 +181,7 @@ def _timeline_legend(figure: Any, columns: Sequence[Column]) -> None:
     ]
     if any(any(column.level.timeline.failed) for column in columns):
         handles.insert(2, Patch(color=BAD, alpha=0.45, label="requests failed"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5)
+    legend(figure, handles, 5)
 
 
 def _timeline_caption(column: Column, *, named: bool) -> str:

@@ -4,10 +4,10 @@ In the engine itself a worker would hold Python's lock now and then, at low prio
 the step would wait for a thread that gets no processor. It would also share the step's
 fate: a file that is cut short while it is mapped ends the process that reads it.
 
-Frames on a socket, as `engine.process` has them: a 4-byte length, then MessagePack. To a
-`Load` come `Begun`, followed by the file descriptor of the memory for the run, and then
-`Loaded`; or `Loaded` with an error alone. So the engine gets its own part ready while the
-run is filled, but must use nothing of it before `Loaded`.
+Frames on a socket (`wire.frames`). To a `Load` come `Begun`, followed by the file
+descriptor of the memory for the run, and then `Loaded`; or `Loaded` with an error alone.
+So the engine gets its own part ready while the run is filled, but must use nothing of it
+before `Loaded`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerE
 from veneer_server.adapters.pages import make_ready, map_pages, memory
 from veneer_server.adapters.reading import Dtype, read_run
 from veneer_server.system.priority import lower_priority
+from veneer_server.wire.frames import framed, read_frame
 
 __all__ = [
     "NO_MEMORY",
@@ -37,8 +37,6 @@ __all__ = [
     "Loaded",
     "Setup",
     "main",
-    "read_frame",
-    "write_frame",
 ]
 
 NO_MEMORY: Final = (
@@ -49,7 +47,6 @@ _MOST_SPARE: Final = 32 << 20
 """Bytes that a loader keeps ready for the next load."""
 _PAUSE_S: Final = 0.0025
 """Before each piece of that."""
-_LENGTH: Final = struct.Struct(">I")
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
@@ -89,27 +86,6 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     stages: dict[str, float]
     error: tuple[str, str, dict[str, str]] | None = None
-
-
-def write_frame(connection: socket.socket, body: bytes) -> None:
-    """Send one frame."""
-    connection.sendall(_LENGTH.pack(len(body)) + body)
-
-
-def read_frame(connection: socket.socket) -> bytes | None:
-    """The body of the next frame; None where the other side has ended."""
-    head = _exactly(connection, _LENGTH.size)
-    return None if head is None else _exactly(connection, _LENGTH.unpack(head)[0])
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    body = bytearray()
-    while len(body) < size:
-        part = connection.recv(size - len(body))
-        if not part:
-            return None
-        body += part
-    return bytes(body)
 
 
 class _Spare:
@@ -163,7 +139,7 @@ class _Job:
             while ready < size:
                 ready = make_ready(fd, size, ready)
             facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
-            write_frame(self._connection, msgspec.msgpack.encode(Begun(facts, size)))
+            self._connection.sendall(framed(msgspec.msgpack.encode(Begun(facts, size))))
             socket.send_fds(self._connection, [b"\0"], [fd])
             return map_pages(fd, size)
         finally:
@@ -211,7 +187,7 @@ def main() -> None:
         job = _Job(spare, connection)
         try:
             loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
-            write_frame(connection, msgspec.msgpack.encode(loaded))
+            connection.sendall(framed(msgspec.msgpack.encode(loaded)))
         except BrokenPipeError:
             return
         spare.want(job.size)

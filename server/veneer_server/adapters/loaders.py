@@ -24,12 +24,11 @@ from veneer_server.adapters.loader_process import (
     Load,
     Loaded,
     Setup,
-    read_frame,
-    write_frame,
 )
 from veneer_server.adapters.pages import map_pages
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
+from veneer_server.wire.frames import framed, read_frame
 from veneer_server.wire.messages import LOST, AdapterSource
 
 __all__ = ["HostCopy", "Loaders"]
@@ -174,7 +173,7 @@ class Loader:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
         self._connection = ours
-        write_frame(ours, self._setup)
+        ours.sendall(framed(self._setup))
         return ours
 
     def load(
@@ -192,7 +191,7 @@ class Loader:
                 connection = self.start()
                 deadline = time.monotonic() + limit_s
                 connection.settimeout(limit_s)
-                write_frame(connection, ask)
+                connection.sendall(framed(ask))
                 tried = time.monotonic()
                 if (loaded := self._loaded(connection, prepare, deadline)) is not None:
                     copy, stages = loaded

@@ -1,5 +1,5 @@
 """From an adapter's folder to a run of numbers. Numpy alone: it runs in loader processes,
-which start without torch, and torch's operators would bring a team of threads along.
+which start without torch, and torch's operators would bring a thread pool along.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from veneer_registry.adapter import LoraModule, Projection
 from veneer_registry.errors import VeneerError
-from veneer_registry.format import TensorView, open_unverified, to_bfloat16
+from veneer_registry.stored_adapter import open_unverified
+from veneer_registry.values import to_bfloat16
+from veneer_registry.weights import TensorView
 
 from veneer_server.step.layout import Layout
 

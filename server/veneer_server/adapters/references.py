@@ -114,5 +114,5 @@ class References:
 
 def _begin_worker() -> None:
     lower_priority()
-    # This thread's team only: a second team would run beside the step's.
+    # On this thread alone: a second thread pool would run beside the step's.
     torch.set_num_threads(1)

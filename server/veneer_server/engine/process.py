@@ -44,8 +44,8 @@ from veneer_server.progress import SINK, Part, stage
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import Runner
 from veneer_server.system.machine import usable_cores
+from veneer_server.wire.frames import read_frame
 from veneer_server.wire.messages import (
-    LENGTH,
     EngineConfig,
     EngineInfo,
     FromEngine,
@@ -196,26 +196,10 @@ def _describe(device: torch.device) -> str:
     return device.type
 
 
-def _read_frame(connection: socket.socket) -> bytes | None:
-    """The body of the next frame; None when the other side has closed."""
-    head = _read_exactly(connection, LENGTH.size)
-    return None if head is None else _read_exactly(connection, LENGTH.unpack(head)[0])
-
-
-def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
-    body = bytearray()
-    while len(body) < size:
-        part = connection.recv(size - len(body))
-        if not part:
-            return None
-        body += part
-    return bytes(body)
-
-
 def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None]) -> None:
     while True:
         try:
-            body = _read_frame(connection)
+            body = read_frame(connection)
         except OSError:
             body = None
         if body is None:
@@ -293,7 +277,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    body = _read_frame(connection)
+    body = read_frame(connection)
     if body is None:
         return
     config = msgspec.msgpack.decode(body, type=EngineConfig)

@@ -15,8 +15,8 @@ from veneer_registry.child_python import child_python
 from veneer_registry.errors import EngineFailed
 
 from veneer_server.progress import SINK, Part, StartStopped, stage
+from veneer_server.wire.frames import LENGTH, framed
 from veneer_server.wire.messages import (
-    LENGTH,
     EngineConfig,
     EngineInfo,
     FromEngine,
@@ -77,8 +77,7 @@ class Connection:
         reader, writer = await asyncio.open_connection(sock=ours)
         begun = False
         try:
-            body = msgspec.msgpack.encode(config)
-            writer.write(LENGTH.pack(len(body)) + body)
+            writer.write(framed(msgspec.msgpack.encode(config)))
             with stage("starting the engine"):
                 messages = await next_frame(reader)
             begun = bool(messages)

@@ -46,7 +46,6 @@ class DecoderConfig:
         context_length: most tokens of prompt and completion together.
         eos_token_ids: any of these ends a sequence.
         windows: for each layer, the sliding window in tokens, or None for full.
-        qkv_bias, output_bias, mlp_bias: which linears carry a bias.
         qk_norm: RMSNorm on each query and key head (Qwen3).
         quantization: of a folder that is stored in 4 bits, else None.
     """
@@ -63,9 +62,6 @@ class DecoderConfig:
     context_length: int
     eos_token_ids: tuple[int, ...]
     windows: tuple[int | None, ...]
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
     qk_norm: bool
     tied_head: bool
     quantization: Quantization | None
@@ -172,7 +168,6 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         )
     layers = int(raw["num_hidden_layers"])
     heads = int(raw["num_attention_heads"])
-    bias = bool(raw.get("attention_bias", False))
     generation = _read_json(folder / "generation_config.json")
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     return DecoderConfig(
@@ -188,9 +183,6 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         context_length=int(raw.get("max_position_embeddings", 2048)),
         eos_token_ids=_token_ids(eos),
         windows=_windows(raw, model_type, layers),
-        qkv_bias=True if model_type == "qwen2" else bias,
-        output_bias=bias if model_type in ("llama", "qwen3") else False,
-        mlp_bias=bool(raw.get("mlp_bias", False)) if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
         quantization=_stored_quantization(raw, folder),

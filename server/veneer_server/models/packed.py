@@ -16,7 +16,14 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["MANY_ROWS", "PackedFourBit", "expanding_pays", "row_slices", "rows_of"]
+__all__ = [
+    "MANY_ROWS",
+    "PackedFourBit",
+    "expanding_pays",
+    "row_slices",
+    "rows_of",
+    "torch_threads",
+]
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +125,8 @@ class PackedFourBit:
 
     def _expand(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end``, multiples of 32: [end - begin, in_features] float32."""
-        with _one_thread():
+        # A dozen short operators, each of which would wake the thread pool.
+        with torch_threads(1):
             codes = _unpacked(self.packed[begin:end])
             scales = self._absmax[:, begin:end].t().float().contiguous()
             weights: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -165,10 +173,10 @@ def _unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Expanding is a dozen short operators, each of which would wake a team."""
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operators on this thread."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

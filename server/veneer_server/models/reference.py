@@ -19,14 +19,15 @@ from typing import Final, Protocol
 import torch
 from veneer_registry.adapter import Projection
 from veneer_registry.errors import AdapterCorrupt
-from veneer_registry.format import ModuleTensors, TensorView, open_stored
+from veneer_registry.stored_adapter import open_stored
+from veneer_registry.weights import ModuleTensors, TensorView
 
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices
 from veneer_server.wire.messages import AdapterSource
 
-__all__ = ["BaseWeights", "reference_logprobs", "references"]
+__all__ = ["BaseWeights", "references"]
 
 Modules = Mapping[tuple[int, Projection], ModuleTensors]
 """An adapter's modules by layer and projection."""
@@ -81,20 +82,6 @@ class BaseWeights(Protocol):
     def inv_freq(self) -> torch.Tensor: ...
     @property
     def rotary_scale(self) -> float: ...
-
-
-def reference_logprobs(
-    weights: BaseWeights, tokens: list[int], adapter: AdapterSource | None
-) -> list[float]:
-    """`references` of one adapter, or of the base alone.
-
-    Raises:
-        AdapterCorrupt: the adapter's files do not have their digest any more.
-    """
-    (found,) = references(weights, tokens, [adapter])
-    if isinstance(found, AdapterCorrupt):
-        raise found
-    return found
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
 from veneer_registry.errors import VeneerError
-from veneer_registry.registry import AdapterRecord
+from veneer_registry.records import AdapterRecord
 
 from veneer_server import __version__
 from veneer_server.errors import internal_error

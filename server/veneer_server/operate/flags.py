@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+from veneer_registry.command_line import with_parameters
 from veneer_registry.errors import VeneerError
 from veneer_registry.extras import missing_extra
 
@@ -43,16 +44,7 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
 
 def with_flags(options: Sequence[Option]) -> Callable[[_Command], _Command]:
     """Give a command that takes ``**flags`` one parameter for each option."""
-
-    def decorate(command: _Command) -> _Command:
-        own = inspect.signature(command, eval_str=True)
-        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = [*kept, *map(_flag_parameter, options)]
-        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
+    return with_parameters(map(_flag_parameter, options))
 
 
 def guarded(run: Callable[[], None], debug: bool) -> None:

@@ -10,10 +10,8 @@ from typing import Any, Final, NoReturn
 from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import InvalidField, Unimplemented
-from veneer_registry.registry import (
-    AliasChange,
-    Registry,
-)
+from veneer_registry.records import AliasChange
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.rpc import convert

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
-from veneer_registry.registry import AdapterRecord, Registry
+from veneer_registry.records import AdapterRecord
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.rpc import convert

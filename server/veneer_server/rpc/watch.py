@@ -15,7 +15,8 @@ from typing import Final
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, AdapterNotFound
-from veneer_registry.registry import AdapterRecord, Registry
+from veneer_registry.records import AdapterRecord
+from veneer_registry.registry import Registry
 
 from veneer_server.rpc import convert
 from veneer_server.rpc.adapter_view import AdapterView

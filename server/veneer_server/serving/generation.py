@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager, nullcontext
 import msgspec
 from veneer_registry.adapter import AdapterRef, Tier
 from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
-from veneer_registry.registry import Registry, RevisionLease
+from veneer_registry.lease import RevisionLease
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger

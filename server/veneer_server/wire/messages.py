@@ -7,9 +7,7 @@ one frame. No torch and no grpc may be imported here.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Final
 
 import msgspec
 
@@ -22,6 +20,7 @@ from veneer_server.wire.configuration import (
     ConstraintLimits,
     EngineConfig,
 )
+from veneer_server.wire.frames import framed
 from veneer_server.wire.from_engine import (
     LOST,
     AdapterFailed,
@@ -66,7 +65,6 @@ from veneer_server.wire.to_engine import (
 )
 
 __all__ = [
-    "LENGTH",
     "LOST",
     "Activate",
     "AdapterFailed",
@@ -113,9 +111,6 @@ __all__ = [
     "wire_error",
 ]
 
-LENGTH: Final = struct.Struct(">I")
-"""Prefix of a frame: bytes that follow."""
-
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
@@ -123,8 +118,7 @@ _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
 
 def encode(messages: Sequence[ToEngine] | Sequence[FromEngine]) -> bytes:
     """One frame that holds all messages, in order."""
-    body = _encoder.encode(messages)
-    return LENGTH.pack(len(body)) + body
+    return framed(_encoder.encode(messages))
 
 
 def decode_to_engine(body: bytes) -> list[ToEngine]:

@@ -16,8 +16,8 @@ import grpc
 import numpy as np
 from veneer_proto.v1 import adapters_pb2 as pb
 from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from veneer_registry.writer import write_adapter
 
+from tests.adapter_files import write_adapter
 from tests.attacks.case import Target
 
 TITLE = "chats with sixteen different slow chat templates at a time"

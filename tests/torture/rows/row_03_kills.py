@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import grpc
-from veneer_registry.format import REQUIRED_FILES
+from veneer_registry.bundle_files import REQUIRED_FILES
 from veneer_registry.upkeep import verify
 from veneer_server.models.source import import_bundled
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import ChecksumMismatch, VeneerError
-from veneer_registry.format import verify_weights
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.torture.disk_model import Choice, Disk
 from tests.torture.history import (

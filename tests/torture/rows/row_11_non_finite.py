@@ -14,16 +14,15 @@ import torch
 from veneer_registry import weights
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.format import to_bfloat16
 from veneer_registry.registry import Registry
-from veneer_registry.safetensors_header import parse_header
-from veneer_registry.values import MAX_MAGNITUDE, ServingDtype
+from veneer_registry.values import MAX_MAGNITUDE, ServingDtype, to_bfloat16
 from veneer_server.backends.native.decoder import NativeDecoder
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.lora import LoraBatch
 from veneer_server.sizing.memory_plan import BLOCK_TOKENS
 from veneer_server.wire.messages import AdapterSource
 
+from tests.adapter_files import parse_header
 from tests.engine_harness import EngineHarness, source
 from tests.tiny_llama import make_lora
 from tests.torture.forms import TORCH, Form, forms

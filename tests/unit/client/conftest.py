@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 from veneer_client.cli.main import cli
-from veneer_registry.format import write_adapter
 
+from tests.adapter_files import write_adapter
 from tests.unit.client.drivers import Driver, driver
 from tests.unit.client.fake_server import FakeServer
 from tests.unit.client.wire import Wire

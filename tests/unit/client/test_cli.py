@@ -18,7 +18,7 @@ import grpc
 import pytest
 from veneer_client.cli.show import byte_size
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.format import ALLOWED_FILES
+from veneer_registry.bundle_files import ALLOWED_FILES
 
 from tests.unit.client.fake_server import FakeServer, Refusal
 

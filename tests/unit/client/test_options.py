@@ -16,6 +16,7 @@ from veneer_client import (
     TokenLogprob,
     TopLogprob,
 )
+from veneer_client.types import SamplingNumbers
 from veneer_proto.v1 import inference_pb2 as pb
 from veneer_registry.errors import InvalidField
 
@@ -76,6 +77,12 @@ def test_no_option_is_forgotten(server: FakeServer, client: Driver) -> None:
     for name in GenerateOptions.__optional_keys__ - {"timeout_s"}:
         request = asked(server, client, **{name: values.get(name, 1)})
         assert request.SerializeToString(deterministic=True) != bare, name
+
+
+def test_no_number_of_the_contract_is_forgotten() -> None:
+    contract = {field.name for field in pb.SamplingOptions.DESCRIPTOR.fields}
+    assert contract - SamplingNumbers.__optional_keys__ == {"logit_bias"}
+    assert contract > SamplingNumbers.__optional_keys__
 
 
 def test_prefix_cache_unset_is_not_off(server: FakeServer, client: Driver) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.format import ALLOWED_FILES, read_adapter
+from veneer_registry.format import read_adapter
 
 from tests.refused import refused
 from tests.unit.client.drivers import Driver

@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 from veneer_registry import schema
 from veneer_registry.adapter import PROJECTIONS, BaseFingerprint, BaseSpec, Projection
+from veneer_registry.bundle_files import ALLOWED_FILES
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import VeneerError
-from veneer_registry.format import (
-    ALLOWED_FILES,
-    check_adapter,
-    read_adapter,
-    to_bfloat16,
-    write_adapter,
-)
+from veneer_registry.format import check_adapter, read_adapter
 from veneer_registry.records import Published, UploadFile, UploadRequest
 from veneer_registry.registry import Registry
 from veneer_registry.tensor_names import tensor_keys
 from veneer_registry.upload import Upload
+from veneer_registry.values import to_bfloat16
+
+from tests.adapter_files import write_adapter
 
 SHAPES: dict[Projection, tuple[int, int]] = {
     "q_proj": (32, 32),

@@ -11,26 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
+from veneer_registry.bundle_files import TEMPLATE_FILE, check_file_name, select_files
 from veneer_registry.errors import AdapterCorrupt, AdapterInvalid, BaseModelMismatch
-from veneer_registry.format import (
-    CONFIG_FILE,
-    TEMPLATE_FILE,
-    TRAINING_FILE,
-    WEIGHTS_FILE,
-    check_file_name,
-    manifest_from_json,
-    manifest_to_json,
-    open_stored,
-    read_adapter,
-    select_files,
-    verify_weights,
-    weights_digest,
-    write_adapter,
-)
+from veneer_registry.format import read_adapter, weights_digest
+from veneer_registry.lora_config import CONFIG_FILE
+from veneer_registry.manifest_json import manifest_from_json, manifest_to_json
 from veneer_registry.safetensors_header import read_header
+from veneer_registry.stored_adapter import open_stored, verify_weights
 from veneer_registry.tensor_names import tensor_keys
-from veneer_registry.weights import check_numbers, digest_weights, read_pieces
+from veneer_registry.training_manifest import TRAINING_FILE
+from veneer_registry.weights import WEIGHTS_FILE, check_numbers, digest_weights, read_pieces
 
+from tests.adapter_files import write_adapter
 from tests.refused import refused
 from tests.unit.registry.kit import (
     BASE,

@@ -10,7 +10,8 @@ import pytest
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.base_names import is_named, known_names
 from veneer_registry.errors import BaseModelMismatch
-from veneer_registry.format import TRAINING_FILE, read_adapter
+from veneer_registry.format import read_adapter
+from veneer_registry.training_manifest import TRAINING_FILE
 
 from tests.unit.registry.kit import BASE, make_adapter
 

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from veneer_registry.bundle import Bundle
+from veneer_registry.bundle_files import README_FILE
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import CatalogDamaged, DiskFull, FailedPrecondition, InternalError
-from veneer_registry.format import CONFIG_FILE, README_FILE, WEIGHTS_FILE, weights_digest
+from veneer_registry.format import weights_digest
+from veneer_registry.lora_config import CONFIG_FILE
 from veneer_registry.rows import RevisionRow
-from veneer_registry.store import Bundle, Store
+from veneer_registry.store import Store
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.refused import refused
 from tests.unit.registry.kit import limit_pages, make_adapter

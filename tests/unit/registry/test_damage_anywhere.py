@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from veneer_registry import rebuild
 from veneer_registry.errors import AdapterCorrupt, AdapterNotFound, VeneerError
-from veneer_registry.format import WEIGHTS_FILE, verify_weights
 from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.unit.registry.kit import BASE, push
 from tests.unit.registry.test_missing_sides import end_without_closing

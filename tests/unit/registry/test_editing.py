@@ -17,8 +17,11 @@ from veneer_registry.errors import (
     FailedPrecondition,
     InvalidField,
 )
-from veneer_registry.format import WEIGHTS_FILE, verify_weights
-from veneer_registry.registry import Registry, Staged, Who
+from veneer_registry.publishing import Staged
+from veneer_registry.registry import Registry
+from veneer_registry.rows import Who
+from veneer_registry.stored_adapter import verify_weights
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, push, send

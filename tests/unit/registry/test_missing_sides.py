@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from veneer_registry.bundle import Bundle
 from veneer_registry.catalog import Catalog
 from veneer_registry.errors import AdapterCorrupt, FailedPrecondition, VeneerError
-from veneer_registry.format import verify_weights
 from veneer_registry.registry import Registry
-from veneer_registry.store import Bundle, Store
+from veneer_registry.store import Store
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.unit.registry.kit import (
     BASE,

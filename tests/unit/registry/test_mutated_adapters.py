@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.errors import VeneerError
-from veneer_registry.format import (
-    CONFIG_FILE,
-    TEMPLATE_FILE,
-    TRAINING_FILE,
-    WEIGHTS_FILE,
-    read_adapter,
-)
+from veneer_registry.format import read_adapter
+from veneer_registry.lora_config import CONFIG_FILE
+from veneer_registry.training_manifest import TRAINING_FILE
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.unit.registry.kit import (
     BASE,

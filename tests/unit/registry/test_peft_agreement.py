@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from veneer_registry.adapter import BaseFingerprint, BaseSpec
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.format import open_stored, read_adapter
+from veneer_registry.format import read_adapter
+from veneer_registry.stored_adapter import open_stored
 from veneer_registry.tensor_names import module_path
 
 from tests.refused import refused

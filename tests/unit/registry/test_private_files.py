@@ -22,8 +22,9 @@ from pathlib import Path
 os.umask(int(sys.argv[1], 8))
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, make_older, push
 from veneer_registry import rebuild, upkeep
-from veneer_registry.format import TEMPLATE_FILE, WEIGHTS_FILE
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.registry import Registry
+from veneer_registry.weights import WEIGHTS_FILE
 
 data, scratch = Path(sys.argv[2]), Path(sys.argv[3])
 folders = [make_adapter(scratch / f"{n}", seed=n) for n in range(4)]

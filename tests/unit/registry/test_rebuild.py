@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from veneer_registry import rebuild
 from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.errors import (
     AdapterCorrupt,
     BaseModelMismatch,
@@ -22,9 +23,9 @@ from veneer_registry.errors import (
     StoreLocked,
     StoreMismatch,
 )
-from veneer_registry.format import TEMPLATE_FILE, WEIGHTS_FILE
 from veneer_registry.records import AdapterRecord
 from veneer_registry.registry import Registry
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.unit.registry.kit import BASE, make_adapter, make_older, push
 

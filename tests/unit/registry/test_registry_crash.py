@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from veneer_registry.format import verify_weights
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.unit.registry.kit import BASE, make_adapter, push
 

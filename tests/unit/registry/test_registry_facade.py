@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from veneer_registry.adapter import BaseFingerprint
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -30,17 +31,14 @@ from veneer_registry.errors import (
     StoreLocked,
     VeneerError,
 )
-from veneer_registry.format import (
-    CONFIG_FILE,
-    TEMPLATE_FILE,
-    WEIGHTS_FILE,
-    manifest_to_json,
-    verify_weights,
-)
 from veneer_registry.lock import OwnerLock
+from veneer_registry.lora_config import CONFIG_FILE
+from veneer_registry.manifest_json import manifest_to_json
 from veneer_registry.records import UploadFile, UploadRequest
 from veneer_registry.registry import Registry
 from veneer_registry.store import Store
+from veneer_registry.stored_adapter import verify_weights
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.refused import refused
 from tests.unit.registry.kit import (

@@ -18,15 +18,16 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.errors import (
     AdapterExists,
     AdapterNotFound,
     EtagMismatch,
     FailedPrecondition,
 )
-from veneer_registry.format import TEMPLATE_FILE, verify_weights
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.unit.registry.kit import BASE, make_adapter, make_tensors, push
 

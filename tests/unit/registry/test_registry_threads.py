@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veneer_registry.errors import AdapterNotFound
-from veneer_registry.format import verify_weights
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 
 from tests.unit.registry.kit import BASE, make_adapter, make_tensors, push
 

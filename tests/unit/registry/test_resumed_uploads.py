@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.core import Core
 from veneer_registry.errors import Aborted, ChecksumMismatch, InvalidField
-from veneer_registry.format import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, verify_weights
+from veneer_registry.lora_config import CONFIG_FILE
 from veneer_registry.records import UploadRequest
 from veneer_registry.registry import Registry
+from veneer_registry.stored_adapter import verify_weights
 from veneer_registry.upload import Upload
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, kill, push, send

@@ -8,13 +8,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 from veneer_registry.errors import AdapterInvalid
-from veneer_registry.safetensors_header import (
-    CHECKPOINT_LIMITS,
-    HeaderLimits,
-    parse_header,
-    read_header,
-)
+from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, HeaderLimits, read_header
 
+from tests.adapter_files import parse_header
 from tests.refused import refused
 from tests.unit.registry.kit import raw_file
 

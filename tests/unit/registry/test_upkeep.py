@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from veneer_registry.bundle_files import TEMPLATE_FILE
 from veneer_registry.errors import (
     AdapterCorrupt,
     CatalogDamaged,
@@ -16,9 +17,9 @@ from veneer_registry.errors import (
     InvalidField,
     StoreLocked,
 )
-from veneer_registry.format import TEMPLATE_FILE, WEIGHTS_FILE
 from veneer_registry.registry import Registry
 from veneer_registry.upkeep import collect, quarantine, verify
+from veneer_registry.weights import WEIGHTS_FILE
 
 from tests.refused import refused
 from tests.unit.registry.kit import BASE, announce, bundle_files, make_adapter, push

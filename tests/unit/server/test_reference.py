@@ -17,8 +17,9 @@ from veneer_server.models import linear, packed
 from veneer_server.models.linear import SideBySide, fuse
 from veneer_server.models.loader import DecoderWeights, load_weights
 from veneer_server.models.packed import PackedFourBit
-from veneer_server.models.reference import reference_logprobs, references
+from veneer_server.models.reference import BaseWeights, references
 from veneer_server.models.source_weights import SourceWeights
+from veneer_server.wire.messages import AdapterSource
 
 from tests.engine_harness import source
 from tests.peft_adapters import make_adapters
@@ -29,6 +30,20 @@ from tests.unit.server.test_decoder import SHAPES, save_random
 # float32 on both sides: what is left is the order of sums over three layers.
 TOLERANCE = 2e-5
 SEED = 3
+
+
+def reference_logprobs(
+    weights: BaseWeights, tokens: list[int], adapter: AdapterSource | None
+) -> list[float]:
+    """`references` of one adapter, or of the base alone.
+
+    Raises:
+        AdapterCorrupt: the adapter's files do not have their digest any more.
+    """
+    (found,) = references(weights, tokens, [adapter])
+    if isinstance(found, AdapterCorrupt):
+        raise found
+    return found
 
 
 def load(folder: Path, quantization: Any = "none", dtype: Any = torch.float32) -> Any:

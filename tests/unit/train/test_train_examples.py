@@ -14,7 +14,8 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
 from veneer_labs.recipes import chat, code, sql
-from veneer_registry.format import ALLOWED_FILES, read_adapter
+from veneer_registry.bundle_files import ALLOWED_FILES
+from veneer_registry.format import read_adapter
 from veneer_train.config import QuantConfig
 from veneer_train.manifest import fingerprint
 from veneer_train.model import load_base, load_tokenizer

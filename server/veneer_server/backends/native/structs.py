@@ -172,7 +172,8 @@ STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
 
 
 class Field(ctypes.Structure):
-    """One row of the table of ``cpp/layout.h``: a field, or with no name the struct itself."""
+    """A row of the tables beside the structs (see ``cpp/layout.h``): a field, or with no name
+    the struct itself."""
 
     _fields_: ClassVar[_Fields] = [
         ("struct", c_char_p),

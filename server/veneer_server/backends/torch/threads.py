@@ -1,6 +1,6 @@
 """How many CPU threads an operator gets: all for large products, one for the rest.
 
-Waking a team of OpenMP threads that sleep at barriers costs 75 us (2 cores, virtual
+Waking OpenMP's thread pool, which sleeps at barriers, costs 75 us (2 cores, virtual
 machine), and a step on a small model has thousands of operators shorter than that:
 a LoRA product of 4 rows took 6 us on one thread and 20 to 100 us on two. Threads that
 spin instead make every step two to three times as long beside one busy process.
@@ -14,10 +14,12 @@ from typing import Final
 
 import torch
 
+from veneer_server.models.packed import torch_threads
+
 __all__ = ["Threads"]
 
-TEAM_WORK: Final = 10_000_000
-"""Multiplications from which a product is worth a team: 0.2 to 0.4 ms on one thread
+POOL_WORK: Final = 10_000_000
+"""Multiplications from which a product is worth the thread pool: 0.2 to 0.4 ms on one thread
 (4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and
 the other core stays free for the front meanwhile."""
 
@@ -27,7 +29,7 @@ of 320 rows of 576 took 80 us on one thread and 380 us on two."""
 
 
 class Threads:
-    """Switches the calling thread's team (0.2 us a switch). Does nothing on CUDA."""
+    """Sizes the calling thread's thread pool (0.2 us a switch). Does nothing on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._all = torch.get_num_threads()
@@ -38,20 +40,11 @@ class Threads:
     def step(self, numbers: int) -> Iterator[None]:
         """A step whose widest activation has this many numbers."""
         self._narrow = self._switches and numbers <= SMALL_STEP
-        with self._use(1) if self._narrow else nullcontext():
+        with torch_threads(1) if self._narrow else nullcontext():
             yield
 
     def product(self, work: int) -> AbstractContextManager[None]:
         """A product of ``work`` multiplications, or some that are as large each."""
-        if not self._switches or self._narrow == (work < TEAM_WORK):
+        if not self._switches or self._narrow == (work < POOL_WORK):
             return nullcontext()
-        return self._use(1 if work < TEAM_WORK else self._all)
-
-    @contextmanager
-    def _use(self, threads: int) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return torch_threads(1 if work < POOL_WORK else self._all)

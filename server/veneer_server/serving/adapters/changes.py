@@ -15,15 +15,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import AdapterNotFound, VeneerError
-from veneer_registry.registry import (
-    AdapterRecord,
-    AliasChange,
-    Published,
-    Registry,
-    Staged,
-    Upload,
-    Who,
-)
+from veneer_registry.publishing import Staged
+from veneer_registry.records import AdapterRecord, AliasChange, Published
+from veneer_registry.registry import Registry
+from veneer_registry.rows import Who
+from veneer_registry.upload import Upload
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger

@@ -18,7 +18,7 @@ from typing import Final
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Draining
-from veneer_registry.registry import AdapterRecord, Published
+from veneer_registry.records import AdapterRecord, Published
 
 from veneer_server.engine_client.client import EngineEvent
 from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted, Residency

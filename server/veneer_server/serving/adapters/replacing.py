@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.errors import VeneerError
-from veneer_registry.registry import Registry, Staged
+from veneer_registry.publishing import Staged
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger

@@ -14,7 +14,8 @@ from veneer_registry.errors import (
     AdapterNotFound,
     BaseModelMismatch,
 )
-from veneer_registry.registry import Registry, RevisionLease
+from veneer_registry.lease import RevisionLease
+from veneer_registry.registry import Registry
 
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.serving.adapters.use import AdapterUse, source_of

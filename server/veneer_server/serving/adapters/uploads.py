@@ -16,14 +16,10 @@ from typing import Final, TypeVar
 
 from veneer_proto.v1 import adapters_pb2
 from veneer_registry.errors import Aborted, InvalidField, QuotaExceeded, VeneerError
-from veneer_registry.registry import (
-    Published,
-    Registry,
-    Staged,
-    Upload,
-    UploadFile,
-    UploadRequest,
-)
+from veneer_registry.publishing import Staged
+from veneer_registry.records import Published, UploadFile, UploadRequest
+from veneer_registry.registry import Registry
+from veneer_registry.upload import Upload
 
 from veneer_server.logs import get_logger
 from veneer_server.serving.threads import to_the_end

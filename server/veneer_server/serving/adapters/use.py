@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from veneer_registry.adapter import AdapterRef
-from veneer_registry.registry import AdapterRecord, Registry
+from veneer_registry.records import AdapterRecord
+from veneer_registry.registry import Registry
 
 from veneer_server.wire.messages import AdapterSource
 

@@ -1,7 +1,6 @@
 """The process that renders uploaded chat templates, under limits of CPU time and memory.
 
-Started by `veneer_server.text.templates.worker`. Frames on stdin and stdout: a 4-byte
-big-endian length, then MessagePack.
+Started by `veneer_server.text.templates.worker`. Frames (`wire.frames`) on stdin and stdout.
 
 A rendering that takes too long is interrupted by an exception at the next Python
 instruction: the process goes on, and what it has compiled stays. One operation of a template
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -27,17 +25,15 @@ from veneer_registry.errors import TemplateFailed
 from veneer_server.queues.recent import Recent
 from veneer_server.system.priority import lower_priority
 from veneer_server.text.templates.template import Cause, ChatTemplate
+from veneer_server.wire.frames import LENGTH, framed
 
-__all__ = ["LENGTH", "MEMORY_LIMIT", "OUT_OF_TIME", "Done", "Job", "TooSlow"]
+__all__ = ["MEMORY_LIMIT", "OUT_OF_TIME", "Done", "Job", "TooSlow"]
 
 MEMORY_LIMIT: Final = 512 << 20
 """Address space of a process, in bytes; an idle one takes about 100 MB."""
 
 OUT_OF_TIME: Final = signal.SIGVTALRM
 """Ends a process that could not be interrupted."""
-
-LENGTH: Final = struct.Struct(">I")
-"""Before each frame: its bytes."""
 
 _GRACE_S: Final = 0.1
 """CPU time beyond a limit before the process is ended."""
@@ -135,8 +131,7 @@ def main(jobs: BinaryIO, answers: BinaryIO) -> None:
         began = time.process_time()
         done = _do(job, compiled)
         done = msgspec.structs.replace(done, seconds=time.process_time() - began)
-        body = msgspec.msgpack.encode(done)
-        answers.write(LENGTH.pack(len(body)) + body)
+        answers.write(framed(msgspec.msgpack.encode(done)))
         answers.flush()
 
 

@@ -12,8 +12,9 @@ import msgspec
 from veneer_registry.child_python import child_python
 
 from veneer_server.text.templates import process as template_process
-from veneer_server.text.templates.process import LENGTH, OUT_OF_TIME, Done, Job
+from veneer_server.text.templates.process import OUT_OF_TIME, Done, Job
 from veneer_server.text.templates.template import MAX_ERROR, MAX_OUTPUT
+from veneer_server.wire.frames import LENGTH, framed
 
 __all__ = ["Cause", "Ended", "Worker"]
 
@@ -120,8 +121,7 @@ async def exchange(process: asyncio.subprocess.Process, job: Job) -> Done:
     """Send a job to a process that is idle, and take its answer."""
     assert process.stdin is not None, "made with pipes"
     assert process.stdout is not None, "made with pipes"
-    body = msgspec.msgpack.encode(job)
-    process.stdin.write(LENGTH.pack(len(body)) + body)
+    process.stdin.write(framed(msgspec.msgpack.encode(job)))
     await process.stdin.drain()
     (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
     if size > MAX_ANSWER:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from veneer_registry.errors import AdapterCorrupt, DiskFailed, InternalError
-from veneer_registry.format import WEIGHTS_FILE, weights_digest
+from veneer_registry.format import weights_digest
+from veneer_registry.weights import WEIGHTS_FILE
 from veneer_server.adapters import loaders, pages
 from veneer_server.adapters.loader_process import Setup
 from veneer_server.adapters.loaders import Loaders

@@ -15,8 +15,8 @@ from veneer_registry.errors import EngineFailed, VeneerError
 from veneer_server.engine_client import supervisor
 from veneer_server.engine_client.connection import Connection, next_frame
 from veneer_server.engine_client.supervisor import Supervisor
+from veneer_server.wire.frames import LENGTH
 from veneer_server.wire.messages import (
-    LENGTH,
     EngineConfig,
     EngineInfo,
     FromEngine,

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from veneer_registry.errors import VeneerError
-from veneer_registry.registry import AdapterRecord, Registry
+from veneer_registry.records import AdapterRecord
+from veneer_registry.registry import Registry
 from veneer_server.openai import routes
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import SequenceOutput

@@ -23,10 +23,10 @@ from veneer_proto.v1 import (
     inference_pb2_grpc,
     server_pb2_grpc,
 )
-from veneer_registry.writer import write_adapter
 from veneer_server.app import App
 from veneer_server.config import load_config
 
+from tests.adapter_files import write_adapter
 from tests.ports import free_port
 from tests.unit.server.rpc.fake_engine import FakeEngine
 

@@ -3,6 +3,7 @@
 #include <exception>
 #include <new>
 #include <system_error>
+#include <vector>
 
 #include "decoder/decoder.h"
 #include "kernels/sample.h"
@@ -14,6 +15,15 @@ namespace {
 
 // The caller knows these numbers (`_Status` of library.py).
 enum Status : int32_t { kOk = 0, kNoMemory = 1, kNoThreads = 2, kInternal = 3 };
+
+// The tables one after the other, and a row without a struct.
+template <size_t... Sizes>
+std::vector<Field> joined(const Field (&... tables)[Sizes]) {
+    std::vector<Field> all;
+    (all.insert(all.end(), tables, tables + Sizes), ...);
+    all.push_back({});
+    return all;
+}
 
 // Call `function`; an exception becomes a status.
 template <class Function>
@@ -67,7 +77,12 @@ Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
 extern "C" {
 
 // The structs' fields; the last row has no struct.
-const Field* veneer_fields() { return kFields; }
+const Field* veneer_fields() {
+    static const std::vector<Field> fields =
+        joined(kLinearFields, kLayerFields, kModelFields, kLoraMemberFields, kLoraGroupFields,
+               kLoraAdapterFields, kSegmentFields, kStepFields, kSampleRowFields);
+    return fields.data();
+}
 
 const char* veneer_instructions() { return kInstructions; }
 

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../layout.h"
 #include "prefetch.h"
 #include "shared.h"
 #include "simd.h"
@@ -34,7 +35,7 @@ constexpr size_t block_bytes(Kind kind) {
     return code_bytes(kind) + (kind == Kind::bfloat16 ? 0 : kTile * sizeof(float));
 }
 
-// Shared with Python: see layout.h.
+// Python has the same: see layout.h.
 struct Linear {
     const uint8_t* weights;
     const float* bias;  // or null
@@ -51,6 +52,11 @@ struct Linear {
         const int place = (within / 2 * parts + index / each) * 2 + within % 2;
         return weights + size_t(parts == 1 ? index : place) * blocks() * block_bytes(kind);
     }
+};
+constexpr Field kLinearFields[] = {
+    VENEER_STRUCT(Linear),         VENEER_FIELD(Linear, weights), VENEER_FIELD(Linear, bias),
+    VENEER_FIELD(Linear, outputs), VENEER_FIELD(Linear, inputs),  VENEER_FIELD(Linear, kind),
+    VENEER_FIELD(Linear, parts),   VENEER_FIELD(Linear, table),
 };
 
 // How far ahead of what is read weights are prefetched, in bytes.

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "../layout.h"
 #include "shared.h"
 #include "simd.h"
 
@@ -16,13 +17,18 @@ namespace veneer {
 
 constexpr int kMembers = 3;  // projections that share an input: q, k, v
 
-// One adapted projection. Shared with Python: see layout.h.
+// One adapted projection. Python has the same four structs: see layout.h.
 struct LoraMember {
     const void* b;  // null: not adapted
     int32_t rank;
     int32_t first;  // its first column of h
     float scaling;
     int32_t reserved;
+};
+constexpr Field kLoraMemberFields[] = {
+    VENEER_STRUCT(LoraMember),         VENEER_FIELD(LoraMember, b),
+    VENEER_FIELD(LoraMember, rank),    VENEER_FIELD(LoraMember, first),
+    VENEER_FIELD(LoraMember, scaling), VENEER_FIELD(LoraMember, reserved),
 };
 
 // An adapter in one group of one layer.
@@ -32,6 +38,11 @@ struct LoraGroup {
     int32_t reserved;
     LoraMember members[kMembers];
 };
+constexpr Field kLoraGroupFields[] = {
+    VENEER_STRUCT(LoraGroup),         VENEER_FIELD(LoraGroup, a),
+    VENEER_FIELD(LoraGroup, ranks),   VENEER_FIELD(LoraGroup, reserved),
+    VENEER_FIELD(LoraGroup, members),
+};
 
 // An adapter: its groups in all layers, [layer][group].
 struct LoraAdapter {
@@ -39,10 +50,22 @@ struct LoraAdapter {
     int32_t is_float;  // else bfloat16
     int32_t reserved;
 };
+constexpr Field kLoraAdapterFields[] = {
+    VENEER_STRUCT(LoraAdapter),
+    VENEER_FIELD(LoraAdapter, groups),
+    VENEER_FIELD(LoraAdapter, is_float),
+    VENEER_FIELD(LoraAdapter, reserved),
+};
 
 struct Segment {
     int64_t begin, end;  // rows
     const LoraAdapter* adapter;
+};
+constexpr Field kSegmentFields[] = {
+    VENEER_STRUCT(Segment),
+    VENEER_FIELD(Segment, begin),
+    VENEER_FIELD(Segment, end),
+    VENEER_FIELD(Segment, adapter),
 };
 
 constexpr int kRankChunk = 64;  // ranks that one call of `shrink` computes

@@ -7,11 +7,12 @@
 #include <cmath>
 #include <vector>
 
+#include "../layout.h"
 #include "simd.h"
 
 namespace veneer {
 
-// A row of logits, how to sample it, and its token. Shared with Python: see layout.h.
+// A row of logits, how to sample it, and its token. Python has the same: see layout.h.
 struct SampleRow {
     const float* logits;  // [vocab]
     uint64_t seed, position;
@@ -20,6 +21,17 @@ struct SampleRow {
     float temperature;  // below `kMinTemperature`: greedy
     float min_p;        // 0: keep all
     int64_t token;      // the result; -1 where the logits are not finite
+};
+constexpr Field kSampleRowFields[] = {
+    VENEER_STRUCT(SampleRow),
+    VENEER_FIELD(SampleRow, logits),
+    VENEER_FIELD(SampleRow, seed),
+    VENEER_FIELD(SampleRow, position),
+    VENEER_FIELD(SampleRow, top_p),
+    VENEER_FIELD(SampleRow, top_k),
+    VENEER_FIELD(SampleRow, temperature),
+    VENEER_FIELD(SampleRow, min_p),
+    VENEER_FIELD(SampleRow, token),
 };
 
 constexpr float kMinTemperature = 1e-5f;  // dividing by less would overflow

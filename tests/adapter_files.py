@@ -1,4 +1,4 @@
-"""Writes an adapter folder as PEFT would: for training's export and for tests."""
+"""Adapter folders as PEFT would write them, and the headers of their files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-
 from veneer_registry.lora_config import CONFIG_FILE
+from veneer_registry.safetensors_header import (
+    ADAPTER_LIMITS,
+    HeaderLimits,
+    SafetensorsHeader,
+    read_header,
+)
 from veneer_registry.weights import WEIGHTS_FILE
 
-__all__ = ["write_adapter", "write_safetensors"]
+__all__ = ["parse_header", "write_adapter", "write_safetensors"]
 
 _DTYPES: Final = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 _ALIGNMENT: Final = 8
@@ -65,3 +70,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> No
             file.write(
                 np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
             )
+
+
+def parse_header(path: Path, limits: HeaderLimits = ADAPTER_LIMITS) -> SafetensorsHeader:
+    """`read_header` of the file at ``path``."""
+    with path.open("rb") as file:
+        return read_header(file, path.name, limits)

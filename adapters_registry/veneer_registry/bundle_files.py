@@ -1,0 +1,138 @@
+"""The files of a bundle: which it may have, how large, and reading the small ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from veneer_registry.errors import AdapterInvalid
+from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT
+from veneer_registry.regular_files import open_regular, stat_regular
+from veneer_registry.strict_json import refuse, show
+from veneer_registry.training_manifest import TRAINING_FILE, TRAINING_LIMIT
+from veneer_registry.weights import WEIGHTS_FILE
+
+__all__ = [
+    "ALLOWED_FILES",
+    "README_FILE",
+    "REQUIRED_FILES",
+    "TEMPLATE_FILE",
+    "TEMPLATE_LIMIT",
+    "FileSelection",
+    "check_file_name",
+    "open_file",
+    "read_small",
+    "select_files",
+]
+
+TEMPLATE_FILE: Final = "chat_template.jinja"
+TEMPLATE_LIMIT: Final = 64 << 10
+README_FILE: Final = "README.md"
+README_LIMIT: Final = 1 << 20
+
+REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+
+ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
+    {
+        CONFIG_FILE: CONFIG_LIMIT,
+        WEIGHTS_FILE: None,
+        TEMPLATE_FILE: TEMPLATE_LIMIT,
+        TRAINING_FILE: TRAINING_LIMIT,
+        README_FILE: README_LIMIT,
+    }
+)
+"""Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
+
+_PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+
+def check_file_name(name: str) -> str:
+    """Return ``name`` if a bundle may hold a file of this name.
+
+    Raises:
+        AdapterInvalid: metadata ``file``; the message says what to send instead.
+    """
+    if name in ALLOWED_FILES:
+        return name
+    shown = name[:80]
+    if Path(shown).suffix.lower() in _PICKLES:
+        why = (
+            "is a pickle, which can run code when opened, so it is never read; save the "
+            f"adapter with safe_serialization=True and send {WEIGHTS_FILE}"
+        )
+    else:
+        why = f"does not belong in a bundle; send only {', '.join(ALLOWED_FILES)}"
+    raise AdapterInvalid(f"{show(shown)} {why}", metadata={"file": shown, "why": why})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileSelection:
+    """What of a folder is a bundle: ``files`` are sent, ``skipped`` are not."""
+
+    files: tuple[Path, ...]
+    skipped: tuple[str, ...]
+
+
+def select_files(folder: Path) -> FileSelection:
+    """Sort a folder's entries into bundle files and the rest.
+
+    Trainers leave ``training_args.bin``, optimizer states and checkpoints beside an
+    adapter: they are skipped, never sent.
+
+    Only names, kinds and sizes are looked at: nothing is read before all of them are fine.
+
+    Raises:
+        AdapterInvalid: the folder or a required file is missing; where only a
+            pickle is there, it is named with the way to convert it. A file of the bundle is
+            empty, too large, not a regular file, or a link that leaves the folder.
+    """
+    if not folder.is_dir():
+        refuse(show(str(folder)), "is not a folder; give the folder that PEFT saved")
+    entries = sorted(folder.iterdir())
+    files = tuple(path for path in entries if path.name in ALLOWED_FILES)
+    skipped = tuple(path.name for path in entries if path.name not in ALLOWED_FILES)
+    names = {path.name for path in files}
+    if WEIGHTS_FILE not in names:
+        for name in skipped:
+            if Path(name).stem == "adapter_model" and Path(name).suffix.lower() in _PICKLES:
+                check_file_name(name)
+    for name in REQUIRED_FILES:
+        if name not in names:
+            refuse(name, "is missing; save the adapter with save_pretrained")
+    for path in files:
+        _check_size(path)
+    return FileSelection(files, skipped)
+
+
+def _check_size(path: Path) -> None:
+    size, limit = stat_regular(path).st_size, ALLOWED_FILES[path.name]
+    if not size:
+        fix = "save the adapter again" if path.name in REQUIRED_FILES else "remove it"
+        refuse(path.name, f"is empty; {fix}")
+    if limit is not None and size > limit:
+        refuse(path.name, f"is larger than {limit} bytes, it has {size}; make it smaller")
+
+
+def open_file(folder: Path, name: str) -> io.BufferedReader:
+    """Open a bundle's file to read it. Raises AdapterInvalid as `read_small`."""
+    return io.BufferedReader(open_regular(folder / name))
+
+
+def read_small(folder: Path, name: str) -> bytes:
+    """All of a bundle's file other than the weights.
+
+    Raises:
+        AdapterInvalid: it is missing, too large, not a regular file, or a link that leaves
+            the folder.
+    """
+    limit = ALLOWED_FILES[name]
+    assert limit is not None, "the weights are read in pieces"
+    with open_file(folder, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        refuse(name, f"is larger than {limit} bytes; make it smaller")
+    return data

@@ -1,0 +1,179 @@
+"""What a registry knows, read and never changed: names, revisions, records, leases, history."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.adapter import AdapterRef
+from veneer_registry.core import Part
+from veneer_registry.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    BaseModelMismatch,
+    InvalidField,
+)
+from veneer_registry.lease import RevisionLease
+from veneer_registry.records import AdapterRecord
+from veneer_registry.rows import AliasRow, HistoryRow, ResidentRow
+
+__all__ = ["Lookups"]
+
+_MAX_PAGE: Final = 1000
+
+
+class Lookups(Part):
+    """The part of `Registry` that changes nothing, but for the leases that it gives."""
+
+    def __len__(self) -> int:
+        """Registered names."""
+        return len(self._core.index)
+
+    def resolve(self, name: str, key: str = "") -> AdapterRef:
+        """The revision that ``name``, ``name@revision`` or ``name/alias`` means now.
+        Microseconds.
+
+        Args:
+            name: ``revision`` is 12 to 64 of its first hex digits.
+            key: which of an alias's targets; the same key gets the same one.
+
+        Raises:
+            InvalidField: not of that form, or ambiguous.
+            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+            BaseModelMismatch: it was registered for another base.
+            AdapterCorrupt: its stored content is damaged or gone, or its catalog row is.
+        """
+        return self._core.index.resolve(name, key)
+
+    def acquire(self, name: str, key: str = "") -> RevisionLease:
+        """`resolve` and lease in one step: the content stays until the lease ends,
+        also when it is deleted or superseded meanwhile. Under a millisecond: it waits for
+        no other read of the catalog, and for no change of it."""
+        index = self._core.index
+        before: AdapterRef | None = None
+        while True:
+            ref = index.acquire(name, key).ref
+            try:
+                row = self._core.catalog.revision(ref.name, ref.revision, urgent=True)
+                if row is not None:
+                    return RevisionLease(self._core.record(row), index.release)
+                self._check_moved(ref, before)
+            except BaseException:
+                index.release(ref)
+                raise
+            before = ref
+            index.release(ref)
+
+    def acquire_weights(self, weights_digest: str) -> RevisionLease:
+        """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""
+        for ref in self._core.index.holding(weights_digest):
+            # Deleted just now, registered for another base, or its row is damaged.
+            with contextlib.suppress(AdapterNotFound, BaseModelMismatch, AdapterCorrupt):
+                return self.acquire(f"{ref.name}@{ref.revision}")
+        raise AdapterNotFound(
+            f"no adapter has the weights {weights_digest[:12]} any more; push them again"
+        )
+
+    def _check_moved(self, ref: AdapterRef, before: AdapterRef | None) -> None:
+        """Its row is gone. Superseded meanwhile: the name means another revision now, so
+        ask again. Still the same: a delete has reached the catalog, not yet the index."""
+        if ref == before:
+            raise AdapterNotFound(
+                f"adapter {ref.short} was deleted just now; push it again",
+                metadata={"adapter": ref.name, "cause": "deleted"},
+            )
+
+    def get(self, name: str) -> AdapterRecord:
+        """The record of ``name``, ``name@revision`` or ``name/alias``, whichever base it is
+        for. Raises InvalidField for an alias that means several revisions."""
+        before: AdapterRef | None = None
+        while True:
+            ref = self._core.index.find(name).ref
+            row = self._core.catalog.revision(ref.name, ref.revision)
+            if row is not None:
+                return self._core.record(row)
+            self._check_moved(ref, before)
+            before = ref
+
+    def revisions(self, name: str) -> tuple[AdapterRecord, ...]:
+        """All kept revisions of a plain name, newest first. Raises AdapterNotFound."""
+        rows = self._core.catalog.revisions(name)
+        if not rows:
+            self._core.index.find(name)
+        return tuple(map(self._core.record, rows))
+
+    def list(
+        self,
+        prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        after: str = "",
+        limit: int = 100,
+    ) -> tuple[AdapterRecord, ...]:
+        """Current revisions in name order; ``after`` is the last name of the page before.
+
+        Raises InvalidField for a limit outside 1 to 1001: a page, and one more to know
+        whether it is the last.
+        """
+        _check_limit(limit, _MAX_PAGE + 1)
+        rows = self._core.catalog.page(prefix, labels or {}, after, limit)
+        return tuple(map(self._core.record, rows))
+
+    def holding(self, weights_digest: str) -> tuple[AdapterRecord, ...]:
+        """All kept revisions, of any name, that have these weights."""
+        refs = self._core.index.holding(weights_digest)
+        found = []
+        for ref in refs:
+            with contextlib.suppress(AdapterCorrupt):
+                if (row := self._core.catalog.revision(ref.name, ref.revision)) is not None:
+                    found.append(self._core.record(row))
+        return tuple(found)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._core.index.entry(name) is not None
+
+    def names(self, weights_digest: str) -> tuple[str, ...]:
+        """All names that have a kept revision with these weights, sorted; from memory."""
+        return tuple(
+            dict.fromkeys(ref.name for ref in self._core.index.holding(weights_digest))
+        )
+
+    def leases(self, weights_digest: str) -> int:
+        """Requests that hold these weights now."""
+        return self._core.index.leases(weights_digest)
+
+    def weights_folder(self, ref: AdapterRef) -> Path:
+        """Folder with the two weight files of a leased or registered revision."""
+        return self._core.store.weights_folder(ref.weights_digest)
+
+    def aliases(self, name: str = "") -> tuple[AliasRow, ...]:
+        """Aliases of a plain name (of all names if empty), in order. Raises AdapterNotFound."""
+        if name:
+            return self._core.index.find_entry(name).aliases
+        return self._core.catalog.aliases()
+
+    def history(
+        self, name: str = "", *, before: int | None = None, limit: int = 100
+    ) -> tuple[HistoryRow, ...]:
+        """Who changed what when, newest first; kept when a name is deleted.
+
+        Args:
+            name: a plain name; empty for all.
+            before: only lines older than this `HistoryRow.sequence`.
+            limit: 1 to 1000 lines.
+        """
+        _check_limit(limit)
+        return self._core.catalog.history(name, before, limit)
+
+    def residents(self) -> tuple[ResidentRow, ...]:
+        """What was in memory when `set_residents` was last called, most recent first."""
+        return self._core.catalog.residents()
+
+
+def _check_limit(limit: int, most: int = _MAX_PAGE) -> None:
+    if not 1 <= limit <= most:
+        raise InvalidField(
+            f"page size {limit} is not allowed: use 1 to {most}",
+            metadata={"field": "page_size"},
+        )

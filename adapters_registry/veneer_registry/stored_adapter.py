@@ -1,0 +1,137 @@
+"""Reading an adapter of the store, and comparing it with its digest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.adapter import AdapterManifest, LoraModule
+from veneer_registry.bundle_files import read_small
+from veneer_registry.errors import AdapterCorrupt, AdapterInvalid
+from veneer_registry.format import describe
+from veneer_registry.lora_config import CONFIG_FILE, LoraSettings, parse_config
+from veneer_registry.regular_files import open_regular
+from veneer_registry.safetensors_header import SafetensorsHeader, read_header
+from veneer_registry.weights import (
+    WEIGHTS_FILE,
+    ModuleTensors,
+    Pieces,
+    digest_weights,
+    find_modules,
+    mapped,
+    view_tensors,
+)
+
+__all__ = ["Stored", "open_stored", "open_unverified", "verify_weights"]
+
+_HEADER_BYTES: Final = 64 << 10
+"""What the header of a weights file takes, or a good part of it."""
+
+
+def verify_weights(folder: Path, digest: str) -> AdapterManifest:
+    """Read the two weight files of a stored adapter and compare with ``digest``.
+
+    Returns the manifest of these files alone (no template, no training facts), so
+    that a loader learns modules and scalings from verified bytes.
+
+    Raises:
+        AdapterCorrupt: files are missing, unreadable as an adapter, or differ.
+    """
+    with open_stored(folder, digest) as (manifest, _):
+        return manifest
+
+
+@contextlib.contextmanager
+def open_stored(
+    folder: Path, digest: str
+) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors]]]:
+    """`verify_weights`, and views of the very bytes that were verified, in the order of
+    ``manifest.modules``. Copy what you keep before leaving: the views are invalid then.
+
+    Raises:
+        AdapterCorrupt: as `verify_weights`.
+    """
+    with open_unverified(folder, digest) as stored:
+        stored.verify()
+        manifest = describe(digest, stored.header, stored.settings, stored.modules, None)
+        yield manifest, stored.tensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """An adapter of the store, opened: see `open_unverified`.
+
+    Attributes:
+        tensors: views, in the order of `modules`.
+        verify: compares the content with its digest.
+    """
+
+    settings: LoraSettings
+    header: SafetensorsHeader
+    modules: tuple[LoraModule, ...]
+    tensors: Sequence[ModuleTensors]
+    verify: Callable[[], None]
+
+
+@contextlib.contextmanager
+def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
+    """`open_stored`, but for the digest: ``verify`` compares it, and may do so in another
+    thread while the caller works. Until it has returned nothing here is to be trusted.
+
+    Raises:
+        AdapterCorrupt: as `verify_weights`; also by ``verify``.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            settings = parse_config(read_small(folder, CONFIG_FILE))
+            raw = open_regular(folder / WEIGHTS_FILE)
+            file = stack.enter_context(io.BufferedReader(raw, _HEADER_BYTES))
+            file.peek()  # before all the rest is asked for, or it would wait for that
+            stack.enter_context(_read_ahead(file.fileno()))
+            header = read_header(file, WEIGHTS_FILE)
+            modules = find_modules(header, settings, None)
+            content = stack.enter_context(mapped(file))
+        except (AdapterInvalid, OSError) as error:
+            raise _damaged(digest, str(error)[:200], "files") from error
+
+        def verify() -> None:
+            pieces: Pieces = lambda tensor: (content[tensor.begin : tensor.end],)  # noqa: E731
+            found = digest_weights(pieces, header, modules, None)
+            if found != digest:
+                raise _damaged(digest, f"its content has digest {found[:12]}", "digest")
+
+        tensors = stack.enter_context(view_tensors(content, header, modules))
+        yield Stored(settings, header, modules, tensors, verify)
+
+
+@contextlib.contextmanager
+def _read_ahead(fd: int) -> Iterator[None]:
+    """Have the disk read all of a file meanwhile. In a thread: asking takes as long as to find
+    that much memory."""
+    if not hasattr(os, "posix_fadvise"):
+        yield
+        return
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read-ahead")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _damaged(digest: str, why: str, cause: str) -> AdapterCorrupt:
+    return AdapterCorrupt(
+        f"stored weights {digest[:12]} are damaged ({why}); push the adapter again",
+        metadata={"weights_digest": digest, "why": why, "cause": cause},
+    )
