@@ -291,7 +291,7 @@ class StepLoop:
         self._scheduler.add(Sequence(message.sequence, request, self._clock(), found))
 
     def _check_deadline(self, message: Submit) -> None:
-        """Refuse a sequence that cannot get its first token in time, before it costs any."""
+        """Refuse a sequence that cannot get its first token in time, before it takes up any."""
         deadline = message.request.deadline
         if deadline is None:
             return

@@ -168,8 +168,8 @@ def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> 
     assert limits.cost is not None
     if limits.prompt_tokens < config.max_batch_tokens:
         log.warning(
-            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d beside "
-            "decoding), not %d, and the longest may take %.0f s",
+            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d if "
+            "they also decode), not %d, and the longest may take %.0f s",
             1e3 * limits.cost.token_s,
             limits.prompt_tokens,
             limits.prompt_tokens_beside_decode,
@@ -299,7 +299,7 @@ def main() -> None:
         log.error("%s", error.message)
         sys.exit(1)
     except (SystemExit, BrokenPipeError, ConnectionResetError):
-        log.info("the front has gone")
+        log.info("the front process has ended")
         os._exit(1)
 
     tame_collector()
@@ -317,7 +317,7 @@ def main() -> None:
     try:
         loop.run()
     except (BrokenPipeError, ConnectionResetError):
-        log.info("the front has gone")
+        log.info("the front process has ended")
     except Exception:
         log.exception("fatal: the step loop failed")
         # Load workers must not keep a broken engine alive.

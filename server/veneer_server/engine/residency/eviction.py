@@ -8,7 +8,7 @@ and the lowest rank is evicted first. The tier's age is the rank of the last cop
 so copies used now overtake those used long ago, however often they were used then.
 
 A new copy is on trial, with no uses, as in LIRS (Jiang and Zhang 2002): it is evicted
-before all others, the newest first, until two requests for it have come since the last use
+before all others, the newest first, until two requests for it have arrived since the last use
 of some other copy in the tier. So adapters that are used once, in a scan or a loop longer
 than the tier, take turns in the room of one and leave the rest in place, where LRU would
 evict each just before it is needed.

@@ -54,7 +54,7 @@ class Admission:
             self._lacking = (digest, now)
 
     def resident(self, sequence: Sequence) -> bool:
-        """Whether its adapter is where a step needs it, and stays there."""
+        """Whether the sequence's adapter is where a step needs it, and stays there."""
         return sequence.digest is None or self._residency.ready(sequence.digest)
 
     def order(
