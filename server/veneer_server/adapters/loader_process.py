@@ -1,13 +1,13 @@
 """A process that reads adapters for the engine, at low priority.
 
-In the engine itself a worker would hold Python's lock now and then, at low priority:
-the step would wait for a thread that gets no processor. It would also share the step's
-fate: a file that is cut short while it is mapped ends the process that reads it.
+A worker thread in the engine would sometimes hold the GIL at low priority, and the step
+would wait for a thread that gets no CPU time. It could also end the engine: truncating a
+file while it is mapped kills the process that reads it.
 
-Frames on a socket (`wire.frames`). To a `Load` come `Begun`, followed by the file
-descriptor of the memory for the run, and then `Loaded`; or `Loaded` with an error alone.
-So the engine gets its own part ready while the run is filled, but must use nothing of it
-before `Loaded`.
+They exchange frames on a socket (`wire.frames`). The answer to a `Load` is `Begun`,
+followed by the file descriptor of the memory for the run, and then `Loaded`; or only
+`Loaded` with an error. So the engine can prepare its side while the run is being filled,
+but must not use any of the run before `Loaded`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = [
 ]
 
 NO_MEMORY: Final = (
-    "there is no memory to load the adapter; lower the adapter budgets, or stop what else "
-    "takes memory, and retry"
+    "there is not enough memory to load the adapter; lower the adapter budgets, or stop "
+    "other processes that use memory, and retry"
 )
 _MOST_SPARE: Final = 32 << 20
-"""Bytes that a loader keeps ready for the next load."""
+"""Most bytes that a loader keeps ready for the next load."""
 _PAUSE_S: Final = 0.0025
-"""Before each piece of that."""
+"""Pause before making each piece ready."""
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
@@ -58,7 +58,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """Read this folder's weights, of that digest."""
+    """Read the weights in ``folder``, which must have ``digest``."""
 
     folder: str
     digest: str
@@ -77,10 +77,10 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The end: the run is whole and has its digest, unless there is an error.
+    """The end of a load: the run is complete and matches its digest, unless there is an error.
 
     Attributes:
-        stages: seconds of each.
+        stages: seconds of each stage.
         error: reason, message and metadata of a `VeneerError`, or None.
     """
 
@@ -89,11 +89,11 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class _Spare:
-    """Memory for the next load, made ready after the last one: to find and zero pages takes
-    as long as to fill them.
+    """Memory for the next load, made ready after the last one, since allocating and zeroing
+    pages takes as long as filling them.
 
-    That goes piece by piece, each after a pause, since what follows a load at once is the
-    prompt that waited for it: all pages in one go made that 12 ms slower.
+    This is done piece by piece, each after a pause, because a load is immediately followed
+    by the prompt that waited for it: all pages in one go make that 12 ms slower.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class _Spare:
         self._ready = 0
 
     def take(self, size: int) -> tuple[int, int]:
-        """A file descriptor of so many zeroed bytes, and how many of them are ready."""
+        """A file descriptor of ``size`` zeroed bytes, and how many of them are ready."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return memory(size), 0
@@ -110,7 +110,7 @@ class _Spare:
         return fd, min(self._ready, size)
 
     def want(self, size: int) -> None:
-        """Have so many bytes ready soon, if they are not too many to keep idle."""
+        """Have ``size`` bytes ready soon, unless that is too much to keep idle."""
         if self._fd < 0 and 0 < size <= _MOST_SPARE:
             self._fd, self._size, self._ready = memory(size), size, 0
 
@@ -119,7 +119,7 @@ class _Spare:
         return self._fd < 0 or self._ready >= self._size
 
     def prepare(self) -> None:
-        """One more piece."""
+        """Make one more piece ready."""
         self._ready = make_ready(self._fd, self._size, self._ready)
 
 
@@ -132,7 +132,7 @@ class _Job:
         self._connection = connection
 
     def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
-        """Memory of so many bytes, once the engine has it too."""
+        """Memory of ``size`` bytes, which the engine has received too."""
         self.size = size
         fd, ready = self._spare.take(size)
         try:

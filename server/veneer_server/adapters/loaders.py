@@ -1,4 +1,4 @@
-"""The engine's side of the loader processes: start them, ask them, start them again."""
+"""The engine's side of the loader processes: starts, uses and restarts them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = ["HostCopy", "Loaders"]
 log = logging.getLogger(__name__)
 
 MODULE: Final = "veneer_server.adapters.loader_process"
-"""What a loader runs."""
+"""The module that a loader runs."""
 _TRIES: Final = 2
 
 LIMIT_S: Final = 20.0
-"""Seconds that a load may take, and one more for each `BYTES_A_SECOND`."""
+"""Seconds that a load may take, plus one for each `BYTES_A_SECOND`."""
 
 BYTES_A_SECOND: Final = 4 << 20
 
@@ -55,7 +55,7 @@ class HostCopy:
 
     Attributes:
         run: [layout.length], ready to copy.
-        table: of the run as it lies here, made ahead for the first move; see `take_table`.
+        table: of the run in HOST, made in advance for the first move; see `take_table`.
     """
 
     layout: Layout
@@ -63,18 +63,18 @@ class HostCopy:
     table: AdapterTable | None = None
 
     def take_table(self) -> AdapterTable:
-        """Once: a copy that is in HOST alone has no use for a table."""
+        """The table, made if needed. Not kept: a copy that is only in HOST needs none."""
         ahead, self.table = self.table, None
         return AdapterTable(self.layout, self.run) if ahead is None else ahead
 
 
 class Loaders:
-    """Reads adapters, each in the first process that is free. Any thread may call `read`.
+    """Reads each adapter in the first process that is free. Any thread may call `read`.
 
     Args:
-        count: processes.
-        pinned: page-locked copies, for asynchronous copies to a GPU.
-        tables: make the table of each copy too, while that is being filled.
+        count: number of processes.
+        pinned: make page-locked copies, for asynchronous copies to a GPU.
+        tables: also make each copy's table, while the copy is being filled.
         limit_s: see `LIMIT_S`.
     """
 
@@ -97,8 +97,8 @@ class Loaders:
         self._idle: queue.SimpleQueue[Loader] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
-        # Not in the caller's thread: at low priority it would hold Python's lock, and the
-        # step wait for it, while the loader has the processor.
+        # Not on the caller's thread: at low priority, it would hold the GIL, and make the
+        # step wait, while the loader has the CPU.
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-map")
 
     def start(self) -> None:
@@ -114,16 +114,16 @@ class Loaders:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the processes that run."""
+        """Process ids of the running loaders."""
         return tuple(p.pid for p in self._processes if p.pid is not None)
 
     def read(self, source: AdapterSource) -> tuple[HostCopy, dict[str, float]]:
-        """Read, verify and convert; also the seconds of each stage.
+        """Read, verify and convert an adapter; also returns the seconds of each stage.
 
         Raises:
-            AdapterCorrupt: the content no longer has its digest.
-            DiskFailed: it takes too long, time and again.
-            InternalError: loaders end while they read it.
+            AdapterCorrupt: the content no longer matches its digest.
+            DiskFailed: every attempt takes too long.
+            InternalError: every loader that reads it ends.
         """
         size = source.parameters * self._dtype.itemsize
         process = self._idle.get()
@@ -135,7 +135,7 @@ class Loaders:
             )
         finally:
             self._idle.put(process)
-        if self._pinned:  # page-locked memory is a copy: only now is there something to copy
+        if self._pinned:  # this copies the run, which is complete only now
             copy.run = copy.run.pin_memory()
         return copy, stages
 
@@ -151,11 +151,11 @@ class Loaders:
 
 
 _Prepare = Callable[[Begun, int], "Future[HostCopy]"]
-"""Begins to make a copy of the descriptor of the run's memory, which it closes."""
+"""Starts to make a `HostCopy` from the descriptor of the run's memory, and closes that."""
 
 
 class Loader:
-    """One process, started when it is first asked, and again when it has ended."""
+    """One process, started on first use and restarted when it has ended."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = msgspec.msgpack.encode(setup)
@@ -179,10 +179,10 @@ class Loader:
     def load(
         self, source: AdapterSource, prepare: _Prepare, limit_s: float
     ) -> tuple[HostCopy, dict[str, float]]:
-        """The copy, whole and verified, and the seconds of each stage.
+        """The copy, complete and verified, and the seconds of each stage.
 
         A process that ends is replaced, and one that takes longer than ``limit_s`` is
-        killed; then the next one tries, once.
+        killed; then a new one tries, once.
         """
         ask = msgspec.msgpack.encode(Load(source.folder, source.weights_digest))
         began, late = time.monotonic(), False
@@ -209,7 +209,7 @@ class Loader:
             ended = f"killed after {limit_s:.0f} s" if late else self.end()
             if late:
                 self.end(kill=True)
-            log.warning("a loader ended (%s) while it read %s", ended, source.name)
+            log.warning("a loader ended (%s) while reading %s", ended, source.name)
         if late:
             raise DiskFailed(
                 f"adapter {source.name} could not be read within {limit_s:.0f} s, tried "
@@ -226,7 +226,7 @@ class Loader:
     def _loaded(
         self, connection: socket.socket, prepare: _Prepare, deadline: float
     ) -> tuple[HostCopy, dict[str, float]] | None:
-        """As `load`; None where the process has ended. Raises TimeoutError."""
+        """As `load`; None if the process has ended. Raises TimeoutError."""
         copy = None
         while (body := read_frame(connection)) is not None:
             connection.settimeout(max(_SOON_S, deadline - time.monotonic()))
@@ -247,11 +247,11 @@ class Loader:
 
     @property
     def pid(self) -> int | None:
-        """None where it does not run."""
+        """The process id; None if it is not running."""
         return None if self._connection is None or self._process is None else self._process.pid
 
     def end(self, *, kill: bool = False) -> str:
-        """End the process, or clear away what is left of it; says how it ended."""
+        """End the process, or clean up after it; returns how it ended."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -264,7 +264,7 @@ class Loader:
             try:
                 code = process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                # It is stopped, or waits for a disk that hangs.
+                # It is suspended, or blocked on a disk that hangs.
                 process.kill()
                 if last:
                     return f"process {process.pid} cannot be killed"

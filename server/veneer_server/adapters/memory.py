@@ -1,9 +1,9 @@
 """HOST and DEVICE copies of adapters, and the workers that make them.
 
-Implements the engine's `AdapterMemory`. Processes of their own read, verify and convert
-(`loaders`), workers ask them and copy; the loop's thread only puts finished copies into
-dictionaries. On a CPU the
-DEVICE copy shares the HOST copy's memory: moving an adapter costs its table.
+Implements the engine's `AdapterMemory`. Separate processes read, verify and convert
+(`loaders`); worker threads call them, and copy; the loop's thread only puts finished copies
+into dictionaries. On a CPU the DEVICE copy shares the HOST copy's memory, so a move only
+makes a table.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LoraMemory:
         self._workers = ThreadPoolExecutor(
             workers, thread_name_prefix="adapter-load", initializer=lower_priority
         )
-        # Of its own: a copy that sequences wait for must not wait for reads from disk.
+        # Separate: a copy that sequences wait for must not wait for reads from disk.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
         on_gpu = self._side_stream is not None
         self._loaders = Loaders(
@@ -82,11 +82,11 @@ class LoraMemory:
         )
 
     def start(self) -> None:
-        """Start what reads adapters, so that the first need not wait for it."""
+        """Start the loader processes, so that the first load need not wait for one."""
         self._loaders.start()
 
     def close(self) -> None:
-        """End the workers, and what reads adapters."""
+        """End the workers and the loader processes."""
         self._workers.shutdown()
         self._copier.shutdown()
         self._loaders.close()
@@ -111,12 +111,12 @@ class LoraMemory:
         if tier == "host":
             del self._host[weights_digest]
         else:
-            # No step is running: the loop is the only one that runs them. On CUDA
-            # the allocator reuses memory in stream order.
+            # No step is running, since the loop's thread runs them. On CUDA the allocator
+            # reuses memory in stream order.
             del self.tables[weights_digest]
 
     def reference(self, wanted: Reference) -> None:
-        """Have it computed from the base and an adapter's files, on a worker of its own."""
+        """Compute it from the base's and the adapter's files, on a separate worker."""
         self._references.start(wanted)
 
     # ------------------------------------------------------------ on a worker

@@ -1,10 +1,10 @@
-"""Memory that a loader fills and the engine reads, in pages of 2 MB where Linux has them.
+"""Memory that a loader fills and the engine reads, in pages of 2 MB if Linux has them.
 
-An adapter is 10 MB and each step reads it once: in pages of 4 kB finding its addresses took
-a tenth of a step with eight adapters, finding and zeroing 2,400 pages 7.5 ms of a load, and
-mapping them again in the engine 1.5 ms; in large ones 1.6 and 0.3 ms. Shared memory gets
-none by itself ("never" in shmem_enabled is the default), but for the asking: MADV_COLLAPSE,
-Linux 6.1.
+An adapter is 10 MB and each step reads it once. With 4 kB pages, address translation takes
+a tenth of a step with eight adapters, allocating and zeroing 2,400 pages 7.5 ms of a load,
+and mapping them again in the engine 1.5 ms; with large pages, the latter two take 1.6 and
+0.3 ms. Shared memory gets large pages only on request ("never" in shmem_enabled is the
+default), with MADV_COLLAPSE of Linux 6.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["PIECE", "make_ready", "map_pages", "memory"]
 
 _LARGE: Final = 2 << 20
 PIECE: Final = 256 << 10
-"""Bytes that are made ready at once, where it is in small pages."""
+"""Bytes of small pages that are made ready at once."""
 _COLLAPSE: Final = 25
 _FIXED: Final = 0x10
 _FAILED: Final = ctypes.c_void_p(-1).value
@@ -40,7 +40,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def memory(size: int) -> int:
-    """A file descriptor of so many bytes of memory, zeroed."""
+    """A file descriptor of ``size`` bytes of zeroed memory."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("veneer-adapter")
     else:
@@ -51,8 +51,8 @@ def memory(size: int) -> int:
 
 
 def map_pages(fd: int, size: int) -> memoryview:
-    """Map it all, every page at once where the system can: the first to read or write them
-    would wait for each. It is unmapped when nothing refers to it any more.
+    """Map all of the memory, with every page populated if the system can: otherwise the first
+    access to each page would fault. Unmapped when nothing refers to it any more.
 
     Raises:
         MemoryError: there is no room for the mapping.
@@ -64,17 +64,17 @@ def map_pages(fd: int, size: int) -> memoryview:
             raise MemoryError(str(error)) from error
     area, length, start = _map(fd, size, 0, mmap.MAP_POPULATE)
     numbers = (ctypes.c_ubyte * size).from_address(start)
-    # Not at the end of the process: others may still read it then.
+    # Not at the end of the process: other threads may still read it then.
     weakref.finalize(numbers, _libc.munmap, area, length).atexit = False
     return memoryview(numbers).cast("B")
 
 
 def make_ready(fd: int, size: int, begin: int) -> int:
-    """Find and zero the next pages from ``begin`` on, so that they are there when they are
-    written; where the next ones begin. At ``size`` nothing is left."""
+    """Allocate and zero the next pages from ``begin`` on, so that writing to them does not
+    fault. Returns where the pages after them begin; at ``size`` all are ready."""
     if not _LINUX:
         return size
-    begin -= begin % mmap.PAGESIZE  # the last page may have been ready in part
+    begin -= begin % mmap.PAGESIZE  # the last page may be only partly ready
     if begin % _LARGE == 0 and begin + _LARGE <= size and _collapse(fd, begin):
         return begin + _LARGE
     piece = min(PIECE, size - begin, _LARGE - begin % _LARGE)
@@ -85,7 +85,7 @@ def make_ready(fd: int, size: int, begin: int) -> int:
 
 def _collapse(fd: int, begin: int) -> bool:
     with _mapped(fd, _LARGE, begin, 0) as start:
-        ctypes.memset(start, 0, 1)  # where nothing is, there is nothing to collapse
+        ctypes.memset(start, 0, 1)  # an empty range cannot be collapsed
         return not _libc.madvise(start, _LARGE, _COLLAPSE)
 
 
@@ -99,7 +99,8 @@ def _mapped(fd: int, size: int, offset: int, flags: int) -> Iterator[int]:
 
 
 def _map(fd: int, size: int, offset: int, flags: int) -> tuple[int, int, int]:
-    """At an address that a large page may have: what is mapped around it, and the address."""
+    """Map at an address aligned for large pages. Returns the area reserved around it, the
+    area's length, and the address."""
     length = size + _LARGE
     area = _libc.mmap(None, length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if area == _FAILED:

@@ -1,5 +1,5 @@
-"""From an adapter's folder to a run of numbers. Numpy alone: it runs in loader processes,
-which start without torch, and torch's operators would bring a thread pool along.
+"""Reads an adapter's folder into a run of numbers. Uses only numpy: it runs in loader
+processes, which start without torch, whose operators would add a thread pool.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ITEMSIZE: Final[Mapping[Dtype, int]] = {"bfloat16": 2, "float16": 2, "float32": 
 _STORED: Final[Mapping[Dtype, str]] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 _KIND: Final[Mapping[int, str]] = {2: "<u2", 4: "<u4"}
-"""Raw bits of a number of so many bytes."""
+"""Type of a number's raw bits, by its size in bytes."""
 _Bits = npt.NDArray[np.unsignedinteger]
 
 
@@ -45,15 +45,15 @@ def read_run(
     Args:
         shapes: projection -> (out_features, in_features).
         dtype: of the run.
-        begin: is told what the adapter adapts, not verified yet, and gives zeroed memory for
-            so many bytes; it holds the run on return.
+        begin: called with the adapter's modules, not verified yet, and a number of bytes;
+            returns zeroed memory of that size, which holds the run when this returns.
 
     Returns:
-        The seconds of each stage: ``read`` (what is where), ``convert``, and ``verify``, which
-        goes on beside and counts where it takes longer.
+        The seconds of each stage: ``read`` (to locate the tensors), ``convert``, and
+        ``verify``, which runs in parallel: only the time it takes longer than these.
 
     Raises:
-        AdapterCorrupt: the content does not have its digest.
+        AdapterCorrupt: the content does not match its digest.
     """
     stages: dict[str, float] = {}
     clock = time.perf_counter()
@@ -83,7 +83,7 @@ def read_run(
 
 
 class _Beside:
-    """A check that runs in a thread of its own; most of it holds no lock of Python's."""
+    """A check that runs on its own thread; most of it does not hold the GIL."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -98,7 +98,7 @@ class _Beside:
             self._error = error
 
     def finish(self) -> None:
-        """Wait for it, and raise what it raised."""
+        """Wait for the check, and raise what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -107,11 +107,11 @@ class _Beside:
 def _fill(
     memory: memoryview, start: int, strides: tuple[int, int], stored: TensorView, dtype: Dtype
 ) -> None:
-    """Put a stored matrix into zeroed memory, in ``dtype``, rounded to nearest with ties to
+    """Write a stored matrix to zeroed memory, in ``dtype``, rounded to nearest with ties to
     even.
 
     Args:
-        start, strides: of the matrix there, in numbers.
+        start, strides: of the matrix in ``memory``, in elements.
     """
     size = ITEMSIZE[dtype]
     at, steps = start * size, (strides[0] * size, strides[1] * size)

@@ -1,7 +1,7 @@
 """The worker that computes references for the self-test.
 
-A thread of its own at low priority: a pass takes as long as hundreds of steps, so it must
-hold up neither a step nor an adapter that a request waits for.
+It has its own thread at low priority: a pass takes as long as hundreds of steps, so it must
+delay neither a step nor an adapter that a request waits for.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """What is served, as its files say.
+    """The base that is served, as its files describe it.
 
     Attributes:
-        fingerprint: of the weights; "" where it is not known.
+        fingerprint: of the weights; "" if unknown.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class ServedBase:
 
 
 class References:
-    """Answers each `Reference` by an `OperationDone` in the inbox."""
+    """Answers each `Reference` with an `OperationDone` in the inbox."""
 
     def __init__(self, inbox: Inbox, base: ServedBase) -> None:
         self._inbox = inbox
@@ -56,15 +56,15 @@ class References:
         )
 
     def start(self, wanted: Reference) -> None:
-        """Return at once; it is computed when those before it are."""
+        """Return at once; references are computed in order."""
         self._wanted.put(wanted)
         self._worker.submit(self._answer)
 
     def _answer(self) -> None:
-        """Answer all that are wanted by now, in one pass for those of one text."""
+        """Answer all pending references, with one pass for those of the same text."""
         if self._wanted.empty():
-            return  # an earlier call took it along
-        changed = self._changed()  # meanwhile others of the same test arrive
+            return  # an earlier call answered this one too
+        changed = self._changed()  # meanwhile more references of the same test arrive
         texts: dict[tuple[int, ...], list[Reference]] = {}
         while not self._wanted.empty():
             wanted = self._wanted.get()
@@ -78,7 +78,7 @@ class References:
                     self._inbox.put(OperationDone(wanted.operation, logprobs=result))
 
     def _changed(self) -> VeneerError | None:
-        """Why there is nothing to compare with, if the base's files are not what they were."""
+        """The error to answer with if the base's files have changed or cannot be read."""
         base = self._base
         try:
             if not base.fingerprint or weights_fingerprint(base.folder) == base.fingerprint:
@@ -87,8 +87,8 @@ class References:
         except (VeneerError, OSError) as error:
             cause, why = "unreadable", f"cannot be read: {error}"
         return BaseDamaged(
-            f"the base's files in {base.folder} {why}; what serves cannot be compared with "
-            "them: put them back, or restart the server",
+            f"the base's files in {base.folder} {why}; the served base cannot be compared "
+            "with them: put them back, or restart the server",
             metadata={"cause": cause},
         )
 
@@ -114,5 +114,5 @@ class References:
 
 def _begin_worker() -> None:
     lower_priority()
-    # On this thread alone: a second thread pool would run beside the step's.
+    # For this thread: otherwise a second thread pool would compete with the step's.
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""The engine: scheduler, residency and step loop, and the facade that the front uses."""
+"""The engine process: scheduling, residency, execution and the step loop."""

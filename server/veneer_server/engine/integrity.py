@@ -1,9 +1,9 @@
-"""Checks of everything, in slices, so that a request that arrives meanwhile is not kept
-waiting for the end of one.
+"""Full consistency checks, in slices, so that a request that arrives meanwhile need not
+wait for the end of one.
 
-A check is a generator: it yields between slices, and raises AssertionError where something
-differs. What it looks at must not change between two slices; a caller that is interrupted
-drops the generator and begins anew.
+A check is a generator: it yields between slices, and raises AssertionError on a mismatch.
+The state it checks must not change between slices; a caller that is interrupted drops the
+generator and starts over.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 __all__ = ["in_slices", "run"]
 
 _SLICE: Final = 200
-"""Items of a slice: a few tenths of a millisecond in the dearest check."""
+"""Items per slice: a few tenths of a millisecond in the slowest check."""
 
 T = TypeVar("T")
 
@@ -28,6 +28,6 @@ def in_slices(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def run(check: Iterator[None]) -> None:
-    """All slices of a check at once."""
+    """Run all slices of a check at once."""
     for _ in check:
         pass

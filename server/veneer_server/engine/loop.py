@@ -2,7 +2,7 @@
 
 One thread owns scheduler, residency and tables, so none of them needs a lock.
 Everything else (socket, load workers) puts messages into the inbox; a step
-never waits for them, and the loop sleeps in the inbox when nothing can run.
+never waits for them, and the loop blocks on the inbox when nothing can run.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 60.0
-"""An idle engine looks this often at everything it holds, which takes milliseconds for each
-thousand adapters; what ended sequences must have given back it checks after each message."""
+"""How often an idle engine checks everything it holds, which takes milliseconds per thousand
+adapters. That ended sequences left nothing behind is checked after each message."""
 CHECK_AGAIN_SECONDS = 1.0
-"""Until the next try where a message has interrupted that."""
+"""Time until the next attempt after a message interrupted a check."""
 
 
 class GrammarMemory(Protocol):
-    """What holds the state of constraints (`veneer_server.constraints.grammars`)."""
+    """Holds the state of constraints (`veneer_server.constraints.grammars`)."""
 
     def compile(
         self,
@@ -76,22 +76,22 @@ class GrammarMemory(Protocol):
         done: Callable[[InvalidField | None], None],
         caller: str = "",
     ) -> None:
-        """Return at once; ``done`` is called in any thread."""
+        """Return at once; ``done`` may be called on any thread."""
 
     def forget(self, sequence: int) -> None: ...
 
     def ending(self, sequence: int) -> ConstraintFailure | Following:
-        """How a sequence that was late goes on."""
+        """How a sequence whose constraint was late continues."""
 
 
 class Turn(Enum):
-    """What one turn of the loop was."""
+    """What one turn of the loop did."""
 
     STEPPED = "stepped"
     IDLE = "idle"
-    """No sequence can go on before another message comes."""
+    """No sequence can run before another message arrives."""
     STOPPED = "stopped"
-    """`Stop` was taken; there is no further turn."""
+    """`Stop` arrived; there is no further turn."""
 
 
 class StepLoop:
@@ -100,7 +100,7 @@ class StepLoop:
     Args:
         send: writes one frame to the front; called on the loop's thread.
         clock: monotonic seconds.
-        grammars: None where the base's tokenizer allows no constraints.
+        grammars: None if the base's tokenizer does not support constraints.
     """
 
     def __init__(
@@ -131,21 +131,21 @@ class StepLoop:
         self.steps = 0
 
     def run(self) -> None:
-        """The loop. An exception out of here is fatal for the process."""
+        """Run the loop. An exception raised from here is fatal to the process."""
         while (turn := self.turn()) is not Turn.STOPPED:
             if turn is Turn.IDLE and not self._take_messages(block=True):
                 return
 
     def turn(self) -> Turn:
-        """Take the messages that are there, plan, run a step, answer. Never waits for a
-        message: where nothing can run, that is for the caller."""
+        """Take the pending messages, plan, run a step, report. Never waits for a message: if
+        nothing can run, that is up to the caller."""
         if not self._take_messages(block=False):
             return Turn.STOPPED
         self._transfers.start(self._clock())
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:
             if not self._outbox.empty:
-                # Who cancelled or evicts does not wait for the end of a step.
+                # The answer to a cancel or an evict does not wait for the end of a step.
                 self._outbox.flush()
             self._step(plan)
             return Turn.STEPPED
@@ -156,16 +156,16 @@ class StepLoop:
         return Turn.IDLE
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if anything leaked."""
+        """Raise AssertionError if anything leaked."""
         self._scheduler.check_integrity()
 
     def _check_when_due(self) -> None:
-        """`check_integrity` once in `CHECK_SECONDS`, until a message arrives. No timer of its
-        own: the front pings an idle engine every second."""
+        """`check_integrity` every `CHECK_SECONDS`, stopping if a message arrives. Needs no
+        timer: the front pings an idle engine every second."""
         now = self._clock()
         if now < self._next_check:
             return
-        self._next_check = now + CHECK_AGAIN_SECONDS  # where it is interrupted
+        self._next_check = now + CHECK_AGAIN_SECONDS  # if interrupted
         for _ in self._scheduler.integrity():
             if not self._inbox.empty():
                 return
@@ -210,7 +210,7 @@ class StepLoop:
                 self._memory.reference(message)
             case Unheld():
                 self._unheld(message.sequence)
-            case OperationDone() | ConstraintDone() | MatcherEnded():  # a worker's
+            case OperationDone() | ConstraintDone() | MatcherEnded():  # from a worker
                 self._outbox.add(message)
             case Ping():
                 self._outbox.add(Pong(message.number, self.steps))
@@ -222,7 +222,7 @@ class StepLoop:
             self._admit(message)
         elif self._grammars is None:
             error = InvalidField(
-                "constraint is not possible with this base model: llguidance cannot read its "
+                "constraint is not supported with this base model: llguidance cannot read its "
                 "tokenizer.json. Leave it out, or serve another base",
                 metadata={"field": "constraint"},
             )
@@ -248,10 +248,10 @@ class StepLoop:
             self._admit(waited)
 
     def _unheld(self, number: int) -> None:
-        assert self._grammars is not None, "what was never constrained is not late"
+        assert self._grammars is not None, "a sequence without a constraint is never late"
         how = self._grammars.ending(number)
         if how is Following.LATE:
-            return  # it was told before the last token was chosen
+            return  # sent before the last token was sampled, and now outdated
         self._scheduler.unhold(number)
         if how is Following.GOES_ON:
             return
@@ -291,7 +291,7 @@ class StepLoop:
         self._scheduler.add(Sequence(message.sequence, request, self._clock(), found))
 
     def _check_deadline(self, message: Submit) -> None:
-        """Refuse what cannot have its first token in time, before it takes any."""
+        """Refuse a sequence that cannot get its first token in time, before it takes up any."""
         deadline = message.request.deadline
         if deadline is None:
             return
@@ -305,8 +305,8 @@ class StepLoop:
         alone = self._pace.seconds(own)
         helps = alone <= left
         raise DeadlineTooShort(
-            f"the deadline leaves {max(0.0, left):.2f} s, but the first token of {own} new "
-            f"prompt tokens behind {ahead} running ones takes at least {least:.2f} s: "
+            f"the deadline leaves {max(0.0, left):.2f} s, but computing {own} new prompt "
+            f"tokens after {ahead} of running requests takes at least {least:.2f} s: "
             + ("retry when less is running" if helps else "allow more time"),
             metadata={"least_s": f"{least:.3f}", "ahead_tokens": str(ahead)},
             retry_after_s=least - alone if helps else None,

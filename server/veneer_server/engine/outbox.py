@@ -1,4 +1,4 @@
-"""What the loop tells the front: gathered in a turn, and sent together."""
+"""Messages from the loop to the front: collected during a turn, and sent together."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Outbox:
 
     @property
     def empty(self) -> bool:
-        """Nothing has gathered, but for a change of the occupancy."""
+        """Whether nothing is pending, except perhaps a change of occupancy."""
         return not (self._messages or self._changed)
 
     def add(self, message: FromEngine) -> None:
         self._messages.append(message)
 
     def changed(self, weights_digest: str) -> None:
-        """The front is to be told anew where this adapter is."""
+        """Report this adapter's residency with the next flush."""
         self._changed[weights_digest] = None
 
     def fail_sequence(self, sequence: int, error: VeneerError) -> None:
@@ -64,7 +64,7 @@ class Outbox:
         self._messages.append(OperationDone(operation, wire_error(error)))
 
     def flush(self) -> None:
-        """Send what has gathered, residency changes first, occupancy last."""
+        """Send what is pending, residency changes first, occupancy last."""
         changes = self._changes() if self._changed else []
         occupancy = self._new_occupancy()
         if occupancy != self._occupancy:
@@ -108,7 +108,7 @@ class Outbox:
 
 
 def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
-    """The error of a sequence whose constraint allows nothing more."""
+    """The error of a sequence whose constraint allows no further token."""
     metadata = {"field": "constraint"} | ({"limit": failure.limit} if failure.limit else {})
     return wire_error(
         InvalidField(
@@ -120,16 +120,16 @@ def cannot_follow(sequence: Sequence, failure: ConstraintFailure) -> WireError:
 
 
 def output_of(update: Update, step: int) -> FromEngine:
-    """What the front is told of a step's update.
+    """The message that reports a step's update to the front.
 
     Args:
-        step: its number.
+        step: the step's number.
     """
     sequence = update.sequence
     if update.failure is not None:
         return SequenceFailed(sequence.id, cannot_follow(sequence, update.failure))
     if update.token is None and update.finish is not None:
-        # Its constraint was complete before this step, which came too soon to know it.
+        # Its constraint was already complete before this step, but that was not known yet.
         return SequenceOutput(sequence.id, [], finish=update.finish.value)
     if not update.finite or update.token is None:
         name = sequence.adapter.name if sequence.adapter else "the base model"

@@ -57,16 +57,16 @@ from veneer_server.wire.messages import (
 
 __all__ = ["build_engine", "main"]
 
-log = logging.getLogger("veneer_server.engine.process")  # not __main__, which it is
+log = logging.getLogger("veneer_server.engine.process")  # __name__ is "__main__" here
 
 _SAY_SECONDS = 0.1
-"""Between two messages of how far a part of the start is."""
+"""Minimum time between two progress messages about a part of the startup."""
 
 
 def build_engine(
     config: EngineConfig, inbox: Inbox
 ) -> tuple[EngineInfo, Scheduler, Residency, Runner, LoraMemory, Grammars | None]:
-    """Load the base model and put the engine's parts together."""
+    """Load the base model and assemble the engine."""
     began = time.monotonic()
     device = _device(config.device)
     torch.set_num_threads(config.threads or usable_cores())
@@ -74,7 +74,7 @@ def build_engine(
     model = read_decoder_config(Path(config.base_folder))
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     num_blocks = max(2, config.kv_cache_bytes // (token_bytes * config.block_size))
-    # It reads its vocabulary while the weights are loaded.
+    # Created first, so that it reads the vocabulary while the weights are loaded.
     grammars = Grammars.of_base(
         Path(config.base_folder),
         vocab_size=model.vocab_size,
@@ -106,16 +106,16 @@ def build_engine(
         device_budget=config.device_adapter_bytes,
         itemsize=lora_dtype.itemsize,
         shared=device.type == "cpu",
-        # Workers find the next one while the loop is in a step, and no later one waits long
-        # behind those that were begun for adapters which are needed last.
+        # Enough that workers find another load while the loop is in a step; few enough that
+        # an urgent load does not wait long behind loads for adapters that are needed last.
         most_loads=4 * config.load_workers,
     )
-    # A backend whose results do not depend on the batch is exact as it is.
+    # A backend whose results do not depend on the batch is already exact.
     alone = config.exact and not chosen.invariant
     blocks = BlockManager(
         num_blocks,
         config.block_size,
-        # A cached prefix was computed in other chunks than a sequence's own would be.
+        # A cached prefix was computed in different chunks from those of exact mode.
         prefix_cache=config.prefix_cache and not alone,
     )
     with stage("measuring a step"):
@@ -168,8 +168,8 @@ def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> 
     assert limits.cost is not None
     if limits.prompt_tokens < config.max_batch_tokens:
         log.warning(
-            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d beside "
-            "decoding), not %d, and the longest may take %.0f s",
+            "a prompt token takes %.0f ms here: steps take at most %d prompt tokens (%d if "
+            "they also decode), not %d, and the longest may take %.0f s",
             1e3 * limits.cost.token_s,
             limits.prompt_tokens,
             limits.prompt_tokens_beside_decode,
@@ -183,7 +183,7 @@ def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not found:
         raise FailedPrecondition(
             "torch finds no CUDA device: start with --device cpu, or with --device auto, which "
-            "takes one where there is one"
+            "uses one if there is one"
         )
     if wanted == "auto":
         wanted = "cuda" if found else "cpu"
@@ -211,8 +211,8 @@ def _reader(connection: socket.socket, inbox: Inbox, on_end: Callable[[], None])
 
 
 class WhileLoading:
-    """While the base is loaded: the front is told how far that is, and its end is ours, with
-    that of the compiler and whatever else was started."""
+    """Reports progress to the front while the base is loading; if the front goes away, ends
+    this process along with the compiler and anything else that it started."""
 
     def __init__(self, send: Callable[[list[FromEngine]], None]) -> None:
         self._send = send
@@ -232,13 +232,13 @@ class WhileLoading:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def front_gone(self) -> None:
-        """In the reader's thread."""
+        """Called on the reader's thread."""
         if not self._over:
             signal.pthread_kill(self._main, signal.SIGUSR1)
 
     @staticmethod
     def _give_up(number: int, frame: object) -> None:
-        raise SystemExit(1)  # leaves every `finally`, which a kill does not
+        raise SystemExit(1)  # runs every `finally`, which a kill does not
 
     def _tell(self, part: Part) -> None:
         now = time.monotonic()
@@ -248,17 +248,17 @@ class WhileLoading:
         try:
             self._send([Loading(part)])
         except OSError as error:
-            # No OSError: what is read at the moment would be taken for damaged.
+            # Not OSError: the file being read would be taken for damaged.
             raise SystemExit(1) from error
 
 
 def tame_collector() -> None:
     """Keep Python's garbage collector out of the steps.
 
-    A collection of the oldest generation looks at every object of torch and transformers,
-    and of every resident adapter: 50 ms and more in which nothing else runs. What the
-    imports left is exempted; what comes later is freed by its reference counts, and cycles
-    by collections of the young generations.
+    A collection of the oldest generation visits every object of torch, transformers and
+    the resident adapters: 50 ms or more in which nothing else runs. Objects that exist now
+    are exempted; later ones are freed by reference counting, and cycles by collections of
+    the young generations.
     """
     gc.collect()
     gc.freeze()
@@ -267,13 +267,13 @@ def tame_collector() -> None:
 
 def main() -> None:
     """Entry point of the engine process."""
-    # It warns that an optional package is missing, which must stay missing: that
-    # package would fetch native code from a hub.
+    # It warns about a missing optional package, which must stay missing: that package
+    # would download native code from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    # The front decides when the engine ends, whoever sends it what.
+    # Only the front decides when the engine ends, whatever signals anyone else sends.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the background, it still writes its log
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it must log in the background too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
@@ -299,7 +299,7 @@ def main() -> None:
         log.error("%s", error.message)
         sys.exit(1)
     except (SystemExit, BrokenPipeError, ConnectionResetError):
-        log.info("the front has gone")
+        log.info("the front process has ended")
         os._exit(1)
 
     tame_collector()
@@ -317,7 +317,7 @@ def main() -> None:
     try:
         loop.run()
     except (BrokenPipeError, ConnectionResetError):
-        log.info("the front has gone")
+        log.info("the front process has ended")
     except Exception:
         log.exception("fatal: the step loop failed")
         # Load workers must not keep a broken engine alive.

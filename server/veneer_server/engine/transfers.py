@@ -1,4 +1,4 @@
-"""Adapters between tiers: what sequences and operators want is brought, and they are told."""
+"""Moves adapters between tiers for sequences and operators, and answers the operators."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ __all__ = ["AdapterMemory", "Transfers"]
 
 
 class AdapterMemory(Protocol):
-    """What holds the bytes (`veneer_server.adapters.memory`). Calls return at once;
-    the outcome of `load` and `move` comes to the inbox as `Arrived`."""
+    """Holds the adapters' bytes (`veneer_server.adapters.memory`). Calls return at once;
+    the outcome of `load` and `move` arrives in the inbox as `Arrived`."""
 
     def load(self, source: AdapterSource) -> None: ...
 
@@ -45,14 +45,14 @@ class AdapterMemory(Protocol):
     def drop(self, weights_digest: str, tier: str) -> None: ...
 
     def reference(self, wanted: Reference) -> None:
-        """Have it computed; the `OperationDone` that answers it comes to the inbox."""
+        """Start to compute it; the `OperationDone` that answers it arrives in the inbox."""
 
 
 class Transfers:
-    """Carries out what residency decides, and knows who waits for it.
+    """Carries out what residency decides, and tracks the operations that wait for it.
 
     Args:
-        ended: called for each sequence that is failed for its adapter.
+        ended: called for each sequence that fails because of its adapter.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Transfers:
         self.carry_out(actions)
         self._fail_operations(
             digest,
-            AdapterEvicted("the adapter was evicted before it was there; activate it again"),
+            AdapterEvicted("the adapter was evicted before it was loaded; activate it again"),
         )
         self._outbox.add(OperationDone(message.operation, done=done, freed_bytes=freed))
 
@@ -119,7 +119,7 @@ class Transfers:
         except VeneerError as error:
             self._outbox.fail_operation(message.operation, error)
             return
-        self.start(now)  # what is not in use goes before the answer says what is held
+        self.start(now)  # unused copies are evicted before the answer reports what is held
         budgets = BudgetsState(
             host_budget=residency.budget("host"),
             device_budget=residency.budget("device"),
@@ -131,12 +131,12 @@ class Transfers:
     # ----------------------------------------------------------------- transfers
 
     def start(self, now: float) -> None:
-        """Begin what waiting sequences and operators want, as far as there is room."""
+        """Start the loads that waiting sequences and operators need, while there is room."""
         actions, impossible = self._scheduler.plan_adapters(now)
         self.carry_out(actions)
         for digest in impossible:
             error = AdapterBudgetExceeded(
-                "pinned adapters, or budgets that were lowered, leave no room for this one; "
+                "pinned adapters or lowered budgets leave no room for this adapter; "
                 "evict one with `unpin`, or raise the adapter budgets with `UpdateBudgets`"
             )
             self._fail_adapter(digest, error)
@@ -179,9 +179,9 @@ class Transfers:
     # ------------------------------------------------------------------ failures
 
     def _fail_adapter(self, digest: str, error: VeneerError) -> None:
-        """It cannot be brought into memory: end all that waits for it."""
+        """The adapter cannot be loaded: fail everything that waits for it."""
         self._fail_operations(digest, error)
-        if self._residency.tier(digest) != "device":  # else only HOST lacks it, for a pin
+        if self._residency.tier(digest) != "device":  # else only a pin's HOST copy is missing
             self._fail_sequences(digest, error)
         self._residency.failed(digest)
         self.carry_out(self._residency.settle(digest))

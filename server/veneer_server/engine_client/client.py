@@ -1,8 +1,8 @@
 """The front's view of the engine: an async facade over the engine process.
 
-`EngineClient` turns the engine's messages into one async iterator a request. It
+`EngineClient` turns the engine's messages into one async iterator per request. It
 knows no names and no text: token ids in, token ids out. `Supervisor` keeps the
-process running, `OutputStream` holds what a reader has not taken yet.
+process running; `OutputStream` buffers what a reader has not read yet.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ EngineEvent = (
     | ConstraintDone
     | MatcherEnded
 )
-"""What a listener (metrics) is told, in the front's event loop."""
+"""What a listener (metrics) receives, on the front's event loop."""
 
 
 class EngineClient:
     """Requests and operations. All methods belong to one asyncio event loop.
 
-    Contract: every `generate` iterator ends: by its last `SequenceOutput` (with
-    ``finish`` set), by a `VeneerError`, or by being closed (which cancels the
+    Contract: every `generate` iterator ends: with its last `SequenceOutput` (with
+    ``finish`` set), with a `VeneerError`, or by being closed (which cancels the
     sequence in the engine). `EngineFailed` is raised into every open iterator
-    and operation when the process dies; the process is then started again.
+    and operation when the process dies; the process is then restarted.
 
     Attributes:
-        info: what the running engine said of itself; after `start`.
-        capacity: sequences that run and wait at once, at most.
+        info: the running engine's description of itself; set by `start`.
+        capacity: most sequences running and waiting at once.
     """
 
     info: EngineInfo
@@ -95,10 +95,10 @@ class EngineClient:
         hold: Callable[[AdapterSource], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Args:
-        on_event: told what changes in the engine.
-        on_health: told when `healthy` changes.
+        on_event: called with each change in the engine.
+        on_health: called when `healthy` changes.
         hold: keeps an adapter's files while a restarted engine reads them again;
-            raises `VeneerError` where the adapter is gone.
+            raises `VeneerError` if the adapter is gone.
         """
         self.capacity = config.max_running + max_queue
         self._on_event = on_event
@@ -124,12 +124,12 @@ class EngineClient:
 
     @property
     def starts(self) -> int:
-        """Times the engine process was started."""
+        """How often the engine process was started."""
         return self._supervisor.starts
 
     @property
     def healthy(self) -> bool:
-        """The process is up and its step loop answered the last ping in time."""
+        """Whether the process is up and its step loop answered the last ping in time."""
         return self._supervisor.healthy
 
     @property
@@ -140,20 +140,20 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """Sequences submitted and not ended."""
+        """Number of unfinished sequences."""
         return len(self._streams)
 
     async def start(self) -> EngineInfo:
         """Start the process and wait until it has loaded the base model.
 
         Raises:
-            EngineFailed: it ended before it was ready; its own words are on stderr.
+            EngineFailed: it ended before it was ready; its log on stderr says why.
         """
         await self._supervisor.start()
         return self.info
 
     async def stop(self) -> None:
-        """End the process; open iterators get `EngineFailed`. Harmless to repeat."""
+        """End the process; open iterators get `EngineFailed`. Idempotent."""
         await self._supervisor.stop()
 
     def _up(self, info: EngineInfo) -> None:
@@ -163,7 +163,7 @@ class EngineClient:
     # ------------------------------------------------------------------ messages
 
     def receive(self, message: FromEngine) -> None:
-        """Bring a message of the engine to whom it is for."""
+        """Deliver a message from the engine to its recipient."""
         match message:
             case SequenceOutput():
                 if (stream := self._streams.get(message.sequence)) is not None:
@@ -173,7 +173,7 @@ class EngineClient:
                     stream.fail(_rebuild(message.error))
             case OperationDone():
                 if message.budgets is not None:
-                    self._take_budgets(message.budgets)  # whether or not one still waits
+                    self._take_budgets(message.budgets)  # even if no caller waits any more
                 waiting = self._operations.pop(message.operation, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
@@ -194,7 +194,7 @@ class EngineClient:
                 self._on_event(message)
 
     def fail_everything(self, error: VeneerError) -> None:
-        """The process has gone, and with it all that it ran and held."""
+        """The process has ended: fail what it was running, and report its adapters as gone."""
         for stream in self._streams.values():
             stream.fail(error)
         for waiting in self._operations.values():
@@ -209,14 +209,14 @@ class EngineClient:
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Places among the running and waiting sequences, held while the block runs.
+        """Hold places among the running and waiting sequences while the block runs.
 
-        A request takes those of all its samples at once, so that it is refused before
+        A request takes the places of all its samples at once, so that it is refused before
         its first token or not at all.
 
         Raises:
-            QueueFull: they are not free now.
-            InvalidField: there are not so many.
+            QueueFull: fewer places are free now.
+            InvalidField: ``count`` exceeds `capacity`.
         """
         if count > self.capacity:
             raise InvalidField(
@@ -237,11 +237,11 @@ class EngineClient:
             self._taken -= count
 
     async def generate(self, request: SequenceRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """Submit a sequence; a `SequenceOutput` for each step it took part in. Outputs
-        that wait when the caller comes back (a slow reader) are joined into one.
+        """Submit a sequence; yields a `SequenceOutput` for each step it took part in.
+        Outputs that are waiting when the caller comes back (a slow reader) are joined.
 
         The caller holds a place for it (see `places`). Raises, at the first iteration,
-        `EngineFailed` (process down, being started again), `ModelLoading`. Use
+        `EngineFailed` (process down, being restarted) or `ModelLoading`. Use
         ``contextlib.aclosing`` so that leaving the loop early cancels the sequence.
         """
         self._check_ready()
@@ -259,14 +259,14 @@ class EngineClient:
         finally:
             del self._streams[number]
             if not ended:
-                # Harmless where the engine has ended the sequence itself.
+                # A no-op if the engine has ended the sequence itself.
                 self._supervisor.write(Cancel(number))
 
     async def activate(self, adapter: AdapterSource, *, tier: MemoryTier, pin: bool) -> bool:
-        """Bring an adapter to a tier; raises what the load raised.
+        """Load an adapter into a tier; raises what the load raised.
 
         Returns:
-            Whether it is pinned as was asked for: another call may have ended that while
+            Whether it is pinned as requested: another call may have removed the pin while
             this one waited for the load.
         """
         self._residents.used(adapter)
@@ -287,8 +287,8 @@ class EngineClient:
         mode: EvictMode,
         unpin: bool,
     ) -> tuple[bool, int]:
-        """(evicted now, bytes freed), see `messages.Evict`. What is under way then is carried
-        out, whether or not the caller waits.
+        """(evicted now, bytes freed), see `messages.Evict`. An eviction that has begun is
+        carried out whether or not the caller waits.
 
         Raises:
             AdapterInUse, AdapterPinned
@@ -305,12 +305,12 @@ class EngineClient:
         await self._operate(lambda number: Unpin(number, weights_digest))
 
     async def reference(self, tokens: list[int], adapter: AdapterSource | None) -> list[float]:
-        """Log-probability of each token after the first, computed by the engine apart from
-        what serves: in float32, one at a time and at low priority, from the base's weights
-        and the adapter's files, which the caller keeps there until this returns.
+        """Log-probability of each token after the first, computed by the engine independently
+        of serving: in float32, one at a time and at low priority, from the base's weights
+        and the adapter's files, which the caller must keep until this returns.
 
         Raises:
-            AdapterCorrupt: the files do not have their digest any more.
+            AdapterCorrupt: the files no longer match their digest.
         """
         done = await self._operate(lambda number: Reference(number, tokens, adapter))
         assert done.logprobs is not None
@@ -320,11 +320,11 @@ class EngineClient:
         self, *, host_bytes: int | None, device_bytes: int | None
     ) -> BudgetsState:
         """Change the bytes that adapters may take in memory; None leaves a budget as it is.
-        An engine that is started later gets them too.
+        The new budgets also apply after a restart of the engine.
 
-        What is past a lower budget and not in use goes at once, the rest when the requests
-        that use it have ended. A waiting request whose adapter can never fit any more ends
-        with `AdapterBudgetExceeded`.
+        Unused adapters beyond a lower budget are evicted at once, the rest when the requests
+        that use them have ended. A waiting request whose adapter can no longer fit ends with
+        `AdapterBudgetExceeded`.
 
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
@@ -356,7 +356,7 @@ class EngineClient:
         return done
 
     def tier(self, weights_digest: str) -> Residency | None:
-        """Last known residency of an adapter, or None where it is on disk only."""
+        """Last known residency of an adapter, or None if it is only on disk."""
         return self._residents.tier(weights_digest)
 
     def resident(self) -> list[str]:
@@ -365,16 +365,16 @@ class EngineClient:
 
     @property
     def residents_version(self) -> int:
-        """Changes whenever `resident_set` gives other adapters, tiers or pins."""
+        """Increases whenever the adapters, tiers or pins of `resident_set` change."""
         return self._residents.version
 
     def resident_set(self) -> tuple[Resident, ...]:
-        """Adapters in memory, or being brought back there, the most recently used first."""
+        """Adapters in memory or being restored, most recently used first."""
         return self._residents.snapshot()
 
     def expect_residents(self, residents: Iterable[Resident]) -> None:
-        """Before `start`: the `resident_set` of the server's last run, which is brought
-        back like after a restart of the engine."""
+        """Call before `start`, with the `resident_set` of the server's last run: it is
+        restored as after a restart of the engine."""
         self._residents.expect(residents)
 
     def _check_ready(self) -> None:
@@ -382,9 +382,7 @@ class EngineClient:
             return
         if not self._supervisor.started:
             raise ModelLoading("the base model is still loading; retry", retry_after_s=2.0)
-        raise EngineFailed(
-            "the engine process is being started again; retry", retry_after_s=2.0
-        )
+        raise EngineFailed("the engine process is restarting; retry", retry_after_s=2.0)
 
 
 def _rebuild(error: WireError) -> VeneerError:

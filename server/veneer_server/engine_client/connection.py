@@ -32,14 +32,14 @@ STOP_SECONDS = 5.0
 """How long a process may take to end before it is killed."""
 
 GIVE_UP_SECONDS = 3.0
-"""The same of one that still loads: it removes what it has begun."""
+"""The same for a process that is still loading: it cleans up what it has begun."""
 
 
 class Connection:
-    """From `open` to `close`; the process ends with it.
+    """Lasts from `open` to `close`; the process ends with it.
 
     Attributes:
-        info: what the engine said of itself once the base model was loaded.
+        info: the engine's description of itself, sent once the base model was loaded.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Connection:
 
     @classmethod
     async def open(cls, config: EngineConfig) -> Connection:
-        """Start a process and wait until it has loaded the base model; `progress.SINK` is
-        told how far it is. Cancelling ends it.
+        """Start a process and wait until it has loaded the base model, reporting progress to
+        `progress.SINK`. Cancelling ends the process.
 
         Raises:
-            EngineFailed: it could not be started, or ended before it was ready; its own
-                words are on stderr.
+            EngineFailed: it could not be started, or ended before it was ready; its log on
+                stderr says why.
         """
         try:
             process, ours = await _spawn()
@@ -83,7 +83,7 @@ class Connection:
             begun = bool(messages)
             info = await _loaded(reader, messages)
         except BaseException:
-            writer.close()  # it ends by itself, and what it has started with it
+            writer.close()  # the process then ends by itself, with everything it started
             if begun and process.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), GIVE_UP_SECONDS)
@@ -103,10 +103,10 @@ class Connection:
         self._writer.write(encode([message]))
 
     async def messages(self) -> AsyncIterator[FromEngine]:
-        """What the engine says, until its socket closes.
+        """The engine's messages, until its socket closes.
 
         Raises:
-            EngineFailed: what it says cannot be read.
+            EngineFailed: a message cannot be decoded.
         """
         while frame := await next_frame(self._reader):
             for message in frame:
@@ -118,8 +118,7 @@ class Connection:
             self._process.kill()
 
     async def close(self) -> None:
-        """Wait for the process to end, which a closed socket makes it do; kill it
-        after `STOP_SECONDS`."""
+        """Close the socket, which makes the process end; kill it after `STOP_SECONDS`."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
@@ -129,9 +128,9 @@ class Connection:
 
 
 async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> EngineInfo:
-    """What the engine says of itself once the base model is loaded.
+    """The engine's description of itself, sent once the base model is loaded.
 
-    Args: messages: its first.
+    Args: messages: the engine's first ones.
     """
     parts: dict[str, Part] = {}
     try:
@@ -140,7 +139,7 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
                 if isinstance(message, EngineInfo):
                     return message
                 if not isinstance(message, Loading):
-                    raise EngineFailed("the engine said something else than how it loads")
+                    raise EngineFailed("the engine sent an unexpected message while loading")
                 part = message.part
                 parts[part.name] = part
                 with contextlib.suppress(StartStopped):
@@ -152,12 +151,13 @@ async def _loaded(reader: asyncio.StreamReader, messages: list[FromEngine]) -> E
             "the engine process ended while loading the base model; its log says why"
         )
     finally:
-        for part in parts.values():  # it has ended in the middle of them
+        for part in parts.values():  # it ended in the middle of these
             SINK.get()(replace(part, state="failed"))
 
 
 async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """A process, and our end of its socket; raises OSError and leaves nothing open."""
+    """Start a process; also returns our end of its socket. After an OSError nothing is
+    left open."""
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as failed, theirs:
         failed.enter_context(ours)
@@ -166,9 +166,9 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
             pass_fds=(theirs.fileno(),),
             stdin=asyncio.subprocess.DEVNULL,
             env=_environment(),
-            # The terminal's Ctrl-C is for the front alone. Not a session of its own: with
-            # autogroup, Linux would then give the engine half of the processors and the
-            # front's other processes the rest, whatever their nice values say.
+            # Only the front gets the terminal's Ctrl-C. No setsid: with autogroup, Linux
+            # would then give the engine half of the CPU time and the front's other processes
+            # the rest, regardless of their nice values.
             preexec_fn=os.setpgrp,
         )
         failed.pop_all()
@@ -176,10 +176,10 @@ async def _spawn() -> tuple[asyncio.subprocess.Process, socket.socket]:
 
 
 def _environment() -> dict[str, str]:
-    """The engine's environment: OpenMP threads sleep at barriers unless told otherwise.
+    """The engine's environment: OpenMP threads sleep at barriers unless it says otherwise.
 
-    Spinning is a little faster on an idle machine, but beside one busy process on
-    two cores it makes a step three times as long, and the front is such a process.
+    Spinning is a little faster on an idle machine, but on two cores beside one busy
+    process, such as the front, it makes a step three times as long.
     """
     return {"OMP_WAIT_POLICY": "passive", **os.environ}
 
@@ -188,7 +188,7 @@ async def next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
     """The messages of the next frame; none when the other side has closed.
 
     Raises:
-        EngineFailed: it cannot be read, and so nothing after it.
+        EngineFailed: the frame cannot be decoded, so neither can any later one.
     """
     try:
         (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
@@ -197,5 +197,6 @@ async def next_frame(reader: asyncio.StreamReader) -> list[FromEngine]:
         return []
     except msgspec.MsgspecError as error:
         raise EngineFailed(
-            f"a frame of the engine cannot be read: {error}", metadata={"cause": "bad_frame"}
+            f"cannot decode a frame of the engine: {error}",
+            metadata={"cause": "bad_frame"},
         ) from error

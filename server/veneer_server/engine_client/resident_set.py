@@ -1,8 +1,8 @@
-"""What the engine holds in memory, kept in the front so that a new process gets it back.
+"""What the engine holds in memory, tracked in the front so that a new process can reload it.
 
-After a restart of the engine, or of the server where it was told what to `expect`, the
-adapters are activated again in the background: pins first, then the most recently used,
-one at a time, within the budgets, and only while no request waits for an adapter of its own.
+After a restart of the engine, or of the server if it calls `expect`, the adapters are
+activated again in the background: pins first, then the most recently used, one at a time,
+within the budgets, and only while no request is waiting for its adapter.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Hold = Callable[[AdapterSource], AbstractContextManager[object]]
 
 _MOST_TRIES: Final = 2
 MOST_KNOWN: Final = 4096
-"""Adapters whose source is remembered; beyond it those not in memory are forgotten."""
+"""Most adapters whose source is remembered; beyond it, those not in memory are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """An adapter in memory, as it is written down for the next start of the server.
+    """An adapter in memory, as recorded for the next start of the server.
 
     Attributes:
         tier: nearest tier that holds it.
@@ -55,18 +55,19 @@ class Resident:
 class _Known:
     source: AdapterSource
     now: Residency | None = None
-    """As the engine last said; None where it holds nothing of it."""
+    """As the engine last reported; None if it holds no copy."""
     pin: MemoryTier | None = None
     """The tier that an operator pinned it to."""
 
 
 @dataclass(slots=True)
 class Lost:
-    """An adapter that a dead engine held and that its successor should hold.
+    """An adapter that a dead engine held and that its successor should load.
 
     Attributes:
         tier: nearest tier that held it.
-        tries: times an engine was asked to load it; one that died of it twice is left.
+        tries: how often an engine was asked to load it. After two engines died of it, it
+            is not restored.
     """
 
     source: AdapterSource
@@ -79,15 +80,15 @@ class ResidentSet:
     """Belongs to one event loop.
 
     Args:
-        host_budget, device_budget: bytes; what does not fit them is not restored.
-        activate: brings an adapter to a tier and pins it if told to.
-        hold: keeps an adapter's files while they are read; raises `VeneerError` where
-            the adapter is gone.
+        host_budget, device_budget: bytes; adapters that do not fit are not restored.
+        activate: loads an adapter into a tier and, if its last argument is true, pins it.
+        hold: keeps an adapter's files while they are read; raises `VeneerError` if the
+            adapter is gone.
 
     Attributes:
-        restoring: brings back what a dead engine held; None where nothing ever was.
-        version: greater whenever `snapshot` gives other adapters, tiers or pins than
-            before; their order alone is no change.
+        restoring: the task that restores what a dead engine held, if one was started.
+        version: increases whenever the adapters, tiers or pins of `snapshot` change; a
+            change of order alone does not count.
     """
 
     def __init__(
@@ -97,13 +98,13 @@ class ResidentSet:
         self._used: dict[MemoryTier, int] = {"host": 0, "device": 0}
         self.version = 0
         self._itemsize = 0
-        """Bytes of one resident number; 0 before the first engine."""
+        """Bytes of one number of a resident adapter; 0 before the first engine."""
         self._activate = activate
         self._hold = hold
         self._known: dict[str, _Known] = {}
         """By digest, least recently used first."""
         self._lost: dict[str, Lost] = {}
-        """Not restored yet, in the order to restore them."""
+        """Adapters not restored yet, in the order to restore them."""
         self._calm = asyncio.Event()
         self._calm.set()
         self.restoring: asyncio.Task[None] | None = None
@@ -112,7 +113,7 @@ class ResidentSet:
 
     @property
     def known(self) -> int:
-        """Adapters whose source is remembered."""
+        """Number of adapters whose source is remembered."""
         return len(self._known)
 
     def used(self, source: AdapterSource) -> None:
@@ -136,18 +137,19 @@ class ResidentSet:
         self.version += 1
 
     def unpinned(self, weights_digest: str) -> None:
-        """An operator's pin was removed, maybe before it could be restored."""
+        """An operator's pin was removed, perhaps before it was restored."""
         if (lost := self._lost.get(weights_digest)) is not None:
             lost.pin = self._known[weights_digest].pin = None
             self.version += 1
 
     @contextmanager
     def giving_up(self, weights_digest: str, *, unpin: bool) -> Iterator[None]:
-        """While an operator evicts it, and after it unless that was refused.
+        """Do not restore the adapter while an operator evicts it, nor afterwards unless the
+        eviction was refused.
 
         Raises:
-            AdapterPinned: it was pinned and is not back yet, and ``unpin`` is not set: the
-                engine, which would refuse, does not know of the pin.
+            AdapterPinned: its pin is not restored yet, so that the engine cannot refuse for
+                it, and ``unpin`` is not set.
         """
         lost = self._lost.get(weights_digest)
         if lost is None:
@@ -167,12 +169,12 @@ class ResidentSet:
             raise
 
     def tier(self, weights_digest: str) -> Residency | None:
-        """Last known residency of an adapter, or None where it is on disk only."""
+        """Last known residency of an adapter, or None if it is only on disk."""
         known = self._known.get(weights_digest)
         return None if known is None else known.now
 
     def in_memory(self) -> list[str]:
-        """Weights digests of what some memory tier holds, most recently used first."""
+        """Weights digests of the adapters in memory, most recently used first."""
         return [
             digest
             for digest, known in reversed(self._known.items())
@@ -180,7 +182,7 @@ class ResidentSet:
         ]
 
     def update(self, event: Residency) -> None:
-        """The engine has told of a change."""
+        """The engine has reported a change."""
         self._used = {"host": event.host_bytes, "device": event.device_bytes}
         known = self._known.get(event.weights_digest)
         if known is None:
@@ -194,7 +196,7 @@ class ResidentSet:
             self.version += 1
 
     def occupancy(self, event: Occupancy) -> None:
-        """The engine has told how many requests wait for an adapter."""
+        """The engine has reported how many requests wait for an adapter."""
         if event.waiting_for_adapter:
             self._calm.clear()
         else:
@@ -203,11 +205,11 @@ class ResidentSet:
     # ------------------------------------------------------------------------ budgets
 
     def check_budgets(self, *, host: int | None, device: int | None) -> None:
-        """Before budgets are changed while pins are not back yet, of which the engine does
-        not know.
+        """Check new budgets against pins that are not restored yet, which the engine does
+        not know of.
 
         Raises:
-            AdapterBudgetExceeded: they, and those that are back, would not fit.
+            AdapterBudgetExceeded: all pinned adapters together would not fit.
         """
         if not any(lost.pin for lost in self._lost.values()):
             return
@@ -217,8 +219,8 @@ class ResidentSet:
             if budget is not None and pinned > budget:
                 raise AdapterBudgetExceeded(
                     f"a {tier} budget of {budget} bytes is less than pinned adapters take "
-                    f"there ({pinned}), some of which are still being brought back: unpin "
-                    "some, or choose a larger one",
+                    f"there ({pinned}), some of which are still being restored: unpin "
+                    "some, or choose a larger budget",
                     metadata={
                         "budget": str(budget),
                         "pinned": str(pinned),
@@ -228,7 +230,7 @@ class ResidentSet:
                 )
 
     def set_budgets(self, *, host: int, device: int) -> None:
-        """The engine's budgets are other ones now."""
+        """The engine's budgets have changed."""
         self._budgets = {"host": host, "device": device}
 
     def _bytes(self, source: AdapterSource) -> int:
@@ -237,7 +239,7 @@ class ResidentSet:
     # ------------------------------------------------------------------------ restart
 
     def snapshot(self) -> tuple[Resident, ...]:
-        """What is in memory or being brought back, the most recently used first."""
+        """Adapters in memory or being restored, most recently used first."""
         found = []
         for digest, known in reversed(self._known.items()):
             lost = self._lost.get(digest)
@@ -250,8 +252,8 @@ class ResidentSet:
         return tuple(found)
 
     def expect(self, residents: Iterable[Resident]) -> None:
-        """Before the first engine is up: what the server held when it ended, the most
-        recently used first, as `snapshot` gave it."""
+        """Call before the first engine is up, with the last `snapshot` of the server's
+        previous run."""
         expected = list(residents)
         for resident in reversed(expected):
             self.used(resident.source)
@@ -261,7 +263,7 @@ class ResidentSet:
             self._lost[resident.source.weights_digest] = lost
 
     def lose(self) -> list[Residency]:
-        """The engine has died. Returns the change of each adapter that it held."""
+        """The engine has died. Returns the new residency of each adapter that it held."""
         if self.restoring is not None:
             self.restoring.cancel()
             self.restoring = None
@@ -285,10 +287,10 @@ class ResidentSet:
         return changes
 
     def restore(self, itemsize: int) -> None:
-        """A new engine is up: begin to bring back what the last one held.
+        """A new engine is up: start to restore what the last one held.
 
         Args:
-            itemsize: bytes that one number of a resident adapter takes in it.
+            itemsize: bytes of one number of a resident adapter.
         """
         self._itemsize = itemsize
         if self._lost:
@@ -325,7 +327,7 @@ class ResidentSet:
         restoring.update(restored)
 
     def _wants(self, lost: Lost) -> bool:
-        """It is not there yet, it fits, and it was not tried too often."""
+        """Whether the adapter is not there yet, fits, and has not been tried too often."""
         if lost.tries >= _MOST_TRIES:
             log.warning(
                 "adapter %s is not restored: the engine died %d times while it was loaded",

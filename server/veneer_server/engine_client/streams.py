@@ -1,7 +1,7 @@
 """Outputs of one sequence on their way from the engine to one reader, joined and bounded.
 
-What a slow reader has not taken yet is one `SequenceOutput`, however many steps
-it took; past `MAX_BUFFERED_BYTES` the stream ends with an error instead of growing.
+Output that a slow reader has not read yet is kept as one `SequenceOutput`, however many
+steps it took; past `MAX_BUFFERED_BYTES` the stream ends with an error instead of growing.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from veneer_server.wire.messages import SequenceOutput, Tops
 __all__ = ["MAX_BUFFERED_BYTES", "OutputStream"]
 
 MAX_BUFFERED_BYTES: Final = 4 << 20
-"""Of Python objects, estimated: with what gRPC itself holds, a stream stays under 8 MB."""
+"""Estimated size as Python objects: with gRPC's own buffers, a stream stays under 8 MB."""
 
-# What CPython 3.11 takes: a list slot and an int or float object of its own.
+# In CPython 3.11: a list slot, and an int or float object.
 _NUMBER_BYTES: Final = 36
 _TOP_BYTES: Final = 128
 
 
 class OutputStream:
-    """Takes the engine's outputs in order; gives them to one reader, joined.
+    """Takes the engine's outputs in order, and gives them to one reader, joined.
 
     Contract: `put` and `fail` never block. After an output with ``finish``, or
-    after `fail`, nothing follows. An error keeps its turn: the reader first gets
-    what was there before it.
+    after `fail`, nothing follows. Errors keep their order: the reader first gets
+    the output that came before.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class OutputStream:
         self._news = asyncio.Event()
 
     def put(self, output: SequenceOutput) -> None:
-        """The next output of the sequence."""
+        """Add the next output of the sequence."""
         if self._error is not None:
             return
         if self._output is None:
@@ -52,24 +52,24 @@ class OutputStream:
                 self.fail(
                     Aborted(
                         "the caller reads too slowly: more than "
-                        f"{MAX_BUFFERED_BYTES >> 20} MiB of output waited for it. Read the "
-                        "stream as it comes, or ask for fewer log-probabilities",
+                        f"{MAX_BUFFERED_BYTES >> 20} MiB of output was waiting. Read the "
+                        "stream as it arrives, or request fewer log-probabilities",
                         metadata={"cause": "slow_reader"},
                     )
                 )
         self._news.set()
 
     def fail(self, error: VeneerError) -> None:
-        """The sequence has ended by an error; a first one stays."""
+        """End the sequence with an error; only the first one counts."""
         if self._error is None:
             self._error = error
         self._news.set()
 
     async def get(self) -> SequenceOutput:
-        """Everything that has come since the last call, as one output.
+        """Everything that has arrived since the last call, as one output.
 
         Raises:
-            VeneerError: what `fail` was given, once all outputs before it were taken.
+            VeneerError: the error given to `fail`, once all outputs before it were read.
         """
         while self._output is None:
             if self._error is not None:
@@ -81,10 +81,10 @@ class OutputStream:
 
 
 def _joined(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    """Two outputs in a row as one; what only a first output has stays.
+    """Two consecutive outputs as one; fields that only a first output has are kept.
 
     Appends in place: the stream owns its buffered output, and copying it at every
-    step would make a slow reader's cost grow with the square of what waits.
+    step would make a slow reader's cost grow quadratically with the output waiting.
     """
     first.tokens.extend(second.tokens)
     _extend(first.logprobs, second.logprobs)

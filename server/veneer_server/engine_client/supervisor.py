@@ -31,28 +31,29 @@ _News = TypeVar("_News")
 
 PING_SECONDS = 1.0
 SILENCE_SECONDS = 5.0
-"""Without an answer to a ping for this long the engine counts as not healthy; see
+"""An engine that does not answer a ping for this long counts as unhealthy; see
 `Supervisor.silence_limit` for a slow machine."""
 HANG_FACTOR = 12
-"""After this many times the silence limit a silent engine is killed. What was measured before
-serving says nothing of a machine that is much busier later, nor of many large adapters."""
+"""A silent engine is killed after this many times the silence limit. The measurements before
+serving say nothing about a machine that gets much busier later, or about many large
+adapters."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 STEADY_SECONDS = 60.0
-"""An engine that ran this long was well: the next failure is not a repeated one."""
+"""An engine that ran this long was healthy: its failure resets the backoff."""
 
 
 class Supervisor:
     """Owns the engine process. All methods belong to one asyncio event loop.
 
     Args:
-        on_message: each message of the engine but pongs, in order.
-        on_up: the engine is started (again).
-        on_down: it ended: whatever it ran is lost, for the given reason.
-        on_health: `healthy` has changed.
+        on_message: called with each message of the engine except pongs, in order.
+        on_up: called when the engine was started or restarted.
+        on_down: called when it ended: what it was running is lost, for the given reason.
+        on_health: called when `healthy` has changed.
 
     Attributes:
-        starts: times the engine process was started.
-        healthy: the process is up and its step loop answered the last ping in time.
+        starts: how often the engine process was started.
+        healthy: whether the process is up and its step loop answered the last ping in time.
         connection: to the running process, if any.
     """
 
@@ -80,14 +81,15 @@ class Supervisor:
 
     @property
     def started(self) -> bool:
-        """The first start has succeeded: any later absence is a restart or a stop."""
+        """Whether the first start succeeded: without a process, it is then restarting or
+        stopped."""
         return self._task is not None
 
     @property
     def silence_limit(self) -> float:
-        """Seconds without an answer after which the engine counts as not healthy: more than
-        `SILENCE_SECONDS` where one step may take longer, by what it measured before serving
-        or by recent steps."""
+        """Seconds without an answer after which the engine counts as unhealthy: more than
+        `SILENCE_SECONDS` if one step may take longer, judging by its measurements before
+        serving or by recent steps."""
         connection = self.connection
         planned = 0.0 if connection is None else connection.info.longest_step_seconds
         return max(SILENCE_SECONDS, 4 * self._longest_step, planned)
@@ -96,13 +98,13 @@ class Supervisor:
         """Start the process and wait until it has loaded the base model.
 
         Raises:
-            EngineFailed: it ended before it was ready; its own words are on stderr.
+            EngineFailed: it ended before it was ready; its log on stderr says why.
         """
         connection = await self._launch()
         self._task = asyncio.create_task(self._supervise(connection), name="engine")
 
     async def stop(self) -> None:
-        """End the process for good. Harmless to repeat."""
+        """End the process for good. Idempotent."""
         self._set_health(False)
         self.write(Stop())
         if self._task is not None:
@@ -112,7 +114,7 @@ class Supervisor:
         await self._bury()
 
     def reconfigure(self, **changes: int) -> None:
-        """From its next start on the process gets these fields of `EngineConfig`."""
+        """Change fields of the `EngineConfig` that the process gets from its next start on."""
         self.config = msgspec.structs.replace(self.config, **changes)
 
     def write(self, message: ToEngine) -> None:
@@ -146,17 +148,17 @@ class Supervisor:
             _tell(
                 self._on_down,
                 EngineFailed(
-                    "the engine process ended and is being started again; retry",
+                    "the engine process ended and is restarting; retry",
                     retry_after_s=max(2.0, backoff),
                 ),
             )
             connection, backoff = await self._restart(backoff)
 
     async def _restart(self, backoff: float) -> tuple[Connection, float]:
-        """A new process, after one or more pauses, each twice as long as the last;
-        also the pause before the next try, should this process fail soon."""
+        """Start a new process, after one or more backoffs, each twice as long as the last.
+        Also returns the next backoff, in case this process fails soon."""
         while True:
-            log.error("engine process ended; starting it again in %.1f s", backoff)
+            log.error("engine process ended; restarting it in %.1f s", backoff)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, LAST_BACKOFF)
             try:
@@ -164,8 +166,8 @@ class Supervisor:
             except EngineFailed as failure:
                 log.error("%s", failure)
             except Exception:
-                # Whatever it is, the next try may do without.
-                log.exception("the engine could not be taken up")
+                # Whatever the cause, the next attempt may succeed.
+                log.exception("the engine could not be started")
                 await self._bury()
 
     async def _serve(self, connection: Connection) -> None:
@@ -208,8 +210,8 @@ class Supervisor:
 
 
 def _tell(listener: Callable[[_News], None], news: _News) -> None:
-    """A listener that fails must not leave an engine without its supervisor."""
+    """Call a listener, whose failure must not leave the engine without its supervisor."""
     try:
         listener(news)
     except Exception:
-        log.exception("a listener failed; the engine runs on")
+        log.exception("a listener failed; the engine keeps running")

@@ -47,7 +47,7 @@ class DecoderConfig:
         eos_token_ids: any of these ends a sequence.
         windows: for each layer, the sliding window in tokens, or None for full.
         qk_norm: RMSNorm on each query and key head (Qwen3).
-        quantization: of a folder that is stored in 4 bits, else None.
+        quantization: of a folder that is stored in 4 bits, otherwise None.
     """
 
     architecture: str

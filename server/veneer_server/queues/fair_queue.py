@@ -1,4 +1,4 @@
-"""A queue that is fair by key: whoever has many in it waits behind itself alone."""
+"""A queue that is fair between keys: a key with many items delays only itself."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ class FairQueue(Generic[K, T]):
 
     def __init__(self) -> None:
         self._queues: OrderedDict[K, deque[T]] = OrderedDict()
-        """None is empty; the next turn is the first one's."""
+        """None of the queues is empty; the first key's turn is next."""
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def waiting(self, key: K) -> int:
-        """How many of a key wait."""
+        """Number of waiting items of a key."""
         return len(self._queues.get(key, ()))
 
     def push(self, key: K, item: T) -> None:
-        """Add an item behind those of its key."""
+        """Add an item behind the others of its key."""
         self._queues.setdefault(key, deque()).append(item)
         self._count += 1
 
     def __iter__(self) -> Iterator[K]:
-        """The keys that have something in it."""
+        """The keys that have items."""
         return iter(self._queues)
 
     def pop(self, rank: Callable[[K], tuple[float, ...] | None] = lambda key: ()) -> T | None:
-        """The next item: of the keys with the lowest rank, the one whose turn it is; those
-        whose rank is None are left out. None where there is no item."""
+        """The next item: of the keys with the lowest rank, that of the key whose turn is next;
+        keys with rank None are left out. None if there is no item."""
         ranks = ((rank(key), key) for key in self._queues)
         ranked = [(found, key) for found, key in ranks if found is not None]
         if not ranked:
@@ -52,7 +52,7 @@ class FairQueue(Generic[K, T]):
         return item
 
     def pop_longest(self) -> tuple[K, T]:
-        """The last item of the key that has the most. Raises ValueError where there is none."""
+        """The last item of the key that has the most. Raises ValueError if there is none."""
         key = max(self._queues, key=self.waiting)
         item = self._queues[key].pop()
         self._forget_if_empty(key)
@@ -60,11 +60,11 @@ class FairQueue(Generic[K, T]):
         return key, item
 
     def longest(self) -> int:
-        """Most items of one key."""
+        """The largest number of items of one key."""
         return max(map(len, self._queues.values()), default=0)
 
     def remove(self, key: K, item: T) -> None:
-        """Take an item out, if it still waits."""
+        """Remove an item, if it is still waiting."""
         queue = self._queues.get(key)
         if queue is not None and item in queue:
             queue.remove(item)

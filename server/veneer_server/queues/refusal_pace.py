@@ -33,7 +33,7 @@ MOST: Final = 512
 """Refusals that are delayed at the same time; more are sent at once."""
 
 _KNOWN: Final = 4096
-"""Hosts that are remembered."""
+"""Most hosts that are remembered."""
 
 
 class Pace:
@@ -49,9 +49,9 @@ class Pace:
         self._rate = rate
         self._clock = clock
         self._due: Recent[str, float] = Recent(_KNOWN)
-        """By host: when it has paid for all its refusals, at ``rate`` a second."""
+        """By host: when all its refusals are paid for, at ``rate`` per second."""
         self._delayed: dict[str, int] = {}
-        """Callers, in the order in which they came, and how many of their refusals wait."""
+        """Callers in order of arrival, and how many of their refusals are being delayed."""
         self._count = 0
         self._stopped = asyncio.Event()
 
@@ -89,9 +89,9 @@ class Pace:
                 del self._delayed[caller]
 
     def delays(self, caller: str) -> bool:
-        """A refusal to that host and port is being delayed."""
+        """Whether a refusal to that host and port is being delayed."""
         return caller in self._delayed
 
     def stop(self) -> None:
-        """Delay none from now on; those that are being delayed are sent."""
+        """Stop delaying; refusals that are being delayed are sent now."""
         self._stopped.set()

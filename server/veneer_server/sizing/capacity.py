@@ -1,4 +1,4 @@
-"""How many adapters and sequences fit the budgets: arithmetic behind `PlanCapacity`."""
+"""How many adapters and sequences fit into the budgets: the arithmetic of `PlanCapacity`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Budgets", "Capacity", "Limit", "Shortfall", "plan_capacity"]
 
 
 class Limit(Enum):
-    """What keeps more from fitting; the value is the flag that changes it."""
+    """What limits the capacity; the value is the flag that changes it."""
 
     DEVICE_ADAPTERS = "--device-adapter-bytes"
     HOST_ADAPTERS = "--host-cache-bytes"
@@ -19,12 +19,12 @@ class Limit(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What a server has; bytes unless named otherwise.
+    """A server's budgets; bytes unless named otherwise.
 
     Attributes:
         itemsize: of one number of a resident adapter.
-        kv_bytes: of the KV cache, with the block that pads.
-        kv_tokens: tokens that sequences can have in it, all together.
+        kv_bytes: of the KV cache, including the padding block.
+        kv_tokens: tokens of all sequences together that fit into it.
         kv_token_bytes: K and V of one token.
         block_tokens: tokens of a KV block; a sequence takes whole blocks.
         max_running: sequences.
@@ -42,8 +42,8 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """Something asked for that does not fit: the flag's value now and the smallest
-    that would do."""
+    """A requested amount that does not fit: the flag's current value and the smallest
+    sufficient one."""
 
     limit: Limit
     needed: int
@@ -53,7 +53,7 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """See the messages of the same fields in ``server.proto``."""
+    """See the fields of the same names in ``server.proto``."""
 
     adapter_bytes: int
     on_device: int
@@ -72,11 +72,11 @@ def plan_capacity(
     context_length: int,
     concurrency: int,
 ) -> Capacity:
-    """What fits, were nothing else there.
+    """What fits if nothing else uses the budgets.
 
     Args:
-        adapter_parameters: numbers in all A and B of one adapter.
-        adapters, concurrency: how many are wanted; 0 wants none.
+        adapter_parameters: elements of all A and B of one adapter.
+        adapters, concurrency: how many are wanted; 0 for none.
         context_length: tokens of one sequence, prompt and completion.
     """
     size = max(1, adapter_parameters * budgets.itemsize)
@@ -97,12 +97,12 @@ def plan_capacity(
                     limit,
                     needed,
                     available,
-                    f"{fitting} of {adapters} adapters {where}, the others are loaded when "
-                    f"asked for: {limit.value} {needed} holds all",
+                    f"{fitting} of {adapters} adapters {where}; the others are loaded on "
+                    f"demand: {limit.value} {needed} holds all",
                 )
             )
     if concurrency > by_cache:
-        # A block more than sequences can have: the engine keeps one for padding.
+        # One block more than sequences can use: the engine keeps one for padding.
         needed = concurrency * sequence_bytes + budgets.block_tokens * budgets.kv_token_bytes
         shortfalls.append(
             Shortfall(
@@ -110,7 +110,7 @@ def plan_capacity(
                 needed,
                 budgets.kv_bytes,
                 f"the KV cache holds {by_cache} of {concurrency} sequences of "
-                f"{context_length} tokens, the others wait: {Limit.KV_CACHE.value} {needed} "
+                f"{context_length} tokens; the others wait: {Limit.KV_CACHE.value} {needed} "
                 "holds all",
             )
         )
@@ -120,7 +120,7 @@ def plan_capacity(
                 Limit.MAX_RUNNING,
                 concurrency,
                 budgets.max_running,
-                f"{budgets.max_running} of {concurrency} sequences run at once, the others "
+                f"{budgets.max_running} of {concurrency} sequences run at once; the others "
                 f"wait: {Limit.MAX_RUNNING.value} {concurrency} runs all",
             )
         )

@@ -1,8 +1,8 @@
-"""The memory plan: what the server will use at most, before it has loaded anything.
+"""The memory plan: the most that the server will use, computed before it loads anything.
 
 Sizes follow from the base's ``config.json`` and the settings. Budgets are counted
-whole though they fill up only with use: a server that starts must not be killed
-for its memory later. Pure: no torch, no files.
+in full although they fill up only with use: a server that has started must not be
+OOM-killed later. Pure: no torch, no files.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SMALLEST_KV_TOKENS: Final = 2048
 _FRONT_BYTES: Final = 250 << 20
 """Front process with its template workers and gRPC."""
 _ENGINE_BYTES: Final = 490 << 20
-"""Engine process with torch and transformers imported and the base once loaded, without the
-vocabulary of constraints."""
+"""Engine process after importing torch and transformers and loading a base, without the base
+itself and the vocabulary of constraints."""
 _LOADER_BYTES: Final = 72 << 20
 """The process that reads adapters (measured: 37 MB), with memory ready for the next one."""
 _CONSTRAINT_BYTES: Final = 96 << 20
@@ -50,12 +50,12 @@ _CUDA_BYTES: Final = 700 << 20
 """On the device: CUDA context and library workspaces."""
 
 _EXPANDED_BYTES: Final = 24 << 20
-"""4-bit weights expanded for a product of many rows, a slice at a time (`packed.SLICE`)."""
+"""4-bit weights expanded for a GEMM of many rows, a slice at a time (`packed.SLICE`)."""
 _SCORED_BYTES: Final = 8
-"""Of one logit, beside it, while log-probabilities are computed."""
+"""In addition to each logit, while log-probabilities are computed."""
 _DRAWN_BYTES: Final = 64
-"""Of one logit, beside it, while a token is drawn: copies, probabilities, and where the
-whole vocabulary is sorted, its order and its sums in float64 (measured: up to 62)."""
+"""In addition to each logit, while a token is sampled: copies, probabilities and, if the whole
+vocabulary is sorted, its order and cumulative sums in float64 (measured: up to 62)."""
 
 
 class MemoryTooSmall(VeneerError):
@@ -80,7 +80,7 @@ class MemoryPool:
     """Memory of the host, or of a device that has its own.
 
     Attributes:
-        limit: what there is.
+        limit: its size.
     """
 
     name: Literal["host", "device"]
@@ -105,9 +105,9 @@ class MemoryPlan:
     """What `plan_memory` found.
 
     Attributes:
-        kv_cache_bytes: as configured, or chosen where that is ``auto``.
+        kv_cache_bytes: as configured, or chosen if that is ``auto``.
         kv_token_bytes: K and V of one token in all layers.
-        shrunk: ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
+        shrunk: whether ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
     """
 
     pools: tuple[MemoryPool, ...]
@@ -120,21 +120,21 @@ class MemoryPlan:
 
     @property
     def summary(self) -> str:
-        """Totals alone, for a line that says much else."""
+        """Only the totals, for a line with other content."""
         return ", ".join(f"{p.name} {_mib(p.total)} of {_mib(p.limit)} MiB" for p in self.pools)
 
 
 def plan_memory(
     model: DecoderConfig, config: ServerConfig, host: HostMemory, gpu: Gpu | None
 ) -> MemoryPlan:
-    """Add up what the server may use, and choose the KV cache where that is left open.
+    """Add up what the server may use, and choose the size of the KV cache if it is ``auto``.
 
     Args:
-        gpu: None serves on the CPU, where adapters in DEVICE share the memory of
+        gpu: None to serve on the CPU, where adapters in DEVICE share the memory of
             those in HOST and count once.
 
     Raises:
-        MemoryTooSmall: it does not fit; says the numbers and the flags to lower.
+        MemoryTooSmall: it does not fit; the message has the numbers and the flags to lower.
     """
     base = MemoryUse("base", base_bytes(model, config), "--base")
     scratch = MemoryUse("scratch", _scratch_bytes(model, config), "--max-batch-tokens")
@@ -187,7 +187,7 @@ def token_bytes(model: DecoderConfig, dtype: Literal["bfloat16", "float16", "flo
 
 
 def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
-    """Resident weights. In 4 bits: half a byte a weight, and a float32 scale for each
+    """Resident weights. In 4 bits: half a byte per weight, and a float32 scale for each
     block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored
     in 4 bits is served as it is, whatever the flag says."""
     itemsize = ITEMSIZE[config.dtype]
@@ -196,21 +196,21 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     each = itemsize if quantization == "none" else 0.5 + 4 / 64
     embedding = model.vocab_size * model.hidden_size
     embeddings = embedding * (1 if model.tied_head else 2) * itemsize
-    # The native kernels' head, in 8 bits, is beside the one that it was packed from.
+    # The native kernels' 8-bit head exists in addition to the one it was packed from.
     native = config.backend != "torch" and config.dtype == "bfloat16"
     packed_head = embedding * (1 + 4 / 64) if native and config.device != "cuda" else 0
     return int(linears * each) + embeddings + int(packed_head)
 
 
 def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
-    """Of one step at its largest: every row with activations in float32, with logits
-    (prompt log-probabilities want all), and the mask of a chunk over the longest
-    context; then what is made of the logits: log-probabilities of all, or draws."""
+    """Scratch memory of the largest step: for every row, activations in float32, logits
+    (prompt log-probabilities need all) and the mask of a chunk over the longest context;
+    then the memory for log-probabilities of all rows or for sampling, whichever is larger."""
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     row = 4 * (4 * model.hidden_size + 2 * qkv + 3 * model.intermediate_size)
     logits = 4 * model.vocab_size
     mask = 5 * model.context_length
-    # Sequences that run have a row each, also where that is more than a step's tokens.
+    # Each running sequence has a row, even if these exceed a step's tokens.
     rows = max(config.max_batch_tokens, config.max_running)
     scored = rows * _SCORED_BYTES * model.vocab_size
     drawn = config.max_running * _DRAWN_BYTES * model.vocab_size

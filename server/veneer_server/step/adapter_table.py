@@ -17,9 +17,9 @@ class GroupViews:
 
     Attributes:
         a_t: [fan_in, sum of ranks].
-        expands: B transposed, [rank, fan_out], and scaling of each adapted projection.
+        expands: B transposed, [rank, fan_out], and the scaling of each adapted projection.
         members: their indices among the group's projections.
-        ranks: theirs, in order.
+        ranks: their ranks, in order.
     """
 
     a_t: torch.Tensor
@@ -29,11 +29,11 @@ class GroupViews:
 
 
 class AdapterTable:
-    """Views of one adapter's run: ``table.views[group][layer]``, None where it does
+    """Views of one adapter's run: ``table.views[group][layer]``, None if it does
     not adapt any member of the group.
 
     Attributes:
-        ranks: of each group, its ranks added up, in the layer where that is most.
+        ranks: for each group, the largest sum of its ranks in any layer.
     """
 
     def __init__(self, layout: Layout, run: torch.Tensor) -> None:

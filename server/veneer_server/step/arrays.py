@@ -1,7 +1,7 @@
 """A step as plain arrays: the seam between scheduling and execution.
 
-`StepArrays` is what every backend executes: the torch decoder now, native CPU
-code and CUDA graphs later. It is numpy, so it has a C layout and no device.
+Every backend executes `StepArrays`, be it torch or native code. They are numpy
+arrays, so they have a C layout and no device.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class StepArrays:
     """One step of R rows (tokens) of S sequences.
 
     Attributes:
-        tokens: [R] int64 token ids; the rows of a sequence are neighbours.
+        tokens: [R] int64 token ids; the rows of a sequence are adjacent.
         positions: [R] int64 position of each row in its sequence.
         slots: [R] int64 place of each row's K and V: block * block_size + offset.
         row_starts: [S + 1] int64; sequence s has rows row_starts[s] to row_starts[s + 1].
         contexts: [S] int64 tokens of the sequence in the cache after this step.
         block_tables: [S, B] int64 KV blocks in order, padded with block 0.
         segments: rows that share an adapter; rows in no segment have none.
-        logit_rows: [L] int64 rows whose logits are wanted.
+        logit_rows: [L] int64 rows whose logits are needed.
     """
 
     tokens: NDArray[np.int64]
@@ -52,20 +52,20 @@ class Backend(Protocol):
     """Executes a whole step in one call."""
 
     def execute(self, step: StepArrays) -> torch.Tensor:
-        """Write the rows' K and V, return logits [L, vocab] in float32, which are the
-        caller's until the next step."""
+        """Write the rows' K and V, and return logits [L, vocab] in float32, which belong to
+        the caller until the next step."""
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
-        """Of each row of what the last `execute` gave, whether it is all numbers."""
+        """For each row of the last `execute`'s logits, whether all of it is finite."""
 
     def clear(self, blocks: list[int]) -> None:
-        """Make these KV blocks finite again. Attention gives what is beyond a sequence's
-        end the weight 0, and 0 x NaN is NaN: what one sequence leaves in a block would
-        reach the next one that gets it."""
+        """Make these KV blocks finite again. Attention gives positions beyond a sequence's
+        end the weight 0, and 0 x NaN is NaN: a NaN left in a block would reach the next
+        sequence that gets the block."""
 
 
 def finite_rows(logits: torch.Tensor) -> list[bool]:
-    """Whether a row of [rows, vocab] is all numbers."""
+    """For each row of [rows, vocab], whether all of it is finite."""
     # A sum is finite only if every term is; one pass and no mask.
     found: list[bool] = logits.sum(dim=-1).isfinite().tolist()
     return found
@@ -73,7 +73,7 @@ def finite_rows(logits: torch.Tensor) -> list[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring rows of a step that share an adapter: ``begin <= row < end``."""
+    """Adjacent rows of a step that share an adapter: ``begin <= row < end``."""
 
     begin: int
     end: int

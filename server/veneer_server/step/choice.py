@@ -1,4 +1,4 @@
-"""How a row's token is chosen, and what a backend may do of it."""
+"""How a row's token is chosen, and which part of that a backend may take over."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Choice:
 
     Attributes:
         position: index of the new token.
-        token_counts: the tokens so far, where `params` needs them.
-        allowed: [vocab] bool, or None where every token is allowed; at least one is.
+        token_counts: the tokens so far, if `params` needs them.
+        allowed: [vocab] bool with at least one True, or None if every token is allowed.
     """
 
     params: SamplingParams
@@ -36,10 +36,10 @@ class Choice:
 
 
 class Draws(Protocol):
-    """From adjusted logits to tokens."""
+    """Samples tokens from adjusted logits."""
 
     def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
-        """See `sample`; bias, penalties and masks are in the logits already."""
+        """See `sample`; bias, penalties and masks are already in the logits."""
 
     def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows] float32: log(sum of e^logit)."""

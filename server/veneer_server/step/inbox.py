@@ -1,4 +1,4 @@
-"""What reaches the step loop: messages of the front, reports of the engine's threads."""
+"""What the step loop receives: messages from the front, reports from the engine's threads."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Unheld:
-    """What may come next in a sequence is known, late: it can go on, or it ends."""
+    """The late answer about a held sequence's constraint is here: it continues or ends."""
 
     sequence: int
 
 
 News = Arrived | Compiled | Unheld | OperationDone | ConstraintDone | MatcherEnded
-"""What comes from other threads of the engine."""
+"""Reports from other threads of the engine."""
 
 
 Inbox = queue.SimpleQueue[ToEngine | News]

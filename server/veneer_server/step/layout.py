@@ -1,9 +1,9 @@
 """Where each matrix of an adapter lies in its run of numbers. No torch: loaders use it too.
 
 The decoder computes projections in four groups that share an input (q, k, v;
-o; gate, up; down). Within a group the A matrices stand side by side, transposed, so
-that one product shrinks the input for all of them. B is transposed too: on a few rows
-these products then read memory up to a third faster than as PEFT stores it. No rank,
+o; gate, up; down). Within a group the A matrices lie side by side, transposed, so
+that one GEMM shrinks the input for all of them. B is transposed too: on a few rows,
+these GEMMs then read memory up to a third faster than in PEFT's layout. No rank,
 target list or number of adapters is fixed anywhere: the layout follows the manifest.
 """
 
@@ -38,11 +38,11 @@ MEMBERS: Final[Mapping[Group, tuple[Projection, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one module's matrices lie in the run, in numbers from its start.
+    """Where one module's matrices lie in the run, in elements from its start.
 
     Attributes:
         a: row i of A transposed, [fan_in, rank], begins at ``run[a + i * a_stride]``.
-        a_stride: the ranks of its group, added up.
+        a_stride: the sum of its group's ranks.
         b: B transposed is ``run[b : b + rank * fan_out]``, shape [rank, fan_out].
         member: index of this projection among its group's.
     """
@@ -58,7 +58,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Order of all modules in the run; total length in numbers."""
+    """Order of all modules in the run; total length in elements."""
 
     slots: tuple[Slot, ...]
     length: int

@@ -1,4 +1,4 @@
-"""A step as plain data: what is to be computed, and what came of it. No torch."""
+"""A step as plain data: what to compute, and the results. No torch."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = [
 
 
 class Following(Enum):
-    """How a constrained sequence goes on."""
+    """How a constrained sequence continues."""
 
     GOES_ON = "goes on"
     COMPLETE = "complete"
-    """Its constraint admits nothing more."""
+    """Its constraint allows no further token."""
     LATE = "late"
-    """What may come next is not known yet: it is left out of steps until it is."""
+    """Which tokens may come next is not known yet; until then it is left out of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConstraintFailure:
-    """Why a constraint cannot be followed: a phrase, and the limit that was passed, if any."""
+    """Why a constraint cannot be followed: a phrase, and the limit it exceeded, if any."""
 
     limit: str
     problem: str
@@ -48,20 +48,20 @@ class PlannedSequence:
     Attributes:
         sequence: its id.
         digest: weights digest of its adapter, or None.
-        tokens: token ids to compute, at positions ``start`` and on.
+        tokens: token ids to compute, from position ``start`` on.
         start: tokens already in the KV cache.
         blocks: its KV blocks, enough for ``start + len(tokens)`` tokens.
         samples: True if the last token's logits give a new token; False for a
             prefill chunk that does not reach the end of the prompt.
-        score: for each of `tokens`, the token that follows it, when the prompt's
-            log-probabilities are wanted; else empty.
-        logprobs: whether the sampled token's log-probability is wanted.
+        score: for each of `tokens`, the token that follows it, if the prompt's
+            log-probabilities are requested; otherwise empty.
+        logprobs: whether the sampled token's log-probability is requested.
         sampling: how to choose the new token.
-        position: index of the token to be sampled; with the seed it names one
-            random number, so a token does not depend on who shares the batch.
-        top_logprobs: most likely tokens wanted beside each log-probability.
-        token_counts: the tokens so far, where one is sampled and that takes them.
-        constraint: what the output must be; its state is the runner's.
+        position: index of the token to be sampled; with the seed it determines the
+            random number, so that a token does not depend on the rest of the batch.
+        top_logprobs: how many most likely tokens to report beside each log-probability.
+        token_counts: the tokens so far, if a token is sampled with penalties.
+        constraint: what the output must match; the runner has its state.
     """
 
     sequence: int
@@ -82,7 +82,7 @@ class PlannedSequence:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step. `sequences` is sorted by adapter, those without one first, so that
-    rows that share an adapter are neighbours."""
+    rows that share an adapter are adjacent."""
 
     sequences: tuple[PlannedSequence, ...]
 
@@ -97,26 +97,26 @@ class StepPlan:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Different adapters of the step, in row order."""
+        """Distinct adapters of the step, in row order."""
         return tuple(dict.fromkeys(s.digest for s in self.sequences if s.digest is not None))
 
 
 @dataclass(slots=True)
 class SequenceResult:
-    """What a step gave one sequence; filled in by the runner, and read-only after it.
+    """A step's result for one sequence; filled in by the runner, and read-only afterwards.
 
     Attributes:
-        token: sampled, or None where the plan said ``samples=False``, the logits were not
+        token: sampled, or None if the plan said ``samples=False``, the logits were not
             finite, or its constraint allowed none.
-        finite: False where its logits had NaN or infinity, or nothing could be sampled from
+        finite: False if its logits had NaN or infinity, or nothing could be sampled from
             them.
-        logprob: raw log-probability of ``token``, where wanted.
-        tops: the most likely tokens beside it, where wanted.
+        logprob: raw log-probability of ``token``, if requested.
+        tops: the most likely tokens at the same position, if requested.
         scores: log-probabilities of `PlannedSequence.score`.
-        score_tops: the most likely tokens beside each of these.
-        following: how a constrained sequence goes on. COMPLETE or LATE without a token: so it
-            stood before this step, whose logits are not used.
-        failure: why its constraint could not be followed; it ends.
+        score_tops: the most likely tokens at each of these positions.
+        following: how a constrained sequence continues. COMPLETE or LATE without a token: that
+            was so before this step, whose logits are not used.
+        failure: why its constraint could not be followed; the sequence ends.
     """
 
     token: int | None = None
@@ -130,7 +130,7 @@ class SequenceResult:
 
 
 class Runner(Protocol):
-    """What executes a step (`ModelRunner`; a deterministic fake in tests)."""
+    """Executes a step (`ModelRunner`; a deterministic fake in tests)."""
 
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
         """One result for each of the plan's sequences, in its order."""

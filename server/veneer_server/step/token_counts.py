@@ -1,8 +1,8 @@
-"""Which tokens a sequence has had, kept up from step to step. No torch.
+"""Which tokens a sequence contains, updated at every step. No torch.
 
-A penalty is of different tokens and of how often each was put out. To find them in
-the whole text takes milliseconds for a long one, at each step and for everybody in
-the batch; to add the newest token to what was found before takes none.
+Penalties depend on the distinct tokens and on how often each was generated. Counting
+them in a long text takes milliseconds, at each step and at the cost of the whole batch;
+adding the newest token to the previous counts takes almost no time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["Seen", "TokenCounts"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """The different tokens of a prompt and its output.
+    """The distinct tokens of a prompt and its output.
 
     Attributes:
-        ids: [different] int64.
-        counts: [different] int64, how often the output has each; 0 for one that only
-            the prompt has.
+        ids: [distinct] int64.
+        counts: [distinct] int64, how often each occurs in the output; 0 for tokens that
+            occur only in the prompt.
     """
 
     ids: NDArray[np.int64]
@@ -32,10 +32,10 @@ class Seen:
 
 
 class TokenCounts:
-    """What is `Seen` of one sequence, while its output grows.
+    """Keeps the `Seen` of one sequence up to date as its output grows.
 
     Attributes:
-        generated: tokens of the output that were added.
+        generated: number of output tokens added so far.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ class TokenCounts:
         self._places = {token: place for place, token in enumerate(different)}
 
     def add(self, output: Iterable[int]) -> None:
-        """Take in the next tokens of the output."""
+        """Add the next tokens of the output."""
         for token in output:
             place = self._places.setdefault(token, len(self._ids))
             if place == len(self._ids):
@@ -56,5 +56,5 @@ class TokenCounts:
             self.generated += 1
 
     def seen(self) -> Seen:
-        """A copy: what is added later does not change it."""
+        """A copy, which later tokens do not change."""
         return Seen(np.array(self._ids), np.array(self._counts))

@@ -1,7 +1,7 @@
-"""File descriptors: raising the limit, and how many each port may take.
+"""File descriptors: raises the limit, and divides them between the ports.
 
-What is left for the process itself (`RESERVE`) is never given to callers: an engine, a
-loader or a template's process can be started again whatever they do.
+Those for the process itself (`RESERVE`) are never given to callers, so that an engine,
+loader or template process can be restarted whatever callers do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ RESERVE: Final = 256
 child processes and their pipes, sockets that listen or are about to be refused."""
 
 SCRAPES: Final = 64
-"""Connections to the metrics port. One that asks for nothing makes room for the next; with so
-many, none can be pushed out between its connecting and its asking."""
+"""Connections to the metrics port. Idle ones are closed to make room for new ones; with this
+many, none is closed between connecting and sending its request."""
 
 _FEWEST: Final = 8
 
@@ -30,11 +30,11 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """How they are shared out.
+    """How descriptors are divided.
 
     Attributes:
         limit: of the process.
-        connections: that the gRPC port, and the HTTP port, may have open each.
+        connections: most open connections of the gRPC port, and of the HTTP port.
     """
 
     limit: int
@@ -42,8 +42,8 @@ class Descriptors:
 
 
 def raise_limit(wanted: int) -> int:
-    """Raise the soft limit to ``wanted`` where it is less, or as far as the hard one allows;
-    gives what it is now."""
+    """Raise the soft limit to ``wanted`` if it is lower, or as far as the hard limit allows;
+    returns the new soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
@@ -55,7 +55,7 @@ def raise_limit(wanted: int) -> int:
 
 
 def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
-    """Raise the limit to what is needed, and share it out.
+    """Raise the limit to what is needed, and divide it.
 
     Args:
         wanted: connections to each port, ``--max-connections``.
@@ -66,7 +66,7 @@ def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
     connections = max(_FEWEST, min(wanted, room))
     if connections < wanted:
         _log.warning(
-            "the limit of open files is low, so fewer connections are taken: raise it "
+            "the limit on open files is low, so fewer connections are accepted: raise it "
             "(ulimit -n), or lower --max-connections",
             open_files=limit,
             connections=connections,

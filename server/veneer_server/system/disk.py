@@ -1,4 +1,4 @@
-"""Folders of the cache: private, put together aside, on the disk before they are seen."""
+"""Folders of the cache: private, and built under another name, on disk before they appear."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Final
 __all__ = ["make_private", "remove", "staged"]
 
 _LEAST_AGE_S: Final = 60.0
-"""A younger folder may be one whose maker is about to lock it."""
+"""The creator of a younger folder may be about to lock it."""
 
 
 def make_private(folder: Path) -> None:
-    """Make the folder, and those above it that are missing, for this user alone."""
+    """Create the folder and its missing parents, for this user alone."""
     missing = []
     while not folder.exists():
         missing.append(folder)
@@ -32,8 +32,8 @@ def make_private(folder: Path) -> None:
 def staged(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in ``parent``, private to this user, to be filled and renamed.
 
-    It is removed at the end unless it was renamed. What a killed process left is removed at
-    the next call: a folder is locked as long as its process lives.
+    It is removed at the end unless it was renamed. Folders left by a killed process are
+    removed by the next call: a folder is locked as long as its process lives.
     """
     make_private(parent)
     for left in parent.glob(f"{prefix}*"):
@@ -55,17 +55,17 @@ def _remove_abandoned(folder: Path) -> None:
         return
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its process lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its process lives
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
 
 
 def remove(path: Path) -> None:
-    """Remove whatever has this name; a link, not what it points to.
+    """Remove whatever has this name; for a link, only the link.
 
     Raises:
-        OSError: it is still there.
+        OSError: it could not be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -1,9 +1,9 @@
-"""Which Host headers are answered: against DNS rebinding.
+"""Which Host headers are accepted: a defence against DNS rebinding.
 
-A web page may let its own name resolve to 127.0.0.1. The browser then takes this server for
-the page's own, and lets it read the answers. Its requests still carry the page's name as
-Host, so where only this machine can connect, only this machine's names are answered. There
-are no CORS headers in any answer, so that a page of another origin cannot read one.
+A web page may make its own name resolve to 127.0.0.1. The browser then takes this server for
+the page's own, and lets the page read the responses. Its requests still carry the page's name
+as Host, so if only this machine can connect, only this machine's names are accepted. No
+response has CORS headers, so that a page of another origin cannot read one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer_server.config import Address
 __all__ = ["ANY_HOST", "AllowedHosts"]
 
 ANY_HOST: Final = "*"
-"""Among the allowed hosts: every name is."""
+"""As an allowed host: every name is allowed."""
 
 _HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
 
@@ -28,15 +28,15 @@ class AllowedHosts:
 
     def __init__(self, address: Address, names: Collection[str]) -> None:
         """Args:
-        address: where it listens. What other machines can reach has names that nobody here
-            knows, so all are allowed there unless some are given.
-        names: allowed beside those of the address.
+        address: where the server listens. If other machines can reach it, its names are not
+            known here, so all are allowed unless some are given.
+        names: allowed in addition to the address's own.
         """
         self._any = ANY_HOST in names or not (names or address.loopback)
         self._names = {name.lower() for name in (*names, address.host)}
 
     def allow(self, host: bytes | str | None) -> bool:
-        """Args: host: the Host header; None where HTTP/1.0 has none, which no browser sends."""
+        """Args: host: the Host header; None if HTTP/1.0 has none, which no browser sends."""
         if host is None or self._any:
             return True
         text = (host if isinstance(host, str) else host.decode("latin-1")).strip()

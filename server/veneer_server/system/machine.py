@@ -1,7 +1,7 @@
-"""What this machine gives a process: cores, memory, a GPU; a container's limits honoured.
+"""What this machine offers a process: cores, memory, a GPU; respects a container's limits.
 
-No torch here. A GPU is asked about in a process of its own: the front never imports
-torch, and a broken CUDA installation may end the process that asks.
+No torch here. A separate process queries the GPU: the front never imports torch, and
+a broken CUDA installation may crash the process that queries it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Gpu", "HostMemory", "find_gpu", "host_memory", "peak_bytes", "usable
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PROC: Final = Path("/proc")
 _DRIVERS: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-"""One of these exists where there is an NVIDIA driver (the second under WSL)."""
+"""One of these exists if there is an NVIDIA driver (the second under WSL)."""
 
 _ASK_GPU: Final = (
     "import torch\n"
@@ -35,9 +35,9 @@ class HostMemory:
     """Bytes.
 
     Attributes:
-        limit: what the process may use at most: of the machine, or of its container.
-        available: what is free now, page cache that can go included.
-        contained: the limit is a container's (cgroup v2 ``memory.max``).
+        limit: the most that the process may use: of the machine, or of its container.
+        available: free now, including reclaimable page cache.
+        contained: whether the limit is a container's (cgroup v2 ``memory.max``).
     """
 
     limit: int
@@ -55,9 +55,9 @@ class Gpu:
 
 
 def usable_cores(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int:
-    """Cores that threads may fill: the process's affinity, less where a container has
-    a quota (cgroup v2 ``cpu.max``), rounded down: threads beyond a quota are all
-    stopped together until its next period."""
+    """Cores that threads may fill: the process's affinity, or less if a container has a
+    quota (cgroup v2 ``cpu.max``), rounded down: once a quota is used up, all threads stop
+    until its next period."""
     cores = float(len(os.sched_getaffinity(0)))
     for group in _own_groups(cgroups, proc):
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -67,7 +67,7 @@ def usable_cores(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int:
 
 
 def host_memory(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> HostMemory:
-    """Memory of the machine, less where a container limits it."""
+    """Memory of the machine, or less if a container limits it."""
     facts = _key_values(proc / "meminfo")
     total = facts.get("MemTotal", 0)
     limit, available = total, facts.get("MemAvailable", total)
@@ -75,7 +75,7 @@ def host_memory(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> HostMemory:
         most, used = _read(group / "memory.max"), _read(group / "memory.current")
         if most.isdigit() and int(most) < total:
             limit = min(limit, int(most))
-            # Page cache counts as used there, but goes when memory is needed.
+            # Page cache counts as used there, but is reclaimed when memory is needed.
             cache = _key_values(group / "memory.stat").get("inactive_file", 0)
             free = int(most) - int(used or 0) + cache
             available = max(0, min(available, free))
@@ -83,12 +83,12 @@ def host_memory(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> HostMemory:
 
 
 def peak_bytes(pid: int | Literal["self"], proc: Path = _PROC) -> int:
-    """Largest resident set that a process had so far; 0 where it cannot be read."""
+    """Largest resident set that a process had so far; 0 if it cannot be read."""
     return _key_values(proc / str(pid) / "status").get("VmHWM", 0)
 
 
 def find_gpu(device: Literal["auto", "cpu", "cuda"]) -> Gpu | None:
-    """The GPU that the engine would use, or None. Takes seconds where there may be one."""
+    """The GPU that the engine would use, or None. Takes seconds if there may be one."""
     if device == "cpu" or (device == "auto" and not any(d.exists() for d in _DRIVERS)):
         return None
     done = subprocess.run(
@@ -100,7 +100,7 @@ def find_gpu(device: Literal["auto", "cpu", "cuda"]) -> Gpu | None:
 
 
 def _own_groups(cgroups: Path, proc: Path) -> Iterator[Path]:
-    """The folders of this process's cgroup and of all above it: each may limit."""
+    """The folders of this process's cgroup and its ancestors, each of which may set limits."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         if line.startswith("0::"):
             inside = Path(line.removeprefix("0::").lstrip("/"))

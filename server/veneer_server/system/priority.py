@@ -10,11 +10,11 @@ from typing import Final
 __all__ = ["lower_priority"]
 
 _NICE: Final = 10
-"""On two cores a busy thread doubles a step's time."""
+"""Without it, a busy thread doubles a step's time on two cores."""
 
 
 def lower_priority() -> None:
-    """Lower that of the calling thread, where this is allowed."""
+    """Lower the priority of the calling thread, if this is allowed."""
     # Linux gives each thread its own nice value; elsewhere this may not be so.
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,4 +1,4 @@
-"""What messages are made of."""
+"""Types that the messages share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TierName = Literal["disk", "host", "device"]
 MemoryTier = Literal["host", "device"]
 
 Tops = list[tuple[int, float]]
-"""The most likely tokens at one place with their log-probabilities."""
+"""The most likely tokens at one position, with their log-probabilities."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

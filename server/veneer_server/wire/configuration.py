@@ -13,15 +13,15 @@ __all__ = [
 
 
 class ConstraintLimits(Message, frozen=True):
-    """What one constraint may take, and all of them. Times are of CPU, sizes in bytes.
+    """Resource limits of one constraint, and of all of them. Times are CPU time, sizes bytes.
 
     Attributes:
         workers: constraints that are compiled at once.
-        compile_seconds, memory: of compiling one; ``memory`` also of following it.
-        mask_seconds: of finding the tokens that may follow, each time.
-        fuel: the same in the library's own count (`step_lexer_fuel`).
+        compile_seconds, memory: for compiling one; ``memory`` also for following it.
+        mask_seconds: for finding the tokens that may come next, each time.
+        fuel: the same in the library's own units (`step_lexer_fuel`).
         matcher_memory: of the process that follows sequences, for all of them together; the
-            one for slow ones has half of it.
+            process for slow ones has half of it.
     """
 
     workers: int = 2
@@ -44,8 +44,9 @@ class EngineConfig(Message, frozen=True):
         device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.
-        backend: ``native`` and ``torch`` insist on one, see `engine.execution.backend_choice`.
-        native_instructions: of the native kernels; ``auto`` is the most that the CPU has.
+        backend: ``native`` and ``torch`` require that one, see
+            `engine.execution.backend_choice`.
+        native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
         threads: of a step; 0 means the number of usable cores.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
@@ -54,8 +55,9 @@ class EngineConfig(Message, frozen=True):
         kv_cache_bytes, host_adapter_bytes, device_adapter_bytes: budgets.
         load_workers: threads that read and convert adapters.
         prefix_cache: keep the K and V of prefixes and share them.
-        exact: results do not depend on what shares a step; no prefix cache then.
-        constraints: bounds of constrained output.
+        exact: results do not depend on the rest of the batch. Disables the prefix cache if
+            the backend's results do, see `engine.execution.exact`.
+        constraints: limits of constrained output.
     """
 
     base_folder: str

@@ -1,4 +1,4 @@
-"""Frames between processes: a 4-byte big-endian length, then so many bytes of MessagePack."""
+"""Frames between processes: a 4-byte big-endian length, then that many bytes of MessagePack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def framed(body: bytes) -> bytes:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """The body of the next frame; None where the other side has ended."""
+    """The body of the next frame; None if the other side has closed."""
     head = _exactly(connection, LENGTH.size)
     return None if head is None else _exactly(connection, LENGTH.unpack(head)[0])
 

@@ -35,26 +35,26 @@ __all__ = [
 
 
 class Loading(Message, frozen=True):
-    """Before `EngineInfo`: how far a part of the start is."""
+    """Progress of one part of the startup, sent before `EngineInfo`."""
 
     part: Part
 
 
 class EngineInfo(Message, frozen=True):
-    """First message from an engine that is started; sizes in bytes unless named otherwise.
+    """First message once an engine has started; sizes in bytes unless named otherwise.
 
     Attributes:
         backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
-            ``, prebuilt`` inside where the kernels came with the wheel, or ``torch``.
-        why_not_native: in words; empty where the native one serves.
-        kv_cache_tokens: tokens that the KV cache holds in all.
+            ``, prebuilt`` inside if the kernels came with the wheel, or ``torch``.
+        why_not_native: in words; empty if the native backend is used.
+        kv_cache_tokens: capacity of the KV cache.
         adapter_itemsize: bytes of one number of a resident adapter.
         load_seconds: from start to ready.
-        max_batch_tokens, max_prefill_tokens: as configured, or fewer where a step of so
-            many would take too long on this machine.
+        max_batch_tokens, max_prefill_tokens: as configured, or fewer if a step of that many
+            would take too long on this machine.
         step_seconds: a step of one token, as measured before serving.
         token_seconds: each further token of it.
-        longest_step_seconds: the longest step that may be planned, by these.
+        longest_step_seconds: estimate, from these, of the longest step that can be planned.
     """
 
     device: str
@@ -85,22 +85,22 @@ class WireError(Message, frozen=True):
 
 
 class SequenceOutput(Message, frozen=True):
-    """What one step gave one sequence.
+    """What one step produced for one sequence.
 
     Attributes:
-        tokens: new token ids (one, or none where it was cancelled).
-        logprobs: raw log-probabilities of `tokens`, if asked for.
-        prompt_logprobs: one for each prompt token after the first; with the
-            first token only, if asked for.
-        tier: tier that its adapter was found in at submission; first output only.
+        tokens: new token ids (one, or none if it was cancelled).
+        logprobs: raw log-probabilities of `tokens`, if requested.
+        prompt_logprobs: one for each prompt token after the first, if requested; first
+            output only.
+        tier: tier where its adapter was found at submission; first output only.
         load_seconds: time it waited for its adapter; first output only.
         queue_seconds: other time before its first step; first output only.
         finish: set in the last output.
         top_logprobs: for each of `tokens` the most likely tokens with their
-            log-probabilities, likeliest first, if asked for.
+            log-probabilities, likeliest first, if requested.
         prompt_top_logprobs: the same for `prompt_logprobs`.
         cached_tokens: prompt tokens found in the prefix cache; first output only.
-        step: number of the step that gave it (see `StepDone`); first output only.
+        step: number of the step that produced it (see `StepDone`); first output only.
     """
 
     sequence: int
@@ -118,7 +118,7 @@ class SequenceOutput(Message, frozen=True):
 
 
 class SequenceFailed(Message, frozen=True):
-    """A sequence ended by an error; the last message about it."""
+    """A sequence ended with an error; the last message about it."""
 
     sequence: int
     error: WireError
@@ -131,9 +131,9 @@ class StepDone(Message, frozen=True):
         step: number of steps executed since the engine started.
         seconds: wall time of the step.
         prefill_tokens, decode_rows: what the step computed.
-        adapters: different adapters in the step.
-        prefix_asked, prefix_found: prompt tokens of the sequences that started with
-            it, and how many of them were in the prefix cache.
+        adapters: number of distinct adapters in the step.
+        prefix_asked, prefix_found: prompt tokens of the sequences that started in it, and
+            how many of them were in the prefix cache.
     """
 
     step: int
@@ -152,7 +152,7 @@ class Occupancy(Message, frozen=True):
         running, waiting: sequences.
         waiting_for_adapter: of `waiting`, those whose adapter is not resident.
         kv_blocks_used, kv_blocks: the pool.
-        kv_blocks_cached: of those not used, the ones that hold a prefix.
+        kv_blocks_cached: unused blocks that hold a prefix.
         running_adapters, waiting_adapters: weights digests, sorted.
     """
 
@@ -189,10 +189,10 @@ LOST: Final = "lost"
 
 
 class AdapterLoaded(Message, frozen=True):
-    """A load (to HOST) or activation (to DEVICE) ended well; for metrics.
+    """A load (to HOST) or activation (to DEVICE) succeeded; for metrics.
 
     ``stages`` maps ``read``, ``verify``, ``convert`` or ``copy`` to seconds; and ``lost``
-    (`LOST`), where a loader process ended or was killed before another did the work.
+    (`LOST`), if a loader process ended or was killed before another did the work.
     """
 
     weights_digest: str
@@ -206,7 +206,7 @@ EvictionCause = Literal["capacity", "budget", "admin", "abort"]
 class Evicted(Message, frozen=True):
     """An adapter left a tier; for metrics.
 
-    ``cause``: ``capacity`` (room for another), ``budget`` (it was lowered), ``admin``,
+    ``cause``: ``capacity`` (room for another), ``budget`` (a budget was lowered), ``admin``,
     or ``abort``.
     """
 
@@ -216,7 +216,8 @@ class Evicted(Message, frozen=True):
 
 
 class AdapterFailed(Message, frozen=True):
-    """An adapter could not be brought into memory; what waited for it has its own error."""
+    """An adapter could not be loaded; sequences and operations that waited for it get their
+    own error."""
 
     weights_digest: str
     error: WireError
@@ -225,15 +226,15 @@ class AdapterFailed(Message, frozen=True):
 ConstraintOutcome = Literal[
     "ok", "invalid", "compile_seconds", "memory", "mask_seconds", "fuel", "library"
 ]
-"""``ok``, ``invalid`` (wrong or not supported), or what stopped it: a limit, or a fault of
+"""``ok``, ``invalid`` (wrong or not supported), or what stopped it: a limit, or a fault in
 the library."""
 
 
 class ConstraintDone(Message, frozen=True):
-    """A constraint was compiled for the first time (``trial``), or stopped one that was
-    being followed (``generation``); for metrics.
+    """The first compilation of a constraint ended (``trial``), or one failed while being
+    followed (``generation``); for metrics.
 
-    ``seconds``: CPU time of compiling; 0 where that did not end.
+    ``seconds``: CPU time of compiling; 0 if that did not finish.
     """
 
     phase: Literal["trial", "generation"]
@@ -251,9 +252,9 @@ class MatcherEnded(Message, frozen=True):
 
 
 class BudgetsState(Message, frozen=True):
-    """The budgets of adapters and what is taken of them now, in bytes.
+    """The budgets of adapters and how much of them is used now, in bytes.
 
-    More may be taken than the budget while running sequences use what must go.
+    Use may exceed a budget while running sequences use adapters that must leave.
     """
 
     host_budget: int
@@ -265,8 +266,8 @@ class BudgetsState(Message, frozen=True):
 class OperationDone(Message, frozen=True):
     """Answer to `Activate`, `Evict`, `Unpin`, `UpdateBudgets` or `Reference`.
 
-    ``done`` is False where a drain still waits for running sequences; ``budgets`` is the
-    answer to `UpdateBudgets`, ``logprobs`` that to `Reference`.
+    ``done`` is False if a drain still waits for running sequences; ``budgets`` answers
+    `UpdateBudgets`, ``logprobs`` answers `Reference`.
     """
 
     operation: int

@@ -1,4 +1,4 @@
-"""What a sequence is to be: its adapter, sampling and constraint, all resolved."""
+"""A request for one sequence: its adapter, sampling and constraint, all resolved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdapterSource(Message, frozen=True):
         weights_digest: key of the resident copy; verified when read.
         folder: local folder with ``adapter_config.json`` and
             ``adapter_model.safetensors`` (made by the registry's store).
-        parameters: numbers in all A and B; a resident copy takes this many times
+        parameters: elements of all A and B; a resident copy takes this many times
             `EngineInfo.adapter_itemsize` bytes.
         name: for messages only.
     """
@@ -35,7 +35,7 @@ class AdapterSource(Message, frozen=True):
 
 
 class Constraint(Message, frozen=True):
-    """What the output must be; the front has checked that it compiles.
+    """What the output must match; the front has checked that it compiles.
 
     Attributes:
         text: a JSON schema, a regular expression, or a JSON array of strings.
@@ -46,7 +46,7 @@ class Constraint(Message, frozen=True):
 
 
 class SequenceRequest(Message, frozen=True):
-    """What a sequence is to be: made once, by `serving.generation`, and then only passed on.
+    """A request for one sequence: made once, by `serving.generation`, and then only passed on.
 
     Lengths and ranges have been checked.
 
@@ -54,14 +54,14 @@ class SequenceRequest(Message, frozen=True):
         prompt: token ids, at least one.
         max_tokens: most new tokens, at least 1, within the context.
         prompt_logprobs: also report the prompt's log-probabilities.
-        top_logprobs: most likely tokens to report beside each log-probability.
-        stop_token_ids: end the sequence, beside the model's own.
-        use_prefix_cache: K and V of other sequences with the same prefix may be used.
+        top_logprobs: how many most likely tokens to report beside each log-probability.
+        stop_token_ids: end the sequence, in addition to the model's own.
+        use_prefix_cache: whether to share K and V with other sequences of the same prefix.
         cache_scope: prefixes are shared only within a scope.
-        deadline: when the first token must have come, on the monotonic clock, which the
-            processes of a machine share; a sequence that cannot meet it is refused.
-        caller: who asks, as far as that is known; callers take turns where they wait for
-            a constraint to be compiled.
+        deadline: when the first token is due, on the monotonic clock, which the processes
+            of a machine share; a sequence that cannot meet it is refused.
+        caller: who sent the request, if known; callers take turns in the queue for
+            compiling constraints.
     """
 
     prompt: list[int]

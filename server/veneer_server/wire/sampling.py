@@ -1,7 +1,7 @@
-"""How a token is chosen: the one list of sampling options, with what each may be.
+"""How a token is chosen: the only list of sampling options, with the range of each.
 
-A door passes on the options that a caller set (`serving.records.Sampling`), by these names; the
-base's defaults fill in the rest, and the record crosses the wire as it is.
+Both APIs pass on the options that a caller set (`serving.records.Sampling`), under these names;
+the base's defaults fill in the rest, and the record crosses the wire unchanged.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["FRACTIONS", "OF_BASE", "RANGES", "Range", "SamplingParams"]
 
 
 class Range(NamedTuple):
-    """What an option may be.
+    """Allowed values of an option.
 
     Attributes:
-        fix: what a caller outside of it is told.
-        of_base: a base's ``generation_config.json`` may set a default for it.
+        fix: advice for a caller whose value is out of range.
+        of_base: whether a base's ``generation_config.json`` may set a default for it.
     """
 
     least: float
@@ -35,7 +35,7 @@ _PENALTY: Final = Range(-2, 2, "give -2 to 2; 0 is off")
 
 
 class SamplingParams(Message, frozen=True):
-    """Resolved sampling: nothing is unset any more. The defaults turn an option off.
+    """Resolved sampling: every option is set. The defaults turn an option off.
 
     Attributes:
         temperature: 0 is greedy.
@@ -44,9 +44,9 @@ class SamplingParams(Message, frozen=True):
         min_p: 0 is off.
         seed: the random stream of this request; the same seed, request and
             logits give the same tokens.
-        repetition_penalty: of prompt and output; 1 is off. Logits are divided by it: by much
-            less than 0.01 they would overflow.
-        presence_penalty, frequency_penalty: of the output; 0 is off.
+        repetition_penalty: for tokens in the prompt or output; 1 is off. Logits are divided
+            by it: divided by much less than 0.01, they would overflow.
+        presence_penalty, frequency_penalty: for tokens in the output; 0 is off.
         logit_bias: added to the logits of these token ids; see `serving.checks`.
     """
 
@@ -68,7 +68,7 @@ class SamplingParams(Message, frozen=True):
 
     @property
     def needs_token_counts(self) -> bool:
-        """Choosing a token takes the tokens before it."""
+        """Whether choosing a token requires counts of the tokens before it."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -83,7 +83,8 @@ RANGES: Final[Mapping[str, Range]] = {
     for name, hint in _HINTS.items()
     if (said := getattr(hint, "__metadata__", ()))
 }
-"""Of each option that is a number; any seed is one, and biases are checked apart."""
+"""For each numeric option, except seeds, all of which are valid; biases are checked
+separately."""
 
 FRACTIONS: Final = tuple(name for name in RANGES if _HINTS[name].__origin__ is float)
 

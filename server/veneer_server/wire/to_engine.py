@@ -28,7 +28,7 @@ class Submit(Message, frozen=True):
     """A new sequence.
 
     Attributes:
-        sequence: id chosen by the engine client, never used twice.
+        sequence: id chosen by the engine client, never reused.
     """
 
     sequence: int
@@ -37,13 +37,13 @@ class Submit(Message, frozen=True):
 
 class Cancel(Message, frozen=True):
     """End a sequence now; answered by a `SequenceOutput` with ``cancelled``
-    unless it has finished already."""
+    unless it has already finished."""
 
     sequence: int
 
 
 class Activate(Message, frozen=True):
-    """Bring an adapter to ``host`` or ``device``; answered by `OperationDone`."""
+    """Load an adapter into ``host`` or ``device``; answered by `OperationDone`."""
 
     operation: int
     adapter: AdapterSource
@@ -54,10 +54,10 @@ class Activate(Message, frozen=True):
 class Evict(Message, frozen=True):
     """Free an adapter's memory; answered by `OperationDone`.
 
-    ``drain`` frees it when the sequences that run now have ended: others wait, and load it
-    anew. ``fail_if_busy`` refuses while there is a sequence, ``abort`` ends them with
-    ADAPTER_EVICTED. ``forget`` is for weights that no name has any more: it frees them when
-    the last of their sequences, waiting ones included, has ended.
+    ``drain`` frees it when the sequences now running have ended; others wait, and load it
+    again. ``fail_if_busy`` refuses while any sequence uses it; ``abort`` ends those with
+    ADAPTER_EVICTED. ``forget`` is for weights that no registered name has any more: it frees
+    them when the last of their sequences, waiting ones included, has ended.
     """
 
     operation: int
@@ -67,7 +67,7 @@ class Evict(Message, frozen=True):
 
 
 class Unpin(Message, frozen=True):
-    """Remove an adapter's pin, free nothing; answered by `OperationDone`."""
+    """Remove an adapter's pin without freeing anything; answered by `OperationDone`."""
 
     operation: int
     weights_digest: str
@@ -76,8 +76,8 @@ class Unpin(Message, frozen=True):
 class UpdateBudgets(Message, frozen=True):
     """Change the bytes that adapters may take; answered by `OperationDone`.
 
-    None leaves a budget as it is. What is past a lower one and not in use goes at once, the
-    rest when what uses it has ended. Refused where pinned adapters alone take more.
+    None leaves a budget as it is. Unused adapters beyond a lower one are evicted at once, the
+    rest when their sequences have ended. Refused if pinned adapters alone take more.
     """
 
     operation: int
@@ -86,7 +86,7 @@ class UpdateBudgets(Message, frozen=True):
 
 
 class Reference(Message, frozen=True):
-    """Compute a prompt's log-probabilities apart from the serving path; answered by
+    """Compute a prompt's log-probabilities independently of the serving path; answered by
     `OperationDone`.
 
     Attributes:
@@ -100,7 +100,7 @@ class Reference(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Answered by the step loop itself, so an answer proves that it advances."""
+    """Answered by the step loop itself, so an answer proves that it is making progress."""
 
     number: int
 

@@ -365,7 +365,7 @@ def test_an_engine_that_reads_a_bit_which_the_disk_lost_imports_the_base_again(
     assert imported() == 2
     assert whole(bench, folder)
     (line,) = told(caplog)
-    assert "are not those of its fingerprint" in line
+    assert "do not match its fingerprint" in line
 
 
 def test_a_start_beside_another_that_seals_the_base_finds_it_whole(

@@ -1,7 +1,7 @@
-"""Which library serves: one that is compiled here, else one that the wheel brought.
+"""Chooses the library: one compiled here, or else a prebuilt one from the wheel.
 
-The prebuilt ones are made for two sets of instructions (`native.forms`). They are loaded under
-the same rules as compiled ones: see `native.kept`.
+Prebuilt libraries exist for two instruction sets (`native.forms`). They are loaded under the
+same rules as compiled ones: see `native.kept`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from veneer_server.backends.native.forms import FORMS, digest_sources
 __all__ = ["Found", "find_library"]
 
 PREBUILT: Final = Path(__file__).with_name("prebuilt")
-"""A wheel for Linux x86-64 has it, a clone has not."""
+"""Exists in a wheel for Linux x86-64, but not in a clone."""
 
 _FIX: Final = "install Veneer's wheel again, as this user or root, with umask 022"
 
@@ -27,7 +27,7 @@ class Found:
     """A library that runs here.
 
     Attributes:
-        why_prebuilt: why it is one that the wheel brought; empty where it was compiled here.
+        why_prebuilt: why it is a prebuilt one; empty if it was compiled here.
     """
 
     file: Path
@@ -35,13 +35,13 @@ class Found:
 
 
 def find_library(cache_dir: Path, *, instructions: str = "") -> Found:
-    """The library that `build` gives, else a prebuilt one, tried in a process of its own.
+    """The library from `build`, or else a prebuilt one, tried in a separate process.
 
     Args:
         cache_dir, instructions: as for `build`.
 
     Raises:
-        NativeUnavailable: the CPU has not the instructions, or neither runs here.
+        NativeUnavailable: the CPU lacks the instructions, or neither library runs here.
     """
     flags = cpu_flags()
     try:
@@ -55,10 +55,10 @@ def find_library(cache_dir: Path, *, instructions: str = "") -> Found:
 
 
 def _prebuilt(flags: frozenset[str], instructions: str) -> Path:
-    """That for the most instructions that this CPU has."""
+    """The prebuilt library for the best instruction set that this CPU has."""
     wanted = (form for form in FORMS if instructions in ("", form.name))
     name = next(form.name for form in wanted if form.needs <= flags)
-    # Of these very sources: with others, structs may differ from those of Python.
+    # Only from exactly these sources: otherwise, structs may differ from Python's.
     sources = digest_sources(Path(__file__).with_name("cpp"))
     file = next(iter(sorted(PREBUILT.glob(f"{name}-{sources}-*.so"))), None)
     if file is None:

@@ -1,8 +1,8 @@
 """Compiles the C++ of this package for the machine it runs on, once.
 
-As PyTorch's inductor and Triton do: the system's compiler, the CPU's own instructions, a
-cache keyed by everything that changes the result. Where there is no compiler, a prebuilt
-library serves (`native.chosen`).
+Like PyTorch's inductor and Triton: with the system's compiler, the CPU's own instructions,
+and a cache keyed by everything that changes the result. Without a compiler, a prebuilt
+library is used (`native.chosen`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["NativeUnavailable", "build", "cpu_flags", "try_out"]
 log = logging.getLogger(__name__)
 
 COMPILE_SECONDS: Final = 900.0
-"""It takes 20 s on a quiet core, and many times that on a slow or busy one."""
+"""Compiling takes 20 s on an idle core, and many times that on a slow or busy one."""
 
 _ASK_SECONDS: Final = 60.0
 _LEAST_FREE: Final = 16 << 20
@@ -45,12 +45,12 @@ class NativeUnavailable(Exception):
 
 
 def build(cache_dir: Path, *, instructions: str = "") -> Path:
-    """The shared library, compiled if it is not there yet, and tried in a process of its own.
+    """The shared library, compiled if it is not there yet, and tried in a separate process.
 
     Args:
-        cache_dir: it is kept in ``native`` there; see `kept.places` for where that cannot be
-            written, or cannot be trusted.
-        instructions: ``avx2`` does without AVX512; empty is the best the CPU has.
+        cache_dir: the library is kept in ``native`` there; see `kept.places` for the case
+            that this cannot be written or trusted.
+        instructions: ``avx2`` avoids AVX512; empty selects the best the CPU has.
 
     Raises:
         NativeUnavailable: no compiler, a CPU without the instructions, or a library that does
@@ -62,7 +62,7 @@ def build(cache_dir: Path, *, instructions: str = "") -> Path:
     sources = resources.files("veneer_server.backends.native") / "cpp"
     with resources.as_file(sources) as folder:
         key = _key(folder, command, flags)
-        # The compiler runs in a folder of its own.
+        # Absolute, since the compiler runs in another folder.
         places = kept.places(cache_dir.absolute())
         found = next((file for place in places if (file := kept.find(place, key))), None)
         if (file := found) is None:
@@ -76,7 +76,7 @@ def cpu_flags() -> frozenset[str]:
     """The CPU's instructions, as Linux names them.
 
     Raises:
-        NativeUnavailable: kernels need others.
+        NativeUnavailable: there are no kernels for this CPU.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -96,7 +96,7 @@ def cpu_flags() -> frozenset[str]:
 def _compiler() -> list[str]:
     """The words of CXX, or the system's compiler; the first is an absolute path."""
     words = shlex.split(os.environ.get("CXX", ""))
-    # An empty or relative entry of PATH would be the current folder, and what lies there.
+    # Skips empty and relative entries of PATH, which depend on the current folder.
     folders = [f for f in os.get_exec_path() if os.path.isabs(f)]
     for name in words[:1] or ("c++", "g++", "clang++"):
         if path := shutil.which(name, path=os.pathsep.join(folders)):
@@ -111,7 +111,7 @@ def _compiler() -> list[str]:
 
 
 def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
-    """Of the sources, the command, the compiler that it runs and the CPU's instructions."""
+    """Cache key: the sources, the command, the compiler it runs and the CPU's instructions."""
     digest = hashlib.sha256(digest_sources(folder).encode())
     digest.update("\0".join(command[1:]).encode() + b"\0" + _identity(command))
     digest.update(" ".join(sorted(flags)).encode())
@@ -119,7 +119,7 @@ def _key(folder: Path, command: list[str], flags: frozenset[str]) -> str:
 
 
 def _identity(command: list[str]) -> bytes:
-    """What the command would run, and which file that is.
+    """What the command would run, and which files those are.
 
     The command itself may be a wrapper (ccache, distcc), whose version says nothing. With
     ``-###`` GCC and Clang print version, target and the command of the compiler proper, with
@@ -127,7 +127,7 @@ def _identity(command: list[str]) -> bytes:
     """
     asked = [*command, "-###", "-S", "-x", "c++", os.devnull, "-o", os.devnull]
     try:
-        # In a folder of no meaning: Clang tells the current one.
+        # In a fixed folder, because Clang prints the current one.
         done = subprocess.run(asked, cwd="/", capture_output=True, timeout=_ASK_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailable(f"the compiler {command[0]} does not run: {error}") from error
@@ -146,7 +146,7 @@ def _identity(command: list[str]) -> bytes:
 
 
 def _compile(command: list[str], source: Path, places: Iterable[Path], key: str) -> Path:
-    """It appears by one rename: two servers that start together do no harm."""
+    """Compile the library, which appears in one rename: servers may start at the same time."""
     why: Exception | None = None
     for place in places:
         try:
@@ -164,14 +164,14 @@ def _compile(command: list[str], source: Path, places: Iterable[Path], key: str)
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run the compiler in ``folder``, where nothing lies that it could take for its own.
+    """Run the compiler in ``folder``, which holds nothing that it could read by accident.
 
     Raises:
         NativeUnavailable: it failed, or took too long.
         OSError: the disk is full.
     """
     with (folder / "errors").open("w+b") as told:
-        # A group of its own: the compiler proper is the command's child, and must end too.
+        # A process group, so that the compiler proper, the command's child, is killed too.
         compiler = subprocess.Popen(
             command,
             cwd=folder,
@@ -200,16 +200,16 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def try_out(file: Path, fix: str = "") -> str:
-    """Load the library in a process of its own and multiply a little: a CPU that does not run
-    its instructions, or a library that ends its process, ends that one. Takes 40 ms.
+    """Load the library in a separate process and run small GEMMs, so that an unsupported
+    instruction or a crash in the library only ends that process. Takes 40 ms.
 
     Args:
-        fix: what to do if it does not run; empty is to have it compiled again.
+        fix: what to do if it does not run; empty advises to have it compiled again.
 
     Returns the set of instructions that it uses.
 
     Raises:
-        NativeUnavailable: it does not run here, or others can have written it.
+        NativeUnavailable: it does not run here, or others could have written it.
     """
     made = "prebuilt" if fix else "compiled"
     fix = fix or f"remove {file} to have it compiled again, or use --backend torch"

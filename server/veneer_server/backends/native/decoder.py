@@ -32,15 +32,15 @@ from veneer_server.step.layout import Group
 __all__ = ["NativeDecoder", "check"]
 
 _RUN = 16
-"""Tokens that lie together in the cache."""
+"""Tokens stored together in the cache."""
 
 _KEPT_LOGITS = 64
-"""Rows of logits whose memory is kept from step to step: what decoding takes. More of them,
-for prompts that are scored, are allocated and given back."""
+"""Rows of logits whose memory is kept between steps, enough for decoding. More rows, for
+scored prompts, are allocated per step."""
 
 
 def check(config: DecoderConfig, block_size: int) -> None:
-    """Raises NativeUnavailable where the kernels do not fit the base."""
+    """Raise NativeUnavailable if the kernels do not support the base."""
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -48,24 +48,26 @@ def check(config: DecoderConfig, block_size: int) -> None:
     }
     for name, width in widths.items():
         if width % BLOCK:
-            raise NativeUnavailable(f"the base's {name} is {width}, no multiple of {BLOCK}")
+            raise NativeUnavailable(f"the base's {name} is {width}, not a multiple of {BLOCK}")
     if config.head_dim % 16:
-        raise NativeUnavailable(f"the base's head_dim is {config.head_dim}, no multiple of 16")
+        raise NativeUnavailable(
+            f"the base's head_dim is {config.head_dim}, not a multiple of 16"
+        )
     if block_size % _RUN:
-        raise NativeUnavailable(f"KV blocks hold {block_size} tokens, no multiple of {_RUN}")
+        raise NativeUnavailable(f"KV blocks hold {block_size} tokens, not a multiple of {_RUN}")
 
 
 class NativeDecoder:
     """Implements `Backend` over weights whose linears are all `NativeLinear`.
 
     Args:
-        head: how the head is kept: `EIGHT_BIT` halves what a step of one row reads of it, and
-            is off by half a 127th of the largest weight of 64; or `BFLOAT16`.
+        head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
+            with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
 
     Attributes:
-        draws: from logits to tokens, on the same threads.
-        weights: the base's; kept, since the kernels have their addresses.
-        handle: what the library's functions know this decoder by.
+        draws: samples tokens from logits, on the same threads.
+        weights: the base's; kept alive, since the kernels have their addresses.
+        handle: identifies this decoder to the library's functions.
     """
 
     def __init__(
@@ -129,8 +131,8 @@ class NativeDecoder:
 
     @property
     def head_bytes(self) -> int:
-        """Of the packed head, which is beside the weights it was packed from: where head and
-        embedding are tied those are needed too, mapped from the base's file."""
+        """Bytes of the packed head. They add to the weights it was packed from, which are
+        needed too if head and embedding are tied, and are mapped from the base's file."""
         return self._head.nbytes
 
     def execute(self, step: StepArrays) -> torch.Tensor:
@@ -167,7 +169,7 @@ class NativeDecoder:
         return logits
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
-        """See `Backend.finite`; the kernels have looked."""
+        """See `Backend.finite`; the kernels have already checked."""
         return self._finite[: len(logits)].tolist()
 
     def clear(self, blocks: list[int]) -> None:
@@ -183,7 +185,7 @@ class NativeDecoder:
 
 
 class _Adapter:
-    """An adapter's pointers, for as long as its table lives."""
+    """An adapter's pointers, valid for as long as its table lives."""
 
     def __init__(self, table: AdapterTable) -> None:
         layers = len(table.views[0])

@@ -1,4 +1,4 @@
-"""Tokens from logits by the kernels (``cpp/kernels/sample.h``)."""
+"""Samples tokens from logits with the kernels (``cpp/kernels/sample.h``)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ __all__ = ["NativeDraws"]
 _SAME: Final = tuple(
     name
     for name in SamplingParams.__struct_fields__
-    if hasattr(SampleRow, name) and name != "seed"  # which is cut to 64 bits
+    if hasattr(SampleRow, name) and name != "seed"  # truncated to 64 bits
 )
-"""Options that a draw takes as they are; bias and penalties are in the logits already."""
+"""Options that are passed on as they are; bias and penalties are already in the logits."""
 
 
 class NativeDraws:
-    """Implements `engine.execution.sampler.Draws`.
+    """Implements `step.choice.Draws`.
 
     Args:
-        engine: of `Library.create`, whose threads share the rows; None is the calling thread.
+        engine: from `Library.create`; its threads share the rows. None uses the calling
+            thread.
     """
 
     def __init__(self, library: Library, engine: int | None = None) -> None:

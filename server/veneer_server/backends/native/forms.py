@@ -1,7 +1,7 @@
-"""The two forms of the kernels that a wheel brings compiled, for machines without a compiler.
+"""The two builds of the kernels that a wheel contains, for machines without a compiler.
 
-Standard library only, and outside the package: ``hatch_build.py`` loads this file where
-nothing of Veneer is installed.
+Imports only the standard library, and nothing of the package: ``hatch_build.py`` loads this
+file where Veneer is not installed.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ __all__ = ["AVX2", "AVX512", "FLAGS", "FORMS", "HEX", "Form", "compile_forms", "
 
 FLAGS: Final = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
-    # Products may be fused with sums, as the reference's are; nothing else is reordered, and
-    # NaN and infinity stay what they are: they tell that an adapter is broken.
+    # Multiplications may be fused with additions, as in the reference; nothing else is
+    # reordered, and NaN and infinity are kept: they reveal a broken adapter.
     "-ffp-contract=fast",
 )
 
 
 @dataclass(frozen=True)
 class Form:
-    """One set of instructions.
+    """One instruction set.
 
     Attributes:
-        name: as the library calls itself.
-        flags: of the compiler.
-        needs: of the CPU, all that the flags allow the compiler to use; as Linux names them.
+        name: as the library reports it.
+        flags: for the compiler.
+        needs: CPU features that the flags allow the compiler to use, as Linux names them.
     """
 
     name: str
@@ -47,14 +47,14 @@ AVX512: Final = Form(
     | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
 )
 FORMS: Final = (AVX512, AVX2)
-"""The faster first."""
+"""The faster one first."""
 
 HEX: Final = 32
-"""Digits of a digest in a name."""
+"""Digits of a digest in a file's name."""
 
 
 def digest_sources(folder: Path) -> str:
-    """Of the names and content of all files in ``cpp`` and its folders."""
+    """Digest of the names and content of all files in ``cpp`` and its subfolders."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -63,13 +63,13 @@ def digest_sources(folder: Path) -> str:
 
 
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
-    """Compile both into ``out``, each ``<form>-<sources>-<SHA-256>.so``.
+    """Compile both into ``out``, each as ``<form>-<sources>-<SHA-256>.so``.
 
-    The C++ library is linked as usual: torch needs the same one, and an older version of it.
+    The C++ runtime is linked dynamically: torch needs it too, in an older version.
 
     Raises:
         OSError: the compiler does not run.
-        subprocess.CalledProcessError: it fails; ``stderr`` has its words.
+        subprocess.CalledProcessError: it fails; ``stderr`` has its messages.
     """
     key = digest_sources(sources)
     made = []
@@ -81,7 +81,7 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
             capture_output=True,
             text=True,
         )
-        draft.chmod(0o644)  # whatever the umask: one that others can write to is not loaded
+        draft.chmod(0o644)  # whatever the umask: files that others can write to are refused
         digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:HEX]
         made.append(draft.rename(out / f"{form.name}-{key}-{digest}.so"))
     return made

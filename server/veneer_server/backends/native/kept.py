@@ -1,10 +1,10 @@
-"""Compiled libraries on disk. One is loaded only if nobody else can have written it.
+"""Compiled libraries on disk. One is loaded only if nobody else could have written it.
 
-A library is ``<key>-<SHA-256>.so``: its name tells its content, so that library and checksum
-appear by one rename. File and folder must belong to this user or to root, and only they may
-write to them; a group that has no other member does no harm. Folders above need no check:
-whoever can rename those can put another folder in place of ours, but not one of this user,
-and a file is checked and loaded by one descriptor.
+A library is ``<key>-<SHA-256>.so``: its name holds its checksum, so that both appear in one
+rename. File and folder must belong to this user or to root, and only they may write to them;
+a group without other members is harmless. Parent folders need no check: whoever can rename
+those can replace our folder, but not by one that this user owns, and a file is checked and
+loaded through the same descriptor.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Refused(Exception):
 
 
 def places(cache_dir: Path) -> tuple[Path, ...]:
-    """Where libraries are looked for, and kept in the first that can be written: the cache,
-    else a folder of this user that lasts until the next boot."""
+    """Folders to search for libraries, which are kept in the first that can be written: the
+    cache, then a folder of this user that lasts until the next boot."""
     own = Path(tempfile.gettempdir()) / f"veneer-{os.geteuid()}"
     return cache_dir / "native", own / "native"
 
 
 def find(place: Path, key: str) -> Path | None:
-    """The library of this key; one that must not be loaded is removed, if it can be."""
+    """The library with this key; libraries that must not be loaded are removed if possible."""
     try:
         files = sorted(place.glob(f"{key}-*.so"))
         if not files:
@@ -73,7 +73,7 @@ def scratch(place: Path) -> Iterator[Path]:
 
     Raises:
         Refused: others can write to the place.
-        OSError: we cannot.
+        OSError: this user cannot.
     """
     make_private(place)
     _tighten(place)
@@ -96,10 +96,10 @@ def keep(place: Path, key: str, draft: Path) -> Path:
 
 
 def open_checked(file: Path) -> int:
-    """A descriptor of a library that may be loaded, by ``/proc/self/fd``.
+    """A descriptor of a library that may be loaded, through ``/proc/self/fd``.
 
     Raises:
-        Refused: it is damaged, or others can have written it.
+        Refused: it is damaged, or others could have written it.
         OSError: it cannot be read.
     """
     fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -108,7 +108,7 @@ def open_checked(file: Path) -> int:
         with open(fd, "rb", closefd=False) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest[:HEX] != file.stem.rpartition("-")[2]:
-            raise Refused("it is damaged: its content is not what its name says")
+            raise Refused("it is damaged: its content does not match its name")
     except BaseException:
         os.close(fd)
         raise
@@ -116,7 +116,7 @@ def open_checked(file: Path) -> int:
 
 
 def check_folder(place: Path) -> None:
-    """Raises Refused where others can write to it, OSError where it is missing."""
+    """Raise Refused if others can write to the folder, OSError if it is missing."""
     _check(place.lstat(), stat.S_ISDIR, "a folder")
 
 
@@ -124,15 +124,15 @@ def _check(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> 
     if not is_kind(found.st_mode):
         raise Refused(f"it is not {kind}")
     if found.st_uid not in (0, os.geteuid()):
-        raise Refused(f"it belongs to user {found.st_uid}, neither to this one nor to root")
+        raise Refused(f"it belongs to user {found.st_uid}, not to this user or root")
     group = found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid, found.st_uid)
     if group or found.st_mode & stat.S_IWOTH:
         raise Refused(f"others can write to it (mode {stat.S_IMODE(found.st_mode):04o})")
 
 
 def _is_private(group: int, user: int) -> bool:
-    """Nobody but this user is in the group, which has the user's name: a user private group.
-    Where there are such, umask is often 002. Debian's OpenSSH has the same rule."""
+    """Whether this is a user private group, which has the user's name and no other member.
+    Systems with such groups often use umask 002. Debian's OpenSSH has the same rule."""
     try:
         name = pwd.getpwuid(user).pw_name
         found = grp.getgrgid(group)
@@ -143,8 +143,8 @@ def _is_private(group: int, user: int) -> bool:
 
 
 def _tighten(place: Path) -> None:
-    """A folder of ours that others could write to becomes ours alone, and loses its libraries:
-    they may be anybody's."""
+    """If others could write to a folder of ours, make it private and remove its libraries:
+    anybody may have written them."""
     found = place.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & _OTHERS:
         place.chmod(0o700)

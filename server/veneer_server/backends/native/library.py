@@ -54,9 +54,9 @@ FOUR_BIT: Final = 0
 BFLOAT16: Final = 1
 EIGHT_BIT: Final = 2
 BLOCK: Final = 64
-"""Inputs are cut into blocks of so many."""
+"""Inputs are divided into blocks of this size."""
 
-# What each function takes and returns; of ``cpp/library.cpp``.
+# What each function in ``cpp/library.cpp`` returns and takes.
 SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_fields": (ctypes.POINTER(Field), ()),
     "veneer_instructions": (c_char_p, ()),
@@ -75,7 +75,7 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
 
 
 class Status(IntEnum):
-    """Of a function that can fail; ``Status`` in ``cpp/library.cpp``."""
+    """Result of a function that can fail; ``Status`` in ``cpp/library.cpp``."""
 
     OK = 0
     NO_MEMORY = 1
@@ -84,15 +84,15 @@ class Status(IntEnum):
 
 
 SENTENCES: Final = {
-    Status.NO_MEMORY: "there is no memory for the buffers of {}",
+    Status.NO_MEMORY: "there is not enough memory for the buffers of {}",
     Status.NO_THREADS: "the threads of {} cannot be started",
     Status.INTERNAL: "an unexpected C++ exception ended {}",
 }
-"""What each failure says, of what was being done."""
+"""The message of each failure, with a placeholder for what was being done."""
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Of a tensor's numbers; the caller keeps the tensor alive."""
+    """The address of a tensor's data; the caller must keep the tensor alive."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()
@@ -100,9 +100,9 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 class _HugePages:
-    """Memory for weights in pages of 2 MB where the system has them: one thread read 29 GB/s
-    in place of 20 then, two 35 in place of 30. Many small linears share a piece, and none is
-    ever given back alone."""
+    """Memory for weights in pages of 2 MB if the system has them: with these, one thread reads
+    29 GB/s instead of 20, and two 35 instead of 30. Many small linears share a piece, and none
+    is ever freed alone."""
 
     _PIECE: Final = 32 << 20
     _LINE: Final = 64
@@ -112,10 +112,10 @@ class _HugePages:
         self._used = 0
 
     def take(self, size: int) -> torch.Tensor:
-        """So many bytes that begin with a line of the cache."""
+        """``size`` bytes, aligned to a cache line."""
         begin = -(-self._used // self._LINE) * self._LINE
         if begin + size > len(self._piece):
-            # Private: what could be shared with other processes gets no such pages.
+            # Private: memory that could be shared with other processes gets no such pages.
             kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
             if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -127,17 +127,18 @@ class _HugePages:
 
 
 class Library:
-    """The functions.
+    """The library's functions.
 
     Raises:
-        NativeUnavailable: the file cannot be loaded, or is another version's.
+        NativeUnavailable: the file cannot be loaded, or is of another version.
     """
 
     def __init__(self, file: Path) -> None:
         self._memory = _HugePages()
         try:
-            # What was checked is what is loaded, whatever the name means by then. It stays
-            # open: the loader goes by names, and must not see the same one for two libraries.
+            # Load the file that was checked, even if its name means another one by now. The
+            # descriptor stays open: the dynamic loader identifies libraries by name, and must
+            # not see the same name for two of them.
             self.fd = kept.open_checked(file)
             self.functions = functions = ctypes.CDLL(f"/proc/self/fd/{self.fd}")
         except (OSError, kept.Refused) as error:
@@ -149,9 +150,11 @@ class Library:
                 function = getattr(functions, name)
                 function.restype, function.argtypes = result, list(arguments)
         except AttributeError as error:
-            raise NativeUnavailable(f"the compiled kernels are others: {error}") from None
+            raise NativeUnavailable(
+                f"the compiled kernels are of another version: {error}"
+            ) from None
         if differs := mismatch(functions.veneer_fields()):
-            raise NativeUnavailable(f"the compiled kernels expect other structs: {differs}")
+            raise NativeUnavailable(f"the compiled kernels expect different structs: {differs}")
 
     @property
     def instructions(self) -> str:
@@ -188,7 +191,7 @@ class Library:
         return self._memory.take(size)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in large pages."""
+        """A zeroed tensor in huge pages."""
         size = math.prod(shape) * dtype.itemsize
         return self._memory.take(size).view(dtype).view(*shape)
 
@@ -199,7 +202,7 @@ class Library:
         return y
 
     def create(self, model: Model, threads: int) -> int:
-        """A decoder over ``model``, which the caller keeps alive."""
+        """The handle of a decoder over ``model``, which the caller must keep alive."""
         engine = c_void_p()
         status = self.functions.veneer_create(
             ctypes.byref(model), threads, ctypes.byref(engine)
@@ -210,18 +213,18 @@ class Library:
         return engine.value
 
     def step(self, engine: int, step: Step) -> None:
-        """Execute it.
+        """Execute a step.
 
         Raises:
-            MemoryError: there is none for its buffers.
+            MemoryError: there is not enough for its buffers.
         """
         check(self.functions.veneer_step(engine, ctypes.byref(step)), "a step")
 
     def sample(self, engine: int | None, draws: ctypes.Array[SampleRow], vocab: int) -> None:
-        """Fill in their tokens.
+        """Fill in the token of each row.
 
         Raises:
-            MemoryError: there is none for the probabilities.
+            MemoryError: there is not enough for the probabilities.
         """
         check(self.functions.veneer_sample(engine, draws, len(draws), vocab), "sampling tokens")
 
@@ -236,7 +239,7 @@ class Library:
         )
 
     def destroy(self, engine: int) -> None:
-        """End its threads."""
+        """Destroy a decoder and end its threads."""
         self.functions.veneer_destroy(engine)
 
 
@@ -245,7 +248,7 @@ def _sentence(status: int, what: str) -> str:
 
 
 def check(status: int, what: str) -> None:
-    """Raise what a status says."""
+    """Raise the error of a status, if it is one."""
     if status == Status.NO_MEMORY:
         raise MemoryError(_sentence(status, what))
     if status != Status.OK:
@@ -253,7 +256,7 @@ def check(status: int, what: str) -> None:
 
 
 def pointer(array: NDArray[np.int64]) -> int:
-    """Of a step's array; the caller keeps it alive."""
+    """The address of a step's array; the caller must keep it alive."""
     assert array.flags.c_contiguous
     assert array.dtype == np.int64
     return int(array.ctypes.data)

@@ -25,14 +25,14 @@ __all__ = ["NativeLinear", "fuse", "pack_dense"]
 
 _TILE = 32
 _TOGETHER = 64
-"""Outputs of one of two parts that lie together."""
+"""Consecutive outputs of one part, where two parts are interleaved."""
 
 
 class NativeLinear:
     """A `models.linear.Linear` in the kernels' order.
 
     Attributes:
-        struct: what the kernels get; valid as long as this object lives.
+        struct: passed to the kernels; valid as long as this object lives.
         packed: the weights.
     """
 
@@ -73,7 +73,7 @@ class NativeLinear:
         return self._library.multiply(self.struct, x.contiguous())
 
     def expanded(self) -> Iterator[Expanded]:
-        """See `models.linear.Linear.expanded`: the very numbers that the kernels multiply."""
+        """See `models.linear.Linear.expanded`: exactly the numbers that the kernels use."""
         outputs, inputs = self.shape
         tiles = self.packed.view(-(-outputs // _TILE), inputs // BLOCK, -1)
         if self.struct.parts == 2:
@@ -85,7 +85,7 @@ class NativeLinear:
             yield numbers[: rows.stop - rows.start], rows_of(self._bias, rows)
 
     def _numbers(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Of some tiles: [outputs, inputs] float32."""
+        """The weights of some tiles: [outputs, inputs] float32."""
         count, blocks, _ = tiles.shape
         if self.struct.kind == BFLOAT16:
             pairs = tiles.view(torch.bfloat16).view(count, blocks * BLOCK // 2, _TILE, 2)
@@ -111,7 +111,7 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
     """As `models.linear.fuse`.
 
     Raises:
-        NativeUnavailable: the kernels cannot multiply it.
+        NativeUnavailable: the kernels do not support these linears.
     """
     import bitsandbytes as bnb
 
@@ -120,7 +120,7 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
     if all(four_bit):
         return _four_bit(library, modules)
     if any(four_bit):
-        raise NativeUnavailable("some linears of a group are in 4 bits and others are not")
+        raise NativeUnavailable("some linears of a group have 4 bits and others do not")
     weights: list[Any] = [m.weight for m in modules]
     weight = torch.cat([w.data for w in weights]).to(dtype).contiguous()
     bias = stack_biases(modules, torch.float32)
@@ -148,10 +148,10 @@ def pack_dense(
     bias: torch.Tensor | None = None,
     parts: int = 1,
 ) -> NativeLinear:
-    """A weight [outputs, inputs] in bfloat16, kept so or in 8 bits."""
+    """Pack a weight [outputs, inputs] in bfloat16, as it is or in 8 bits."""
     outputs, inputs = weight.shape
     if inputs % BLOCK:
-        raise NativeUnavailable(f"a linear has {inputs} inputs, no multiple of {BLOCK}")
+        raise NativeUnavailable(f"a linear has {inputs} inputs, not a multiple of {BLOCK}")
     packed = library.pack_dense(kind, _by_turns(weight, parts))
     return NativeLinear(library, kind, packed, (outputs, inputs), bias, None, parts)
 

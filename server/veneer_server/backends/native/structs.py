@@ -1,5 +1,5 @@
 """The structs of the C interface (``step.h``, ``linear.h``, ``lora.h`` and ``sample.h`` in
-``cpp``), and whether a compiled library has the same."""
+``cpp``), and a check that a compiled library has the same."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Step(ctypes.Structure):
 
 
 class SampleRow(ctypes.Structure):
-    """A row of logits, and how its token is drawn."""
+    """A row of logits, and how its token is sampled."""
 
     _fields_: ClassVar[_Fields] = [
         ("logits", c_void_p),
@@ -172,8 +172,8 @@ STRUCTS: Final[tuple[type[ctypes.Structure], ...]] = (
 
 
 class Field(ctypes.Structure):
-    """A row of the tables beside the structs (see ``cpp/layout.h``): a field, or with no name
-    the struct itself."""
+    """A row of the layout tables (see ``cpp/layout.h``): a field or, without a name, the
+    struct itself."""
 
     _fields_: ClassVar[_Fields] = [
         ("struct", c_char_p),
@@ -184,10 +184,10 @@ class Field(ctypes.Structure):
 
 
 def mismatch(table: Any) -> str | None:
-    """The first difference between Python's structs and a library's, in words; None: none.
+    """The first difference between Python's structs and a library's, in words, if any.
 
     Args:
-        table: of `Field`; a row without a struct ends it.
+        table: array of `Field`, ended by a row without a struct.
     """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     for row in itertools.takewhile(

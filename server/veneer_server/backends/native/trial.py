@@ -1,9 +1,10 @@
-"""Loads a compiled library and multiplies a little: ``python -I -S trial.py DESCRIPTOR``.
+"""Loads a compiled library and runs small GEMMs: ``python -I -S trial.py DESCRIPTOR``.
 
-In a process of its own, which a broken library may end: by an instruction that this CPU does
-not run though its flags say so, or by whatever a damaged file holds. Standard library only, and
-outside the package: it is run at every start, and importing more would take longer than the
-trial. Prints the set of instructions; ends with a message where a product is wrong.
+Runs in a separate process, which a broken library may end: with an instruction that this CPU
+does not run although its flags say so, or because the file is damaged. Imports only the
+standard library, and nothing of the package: it runs at every start, and more imports would
+take longer than the trial. Prints the instruction set; exits with a message if a result is
+wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OUTPUTS: Final = 64
 INPUTS: Final = 128
 ROWS: Final = 5
 _LINE: Final = 64
-"""Bytes of a cache line, at which weights begin."""
+"""Bytes of a cache line, to which weights are aligned."""
 
 
 class Linear(ctypes.Structure):
@@ -53,8 +54,8 @@ def bf16(number: float) -> int:
 
 
 def weight(kind: int, output: int, place: int) -> int:
-    """Whole numbers, so that sums are exact in any order: of -7 to 8, and 127 as the largest
-    of each block of 8-bit ones, whose scale is a 127th of it."""
+    """Integers, so that sums are exact in any order: from -7 to 8 and, in each 8-bit block,
+    127 as the largest, since the block's scale is a 127th of that."""
     if kind == EIGHT_BIT and place % 64 == 0:
         return 127
     return (5 * output + 3 * place) % 16 - 7
@@ -66,20 +67,20 @@ def main(descriptor: int) -> None:
     library.veneer_fields.restype = ctypes.POINTER(Field)
     first = library.veneer_fields()[0]
     if (first.struct, first.size) != (b"Linear", ctypes.sizeof(Linear)):
-        raise SystemExit("the library expects another struct Linear")
+        raise SystemExit("the library expects a different struct Linear")
     inputs = [[(7 * row + place) % 9 - 4 for place in range(INPUTS)] for row in range(ROWS)]
     x = (c_uint16 * (ROWS * INPUTS))(*(bf16(each) for row in inputs for each in row))
     for kind in (FOUR_BIT, BFLOAT16, EIGHT_BIT):
         numbers = [[weight(kind, o, place) for place in range(INPUTS)] for o in range(OUTPUTS)]
         wanted = [sum(map(mul, row, column)) for row in inputs for column in numbers]
         if product(library, kind, numbers, x) != wanted:
-            raise SystemExit(f"a product of kind {kind} is wrong")
+            raise SystemExit(f"a GEMM of kind {kind} has a wrong result")
     library.veneer_instructions.restype = ctypes.c_char_p
     print(library.veneer_instructions().decode())
 
 
 def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[float]:
-    """x times the numbers, packed as this kind."""
+    """x times the numbers, packed as ``kind``."""
     library.veneer_packed_bytes.restype = c_int64
     size = library.veneer_packed_bytes(kind, OUTPUTS, INPUTS)
     memory = (c_uint8 * (size + _LINE))()

@@ -22,15 +22,15 @@ __all__ = ["AttentionPlan", "KvCache", "attend"]
 
 
 GROUP_NUMBERS: Final = 120_000
-"""Numbers of K whose reading takes as long as another group of sequences does, however
-small: about 0.1 ms amid a step (AVX512 CPU, bfloat16)."""
+"""Elements of K that take as long to read as the overhead of one more group of sequences:
+about 0.1 ms within a step (AVX512 CPU, bfloat16)."""
 
 
 class KvCache:
     """The KV pool of all layers, zeroed so that padding is finite.
 
     Attributes:
-        block_numbers: of a block's K in one layer (or of its V).
+        block_numbers: elements of a block's K in one layer (or of its V).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class _Decode:
     """Sequences of similar length that add one row each.
 
     Attributes:
-        rows: [n] their rows, or None where the batch is just these rows in order.
+        rows: [n] their rows, or None if the batch is exactly these rows in order.
         blocks: [n * width] their blocks, padded.
         bias: window -> [n, 1, width * block_size] float32, 0 or -inf.
     """
@@ -86,7 +86,7 @@ class _Prefill:
     """One sequence with several rows.
 
     Attributes:
-        blocks: [width] its blocks, or None where it starts at position 0 and its
+        blocks: [width] its blocks, or None if it starts at position 0 and its
             K and V are all in this step.
         mask: window -> [new, context] bool, or None for plain causal.
     """
@@ -100,7 +100,7 @@ class _Prefill:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers of a step share: computed once a step."""
+    """What all layers of a step share, computed once per step."""
 
     decodes: tuple[_Decode, ...]
     prefills: tuple[_Prefill, ...]
@@ -132,10 +132,10 @@ def _similar(
     widths: np.ndarray[tuple[int], np.dtype[np.int64]],
     block_numbers: int,
 ) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Sequences that are read together, each group in the given order.
+    """Groups of sequences to read together, each in the given order.
 
-    All are padded to their group's widest; those of the next smaller width join a
-    group as long as all its padding costs less than another group would.
+    Sequences are padded to the widest of their group; those of the next smaller width
+    join a group as long as all its padding costs less than another group would.
     """
     groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
     widest = padding = 0
@@ -215,7 +215,7 @@ def attend(
 
     Args:
         query: [rows, heads, head_dim] in the cache's dtype.
-        key, value: [rows, kv_heads, head_dim]: the new rows' own.
+        key, value: [rows, kv_heads, head_dim], of the new rows.
 
     Returns:
         [rows, heads * head_dim] in the cache's dtype.
@@ -258,9 +258,9 @@ def _pick(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _attend_decode(
     group: _Decode, cache: KvCache, layer: int, window: int | None, query: torch.Tensor
 ) -> torch.Tensor:
-    """One query row a sequence: [n, heads, head_dim] -> the same."""
-    # torch's fused attention is made for many query rows; for one it took 20
-    # times what two plain batched products take (AVX512 CPU, bfloat16).
+    """One query row per sequence: [n, heads, head_dim] -> the same."""
+    # torch's fused attention is made for many query rows; for one it takes 20
+    # times as long as two plain batched GEMMs (AVX512 CPU, bfloat16).
     n, heads, dim = query.shape
     kv_heads = cache.keys[layer].shape[0]
     keys = _pick(cache.keys[layer], group.blocks).view(kv_heads, n, -1, dim)

@@ -27,7 +27,7 @@ class Decoder:
 
     Args:
         lora_dtype: dtype of resident adapters. On a CPU this is float32: small
-            float32 products are 2 to 3 times faster there than bfloat16 ones,
+            float32 GEMMs are 2 to 3 times faster there than bfloat16 ones,
             and it is what PEFT computes in.
 
     Attributes:
@@ -45,7 +45,7 @@ class Decoder:
             group: sum(shapes[member][0] * shapes[member][1] for member in members)
             for group, members in MEMBERS.items()
         }
-        """Multiplications a row."""
+        """Multiplications per row."""
         self._buffers = LoraBuffers(
             fan_in={group: shapes[members[0]][1] for group, members in MEMBERS.items()},
             fan_out={
@@ -105,7 +105,7 @@ class Decoder:
     def _project(
         self, linear: Linear, index: int, group: Group, x: torch.Tensor, lora: LoraBatch | None
     ) -> torch.Tensor:
-        """base(x) + LoRA(x); in the adapters' dtype where a row has an adapter."""
+        """base(x) + LoRA(x); in the adapters' dtype if any row has an adapter."""
         rounded = linear.rounded(x)
         with self._threads.product(len(x) * self._work[group]):
             y = linear(rounded)

@@ -1,12 +1,12 @@
-"""The torch reference of batched LoRA: rows sorted by adapter, one pair of products
+"""The torch reference of batched LoRA: rows sorted by adapter, one pair of GEMMs
 for each segment and group.
 
 Never gathers A or B per row, and never multiplies rows by a mask: 0 x NaN is NaN,
-so a mask would let one adapter's overflow into its neighbours' rows.
+so with a mask one adapter's overflow would reach its neighbours' rows.
 
-On small models the products take microseconds, as does making a view of a tensor.
+On small models the GEMMs take microseconds, as does making a view of a tensor.
 So inputs and outputs of a group live in buffers that all layers share, and a
-step's views into them are made once (`LoraBatch`), not once a layer.
+step's views into them are made once (`LoraBatch`), not once per layer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Part:
         views: the adapter's, by layer.
         x: [rows, fan_in].
         whole: [rows, sum of ranks], the shrunk input.
-        pairs: of each adapted projection, its columns of the output and of ``whole``.
+        pairs: for each adapted projection, its columns of the output and of ``whole``.
     """
 
     __slots__ = ("_shape", "_y", "pairs", "views", "whole", "x")
@@ -78,7 +78,7 @@ class _Part:
         self._shape: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def fit(self, views: GroupViews) -> None:
-        """Scratch for a layer; most adapters have the same ranks in every layer."""
+        """Prepare scratch memory for a layer; most adapters have the same ranks in each."""
         shape = (views.ranks, views.members)
         if shape == self._shape:
             return
@@ -95,7 +95,7 @@ class LoraBatch:
     """The adapters of one step; built once, applied for each layer and group.
 
     Attributes:
-        work: of each group, multiplications of its largest product.
+        work: multiplications of the largest GEMM of each group.
     """
 
     def __init__(self, segments: tuple[Segment, ...], rows: int, buffers: LoraBuffers) -> None:

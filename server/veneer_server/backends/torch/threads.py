@@ -1,8 +1,8 @@
-"""How many CPU threads an operator gets: all for large products, one for the rest.
+"""How many CPU threads an operator gets: all for large GEMMs, one for the rest.
 
 Waking OpenMP's thread pool, which sleeps at barriers, costs 75 us (2 cores, virtual
 machine), and a step on a small model has thousands of operators shorter than that:
-a LoRA product of 4 rows took 6 us on one thread and 20 to 100 us on two. Threads that
+a LoRA GEMM of 4 rows took 6 us on one thread and 20 to 100 us on two. Threads that
 spin instead make every step two to three times as long beside one busy process.
 """
 
@@ -19,13 +19,13 @@ from veneer_server.models.packed import torch_threads
 __all__ = ["Threads"]
 
 POOL_WORK: Final = 10_000_000
-"""Multiplications from which a product is worth the thread pool: 0.2 to 0.4 ms on one thread
+"""Multiplications from which a GEMM is worth the thread pool: 0.2 to 0.4 ms on one thread
 (4-bit weights, AVX512-BF16). Whole steps of 8 rows were fastest from about here on, and
 the other core stays free for the front meanwhile."""
 
 SMALL_STEP: Final = 4_000_000
-"""Numbers in a step's widest activation up to which element-wise operators lose: a norm
-of 320 rows of 576 took 80 us on one thread and 380 us on two."""
+"""Elements of a step's widest activation up to which element-wise operators are slower on
+several threads: a norm of 320 rows of 576 took 80 us on one thread and 380 us on two."""
 
 
 class Threads:
@@ -38,13 +38,13 @@ class Threads:
 
     @contextmanager
     def step(self, numbers: int) -> Iterator[None]:
-        """A step whose widest activation has this many numbers."""
+        """A step whose widest activation has this many elements."""
         self._narrow = self._switches and numbers <= SMALL_STEP
         with torch_threads(1) if self._narrow else nullcontext():
             yield
 
     def product(self, work: int) -> AbstractContextManager[None]:
-        """A product of ``work`` multiplications, or some that are as large each."""
+        """A GEMM of ``work`` multiplications, or several of that size each."""
         if not self._switches or self._narrow == (work < POOL_WORK):
             return nullcontext()
         return torch_threads(1 if work < POOL_WORK else self._all)

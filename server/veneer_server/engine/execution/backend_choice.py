@@ -1,4 +1,4 @@
-"""Which code executes the steps here: the native kernels where they can, torch elsewhere."""
+"""Chooses the backend that executes steps: the native kernels if they can, torch otherwise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class BackendUnavailable(VeneerError):
-    """The backend that was asked for cannot serve here."""
+    """The requested backend cannot serve here."""
 
     code = "FAILED_PRECONDITION"
     reason = "BACKEND_UNAVAILABLE"
@@ -48,11 +48,11 @@ class Chosen:
 
     Attributes:
         name: ``native (avx512-bf16)`` or ``native (avx2)``, either with ``, prebuilt`` inside
-            where the kernels came with the wheel, or ``torch``.
-        why_not_native: empty where it is.
+            if the kernels came with the wheel, or ``torch``.
+        why_not_native: empty if it is native.
         lora_dtype: of resident adapters.
-        invariant: whether a row's numbers are the same to the bit whatever shares its step.
-        draws: from its logits to tokens.
+        invariant: whether a row's numbers are bit-identical whatever else is in the batch.
+        draws: samples tokens from its logits.
     """
 
     backend: Backend
@@ -70,7 +70,7 @@ def choose(
     """Load the base for the best backend that `EngineConfig.backend` allows.
 
     Raises:
-        BackendUnavailable: it insists on the native one, which cannot serve here.
+        BackendUnavailable: it requires the native backend, which cannot serve here.
         UnsupportedModel: no backend can run the base.
     """
     why = "--backend torch"
@@ -86,7 +86,7 @@ def choose(
                 ) from reason
             why = str(reason)
     if config.backend == "auto" and device.type == "cpu":
-        log.warning("the torch backend serves, which is slower: %s", why)
+        log.warning("using the torch backend, which is slower: %s", why)
     return _torch(config, device, dtype, num_blocks, why)
 
 
@@ -139,8 +139,8 @@ def _native(
             block_size=config.block_size,
             threads=config.threads or usable_cores(),
         )
-    # What is left to torch is short: a second thread would cost more than it brings, and
-    # spin where a thread of the step could run.
+    # Torch is left with little work: a second torch thread would cost more than it gains,
+    # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     name = f"native ({library.instructions}{made})"
     weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
@@ -148,7 +148,7 @@ def _native(
 
 
 def _library(config: EngineConfig) -> tuple[Library, str]:
-    """The kernels in the form that is asked for, and what the backend's name adds."""
+    """The kernels for the configured instructions, and the suffix of the backend's name."""
     wanted = config.native_instructions
     cache = Path(config.cache_folder)
     found = find_library(cache, instructions="avx2" if wanted == "avx2" else "")
@@ -158,7 +158,7 @@ def _library(config: EngineConfig) -> tuple[Library, str]:
             f"this CPU has {library.instructions} at most, not --native-instructions {wanted}"
         )
     if found.why_prebuilt:
-        log.info("prebuilt kernels serve: %s", found.why_prebuilt)
+        log.info("using prebuilt kernels: %s", found.why_prebuilt)
     return library, ", prebuilt" if found.why_prebuilt else ""
 
 
@@ -176,6 +176,6 @@ def _torch(
         dtype=dtype,
         device=device,
     )
-    # See `Decoder`: float32 is what small products on a CPU are fast in.
+    # See `Decoder`: on a CPU, small GEMMs are fast in float32.
     lora_dtype = torch.float32 if device.type == "cpu" else dtype
     return Chosen(Decoder(weights, cache, lora_dtype), weights, lora_dtype, "torch", why)

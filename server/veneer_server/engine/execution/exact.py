@@ -1,18 +1,17 @@
 """Exact mode: a sequence's numbers do not depend on what shares the step.
 
-Matrix products, reductions and fused attention choose their order of summation by
-shape, so a row's last bits change with the batch. Here every sequence has a
-backend call and a sampler call of its own, whose shapes depend on its position
-alone; with the scheduler's canonical chunks (`SchedulerLimits.exact`) tokens and
-log-probabilities are bit-identical whatever else is in the batch, preempted or not, on the
-same machine with the same number of threads.
+GEMMs, reductions and fused attention choose their order of summation by shape, so a
+row's last bits change with the batch. Here every sequence gets its own backend call and
+sampler call, whose shapes depend only on its position. With the scheduler's canonical
+chunks (`SchedulerLimits.exact`), tokens and log-probabilities are bit-identical whatever
+else is in the batch, preempted or not, on the same machine with the same number of threads.
 
-Only where the backend needs it (`Chosen.invariant`): the native backend's rows
+Only used if the backend needs it (`Chosen.invariant`): the native backend's rows
 are bit-identical anyway.
 
-The price: no weight is read once for several sequences any more, so a step of n
-sequences takes about n steps' time; there is no prefix cache; and a preempted
-sequence computes its own tokens again one a step.
+The price: weights are read once per sequence, so a step of n sequences takes about as
+long as n steps; there is no prefix cache; and a preempted sequence recomputes the tokens
+that it generated one per step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carries out a `StepPlan`: plain arrays in, one backend call, tokens out."""
+"""Executes a `StepPlan`: plain arrays in, one backend call, tokens out."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from veneer_server.step.plan import (
 __all__ = ["ModelRunner"]
 
 _PATIENCE_S: Final = 0.002
-"""How long a step waits for masks, and again for whether its tokens completed anything:
-what is late by more costs its own sequence a step, and the others nothing."""
+"""How long a step waits for masks, and again for whether its tokens completed a constraint.
+A later answer costs its own sequence a step, and the other sequences nothing."""
 
 
 class ModelRunner:
@@ -40,9 +40,9 @@ class ModelRunner:
     Args:
         tables: resident adapters by weights digest, kept up to date by the loop;
             every digest of a plan is in it.
-        grammars: what constrained sequences may say; None where the base's tokenizer
-            allows no constraints, and no plan has any.
-        draws: who draws tokens; torch where there is none.
+        grammars: what constrained sequences may generate; None if the base's tokenizer does
+            not support constraints, so that no plan has any.
+        draws: samples tokens; torch's if None.
 
     Attributes:
         backend: what computes the logits.
@@ -73,7 +73,7 @@ class ModelRunner:
         rows = []
         for sequence, place, result in zip(plan.sequences, places, results, strict=True):
             if not result.finite:
-                # What it wrote in this step; earlier chunks passed this check.
+                # The blocks that this step wrote; earlier chunks passed this check.
                 written = sequence.blocks[sequence.start // self._block_size :]
                 self.backend.clear(list(written))
                 continue
@@ -86,7 +86,7 @@ class ModelRunner:
         return results
 
     def _sample(self, logits: torch.Tensor, rows: list[_SampledRow]) -> None:
-        """Choose the tokens of all rows that take one."""
+        """Sample a token for every row that can take one now."""
         choices: list[Choice] = []
         ready: list[_SampledRow] = []
         until = time.monotonic() + _PATIENCE_S
@@ -113,10 +113,10 @@ class ModelRunner:
             _add_logprobs(logits[wanted], [ready[k] for k in wanted], self._draws)
 
     def _choice(self, row: _SampledRow, until: float) -> Choice | None:
-        """None where its constraint has no next token, or has not said which ones."""
+        """None if the row's constraint has no next token, or its mask is late."""
         sequence, allowed = row.sequence, None
         if sequence.constraint is not None:
-            assert self._grammars is not None, "the loop refuses what cannot be constrained"
+            assert self._grammars is not None, "the loop refuses constraints without grammars"
             try:
                 known = self._grammars.allowed(sequence.sequence, until)
             except GrammarFailed as error:
@@ -134,7 +134,7 @@ class ModelRunner:
         )
 
     def _advance(self, results: dict[int, SequenceResult]) -> None:
-        """Give the constraints their tokens, by sequence."""
+        """Pass the sampled tokens to their constraints, by sequence."""
         assert self._grammars is not None
         chosen = {sequence: result.token or 0 for sequence, result in results.items()}
         until = time.monotonic() + _PATIENCE_S
@@ -144,7 +144,7 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class _SampledRow:
-    """A sequence that takes a token, and the row of logits ``at`` that gives it."""
+    """A sequence that takes a token, and the index ``at`` of its row of logits."""
 
     sequence: PlannedSequence
     at: int
@@ -152,7 +152,7 @@ class _SampledRow:
 
 
 def _add_logprobs(logits: torch.Tensor, rows: list[_SampledRow], draws: Draws) -> None:
-    """Raw log-probabilities of the chosen tokens, and of the likeliest where wanted."""
+    """Add raw log-probabilities of the sampled tokens and, if requested, the likeliest."""
     tokens = [row.result.token or 0 for row in rows]
     for row, value in zip(
         rows, token_logprobs(logits, _index(tokens, logits), draws).tolist(), strict=True
@@ -172,7 +172,7 @@ def _score(
     result: SequenceResult,
     draws: Draws,
 ) -> None:
-    """Log-probabilities of a chunk of the prompt."""
+    """Add log-probabilities of a chunk of the prompt."""
     rows = logits[place.begin : place.begin + len(sequence.score)]
     following = _index(list(sequence.score), logits)
     result.scores = tuple(token_logprobs(rows, following, draws).tolist())
@@ -197,7 +197,7 @@ def _index(values: list[int], like: torch.Tensor) -> torch.Tensor:
 def _to_arrays(
     plan: StepPlan, tables: Mapping[str, AdapterTable], block_size: int
 ) -> tuple[StepArrays, list[_Place]]:
-    # Lists, since most steps have few rows: each call of numpy's costs as much as a few rows.
+    # Lists, since most steps have few rows, and each numpy call costs as much as a few rows.
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -222,7 +222,7 @@ def _to_arrays(
             sampled = len(logit_rows)
             logit_rows.append(len(tokens) - 1)
         elif not sequence.score:
-            # Only for the check: a chunk's K and V may be shared if its logits are finite.
+            # Only to check that the logits are finite, so that the K and V may be shared.
             logit_rows.append(len(tokens) - 1)
         places.append(_Place(begin, len(logit_rows), sampled))
     width = max(len(s.blocks) for s in plan.sequences)

@@ -1,6 +1,6 @@
 """From logits to tokens, all rows of a step at once.
 
-The order is the field's usual one:
+The order is the usual one:
 
 1. logit bias, added
 2. repetition penalty, of tokens in prompt or output (Keskar et al. 2019; as in
@@ -9,11 +9,11 @@ The order is the field's usual one:
 4. the constraint's mask
 5. temperature; 0 takes the likeliest token here, and nothing below matters
 6. top-k, then top-p over what it left, then min-p: each keeps the likeliest tokens
-7. one draw, by the random number of the request's seed and the token's position
+7. one sample, with the random number of the request's seed and the token's position
 
-A token is a function of its own row, its settings and its position: nothing is
-shared between rows, so it does not depend on what shares the batch (as far as the
-logits do not). A batch that only takes likeliest tokens costs one argmax.
+A token is a function of its own row, settings and position: nothing is shared between
+rows, so it does not depend on the rest of the batch (unless the logits do). A batch that
+only decodes greedily costs one argmax.
 
 Steps 5 to 7 are `Draws`: in torch here, or by the native backend (``native/draws.py``).
 
@@ -41,20 +41,21 @@ __all__ = [
 ]
 
 _HEAD = 512
-"""Most likely tokens looked at first for top-k, top-p and min-p; sorting a whole
-vocabulary takes milliseconds a row and is nearly never needed. The same for all
-rows: a head whose size depended on the batch could break ties by the batch."""
+"""How many of the likeliest tokens top-k, top-p and min-p look at first; sorting a whole
+vocabulary takes milliseconds per row and is almost never needed. The same for all
+rows: if the size depended on the batch, so could the order of ties."""
 
 _TOPS = 20
-"""Most that `top_tokens` gives a row; it always looks at so many, for the same reason."""
+"""Most tokens that `top_tokens` returns per row; it always finds this many, for the same
+reason."""
 
 _COLDEST = 1e-5
-"""Temperatures below are greedy: dividing by them would overflow."""
+"""Lower temperatures are greedy: dividing by them would overflow."""
 
 _LOWEST = -torch.inf
 
 _NOTHING = -1
-"""In place of a token: the row's probabilities are not numbers."""
+"""In place of a token: the row's probabilities are NaN."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -66,13 +67,13 @@ def uniform(seed: int, position: int) -> float:
 def sample(
     logits: torch.Tensor, choices: Sequence[Choice], draws: Draws | None = None
 ) -> list[int | None]:
-    """One token a row; None for a row that has nothing to draw from, which no request
-    that was checked can bring about.
+    """One token per row; None for a row with nothing to sample from, which no validated
+    request can cause.
 
     Args:
         logits: [rows, vocab] float32, finite; not changed.
-        choices: one a row.
-        draws: torch's where there is none.
+        choices: one per row.
+        draws: torch's if None.
     """
     draws = draws or TorchDraws()
     changed = [i for i, choice in enumerate(choices) if _changes(choice)]
@@ -82,7 +83,7 @@ def sample(
     adjusted = penalized(logits[torch.tensor(changed, device=logits.device)], those)
     if len(changed) == len(choices):
         return draws.tokens(adjusted, those)
-    tokens = draws.tokens(logits, choices)  # some of them in vain: rare, and one call
+    tokens = draws.tokens(logits, choices)  # some are replaced below: rare, and one call
     for i, token in zip(changed, draws.tokens(adjusted, those), strict=True):
         tokens[i] = token
     return tokens
@@ -118,7 +119,7 @@ def _changes(choice: Choice) -> bool:
 
 
 def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-    """Bias, penalties and masks, in place."""
+    """Apply bias, penalties and masks, in place."""
     biased = [i for i, c in enumerate(choices) if c.params.logit_bias]
     repeated = [i for i, c in enumerate(choices) if c.params.repetition_penalty != 1.0]
     counted = [
@@ -133,7 +134,7 @@ def penalized(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         _penalise_repetition(logits, repeated, choices)
     if counted:
         _penalise_output(logits, counted, choices)
-    # What was added and multiplied must not overflow: infinity less infinity is no number.
+    # The sums and products may have overflowed, and infinity minus infinity is NaN.
     logits.nan_to_num_()
     if masks:
         allowed = torch.from_numpy(np.stack(list(masks.values())))
@@ -171,15 +172,15 @@ def _penalise_output(logits: torch.Tensor, rows: list[int], choices: Sequence[Ch
 
 
 def _seen(choice: Choice) -> Seen:
-    assert choice.token_counts is not None, "penalties without the tokens that they are of"
+    assert choice.token_counts is not None, "penalties without token counts"
     return choice.token_counts
 
 
 def _places(
     logits: torch.Tensor, rows: list[int], ids: Sequence[NDArray[np.int64]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row's token ids: their row, and their place in the flat logits, by which
-    so many are read and written in a third of the time that two indices take."""
+    """For each row's token ids: their row, and their index in the flattened logits, which
+    reads and writes them in a third of the time that two indices take."""
     owner = torch.from_numpy(np.repeat(np.array(rows), [len(i) for i in ids]))
     token = torch.from_numpy(np.concatenate(ids))
     place = owner * logits.shape[1] + token
@@ -187,7 +188,7 @@ def _places(
 
 
 def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch.Tensor:
-    """[rows] of one setting."""
+    """[rows]: the values of one setting."""
     return logits.new_tensor([getattr(c.params, name) for c in choices])
 
 
@@ -195,8 +196,9 @@ def _column(logits: torch.Tensor, choices: Sequence[Choice], name: str) -> torch
 
 
 def draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-    """[rows] int64: inverse transform over the tokens that top-k, top-p and min-p leave."""
-    # From the top, so that huge logits at a low temperature overflow to minus infinity only.
+    """[rows] int64: inverse transform sampling of what top-k, top-p and min-p leave."""
+    # Relative to the maximum, so that huge logits at a low temperature can only overflow to
+    # minus infinity.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     temperature = _column(logits, choices, "temperature").unsqueeze(1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
@@ -213,7 +215,7 @@ def draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     if cut.any():
         kept = [c.params for c in choices if _cuts(c.params)]
         tokens[cut] = _pick_cut(probabilities[cut], randoms[cut], kept)
-    # Of a row that is not a number, no element is.
+    # If one element of a row is NaN, all are.
     return tokens.masked_fill(probabilities[:, 0].isnan(), _NOTHING)
 
 
@@ -224,16 +226,16 @@ def _cuts(params: SamplingParams) -> bool:
 def _pick_cut(
     probabilities: torch.Tensor, randoms: torch.Tensor, params: Sequence[SamplingParams]
 ) -> torch.Tensor:
-    """A draw from the likeliest tokens; looks at the whole vocabulary only where it must."""
+    """Sample from the likeliest tokens; sorts the whole vocabulary only if it must."""
     vocab = probabilities.shape[-1]
     values, tokens = _in_order(*probabilities.topk(min(vocab, _HEAD)))
     weights = _kept(values, params)
     picked = tokens.gather(1, _pick(weights, randoms).unsqueeze(1)).squeeze(1)
     if vocab <= _HEAD:
         return picked
-    # What was kept must end before the head does, and not among tokens as likely as
-    # the head's last one: which of them the head holds is chance. The share that a
-    # larger top-k leaves is not known from the head either.
+    # The kept tokens must end before the head does, and not among ties with the head's
+    # last token: which of those the head holds is arbitrary. Nor does the head show what
+    # share a larger top-k leaves.
     short = ((weights > 0) & (values <= values[:, -1:])).any(dim=-1)
     short |= torch.tensor([p.top_k > _HEAD for p in params], device=values.device)
     if short.any():
@@ -245,14 +247,14 @@ def _pick_cut(
 
 
 def _in_order(values: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likeliest first, of equals the lower id first, as a stable sort of all would give."""
+    """Likeliest first, ties by lower id first, as a stable sort of all tokens would give."""
     tokens, order = tokens.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, tokens.gather(-1, order)
 
 
 def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The probabilities that top-k, top-p and min-p leave, the others 0.
+    """The probabilities that top-k, top-p and min-p leave, with the others set to 0.
 
     Args:
         values: [rows, n] probabilities, likeliest first.
@@ -270,22 +272,22 @@ def _kept(values: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
     before = weights.cumsum(dim=-1) - weights
     # A top_p of 1 keeps all, whatever the sums round to.
     spent = (before >= (top_p * total).unsqueeze(1)) & (top_p < 1).unsqueeze(1)
-    # The likeliest stays, even where a tiny top_p's share rounds to nothing.
+    # The likeliest stays, even if a tiny top_p's share rounds to 0.
     left = (spent | (values < min_p * values[:, :1])) & (rank > 0)
     return weights.masked_fill(left, 0)
 
 
 def _pick(weights: torch.Tensor, randoms: torch.Tensor) -> torch.Tensor:
-    """[rows] index of the first running sum above the random share of the whole.
+    """[rows]: index of the first cumulative sum above the random fraction of the total.
 
     Weights are float64, so that rare tokens keep their share, and need not sum to 1.
     """
     sums = weights.cumsum(dim=-1)
-    # A random number is at most 1 - 2^-53, and so much of a float64 rounds to less than
-    # the whole: the search ends at a token with a weight.
+    # A random number is at most 1 - 2^-53, and that fraction of a float64 rounds to less
+    # than the total, so the search ends at a token with a nonzero weight.
     target = sums[:, -1] * randoms
     found = torch.searchsorted(sums, target.unsqueeze(1), right=True).squeeze(1)
-    # Past the end only where sums are no numbers: `draw` says so, and nothing here fails.
+    # Past the end only if the sums are NaN: `draw` reports that, so this must not fail.
     return found.clamp_(max=weights.shape[1] - 1)
 
 
@@ -300,7 +302,7 @@ def token_logprobs(
     Args:
         logits: [rows, vocab] float32.
         tokens: [rows] int64.
-        draws: torch's where there is none.
+        draws: torch's if None.
 
     Returns:
         [rows] float32.
@@ -316,8 +318,8 @@ def top_tokens(
 
     Args:
         logits: [rows, vocab] float32.
-        counts: how many are wanted, one a row, at most 20.
-        draws: torch's where there is none.
+        counts: how many to return for each row, at most 20.
+        draws: torch's if None.
     """
     values, tokens = logits.topk(min(logits.shape[1], _TOPS))
     values, tokens = _in_order(values, tokens)

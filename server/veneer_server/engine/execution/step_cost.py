@@ -1,8 +1,8 @@
 """How long a step takes on this machine: measured before serving, on the loaded base.
 
-Two things go by it. A step takes no more prompt tokens than fit `STEP_SECONDS`, so that
-streams beside it go on and an answer to a ping is never far. And what watches the engine
-knows how long its longest step may take, so that a slow one is not taken for a hung one.
+Two things depend on it. A step takes no more prompt tokens than fit into `STEP_SECONDS`, so
+that other streams continue and pings are answered soon. And the supervisor knows how long
+the longest step may take, so that it does not take a slow engine for a hung one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from veneer_server.step.arrays import Backend, StepArrays
 __all__ = ["measure"]
 
 _ROWS: Final = 8
-"""Of the larger step that is timed."""
+"""Rows of the larger step that is timed."""
 _ATTENTION_FACTOR: Final = 2.0
-"""Attention over a context takes about this many times longer for each operation than the
-weights' products, which use every loaded number for many rows."""
+"""Attention over a context takes about this many times longer per operation than the GEMMs
+with the weights, which use every loaded number for many rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """Seconds: as they passed, and as they would have if nobody else had used the cores."""
+    """Wall-clock seconds, and an estimate of them had nothing else used the cores."""
 
     passed: float
     alone: float
@@ -44,16 +44,16 @@ def measure(
     block_size: int,
     threads: int,
 ) -> StepCost:
-    """Time three small steps. They write to KV block 1 and leave it as it was.
+    """Time three small steps. They write to KV block 1, which is cleared afterwards.
 
     Args:
         parameters: of the base.
-        threads: of a step; 0 where it does not run on this CPU, and only the time that
-            passes says anything.
+        threads: of a step; 0 if it does not run on this CPU, so that only wall-clock time
+            is meaningful.
     """
     rows = min(_ROWS, block_size)
     try:
-        _time(backend, 1, block_size, threads)  # it touches all weights for the first time
+        _time(backend, 1, block_size, threads)  # warm-up: touches all weights once
         one = _time(backend, 1, block_size, threads)
         several = _time(backend, rows, block_size, threads)
     finally:
@@ -70,13 +70,13 @@ def measure(
 def _time(backend: Backend, rows: int, block_size: int, threads: int) -> _Timed:
     step = _first_tokens(rows, block_size)
     began, worked = time.perf_counter(), time.process_time()
-    backend.finite(backend.execute(step))  # which waits for a device
+    backend.finite(backend.execute(step))  # waits for the device
     passed, worked = time.perf_counter() - began, time.process_time() - worked
     return _Timed(passed, min(passed, worked / threads) if threads else passed)
 
 
 def _first_tokens(rows: int, block_size: int) -> StepArrays:
-    """One sequence of so many tokens, in block 1."""
+    """A step of one sequence of ``rows`` tokens, in block 1."""
     places = np.arange(rows, dtype=np.int64)
     return StepArrays(
         tokens=np.zeros(rows, dtype=np.int64),

@@ -1,7 +1,8 @@
-"""Every adapter's copies, what they take of the budgets, and which of them may go.
+"""Every adapter's copies, how much of the budgets they take, and which may be evicted.
 
-`Residency` changes them; here are the rules and the sums that must hold whoever does.
-Nothing here costs more than the logarithm of the number of adapters, but for checks.
+`Residency` decides on changes; the rules and sums that every change must keep are here.
+Nothing costs more than the logarithm of the number of adapters, except checks and
+`Ledger.pinned_bytes`.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ FLAG: Final[dict[MemoryTier, str]] = {
 }
 
 _MOST_REMEMBERED: Final = 8192
-"""Adapters whose last request is remembered, in memory or not."""
+"""How many adapters' last requests are remembered, whether they are in memory or not."""
 
 
 class Ledger:
-    """See the module and, for what holds, pins and `shared` mean, `residency`.
+    """See the module, and `residency` for the meaning of holds, pins and `shared`.
 
     Attributes:
-        entries: by weights digest; those with a copy, a lease or an operator's want.
+        entries: by weights digest; adapters with a copy, a lease or an operator's want.
         budgets: bytes, as set; see `budget`.
-        ceilings: bytes that a tier may hold now: its budget, or what it held when that was
-            lowered and could not be let go yet.
-        leased: entries that sequences use, waiting or running.
-        draining: entries whose flag says so.
-        loads: loads to HOST under way.
-        holds: of all entries together.
+        ceilings: bytes that a tier may hold now: its budget, or what it still held when the
+            budget was lowered.
+        leased: entries that waiting or running sequences use.
+        draining: entries with that flag.
+        loads: loads to HOST in progress.
+        holds: total over all entries.
     """
 
     def __init__(
@@ -73,24 +74,24 @@ class Ledger:
         return self._bytes[tier]
 
     def count_in(self, tier: MemoryTier) -> int:
-        """Adapters that are complete in a tier."""
+        """Number of complete copies in a tier."""
         return self._counts[tier]
 
     def budget(self, tier: MemoryTier) -> int:
-        """Bytes that a tier may take."""
+        """Bytes that a tier may use."""
         if tier == "host" and self.shared:
             return max(self.budgets.values())
         return self.budgets[tier]
 
     def excess(self, tier: MemoryTier) -> int:
-        """Bytes that a tier holds past its budget."""
+        """Bytes that a tier holds beyond its budget."""
         return max(0, self._bytes[tier] - self.budget(tier))
 
     def pinned_bytes(
         self, tier: MemoryTier, *, beside: LedgerEntry | None = None, there: bool = False
     ) -> int:
-        """Bytes of all that pins keep in a tier; only of what takes room in it already
-        if ``there``."""
+        """Bytes of all adapters that pins keep in a tier; with ``there``, only of those that
+        already take room in it."""
         return sum(
             e.bytes
             for e in self._pinned.values()
@@ -102,14 +103,14 @@ class Ledger:
     # -------------------------------------------------------------------- rules
 
     def pin_keeps(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
-        """A pin forbids to evict the copy in this tier."""
+        """Whether a pin protects the copy in this tier from eviction."""
         if entry.pinned is None:
             return False
         return entry.pinned == tier or (self.shared and tier == "host")
 
     def evictable(self, entry: LedgerEntry, tier: MemoryTier) -> bool:
-        """Nothing uses the copy now, and no pin keeps it. That someone waits for it is no
-        matter here."""
+        """Whether the copy is neither in use nor pinned. Waiting sequences do not count as
+        use here."""
         if entry.at(tier) is not Presence.THERE or self.pin_keeps(entry, tier):
             return False
         if tier == "host" and entry.device is Presence.COMING:
@@ -119,7 +120,7 @@ class Ledger:
     # ------------------------------------------------------------------ changes
 
     def find_or_make(self, source: AdapterSource, itemsize: int) -> LedgerEntry:
-        """Its entry, or one that the caller may put among the others.
+        """The adapter's entry, or a new one that the caller may add to `entries`.
 
         Raises:
             AdapterBudgetExceeded: it can never fit.
@@ -136,7 +137,7 @@ class Ledger:
         return self.entries.get(source.weights_digest) or LedgerEntry(source, size)
 
     def request(self, entry: LedgerEntry) -> None:
-        """A sequence asks for an adapter, which is among the entries."""
+        """Count a sequence that requests an adapter, whose entry is in `entries`."""
         before, again = self._last_requests.pop(entry.digest, None), entry.leases > 0
         self.touch(entry)
         for order in self.orders.values():
@@ -149,7 +150,7 @@ class Ledger:
         self.sort(entry)
 
     def expect(self, entry: LedgerEntry, tier: MemoryTier) -> None:
-        """An operator wants it in a tier: it need not prove that it is worth its room."""
+        """An operator wants the adapter in a tier: it need not pass a trial there."""
         self.orders["host"].expect(entry)
         if tier == "device":
             self.orders["device"].expect(entry)
@@ -157,20 +158,20 @@ class Ledger:
         self.sort(entry)
 
     def rest(self, entry: LedgerEntry) -> None:
-        """Its last sequence has ended."""
+        """The adapter's last sequence has ended."""
         del self.leased[entry.digest]
         for order in self.orders.values():
             order.rested(entry)
         self.sort(entry)
 
     def hold(self, entry: LedgerEntry) -> None:
-        """A sequence that uses it is scheduled."""
+        """A sequence that uses the adapter is scheduled."""
         entry.holds += 1
         self.holds += 1
         self.touch(entry)
 
     def unhold(self, entry: LedgerEntry) -> None:
-        """A sequence that used it is not scheduled any more."""
+        """A sequence that used the adapter is no longer scheduled."""
         assert entry.holds > 0, "hold released twice"
         entry.holds -= 1
         self.holds -= 1
@@ -180,7 +181,7 @@ class Ledger:
         entry.used = self._clock
 
     def pin(self, entry: LedgerEntry, tier: MemoryTier | None) -> None:
-        """Set an operator's flag, or remove it."""
+        """Set an operator's pin, or remove it if None."""
         entry.pinned = tier
         if tier is None:
             self._pinned.pop(entry.digest, None)
@@ -189,7 +190,7 @@ class Ledger:
         self.sort(entry)
 
     def drain(self, entry: LedgerEntry, *, draining: bool) -> None:
-        """Set the flag, or remove it."""
+        """Set or remove the flag."""
         entry.draining = draining
         if draining:
             self.draining[entry.digest] = entry
@@ -197,7 +198,7 @@ class Ledger:
             self.draining.pop(entry.digest, None)
 
     def place(self, entry: LedgerEntry, tier: MemoryTier, presence: Presence) -> None:
-        """A copy begins to come, is there, or is no more."""
+        """A copy is on its way, complete, or gone."""
         before = entry.at(tier)
         here = presence is not Presence.ABSENT
         self._bytes[tier] += entry.bytes * (here - (before is not Presence.ABSENT))
@@ -215,7 +216,7 @@ class Ledger:
         self.sort(entry)
 
     def drop(self, entry: LedgerEntry, tier: MemoryTier, cause: EvictionCause) -> list[Drop]:
-        """Free a copy now, and with shared memory what it is the same as."""
+        """Free a copy now; with shared memory, a HOST copy takes the DEVICE copy with it."""
         assert tier == "host" or entry.holds == 0, "a held adapter was evicted"
         both = self.shared and tier == "host" and entry.device is Presence.THERE
         gone: list[MemoryTier] = ["device", "host"] if both else [tier]
@@ -233,7 +234,7 @@ class Ledger:
             self.draining.pop(entry.digest, None)
 
     def sort(self, entry: LedgerEntry) -> None:
-        """Offer to evict what is idle, and nothing else."""
+        """Offer the entry's idle copies for eviction, and withdraw the others."""
         for tier, order in self.orders.items():
             if self._idle(entry, tier):
                 order.offer(entry, self.cost.of_losing(entry, tier, shared=self.shared))
@@ -241,7 +242,7 @@ class Ledger:
                 order.withdraw(entry)
 
     def lower_ceilings(self) -> None:
-        """No tier may grow past what it holds, or past its budget."""
+        """Let no tier grow past its budget or, if that is more, past what it holds now."""
         for tier in TIERS:
             self.ceilings[tier] = max(self.budget(tier), self._bytes[tier])
 
@@ -251,13 +252,13 @@ class Ledger:
     # ------------------------------------------------------------------- checks
 
     def check_unused(self) -> None:
-        """While no sequence is there, nothing is leased or held. Costs nothing."""
+        """Assert that nothing is leased or held; call when there is no sequence. O(1)."""
         assert not self.leased, "a lease without a sequence"
         assert not self.holds, "a hold without a sequence"
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
-        """Holds and leases equal the sequences that claim them; sums are right and within
-        the budgets, or what is left of before they were lowered. In slices."""
+        """Check that holds and leases match the sequences that claim them, and that sums are
+        right and within the ceilings. In slices, see `integrity`."""
         holds, leases = Counter(held), Counter(leased)
         assert self.holds == holds.total(), "holds differ"
         found = {tier: _Found() for tier in TIERS}
@@ -303,8 +304,8 @@ class _Found:
 
     Attributes:
         here, bytes: copies that take room, and how much.
-        there: complete ledger.
-        idle, idle_bytes: copies that may go.
+        there: complete copies.
+        idle, idle_bytes: copies that may be evicted.
     """
 
     here: int = 0

@@ -1,21 +1,23 @@
-"""What to bring for those that wait, and what goes for it. Decisions only.
+"""What to load for waiting sequences and operators, and what to evict for it. Decisions only.
 
-Wants are served in the order given (operators', then the arrival order of waiting
-sequences). Room is made by dropping, in this order, while that suffices:
+A *want* is an adapter that they need in memory. Wants are served in the order given
+(operators' first, then waiting sequences' in order of arrival). To make room, copies are
+dropped in this order, until there is enough:
 
-1. what is idle, by `eviction`;
-2. HOST copies of adapters that run from a DEVICE copy of its own;
-3. what a later want needs, the last first: it is needed last.
+1. idle copies, in the order of `eviction`;
+2. HOST copies of adapters that run from a separate DEVICE copy;
+3. copies that later wants need, the last want's first: it is needed last.
 
-What an earlier want needs is never dropped for a later one, so two adapters cannot push
-each other out for ever, and one that was brought serves those it was brought for. Behind
-the first want that finds no room (it is *blocked*) DEVICE is only filled up, and once it
-has waited too long (`Admission` says when) not even that where it is what that one lacks.
+A copy that an earlier want needs is never dropped for a later one, so two adapters cannot
+evict each other forever, and a loaded adapter serves the sequences it was loaded for. After
+the first want that finds no room (it is *blocked*), later ones may only use free DEVICE
+memory. Once it has been blocked for too long (`Admission` decides), they get no DEVICE
+memory at all and, if HOST is what the blocked want lacks, no HOST memory either.
 
-Wants past the first `Wants.near` are of sequences that cannot start soon. They are read
-ahead into HOST, like those behind one that lacks DEVICE: into free room, or that of idle
-copies, `AHEAD` of HOST at most. Few loads are under way at once, so that a worker that
-comes free always takes the oldest.
+Wants past the first `Wants.near` belong to sequences that cannot start soon. These, and
+those after a want that lacks DEVICE memory, are prefetched into HOST: into free room, or
+that of idle copies, up to a share `AHEAD` of HOST. Few loads run at once, so that a worker
+that becomes free always takes the oldest want.
 """
 
 from __future__ import annotations
@@ -41,19 +43,19 @@ from veneer_server.engine.residency.tiers import (
 __all__ = ["AHEAD", "LoadPlanner", "Wants", "shrink"]
 
 AHEAD: Final = 0.5
-"""Share of HOST that reading ahead may hold when it has to evict for more."""
+"""Largest share of HOST for which a prefetch may evict idle copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """Adapters to bring, without repeats.
+    """Adapters to load, without duplicates.
 
     Attributes:
-        operators: activations not carried out yet, oldest first.
-        waiting: of waiting sequences, oldest first.
+        operators: adapters of pending activations, oldest first.
+        waiting: adapters of waiting sequences, oldest first.
         near: how many of `waiting` may be in use at the same time.
         overdue: the want that was `Plan.blocked` for too long, if any.
-        loads: most loads under way at once.
+        loads: most loads in progress at once.
     """
 
     operators: tuple[LedgerEntry, ...]
@@ -64,7 +66,7 @@ class Wants:
 
 
 class LoadPlanner:
-    """Made for one planning."""
+    """Plans once, and is then discarded."""
 
     def __init__(self, ledger: Ledger, wants: Wants) -> None:
         self._ledger = ledger
@@ -74,14 +76,14 @@ class LoadPlanner:
         self._largest = min(ledger.budget(tier) for tier in TIERS)
         self._protected: set[LedgerEntry] = set()
         self._in_demand: dict[MemoryTier, list[tuple[int, LedgerEntry]]] = {}
-        """Ledger that sequences use: (the want they are for, whose it is), best last."""
+        """Copies that sequences need: (index of their want, entry), best victim last."""
         self._actions: list[Action] = []
         self._blocked: str | None = None
         self._impossible: list[str] = []
         self._left: dict[MemoryTier, int] | None = None
-        """Bytes to fill up with, from the first want on that may do no more."""
+        """Free bytes that wants may still fill; None while they may also evict."""
         self._may_read_ahead = 0
-        """Bytes that wants from there on may evict idle copies of HOST for."""
+        """Bytes for which those wants may still evict idle HOST copies."""
         self._for_operators = 0
         """Loads to HOST that operators wait for."""
 
@@ -93,7 +95,7 @@ class LoadPlanner:
             if target is None:
                 if entry.host is Presence.COMING and index < len(self._wants.operators):
                     self._for_operators += 1
-            elif entry.bytes > self._largest:  # than budgets that were lowered since
+            elif entry.bytes > self._largest:  # budgets may have been lowered
                 self._impossible.append(entry.digest)
             elif self._may_begin(index, target):
                 if self._left is None:
@@ -120,8 +122,8 @@ class LoadPlanner:
         if target == "host":
             self._may_read_ahead = 0
         if entry.digest == self._wants.overdue:
-            # What comes to DEVICE keeps room taken in both tiers for as long as its
-            # sequences run, what stays in HOST takes none from DEVICE.
+            # An adapter in DEVICE occupies room in both tiers for as long as its sequences
+            # run; one that stays in HOST takes none from DEVICE.
             left["device"] = 0
             if target == "host":
                 left["host"] = 0
@@ -142,7 +144,7 @@ class LoadPlanner:
         self._bring(entry, target)
 
     def _fill_up_from(self, index: int) -> dict[MemoryTier, int]:
-        """From this want on, DEVICE is only filled up and HOST read ahead into."""
+        """From this want on, only fill free DEVICE memory and prefetch into HOST."""
         ledger = self._ledger
         self._left = {tier: ledger.budget(tier) - ledger.bytes_in(tier) for tier in TIERS}
         ahead = sum(
@@ -162,7 +164,7 @@ class LoadPlanner:
             self._actions.append(MoveToDevice(entry.digest))
 
     def _may_begin(self, index: int, target: MemoryTier) -> bool:
-        """Fewer loads are under way than may be; operators leave half to requests."""
+        """Whether another load may start; operators leave half of the loads to requests."""
         if target == "device":
             return True
         if index < len(self._wants.operators):
@@ -179,10 +181,10 @@ class LoadPlanner:
     def _make_room(
         self, tier: MemoryTier, missing: int, entry: LedgerEntry, index: int | None
     ) -> bool:
-        """Free so many bytes of a tier, or nothing.
+        """Free ``missing`` bytes of a tier, or nothing.
 
         Args:
-            index: of the want; None takes idle copies alone.
+            index: of the want; None evicts idle copies only.
         """
         if missing <= 0:
             return True
@@ -217,8 +219,8 @@ class LoadPlanner:
     def _take_in_demand(
         self, tier: MemoryTier, missing: int, index: int
     ) -> list[tuple[int, LedgerEntry]]:
-        """Ledger that sequences use and that may go for want ``index``, best first: so
-        many bytes, or all there are."""
+        """Copies that sequences need but want ``index`` may evict, best victim first:
+        ``missing`` bytes, or all there are."""
         if tier not in self._in_demand:
             self._in_demand[tier] = self._find_in_demand(tier)
         found, taken = self._in_demand[tier], []
@@ -243,11 +245,11 @@ class LoadPlanner:
 
 
 def _next_tier(entry: LedgerEntry) -> MemoryTier | None:
-    """The tier to bring a wanted adapter to now, or None if it is there or moving."""
+    """The tier to load a wanted adapter into now; None if it is there or on its way."""
     if entry.host is Presence.COMING or entry.device is Presence.COMING:
         return None
     if entry.host is Presence.ABSENT:
-        # A pin to HOST wants its copy also where there is one in DEVICE, which may go.
+        # A pin to HOST needs its own copy even if DEVICE has one, which may be evicted.
         wanted = entry.device is Presence.ABSENT or entry.wanted == "host"
         return "host" if wanted else None
     if entry.device is Presence.THERE:
@@ -257,10 +259,10 @@ def _next_tier(entry: LedgerEntry) -> MemoryTier | None:
 
 
 def shrink(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
-    """Drop what is past the budgets and not in use, and mark what must leave after it.
+    """Drop unused copies beyond the budgets, and mark copies in use that must leave later.
 
     Args:
-        waiting: wants of waiting sequences, oldest first; the last go first.
+        waiting: wants of waiting sequences, oldest first; the last are dropped first.
     """
     drops: list[Drop] = []
     queue = set(waiting)
@@ -278,11 +280,11 @@ def shrink(ledger: Ledger, waiting: tuple[LedgerEntry, ...]) -> list[Drop]:
 
 
 def _mark_leaving(ledger: Ledger) -> None:
-    """Of what runs, as much as is past the budgets leaves when its holds end: what is too
-    large first, then what is worth least."""
+    """Mark as many running adapters as exceed the budgets to leave when their holds end:
+    first those that are too large, then those worth least."""
     everyone = ledger.entries.values()
     coming = sum(e.bytes for e in everyone if Presence.COMING in (e.host, e.device))
-    # What is coming may go when it has come.
+    # Adapters on their way can be evicted when they arrive.
     excess = {tier: ledger.excess(tier) - coming for tier in TIERS}
     order = ledger.orders["device"]
 

@@ -1,26 +1,26 @@
 """Which adapters are in which tier: decisions only, no torch, no I/O.
 
 The step loop tells this class what happened and carries out the `Action`s it
-returns. Three kinds of grip on an adapter are kept apart:
+returns. There are three kinds of claim on an adapter:
 
-* a *lease* counts sequences submitted and not finished: its identity is in use;
-* a *hold* counts scheduled sequences: its DEVICE copy is in use right now and is
+* a *lease* counts sequences submitted and not finished: the adapter's identity is in use;
+* a *hold* counts scheduled sequences: the DEVICE copy is in use right now and is
   never evicted;
 * a *pin* is an operator's flag for one tier: the copy there is never evicted for
-  capacity. A pin to HOST says nothing of DEVICE, nor one to DEVICE of HOST.
+  capacity. A pin to HOST says nothing about DEVICE, or one to DEVICE about HOST.
 
 So room is made in DEVICE by dropping copies that are neither held nor pinned there,
-and in HOST by dropping copies that are not pinned there and that no move reads.
+and in HOST by dropping copies that are neither pinned there nor being moved to DEVICE.
 
-Where the tiers share memory (a CPU), a DEVICE copy is its HOST copy, and dropping
-either alone frees nothing. There DEVICE stays a part of HOST: whatever keeps the DEVICE
-copy keeps that in HOST, and room in HOST is made by dropping both. HOST then counts
-each byte that is really held, once, and may take the larger of the two budgets, which
-is what the memory plan counts.
+Where the tiers share memory (on a CPU), a DEVICE copy is the same as its HOST copy, and
+dropping only one frees nothing. DEVICE is then a subset of HOST: whatever keeps the DEVICE
+copy also keeps the HOST copy, and room in HOST is made by dropping both. HOST then counts
+each byte held exactly once, and may use the larger of the two budgets, which is what the
+memory plan counts.
 
-What waits is brought in order of arrival, see `planner`; what goes for it, see `eviction`.
-A budget that is lowered while its room is taken is reached when holds end: what is not in
-use goes at once, and of what is as much as is too much takes no further sequence.
+`load_planner` loads adapters in order of arrival; `eviction` says what makes room for them.
+If a budget is lowered below what is held, it is met when holds end: unused copies are
+dropped at once, and as many adapters in use as exceed the budget take no further sequence.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from veneer_server.wire.messages import AdapterSource, EvictionCause, EvictMode,
 __all__ = ["Residency"]
 
 _MOST_OPERATORS: Final = 64
-"""Activations that are planned at once; more wait their turn, so that a step does too."""
+"""Most activations planned at once; the rest wait, so that planning does not delay a step."""
 
 
 class Residency:
@@ -57,15 +57,14 @@ class Residency:
 
     Args:
         host_budget, device_budget: bytes.
-        itemsize: bytes of one resident number.
+        itemsize: bytes of one number of a resident adapter.
         shared: the DEVICE copy is the HOST copy (on a CPU); see the module.
-        most_loads: loads from disk under way at once, at most.
-        order: who is evicted first, for one tier.
+        most_loads: most loads from disk in progress at once.
+        order: makes the eviction order of a tier.
 
     Attributes:
-        ledger: every copy, lease, hold and pin; changed here only.
-        operator_wants: weights digests that operators activated and that are not there yet,
-            oldest first.
+        ledger: every copy, lease, hold and pin; only changed here.
+        operator_wants: weights digests of pending activations, oldest first.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Residency:
     # ------------------------------------------------------------- inspection
 
     def budget(self, tier: MemoryTier) -> int:
-        """Bytes, as set: what is planned for, whatever is held now."""
+        """Bytes, as set; more may still be held after it was lowered."""
         return self.ledger.budgets[tier]
 
     def bytes_in(self, tier: MemoryTier) -> int:
@@ -97,7 +96,7 @@ class Residency:
         return self.ledger.bytes_in(tier)
 
     def count_in(self, tier: MemoryTier) -> int:
-        """Adapters that are complete in a tier."""
+        """Number of complete copies in a tier."""
         return self.ledger.count_in(tier)
 
     def tier(self, digest: str) -> TierName:
@@ -110,14 +109,14 @@ class Residency:
         return "host" if entry.host is Presence.THERE else "disk"
 
     def ready(self, digest: str) -> bool:
-        """A sequence may take hold of it now."""
+        """Whether a sequence may hold the adapter now."""
         entry = self.ledger.entries.get(digest)
         if entry is None or entry.leaving or entry.draining:
             return False
         return entry.device is Presence.THERE
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
-        """To that tier, or to any."""
+        """Whether the adapter is pinned to ``tier``, or to any if None."""
         entry = self.ledger.entries.get(digest)
         return entry is not None and entry.pinned in ([tier] if tier else TIERS)
 
@@ -128,8 +127,8 @@ class Residency:
     # ----------------------------------------------------------- lease and hold
 
     def lease(self, source: AdapterSource) -> TierName:
-        """Count a new sequence; returns the tier the adapter was found in, which is none
-        where its copies are about to go.
+        """Count a new sequence; returns the tier where the adapter was found, ``disk`` if its
+        copies are about to be freed.
 
         Raises:
             AdapterBudgetExceeded: it can never fit.
@@ -142,7 +141,7 @@ class Residency:
         return found
 
     def release(self, digest: str) -> list[Action]:
-        """The sequence has ended; may free an adapter that was evicted meanwhile."""
+        """A sequence has ended; may free an adapter whose eviction was waiting for that."""
         entry = self.ledger.entries[digest]
         assert entry.leases > 0, "lease released twice"
         entry.leases -= 1
@@ -154,7 +153,7 @@ class Residency:
         return actions
 
     def try_hold(self, digest: str) -> bool:
-        """Grip the DEVICE copy for a sequence that is about to be scheduled."""
+        """Hold the DEVICE copy for a sequence about to be scheduled; False if not `ready`."""
         if not self.ready(digest):
             return False
         self.ledger.hold(self.ledger.entries[digest])
@@ -171,7 +170,7 @@ class Residency:
         """What to start now so that the wanted adapters become resident.
 
         Args:
-            wants: digests of waiting sequences, oldest first, without repeats.
+            wants: digests of waiting sequences, oldest first, without duplicates.
             overdue: the want that was `Plan.blocked` for too long, if any.
             near: how many of the wants may be in use at the same time; all if None.
         """
@@ -180,7 +179,7 @@ class Residency:
             return Plan()
         entries = self.ledger.entries
         waiting = tuple(entries[digest] for digest in wants)
-        # What ran on it may have been preempted since.
+        # The sequences that held them may have been preempted since.
         drops = [drop for digest in list(self.ledger.draining) for drop in self.settle(digest)]
         drops += self._shrink(waiting)
         operators = islice(self.operator_wants, _MOST_OPERATORS)
@@ -217,7 +216,7 @@ class Residency:
         self.ledger.touch(entry)
 
     def failed(self, digest: str) -> None:
-        """A load or move failed, or can never begin: a pin that it was for is void."""
+        """A load or move failed, or can never start: the pin that it was for is removed."""
         entry = self.ledger.entries.get(digest)
         if entry is None:
             return  # it was forgotten with its last sequence, which failed first
@@ -232,7 +231,7 @@ class Residency:
     # ------------------------------------------------------------ operator calls
 
     def activate(self, source: AdapterSource, tier: MemoryTier, pin: bool) -> bool:
-        """Ask for a tier; True if the adapter is there already. Ends a drain: the later word
+        """Request a tier; True if the adapter is already there. Ends a drain: the later call
         counts.
 
         Raises:
@@ -247,10 +246,10 @@ class Residency:
         self.ledger.drain(entry, draining=False)
         entry.forgotten = False
         there = entry.at(tier) is Presence.THERE
-        if not pin:  # a copy in DEVICE is nearer than HOST, but a pin to HOST lets it go
+        if not pin:  # DEVICE is nearer than HOST, but a pin to HOST does not keep a DEVICE copy
             there = there or entry.device is Presence.THERE
         if not there:
-            if entry.wanted != "device":  # what an earlier call asked for still counts
+            if entry.wanted != "device":  # what an earlier call requested still counts
                 entry.wanted = tier
             self.operator_wants[entry.digest] = None
         self.ledger.expect(entry, tier)
@@ -261,8 +260,8 @@ class Residency:
     ) -> tuple[bool, int, list[Action]]:
         """Free an adapter: (freed now, bytes, actions). See `messages.Evict`.
 
-        With ``abort`` the caller ends the adapter's sequences first. What is not freed now
-        is freed by the call that ends what uses it: `release`, `settle` or `plan`.
+        With ``abort`` the caller ends the adapter's sequences first. Copies not freed now are
+        freed by the call that ends their last use: `release`, `settle` or `plan`.
 
         Raises:
             AdapterPinned: it is pinned and ``unpin`` was not given.
@@ -299,14 +298,14 @@ class Residency:
             self.ledger.forget_if_idle(entry)
 
     def settle(self, digest: str) -> list[Action]:
-        """Finish an eviction if what it waited for uses or moves the adapter no more."""
+        """Finish an eviction if the adapter is no longer in use or being moved."""
         entry = self.ledger.entries.get(digest)
         if entry is None or not (entry.draining or entry.forgotten) or self._in_use(entry):
             return []
         return self._drop_both(entry, "admin")
 
     def _in_use(self, entry: LedgerEntry) -> bool:
-        """By what an eviction waits for."""
+        """Whether an eviction must still wait."""
         if Presence.COMING in (entry.host, entry.device):
             return True
         return entry.holds > 0 or (entry.leases > 0 and not entry.draining)
@@ -314,8 +313,8 @@ class Residency:
     # -------------------------------------------------------------------- budgets
 
     def set_budgets(self, *, host: int | None, device: int | None) -> None:
-        """Change budgets, in bytes; None leaves one as it is. The next `plan` drops what is
-        past them and not in use, and later ones the rest, when it is not any more.
+        """Change budgets, in bytes; None leaves one as it is. The next `plan` drops unused
+        copies beyond the budgets, and later ones the rest, once no longer in use.
 
         Raises:
             AdapterBudgetExceeded: pinned adapters alone take more. Nothing has changed.
@@ -371,12 +370,12 @@ class Residency:
                 )
 
     def check_unused(self) -> None:
-        """While no sequence is there, nothing is leased or held. Costs nothing."""
+        """Assert that nothing is leased or held; call when there is no sequence. O(1)."""
         self.ledger.check_unused()
 
     def integrity(self, held: Iterable[str], leased: Iterable[str]) -> Iterator[None]:
-        """Holds and leases equal the sequences that claim them; budgets are kept, and what
-        is past one that was lowered only becomes less. In slices, see `integrity`."""
+        """Check that holds and leases match the sequences that claim them, and that budgets
+        are kept or, after they were lowered, approached. In slices, see `integrity`."""
         yield from self.ledger.integrity(held, leased)
         entries = self.ledger.entries
         for part in in_slices(self.operator_wants):

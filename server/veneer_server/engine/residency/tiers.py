@@ -1,4 +1,4 @@
-"""What `residency` keeps of each adapter, and what it tells the step loop to do."""
+"""What `residency` records for each adapter, and the actions it gives the step loop."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Plan:
 
     Attributes:
         actions: to carry out, in order.
-        blocked: the first want that finds no room now: all else is held, or
-            wanted by an earlier sequence. It fits when holds end.
-        impossible: wants that the budgets, or pinned adapters, leave no room for, ever.
+        blocked: the first want that finds no room now, because all other copies are held
+            or wanted by earlier sequences. It will fit when holds end.
+        impossible: wants that can never fit, because of the budgets or pinned adapters.
     """
 
     actions: tuple[Action, ...] = ()
@@ -77,11 +77,11 @@ class Plan:
 
 @dataclass(slots=True)
 class Standing:
-    """What speaks for keeping a copy in a tier, see `eviction`.
+    """How much a copy in a tier is worth keeping, see `eviction`.
 
     Attributes:
-        uses: requests that count for it; 0 while it is on trial.
-        age: the tier's age when it was used last.
+        uses: requests counted for it; 0 while it is on trial.
+        age: the tier's age when it was last used.
     """
 
     uses: int = 0
@@ -90,7 +90,7 @@ class Standing:
 
 @dataclass(slots=True, eq=False)
 class LedgerEntry:
-    """One adapter's copies and the grips on it; only `Residency` changes it."""
+    """One adapter's copies and the claims on them; only `Residency` changes them."""
 
     source: AdapterSource
     bytes: int
@@ -100,17 +100,17 @@ class LedgerEntry:
     holds: int = 0
     pinned: MemoryTier | None = None
     wanted: MemoryTier | None = None
-    """Tier an operator asked for and that it has not reached."""
+    """Tier that an operator requested and the adapter has not reached yet."""
     draining: bool = False
-    """An operator evicts it: both copies go when the last hold ends, and until then no
-    further sequence may take hold of it. Those that wait load it anew."""
+    """An operator is evicting it: both copies are freed when the last hold ends, and until
+    then no further sequence may hold it. Waiting sequences load it again."""
     forgotten: bool = False
-    """No name has it any more: both copies go when the last lease ends."""
+    """No registered name has it any more: both copies are freed when the last lease ends."""
     used: int = 0
     """Logical time of the last use."""
     leaving: bool = False
-    """A budget was lowered: the DEVICE copy goes when its last hold ends, and until then
-    no further sequence may take hold of it."""
+    """A budget was lowered: the DEVICE copy is freed when its last hold ends, and until then
+    no further sequence may hold it."""
     standing: dict[MemoryTier, Standing] = field(
         default_factory=lambda: {"device": Standing(), "host": Standing()}
     )

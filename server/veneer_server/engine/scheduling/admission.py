@@ -1,20 +1,20 @@
-"""Who of the waiting may start, in what order, and how long anyone can be overtaken.
+"""Which waiting sequences may start, in what order, and how long one can be overtaken.
 
 Order is arrival order, with three exceptions and a bound on each:
 
-* A sequence whose adapter is on its way is passed over: nothing that starts
+* A sequence whose adapter is being loaded is passed over: nothing that starts
   meanwhile delays the transfer, and when it ends the sequence is the oldest.
 * A sequence whose adapter finds no *room* is passed over for `patience` seconds.
-  From then on no younger one's adapter is brought to where the room is missing, and
-  nothing younger starts that could keep it taken, so the room comes free when what
-  runs now has ended.
-* While more are ready than there are places, those go first that add no adapter to
-  the batch, since each further adapter makes a step dearer. That ends for a
-  sequence `max_wait` seconds after its arrival: from then on, and after a
+  From then on no younger sequence's adapter is loaded into the missing room, and
+  nothing younger starts that could keep it occupied, so the room becomes free when
+  the sequences now running have ended.
+* While more sequences are ready than there are places, those that add no adapter to
+  the batch go first, since each further adapter makes a step more expensive. This
+  stops for a sequence `max_wait` seconds after its arrival: from then on, and after a
   preemption, nothing younger starts before it.
 
-So once a sequence is `max_wait` old and its adapter is there, only older ones and
-what runs already are before it, and all of them end.
+So once a sequence is `max_wait` old and its adapter is resident, only older sequences
+and those already running are ahead of it, and all of them end.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ class Admission:
         self._patience = patience
         self._max_wait = max_wait
         self._lacking: tuple[str, float] | None = None
-        """(adapter, since): the first want that finds no room."""
+        """(adapter, since): the oldest want that finds no room."""
 
     @property
     def lacking(self) -> str | None:
-        """The first want that finds no room, however short a time that has been so."""
+        """The oldest want that finds no room, no matter for how long."""
         return self._lacking[0] if self._lacking else None
 
     def note_lack_of_room(self, digest: str | None, now: float) -> None:
-        """Told after each planning of adapters which want finds no room, if any."""
+        """Record, after each planning of adapters, which want finds no room, if any."""
         if digest is None:
             self._lacking = None
         elif self._lacking is None or self._lacking[0] != digest:
             self._lacking = (digest, now)
 
     def resident(self, sequence: Sequence) -> bool:
-        """Its weights are where a step needs them, and stay there."""
+        """Whether the sequence's adapter is where a step needs it, and stays there."""
         return sequence.digest is None or self._residency.ready(sequence.digest)
 
     def order(
@@ -65,18 +65,18 @@ class Admission:
         places: int,
         now: float,
     ) -> list[Sequence]:
-        """Those that may start now, first to last. The caller must stop at the first
-        one that finds no blocks, or younger ones would take what it waits for.
+        """Sequences that may start now, in order. The caller must stop at the first one
+        that gets no blocks, or younger ones would take the blocks that it waits for.
 
         Args:
             waiting: in order of arrival, preempted ones first.
-            in_batch: adapters that run already.
-            places: how many more may run.
+            in_batch: adapters of running sequences.
+            places: how many more sequences may run.
         """
         ready: list[Sequence] = []
         queue = list(waiting)
         lacking = self.lacking_too_long(now)
-        # An operator's want is nobody's in the queue: it is before all of them.
+        # If no queued sequence has this want, it is an operator's, which precedes them all.
         behind = lacking is not None and all(s.digest != lacking for s in queue)
         for sequence in queue:
             behind = behind or (lacking is not None and sequence.digest == lacking)
@@ -89,7 +89,7 @@ class Admission:
         return ready
 
     def _note_wait(self, sequence: Sequence, resident: bool, now: float) -> None:
-        """What it waits for from now on is a place, or its adapter."""
+        """Measure how long the sequence waits for its adapter, rather than for a place."""
         if not resident and sequence.waiting_since is None:
             sequence.waiting_since = now
         elif resident and sequence.waiting_since is not None:
@@ -97,19 +97,19 @@ class Admission:
             sequence.waiting_since = None
 
     def lacking_too_long(self, now: float) -> str | None:
-        """The first want that finds no room, if that was so for `patience` seconds."""
+        """The oldest want that finds no room, if it has found none for `patience` seconds."""
         if self._lacking is None or now - self._lacking[1] < self._patience:
             return None
         return self._lacking[0]
 
     def _keeps_room(self, sequence: Sequence) -> bool:
-        """Were it to run, its adapter could not be evicted; one that is pinned where
-        sequences use it cannot anyway."""
+        """Whether running the sequence would prevent its adapter's eviction. An adapter that
+        is pinned to DEVICE cannot be evicted anyway."""
         digest = sequence.digest
         return digest is not None and not self._residency.pinned(digest, "device")
 
     def _rank(self, sequence: Sequence, in_batch: Collection[str], now: float) -> int:
-        """Lower goes first; equal ones by arrival."""
+        """Lower goes first; ties in order of arrival."""
         preempted = sequence.admitted is not None
         if preempted or now - sequence.arrived >= self._max_wait:
             return 0

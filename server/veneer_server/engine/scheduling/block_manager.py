@@ -1,11 +1,11 @@
 """KV cache blocks: a free list, reference counts and the prefix cache. No torch.
 
 A block is free, used by one sequence or more, or idle: used by none, but kept
-because it holds a prefix that another sequence may ask for. Idle blocks count as
-free, and are given up when the free list is empty. A sequence writes only to
-blocks that it took itself and that are not full; only full ones are shared.
+because it holds a prefix that another sequence may need. Idle blocks count as
+free, and are evicted when the free list is empty. A sequence writes only to
+blocks that it allocated itself and that are not full; only full blocks are shared.
 
-Block 0 is never handed out: padded places in a block table point at it.
+Block 0 is never allocated: the padding of block tables points to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BlockManager:
         prefix_cache: whether sequences may share blocks at all.
 
     Attributes:
-        cache: which blocks hold which prefixes; changed here only.
+        cache: which blocks hold which prefixes; only changed here.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
@@ -43,7 +43,7 @@ class BlockManager:
 
     @property
     def free(self) -> int:
-        """Blocks that `grow` can hand out, idle ones included."""
+        """Blocks that `grow` can allocate, including idle ones."""
         return len(self._free) + self.cache.idle
 
     @property
@@ -57,20 +57,20 @@ class BlockManager:
         return self.cache.idle
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many tokens."""
+        """Blocks needed for this many tokens."""
         return -(-tokens // self.block_size)
 
     def can_ever_hold(self, tokens: int) -> bool:
         return self.blocks_for(tokens) <= self.total
 
     def adopt(self, sequence: Sequence) -> int:
-        """Give a sequence without blocks those that hold its prefix already.
+        """Give a sequence that has no blocks yet the cached blocks of its prefix.
 
         Returns:
-            Tokens they hold: a multiple of the block size, and fewer than the
-            sequence has, since its last token's logits are still wanted.
+            Tokens in those blocks: a multiple of the block size, and fewer than the
+            sequence has, since the logits of its last token are still needed.
         """
-        assert not sequence.blocks, "adopting beside blocks of its own"
+        assert not sequence.blocks, "the sequence already has blocks"
         if self.shares(sequence):
             for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
                 block = self.cache.find(key)
@@ -95,8 +95,8 @@ class BlockManager:
         return found
 
     def common_prefix(self, sequence: Sequence, other: Sequence) -> int:
-        """Leading tokens that ``sequence`` has in common with a running one, whose K and
-        V it may share; 0 where the running one has nothing to add to what is cached."""
+        """Leading tokens that ``sequence`` has in common with the running sequence ``other``
+        and whose K and V it may share; 0 if ``other`` adds nothing to the cached blocks."""
         start = other.published * self.block_size
         may_share = (
             self.shares(sequence)
@@ -106,15 +106,15 @@ class BlockManager:
         )
         if not may_share or start >= len(sequence.tokens):
             return 0
-        # Keys instead of tokens as far as they go: the rest is short, but for a prefill.
+        # Compares keys as far as they go: except in a prefill, few tokens come after them.
         mine, theirs = (self._keys(s, other.published)[-1:] for s in (sequence, other))
         end = min(len(sequence.tokens), len(other.tokens))
         differ = (i for i in range(start, end) if sequence.tokens[i] != other.tokens[i])
         return next(differ, end) if mine == theirs else 0
 
     def grow(self, sequence: Sequence, tokens: int, *, spare: int = 0) -> bool:
-        """Give ``sequence`` blocks for its first ``tokens`` tokens; all or nothing, and
-        nothing unless ``spare`` blocks are left then."""
+        """Allocate blocks for the first ``tokens`` tokens of ``sequence``: all of them, or
+        none if fewer than ``spare`` blocks would be left free."""
         missing = self.blocks_for(tokens) - len(sequence.blocks)
         if missing > 0 and missing + spare > self.free:
             return False
@@ -125,9 +125,9 @@ class BlockManager:
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """Let others find the blocks that are full of computed tokens.
+        """Let other sequences find the blocks that are full of computed tokens.
 
-        Call it when the step that computed them has ended with finite logits."""
+        Call this once the step that computed them has ended with finite logits."""
         full = sequence.computed // self.block_size
         if not self._publishes(sequence) or full <= sequence.published:
             return
@@ -137,14 +137,14 @@ class BlockManager:
         sequence.published = full
 
     def forget(self, sequence: Sequence) -> None:
-        """Let nobody find this sequence's blocks: what they hold cannot be trusted."""
+        """Drop this sequence's blocks from the prefix cache: their content is not valid."""
         for block in sequence.blocks:
             self.cache.forget(block)
 
     def release(self, sequence: Sequence) -> None:
-        """Take back all blocks of ``sequence``; harmless to repeat."""
-        # From the end: the tail of a prefix is given up before its head, without
-        # which it could not be found.
+        """Release all blocks of ``sequence``; idempotent."""
+        # In reverse: the tail of a prefix must be evicted before its head, without which
+        # the tail could not be found.
         for block in reversed(sequence.blocks):
             self._references[block] -= 1
             if not self._references[block] and not self.cache.keep(block):
@@ -153,15 +153,15 @@ class BlockManager:
         sequence.published = 0
 
     def shares(self, sequence: Sequence) -> bool:
-        """It looks for its prefix among what is cached, and lets others find it."""
-        # Log-probabilities of the prompt take computing all of it; others may find it.
+        """Whether the sequence may use cached blocks of others, and publishes its own."""
+        # Prompt log-probabilities need the whole prompt computed; it can still be published.
         return self._publishes(sequence) and not sequence.request.prompt_logprobs
 
     def _publishes(self, sequence: Sequence) -> bool:
         return self._enabled and sequence.request.use_prefix_cache
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Keys of the first ``count`` blocks; tokens are only ever appended, so they stay."""
+        """Keys of the first ``count`` blocks; these never change: tokens are only appended."""
         extend_chain(
             sequence.block_keys,
             count,
@@ -173,11 +173,12 @@ class BlockManager:
         return sequence.block_keys[:count]
 
     def check_unused(self) -> None:
-        """While no sequence is there, no block is used. Costs nothing."""
-        assert not self.used, f"{self.used} KV blocks are used by nobody"
+        """Assert that no block is in use; call when there is no sequence. O(1)."""
+        assert not self.used, f"{self.used} KV blocks are in use without a sequence"
 
     def integrity(self, owners: list[Sequence]) -> Iterator[None]:
-        """Every block is free, idle or referred to as counted. In slices, see `integrity`."""
+        """Check that every block is free, idle or in use, and its references are counted
+        right. In slices, see `integrity`."""
         counted = Counter(block for sequence in owners for block in sequence.blocks)
         yield from self.cache.integrity(counted)
         seen = bytearray(self.total + 1)

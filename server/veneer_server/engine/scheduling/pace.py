@@ -1,7 +1,7 @@
-"""How soon a first token can come: a lower bound from the best that was measured.
+"""A lower bound on the time to first token, from the best throughput measured.
 
-A deadline is refused early only where it could not be met even if every step from now
-on computed as many tokens a second as the best one so far. Pure: no torch, no clock.
+A request is refused early only if its deadline could not be met even if every step from
+now on were as fast as the fastest one so far. Pure: no torch, no clock.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Final
 __all__ = ["Pace"]
 
 _MARGIN: Final = 0.75
-"""Steps differ by a tenth or two with what else the machine does; what is refused must
-be out of reach by more than that."""
+"""Other load on the machine changes step times by 10 to 20 %; a refused deadline must be
+out of reach by more than that."""
 
 
 class Pace:
-    """Told of every step; asked before a request with a deadline is queued.
+    """Observes every step; consulted before a request with a deadline is queued.
 
     Args:
-        chunk: most tokens of one step.
+        chunk: most tokens in one step.
 
     Attributes:
-        tokens_per_s: most tokens a second that a step computed so far.
+        tokens_per_s: highest tokens per second of any step so far.
     """
 
     def __init__(self, chunk: int) -> None:
@@ -38,12 +38,12 @@ class Pace:
         self._largest = max(self._largest, tokens)
 
     def seconds(self, tokens: int) -> float:
-        """Least seconds until ``tokens`` prompt tokens are computed; 0 where nothing is
+        """Lower bound on the seconds to compute ``tokens`` prompt tokens; 0 if nothing is
         known yet.
 
-        Large steps compute more tokens a second than small ones, so a rate says
-        nothing of work that is far larger than the steps it was measured on; where it
-        is a little larger, its steps may take no longer than the largest one did."""
+        Large steps compute more tokens per second than small ones, so a measured rate says
+        nothing about work that is far larger than the steps it was measured on. If the work
+        is a little larger, its steps are assumed to take no longer than the largest one."""
         full = min(tokens, self._chunk)
         if not tokens or self._largest < min(tokens, self._chunk // 2):
             return 0.0

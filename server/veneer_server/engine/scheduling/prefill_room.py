@@ -1,4 +1,4 @@
-"""Prompt tokens of a step: how many there may be, and how many each prompt gets."""
+"""The prompt tokens of a step: how many it may take, and how many each prompt gets."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class PrefillRoom:
     """Prompt tokens that a step may still take.
 
     Attributes:
-        exact: chunks are those of exact mode, see `SchedulerLimits`.
-        crumb: how many more, where that ends a prompt: what was left over of it would
-            cost every stream a further step with prefill.
-        cost: what tokens take here; None where that is no matter.
-        seconds: that prompt tokens may still take.
-        given: tokens that were; `SMALLEST_CHUNK` are whatever time they take, or prompts
-            would never end.
+        left: tokens still available.
+        exact: whether chunks are those of exact mode, see `SchedulerLimits`.
+        crumb: extra tokens allowed if they finish a prompt: its leftover tokens would cost
+            every stream another step with prefill.
+        cost: measured cost of a step; None if steps may take any time.
+        seconds: time left for prompt tokens.
+        given: tokens handed out; `SMALLEST_CHUNK` are, however long they take, or prompts
+            would never finish.
     """
 
     left: int
@@ -42,7 +43,7 @@ class PrefillRoom:
     def beside(
         cls, decoding: Mapping[int, PlannedSequence], limits: SchedulerLimits
     ) -> PrefillRoom:
-        """What a step has that decodes for these."""
+        """What is available in a step that decodes ``decoding``."""
         left, crumb = limits.max_batch_tokens - len(decoding), 0
         beside = limits.prefill_beside_decode
         if decoding and left > beside:
@@ -55,7 +56,7 @@ class PrefillRoom:
         return cls(left, limits.exact, crumb, limits.cost, seconds)
 
     def chunk(self, sequence: Sequence) -> int:
-        """Tokens of a prefill to compute in the step; 0 if there is no room."""
+        """Tokens of this prefill to compute in the step; 0 if no room is left."""
         if self.left + self.crumb <= 0:
             return 0
         if self.exact:
@@ -66,19 +67,19 @@ class PrefillRoom:
         return min(count, FIXED_CHUNK) if sequence.scores_prompt else count
 
     def _most(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that the time allows."""
+        """Most tokens of a prompt that fit into the time left."""
         if self.cost is None:
             return sequence.remaining
-        # Each as if it were the last of them.
+        # Assumes the longest context for every token.
         context = min(len(sequence.tokens), sequence.computed + max(1, self.left))
         return self.cost.chunk(self.seconds, context, max(0, SMALLEST_CHUNK - self.given))
 
     def take(self, count: int, remaining: int, context: int) -> None:
-        """Give ``count`` tokens to a prompt of which ``remaining`` were left to compute,
-        with ``context`` before them."""
+        """Give ``count`` tokens to a prompt that had ``remaining`` left to compute, after
+        ``context`` computed ones."""
         self.left -= count
         self.given += count
         if self.cost is not None:
             self.seconds -= count * self.cost.row_s(context + count)
         if count < remaining:
-            self.crumb = 0  # or a younger one would end before it
+            self.crumb = 0  # otherwise a younger prompt would finish first

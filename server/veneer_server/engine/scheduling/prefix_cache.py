@@ -1,12 +1,12 @@
-"""Which KV block holds which prefix: content keys, and LRU over what nobody uses.
+"""Which KV block holds which prefix: content keys, and LRU order over unused blocks.
 
-Only full blocks have a key. It is a hash chain: the key of a block covers its own
+Only full blocks have a key. Keys form a hash chain: the key of a block covers its own
 tokens and, through its parent's key, everything before them, the weights that
-computed them and the isolation scope. So an equal key means equal K and V (up to
-rounding, which depends on what shared the step), whatever adapter is replaced,
-evicted or renamed meanwhile. The idea is vLLM's automatic prefix caching.
+computed them and the isolation scope. So equal keys mean equal K and V (up to
+rounding, which depends on the rest of the batch), even if adapters are replaced,
+evicted or renamed in between. The idea is vLLM's automatic prefix caching.
 
-No torch, no sequences: `BlockManager` counts references and says what happens.
+No torch, no sequences: `BlockManager` counts references and drives this cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def extend_chain(
     tokens: Sequence[int],
     block_size: int,
 ) -> None:
-    """Append to ``keys`` until it has the keys of the first ``count`` full blocks.
+    """Append to ``keys`` until it holds the keys of the first ``count`` full blocks.
 
     Args:
         scope: prefixes are shared within a scope only.
@@ -50,12 +50,12 @@ def _root(scope: str, digest: str | None) -> bytes:
 
 
 def _framed(part: bytes) -> bytes:
-    """With its length in front, so that no two lists of parts read the same."""
+    """The part after its length, so that no two lists of parts encode to the same bytes."""
     return len(part).to_bytes(8, "little") + part
 
 
 class PrefixCache:
-    """Keys of blocks, and the order in which unused ones are given up."""
+    """Keys of blocks, and the order in which unused blocks are evicted."""
 
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
@@ -65,7 +65,7 @@ class PrefixCache:
 
     @property
     def idle(self) -> int:
-        """Blocks that can be given up."""
+        """Number of blocks that can be evicted."""
         return len(self._idle)
 
     def find(self, key: bytes) -> int | None:
@@ -73,37 +73,37 @@ class PrefixCache:
         return self._block_of.get(key)
 
     def insert(self, key: bytes, block: int) -> None:
-        """Remember a full block; the first one with a key stays the one that is found."""
+        """Remember a full block. Of several blocks with one key, `find` returns the first."""
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def wake(self, block: int) -> None:
-        """A sequence refers to an idle block again."""
+        """An idle block is in use again."""
         del self._idle[block]
 
     def keep(self, block: int) -> bool:
-        """Nobody refers to this block any more; False if it has no key to keep it for."""
+        """Keep a block that is no longer in use, as idle; False if it has no key."""
         if block not in self._key_of:
             return False
         self._idle[block] = None
         return True
 
     def give_up(self) -> int:
-        """Forget the least recently used idle block, which may then be overwritten."""
+        """Evict the least recently used idle block, which may then be overwritten."""
         block, _ = self._idle.popitem(last=False)
         self.forget(block)
         return block
 
     def forget(self, block: int) -> None:
-        """Its content must not be found any more; harmless without a key."""
+        """Let the block's content not be found any more; a no-op if it has no key."""
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
 
     def integrity(self, used: Container[int]) -> Iterator[None]:
-        """Keys and blocks agree, and a block with a key is idle unless it is used. In
-        slices, see `integrity`."""
+        """Check that keys and blocks agree, and that a block with a key is idle unless it is
+        used. In slices, see `integrity`."""
         assert len(self._block_of) == len(self._key_of), "keys and blocks differ"
         idle = 0
         for part in in_slices(self._key_of.items()):
@@ -116,5 +116,5 @@ class PrefixCache:
         assert idle == len(self._idle), "an idle block has no key"
 
     def idle_blocks(self) -> Iterator[int]:
-        """Blocks that can be given up, the first to go first."""
+        """Blocks that can be evicted, in eviction order."""
         return iter(self._idle)

@@ -1,15 +1,15 @@
-"""Who takes part in the next step. Pure Python: no torch, no clock, no I/O.
+"""Which sequences take part in the next step. Pure Python: no torch, no clock, no I/O.
 
-The order of a step: every running sequence that decodes gets its one token, so a
-stream is never left out; then running prefills get a chunk each, oldest first;
+A step is filled in this order: every running sequence that decodes gets its one token,
+so that no stream is left out; then each running prefill gets a chunk, oldest first;
 then waiting sequences start in the order that `Admission` gives, while tokens,
-places and KV blocks last. A step that decodes computes few prompt tokens beside
+places and KV blocks last. A step that decodes takes only a few prompt tokens
 (`prefill_beside_decode`), since every stream waits for the whole step.
 
-When KV blocks run out, the sequence that started last gives up its own and goes
-back to the head of the queue. The one that started first is never preempted and a
-sequence that can never fit is refused before it gets here, so something always
-ends, and everything does in turn.
+When KV blocks run out, the sequence that started last is preempted: it loses its blocks
+and goes back to the head of the queue. The one that started first is never preempted,
+and a sequence that can never fit is refused before it gets here, so some sequence
+always ends, and in turn all of them do.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Owns all sequences from `add` to their end.
 
-    Everything a sequence grips (lease, hold, blocks, place) is given back in
-    `_end`, whatever ended it.
+    Everything a sequence holds (lease, hold, blocks, place) is released in `_end`,
+    however the sequence ends.
 
     Attributes:
-        admission: in what order those that wait start.
+        admission: in what order waiting sequences start.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Scheduler:
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
-        """Sequences that are left out of steps until `unhold`."""
+        """Sequences that are left out of steps until `unhold`, by id."""
         self.admission = Admission(
             residency, patience=limits.patience, max_wait=limits.max_wait
         )
@@ -73,12 +73,12 @@ class Scheduler:
 
     @property
     def queue(self) -> tuple[Sequence, ...]:
-        """Sequences that wait: by arrival, preempted ones first."""
+        """Waiting sequences in order of arrival, preempted ones first."""
         return tuple(self._waiting)
 
     @property
     def batch(self) -> tuple[Sequence, ...]:
-        """Sequences that run, in the order in which they started."""
+        """Running sequences, in the order in which they started."""
         return tuple(self._running.values())
 
     @property
@@ -104,21 +104,21 @@ class Scheduler:
         return _digests(self._waiting)
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
-        """Tokens that must be computed before a sequence that is not queued yet can have
-        its first token, if nothing ends early: its own, and those of running sequences.
+        """Fewest tokens to compute before a sequence that is not queued yet can get its
+        first token, if nothing ends early: its own, and those of running sequences.
 
-        Never too many: those that wait are left out, since any of them may be passed
-        over, and so is what can be preempted, since that may be overtaken.
+        To stay a lower bound, this leaves out waiting sequences, any of which may be passed
+        over, and running ones that could be preempted, which may be overtaken.
         """
         known, ahead, longest = self.blocks.cached_prefix(sequence), 0, 0
         for other in self._running.values():
-            # Preempted is who finds no room beside those that started before it.
+            # A sequence is preempted if it does not fit beside those that started before it.
             request = other.request
             longest += self.blocks.blocks_for(len(request.prompt) + request.max_tokens)
             if longest <= self.blocks.total:
-                # In each step they take this much before anything is left to start on.
+                # It gets this many tokens before a new sequence may start.
                 ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
-            # What it is going to publish is computed once, for both.
+            # The prefix that it is about to publish is computed once, for both.
             known = max(known, self.blocks.common_prefix(sequence, other))
         return max(1, sequence.prompt_length - known), ahead
 
@@ -126,7 +126,7 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def using(self, digest: str) -> list[Sequence]:
-        """Sequences not ended that use this adapter."""
+        """Unfinished sequences that use this adapter."""
         return [s for s in self._by_id.values() if s.digest == digest]
 
     # ------------------------------------------------------------- in and out
@@ -137,14 +137,14 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, sequence_id: int) -> tuple[Sequence | None, list[Action]]:
-        """End a sequence now, whatever it is doing; None if it has ended already."""
+        """End a sequence now, whatever its state; None if it has already ended."""
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return None, []
         return sequence, self._end(sequence)
 
     def _end(self, sequence: Sequence) -> list[Action]:
-        """The one place where a sequence gives back everything."""
+        """The only place where a sequence releases everything."""
         if sequence.state is SequenceState.RUNNING:
             self._leave_running(sequence)
         else:
@@ -155,7 +155,7 @@ class Scheduler:
         return self.residency.release(sequence.digest) if sequence.digest else []
 
     def unhold(self, sequence_id: int) -> None:
-        """A sequence whose constraint was late may take part in steps again."""
+        """Let a sequence whose constraint was late take part in steps again."""
         self._held.discard(sequence_id)
 
     def _leave_running(self, sequence: Sequence) -> None:
@@ -179,7 +179,7 @@ class Scheduler:
     # ---------------------------------------------------------------- the step
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if no sequence can go on."""
+        """The next step, or None if no sequence can run."""
         self._preempted = False
         chosen: dict[int, PlannedSequence] = {}
         started = [s for s in self._running.values() if s.id not in self._held]
@@ -209,9 +209,9 @@ class Scheduler:
     def _choose(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
     ) -> int:
-        """Take a running sequence into the step: tokens it computes, 0 if it is preempted."""
+        """Add a running sequence to the step; returns its tokens, 0 if it is preempted."""
         if sequence.state is not SequenceState.RUNNING:
-            return 0  # preempted for an older one a moment ago
+            return 0  # just preempted for an older one
         if not self._grow_or_preempt(sequence, count, chosen):
             return 0
         chosen[sequence.id] = plan_sequence(sequence, count)
@@ -220,7 +220,8 @@ class Scheduler:
     def _grow_or_preempt(
         self, sequence: Sequence, count: int, chosen: dict[int, PlannedSequence]
     ) -> bool:
-        """Blocks for ``count`` more tokens, taken from the youngest if need be."""
+        """Allocate blocks for ``count`` more tokens, preempting the youngest sequences if
+        need be; False if that preempted ``sequence`` itself."""
         while not self.blocks.grow(sequence, sequence.computed + count):
             youngest = next(reversed(self._running.values()))
             self._preempt(youngest)
@@ -230,7 +231,8 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its tokens stay, its K and V are computed anew."""
+        """Move a sequence back to the head of the queue. Its tokens stay; its K and V are
+        recomputed."""
         self._preempted = True
         self._leave_running(sequence)
         sequence.state = SequenceState.WAITING
@@ -248,12 +250,12 @@ class Scheduler:
         )
 
     def _start(self, sequence: Sequence, room: PrefillRoom, now: float) -> int:
-        """Let a waiting sequence run: tokens it computes, 0 if there is no room or there
-        are no blocks for it."""
+        """Start a waiting sequence; returns its tokens, 0 if there is no room or there are
+        no blocks for it."""
         sequence.computed = self.blocks.adopt(sequence)
         count = room.chunk(sequence)
-        # Those that run will each want a block soon: without one to spare for them, this
-        # one would be preempted a few steps later, and its work lost.
+        # Each running sequence soon needs another block: without one to spare for each, this
+        # sequence would be preempted a few steps later, and its work lost.
         spare = len(self._running)
         if not count or not self.blocks.grow(sequence, sequence.computed + count, spare=spare):
             self.blocks.release(sequence)
@@ -276,15 +278,15 @@ class Scheduler:
         return count
 
     def take_lookups(self) -> PrefixLookups:
-        """What was asked of the prefix cache since the last call."""
+        """The prefix cache lookups since the last call."""
         lookups, self._lookups = self._lookups, PrefixLookups()
         return lookups
 
     def update(
         self, plan: StepPlan, results: tuple[SequenceResult, ...]
     ) -> tuple[list[Update], list[Action]]:
-        """Apply a step's tokens; ends sequences that stop. Sequences cancelled while the step
-        ran are not in the answer. The actions are to be carried out next."""
+        """Apply a step's tokens and end the sequences that stop. Sequences cancelled while the
+        step ran are left out. The caller must carry out the actions next."""
         updates: list[Update] = []
         actions: list[Action] = []
         for planned, result in zip(plan.sequences, results, strict=True):
@@ -294,7 +296,7 @@ class Scheduler:
             if result.following is Following.LATE:
                 self._held.add(sequence.id)
                 if result.token is None and result.finite:
-                    continue  # as if the step had been without it: it computes the same again
+                    continue  # as if it had not been in the step: it recomputes the same tokens
             sequence.computed = planned.start + len(planned.tokens)
             sequence.prompt_logprobs.extend(result.scores)
             sequence.prompt_top_logprobs.extend(result.score_tops)
@@ -341,14 +343,14 @@ class Scheduler:
         return None
 
     def check_unused(self) -> None:
-        """While there is no sequence, nothing is kept for one: no place, block, lease or
-        hold. Costs nothing, so that it can follow every message."""
+        """Assert, when there is no sequence, that no place, block, lease or hold is left.
+        Cheap enough to run after every message."""
         assert not self._by_id, "a sequence that neither runs nor waits"
         self.blocks.check_unused()
         self.residency.check_unused()
 
     def check_integrity(self) -> None:
-        """Blocks, holds, leases and queues agree; raises AssertionError."""
+        """Check that blocks, holds, leases and queues agree; raises AssertionError."""
         integrity.run(self.integrity())
 
     def integrity(self) -> Iterator[None]:

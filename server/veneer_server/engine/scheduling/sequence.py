@@ -1,7 +1,7 @@
-"""One request inside the engine, and the step as plain data. No torch.
+"""One request inside the engine, and its part of a step as plain data. No torch.
 
-A `Sequence` is mutable and belongs to the step loop alone. A `StepPlan` is
-frozen: it is all that a model runner may know of a step.
+A `Sequence` is mutable and belongs to the step loop alone. A `PlannedSequence` is
+frozen: it is all that a model runner may know of a sequence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SequenceState(Enum):
 
 
 class Finish(Enum):
-    """Why a sequence ended; the values are those of the wire."""
+    """Why a sequence ended; the values are those on the wire."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -45,21 +45,21 @@ class Sequence:
     """A request from submission to its end.
 
     Attributes:
-        id: as the front named it.
-        request: what was asked.
+        id: chosen by the front.
+        request: what was submitted.
         arrived: monotonic seconds.
         found_in: tier of its adapter at submission; None for the base model.
         tokens: prompt, then generated tokens.
         computed: leading tokens whose K and V are in the cache.
         blocks: its KV blocks, in order; full ones may be shared.
-        block_keys: prefix cache keys of its leading blocks, as far as they were needed.
-        published: leading blocks that others may find.
+        block_keys: prefix cache keys of its leading blocks, computed as needed.
+        published: leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
-        prompt_logprobs: filled chunk by chunk during prefill, if asked for.
+        prompt_logprobs: filled chunk by chunk during prefill, if requested.
         load_seconds: time spent waiting for the adapter.
-        waiting_since: when it last began to wait for the adapter, if it does.
+        waiting_since: when it began to wait for the adapter; None if it does not wait.
         admitted: monotonic seconds of its first step.
-        token_counts: what penalties are of, from the first token that takes any.
+        token_counts: for penalties; None until a token first needs them.
     """
 
     id: int
@@ -102,7 +102,7 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """The prompt's log-probabilities are wanted and were not reported yet."""
+        """Whether log-probabilities of the prompt are requested and not yet reported."""
         return self.request.prompt_logprobs and not self.generated
 
     @property
@@ -111,7 +111,7 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     def seen(self) -> Seen:
-        """The different tokens so far; costs what was appended since the last call."""
+        """The distinct tokens so far. Only counts those appended since the last call."""
         if self.token_counts is None:
             self.token_counts = TokenCounts(self.request.prompt)
         self.token_counts.add(self.tokens[self.prompt_length + self.token_counts.generated :])

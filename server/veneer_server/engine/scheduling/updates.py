@@ -1,4 +1,4 @@
-"""What a step gave its sequences: the scheduler's answer to the loop."""
+"""What a step produced for its sequences, as the scheduler reports it to the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["PrefixLookups", "Update"]
 
 @dataclass(frozen=True, slots=True)
 class PrefixLookups:
-    """What sequences that started and may share found in the prefix cache; in tokens."""
+    """Tokens that newly started sequences looked up and found in the prefix cache."""
 
     asked: int = 0
     found: int = 0
@@ -21,15 +21,15 @@ class PrefixLookups:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a step gave one sequence.
+    """What a step produced for one sequence.
 
     Attributes:
         token, logprob: the new token; None if the sequence only prefilled.
-        first: it is the sequence's first token.
+        first: whether it is the sequence's first token.
         finish: set if the sequence has ended.
-        finite: False if its logits were not finite; it has ended.
-        tops: the most likely tokens beside the new one, if asked for.
-        failure: why its constraint could not be followed; it has ended.
+        finite: False if its logits were not finite; the sequence has ended.
+        tops: the most likely tokens at the new token's position, if requested.
+        failure: why its constraint could not be followed; the sequence has ended.
     """
 
     sequence: Sequence

@@ -139,7 +139,7 @@ def model() -> Model:
 def test_a_step_without_memory_says_so_and_the_next_goes_on(library: Library) -> None:
     base = model()
     engine = library.create(base, 1)
-    with pytest.raises(MemoryError, match="no memory for the buffers of a step"):
+    with pytest.raises(MemoryError, match="not enough memory for the buffers of a step"):
         library.step(engine, Step(logit_count=1 << 45))
     library.step(engine, Step())
     library.destroy(engine)
@@ -154,7 +154,9 @@ def test_sampling_without_memory_says_so(library: Library, threads: int) -> None
     base = model()
     engine = library.create(base, threads) if threads else None
     draws = (SampleRow * 5)(*[SampleRow(temperature=1, top_p=1)] * 5)
-    with pytest.raises(MemoryError, match="no memory for the buffers of sampling tokens"):
+    with pytest.raises(
+        MemoryError, match="not enough memory for the buffers of sampling tokens"
+    ):
         library.sample(engine, draws, 1 << 45)
     logits = (ctypes.c_float * 16)(*range(16))
     library.sample(engine, (SampleRow * 1)(SampleRow(ctypes.addressof(logits), top_p=1)), 16)
@@ -163,7 +165,7 @@ def test_sampling_without_memory_says_so(library: Library, threads: int) -> None
 
 
 def test_an_engine_that_cannot_be_created_says_why(library: Library) -> None:
-    said = "no memory for the buffers of a decoder on -1 threads"
+    said = "not enough memory for the buffers of a decoder on -1 threads"
     with pytest.raises(NativeUnavailable, match=said):
         library.create(model(), -1)
 

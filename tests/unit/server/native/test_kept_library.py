@@ -291,7 +291,7 @@ def broken(tmp_path: Path, multiply: str) -> Path:
     [
         ('__asm__("ud2");', "SIGILL"),
         ("*(volatile int*)0 = 1;", "SIGSEGV"),
-        ("", "is wrong"),
+        ("", "has a wrong result"),
     ],
 )
 def test_a_library_that_does_not_run_here_ends_a_process_of_its_own(

@@ -356,7 +356,7 @@ async def test_what_stands_is_not_answered_with_an_error_of_what_comes_after(
         raise DiskFailed("the disk failed: look at the system's log")
 
     async def gone(*args: Any) -> None:
-        raise EngineFailed("the engine process is being started again; retry")
+        raise EngineFailed("the engine process is restarting; retry")
 
     folder = make_adapter(tmp_path / "b", seed=2)
     with monkeypatch.context() as patch:
