@@ -160,7 +160,7 @@ def test_rollback_is_of_what_was_seen(server: FakeServer, run: Run) -> None:
 
     server.GetAdapter = publish_after  # type: ignore[method-assign]
     server.restart()
-    assert "changed meanwhile" in one_line(run("adapter", "rollback", "chat"))
+    assert "has changed" in one_line(run("adapter", "rollback", "chat"))
 
 
 def test_rollback_to_one_that_is_named(server: FakeServer, run: Run) -> None:
