@@ -14,7 +14,7 @@ from tests.unit.client.fake_uploads import FakeUploads, refused
 from tests.unit.client.refusals import Refusal
 
 STARTED = 1_700_000_000
-ETAG = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "it changed meanwhile", "ETAG_MISMATCH")
+ETAG = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "it has changed", "ETAG_MISMATCH")
 
 
 def not_found(context: grpc.ServicerContext) -> None:
