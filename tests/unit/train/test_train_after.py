@@ -118,7 +118,7 @@ def test_inspect_data_shows_what_is_learned(tiny_base: Path, val: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "holds no sample"),
+        ("", "has no samples"),
         ('{"messages": []}\n', "line 1"),
         ('{"prompt": "a", "completion": "b"}\nnonsense\n', "line 2: is not JSON"),
     ],

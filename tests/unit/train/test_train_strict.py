@@ -94,7 +94,7 @@ def test_a_value_is_taken_or_refused_by_its_type(key: str, text: str) -> None:
     message = caught.value.message.removeprefix(f"kinds.{key}: ")
     if key in ("number", "maybe_number") and text in INFINITE:
         assert message == f"must be a finite number; got {str(value)[:40]}"
-    elif "\\ud83d" in text and "text that UTF-8 can hold" in message:
+    elif "\\ud83d" in text and "text that UTF-8 can encode" in message:
         assert key in MAY_BE_TEXT
         assert "character 1 of '\\ud83d'" in message
     else:
