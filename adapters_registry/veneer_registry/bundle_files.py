@@ -114,7 +114,7 @@ def _check_size(path: Path) -> None:
         fix = "save the adapter again" if path.name in REQUIRED_FILES else "remove it"
         refuse(path.name, f"is empty; {fix}")
     if limit is not None and size > limit:
-        refuse(path.name, f"may have at most {limit} bytes, but has {size}; make it smaller")
+        refuse(path.name, f"is larger than {limit} bytes (it has {size}); make it smaller")
 
 
 def open_file(folder: Path, name: str) -> io.BufferedReader:
@@ -134,5 +134,5 @@ def read_small(folder: Path, name: str) -> bytes:
     with open_file(folder, name) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        refuse(name, f"is larger than the {limit} bytes allowed; make it smaller")
+        refuse(name, f"is larger than {limit} bytes; make it smaller")
     return data

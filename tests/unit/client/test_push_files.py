@@ -205,7 +205,7 @@ def test_sizes_are_checked_before_anything_is_read(
         out.truncate(limit + 1)
     error = refusal(server, client, adapter_folder)
     assert error.metadata["file"] == README
-    assert f"at most {limit} bytes" in error.metadata["why"]
+    assert f"larger than {limit} bytes" in error.metadata["why"]
 
 
 def test_an_empty_file_is_named(

@@ -371,7 +371,7 @@ def test_scaling_is_bounded(tmp_path: Path) -> None:
 def test_a_base_without_the_projection(tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != "gate_proj"}
     error = refusal(make_adapter(tmp_path), BaseSpec("old", 2, shapes, BASE.fingerprint))
-    assert "adapts gate_proj, which old has not" in error.message
+    assert "targets gate_proj, but old has no such module" in error.message
 
 
 def test_without_a_base_shapes_must_only_pair_up(tmp_path: Path) -> None:
