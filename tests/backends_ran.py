@@ -1,12 +1,12 @@
-"""Which backends the suite's engines ran with, and whether that is what the machine can do.
+"""Records which backends the suite's engines ran with, and checks that against the machine.
 
-Native is the default, and where it cannot run torch serves: a compiler that fails would turn
-the whole suite into one of the torch backend, and all would pass. So an engine that nobody
-asked to be torch's is native wherever the CPU and a compiler allow it, else its test fails
-(`check`); a test of the kernels does not skip there (`skip_or_fail`); and a run of the whole
-suite (``--whole``, as in ``make test``) in which no engine was native fails at its end. With
-``CI`` set it fails too where the machine could not run one. What the machine can do is found
-here, not by the product's own code.
+Native is the default, with torch as the fallback: with a broken compiler the whole suite would
+test the torch backend and pass. So wherever CPU and compiler allow it, an engine that was not
+explicitly set to torch must be native, or its test fails (`check`); a test of the kernels does
+not skip there (`skip_or_fail`); and a run of the whole suite (``--whole``, as in ``make test``)
+without a native engine fails at its end. With ``CI`` set, such a run fails even on a machine
+that cannot run the native backend. This module finds out what the machine can do by itself, not
+with the product's code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real headless Chromium, which ``make tools`` brings."""
+"""A real headless Chromium, installed by ``make tools``."""
 
 from __future__ import annotations
 

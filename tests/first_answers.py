@@ -1,8 +1,8 @@
-"""What a new user asks first, and what a good answer holds.
+"""What a new user asks first, and what a good answer contains.
 
-Written down before any default was chosen (2026-11-27). The bundled base has 135 million
-parameters: the questions are ones that a child could answer. ``python -m
-tests.bench.first_answers`` gives the pass rate of many runs without a seed.
+Written before any default was chosen (2026-11-27). The bundled base has 135 million
+parameters, so a child could answer the questions. ``python -m tests.bench.first_answers``
+gives the pass rate of many runs without a seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the suite finds the imported base: where the programs do, filled by `make base`."""
+"""Where the suite finds the imported base: in the programs' cache, filled by `make base`."""
 
 from __future__ import annotations
 

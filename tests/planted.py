@@ -1,8 +1,7 @@
-"""Bugs planted in our own Python code, each as an edit of its source.
+"""Plants bugs in our Python code, each as an edit of its source.
 
-The function that the edit is in gets the code that the edited source compiles to; the function
-itself stays, so that whoever has imported it runs what is planted. An edit no longer fits when
-the source changes, and then says so.
+Replaces the code object of the edited function, not the function itself, so that modules that
+imported it run the planted bug too. An edit that no longer fits a changed source is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A port for a server that must be told one before it starts."""
+"""Free ports, for servers that need a port number before they start."""
 
 from __future__ import annotations
 

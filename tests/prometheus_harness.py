@@ -1,4 +1,4 @@
-"""A real Prometheus and promtool, which ``make tools`` brings."""
+"""A real Prometheus and promtool, installed by ``make tools``."""
 
 from __future__ import annotations
 

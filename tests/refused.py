@@ -1,6 +1,6 @@
-"""An error of ours, told by what stays the same: its class, `reason` and metadata.
+"""Expects one of our errors by its stable parts: class, `reason` and metadata.
 
-Its message is for people, and may be improved at any time without a change of a test.
+Its message is for people, and can be improved without changing tests.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A Llama of random weights, small enough to serve thousands of requests in seconds.
 
 A Hugging Face folder like any other: config, weights, a byte-level BPE tokenizer trained
-here on a few sentences, a chat template. Nothing is fetched. The sizes are the least
-that bitsandbytes' 4-bit products take (rows % 32 = 0, columns % 64 = 0). The weights are
-ten times larger than training begins with, so that the distributions differ from prompt
-to prompt and from adapter to adapter by far more than rounding.
+here on a few sentences, a chat template. Nothing is downloaded. The sizes are the smallest
+that bitsandbytes' 4-bit GEMMs accept (rows % 32 = 0, columns % 64 = 0). The weights are
+ten times larger than a usual initialisation, so that distributions differ between prompts
+and between adapters by far more than rounding.
 """
 
 from __future__ import annotations

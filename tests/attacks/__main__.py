@@ -2,18 +2,17 @@
 
 ``python -m tests.attacks`` runs each module of `tests.attacks.cases` for some seconds against
 the real server with the bundled base, beside 4 streams and a caller of small requests, and
-judges:
+checks:
 
-- everybody else is answered, and health stays SERVING
-- the memory of the server's processes grows by at most 64 MB from what the normal callers
-  alone make of it
+- all other callers are answered, and health stays SERVING
+- the server's processes use at most 64 MB more memory than with the normal callers alone
 - the attack itself is answered as documented
-- afterwards nothing of it is left: no sequence, no lease, no damaged books of the engine
+- afterwards nothing of it is left: no sequence, no lease, no corrupted engine state
 - with ``--times``: the longest gap of the streams exceeds that of a control run without the
   attack by at most 50 ms
 
-The attack runs in a process of its own at the lowest priority: on another machine it would
-take nothing of this one's processors but through the server. Exit status 1 if one failed.
+The attack runs in a separate process at the lowest priority, since an attacker on another
+machine would use this one's CPU only through the server. Exit status 1 if an attack succeeds.
 """
 
 from __future__ import annotations

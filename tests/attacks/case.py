@@ -6,14 +6,14 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
     FLAGS = ("--max-queue", "64")            # optional: flags of the server
 
     async def attack(target: Target) -> list[str]:
-        '''Sends it, again and again for `target.seconds`. Returns what was not answered as
-        documented, a line each; empty when every answer was right.'''
+        '''Repeats the attack for `target.seconds`. Returns a line for each answer that was not
+        as documented; empty if every answer was right.'''
 
-The runner (`python -m tests.attacks`) starts a server of its own for each attack, with 4
-normal streams beside it, and the same once more without the attack. It judges the streams'
-longest gap between tokens, the growth of the processes' memory, that all others were
-answered and that the server is whole afterwards. So an attack only attacks, and only on
-the addresses that it is given.
+The runner (`python -m tests.attacks`) starts a new server for each attack, with 4 normal
+streams beside it, and repeats the run without the attack. It checks the streams' longest gap
+between tokens, the growth of the processes' memory, that all other callers were answered and
+that the server works afterwards. So a module only attacks, and only the addresses that it is
+given.
 """
 
 from __future__ import annotations

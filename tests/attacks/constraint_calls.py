@@ -1,4 +1,4 @@
-"""What the attacks by constraints share: asking with one, and judging the answer."""
+"""Shared by the attacks with constraints: send a request with one, and judge the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Just enough HTTP/2 to begin a gRPC call and never end it: what no honest client can do."""
+"""Just enough HTTP/2 to begin a gRPC call and never end it, as no honest client can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the others notice while one caller attacks: streams, small calls, memory."""
+"""What other callers notice during an attack: streams, small calls, memory."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Steps of decoding by each backend, without a server: ``python -m tests.bench.backends``.
 
-The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with 8
-different adapters of rank 16 on all projections mixed. Backends take turns, round by round, so
-that a slow minute of the machine hits both; medians of all rounds, and ratios of those.
+The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with a mix
+of 8 different adapters of rank 16 on all projections. Backends alternate by round, so that a
+slow minute of the machine affects both; prints medians over all rounds, and their ratios.
 
-With ``--llama-batched-bench`` and ``--llama-model`` llama.cpp decodes its base, without
-adapters, as long in each round: what its server cannot do with adapters that are mixed.
+With ``--llama-batched-bench`` and ``--llama-model``, llama.cpp decodes its base for as long in
+each round, without adapters, since its server cannot mix adapters.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Guards the native backend's speed: ``python -m tests.bench.guard`` (``make bench-guard``).
 
-Ratios, not times, since those move with the machine: native / torch, plain and with adapters
-mixed, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a process of
-its own, where both backends take turns, and gives the median of its rounds. Runs of the same
-code were seen to differ by more than the rounds of one do, so `judge` goes by runs: a record,
-in ``guard.json``, has several for each CPU, instruction set and number of threads. Where a
-first run shows a loss, two more follow, and the median of all three counts.
+Compares ratios, not times, since times vary with the machine: native / torch, plain and with
+mixed adapters, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a
+separate process in which both backends alternate, and gives the median of its rounds. Runs of
+the same code differ by more than rounds within a run, so `judge` compares runs: a record in
+``guard.json`` has several for each CPU, instruction set and number of threads. If the first
+run shows a loss, two more follow, and the median of all three counts.
 
-Exits 1 with a sentence for each loss. Where nothing is recorded for this CPU it prints what it
-found and how to record it, and exits 0. ``--record`` measures and writes.
+Exits 1 with a sentence for each loss. If nothing is recorded for this CPU, it prints what it
+measured and how to record it, and exits 0. ``--record`` measures and records.
 """
 
 from __future__ import annotations

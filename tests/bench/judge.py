@@ -1,11 +1,11 @@
 """Whether ratios of speeds have fallen below recorded ones by more than noise.
 
 A ratio is recorded as the median of several runs with their spread (the median absolute
-deviation, MAD). It is lost where the median found now is below the recorded one by more than
-the tolerance: 10 % of what was recorded, or three times the larger of both MADs if that is
+deviation, MAD). It is a loss if the present median is below the recorded one by more than
+the tolerance: 10 % of the recorded one, or three times the larger of both MADs if that is
 more. A MAD is about two thirds of a normal distribution's standard deviation, so three of them
-are two standard deviations of a single run; 10 % is for what few runs do not show, such as a
-virtual machine's other hours. Nobody complains about gains.
+are two standard deviations of a single run; the 10 % cover what a few runs do not show, such as
+other hours of a virtual machine. Gains are not reported.
 
 Ratios depend on the CPU: there is a record for each.
 """

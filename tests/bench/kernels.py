@@ -1,12 +1,12 @@
-"""Each kernel beside the machine's limit: ``python -m tests.bench.kernels``.
+"""Each kernel's time against the machine's limit: ``python -m tests.bench.kernels``.
 
-Limits are measured in the same run, for one thread and for two: bytes a second read of memory,
-and bf16 products a second. A kernel's limit is the longer of its bytes and its products at
-those rates, its share that limit by the time it took. First single products on one thread,
-their weights from memory; then the parts of whole steps on all threads, which the kernels time
-themselves where they are compiled with ``VENEER_TIMES`` (LoRA is the difference of a mixed step
-and a plain one, measured in turns). A step's limit is the sum of its parts', since one follows
-another.
+Limits are measured in the same run, for one thread and for two: memory bytes read per second,
+and bf16 multiplications per second. A kernel's limit is the longer of its bytes and its
+multiplications at those rates; its share is that limit divided by the time it took. First come
+single GEMMs on one thread, with weights from memory; then the parts of whole steps on all
+threads, which the kernels time themselves if compiled with ``VENEER_TIMES`` (LoRA is the
+difference of a mixed step and a plain one, measured alternately). A step's limit is the sum of
+its parts' limits, since they run one after another.
 """
 
 from __future__ import annotations

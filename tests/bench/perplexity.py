@@ -1,12 +1,12 @@
-"""Quality beside speed: the perplexity of one text by each system, with the base alone:
+"""Quality as well as speed: each system's perplexity on one text, with the base alone:
 ``python -m tests.bench.perplexity``.
 
-The same token ids in the same windows everywhere, those of llama.cpp's ``llama-perplexity``:
-512 tokens with nothing before them (this base has no token that begins a text), of which the
-last 255 count, each predicted from all tokens of its window before it. Our servers are asked
-over gRPC, vLLM over HTTP; llama.cpp tokenizes and computes by itself, and its ids are compared
-with ours. The text is the beginning of Python's standard library, as in the lab quant-ppl,
-unless --text names another.
+All systems get the same token ids in the same windows, those of llama.cpp's
+``llama-perplexity``: 512 tokens with nothing before them (this base has no BOS token), of which
+the last 255 count, each predicted from all earlier tokens of its window. We query our servers
+over gRPC and vLLM over HTTP; llama.cpp tokenizes and computes by itself, and its ids are
+compared with ours. The text is the beginning of Python's standard library, as in the lab
+quant-ppl, unless --text names another.
 """
 
 from __future__ import annotations

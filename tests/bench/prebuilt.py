@@ -1,9 +1,9 @@
-"""Kernels compiled for this CPU beside those of a wheel: ``python -m tests.bench.prebuilt``.
+"""Kernels compiled for this CPU against those of a wheel: ``python -m tests.bench.prebuilt``.
 
-Steps of decoding on one thread with an adapter a row, all libraries in one process, in an order
-drawn anew for each round; the shortest time of each counts, so that others may share the cores.
-By one compiler the two of AVX2 are the same bytes: their ratio is the noise, most of it from
-where the weights lie in memory.
+Decoding steps on one thread with an adapter per row, all libraries in one process, in a new
+random order for each round; the shortest time of each counts, so that other processes may share
+the cores. With the same compiler, the two AVX2 libraries are the same bytes: their ratio shows
+the noise, most of which comes from where the weights are in memory.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """What 100,000 registered adapters cost: ``python -m tests.bench.registered``.
 
-The folder is made first, in a process of its own: tiny adapters of distinct content, put
+The folder is created first, in a separate process: tiny adapters of distinct content, put
 into the real store by `Store.commit` and into the real catalog in one transaction, with
-fsync patched off for the making only (100,000 publishes would take hours and measure the
-disk). Their catalogued manifests have as many modules as one on every projection of
-SmolLM2-135M, since rows of that size are what is read and parsed; the files on disk hold
-one module. Every tenth name has an alias. ``--data-dir`` keeps the folder and uses it again.
+fsync disabled for this only (100,000 publishes would take hours and measure the
+disk). Their manifests in the catalog have as many modules as an adapter on every projection of
+SmolLM2-135M, since reading and parsing depends on the size of rows; the files on disk have
+one module. Every tenth name has an alias. ``--data-dir`` keeps the folder and reuses it.
 
-Then this process, which has imported all it needs and opened nothing, opens the folder
-and asks. Memory is its resident size after opening less before. Files are in the page
-cache. ``--grpc`` also starts the real server on the folder and lists over gRPC, from
-another process on the same cores.
+Then this process, with all imports done, opens the folder and queries it. Memory is the
+growth of its resident size by opening. Files are in the page cache. ``--grpc`` also starts the
+real server on the folder and lists over gRPC, from another process on the same cores.
 """
 
 from __future__ import annotations

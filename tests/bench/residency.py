@@ -1,11 +1,11 @@
-"""Who is evicted, against LRU, and what planning costs: ``python -m tests.bench.residency``.
+"""Eviction compared with LRU, and the cost of planning: ``python -m tests.bench.residency``.
 
-Four times as many adapters as DEVICE holds, and twice as many as HOST holds, asked for in
-turn (LRU's worst case), by Zipf's law and evenly, by streams that each have one request at
-a time. The product's scheduler and residency decide; a FAKE runner and FAKE load workers
-take the time that `Costs` says, on a clock of their own, so that the figures depend on the
-seed alone. And, in CPU time on the step thread, what one planning takes, and what a message
-to an idle loop takes (``--idle``: nothing else).
+Four times as many adapters as fit in DEVICE, and twice as many as fit in HOST, requested in
+turn (LRU's worst case), by Zipf's law and uniformly, by streams with one request at a time
+each. The product's scheduler and residency decide; a FAKE runner and FAKE load workers take the
+times in `Costs` on a simulated clock, so that the figures depend only on the seed. Also
+measures the CPU time on the step thread for one planning, and for a message to an idle loop
+(``--idle``: only this).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Time to SERVING and to the first token, and CPU time of tokens, of versions in turns.
+"""Time to SERVING, TTFT, and CPU time of tokens, alternating between versions.
 
 ::
 
     python -m tests.bench.start .venv/bin/veneer-server ../before/.venv/bin/veneer-server
 
-Each round starts every given ``veneer-server`` once, with the cache of its own checkout and a
-data folder that holds one adapter. It takes the wall-clock and CPU seconds until the ready
-line, then the time to first token of a 40-token prompt, for the base and for the adapter, then
-the CPU seconds of all its processes for 1,000 tokens, of eight callers with prompts of text.
-Prints median, minimum and maximum of the rounds; one round before them fills the caches.
+Each round starts every given ``veneer-server`` once, with its checkout's cache and a data
+folder with one adapter. It measures the wall-clock and CPU seconds until the ready line, then
+the TTFT of a 40-token prompt, for the base and for the adapter, then the CPU seconds of all its
+processes for 1,000 tokens of eight callers with text prompts. Prints median, minimum and
+maximum of the rounds, after one round that fills the caches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks of backends execute: the bundled base, drawn adapters, steps."""
+"""What the benchmarks of backends execute: the bundled base, random adapters, steps."""
 
 from __future__ import annotations
 

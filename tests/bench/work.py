@@ -1,7 +1,7 @@
-"""What a step of decoding must at least read and multiply, part by part of ``decoder.h``.
+"""The least that a decoding step must read and multiply, part by part of ``decoder.h``.
 
 Read: each packed weight, each adapter of the batch and each sequence's keys and values, once.
-Activations stay in caches and are not counted, nor are the logits that are written.
+Activations stay in caches and are not counted; neither are the written logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a page from its first block to its last and say what of it is not true."""
+"""Runs a page from its first block to its last and reports what is wrong in it."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The commands of a Markdown page, and what the page says of each.
 
-A fenced block of `sh` or `python` is run. A block of `text` right after one is what it prints.
-A comment just before a block says how it is treated:
+A fenced block of `sh` or `python` is run. A block of `text` right after it is its output.
+A comment just before a block says how to treat it:
 
 - ``<!-- not run: REASON -->``: it is never run,
 - ``<!-- slow: REASON -->``: only `make docs-check` runs it,
-- ``<!-- varies: TEXT -->``: this part of a printed text differs from run to run.
+- ``<!-- varies: TEXT -->``: this part of the output differs from run to run.
 
-Any other block is a mistake of the page, which `read_page` reports.
+Any other block is an error, which `read_page` reports.
 """
 
 from __future__ import annotations

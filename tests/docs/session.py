@@ -1,8 +1,8 @@
-"""A page's blocks in one bash, as someone pastes them one after the other.
+"""Runs a page's blocks in one bash, as if pasted one after another.
 
-The session has a copy of the repository to write into, a home of its own, this environment's
-programs first on PATH, and where the system allows it a network of its own: the ports that the
-page names are free there, and nothing outside can be reached.
+The session has a copy of the repository to write to, an empty home, this environment's
+programs first on PATH, and, if the system allows it, a separate network in which the page's
+ports are free and nothing outside can be reached.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether a printed text has the shape of the one on the page: the same words.
+"""Whether a program's output has the shape of the one on the page: the same words.
 
-Numbers, times, sizes and ids are whatever they are; ``...`` on the page is anything; white
-space counts for nothing, so that a page may break long lines.
+Numbers, times, sizes and ids may differ; ``...`` on the page matches anything; white space is
+ignored, so that a page may break long lines.
 """
 
 from __future__ import annotations

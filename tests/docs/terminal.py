@@ -1,7 +1,6 @@
 """``python -m tests.docs.terminal FILE.svg``: README's picture, from a real session.
 
-Each command is run in a terminal of its own (a pty) against a real server, and its output
-drawn as it came, colours included.
+Runs each command in a pty against a real server, and draws its output with colours.
 """
 
 from __future__ import annotations

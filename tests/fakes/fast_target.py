@@ -1,4 +1,4 @@
-"""The FAKE fast server as a process of its own, for a test's ``with``."""
+"""The FAKE fast server as a child process, as a context manager."""
 
 from __future__ import annotations
 

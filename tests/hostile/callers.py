@@ -1,4 +1,4 @@
-"""Callers that send bytes as they are, and tell what came back."""
+"""Callers that send raw bytes and return the response."""
 
 from __future__ import annotations
 

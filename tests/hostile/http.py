@@ -1,4 +1,4 @@
-"""Hostile JSON: for every field of the two generate endpoints, what no SDK sends."""
+"""Hostile JSON: for every field of the two generate endpoints, values that no SDK sends."""
 
 from __future__ import annotations
 

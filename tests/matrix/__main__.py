@@ -1,10 +1,10 @@
 """The suite under other conditions: ``python -m tests.matrix`` (``make test-matrix``).
 
-``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs the part of the
-suite that CI runs under those that cost little, ``--numeric`` the tests that compare numbers
-under other instruction sets and threads. What comes after ``--`` is for pytest, such as files
-of tests. Each run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if one fails
-or cannot be run here.
+``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs CI's part of the
+suite under the cheap conditions, ``--numeric`` the tests that compare numbers under other
+instruction sets and threads. Arguments after ``--`` go to pytest, such as test files. Each
+run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if a condition fails or
+cannot be run here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Under what the suite must pass: other instruction sets, threads, locales, users."""
+"""Conditions under which the suite must pass: instruction sets, threads, locales, users."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Do the tests notice wrong kernels? ``python -m tests.mutants`` (``make mutants``).
 
-Each mutant (`tests.mutants.native`) is a copy of the server's package with one replacement. It
-is compiled by the product's own path and must fail the kernels' tests. A table says which test
-noticed. First the same is done without a mutation, which must pass. Exits 1 if a mutant
+Each mutant (`tests.mutants.native`) is a copy of the server's package with one replacement. The
+product compiles it as usual, and it must fail the kernels' tests. A table says which test
+noticed. First comes a control without a mutation, which must pass. Exits 1 if a mutant
 survives, does not compile, or no longer fits its file.
 
-Not in CI: about 10 s a mutant and core. That every mutant still fits its
-file is a unit test.
+Not in CI: it takes about 10 core-seconds per mutant. A unit test checks that every mutant still
+fits its file.
 """
 
 from __future__ import annotations

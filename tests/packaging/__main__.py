@@ -1,8 +1,8 @@
 """The wheel, from nothing: ``make wheel-check``.
 
 Builds the wheel, installs it into new environments with a new home, hides every compiler, and
-does what a stranger would: starts the server with the bundled base, waits for it, publishes an
-example adapter and gets answers. Exit status 1 if anything is not as it must be.
+does what a new user would: starts the server with the bundled base, waits for it, publishes an
+example adapter and gets answers. Exit status 1 if anything fails.
 """
 
 from __future__ import annotations

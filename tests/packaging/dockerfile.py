@@ -1,4 +1,4 @@
-"""A Dockerfile's steps, as far as ours has them."""
+"""Parses the steps of a Dockerfile, as far as ours uses them."""
 
 from __future__ import annotations
 

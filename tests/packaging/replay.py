@@ -1,8 +1,8 @@
 """The Dockerfile's steps without Docker: ``make image-replay``. As root, on Debian.
 
-Its RUN, COPY, ENV, ARG, WORKDIR and USER steps are executed in roots that debootstrap makes;
-then the server is started as its user with a read-only root, a volume and a /tmp that executes
-nothing, and is asked as a stranger would. What differs from Docker is printed first.
+Executes its RUN, COPY, ENV, ARG, WORKDIR and USER steps in roots made by debootstrap. Then it
+starts the server as its user with a read-only root, a volume and a noexec /tmp, and sends
+requests as a new user would. First it prints how this differs from Docker.
 """
 
 from __future__ import annotations

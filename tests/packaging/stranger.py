@@ -1,7 +1,6 @@
-"""What a stranger does with an installation, and what must come of it.
+"""What a new user does with an installation, and the expected results.
 
-Standard library only: it is run with whatever Python there is, on installations that are not
-this one.
+Standard library only, since it runs with any Python, on other installations than this one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The kernels' tests under sanitizers: ``python -m tests.sanitize`` (``make sanitize``).
 
-AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of the native kernels: the
-backend compiles them as ever, with ``tests/sanitize/c++`` as the compiler, so it is the tests'
-own library that is instrumented. Python, numpy and torch are not, but what they allocate has
-ASan's red zones, and a kernel that reads or writes past it is caught. Packed weights lie in
-mapped pages, where a fault within a piece is not. ThreadSanitizer cannot be loaded into Python:
-`thread_pool.cpp` drives thread_pool.h alone, `decoder.cpp` whole steps of the real decoder.
+AddressSanitizer and UndefinedBehaviorSanitizer run over the tests of the native kernels: the
+backend compiles them as usual, with ``tests/sanitize/c++`` as the compiler, so the tests use an
+instrumented library. Python, numpy and torch are not instrumented, but their allocations have
+ASan's red zones, so a kernel that reads or writes past one is caught. Packed weights are in
+mapped pages, where an error within a piece is not caught. ThreadSanitizer cannot be loaded into
+Python: `thread_pool.cpp` drives thread_pool.h alone, `decoder.cpp` whole steps of the real
+decoder.
 
 Exits 1, with the sanitizer's report printed, if any of it fails.
 """

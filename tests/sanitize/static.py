@@ -1,9 +1,9 @@
-"""What tools say of the C++ without running it: ``python -m tests.sanitize.static``.
+"""Static checks of the C++: ``python -m tests.sanitize.static``.
 
-Every warning of ``-Wall -Wextra`` is an error, in each form that a wheel brings: the headers of
-an instruction set are seen by its own form alone. clang-format (``.clang-format``; ``--format``
+Every warning of ``-Wall -Wextra`` is an error, for each instruction set that a wheel contains,
+since only that build compiles the set's headers. clang-format (``.clang-format``; ``--format``
 writes) and clang-tidy (``.clang-tidy``) are those of the dev extra. Part of ``make check``.
-Exits 1 with what was said, if anything was.
+Exits 1 with the tools' output if there is any.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
-"""What the structure is held to: ``python -m tests.structure``, part of ``make check``.
+"""Limits on the code's structure: ``python -m tests.structure``, part of ``make check``.
 
-Prints five figures with the files behind them, and exits 1 where one is above its limit, which
-is what was reached so far; where one is below, it says that the limit can be lowered.
+Prints five figures with the files behind them, and exits 1 if one is above its limit. Limits
+are the best values reached so far; if a figure is below, it says that the limit can be lowered.
 Of the files that git tracks:
 
 - Lines: no source file (`SOURCES`) outside tests and generated code is longer than `LONGEST`.
-  `LONG` has those that still are, each with a reason and the most lines that it may have.
-- Folders: no folder inside the server holds more than `MOST_FILES` files, folders in it not
-  counted. `FULL` has those that still do, in the same way.
-- Sampling option: source files outside tests and generated code that name `min_p`. That is what
-  adding an option like it touches: the contract, the record, both doors, both backends and the
-  clients. It is at most `SAMPLING_FILES`.
+  `LONG` lists the exceptions, each with a reason and its own limit.
+- Folders: no folder inside the server has more than `MOST_FILES` files, not counting
+  subfolders. `FULL` lists the exceptions in the same way.
+- Sampling option: source files outside tests and generated code that name `min_p`, which are
+  those that a similar new option would touch: the contract, the record, gRPC and HTTP, both
+  backends and the clients. At most `SAMPLING_FILES`.
 - Adapter: modules from the gRPC call to the kernel that name an adapter or its digest
-  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for an adapter that is
-  resident. Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
-  the digests of other things. They are at most `ADAPTER_FILES`.
-- Words: ``pytest.raises(..., match=...)`` in tests. Errors of ours are told by class, `reason`
-  and metadata (`tests.refused`), so that their words can be improved. Matched are others'
-  words, plain errors, and sentences that are tested on purpose. They are at most `MATCHES`.
+  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for a resident adapter.
+  Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
+  the digests of other things. At most `ADAPTER_FILES`.
+- Words: ``pytest.raises(..., match=...)`` in tests. Our errors are identified by class,
+  `reason` and metadata (`tests.refused`), so that their words can be improved. Only others'
+  messages, plain errors, and sentences under test are matched. At most `MATCHES`.
 
-The figure of an adapter is not that of all modules that know adapters, which is printed at the
-end: administration, loading and the metrics know them too.
+The adapter figure does not cover all modules that know adapters, whose number is printed at the
+end: administration, loading and metrics know them too.
 """
 
 from __future__ import annotations

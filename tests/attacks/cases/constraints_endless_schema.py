@@ -1,4 +1,4 @@
-"""The 40-byte schema that took the engine's memory without end, and others like it."""
+"""A 40-byte schema whose compilation takes unbounded memory, and similar ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callers who ask for a slow compilation and leave at once, hundreds of times."""
+"""Callers that request a slow compilation and cancel at once, hundreds of times."""
 
 from __future__ import annotations
 

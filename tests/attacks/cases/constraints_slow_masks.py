@@ -1,4 +1,4 @@
-"""Constraints that compile in a millisecond and take 100 ms to find what may follow."""
+"""Constraints that compile in a millisecond and take 100 ms to compute a token mask."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Connections that ask for nothing, to every port: they took all file descriptors, and an
-engine that ended could not be started again."""
+"""Idle connections to every port, which could use up all file descriptors, so that an engine
+that ended could not be restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of some kilobytes that gzip makes megabytes of."""
+"""Messages of some kilobytes that gzip expands to megabytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come a byte at a time: each is work for the server, and none is ever whole."""
+"""Requests sent a byte at a time: each byte is work for the server; no request completes."""
 
 from __future__ import annotations
 

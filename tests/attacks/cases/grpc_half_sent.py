@@ -1,4 +1,4 @@
-"""Requests that never arrive whole, on few connections: 1.4 GB, for ever."""
+"""Requests that are never sent completely, on few connections, and would hold 1.4 GB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that are begun and reset at once, by the thousand (CVE-2023-44487)."""
+"""Thousands of calls that are reset right after they begin (CVE-2023-44487)."""
 
 from __future__ import annotations
 

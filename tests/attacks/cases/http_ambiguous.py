@@ -1,5 +1,5 @@
-"""Requests that two readers could read differently, tiny chunks and foreign Host headers,
-on many connections."""
+"""Requests that two parsers could read differently, tiny chunks and foreign Host headers, on
+many connections."""
 
 from __future__ import annotations
 

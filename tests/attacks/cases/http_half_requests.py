@@ -1,4 +1,4 @@
-"""Slowloris: many HTTP connections that send one byte of a request now and then."""
+"""Slowloris: many HTTP connections that occasionally send one byte of a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests one behind the other on a connection whose answers nobody reads."""
+"""Pipelined requests on a connection whose responses nobody reads."""
 
 from __future__ import annotations
 

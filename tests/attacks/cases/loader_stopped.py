@@ -1,4 +1,4 @@
-"""A process that reads adapters and hangs: the requests that waited for it waited for ever."""
+"""A loader process that hangs: requests that wait for it must not wait for ever."""
 
 from __future__ import annotations
 

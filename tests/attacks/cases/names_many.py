@@ -1,4 +1,4 @@
-"""Names that do not exist, always others: each could become a metric series."""
+"""Ever new names that do not exist, each of which could become a metric series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scrapers that ask for the metrics page and do not read it."""
+"""Scrapers that request the metrics page and do not read it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Chats with slow templates: sixteen delayed another adapter's chat by 3 s.
+"""Chats with slow templates: sixteen can delay another adapter's chat by 3 s.
 
-Sixteen adapters have templates of their own, which take 0.05 to 0.4 s each, and each is called
-over a connection of its own: no turns by template or by caller alone bound what a chat waits.
+Sixteen adapters have different templates, which take 0.05 to 0.4 s each, and each is called
+over a separate connection, so neither turns by template nor turns by caller alone bound the
+wait of a chat.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Prompts of as many bytes as may fit, though they do not: they are tokenized, in a lane of
-their own, and small ones beside them are answered."""
+"""Prompts of the most bytes that could fit, but do not: they are tokenized in a separate lane,
+and small prompts beside them are answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile values in every field of every call, the real engine behind it."""
+"""Hostile values in every field of every call, with the real engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twelve prompts of 4 MB at once, over both doors; before, they stopped every stream for
+"""Twelve concurrent prompts of 4 MB, over gRPC and HTTP, which could stop every stream for
 27 s."""
 
 from __future__ import annotations

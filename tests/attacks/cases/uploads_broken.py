@@ -1,4 +1,4 @@
-"""Uploads that break off: forty of them kept 800 MB of the disk for a day."""
+"""Interrupted uploads, forty of which could hold 800 MB of disk for a day."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads that bring nothing: eight of them kept everybody else out for ever."""
+"""Uploads that send no data, eight of which could block all others for ever."""
 
 from __future__ import annotations
 
