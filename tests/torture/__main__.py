@@ -1,8 +1,8 @@
 """Runs rows of the reliability scoreboard: ``python -m tests.torture --quick``.
 
-``--row 4`` runs one, ``--full`` at the scoreboard's numbers, ``--seed`` repeats a run. A row
-runs in a process of its own, so that no planted bug reaches the next. The exit status is 1
-when a row misses its bar or one of its planted bugs is not caught.
+``--row 4`` runs one row, ``--full`` uses the scoreboard's numbers, ``--seed`` repeats a run.
+Each row runs in a separate process, so that no planted bug reaches the next row. The exit
+status is 1 if a row fails or does not catch one of its planted bugs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Damages single files and folders of a server's data and cache, and judges what follows.
+"""Damages single files and folders of a server's data and cache, and checks what follows.
 
-What must hold after every damage, whatever it is:
+After any damage:
 
-- no start ends in a crash or a trace; a refusal is one sentence with a way out
+- no start ends in a crash or a traceback; a refusal is one sentence with a fix
 - no answer is wrong: a name's tokens are those of the undamaged server, or it is refused
-- no adapter content is deleted: every file of it is still below the data folder
-- a damaged cache is rebuilt: everything is served by the first start, and the second start
-  has nothing left to say
-- the way out works: the file put back, the command of the message, or the adapter pushed
-  again, and everything is served as before
+- no adapter content is deleted: all its files are still below the data folder
+- a damaged cache is rebuilt: the first start serves everything, and the second start has
+  nothing to report
+- the fix works: after restoring the file, running the message's command, or pushing the
+  adapter again, everything is served as before
 """
 
 from __future__ import annotations

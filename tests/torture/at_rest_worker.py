@@ -1,9 +1,9 @@
 """Starts servers on damaged folders: ``python -m tests.torture.at_rest_worker BASE``.
 
-Imports everything once, then reads one JSON object a line and answers each with one. Every
-start happens in a fork of its own, so that a start that ends in SIGBUS or SIGSEGV is a result
+Imports everything once, then reads one JSON object per line and answers each with one. Every
+start happens in a forked process, so that a start that ends in SIGBUS or SIGSEGV is a result
 ("died") and not the end of the run. The server is the real `App` on real sockets with the
-real engine code, whose loop is a thread here (`tests.torture.in_process`).
+real engine code, whose loop runs on a thread (`tests.torture.in_process`).
 
 Requests::
 

@@ -1,7 +1,7 @@
-"""Requests that end early, at random phases and in three ways, and what is left of them.
+"""Requests that end early, at random phases and in three ways, and what they leave behind.
 
 ``python -m tests.torture.cancels --count 1000 --seed 7`` runs the full form against a
-server of its own and prints figures; a quick form is in ``tests/integration``.
+new server and prints figures; a quick form is in ``tests/integration``.
 """
 
 from __future__ import annotations

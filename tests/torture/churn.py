@@ -1,9 +1,8 @@
-"""Traffic over adapters that change all the time, and a record of all that was answered.
+"""Traffic over constantly changing adapters, and a record of all answers.
 
-`churn` sends requests to a server (real sockets, whatever is behind them) while names are
-replaced, rolled back, deleted and published again, aliases move, and memory is evicted in
-every mode, pinned and prewarmed. Nothing is judged here: `tests.torture.isolation` does
-that, when all has ended.
+`churn` sends requests to a server (over real sockets) while names are replaced, rolled back,
+deleted and published again, aliases move, and adapters are evicted in every mode, pinned and
+prefetched. Nothing is judged here: `tests.torture.isolation` does that at the end.
 """
 
 from __future__ import annotations

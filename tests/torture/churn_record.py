@@ -1,4 +1,4 @@
-"""What was asked of a server whose adapters change all the time, and what was answered."""
+"""Records of requests to a server whose adapters constantly change, and of its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""About 200 crafted adapters, good and bad, that row 1 damages further; and size bombs."""
+"""About 200 crafted adapters, valid and invalid, which row 1 damages further; and size
+bombs."""
 
 from __future__ import annotations
 

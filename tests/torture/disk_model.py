@@ -1,16 +1,16 @@
-"""What a disk may hold after the power went, from a record of system calls.
+"""Possible contents of a disk after a power cut, from a record of system calls.
 
-The model is pessimistic, as POSIX is: a write, truncate or folder entry that no fsync of
-*that* file or folder followed may be there or not, in any combination.
+The model is as pessimistic as POSIX: a write, truncate or folder entry that was not followed by
+an fsync of *that* file or folder may be there or not, in any combination.
 
-- File data: what was written before the last fsync or fdatasync of the file is kept. Of
-  each later write every sector of 512 bytes is kept or not, alone; where the file has grown
-  past what was kept, it may have the new size with zeros.
-- Folder entries (made, removed, renamed): kept before the last fsync of the folder that
-  holds them. An fsync of a file does not keep its name, as ext4 would.
-- A rename is one change: the old name or the new, never both or neither. It is kept by an
-  fsync of the folder it leads to. Journalling filesystems (ext4, XFS, btrfs) promise this.
-- ``-shm`` files are left out: SQLite makes them again from the log.
+- File data: everything written before the last fsync or fdatasync of the file is kept. Each
+  512-byte sector of a later write is independently kept or lost; if the file grew, it may
+  have the new size with zeros.
+- Folder entries (create, remove, rename): those before the last fsync of their folder are kept.
+  An fsync of a file does not make its name durable, as it would on ext4.
+- A rename is atomic: the old name or the new one, never both or neither. An fsync of the target
+  folder makes it durable. Journalling filesystems (ext4, XFS, btrfs) guarantee this.
+- ``-shm`` files are ignored: SQLite rebuilds them from the log.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The program that row 5 breaks: changes that are tried again after the fault is gone.
+"""The program that row 5 injects faults into: changes that are retried after the fault.
 
-``python -m tests.torture.faults DATA ADAPTERS`` prints one JSON line an event. strace makes
-one of its system calls fail between a ``begin`` and its ``end``; what the registry says of
-that, whether it serves others meanwhile, and what is left is printed for row 5 to judge.
+``python -m tests.torture.faults DATA ADAPTERS`` prints one JSON line per event. strace makes
+one of its system calls fail between a ``begin`` and its ``end``. The program prints the
+registry's error, whether it served others meanwhile, and what is left, for row 5 to judge.
 """
 
 from __future__ import annotations

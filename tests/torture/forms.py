@@ -1,8 +1,7 @@
-"""The forms in which a row runs the engine: torch in float32, and the native kernels.
+"""The engine variants that a row runs: torch in float32, and the native kernels.
 
-The native backend is the default, so what torture shows of torch alone is shown of a part of
-the product. Its kernels come in one form for each instruction set; a machine runs those that
-it has.
+The native backend is the default, so testing torch alone would cover only a part of the
+product. Its kernels exist once per instruction set; a machine runs those that it supports.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long after its end a request still holds something, by what it was doing.
+"""How long a request still holds resources after its end, by what it was doing.
 
 Part of ``python -m tests.torture.cancels``. One request at a time is cancelled, or runs
-into its deadline, while it waits for a place, waits for its adapter, prefills or decodes;
-then the metrics and the adapter list are read until they show nothing of it.
+into its deadline, while it is queued, waits for its adapter, prefills or decodes; then
+metrics and adapter list are read until they show no trace of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A disk that is really full: the third part of row 5.
 
-``python -m tests.torture.full_disk FOLDER ADAPTERS LEAVES`` mounts a small tmpfs (in a mount
-namespace of its own, so that it ends with the process), fills it up to each of LEAVES bytes,
-publishes, makes room, and publishes again.
+``python -m tests.torture.full_disk FOLDER ADAPTERS LEAVES`` mounts a small tmpfs (in a private
+mount namespace, so that it ends with the process), fills it until each of LEAVES bytes are
+left, publishes, frees space, and publishes again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The program that row 2 starts: the parsers of strangers' bytes under a fuzzer.
+"""The program that row 2 starts: the parsers of untrusted bytes under a fuzzer.
 
-``python -m tests.torture.fuzzing --seconds 1200 --seed 7 WORK`` fuzzes by coverage where
+``python -m tests.torture.fuzzing --seconds 1200 --seed 7 WORK`` fuzzes guided by coverage if
 `atheris` is installed (it is not a dependency: ``pip install --target DIR atheris``, then
-``PYTHONPATH=DIR``), else (or with ``--engine seeded``) by seeded mutation. It ends with
-status 0 if nothing but documented refusals escaped; what escaped is in WORK otherwise.
+``PYTHONPATH=DIR``), else (or with ``--engine seeded``) by seeded mutation. The exit status is
+0 if only documented errors were raised; inputs that raised others are in WORK.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A FAKE decoder: the likeliest token is a hash of all that was read to compute it.
+"""A FAKE decoder: the likeliest token is a hash of everything read to compute it.
 
-The K and V of a place are a number made of the weights that wrote it, its token and its
-position; the token that comes next is SHA-256 of the weights that read, and of every
-number in the sequence's blocks. So a wrong table, a changed buffer, another's block or a
-prefix that other weights computed gives another token, exactly, at some thousands of
-steps a second. `expected_tokens` says what is right from files and prompt alone.
+K and V of a position are a number derived from the weights that wrote it, its token and its
+position; the next token is SHA-256 of the weights that read it and of every number in the
+sequence's blocks. So a wrong table, a changed buffer, another sequence's block or a prefix
+computed by other weights gives a different token for certain, at some thousands of steps
+per second. `expected_tokens` computes the right tokens from files and prompt alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A history of uploads, replaces, aliases and deletes that tells what it was promised.
+"""A history of uploads, replaces, aliases and deletes that records what was acknowledged.
 
-``python -m tests.torture.history DATA ADAPTERS --seed 7`` is what row 4 records. Before
-each change it writes ``begin``, after it one JSON line: what must be found from now on.
+Row 4 records ``python -m tests.torture.history DATA ADAPTERS --seed 7``. It writes ``begin``
+before each change, and one JSON line after it: the state that must be found from then on.
 """
 
 from __future__ import annotations

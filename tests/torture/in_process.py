@@ -1,8 +1,8 @@
-"""The whole server inside this process: real sockets, front and step loop, no child.
+"""The whole server inside this process: real sockets, front and step loop, no child process.
 
-The engine's loop runs on a thread in place of a process, behind the same client and the
-same encoding of messages. So thousands of requests a minute cross every part that keeps
-adapters apart, and a planted bug is a patched function.
+The engine's loop runs on a thread instead of a process, behind the same client and the
+same message encoding. So thousands of requests per minute pass through every part that keeps
+adapters apart, and a bug can be planted by patching a function.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Judges a run of `tests.torture.churn`: did every answer come from its own weights?
 
 An answer must name a revision that its name may have had between the request's start and
-its first token, and its tokens must be those that this revision's weights give, by a
-reference that knows nothing of the server. What ended early is held to the same with
-what it got: to one of the revisions that it may have been given.
+its first token, and its tokens must be those of this revision's weights, by a reference
+that is independent of the server. The tokens of a request that ended early must be those of
+one of the revisions that it may have got.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Clients of a front that is killed: each owns a name, changes it, and keeps a record of
-what was acknowledged and of what was under way. See row 3."""
+"""Clients of a front process that is killed: each owns a name, changes it, and records which
+changes were acknowledged and which were in flight. See row 3."""
 
 from __future__ import annotations
 

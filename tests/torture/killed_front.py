@@ -1,10 +1,10 @@
 """A front process that is killed: the real `App` on real sockets and a real data folder,
 with a FAKE engine.
 
-``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, says
-``{"imported": seconds}`` and waits for a line ``POINT``: then it starts and says when it is
-ready. At the POINT-th thing that it does to the data folder (0 for none) it kills itself
-with SIGKILL, before or after that thing; whoever started it kills it at any other time.
+``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, prints
+``{"imported": seconds}`` and waits for a line ``POINT``. Then it starts and reports when it is
+ready. At the POINT-th operation on the data folder (0 for none) it kills itself with SIGKILL,
+before or after that operation; its parent kills it at any other time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a registered name must be after each change: a model in plain Python, for rows 3
-and 7.
+"""The expected state of a registered name after each change: a model in plain Python, for rows
+3 and 7.
 
-Nothing of the registry is used here. A content is a number; `Name` says which contents a
-name keeps and what its aliases mean.
+It uses nothing of the registry. A content is a number; `Name` tracks which contents a name
+keeps and what its aliases point to.
 """
 
 from __future__ import annotations

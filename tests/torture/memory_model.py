@@ -1,8 +1,8 @@
-"""What adapter memory must be: a model of `Residency` that carries out what it decides and
-judges each decision. For row 7.
+"""The expected adapter memory: a model that carries out the decisions of `Residency` and judges
+each of them. For row 7.
 
-It knows which requests wait and run, what was pinned, and which copies it was told to
-make and to drop; nothing of how residency ranks them.
+It knows which requests wait and run, what is pinned, and which copies it had to make and drop,
+but nothing about how residency ranks them.
 """
 
 from __future__ import annotations

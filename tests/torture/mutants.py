@@ -1,7 +1,7 @@
 """The program that row 1 starts: damaged adapters pushed through a real registry.
 
-``python -m tests.torture.mutants WORK --count 10000 --seed 7`` prints one JSON object. A
-process of its own, so that a crash is seen and its memory is what these adapters cost.
+``python -m tests.torture.mutants WORK --count 10000 --seed 7`` prints one JSON object. It is a
+separate process, so that a crash is detected and its memory shows what these adapters cost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seeded damage to bytes and to JSON values: what rows 1 and 2 feed the parsers with."""
+"""Seeded damage to bytes and JSON values, which rows 1 and 2 feed to the parsers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Out of memory while an adapter loads: the second part of row 5.
 
-First what a loader process does alone: each call that it makes into C, where memory is
-taken, fails once with `MemoryError`. Then the whole engine: each allocation of the worker
-that takes over what the loader made fails once, while the base and another adapter are
-served in the same batch.
+First a loader process alone: each of its calls into C that allocate memory fails once with
+`MemoryError`. Then the whole engine: each allocation of the worker that takes over the
+loader's result fails once, while the base and another adapter are served in the same batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sixteen adapters of every kind by PEFT itself, and prompts to ask each of them."""
+"""Sixteen adapters of every kind, made by PEFT itself, and prompts for each of them."""
 
 from __future__ import annotations
 

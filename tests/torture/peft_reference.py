@@ -1,4 +1,4 @@
-"""PEFT, one adapter at a time in float32, as the judge of answers that a server gave."""
+"""PEFT, one adapter at a time in float32, as the reference for a server's answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Planted bugs that mix up adapters, as context managers that patch the product.
 
-`PLANTED` names them. They are used in this process, or in a server's own engine process
-by ``python -m tests.torture.planted_server``.
+`PLANTED` lists them. They are used in this process, or in a server's engine process by
+``python -m tests.torture.planted_server``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A real server whose engine process has a planted bug: the command line of
-``veneer-server``, another process underneath.
+"""A real server whose engine process has a planted bug, with the command line of
+``veneer-server``.
 
-`planted_server` puts it in the place of ``veneer-server`` for `running_server`.
+`planted_server` makes `running_server` start it instead of ``veneer-server``.
 """
 
 from __future__ import annotations

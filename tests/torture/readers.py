@@ -1,8 +1,8 @@
-"""Callers that ask for streams and never read them, beside one that does.
+"""Callers that start streams and never read them, beside one that does.
 
-``python -m tests.torture.readers --count 200`` runs the full form against a server of
-its own and prints memory a stream, the healthy stream's p99 beside them and alone, and
-when they were closed; a quick form is in ``tests/integration``.
+``python -m tests.torture.readers --count 200`` runs the full form against a new server and
+prints the memory per stream, the healthy stream's p99 beside them and alone, and when they
+were closed; a quick form is in ``tests/integration``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Any history of a registry: publish and resume, aliases, retention, leases, quarantine,
-restarts, against `ledger.Name` and a list of what must lie on disk. For row 7.
+"""Random histories of a registry: publish and resume, aliases, retention, leases, quarantine,
+restarts, checked against `ledger.Name` and a list of what must be on disk. For row 7.
 
-Contents are numbers; each is a bundle of files, made once. Names and contents are few, so
-that histories meet.
+Contents are numbers, each for a bundle of files that is made once. Names and contents are few,
+so that operations interact.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
 """The shape of a row of the reliability scoreboard.
 
 A row is a module ``tests/torture/rows/row_NN_what.py`` with four names; the runner finds
-it by its file name and needs no list::
+it by its file name::
 
     ROW = 4
     TITLE = "power loss"
 
     def run(scale: Scale) -> Outcome:
-        '''The product under torture. `Outcome.failures` is empty when it held.'''
+        '''Torture the product. `Outcome.failures` is empty if it passed.'''
 
     def controls(scale: Scale) -> Iterable[Control]:
         '''Planted bugs. Each runs the same check against a broken product.'''
 
-Both get the same `Scale`: quick or full, a seed, an empty folder of their own. The two
-must share the code that judges (so that a control shows that *this* check can fail), and
-everything random comes from `Scale.random`, so that a seed repeats a run. `controls`
-plants its bugs at the product's edge: an argument, a subclass, a patched function that is
-restored at once, a child process; never an edit of a file. Each row has a process of its own.
+Both get the same `Scale`: quick or full, a seed, an empty folder. The two must share the code
+that judges (so that a control shows that *this* check can fail), and all randomness comes from
+`Scale.random`, so that a seed repeats a run. `controls` plants its bugs at the product's edge:
+an argument, a subclass, a patched function that is restored at once, a child process; never an
+edit of a file. Each row has its own process.
 
 The runner fails (exit 1) for a row with failures, without controls, or with a control
 that was not caught.

@@ -1,6 +1,6 @@
-"""Registry and adapter memory in one history, joined as the front joins them: requests
-lease a revision and wait for its weights, loads read what the store holds, a delete frees
-memory, damage found by a load goes into quarantine. For row 7."""
+"""Registry and adapter memory in one history, connected as in the front process: requests
+lease a revision and wait for its weights, loads read from the store, a delete frees memory,
+and damage found by a load leads to quarantine. For row 7."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""File operations of a child process, seen or broken by strace.
+"""Records, or breaks, file operations of a child process by strace.
 
-strace sees what SQLite does too, which patches of Python's functions would not.
+strace also sees what SQLite does, unlike patches of Python's functions.
 """
 
 from __future__ import annotations

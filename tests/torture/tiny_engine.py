@@ -1,4 +1,4 @@
-"""The real engine on a tiny Llama, for rows that torture what it loads."""
+"""The real engine on a tiny Llama, for rows that torture adapter loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 2: coverage-guided fuzzing of the parsers that read strangers' bytes."""
+"""Row 2: coverage-guided fuzzing of the parsers of untrusted bytes."""
 
 from __future__ import annotations
 

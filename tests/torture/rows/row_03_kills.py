@@ -1,4 +1,5 @@
-"""Row 3: kill -9 at any moment of uploads and changes; the next server has it all."""
+"""Row 3: kill -9 at any moment of uploads and changes; the next server has everything that was
+acknowledged."""
 
 from __future__ import annotations
 

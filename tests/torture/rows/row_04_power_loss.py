@@ -1,4 +1,4 @@
-"""Row 4: the disks that a power cut may leave, each opened and judged."""
+"""Row 4: possible disk contents after a power cut, each opened and checked."""
 
 from __future__ import annotations
 

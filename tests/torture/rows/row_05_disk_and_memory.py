@@ -1,4 +1,4 @@
-"""Row 5: no space, input/output errors and no memory, at each place in turn."""
+"""Row 5: full disk, I/O errors and out of memory, at each point in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 6: single bits that flip on the disk under stored adapters."""
+"""Row 6: single bit flips in stored adapters on disk."""
 
 from __future__ import annotations
 

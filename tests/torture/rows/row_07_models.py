@@ -1,4 +1,4 @@
-"""Row 7: any history of registry and adapter memory, against models in plain Python."""
+"""Row 7: random histories of registry and adapter memory, against models in plain Python."""
 
 from __future__ import annotations
 

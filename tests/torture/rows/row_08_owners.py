@@ -1,4 +1,4 @@
-"""Row 8: one owner a data folder, and a second server that says so at once."""
+"""Row 8: one owner per data folder; a second server refuses at once."""
 
 from __future__ import annotations
 

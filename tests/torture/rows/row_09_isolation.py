@@ -1,9 +1,10 @@
-"""Row 9: adapters come, go and change under traffic, and no token is of the wrong one.
+"""Row 9: adapters come, go and change under traffic, and no token is from a wrong one.
 
-First the whole server in this process on a FAKE decoder, whose tokens are a hash of what
-was read (`tests.torture.hash_backend`): any crossed wire is an exact mismatch. Then real
-server processes on a tiny Llama: torch in float32, judged by PEFT, and the native kernels, in
-each form that the machine has, judged by an engine that computes one request at a time.
+First the whole server in this process with a FAKE decoder, whose tokens are a hash of what
+was read (`tests.torture.hash_backend`), so that any mix-up is an exact mismatch. Then real
+server processes on a tiny Llama: torch in float32, with PEFT as the reference, and the native
+kernels in each supported instruction set, with an engine that computes one request at a time
+as the reference.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Row 10: a name is replaced again and again over a prefix that everybody shares.
+"""Row 10: a name is replaced again and again while requests share a prefix.
 
-After each replace the name is asked to go on with what its old weights said: nothing of
-that may be found in the prefix cache. It is asked again (all of it must be found), and
-without the cache; the three answers agree within 1e-4 of a log-probability, float32, and
-PEFT agrees with them. Meanwhile another name and the base ask for the same. In exact mode
-nothing is cached and all answers are the same bit by bit, whatever else is in the batch.
+After each replace, a request continues the answer of the old weights: none of it may be found
+in the prefix cache. Then the request is repeated (all of it must be found), and repeated
+without the cache; the three answers agree within 1e-4 of a log-probability, in float32, and
+with PEFT. Meanwhile another name and the base get the same requests. In exact mode nothing is
+cached, and all answers are bit-identical whatever else is in the batch.
 
-That is torch in float32. The native kernels, in each form that the machine has, find prefixes
-too, and their answers are the same bit by bit all the same, and those of an engine that
-computes one request at a time.
+That is torch in float32. The native kernels, in each supported instruction set, use the prefix
+cache too, and their answers are still bit-identical, also to those of an engine that computes
+one request at a time.
 
-All on a tiny Llama, served in this process over real sockets; isolation scopes in the engine,
-since no caller can choose one.
+All on a tiny Llama, served in this process over real sockets; isolation scopes are tested in
+the engine, since no caller can choose one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Row 11: numbers that are not finite, or too large, harm nobody but their own request."""
+"""Row 11: non-finite or too large numbers affect only their own request."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
 """Row 12: prompts x adapters of every kind, mixed in batches, against PEFT with one at a time.
 
 Each pair is a request for its prompt's log-probabilities and a few greedy tokens with
-theirs. What the bounds are and why:
+theirs. The bounds and their reasons:
 
-* float32: 1e-4 of a log-probability; what is left is the order of sums. Greedy tokens are
-  equal where the two likeliest are further apart than 1e-3. At one place in some thousands
-  random adapters make the model so ill-conditioned that PEFT itself is further than that
-  from PEFT in float64. So each number is compared with both, and the nearer one counts.
+* float32: 1e-4 of a log-probability, for the order of sums. Greedy tokens are equal where the
+  two likeliest are further apart than 1e-3. At one position in some thousands, random adapters
+  make the model so ill-conditioned that PEFT itself is further than that from PEFT in float64.
+  So each number is compared with both, and the nearer one counts.
 * NF4 with float32 activations: the same 1e-4, since both sides expand the same codes.
 * NF4 with bfloat16 activations, as served by default: the reference is the same NF4
   weights in float32, and the bound is PEFT's own distance from it with bfloat16
-  activations, measured in the same run: rounding as bfloat16 brings it, and nothing more.
+  activations, measured in the same run: the rounding of bfloat16 and nothing more.
   Both are samples of the same rounding, so the means may differ a little: by a tenth over
   all, by a quarter for one adapter (some hundreds of numbers each). At ill-conditioned
-  places rounding may show as anything: of the largest ones, one in a thousand is left out.
+  positions rounding can have any effect: the largest one in a thousand is left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Row 21: any file of the data and cache folders removed, emptied, halved or one bit flipped.
+"""Row 21: a file of the data or cache folder removed, emptied, halved or with a flipped bit.
 
-Real starts of the whole server on a tiny Llama in NF4, each in a process of its own
+Real starts of the whole server on a tiny Llama in NF4, each in a separate process
 (`tests.torture.at_rest_worker`).
 """
 

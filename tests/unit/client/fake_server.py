@@ -1,8 +1,8 @@
-"""A FAKE server for client tests: the contract on a real socket, no model behind it.
+"""A FAKE server for client tests: the contract on a real socket, without a model.
 
-Answers are functions of the request. Refusals that a test puts into `refusals` come
-first, one a call; every call is noted in `calls`, and who made it in `actors`. It can
-`restart` on its port: what is in its attributes is its disk.
+Answers are functions of the request. The errors in `refusals` come first, one per call. `calls`
+records every call, `actors` who made it. It can `restart` on its port; its attributes survive,
+like a disk.
 """
 
 from __future__ import annotations

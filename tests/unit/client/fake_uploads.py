@@ -1,4 +1,4 @@
-"""A FAKE of uploads for client tests: what was received is kept, also over a restart."""
+"""A FAKE of uploads for client tests; received bytes survive a restart."""
 
 from __future__ import annotations
 

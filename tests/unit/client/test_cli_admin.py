@@ -1,5 +1,5 @@
-"""``veneer adapter alias|label|history ...``, ``budgets`` and ``self-test``, and a push that
-goes on, against the fake server."""
+"""``veneer adapter alias|label|history ...``, ``budgets`` and ``self-test``, and a resumed
+push, against the fake server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``veneer adapter show``: the facts first, all of it with ``--full``, JSON as it was."""
+"""``veneer adapter show``: main facts first, everything with ``--full``, JSON unchanged."""
 
 from __future__ import annotations
 

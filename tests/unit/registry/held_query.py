@@ -1,4 +1,4 @@
-"""A query of the catalog that stays in its middle, as one whose thread gets no processor."""
+"""A query of the catalog that stops halfway, like one whose thread is preempted."""
 
 from __future__ import annotations
 

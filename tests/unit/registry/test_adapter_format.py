@@ -1,4 +1,4 @@
-"""What `read_adapter` accepts and refuses: each rule has its own crafted folder."""
+"""What `read_adapter` accepts and refuses, with a crafted folder for each rule."""
 
 from __future__ import annotations
 
