@@ -1,4 +1,4 @@
-"""What only a garbage collection would free."""
+"""Finds objects that only a garbage collection would free."""
 
 from __future__ import annotations
 

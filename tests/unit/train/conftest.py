@@ -1,7 +1,7 @@
 """A base model small enough to quantize, train and compare in well under a second.
 
 Sizes are multiples of what bitsandbytes packs on a CPU (rows of 32, columns of 64),
-so that the tests meet the same kernels as a real base.
+so that the tests use the same kernels as a real base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is done with a trained adapter: evaluating, verifying; and looking at data."""
+"""After training: evaluating and verifying an adapter; and inspecting data."""
 
 from __future__ import annotations
 

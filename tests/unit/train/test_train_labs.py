@@ -1,4 +1,4 @@
-"""Labs leave a page, a table, a plot and what made them; and say what they cannot show."""
+"""Labs write a page, a table, a plot and their settings, and state their limitations."""
 
 from __future__ import annotations
 

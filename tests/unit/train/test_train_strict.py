@@ -1,7 +1,4 @@
-"""Which YAML value a setting of each type takes, and how every other one is refused.
-
-The table was taken from the hand-written checks that `msgspec` replaced.
-"""
+"""Which YAML values a setting of each type accepts, and how all others are refused."""
 
 from __future__ import annotations
 

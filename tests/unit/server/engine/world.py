@@ -1,15 +1,15 @@
-"""The engine's decisions without an engine: a clock, a KV pool and a memory of adapters.
+"""The engine's decisions without an engine: a clock, a KV pool and an adapter memory.
 
 `World` carries out what scheduler, block manager, prefix cache and residency decide,
-and checks each decision against a model that knows nothing of how they work:
+and checks each decision against a model that is independent of how they work:
 
-* the KV pool is "slot -> what was computed into it", so every read of a step is
-  checked to be the content that the tokens, weights and scope say;
-* the adapter memory holds what it was told to hold, so a step that uses anything
-  else shows;
-* who overtakes whom is judged from the queue before and after.
+* the KV pool maps a slot to what was computed into it, so that each step's reads can be
+  compared with the content that tokens, weights and scope require;
+* the adapter memory has what it had to load, so that a step which uses anything else is
+  detected;
+* overtaking is judged from the queue before and after.
 
-A token is a function of its sequence and position, so mixed-up results show too.
+A token is a function of its sequence and position, so mixed-up results are detected too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: the library, in both instruction forms."""
+"""Shared by the tests of the native kernels: the library, for both instruction sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random bases and adapters for `rounded_model`, and the native decoder over them."""
+"""Random bases and adapters for `rounded_model`, and the native decoder on them."""
 
 from __future__ import annotations
 

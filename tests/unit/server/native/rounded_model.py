@@ -1,12 +1,11 @@
 """A Llama in float64 that rounds to bfloat16 where the native kernels do, and nowhere else.
 
-So a kernel may differ by its float32 sums alone, 1e-6, and a factor that is off by a
-thousandth shows. Nothing of the product is used: formulas are those of the models' papers,
-written down once more, one sequence at a time, without a cache.
+So a kernel may differ only by its float32 sums, 1e-6, and a factor that is off by a
+thousandth is detected. It uses nothing of the product: the formulas are those of the models'
+papers, reimplemented for one sequence at a time, without a cache.
 
-Where the kernels round: the inputs of every product, queries, keys and values, the weights of
-attention (of each piece of 512 tokens, from its own largest score), and what attention and the
-gate give.
+The kernels round the inputs of every GEMM, queries, keys and values, the attention weights (of
+each piece of 512 tokens, relative to its largest score), and the outputs of attention and gate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests of the gateway's tests, and what an answer must look like."""
+"""Requests for the gateway's tests, and checks of the shape of answers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Calls of AdapterService that are cancelled wherever they wait, and what is left then.
+"""Cancels calls of AdapterService wherever they wait, and checks what is left.
 
 The service, the registry (real SQLite, real files), `EngineClient`, the step loop and
-residency are the real ones; the engine's runner and memory are FAKES (`LoopConnection`),
-which take their turns in this event loop, one at a time.
+residency are real; the engine's runner and memory are FAKE (`LoopConnection`) and run in this
+event loop, one turn at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FAKE engine: `EngineClient`'s methods without a process, a model or a GPU.
 
-Tokens are a function of SHA-256(weights digest, prompt, seed), so that crossed
-wires show as an exact mismatch. Tests steer it through `pace` and `script`.
+Tokens are a function of SHA-256(weights digest, prompt, seed), so that any mix-up
+is an exact mismatch. Tests control it through `pace` and `script`.
 """
 
 from __future__ import annotations

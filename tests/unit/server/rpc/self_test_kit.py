@@ -1,6 +1,6 @@
 """A self-test on a real engine with a tiny base.
 
-The step loop runs on a thread of this process, so that a test can reach what is resident.
+The step loop runs on a thread of this process, so that a test can access resident adapters.
 """
 
 from __future__ import annotations
