@@ -16,7 +16,8 @@ __all__ = ["edited", "planted"]
 
 
 def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeType]:
-    """The function of ``module`` whose source holds ``old``, and its code with ``new`` there.
+    """The function of ``module`` whose source contains ``old``, and its code with ``new``
+    instead.
 
     Raises:
         LookupError: ``old`` is not in the source exactly once, or in no function.
@@ -37,7 +38,7 @@ def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeTy
 
 @contextmanager
 def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
-    """``module`` runs with ``new`` for ``old`` until the context is left."""
+    """``module`` runs with ``new`` in place of ``old`` until the context exits."""
     function, code = edited(module, old, new)
     right, function.__code__ = function.__code__, code
     try:
@@ -54,7 +55,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _functions(owner: Any) -> Iterator[FunctionType]:
-    """Of a module or class, those that are written in it."""
+    """The functions that are defined in a module or class."""
     module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
     for each in vars(owner).values():
         if isinstance(each, property):

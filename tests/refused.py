@@ -21,8 +21,8 @@ _Error = TypeVar("_Error", bound=VeneerError)
 def refused(
     error: type[_Error], /, **metadata: object
 ) -> Iterator[pytest.ExceptionInfo[_Error]]:
-    """Expect this very class, no class below it, with at least this metadata; the values are
-    compared as text, as they travel."""
+    """Expect exactly this class, not a subclass, with at least this metadata. Values are
+    compared as text, as on the wire."""
     with pytest.raises(error) as caught:
         yield caught
     found = caught.value

@@ -36,8 +36,8 @@ class Target:
         metrics: host:port of the metrics server.
         seconds: about how long to attack; the attack ends by itself.
         full: the whole attack; else a short form for every test run.
-        times: judge how long answers take, too; else answers, memory and bounds alone.
-        rng: for everything random; its seed is printed.
+        times: also judge how long answers take; else only answers, memory and bounds.
+        rng: source of all randomness; its seed is printed.
         work: an empty folder.
         adapter: an adapter that the server has.
     """
@@ -54,7 +54,7 @@ class Target:
 
 
 class AttackModule(Protocol):
-    """What the runner needs of an attack's module; ``FLAGS`` is optional."""
+    """What the runner needs from an attack's module; ``FLAGS`` is optional."""
 
     TITLE: str
 

@@ -37,7 +37,7 @@ class FastServer(
     adapters_pb2_grpc.AdapterServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """See the module's docstring."""
+    """See the module docstring."""
 
     def __init__(self, stall: tuple[float, float]) -> None:
         self.counts: Counter[str] = Counter(requests=0, tokens=0, prompt_tokens=0)

@@ -29,7 +29,7 @@ class Mutant:
         name: what is wrong.
         file: in the package ``veneer_server/backends/native``.
         old: text that occurs there exactly once.
-        form: the instruction form whose tests must notice, as their fixture names it.
+        form: the instruction set whose tests must notice, as named by their fixture.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Mutant:
         """The file's text with the mutation.
 
         Raises:
-            ValueError: it is not there exactly once.
+            ValueError: `old` does not occur exactly once.
         """
         count = text.count(self.old)
         if count != 1:
@@ -53,7 +53,7 @@ class Mutant:
         return text.replace(self.old, self.new)
 
     def apply(self, package: Path) -> None:
-        """Write it into a copy of the package."""
+        """Apply the mutation to a copy of the package."""
         path = package / self.file
         path.write_text(self.applied(path.read_text("utf-8")), "utf-8")
 

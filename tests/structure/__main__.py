@@ -43,9 +43,9 @@ SOURCES: Final = (".py", ".h", ".cpp", ".proto", ".html", ".css", ".js", ".svg",
 GENERATED: Final = re.compile(
     r"(?i)\A.{0,60}\bgenerated\b (from|by)|DO NOT EDIT|_pb2(_grpc)?\.pyi?$"
 )
-"""In a file's first line, or its path."""
+"""Matches generated files by their first line or path."""
 RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
-"""Pages and pictures that a program wrote."""
+"""Pages and pictures written by a program."""
 
 LONGEST: Final = 400
 MOST_FILES: Final = 12
@@ -87,7 +87,7 @@ BESIDE: Final[Mapping[str, str]] = {
     "backends/native/forms.py": "the digest of a library",
     "backends/native/kept.py": "the digest of a library",
 }
-"""Modules of those rooms that a call for a resident adapter does not go through."""
+"""Modules of `PATH_ROOMS` that a call for a resident adapter does not pass through."""
 
 
 def tracked() -> list[str]:
@@ -99,7 +99,7 @@ def tracked() -> list[str]:
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """Path and text of each source file that people write, tests left out."""
+    """Path and text of each handwritten source file outside tests."""
     for path in tracked():
         if not path.endswith(SOURCES) or path.startswith(("tests/", *RECORDED)):
             continue
@@ -124,7 +124,7 @@ def names_of(text: str) -> set[str]:
 
 
 def matches() -> Mapping[str, int]:
-    """How often each test file matches an error's words."""
+    """How often each test file matches an error's message."""
     found = {}
     for path in tracked():
         file = REPOSITORY / path
@@ -144,7 +144,7 @@ def matches() -> Mapping[str, int]:
 def too_many(
     what: str, found: Mapping[str, int], most: int, allowed: Mapping[str, tuple[int, str]]
 ) -> Iterator[str]:
-    """Prints the counts that are allowed to be above ``most``; yields what is wrong."""
+    """Prints the allowed exceptions above ``most``; yields violations."""
     print(f"{what}: {max(found.values())} at most, limit {most}")
     for path, (limit, why) in allowed.items():
         count = found.get(path, 0)
@@ -157,7 +157,7 @@ def too_many(
 
 
 def at_most(what: str, found: list[str], most: int) -> Iterator[str]:
-    """Prints the files; yields what is wrong."""
+    """Prints the files; yields violations."""
     lower = ": lower it" if len(found) < most else ""
     print(f"{what}: {len(found)} files, limit {most}{lower}")
     for path in found:
