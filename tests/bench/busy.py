@@ -27,7 +27,7 @@ NEW = 60
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """One that takes all the time it gets."""
+    """Run a process that takes all the CPU time it gets."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -46,7 +46,7 @@ def main() -> None:
     chosen = load("native", given.threads, num_blocks=max(ROWS) * blocks_for(most) + 1)
     backend: Backend = chosen.backend
     tables = make_adapters(chosen.weights.config, chosen.lora_dtype)
-    torch.set_num_threads(1)  # as when it serves
+    torch.set_num_threads(1)  # as in serving
     for rows in ROWS:
         quiet, beside = [], []
         for _ in range(given.rounds):

@@ -18,7 +18,7 @@ SCRAPES = 50
 
 
 class Names:
-    """FAKE registry: every content has one name, without which it has no series."""
+    """FAKE registry: every content has one name, which it needs to have a series."""
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -30,13 +30,13 @@ ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
 
 
 def loaded(file: Path) -> Chosen:
-    """The base with this library, through the seam that the server has."""
+    """The base with this library, loaded as by the server."""
     backends.find_library = lambda cache, instructions="": Found(file)
     return load("native", 1, num_blocks=BLOCKS)
 
 
 def main() -> None:
-    """See the module."""
+    """See the module docstring."""
     print("seed 1")
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:

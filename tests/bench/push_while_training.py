@@ -34,7 +34,7 @@ _PROMPT = Text("Once upon a time")
 
 @dataclass
 class _Seen:
-    """What the streams saw: arrivals of each answer, revisions, failures."""
+    """What the streams received: arrival times of each answer, revisions, failures."""
 
     arrivals: list[list[float]] = field(default_factory=list)
     revisions: list[str] = field(default_factory=list)
@@ -157,7 +157,7 @@ def _spread(gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and fail where an answer is not whole."""
+    """Measure, print, and fail if an answer is incomplete."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--publishes", type=int, default=20)
     parser.add_argument("--every", type=int, default=3, help="steps between publications")

@@ -55,7 +55,7 @@ console = Console(width=110)
 
 @dataclasses.dataclass
 class Figures:
-    """Rows of the table: what, p50, p99, unit, bar (of the p99, or of the one figure)."""
+    """Rows of the table: what, p50, p99, unit, bar (for the p99, or the only figure)."""
 
     rows: list[tuple[str, float, float | None, str, float | None]] = dataclasses.field(
         default_factory=list
@@ -87,7 +87,7 @@ class Figures:
 
 
 def timed(calls: Iterator[Callable[[], object]]) -> list[float]:
-    """Seconds of each call; what it raises is part of it."""
+    """Seconds of each call, including calls that raise."""
     took = []
     for call in calls:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def resident_mb() -> float:
 def measure(data_dir: Path, count: int, seed: int) -> Figures:
     figures, draw = Figures(), random.Random(seed)
     before = resident_mb()
-    # An older catalog is upgraded, with a copy of it, once: not what is asked here.
+    # Upgrade an older catalog first, with its copy, which is not measured.
     Catalog(data_dir / "catalog.sqlite").close()
     start, cpu = time.perf_counter(), time.process_time()
     registry = Registry.open(data_dir, BASE)
@@ -161,7 +161,7 @@ def _random_name(draw: random.Random) -> str:
 
 
 def _filters(draw: random.Random, count: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A page's filters, drawn anew for each page."""
+    """Random filters for each page."""
 
     def place() -> str:
         return name_of(draw.randrange(count))
@@ -199,7 +199,7 @@ def _changes(registry: Registry, figures: Figures, data_dir: Path) -> None:
 
 
 def measure_grpc(data_dir: Path, count: int, seed: int, figures: Figures) -> None:
-    """Pages through the real front; its base is not the adapters', which lists all the same."""
+    """Pages through the real front. Its base is not the adapters', which listings ignore."""
     draw = random.Random(seed)
     start = time.perf_counter()
     with (

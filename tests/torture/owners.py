@@ -36,7 +36,7 @@ def shared_lock() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_by_file() -> Iterator[None]:
-    """A planted bug: who makes a file owns the folder, and a killed owner leaves it."""
+    """A planted bug: whoever creates a file owns the folder, and a killed owner leaves it."""
     real = fcntl.flock
 
     def flock(fd: int, _: int) -> None:
