@@ -142,8 +142,8 @@ class StoreAndMemory(RegistryRules):
             self.seen["loaded"] += tier == "host"
 
     def _is_there(self, digest: str) -> bool:
-        """Whether its content is there: after a delete, a load may run that nobody waits
-        for."""
+        """Whether anyone still needs the weights: a delete may leave a load running that nobody
+        waits for."""
         return bool(self.memory.leases(digest)) or digest in self.operators
 
     # --------------------------------------------------------------------- operators
@@ -203,7 +203,7 @@ class StoreAndMemory(RegistryRules):
     # ------------------------------------------------------- what the registry tells
 
     def end_lease(self, lease: RevisionLease) -> None:
-        """Do nothing: leases of requests end with them, in `Memory.finish`."""
+        """End a lease that no request holds: those of requests end in `Memory.finish`."""
         if lease in self.leases:
             super().end_lease(lease)
 
