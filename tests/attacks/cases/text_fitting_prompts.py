@@ -16,7 +16,7 @@ TITLE = "twelve prompts that must be tokenized to see that they are too long"
 
 AT_ONCE = 12
 TOKEN_BYTES = 60
-"""A little less than the longest token of the base has: 81."""
+"""A little less than the base's longest token, which has 81 bytes."""
 GENERATE = "/veneer.v1.InferenceService/Generate"
 
 

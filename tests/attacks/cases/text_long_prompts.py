@@ -32,7 +32,7 @@ def _texts() -> list[str]:
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is more than the context can hold, and refused as such."""
+    """Each exceeds the context and must be refused for that."""
     wrong: list[str] = []
     texts = _texts()
     requests = [
