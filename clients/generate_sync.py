@@ -1,12 +1,11 @@
 """Writes the synchronous client from the asyncio one; `make client-sync` runs it.
 
     python clients/generate_sync.py           write the files
-    python clients/generate_sync.py --check   change nothing, fail where one differs
+    python clients/generate_sync.py --check   change nothing, fail if a file differs
 
-`async` and `await` go, names lose their `Async`, and `WORDS` adapts what docstrings say.
-What waits for gRPC, an event or a thread is not generated: see `aio_transport`. Between
-the comments "begin: async only" and "end: async only" are lines that only the asyncio
-client has.
+Removes `async` and `await`, drops `Async` from names, and adapts docstrings by `WORDS`.
+Code that waits for gRPC, an event or a thread is not generated: see `aio_transport`. Lines
+between the comments "begin: async only" and "end: async only" are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MODULES: Final = {
     "aio_handle": "handle",
     "aio_streams": "streams",
 }
-"""Written by hand: generated."""
+"""Hand-written module: generated module."""
 
 NAMES: Final = MODULES | {"aio_transport": "transport", "StopAsyncIteration": "StopIteration"}
 
@@ -38,26 +37,26 @@ WORDS: Final = {
     "an ``async with``": "a ``with``",
     "async with": "with",
     "``async for`` over": "iterate over",
-    "Make it inside the event loop that uses it. Cancelling a task cancels its call.": (
+    "Create it inside the event loop that uses it. Cancelling a task cancels its call.": (
         "Threads may share it."
     ),
     "End the call; does": "End the call, from any thread; does",
-    "all, perhaps from another thread": "all, perhaps from gRPC's thread",
+    "total, perhaps from another thread": "total, perhaps from gRPC's thread",
 }
-"""In docstrings and comments, in this order. Each must occur, else it is out of date."""
+"""Replacements in docstrings and comments, in this order. One that never occurs is an error."""
 
 ASYNC_ONLY: Final = re.compile(r"(?ms)^ *# begin: async only\n.*?^ *# end: async only\n")
 
 
 def sync_name(name: str) -> str:
-    """The synchronous client's name for ``name``, where it has another."""
+    """The synchronous client's name for ``name``, which is often the same."""
     name = re.sub(r"^(_?)Async(?=[A-Z])", r"\1", name)
     name = re.sub(r"^__a(enter|exit|iter|next)__$", r"__\1__", name)
     return NAMES.get(name, name)
 
 
 def sync_words(text: str, unused: set[str]) -> str:
-    """A docstring or comment about the synchronous client."""
+    """A docstring or comment, rewritten for the synchronous client."""
     for words, instead in WORDS.items():
         if words in text:
             unused.discard(words)
@@ -66,7 +65,7 @@ def sync_words(text: str, unused: set[str]) -> str:
 
 
 def sync_source(source: str, unused: set[str]) -> str:
-    """A module of the asyncio client as the synchronous one, not formatted yet."""
+    """A module of the asyncio client, made synchronous but not formatted."""
     source = ASYNC_ONLY.sub("", source)
     lines = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
     parts, at = list[str](), 0
@@ -76,7 +75,7 @@ def sync_source(source: str, unused: set[str]) -> str:
         parts.append(source[at:start])
         at = end
         if token.string in ("async", "await"):
-            at += 1  # and the space after it
+            at += 1  # skips the space after it too
         elif token.type == tokenize.NAME:
             parts.append(sync_name(token.string))
         elif token.type in (tokenize.STRING, tokenize.COMMENT):
@@ -96,13 +95,13 @@ def ruff(source: str, path: Path, *arguments: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """What each generated file must hold."""
+    """The expected content of each generated file."""
     files, unused = dict[Path, str](), set(WORDS)
     for module, name in MODULES.items():
         path = PACKAGE / f"{name}.py"
         source = f"# Generated from {module}.py by `make client-sync`: edit that file.\n"
         source += sync_source((PACKAGE / f"{module}.py").read_text("utf-8"), unused)
-        # Imports in order; and loops that only `async for` needed become what ruff asks for.
+        # Sorts imports, and simplifies loops that only `async for` needed.
         fixes = ("--fix-only", "--unsafe-fixes", "--select", "I,C4,UP")
         source = ruff(source, path, "check", *fixes)
         files[path] = ruff(source, path, "format")
@@ -112,13 +111,13 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the files, or compare them."""
+    """Write the files, or check them."""
     check = sys.argv[1:] == ["--check"]
     for path, text in generated().items():
         if path.exists() and path.read_text("utf-8") == text:
             continue
         if check:
-            raise SystemExit(f"{path} is not what `make client-sync` writes: run it")
+            raise SystemExit(f"{path} differs from what `make client-sync` writes: run it")
         path.write_text(text, "utf-8")
         print(f"wrote {path}")
 

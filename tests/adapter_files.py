@@ -30,7 +30,7 @@ def write_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``.
 
     Args:
-        folder: made if missing; the two files are replaced.
+        folder: created if missing; the two files are replaced.
         config: PEFT's keys; ``peft_type`` and ``task_type`` are added if absent.
         tensors: float32, float16, or uint16 that holds raw bfloat16 bits
             (`to_bfloat16`), by full name.

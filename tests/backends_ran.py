@@ -1,12 +1,12 @@
-"""Which backends the suite's engines ran with, and whether that is what the machine can do.
+"""Records which backends the suite's engines ran with, and checks that against the machine.
 
-Native is the default, and where it cannot run torch serves: a compiler that fails would turn
-the whole suite into one of the torch backend, and all would pass. So an engine that nobody
-asked to be torch's is native wherever the CPU and a compiler allow it, else its test fails
-(`check`); a test of the kernels does not skip there (`skip_or_fail`); and a run of the whole
-suite (``--whole``, as in ``make test``) in which no engine was native fails at its end. With
-``CI`` set it fails too where the machine could not run one. What the machine can do is found
-here, not by the product's own code.
+Native is the default, with torch as the fallback: with a broken compiler the whole suite would
+test the torch backend and pass. So wherever CPU and compiler allow it, an engine that was not
+explicitly set to torch must be native, or its test fails (`check`); a test of the kernels does
+not skip there (`skip_or_fail`); and a run of the whole suite (``--whole``, as in ``make test``)
+without a native engine fails at its end. With ``CI`` set, such a run fails even on a machine
+that cannot run the native backend. This module finds out what the machine can do by itself, not
+with the product's code.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ RAN: Counter[str] = Counter()
 """Engines of this process and servers that it started, by backend."""
 
 _ASKED: Final = ("VENEER_BACKEND", "VENEER_NATIVE_INSTRUCTIONS", "VENEER_THREADS")
-"""Variables that the whole suite may be run with: engines inside a test and servers that it
-starts follow them, where the test does not say otherwise."""
+"""Variables that the whole suite may be run with. Engines inside a test and servers that it
+starts obey them, unless the test sets something else."""
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def native_possible() -> bool:
 
 
 def skip_or_fail(reason: object) -> NoReturn:
-    """The kernels could not be compiled: skip where they cannot be, else fail."""
+    """The kernels could not be compiled: skip if this machine cannot do it, else fail."""
     if native_possible():
         pytest.fail(f"this machine has AVX2 and a compiler, but: {reason}")
     pytest.skip(str(reason))
@@ -69,13 +69,13 @@ def asked() -> dict[str, str]:
 
 
 def server_environment() -> dict[str, str]:
-    """Of a server that a test starts: the suite's, without what is set for Veneer."""
+    """Environment of a server that a test starts: the suite's, without Veneer's variables."""
     others = {k: v for k, v in os.environ.items() if not k.startswith("VENEER_")}
     return others | asked()
 
 
 def with_asked(config: EngineConfig) -> EngineConfig:
-    """The same for an engine inside a test."""
+    """The config of an engine inside a test, with those variables applied."""
     given = asked()
     changes: dict[str, Any] = {}
     if config.backend == "auto" and "VENEER_BACKEND" in given:
@@ -88,14 +88,14 @@ def with_asked(config: EngineConfig) -> EngineConfig:
 
 
 def check(backend: str, *, torch_wanted: bool, why: str = "") -> None:
-    """Count an engine; fail where it fell back to torch though this machine need not."""
+    """Count an engine; fail if it fell back to torch although this machine can run native."""
     RAN[backend] += 1
     if not torch_wanted and native_possible() and not backend.startswith("native"):
         raise AssertionError(f"the engine fell back to {backend}: {why}")
 
 
 def check_ready_line(line: str, flags: Iterable[str]) -> None:
-    """The same for a server, by the line that it prints when it is ready."""
+    """`check` for a server, from its ready line."""
     _, _, rest = line.partition("backend=")
     given = " ".join(flags).replace("=", " ").split()
     values = dict(pairwise(given))
@@ -104,12 +104,12 @@ def check_ready_line(line: str, flags: Iterable[str]) -> None:
         or values.get("--backend") == "torch"
         or values.get("--dtype", "bfloat16") != "bfloat16"
     )
-    name = rest.partition("  ")[0].partition(" (several")[0]  # and why it is slower
+    name = rest.partition("  ")[0].partition(" (several")[0]  # drops why it is slower
     check(name.strip(), torch_wanted=torch_wanted, why=line)
 
 
 def missing(ran: Mapping[str, int]) -> str:
-    """What is wrong with a whole run's backends; "" where nothing is."""
+    """What is wrong with a whole run's backends, or ""."""
     if asked().get("VENEER_BACKEND") == "torch":
         return ""
     if not native_possible():

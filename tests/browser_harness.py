@@ -1,4 +1,4 @@
-"""A real headless Chromium, which ``make tools`` brings."""
+"""A real headless Chromium, installed by ``make tools``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chr
 
 
 def chromium() -> str:
-    """Path of the program; the test is skipped without, but for CI."""
+    """Path of the program; without it, the test is skipped, except in CI."""
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if found is None:
         if os.environ.get("CI"):
@@ -26,29 +26,29 @@ def chromium() -> str:
 
 
 Scheme = Literal["light", "dark"]
-"""What the reader's system prefers."""
+"""The colour scheme that the reader's system prefers."""
 
 
 def dump_dom(page: Path, width: int, work: Path, scheme: Scheme = "light") -> str:
-    """The document after its scripts have run, in a window so many pixels wide."""
+    """The document after its scripts have run, in a window of this width in pixels."""
     return _run(page, work, scheme, f"--window-size={width},900", "--dump-dom")
 
 
 def screenshot(
     page: Path, file: Path, size: tuple[int, int], work: Path, scheme: Scheme = "light"
 ) -> None:
-    """The upper left of the page, as a PNG of ``size`` pixels."""
+    """The upper left part of the page, as a PNG of ``size`` pixels."""
     width, height = size
     _run(page, work, scheme, f"--window-size={width},{height}", f"--screenshot={file}")
 
 
 def _run(page: Path, work: Path, scheme: Scheme, *flags: str) -> str:
-    """Without a network, and with a profile of its own under ``work``."""
+    """Run without a network, and with a new profile under ``work``."""
     done = subprocess.run(
         [
             chromium(),
             "--headless",
-            # Its own sandbox does not work for root, as whom containers run.
+            # Chromium's sandbox does not work for root, which containers run as.
             "--no-sandbox",
             "--disable-gpu",
             "--disable-dev-shm-usage",

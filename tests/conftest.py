@@ -17,15 +17,15 @@ from veneer_server.wire.messages import EngineConfig
 from tests import places
 from tests.backends_ran import RAN, check, missing, with_asked
 
-# As `veneer-server` has it: gRPC's handlers around fork() fail in a child, sometimes, where a
-# `preexec_fn` runs beside a server of this process.
+# As in `veneer-server`: gRPC's fork handlers sometimes fail in a child with a `preexec_fn`, if
+# this process runs a server.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _asked_backend() -> Iterator[None]:
-    """Engines inside a test take what the suite is run with (see `tests.backends_ran`), and
-    are native where they can be."""
+    """Engines inside a test use the suite's settings (see `tests.backends_ran`), and are native
+    if possible."""
     chosen = process.choose
 
     def choose(config: EngineConfig, *rest: Any) -> Chosen:
@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker of xdist has ended: its engines count too."""
+    """Count the engines of an xdist worker that has ended."""
     RAN.update(getattr(node, "workeroutput", {}).get("backends", {}))
 
 
@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def cache_dir() -> Path:
-    """Where imported bases live; `make test` fills it before the suite starts."""
+    """Folder of imported bases; `make test` fills it before the suite starts."""
     return places.cache_dir()
 
 

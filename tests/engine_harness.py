@@ -37,7 +37,7 @@ GREEDY = SamplingParams(temperature=0)
 
 @dataclass
 class Answer:
-    """Everything one sequence got."""
+    """Everything that a sequence received."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Answer:
 
 
 class _Either:
-    """Exact or not, from one step to the next."""
+    """A backend that can switch between exact and normal from one step to the next."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -60,7 +60,7 @@ class _Either:
 
 
 class EngineHarness:
-    """Runs batches through one `StepLoop`; submissions of a batch arrive together."""
+    """Runs batches through one `StepLoop`; the requests of a batch arrive together."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
@@ -103,8 +103,8 @@ class EngineHarness:
         exact: bool = False,
         **limits: Any,
     ) -> None:
-        """As another start with these settings, on the weights that are loaded: other
-        `SchedulerLimits`, fewer KV blocks, an empty cache. Call it between batches.
+        """Like a restart with these settings on the loaded weights: other `SchedulerLimits`,
+        fewer KV blocks, an empty cache. Call it between batches.
         """
         self.settle()
         scheduler = self.scheduler
@@ -117,7 +117,7 @@ class EngineHarness:
         self._either.exact = exact
 
     def settle(self) -> None:
-        """Return when the loop has handled all that it was told."""
+        """Return when the loop has handled all its messages."""
         number = next(self._numbers)
         self.inbox.put(Ping(number))
         while not (isinstance(m := self.out.get(timeout=120), Pong) and m.number == number):
@@ -150,7 +150,7 @@ class EngineHarness:
 
 @contextmanager
 def engine(config: EngineConfig) -> Iterator[EngineHarness]:
-    """A harness that checks on leaving that nothing leaked."""
+    """A harness that checks on exit that nothing leaked."""
     harness = EngineHarness(config)
     try:
         yield harness
@@ -159,7 +159,7 @@ def engine(config: EngineConfig) -> Iterator[EngineHarness]:
 
 
 def source(folder: Path, name: str = "") -> AdapterSource:
-    """What the front would send for an adapter folder."""
+    """The source that the front would send for an adapter folder."""
     manifest = read_adapter(folder, None)
     return AdapterSource(
         weights_digest=manifest.weights_digest,

@@ -1,8 +1,8 @@
-"""What a new user asks first, and what a good answer holds.
+"""What a new user asks first, and what a good answer contains.
 
-Written down before any default was chosen (2026-11-27). The bundled base has 135 million
-parameters: the questions are ones that a child could answer. ``python -m
-tests.bench.first_answers`` gives the pass rate of many runs without a seed.
+Written before any default was chosen (2026-11-27). The bundled base has 135 million
+parameters, so a child could answer the questions. ``python -m tests.bench.first_answers``
+gives the pass rate of many runs without a seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Check = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``good`` looks at the whole answer."""
+    """A question; ``good`` judges the whole answer."""
 
     prompt: str
     good: Check
@@ -28,13 +28,14 @@ class Question:
 
 
 def says(pattern: str) -> Check:
-    """Somewhere in it, in any case, and it is a few paragraphs at most."""
+    """The pattern matches somewhere, ignoring case, and the answer is a few paragraphs at
+    most."""
     found = re.compile(pattern, re.IGNORECASE)
     return lambda text: found.search(text) is not None and len(text) < 1500
 
 
 def python(pattern: str) -> Check:
-    """Nothing but Python, with a function, and the pattern in it."""
+    """Only Python, with a function, and the pattern matches in it."""
 
     def check(text: str) -> bool:
         try:
@@ -58,7 +59,7 @@ INSERT INTO sales VALUES (1, 'lamp', 10.5, 1), (2, 'desk', 99, 2), (3, 'lamp', 1
 
 
 def returns(*rows: tuple[object, ...]) -> Check:
-    """One statement of SQLite that gives these rows, in any order."""
+    """One SQLite statement that returns these rows, in any order."""
 
     def check(text: str) -> bool:
         with sqlite3.connect(":memory:") as database:

@@ -20,8 +20,8 @@ _ENGINE = tuple(child_python("-m", "veneer_server.engine.process")[1:])
 
 @contextmanager
 def engine_of(*module: str) -> Iterator[None]:
-    """While the block runs, engines are ``python -m MODULE ARGUMENTS``, with what the front
-    gives them after that; the module is found from this folder up."""
+    """In the block, engines are ``python -m MODULE ARGUMENTS``, followed by the front's
+    arguments; the module is looked up from the repository's root."""
     right: Any = asyncio.create_subprocess_exec
 
     async def start(program: str, *arguments: str, **options: Any) -> Any:

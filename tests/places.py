@@ -1,4 +1,4 @@
-"""Where the suite finds the imported base: where the programs do, filled by `make base`."""
+"""Where the suite finds the imported base: in the programs' cache, filled by `make base`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ REPOSITORY: Final = Path(__file__).resolve().parent.parent
 
 
 def cache_dir() -> Path:
-    """As the server's `--cache-dir` without a flag; but a checkout that was given a base of its
-    own (a copy, or by a `make base` of before) keeps to that, here and in the Makefile."""
+    """The server's default `--cache-dir`, unless the checkout has its own copy of the base,
+    which takes precedence here and in the Makefile."""
     own = REPOSITORY / ".cache" / "veneer"
     if "VENEER_CACHE_DIR" not in os.environ and (own / "bases").is_dir():
         return own

@@ -1,8 +1,7 @@
-"""Bugs planted in our own Python code, each as an edit of its source.
+"""Plants bugs in our Python code, each as an edit of its source.
 
-The function that the edit is in gets the code that the edited source compiles to; the function
-itself stays, so that whoever has imported it runs what is planted. An edit no longer fits when
-the source changes, and then says so.
+Replaces the code object of the edited function, not the function itself, so that modules that
+imported it run the planted bug too. An edit that no longer fits a changed source is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ __all__ = ["edited", "planted"]
 
 
 def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeType]:
-    """The function of ``module`` whose source holds ``old``, and its code with ``new`` there.
+    """The function of ``module`` whose source contains ``old``, and its code with ``new``
+    instead.
 
     Raises:
         LookupError: ``old`` is not in the source exactly once, or in no function.
@@ -38,7 +38,7 @@ def edited(module: ModuleType, old: str, new: str) -> tuple[FunctionType, CodeTy
 
 @contextmanager
 def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
-    """``module`` runs with ``new`` for ``old`` until the context is left."""
+    """``module`` runs with ``new`` in place of ``old`` until the context exits."""
     function, code = edited(module, old, new)
     right, function.__code__ = function.__code__, code
     try:
@@ -55,7 +55,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _functions(owner: Any) -> Iterator[FunctionType]:
-    """Of a module or class, those that are written in it."""
+    """The functions that are defined in a module or class."""
     module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
     for each in vars(owner).values():
         if isinstance(each, property):

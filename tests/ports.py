@@ -1,4 +1,4 @@
-"""A port for a server that must be told one before it starts."""
+"""Free ports, for servers that need a port number before they start."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["free_port"]
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, below those that the system gives away.
+    """A loopback port that nobody listens on, below the system's ephemeral range.
 
-    One that the system chose and that was closed again may be the local end of the next
-    connection that anyone makes, before the server binds it.
+    An ephemeral port could become the local end of someone's next connection before the server
+    binds it.
     """
     while True:
         port = random.randrange(15_000, 30_000)

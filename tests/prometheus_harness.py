@@ -1,4 +1,4 @@
-"""A real Prometheus and promtool, which ``make tools`` brings."""
+"""A real Prometheus and promtool, installed by ``make tools``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULES = REPOSITORY / "deploy" / "prometheus" / "rules.yml"
 
 
 def tool(name: str) -> str:
-    """Path of a program from `make tools`; the test is skipped without, but for CI."""
+    """Path of a program from `make tools`; without it, the test is skipped, except in CI."""
     here = REPOSITORY / ".cache" / "tools" / "usr" / "bin" / name
     found = str(here) if here.exists() else shutil.which(name)
     if found is None:
@@ -33,7 +33,7 @@ def tool(name: str) -> str:
 
 
 class Prometheus:
-    """A running one that scrapes a server every 200 ms."""
+    """A running Prometheus that scrapes a server every 200 ms."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -47,7 +47,7 @@ class Prometheus:
         return found
 
     async def values(self, promql: str) -> dict[str, float]:
-        """Of each series its value, by its labels but job, instance and name, as JSON."""
+        """The value of each series, by its labels except job, instance and name, as JSON."""
         ours = ("__name__", "instance", "job")
         return {
             json.dumps({k: v for k, v in sorted(s["metric"].items()) if k not in ours}): float(
@@ -61,7 +61,7 @@ class Prometheus:
         while True:
             if await self.query(f"timestamp(up) > {moment!r}"):
                 return
-            await asyncio.sleep(0.05)  # it tells of a scrape to who asks only
+            await asyncio.sleep(0.05)  # it reports scrapes only on request
 
     async def _get(self, path: str) -> Any:
         def get() -> Any:

@@ -1,6 +1,6 @@
-"""An error of ours, told by what stays the same: its class, `reason` and metadata.
+"""Expects one of our errors by its stable parts: class, `reason` and metadata.
 
-Its message is for people, and may be improved at any time without a change of a test.
+Its message is for people, and can be improved without changing tests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _Error = TypeVar("_Error", bound=VeneerError)
 def refused(
     error: type[_Error], /, **metadata: object
 ) -> Iterator[pytest.ExceptionInfo[_Error]]:
-    """Expect this very class, no class below it, with at least this metadata; the values are
-    compared as text, as they travel."""
+    """Expect exactly this class, not a subclass, with at least this metadata. Values are
+    compared as text, as on the wire."""
     with pytest.raises(error) as caught:
         yield caught
     found = caught.value

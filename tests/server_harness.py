@@ -34,7 +34,7 @@ SERVICE = "veneer.v1.InferenceService"
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a failed call said."""
+    """The error of a failed call."""
 
     code: str
     reason: str
@@ -44,7 +44,7 @@ class Refusal:
 
 
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
-    """Read the rich status; every error of ours must carry an ErrorInfo."""
+    """Read the rich status; every error of ours must have an ErrorInfo."""
     status = rpc_status.from_call(error)
     assert status is not None, f"no rich status: {error.code()} {error.details()}"
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -72,7 +72,7 @@ class Stream:
         return await anext(self._messages)
 
     async def rest(self) -> list[Any]:
-        """All further messages; raises what ended the call."""
+        """All further messages; raises the error that ended the call."""
         return [message async for message in self._messages]
 
 
@@ -110,7 +110,7 @@ class Server:
         return Stream(self.inference.GenerateStream(request(**fields)))
 
     async def refused(self, call: Any) -> Refusal:
-        """The refusal of a call that must fail."""
+        """The error of a call that must fail."""
         try:
             answer = await call
         except grpc.aio.AioRpcError as error:
@@ -122,7 +122,7 @@ class Server:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def wait_for_health(self, wanted: bool, seconds: float) -> None:
-        """Follow the health stream until it says ``wanted``."""
+        """Follow the health stream until its status is ``wanted``."""
         status = health_pb2.HealthCheckResponse.SERVING
 
         async def follow() -> None:
@@ -139,7 +139,7 @@ class Server:
         return found
 
     async def scrape(self, *names: str) -> list[dict[str, float]]:
-        """Samples of each metric, all of one moment: labels -> value."""
+        """Samples of each metric, from one scrape: labels -> value."""
         host, port = self.metrics.rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
@@ -154,13 +154,13 @@ class Server:
         return list(found.values())
 
     async def stop(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self.process.wait(), 60)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The two files of an adapter folder that a server wants."""
+    """The two files of an adapter folder that a server needs."""
     names = ("adapter_config.json", "adapter_model.safetensors")
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -172,7 +172,7 @@ def upload_messages(
     tamper: Callable[[Any], None] = lambda m: None,
     **spec: Any,
 ) -> list[Any]:
-    """The messages of an honest upload; ``tamper`` may change each one."""
+    """The messages of a valid upload; ``tamper`` may change each one."""
     described = [
         adapters_pb2.UploadFile(
             name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest()
@@ -231,10 +231,10 @@ async def running_server(
     log: Path | None = None,
     open_files: int | None = None,
 ) -> AsyncIterator[Server]:
-    """Start a server and wait until it says that it is ready.
+    """Start a server and wait until it is ready.
 
     Args:
-        open_files: its limit of file descriptors, if not that of the tests.
+        open_files: its file descriptor limit, if different from that of the tests.
     """
     port_file = data_dir.parent / f"{data_dir.name}-ports.json"
     port_file.unlink(missing_ok=True)

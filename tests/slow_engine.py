@@ -1,8 +1,8 @@
 """A FAKE slow machine: ``python -m tests.slow_engine STEP ROW HANG FD`` is the engine process
 on a backend that waits before each call.
 
-STEP and ROW are seconds that a step takes, and each of its rows; from call number HANG on (0:
-never) it does not return at all. The calls that measure count, too.
+STEP and ROW are the seconds per step and per row; from call number HANG on (0: never) it does
+not return at all. Calls made for measuring count, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Slow"]
 
 
 class Slow:
-    """A backend that takes its time."""
+    """A backend that waits before each call."""
 
     def __init__(self, backend: Any, step_s: float, row_s: float, hang: int) -> None:
         self._backend = backend
@@ -48,7 +48,7 @@ def main() -> None:
         object.__setattr__(chosen, "backend", Slow(chosen.backend, step_s, row_s, hang))
         return chosen
 
-    # A wait is no work of this process: it is timed as where no core is shared.
+    # Waiting uses no CPU time, so measure wall-clock time, as if no core were shared.
     with patch.object(process, "choose", slow), patch("time.process_time", time.perf_counter):
         process.main()
 

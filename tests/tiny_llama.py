@@ -1,10 +1,10 @@
 """A Llama of random weights, small enough to serve thousands of requests in seconds.
 
 A Hugging Face folder like any other: config, weights, a byte-level BPE tokenizer trained
-here on a few sentences, a chat template. Nothing is fetched. The sizes are the least
-that bitsandbytes' 4-bit products take (rows % 32 = 0, columns % 64 = 0). The weights are
-ten times larger than training begins with, so that the distributions differ from prompt
-to prompt and from adapter to adapter by far more than rounding.
+here on a few sentences, a chat template. Nothing is downloaded. The sizes are the smallest
+that bitsandbytes' 4-bit GEMMs accept (rows % 32 = 0, columns % 64 = 0). The weights are
+ten times larger than a usual initialisation, so that distributions differ between prompts
+and between adapters by far more than rounding.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _TEMPLATE: Final = (
 
 
 def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
-    """Write the base into ``folder`` (made if missing); the same files for the same seed."""
+    """Write the base into ``folder`` (created if missing); the same files for the same seed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_config(), indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END}))
@@ -72,7 +72,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
 def make_lora(
     folder: Path, *, seed: int, rank: int = 4, modules: tuple[str, ...] = tuple(SHAPES)
 ) -> Path:
-    """Write an adapter for the base: random A and B in all layers, as PEFT lays it out.
+    """Write an adapter for the base: random A and B in all layers, in PEFT's layout.
 
     Args:
         modules: keys of `SHAPES`.
@@ -84,7 +84,7 @@ def make_lora(
             rows, columns = SHAPES[module]
             stem = f"base_model.model.model.layers.{layer}.{module}"
             a = random.normal(size=(rank, columns)) / np.sqrt(columns)
-            # A product of the size of the base's own, and of the same for every rank.
+            # Makes B A x about as large as the base's output, for every rank.
             b = random.normal(size=(rows, rank)) / np.sqrt(rank)
             tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
             tensors[f"{stem}.lora_B.weight"] = b.astype(np.float32)

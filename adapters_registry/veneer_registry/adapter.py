@@ -64,7 +64,7 @@ def check_name(name: str) -> str:
 
 
 class Tier(Enum):
-    """Where an adapter's bytes are. Ordered from far to near."""
+    """Where an adapter's bytes are, ordered from far to near."""
 
     REMOTE = "remote"
     DISK = "disk"
@@ -78,9 +78,9 @@ class AdapterRef:
 
     Attributes:
         name: the registered name.
-        revision: SHA-256 (64 hex digits) of the bundle: what responses speak of.
-        weights_digest: SHA-256 (64 hex digits) of tensors and the config that
-            changes the result: what resident weights are keyed by.
+        revision: SHA-256 (64 hex digits) of the bundle; responses report it.
+        weights_digest: SHA-256 (64 hex digits) of the tensors and of the config that
+            changes the result; resident weights are keyed by it.
     """
 
     name: str
@@ -95,7 +95,7 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class BaseFingerprint:
-    """What a base model is, from its files. Each part is 64 hex digits or "".
+    """Identity of a base model, from its files. Each part is 64 hex digits or "".
 
     Attributes:
         weights: SHA-256 over sorted (tensor name, dtype, shape, bytes on disk)
@@ -121,8 +121,8 @@ class BaseSpec:
         shapes: projection -> (out_features, in_features), the same in each layer.
         fingerprint: identity of the checkpoint and tokenizer.
         serving_dtype: dtype that adapter tensors are served in.
-        names: other names that an adapter's config may call this base by: its hub name,
-            its folder, what an operator allows (`base_names`).
+        names: other names that an adapter's config may use for this base: its hub name,
+            its folder, names that the operator allows (`base_names`).
     """
 
     name: str
@@ -155,7 +155,7 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """What a validated adapter folder holds; derived from content, never declared.
+    """What a validated adapter folder holds; derived from its content, never declared.
 
     Attributes:
         weights_digest: see `AdapterRef`.
@@ -163,12 +163,12 @@ class AdapterManifest:
         max_rank: largest rank of any module.
         targets: adapted projections, in `PROJECTIONS` order.
         parameters: number of LoRA parameters.
-        serving_bytes: bytes of A and B in the base's serving dtype: what a
-            resident adapter costs.
+        serving_bytes: bytes of A and B in the base's serving dtype, which is the memory
+            that a resident adapter takes.
         file_dtype: dtype of the tensors in the file ("mixed" if several).
         base_name: ``base_model_name_or_path`` as written; compared with the base's names,
             never fetched.
-        base_fingerprint: the base it was trained on, where its manifest says so.
+        base_fingerprint: the base it was trained on, if its manifest says so.
         chat_template: template shipped with the adapter, or None.
         training: flat facts from ``training_manifest.json`` (metrics, origin).
         warnings: sentences to show the uploader.

@@ -1,4 +1,4 @@
-"""Aliases of an adapter's name: made, moved, rolled back, ended."""
+"""Aliases of an adapter's name: create, move, roll back, remove."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Aliases(Part):
         etag: str = "",
         who: Who = SERVER,
     ) -> AliasChange:
-        """Make or move ``name/alias``, in one step for all who ask.
+        """Create or move ``name/alias``, atomically for all callers.
 
         Args:
             targets: (12 to 64 hex digits of a kept revision, weight of 1 to 10,000).
-            etag: if not empty, what the alias's must be.
+            etag: if not empty, the alias's etag must equal it.
 
         Raises:
-            InvalidField: not of that form.
-            AdapterNotFound: the name, or a revision of it, is not there.
-            EtagMismatch: it was moved meanwhile.
+            InvalidField: ``spec`` or ``targets`` is malformed.
+            AdapterNotFound: the name or a revision does not exist.
+            EtagMismatch: the alias has been moved meanwhile.
         """
         name, alias = _parse_alias(spec)
         core = self._core
@@ -54,20 +54,20 @@ class Aliases(Part):
             entry, old = self._alias(name, alias, etag)
             if old is None and len(entry.aliases) >= _MOST_ALIASES:
                 raise FailedPrecondition(
-                    f"adapter {name!r} has {_MOST_ALIASES} aliases, which is the most; remove "
-                    "one",
+                    f"adapter {name!r} has {_MOST_ALIASES} aliases already, the maximum; "
+                    "remove one",
                     metadata={"adapter": name},
                 )
             new = _resolve(name, entry, targets)
             if old is not None and old.targets == new:
-                return AliasChange(old, old.targets)  # so that a rollback goes further back
+                return AliasChange(old, old.targets)  # `previous` stays, for rollback
             return self._move(entry, name, alias, old, new, who)
 
     def rollback_alias(self, spec: str, *, etag: str = "", who: Who = SERVER) -> AliasChange:
-        """Move ``name/alias`` back to what it meant before its last move.
+        """Move ``name/alias`` back to its targets before the last move.
 
         Raises:
-            FailedPrecondition: it never meant anything else, or that was deleted.
+            FailedPrecondition: it was never moved, or its earlier targets were deleted.
         """
         name, alias = _parse_alias(spec)
         with self._core.changes:
@@ -79,13 +79,13 @@ class Aliases(Part):
                 )
             if not old.previous:
                 raise FailedPrecondition(
-                    f"alias {spec} never meant anything else: give it a revision",
+                    f"alias {spec} has no earlier target to roll back to: give it a revision",
                     metadata={"alias": spec, "cause": "no_previous"},
                 )
             return self._move(entry, name, alias, old, old.previous, who)
 
     def remove_alias(self, spec: str, *, etag: str = "", who: Who = SERVER) -> AliasChange:
-        """End ``name/alias``; the revisions stay."""
+        """Remove ``name/alias``; the revisions stay."""
         name, alias = _parse_alias(spec)
         core = self._core
         with core.changes:
@@ -109,8 +109,8 @@ class Aliases(Part):
         now = "" if old is None else str(old.generation)
         if etag and etag != now:
             raise EtagMismatch(
-                f"alias {name}/{alias} has etag {now or 'none'}, not {etag[:40]}: it was moved "
-                "meanwhile; list the aliases again",
+                f"alias {name}/{alias} has etag {now or 'none'}, not {etag[:40]}: it has been "
+                "moved; list the aliases again",
                 metadata={"alias": f"{name}/{alias}", "etag": now},
             )
         return entry, old

@@ -1,7 +1,7 @@
 """Whether two names mean the same base model.
 
 A config's ``base_model_name_or_path`` is whatever the trainer loaded: a hub name, a folder,
-or a folder of the hub's cache. It is compared, never opened.
+or a folder of the hub's cache. We only compare it; nothing opens it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ALIASES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _CONFIG_LIMIT: Final = 1 << 20
 
 _CACHED: Final = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
-"""A folder of the hub's cache: owner and model are in its path, a commit at its end."""
+"""A folder of the hub's cache: its path holds owner and model, and ends in a commit."""
 _LOCAL: Final = re.compile(r"[/.~]|[a-z]:/")
 
 
 def known_names(name: str, folder: Path, *more: str) -> tuple[str, ...]:
-    """What an adapter's config may call the base in ``folder``, whose logical name is ``name``:
-    that, the folder's name, the name in its own ``config.json``, a bundled base's hub name, and
-    ``more``. Each once, none empty. Errors show them to callers, so no path is among them."""
+    """Names that an adapter's config may use for the base in ``folder``: its logical name
+    ``name``, the folder's name, the name in its own ``config.json``, a bundled base's hub name,
+    and ``more``. Each once, none empty. Errors show them to callers, so none is a path."""
     names = [name, *_ALIASES.get(name, ()), _shown(str(folder)), _shown(str(folder.resolve()))]
     with contextlib.suppress(OSError, ValueError, AttributeError):
         with (folder / "config.json").open("rb") as file:
@@ -41,7 +41,7 @@ def known_names(name: str, folder: Path, *more: str) -> tuple[str, ...]:
 
 
 def _shown(name: str) -> str:
-    """A hub name as it is; of a path its model."""
+    """A hub name unchanged; the model's name if it is a path."""
     text = name.strip().replace("\\", "/").rstrip("/")
     if cached := _CACHED.search(text):
         return f"{cached[1]}/{cached[2]}"
@@ -50,8 +50,8 @@ def _shown(name: str) -> str:
 
 
 def is_named(name: str, names: Iterable[str]) -> bool:
-    """``name`` is one of ``names``: without regard to case, and with ``_`` or a space for
-    ``-``. Two hub names must have the same owner; of a path only the last part counts.
+    """Whether ``name`` is one of ``names``, ignoring case and treating ``_`` and spaces as
+    ``-``. Two hub names must have the same owner; only the last part of a path counts.
     """
     owner, model = _parts(name)
     return any(

@@ -1,7 +1,7 @@
-"""Completion in bash of words that bash takes apart: ``HOST:PORT``, ``NAME@REVISION``.
+"""Bash completion for words that bash splits: ``HOST:PORT``, ``NAME@REVISION``.
 
-Bash ends a word at each of these characters and replaces only what comes after the last one.
-A completion's program must join such words, and leave their beginning out of its answer.
+Bash ends a word at each of these characters and replaces only what follows the last one. A
+completion program must join such words, and omit the part that bash keeps from its answer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _BREAKS: Final = "@:="
 
 @contextlib.contextmanager
 def whole_words(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """While bash asks for a completion: its words are whole; else does nothing."""
+    """Join the words that bash split, if it is asking for a completion; else do nothing."""
     if "complete_bash" not in environ.values():
         yield
         return
     given = environ.get("COMP_WORDS", "")
-    between = "\n" if "\n" in given else " "  # Typer's script sets IFS to a line's end
+    between = "\n" if "\n" in given else " "  # Typer's script sets IFS to newline
     words = given.split(between)
     at = int(environ.get("COMP_CWORD", "0"))
     words += [""] * (at + 1 - len(words))
     whole: list[str] = []
     for number, word in enumerate(words[: at + 1]):
-        # A break belongs to the words on both sides.
+        # A break character joins the words on both sides.
         if number > 1 and (_is_break(word) or _is_break(words[number - 1])):
             whole[-1] += word
         else:

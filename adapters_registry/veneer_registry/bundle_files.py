@@ -1,4 +1,4 @@
-"""The files of a bundle: which it may have, how large, and reading the small ones."""
+"""The files of a bundle: which are allowed, their size limits, and reading the small ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ALLOWED_FILES: Final[Mapping[str, int | None]] = MappingProxyType(
         README_FILE: README_LIMIT,
     }
 )
-"""Files of a bundle, each with the most bytes it may have (weights: the server's limit)."""
+"""Files of a bundle, each with its size limit in bytes (for weights, the server's limit)."""
 
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
@@ -71,7 +71,7 @@ def check_file_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileSelection:
-    """What of a folder is a bundle: ``files`` are sent, ``skipped`` are not."""
+    """The bundle files of a folder: ``files`` are sent, ``skipped`` are not."""
 
     files: tuple[Path, ...]
     skipped: tuple[str, ...]
@@ -83,11 +83,11 @@ def select_files(folder: Path) -> FileSelection:
     Trainers leave ``training_args.bin``, optimizer states and checkpoints beside an
     adapter: they are skipped, never sent.
 
-    Only names, kinds and sizes are looked at: nothing is read before all of them are fine.
+    Checks only names, kinds and sizes; reads no content.
 
     Raises:
-        AdapterInvalid: the folder or a required file is missing; where only a
-            pickle is there, it is named with the way to convert it. A file of the bundle is
+        AdapterInvalid: the folder or a required file is missing (if there is only a pickle,
+            the message names it and says how to convert it); or a file of the bundle is
             empty, too large, not a regular file, or a link that leaves the folder.
     """
     if not folder.is_dir():
@@ -114,23 +114,23 @@ def _check_size(path: Path) -> None:
         fix = "save the adapter again" if path.name in REQUIRED_FILES else "remove it"
         refuse(path.name, f"is empty; {fix}")
     if limit is not None and size > limit:
-        refuse(path.name, f"is larger than {limit} bytes, it has {size}; make it smaller")
+        refuse(path.name, f"is larger than {limit} bytes (it has {size}); make it smaller")
 
 
 def open_file(folder: Path, name: str) -> io.BufferedReader:
-    """Open a bundle's file to read it. Raises AdapterInvalid as `read_small`."""
+    """Open a file of a bundle for reading. Raises AdapterInvalid as `read_small`."""
     return io.BufferedReader(open_regular(folder / name))
 
 
 def read_small(folder: Path, name: str) -> bytes:
-    """All of a bundle's file other than the weights.
+    """Read a whole file of a bundle, other than the weights.
 
     Raises:
         AdapterInvalid: it is missing, too large, not a regular file, or a link that leaves
             the folder.
     """
     limit = ALLOWED_FILES[name]
-    assert limit is not None, "the weights are read in pieces"
+    assert limit is not None, "weights are read in chunks"
     with open_file(folder, name) as file:
         data = file.read(limit + 1)
     if len(data) > limit:

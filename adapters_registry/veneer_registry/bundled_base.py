@@ -1,4 +1,4 @@
-"""The base model that comes with Veneer: its name, and where an import of it is kept.
+"""The base model that comes with Veneer: its name, and the folder it is imported to.
 
 ``veneer-server model import`` makes the folder; ``veneer-train`` finds it there.
 """
@@ -16,5 +16,5 @@ CACHE_VARIABLE: Final = "VENEER_CACHE_DIR"
 
 
 def bundled_folder(cache_dir: Path) -> Path:
-    """Where the bundled base is kept."""
+    """Folder of the imported bundled base."""
     return cache_dir / "bases" / BUNDLED

@@ -1,9 +1,9 @@
-"""Names and revisions in SQLite: one transaction a change, durable when it returns.
+"""Names and revisions in SQLite: one transaction per change, durable when it returns.
 
 Write-ahead log with ``synchronous=FULL``: a commit survives a power cut. One connection
-writes and two read, so that a reader never waits for an fsync, and what a request must know
-before it can start is never waited for behind a listing, or behind a thread of low priority
-that was interrupted in the middle of its query.
+writes and two read: a reader never waits for an fsync, and a query that a request needs
+before it can start waits neither for a listing nor for a low-priority thread that was
+preempted in the middle of its query.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = ["Catalog"]
 _log = logging.getLogger(__name__)
 
 _FEW: Final = 1000
-"""Of how many revisions with a label it is counted which of two labels is the rarer."""
+"""Up to how many revisions with a label are counted to find the rarer of two labels."""
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -59,7 +59,7 @@ _LABELS: Final = (
     "SELECT r.name, r.revision, l.key, l.value FROM revisions r, "
     "json_each(CASE WHEN json_valid(r.labels) THEN r.labels ELSE '{}' END) l"
 )
-"""The rows of the table of labels, from those of the revisions."""
+"""Derives the rows of the labels table from those of the revisions."""
 
 
 def _nothing(number: int) -> None:
@@ -73,19 +73,20 @@ class Catalog:
         """Open or make the database.
 
         Args:
-            after_change: told the number of each change once it is durable.
+            after_change: called with the number of each change once it is durable.
 
         Raises:
-            FailedPrecondition: it is from a newer Veneer.
+            FailedPrecondition: the database is from a newer Veneer.
             CatalogDamaged: it cannot be read.
-            DiskFull: there is no room for it.
+            DiskFull: the disk has no space for it.
         """
         self._path = path
         self._after_change = after_change
         self._write_lock = threading.Lock()
         if not path.exists():
-            # Private, which SQLite would leave to the umask; its other files follow this one's
-            # mode. Not where there is one: closing it would drop SQLite's locks on it.
+            # Make it private: SQLite would leave its mode to the umask, and gives its other
+            # files the same mode. An existing file is not opened, since closing it would
+            # drop SQLite's locks on it.
             with disk_errors(path.parent):
                 create_file(path)
                 sync(path.parent)
@@ -99,7 +100,7 @@ class Catalog:
             undo.pop_all()
 
     def close(self) -> None:
-        """Close its connections. May be called again."""
+        """Close the connections. Idempotent."""
         with self._write_lock:
             self._reader.close()
             self._urgent.close()
@@ -107,7 +108,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def change(self, who: Who = SERVER, time: float = 0.0) -> Iterator[Change]:
-        """One transaction, durable when the block ends; undone where it raises.
+        """One transaction: durable when the block ends, rolled back if it raises.
 
         Args:
             who, time: for the history; Unix seconds.
@@ -129,7 +130,7 @@ class Catalog:
     # -------------------------------------------------------------------- queries
 
     def fact(self, key: str) -> str | None:
-        """A fact about the whole catalog; None where it is not there, or is damaged."""
+        """A fact about the whole catalog; None if it is missing or damaged."""
         for value, digest in self._reader.rows(
             "SELECT value, digest FROM facts WHERE key = ?", [key]
         ):
@@ -139,23 +140,23 @@ class Catalog:
 
     @property
     def number(self) -> int:
-        """Of the last change."""
+        """Number of the last change."""
         ((number,),) = self._reader.rows("SELECT value FROM counter")
         return int(number)
 
     @property
     def empty(self) -> bool:
-        """It has neither names nor revisions."""
+        """Whether it has neither names nor revisions."""
         ((some,),) = self._reader.rows(
             "SELECT EXISTS (SELECT 1 FROM names) OR EXISTS (SELECT 1 FROM revisions)"
         )
         return not some
 
     def names(self) -> Iterator[NameRow]:
-        """Every name in order, for the index. Damaged rows are counted at the name that they
-        seem to be about, or at an empty one."""
+        """Every name in order, for the index. A damaged row is counted for the name that it
+        seems to be about, or for an empty name."""
         aliases, damage = self._aliases()
-        # A start is made of this: tens of thousands of rows, most names with one revision.
+        # Dominates start-up time: tens of thousands of rows, most names with one revision.
         revisions: dict[str, list[tuple[Any, ...]]] = {}
         for row in self._reader.rows(f"SELECT digest, {REVISION} FROM revisions"):
             if row[0] != row_digest("revisions", *row[1:]):
@@ -176,7 +177,7 @@ class Catalog:
             also = tuple(aliases.pop(name, ())) if name in aliases else ()
             bad = damage.pop(name, 0) if damage else 0
             yield NameRow(name, current, generation, kept, retain, also, bad)
-        # What is left is about names whose own row is damaged, or gone.
+        # The rest belongs to names whose own row is damaged or missing.
         for name in sorted({*revisions, *aliases, *damage}):
             kept = newest_first(revisions.get(name, nothing))
             also = tuple(aliases.get(name, ()))
@@ -197,26 +198,30 @@ class Catalog:
         return count
 
     def restore_labels(self) -> bool:
-        """Make the table that is searched by label what the revisions' rows say. True if it
-        was something else: it has no digests of its own."""
+        """Rebuild the labels table from the revisions' rows if they differ, and return whether
+        they did. The table has no digests, so only this comparison can tell."""
         stored = "SELECT name, revision, key, value FROM labels"
         ((differs,),) = self._reader.rows(
             f"SELECT EXISTS ({stored} EXCEPT {_LABELS}) OR EXISTS ({_LABELS} EXCEPT {stored})"
         )
         if differs:
             _log.error(
-                "the labels that listings are searched by were damaged; they are restored"
+                "the labels table, which listings search, was damaged and has been rebuilt"
             )
             try:
                 with self.change() as change:
                     change.restore_labels(_LABELS)
             except sqlite3.IntegrityError as error:
-                # Listings check each row's own labels: at worst one is not found.
-                _log.error("the labels that listings are searched by stay damaged: %s", error)
+                # Listings check each row's own labels: at worst they miss a row.
+                _log.error(
+                    "the labels table, which listings search, is damaged and cannot be "
+                    "rebuilt: %s",
+                    error,
+                )
         return bool(differs)
 
     def aliases(self) -> tuple[AliasRow, ...]:
-        """Every alias, in order of name and alias; not those whose row is damaged."""
+        """Every alias whose row is sound, by name and alias."""
         return tuple(alias for group in self._aliases()[0].values() for alias in group)
 
     def _aliases(self) -> tuple[dict[str, list[AliasRow]], Counter[str]]:
@@ -231,7 +236,7 @@ class Catalog:
         return found, damage
 
     def quarantined(self) -> dict[str, str]:
-        """Weights digest -> why, of what is damaged."""
+        """Weights digest -> why it is damaged."""
         return dict(self._reader.rows("SELECT weights, why FROM quarantine", ()))
 
     def file(self, sha256: str) -> tuple[str, str] | None:
@@ -240,12 +245,12 @@ class Catalog:
         return (rows[0][0], rows[0][1]) if rows else None
 
     def residents(self) -> tuple[ResidentRow, ...]:
-        """What was in memory when that was last written, most recently used first."""
+        """The resident adapters as last recorded, most recently used first."""
         rows = self._reader.rows("SELECT weights, tier, pin FROM residents ORDER BY place", ())
         return tuple(ResidentRow(*row) for row in rows)
 
     def history(self, name: str, before: int | None, limit: int) -> tuple[HistoryRow, ...]:
-        """Lines of a name (of all names if empty), newest first, older than line
+        """History of a name (of all names if empty), newest first; only lines older than
         ``before`` if that is given."""
         where: list[str] = ["1"]
         parameters: list[object] = []
@@ -263,8 +268,8 @@ class Catalog:
         return tuple(history_row(row) for row in rows)
 
     def vanished(self, revisions: Set[str]) -> set[str]:
-        """Which of these revisions, that no row names, a row must have named: the history
-        tells of their publishing and of no end."""
+        """Which of these revisions, which no row names, should have a row: the history
+        records that they were published and not that they ended."""
         last: dict[tuple[str, str], str] = {}
         events = ", ".join(f"'{event}'" for event in (*ENDS, *BEGINNINGS))
         for name, revision, event in self._reader.rows(
@@ -276,8 +281,8 @@ class Catalog:
         return {revision for (_, revision), event in last.items() if event in BEGINNINGS}
 
     def revisions_of(self, name: str) -> set[str]:
-        """All revisions of a name: those in damaged rows, too, and those of which the history
-        tells a beginning and no end."""
+        """All revisions of a name, including those in damaged rows and those that, by the
+        history, were published and have not ended."""
         rows = self._reader.rows("SELECT revision FROM revisions WHERE name = ?", (name,))
         found = {text for (text,) in rows if isinstance(text, str) and _HEX.fullmatch(text)}
         for _, *values, digest in self._reader.rows(
@@ -295,11 +300,11 @@ class Catalog:
         return found
 
     def revision(self, name: str, revision: str, *, urgent: bool = False) -> RevisionRow | None:
-        """One revision, or None where it is gone.
+        """One revision, or None if it is gone.
 
         Args:
-            urgent: for a caller that must wait for no other query, as the event loop. Only
-                such callers may set it: they wait for each other.
+            urgent: for callers such as the event loop that must not wait for other queries.
+                Only they may set it, since urgent queries wait for each other.
 
         Raises:
             AdapterCorrupt: its row is damaged.
@@ -318,7 +323,7 @@ class Catalog:
         return row
 
     def revisions(self, name: str) -> tuple[RevisionRow, ...]:
-        """All revisions of a name, newest first; not those whose row is damaged."""
+        """All revisions of a name whose row is sound, newest first."""
         rows = self._reader.rows(
             f"SELECT {COLUMNS} FROM revisions r JOIN names n ON n.name = r.name "
             "WHERE r.name = ? ORDER BY r.sequence DESC",
@@ -329,12 +334,13 @@ class Catalog:
     def page(
         self, prefix: str, labels: Mapping[str, str], after: str, limit: int
     ) -> tuple[RevisionRow, ...]:
-        """Current revisions in name order: those of names that start with ``prefix``,
-        carry all of ``labels`` and come after ``after``. Damaged rows are left out."""
+        """Current revisions in name order that carry all of ``labels``, of names that start
+        with ``prefix`` and come after ``after``. Damaged rows are left out."""
         pairs = self._rarest_first(labels)
         first, at = "names n", "n"
         if pairs:
-            # In the order of the index on labels; SQLite would walk through all names.
+            # CROSS JOIN fixes the order: start with the labels' index, since SQLite by itself
+            # would scan all names.
             first = "labels l CROSS JOIN names n ON n.name = l.name AND n.current = l.revision"
             at = "l"
         sql = (
@@ -357,13 +363,13 @@ class Catalog:
         rows = self._reader.rows(sql, [*parameters, limit])
         sound = revision_rows(rows)
         found = tuple(row for row in sound if labels.items() <= row.labels.items())
-        if len(found) < len(rows) == limit:  # what is left out must not look like the end
+        if len(found) < len(rows) == limit:  # a short page would mean the end
             beyond = self.page(prefix, labels, str(rows[-1][0]), limit - len(found))
             return found + beyond
         return found
 
     def _rarest_first(self, labels: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Pairs of a filter, the one that fewest revisions have in front."""
+        """Pairs of a filter, the one that the fewest revisions have first."""
         if len(labels) < 2:
             return list(labels.items())
 

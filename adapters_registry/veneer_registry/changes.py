@@ -1,4 +1,4 @@
-"""What one transaction of the catalog may do; all of it happens, or nothing."""
+"""The changes that one transaction of the catalog may make, all or none."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from veneer_registry.strict_json import canonical_json
 __all__ = ["Change"]
 
 _DETAIL: Final = 500
-"""Characters of a history line's detail."""
+"""Most characters of a history line's detail."""
 _LINES: Final = 1000
-"""History lines kept of each name."""
+"""History lines kept for each name."""
 
 
 class Change:
-    """Made by `Catalog.change`, and valid inside it.
+    """Made by `Catalog.change`, and valid inside its block.
 
     Attributes:
-        number: larger than that of any change before, also over deletions. Names and
-            aliases that are changed get it as their generation.
+        number: larger than that of any earlier change, even across deletions. It becomes the
+            generation of each name and alias that is changed.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Change:
     # ------------------------------------------------------------------- revisions
 
     def publish(self, row: RevisionRow) -> None:
-        """Make ``row`` the newest revision of its name, and the current one. A damaged row of
-        the name is written anew."""
+        """Make ``row`` the newest and the current revision of its name. A damaged row of the
+        name is rewritten."""
         retain = None
         with contextlib.suppress(AdapterCorrupt):
             self._check_name(row.name)
@@ -60,7 +60,7 @@ class Change:
     def put_name(
         self, name: str, current: str | None, generation: int, retain: int | None
     ) -> None:
-        """Write a name's row, whatever it was before."""
+        """Insert or replace a name's row."""
         self._db.execute(
             "INSERT INTO names (name, current, generation, retain, digest) "
             "VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
@@ -73,7 +73,7 @@ class Change:
         )
 
     def put_revision(self, row: RevisionRow, sequence: int) -> None:
-        """Write a revision's row, whatever it was before. Its name must be there."""
+        """Insert or replace a revision's row. Its name must exist."""
         self.forget(row.name, [row.revision])
         values = (
             *(row.name, row.revision, row.weights, row.base, float(row.created)),
@@ -89,7 +89,7 @@ class Change:
         self._add_labels(row.name, row.revision, row.labels)
 
     def make_current(self, name: str, revision: str) -> None:
-        """Let a name mean one of its revisions."""
+        """Make one of a name's revisions the current one."""
         self._update_name(name, "current = ?", revision)
 
     def _update_name(self, name: str, assignment: str, *values: object) -> None:
@@ -117,13 +117,13 @@ class Change:
 
     def delete_name(self, name: str) -> None:
         """Forget a name with its revisions and aliases."""
-        # Not by the reference alone: the name's own row may be damaged.
+        # Not left to ON DELETE CASCADE: the name's own row may be damaged.
         for table in ("labels", "aliases", "revisions", "names"):
             self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
     def delete_revisions(self, name: str, revisions: Sequence[str]) -> None:
-        """Forget some revisions of a name, which stays without a current one if that
-        was among them."""
+        """Forget some revisions of a name. If the current one is among them, the name is left
+        without one."""
         self.forget(name, revisions)
         self._update_name(
             name,
@@ -132,7 +132,7 @@ class Change:
         )
 
     def forget(self, name: str, revisions: Iterable[str]) -> None:
-        """Forget revisions that are not current; the generation stays."""
+        """Forget revisions that are not current; the name's generation stays."""
         self._db.executemany(
             "DELETE FROM revisions WHERE name = ? AND revision = ?",
             [(name, revision) for revision in revisions],
@@ -141,7 +141,7 @@ class Change:
     # ------------------------------------------------------------ labels, retention
 
     def set_labels(self, name: str, revision: str, labels: Mapping[str, str]) -> None:
-        """Give a revision, whose row was just read and is whole, just these labels."""
+        """Replace the labels of a revision whose row was just read and is sound."""
         self._db.execute(
             "UPDATE revisions SET labels = ?1, digest = row_digest('revisions', name, "
             "revision, weights, base, created, ?1, bytes, sequence, manifest_sha256) "
@@ -153,7 +153,7 @@ class Change:
         self.touch(name)
 
     def set_base(self, row: RevisionRow, base: str) -> None:
-        """The revision was checked against this base."""
+        """Record that the revision was checked against this base."""
         self._db.execute(
             "UPDATE revisions SET base = ?1, digest = row_digest('revisions', name, revision, "
             "weights, ?1, created, labels, bytes, sequence, manifest_sha256) "
@@ -168,13 +168,13 @@ class Change:
         )
 
     def restore_labels(self, rows: str) -> None:
-        """Fill the table that is searched by label with what this query gives."""
+        """Refill the labels table from this query."""
         self._db.execute("DELETE FROM labels")
-        # In a damaged database, or a damaged row, there may be two of one key.
+        # A damaged database or row may have a key twice.
         self._db.execute(f"INSERT OR IGNORE INTO labels {rows}")
 
     def set_retain(self, name: str, retain: int) -> None:
-        """How many superseded revisions a name keeps."""
+        """Set how many superseded revisions a name keeps."""
         self._update_name(name, "retain = ?", retain)
 
     def touch(self, name: str) -> None:
@@ -184,7 +184,7 @@ class Change:
     # ---------------------------------------------------------------------- aliases
 
     def set_alias(self, row: AliasRow) -> None:
-        """Make or move an alias."""
+        """Create or move an alias."""
         values = (
             *(row.name, row.alias, _pairs(row.targets), _pairs(row.previous)),
             *(row.generation, float(row.updated)),
@@ -197,40 +197,40 @@ class Change:
         )
 
     def remove_alias(self, name: str, alias: str) -> None:
-        """End an alias."""
+        """Remove an alias."""
         self._db.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (name, alias))
 
     # ---------------------------------------------------------------------- content
 
     def quarantine(self, weights: str, why: str) -> None:
-        """Note that stored weights are damaged."""
+        """Record that stored weights are damaged."""
         self._db.execute(
             "INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?)", (weights, self._time, why)
         )
         self.forget_files([weights])
 
     def release(self, weights: str) -> bool:
-        """The weights are whole (again). True if they were in quarantine."""
+        """Take weights that are whole out of quarantine. True if they were in it."""
         return (
             self._db.execute("DELETE FROM quarantine WHERE weights = ?", (weights,)).rowcount
             > 0
         )
 
     def add_files(self, digest: str, files: Mapping[str, str]) -> None:
-        """Note where content lies: file name -> SHA-256, in the folder of ``digest``."""
+        """Record stored content: file name -> SHA-256, in the folder of ``digest``."""
         self._db.executemany(
             "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
             [(sha256, digest, name) for name, sha256 in files.items()],
         )
 
     def forget_files(self, digests: Iterable[str]) -> None:
-        """The content of these folders is gone."""
+        """Forget the content of these folders."""
         self._db.executemany(
             "DELETE FROM files WHERE digest = ?", [(digest,) for digest in digests]
         )
 
     def set_residents(self, residents: Sequence[ResidentRow]) -> None:
-        """What is in memory now, most recently used first."""
+        """Record the resident adapters, most recently used first."""
         self._db.execute("DELETE FROM residents")
         self._db.executemany(
             "INSERT INTO residents VALUES (?, ?, ?, ?)",
@@ -250,7 +250,7 @@ class Change:
         )
 
     def add_line(self, line: HistoryRow) -> None:
-        """Add a line as it is, but for its sequence."""
+        """Add a line unchanged except for its sequence."""
         values = (
             *(float(line.time), line.name, line.event, line.revision),
             *(line.who.actor, line.who.peer, line.detail),
@@ -264,14 +264,14 @@ class Change:
     # ------------------------------------------------------------------------ facts
 
     def set_fact(self, key: str, value: str) -> None:
-        """One of the few facts about the whole catalog: see `Catalog.fact`."""
+        """Set a fact about the whole catalog; see `Catalog.fact`."""
         self._db.execute(
             "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)",
             (key, value, row_digest("facts", key, value)),
         )
 
     def raise_counter(self, least: int) -> None:
-        """Let the numbers of later changes be larger than ``least``."""
+        """Make the numbers of later changes larger than ``least``."""
         self._db.execute("UPDATE counter SET value = max(value, ?)", (least,))
 
 

@@ -1,4 +1,4 @@
-"""Rows of the catalog as they are read: what is not what was written is left out."""
+"""Reads rows of the catalog and leaves out damaged ones, whose digest does not match."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _log = logging.getLogger(__name__)
 REVISION: Final = (
     "name, revision, weights, base, created, labels, bytes, sequence, manifest_sha256"
 )
-"""What a revision's digest covers, in its order."""
+"""The columns that a revision's digest covers, in that order."""
 COLUMNS: Final = (
     ", ".join(f"r.{column}" for column in REVISION.split(", "))
     + ", r.digest, r.manifest, n.current IS r.revision, n.generation"
 )
-"""Of a revision, ``r``, and its name, ``n``: what `revision_row` reads."""
+"""The columns that `revision_row` reads, of a revision ``r`` and its name ``n``."""
 
 _sequence: Final = operator.itemgetter(8)
 
 
 def newest_first(rows: list[tuple[Any, ...]]) -> tuple[tuple[str, str, str], ...]:
-    """(revision, weights, base) of rows that begin with a digest and `REVISION`; sorts them."""
+    """(revision, weights, base) of rows of digest and `REVISION`; sorts ``rows`` in place."""
     if len(rows) > 1:
         rows.sort(key=_sequence, reverse=True)
     return tuple([(row[2], row[3], row[4]) for row in rows])
 
 
 def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
-    """Those of the rows that are what was written."""
+    """The undamaged rows."""
     found = tuple(row for row in map(revision_row, rows) if row is not None)
     if len(found) < len(rows):
         _log.error(
-            "%d damaged rows of the catalog are left out of a listing; stop the server and run "
+            "left %d damaged rows of the catalog out of a listing; stop the server and run "
             "`veneer-server store recover`",
             len(rows) - len(found),
         )
@@ -58,7 +58,7 @@ def revision_rows(rows: list[tuple[Any, ...]]) -> tuple[RevisionRow, ...]:
 
 
 def revision_row(row: tuple[Any, ...]) -> RevisionRow | None:
-    """A row of `COLUMNS`; None where it is not what was written."""
+    """A row of `COLUMNS`; None if it is damaged."""
     *values, digest, manifest, current, generation = row
     if digest != row_digest("revisions", *values) or values[-1] != text_digest(manifest):
         return None
@@ -78,7 +78,7 @@ def revision_row(row: tuple[Any, ...]) -> RevisionRow | None:
 
 
 def history_row(row: tuple[Any, ...]) -> HistoryRow:
-    """A line; of one that is not what was written, its number and that."""
+    """A line of the history; of a damaged one, its number and that it is damaged."""
     number, *values, digest = row
     if digest != row_digest("history", *values):
         return HistoryRow(number, 0.0, "", "damaged", "", SERVER, "this line is damaged")
@@ -87,7 +87,7 @@ def history_row(row: tuple[Any, ...]) -> HistoryRow:
 
 
 def alias_row(row: tuple[Any, ...]) -> AliasRow | None:
-    """A whole row of the table of aliases; None where it is not what was written."""
+    """A row of the aliases table, all columns; None if it is damaged."""
     *values, digest = row
     if digest != row_digest("aliases", *values):
         return None
@@ -100,7 +100,7 @@ def _targets(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def sound_name(value: object) -> str:
-    """A name that may be damaged: itself, or nothing where no adapter can have it."""
+    """A name from a possibly damaged row; "" if no adapter can have that name."""
     try:
         return check_name(value) if isinstance(value, str) else ""
     except InvalidField:

@@ -11,7 +11,7 @@ def child_python(*arguments: str) -> list[str]:
     """This interpreter with ``arguments``, without the current folder on its path.
 
     ``-m`` and ``-c`` put the current folder first on `sys.path`: a ``numpy.py`` in the folder
-    that someone starts a server from would run inside the engine. ``-P`` leaves it out.
-    `PYTHONPATH` and the user's site packages still count, which ``-I`` would drop.
+    that a server is started from would run inside the engine. ``-P`` leaves it out. ``-I``
+    would also drop `PYTHONPATH` and the user's site packages.
     """
     return [sys.executable, "-P", *arguments]

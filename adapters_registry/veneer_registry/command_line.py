@@ -1,7 +1,7 @@
-"""One look for the help of all four programs.
+"""The same help layout for all four programs.
 
-Typer's plain help, with three changes: it uses the terminal's width up to 120 columns, a
-command's first sentence is shown whole, and an epilog's examples stay lines that can be pasted.
+Typer's plain help, with three changes: it uses the terminal's width up to 120 columns, shows
+a command's first sentence whole, and keeps an epilog's examples as lines that can be pasted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["Command", "Group", "Program", "with_parameters"]
 
 _WIDEST: Final = 120
 _EXAMPLE: Final = "  "
-"""What a line of an epilog begins with if it is to be pasted."""
+"""Indent of the lines of an epilog that are meant to be pasted."""
 _COMMENT: Final = re.compile(r" {2,}(?=\S)")
 _BREAK: Final = re.compile(r" (?=--?[a-zA-Z])")
-"""Where a command that is too long goes on in the next line."""
+"""Where a command that is too long may be broken."""
 
 
 class _Shown:
-    """How a command shows its epilog."""
+    """Formats a command's epilog."""
 
     epilog: str | None
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """``Examples:`` and such are sections of their own."""
+        """Show headings such as ``Examples:`` as sections."""
         for head, lines in _sections(self.epilog or ""):
             formatter.write_paragraph()
             if head:
@@ -50,7 +50,7 @@ class Group(_Shown, TyperGroup):
     """A program, or a group of its commands."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Each with its first sentence."""
+        """List the commands, each with its first sentence."""
         found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         rows = [
             (name, _first_sentence(command.short_help or command.help or ""))
@@ -63,7 +63,7 @@ class Group(_Shown, TyperGroup):
 
 
 class Program(typer.Typer):
-    """A `typer.Typer` whose commands look alike."""
+    """A `typer.Typer` whose commands share this help layout."""
 
     def __init__(self, *, help: str, epilog: str = "", **more: Any) -> None:
         super().__init__(
@@ -81,23 +81,23 @@ class Program(typer.Typer):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it, with the process's arguments unless others are given."""
+        """Run the program, with the process's arguments unless others are given."""
         with whole_words():
             return super().__call__(*args, **kwargs)
 
     def command(self, name: str | None = None, **more: Any) -> Callable[[Any], Any]:
-        """As Typer's."""
+        """As `typer.Typer.command`."""
         return super().command(name, cls=Command, **more)
 
 
 def with_parameters(
     parameters: Iterable[inspect.Parameter], *, before: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes ``**`` keyword arguments these parameters instead: Typer reads
-    flags from the signature.
+    """Replace a command's ``**`` keyword arguments by these parameters in its signature, from
+    which Typer reads the flags.
 
     Args:
-        before: the command's own parameter that they precede in the help; None: at the end.
+        before: the command's own parameter that follows them in the help; None: put them last.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +119,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _sections(epilog: str) -> Iterator[tuple[str, list[str]]]:
-    """Paragraphs, and with each the lines of examples that follow."""
+    """Paragraphs, each with the example lines that follow it."""
     head, examples = "", list[str]()
     for block in re.split(r"\n\s*\n", epilog.strip("\n")):
         if block.startswith(_EXAMPLE):
@@ -133,7 +133,7 @@ def _sections(epilog: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _table(lines: list[str], width: int) -> Iterator[str]:
-    """Commands with their comments beside them, where they fit; else with the comment above."""
+    """Commands with their comments beside them if all fit, else above."""
     pairs = [(*_COMMENT.split(line.strip(), maxsplit=1), "")[:2] for line in lines]
     column = max((len(command) for command, comment in pairs if comment), default=0) + 2
     beside = all(column + len(comment) <= width for _, comment in pairs if comment)
@@ -146,7 +146,7 @@ def _table(lines: list[str], width: int) -> Iterator[str]:
 
 
 def _broken(command: str, width: int) -> list[str]:
-    """A command as lines that a shell joins again."""
+    """A command broken into lines that a shell joins again."""
     lines, rest = [""], _BREAK.split(command)
     for at, part in enumerate(rest):
         room = width - (2 if at + 1 < len(rest) else 0)

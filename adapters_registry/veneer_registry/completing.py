@@ -1,5 +1,5 @@
-"""What an older Veneer stored, brought up to date beside the serving: a registration for each
-revision (`registration`), and modes that keep others out. Once for a data folder."""
+"""Upgrades what an older Veneer stored, once per data folder and while serving: adds a
+registration for each revision (`registration`), and makes files and folders private."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FACT: Final = "completed"
 
 
 class Completing:
-    """One pass over the names. One thread at a time."""
+    """One pass over all names. One thread at a time."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -26,7 +26,7 @@ class Completing:
         self._written = False
 
     def more(self, limit: int) -> bool:
-        """Look at so many more names; False once all are done."""
+        """Process up to ``limit`` more names; False once all are done."""
         core = self._core
         if self._names is None:
             if core.catalog.fact(_FACT) is not None:
@@ -42,7 +42,7 @@ class Completing:
         if limit == 0:
             return True
         if self._written:
-            os.sync()  # one for all: they are needed only when the catalog is lost
+            os.sync()  # one for all files: they are needed only if the catalog is lost
         with core.changes, core.change(SERVER) as change:
             change.set_fact(_FACT, "1")
         return False

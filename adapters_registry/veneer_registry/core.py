@@ -1,7 +1,7 @@
-"""What the parts of the registry share: folder, catalog, index, and how a row is read.
+"""State that the parts of the registry share: folder, catalog, index; and reading a row.
 
-Two locks: `changes` is held by whatever changes disk or catalog, for as long as that
-takes; the index has its own, never held across a system call.
+Two locks: every change of disk or catalog holds `changes` for as long as it takes; the index
+has its own lock, which is never held across a system call.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Core:
     """Owner of a data folder's parts; `Registry` opens and closes it.
 
     Attributes:
-        base_id: what of the base decides whether an adapter fits.
-        retain: superseded revisions that a name keeps, unless it has a number of its own.
-        clock: Unix seconds.
-        changes: see the module.
+        base_id: identity of the base, for whether an adapter was checked against it.
+        retain: superseded revisions that a name keeps, unless it sets its own number.
+        clock: returns Unix seconds.
+        changes: see the module docstring.
     """
 
     lock: OwnerLock
@@ -61,8 +61,8 @@ class Core:
     changes: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        # Rows are read each time, their parsed manifests kept: keyed by their own
-        # text, so that an entry cannot be stale.
+        # Rows are read each time, but parsed manifests are cached. The key is the
+        # manifest's text, so an entry cannot be stale.
         self._parse = functools.lru_cache(maxsize=_CACHED_MANIFESTS)(manifest_from_json)
 
     def change(self, who: Who) -> AbstractContextManager[Change]:
@@ -70,9 +70,9 @@ class Core:
         return self.catalog.change(who, self.clock())
 
     def record(self, row: RevisionRow) -> AdapterRecord:
-        """What callers see of a row."""
+        """The record that callers get for a row."""
         manifest = self._parse(row.manifest)
-        # The server may have been started again with another serving dtype.
+        # The server may have been restarted with another serving dtype.
         served = manifest.parameters * SERVING_BYTES[self.base.serving_dtype]
         ref = AdapterRef(row.name, row.revision, row.weights)
         entry = self.index.entry(row.name)
@@ -92,9 +92,9 @@ class Core:
         )
 
     def sweep(self) -> int:
-        """Remove content that no name and no lease needs. Returns folders removed.
+        """Remove content that no name or lease needs. Returns the number of folders removed.
 
-        While rows of the catalog are damaged, content that one of them may mean stays, and
+        While the catalog has damaged rows, content that one of them may refer to stays, and
         the rest goes to quarantine.
         """
         with self.changes:
@@ -124,11 +124,11 @@ class Core:
         return len(weights) + len(revisions)
 
     def _registered_beside_the_index(self) -> set[str]:
-        """Weights and revisions that the store has registered under some name and the index
-        does not have: a damaged row of the catalog may mean them.
+        """Weights and revisions that are registered in the store but missing from the index:
+        a damaged row of the catalog may refer to them.
 
         Raises:
-            AdapterCorrupt: it cannot be told.
+            AdapterCorrupt: a bundle cannot be read.
         """
         needed: set[str] = set()
         for revision in self.store.present()[1] - self.index.revisions():
@@ -144,18 +144,18 @@ class Core:
         return needed
 
     def sweep_quietly(self) -> None:
-        """`sweep` after a change that stands whatever becomes of this: what cannot be removed
-        now is tried again later."""
+        """`sweep` after a change, which stands even if this fails: content that cannot be
+        removed now is tried again later."""
         try:
             self.sweep()
         except (VeneerError, OSError, sqlite3.Error) as error:
-            _log.warning("content that nothing needs stays on disk for now: %s", error)
+            _log.warning("unneeded content stays on disk for now: %s", error)
 
     def drop_superseded(self, name: str, entry: Entry, dropped: Iterable[AdapterRef]) -> None:
-        """Forget revisions that `entry`, which the index has already, does not hold.
+        """Forget revisions that ``entry``, which is in the index already, does not hold.
 
-        After the index has moved on: a request that found one of them before asks again
-        and gets the new one.
+        Must come after the change of the index: a request that found one of them before then
+        looks the name up again and gets the new one.
         """
         dropped = tuple(dropped)
         with self.change(SERVER) as change:
@@ -165,23 +165,24 @@ class Core:
         self.unregister(name, [ref.revision for ref in dropped])
 
     def unregister(self, name: str, revisions: Iterable[str]) -> None:
-        """A name has these revisions no longer: `store recover` must not bring them back."""
+        """Unregister revisions that a name no longer has, so that `store recover` does not
+        bring them back."""
         for revision in revisions:
             try:
                 self.store.unregister(revision, registration.file_name(name))
-            except VeneerError as error:  # the change stands; only a recovery would miss it
+            except VeneerError as error:  # the change stands; only a recovery is affected
                 _log.warning("%s is still registered in the store: %s", name, error)
 
     def register(self, row: RevisionRow) -> None:
-        """Keep what the catalog says about a revision beside its bundle, too."""
+        """Copy what the catalog says about a revision beside its bundle."""
         try:
             self.store.register(row.revision, *registration.write(row))
         except VeneerError as error:
-            _log.warning("the registration of %s in the store is old: %s", row.name, error)
+            _log.warning("the registration of %s in the store is outdated: %s", row.name, error)
 
 
 class Part:
-    """Some operations of `Registry`, which has all of them."""
+    """Base of the classes that `Registry` is composed of."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -192,7 +193,7 @@ def check_etag(name: str, entry: Entry | None, etag: str) -> None:
     now = "" if entry is None else str(entry.generation)
     if etag and etag != now:
         raise EtagMismatch(
-            f"adapter {name!r} has etag {now or 'none'}, not {etag[:40]}: it was "
-            "changed meanwhile; read it again with `GetAdapter`",
+            f"adapter {name!r} has etag {now or 'none'}, not {etag[:40]}: it has changed; "
+            "read it again with `GetAdapter`",
             metadata={"adapter": name, "etag": now},
         )

@@ -18,14 +18,14 @@ from veneer_registry.schema import damaged
 __all__ = ["Reader", "connect", "database_errors"]
 
 _FULL_BYTES: Final = 1 << 20
-"""A disk with less room than this counts as full."""
+"""A disk with less free space than this counts as full."""
 
 _DAMAGE: Final = re.compile(r"no such (table|column)|malformed")
-"""What SQLite says of a database whose own tables are damaged."""
+"""SQLite's errors for a database whose own tables are damaged."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that any thread may use, one at a time."""
+    """A connection that any thread may use, one thread at a time."""
     connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -39,7 +39,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def database_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's error into `DiskFull`, `DiskFailed` or `CatalogDamaged`."""
+    """Turn SQLite's errors into `DiskFull`, `DiskFailed` or `CatalogDamaged`."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -48,7 +48,7 @@ def database_errors(path: Path) -> Iterator[None]:
         if code == sqlite3.SQLITE_FULL:
             raise disk_full(folder) from error
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            # SQLite does not say which error it got.
+            # SQLite does not report the errno.
             full = shutil.disk_usage(folder).free < _FULL_BYTES
             failed = disk_full(folder) if full else disk_failed(folder, str(error))
             raise failed from error
@@ -60,12 +60,12 @@ def database_errors(path: Path) -> Iterator[None]:
             raise damaged(path, str(error)) from error
         raise
     except UnicodeDecodeError as error:
-        # SQLite's error quotes the damaged schema, and Python cannot decode that.
+        # SQLite's error quotes the damaged schema, which Python cannot decode.
         raise damaged(path, "the SQL of its schema is not valid UTF-8") from error
 
 
 class Reader:
-    """A connection that reads. One query at a time: a second one waits for the first."""
+    """A read connection. One query at a time: a second one waits for the first."""
 
     def __init__(self, path: Path) -> None:
         """Raises sqlite3.Error."""
@@ -74,14 +74,14 @@ class Reader:
         self._lock = threading.Lock()
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """What a query gives, all of it. Raises as `database_errors`."""
+        """All rows of a query. Raises as `database_errors`."""
         with self._lock, database_errors(self._path):
             try:
                 return self._connection.execute(sql, parameters).fetchall()
             except sqlite3.OperationalError as error:
                 if "UTF-8" not in str(error):
                     raise
-            # A bit flipped inside a text: its row's digest tells which.
+            # A bit flipped inside a text: decode leniently, and let the row's digest find it.
             self._connection.text_factory = _lenient
             try:
                 return self._connection.execute(sql, parameters).fetchall()
@@ -89,7 +89,7 @@ class Reader:
                 self._connection.text_factory = str
 
     def close(self) -> None:
-        """Once the query under way has ended. May be called again."""
+        """Close once the running query has ended. Idempotent."""
         with self._lock:
             self._connection.close()
 

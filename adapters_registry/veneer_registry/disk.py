@@ -1,7 +1,7 @@
-"""Files and folders of a data folder: private whatever the umask, and durable when we say so.
+"""Files and folders of a data folder: private whatever the umask, and durable after `sync`.
 
-Modes are given at creation rather than by the umask, which is one for the whole process and
-would also apply to the cache folder, which users may share.
+Modes are passed at creation. Setting the umask instead would affect the whole process, and
+with it the cache folder, which users may share.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def disk_full(folder: Path) -> DiskFull:
     """The error for a full disk."""
     return DiskFull(
-        f"the disk of {folder} is full, nothing was published; delete adapters or make room",
+        f"the disk of {folder} is full, nothing was published; delete adapters or free space",
         metadata={"folder": str(folder)},
     )
 
@@ -64,7 +64,7 @@ def disk_full(folder: Path) -> DiskFull:
 def disk_failed(folder: Path, why: str) -> DiskFailed:
     """The error for a disk that cannot be written to or read."""
     return DiskFailed(
-        f"the disk of {folder} failed ({why[:200]}), nothing was changed; look at the system's "
+        f"the disk of {folder} failed ({why[:200]}), nothing was changed; check the system's "
         "log, and try again",
         metadata={"folder": str(folder), "why": why[:200]},
         retry_after_s=5.0,
@@ -72,17 +72,17 @@ def disk_failed(folder: Path, why: str) -> DiskFailed:
 
 
 def make_folder(folder: Path, *, exist_ok: bool = False) -> None:
-    """Make one private folder; its parent must exist."""
+    """Create one private folder; its parent must exist."""
     folder.mkdir(mode=FOLDER_MODE, exist_ok=exist_ok)
 
 
 def create_file(path: Path) -> None:
-    """Make an empty private file unless there is a file already."""
+    """Create an empty private file unless one exists."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a whole private file. It is not durable before `sync`."""
+    """Write a whole private file. It is not durable until `sync`."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, FILE_MODE), "wb") as file:
         file.write(data)
@@ -98,7 +98,7 @@ def sync(path: Path) -> None:
 
 
 def link(source: Path, to: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, to, follow_symlinks=False)
     except OSError as error:
@@ -109,7 +109,7 @@ def link(source: Path, to: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, as far as that can be done."""
+    """Remove a file or a whole folder, best effort."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -117,21 +117,20 @@ def remove(path: Path) -> None:
 
 
 def move_away(folder: Path, to: Path) -> None:
-    """Rename a folder. Does nothing where it is gone."""
+    """Rename a folder. Does nothing if it is gone."""
     with contextlib.suppress(FileNotFoundError):
         folder.rename(to)
 
 
 def make_private(data_dir: Path, paths: Iterable[Path]) -> None:
-    """Take every right of group and others away from what an older Veneer made wider.
+    """Remove all permissions of group and others, which an older Veneer may have left.
 
     Raises:
-        InvalidField: one of them belongs to another user, so that its mode is theirs to
-            choose and what they write there cannot be trusted.
+        InvalidField: a path belongs to another user, who could change its mode and content.
     """
     for path in paths:
         try:
-            found = path.stat()  # a store may be a link to another disk
+            found = path.stat()  # follows links: a store may be a link to another disk
         except FileNotFoundError:
             continue
         if os.geteuid() not in (0, found.st_uid):

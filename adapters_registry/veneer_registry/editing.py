@@ -1,4 +1,4 @@
-"""Changes of what is registered, but for aliases: labels, retention, current revision,
+"""Changes of what is registered, except aliases: labels, retention, current revision,
 deletion, quarantine."""
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ class Editing(Part):
         etag: str = "",
         who: Who = SERVER,
     ) -> tuple[AdapterRecord, tuple[AdapterRef, ...]]:
-        """Change a revision's labels, or its name; all or nothing.
+        """Change a revision's labels, or settings of its name; all or nothing.
 
         Args:
-            labels, remove_labels: set these, and remove those.
-            retain: superseded revisions that the name keeps; those beyond go at once.
-            current: let the plain name mean this revision.
-            etag: if not empty, what the name's must be.
+            labels, remove_labels: labels to set, and labels to remove.
+            retain: superseded revisions that the name keeps; any beyond are dropped at once.
+            current: make this revision the current one.
+            etag: if not empty, the name's etag must equal it.
 
         Returns:
-            The revision as it is now, and revisions that the name keeps no longer.
+            The updated revision, and the revisions that the name no longer keeps.
         """
         if retain is not None and not 0 <= retain <= _MOST_RETAIN:
             raise InvalidField(
-                f"retain is {retain}: 0 to {_MOST_RETAIN} superseded revisions can be kept",
+                f"retain is {retain}; 0 to {_MOST_RETAIN} superseded revisions can be kept",
                 metadata={"field": "retain"},
             )
         core = self._core
@@ -66,7 +66,7 @@ class Editing(Part):
             row = core.catalog.revision(ref.name, ref.revision)
             if row is None:
                 raise AdapterNotFound(
-                    f"adapter {ref.short} was deleted just now",
+                    f"adapter {ref.short} has just been deleted",
                     metadata={"adapter": ref.name, "cause": "deleted"},
                 )
             wanted = {**row.labels, **(labels or {})}
@@ -132,11 +132,11 @@ class Editing(Part):
         Running requests keep what they lease. Returns the revisions, newest first.
 
         Raises:
-            AdapterNotFound: there is none.
+            AdapterNotFound: the name or revision does not exist.
             EtagMismatch: ``etag`` is given and is not the name's.
-            FailedPrecondition: ``name@revision`` is current and others are kept (the
-                name would silently mean an older one), or an alias means it.
-            AdapterInUse: ``unless_leased``, and requests use it.
+            FailedPrecondition: ``name@revision`` is current and others are kept (the name
+                would silently refer to an older one), or is a target of an alias.
+            AdapterInUse: ``unless_leased`` is set, and requests use it.
         """
         plain, mark, _ = split_spec(spec)
         if mark == "/":
@@ -166,7 +166,7 @@ class Editing(Part):
                     metadata={"leases": str(leases)},
                 )
             aliases = tuple(_forgetting(alias, gone) for alias in entry.aliases)
-            if not left:  # those in damaged rows go, too, and must not come back
+            if not left:  # revisions in damaged rows go too, and must not come back
                 gone += tuple(sorted(core.catalog.revisions_of(plain) - set(gone)))
             with core.change(who) as change:
                 for revision in gone:
@@ -197,22 +197,22 @@ class Editing(Part):
     def _check_unneeded(self, name: str, entry: Entry, ref: AdapterRef) -> None:
         if entry.current == ref:
             raise FailedPrecondition(
-                f"{ref.short} is what {name!r} means now; push another revision "
-                f"first, or delete {name!r} with all of them",
+                f"{ref.short} is the current revision of {name!r}; push another revision "
+                f"first, or delete {name!r} with all its revisions",
                 metadata={"adapter": name, "cause": "current"},
             )
         if aliases := entry.aliases_of(ref.revision):
             raise FailedPrecondition(
-                f"{ref.short} is what alias {name}/{aliases[0]} means; move the alias first",
+                f"{ref.short} is a target of alias {name}/{aliases[0]}; move the alias first",
                 metadata={"adapter": name, "alias": f"{name}/{aliases[0]}"},
             )
 
     def quarantine(
         self, weights_digest: str, why: str, who: Who = SERVER
     ) -> tuple[AdapterRef, ...]:
-        """Stored weights are damaged: serve them no more until they are pushed again.
+        """Stop serving damaged weights until they are pushed again.
 
-        Returns the revisions that have them; empty if that was known already.
+        Returns the revisions that have them; empty if they were in quarantine already.
         """
         core = self._core
         with core.changes:
@@ -226,7 +226,7 @@ class Editing(Part):
             core.index.set_quarantined(core.catalog.quarantined())
             try:
                 core.store.quarantine.add(weights_digest)
-            except OSError as error:  # it is not served, wherever it lies
+            except OSError as error:  # not served, even if it cannot be moved
                 _log.warning(
                     "damaged weights %s stay where they are: %s", weights_digest[:12], error
                 )
@@ -234,7 +234,7 @@ class Editing(Part):
 
 
 def _forgetting(alias: AliasRow, gone: Sequence[str]) -> AliasRow:
-    """An alias that can no longer be rolled back to a deleted revision."""
+    """The alias, no longer able to roll back if a previous target is among ``gone``."""
     if any(revision in gone for revision, _ in alias.previous):
         return dataclasses.replace(alias, previous=())
     return alias

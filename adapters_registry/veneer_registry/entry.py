@@ -1,4 +1,4 @@
-"""What a name means: its revisions, its aliases, and how one of them is chosen."""
+"""A name's revisions and aliases, and how a spec chooses one revision."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Entry:
     """One name.
 
     Attributes:
-        current: what the plain name means; None where its content was lost.
-        revisions: all that are kept, newest first.
+        current: the revision that the plain name resolves to; None if its content was lost.
+        revisions: all kept revisions, newest first.
         generation: the etag, as a number.
         foreign: revisions that were checked against another base.
-        retain: superseded revisions that it keeps; None is the server's default.
-        aliases: in order of their names; each target is among `revisions`.
+        retain: superseded revisions to keep; None means the server's default.
+        aliases: sorted by name; each target is among `revisions`.
     """
 
     current: AdapterRef | None
@@ -48,16 +48,16 @@ class Entry:
     aliases: tuple[AliasRow, ...] = ()
 
     def alias(self, name: str) -> AliasRow | None:
-        """The alias of that name (without the adapter's), or None."""
+        """The alias of that name (without the adapter's name), or None."""
         return next((alias for alias in self.aliases if alias.alias == name), None)
 
     def aliases_of(self, revision: str) -> tuple[str, ...]:
-        """Names of the aliases that may mean this revision."""
+        """Names of the aliases that have this revision as a target."""
         return tuple(a.alias for a in self.aliases if revision in dict(a.targets))
 
     def beyond(self, retain: int) -> tuple[AdapterRef, ...]:
-        """Superseded revisions that it keeps no longer. What an alias means, or meant
-        before its last move, stays: that can be undone."""
+        """Superseded revisions beyond ``retain``, which are to be dropped. Targets of an alias
+        stay, and so do its previous ones, since its last move can be rolled back."""
         kept = {revision for a in self.aliases for revision, _ in (*a.targets, *a.previous)}
         superseded = [ref for ref in self.revisions if ref != self.current]
         if self.retain is not None:
@@ -65,25 +65,25 @@ class Entry:
         return tuple(ref for ref in superseded[retain:] if ref.revision not in kept)
 
     def without(self, revisions: tuple[str, ...]) -> tuple[AdapterRef, ...]:
-        """Its revisions but these."""
+        """Its revisions except these."""
         return tuple(ref for ref in self.revisions if ref.revision not in revisions)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A resolved name: its entry, and the revision that was meant."""
+    """A resolved name: its entry, and the chosen revision."""
 
     entry: Entry
     ref: AdapterRef
 
 
 def short_name(name: str) -> str:
-    """`check_name` that never repeats more than 80 characters of a stranger's name."""
+    """`check_name` whose error quotes at most 80 characters of an untrusted name."""
     return check_name(name if len(name) <= 80 else name[:80])
 
 
 def split_spec(spec: str) -> tuple[str, str, str]:
-    """(name, ``@`` or ``/`` or nothing, what follows)."""
+    """(name, separator ``@``, ``/`` or "", the rest)."""
     for mark in "@/":
         name, found, rest = spec.partition(mark)
         if found:
@@ -92,7 +92,7 @@ def split_spec(spec: str) -> tuple[str, str, str]:
 
 
 def check_prefix(prefix: str) -> None:
-    """Raise InvalidField unless this may be the start of a revision."""
+    """Raise InvalidField unless this is a valid prefix of a revision."""
     if not _PREFIX.fullmatch(prefix):
         raise InvalidField(
             f"revision {show(prefix)} is not allowed: use {SHORT_REVISION} to 64 "
@@ -102,7 +102,7 @@ def check_prefix(prefix: str) -> None:
 
 
 def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
-    """The one revision that begins so. Raises AdapterNotFound, or InvalidField for several."""
+    """The only revision with this prefix. Raises AdapterNotFound, or InvalidField for many."""
     matches = [ref for ref in entry.revisions if ref.revision.startswith(prefix)]
     if not matches:
         kept = ", ".join(ref.revision[:SHORT_REVISION] for ref in entry.revisions[:8])
@@ -119,9 +119,9 @@ def by_prefix(name: str, entry: Entry, prefix: str) -> AdapterRef:
 
 
 def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef:
-    """What an alias means for this key; with None it must mean one revision.
+    """The target of an alias for this key; if the key is None, it must have only one.
 
-    Raises AdapterNotFound, or InvalidField for one that means several.
+    Raises AdapterNotFound, or InvalidField for an alias with several targets.
     """
     found = entry.alias(alias)
     if found is None:
@@ -136,7 +136,7 @@ def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef
     if key is None and len(found.targets) > 1:
         kept = ", ".join(f"{name}@{revision[:SHORT_REVISION]}" for revision, _ in found.targets)
         raise InvalidField(
-            f"alias {name}/{alias} means several revisions; name one of them: {kept}",
+            f"alias {name}/{alias} has several targets; name one of them: {kept}",
             metadata={"field": "name", "alias": f"{name}/{alias}"},
         )
     revision = _share(found, key or "")
@@ -150,7 +150,7 @@ def by_alias(name: str, entry: Entry, alias: str, key: str | None) -> AdapterRef
 
 
 def _share(alias: AliasRow, key: str) -> str:
-    """The target that a key falls to, by weight; the same one as long as they stand."""
+    """The target that a key hashes to, by weight; stable as long as the targets are."""
     if len(alias.targets) == 1:
         return alias.targets[0][0]
     total = sum(weight for _, weight in alias.targets)

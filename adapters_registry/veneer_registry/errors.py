@@ -100,10 +100,10 @@ class VeneerError(Exception):
         message: one sentence for a person; it names the fix.
         metadata: string pairs that a program may read (``ErrorInfo.metadata``),
             for example ``{"file": "adapter_config.json", "did_you_mean": "chat"}``.
-            Where they do not tell two causes of one class apart, ``cause`` does, by a word
-            that stays.
-        retry_after_s: seconds after which a retry may succeed, or None where a
-            retry of the same call cannot help (``google.rpc.RetryInfo``).
+            If they do not tell two causes of one class apart, ``cause`` does, by a stable
+            word.
+        retry_after_s: seconds after which a retry may succeed, or None if a retry
+            of the same call cannot help (``google.rpc.RetryInfo``).
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -151,7 +151,7 @@ class ChecksumMismatch(InvalidArgument):
 
 
 class ContextTooLong(InvalidArgument):
-    """Prompt (plus wanted tokens) cannot fit the context or the KV pool."""
+    """The prompt (plus the requested tokens) cannot fit the context or the KV pool."""
 
     reason = "CONTEXT_TOO_LONG"
 
@@ -220,8 +220,8 @@ class CatalogDamaged(FailedPrecondition):
 
 
 class StoreMismatch(FailedPrecondition):
-    """Catalog and stored adapters are not of one piece: one is missing, empty, older or
-    another folder's. Nothing was changed (start-up only; metadata ``found`` and ``fix``)."""
+    """Catalog and stored adapters do not match: one is missing, empty, older or from another
+    folder. Nothing was changed (start-up only; metadata ``found`` and ``fix``)."""
 
     reason = "STORE_MISMATCH"
 
@@ -265,7 +265,7 @@ class Unavailable(VeneerError):
 
 
 class DiskFailed(Unavailable):
-    """The disk of the data folder reports errors; what was asked for did not happen."""
+    """The disk of the data folder reports errors; the requested change did not happen."""
 
     reason = "DISK_FAILED"
 
@@ -283,7 +283,7 @@ class ModelLoading(Unavailable):
 
 
 class EngineFailed(Unavailable):
-    """The engine process ended; it is being started again."""
+    """The engine process ended; it is being restarted."""
 
     reason = "ENGINE_FAILED"
 
@@ -295,7 +295,7 @@ class ServerUnreachable(Unavailable):
 
 
 class Aborted(VeneerError):
-    """The request was ended by the server (metadata ``cause``)."""
+    """The server ended the request (metadata ``cause``)."""
 
     code = "ABORTED"
     reason = "ABORTED"
@@ -308,7 +308,7 @@ class AdapterEvicted(Aborted):
 
 
 class NonFiniteOutput(Aborted):
-    """This sequence's logits were NaN or infinite; its batch mates go on."""
+    """This sequence's logits were NaN or infinite; the rest of the batch is unaffected."""
 
     reason = "NON_FINITE_OUTPUT"
 

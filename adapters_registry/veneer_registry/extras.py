@@ -1,4 +1,4 @@
-"""A program whose extra is not installed names it, in one line."""
+"""Says in one line which extra to install for a program that lacks a package."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["missing_extra", "run_with_extra"]
 _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+).*extra == ['\"]([a-z]+)['\"]")
 
 _NAMES: Final = {"pyyaml": "yaml"}
-"""Distributions whose module is not called as they are."""
+"""Distributions whose module has a different name."""
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
-    """What to install for a module that is not there; None for a module of no extra: that is
-    a bug, or a broken installation.
+    """What to install for a missing module; None for a module of no extra, since then there is
+    a bug or a broken installation.
 
     Args:
-        extra: whose program this is.
+        extra: the extra that the program belongs to.
     """
     name = (error.name or "").partition(".")[0]
     extras = _extras()
@@ -32,7 +32,7 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> str | None:
 
 
 def _extras() -> dict[str, set[str]]:
-    """Modules of each extra, as the installed package declares them."""
+    """Modules of each extra, from the installed package's metadata."""
     found: dict[str, set[str]] = {}
     for requirement in metadata.requires("veneer") or ():
         match = _REQUIREMENT.match(requirement)
@@ -43,7 +43,8 @@ def _extras() -> dict[str, set[str]]:
 
 
 def run_with_extra(program: str, extra: str, find: Callable[[], Callable[[], None]]) -> None:
-    """Run what ``find`` imports; exit with status 1 and a line where a package is missing."""
+    """Run the program that ``find`` imports; exit with status 1 and one line if a package is
+    missing."""
     try:
         find()()
     except ModuleNotFoundError as error:

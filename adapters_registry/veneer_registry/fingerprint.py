@@ -1,7 +1,7 @@
-"""What a base model is, from its files alone: `BaseFingerprint`.
+"""Computes a base model's `BaseFingerprint` from its files.
 
-Training writes it into an adapter's manifest and the server compares it with its
-own. Files are hashed, never live modules: a quantized or repacked module in
+Training writes it into an adapter's manifest, and the server compares it with that of its
+own base. Files are hashed, never live modules: a quantized or repacked module in
 memory no longer has the bytes that identify the checkpoint.
 """
 
@@ -45,13 +45,13 @@ def fingerprint_base(
     Args:
         folder: holds ``*.safetensors`` and tokenizer files.
         quantization: the config that the base is quantized with, or None.
-        cache_dir: where the weights digest is kept between runs, since hashing
-            reads every byte (about 1 GB/s); None hashes each time. Its key holds
+        cache_dir: where to cache the weights digest between runs, since hashing
+            reads every byte (about 1 GB/s); None hashes each time. The cache key covers
             path, size, time and header of each file.
-        hashed: told bytes of the weights that are hashed, and of all of them, if they are.
+        hashed: if the weights have to be hashed, called with the bytes done and the total.
 
-    Returns parts as in `BaseFingerprint`; "" for a tokenizer or template that the
-    folder has not, and for no quantization.
+    Returns parts as in `BaseFingerprint`; "" for a missing tokenizer or template, and for no
+    quantization.
 
     Raises:
         InvalidField: (metadata ``field`` = ``base``) no safetensors, or broken ones.
@@ -67,7 +67,7 @@ def fingerprint_base(
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """`BaseFingerprint.weights` of what the folder holds now: reads every byte.
+    """`BaseFingerprint.weights` of the folder's current content; reads every byte.
 
     Raises:
         InvalidField: (metadata ``field`` = ``base``) no safetensors, or broken ones.
@@ -84,10 +84,10 @@ def _bad_base(message: str, **metadata: str) -> InvalidField:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load: the single one, else the index's.
+    """The files that transformers would load: the single file, else those of the index.
 
     Raises:
-        InvalidField: (metadata ``field`` = ``base``) there are none.
+        InvalidField: (metadata ``field`` = ``base``) no safetensors, or a broken index.
     """
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
@@ -138,24 +138,24 @@ def _cached_weights(
             return str(found["weights"])
     if entry.exists():
         _log.warning(
-            "%s is damaged, or of an older version: the base's weights are hashed again", entry
+            "%s is damaged or from an older version: hashing the base's weights again", entry
         )
     digest = _hash_weights(shards, hashed)
-    with contextlib.suppress(OSError):  # it costs the next start the time to hash again
+    with contextlib.suppress(OSError):  # without it the next start hashes again
         entry.parent.mkdir(parents=True, exist_ok=True)
         replace_file(entry, canonical_json(_entry(key, digest)))
     return digest
 
 
 def _entry(key: str, digest: str) -> dict[str, str]:
-    """What is kept of a digest: with a checksum, since a flipped bit would make it that of
-    another base."""
+    """The cached form of a digest. It has a checksum: with a flipped bit, the digest would be
+    taken for that of another base."""
     return {"weights": digest, "check": _sha256(f"{key} {digest}".encode())}
 
 
 def _cache_key(shards: list[Path]) -> str:
-    """Size and time alone would not do: images with all times set to zero exist, and
-    two fine-tunes of one base have files of one size. So path and header count too."""
+    """Covers path and header as well as size and time: some images set all times to zero, and
+    two fine-tunes of one base have files of the same size."""
     digest = hashlib.sha256()
     for path in shards:
         status = path.stat()
@@ -248,6 +248,6 @@ def _template(folder: Path) -> str:
         ) from error
     if template is None:
         return ""
-    # Old configs may hold a list of named templates.
+    # Old configs may have a list of named templates.
     text = template.encode() if isinstance(template, str) else canonical_json(template)
     return _sha256(text)

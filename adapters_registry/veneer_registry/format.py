@@ -45,28 +45,28 @@ from veneer_registry.weights import (
 __all__ = ["check_adapter", "check_fit", "describe", "read_adapter", "weights_digest"]
 
 _SERVING_ANYWHERE: Final = "float32"
-"""Without a base nothing is cast; the bound on magnitudes holds all the same."""
+"""Serving dtype to check against without a base; the bound on magnitudes is the same."""
 
 
 def read_adapter(folder: Path, base: BaseSpec | None) -> AdapterManifest:
     """Check an adapter folder and describe it.
 
     Args:
-        folder: what PEFT's ``save_pretrained`` wrote. Files outside the allow-list
+        folder: written by PEFT's ``save_pretrained``. Files outside the allow-list
             are not opened.
-        base: what it must fit; None leaves out shapes against the base, its layers, and
-            the fingerprint. See `check_adapter` too.
+        base: the base that it must fit; None skips the checks of shapes, layers and
+            fingerprint against a base. See also `check_adapter`.
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``tensor`` or ``key``.
-        BaseModelMismatch: its manifest or its config names another base; both are shown.
+        BaseModelMismatch: its manifest or config names another base; the message shows both.
     """
     selection = select_files(folder)
     return _read_rest(folder, base, selection, _read_weights(folder, base))
 
 
 def check_adapter(folder: Path) -> tuple[str, ...]:
-    """The check of `read_adapter` without a base, and its warnings. It takes no digest.
+    """Check as `read_adapter` does without a base, but compute no digest. Returns warnings.
 
     Raises:
         AdapterInvalid: as `read_adapter`.
@@ -81,7 +81,7 @@ def check_adapter(folder: Path) -> tuple[str, ...]:
 def _read_rest(
     folder: Path, base: BaseSpec | None, selection: FileSelection, manifest: AdapterManifest
 ) -> AdapterManifest:
-    """``manifest`` with what the other files of the folder say."""
+    """``manifest``, completed from the other files of the folder."""
     names = {path.name for path in selection.files}
     warnings = list(manifest.warnings)
     training = TrainingManifest(None, {}, ())
@@ -103,7 +103,7 @@ def _read_rest(
 
 
 def check_fit(folder: Path, base: BaseSpec) -> None:
-    """Compare modules and shapes of stored weights with a base. Raises as `read_adapter`."""
+    """Check modules and shapes of stored weights against a base. Raises as `read_adapter`."""
     with _opened_weights(folder, base):
         pass
 
@@ -125,7 +125,7 @@ _Opened = tuple[io.BufferedReader, SafetensorsHeader, LoraSettings, tuple[LoraMo
 
 @contextlib.contextmanager
 def _opened_weights(folder: Path, base: BaseSpec | None) -> Iterator[_Opened]:
-    """The two weight files, checked but for the numbers."""
+    """Open the two weight files and check everything except the numbers."""
     settings = parse_config(read_small(folder, CONFIG_FILE))
     with open_file(folder, WEIGHTS_FILE) as file:
         header = read_header(file, WEIGHTS_FILE)
@@ -139,10 +139,10 @@ def describe(
     modules: tuple[LoraModule, ...],
     base: BaseSpec | None,
 ) -> AdapterManifest:
-    """What the two weight files say of an adapter.
+    """Manifest of an adapter from its two weight files.
 
     Args:
-        base: what the size in memory is counted for; None: bfloat16.
+        base: its serving dtype gives the size in memory; None: bfloat16.
     """
     tensors = header.tensors.values()
     parameters = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)

@@ -1,16 +1,15 @@
-"""PEFT adapter folder -> the LoRA GGUF that llama.cpp reads; the package ``gguf`` is needed.
+"""PEFT adapter folder -> the LoRA GGUF that llama.cpp reads; needs the package ``gguf``.
 
-What llama.cpp's own ``convert_lora_to_gguf.py`` writes for a Llama, without torch and
-without its source tree. Facts that it rests on:
+Writes what llama.cpp's own ``convert_lora_to_gguf.py`` writes for a Llama, without torch and
+without its source tree. It relies on these facts:
 
 * ``lora_a`` is PEFT's A and ``lora_b`` its B, under the base tensor's GGUF name.
-* The rotary halves of a head are apart in Hugging Face's Llama (first all real parts,
-  then all imaginary ones) and side by side in llama.cpp's. So rows of q and k are
-  permuted in each head, and of an adapter that is the rows of B; k by its own, fewer,
-  heads.
+* Hugging Face's Llama stores a head's rotary halves apart (all real parts, then all
+  imaginary ones); llama.cpp interleaves them. So the rows of q and k are permuted within
+  each head; in an adapter, those are the rows of B. k has its own, smaller, number of heads.
 * llama.cpp scales by ``adapter.lora.alpha`` / rank of the tensor, and takes an alpha of
-  0 for "no scaling". It knows neither rsLoRA nor an alpha of a module's own, so every
-  module's scaling is multiplied into its B here, and alpha is 0.
+  0 as "no scaling". It supports neither rsLoRA nor an alpha per module, so we multiply
+  every module's scaling into its B and set alpha to 0.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ Matrix = npt.NDArray[np.float32]
 
 
 def interleave_halves(rows: Matrix, heads: int) -> Matrix:
-    """A q or k projection's rows (weight, bias or lora_B) as llama.cpp rotates them: in each
-    head, row i of the second half after row i of the first.
+    """A q or k projection's rows (weight, bias or lora_B) in llama.cpp's rotary order: in each
+    head, row i of the first half, then row i of the second.
 
     Args:
         rows: [heads * head_dim, ...].
@@ -58,7 +57,7 @@ def interleave_halves(rows: Matrix, heads: int) -> Matrix:
 
 @contextmanager
 def gguf_file(out: Path, architecture: str) -> Iterator[Any]:
-    """A `gguf.GGUFWriter` whose file appears whole at the end of the block, or not at all."""
+    """A `gguf.GGUFWriter`; its file appears complete at the end of the block, or not at all."""
     with replacing(out) as draft:
         writer = gguf.GGUFWriter(draft, architecture)
         try:
@@ -78,16 +77,16 @@ def write_gguf_adapter(
     kv_heads: int,
     permute: Callable[[Matrix, int], Matrix] = interleave_halves,
 ) -> None:
-    """Write ``out`` in float32, the type that llama.cpp's converter takes by default.
+    """Write ``out`` in float32, the default of llama.cpp's converter.
 
     Args:
-        folder: what PEFT's ``save_pretrained`` wrote, for a base whose architecture is
-            ``llama`` in GGUF (Llama, Mistral): the caller has checked that.
+        folder: written by PEFT's ``save_pretrained`` for a base whose architecture is
+            ``llama`` in GGUF (Llama, Mistral); the caller must have checked that.
         heads, kv_heads: of the base's attention.
-        permute: for a test that does without.
+        permute: replaced by a test that omits the permutation.
 
     Raises:
-        AdapterInvalid: the folder is no LoRA of a decoder's projections.
+        AdapterInvalid: the folder is not a LoRA of a decoder's projections.
     """
     rotary: Mapping[Projection, int] = {"q_proj": heads, "k_proj": kv_heads}
     manifest = read_adapter(folder, base=None)
@@ -110,7 +109,7 @@ def write_gguf_adapter(
 
 
 def _float32(view: TensorView) -> Matrix:
-    """A copy, exact whatever the file's type."""
+    """An exact copy in float32, whatever the file's dtype."""
     if view.dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         bits = np.frombuffer(view.data, "<u2").astype(np.uint32) << 16

@@ -1,8 +1,8 @@
-"""The registry's memory: names, leases and what has become garbage. No I/O.
+"""The registry's in-memory index: names, leases and garbage. No I/O.
 
-Everything here happens under one lock that is never held across a system call,
-so the event loop may call it. Look-up and lease are one step: between the two a
-delete could otherwise remove what was just found (as SGLang's registry notes).
+Everything here happens under one lock that is never held across a system call, so the event
+loop may call it. Look-up and lease are one step: otherwise a delete between the two could
+remove what was just found (as SGLang's registry notes).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NO_DAMAGE: Final[Mapping[str, int]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What `Index.take_garbage` found: weights digests and revisions, and for whom."""
+    """Result of `Index.take_garbage`: weights digests and revisions, and the refs they had."""
 
     noted: frozenset[AdapterRef]
     weights: set[str]
@@ -46,7 +46,7 @@ class Garbage:
 
 
 class Index:
-    """Thread-safe. Counts references (names) and leases (requests) of content."""
+    """Counts references (by names) and leases (by requests) to content. Thread-safe."""
 
     def __init__(self, base_name: str) -> None:
         """``base_name`` is for messages."""
@@ -54,19 +54,19 @@ class Index:
         self._lock = threading.Lock()
         self._names: dict[str, Entry] = {}
         self._near = NearNames()
-        # Who refers to a revision, and to weights. Counted: while a name's entry is
-        # replaced, a revision stands in both. Plain numbers and dicts, since there may
-        # be a hundred thousand of them.
+        # References to a revision, and to weights. Counted, because while a name's entry is
+        # replaced, both the old and the new one refer to a revision. Plain numbers and dicts,
+        # since there may be a hundred thousand of them.
         self._by_revision: dict[str, int] = {}
         self._by_weights: dict[str, dict[AdapterRef, int]] = {}
-        # Keyed by digest as well as by revision: 64 hex digits of SHA-256 over
-        # differently tagged documents, which do not collide.
+        # Keyed by both weights digest and revision: SHA-256 over differently tagged
+        # documents, so they do not collide.
         self._leases: Counter[str] = Counter()
         self._garbage: set[AdapterRef] = set()
         self._quarantined: dict[str, str] = {}
-        # Weights and revisions whose content was not on disk at start.
+        # Weights and revisions whose content was not on disk at start-up.
         self._lost: set[str] = set()
-        # Names of which the catalog has damaged rows.
+        # Name -> number of damaged rows in the catalog.
         self._damaged: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -75,32 +75,32 @@ class Index:
     # ------------------------------------------------------------------- look-up
 
     def find(self, spec: str) -> Found:
-        """What ``name``, ``name@revision`` or ``name/alias`` means, whichever base it was
-        made for.
+        """Look up ``name``, ``name@revision`` or ``name/alias``, for whatever base the
+        revision was made.
 
         Raises:
-            InvalidField: not of that form, or an alias that means several revisions.
-            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+            InvalidField: malformed, or an alias with several targets.
+            AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name.
         """
         with self._lock:
             return self._find(spec, None)
 
     def resolve(self, spec: str, key: str = "") -> AdapterRef:
-        """`find`, and refuse what was checked against another base or is damaged. Of an
-        alias that means several revisions, the one that ``key`` falls to; without a key,
-        one by chance."""
+        """`find`, and refuse a revision that was checked against another base or is damaged.
+        For an alias with several targets, ``key`` chooses one; without a key, the choice is
+        random."""
         with self._lock:
             return self._servable(spec, key).ref
 
     def acquire(self, spec: str, key: str = "") -> Found:
-        """`resolve` and take a lease on the revision's content, in one step."""
+        """`resolve` and lease the revision's content, in one step."""
         with self._lock:
             found = self._servable(spec, key)
             self._lease(found.ref)
             return found
 
     def hold(self, ref: AdapterRef) -> None:
-        """A lease on content that no name need have; `release` ends it."""
+        """Lease content that need not have a name; `release` ends the lease."""
         with self._lock:
             self._lease(ref)
 
@@ -109,7 +109,7 @@ class Index:
         self._leases[ref.weights_digest] += 1
 
     def release(self, ref: AdapterRef) -> None:
-        """Give one lease back; content that nothing needs any more becomes garbage."""
+        """End one lease; content that nothing needs any more becomes garbage."""
         with self._lock:
             for key in (ref.revision, ref.weights_digest):
                 self._leases[key] -= 1
@@ -118,12 +118,12 @@ class Index:
             self._note(ref)
 
     def leases(self, digest: str) -> int:
-        """Leases on a weights digest or a revision."""
+        """Number of leases on a weights digest or a revision."""
         with self._lock:
             return self._leases[digest]
 
     def holding(self, weights_digest: str) -> tuple[AdapterRef, ...]:
-        """All revisions, of any name, that have these weights; by name and revision."""
+        """All revisions of any name that have these weights, sorted by name and revision."""
         with self._lock:
             held = self._by_weights.get(weights_digest, ())
             return tuple(sorted(held, key=lambda ref: (ref.name, ref.revision)))
@@ -147,7 +147,7 @@ class Index:
         why = self._quarantined.get(found.ref.weights_digest)
         if why is not None:
             raise AdapterCorrupt(
-                f"adapter {found.ref.short} is in quarantine since its stored content is "
+                f"adapter {found.ref.short} is in quarantine because its stored content is "
                 f"damaged ({why}); push the same files again to repair it, or name another "
                 "revision",
                 metadata={"adapter": found.ref.short, "why": why[:200]},
@@ -155,8 +155,8 @@ class Index:
         if self._is_lost(found.ref):
             raise AdapterCorrupt(
                 f"the content of adapter {found.ref.short} is gone from the server's disk; "
-                "push the same files again, or restore the data folder's store/ and start the "
-                "server again",
+                "push the same files again, or restore the data folder's store/ and restart "
+                "the server",
                 metadata={"adapter": found.ref.short, "why": LOST},
             )
         if found.ref.revision in found.entry.foreign:
@@ -180,7 +180,7 @@ class Index:
         try:
             return self._choose(name, mark, rest, entry, key)
         except AdapterNotFound:
-            if name in self._damaged:  # it may be there, in a row that cannot be read
+            if name in self._damaged:  # it may exist, in a damaged row
                 raise damaged_row(spec[:80]) from None
             raise
 
@@ -209,7 +209,7 @@ class Index:
     # ------------------------------------------------------------------- changes
 
     def put(self, name: str, entry: Entry) -> None:
-        """Set what a name means; revisions that it no longer has may become garbage."""
+        """Set a name's entry; revisions that it no longer has may become garbage."""
         with self._lock:
             old = self._names.get(name)
             if old is None:
@@ -226,10 +226,10 @@ class Index:
             self._drop(old)
 
     def load(self, entries: dict[str, Entry], damaged: Mapping[str, int] = _NO_DAMAGE) -> None:
-        """Fill an empty index at once (one sort instead of one insertion a name).
+        """Fill an empty index at once (one sort instead of an insertion per name).
 
         Args:
-            damaged: name -> how many rows about it could not be read.
+            damaged: name -> number of its rows that are damaged.
         """
         with self._lock:
             self._names = dict(entries)
@@ -253,7 +253,7 @@ class Index:
                 self._note(ref)
 
     def set_quarantined(self, weights: Mapping[str, str]) -> None:
-        """Weights digest -> why, of all that is damaged now."""
+        """Set all weights in quarantine: weights digest -> why it is damaged."""
         with self._lock:
             self._quarantined = dict(weights)
 
@@ -262,7 +262,7 @@ class Index:
         return self._quarantined.get(weights_digest)
 
     def unusable(self, ref: AdapterRef) -> str | None:
-        """Why the content of a revision is not served, or None."""
+        """Why the content of a revision cannot be served, or None."""
         why = self._quarantined.get(ref.weights_digest)
         return LOST if why is None and self._is_lost(ref) else why
 
@@ -282,28 +282,29 @@ class Index:
             return set(self._by_revision)
 
     def set_lost(self, digests: Set[str]) -> None:
-        """Weights digests and revisions whose content is not on disk."""
+        """Set the weights digests and revisions whose content is not on disk."""
         with self._lock:
             self._lost = set(digests)
 
     def found(self, ref: AdapterRef) -> bool:
-        """The content of a revision is on disk. True if it was not before."""
+        """Note that the content of a revision is on disk. True if it was not before."""
         with self._lock:
             before = self._is_lost(ref)
             self._lost -= {ref.weights_digest, ref.revision}
             return before
 
     def damaged(self, name: str) -> bool:
-        """The catalog has damaged rows about a name."""
+        """Whether the catalog has damaged rows about a name."""
         return name in self._damaged
 
     @property
     def any_damaged(self) -> bool:
-        """The catalog has damaged rows, which may mean content that no entry here has."""
+        """Whether the catalog has damaged rows. These may refer to content that is in no
+        entry here."""
         return bool(self._damaged)
 
     def set_damaged(self, name: str, rows: int) -> None:
-        """So many rows about a name are damaged now."""
+        """Set how many rows about a name are damaged."""
         with self._lock:
             if rows:
                 self._damaged[name] = rows
@@ -326,14 +327,14 @@ class Index:
 
     @property
     def has_garbage(self) -> bool:
-        """`take_garbage` would return something."""
+        """Whether `take_garbage` would return something."""
         return bool(self._garbage)
 
     def take_garbage(self) -> Garbage:
-        """Content that no name and no lease needs.
+        """Content that no name or lease needs.
 
-        The caller must keep publishes out until it has removed it, and `put_back` what it
-        could not remove.
+        The caller must block publishes until it has removed the content, and `put_back` what
+        it could not remove.
         """
         with self._lock:
             noted, self._garbage = self._garbage, set()
@@ -344,7 +345,7 @@ class Index:
             return Garbage(frozenset(noted), digests, revisions)
 
     def put_back(self, garbage: Garbage) -> None:
-        """It could not be removed: the next `take_garbage` tells it again."""
+        """Return garbage that could not be removed, for the next `take_garbage`."""
         with self._lock:
             self._garbage |= garbage.noted
 
@@ -358,7 +359,7 @@ class Index:
 
 
 def _add(counts: dict[_Key, int], key: _Key, by: int) -> None:
-    """Count; what comes to nothing is left out."""
+    """Add ``by`` to a count; a count of zero is removed."""
     counts[key] = counts.get(key, 0) + by
     if not counts[key]:
         del counts[key]

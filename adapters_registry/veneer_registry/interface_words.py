@@ -1,8 +1,8 @@
-"""Messages in the words of the interface that the caller uses.
+"""Translates messages into the terms of the interface that the caller uses.
 
-The server's messages speak of calls and fields as the gRPC contract names them:
-``ListAdapters``, ``sampling.top_p``, ``allow_replace``. A plain English word that is meant as
-such a name stands in backticks. Each other interface has one table of its own words.
+The server's messages name calls and fields as the gRPC contract does: ``ListAdapters``,
+``sampling.top_p``, ``allow_replace``. Where such a name is also a plain English word, it is
+in backticks. Every other interface has a table of its own terms.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Final
 __all__ = ["Translation"]
 
 _QUOTED: Final = r"""(?<!\w)'[^']*'(?!\w)|"[^"]*\""""
-"""What a caller sent: never translated."""
+"""Text that a caller sent is never translated."""
 _PLAIN: Final = re.compile(r"[a-z]+")
 
 
 class Translation:
-    """The contract's words in those of one interface."""
+    """Replaces the contract's names by those of one interface."""
 
     def __init__(self, words: Mapping[str, str]) -> None:
         """Args:
-        words: of calls and fields; of a list's field without an index.
+        words: contract's name -> this interface's; fields of a list without an index.
         """
         self.words: Final = dict(words)
         names = sorted(map(re.escape, words), key=len, reverse=True)
@@ -34,7 +34,7 @@ class Translation:
         )
 
     def __call__(self, message: str) -> str:
-        """The message in this interface's words."""
+        """The message in this interface's terms."""
         return self._pattern.sub(self._translated, message)
 
     def _translated(self, found: re.Match[str]) -> str:

@@ -25,11 +25,11 @@ class RevisionLease:
 
     @property
     def ref(self) -> AdapterRef:
-        """The revision that is leased."""
+        """The leased revision."""
         return self.record.ref
 
     def release(self) -> None:
-        """Give it back; never blocks on I/O. May be called again."""
+        """End the lease; never blocks on I/O. Idempotent."""
         with self._lock:
             held, self._held = self._held, False
         if held:

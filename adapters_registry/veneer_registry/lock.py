@@ -1,6 +1,6 @@
-"""One owner a data folder: an advisory lock that dies with its process.
+"""One owner per data folder: an advisory lock that ends with its process.
 
-Standard library only, so that a server can take it before its heavy imports.
+Standard library only, so that a server can take the lock before its heavy imports.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class OwnerLock:
     """
 
     def __init__(self, data_dir: Path) -> None:
-        """Take the lock, making the folder if needed.
+        """Take the lock, creating the folder if needed.
 
         Raises:
             StoreLocked: another process (metadata ``pid``) owns the folder.
-            InvalidField: the folder cannot be made or written.
+            InvalidField: the folder cannot be created or written.
         """
         self.data_dir = data_dir
         try:
@@ -58,12 +58,12 @@ class OwnerLock:
             ) from error
         self._held = True
         text = json.dumps({"pid": os.getpid(), "started": time.time()}).encode()
-        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+        with contextlib.suppress(OSError):  # a full disk: we hold the lock anyway
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, text, 0)
 
     def release(self) -> None:
-        """Give the folder back. May be called again."""
+        """Release the lock. Idempotent."""
         if self._held:
             self._held = False
             os.close(self._fd)
@@ -81,8 +81,8 @@ class OwnerLock:
 
 
 def _make(folder: Path) -> None:
-    """Make a folder with its parents, each durable: what is stored in it must not vanish with
-    it when the power goes."""
+    """Create a folder and its parents, each durable: a power cut must not take the folder with
+    what is stored in it."""
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(0o700, parents=True, exist_ok=True)
     for each in made:

@@ -1,4 +1,4 @@
-"""What a registry knows, read and never changed: names, revisions, records, leases, history."""
+"""The registry's read-only operations: names, revisions, records, leases, history."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ _MAX_PAGE: Final = 1000
 
 
 class Lookups(Part):
-    """The part of `Registry` that changes nothing, but for the leases that it gives."""
+    """The part of `Registry` that changes nothing, apart from granting leases."""
 
     def __len__(self) -> int:
         """Registered names."""
         return len(self._core.index)
 
     def resolve(self, name: str, key: str = "") -> AdapterRef:
-        """The revision that ``name``, ``name@revision`` or ``name/alias`` means now.
-        Microseconds.
+        """The revision that ``name``, ``name@revision`` or ``name/alias`` means now. Takes
+        microseconds.
 
         Args:
-            name: ``revision`` is 12 to 64 of its first hex digits.
-            key: which of an alias's targets; the same key gets the same one.
+            name: ``revision`` is the first 12 to 64 hex digits.
+            key: chooses among an alias's targets; the same key gets the same target.
 
         Raises:
-            InvalidField: not of that form, or ambiguous.
-            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+            InvalidField: malformed or ambiguous.
+            AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name.
             BaseModelMismatch: it was registered for another base.
-            AdapterCorrupt: its stored content is damaged or gone, or its catalog row is.
+            AdapterCorrupt: its stored content or its catalog row is damaged or gone.
         """
         return self._core.index.resolve(name, key)
 
     def acquire(self, name: str, key: str = "") -> RevisionLease:
-        """`resolve` and lease in one step: the content stays until the lease ends,
-        also when it is deleted or superseded meanwhile. Under a millisecond: it waits for
-        no other read of the catalog, and for no change of it."""
+        """`resolve` and lease in one step: the content stays until the lease ends, even if it
+        is deleted or superseded meanwhile. Takes less than a millisecond: it waits for no
+        other read of the catalog and for no change of it."""
         index = self._core.index
         before: AdapterRef | None = None
         while True:
@@ -69,7 +69,7 @@ class Lookups(Part):
     def acquire_weights(self, weights_digest: str) -> RevisionLease:
         """`acquire` of any kept revision that has these weights. Raises AdapterNotFound."""
         for ref in self._core.index.holding(weights_digest):
-            # Deleted just now, registered for another base, or its row is damaged.
+            # It was just deleted, is registered for another base, or its row is damaged.
             with contextlib.suppress(AdapterNotFound, BaseModelMismatch, AdapterCorrupt):
                 return self.acquire(f"{ref.name}@{ref.revision}")
         raise AdapterNotFound(
@@ -77,17 +77,18 @@ class Lookups(Part):
         )
 
     def _check_moved(self, ref: AdapterRef, before: AdapterRef | None) -> None:
-        """Its row is gone. Superseded meanwhile: the name means another revision now, so
-        ask again. Still the same: a delete has reached the catalog, not yet the index."""
+        """The row of ``ref`` is gone. If the revision was superseded meanwhile, return, so that
+        the caller looks it up again. If the name still means the same one, raise: a delete has
+        reached the catalog but not yet the index."""
         if ref == before:
             raise AdapterNotFound(
-                f"adapter {ref.short} was deleted just now; push it again",
+                f"adapter {ref.short} has just been deleted; push it again",
                 metadata={"adapter": ref.name, "cause": "deleted"},
             )
 
     def get(self, name: str) -> AdapterRecord:
-        """The record of ``name``, ``name@revision`` or ``name/alias``, whichever base it is
-        for. Raises InvalidField for an alias that means several revisions."""
+        """The record of ``name``, ``name@revision`` or ``name/alias``, whatever base it is
+        for. Raises InvalidField for an alias with several targets."""
         before: AdapterRef | None = None
         while True:
             ref = self._core.index.find(name).ref
@@ -111,10 +112,10 @@ class Lookups(Part):
         after: str = "",
         limit: int = 100,
     ) -> tuple[AdapterRecord, ...]:
-        """Current revisions in name order; ``after`` is the last name of the page before.
+        """Current revisions in name order; ``after`` is the last name of the previous page.
 
-        Raises InvalidField for a limit outside 1 to 1001: a page, and one more to know
-        whether it is the last.
+        Raises InvalidField for a limit outside 1 to 1001: a page, and one more row to tell
+        whether it is the last page.
         """
         _check_limit(limit, _MAX_PAGE + 1)
         rows = self._core.catalog.page(prefix, labels or {}, after, limit)
@@ -134,13 +135,13 @@ class Lookups(Part):
         return isinstance(name, str) and self._core.index.entry(name) is not None
 
     def names(self, weights_digest: str) -> tuple[str, ...]:
-        """All names that have a kept revision with these weights, sorted; from memory."""
+        """All names that have a kept revision with these weights, sorted. Reads no disk."""
         return tuple(
             dict.fromkeys(ref.name for ref in self._core.index.holding(weights_digest))
         )
 
     def leases(self, weights_digest: str) -> int:
-        """Requests that hold these weights now."""
+        """Number of requests that hold these weights now."""
         return self._core.index.leases(weights_digest)
 
     def weights_folder(self, ref: AdapterRef) -> Path:
@@ -148,7 +149,7 @@ class Lookups(Part):
         return self._core.store.weights_folder(ref.weights_digest)
 
     def aliases(self, name: str = "") -> tuple[AliasRow, ...]:
-        """Aliases of a plain name (of all names if empty), in order. Raises AdapterNotFound."""
+        """Aliases of a plain name (all names if empty), sorted. Raises AdapterNotFound."""
         if name:
             return self._core.index.find_entry(name).aliases
         return self._core.catalog.aliases()
@@ -156,18 +157,18 @@ class Lookups(Part):
     def history(
         self, name: str = "", *, before: int | None = None, limit: int = 100
     ) -> tuple[HistoryRow, ...]:
-        """Who changed what when, newest first; kept when a name is deleted.
+        """Who changed what and when, newest first; kept when a name is deleted.
 
         Args:
             name: a plain name; empty for all.
-            before: only lines older than this `HistoryRow.sequence`.
+            before: return only lines older than this `HistoryRow.sequence`.
             limit: 1 to 1000 lines.
         """
         _check_limit(limit)
         return self._core.catalog.history(name, before, limit)
 
     def residents(self) -> tuple[ResidentRow, ...]:
-        """What was in memory when `set_residents` was last called, most recent first."""
+        """The adapters of the last `set_residents`, most recently used first."""
         return self._core.catalog.residents()
 
 

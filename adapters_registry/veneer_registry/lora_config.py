@@ -1,7 +1,7 @@
-"""``adapter_config.json``, read by a strict schema of our own over PEFT 0.21's keys.
+"""Reads ``adapter_config.json`` by our own strict schema of PEFT 0.21's keys.
 
 Nothing in it is ever run, imported or fetched. PEFT itself has imported modules
-that a config named (PEFT #3085) and matches ``target_modules`` by ``re.fullmatch``,
+that a config named (PEFT #3085), and matches ``target_modules`` by ``re.fullmatch``,
 where a 12-byte pattern took seconds. Here the tensors' names decide what is
 adapted, and pattern keys are literals.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 CONFIG_FILE: Final = "adapter_config.json"
 CONFIG_LIMIT: Final = 1 << 20
-"""Most bytes of the file; PEFT's own with every module listed by name is 30 KB."""
+"""Size limit of the file in bytes; PEFT's, with every module listed by name, is 30 KB."""
 
 MAX_RANK: Final = 4096
 MAX_ALPHA: Final = 1e6
@@ -37,11 +37,11 @@ MAX_ALPHA: Final = 1e6
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "auto_mapping",  # class and module names; never imported
-        "corda_config",  # these four belong to an initialisation, which is
-        "eva_config",  #   over; `init_lora_weights` says whether it touched
+        "corda_config",  # these four configure an initialisation, which is
+        "eva_config",  #   done; `init_lora_weights` says whether it changed
         "lora_ga_config",  # the base
         "loftq_config",
-        "ensure_weight_tying",  # concerns embeddings and heads, refused by name
+        "ensure_weight_tying",  # for embeddings and heads, which are refused by name
         "exclude_modules",  # the tensors' names decide
         "inference_mode",
         "layers_pattern",
@@ -77,7 +77,7 @@ _REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA,
+# Initialisations that do not change the base. The others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) subtract something from it, so the adapter alone is not enough.
 _INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
@@ -88,10 +88,10 @@ _LITERAL: Final = re.compile(r"[A-Za-z0-9_.]+")
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What of the config changes the result.
+    """The settings that change the result, and the base's name.
 
     Attributes:
-        rank, alpha: defaults for modules that no pattern names.
+        rank, alpha: defaults for modules that match no pattern.
         rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
         rank_pattern, alpha_pattern: literal keys, in the order of the file.
         base_name: ``base_model_name_or_path`` as written, "" if there is none. Does not
@@ -106,22 +106,22 @@ class LoraSettings:
     base_name: str
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """The factor of B A x, computed as PEFT does so that both agree to the bit."""
+        """The factor of B A x, computed exactly as PEFT does, so that it is bit-identical."""
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def ranks(self, paths: Iterable[str]) -> dict[str, int]:
-        """Declared rank of each module; refuses a key that matches none of them."""
+        """Declared rank of each module; refuses a key that matches no module."""
         return _by_path("rank_pattern", self.rank_pattern, self.rank, paths)
 
     def alphas(self, paths: Iterable[str]) -> dict[str, float]:
-        """Alpha of each module; refuses a key that matches none of them."""
+        """Alpha of each module; refuses a key that matches no module."""
         return _by_path("alpha_pattern", self.alpha_pattern, self.alpha, paths)
 
     def alpha_warnings(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Says where two keys give one module different alphas.
+        """Warnings about keys that give the same module different alphas.
 
-        PEFT sorts keys when it saves, so the order in training may have been another
-        one. Ranks cannot go wrong like this: the tensors show them.
+        PEFT sorts keys when it saves, so their order in training may have been different.
+        Ranks do not have this problem: the tensors show them.
         """
         keys = list(self.alpha_pattern)
         for path, found in _hits("alpha_pattern", keys, paths).items():
@@ -129,8 +129,8 @@ class LoraSettings:
                 if self.alpha_pattern[key] != self.alpha_pattern[first]:
                     return (
                         f"{CONFIG_FILE}: alpha_pattern keys {show(first)} and {show(key)} both "
-                        f"match {path}; {show(first)} counts, as it comes first in the file "
-                        "(PEFT sorts them on saving)",
+                        f"match {path}; {show(first)} is used, since it comes first in the "
+                        "file (PEFT sorts keys when it saves)",
                     )
         return ()
 
@@ -139,7 +139,7 @@ def parse_config(data: bytes) -> LoraSettings:
     """Read ``adapter_config.json``.
 
     Raises:
-        AdapterInvalid: metadata ``file`` and, where one is to blame, ``key``.
+        AdapterInvalid: metadata ``file`` and, if one key is at fault, ``key``.
     """
     config = parse_object(data, file=CONFIG_FILE)
     if config.get("peft_type") != "LORA":
@@ -181,7 +181,7 @@ def _bad(key: str, why: str) -> NoReturn:
 
 
 def _is_default(value: object) -> bool:
-    """Null, false and empty mean "not used" for every key that PEFT has had so far."""
+    """Null, false and empty mean "not used", for every key that PEFT has had so far."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -204,9 +204,9 @@ def _rank(key: str, value: object) -> int:
 
 
 def _alpha(key: str, value: object) -> float:
-    # int stays int: PEFT divides what the file holds, and so do we.
+    # An int stays an int: PEFT divides the value as it is in the file, and so do we.
     if not isinstance(value, int | float) or isinstance(value, bool):
-        refuse(CONFIG_FILE, f"is {show(value)}; alpha is a number", key=key)
+        refuse(CONFIG_FILE, f"is {show(value)}; alpha must be a number", key=key)
     if abs(value) > MAX_ALPHA:
         refuse(CONFIG_FILE, f"is {show(value)}; at most {MAX_ALPHA:g} is allowed", key=key)
     return value
@@ -222,10 +222,10 @@ def _pattern(config: Mapping[str, object], name: str) -> dict[str, object]:
 
 
 def _literal(pattern: str, key: str) -> tuple[str, bool]:
-    """The plain text of a pattern key, and whether it is anchored at the front.
+    """The plain text of a pattern key, and whether it is anchored at the start.
 
-    PEFT reads a key as ``(.*\\.)?(key)$``. A literal with anchors or escaped dots
-    means the same here; anything else would need a regex engine, so it is refused.
+    PEFT reads a key as ``(.*\\.)?(key)$``. A literal, with or without anchors or escaped
+    dots, means the same here; anything else would need a regex engine and is refused.
     """
     anchored = key.startswith("^")
     text = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
@@ -242,7 +242,7 @@ def _literal(pattern: str, key: str) -> tuple[str, bool]:
 def _by_path(
     pattern: str, values: Mapping[str, _Number], default: _Number, paths: Iterable[str]
 ) -> dict[str, _Number]:
-    """The value of each path: of the first key, in file order, that matches it."""
+    """The value of each path: that of the first key, in file order, that matches it."""
     if not values:
         return dict.fromkeys(paths, default)
     keys = list(values)
@@ -259,10 +259,10 @@ def _by_path(
 
 
 def _hits(pattern: str, keys: Sequence[str], paths: Iterable[str]) -> dict[str, list[int]]:
-    """For each path, the keys (by position, ascending) that are its dotted suffix.
+    """For each path, the keys (by position, ascending) that are a dotted suffix of it.
 
-    Looks up the few suffixes of a path in a table, so that the time is linear in
-    keys + paths however many an upload brings.
+    Looks up the few suffixes of a path in a table, so that the time is linear in keys +
+    paths, however many an upload has.
     """
     order: dict[tuple[str, bool], int] = {}
     for index, key in enumerate(keys):

@@ -15,12 +15,12 @@ __all__ = ["manifest_from_json", "manifest_to_json"]
 
 _VERSION: Final = 1
 _MODULES: Final = '"modules":[['
-"""Begins the list of modules. Inside a JSON string its second quote would be escaped."""
+"""Start of the list of modules. Cannot occur in a JSON string, which would escape its quote."""
 
 
 def manifest_to_json(manifest: AdapterManifest) -> str:
-    """One string a manifest. Tensor names follow from layer and projection, so they
-    are left out: 210 modules take 6 KB instead of 40."""
+    """The same text for equal manifests. Tensor names follow from layer and projection and are
+    left out: 210 modules take 6 KB instead of 40."""
     print_ = manifest.base_fingerprint
     document = {
         "version": _VERSION,
@@ -41,12 +41,12 @@ def manifest_to_json(manifest: AdapterManifest) -> str:
 
 
 def manifest_from_json(text: str) -> AdapterManifest:
-    """Inverse of `manifest_to_json`. Raises ValueError for another version's text."""
+    """Inverse of `manifest_to_json`. Raises ValueError for text of another version."""
     begin = text.index(_MODULES) + len(_MODULES) - 2
     end = text.index("]]", begin) + 2
     document = json.loads(f"{text[:begin]}null{text[end:]}")
     if document.pop("version") != _VERSION:
-        raise ValueError("a manifest of another version of Veneer")
+        raise ValueError("the manifest is from another version of Veneer")
     print_ = document["base_fingerprint"]
     document["modules"] = _modules(text[begin:end])
     document["targets"] = tuple(document["targets"])
@@ -57,8 +57,8 @@ def manifest_from_json(text: str) -> AdapterManifest:
 
 @functools.lru_cache(maxsize=256)
 def _modules(text: str) -> tuple[LoraModule, ...]:
-    """Nearly all of a manifest, and the same in most adapters of a base: parsed once, a page
-    of adapters is read several times as fast."""
+    """Cached: the modules are nearly all of a manifest and the same in most adapters of a base,
+    so a page of adapters is read several times as fast."""
     return tuple(
         LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
         for layer, projection, rank, scaling in json.loads(text)

@@ -1,4 +1,4 @@
-"""Uploads under way: their folders, which of them are being sent, what broken ones left."""
+"""Open uploads: their folders, which are active, and what interrupted ones left behind."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ __all__ = ["OpenUploads"]
 
 
 class OpenUploads:
-    """Uploads that were begun and have not ended. Thread-safe."""
+    """Uploads that have begun and not ended. Thread-safe."""
 
     def __init__(self, core: Core, max_adapter_bytes: int) -> None:
         self._core = core
         self._max_adapter_bytes = max_adapter_bytes
         self._active: dict[str, Upload] = {}
-        """By their id: those that use the folder of that name."""
+        """By upload id: the upload that is using the folder of that name."""
         self._uploads: set[Upload] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End open uploads; what arrived of them can be resumed."""
+        """End open uploads, so that they can be resumed."""
         with self._lock:
             uploads = tuple(self._uploads)
         for upload in uploads:
             upload.suspend()
 
     def check(self, request: UploadRequest) -> None:
-        """Refuse what can never become an adapter here."""
+        """Refuse a request that can never become an adapter here."""
         check_request(request, self._max_adapter_bytes)
         if request.name == self._core.base.name:
-            # OpenAI's `model` names both kinds: the adapter could not be asked for.
+            # OpenAI's `model` names bases and adapters: no request could select this one.
             raise InvalidField(
-                f"{request.name!r} is the base model's name: choose another for the adapter",
+                f"{request.name!r} is the base model's name; choose another for the adapter",
                 metadata={"field": "name"},
             )
 
@@ -80,7 +80,8 @@ class OpenUploads:
     def _register(self, request: UploadRequest, *, resume: bool, own_folder: bool) -> Upload:
         store = self._core.store
         if own_folder:
-            # Another connection sends the same: both go on, this one not to be resumed.
+            # Another connection is sending the same upload: let both continue. This one
+            # cannot be resumed.
             folder = store.new_staging()
         else:
             folder = store.uploads.folder(request.upload_id)
@@ -108,13 +109,13 @@ class OpenUploads:
         if not (keep and resumable and upload.received_bytes):
             self._core.store.drop_staging(upload.folder)
         if resumable:
-            # Last: from here on another connection may use the folder. Nobody else can
-            # have put another upload in its place, since that waits for this one's lock.
+            # Last, since from here on another connection may use the folder. No other
+            # upload can have replaced this one: that needs this upload's lock.
             del self._active[upload_id]
         self._uploads.discard(upload)
 
     def sweep(self, idle_s: float) -> int:
-        """Remove what arrived of uploads that were left for so long. Returns how many."""
+        """Remove interrupted uploads that have been idle for ``idle_s``. Returns how many."""
         swept = 0
         for folder in self._core.store.uploads.stale(time.time() - idle_s):
             with self._lock:
@@ -124,8 +125,8 @@ class OpenUploads:
         return swept
 
     def trim(self, *, most: int, most_bytes: int) -> int:
-        """Remove the oldest of what broken uploads left, until no more than ``most`` with
-        ``most_bytes`` are there; the newest stays whatever its size. Returns how many went.
+        """Remove the oldest interrupted uploads until at most ``most`` with ``most_bytes`` are
+        left; the newest stays whatever its size. Returns how many were removed.
         """
         trimmed = 0
         with self._lock:

@@ -1,4 +1,4 @@
-"""Opening a data folder: its parts belong together, or nothing is touched."""
+"""Opens a data folder; if its parts do not belong together, nothing is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_core(
     retain: int,
     clock: Callable[[], float],
 ) -> Core:
-    """The parts of a data folder, whose lock the caller has. Raises as `Registry.open`."""
+    """Open the parts of a data folder; the caller holds its lock. Raises as `Registry.open`."""
     root = data_dir / "store"
     make_private(data_dir, _owned(data_dir))
     found = survey(root)
@@ -33,7 +33,7 @@ def open_core(
     mark = ChangeMark(root)
     catalog = Catalog(data_dir / "catalog.sqlite", after_change=mark.write)
     try:
-        # Nothing is made or moved before both sides are known to belong together.
+        # Create and move nothing until we know that both sides belong together.
         check_pair(data_dir, found, catalog)
         store = Store(root)
         settle_id(root, found, catalog)
@@ -57,8 +57,8 @@ def open_core(
 
 
 def _owned(data_dir: Path) -> Iterator[Path]:
-    """What of a data folder must belong to the server, outermost first. The adapters' own
-    folders are not looked at one by one: nobody gets past these."""
+    """Paths in a data folder that must belong to the server's user, outermost first. Adapters'
+    own folders need no check: other users cannot get past these."""
     yield data_dir
     yield data_dir / "LOCK"
     yield from sorted(data_dir.glob("catalog.sqlite*"))

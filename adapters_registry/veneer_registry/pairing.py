@@ -1,12 +1,12 @@
-"""Whether a catalog and a store belong together, before anything is changed.
+"""Checks that a catalog and a store belong together, before anything is changed.
 
-Two files of the store answer that. ``store/id`` is a random id that the catalog has too
-(`Catalog.fact`): written once, durable before any content is. ``store/changes`` is the number
-of the catalog's last change, written after each without fsync: it may lag behind the catalog
-after a power cut and never runs ahead of it, so a catalog with a smaller number has lost
-changes: it is an old copy, or its write-ahead log is gone. Each has a checksum; a damaged
-one says nothing. Rejected: a mark in the catalog alone (it vanishes with it), and comparing
-only which adapters are there (a crash in the first publish looks like a lost catalog).
+Two files of the store tell. ``store/id`` is a random id that is also in the catalog
+(`Catalog.fact`): written once, durable before any content. ``store/changes`` is the number
+of the catalog's last change, written after each change without fsync. It may lag behind the
+catalog after a power cut but is never ahead of it, so a catalog with a smaller number has lost
+changes: it is an old copy, or its write-ahead log is gone. Both files have a checksum; a
+damaged one is ignored. Rejected: a mark in the catalog alone (lost with the catalog), and
+comparing only which adapters exist (a crash in the first publish looks like a lost catalog).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _LINE: Final = re.compile(r"([0-9a-f]{1,32}) ([0-9a-f]{16})\n")
 STORE_FACT: Final = "store"
 REBUILT: Final = "catalog.sqlite.rebuilt"
-"""What ``store recover`` has rebuilt and not yet put in its place."""
+"""The catalog that ``store recover`` has rebuilt but not yet put in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,10 @@ class Survey:
     """What a store has, found without changing it.
 
     Attributes:
-        present: the folder is there.
-        content: committed weights or revisions are there.
-        id: None where it is missing or damaged.
-        changes: the catalog's last change as far as it was told; None as `id`.
+        present: its folder exists.
+        content: it has committed weights or revisions.
+        id: None if it is missing or damaged.
+        changes: number of the catalog's last change that was written; None as for `id`.
     """
 
     present: bool
@@ -70,7 +70,7 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Look at the store in this folder."""
+    """Survey the store in this folder."""
     id_ = _read(root / _ID)
     changes = _read(root / _CHANGES)
     return Survey(
@@ -124,13 +124,13 @@ def _recover(data_dir: Path) -> str:
     return (
         "Restore catalog.sqlite (with catalog.sqlite-wal, if there is one) from a backup, or "
         f"run `veneer-server store recover --data-dir {data_dir}`, which rebuilds it from the "
-        "stored adapters. To start anew instead, give another folder with --data-dir"
+        "stored adapters. To start afresh instead, give another folder with --data-dir"
     )
 
 
 def check_catalog(data_dir: Path, found: Survey) -> None:
-    """Refuse to make a new catalog beside stored adapters. Before the catalog is opened: SQLite
-    would remove the write-ahead log of an empty one.
+    """Refuse to create a new catalog beside stored adapters. Call it before the catalog is
+    opened: SQLite would remove the write-ahead log of an empty one.
 
     Raises:
         StoreMismatch: metadata ``found`` and ``fix``.
@@ -142,7 +142,7 @@ def check_catalog(data_dir: Path, found: Survey) -> None:
             "recovery interrupted",
             f"`veneer-server store recover` was interrupted in {data_dir}",
             f"Run it again: veneer-server store recover --data-dir {data_dir} (or, to keep the "
-            f"catalog that is there now, remove {REBUILT})",
+            f"present catalog, remove {REBUILT})",
         )
     if found.content and (what := _nothing_in(catalog)):
         raise _mismatch(
@@ -154,12 +154,12 @@ def check_catalog(data_dir: Path, found: Survey) -> None:
 
 
 def _nothing_in(catalog: Path) -> str:
-    """Why there is no catalog here, or nothing if there is one (damaged, maybe)."""
+    """Why there is no catalog here; "" if there is one (which may be damaged)."""
     if not catalog.exists():
         return "is missing"
     if catalog.stat().st_size == 0:
         return "is empty"
-    # Its tables may have been in a write-ahead log that is gone.
+    # Its tables may have been in a write-ahead log that is now gone.
     with (
         contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
         contextlib.closing(
@@ -172,7 +172,7 @@ def _nothing_in(catalog: Path) -> str:
 
 
 def check_pair(data_dir: Path, found: Survey, catalog: Catalog) -> None:
-    """Refuse a catalog and a store of which one is empty, older, or another folder's.
+    """Refuse a catalog and a store if one is empty, older, or from another folder.
 
     Raises:
         StoreMismatch: metadata ``found`` and ``fix``.
@@ -187,9 +187,9 @@ def check_pair(data_dir: Path, found: Survey, catalog: Catalog) -> None:
             f"store {is_.removeprefix('is ')}",
             f"{store} {is_}, but the catalog has adapters",
             "Is it on a disk that is not mounted yet? Mount or restore it and start again. To "
-            f"start anew instead, move catalog.sqlite* out of {data_dir}",
+            f"start afresh instead, move catalog.sqlite* out of {data_dir}",
         )
-    # A catalog without adapters proves nothing by what is in it: it must know the store.
+    # A catalog without adapters proves nothing by its content: it must have the store's id.
     unknown = not names and ((own is None) != (found.id is None) or catalog.number == 0)
     if found.content and (strange or unknown):
         raise _mismatch(
@@ -222,14 +222,14 @@ def check_vanished(data_dir: Path, catalog: Catalog, unnamed: set[str]) -> None:
         raise _mismatch(
             data_dir,
             "catalog rows missing",
-            f"{data_dir / 'catalog.sqlite'} has lost its rows of {len(vanished)} stored "
-            "revisions, which its history tells of",
+            f"{data_dir / 'catalog.sqlite'} has lost its rows for {len(vanished)} stored "
+            "revisions that its history records",
             _recover(data_dir),
         )
 
 
 def settle_id(root: Path, found: Survey, catalog: Catalog) -> None:
-    """Give both sides, which belong together, the same id where one has none yet."""
+    """Give catalog and store the same id if one has none yet; they must belong together."""
     own = catalog.fact(STORE_FACT)
     if own is None or (found.id is not None and own != found.id):
         own = found.id or secrets.token_hex(16)
@@ -248,7 +248,7 @@ class ChangeMark:
         self._path = root / _CHANGES
 
     def write(self, number: int) -> None:
-        """Note a change that is durable. Best effort: it only helps to notice a loss."""
+        """Record a durable change. Best effort: it only helps to detect a loss."""
         data = _line(f"{number:032x}")
         with self._lock, contextlib.suppress(OSError):
             if self._fd is None:
@@ -258,7 +258,7 @@ class ChangeMark:
             os.pwrite(self._fd, data, 0)
 
     def close(self) -> None:
-        """No more changes come. May be called again."""
+        """Close the file; no more changes will be written. Idempotent."""
         with self._lock:
             if self._fd is not None:
                 os.close(self._fd)

@@ -1,4 +1,4 @@
-"""From a complete upload to a revision that a name means."""
+"""Turns a complete upload into a revision of a name."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(slots=True)
 class _Content:
-    """What an upload brings: the bundle, the SHA-256 of each file, and whether its weights
-    were put on disk now (or the same were there)."""
+    """Content of an upload: the bundle, the SHA-256 of each file, and whether its weights are
+    new on disk (or the same were stored already)."""
 
     bundle: Bundle
     sums: Mapping[str, str]
@@ -41,13 +41,13 @@ class _Content:
 
 @dataclasses.dataclass(eq=False)
 class Staged:
-    """Content that is on disk and that no name means yet, until `Publishing.commit` or
-    `discard` ends it. No sweep takes it meanwhile.
+    """Content that is on disk but has no name yet, until `Publishing.commit` or `discard` ends
+    this. Sweeps leave it alone meanwhile.
 
     Attributes:
         record: of the new revision, which is not current.
-        current: the revision that the name meant when it was staged, if that is another.
-        end: what ends it.
+        current: the name's current revision at the time of staging, if it is another one.
+        end: undoes the staging.
     """
 
     request: UploadRequest
@@ -59,7 +59,8 @@ class Staged:
     open: bool = dataclasses.field(default=True, init=False)
 
     def discard(self) -> None:
-        """End it; what no name has goes. May be called again, also after a commit."""
+        """End the staging and remove content that no name has. Idempotent; may also follow a
+        commit."""
         self.open = False
         self.end.close()
 
@@ -76,38 +77,38 @@ class Staged:
 
 
 class Publishing(Part):
-    """From a complete upload to a revision: `stage`, then `commit`."""
+    """Turns a complete upload into a revision: `stage`, then `commit`."""
 
     def publish(self, upload: Upload, *, who: Who = SERVER) -> Published:
-        """`stage` and `commit` in one: make a complete upload the current revision of its
-        name. Raises as they do."""
+        """`stage` and `commit`: make a complete upload the current revision of its name.
+        Raises as they do."""
         return self.commit(self.stage(upload), who)
 
     def validate(self, upload: Upload) -> Published:
-        """Check a complete upload as `stage` does, and publish nothing; it is used up."""
+        """Check a complete upload as `stage` does, without publishing. Consumes the upload."""
         with upload:
             return self._preview(upload.request, self._read(upload)[0])
 
     def stage(self, upload: Upload) -> Staged:
-        """Check a complete upload and bring its content to disk; its name still means what
-        it meant before. `commit` what it gives, or ``discard`` it.
+        """Check a complete upload and store its content; the name's current revision stays.
+        The caller must `commit` the result or ``discard`` it.
 
-        The upload is used up, whatever the outcome.
+        Consumes the upload, whatever the outcome.
 
         Raises:
-            InvalidField, ChecksumMismatch: incomplete or damaged in transit.
+            InvalidField, ChecksumMismatch: the upload is incomplete, or damaged in transit.
             AdapterInvalid, BaseModelMismatch: see `read_adapter`.
-            AdapterExists: the name holds other content, ``allow_replace`` is not set.
-            EtagMismatch: the request has an etag, and it is not the name's.
-            DiskFull: nothing is left of it.
+            AdapterExists: the name holds other content, and ``allow_replace`` is not set.
+            EtagMismatch: the request has an etag that is not the name's.
+            DiskFull: nothing of the upload is left.
         """
         core, request = self._core, upload.request
         with contextlib.ExitStack() as undo:
-            undo.enter_context(upload)  # aborts it; nothing is left of it after a commit
+            undo.enter_context(upload)  # aborts it, which does nothing after a commit
             row, content = self._read(upload)
             ref = AdapterRef(row.name, row.revision, row.weights)
-            undo.callback(core.sweep_quietly)  # what was put on disk has no name
-            core.index.hold(ref)  # no sweep may take what no name has yet
+            undo.callback(core.sweep_quietly)  # removes content that got no name
+            core.index.hold(ref)  # keeps sweeps from removing content without a name
             undo.callback(core.index.release, ref)
             with core.changes:
                 entry = core.index.entry(row.name)
@@ -118,7 +119,8 @@ class Publishing(Part):
                     upload.folder, content.bundle, registration.write(kept)
                 )
                 content.found = core.index.found(ref)
-                # Whole on disk since a push that was not published: it heals all the same.
+                # Weights in quarantine may be whole on disk since an unpublished push:
+                # committing this one heals them too.
                 content.fresh |= core.index.quarantined(row.weights) is not None
             current = None if entry is None else entry.current
             return Staged(
@@ -131,37 +133,37 @@ class Publishing(Part):
             )
 
     def _unregister(self, ref: AdapterRef) -> None:
-        """A recovery must not bring back what was staged and never committed."""
+        """Unregister uncommitted content, so that a recovery does not bring it back."""
         with self._core.changes:
             entry = self._core.index.entry(ref.name)
             if entry is None or ref not in entry.revisions:
                 self._core.unregister(ref.name, [ref.revision])
 
     def commit(self, staged: Staged, who: Who = SERVER) -> Published:
-        """Make staged content the current revision of its name, in one transaction. Same
-        content as the current revision succeeds with ``published=False`` (and repairs what
-        is damaged on disk). It is used up, whatever the outcome.
+        """Make staged content the current revision of its name, in one transaction. If it
+        equals the current revision, succeed with ``published=False`` (and repair damaged
+        content on disk). Consumes ``staged``, whatever the outcome.
 
         Args:
             who: for the history.
 
         Raises:
-            AdapterExists, EtagMismatch: the name has moved since it was staged.
+            AdapterExists, EtagMismatch: the name has changed since staging.
             DiskFull: nothing was published.
         """
-        assert staged.open, "a publish that has ended already"
+        assert staged.open, "this publish has ended already"
         core, row = self._core, staged.row
         with staged, core.changes:
             entry = core.index.entry(row.name)
             self._check_replace(staged.request, entry, row.revision)
             registered = registration.write(self._registered(row, entry))
             if not core.store.has(row.revision, registered[0]):
-                # Another publish of the same was staged beside this one, and given up.
+                # Another publish of the same content was staged meanwhile and discarded.
                 core.store.register(row.revision, *registered)
             return self._commit(staged.request, row, staged.content, who)
 
     def _read(self, upload: Upload) -> tuple[RevisionRow, _Content]:
-        """What a complete upload is, once it is checked."""
+        """Check a complete upload and return its row and content."""
         request = upload.request
         upload.finish()
         manifest = read_adapter(upload.folder, self._core.base)
@@ -203,7 +205,7 @@ class Publishing(Part):
             )
 
     def _registered(self, row: RevisionRow, entry: Entry | None) -> RevisionRow:
-        """What the catalog says about the revision, or will say."""
+        """The revision's row as it is in the catalog, or as it will be."""
         if entry is not None and _means(entry, row.revision):
             with contextlib.suppress(AdapterCorrupt):
                 before = self._core.catalog.revision(row.name, row.revision)
@@ -258,12 +260,13 @@ class Publishing(Part):
             try:
                 core.drop_superseded(row.name, kept, dropped)
             except VeneerError as error:  # the publish itself stands
-                _log.warning("superseded revisions of %s stay listed: %s", row.name, error)
+                _log.warning("superseded revisions of %s remain listed: %s", row.name, error)
         record = core.record(dataclasses.replace(row, generation=change.number))
         return Published(record, True, replaced, record.manifest.warnings, dropped)
 
     def _is_sound(self, row: RevisionRow) -> bool:
-        """The rows of what a name means now are whole. Otherwise the push rewrites them."""
+        """Whether the rows of the name and its current revision are sound. If not, the push
+        rewrites them."""
         if self._core.index.damaged(row.name):
             return False
         try:
@@ -272,7 +275,7 @@ class Publishing(Part):
             return False
 
     def _note_content(self, change: Change, content: _Content, name: str) -> bool:
-        """Where the files lie by their sums. True if weights in quarantine are whole again."""
+        """Record where the files are, by checksum. True if it repaired quarantined weights."""
         bundle = content.bundle
         change.add_files(bundle.revision, bundle.files)
         if not content.fresh and not content.found:
@@ -297,9 +300,7 @@ class Publishing(Part):
         if repaired:
             warnings += ("its stored weights had been damaged: this push repaired them",)
         if request.labels and dict(request.labels) != dict(record.labels):
-            warnings += (
-                "the name holds this content already; its labels were left as they are",
-            )
+            warnings += ("the name holds this content already; its labels were not changed",)
         return Published(record, False, False, warnings)
 
 

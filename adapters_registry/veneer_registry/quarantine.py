@@ -1,4 +1,4 @@
-"""The store's quarantine: damaged weights, and whole content that no name has."""
+"""The store's quarantine: damaged weights, and whole content without a name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Quarantine"]
 
 
 class Quarantine:
-    """What was taken away from where it is served from, and is kept for a while."""
+    """Content that was moved out of the served folders and is kept for a while."""
 
     def __init__(self, folders: StoreFolders) -> None:
         self._folders = folders
         self._unnamed = folders.unnamed_root
 
     def add(self, weights: str) -> None:
-        """Take damaged weights away from where they are served from, and keep them."""
+        """Move damaged weights out of the served folders."""
         root = self._folders.quarantine_root
         with disk_errors(self._folders.root):
             _keep(self._folders.weights_folder(weights), root / weights)
@@ -29,7 +29,7 @@ class Quarantine:
             sync(self._folders.weights_root)
 
     def set_aside(self, weights: Iterable[str], revisions: Iterable[str]) -> None:
-        """Take whole content that no name has out of the way, and keep it."""
+        """Move whole content that no name has into quarantine."""
         with disk_errors(self._folders.root):
             make_folder(self._unnamed, exist_ok=True)
             for folder, aside in self._folders.places(weights, revisions, self._unnamed):
@@ -38,7 +38,7 @@ class Quarantine:
             self._sync_unnamed()
 
     def bring_back(self, weights: Iterable[str], revisions: Iterable[str]) -> int:
-        """Undo `set_aside` for what of this is there. Returns how many folders came back."""
+        """Undo `set_aside` for those of these that are there. Returns the number of folders."""
         places = self._folders.places(weights, revisions, self._unnamed)
         found = [(folder, aside) for folder, aside in places if aside.exists()]
         if found:
@@ -49,13 +49,13 @@ class Quarantine:
         return len(found)
 
     def _sync_unnamed(self) -> None:
-        """Make durable what went to `_unnamed`, or came from there."""
+        """Make moves to and from `_unnamed` durable."""
         sync(self._unnamed)
         sync(self._folders.weights_root)
         sync(self._folders.revisions_root)
 
     def held(self) -> list[Path]:
-        """Folders of what is in quarantine, damaged or unnamed, oldest first."""
+        """Folders in quarantine, damaged or unnamed, oldest first."""
         root = self._folders.quarantine_root
         found = [path for path in root.iterdir() if path != self._unnamed]
         if self._unnamed.exists():
@@ -63,15 +63,15 @@ class Quarantine:
         return sorted(found, key=lambda path: (_changed(path), path.name))
 
     def prune(self, most_bytes: int, older_than: float) -> list[tuple[str, int]]:
-        """Remove from quarantine what is there since before ``older_than`` (Unix seconds),
-        and then the oldest until ``most_bytes`` are left. Returns (folder's name, bytes)."""
+        """Remove content that came before ``older_than`` (Unix seconds), then the oldest until
+        at most ``most_bytes`` are left. Returns (folder's name, bytes) of what was removed."""
         held = [(path, size_of(path)) for path in self.held()]
         left = sum(size for _, size in held)
         removed = []
         for path, size in held:
             if left <= most_bytes and _changed(path) >= older_than:
                 continue
-            # In one step: half of it must not be taken back by `bring_back`.
+            # Rename first: `bring_back` must never see a partly removed folder.
             trash = self._folders.new_staging()
             path.rename(trash / path.name)
             remove(trash)
@@ -85,7 +85,7 @@ def _keep(folder: Path, to: Path) -> None:
         remove(to)
     move_away(folder, to)
     with contextlib.suppress(FileNotFoundError):
-        os.utime(to)  # since when it is there
+        os.utime(to)  # records when it was quarantined
 
 
 def _changed(path: Path) -> float:

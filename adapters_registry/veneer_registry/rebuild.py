@@ -1,13 +1,13 @@
-"""``veneer-server store recover``: a catalog from what can still be read of the old one, and
-from the stored adapters.
+"""``veneer-server store recover``: rebuilds the catalog from what can still be read of the old
+one, and from the stored adapters.
 
-The old catalog is only read. The new one is built beside it under another name, renamed to
-`pairing.REBUILT` once it is whole and durable, and only then are the old files moved aside
-and the new one put in their place. Interrupted before that, a second run starts over; after
-it, a second run finishes the swap. A server does not start in between.
+The old catalog is only read. The new one is built beside it under another name, and renamed to
+`pairing.REBUILT` once it is whole and durable. Only then are the old files moved aside and the
+new one put in their place. If interrupted before that rename, a second run starts over; after
+it, a second run finishes the swap. In between a server refuses to start.
 
-Which revision a name means: the one that the old catalog says, where that can be read and has
-lost no changes; else the one that was created last.
+A name's current revision is that of the old catalog, if its row can be read and the catalog
+has lost no changes; otherwise the one created last.
 """
 
 from __future__ import annotations
@@ -50,16 +50,17 @@ class Recovered:
     """What `recover` did.
 
     Attributes:
-        changed: a new catalog is in place; else the old one is whole and stays.
-        names, revisions: in the new catalog.
-        current: name -> the revision that it means; only names whose revisions are not all
-            as the old catalog had them.
-        from_store: ``name@revision`` that the old catalog did not have, or had damaged.
-        nameless: of these, those whose name nobody knows: called ``recovered-...``.
-        missing: ``name@revision`` whose content is not in the store; refused until it is.
+        changed: a new catalog is in place; otherwise the old one is whole and stays.
+        names, revisions: their numbers in the new catalog.
+        current: name -> its current revision; only for names whose revisions differ from the
+            old catalog's.
+        from_store: ``name@revision`` that was missing or damaged in the old catalog.
+        nameless: those of `from_store` whose name is unknown; they are called
+            ``recovered-...``.
+        missing: ``name@revision`` whose content is not in the store; refused until it is back.
         damaged: weights digest or revision -> why; weights are quarantined.
-        lost_rows: rows of the old catalog that could not be read.
-        aside: where the old catalog is, if there was one.
+        lost_rows: number of rows of the old catalog that could not be read.
+        aside: where the old catalog was moved, if there was one.
     """
 
     changed: bool = False
@@ -79,15 +80,15 @@ class Recovered:
 def recover(
     data_dir: Path, progress: Callable[[int, int], None] = lambda at, of: None
 ) -> Recovered:
-    """Rebuild the catalog of a folder that no server owns; see the module.
+    """Rebuild the catalog of a folder that no server owns; see the module docstring.
 
     Args:
-        progress: told after each stored revision: how many are done, of how many.
+        progress: called after each stored revision with the number done and the total.
 
     Raises:
         StoreLocked: a server owns the folder.
-        InvalidField: that is not a data folder.
-        StoreMismatch: the store is missing or empty, so that there is nothing to recover from.
+        InvalidField: ``data_dir`` is not a data folder.
+        StoreMismatch: the store is missing or empty, so there is nothing to recover from.
     """
     if not data_dir.is_dir() or not (
         (data_dir / "store").exists() or (data_dir / _CATALOG).exists()
@@ -116,7 +117,7 @@ class _Recovery:
             raise StoreMismatch(
                 f"{self._data_dir / 'store'} holds no adapters, so there is nothing to recover "
                 "from; nothing was changed. Mount or restore it and start the server. To start "
-                f"anew instead, move catalog.sqlite* out of {self._data_dir}",
+                f"afresh instead, move catalog.sqlite* out of {self._data_dir}",
                 metadata={"found": "store empty", "fix": "mount the store"},
             )
         old = salvage(self._data_dir / _CATALOG, self._survey)
@@ -140,7 +141,7 @@ class _Recovery:
     # ------------------------------------------------------------------- what there is
 
     def _rows(self, store: Store, old: Salvaged) -> dict[tuple[str, str], RevisionRow]:
-        """(name, revision) -> row: those of the old catalog, and what the store adds."""
+        """(name, revision) -> row, from the old catalog and then from the store."""
         rows = dict(old.rows)
         weights, revisions = store.present()
         sound: dict[str, str | None] = {}
@@ -177,9 +178,9 @@ class _Recovery:
             try:
                 row = registration.read(path.read_bytes())
                 if row.revision != revision or path.name != registration.file_name(row.name):
-                    raise ValueError("it is of another revision")
+                    raise ValueError("it belongs to another revision")
             except (OSError, ValueError) as error:
-                _log.warning("%s is passed over: %s", path, error)
+                _log.warning("skipped %s: %s", path, error)
                 continue
             read += 1
             if row.name not in known and old.misses(row.name, revision):
@@ -191,7 +192,8 @@ class _Recovery:
                 yield nameless
 
     def _nameless(self, store: Store, revision: str) -> RevisionRow | None:
-        """A revision that an older Veneer stored, or whose registration is damaged."""
+        """Row of a revision without a sound registration: it is damaged, or an older Veneer
+        stored the revision."""
         folder = store.revision_folder(revision)
         why = check_revision(folder, revision)
         if why is not None:
@@ -244,7 +246,7 @@ class _Recovery:
             with catalog.change() as change:
                 change.raise_counter(least)
         finally:
-            catalog.close()  # which puts the write-ahead log into the file
+            catalog.close()  # merges the write-ahead log into the file
         sync(building)
         building.rename(self._data_dir / REBUILT)
         sync(self._data_dir)
@@ -306,9 +308,9 @@ class _Recovery:
     # ------------------------------------------------------------------------ the swap
 
     def _finish(self) -> Recovered:
-        """Move the old catalog aside, put the new one in its place. May be done again."""
+        """Move the old catalog aside and put the new one in its place. Idempotent."""
         rebuilt, path = self._data_dir / REBUILT, self._data_dir / _CATALOG
-        # By the new one's time, so that a second run goes on under the same name.
+        # Named after the new catalog's time, so that a second run uses the same name.
         seconds, rest = divmod(rebuilt.stat().st_mtime_ns, 10**9)
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
         aside = path.with_name(f"{_CATALOG}.before-recovery-{stamp}.{rest // 10**6:03}Z")

@@ -1,4 +1,4 @@
-"""What the registry takes and gives: frozen, no I/O."""
+"""The registry's frozen parameter and result types. No I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["AdapterRecord", "AliasChange", "Published", "UploadFile", "UploadReq
 
 @dataclass(frozen=True, slots=True)
 class UploadFile:
-    """One announced file: its name, bytes, and SHA-256 (64 hex digits)."""
+    """One announced file: its name, size in bytes, and SHA-256 (64 hex digits)."""
 
     name: str
     size: int
@@ -27,11 +27,11 @@ class UploadRequest:
     """An announced upload.
 
     Attributes:
-        name: what the adapter shall be called.
+        name: the adapter's name.
         files: every file of the bundle.
-        labels: free pairs to filter by.
-        allow_replace: the name may hold other content now.
-        etag: if not empty, what the name's must be.
+        labels: arbitrary key-value pairs to filter by.
+        allow_replace: publish even if the name holds other content.
+        etag: if not empty, the name's etag must equal it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class UploadRequest:
     @property
     def upload_id(self) -> str:
         """64 hex digits: the same for the same files under the same name, so that an
-        upload that broke off is found again."""
+        interrupted upload can be found."""
         files = sorted([file.name, file.size, file.sha256] for file in self.files)
         return hashlib.sha256(canonical_json([self.name, files])).hexdigest()
 
@@ -54,16 +54,16 @@ class AdapterRecord:
 
     Attributes:
         ref: name, revision, weights digest.
-        manifest: what its files hold.
+        manifest: description of its files.
         created: when the name got this revision, Unix seconds.
-        labels: as given with the upload.
-        current: the plain name resolves to it.
+        labels: as given with the upload or by a later update.
+        current: whether the plain name resolves to it.
         etag: changes with every change of the name's registration; "" if there is none.
         bytes: size of the bundle's files on disk.
-        aliases: names (without the adapter's) of aliases that may mean this revision.
+        aliases: aliases (without the adapter's name) that have this revision as a target.
         retain: superseded revisions that its name keeps.
         quarantined: why its stored content is not served, or None.
-        foreign: it was registered for another base.
+        foreign: whether it was registered for another base.
     """
 
     ref: AdapterRef
@@ -84,12 +84,11 @@ class Published:
     """Outcome of a publish.
 
     Attributes:
-        record: the revision, as registered or (validate only) as it would be.
-        published: False where the name already held this content, or nothing was
-            to be published.
-        replaced: another revision was current before.
+        record: the revision, as registered or (when only validating) as it would be.
+        published: False if the name already held this content, or when only validating.
+        replaced: whether another revision was current before.
         warnings: sentences for the uploader.
-        dropped: superseded revisions that the name does not keep any more.
+        dropped: superseded revisions that the name no longer keeps.
     """
 
     record: AdapterRecord
@@ -104,8 +103,8 @@ class AliasChange:
     """Outcome of moving an alias.
 
     Attributes:
-        alias: as it is now; without targets when it was removed.
-        before: what it meant: (revision, weight) pairs; empty for a new one.
+        alias: as it is now; without targets if it was removed.
+        before: its previous (revision, weight) pairs; empty for a new alias.
     """
 
     alias: AliasRow

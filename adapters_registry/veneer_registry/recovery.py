@@ -1,4 +1,4 @@
-"""What happens between opening the folder and serving from it."""
+"""Makes catalog, store and index agree, between opening the folder and serving from it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["base_identity", "recover"]
 _log = logging.getLogger(__name__)
 
 _NONE: Final[frozenset[str]] = frozenset()
-"""One for all names: an empty set takes 200 bytes."""
+"""Shared by all names, since an empty set takes 200 bytes."""
 _SHOWN: Final = 20
-"""Adapters that a log line names at most."""
+"""Most adapters that a log line names."""
 
 
 def base_identity(base: BaseSpec) -> str:
-    """What of a base decides whether an adapter that was checked once still fits."""
+    """The part of a base that decides whether an adapter checked earlier still fits."""
     facts = {
         "weights": base.fingerprint.weights,
         "tokenizer": base.fingerprint.tokenizer,
@@ -53,8 +53,8 @@ def recover(
     """Fill the index, and make disk and catalog agree without losing anything.
 
     A revision whose content is gone keeps its row, name, labels and aliases, and is refused
-    with DATA_LOSS: the next start that finds the content serves it again. A damaged row is
-    refused likewise. Whole content that no row names moves to quarantine.
+    with DATA_LOSS until a start finds the content again. So is a revision with a damaged row.
+    Whole content that no row names moves to quarantine.
 
     Raises:
         StoreMismatch: the catalog has lost rows that it must have had.
@@ -82,7 +82,7 @@ def recover(
     if foreign:
         _log.warning(
             "%d adapters were registered for another base and are refused here; push them "
-            "again, or start the server with their own base",
+            "again, or start the server with their base",
             foreign,
         )
     index.load(entries, damaged)
@@ -91,17 +91,17 @@ def recover(
     _find_lost(store, index, named[0] - weights - quarantined.keys(), named[1] - revisions)
     if damaged:
         _log.error(
-            "%d rows of the catalog are damaged, about %s: these are refused, the others are "
-            "served; stop the server and run `veneer-server store recover`",
+            "%d rows of the catalog, about %s, are damaged: these adapters are refused, all "
+            "others are served; stop the server and run `veneer-server store recover`",
             sum(damaged.values()),
-            ", ".join(sorted(damaged.keys() - {""})[:_SHOWN]) or "adapters it cannot tell",
+            ", ".join(sorted(damaged.keys() - {""})[:_SHOWN]) or "unknown adapters",
         )
     elif any(unnamed):
         check_vanished(data_dir, catalog, unnamed[1])
         store.quarantine.set_aside(*unnamed)
         _log.warning(
             "moved %d weights and %d revisions that no adapter names (a publish or delete was "
-            "cut short) to %s; push them again to use them, or let the quarantine's limits "
+            "interrupted) to %s; push them again to use them, or let the quarantine's limits "
             "remove them",
             len(unnamed[0]),
             len(unnamed[1]),
@@ -126,21 +126,21 @@ def _entry(row: NameRow, base_id: str) -> Entry:
 def _find_lost(
     store: Store, index: Index, gone_weights: set[str], gone_revisions: set[str]
 ) -> None:
-    """Tell the index which named content is nowhere; take back what is in quarantine though
-    a row names it (an earlier start had another catalog)."""
+    """Bring back content from quarantine that a row names (an earlier start had another
+    catalog), and mark named content that is nowhere as lost in the index."""
     if not gone_weights and not gone_revisions:
         return
     back = store.quarantine.bring_back(gone_weights, gone_revisions)
     if back:
-        _log.warning("took %d folders back from quarantine, since adapters name them", back)
+        _log.warning("moved %d folders back from quarantine, since adapters use them", back)
         weights, revisions = store.present()
         gone_weights, gone_revisions = gone_weights - weights, gone_revisions - revisions
     index.set_lost(gone_weights | gone_revisions)
     lost = index.lost_adapters()
     for ref in lost[:_SHOWN]:
         _log.warning(
-            "adapter %s: its content is gone from the disk; it is refused until the content is "
-            "back at a start, or is pushed again",
+            "adapter %s: its content is gone from the disk; it is refused until a start finds "
+            "the content again, or it is pushed again",
             ref.short,
         )
     if len(lost) > _SHOWN:
@@ -155,8 +155,8 @@ def _check_recovered(
     base_id: str,
     time: float,
 ) -> None:
-    """Revisions that `store recover` found without their registration were never checked
-    against a base: do so now."""
+    """Check revisions that `store recover` found without a registration against the base:
+    nobody has done so yet."""
     for name, entry in entries.items():
         for ref in entry.revisions:
             if ref.revision not in entry.foreign:

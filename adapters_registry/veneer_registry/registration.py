@@ -1,10 +1,10 @@
-"""What the store keeps of a revision's row: ``registered-<hash>.json`` beside its bundle, one
-for each name that has the revision.
+"""The store's copy of a revision's row: ``registered-<hash>.json`` beside its bundle, one for
+each name that has the revision.
 
-The bundle says what a revision is made of, not what it is called. With this file
+The bundle says what a revision consists of, not what it is called. With this file
 ``veneer-server store recover`` can rebuild a catalog from the store alone. It is written
-with the revision, before the catalog's row, and removed when the name no longer has it. It
-carries a digest of its own: a file that cannot be believed is passed over.
+with the revision, before the catalog's row, and removed when the name no longer has the
+revision. It contains its own digest; a file that does not match is ignored.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _FORMAT: Final = 1
 
 
 def file_name(name: str) -> str:
-    """The file for a name: a digest of it, since paths are not made of a caller's words."""
+    """File name for an adapter's name: a digest, since paths never contain a caller's text."""
     return f"{REGISTRATION}{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
 def write(row: RevisionRow) -> tuple[str, bytes]:
-    """(file name, content) for a row."""
+    """(file name, content) of a row's registration."""
     row_facts = {
         "format": _FORMAT,
         "name": row.name,
@@ -49,14 +49,14 @@ def write(row: RevisionRow) -> tuple[str, bytes]:
 
 
 def read(data: bytes) -> RevisionRow:
-    """Inverse of `write`. Raises ValueError for content that is not what was written."""
+    """Inverse of `write`. Raises ValueError for damaged content."""
     try:
         document: dict[str, Any] = json.loads(data)
         facts = document["row"]
         if hashlib.sha256(canonical_json(facts)).hexdigest() != document["sha256"]:
             raise ValueError("it is damaged")
         if facts.pop("format") != _FORMAT:
-            raise ValueError("it is of another version of Veneer")
+            raise ValueError("it is from another version of Veneer")
         row = RevisionRow(**facts)
         check_name(row.name)
         manifest_from_json(row.manifest)

@@ -1,10 +1,10 @@
 """The registry: the facade over format, store, catalog and index.
 
-A publish is: check the received files, bring content to disk (`stage`), one catalog
+A publish is: check the received files, store their content (`stage`), one catalog
 transaction, then the index (`commit`). Nothing is visible before it is whole and durable,
-and what was acknowledged survives ``kill -9``. `open_uploads` receives content,
-`publishing` brings it in, `aliases` and `editing` change what is there, `lookups` reads it;
-`core` is what they share.
+and what was acknowledged survives ``kill -9``. `open_uploads` receives content, `publishing`
+publishes it, `aliases` and `editing` change it, `lookups` reads it; `core` is their shared
+state.
 The index is never locked across a system call, so `resolve`, `acquire` and `release` may
 be called from an event loop. Call everything else from a worker thread.
 """
@@ -54,24 +54,24 @@ class Registry(Lookups, Aliases, Editing, Publishing):
         max_adapter_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.time,
     ) -> Self:
-        """Take the folder, check that its parts belong together, and fill the index.
+        """Lock the folder, check that its parts belong together, and fill the index.
 
         Args:
-            data_dir: made if missing; one owner at a time.
+            data_dir: created if missing; one owner at a time.
             base: what uploads are checked against.
-            lock: the folder's lock, where the caller took it before; else taken
+            lock: the folder's lock, if the caller holds it already; otherwise it is taken
                 here. `close` releases it either way.
             retain_superseded: revisions kept behind the current one of each name.
             max_adapter_bytes: largest ``adapter_model.safetensors`` accepted.
-            clock: Unix seconds, for `AdapterRecord.created`.
+            clock: returns Unix seconds, for `AdapterRecord.created`.
 
         Raises:
             StoreLocked: another process owns the folder.
             StoreMismatch: catalog and store do not belong together; nothing was changed.
             CatalogDamaged: the catalog cannot be read; nothing was changed.
-            FailedPrecondition: the catalog is from another version.
+            FailedPrecondition: the catalog is from a newer version.
             InvalidField: the folder belongs to another user.
-            DiskFull: there is no room to open it.
+            DiskFull: the disk has no space to open it.
         """
         if lock is None:
             lock = OwnerLock(data_dir)
@@ -83,7 +83,7 @@ class Registry(Lookups, Aliases, Editing, Publishing):
             raise
 
     def close(self) -> None:
-        """End open uploads, wait for a running change, give the folder back."""
+        """End open uploads, wait for a running change, release the folder."""
         self._uploads.close()
         with self._core.changes:
             self._core.catalog.close()
@@ -104,47 +104,47 @@ class Registry(Lookups, Aliases, Editing, Publishing):
     # ------------------------------------------------------------------- publish
 
     def committed(self, request: UploadRequest) -> Mapping[str, int]:
-        """Bytes of each announced file that need not be sent with ``resume``: what an
-        upload that broke off left, and all of a file whose content is stored.
+        """Bytes of each announced file that need not be sent with ``resume``: those of an
+        interrupted upload, and all of a file whose content is stored.
 
         Raises as `begin_upload`.
         """
         return self._uploads.committed(request)
 
     def begin_upload(self, request: UploadRequest, *, resume: bool = False) -> Upload:
-        """Check an announcement and open its files for writing.
+        """Check a request and open its files for writing.
 
         Args:
-            resume: go on with what `committed` told. A connection that still sends the
-                same upload is ended. Without it all is sent.
+            resume: continue from `committed`; an upload of the same files that another
+                connection is still sending is ended. If False, everything is sent again.
 
         Raises:
             InvalidField, AdapterInvalid: see `check_request`; or the name is the base's.
-            ChecksumMismatch: what was there is damaged; begin without ``resume``.
-            DiskFull: the disk has not room for the announced bytes.
+            ChecksumMismatch: the bytes received earlier are damaged; begin without ``resume``.
+            DiskFull: the disk has no space for the announced bytes.
         """
         return self._uploads.begin(request, resume=resume)
 
     def sweep_uploads(self, idle_s: float) -> int:
-        """Remove what arrived of uploads that nobody went on with for so many seconds."""
+        """Remove interrupted uploads that have been idle for ``idle_s`` seconds."""
         return self._uploads.sweep(idle_s)
 
     def trim_uploads(self, *, most: int, most_bytes: int) -> int:
-        """Remove the oldest of what broken uploads left, beyond a number and bytes. None
-        that is being sent goes, and the newest stays."""
+        """Remove the oldest interrupted uploads beyond ``most`` or ``most_bytes``. Active
+        uploads and the newest interrupted one stay."""
         return self._uploads.trim(most=most, most_bytes=most_bytes)
 
     # -------------------------------------------------------------------- changes
 
     def note(self, event: str, ref: AdapterRef, who: Who, detail: str = "") -> None:
-        """Add a line to the history: something was done to a revision in memory."""
+        """Add a line to the history, for something that was done to a revision in memory."""
         with self._core.changes, self._core.change(who) as change:
             change.note(event, ref.name, ref.revision, detail)
 
     # ---------------------------------------------------------------------- memory
 
     def set_residents(self, residents: Sequence[ResidentRow]) -> None:
-        """Remember what is in memory, most recently used first."""
+        """Record the resident adapters, most recently used first."""
         with self._core.changes, self._core.change(SERVER) as change:
             change.set_residents(residents)
 
@@ -152,18 +152,18 @@ class Registry(Lookups, Aliases, Editing, Publishing):
 
     @property
     def needs_sweep(self) -> bool:
-        """A released lease left content to remove: call `sweep` from a worker thread."""
+        """Whether there is content to remove: then call `sweep` from a worker thread."""
         return self._core.index.has_garbage
 
     def complete_store(self, limit: int = 100) -> bool:
-        """Bring what an older Veneer stored up to date: registrations that `store recover`
-        needs, and modes. So many names a call; False once there is nothing left to do.
+        """Upgrade what an older Veneer stored: registrations, which `store recover` needs, and
+        modes. Up to ``limit`` names per call; False once there is nothing left to do.
         """
         return self._completing.more(limit)
 
     def prune_quarantine(self, most_bytes: int, idle_s: float) -> Sequence[tuple[str, int]]:
-        """Keep the quarantine within bounds: remove what has been there for longer than so many
-        seconds, and then the oldest until at most so many bytes are left.
+        """Keep the quarantine within bounds: remove what has been there for longer than
+        ``idle_s`` seconds, then the oldest until at most ``most_bytes`` are left.
 
         Returns (folder's name, bytes) of what was removed.
         """
@@ -171,5 +171,5 @@ class Registry(Lookups, Aliases, Editing, Publishing):
             return self._core.store.quarantine.prune(most_bytes, time.time() - idle_s)
 
     def sweep(self) -> int:
-        """Remove content that no name and no lease needs. Returns folders removed."""
+        """Remove content that no name or lease needs. Returns the number of folders removed."""
         return self._core.sweep()

@@ -1,9 +1,9 @@
-"""Opening a file of an adapter folder, whatever a stranger or an accident put there.
+"""Safely opens a file of an adapter folder, whose content is untrusted.
 
-A FIFO would block for ever, a device might never end, and a symbolic link may name a secret
-that a push would send. So only regular files are opened, never blocking, and a link is
-followed only inside the folder. One exception: a snapshot of the Hugging Face cache, whose
-files are links into the ``blobs`` folder of the same repository's cache.
+A FIFO would block for ever, a device might never end, and a symbolic link may point to a
+secret that a push would send. So only regular files are opened, without blocking, and a link
+is followed only inside the folder. One exception: the files of a Hugging Face cache snapshot
+are links into the ``blobs`` folder of the same repository's cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MISSING: Final = "is missing; save the adapter again"
 
 
 def stat_regular(path: Path) -> os.stat_result:
-    """What `open_regular` would open; nothing is opened.
+    """Stat the file that `open_regular` would open, without opening it.
 
     Raises:
         AdapterInvalid: as `open_regular`.
@@ -47,16 +47,16 @@ def stat_regular(path: Path) -> os.stat_result:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a regular file for reading, without buffer; its folder is an adapter's.
+    """Open a regular file of an adapter folder for reading, unbuffered.
 
     Raises:
-        AdapterInvalid: metadata ``file``: it is missing, of another kind, or a link that
+        AdapterInvalid: metadata ``file``: it is missing, not a regular file, or a link that
             leaves the folder.
         OSError: it cannot be read.
     """
-    stat_regular(path)  # opening some devices does something
+    stat_regular(path)  # merely opening some devices has side effects
     flags = os.O_RDONLY | os.O_CLOEXEC
-    # Of systems that have them. Whatever is put there meanwhile, opening does not block.
+    # Where the system has them. Even if the file is replaced meanwhile, opening cannot block.
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"):
         flags |= getattr(os, name, 0)
     try:
@@ -73,7 +73,7 @@ def open_regular(path: Path) -> io.FileIO:
 
 
 def _followed(path: Path) -> str:
-    """The path itself, or where a link leads that may be followed."""
+    """The path itself, or the target of a link that may be followed."""
     if not path.is_symlink():
         return os.fspath(path)
     folder = os.path.realpath(path.parent)
@@ -99,7 +99,7 @@ def _followed(path: Path) -> str:
 
 
 def _blobs(folder: Path) -> str | None:
-    """Where files of a snapshot of the Hugging Face cache lie: beside ``snapshots``."""
+    """The ``blobs`` folder beside ``snapshots``, for a folder in the Hugging Face cache."""
     for parent in folder.parents:
         if parent.name == _SNAPSHOTS and parent.parent.name.startswith(_CACHED):
             return os.fspath(parent.parent / _BLOBS)

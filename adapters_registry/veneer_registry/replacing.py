@@ -1,6 +1,6 @@
-"""Files and folders that appear whole, under their name, or not at all.
+"""Writes files and folders that appear complete or not at all.
 
-Both are made beside their place, since only a rename within one file system is atomic.
+Both are created beside their final place, since only a rename within one file system is atomic.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["new_folder", "replace_file", "replacing"]
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
-    """An empty file to write in place of ``path``, which it becomes at the end of the block.
+    """Yield an empty file to write, which replaces ``path`` at the end of the block.
 
-    By then it is on the disk (fsync of the file, and of its folder after the rename). If the
-    block raises, ``path`` stays as it was. Two processes may write the same path at once: the
-    last one to finish wins. Two threads of a process may not. What a killed process leaves is
-    hidden and named after it: ``.NAME.PID.new``.
+    It is then durable (fsync of the file, and of its folder after the rename). If the block
+    raises, ``path`` stays as it was. Two processes may write the same path at once: the last
+    one to finish wins. Two threads of one process may not. A killed process leaves a hidden
+    file with its process id: ``.NAME.PID.new``.
 
     Args:
         path: its folder must exist.
-        mode: of the file, whatever the umask; None leaves it to the umask.
+        mode: the file's mode, whatever the umask; None leaves it to the umask.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
     draft.unlink(missing_ok=True)
@@ -48,17 +48,17 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 
 
 def replace_file(path: Path, data: str | bytes, *, mode: int | None = None) -> None:
-    """Write a whole file as `replacing` does; text as UTF-8."""
+    """Write a whole file by `replacing`; text as UTF-8."""
     with replacing(path, mode=mode) as draft:
         draft.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A path at which to make a folder, which becomes ``out`` at the end of the block.
+    """Yield a path at which to create a folder, which becomes ``out`` at the end of the block.
 
-    Others may read the folder and its files, whatever the umask. Folders above ``out`` are
-    made. ``out`` must not exist; if the block raises, it still does not.
+    Others may read the folder and its files, whatever the umask. Creates the parents of
+    ``out``, which must not exist; if the block raises, it still does not.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

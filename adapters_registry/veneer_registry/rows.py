@@ -1,4 +1,4 @@
-"""Rows of the catalog, as frozen records."""
+"""Rows of the catalog as frozen records."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ __all__ = [
 
 
 BEGINNINGS: Final = ("published", "replaced", "lost")
-"""Events of the history after which a revision has a row. An older Veneer noted as lost, and
-forgot, what it did not find at one start."""
+"""Events of the history after which a revision should have a row. An older Veneer recorded
+``lost``, and dropped the row, if one start did not find the content; that must not count as
+an end."""
 
 ENDS: Final = ("deleted", "superseded")
-"""Events after which it has none."""
+"""Events after which a revision has no row."""
 
 
 def damaged_row(adapter: str) -> AdapterCorrupt:
-    """The error for a row of the catalog that is not what was written."""
+    """The error for a damaged row of the catalog."""
     return AdapterCorrupt(
         f"the catalog entry of adapter {adapter} is damaged; push the adapter again, "
         "or stop the server and run `veneer-server store recover`",
@@ -45,11 +46,11 @@ def damaged_row(adapter: str) -> AdapterCorrupt:
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Whose doing a change is.
+    """Who made a change.
 
     Attributes:
-        actor: who the caller said it was; a claim, not a proof.
-        peer: where the call came from; ``server`` for the server's own doing.
+        actor: who the caller claims to be; not verified.
+        peer: where the call came from; ``server`` for the server's own changes.
     """
 
     actor: str = ""
@@ -80,8 +81,8 @@ class AliasRow:
     """An alias of a name.
 
     Attributes:
-        targets, previous: (revision, weight) pairs: what it means, and what it meant
-            before its last move.
+        targets, previous: (revision, weight) pairs: its targets now, and before its last
+            move.
         generation: its etag, as a number.
         updated: Unix seconds.
     """
@@ -99,9 +100,9 @@ class NameRow:
     """What the index needs of a name: revisions are (revision, weights, base), newest first.
 
     Attributes:
-        retain: superseded revisions to keep; None is the server's default.
-        damaged: rows about it that are not what was written; they are left out here.
-            Of what is left out with the name's own row, nothing is known but the name.
+        retain: superseded revisions to keep; None means the server's default.
+        damaged: number of damaged rows about the name, which are left out here. If its own
+            row is one of them, only the name itself is known.
     """
 
     name: str
@@ -115,13 +116,13 @@ class NameRow:
 
 @dataclass(frozen=True, slots=True)
 class HistoryRow:
-    """One line of the history: who changed what when.
+    """One line of the history: who changed what and when.
 
     Attributes:
-        sequence: grows with every line.
+        sequence: increases with every line.
         time: Unix seconds.
         event: see `HistoryEntry` in adapters.proto.
-        revision: "" where it is not about one.
+        revision: "" if it is not about a revision.
     """
 
     sequence: int
@@ -135,10 +136,10 @@ class HistoryRow:
 
 @dataclass(frozen=True, slots=True)
 class ResidentRow:
-    """An adapter that was in memory, to be brought back after a restart.
+    """An adapter that was in memory, to be loaded again after a restart.
 
     Attributes:
-        tier: nearest memory tier that held it: ``host`` or ``device``.
+        tier: the nearest memory tier that held it: ``host`` or ``device``.
         pin: the tier that an operator pinned it to, or None.
     """
 

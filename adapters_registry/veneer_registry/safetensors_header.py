@@ -3,7 +3,7 @@
 A file is an 8-byte little-endian length, a JSON object of that many bytes
 (``name -> {dtype, shape, data_offsets}``), and the tensors' bytes. The reader
 checks everything that the header claims against the size of the file before
-anything of that size is allocated: safetensors 0.8.0 itself was seen to accept
+it allocates anything of that size: safetensors 0.8.0 itself accepts
 duplicate keys, a shape of [0, 2^60], and 100,000 empty tensors.
 """
 
@@ -56,7 +56,7 @@ class SafetensorsHeader:
 
     Attributes:
         tensors: by name, in the order of their bytes.
-        metadata: the file's ``__metadata__`` strings.
+        metadata: the strings of the file's ``__metadata__``.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -65,15 +65,15 @@ class SafetensorsHeader:
 
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
-    """What a header may claim.
+    """Limits of what a header may claim.
 
     Attributes:
-        header_bytes: longest JSON text.
+        header_bytes: most bytes of JSON.
         tensors: most tensors.
-        bits: allowed dtypes, with bits an element.
+        bits: allowed dtypes, with their bits per element.
         dimensions: most dimensions of a tensor.
-        smallest: least size of a dimension (1 refuses empty tensors).
-        largest: greatest size of a dimension.
+        smallest: smallest size of a dimension (1 refuses empty tensors).
+        largest: largest size of a dimension.
     """
 
     header_bytes: int
@@ -92,8 +92,8 @@ ADAPTER_LIMITS: Final = HeaderLimits(
     smallest=1,
     largest=1 << 28,
 )
-"""Limits for uploads. 126 layers with 7 projections have 1,764 tensors, which a header of
-0.3 MB names; what a larger one costs to parse is time and memory that a stranger takes."""
+"""Limits for uploads. 126 layers with 7 projections have 1,764 tensors and a header of 0.3 MB;
+parsing a much larger one would cost time and memory at an untrusted caller's will."""
 
 CHECKPOINT_LIMITS: Final = HeaderLimits(
     header_bytes=100 << 20,
@@ -107,22 +107,22 @@ CHECKPOINT_LIMITS: Final = HeaderLimits(
     smallest=0,
     largest=1 << 40,
 )
-"""Limits for base checkpoints, which the operator chose: every dtype, larger headers."""
+"""Limits for base checkpoints, which the operator chooses: all dtypes, larger headers."""
 
 
 def read_header(
     file: BinaryIO, name: str, limits: HeaderLimits = ADAPTER_LIMITS
 ) -> SafetensorsHeader:
-    """Read and check the header of a file; ``name`` is what messages call it.
+    """Read and check the header of a file, which messages call ``name``.
 
     Raises:
-        AdapterInvalid: with metadata ``file`` and, where one is to blame, ``tensor``.
+        AdapterInvalid: metadata ``file`` and, if one tensor is at fault, ``tensor``.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     prefix = file.read(_LENGTH_BYTES)
     if len(prefix) < _LENGTH_BYTES:
-        refuse(name, f"is {size} bytes long: no safetensors file is; save it again")
+        refuse(name, f"has {size} bytes, too few for a safetensors file; save it again")
     length = int.from_bytes(prefix, "little")
     if length > limits.header_bytes:
         refuse(
@@ -133,7 +133,7 @@ def read_header(
     if _LENGTH_BYTES + length > size:
         refuse(
             name,
-            f"is cut off: its header of {length} bytes passes the end of the file",
+            f"is cut off: its header of {length} bytes extends past the end of the file",
             cause="cut_off",
         )
     text = file.read(length)
@@ -161,7 +161,7 @@ def _metadata(name: str, value: object) -> dict[str, str]:
 
 
 def _sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether it is a list of sizes."""
+    """Whether ``value`` is a list of sizes."""
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
@@ -199,7 +199,7 @@ def _tensor(
 
 
 def _check_layout(file: str, tensors: list[TensorInfo], start: int, size: int) -> None:
-    """Tensors in byte order must follow one another from the header to the file's end."""
+    """Check that the tensors, in byte order, fill the file from the header to its end."""
     at = start
     for tensor in tensors:
         if tensor.begin != at:

@@ -1,4 +1,4 @@
-"""What can still be read of a damaged catalog. It is only read, never written to."""
+"""Reads what is still readable of a damaged catalog, which it never writes to."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = ["NameState", "Salvaged", "salvage"]
 _log = logging.getLogger(__name__)
 
 _DIGESTS: Final = 4
-"""The first version whose rows have digests; rows of older ones are believed."""
+"""The first version whose rows have digests; rows of older versions are trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class NameState:
-    """A row of names."""
+    """A row of the names table."""
 
     current: str | None
     generation: int
@@ -47,15 +47,15 @@ class NameState:
 
 @dataclass(slots=True)
 class Salvaged:
-    """What was read, all of it sound.
+    """The sound part of a catalog.
 
     Attributes:
-        whole: there is a catalog, it belongs to the store, and SQLite finds nothing wrong
-            with it. It may be of an older version, which the next start upgrades.
-        damaged: rows that are not what was written, or that could not be read.
-        behind: it lacks changes that the store was told of.
-        begun, ended: (name, revision) that the history says were published and kept, and
-            that were deleted or superseded.
+        whole: the catalog exists, belongs to the store, and passes SQLite's checks. It may
+            be of an older version, which the next start upgrades.
+        damaged: number of rows that are damaged or could not be read.
+        behind: it lacks changes that the store has recorded.
+        begun, ended: (name, revision) that, by the history, were published and kept, or were
+            deleted or superseded.
         sequences: (name, revision) -> order of publishing.
     """
 
@@ -75,23 +75,23 @@ class Salvaged:
 
     @property
     def healthy(self) -> bool:
-        """Nothing of it is damaged or missing."""
+        """Whether nothing of it is damaged or missing."""
         return self.whole and not self.behind and not self.damaged
 
     def misses(self, name: str, revision: str) -> bool:
-        """It should have a row for this, and has none. Of a healthy catalog only the history
-        can say so: what it never knew was never acknowledged."""
+        """Whether a revision without a row should have one. For a healthy catalog only the
+        history can say so: a revision that it never recorded was never acknowledged."""
         if self.healthy:
             return (name, revision) in self.begun
         return (name, revision) not in self.ended
 
     def sequence(self, row: RevisionRow) -> float:
-        """Order of publishing; what the catalog did not know comes last, by time."""
+        """Order of publishing; infinity for a revision that the catalog did not have."""
         return self.sequences.get((row.name, row.revision), float("inf"))
 
 
 def salvage(path: Path, found: Survey) -> Salvaged:
-    """Read a catalog as far as it can be read. One of another store says nothing."""
+    """Read as much of a catalog as possible; nothing if it belongs to another store."""
     old = Salvaged()
     if not path.exists() or path.stat().st_size == 0:
         return old
@@ -101,19 +101,19 @@ def salvage(path: Path, found: Survey) -> Salvaged:
             db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
             version = version_of(db, path)
             if not 1 <= version <= VERSION:
-                _log.warning("%s has schema %s: nothing is taken from it", path, version)
+                _log.warning("%s has schema %s; it is ignored", path, version)
                 return old
             reader = _Reader(db, old, version)
             own = reader.store_id()
             if own is not None and found.id is not None and own != found.id:
-                _log.warning("%s was made for another store: nothing is taken from it", path)
+                _log.warning("%s was made for another store; it is ignored", path)
                 return old
             reader.read()
             old.whole = not any(
                 line != ("ok",) for line in db.execute("PRAGMA integrity_check")
             )
     except (sqlite3.Error, UnicodeDecodeError, VeneerError) as error:
-        _log.warning("%s cannot be read to its end: %s", path, error)
+        _log.warning("%s can be read only in part: %s", path, error)
         old.whole = False
     old.behind = found.changes is not None and found.changes > old.number
     return old
@@ -192,7 +192,7 @@ class _Reader:
 
     @contextlib.contextmanager
     def _sound(self) -> Iterator[None]:
-        """What is not of the right kind is counted as damaged."""
+        """Count a row whose values have wrong types as damaged."""
         try:
             yield
         except (ValueError, TypeError, KeyError, VeneerError):
@@ -201,7 +201,7 @@ class _Reader:
     def _rows(
         self, table: str, columns: str, order: str = "", *, manifest: bool = False
     ) -> Iterator[list[Any]]:
-        """Rows of a table whose digest is right."""
+        """Rows of a table whose digest matches."""
         more = ", manifest" if manifest else ""
         digest = "digest" if self._checked else "''"
         sql = f"SELECT {columns}, {digest}{more} FROM {table}{order}"
@@ -213,7 +213,7 @@ class _Reader:
             yield [*values, row[-1]] if manifest else values
 
     def _plain(self, sql: str) -> Iterator[tuple[Any, ...]]:
-        """Rows, as far as SQLite can read them."""
+        """The rows that SQLite can read."""
         try:
             yield from self._db.execute(sql)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The catalog's tables, and the steps from each version of them to the next."""
+"""The catalog's tables, as migrations from each schema version to the next."""
 
 from __future__ import annotations
 
@@ -142,10 +142,10 @@ def damaged(path: Path, why: str) -> CatalogDamaged:
 
 
 def version_of(connection: sqlite3.Connection, path: Path) -> int:
-    """The version of the tables; 0 for a database that has none.
+    """The schema's version; 0 for a database without tables.
 
     Raises:
-        CatalogDamaged: it has tables and says that it has none.
+        CatalogDamaged: it has tables but claims version 0.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
@@ -158,8 +158,8 @@ def version_of(connection: sqlite3.Connection, path: Path) -> int:
 def upgrade(connection: sqlite3.Connection, path: Path) -> None:
     """Bring an empty or older database to `VERSION`, in one transaction.
 
-    What an older Veneer wrote is copied to ``<path>.v<version>`` first, so that one can
-    go back to it.
+    An older database is first copied to ``<path>.v<version>``, so that the user can go back
+    to the older Veneer.
 
     Raises:
         FailedPrecondition: the database is from a newer Veneer.
@@ -179,7 +179,7 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> None:
     if version:
         _keep_copy(connection, path.with_name(f"{path.name}.v{version}"))
     steps = "".join(STEPS[version:])
-    # A table that others refer to is replaced, which must not delete what refers to it.
+    # A referenced table is replaced, which must not cascade to the rows that refer to it.
     connection.execute("PRAGMA foreign_keys=OFF")
     try:
         connection.executescript(
@@ -198,7 +198,7 @@ def _keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
         return
     partial = copy.with_name(copy.name + ".partial")
     partial.unlink(missing_ok=True)
-    create_file(partial)  # private, which SQLite would leave to the umask
+    create_file(partial)  # makes it private; SQLite would leave its mode to the umask
     with contextlib.closing(sqlite3.connect(partial)) as target:
         connection.backup(target)
     sync(partial)

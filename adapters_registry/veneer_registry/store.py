@@ -3,18 +3,18 @@
 ::
 
     store/weights/<weights digest>/   adapter_config.json  adapter_model.safetensors
-    store/revisions/<revision>/       bundle.json, what else the bundle holds, and for each
-                                      name that has it its registration (`registration`)
-    store/uploads/<upload id>/        what has arrived of an upload; it may be resumed
-    store/staging/<random>/           what is being put together or removed
-    store/quarantine/<digest>/        weights that were found damaged; for a look at them
+    store/revisions/<revision>/       bundle.json, the bundle's other files, and one
+                                      registration per name that has it (`registration`)
+    store/uploads/<upload id>/        received part of an upload, which can be resumed
+    store/staging/<random>/           content that is being assembled or removed
+    store/quarantine/<digest>/        weights that were found damaged, kept for inspection
     store/quarantine/unnamed/         whole content that no row of the catalog named at a start
-    store/id  store/changes           what ties it to its catalog (`pairing`)
+    store/id  store/changes           tie the store to its catalog (`pairing`)
 
 ``bundle.json`` is canonical: its SHA-256 is the revision. Paths are built from
-digests computed here and from random hex, never from a caller's words. A commit
-is: fsync files, fsync folder, rename, fsync parent; so a folder that exists under
-its digest is whole, whenever the power went. Callers serialise commit and remove.
+digests computed here and from random hex, never from a caller's text. A commit
+is: fsync files, fsync folder, rename, fsync parent. So a folder that exists under
+its digest is whole even after a power cut. Callers serialise commit and remove.
 Folders are 0700 and files 0600, whatever the umask.
 """
 
@@ -53,11 +53,11 @@ _log = logging.getLogger(__name__)
 
 _BUNDLE: Final = "bundle.json"
 REGISTRATION: Final = "registered-"
-"""What the name of a registration's file begins with."""
+"""Prefix of a registration's file name."""
 
 
 class Store(StoreFolders):
-    """The folders under ``root``. No names here: the catalog has them."""
+    """The folders under ``root``. It knows no adapter names; these are in the catalog."""
 
     def __init__(self, root: Path) -> None:
         """See `StoreFolders`."""
@@ -66,12 +66,12 @@ class Store(StoreFolders):
         self.quarantine = Quarantine(self)
 
     def has(self, digest: str, file: str) -> bool:
-        """This file of committed content is there."""
+        """Whether this file of committed content exists."""
         parents = (self.weights_root, self.revisions_root)
         return any((parent / checked_digest(digest) / file).is_file() for parent in parents)
 
     def link(self, digest: str, file: str, to: Path) -> bool:
-        """Let ``to`` be a stored file, without copying it; False if it is not there."""
+        """Link a stored file to ``to`` instead of copying it; False if it does not exist."""
         for parent in (self.weights_root, self.revisions_root):
             with contextlib.suppress(FileNotFoundError):
                 link(parent / checked_digest(digest) / file, to)
@@ -83,19 +83,19 @@ class Store(StoreFolders):
     def commit(
         self, staged: Path, bundle: Bundle, registration: tuple[str, bytes] | None = None
     ) -> bool:
-        """Publish the staged files. On return they are on disk, whole and durable.
-        True if the staged weights were taken, False if the same were there.
+        """Publish the staged files. On return they are whole and durable.
 
-        Content that is there already is verified; damaged content is replaced by
-        the staged one, so that pushing again repairs.
+        Returns True if the staged weights were stored, False if the same were stored already.
+        Existing content is verified, and replaced by the staged content if it is damaged, so
+        that pushing again repairs it.
 
         Args:
-            registration: name and content of a file to keep beside the bundle, which is
-                not part of it: see `registration`.
+            registration: name and content of a file to keep beside the bundle, without
+                being part of it: see `registration`.
 
         Raises:
-            DiskFull: nothing was published (weights without a revision may remain;
-                nothing refers to them).
+            DiskFull: nothing was published (weights without a revision may remain, which
+                nothing refers to).
         """
         with disk_errors(self.root):
             intact = self._weights_intact(bundle.weights)
@@ -122,7 +122,7 @@ class Store(StoreFolders):
         return not intact
 
     def _add(self, staged: Path, folder: Path, name: str, data: bytes) -> None:
-        """Put one more file into a committed folder, or another one in its place."""
+        """Add a file to a committed folder, or replace it there."""
         ready = staged / secrets.token_hex(8)
         write_file(ready, data)
         sync(ready)
@@ -130,12 +130,12 @@ class Store(StoreFolders):
         sync(folder)
 
     def bundle(self, revision: str) -> Bundle:
-        """What a stored revision is made of, as its ``bundle.json`` says."""
+        """The bundle of a stored revision, from its ``bundle.json``."""
         document = json.loads((self.revision_folder(revision) / _BUNDLE).read_bytes())
         return Bundle(document["weights"], document["files"])
 
     def link_all(self, bundle: Bundle, to: Path) -> None:
-        """Put all files of a stored revision into one folder, as they were pushed."""
+        """Link all files of a stored revision into one folder, as they were pushed."""
         for name in REQUIRED_FILES:
             link(self.weights_folder(bundle.weights) / name, to / name)
         for name in bundle.files:
@@ -144,12 +144,12 @@ class Store(StoreFolders):
     # --------------------------------------------------------------- registrations
 
     def registrations(self, revision: str) -> list[Path]:
-        """Files that say under which names a stored revision is registered."""
+        """Registration files of a stored revision, one per name."""
         folder = self.revision_folder(revision)
         return sorted(folder.glob(f"{REGISTRATION}*"))
 
     def register(self, revision: str, name: str, data: bytes) -> None:
-        """Write such a file beside a committed revision. Does nothing where that is gone."""
+        """Write a registration beside a committed revision. Does nothing if that is gone."""
         folder = self.revision_folder(revision)
         if not folder.is_dir():
             return
@@ -161,7 +161,8 @@ class Store(StoreFolders):
             remove(staged)
 
     def complete(self, weights: str, revision: str, name: str, data: bytes) -> None:
-        """`register` unless it is there, not durable yet; and private modes for all of it."""
+        """`register` if there is no registration, without fsync; and make weights and revision
+        private."""
         folder = self.revision_folder(revision)
         with disk_errors(self.root):
             if folder.is_dir() and not (folder / name).exists():
@@ -174,12 +175,13 @@ class Store(StoreFolders):
                     make_private(self.root.parent, (each, *each.iterdir()))
 
     def unregister(self, revision: str, name: str) -> None:
-        """Remove such a file. May be called again."""
+        """Remove a registration. Idempotent."""
         with disk_errors(self.root):
             (self.revision_folder(revision) / name).unlink(missing_ok=True)
 
     def discard(self, weights: Iterable[str], revisions: Iterable[str]) -> Path:
-        """Take committed folders away in one rename each; `drop_staging` the result."""
+        """Move committed folders to a staging folder, in one rename each. The caller must
+        `drop_staging` the result."""
         trash = self.new_staging()
         try:
             for folder, to in self.places(weights, revisions, trash):
@@ -209,7 +211,7 @@ class Store(StoreFolders):
         ready = staged / secrets.token_hex(8)
         make_folder(ready)
         for name in names:
-            # Linked, so that an upload whose server is killed now need not be sent again.
+            # Linked, so that if the server is killed now, the upload need not be sent again.
             link(staged / name, ready / name)
             sync(ready / name)
         sync(ready)

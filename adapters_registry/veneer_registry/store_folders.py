@@ -1,4 +1,4 @@
-"""The store's folders, by what is in them; see `store` for the layout."""
+"""The store's folders; see `store` for the layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoreFolders:
     """
 
     def __init__(self, root: Path) -> None:
-        """Make the folders and empty staging: what is there was never committed.
+        """Create the folders, and empty staging, whose content was never committed.
 
         Interrupted uploads stay, to be resumed; see `UploadFolders.stale`.
         """
@@ -56,39 +56,39 @@ class StoreFolders:
         )
 
     def weights_folder(self, digest: str) -> Path:
-        """Folder of committed weights; it need not exist."""
+        """Path of committed weights, which need not exist."""
         return self.weights_root / checked_digest(digest)
 
     def revision_folder(self, revision: str) -> Path:
-        """Folder of a committed revision; it need not exist."""
+        """Path of a committed revision, which need not exist."""
         return self.revisions_root / checked_digest(revision)
 
     def places(
         self, weights: Iterable[str], revisions: Iterable[str], to: Path
     ) -> list[tuple[Path, Path]]:
-        """(folder, its place in ``to``) of committed content that is moved there or back."""
+        """(folder, its path in ``to``) for committed content to be moved there or back."""
         return [
             *((self.weights_folder(digest), to / f"w-{digest}") for digest in weights),
             *((self.revision_folder(digest), to / f"r-{digest}") for digest in revisions),
         ]
 
     def present(self) -> tuple[set[str], set[str]]:
-        """(weights digests, revisions) on disk. Strange entries are left out."""
+        """(weights digests, revisions) on disk. Unknown entries are ignored."""
         return _digests(self.weights_root), _digests(self.revisions_root)
 
     def free_bytes(self) -> int:
-        """Bytes that the disk has left for us."""
+        """Free bytes on the disk that we may use."""
         return shutil.disk_usage(self.root).free
 
     def new_staging(self) -> Path:
-        """A new empty folder for one upload."""
+        """Create an empty folder in staging."""
         folder = self.staging_root / secrets.token_hex(16)
         with disk_errors(self.root):
             make_folder(folder)
         return folder
 
     def drop_staging(self, folder: Path) -> None:
-        """Remove a folder of staging, of an upload or of quarantine. May be called again."""
+        """Remove a folder in staging, uploads or quarantine. Idempotent."""
         parents = (
             self.staging_root,
             self.uploads_root,
@@ -101,9 +101,9 @@ class StoreFolders:
 
 
 def checked_digest(digest: str) -> str:
-    """``digest``, which is about to become part of a path."""
+    """Return ``digest`` if it is one: it is about to become part of a path."""
     if not _HEX.fullmatch(digest):
-        raise InternalError(f"{digest[:80]!r} is not a digest, so no path is made of it")
+        raise InternalError(f"{digest[:80]!r} is not a digest, so it cannot be part of a path")
     return digest
 
 
@@ -112,7 +112,7 @@ def _digests(folder: Path) -> set[str]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files right below a folder."""
+    """Total bytes of the files directly in a folder."""
     size = 0
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""Reading an adapter of the store, and comparing it with its digest."""
+"""Reads an adapter of the store and compares it with its digest."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from veneer_registry.weights import (
 __all__ = ["Stored", "open_stored", "open_unverified", "verify_weights"]
 
 _HEADER_BYTES: Final = 64 << 10
-"""What the header of a weights file takes, or a good part of it."""
+"""Buffer size that holds all or most of a weights file's header."""
 
 
 def verify_weights(folder: Path, digest: str) -> AdapterManifest:
-    """Read the two weight files of a stored adapter and compare with ``digest``.
+    """Read the two weight files of a stored adapter and compare them with ``digest``.
 
     Returns the manifest of these files alone (no template, no training facts), so
-    that a loader learns modules and scalings from verified bytes.
+    that a loader gets modules and scalings from verified bytes.
 
     Raises:
-        AdapterCorrupt: files are missing, unreadable as an adapter, or differ.
+        AdapterCorrupt: files are missing, unreadable as an adapter, or differ from it.
     """
     with open_stored(folder, digest) as (manifest, _):
         return manifest
@@ -51,8 +51,8 @@ def verify_weights(folder: Path, digest: str) -> AdapterManifest:
 def open_stored(
     folder: Path, digest: str
 ) -> Iterator[tuple[AdapterManifest, Sequence[ModuleTensors]]]:
-    """`verify_weights`, and views of the very bytes that were verified, in the order of
-    ``manifest.modules``. Copy what you keep before leaving: the views are invalid then.
+    """`verify_weights`, and views of the verified bytes in the order of ``manifest.modules``.
+    The views are invalid after the block: copy what you keep.
 
     Raises:
         AdapterCorrupt: as `verify_weights`.
@@ -65,7 +65,7 @@ def open_stored(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """An adapter of the store, opened: see `open_unverified`.
+    """An opened adapter of the store; see `open_unverified`.
 
     Attributes:
         tensors: views, in the order of `modules`.
@@ -81,8 +81,8 @@ class Stored:
 
 @contextlib.contextmanager
 def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
-    """`open_stored`, but for the digest: ``verify`` compares it, and may do so in another
-    thread while the caller works. Until it has returned nothing here is to be trusted.
+    """`open_stored` without checking the digest. The caller must call ``verify``, possibly in
+    another thread while it works; until that returns, the content must not be trusted.
 
     Raises:
         AdapterCorrupt: as `verify_weights`; also by ``verify``.
@@ -92,7 +92,7 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
             settings = parse_config(read_small(folder, CONFIG_FILE))
             raw = open_regular(folder / WEIGHTS_FILE)
             file = stack.enter_context(io.BufferedReader(raw, _HEADER_BYTES))
-            file.peek()  # before all the rest is asked for, or it would wait for that
+            file.peek()  # before the read-ahead, or the header would wait for it
             stack.enter_context(_read_ahead(file.fileno()))
             header = read_header(file, WEIGHTS_FILE)
             modules = find_modules(header, settings, None)
@@ -112,8 +112,8 @@ def open_unverified(folder: Path, digest: str) -> Iterator[Stored]:
 
 @contextlib.contextmanager
 def _read_ahead(fd: int) -> Iterator[None]:
-    """Have the disk read all of a file meanwhile. In a thread: asking takes as long as to find
-    that much memory."""
+    """Prefetch the whole file during the block. In a thread, since the call blocks until the
+    kernel has found that much memory."""
     if not hasattr(os, "posix_fadvise"):
         yield
         return

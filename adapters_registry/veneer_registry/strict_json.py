@@ -1,7 +1,7 @@
-"""JSON from strangers: no duplicate keys, no NaN, nothing that cannot be UTF-8.
+"""Untrusted JSON: no duplicate keys, no NaN, nothing that cannot be encoded as UTF-8.
 
-Also the two helpers that every refusal in this package is written with, so that
-all of them name the file, the tensor or key, and the reason in the same way.
+Also the two helpers that every refusal in this package uses, so that all of them name the
+file, the tensor or key, and the reason in the same way.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from veneer_registry.errors import AdapterInvalid
 __all__ = ["canonical_json", "parse_object", "refuse", "show"]
 
 _SHOWN: Final = 120
-"""Longest piece of foreign text that a message repeats: it must fit a gRPC trailer."""
+"""Most characters of untrusted text that a message quotes: it must fit a gRPC trailer."""
 
 
 def show(text: object) -> str:
-    """``repr`` of foreign text, cut to a length that is safe in a message."""
+    """``repr`` of untrusted text, cut to a length that is safe in a message."""
     shown = repr(text[: _SHOWN * 2]) if isinstance(text, str) else repr(text)
     return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
 
@@ -35,8 +35,8 @@ def refuse(
     """Raise `AdapterInvalid` for ``file``.
 
     Args:
-        why: a sentence that names the fix.
-        cause: a word that stays, where file, tensor and key do not tell what is wrong.
+        why: the reason and the fix, continuing a sentence that starts with the file's name.
+        cause: a stable word, if file, tensor and key do not tell what is wrong.
     """
     metadata = {"file": file, "why": why}
     if cause is not None:
@@ -52,7 +52,7 @@ def refuse(
 
 
 class _DuplicateKeyError(ValueError):
-    """A key occurs twice in one object."""
+    """A key occurs twice in an object."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -106,7 +106,8 @@ def parse_object(data: bytes, *, file: str) -> dict[str, object]:
 
 
 def canonical_json(value: object) -> bytes:
-    """One byte string a value: sorted keys, no spaces, ASCII. What gets hashed and stored."""
+    """The same bytes for equal values: sorted keys, no spaces, ASCII. Used for hashing and
+    storing."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode("ascii")

@@ -1,9 +1,9 @@
-"""Names by likeness: what somebody meant who typed a name that is not there.
+"""Suggests an existing name for a mistyped one.
 
-Names are kept in order, and once more read backwards. Of a typed name that gives the
-longest beginning and the longest ending that any name has; one edit away from a name it
-can be only where the two leave a gap, a few places, so that looking up all edits there
-takes microseconds among a hundred thousand names.
+Names are kept sorted, both forwards and reversed. That gives the longest prefix and the longest
+suffix that the typed name shares with any name. An edit that leads to a name must lie between
+the two, which leaves few positions: looking up all edits there takes microseconds among a
+hundred thousand names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["NearNames"]
 
 _ALPHABET: Final = string.ascii_lowercase + string.digits + "._-"
 _ALIKE: Final = 0.6
-"""Least share of both names' characters that stands in their common beginning and ending."""
+"""Smallest share of both names' characters in their common prefix and suffix."""
 
 
 class NearNames:
@@ -28,21 +28,21 @@ class NearNames:
         self._backward = sorted(name[::-1] for name in self._forward)
 
     def add(self, name: str) -> None:
-        """A name that is new."""
+        """Add a new name."""
         bisect.insort(self._forward, name)
         bisect.insort(self._backward, name[::-1])
 
     def remove(self, name: str) -> None:
-        """A name that is there."""
+        """Remove an existing name."""
         for names, key in ((self._forward, name), (self._backward, name[::-1])):
             del names[bisect.bisect_left(names, key)]
 
     def nearest(self, name: str, known: Container[str]) -> str | None:
-        """The name one edit away, else one with much of the beginning and ending in common;
-        None where there is neither.
+        """A name one edit away, else one that shares most of its prefix and suffix; None if
+        there is neither.
 
         Args:
-            known: all names, to look up in.
+            known: all names.
         """
         before, after = _beside(self._forward, name), _beside(self._backward, name[::-1])
         head = max((_common(name, other) for other in before), default=0)
@@ -56,13 +56,13 @@ class NearNames:
 
 
 def _beside(names: list[str], name: str) -> list[str]:
-    """The two where ``name`` would stand: none has a longer beginning in common with it."""
+    """The neighbours of ``name`` in sorted order; no other name shares a longer prefix."""
     at = bisect.bisect(names, name)
     return names[max(0, at - 1) : at + 1]
 
 
 def _common(one: str, other: str) -> int:
-    """Characters of the common beginning."""
+    """Length of the common prefix."""
     for at, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine != yours:
             return at
@@ -70,18 +70,18 @@ def _common(one: str, other: str) -> int:
 
 
 def _likeness(one: str, other: str) -> float:
-    """Share of all characters that stand in the common beginning or ending, 0 to 1."""
+    """Share of all characters in the common prefix or suffix, 0 to 1."""
     head = _common(one, other)
     tail = _common(one[head:][::-1], other[head:][::-1])
     return 2 * (head + tail) / (len(one) + len(other))
 
 
 def _edits(name: str, head: int, tail: int) -> Iterator[str]:
-    """Strings one swap, insertion, deletion or replacement away (Norvig), the likelier slips
-    first: those that keep at most ``head`` characters in front of the edit, and at most
-    ``tail`` behind it."""
+    """Strings one swap, insertion, deletion or replacement away (Norvig), likelier typos
+    first. Only those with at most ``head`` characters before the edit and at most ``tail``
+    after it."""
     behind = len(name) - tail
-    # Of two letters, one other letter makes another word.
+    # In a name of two letters, replacing or swapping one makes a different word.
     long = len(name) > 2
     for at in range(max(0, behind - 2), min(head + 1, len(name) - 1)):
         if long:

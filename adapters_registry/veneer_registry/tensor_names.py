@@ -1,4 +1,4 @@
-"""Names of adapter tensors: what PEFT writes for the projections of a decoder layer."""
+"""Names of adapter tensors, as PEFT writes them for the projections of a decoder layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAME: Final = re.compile(
 
 
 def module_path(layer: int, projection: Projection) -> str:
-    """The module's name as PEFT matches ``rank_pattern`` and ``alpha_pattern`` against it."""
+    """The module's name, as PEFT matches it with ``rank_pattern`` and ``alpha_pattern``."""
     return f"model.layers.{layer}.{_BLOCK[projection]}.{projection}"
 
 
@@ -34,7 +34,7 @@ def tensor_keys(layer: int, projection: Projection) -> tuple[str, str]:
 
 
 def parse_tensor_name(name: str) -> tuple[int, Projection, Side] | None:
-    """(layer, projection, side) of a tensor name, or None where it is none of ours."""
+    """(layer, projection, side) of a tensor name, or None if it is not an adapter tensor."""
     match = _NAME.fullmatch(name)
     if match is None or match["projection"] not in _BLOCK:
         return None

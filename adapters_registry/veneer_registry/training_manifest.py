@@ -28,13 +28,13 @@ _MAX_FACTS: Final = 256
 _MAX_FACT: Final = 512
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _SAFE: Final = re.compile(r"[A-Za-z0-9._/@-]{1,200}")
-"""A name that may stand in a command that people copy."""
+"""A name that is safe in a command that users copy."""
 _PARTS: Final = ("weights", "tokenizer", "quantization", "template")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingManifest:
-    """What `parse_training` found; ``facts`` are flat, ``a.b`` for nested keys."""
+    """Result of `parse_training`; ``facts`` are flat, with ``a.b`` for nested keys."""
 
     fingerprint: BaseFingerprint | None
     facts: Mapping[str, str]
@@ -44,8 +44,8 @@ class TrainingManifest:
 def parse_training(data: bytes) -> TrainingManifest:
     """Read ``training_manifest.json``.
 
-    Facts past 256, or longer than 512 characters, are cut with a warning: they are
-    for people, and every listing carries them.
+    Facts beyond 256, and text beyond 512 characters, are cut with a warning: facts are for
+    people to read, and every listing carries them.
 
     Raises:
         AdapterInvalid: metadata ``file`` and ``key``.
@@ -108,17 +108,16 @@ def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
 def check_base(
     trained: BaseFingerprint | None, base: BaseSpec, named: str = ""
 ) -> tuple[str, ...]:
-    """Warnings about the base that an adapter was trained on.
+    """Check the base that an adapter was trained on; returns warnings.
 
-    A fingerprint decides where there is one: a part that either side does not know ("")
-    cannot differ. Without one the name that the adapter's config gives must be one of the
-    base's.
+    If there is a fingerprint, it decides; a part that either side lacks ("") counts as equal.
+    Without one, the name in the adapter's config must be one of the base's names.
 
     Args:
         named: ``base_model_name_or_path``, or "".
 
     Raises:
-        BaseModelMismatch: weights or tokenizer differ, or the name is another base's;
+        BaseModelMismatch: weights or tokenizer differ, or the config names another base;
             metadata holds both sides.
     """
     if trained is None:
@@ -144,11 +143,11 @@ def check_base(
             metadata[f"base_{part}"] = getattr(served, part)
         raise BaseModelMismatch(
             f"the adapter was trained on another base than {base.name}: {shown}; push it to a "
-            "server of its own base, or train it on this one",
+            "server with its base, or train it on this one",
             metadata=metadata,
         )
     return tuple(
-        f"the {part} of the base differs from the one in training "
+        f"the {part} of the base differs from the one used in training "
         f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
         for part in differing
     )
@@ -165,7 +164,7 @@ def _check_name(named: str, base: BaseSpec) -> tuple[str, ...]:
         return ()
     raise BaseModelMismatch(
         f"the adapter's config names another base, {show(named)}; this server serves "
-        f"{base.name}. Push it to a server of its own base; if it is the same base by another "
+        f"{base.name}. Push it to a server with its base; if it is the same base by another "
         f"name, start this one with --allow-base-name {named if safe else 'NAME'}",
         metadata={
             "base": base.name,

@@ -1,5 +1,5 @@
-"""Looking after a data folder from outside a server: verify what is stored, remove what
-nothing needs. Needs no base model.
+"""Maintenance of a data folder from outside a server: verify stored content, remove unneeded
+content. Needs no base model.
 
 `verify` only reads, so it may run beside the server that owns the folder. `collect`
 takes the folder's lock.
@@ -44,11 +44,11 @@ COMMAND: Final = Who("veneer-server store", "command line")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Stored content that is not what its digest says.
+    """Stored content that does not match its digest.
 
     Attributes:
         digest: weights digest or revision.
-        adapters: ``name@revision`` of those that need it.
+        adapters: ``name@revision`` of the adapters that need it.
         why: one sentence.
     """
 
@@ -63,7 +63,7 @@ class Verified:
     """What `verify` found; sizes in bytes.
 
     Attributes:
-        quarantined: weights that were found damaged before and are not served.
+        quarantined: weights that were found damaged earlier and are not served.
         unreferenced: content that no adapter needs; `collect` removes it.
     """
 
@@ -122,10 +122,11 @@ def verify(
     """Read every stored byte and compare it with its digest.
 
     Args:
-        progress: told after each piece of content: how many are done, of how many.
+        progress: called after each weights or revision folder with the number done and the
+            total.
 
     Raises:
-        InvalidField: that is not a data folder.
+        InvalidField: ``data_dir`` is not a data folder.
         FailedPrecondition: the catalog is damaged, or of another version.
     """
     found = Verified()
@@ -148,7 +149,7 @@ def verify(
                 folder = root / kind / digest
                 if digest not in found.quarantined:
                     why = check(folder, digest)
-                    # A server that owns the folder may have removed it meanwhile.
+                    # The server that owns the folder may have removed it meanwhile.
                     if why is not None and _still_there(db, digest):
                         found.damaged.append(Damage(kind, digest, tuple(users), why))
                 found.bytes += size_of(folder)
@@ -187,24 +188,24 @@ def check_revision(folder: Path, revision: str) -> str | None:
     try:
         data = (folder / "bundle.json").read_bytes()
         if hashlib.sha256(data).hexdigest() != revision:
-            return "bundle.json is not the one that was published; push the adapter again"
+            return "bundle.json differs from the published one; push the adapter again"
         bundle = parse_object(data, file="bundle.json")
         files = bundle["files"]
         assert isinstance(files, dict)
         for name, expected in files.items():
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{name} is not the one that was published; push the adapter again"
+                    return f"{name} differs from the published one; push the adapter again"
     except OSError as error:
         return f"it cannot be read ({error.strerror}); push the adapter again"
     return None
 
 
 def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
-    """Serve damaged weights no more, until they are pushed again. Returns how many.
+    """Stop serving damaged weights until they are pushed again. Returns how many.
 
     Raises:
-        StoreLocked: a server owns the folder; it does so itself, at the next load.
+        StoreLocked: a server owns the folder; it will do this itself, at the next load.
     """
     weights = [damage for damage in damaged if damage.kind == "weights"]
     with (
@@ -225,15 +226,15 @@ def quarantine(data_dir: Path, damaged: list[Damage]) -> int:
 def collect(
     data_dir: Path, *, uploads_older_than: float, quarantine: bool, dry_run: bool
 ) -> Collected:
-    """Remove content that no adapter needs, old parts of uploads, and (if asked to) what
-    lies in quarantine.
+    """Remove content that no adapter needs, old interrupted uploads, and (with ``quarantine``)
+    the content in quarantine.
 
     Args:
         uploads_older_than: Unix seconds of their last byte.
 
     Raises:
-        StoreLocked: a server owns the folder; it removes such content by itself.
-        StoreMismatch, CatalogDamaged: what the catalog does not name may be needed.
+        StoreLocked: a server owns the folder; it removes such content itself.
+        StoreMismatch, CatalogDamaged: content that the catalog does not name may be needed.
         FailedPrecondition: the catalog is damaged, or of another version.
     """
     with _reading(data_dir), OwnerLock(data_dir):
@@ -259,15 +260,15 @@ def collect(
 
 
 def _needed(data_dir: Path) -> set[str]:
-    """Weights and revisions that the catalog names, where it can be believed: what it does not
-    name is about to be removed."""
+    """Weights and revisions that the catalog names. Fails unless the whole catalog is sound,
+    since all other content is about to be removed."""
     found = survey(data_dir / "store")
     check_catalog(data_dir, found)
     with contextlib.closing(Catalog(data_dir / "catalog.sqlite")) as catalog:
         check_pair(data_dir, found, catalog)
         rows = tuple(catalog.names())
     if wrong := sum(row.damaged for row in rows):
-        raise damaged(data_dir / "catalog.sqlite", f"{wrong} rows are not what was written")
+        raise damaged(data_dir / "catalog.sqlite", f"{wrong} rows do not match their digests")
     return {
         digest
         for row in rows

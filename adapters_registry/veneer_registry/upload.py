@@ -1,5 +1,5 @@
-"""One upload: announced files, written in order into a folder of its own, hashed as they
-come. If the connection breaks, what has arrived can be kept and the upload resumed."""
+"""One upload: announced files, written in order into the upload's own folder and hashed as
+they arrive. If the connection breaks, the upload can be suspended and resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CHUNK: Final = 1 << 20
 
 
 def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
-    """Refuse an announcement that can never become an adapter.
+    """Refuse a request that can never become an adapter.
 
     Raises:
         InvalidField: name, sizes, digests or labels are out of range.
@@ -58,7 +58,7 @@ def check_request(request: UploadRequest, max_adapter_bytes: int) -> None:
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Raise InvalidField unless a revision may carry these."""
+    """Raise InvalidField unless a revision may have these labels."""
     if len(labels) > _MAX_LABELS:
         raise _bad_field("labels", f"at most {_MAX_LABELS} labels are allowed")
     for key, value in labels.items():
@@ -105,8 +105,8 @@ class _Incoming:
 class Upload:
     """Files of one announced adapter. Made by ``Registry.begin_upload``.
 
-    One thread at a time; as a context manager it aborts on leaving, which after a
-    publish has nothing left to remove.
+    One thread at a time. As a context manager it aborts on exit, which does nothing after a
+    publish.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Upload:
         resumed: bool = False,
     ) -> None:
         """Args:
-        folder: where the files go; with ``resumed`` what is there counts as received.
-        on_end: told once when it ends, and whether the folder may go.
+        folder: where the files go; with ``resumed``, its content counts as received.
+        on_end: called once at the end, with whether to keep the folder.
         """
         self.request = request
         self.folder = folder
@@ -131,11 +131,11 @@ class Upload:
         self._files: dict[str, _Incoming] = {}
 
     def open(self) -> None:
-        """Open the files, and read what is there of them.
+        """Open the files, and hash what they hold already.
 
         Raises:
-            ChecksumMismatch: a file that is there whole is not the announced one. The
-                upload is aborted: begin it anew.
+            ChecksumMismatch: a complete file is not the announced one. The upload is
+                aborted; begin a new one.
             DiskFull: the upload is aborted.
         """
         with self._lock:
@@ -150,27 +150,27 @@ class Upload:
 
     @property
     def received_bytes(self) -> int:
-        """Bytes that are there so far, over all files."""
+        """Bytes received so far, over all files."""
         return sum(file.received for file in self._files.values())
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that were announced and are not there."""
+        """Announced bytes that have not been received."""
         return sum(file.announced.size - file.received for file in self._files.values())
 
     @property
     def committed(self) -> dict[str, int]:
-        """Bytes that are there so far, by file."""
+        """Bytes received so far, by file."""
         return {name: file.received for name, file in self._files.items()}
 
     def write(self, name: str, offset: int, data: bytes) -> None:
-        """Append ``data`` to an announced file; ``offset`` must be where it ended. In a
-        resumed upload it may lie before that: what is there is not written again.
+        """Append ``data`` to an announced file; ``offset`` must be its present end. In a
+        resumed upload it may be smaller: bytes that are there are not written again.
 
         Raises:
             InvalidField: unknown file, wrong offset, more bytes than announced, or
                 the upload has ended.
-            Aborted: another connection goes on with this upload.
+            Aborted: another connection has taken over this upload.
             DiskFull: the upload is aborted.
         """
         with self._lock:
@@ -226,17 +226,17 @@ class Upload:
             self._close_files()
 
     def abort(self) -> None:
-        """Drop everything that was received. May be called again, also after a publish."""
+        """Drop everything that was received. Idempotent; does nothing after a publish."""
         with self._lock:
             self._end(keep=False)
 
     def suspend(self) -> None:
-        """End it, but keep what was received, to be resumed. May be called again."""
+        """End the upload but keep the received bytes, so that it can be resumed. Idempotent."""
         with self._lock:
             self._end(keep=True)
 
     def take_over(self) -> bool:
-        """`suspend` it since another connection goes on with it. False if it is being
+        """`suspend` because another connection takes over the upload. False if it is being
         published already."""
         with self._lock:
             if self._open and self._files and all(f.fd < 0 for f in self._files.values()):
@@ -248,8 +248,8 @@ class Upload:
     def _check_open(self) -> None:
         if self._taken_over:
             raise Aborted(
-                "another connection goes on with this upload; wait for its end, or send it "
-                "again",
+                "another connection has taken over this upload; wait until it ends, or send "
+                "the upload again",
                 metadata={"cause": "taken_over"},
             )
         if not self._open:
@@ -280,10 +280,10 @@ class Upload:
 
 
 def _open(path: Path, announced: UploadFile) -> _Incoming:
-    """Open a file for appending; what it holds is hashed and counts as received."""
+    """Open a file for appending; its present content is hashed and counts as received."""
     with contextlib.suppress(FileNotFoundError):
         there = path.stat(follow_symlinks=False)
-        # What the store has of it is linked here: that must never be written to.
+        # A hard link is content of the store, which must never be written to.
         linked = there.st_nlink > 1
         if there.st_size > announced.size or (linked and there.st_size != announced.size):
             path.unlink()
@@ -305,8 +305,8 @@ def _check_digest(file: _Incoming) -> None:
     name, actual = file.announced.name, file.digest.hexdigest()
     if actual != file.announced.sha256:
         raise ChecksumMismatch(
-            f"{name}: the bytes that arrived have SHA-256 {actual[:12]}..., "
-            f"announced was {file.announced.sha256[:12]}...; send the file again",
+            f"{name}: the received bytes have SHA-256 {actual[:12]}..., but "
+            f"{file.announced.sha256[:12]}... was announced; send the file again",
             metadata={"file": name, "expected": file.announced.sha256, "actual": actual},
         )
 

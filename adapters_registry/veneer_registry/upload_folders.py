@@ -1,4 +1,4 @@
-"""Folders of uploads: what has arrived of each, so that it can be resumed."""
+"""Folders of uploads: the received part of each, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class UploadFolders:
         self._folders = folders
 
     def folder(self, upload_id: str) -> Path:
-        """Folder of an upload, made if missing."""
+        """Folder of an upload, created if missing."""
         folder = self._folders.uploads_root / checked_digest(upload_id)
         with disk_errors(self._folders.root):
             make_folder(folder, exist_ok=True)
         return folder
 
     def received(self, upload_id: str) -> dict[str, int]:
-        """Bytes of each file that arrived of an upload; empty if there is none."""
+        """Bytes of each file that was received for an upload; empty if there is no upload."""
         folder = self._folders.uploads_root / checked_digest(upload_id)
         with contextlib.suppress(FileNotFoundError):
             return {
@@ -37,7 +37,7 @@ class UploadFolders:
         return {}
 
     def stale(self, older_than: float) -> list[Path]:
-        """Folders of uploads into which nothing came since ``older_than`` (Unix seconds)."""
+        """Folders of uploads that received nothing since ``older_than`` (Unix seconds)."""
         stale = []
         for folder in self._folders.uploads_root.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -54,7 +54,7 @@ class UploadFolders:
             with contextlib.suppress(FileNotFoundError):
                 files = [path.stat(follow_symlinks=False) for path in folder.iterdir()]
                 last = max((file.st_mtime for file in files), default=folder.stat().st_mtime)
-                # What the store has is only linked here.
+                # A hard link is content of the store, not bytes of this upload.
                 size = sum(file.st_size for file in files if file.st_nlink == 1)
                 kept.append((last, size, folder))
         return sorted(kept)

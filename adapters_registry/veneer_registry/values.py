@@ -2,8 +2,8 @@
 
 With the sign bit cleared, the bit patterns of IEEE floats order as their
 magnitudes do: finite < infinity < NaN. So one integer maximum finds the worst
-element of a tensor, and since rounding keeps order, casting that one element to
-the serving dtype says whether any element overflows there.
+element of a tensor. Since rounding preserves order, casting that element to
+the serving dtype tells whether any element overflows there.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ __all__ = [
 ServingDtype = Literal["bfloat16", "float16", "float32"]
 
 MAX_MAGNITUDE: Final = 1e4
-"""Largest |x| of an adapter's element. Trained ones stay below 10; past this bound
-a product over a few thousand inputs leaves fp16's range and harms its batch."""
+"""Largest |x| of an adapter's element. Trained ones stay below 10; beyond this bound, a dot
+product over a few thousand inputs leaves fp16's range and harms the rest of the batch."""
 
 _LARGEST_BITS: Final[Mapping[str, int]] = MappingProxyType(
     {
         "F32": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]),
         "F16": int(np.array([MAX_MAGNITUDE], dtype=np.float16).view(np.uint16)[0]),
-        # Cut, where rounding would go past it; the others hold it exactly.
+        # Truncated, since rounding could exceed it; the other dtypes represent it exactly.
         "BF16": int(np.array([MAX_MAGNITUDE], dtype=np.float32).view(np.uint32)[0]) >> 16,
     }
 )
-"""Of `MAX_MAGNITUDE`, by dtype. What has no more is finite in every serving dtype, since
-float16 ends at 65,504."""
+"""Bit pattern of `MAX_MAGNITUDE` by dtype. Anything up to it is finite in every serving dtype,
+since float16 ends at 65,504."""
 
 SERVING_BYTES: Final[Mapping[ServingDtype, int]] = MappingProxyType(
     {"bfloat16": 2, "float16": 2, "float32": 4}
 )
-"""Bytes an element of each dtype that adapters are served in."""
+"""Bytes per element of each dtype that adapters are served in."""
 
 
 def peak_bits(data: memoryview, dtype: str) -> int:
-    """The greatest magnitude in ``data`` (little-endian elements) as a bit pattern."""
+    """The largest magnitude in ``data`` (little-endian elements), as a bit pattern."""
     if dtype == "F32":
         return int((np.frombuffer(data, dtype="<u4") & np.uint32(0x7FFFFFFF)).max())
     return int((np.frombuffer(data, dtype="<u2") & np.uint16(0x7FFF)).max())
 
 
 def find_problem(bits: int, dtype: str, serving: ServingDtype) -> str | None:
-    """Why a tensor with this peak is refused, or None where it is fine.
+    """Why a tensor with this peak is refused, or None if it is fine.
 
     Args:
-        bits: from `peak_bits`, the maximum over the whole tensor.
+        bits: maximum of `peak_bits` over the whole tensor.
         dtype: of the tensor in the file.
-        serving: what it will be cast to; the check holds after that cast.
+        serving: dtype it will be cast to; the check covers the cast values.
     """
     if bits <= _LARGEST_BITS[dtype]:
         return None

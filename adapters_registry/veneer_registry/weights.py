@@ -1,6 +1,6 @@
 """``adapter_model.safetensors``: which modules it adapts, its digest, its tensors.
 
-What a stranger may still write to is read with plain reads into one buffer; only files
+Files that others may still write to are read with plain reads into one buffer; only files
 of the store are mapped.
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_SCALING: Final = 1e4
-"""Largest |alpha / rank|: with the bound on elements it keeps scaled products finite."""
+"""Largest |scaling|: with the bound on elements, it keeps scaled products finite."""
 
 _CHUNK: Final = 1 << 20
 _DIGEST_TAG: Final = b"veneer.weights.v1\0"
@@ -54,11 +54,11 @@ _DIGEST_TAG: Final = b"veneer.weights.v1\0"
 def find_modules(
     header: SafetensorsHeader, settings: LoraSettings, base: BaseSpec | None
 ) -> tuple[LoraModule, ...]:
-    """Pair A and B of every projection and settle its rank and scaling.
+    """Pair A and B of every projection and determine its rank and scaling.
 
     Returns modules sorted by (layer, order of `PROJECTIONS`). Raises
-    `AdapterInvalid` for any tensor that is not half of such a pair, for shapes
-    that do not fit each other or ``base``, and for an adapter without tensors.
+    `AdapterInvalid` for any tensor that is not part of such a pair, for shapes
+    that do not match each other or ``base``, and for an adapter without tensors.
     """
     pairs: dict[tuple[int, Projection], dict[Side, TensorInfo]] = {}
     for tensor in header.tensors.values():
@@ -121,7 +121,8 @@ def _module(
     if abs(scaling) > MAX_SCALING:
         refuse(
             WEIGHTS_FILE,
-            f"would be scaled by {scaling:g}; at most {MAX_SCALING:g}: correct lora_alpha",
+            f"would be scaled by {scaling:g}; at most {MAX_SCALING:g} is allowed: correct "
+            "lora_alpha",
             tensor=a.name,
         )
     return LoraModule(layer, projection, rank, scaling, *tensor_keys(layer, projection))
@@ -138,25 +139,29 @@ def _check_base(
     if layer >= base.num_layers:
         refuse(
             WEIGHTS_FILE,
-            f"adapts layer {layer}, but {base.name} has layers 0 to {base.num_layers - 1}; "
-            "push it to a server of its own base",
+            f"targets layer {layer}, but {base.name} has layers 0 to {base.num_layers - 1}; "
+            "push it to a server with its base",
             tensor=a.name,
         )
     if projection not in base.shapes:
-        refuse(WEIGHTS_FILE, f"adapts {projection}, which {base.name} has not", tensor=a.name)
+        refuse(
+            WEIGHTS_FILE,
+            f"targets {projection}, but {base.name} has no such module",
+            tensor=a.name,
+        )
     out_features, in_features = base.shapes[projection]
     if shape[1] != in_features:
         refuse(
             WEIGHTS_FILE,
             f"has {shape[1]} inputs, but {projection} of {base.name} has {in_features}; "
-            "push it to a server of its own base",
+            "push it to a server with its base",
             tensor=a.name,
         )
     if shape[0] != out_features:
         refuse(
             WEIGHTS_FILE,
             f"has {shape[0]} outputs, but {projection} of {base.name} has {out_features}; "
-            "push it to a server of its own base",
+            "push it to a server with its base",
             tensor=b.name,
         )
 
@@ -165,7 +170,7 @@ def _check_base(
 
 
 Pieces = Callable[[TensorInfo], Iterable[memoryview]]
-"""A tensor's bytes in pieces of whole elements, each valid until the next."""
+"""Yields a tensor's bytes in pieces of whole elements, each valid until the next one."""
 
 
 def digest_weights(
@@ -176,15 +181,15 @@ def digest_weights(
 ) -> str:
     """SHA-256 of everything that changes the result; refuses bad numbers on the way.
 
-    Each field is length-prefixed, tensors go in name order, and the config counts
-    by the scaling of each module: neither the order of the file, its metadata nor
-    the spelling of the config matter.
+    Each field is length-prefixed, tensors are hashed in name order, and the config enters
+    as the scaling of each module. So the order of the file, its metadata and the spelling
+    of the config do not matter.
 
     Args:
-        serving: None where the numbers were checked when they were published.
+        serving: None if the numbers were checked at publishing.
 
     Raises:
-        AdapterInvalid: a tensor that is not finite in ``serving`` or is too large.
+        AdapterInvalid: a tensor is not finite in ``serving``, or too large.
     """
     digest = hashlib.sha256(_DIGEST_TAG)
     names = sorted(header.tensors)
@@ -209,7 +214,7 @@ def digest_weights(
 
 
 def check_numbers(pieces: Pieces, header: SafetensorsHeader, serving: ServingDtype) -> None:
-    """What `digest_weights` refuses, for who needs no digest."""
+    """Refuse what `digest_weights` refuses, without computing a digest."""
     for name in sorted(header.tensors):
         tensor = header.tensors[name]
         peaks = (peak_bits(piece, tensor.dtype) for piece in pieces(tensor))
@@ -223,7 +228,7 @@ def _check_peak(peak: int, tensor: TensorInfo, serving: ServingDtype) -> None:
 
 
 def read_pieces(file: BufferedReader) -> Pieces:
-    """Plain reads into one buffer of 1 MiB: a file that is cut short meanwhile is refused."""
+    """Plain reads into one buffer of 1 MiB; refuses a file that is truncated meanwhile."""
     buffer = memoryview(bytearray(_CHUNK))
     return lambda tensor: _chunks(file, tensor, buffer)
 
@@ -231,8 +236,8 @@ def read_pieces(file: BufferedReader) -> Pieces:
 @contextlib.contextmanager
 def mapped(file: BinaryIO) -> Iterator[memoryview]:
     """The whole file, mapped copy-on-write: writing changes no file. Only for files of the
-    store: one that is cut short meanwhile ends the process."""
-    # Private and writable: torch warns about buffers that it may not write to.
+    store, since truncating a mapped file would kill the process."""
+    # Private and writable: torch warns about read-only buffers.
     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
         with memoryview(mapping) as whole:
@@ -301,7 +306,7 @@ def view_tensors(
 ) -> Iterator[Sequence[ModuleTensors]]:
     """Zero-copy views of the tensors of ``modules``, in their order.
 
-    Copy what you keep before leaving: the views are invalid afterwards.
+    The views are invalid after the block: copy what you keep.
 
     Args:
         content: the whole file.
@@ -327,7 +332,7 @@ def _view(header: SafetensorsHeader, key: str, whole: memoryview) -> TensorView:
 
 
 def _close(mapping: mmap.mmap) -> None:
-    # A caller that still holds an array over a view keeps the mapping alive; it is
-    # unmapped with the last of them.
+    # If a caller still holds an array over a view, the mapping is unmapped when the last
+    # array is gone.
     with contextlib.suppress(BufferError):
         mapping.close()

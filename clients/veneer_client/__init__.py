@@ -7,8 +7,8 @@
         for chunk in client.generate_stream(Chat.user("Count users."), adapter="sql"):
             print(chunk.text, end="")
 
-`AsyncClient` has the same methods for asyncio. Errors are the tree in
-`veneer_registry.errors`, rebuilt from what the server sent.
+`AsyncClient` has the same methods for asyncio. Errors are those of
+`veneer_registry.errors`, rebuilt from the server's response.
 """
 
 from veneer_registry.adapter import Tier

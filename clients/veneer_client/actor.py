@@ -1,4 +1,4 @@
-"""Who says that he calls: kept in the server's history, so that people find each other."""
+"""The caller's name as he gives it, which the server keeps in its history."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LONGEST: Final = 128
 def actor_metadata(actor: str | None) -> tuple[tuple[str, str], ...]:
     """Metadata of every call: ``actor``, else VENEER_ACTOR, else ``user@host``.
 
-    Header values are printable ASCII; what is not becomes ``?``. It is a claim: the
-    server writes it down and believes nothing.
+    Header values are printable ASCII; other characters become ``?``. The name is a claim,
+    which the server records but does not verify.
     """
     given = (actor or os.environ.get(_VARIABLE, "")).strip()
     shown = "".join(char if " " <= char <= "~" else "?" for char in given or _user_and_host())
@@ -28,6 +28,6 @@ def actor_metadata(actor: str | None) -> tuple[tuple[str, str], ...]:
 def _user_and_host() -> str:
     try:
         user = getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user id without a name
+    except (OSError, KeyError, ImportError):  # e.g. a container's user id has no name
         user = "unknown"
     return f"{user}@{socket.gethostname()}"

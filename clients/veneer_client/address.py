@@ -1,4 +1,4 @@
-"""Where the server is, in the forms that people write it."""
+"""The server's address, in the forms that people write it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 _PORT: Final = DEFAULT_ADDRESS.rpartition(":")[2]
 _SCHEMES: Final = ("http", "grpc")
 _OTHERS: Final = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds"})
-"""gRPC's own, which are left as they are."""
+"""gRPC's own schemes; such addresses are not changed."""
 
 
 def server_address(given: str | None = None) -> str:
-    """``HOST:PORT`` of what is given, else of ``VENEER_SERVER``, else the default.
+    """``HOST:PORT`` from ``given``, else from ``VENEER_SERVER``, else the default.
 
-    Takes ``http://HOST:PORT`` and a host without a port, too.
+    Also accepts ``http://HOST:PORT`` and a host without a port.
 
     Raises:
-        InvalidField: it is not a server address.
+        InvalidField: not a server address.
     """
     text = (given or os.environ.get("VENEER_SERVER") or DEFAULT_ADDRESS).strip()
     if text.partition(":")[0] in _OTHERS and not re.fullmatch(r"[\w-]+:\d+", text):
@@ -31,7 +31,7 @@ def server_address(given: str | None = None) -> str:
     scheme, found, rest = text.partition("://")
     host = rest if found else text
     if found and scheme.lower() == "https":
-        raise _no_address(text, "TLS is not served yet: give HOST:PORT, or http://HOST:PORT")
+        raise _no_address(text, "TLS is not supported: give HOST:PORT, or http://HOST:PORT")
     host = host.removesuffix("/")
     known = not found or scheme.lower() in _SCHEMES
     if not known or not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\](:\d+)?|[^\s/:]+(:\d+)?", host):

@@ -37,11 +37,11 @@ __all__ = ["AsyncClient"]
 class AsyncClient(AsyncAdapterCalls):
     """A connection to one Veneer server; close it, or use it in an ``async with``.
 
-    Make it inside the event loop that uses it. Cancelling a task cancels its call.
+    Create it inside the event loop that uses it. Cancelling a task cancels its call.
 
-    Every method raises a `VeneerError`: the server's own, `ServerUnreachable` where nobody
-    answers, `Cancelled` once it is closed. Calls that are safe to repeat are repeated when
-    the server says when (see `RetryPolicy`). Its methods for adapters are in
+    Every method raises a `VeneerError`: the server's, `ServerUnreachable` if no server
+    answers, `Cancelled` once the client is closed. A call that is safe to repeat is retried
+    if the server says when (see `RetryPolicy`). The methods for adapters are in
     `aio_adapters`.
     """
 
@@ -73,36 +73,36 @@ class AsyncClient(AsyncAdapterCalls):
     async def chat(
         self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """`generate` for the turns of a conversation."""
+        """`generate` for a list of chat messages."""
         return await self.generate(Chat.of(messages), **options)
 
     def chat_stream(
         self, messages: Iterable[MessageLike], **options: Unpack[GenerateOptions]
     ) -> AsyncGenerationStream:
-        """`generate_stream` for the turns of a conversation."""
+        """`generate_stream` for a list of chat messages."""
         return self.generate_stream(Chat.of(messages), **options)
 
     def adapter(
         self, name: str, *, activate: bool = False, pin: bool = False
     ) -> AsyncAdapterHandle:
-        """One adapter for an ``async with``: its calls all answer from the revision that the
-        name or alias means at entry, also when another one is published meanwhile.
+        """One adapter for an ``async with``: all calls inside use the revision that the name
+        or alias means at entry, even if another one is published meanwhile.
 
         Args:
-            activate: bring it to the device at entry.
-            pin: keep it there until the ``with`` is left, unless it was pinned before.
-                A pin is one flag, not a count: of two that overlap, the one that set
-                it removes it.
+            activate: load it onto the device at entry.
+            pin: keep it there until the ``with`` exits, unless it was pinned already. A pin
+                is a flag, not a count: of two overlapping blocks, the one that set it
+                removes it.
 
         Raises, at entry:
-            AdapterNotFound: metadata ``did_you_mean`` where a name is near.
+            AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name.
         """
         return AsyncAdapterHandle(self, name, activate=activate, pin=pin)
 
     # ---------------------------------------------------------------------- server
 
     async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """What the server is."""
+        """The server's version, base model, device and limits."""
         return await self._ask(calls.info(), timeout_s)
 
     async def plan(
@@ -116,17 +116,17 @@ class AsyncClient(AsyncAdapterCalls):
         concurrency: int = 0,
         timeout_s: float | None = None,
     ) -> Capacity:
-        """What would fit.
+        """How many adapters and sequences would fit.
 
         Args:
-            like: a published adapter whose shape is asked about; else ``rank``, unset
-                16, and ``modules`` (``q_proj`` ...), unset all.
-            adapters: that should be in memory; 0 asks for nothing.
-            context_length: tokens of one sequence; 0 means the model's longest.
-            concurrency: sequences that should run at once; 0 asks for nothing.
+            like: a published adapter that gives the shape. Otherwise ``rank`` (16 if unset)
+                and ``modules`` (``q_proj`` ...; all if unset) give it.
+            adapters: how many should be in memory; 0 requires nothing.
+            context_length: tokens of one sequence; 0 means the model's maximum.
+            concurrency: how many sequences should run at once; 0 requires nothing.
 
         Raises:
-            InvalidField: ``like`` beside a shape, or a shape that no adapter can have.
+            InvalidField: ``like`` together with a shape, or a shape that no adapter can have.
         """
         call = calls.plan(
             like=like,
@@ -141,7 +141,7 @@ class AsyncClient(AsyncAdapterCalls):
     async def health(
         self, service: str = calls.INFERENCE, *, timeout_s: float | None = None
     ) -> ServingStatus:
-        """Readiness of a service; "" asks whether the process lives."""
+        """Readiness of a service; "" asks whether the process is alive."""
         return await self._ask(calls.health(service), timeout_s)
 
     async def wait_until_ready(
@@ -150,13 +150,13 @@ class AsyncClient(AsyncAdapterCalls):
         *,
         told: Callable[[VeneerError], None] = lambda why: None,
     ) -> None:
-        """Return once generate calls are answered; a server that is not there yet is waited
-        for.
+        """Return once the server answers generate calls; it need not have started yet.
 
         Args:
-            timeout_s: so long at most.
-            told: called about once a second with why it waits: `ModelLoading`, whose metadata
-                ``doing`` says what is loaded, `ServerUnreachable`, or another `Unavailable`.
+            timeout_s: how long to wait at most.
+            told: called about once a second with the reason for waiting: `ModelLoading`, whose
+                metadata ``doing`` says what is being loaded, `ServerUnreachable`, or another
+                `Unavailable`.
 
         Raises:
             Unavailable, DeadlineExceeded: it was not ready in time; says what it was doing.
@@ -189,8 +189,8 @@ class AsyncClient(AsyncAdapterCalls):
         device_adapter_bytes: int | None = None,
         timeout_s: float | None = None,
     ) -> BudgetUse:
-        """Change the memory budgets of adapters while the server runs; None leaves one as
-        it is. What no longer fits goes as soon as no running request holds it."""
+        """Change the memory budgets of adapters while the server runs; None keeps a budget.
+        Adapters that no longer fit are evicted once no running request leases them."""
         call = calls_admin.update_budgets(
             host_cache_bytes=host_cache_bytes, device_adapter_bytes=device_adapter_bytes
         )
@@ -199,11 +199,11 @@ class AsyncClient(AsyncAdapterCalls):
     async def self_test(
         self, adapters: Iterable[str] = (), *, timeout_s: float | None = None
     ) -> SelfTest:
-        """Prove that base and adapters answer, mixed in one batch, as their files say.
+        """Check the answers of base and adapters, mixed in one batch, against their files.
 
         Args:
-            adapters: names, ``name@revision`` or ``name/alias``; none: the two in
-                memory that were used last, else two registered ones.
-            timeout_s: unset: none, since a reference is computed for each.
+            adapters: names, ``name@revision`` or ``name/alias``. If empty: the two adapters
+                in memory that were used last, else two registered ones.
+            timeout_s: unlimited if unset, since each needs a reference computation.
         """
         return await self._perform(calls_admin.self_test(adapters), timeout_s)

@@ -1,4 +1,4 @@
-"""What the asyncio client does with adapters; `AsyncClient` has these methods."""
+"""The adapter methods of the asyncio client, `AsyncClient`."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ class AsyncAdapterCalls(AsyncConnection):
     ) -> Pushed:
         """Check an adapter folder locally, then publish it under ``name``.
 
-        Only what the server lacks is sent. Where the connection breaks or the server
-        restarts, the push goes on by itself where it was, as long as it gets further or
-        `RetryPolicy` has patience; a push that is started anew goes on, too.
+        Sends only what the server lacks. If the connection breaks or the server restarts, the
+        push resumes by itself, as long as it makes progress or `RetryPolicy` has attempts
+        left. Calling `push` again resumes, too.
 
         Args:
             validate_only: check everything, publish nothing.
-            activate: return when the adapter is on the device.
-            allow_replace: a name that holds other content may move to this one.
-            etag: must be the name's (`AdapterInfo.etag`), else nothing is published.
-            progress: told the bytes that are there or on their way, and the bytes in
-                all, perhaps from another thread.
-            on_resume: told where the push goes on, if not at the start.
+            activate: also load the adapter onto the device before returning.
+            allow_replace: publish even if the name holds other content.
+            etag: must equal the name's (`AdapterInfo.etag`), else nothing is published.
+            progress: called with the bytes that the server has or that were sent, and the
+                total, perhaps from another thread.
+            on_resume: called when the push resumes from bytes that the server has.
 
         Raises:
             AdapterInvalid, BaseModelMismatch, AdapterExists, DiskFull, EtagMismatch:
                 nothing was published.
-            ServerUnreachable: it was away for too long; push again to go on.
+            ServerUnreachable: the server was away for too long; push again to resume.
         """
         options = PushOptions(
             labels=labels or {},
@@ -105,8 +105,8 @@ class AsyncAdapterCalls(AsyncConnection):
         return answer
 
     async def get(self, name: str, *, timeout_s: float | None = None) -> AdapterDetails:
-        """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and its name's
-        revisions."""
+        """One adapter, by ``name``, ``name@revision`` or ``name/alias``, and all revisions of
+        its name."""
         return await self._ask(calls_admin.get(name), timeout_s)
 
     def list(
@@ -118,7 +118,7 @@ class AsyncAdapterCalls(AsyncConnection):
         page_size: int = 100,
         timeout_s: float | None = None,
     ) -> AsyncIterator[AdapterInfo]:
-        """Current revisions in name order; fetches pages as they are needed, each within
+        """Current revisions in name order. Fetches pages as needed, each within
         ``timeout_s``."""
         page = partial(
             calls_admin.page,
@@ -137,15 +137,15 @@ class AsyncAdapterCalls(AsyncConnection):
         pin: bool = False,
         timeout_s: float | None = None,
     ) -> AdapterInfo:
-        """Bring an adapter to HOST or DEVICE, and keep it there if ``pin``."""
+        """Load an adapter into HOST or DEVICE, and keep it there if ``pin``."""
         return await self._ask(calls_admin.activate(name, tier=tier, pin=pin), timeout_s)
 
     async def pin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Bring an adapter to the device and keep it there until it is unpinned."""
+        """Load an adapter onto the device and keep it there until it is unpinned."""
         return await self.update_adapter(name, pinned=True, timeout_s=timeout_s)
 
     async def unpin(self, name: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Remove the pin; the adapter stays where it is until room is needed."""
+        """Remove the pin; the adapter stays in memory until its space is needed."""
         return await self.update_adapter(name, pinned=False, timeout_s=timeout_s)
 
     async def update_adapter(
@@ -160,15 +160,15 @@ class AsyncAdapterCalls(AsyncConnection):
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AdapterInfo:
-        """Change what is said of an adapter; what is left out stays as it is.
+        """Change an adapter's settings; omitted ones stay as they are.
 
         Args:
-            pinned: True brings it to the device and keeps it there.
-            labels: to set; its other labels stay.
-            remove_labels: keys.
-            retain: superseded revisions that the name keeps; those beyond go at once.
-            current: True makes ``name@revision`` what the plain name means: a rollback.
-            etag: must be the name's (`AdapterInfo.etag`), else nothing changes.
+            pinned: True loads it onto the device and keeps it there.
+            labels: labels to set; other labels stay.
+            remove_labels: keys of labels to remove.
+            retain: superseded revisions that the name keeps; any beyond are dropped at once.
+            current: True makes ``name@revision`` the current one, for example to roll back.
+            etag: must equal the name's (`AdapterInfo.etag`), else nothing changes.
         """
         call = calls_admin.update(
             name,
@@ -200,7 +200,7 @@ class AsyncAdapterCalls(AsyncConnection):
         mode: EvictMode = EvictMode.DRAIN,
         timeout_s: float | None = None,
     ) -> tuple[str, ...]:
-        """Remove ``name`` with all revisions, or ``name@revision``; what was removed."""
+        """Remove ``name`` with all revisions, or ``name@revision``. Returns what it removed."""
         return await self._ask(calls_admin.delete(name, etag=etag, mode=mode), timeout_s)
 
     async def set_alias(
@@ -214,18 +214,19 @@ class AsyncAdapterCalls(AsyncConnection):
         etag: str = "",
         timeout_s: float | None = None,
     ) -> AliasMove:
-        """Move, roll back or remove ``name/alias``, in one step for all who ask.
+        """Move, roll back or remove ``name/alias``, atomically for all callers. Takes exactly
+        one of ``revision``, ``targets``, ``rollback`` and ``remove``.
 
         Args:
-            revision: what it shall mean: 12 to 64 hex digits of a kept revision.
-            targets: instead, several revisions with their weights (a canary):
+            revision: its new target, as 12 to 64 hex digits of a kept revision.
+            targets: several revisions with their weights (a canary):
                 ``{"1a2b3c4d5e6f": 90, "6f5e4d3c2b1a": 10}``.
-            rollback: instead, what it meant before its last move.
-            remove: instead, nothing.
-            etag: must be the alias's (`Alias.etag`), else nothing changes.
+            rollback: restore its targets from before the last move.
+            remove: remove the alias.
+            etag: must equal the alias's (`Alias.etag`), else nothing changes.
 
         Raises:
-            InvalidField: not exactly one of them.
+            InvalidField: not exactly one of the four is given.
             AdapterNotFound: no such alias or revision.
         """
         call = calls_admin.set_alias(
@@ -236,29 +237,29 @@ class AsyncAdapterCalls(AsyncConnection):
     async def list_aliases(
         self, name: str = "", *, timeout_s: float | None = None
     ) -> tuple[Alias, ...]:
-        """Aliases of one name, or of all, in order."""
+        """Aliases of one name, or of all names, in order."""
         pages = self._pages(partial(calls_admin.alias_page, name=name), timeout_s)
         return tuple([alias async for alias in pages])
 
     def history(
         self, name: str = "", *, page_size: int = 100, timeout_s: float | None = None
     ) -> AsyncIterator[HistoryEntry]:
-        """Who changed what when, newest first, also of deleted names; "" is all names.
-        Fetches pages as they are needed, each within ``timeout_s``."""
+        """Who changed what and when, newest first, including deleted names; "" means all
+        names. Fetches pages as needed, each within ``timeout_s``."""
         page = partial(calls_admin.history_page, name=name, page_size=page_size)
         return self._pages(page, timeout_s)
 
     def watch(self, since: int = 0, *, timeout_s: float | None = None) -> AsyncAdapterWatch:
-        """Events of all adapters as they happen, without end: first what was missed
-        after ``since`` (or, where the server no longer has that, RESET and what there
-        is), then SYNCED, then what happens.
+        """Endless stream of the events of all adapters: first those after ``since`` (or, if
+        the server no longer has them, RESET and the present adapters), then SYNCED, then live
+        events.
 
-        It goes on by itself, without a gap, where the server restarts or the
-        connection breaks, as long as `RetryPolicy` has patience.
+        If the server restarts or the connection breaks, it resumes by itself without a gap,
+        as long as `RetryPolicy` has attempts left.
 
         Args:
             since: `AdapterEvent.sequence` of the last event seen; 0 at first.
-            timeout_s: of the whole watch; unset: none.
+            timeout_s: of the whole watch; unlimited if unset.
         """
         start = self._channel.unary_stream(
             calls_admin.WATCH,

@@ -1,4 +1,4 @@
-"""How the asyncio client carries calls: one channel, deadlines, retries."""
+"""How the asyncio client performs calls: one channel, deadlines, retries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 class AsyncConnection:
-    """A channel to one server, and how a `calls.Call` is performed on it."""
+    """A channel to one server; performs a `calls.Call` on it."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class AsyncConnection:
     ) -> None:
         """Args:
         address: ``HOST:PORT``; else VENEER_SERVER, else the default (`server_address`).
-        timeout_s: deadline of every call, retries included, that is not given its
-            own; generate, push, watch and self_test have none unless given.
+        timeout_s: default deadline of a call, retries included. Generate, push, watch and
+            self_test have none unless given one.
         keepalive_s: see `calls.channel_options`.
-        actor: who calls, for the server's history; else VENEER_ACTOR, else
+        actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
         """
         self.address = server_address(address)
@@ -94,7 +94,7 @@ class AsyncConnection:
         page: Callable[[str], calls.Call[Any, Page[Item]]],
         timeout_s: float | None,
     ) -> AsyncIterator[Item]:
-        """Items of all pages, each fetched when it is needed."""
+        """Items of all pages, each page fetched when needed."""
         token = ""
         while True:
             found = await self._ask(page(token), timeout_s)
@@ -108,7 +108,7 @@ class AsyncConnection:
 async def sleep_or_raise(
     wait_s: float | None, failure: VeneerError, cause: grpc.RpcError
 ) -> None:
-    """Wait until the next attempt; without a next one, raise what the last one failed of."""
+    """Wait until the next attempt; if there is none, raise the failure of the last one."""
     if wait_s is None:
         raise failure from cause
     await sleep(wait_s)

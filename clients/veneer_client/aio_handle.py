@@ -1,7 +1,7 @@
 """``async with client.adapter("sql") as sql:`` - one adapter, fixed to one revision.
 
-The name is resolved once, at entry: all calls inside answer from that revision,
-whatever is published under the name meanwhile.
+The name is resolved once, at entry: all calls inside use that revision, whatever is
+published under the name meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["AsyncAdapterHandle"]
 _NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
 
 _UNPIN_S: Final = 5.0
-"""Longest time to take back a pin whose fate is unknown."""
+"""Timeout for removing a pin that may or may not have been set."""
 
 
 class AsyncAdapterHandle:
@@ -41,14 +41,14 @@ class AsyncAdapterHandle:
 
     @property
     def info(self) -> AdapterInfo:
-        """The revision, as it was at entry. RuntimeError outside the ``with``."""
+        """The revision's state at entry. RuntimeError outside the ``with``."""
         if self._info is None:
             raise RuntimeError(_NOT_ENTERED)
         return self._info
 
     @property
     def ref(self) -> str:
-        """``name@revision`` in full: what every call names."""
+        """``name@revision`` in full, which every call uses."""
         return f"{self.info.name}@{self.info.revision}"
 
     async def __aenter__(self) -> AsyncAdapterHandle:
@@ -58,7 +58,7 @@ class AsyncAdapterHandle:
             try:
                 self._info = await self._client.pin(self.ref)
             except BaseException:
-                # A deadline, cancellation or Ctrl-C ended our waiting, not the server's work.
+                # A deadline, cancellation or Ctrl-C ends our waiting, not the server's work.
                 with suppress(VeneerError):
                     await self._client.unpin(self.ref, timeout_s=_UNPIN_S)
                 raise
@@ -81,7 +81,7 @@ class AsyncAdapterHandle:
         except AdapterNotFound:
             pass  # deleted meanwhile, and its pin with it
         except VeneerError:
-            if error is None:  # what went wrong inside is the news
+            if error is None:  # must not mask an error of the block
                 raise
 
     async def generate(self, prompt: Prompt, **options: Unpack[BoundOptions]) -> Generation:
@@ -107,5 +107,5 @@ class AsyncAdapterHandle:
         return self._client.chat_stream(messages, adapter=self.ref, **options)
 
     async def details(self) -> AdapterDetails:
-        """What the server knows of it now."""
+        """The adapter's present state on the server."""
         return await self._client.get(self.ref)

@@ -1,7 +1,7 @@
-"""Streams as iterators: read, retried, cancelled.
+"""Streams as iterators, with retries and cancellation.
 
-A stream that has told something of an answer is never started again; one that has
-not, or that can go on where it was (a watch), is, when the server says when.
+A stream that has yielded part of an answer is never retried. One that has not, or that can
+resume (a watch), is retried if the server says when.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _AsyncStream(Generic[Item]):
 
     # begin: async only
     def __del__(self) -> None:
-        # Left early, without `async with`: the call's own tasks refer to it, so it would
-        # run on until some later garbage collection.
+        # The loop was left early, without `async with`: the call's own tasks refer to the
+        # call, so it would run until some later garbage collection.
         call = getattr(self, "_call", None)
         if call is not None:
             call.cancel()
@@ -69,9 +69,9 @@ class _AsyncStream(Generic[Item]):
                 if await happens(self._cancelled, wait):
                     raise cancelled() from error
                 self._call = self._start.begin()
-                if self._cancelled.is_set():  # a thread's `cancel` may have met the call before
+                if self._cancelled.is_set():  # another thread may have cancelled the old call
                     self._call.cancel()
-            except BaseException:  # Ctrl-C, or the task was cancelled: nobody reads on
+            except BaseException:  # Ctrl-C, or the task was cancelled: there is no reader left
                 self.cancel()
                 raise
             else:
@@ -82,16 +82,16 @@ class _AsyncStream(Generic[Item]):
                     return item
 
     def cancel(self) -> None:
-        """End the call; does nothing when it has ended."""
+        """End the call; does nothing if it has ended."""
         self._cancelled.set()
         self._call.cancel()
 
 
 class AsyncGenerationStream(_AsyncStream[Chunk]):
-    """The chunks of one answer, as they come.
+    """The chunks of one answer, as they arrive.
 
-    Iterate once. Leaving the loop early ends the call when the stream is forgotten, at
-    once with ``async with`` or `cancel`; the server stops the work within a step.
+    Iterate once. Leaving the loop early ends the call when the stream is garbage-collected,
+    or at once with ``async with`` or `cancel`; the server stops the work within a step.
     """
 
     def __init__(self, start: StreamStart) -> None:
@@ -105,7 +105,7 @@ class AsyncGenerationStream(_AsyncStream[Chunk]):
 
 
 class AsyncAdapterWatch(_AsyncStream[AdapterEvent]):
-    """Events of adapters, without end, over interruptions; see `AsyncClient.watch`."""
+    """Endless events of adapters, across interruptions; see `AsyncClient.watch`."""
 
     def __init__(self, start: StreamStart, reader: WatchReader) -> None:
         self._place = reader
@@ -113,5 +113,5 @@ class AsyncAdapterWatch(_AsyncStream[AdapterEvent]):
 
     @property
     def sequence(self) -> int:
-        """Where another watch could go on."""
+        """Where another watch could resume."""
         return self._place.sequence

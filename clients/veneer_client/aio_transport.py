@@ -1,7 +1,7 @@
-"""Where the asyncio client waits for something; `transport` is its synchronous twin.
+"""The asyncio client's waiting primitives; `transport` is the synchronous counterpart.
 
 These two are written by hand, since gRPC's two interfaces, events and threads differ in
-more than `await`. All else of the synchronous client is generated from the files `aio*`.
+more than `await`. The rest of the synchronous client is generated from the files `aio*`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Answer = TypeVar("Answer")
 
 
 def open_channel(address: str, keepalive_s: float) -> grpc.aio.Channel:
-    """A channel that connects when it is used."""
+    """A channel that connects on first use."""
     return grpc.aio.insecure_channel(address, options=calls.channel_options(keepalive_s))
 
 
 def begin(
     method: Any, request: Any, *, timeout_s: float | None, metadata: tuple[tuple[str, str], ...]
 ) -> Any:
-    """Begin a call with one answer; `outcome` waits for it."""
+    """Begin a unary call; `outcome` waits for its response."""
     with starting():
         return method(request, timeout=timeout_s, metadata=metadata)
 
 
 async def outcome(answer: Awaitable[Answer]) -> Answer:
-    """Await what a call gives. Where the call was cancelled and not the task, gRPC raises
-    CancelledError all the same, which a group of tasks would swallow."""
+    """Await a call's response. gRPC raises CancelledError even if the call was cancelled and
+    not the task; a task group would swallow that."""
     try:
         return await answer
     except asyncio.CancelledError as error:
@@ -79,7 +79,7 @@ async def prepared(folder: Path, name: str, options: PushOptions) -> Upload:
     try:
         return await asyncio.shield(preparing)
     except asyncio.CancelledError:
-        preparing.add_done_callback(_close)  # the thread goes on to its end
+        preparing.add_done_callback(_close)  # the thread still runs to its end
         raise
 
 
@@ -89,7 +89,7 @@ def _close(preparing: asyncio.Future[Upload]) -> None:
 
 
 async def messages(upload: Upload) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    """`Upload.messages`, its file reads outside the event loop."""
+    """`Upload.messages`, with file reads outside the event loop."""
     read = upload.messages()
     while (message := await asyncio.to_thread(next, read, None)) is not None:
         yield message

@@ -1,7 +1,7 @@
-"""Every call as data: method, request, how to read the answer, whether to repeat it.
+"""Every call as data: method, request, how to decode the response, whether to retry it.
 
-The clients differ only in how they perform a `Call`; what they perform is here, and for
-adapters in `calls_admin`.
+The clients differ only in how they perform a `Call`. The calls are here, and for adapters in
+`calls_admin`.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ _GENERATE: Final = f"/{INFERENCE}/Generate"
 GENERATE_STREAM: Final = f"/{INFERENCE}/GenerateStream"
 
 KEEPALIVE_S: Final = 20.0
-"""Silence after which a client asks whether the server still lives."""
+"""Idle time after which a client pings the server."""
 
 _PLAN_RANK: Final = 16
-"""Of an adapter that is only planned, as in the server where no shape is given."""
+"""Rank of a planned adapter without a given shape, as in the server."""
 
 RECONNECT_S: Final = 1.0
-"""First wait of a watch or a push for a server that was there."""
+"""First wait of a watch or push for a server that was reachable before."""
 
 LOOK_S: Final = 0.2
-"""Between two looks at a server that is not ready."""
+"""Interval of health checks while a server is not ready."""
 
 TELL_S: Final = 1.0
-"""Between two questions why it is not."""
+"""Interval of asking a server why it is not ready."""
 
 LEAST_S: Final = 1.0
-"""Of a look, however little time is left."""
+"""Shortest timeout of a health check, however little time is left."""
 
 
 def channel_options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
-    """Of a client's channel.
+    """gRPC options of a client's channel.
 
     Args:
-        keepalive_s: while a call runs, silence after which the server must answer a
-            ping within as long again; else the call ends with `ServerUnreachable`.
-            Without it a call to a machine that lost its power waits for ever.
+        keepalive_s: while a call runs, the idle time after which the server is pinged; it
+            must answer within the same time, or the call ends with `ServerUnreachable`.
+            Otherwise a call to a machine that lost power would wait for ever.
     """
     milliseconds = max(1, int(keepalive_s * 1000))
     return (
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
-        # Else its default of a minute is what counts, whatever the line before says.
+        # Otherwise its default of a minute applies, whatever the keepalive timeout above.
         ("grpc.http2.ping_timeout_ms", milliseconds),
-        # A quiet stream has no data between its pings.
+        # An idle stream has no data between pings.
         ("grpc.http2.max_pings_without_data", 0),
-        # A server that restarts is found again within a second, not after minutes.
+        # Reconnect to a restarted server within a second, not after minutes.
         ("grpc.max_reconnect_backoff_ms", 1000),
         # Error details may hold a suggestion and a long message: gRPC's default is 8 KiB.
         ("grpc.max_metadata_size", 64 << 10),
-        # gRPC takes 4 MiB, and 18,000 tokens with 20 alternatives each are more. No limit,
-        # as the server has none for what it sends: both bound tokens, not bytes.
+        # gRPC's default is 4 MiB, which 18,000 tokens with 20 alternatives each exceed. No
+        # limit, as in the server for sending: both limit tokens, not bytes.
         ("grpc.max_receive_message_length", -1),
     )
 
@@ -94,9 +94,9 @@ class Call(Generic[Answer, Result]):
 
     Attributes:
         method: full path, ``/package.Service/Method``.
-        decode: bytes to the answer's message.
-        read: the message to a record.
-        repeatable: doing it twice is the same as doing it once.
+        decode: parses the response's bytes into its message.
+        read: converts the message to a record.
+        repeatable: the call is idempotent.
     """
 
     method: str
@@ -109,7 +109,7 @@ class Call(Generic[Answer, Result]):
 def generate(
     prompt: Prompt, options: GenerateOptions
 ) -> Call[inference_pb2.GenerateResponse, Generation]:
-    """The whole answer at once."""
+    """Generate, with the whole answer in one response."""
     return Call(
         _GENERATE,
         convert.generate_request(prompt, options),
@@ -119,7 +119,7 @@ def generate(
 
 
 def info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
-    """What the server is."""
+    """Describe the server."""
     return Call(
         "/veneer.v1.ServerService/GetServerInfo",
         server_pb2.GetServerInfoRequest(),
@@ -137,10 +137,10 @@ def plan(
     context_length: int,
     concurrency: int,
 ) -> Call[server_pb2.PlanCapacityResponse, Capacity]:
-    """What would fit; see `Client.plan`."""
+    """How much would fit; see `Client.plan`."""
     if like and (rank or modules):
         raise InvalidField(
-            f"like={like!r} has a rank and modules of its own: leave out one or the other",
+            f"like={like!r} implies rank and modules: give either it or them",
             metadata={"field": "like"},
         )
     request = server_pb2.PlanCapacityRequest(
@@ -160,7 +160,7 @@ def plan(
 
 
 def health(service: str) -> Call[health_pb2.HealthCheckResponse, ServingStatus]:
-    """The standard health check. Not repeated: the answer is about this moment."""
+    """The standard health check. Not retried: the answer is about this moment."""
     return Call(
         "/grpc.health.v1.Health/Check",
         health_pb2.HealthCheckRequest(service=service),

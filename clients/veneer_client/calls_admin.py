@@ -52,7 +52,7 @@ Request = TypeVar("Request")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """Some of a listing, and the token of the next page ("" on the last)."""
+    """One page of a listing, and the token of the next page ("" on the last)."""
 
     items: tuple[Item, ...]
     next_token: str
@@ -97,7 +97,7 @@ def page(
 def committed(
     spec: adapters_pb2.UploadSpec,
 ) -> Call[adapters_pb2.GetUploadResponse, Mapping[str, int]]:
-    """Bytes of an upload that need not be sent, by file."""
+    """Bytes of an upload that the server has, by file."""
     return Call(
         f"/{_ADAPTERS}/GetUpload",
         adapters_pb2.GetUploadRequest(spec=spec),
@@ -109,7 +109,7 @@ def committed(
 def activate(
     name: str, *, tier: Tier, pin: bool
 ) -> Call[adapters_pb2.ActivateAdapterResponse, AdapterInfo]:
-    """Bring an adapter to HOST or DEVICE."""
+    """Load an adapter into HOST or DEVICE."""
     return Call(
         f"/{_ADAPTERS}/ActivateAdapter",
         adapters_pb2.ActivateAdapterRequest(name=name, tier=convert.TIERS[tier], pin=pin),
@@ -128,8 +128,8 @@ def update(
     current: bool | None = None,
     etag: str = "",
 ) -> Call[adapters_pb2.UpdateAdapterResponse, AdapterInfo]:
-    """Change what is said of an adapter. With an etag it is not repeated: had the first
-    time been carried out, the second would say ETAG_MISMATCH."""
+    """Change an adapter's settings. Not retried with an etag: if the first attempt had
+    succeeded, the second would fail with ETAG_MISMATCH."""
     request = _made(
         lambda: adapters_pb2.UpdateAdapterRequest(
             name=name,
@@ -167,7 +167,7 @@ def evict(
 def delete(
     name: str, *, etag: str, mode: EvictMode
 ) -> Call[adapters_pb2.DeleteAdapterResponse, tuple[str, ...]]:
-    """Remove a name or a revision. Not repeated: the second time would say NOT_FOUND."""
+    """Remove a name or a revision. Not retried: a second attempt would get NOT_FOUND."""
     return Call(
         f"/{_ADAPTERS}/DeleteAdapter",
         adapters_pb2.DeleteAdapterRequest(
@@ -188,12 +188,11 @@ def set_alias(
     remove: bool,
     etag: str,
 ) -> Call[adapters_pb2.SetAliasResponse, AliasMove]:
-    """Move, roll back or remove an alias. Not repeated: a rollback would then go back to
-    where the first of two equal moves went."""
+    """Move, roll back or remove an alias. Not retried: a repeated rollback would undo the
+    first one."""
     if [bool(revision), bool(targets), rollback, remove].count(True) != 1:
         raise InvalidField(
-            f"what shall alias {alias!r} mean? Give exactly one of revision, targets, "
-            "rollback and remove",
+            f"alias {alias!r} needs exactly one of revision, targets, rollback and remove",
             metadata={"field": "revision", "one_of": "revision targets rollback remove"},
         )
     pairs = targets.items() if isinstance(targets, Mapping) else _pairs(targets)
@@ -220,7 +219,7 @@ def set_alias(
 
 
 def alias_page(token: str, *, name: str) -> Call[adapters_pb2.ListAliasesResponse, Page[Alias]]:
-    """One page of the aliases of a name; of all names where it is ""."""
+    """One page of the aliases of a name, or of all names if it is ""."""
     return Call(
         f"/{_ADAPTERS}/ListAliases",
         adapters_pb2.ListAliasesRequest(name=name, page_token=token),
@@ -234,7 +233,7 @@ def alias_page(token: str, *, name: str) -> Call[adapters_pb2.ListAliasesRespons
 def history_page(
     token: str, *, name: str, page_size: int
 ) -> Call[adapters_pb2.GetHistoryResponse, Page[HistoryEntry]]:
-    """One page of what was changed, newest first."""
+    """One page of the history, newest first."""
     return Call(
         f"/{_ADAPTERS}/GetHistory",
         adapters_pb2.GetHistoryRequest(name=name, page_size=page_size, page_token=token),
@@ -248,7 +247,7 @@ def history_page(
 def update_budgets(
     *, host_cache_bytes: int | None, device_adapter_bytes: int | None
 ) -> Call[adapters_pb2.UpdateBudgetsResponse, BudgetUse]:
-    """Change the memory budgets, or read them where nothing is given."""
+    """Change the memory budgets, or read them if nothing is given."""
     request = _made(
         lambda: adapters_pb2.UpdateBudgetsRequest(
             host_cache_bytes=host_cache_bytes, device_adapter_bytes=device_adapter_bytes
@@ -265,7 +264,7 @@ def update_budgets(
 def self_test(
     adapters: Iterable[str],
 ) -> Call[adapters_pb2.SelfTestResponse, SelfTest]:
-    """Whether base and adapters answer as their files say."""
+    """Check that base and adapters answer as computed from their files."""
     return Call(
         f"/{_ADAPTERS}/SelfTest",
         adapters_pb2.SelfTestRequest(adapters=adapters),
@@ -279,12 +278,12 @@ def _pairs(targets: Iterable[AliasTarget]) -> list[tuple[str, int]]:
 
 
 def _made(make: Callable[[], Request]) -> Request:
-    """A request; InvalidField where a value does not fit its field."""
+    """Make a request. Raises InvalidField if a value does not fit its field."""
     try:
         return make()
     except (TypeError, ValueError) as error:
         raise InvalidField(
-            f"a value does not fit its field ({error}): sizes, counts and weights are whole "
-            "numbers of 0 or more, names and labels are texts",
+            f"a value does not fit its field ({error}): sizes, counts and weights must be "
+            "non-negative integers, names and labels strings",
             metadata={"field": "request"},
         ) from error

@@ -1,5 +1,5 @@
 # Generated from aio_connection.py by `make client-sync`: edit that file.
-"""How the synchronous client carries calls: one channel, deadlines, retries."""
+"""How the synchronous client performs calls: one channel, deadlines, retries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class Connection:
-    """A channel to one server, and how a `calls.Call` is performed on it."""
+    """A channel to one server; performs a `calls.Call` on it."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class Connection:
     ) -> None:
         """Args:
         address: ``HOST:PORT``; else VENEER_SERVER, else the default (`server_address`).
-        timeout_s: deadline of every call, retries included, that is not given its
-            own; generate, push, watch and self_test have none unless given.
+        timeout_s: default deadline of a call, retries included. Generate, push, watch and
+            self_test have none unless given one.
         keepalive_s: see `calls.channel_options`.
-        actor: who calls, for the server's history; else VENEER_ACTOR, else
+        actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
         """
         self.address = server_address(address)
@@ -93,7 +93,7 @@ class Connection:
         page: Callable[[str], calls.Call[Any, Page[Item]]],
         timeout_s: float | None,
     ) -> Iterator[Item]:
-        """Items of all pages, each fetched when it is needed."""
+        """Items of all pages, each page fetched when needed."""
         token = ""
         while True:
             found = self._ask(page(token), timeout_s)
@@ -104,7 +104,7 @@ class Connection:
 
 
 def sleep_or_raise(wait_s: float | None, failure: VeneerError, cause: grpc.RpcError) -> None:
-    """Wait until the next attempt; without a next one, raise what the last one failed of."""
+    """Wait until the next attempt; if there is none, raise the failure of the last one."""
     if wait_s is None:
         raise failure from cause
     sleep(wait_s)

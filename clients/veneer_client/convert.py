@@ -1,6 +1,6 @@
-"""Protobuf of the generate calls to records and back.
+"""Converts protobuf messages of the generate calls to records and back.
 
-Messages of the other services are read in `convert_admin` and `convert_server`.
+`convert_admin` and `convert_server` convert those of the other services.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ _SAMPLING: Final = tuple(
     for field in inference_pb2.SamplingOptions.DESCRIPTOR.fields
     if field.name != "logit_bias"
 )
-"""Options by the contract's names, which are ours; biases are a map and set apart."""
+"""Options that have the same name in the contract; biases are a map and set separately."""
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
-    """The wire form of a call; options that are left out stay unset.
+    """The wire form of a call; omitted options stay unset.
 
     Raises:
-        TypeError: an option that there is not, or a prompt that is none.
-        InvalidField: a value that the field cannot hold. Ranges are the server's.
+        TypeError: an unknown option, or something that is not a prompt.
+        InvalidField: a value that the field cannot hold. The server checks ranges.
     """
     if unknown := sorted(options.keys() - GenerateOptions.__optional_keys__):
         raise TypeError(
@@ -82,7 +82,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     if not isinstance(prompt, Text | Chat | Tokens):
         raise TypeError(
             f"a prompt is a Text, Chat or Tokens, not {type(prompt).__name__}: Chat.user('Hi') "
-            "is a user's turn in the chat template, Text('Hi') is tokenised as it stands"
+            "is a user's turn in the chat template, Text('Hi') is tokenised verbatim"
         )
     try:
         return _request(prompt, options)
@@ -182,7 +182,7 @@ def chunk(message: inference_pb2.GenerateStreamResponse) -> Chunk:
 
 
 def generation_end(message: inference_pb2.GenerateStreamResponse) -> GenerationEnd | None:
-    """The end that a stream's last message carries; None in the others."""
+    """The end that a stream's last message carries; None for other messages."""
     if not message.HasField("final"):
         return None
     final = message.final
@@ -226,8 +226,8 @@ def _provenance(message: inference_pb2.Provenance) -> Provenance:
 
 
 def same_names(record: type[Record], message: Message, **others: object) -> Record:
-    """A record from the message's fields of the same names, which are numbers and texts, and
-    from ``others``."""
+    """A record from the message's fields of the same names, which must be numbers or strings,
+    and from ``others``."""
     values: dict[str, object] = {
         field.name: getattr(message, field.name)
         for field in fields(cast(Any, record))
@@ -238,5 +238,5 @@ def same_names(record: type[Record], message: Message, **others: object) -> Reco
 
 
 def seconds(duration: Duration) -> float:
-    """Of a protobuf duration."""
+    """A protobuf duration in seconds."""
     return duration.seconds + duration.nanos / 1e9

@@ -1,4 +1,4 @@
-"""Protobuf of the adapter service to records and back."""
+"""Converts protobuf messages of the adapter service to records and back."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def alias(message: adapters_pb2.Alias) -> Alias:
 
 
 def alias_move(message: adapters_pb2.SetAliasResponse) -> AliasMove:
-    """What an alias means now and meant before."""
+    """An alias's targets now and before the move."""
     return AliasMove(alias=alias(message.alias), previous=_targets(message.previous))
 
 

@@ -1,4 +1,4 @@
-"""Protobuf of the server's service, budgets and self-test to records."""
+"""Converts protobuf messages about the server, budgets and self-test to records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LIMITS: Final = {
 
 
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
-    """What the server is."""
+    """Description of the server."""
     base = message.base_model
     return same_names(
         ServerInfo,
@@ -91,7 +91,7 @@ def serving_status(message: health_pb2.HealthCheckResponse) -> ServingStatus:
 
 
 def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
-    """What would fit."""
+    """How much would fit."""
     adapters, sequences = message.adapters, message.sequences
     return Capacity(
         adapters=AdapterCapacity(
@@ -115,7 +115,7 @@ def capacity(message: server_pb2.PlanCapacityResponse) -> Capacity:
 
 
 def budget_use(message: adapters_pb2.UpdateBudgetsResponse) -> BudgetUse:
-    """Budgets as they are now, and what is taken of them."""
+    """The current budgets and their use."""
     return same_names(BudgetUse, message)
 
 

@@ -1,4 +1,4 @@
-"""From a gRPC failure to the error tree, and whether to try once more."""
+"""Maps gRPC failures to the error tree, and decides whether to retry."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def to_error(
 ) -> VeneerError:
     """The typed error of a failed call.
 
-    With ``google.rpc.ErrorInfo`` of domain ``veneer`` it is the very error that the
-    server raised, with its metadata and retry delay. Without, something between
-    answered (the network, a proxy, gRPC itself), and the code decides.
+    With ``google.rpc.ErrorInfo`` of domain ``veneer`` it is the error that the server
+    raised, with its metadata and retry delay. Without it, something in between answered
+    (the network, a proxy, gRPC itself), and the status code decides.
     """
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
@@ -84,8 +84,8 @@ def to_error(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = f" within {timeout_s:g} s" if timeout_s is not None else " in time"
         return DeadlineExceeded(
-            f"{address} did not finish the call{within}: allow more time, ask for fewer "
-            "tokens, or look at the server's load",
+            f"{address} did not finish the call{within}: allow more time, request fewer "
+            "tokens, or check the server's load",
             metadata={"address": address, "cause": "client_deadline"},
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -97,31 +97,31 @@ def to_error(
 
 
 def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:
-    """Whether all that is known is that a message could not be sent: grpc.aio then says
-    INTERNAL, of itself, whatever ended the call."""
+    """Whether the error says only that a message could not be sent: grpc.aio then reports
+    INTERNAL, whatever ended the call."""
     return error.code() is grpc.StatusCode.INTERNAL and _status(error) is None
 
 
 def not_ready(address: str) -> Unavailable:
-    """Of a server that is past loading and whose engine does not answer."""
+    """The error for a server that has loaded but whose engine does not answer."""
     return Unavailable(
-        f"{address} does not answer generate calls now: its engine is being started again"
+        f"{address} does not answer generate calls now: its engine is being restarted"
     )
 
 
 def cancelled() -> Cancelled:
-    """The caller's own doing."""
+    """The error for a call that its caller cancelled."""
     return Cancelled("the call was cancelled, or its client closed")
 
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Begin a call; on a closed channel gRPC raises errors of its own."""
+    """Wraps beginning a call: on a closed channel gRPC raises errors of other types."""
     try:
         yield
     except (ValueError, grpc.aio.UsageError) as error:
         raise Cancelled(
-            "the client was closed: make a new one", metadata={"cause": "client_closed"}
+            "the client was closed: create a new one", metadata={"cause": "client_closed"}
         ) from error
 
 
@@ -137,20 +137,20 @@ def _status(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status | 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a refused call is repeated.
+    """How often a refused call is retried.
 
-    A call is repeated only where the server said when (``RetryInfo``) with
-    UNAVAILABLE or RESOURCE_EXHAUSTED, the call is safe to repeat, nothing of its
-    answer has come, and the wait fits ``longest_wait_s`` and the call's deadline. A
-    server that said it drains may be gone the next time, until it is back. A watch and a
-    push also wait for a server that was there, and count anew after each progress.
+    A call is retried only if the server said when (``RetryInfo``) with UNAVAILABLE or
+    RESOURCE_EXHAUSTED, the call is safe to repeat, no part of its answer has arrived, and
+    the wait fits ``longest_wait_s`` and the call's deadline. A server that said it is
+    draining may be unreachable until it is back. A watch and a push also wait for a server
+    that was reachable before, and reset the count after any progress.
 
     Attributes:
-        attempts: calls made in all, or without progress; 1 turns retries off.
-        longest_wait_s: a longer delay than this is the caller's decision.
-        growth: each wait is at least what the server said, and so many times the one
-            before: with the defaults half a minute in all, enough for a restart.
-        final: errors after which a call is not repeated, such as `ModelLoading`.
+        attempts: total attempts, or attempts without progress; 1 turns retries off.
+        longest_wait_s: longest wait; a longer one is left to the caller.
+        growth: each wait is at least what the server said, and this many times the last
+            one: with the defaults half a minute in total, enough for a restart.
+        final: errors after which a call is not retried, such as `ModelLoading`.
     """
 
     attempts: int = 8
@@ -172,9 +172,9 @@ class Attempts:
         repeated: tuple[type[VeneerError], ...] = (Unavailable, ResourceExhausted),
     ) -> None:
         """Args:
-        reconnect_s: wait for a server that was there once, at most the policy's
+        reconnect_s: first wait for a server that was reachable before, at most the policy's
             ``longest_wait_s``; None gives up.
-        repeated: errors after which a call is repeated, if they say when.
+        repeated: errors after which a call is retried, if they say when.
         """
         self._policy = policy
         self._repeated = repeated
@@ -193,11 +193,11 @@ class Attempts:
         return max(0.0, self._deadline - time.monotonic())
 
     def reached(self) -> None:
-        """The server is there: should it go, it is waited for."""
+        """The server is up; if it goes away, we wait for it."""
         self._back_s = self._reconnect_s
 
     def succeeded(self) -> None:
-        """An answer came: failures before it no longer count."""
+        """An answer arrived; earlier failures no longer count."""
         self._made = 0
         self.reached()
 
@@ -216,7 +216,7 @@ class Attempts:
         if told is None or told > self._policy.longest_wait_s:
             return None
         grown = told * self._policy.growth ** (self._made - 1)
-        # Clients refused together should not come back together.
+        # Jitter: clients that were refused together should not come back together.
         wait = min(grown * random.uniform(1.0, 1.25), self._policy.longest_wait_s)
         remaining = self.remaining_s()
         return None if remaining is not None and wait >= remaining else wait

@@ -1,8 +1,8 @@
 # Generated from aio_handle.py by `make client-sync`: edit that file.
 """``with client.adapter("sql") as sql:`` - one adapter, fixed to one revision.
 
-The name is resolved once, at entry: all calls inside answer from that revision,
-whatever is published under the name meanwhile.
+The name is resolved once, at entry: all calls inside use that revision, whatever is
+published under the name meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["AdapterHandle"]
 _NOT_ENTERED: Final = "use the adapter inside its `with`: entering it fixes the revision"
 
 _UNPIN_S: Final = 5.0
-"""Longest time to take back a pin whose fate is unknown."""
+"""Timeout for removing a pin that may or may not have been set."""
 
 
 class AdapterHandle:
@@ -42,14 +42,14 @@ class AdapterHandle:
 
     @property
     def info(self) -> AdapterInfo:
-        """The revision, as it was at entry. RuntimeError outside the ``with``."""
+        """The revision's state at entry. RuntimeError outside the ``with``."""
         if self._info is None:
             raise RuntimeError(_NOT_ENTERED)
         return self._info
 
     @property
     def ref(self) -> str:
-        """``name@revision`` in full: what every call names."""
+        """``name@revision`` in full, which every call uses."""
         return f"{self.info.name}@{self.info.revision}"
 
     def __enter__(self) -> AdapterHandle:
@@ -59,7 +59,7 @@ class AdapterHandle:
             try:
                 self._info = self._client.pin(self.ref)
             except BaseException:
-                # A deadline, cancellation or Ctrl-C ended our waiting, not the server's work.
+                # A deadline, cancellation or Ctrl-C ends our waiting, not the server's work.
                 with suppress(VeneerError):
                     self._client.unpin(self.ref, timeout_s=_UNPIN_S)
                 raise
@@ -82,7 +82,7 @@ class AdapterHandle:
         except AdapterNotFound:
             pass  # deleted meanwhile, and its pin with it
         except VeneerError:
-            if error is None:  # what went wrong inside is the news
+            if error is None:  # must not mask an error of the block
                 raise
 
     def generate(self, prompt: Prompt, **options: Unpack[BoundOptions]) -> Generation:
@@ -108,5 +108,5 @@ class AdapterHandle:
         return self._client.chat_stream(messages, adapter=self.ref, **options)
 
     def details(self) -> AdapterDetails:
-        """What the server knows of it now."""
+        """The adapter's present state on the server."""
         return self._client.get(self.ref)

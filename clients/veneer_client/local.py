@@ -1,4 +1,4 @@
-"""A server of one's own: ``veneer-server`` as a child process, for demos and load tests."""
+"""Runs ``veneer-server`` as a child process, for demos and load tests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LOOK_S: float = 0.2
 class LocalServer:
     """Starts a server on free ports, waits until it is ready, stops it cleanly.
 
-    Needs the ``[server]`` extra in this Python. Data go to a temporary folder
-    unless ``flags`` name one; the log is `log_path` until `stop`.
+    Needs the ``[server]`` extra in this Python. Data goes to a temporary folder
+    unless ``flags`` name one; the log is at `log_path` until `stop`.
 
     Attributes:
         address: ``HOST:PORT`` of gRPC.
         metrics_address: ``HOST:PORT`` of Prometheus.
-        data_dir: where adapters are, unless ``flags`` say otherwise.
-        ready_line: what the server printed when it was ready.
+        data_dir: where adapters are stored, unless ``flags`` say otherwise.
+        ready_line: the line that the server printed when it was ready.
         command: the command line, for reports.
     """
 
@@ -48,12 +48,12 @@ class LocalServer:
 
         Args:
             flags: of ``veneer-server``.
-            environment: of the process; None hands down this one's.
-            told: given each line of the server's log until it is ready, in another thread: the
-                first start on a machine takes a minute, and its log says what for.
+            environment: of the process; None inherits this one's.
+            told: called from another thread with each line of the server's log until it is
+                ready: the first start on a machine takes a minute, and the log says why.
 
         Raises:
-            ServerUnreachable: it ended or was not ready in time; shows its last lines.
+            ServerUnreachable: it ended or was not ready in time; shows its last log lines.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="veneer-")
         folder = Path(self._folder.name)
@@ -62,7 +62,7 @@ class LocalServer:
         own = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
         self.data_dir = folder / "data"
         own += ["--data-dir", str(self.data_dir), "--port-file", str(ports)]
-        # A flag that the caller gives again comes later, and the last one wins.
+        # The caller's flags come last, and the last one wins.
         command = child_python("-m", "veneer_server", "serve", *own, *flags)
         self.command = " ".join(["veneer-server", *flags])
         with self.log_path.open("wb") as log:
@@ -73,7 +73,7 @@ class LocalServer:
                 stderr=log,
                 text=True,
                 env=None if environment is None else dict(environment),
-                # Ctrl-C in a terminal goes to the parent, which stops the child.
+                # Ctrl-C in a terminal goes only to the parent, which stops the child.
                 start_new_session=True,
             )
         try:
@@ -86,7 +86,7 @@ class LocalServer:
             raise
         self.address: str = addresses["grpc"]
         self.metrics_address: str = addresses["metrics"]
-        # The pipe must not fill; nothing in it is needed any more.
+        # Drain the pipe so that it does not fill up; its content is no longer needed.
         self._drain = threading.Thread(target=self._process.communicate, daemon=True)
         self._drain.start()
 
@@ -112,9 +112,9 @@ class LocalServer:
         return "\n".join(text.splitlines()[-lines:])
 
     def stop(self, *, grace_s: float = 30.0) -> int:
-        """SIGTERM, wait, and return the exit status (0 after a clean stop).
+        """Send SIGTERM, wait, and return the exit status (0 after a clean stop).
 
-        A second call returns the same status again.
+        A second call returns the same status.
         """
         self._process.send_signal(signal.SIGTERM)  # does nothing once it has ended
         try:
@@ -154,7 +154,7 @@ class LocalServer:
         guard = threading.Timer(timeout_s, self._process.kill)
         guard.start()
         try:
-            # The server writes the port file, then its ready line.
+            # The server writes the port file before its ready line.
             for line in output:
                 if ports.exists():
                     return str(line).strip()

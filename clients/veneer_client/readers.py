@@ -1,4 +1,4 @@
-"""How both clients begin a stream, and what they read from it."""
+"""How both clients start a stream, and how they read its messages."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Reader(Protocol[Read]):
 
 
 class GenerationReader:
-    """What a generate stream has said so far, whichever client reads it."""
+    """Reads a generate stream and keeps its end."""
 
     def __init__(self) -> None:
         self.started = False
         self.end: GenerationEnd | None = None
 
     def read(self, message: inference_pb2.GenerateStreamResponse) -> Chunk | None:
-        """The message's piece of the answer; None where it only carries the end."""
+        """The message's piece of the answer; None if it only carries the end."""
         self.started = True
         self.end = convert.generation_end(message) or self.end
         chunk = convert.chunk(message)
@@ -44,38 +44,38 @@ class GenerationReader:
         return None if self.end and empty and chunk.finish_reason is None else chunk
 
     def check_ended(self) -> None:
-        """Raise `InternalError` where the stream stopped without its end."""
+        """Raise `InternalError` if the stream stopped without its end."""
         if self.end is None:
             raise InternalError(
-                "the stream stopped without a finish reason: is there a proxy between "
-                "that cuts streams? If not, report it with the server's log",
+                "the stream stopped without a finish reason: is there a proxy in between "
+                "that cuts off streams? If not, report it with the server's log",
                 metadata={"cause": "stream_cut"},
             )
 
     def require_end(self) -> GenerationEnd:
-        """The end; RuntimeError while the stream has not been read to it."""
+        """The end. RuntimeError if the stream has not been read to its end."""
         if self.end is None:
             raise RuntimeError(
-                "the stream has not ended: read it to its end before asking for `final`"
+                "the stream has not ended: read it to its end before you use `final`"
             )
         return self.end
 
 
 class WatchReader:
-    """Where a watch is, so that it can be taken up again.
+    """Reads a watch and keeps its position, so that it can resume.
 
     Attributes:
-        sequence: the last one seen.
+        sequence: of the last event seen.
     """
 
     started = False
-    """A watch goes on after an interruption, however much it has told."""
+    """A watch can resume after an interruption, however much it has yielded."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
 
     def request(self) -> adapters_pb2.WatchAdaptersRequest:
-        """Asks for what comes after the last event seen."""
+        """Request the events after the last one seen."""
         return adapters_pb2.WatchAdaptersRequest(since_sequence=self.sequence)
 
     def read(self, message: adapters_pb2.WatchAdaptersResponse) -> AdapterEvent:
@@ -86,7 +86,7 @@ class WatchReader:
     def check_ended(self) -> None:
         """Raise `InternalError`: a watch ends only by an error, or by its reader."""
         raise InternalError(
-            "the watch stopped without a reason: is there a proxy between that cuts "
+            "the watch stopped without a reason: is there a proxy in between that cuts off "
             "streams? Watch again from the last sequence number",
             metadata={"cause": "stream_cut"},
         )
@@ -94,11 +94,11 @@ class WatchReader:
 
 @dataclass(frozen=True, slots=True)
 class StreamStart:
-    """How a stream begins, and begins again.
+    """How to start and restart a stream.
 
     Attributes:
-        call: starts it; takes the seconds that are left, or None.
-        to_failure: the typed error of a failed call.
+        call: starts it; takes the seconds left until the deadline, or None.
+        to_failure: converts the error of a failed call.
     """
 
     call: Callable[[float | None], Any]
@@ -106,6 +106,6 @@ class StreamStart:
     to_failure: Callable[[Any], VeneerError]
 
     def begin(self) -> Any:
-        """The call, begun."""
+        """Start the call."""
         with starting():
             return self.call(self.attempts.remaining_s())

@@ -1,4 +1,4 @@
-"""What the clients tell of adapters: frozen records, no protobuf.
+"""The clients' records of adapters: frozen, no protobuf.
 
 Times are seconds, sizes are bytes, digests are 64 hex digits.
 """
@@ -39,7 +39,7 @@ class AdapterState(Enum):
     OTHER_BASE = "other_base"
     """It was registered for another base model."""
     UNKNOWN = "unknown"
-    """Of an older server, which does not say, or a newer one."""
+    """From an older server, which does not say, or a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class AdapterInfo:
     """What the server knows of one revision.
 
     Attributes:
-        rank: largest of any module.
-        size: bytes that one resident copy takes.
+        rank: largest rank of any module.
+        size: bytes of one resident copy.
         tier: nearest tier that holds it now.
-        leases: requests admitted and not finished.
+        leases: requests that are admitted and not finished.
         last_used: None until first used since the server started.
         training: facts from the training manifest.
-        current: the plain name resolves to this revision.
-        etag: changes whenever the name's registration changes. Calls that change it take
-            the etag, so that nothing newer is changed.
-        aliases: ``name/alias`` that may mean this revision.
+        current: whether the plain name resolves to this revision.
+        etag: changes whenever the name's registration changes. Calls that change it accept
+            the etag, so that they fail if it has changed since.
+        aliases: aliases, as ``name/alias``, that have this revision as a target.
         disk_bytes: size of its files on disk.
         retain: superseded revisions that the name keeps.
     """
@@ -95,8 +95,8 @@ class AdapterDetails:
     """One adapter and the stored revisions of its name, newest first.
 
     Attributes:
-        revisions_left_out: older ones that did not fit the answer; `Client.history` names
-            them.
+        revisions_left_out: number of older ones that did not fit the answer;
+            `Client.history` lists them.
     """
 
     adapter: AdapterInfo
@@ -110,12 +110,12 @@ class Pushed:
 
     Attributes:
         published: False when the name already held this content, and for a dry run.
-        replaced: another revision of the name was current before.
+        replaced: whether another revision of the name was current before.
         warnings: sentences from the local check and the server.
         skipped: files of the folder that are not part of a bundle.
-        sent_bytes: handed to the connection, also what a broken one lost.
-        skipped_bytes: that the server had before this push began.
-        resumes: how often the push went on after it was interrupted.
+        sent_bytes: bytes handed to the connection, including those that it lost.
+        skipped_bytes: bytes that the server had before this push began.
+        resumes: how often the push resumed after an interruption.
     """
 
     adapter: AdapterInfo
@@ -130,12 +130,12 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A push goes on from what the server has.
+    """A push resumes from what the server has.
 
     Attributes:
-        at: bytes that it has, of all files; 0 where it must begin anew.
+        at: bytes that the server has, over all files; 0 if the push must start over.
         total: bytes of all files.
-        after: what interrupted the push; None at its beginning.
+        after: what interrupted the push; None at its start.
     """
 
     at: int
@@ -144,10 +144,10 @@ class Resumed:
 
 
 class EvictMode(Enum):
-    """What becomes of the requests that use an adapter which is evicted or deleted."""
+    """What happens to requests that use an adapter which is evicted or deleted."""
 
     DRAIN = "drain"
-    """They finish; memory is freed when the last one has."""
+    """They finish; the memory is freed after the last one."""
     FAIL_IF_BUSY = "fail_if_busy"
     """The call is refused."""
     ABORT = "abort"
@@ -156,7 +156,7 @@ class EvictMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """Outcome of an eviction; ``evicted`` is False while a drain waits."""
+    """Outcome of an eviction; ``evicted`` is False if a drain is still waiting."""
 
     evicted: bool
     freed_bytes: int
@@ -164,7 +164,7 @@ class Eviction:
 
 @dataclass(frozen=True, slots=True)
 class AliasTarget:
-    """A revision that an alias means; ``weight`` is relative to the other targets'."""
+    """A revision that an alias points to; ``weight`` is relative to the other targets'."""
 
     revision: str
     weight: int
@@ -172,11 +172,11 @@ class AliasTarget:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """``name/alias`` and what it means; without targets once it is removed.
+    """``name/alias`` and its targets, which are empty once it is removed.
 
     Attributes:
-        targets: several are a canary, each with its share of the requests.
-        etag: changes whenever it moves; `set_alias` takes it.
+        targets: several of them are a canary, each with its share of the requests.
+        etag: changes whenever the alias moves; `set_alias` accepts it.
     """
 
     alias: str
@@ -187,7 +187,7 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class AliasMove:
-    """An alias as it is now, and what it meant before (nothing, where it is new)."""
+    """An alias as it is now, and its previous targets (empty if it is new)."""
 
     alias: Alias
     previous: tuple[AliasTarget, ...]
@@ -195,14 +195,14 @@ class AliasMove:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """Something that was changed.
+    """One change.
 
     Attributes:
         event: ``published``, ``replaced``, ``made_current``, ``deleted``, ``alias_set``,
             ``labels`` ... ; the contract of ``GetHistory`` has them all.
-        revision: "" where it is not about one revision.
-        actor: who the caller said it was; a claim, not a proof.
-        peer: where the call came from; ``server`` where the server did it by itself.
+        revision: "" if it is not about one revision.
+        actor: who the caller claims to be; not verified.
+        peer: where the call came from; ``server`` for the server's own changes.
     """
 
     time: datetime
@@ -223,31 +223,31 @@ class AdapterEventKind(Enum):
     """What happened to an adapter; see `AdapterEvent`."""
 
     RESET = "reset"
-    """Forget what you know: all that is there follows as PRESENT."""
+    """Discard your state: all present adapters follow as PRESENT."""
     PRESENT = "present"
     SYNCED = "synced"
-    """All that was before the watch has been told."""
+    """All earlier events have been sent."""
     PUBLISHED = "published"
     REPLACED = "replaced"
-    """The name means the told revision from now on."""
+    """The name now means this revision."""
     DELETED = "deleted"
     LOADED = "loaded"
-    """From disk into memory."""
+    """Loaded from disk into memory."""
     ACTIVATED = "activated"
-    """Into the DEVICE tier."""
+    """Loaded into the DEVICE tier."""
     EVICTED = "evicted"
-    """Out of a tier; ``adapter.tier`` is where it still is."""
+    """Removed from a tier; ``adapter.tier`` is where it still is."""
     FAILED = "failed"
     PINNED = "pinned"
     UNPINNED = "unpinned"
     QUARANTINED = "quarantined"
     """Its stored content is damaged."""
     ALIAS_CHANGED = "alias_changed"
-    """An alias was moved or removed; one event for each revision that it means now."""
+    """An alias was moved or removed; one event per new target."""
     UPDATED = "updated"
     """Labels or retention changed."""
     UNKNOWN = "unknown"
-    """Of a newer server."""
+    """From a newer server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +255,11 @@ class AdapterEvent:
     """One event of a watch.
 
     Attributes:
-        sequence: `watch` resumes after it; 0 in events that are no place to resume
-            from (see the contract of ``WatchAdapters``).
-        adapter: as the event left it; None for RESET and SYNCED.
-        detail: of EVICTED the cause, of FAILED why and what to do, of QUARANTINED the
-            damage, of ALIAS_CHANGED the alias; else "".
+        sequence: `watch` can resume after it; 0 in events that it cannot resume after (see
+            the contract of ``WatchAdapters``).
+        adapter: its state after the event; None for RESET and SYNCED.
+        detail: for EVICTED the cause, for FAILED the reason and fix, for QUARANTINED the
+            damage, for ALIAS_CHANGED the alias; else "".
     """
 
     kind: AdapterEventKind

@@ -1,6 +1,6 @@
-"""Calls by name with JSON in and out, for what the typed clients do not wrap.
+"""Calls by name with JSON in and out, for methods that the typed clients do not wrap.
 
-Needs nothing but the server: it describes its own methods (gRPC reflection).
+Needs nothing but the server, which describes its methods (gRPC reflection).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ReflectionClient:
         """All methods, by service and name.
 
         Raises:
-            ServerUnreachable: nobody answers.
+            ServerUnreachable: no server answers.
             Unimplemented: the server has no reflection.
         """
         return tuple(
@@ -85,13 +85,13 @@ class ReflectionClient:
         """Call ``method`` with a JSON request; yields each answer as JSON.
 
         Args:
-            method: ``package.Service/Method``, or ``Method`` where only one has it.
-            request: JSON of the request message, "" for an empty one.
+            method: ``package.Service/Method``, or ``Method`` if only one service has it.
+            request: the request message as JSON, "" for an empty one.
 
         Raises:
             InvalidField: no such method, it streams requests, or the JSON does not
                 fit its request.
-            VeneerError: what the server answered.
+            VeneerError: the server's error.
         """
         service, found = self._find(method)
         if found.client_streaming:

@@ -1,4 +1,4 @@
-"""What the clients tell of the server: frozen records, no protobuf.
+"""The clients' records of the server: frozen, no protobuf.
 
 Times are seconds, sizes are bytes, digests are 64 hex digits.
 """
@@ -34,11 +34,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class BaseShape:
-    """What an adapter for a base must fit.
+    """The shape of a base, which its adapters must fit.
 
     Attributes:
-        vocabulary: token ids are below it.
-        projections: ``q_proj`` and so on -> (out_features, in_features), as in every layer.
+        vocabulary: token ids are below this.
+        projections: ``q_proj`` etc. -> (out_features, in_features), the same in each layer.
     """
 
     layers: int
@@ -48,8 +48,8 @@ class BaseShape:
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The resident base model; ``size`` in bytes. ``shape`` is None where the server is too
-    old to tell it."""
+    """The resident base model; ``size`` in bytes. ``shape`` is None if the server is too old
+    to report it."""
 
     name: str
     architecture: str
@@ -63,11 +63,11 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Limits that the server runs with; bytes and counts.
+    """The server's effective limits; bytes and counts.
 
     Attributes:
-        max_batch_tokens: of one step; fewer than configured on a slow machine.
-        max_prefill_tokens: prompt tokens of a step that also decodes.
+        max_batch_tokens: of one step; on a slow machine fewer than configured.
+        max_prefill_tokens: prompt tokens in a step that also decodes.
     """
 
     host_adapter_bytes: int
@@ -82,12 +82,12 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPool:
-    """Memory that the server plans with; bytes.
+    """A memory pool of the server's plan; bytes.
 
     Attributes:
-        name: ``host``, or ``device`` where that has memory of its own.
-        uses: ``base``, ``kv_cache``, ``adapters`` ... ; adds up to ``total``.
-        limit: what there is, of the machine or its container.
+        name: ``host``, or ``device`` if it has its own memory.
+        uses: ``base``, ``kv_cache``, ``adapters`` ... ; they add up to ``total``.
+        limit: memory of the machine or its container.
     """
 
     name: str
@@ -107,17 +107,16 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server is.
+    """Description of a server.
 
     Attributes:
         backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
-            ``, prebuilt`` inside where the kernels came with the wheel, or ``torch``.
-        why_not_native: in words; empty where the native one does.
-        context_length: longest prompt plus completion, in tokens.
+            ``, prebuilt`` inside if the kernels came with the wheel, or ``torch``.
+        why_not_native: the reason in words; empty if the backend is native.
+        context_length: most tokens of prompt plus completion.
         engine_starts: 1 unless the engine process failed.
-        longest_step_s: how long the longest step may take, by what was measured before
-            serving.
-        defaults: None from a server that does not say.
+        longest_step_s: expected duration of the longest step, as measured before serving.
+        defaults: None from a server that does not report them.
     """
 
     version: str
@@ -145,7 +144,7 @@ class ServingStatus(Enum):
 
 
 class Limit(Enum):
-    """What a server would run out of first."""
+    """The resource that a server would exhaust first."""
 
     NONE = "none"
     DEVICE_ADAPTERS = "device adapters"
@@ -156,11 +155,11 @@ class Limit(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterCapacity:
-    """Adapters of one shape, were there no others.
+    """How many adapters of one shape fit, if there are no others.
 
     Attributes:
         parameters, size: of one adapter; ``size`` in bytes, in either tier.
-        on_device, on_host: how many fit each tier.
+        on_device, on_host: how many fit in each tier.
     """
 
     parameters: int
@@ -171,12 +170,12 @@ class AdapterCapacity:
 
 @dataclass(frozen=True, slots=True)
 class SequenceCapacity:
-    """Sequences of one length, were there no others.
+    """How many sequences of one length fit, if there are no others.
 
     Attributes:
-        size: bytes of the keys and values of one.
-        running: how many run at once.
-        limited_by: what keeps more from running.
+        size: bytes of one sequence's keys and values.
+        running: how many can run at once.
+        limited_by: why not more.
     """
 
     context_length: int
@@ -187,11 +186,11 @@ class SequenceCapacity:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """Something that was asked for and does not fit.
+    """A requested number that does not fit.
 
     Attributes:
         flag: of ``veneer-server``, to be raised from ``available`` to ``needed``.
-        message: the same for a person.
+        message: the same as a sentence.
     """
 
     limit: Limit
@@ -203,7 +202,7 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What would fit; ``shortfalls`` is empty where ``fits``."""
+    """How much would fit; ``shortfalls`` is empty if ``fits``."""
 
     adapters: AdapterCapacity
     sequences: SequenceCapacity
@@ -213,12 +212,12 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """The memory budgets of adapters, and what is taken of them now; bytes.
+    """The memory budgets of adapters and their current use; bytes.
 
     Attributes:
         host_cache_bytes, device_adapter_bytes: the budgets.
-        host_bytes, device_bytes: taken. More than the budget while running requests
-            hold what must go.
+        host_bytes, device_bytes: in use. More than the budget while running requests
+            lease adapters that are to be evicted.
     """
 
     host_cache_bytes: int
@@ -235,10 +234,10 @@ class SelfTestResult:
         adapter: ``name@revision``; "" for the base model.
         max_difference: largest difference of a log-probability (natural logarithm)
             between the serving path and the reference.
-        bound: what it may be.
-        nearest_other: largest difference to the nearest of the other references: had
-            two adapters been exchanged, this would be the small one.
-        detail: why it failed; "" where there is nothing to say.
+        bound: largest allowed difference.
+        nearest_other: largest difference to the nearest of the other references: if two
+            adapters had been swapped, this would be the small one.
+        detail: why it failed, or "".
     """
 
     adapter: str
@@ -251,11 +250,11 @@ class SelfTestResult:
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """Whether base and adapters answer as their files say they must.
+    """Whether base and adapters answer as computed from their files.
 
     Attributes:
-        passed: every result did, and an adapter was tested if any is registered.
-        adapters_mixed: adapters that were in one batch together with the base.
+        passed: every result passed, and an adapter was tested if any is registered.
+        adapters_mixed: number of adapters in one batch with the base.
         note: why no adapter was tested; "" if one was.
     """
 
@@ -266,5 +265,5 @@ class SelfTest:
 
     @property
     def adapters_tested(self) -> int:
-        """Adapters that were compared with their references."""
+        """Number of adapters that were compared with their references."""
         return sum(bool(result.adapter) for result in self.results)

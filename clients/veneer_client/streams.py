@@ -1,8 +1,8 @@
 # Generated from aio_streams.py by `make client-sync`: edit that file.
-"""Streams as iterators: read, retried, cancelled.
+"""Streams as iterators, with retries and cancellation.
 
-A stream that has told something of an answer is never started again; one that has
-not, or that can go on where it was (a watch), is, when the server says when.
+A stream that has yielded part of an answer is never retried. One that has not, or that can
+resume (a watch), is retried if the server says when.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Stream(Generic[Item]):
                 if happens(self._cancelled, wait):
                     raise cancelled() from error
                 self._call = self._start.begin()
-                if self._cancelled.is_set():  # a thread's `cancel` may have met the call before
+                if self._cancelled.is_set():  # another thread may have cancelled the old call
                     self._call.cancel()
-            except BaseException:  # Ctrl-C, or the task was cancelled: nobody reads on
+            except BaseException:  # Ctrl-C, or the task was cancelled: there is no reader left
                 self.cancel()
                 raise
             else:
@@ -74,16 +74,16 @@ class _Stream(Generic[Item]):
                     return item
 
     def cancel(self) -> None:
-        """End the call, from any thread; does nothing when it has ended."""
+        """End the call, from any thread; does nothing if it has ended."""
         self._cancelled.set()
         self._call.cancel()
 
 
 class GenerationStream(_Stream[Chunk]):
-    """The chunks of one answer, as they come.
+    """The chunks of one answer, as they arrive.
 
-    Iterate once. Leaving the loop early ends the call when the stream is forgotten, at
-    once with ``with`` or `cancel`; the server stops the work within a step.
+    Iterate once. Leaving the loop early ends the call when the stream is garbage-collected,
+    or at once with ``with`` or `cancel`; the server stops the work within a step.
     """
 
     def __init__(self, start: StreamStart) -> None:
@@ -97,7 +97,7 @@ class GenerationStream(_Stream[Chunk]):
 
 
 class AdapterWatch(_Stream[AdapterEvent]):
-    """Events of adapters, without end, over interruptions; see `Client.watch`."""
+    """Endless events of adapters, across interruptions; see `Client.watch`."""
 
     def __init__(self, start: StreamStart, reader: WatchReader) -> None:
         self._place = reader
@@ -105,5 +105,5 @@ class AdapterWatch(_Stream[AdapterEvent]):
 
     @property
     def sequence(self) -> int:
-        """Where another watch could go on."""
+        """Where another watch could resume."""
         return self._place.sequence

@@ -1,4 +1,4 @@
-"""Where the synchronous client waits for something; written by hand, see `aio_transport`."""
+"""The synchronous client's waiting primitives; written by hand, see `aio_transport`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ __all__ = [
 
 
 def open_channel(address: str, keepalive_s: float) -> grpc.Channel:
-    """A channel that connects when it is used."""
+    """A channel that connects on first use."""
     return grpc.insecure_channel(address, options=calls.channel_options(keepalive_s))
 
 
 def begin(
     method: Any, request: Any, *, timeout_s: float | None, metadata: tuple[tuple[str, str], ...]
 ) -> Any:
-    """Begin a call with one answer; `outcome` waits for it."""
+    """Begin a unary call; `outcome` waits for its response."""
     with starting():
         return method.future(request, timeout=timeout_s, metadata=metadata)
 
 
 def outcome(running: Any) -> Any:
-    """The answer of a call; whatever ends the waiting (Ctrl-C) ends the call too."""
+    """The response of a call; anything that ends the wait (Ctrl-C) also ends the call."""
     try:
         return running.result()
     except BaseException:
@@ -61,5 +61,5 @@ def happens(event: Event, within_s: float) -> bool:
 
 
 def messages(upload: Upload) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    """`Upload.messages`; gRPC reads them in a thread of its own."""
+    """`Upload.messages`, which gRPC reads in its own thread."""
     return upload.messages()

@@ -1,4 +1,4 @@
-"""What generate calls take and give: frozen records, no protobuf.
+"""Parameters and results of generate calls: frozen records, no protobuf.
 
 Times are seconds, sizes are bytes, digests are 64 hex digits.
 """
@@ -42,14 +42,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn; ``role`` is for example ``system``, ``user`` or ``assistant``."""
+    """One message; ``role`` is for example ``system``, ``user`` or ``assistant``."""
 
     role: str
     content: str
 
 
 MessageLike = ChatMessage | Mapping[str, str]
-"""A turn, also as the mapping that others use: ``{"role": ..., "content": ...}``."""
+"""A message, or the usual mapping: ``{"role": ..., "content": ...}``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,13 @@ class Chat:
 
     @classmethod
     def user(cls, content: str, *, system: str | None = None) -> Chat:
-        """A chat of one user turn, after an optional system turn."""
+        """A chat of one user message, after an optional system message."""
         before = () if system is None else (ChatMessage("system", system),)
         return cls((*before, ChatMessage("user", content)))
 
     @classmethod
     def of(cls, messages: Iterable[MessageLike]) -> Chat:
-        """A chat of these turns. Raises InvalidField for a mapping that is not one."""
+        """A chat of these messages. Raises InvalidField for a malformed mapping."""
         return cls(tuple(map(_message, messages)))
 
 
@@ -76,7 +76,7 @@ def _message(message: MessageLike) -> ChatMessage:
     if set(message) != {"role", "content"} or not all(map(_is_text, message.values())):
         raise InvalidField(
             f"a chat message has the keys {sorted(message)}: give `role` and `content`, both "
-            "texts, and nothing else",
+            "strings, and nothing else",
             metadata={"field": "messages"},
         )
     return ChatMessage(message["role"], message["content"])
@@ -88,7 +88,7 @@ def _is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt that is tokenised as it stands."""
+    """A prompt that is tokenised verbatim."""
 
     text: str
 
@@ -105,36 +105,38 @@ Prompt = Text | Chat | Tokens
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """An option's flag of ``veneer generate``: its help, and the least value, if it has one."""
+    """An option's flag of ``veneer generate``: its help, and its minimum, if any."""
 
     help: str
     least: float | None = None
 
 
 class SamplingNumbers(TypedDict, total=False):
-    """How tokens are sampled, in numbers. The flags of ``veneer generate`` follow from it."""
+    """Numeric sampling options. The flags of ``veneer generate`` are derived from them."""
 
-    temperature: Annotated[float, Flag("0 is greedy; else the server's default.", least=0.0)]
+    temperature: Annotated[float, Flag("0 is greedy; default: the server's.", least=0.0)]
     top_p: Annotated[float, Flag("Above 0, at most 1.")]
     top_k: Annotated[int, Flag("0 means all tokens.", least=0)]
-    min_p: Annotated[float, Flag("Drop tokens below this times the likeliest, 0 to 1.")]
-    seed: Annotated[int, Flag("Same seed, same tokens; else random.", least=0)]
+    min_p: Annotated[
+        float, Flag("Drop tokens less likely than this times the likeliest, 0 to 1.")
+    ]
+    seed: Annotated[int, Flag("Same seed, same tokens; default: random.", least=0)]
     repetition_penalty: Annotated[float, Flag("1 is off.")]
-    """Of tokens in prompt and output."""
+    """Applies to tokens in prompt and output."""
     presence_penalty: Annotated[float, Flag("-2 to 2; 0 is off.")]
-    """Of tokens in the output."""
+    """Applies to tokens in the output."""
     frequency_penalty: Annotated[float, Flag("-2 to 2; 0 is off.")]
-    """Of tokens in the output."""
+    """Applies to tokens in the output."""
 
 
 class BoundOptions(SamplingNumbers, total=False):
-    """Keyword arguments of every generate method but for the adapter. What is left out
-    is unset: the server's defaults decide (`ServerInfo.defaults`)."""
+    """Keyword arguments of every generate method, without the adapter. The server's defaults
+    apply to omitted options (`ServerInfo.defaults`)."""
 
     request_id: str
     """Echoed in the answer and in the server's log."""
     logit_bias: Mapping[int, float]
-    """Token id to what is added to its logit, -100 to 100."""
+    """Token id -> value to add to its logit, -100 to 100."""
     max_tokens: int
     """Unset: the server's default; see `ServerInfo.defaults`."""
     stop: Sequence[str]
@@ -159,14 +161,14 @@ class BoundOptions(SamplingNumbers, total=False):
     use_prefix_cache: bool
     """Unset: the server's default."""
     session_key: str
-    """Where an alias means several revisions, one key gets one."""
+    """For an alias with several targets: the same key always gets the same one."""
     timeout_s: float
-    """Deadline of the whole call, retries included; unset: none."""
+    """Deadline of the whole call, retries included; none if unset."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestDefaults:
-    """What a request that leaves them unset gets; ``max_tokens`` where the context allows."""
+    """Defaults of unset options; ``max_tokens`` is further limited by the context."""
 
     temperature: float
     top_p: float
@@ -177,7 +179,7 @@ class RequestDefaults:
 
 
 class GenerateOptions(BoundOptions, total=False):
-    """With the adapter; at most one of ``json_schema``, ``regex`` and ``choice``."""
+    """All options; at most one of ``json_schema``, ``regex`` and ``choice``."""
 
     adapter: str
     """``name``, ``name@revision``, ``name/alias``, or nothing for the base model."""
@@ -190,15 +192,15 @@ class FinishReason(Enum):
     """Why a sequence ended."""
 
     STOP = "stop"
-    """End of sequence, a stop string or token, or a constraint that is fulfilled."""
+    """End of sequence, a stop string or token, or a completed constraint."""
     LENGTH = "length"
-    """``max_tokens`` or the context's end."""
+    """``max_tokens`` or the end of the context."""
     CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """One of the most likely tokens at a place; natural logarithm.
+    """One of the most likely tokens at a position; natural logarithm.
 
     Attributes:
         token: as in `TokenLogprob`.
@@ -214,10 +216,9 @@ class TokenLogprob:
     """A token and the natural logarithm of its probability.
 
     Attributes:
-        top: the most likely tokens at its place, likeliest first, if asked for.
-        token: what it is called: its text, ``bytes:\\xf0\\x9f`` for a fragment of a
-            character, or a special token's name. No two tokens share one. Empty from a
-            server that does not send it.
+        top: the most likely tokens at its position, likeliest first, if requested.
+        token: its unique name: its text, ``bytes:\\xf0\\x9f`` for a fragment of a character,
+            or a special token's name. Empty from a server that does not send it.
     """
 
     token_id: int
@@ -228,7 +229,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call, of all its samples; ``cached_prompt_tokens`` came from the
+    """Tokens of one call, over all its samples; ``cached_prompt_tokens`` came from the
     prefix cache."""
 
     prompt_tokens: int
@@ -238,11 +239,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time went, as the server measured it.
+    """Where the time went, as measured by the server.
 
     Attributes:
-        queue_s: from arrival to the first step, without ``adapter_load_s``.
-        adapter_load_s: waiting for the adapter to become resident.
+        queue_s: from arrival to the first step, excluding ``adapter_load_s``.
+        adapter_load_s: wait for the adapter to become resident.
         time_to_first_token_s, total_s: from arrival.
     """
 
@@ -257,8 +258,8 @@ class Provenance:
     """Which weights answered.
 
     Attributes:
-        adapter: name, or "" for the base model.
-        revision: the one current when the call was admitted, or "".
+        adapter: its name, or "" for the base model.
+        revision: the one that the name meant when the call was admitted, or "".
         weights_digest: of the adapter's tensors, or "".
         tier: where the adapter was found; None for the base model.
     """
@@ -281,12 +282,12 @@ class Chunk:
     """A piece of a stream.
 
     Attributes:
-        text: new text, never taken back; may lag behind ``token_ids``.
-        logprobs: one for each of ``token_ids``, if asked for.
-        prompt_logprobs: in the first chunk only, if asked for: one for each prompt
+        text: new text, never retracted; may lag behind ``token_ids``.
+        logprobs: one for each of ``token_ids``, if requested.
+        prompt_logprobs: in the first chunk only, if requested: one for each prompt
             token after the first.
         index: the sample that it belongs to, from 0.
-        finish_reason: in a sample's last chunk, which may have no text.
+        finish_reason: set in a sample's last chunk, which may have no text.
     """
 
     text: str
@@ -299,7 +300,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """What the end of a stream says; with ``n``, the reason of the last sample to end."""
+    """The end of a stream; with ``n``, the finish reason is that of the last sample to end."""
 
     request_id: str
     finish_reason: FinishReason
@@ -309,7 +310,7 @@ class GenerationEnd:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One more answer to the same prompt."""
+    """A further answer to the same prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -322,7 +323,7 @@ class Generation:
     """A whole answer; see `Chunk` and `GenerationEnd` for its parts.
 
     Attributes:
-        others: the samples after this one, with ``n``.
+        others: with ``n``, the further samples.
     """
 
     request_id: str

@@ -1,6 +1,6 @@
-"""A push: checked locally, hashed, cut into messages, taken up again where it broke off.
+"""A push: checked locally, hashed, cut into messages, resumed after an interruption.
 
-`Upload` decides; the clients only carry its question and its messages to the server.
+`Upload` makes the decisions; the clients only send its queries and messages.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from veneer_client.records import Pushed, Resumed
 __all__ = ["CHUNK_BYTES", "OnResume", "Progress", "PushOptions", "Upload", "prepare"]
 
 CHUNK_BYTES: Final = 1 << 20
-"""Bytes of one message; gRPC's receive limit is four times this."""
+"""Bytes per message; gRPC's receive limit is four times this."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes that the server has or gRPC was given, bytes in all), perhaps from another
-thread. The first number falls where a broken connection lost some."""
+"""Called with (bytes that the server has or gRPC was given, total bytes), perhaps from another
+thread. The first number falls if a broken connection lost some."""
 
 OnResume = Callable[[Resumed], None]
-"""Told when a push goes on from what the server has."""
+"""Called when a push resumes from what the server has."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushOptions:
-    """What a push asks for beside the files; see `Client.push`."""
+    """Options of a push; see `Client.push`."""
 
     labels: Mapping[str, str]
     validate_only: bool
@@ -66,9 +66,9 @@ class PushOptions:
 
 
 class _Source:
-    """A file to send: opened once, so that what is sent is what was hashed, whatever its
-    name means by then. The thread of an attempt that has ended may still read while the
-    next one does, hence the lock, and an offset with each read."""
+    """A file to send: opened once, so that we send the file that was hashed even if its path
+    has been replaced. The thread of an ended attempt may still be reading while the next
+    attempt reads, hence the lock, and an offset with each read."""
 
     def __init__(self, path: Path, file: io.FileIO) -> None:
         self.path = path
@@ -76,10 +76,10 @@ class _Source:
         self._lock = threading.Lock()
 
     def chunks(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
-        """Its bytes from ``offset`` to ``size``, which was its end.
+        """Its bytes from ``offset`` to ``size``, its size when hashed.
 
         Raises:
-            AdapterInvalid: it is shorter now.
+            AdapterInvalid: it has become shorter.
         """
         while offset < size:
             with self._lock:
@@ -91,10 +91,10 @@ class _Source:
             offset += len(data)
 
     def describe(self) -> adapters_pb2.UploadFile:
-        """Its announcement.
+        """Its entry in the upload's spec, with its hash.
 
         Raises:
-            AdapterInvalid: it grows or shrinks meanwhile.
+            AdapterInvalid: its size changes meanwhile.
         """
         digest, size = hashlib.sha256(), self._size()
         for _, data in self.chunks(0, size):
@@ -116,11 +116,11 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Bundle:
-    """A folder that was checked and hashed.
+    """A checked and hashed folder.
 
     Attributes:
-        sources: open, in the order of ``files``.
-        warnings: of the local check.
+        sources: open files, in the order of ``files``.
+        warnings: from the local check.
         skipped: files of the folder that are not part of a bundle.
     """
 
@@ -131,13 +131,13 @@ class _Bundle:
 
 
 class Upload:
-    """A checked folder on its way to the server, over as many connections as it takes.
+    """A push of a checked folder, over as many connections as needed.
 
-    Each attempt asks what the server has (`question`), begins there (`begin`) and sends
-    the rest (`messages`). Content decides the outcome, so that sending something twice
-    is sending it once. One that fails says whether to go on (`wait_s`): while the server
-    gets further, for ever; without progress `RetryPolicy.attempts` times.
-    A context manager: its files are open until it is left.
+    Each attempt asks what the server has (`question`), starts there (`begin`) and sends
+    the rest (`messages`). The outcome depends only on the content, so sending something
+    twice is harmless. After a failure, `wait_s` says whether to retry: without limit while
+    the server makes progress, and `RetryPolicy.attempts` times without progress.
+    A context manager, which closes its files on exit.
     """
 
     def __init__(self, name: str, bundle: _Bundle, options: PushOptions) -> None:
@@ -162,7 +162,7 @@ class Upload:
         )
         self._attempt = 0
         self._old_server = False
-        self._anew = False  # the next attempt begins at 0, without a question
+        self._anew = False  # the next attempt starts at 0, without asking
         self._was_anew = False
         self._committed: Mapping[str, int] = {}
         self._furthest = -1
@@ -172,7 +172,7 @@ class Upload:
         self._skipped: int | None = None
 
     def close(self) -> None:
-        """Close the files. May be called again."""
+        """Close the files. Idempotent."""
         self._attempt += 1  # gRPC's thread may still be reading
         for source in self._bundle.sources:
             source.close()
@@ -195,11 +195,11 @@ class Upload:
     def question(
         self,
     ) -> calls.Call[adapters_pb2.GetUploadResponse, Mapping[str, int]] | None:
-        """What to ask the server before the next attempt; None where nothing is to ask."""
+        """The query to send before the next attempt, if any."""
         return None if self._old_server or self._anew else calls_admin.committed(self._spec)
 
     def begin(self, committed: Mapping[str, int]) -> None:
-        """Begin an attempt where the server is; ``committed`` is bytes by file."""
+        """Start an attempt from what the server has; ``committed`` is bytes by file."""
         self._attempt += 1
         self._anew = False
         self._committed = {
@@ -220,7 +220,7 @@ class Upload:
         self._options.progress(at, self._total)
 
     def messages(self) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """The spec, then what the server lacks, the files in order."""
+        """The spec, then the bytes that the server lacks, file by file."""
         return self._messages(self._attempt, self._committed)
 
     def _messages(
@@ -231,47 +231,47 @@ class Upload:
         try:
             for source, file in zip(self._bundle.sources, self._bundle.files, strict=True):
                 for offset, data in source.chunks(committed[file.name], file.size):
-                    # Before it goes: a call may end, and the next attempt begin, before
-                    # this goes on.
+                    # Count before the yield: the call may end, and the next attempt begin,
+                    # before this generator continues.
                     self._sent += len(data)
                     yield _message(file.name, offset, data)
                     if attempt != self._attempt:
-                        return  # gRPC's thread still reads for a call that has ended
+                        return  # gRPC's thread is still reading for a call that has ended
                     done += len(data)
                     self._options.progress(done, self._total)
         except (OSError, ValueError, AdapterInvalid) as error:
             if attempt != self._attempt:
-                return  # the push has ended and its files are closed: a ValueError
-            # gRPC would turn it into UNKNOWN: end the stream here, and let the client
-            # raise this instead of the server's "incomplete".
+                return  # the push has ended; reading its closed files gave a ValueError
+            # gRPC would turn the error into UNKNOWN. So end the stream here, and let the
+            # client raise it instead of the server's "incomplete".
             self._unreadable = (
                 error if isinstance(error, AdapterInvalid) else _unreadable(source.path, error)
             )
 
     def failed(self, error: grpc.RpcError, address: str) -> VeneerError:
-        """What a failed call of this push means."""
+        """The typed error of a failed call of this push."""
         if self._unreadable is not None:
             return self._unreadable
         failure = to_error(error, address, timeout_s=self._options.timeout_s)
         if write_broke(error):
             failure = ServerUnreachable(
-                f"the connection to {address} broke while the adapter was sent "
+                f"the connection to {address} broke while sending the adapter "
                 f"[{error.details()}]",
                 metadata={"address": address},
             )
         if isinstance(failure, ServerUnreachable) and self._attempt and not self._old_server:
-            failure.message += "; push again, and it goes on where it was"
+            failure.message += "; push again to resume"
             failure.metadata["fix"] = "push again"
         return failure
 
     def wait_s(self, failure: VeneerError) -> float | None:
         """Seconds to wait before the next attempt; None when ``failure`` is final."""
         if isinstance(failure, Unimplemented) and not self._old_server:
-            self._old_server = True  # it knows no GetUpload: all is sent, every time
+            self._old_server = True  # it lacks GetUpload: every attempt sends everything
             return 0.0
         self._interrupted_by = failure
         if isinstance(failure, ChecksumMismatch):
-            # What an earlier attempt left is not what it should be: once from the start.
+            # Data of an earlier attempt is damaged on the server: start over, but only once.
             self._anew = self._spec.resume and not self._was_anew
             self._was_anew, self._furthest = True, -1
             return 0.0 if self._anew else None
@@ -280,7 +280,7 @@ class Upload:
         return self._attempts.wait_s(failure)
 
     def result(self, answer: adapters_pb2.UploadAdapterResponse) -> Pushed:
-        """The server's answer and what the local check had to say."""
+        """The server's answer, combined with the local check's warnings."""
         if self._unreadable is not None:
             raise self._unreadable
         warnings = dict.fromkeys((*self._bundle.warnings, *answer.warnings))
@@ -297,9 +297,9 @@ class Upload:
 
 
 def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
-    """Check an adapter folder as far as that is possible without its base; hash it.
+    """Check an adapter folder as far as possible without its base, and hash it.
 
-    Kinds and sizes of the files come first: see `select_files`.
+    Checks kinds and sizes of the files first: see `select_files`.
 
     Raises:
         InvalidField: the name is not a legal adapter name.
@@ -324,15 +324,15 @@ def prepare(folder: Path, name: str, options: PushOptions) -> Upload:
 
 
 def _message(file: str, offset: int, data: bytes) -> adapters_pb2.UploadAdapterRequest:
-    """One chunk. Filled in where it lies: a chunk made before is copied once more."""
+    """One chunk. The nested message is filled in place, which saves a copy."""
     message = adapters_pb2.UploadAdapterRequest()
     message.chunk.file, message.chunk.offset, message.chunk.data = file, offset, data
     return message
 
 
 def _out_of_step(failure: VeneerError) -> bool:
-    """Whether the server took in more, after its answer, from a connection that was
-    thought dead: ask it again."""
+    """Whether, after its answer, the server received more from a connection that we thought
+    dead; then ask it again."""
     return isinstance(failure, InvalidField) and failure.metadata.get("field") == "offset"
 
 
@@ -344,7 +344,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> AdapterInvalid:
 
 
 def _changed(path: Path) -> AdapterInvalid:
-    why = "changed while it was read; push again when nothing writes to it"
+    why = "changed while being read; push again when nothing writes to it"
     return AdapterInvalid(
         f"{path} {why}", metadata={"file": path.name, "why": why, "cause": "changed"}
     )

@@ -1,4 +1,4 @@
-"""One training run in a process of its own, so that its peak memory is its own:
+"""One training run in a separate process, to measure its peak memory:
 ``python -m veneer_labs.one_run SPEC.json RESULT.json``."""
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["RunResult", "run", "train"]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gave.
+    """Result of a run.
 
     Attributes:
-        val_loss, val_accuracy: at the end.
-        base_loss: of the base, before.
-        peak_bytes: of the process (on a GPU, of its memory).
-        tokens_per_s: in training, without evaluations.
-        trained: numbers that are trained.
+        val_loss, val_accuracy: after training.
+        base_loss: of the base, before training.
+        peak_bytes: peak memory of the process (on a GPU, of the GPU's memory).
+        tokens_per_s: of training, without evaluations.
+        trained: number of trained parameters.
         longest: tokens of the longest sample.
     """
 
@@ -47,10 +47,10 @@ class RunResult:
 
 
 def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: int) -> RunResult:
-    """Run it and wait.
+    """Run in a child process and wait for it.
 
     Args:
-        config: as `parse_config` takes it; ``quant.type`` is set by ``method``.
+        config: input of `parse_config`; ``method`` sets its ``quant.type``.
         scratch: a folder for the run's files.
 
     Raises:
@@ -66,7 +66,7 @@ def run(config: Mapping[str, Any], method: Method, scratch: Path, *, threads: in
         check=False,
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise Aborted(f"the {method} run ended with status {done.returncode}: {last}")
     return msgspec.json.decode(result.read_bytes(), type=RunResult)
 
@@ -113,7 +113,7 @@ def train(raw: dict[str, Any], method: Method) -> RunResult:
         model.requires_grad_(True)
     else:
         model = add_adapter(model, config.lora)
-    assert split.val is not None, "a lab measures on held-out samples"
+    assert split.val is not None, "labs measure on held-out samples"
     before = evaluate(model, split.val.samples, config.train.batch)
     with MetricsLog(config.output.logs_dir / "metrics.jsonl", lambda row: None) as log:
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a lab leaves behind: a Markdown page, a CSV, a plot, and what it was made with."""
+"""Output of a lab: a Markdown page, a CSV, a plot, and facts for reproducing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer_train.plain_json import plain_json
 __all__ = ["Lab", "Row", "empty_folder", "write"]
 
 Row = Mapping[str, Any]
-"""A line of the table: column -> value; all rows have the same columns."""
+"""A row of the table: column -> value; all rows have the same columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class Lab:
     """A finished lab.
 
     Attributes:
-        name: of the command.
-        title, question: what it looks at.
+        name: the lab's name in the command.
+        title, question: what it examines.
         rows: the table.
         plot: a matplotlib figure.
-        says: what the figures say, a sentence each.
-        limits: what this setting cannot show.
-        command: that made it.
+        says: conclusions from the figures, one sentence each.
+        limits: what this setup cannot show.
+        command: the command that made it.
         setting: plain facts (base, steps, sizes).
     """
 
@@ -46,10 +46,10 @@ class Lab:
 
 
 def empty_folder(out: Path) -> Path:
-    """Where a lab may write.
+    """Create the folder that a lab writes to.
 
     Raises:
-        InvalidField: something is there.
+        InvalidField: it is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise InvalidField(
@@ -61,7 +61,7 @@ def empty_folder(out: Path) -> Path:
 
 
 def write(lab: Lab, out: Path) -> Path:
-    """Write ``README.md``, ``results.csv``, ``plot.png`` and ``facts.json``; the page."""
+    """Write ``README.md``, ``results.csv``, ``plot.png`` and ``facts.json``; returns README."""
     columns = list(lab.rows[0])
     with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, columns)
@@ -96,5 +96,5 @@ def write(lab: Lab, out: Path) -> Path:
 
 
 def _told(value: Any) -> str:
-    """As a cell of a Markdown table."""
+    """A value as a cell of a Markdown table."""
     return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", r"\|")

@@ -1,4 +1,4 @@
-"""Labs on quantization alone: the error of weights, and what it does to perplexity."""
+"""Labs on quantization alone: the error of weights, and its effect on perplexity."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ __all__ = ["MODES", "perplexity_of", "quant_error", "quant_ppl", "restored"]
 BLOCK: Final = 64
 
 MODES: Final = ("bf16", "nf4", "nf4-dq", "fp4", "int4")
-"""16 bits as they are; 4 bits by normal quantiles, the same with their scales in 8 bits too, as
-floating point, and evenly spaced (-7 to 7); each in blocks of 64 with one scale."""
+"""Unquantized 16 bits; and 4 bits: normal quantiles, the same with 8-bit scales (double
+quantization), floating point, and evenly spaced (-7 to 7), each in blocks of 64 with one
+scale."""
 
 BITS: Final = {
     "bf16": 16.0,
@@ -35,7 +36,7 @@ BITS: Final = {
 
 
 def restored(weight: torch.Tensor, mode: str) -> torch.Tensor:
-    """A weight as a mode leaves it: quantized and dequantized; same shape and dtype.
+    """A weight quantized and dequantized in a mode; same shape and dtype.
 
     Raises:
         InvalidField: there is no such mode.
@@ -46,7 +47,7 @@ def restored(weight: torch.Tensor, mode: str) -> torch.Tensor:
         return _int4(weight)
     if mode not in MODES:
         raise InvalidField(
-            f"mode {mode!r} is none of {', '.join(MODES)}", metadata={"field": "modes"}
+            f"mode {mode!r} is not one of {', '.join(MODES)}", metadata={"field": "modes"}
         )
     packed, state = bnb.quantize_4bit(
         weight,
@@ -65,7 +66,7 @@ def _int4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def quant_error(base: Path, *, seed: int, command: str) -> Lab:
-    """Mean absolute error of each code book, on normal numbers and on the base's weights."""
+    """Mean absolute error of each codebook, on normal numbers and on the base's weights."""
     draw = torch.Generator().manual_seed(seed)
     normal = torch.randn(1024, 1024, generator=draw)
     model = source_base(base)
@@ -121,7 +122,7 @@ def quant_error(base: Path, *, seed: int, command: str) -> Lab:
 
 
 def library_text(characters: int) -> str:
-    """Python's standard library, file after file: text that every machine has."""
+    """Python's standard library, file by file: a text that every machine has."""
     found: list[str] = []
     length = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
@@ -134,7 +135,7 @@ def library_text(characters: int) -> str:
 
 
 def perplexity_of(model: Any, ids: torch.Tensor, window: int) -> float:
-    """Of token ids [n] in windows of so many, each predicted from its own beginning."""
+    """Perplexity of token ids [n], in windows that do not share context."""
     total, count = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, window):
@@ -155,14 +156,14 @@ def quant_ppl(
     command: str,
     told: Callable[[str], None] = lambda line: None,
 ) -> Lab:
-    """Perplexity of the base with its linear layers as each mode leaves them.
+    """Perplexity of the base with its linear layers quantized in each mode.
 
     Args:
-        tokens: of text.
+        tokens: tokens of text to measure on.
         window: tokens of context.
     """
     for mode in modes:
-        restored(torch.zeros(1, BLOCK), mode)  # refuses unknown ones before any work
+        restored(torch.zeros(1, BLOCK), mode)  # refuses an unknown mode before any work
     tokenizer = load_tokenizer(base)
     ids = torch.tensor(tokenizer(library_text(tokens * 6))["input_ids"][: tokens + 1])
     model = source_base(base).to(torch.bfloat16)

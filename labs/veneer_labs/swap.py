@@ -1,4 +1,4 @@
-"""The lab on swapping: one 4-bit base, several adapters, through a running server."""
+"""The lab on swapping: one 4-bit base and several adapters on a running server."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TOKENS: Final = 24
 def swap(
     adapters: Mapping[str, Path], *, server: str | None, repeats: int, seed: int, command: str
 ) -> Lab:
-    """First tokens of the same adapter, of another one in memory and of one from disk; A, B and
-    A again; and all in one batch.
+    """TTFT of the same adapter again, of another one in memory and of one on disk; the answers
+    of A, B and A again; and the speed of all in one batch.
 
     Args:
         adapters: name -> folder; two or more.
-        server: host:port; None: one is started for it.
+        server: host:port; None: start one.
     """
     if server is not None:
         return asyncio.run(_swap(server, adapters, repeats, seed, command))
@@ -118,14 +118,14 @@ async def _case(client: AsyncClient, case: str, a: str, b: str) -> float:
 
 
 async def _ask(client: AsyncClient, adapter: str) -> tuple[str, float]:
-    """The text, and seconds to the first token."""
+    """The text, and the TTFT in seconds."""
     began, first, text = time.perf_counter(), None, ""
     stream = client.generate_stream(
         PROMPT,
         adapter=adapter,
         max_tokens=_TOKENS,
         temperature=0,
-        # A cached prompt would have its first token early.
+        # A cached prompt would shorten the TTFT.
         use_prefix_cache=False,
     )
     async for chunk in stream:
@@ -137,7 +137,7 @@ async def _ask(client: AsyncClient, adapter: str) -> tuple[str, float]:
 
 
 async def _speed(client: AsyncClient, adapters: Sequence[str]) -> float:
-    """Tokens a second of streams at once."""
+    """Tokens per second of concurrent streams."""
     began = time.perf_counter()
     counts = await asyncio.gather(*(_count(client, adapter) for adapter in adapters))
     return sum(counts) / (time.perf_counter() - began)

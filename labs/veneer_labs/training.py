@@ -1,4 +1,4 @@
-"""Labs that train: QLoRA beside LoRA and full fine-tuning, ranks, optimizers."""
+"""Labs that train: QLoRA against LoRA and full fine-tuning, ranks, optimizers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "eval": {"every": 0},
     "output": {"save_every": 0},
 }
-"""Beneath what --config and --set give."""
+"""Settings that --config and --set override."""
 
 
 class Runs:
-    """Makes the data once, and runs of it.
+    """Builds the data once, and runs training on it.
 
     Args:
         base: folder of the base.
-        out: the lab's folder; data and logs go to ``runs`` in it.
-        over: sections over `DEFAULTS`.
+        out: the lab's folder; data and logs go to its ``runs``.
+        over: sections that override `DEFAULTS`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Runs:
         }
         raw = overlay(overlay({"data": self._data}, DEFAULTS), self._over)
         raw = overlay(overlay(raw, changes), own)
-        parse_config(raw)  # refuses what cannot be, before the first run
+        parse_config(raw)  # refuses bad settings before the first run
         return raw
 
     def run(self, name: str, changes: Mapping[str, Any], method: Method = "qlora") -> RunResult:
@@ -83,7 +83,7 @@ class Runs:
         return run(config, method, self._out / name, threads=self._threads)
 
     def given(self, section: str, key: str) -> bool:
-        """Whether --config or --set say what it is."""
+        """Whether --config or --set gives this setting."""
         return key in self._over.get(section, {})
 
     @property
@@ -122,19 +122,19 @@ def _bars(rows: Sequence[Row], label: str, columns: Sequence[str]) -> Figure:
 
 
 def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
-    """The same run over a 4-bit base, over a 16-bit one, and of all weights."""
+    """The same run on a 4-bit base, on a 16-bit one, and of all weights."""
     shape = read_shape(runs.base)
     methods: tuple[Method, ...] = ("qlora", "lora", "full")
     rows: list[Row] = []
     base_loss = float("nan")
     for method in methods:
-        # A whole model wants smaller steps than an adapter, unless it was said which.
+        # Unless given, use a lower learning rate for a whole model than for an adapter.
         smaller = method == "full" and not runs.given("train", "lr")
         changes = {"train": {"lr": FULL_LR}} if smaller else {}
         found = runs.run(method, changes, method)
         if method == "qlora":
             base_loss = found.base_loss
-        # The plan is of the longest batch that may come; these samples' longest is known.
+        # Plan for the longest of these samples, since their lengths are known.
         longest = overlay(changes, {"data": {"max_len": found.longest}})
         config = parse_config(runs.config(method, longest))
         planned = plan(shape, config, method=method).total
@@ -177,7 +177,7 @@ def qlora_vs_lora(runs: Runs, *, command: str) -> Lab:
 
 
 def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
-    """Ranks from small to large, alpha in proportion."""
+    """Ranks from small to large, with alpha in proportion."""
     rows: list[Row] = []
     for r in ranks:
         found = runs.run(f"r{r}", {"lora": {"r": r, "alpha": 2 * r}})
@@ -202,7 +202,7 @@ def rank(runs: Runs, ranks: Sequence[int], *, command: str) -> Lab:
 
 
 def optimizers(runs: Runs, names: Sequence[str], *, command: str) -> Lab:
-    """The same run by several optimizers."""
+    """The same run with several optimizers."""
     rows: list[Row] = []
     for name in names:
         rows.append(_row({"optimizer": name}, runs.run(name, {"train": {"optim": name}})))

@@ -2,18 +2,17 @@
 
 ``python -m tests.attacks`` runs each module of `tests.attacks.cases` for some seconds against
 the real server with the bundled base, beside 4 streams and a caller of small requests, and
-judges:
+checks:
 
-- everybody else is answered, and health stays SERVING
-- the memory of the server's processes grows by at most 64 MB from what the normal callers
-  alone make of it
+- all other callers are answered, and health stays SERVING
+- the server's processes use at most 64 MB more memory than with the normal callers alone
 - the attack itself is answered as documented
-- afterwards nothing of it is left: no sequence, no lease, no damaged books of the engine
+- afterwards nothing of it is left: no sequence, no lease, no corrupted engine state
 - with ``--times``: the longest gap of the streams exceeds that of a control run without the
   attack by at most 50 ms
 
-The attack runs in a process of its own at the lowest priority: on another machine it would
-take nothing of this one's processors but through the server. Exit status 1 if one failed.
+The attack runs in a separate process at the lowest priority, since an attacker on another
+machine would use this one's CPU only through the server. Exit status 1 if an attack succeeds.
 """
 
 from __future__ import annotations
@@ -47,19 +46,19 @@ NAMES = ("chat", "code", "sql")
 """Adapters of the normal callers."""
 WEIGHTS = "adapter_model.safetensors"
 TARGET = "target"
-"""The attacker's own."""
+"""The attacker's adapter."""
 KV_BYTES = 256 << 20
-"""Full before the first attack, so that what is planned does not count as growth."""
+"""Filled before the first attack, so that planned memory does not count as growth."""
 GAP_S = 0.050
 CONTROLS, QUIET_S = 4, 0.050
-"""Control runs are repeated, so many times at most, until no gap in one is as long."""
+"""The control is repeated, at most this many times, until a run has no gap as long as this."""
 MEMORY = 64 << 20
 CLEAR_S = 30.0
-"""By then nothing of an attack may be left."""
+"""After this time nothing of an attack may be left."""
 
 
 def found_cases() -> list[str]:
-    """Names of the attacks, by their files."""
+    """Names of the attacks, from their file names."""
     return sorted(path.stem for path in CASES.glob("*.py") if path.stem != "__init__")
 
 
@@ -69,10 +68,10 @@ def case(name: str) -> AttackModule:
 
 @dataclass(slots=True)
 class Result:
-    """Of one attack: figures for a line, and what was wrong.
+    """Result of one attack: figures for a line, and failures.
 
     Attributes:
-        attacker_cpu_s: seconds of processors that the attacker had.
+        attacker_cpu_s: CPU seconds of the attacker.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Result:
 
 
 def attack_here(name: str, target: dict[str, Any], seed: int) -> None:
-    """In the attacker's process: attack, and print what was not as documented."""
+    """In the attacker's process: attack, and print what differed from the documentation."""
     os.nice(19)
     target["work"] = Path(target["work"])
     rng = random.Random(f"{seed} {name}")
@@ -93,7 +92,7 @@ def attack_here(name: str, target: dict[str, Any], seed: int) -> None:
 
     async def told() -> None:
         print(json.dumps(await module.attack(Target(**target, rng=rng))), flush=True)
-        # Its end would take a processor from the others for a tenth of a second.
+        # Exiting would take a CPU from the other processes for a tenth of a second.
         sys.stdin.readline()
 
     print("ready", flush=True)
@@ -131,7 +130,7 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
         began_cpu, attacker_cpu_s = sum(psutil.Process(attacker.pid).cpu_times()[:2]), 0.0
         until, noticed = asyncio.Event(), Noticed()
         callers = asyncio.create_task(notice(server, until, adapters, noticed))
-        # What the callers take by themselves, such as their adapters' matrices, is no growth.
+        # Memory of the normal callers, such as their adapters' matrices, is not growth.
         await noticed.streaming.wait()
         memory = Memory(server.process.pid)
         watching = asyncio.gather(callers, memory.watch(until))
@@ -177,8 +176,8 @@ async def run_attack(server: Server, name: str, given: argparse.Namespace) -> Re
 
 
 async def _control(server: Server, adapters: list[str], seconds: float) -> Noticed:
-    """Without an attack, once what the one before it left to do is done. Memory is looked at
-    as beside an attack: that takes 20 ms of a processor each time."""
+    """A run without an attack, after all work of the previous attack is done. Measures memory
+    as with an attack, since each measurement takes 20 ms of CPU."""
     for _ in range(CONTROLS):
         control = await _for_seconds(server, adapters, seconds)
         if control.longest < QUIET_S:
@@ -195,7 +194,7 @@ async def _for_seconds(server: Server, adapters: list[str], seconds: float) -> N
 
 
 async def _fill_kv(server: Server) -> None:
-    """Touch all of the KV cache: the prefix cache keeps what prompts leave behind."""
+    """Touch all of the KV cache, by prompts that the prefix cache keeps."""
     info = await server.about.GetServerInfo(server_pb2.GetServerInfoRequest())
     room = min(info.context_length, info.budgets.kv_cache_tokens) - 1
     for first in range(-(-info.budgets.kv_cache_tokens // room)):
@@ -225,7 +224,7 @@ async def _left(server: Server) -> list[str]:
 
 
 async def run_cases(names: list[str], given: argparse.Namespace) -> list[Result]:
-    """Attacks that need the same flags share a server, unless one has harmed it."""
+    """Run attacks; those with the same flags share a server, unless one has harmed it."""
     by_flags: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         by_flags.setdefault(tuple(getattr(case(name), "FLAGS", ())), []).append(name)
@@ -266,7 +265,7 @@ def _print(result: Result, seconds: float) -> None:
 
 
 def main() -> int:
-    """Run what the command line asks for. Returns the exit status."""
+    """Run the attacks of the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="tests.attacks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="the whole attacks, not the short")
     parser.add_argument("--times", action="store_true", help="judge the streams' gaps, too")

@@ -6,14 +6,14 @@ An attack is a module in ``tests/attacks/cases``; the runner finds it by its fil
     FLAGS = ("--max-queue", "64")            # optional: flags of the server
 
     async def attack(target: Target) -> list[str]:
-        '''Sends it, again and again for `target.seconds`. Returns what was not answered as
-        documented, a line each; empty when every answer was right.'''
+        '''Repeats the attack for `target.seconds`. Returns a line for each answer that was not
+        as documented; empty if every answer was right.'''
 
-The runner (`python -m tests.attacks`) starts a server of its own for each attack, with 4
-normal streams beside it, and the same once more without the attack. It judges the streams'
-longest gap between tokens, the growth of the processes' memory, that all others were
-answered and that the server is whole afterwards. So an attack only attacks, and only on
-the addresses that it is given.
+The runner (`python -m tests.attacks`) starts a new server for each attack, with 4 normal
+streams beside it, and repeats the run without the attack. It checks the streams' longest gap
+between tokens, the growth of the processes' memory, that all other callers were answered and
+that the server works afterwards. So a module only attacks, and only the addresses that it is
+given.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Target:
         metrics: host:port of the metrics server.
         seconds: about how long to attack; the attack ends by itself.
         full: the whole attack; else a short form for every test run.
-        times: judge how long answers take, too; else answers, memory and bounds alone.
-        rng: for everything random; its seed is printed.
+        times: also judge how long answers take; else only answers, memory and bounds.
+        rng: source of all randomness; its seed is printed.
         work: an empty folder.
         adapter: an adapter that the server has.
     """
@@ -54,7 +54,7 @@ class Target:
 
 
 class AttackModule(Protocol):
-    """What the runner needs of an attack's module; ``FLAGS`` is optional."""
+    """What the runner needs from an attack's module; ``FLAGS`` is optional."""
 
     TITLE: str
 

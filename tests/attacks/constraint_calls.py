@@ -1,4 +1,4 @@
-"""What the attacks by constraints share: asking with one, and judging the answer."""
+"""Shared by the attacks with constraints: send a request with one, and judge the answer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.server_harness import refusal
 __all__ = ["ANSWER_S", "Caller", "caller", "until_the_end"]
 
 ANSWER_S: Final = 60.0
-"""An answer later than this is none."""
+"""An answer later than this counts as missing."""
 
 
 class Caller:
-    """One connection of its own, as the server sees callers."""
+    """A caller with its own connection, as the server tells callers apart."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         # The stubs are typed for synchronous channels.
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def ask(self, hostile: Hostile, *, tokens: int = 4, seed: int = 1) -> str:
-        """Empty where the answer is as documented: text, or INVALID_ARGUMENT that names the
-        field; QUEUE_FULL where many ask. Else what it was."""
+        """ "" if the answer is as documented: text, INVALID_ARGUMENT that names the field, or
+        QUEUE_FULL under load. Else the answer."""
         request = pb.GenerateRequest(
             prompt="A:",
             constraint=pb.Constraint(**{hostile.kind: hostile.text}),
@@ -61,14 +61,14 @@ def _wrong(hostile: Hostile, error: grpc.aio.AioRpcError) -> str:
 
 @asynccontextmanager
 async def caller(address: str) -> AsyncIterator[Caller]:
-    """A connection, which no other shares."""
+    """A caller on a connection that no other shares."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         yield Caller(channel)
 
 
 async def until_the_end(seconds: float, work: Any) -> list[str]:
-    """Call ``work`` (no arguments, gives problems) again and again; at least once."""
+    """Call ``work`` (no arguments, returns problems) repeatedly, at least once."""
     loop = asyncio.get_running_loop()
     end, problems = loop.time() + seconds, []
     while True:

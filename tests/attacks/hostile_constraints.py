@@ -1,4 +1,4 @@
-"""Constraints made to harm: expensive to compile, to follow, or broken inside the library."""
+"""Hostile constraints: expensive to compile or to follow, or broken inside the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Just enough HTTP/2 to begin a gRPC call and never end it: what no honest client can do."""
+"""Just enough HTTP/2 to begin a gRPC call and never end it, as no honest client can."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _CANCEL: Final = (8).to_bytes(4)
 
 
 def grpc_message(size: int, *, whole: bool = False) -> bytes:
-    """A message of ``size`` bytes behind its length; without its last byte unless whole."""
+    """A length-prefixed message of ``size`` bytes; without its last byte unless ``whole``."""
     return b"\0" + struct.pack(">I", size) + b"x" * (size - (not whole))
 
 
 class Connection:
-    """One connection. Flow control is kept: what may not be sent waits.
+    """One connection. Obeys flow control: data that may not be sent waits.
 
     Attributes:
         ended: streams that the server has ended.
         lost: set when the server has closed the connection.
-        max_streams: as the server says; None where it does not.
+        max_streams: the server's limit; None if it sets none.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,13 +71,13 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Drop it."""
+        """Drop the connection."""
         if self._task is not None:
             self._task.cancel()
         self._writer.transport.abort()
 
     def call(self, method: str) -> int:
-        """Begin a call; gives its stream."""
+        """Begin a call; returns its stream."""
         stream, self._next = self._next, self._next + 2
         self._windows[stream] = self._initial
         self._writer.write(_frame(_HEADERS, _END_HEADERS, stream, _headers(method)))
@@ -86,8 +86,8 @@ class Connection:
     async def send(
         self, stream: int, data: bytes, *, patience_s: float, piece: int = _FRAME
     ) -> int:
-        """Send as much as the server takes; gives up after ``patience_s`` without any more
-        being allowed. Returns how much."""
+        """Send as much as the server's window allows; gives up after ``patience_s`` without
+        progress. Returns the number of bytes."""
         sent = 0
         while sent < len(data) and stream not in self.ended and not self.lost.is_set():
             allowed = min(self._window, self._windows[stream], piece, len(data) - sent)
@@ -107,7 +107,7 @@ class Connection:
         return sent
 
     def reset(self, stream: int) -> None:
-        """Say that its answer is not wanted."""
+        """Reset a stream."""
         self._writer.write(_frame(_RESET, 0, stream, _CANCEL))
 
     async def until_ended(self, stream: int) -> None:

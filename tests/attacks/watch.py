@@ -1,4 +1,4 @@
-"""What the others notice while one caller attacks: streams, small calls, memory."""
+"""What other callers notice during an attack: streams, small calls, memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Memory", "Noticed", "notice"]
 
 STREAMS = 4
 TOKENS = 48
-"""Of each answer of a stream; the next one begins at once."""
+"""Tokens of each answer of a stream; the next answer begins at once."""
 PAUSE_S = 0.25
-"""Between two small calls, and between two looks at memory."""
+"""Between two small calls, and between two measurements of memory."""
 ANSWER_S = 30.0
-"""After so long without an answer a caller counts as not answered."""
+"""After this time without an answer, a caller counts as not answered."""
 PROMPTS = (
     "Write one sentence about the sea.",
     "Name three animals.",
@@ -32,13 +32,13 @@ PROMPTS = (
 
 @dataclass(slots=True)
 class Noticed:
-    """By callers that do nothing wrong.
+    """What normal callers noticed.
 
     Attributes:
-        gaps: seconds from a request to its first token, and between tokens.
-        worst: when the longest of them was.
-        answers: how many streams and small calls ended well.
-        unanswered: how the others ended, a line each.
+        gaps: TTFT and ITL in seconds.
+        worst: when the longest gap was.
+        answers: number of streams and small calls that ended well.
+        unanswered: how all others ended, a line each.
         streaming: set once each stream has had a token, or was not answered.
     """
 
@@ -51,13 +51,13 @@ class Noticed:
     _waiting: set[int] = field(default_factory=lambda: set(range(STREAMS)))
 
     def heard(self, stream: int) -> None:
-        """A stream has had something."""
+        """Note that a stream has received something."""
         self._waiting.discard(stream)
         if not self._waiting:
             self.streaming.set()
 
     def gap(self, last: float, tokens: int) -> None:
-        """From ``last`` until now, after so many tokens of an answer."""
+        """Record the gap from ``last`` until now, after this many tokens of an answer."""
         now = time.perf_counter()
         if now - last > self.longest:
             what = f"after {tokens} tokens" if tokens else "to the first token"
@@ -72,7 +72,7 @@ class Noticed:
 async def notice(
     server: Server, until: asyncio.Event, adapters: list[str], noticed: Noticed
 ) -> None:
-    """Be four streams and a caller of small requests until ``until`` is set."""
+    """Run four streams and a caller of small requests until ``until`` is set."""
     streams = [
         _stream(server, until, i, adapters[i % len(adapters)], noticed) for i in range(STREAMS)
     ]
@@ -131,14 +131,14 @@ def _told(error: BaseException) -> str:
 
 
 class Memory:
-    """Bytes of a server's processes: what only they have, and their shares of the rest."""
+    """Memory of a server's processes: private bytes, and their shares of shared ones (PSS)."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._start = self._peak = self._of_each()
 
     def _of_each(self) -> Counter[str]:
-        """By what each process is."""
+        """Bytes by kind of process."""
         found: Counter[str] = Counter()
         for process in [self._root, *self._root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
@@ -150,11 +150,11 @@ class Memory:
 
     @property
     def growth(self) -> int:
-        """From the start to the highest that was seen."""
+        """Growth from the start to the highest measurement."""
         return self._peak.total() - self._start.total()
 
     def largest(self) -> str:
-        """Which processes grew, at that time."""
+        """Which processes had grown at that time."""
         grown = {name: (self._peak[name] - self._start[name]) >> 20 for name in self._peak}
         return ", ".join(f"{name} {mb:+d}" for name, mb in grown.items() if abs(mb) >= 1)
 

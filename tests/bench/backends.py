@@ -1,11 +1,11 @@
 """Steps of decoding by each backend, without a server: ``python -m tests.bench.backends``.
 
-The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with 8
-different adapters of rank 16 on all projections mixed. Backends take turns, round by round, so
-that a slow minute of the machine hits both; medians of all rounds, and ratios of those.
+The bundled base in NF4, 1, 8 and 32 rows, a context of 40 to 104 tokens; plain, and with a mix
+of 8 different adapters of rank 16 on all projections. Backends alternate by round, so that a
+slow minute of the machine affects both; prints medians over all rounds, and their ratios.
 
-With ``--llama-batched-bench`` and ``--llama-model`` llama.cpp decodes its base, without
-adapters, as long in each round: what its server cannot do with adapters that are mixed.
+With ``--llama-batched-bench`` and ``--llama-model``, llama.cpp decodes its base for as long in
+each round, without adapters, since its server cannot mix adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEW = 60
 
 
 class Kind(NamedTuple):
-    """What a round's time is of."""
+    """What a round measures."""
 
     backend: str
     mixed: bool
@@ -46,8 +46,8 @@ class Peers:
     """Both backends, loaded.
 
     Args:
-        threads: of each.
-        most: tokens that a sequence may reach.
+        threads: per backend.
+        most: most tokens of a sequence.
     """
 
     def __init__(self, threads: int, most: int) -> None:
@@ -65,12 +65,11 @@ class Peers:
         return self._chosen["native"].name
 
     def rounds(self, rows: int, count: int, new: int) -> Iterator[dict[Kind, float]]:
-        """Median seconds a step of each kind, for each round; every second round backwards."""
+        """Median seconds per step of each kind, for each round; the order alternates."""
         for number in range(count):
             times = {}
             for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
-                # What is left to torch in the native backend runs on one thread, as when it
-                # serves.
+                # The native backend's remaining torch code runs on one thread, as in serving.
                 torch.set_num_threads(1 if kind.backend == "native" else self._threads)
                 tables = self._tables[kind.backend][:rows] if kind.mixed else []
                 times[kind] = run_round(self._chosen[kind.backend].backend, rows, new, tables)
@@ -78,7 +77,7 @@ class Peers:
 
 
 def ratios(times: dict[Kind, float]) -> dict[str, float]:
-    """Speeds to each other, of seconds a step."""
+    """Ratios of speeds, from seconds per step."""
     torch_base, torch_mixed, base, mixed = (times[kind] for kind in KINDS)
     return {
         "native / torch, base": torch_base / base,
@@ -88,7 +87,7 @@ def ratios(times: dict[Kind, float]) -> dict[str, float]:
 
 
 def llama_decode(given: argparse.Namespace, rows: int) -> float:
-    """Tokens a second that llama.cpp decodes."""
+    """llama.cpp's decoding speed in tokens per second."""
     sizes = ["-c", str(rows * (PROMPT + 2 * NEW)), "-npp", str(PROMPT), "-ntg", str(NEW)]
     threads = ["-t", str(given.threads), "-tb", str(given.threads)]
     command = [given.llama_batched_bench, "-m", given.llama_model, *sizes, *threads]
@@ -96,7 +95,7 @@ def llama_decode(given: argparse.Namespace, rows: int) -> float:
         [*command, "-npl", str(rows), "--output-format", "jsonl"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # Its threads spin at their barriers, which is what it is fast with.
+        # llama.cpp is fastest if its threads spin at barriers.
         env={name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"},
         text=True,
         check=True,

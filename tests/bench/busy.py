@@ -1,8 +1,9 @@
 """Steps beside a busy process on the same cores: ``python -m tests.bench.busy``.
 
-The native backend decodes with 8 adapters mixed, quiet and beside one process that computes
-without end, in turns; medians of the rounds' median steps, and their ratio. A fair share would
-be 1.5: on two cores three threads that never rest get two thirds of one each.
+The native backend decodes with 8 adapters mixed, alternately on a quiet machine and beside one
+process that computes without pause; prints medians of the rounds' median steps, and their
+ratio. A fair share would give 1.5: on two cores, three busy threads get two thirds of a core
+each.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NEW = 60
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """One that takes all the time it gets."""
+    """Run a process that takes all the CPU time it gets."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -45,7 +46,7 @@ def main() -> None:
     chosen = load("native", given.threads, num_blocks=max(ROWS) * blocks_for(most) + 1)
     backend: Backend = chosen.backend
     tables = make_adapters(chosen.weights.config, chosen.lora_dtype)
-    torch.set_num_threads(1)  # as when it serves
+    torch.set_num_threads(1)  # as in serving
     for rows in ROWS:
         quiet, beside = [], []
         for _ in range(given.rounds):

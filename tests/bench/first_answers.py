@@ -25,7 +25,7 @@ ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 
 
 async def answer(server: Server, question: Question, seed: int | None = None) -> str:
-    """As ``veneer generate`` asks: nothing set but the prompt."""
+    """Send a question like ``veneer generate``, with only the prompt set."""
     asked = inference_pb2.GenerateRequest(adapter=question.adapter)
     asked.messages.messages.add(role="user", content=question.prompt)
     if seed is not None:

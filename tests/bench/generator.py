@@ -1,8 +1,8 @@
-"""What the load generator can do: ``python -m tests.bench.generator``.
+"""Limits of the load generator: ``python -m tests.bench.generator``.
 
-Against the FAKE fast server, on the same cores: a thousand requests a second over gRPC and
-over HTTP, counted on both sides; and one second in which the server answers nobody, as an
-open loop, which counts from when a request was due, and as a closed one see it.
+Against the FAKE fast server, on the same cores: a thousand requests per second over gRPC and
+over HTTP, counted on both sides; and a one-second stall of the server, as measured by an open
+loop, which counts from the time a request was due, and by a closed loop.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Guards the native backend's speed: ``python -m tests.bench.guard`` (``make bench-guard``).
 
-Ratios, not times, since those move with the machine: native / torch, plain and with adapters
-mixed, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a process of
-its own, where both backends take turns, and gives the median of its rounds. Runs of the same
-code were seen to differ by more than the rounds of one do, so `judge` goes by runs: a record,
-in ``guard.json``, has several for each CPU, instruction set and number of threads. Where a
-first run shows a loss, two more follow, and the median of all three counts.
+Compares ratios, not times, since times vary with the machine: native / torch, plain and with
+mixed adapters, and the native backend's mixed / plain steps, at 1, 8 and 32 rows. A run is a
+separate process in which both backends alternate, and gives the median of its rounds. Runs of
+the same code differ by more than rounds within a run, so `judge` compares runs: a record in
+``guard.json`` has several for each CPU, instruction set and number of threads. If the first
+run shows a loss, two more follow, and the median of all three counts.
 
-Exits 1 with a sentence for each loss. Where nothing is recorded for this CPU it prints what it
-found and how to record it, and exits 0. ``--record`` measures and writes.
+Exits 1 with a sentence for each loss. If nothing is recorded for this CPU, it prints what it
+measured and how to record it, and exits 0. ``--record`` measures and records.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__: list[str] = []
 
 FILE = Path(__file__).with_name("guard.json")
 NEW = 16
-"""Steps of a round: many short rounds, in turns, tell more than few long ones."""
+"""Steps of a round: many short alternating rounds are more reliable than few long ones."""
 _CPU_FIELDS = ("model name", "cpu family", "model")
 
 
 def cpu_name() -> str:
-    """As Linux has it, with family and model: a virtual machine's name may say little."""
+    """Linux's name of the CPU, with family and model, since a VM's name may say little."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -52,11 +52,11 @@ def cpu_name() -> str:
 
 
 class Run(NamedTuple):
-    """What one process found.
+    """Result of one process.
 
     Attributes:
-        cpu: with the instruction set and the number of threads: the record's key.
-        ratios: by name, the median of the rounds.
+        cpu: CPU, instruction set and number of threads, which are the record's key.
+        ratios: by name, the median over the rounds.
     """
 
     cpu: str
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def measure(rounds: int, threads: int) -> Run:
-    """A run, in this process."""
+    """Do a run in this process."""
     peers = Peers(threads, PROMPT + 2 * NEW)
     values: dict[str, list[float]] = {}
     for rows in ROWS:
@@ -76,7 +76,7 @@ def measure(rounds: int, threads: int) -> Run:
 
 
 def run_apart(given: argparse.Namespace) -> Run:
-    """A run, in a process of its own."""
+    """Do a run in a separate process."""
     command = [sys.executable, "-m", "tests.bench.guard", "--once"]
     command += ["--rounds", str(given.rounds), "--threads", str(given.threads)]
     printed = subprocess.check_output(command, cwd=REPOSITORY, text=True)
@@ -88,7 +88,7 @@ def spreads(runs: list[Run]) -> dict[str, Spread]:
 
 
 def held_against(record: Record, first: Run, given: argparse.Namespace) -> int:
-    """Prints the ratios and the losses; the exit status."""
+    """Print ratios and losses; returns the exit status."""
     if record.about["torch"] != torch.__version__:
         print(f"note: recorded beside torch {record.about['torch']}")
     runs = [first]
@@ -105,7 +105,7 @@ def held_against(record: Record, first: Run, given: argparse.Namespace) -> int:
 
 
 def record_runs(first: Run, given: argparse.Namespace) -> None:
-    """Measure as often as a record needs, and write it."""
+    """Measure as often as a record needs, and write the record."""
     runs = [first, *(run_apart(given) for _ in range(given.runs - 1))]
     found = spreads(runs)
     for name, spread in found.items():
@@ -132,7 +132,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure; compare or record; the exit status."""
+    """Measure, and compare or record; returns the exit status."""
     given = _parse()
     if given.once:
         print(json.dumps(measure(given.rounds, given.threads)._asdict()))

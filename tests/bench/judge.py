@@ -1,11 +1,11 @@
 """Whether ratios of speeds have fallen below recorded ones by more than noise.
 
 A ratio is recorded as the median of several runs with their spread (the median absolute
-deviation, MAD). It is lost where the median found now is below the recorded one by more than
-the tolerance: 10 % of what was recorded, or three times the larger of both MADs if that is
+deviation, MAD). It is a loss if the present median is below the recorded one by more than
+the tolerance: 10 % of the recorded one, or three times the larger of both MADs if that is
 more. A MAD is about two thirds of a normal distribution's standard deviation, so three of them
-are two standard deviations of a single run; 10 % is for what few runs do not show, such as a
-virtual machine's other hours. Nobody complains about gains.
+are two standard deviations of a single run; the 10 % cover what a few runs do not show, such as
+other hours of a virtual machine. Gains are not reported.
 
 Ratios depend on the CPU: there is a record for each.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 __all__ = ["Loss", "Record", "Spread", "judge", "read_records", "write_record"]
 
 LEAST_TOLERANCE = 0.10
-"""Of the recorded ratio."""
+"""Smallest tolerance, as a share of the recorded ratio."""
 MADS = 3
 
 
@@ -38,7 +38,7 @@ class Spread(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A ratio that fell past the noise."""
+    """A ratio that fell by more than noise."""
 
     name: str
     recorded: Spread
@@ -67,7 +67,7 @@ class Record(NamedTuple):
 
 
 def tolerance(recorded: Spread, found: Spread) -> float:
-    """By how much a ratio may be lower."""
+    """How much lower than recorded a ratio may be."""
     return max(LEAST_TOLERANCE * recorded.median, MADS * max(recorded.mad, found.mad))
 
 
@@ -75,7 +75,7 @@ def judge(recorded: Mapping[str, Spread], found: Mapping[str, Spread]) -> list[L
     """The ratios that are lost.
 
     Raises:
-        ValueError: one is recorded that was not measured, or the other way round.
+        ValueError: recorded and measured ratios have different names.
     """
     if recorded.keys() != found.keys():
         apart = ", ".join(sorted(recorded.keys() ^ found.keys()))
@@ -89,7 +89,7 @@ def judge(recorded: Mapping[str, Spread], found: Mapping[str, Spread]) -> list[L
 
 
 def read_records(file: Path) -> dict[str, Record]:
-    """By CPU; none where there is no file."""
+    """Records by CPU; none if there is no file."""
     if not file.is_file():
         return {}
     return {
@@ -105,7 +105,7 @@ def read_records(file: Path) -> dict[str, Record]:
 
 
 def write_record(file: Path, cpu: str, record: Record) -> None:
-    """In the place of the CPU's own; those of other CPUs stay."""
+    """Replace the CPU's record; those of other CPUs stay."""
     records = read_records(file) | {cpu: record}
     kept = {
         cpu: {

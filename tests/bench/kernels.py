@@ -1,12 +1,12 @@
-"""Each kernel beside the machine's limit: ``python -m tests.bench.kernels``.
+"""Each kernel's time against the machine's limit: ``python -m tests.bench.kernels``.
 
-Limits are measured in the same run, for one thread and for two: bytes a second read of memory,
-and bf16 products a second. A kernel's limit is the longer of its bytes and its products at
-those rates, its share that limit by the time it took. First single products on one thread,
-their weights from memory; then the parts of whole steps on all threads, which the kernels time
-themselves where they are compiled with ``VENEER_TIMES`` (LoRA is the difference of a mixed step
-and a plain one, measured in turns). A step's limit is the sum of its parts', since one follows
-another.
+Limits are measured in the same run, for one thread and for two: memory bytes read per second,
+and bf16 multiplications per second. A kernel's limit is the longer of its bytes and its
+multiplications at those rates; its share is that limit divided by the time it took. First come
+single GEMMs on one thread, with weights from memory; then the parts of whole steps on all
+threads, which the kernels time themselves if compiled with ``VENEER_TIMES`` (LoRA is the
+difference of a mixed step and a plain one, measured alternately). A step's limit is the sum of
+its parts' limits, since they run one after another.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from tests.bench.work import EXPANDS, SHRINKS, adapter_work, base_work, kernel_w
 __all__: list[str] = []
 
 COLD = 128 << 20
-"""Bytes of weights that are read in turn: more than caches hold."""
+"""Bytes of weights that are read in turn: more than fit in caches."""
 CONTEXTS = (104, 1000)
 ROUNDS, STEPS = 7, 10
 Parts = dict[str, float]
-"""Seconds a step, by part; ``whole`` is the step."""
+"""Seconds per step, by part; ``whole`` is the whole step."""
 
 
 def print_line(name: str, work: Work, limits: Limits, seconds: float) -> None:
@@ -64,7 +64,7 @@ def print_head(title: str) -> None:
 def print_products(
     functions: Any, limits: Limits, weights: Iterable[tuple[str, NativeLinear]]
 ) -> None:
-    """Of each weight [outputs, inputs], for few rows and many."""
+    """Print the GEMM of each weight [outputs, inputs], for few rows and for many."""
     multiply = ctypes.CDLL(str(build(CACHE))).veneer_multiply
     print_head("single products, one thread, weights from memory")
     for kind, linear in weights:
@@ -89,7 +89,7 @@ def print_products(
 
 
 def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
-    """A weight as often as `COLD` holds it, and their memory, which must be kept."""
+    """As many copies of a weight as fit in `COLD`, and their memory, which must stay alive."""
     size = -(-linear.nbytes // 64) * 64
     count = max(2, COLD // size)
     memory = huge_pages(count * size)
@@ -107,7 +107,7 @@ def _copies(linear: NativeLinear) -> tuple[list[Linear], torch.Tensor]:
 
 
 def part_names() -> list[str]:
-    """As decoder.h orders them: its ``kQkvTime`` is ``qkv`` here."""
+    """The parts in the order of decoder.h; its ``kQkvTime`` is ``qkv`` here."""
     source = (
         resources.files("veneer_server.backends.native") / "cpp" / "decoder" / "decoder.h"
     ).read_text("utf-8")
@@ -127,7 +127,7 @@ class Steps:
         self._times.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def run(self, rows: int, context: int, tables: Sequence[AdapterTable]) -> Parts:
-        """Seconds a step of one round."""
+        """Seconds per step of one round."""
         step = make_step(rows, context - 1, 1, tables, most=context)
         self._backend.execute(step)
         before, began = self._read(), time.perf_counter()
@@ -151,7 +151,7 @@ def median(rounds: Sequence[Parts]) -> Parts:
 def print_steps(
     steps: Steps, config: DecoderConfig, limits: Limits, rows: int, tables: list[AdapterTable]
 ) -> None:
-    """A plain step and a mixed one of so many rows, and LoRA as their difference."""
+    """Print a plain and a mixed step of this many rows, and LoRA as their difference."""
     context, mixed = CONTEXTS[0], tables[:rows]
     rounds = [
         (steps.run(rows, context, ()), steps.run(rows, context, mixed)) for _ in range(ROUNDS)
@@ -178,7 +178,8 @@ def _sum(works: Iterable[Work]) -> Work:
 
 
 def _print_whole(name: str, works: list[Work], limits: Limits, took: float) -> None:
-    """Beside the sum of its parts' limits, by torch's matmul and by products in registers."""
+    """Print a step's time and the sum of its parts' limits, by torch's matmul and by
+    multiplications in registers."""
     total = _sum(works)
     limit, strict = (
         sum(each.seconds(work) for work in works)

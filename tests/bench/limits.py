@@ -18,11 +18,11 @@ import torch
 __all__ = ["Limits", "Work", "huge_pages", "load_limits", "matmul_rate", "measure_limits"]
 
 SIZE = 256 << 20
-"""Bytes read: several times what caches hold."""
+"""Bytes read: several times what fits in caches."""
 
 
 class Work(NamedTuple):
-    """What is to be done at least: bytes read of memory, floating-point operations."""
+    """The least work: bytes read from memory, and floating-point operations."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -32,12 +32,12 @@ class Work(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of so many threads.
+    """Limits of a number of threads.
 
     Attributes:
-        read: bytes a second from memory, in pages of 2 MB where the system has them.
-        registers: floating-point operations a second of products of bfloat16 in registers.
-        matmul: the same of torch's product of large matrices in bfloat16.
+        read: bytes per second from memory, in pages of 2 MB if the system has them.
+        registers: floating-point operations per second of bfloat16 products in registers.
+        matmul: the same of torch's GEMM of large bfloat16 matrices.
     """
 
     threads: int
@@ -46,7 +46,8 @@ class Limits(NamedTuple):
     matmul: float
 
     def seconds(self, work: Work) -> float:
-        """The least that the work takes: all bytes read, or all products at `matmul`'s rate."""
+        """The least time for the work: reading all bytes, or all operations at `matmul`'s
+        rate."""
         return max(work.bytes / self.read, work.flops / self.matmul)
 
     def __str__(self) -> str:
@@ -58,9 +59,9 @@ class Limits(NamedTuple):
 
 
 def huge_pages(size: int) -> torch.Tensor:
-    """Bytes in pages of 2 MB where the system has them, written once.
+    """Memory in pages of 2 MB if the system has them, written once.
 
-    Private: shared memory, which is what mmap gives unless told, rarely gets such pages.
+    The mapping is private, since shared memory, mmap's default, rarely gets such pages.
     """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -85,7 +86,7 @@ def load_limits() -> Any:
 
 
 def matmul_rate(threads: int) -> float:
-    """Floating-point operations a second of torch's best of some products in bfloat16."""
+    """Floating-point operations per second of torch's best of some bfloat16 GEMMs."""
     torch.set_num_threads(threads)
     best = 0.0
     for size in (1024, 2048, 3072):
@@ -98,7 +99,7 @@ def matmul_rate(threads: int) -> float:
 
 
 def measure_limits(functions: Any, threads: int) -> Limits:
-    """Takes some seconds."""
+    """Measure the limits; takes some seconds."""
     memory = huge_pages(SIZE)
     read = functions.limit_read(memory.data_ptr(), SIZE, threads)
     return Limits(threads, read, functions.limit_multiply(threads), matmul_rate(threads))

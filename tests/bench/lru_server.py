@@ -1,4 +1,4 @@
-"""``veneer-server`` with adapters evicted by when they were last used alone, to compare with:
+"""``veneer-server`` with plain LRU eviction, for comparison:
 ``python -m tests.bench.lru_server [FLAGS OF veneer-server]``."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What metrics cost the server's front: ``python -m tests.bench.metrics``.
+"""What metrics cost the front process: ``python -m tests.bench.metrics``.
 
-Prints the microseconds that one step's events and tokens take, and what a scrape takes
-with so many adapters resident. The rest of a step runs in another process.
+Prints the microseconds for one step's events and tokens, and for a scrape with many resident
+adapters. The rest of a step runs in another process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCRAPES = 50
 
 
 class Names:
-    """FAKE registry: every content has one name, without which it has no series."""
+    """FAKE registry: every content has one name, which it needs to have a series."""
 
     def __contains__(self, name: object) -> bool:
         return True

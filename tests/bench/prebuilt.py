@@ -1,9 +1,9 @@
-"""Kernels compiled for this CPU beside those of a wheel: ``python -m tests.bench.prebuilt``.
+"""Kernels compiled for this CPU against those of a wheel: ``python -m tests.bench.prebuilt``.
 
-Steps of decoding on one thread with an adapter a row, all libraries in one process, in an order
-drawn anew for each round; the shortest time of each counts, so that others may share the cores.
-By one compiler the two of AVX2 are the same bytes: their ratio is the noise, most of it from
-where the weights lie in memory.
+Decoding steps on one thread with an adapter per row, all libraries in one process, in a new
+random order for each round; the shortest time of each counts, so that other processes may share
+the cores. With the same compiler, the two AVX2 libraries are the same bytes: their ratio shows
+the noise, most of which comes from where the weights are in memory.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
 
 
 def loaded(file: Path) -> Chosen:
-    """The base with this library, through the seam that the server has."""
+    """The base with this library, loaded as by the server."""
     backends.find_library = lambda cache, instructions="": Found(file)
     return load("native", 1, num_blocks=BLOCKS)
 
 
 def main() -> None:
-    """See the module."""
+    """See the module docstring."""
     print("seed 1")
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""What running streams notice of checkpoints that are published while training goes on:
+"""What running streams notice of checkpoints that are published during training:
 ``python -m tests.bench.push_while_training``.
 
-Starts a server, trains on the sql recipe's data in a process of its own and publishes every few
+Starts a server, trains on the sql recipe's data in a separate process and publishes every few
 steps. Meanwhile one stream after another runs on the base, and one after another on the newest
-revision. Each answer must be whole and name a revision that was published. Time between tokens
-is told apart: within a publication (from the end of a training step's copy to the name's new
-meaning, and a second after it) and outside of them, training going on all the time.
+revision. Each answer must be whole and name a published revision. ITL is reported separately
+within publications (from the end of the training step's copy until the name is updated, plus a
+second) and outside of them; training runs all the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PROMPT = Text("Once upon a time")
 
 @dataclass
 class _Seen:
-    """What the streams saw: arrivals of each answer, revisions, failures."""
+    """What the streams received: arrival times of each answer, revisions, failures."""
 
     arrivals: list[list[float]] = field(default_factory=list)
     revisions: list[str] = field(default_factory=list)
@@ -157,7 +157,7 @@ def _spread(gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and fail where an answer is not whole."""
+    """Measure, print, and fail if an answer is incomplete."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--publishes", type=int, default=20)
     parser.add_argument("--every", type=int, default=3, help="steps between publications")

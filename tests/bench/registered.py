@@ -1,16 +1,15 @@
 """What 100,000 registered adapters cost: ``python -m tests.bench.registered``.
 
-The folder is made first, in a process of its own: tiny adapters of distinct content, put
+The folder is created first, in a separate process: tiny adapters of distinct content, put
 into the real store by `Store.commit` and into the real catalog in one transaction, with
-fsync patched off for the making only (100,000 publishes would take hours and measure the
-disk). Their catalogued manifests have as many modules as one on every projection of
-SmolLM2-135M, since rows of that size are what is read and parsed; the files on disk hold
-one module. Every tenth name has an alias. ``--data-dir`` keeps the folder and uses it again.
+fsync disabled for this only (100,000 publishes would take hours and measure the
+disk). Their manifests in the catalog have as many modules as an adapter on every projection of
+SmolLM2-135M, since reading and parsing depends on the size of rows; the files on disk have
+one module. Every tenth name has an alias. ``--data-dir`` keeps the folder and reuses it.
 
-Then this process, which has imported all it needs and opened nothing, opens the folder
-and asks. Memory is its resident size after opening less before. Files are in the page
-cache. ``--grpc`` also starts the real server on the folder and lists over gRPC, from
-another process on the same cores.
+Then this process, with all imports done, opens the folder and queries it. Memory is the
+growth of its resident size by opening. Files are in the page cache. ``--grpc`` also starts the
+real server on the folder and lists over gRPC, from another process on the same cores.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ console = Console(width=110)
 
 @dataclasses.dataclass
 class Figures:
-    """Rows of the table: what, p50, p99, unit, bar (of the p99, or of the one figure)."""
+    """Rows of the table: what, p50, p99, unit, bar (for the p99, or the only figure)."""
 
     rows: list[tuple[str, float, float | None, str, float | None]] = dataclasses.field(
         default_factory=list
@@ -88,7 +87,7 @@ class Figures:
 
 
 def timed(calls: Iterator[Callable[[], object]]) -> list[float]:
-    """Seconds of each call; what it raises is part of it."""
+    """Seconds of each call, including calls that raise."""
     took = []
     for call in calls:
         start = time.perf_counter()
@@ -107,7 +106,7 @@ def resident_mb() -> float:
 def measure(data_dir: Path, count: int, seed: int) -> Figures:
     figures, draw = Figures(), random.Random(seed)
     before = resident_mb()
-    # An older catalog is upgraded, with a copy of it, once: not what is asked here.
+    # Upgrade an older catalog first, with its copy, which is not measured.
     Catalog(data_dir / "catalog.sqlite").close()
     start, cpu = time.perf_counter(), time.process_time()
     registry = Registry.open(data_dir, BASE)
@@ -162,7 +161,7 @@ def _random_name(draw: random.Random) -> str:
 
 
 def _filters(draw: random.Random, count: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A page's filters, drawn anew for each page."""
+    """Random filters for each page."""
 
     def place() -> str:
         return name_of(draw.randrange(count))
@@ -200,7 +199,7 @@ def _changes(registry: Registry, figures: Figures, data_dir: Path) -> None:
 
 
 def measure_grpc(data_dir: Path, count: int, seed: int, figures: Figures) -> None:
-    """Pages through the real front; its base is not the adapters', which lists all the same."""
+    """Pages through the real front. Its base is not the adapters', which listings ignore."""
     draw = random.Random(seed)
     start = time.perf_counter()
     with (

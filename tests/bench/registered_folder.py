@@ -22,7 +22,7 @@ from tests.unit.registry.kit import BASE, SHAPES
 __all__ = ["make_folder", "name_of"]
 
 LAYERS = 30
-"""Of the catalogued manifests: 210 modules, as SmolLM2-135M has."""
+"""Layers of the manifests in the catalog: 210 modules, as in SmolLM2-135M."""
 TEAMS = 1000
 
 

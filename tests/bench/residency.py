@@ -1,11 +1,11 @@
-"""Who is evicted, against LRU, and what planning costs: ``python -m tests.bench.residency``.
+"""Eviction compared with LRU, and the cost of planning: ``python -m tests.bench.residency``.
 
-Four times as many adapters as DEVICE holds, and twice as many as HOST holds, asked for in
-turn (LRU's worst case), by Zipf's law and evenly, by streams that each have one request at
-a time. The product's scheduler and residency decide; a FAKE runner and FAKE load workers
-take the time that `Costs` says, on a clock of their own, so that the figures depend on the
-seed alone. And, in CPU time on the step thread, what one planning takes, and what a message
-to an idle loop takes (``--idle``: nothing else).
+Four times as many adapters as fit in DEVICE, and twice as many as fit in HOST, requested in
+turn (LRU's worst case), by Zipf's law and uniformly, by streams with one request at a time
+each. The product's scheduler and residency decide; a FAKE runner and FAKE load workers take the
+times in `Costs` on a simulated clock, so that the figures depend only on the seed. Also
+measures the CPU time on the step thread for one planning, and for a message to an idle loop
+(``--idle``: only this).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WORKLOADS: Final = ("round robin", "zipf", "uniform")
 
 
 class LeastRecentlyUsed(EvictionOrder):
-    """What the product did before; whatever else is as it is."""
+    """Plain LRU order, with everything else as in the product."""
 
     def key(self, entry: LedgerEntry, cost: float) -> Key:
         return float(entry.used), 0.0, 0
@@ -62,7 +62,7 @@ class LeastRecentlyUsed(EvictionOrder):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, about those of two CPU cores and SmolLM2-135M."""
+    """Durations in seconds, about those of two CPU cores with SmolLM2-135M."""
 
     step: float = 2.5e-3
     row: float = 0.7e-3
@@ -86,8 +86,8 @@ class Simulation:
     """One server under one load.
 
     Attributes:
-        order: who is evicted first; the product's if None.
-        device, host: adapters that a tier holds.
+        order: eviction order; None for the product's.
+        device, host: adapters that fit in a tier.
         streams: requests in flight, each with an adapter from ``wanted``.
     """
 
@@ -105,7 +105,7 @@ class Simulation:
     found: Counter[str] = field(default_factory=Counter)
     evictions: Counter[str] = field(default_factory=Counter)
     longest_wait: int = 0
-    """In steps, from the request to its first token."""
+    """Steps from a request to its first token."""
     waits: list[float] = field(default_factory=list)
     """Seconds."""
     done: int = 0
@@ -198,7 +198,7 @@ class Simulation:
 
 
 def wanted(workload: str, count: int, seed: int) -> Iterator[str]:
-    """The adapters that requests ask for, one after the other."""
+    """The adapters of requests, one after another."""
     if workload == "round robin":
         yield from (f"{i % count}" for i in itertools.count())
     random_ = random.Random(seed)
@@ -239,8 +239,8 @@ def compare(
 
 
 def time_planning(adapters: int, waiting: int) -> None:
-    """Planning with so many resident, all of DEVICE taken, and so many others waiting: the
-    first time, when it evicts for them, and then while nothing comes free."""
+    """Time a planning with this many resident adapters, DEVICE full, and this many others
+    waiting: the first one, which evicts for them, and later ones while nothing becomes free."""
     first, then = [], []
     for seed in range(20):
         random_ = random.Random(seed)
@@ -272,7 +272,7 @@ def time_planning(adapters: int, waiting: int) -> None:
 
 
 class NoMemory:
-    """FAKE adapter memory: it holds nothing, and a load or move has ended at once."""
+    """FAKE adapter memory: it holds nothing, and loads and moves end at once."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
@@ -301,8 +301,8 @@ class NoRunner:
 
 
 def time_idle(adapters: int, pings: int) -> None:
-    """A message to an idle step loop that holds so many adapters, from its handling to the
-    next one's: the loop's own thread, in CPU time. Also the full check."""
+    """CPU time on the loop's thread from the handling of one message to the next, in an idle
+    step loop with this many adapters. Also times the full check."""
     inbox: Inbox = queue.SimpleQueue()
     residency = Residency(adapters * SIZE, adapters * SIZE, 1, shared=True)
     limits = SchedulerLimits(512, max_running=64, context_length=8192)

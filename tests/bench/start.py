@@ -1,14 +1,14 @@
-"""Time to SERVING and to the first token, and CPU time of tokens, of versions in turns.
+"""Time to SERVING, TTFT, and CPU time of tokens, alternating between versions.
 
 ::
 
     python -m tests.bench.start .venv/bin/veneer-server ../before/.venv/bin/veneer-server
 
-Each round starts every given ``veneer-server`` once, with the cache of its own checkout and a
-data folder that holds one adapter. It takes the wall-clock and CPU seconds until the ready
-line, then the time to first token of a 40-token prompt, for the base and for the adapter, then
-the CPU seconds of all its processes for 1,000 tokens, of eight callers with prompts of text.
-Prints median, minimum and maximum of the rounds; one round before them fills the caches.
+Each round starts every given ``veneer-server`` once, with its checkout's cache and a data
+folder with one adapter. It measures the wall-clock and CPU seconds until the ready line, then
+the TTFT of a 40-token prompt, for the base and for the adapter, then the CPU seconds of all its
+processes for 1,000 tokens of eight callers with text prompts. Prints median, minimum and
+maximum of the rounds, after one round that fills the caches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.server_harness import Server, request
 ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "chat"
 PROMPT = [504 + 7 * i for i in range(40)]
 FIRST_TOKENS = 100
-"""Taken of each start."""
+"""TTFT samples per start."""
 CALLERS, ANSWERS = 8, 6
 TEXT = "Write some sentences about the sea, the wind and what sailors say of both. " * 4
 
@@ -76,13 +76,14 @@ async def one_start(program: str, folder: Path, push: bool) -> dict[str, float]:
 
 
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process and those below it."""
+    """CPU seconds of a process and its descendants."""
     tree = [psutil.Process(pid), *psutil.Process(pid).children(True)]
     return float(sum(sum(each.cpu_times()[:2]) for each in tree))
 
 
 async def _caller(server: Server, number: int) -> int:
-    """Streams one after another, of the base or the adapter; how many tokens came."""
+    """Run streams one after another, on the base or the adapter; returns the number of
+    tokens."""
     tokens = 0
     for turn in range(ANSWERS):
         asked = request(
@@ -105,7 +106,8 @@ async def _first_token(server: Server, adapter: str) -> float:
 
 
 async def measure(programs: list[str], rounds: int) -> None:
-    """Rounds in turns, the order turned round in each second one; print the figures."""
+    """Run rounds, with the order of programs reversed in every second one; print the
+    figures."""
     seen: dict[tuple[str, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as work:
         folders = {program: Path(work) / str(i) for i, program in enumerate(programs)}

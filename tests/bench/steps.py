@@ -1,4 +1,4 @@
-"""What the benchmarks of backends execute: the bundled base, drawn adapters, steps."""
+"""What the benchmarks of backends execute: the bundled base, random adapters, steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPT = 40
 ADAPTERS, RANK = 8, 16
 ROWS = (1, 8, 32)
 _WARM_UP = 4
-"""Steps of a round that are not counted."""
+"""Warm-up steps of a round, which are not counted."""
 
 
 def load(name: str, threads: int, *, num_blocks: int) -> Chosen:
@@ -60,13 +60,13 @@ def load(name: str, threads: int, *, num_blocks: int) -> Chosen:
     )
     torch.set_num_threads(threads)
     chosen = choose(config, torch.device("cpu"), torch.bfloat16, num_blocks)
-    # Written once: memory that never was is one page of zeros, which stays in caches.
+    # Write all blocks: untouched memory is one page of zeros, which stays in caches.
     chosen.backend.clear(list(range(num_blocks)))
     return chosen
 
 
 def make_adapters(config: DecoderConfig, dtype: torch.dtype) -> list[AdapterTable]:
-    """`ADAPTERS` different ones of `RANK` on all projections, none of whose B is zero."""
+    """`ADAPTERS` different adapters of `RANK` on all projections, with non-zero B."""
     return [_adapter(config, dtype, seed) for seed in range(ADAPTERS)]
 
 
@@ -83,7 +83,7 @@ def _adapter(config: DecoderConfig, dtype: torch.dtype, seed: int) -> AdapterTab
 
 
 def _as_loaded(run: torch.Tensor) -> torch.Tensor:
-    """In memory as the server's loaders make it."""
+    """Copy into memory like that of the server's loaders."""
     fd, ready = memory(run.nbytes), 0
     try:
         while ready < run.nbytes:
@@ -95,18 +95,19 @@ def _as_loaded(run: torch.Tensor) -> torch.Tensor:
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that so many tokens of a sequence fill."""
+    """Blocks for this many tokens of a sequence."""
     return -(-tokens // BLOCK)
 
 
 def make_step(
     sequences: int, start: int, new: int, tables: Sequence[AdapterTable], *, most: int
 ) -> StepArrays:
-    """``new`` tokens each from position ``start`` on; neighbours share an adapter.
+    """A step with ``new`` tokens per sequence from position ``start``; neighbours share an
+    adapter.
 
     Args:
-        tables: one for each of as many equal parts of the sequences; none: no adapters.
-        most: tokens that a sequence may reach, on which its blocks depend.
+        tables: the sequences are split into equal parts, one per table; none: no adapters.
+        most: most tokens of a sequence, which determines its blocks.
     """
     rng = np.random.default_rng(start)
     within = np.tile(np.arange(start, start + new), sequences)
@@ -131,9 +132,9 @@ def make_step(
 
 
 def run_round(backend: Backend, rows: int, new: int, tables: Sequence[AdapterTable]) -> float:
-    """Median seconds of ``new`` steps of decoding, the first after `PROMPT` tokens a row.
+    """Median seconds of ``new`` decoding steps, the first after `PROMPT` tokens per row.
 
-    Those were never computed: a step takes as long over whatever the cache holds.
+    These tokens were never computed, since the time does not depend on the cache's content.
     """
     most = PROMPT + _WARM_UP + new
     times = []

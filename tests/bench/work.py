@@ -1,7 +1,7 @@
-"""What a step of decoding must at least read and multiply, part by part of ``decoder.h``.
+"""The least that a decoding step must read and multiply, part by part of ``decoder.h``.
 
 Read: each packed weight, each adapter of the batch and each sequence's keys and values, once.
-Activations stay in caches and are not counted, nor are the logits that are written.
+Activations stay in caches and are not counted; neither are the written logits.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _GROUPS: Final[dict[str, tuple[Projection, ...]]] = {
     "gateup": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-"""The projections that are one product, by the part that multiplies them."""
+"""The projections that are computed in one GEMM, by part."""
 SHRINKS: Final = tuple(_GROUPS)
-"""Parts that multiply A beside the base's weights."""
+"""Parts that multiply by A, in addition to the base's weights."""
 EXPANDS: Final = ("norm", "rotate", "gate")
-"""Parts that multiply B beside what they do: of o and down; of q, k and v; of gate and up."""
+"""Parts that also multiply by B: of o and down; of q, k and v; of gate and up."""
 _EXPANDED_IN: Final = {"qkv": "rotate", "output": "norm", "gateup": "gate", "down": "norm"}
 
 
 def packed_bytes(kind: str, outputs: int, inputs: int) -> float:
-    """Of a weight: its numbers, and a float's scale for each 64 of them but in bf16."""
+    """Bytes of a weight: its numbers and, unless in bf16, a float scale per 64 of them."""
     return outputs * inputs * (_BITS[kind] / 8 + (0 if kind == "bf16" else 4 / 64))
 
 
 def kernel_work(kind: str, outputs: int, inputs: int, rows: int) -> Work:
-    """Of one product."""
+    """Work of one GEMM."""
     return Work(packed_bytes(kind, outputs, inputs), 2.0 * rows * outputs * inputs)
 
 
 def base_work(config: DecoderConfig, rows: int, context: int) -> dict[str, Work]:
-    """Of a step without adapters, by part; parts without an entry have next to nothing."""
+    """Work of a step without adapters, by part; parts without an entry do almost nothing."""
     layers, shapes = config.num_layers, config.shapes
     parts = {}
     for part, projections in _GROUPS.items():
@@ -59,7 +59,7 @@ def base_work(config: DecoderConfig, rows: int, context: int) -> dict[str, Work]
 
 
 def adapter_work(config: DecoderConfig, rows: int, adapters: int) -> Mapping[str, Work]:
-    """Of so many adapters on all projections, by part."""
+    """Work of this many adapters on all projections, by part."""
     parts: dict[str, Work] = {}
     for group, projections in _GROUPS.items():
         for name in projections:

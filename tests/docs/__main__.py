@@ -1,6 +1,6 @@
-"""``python -m tests.docs [PAGE ...]``: the commands of the pages, slow ones too.
+"""``python -m tests.docs [PAGE ...]``: runs the commands of the pages, including slow ones.
 
-Exit status 1 where something is untrue. With ``--quick`` only what the suite runs.
+Exit status 1 if a page is wrong. With ``--quick``, only what the suite runs.
 """
 
 from __future__ import annotations

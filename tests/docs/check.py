@@ -1,4 +1,4 @@
-"""Run a page from its first block to its last and say what of it is not true."""
+"""Runs a page from its first block to its last and reports what is wrong in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_page"]
 
 QUICK_S: Final = 90
 SLOW_S: Final = 3 * 3600
-"""How long a block may take: one that the suite runs, and one that it does not."""
+"""Time limits of a block: one that the suite runs, and one that only `make docs-check` runs."""
 
 Tell = Callable[[str], None]
 
@@ -23,11 +23,11 @@ Tell = Callable[[str], None]
 def check_page(
     path: Path, cache_dir: Path, *, slow: bool = False, tell: Tell = lambda _: None
 ) -> list[str]:
-    """What is untrue on the page, each with its line.
+    """Errors of the page, each with its line.
 
     Args:
         slow: Also run the blocks that are marked as slow.
-        tell: Gets a line for each block as it ends.
+        tell: Called with a line for each block as it ends.
     """
     page = read_page(path.read_text("utf-8"))
     name = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path

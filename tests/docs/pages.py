@@ -1,13 +1,13 @@
 """The commands of a Markdown page, and what the page says of each.
 
-A fenced block of `sh` or `python` is run. A block of `text` right after one is what it prints.
-A comment just before a block says how it is treated:
+A fenced block of `sh` or `python` is run. A block of `text` right after it is its output.
+A comment just before a block says how to treat it:
 
 - ``<!-- not run: REASON -->``: it is never run,
 - ``<!-- slow: REASON -->``: only `make docs-check` runs it,
-- ``<!-- varies: TEXT -->``: this part of a printed text differs from run to run.
+- ``<!-- varies: TEXT -->``: this part of the output differs from run to run.
 
-Any other block is a mistake of the page, which `read_page` reports.
+Any other block is an error, which `read_page` reports.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Block:
     """A fenced block that may be run.
 
     Attributes:
-        line: Of the page, from 1, of the first command.
-        when: In which runs.
-        reason: Why not in all of them.
-        output: What the page says that it prints; None where it says nothing.
+        line: Line of the first command in the page, from 1.
+        when: In which runs it is run.
+        reason: Why not in all runs.
+        output: The expected output; None if the page gives none.
         varies: Parts of ``output`` that differ from run to run.
     """
 
@@ -58,8 +58,8 @@ class Page:
 
 
 def pages() -> list[Path]:
-    """Every page whose commands are run: what is written for a reader, not what programs wrote
-    (labs, model cards)."""
+    """Every page whose commands are run: those written by people, not by programs (labs, model
+    cards)."""
     examples = REPOSITORY / "examples"
     return [
         REPOSITORY / "README.md",
@@ -71,10 +71,10 @@ def pages() -> list[Path]:
 
 
 def read_page(text: str) -> Page:
-    """Blocks in their order, and what is wrong with the page, each as a sentence."""
+    """Blocks in order, and the page's errors as sentences."""
     page = Page()
     marks: list[tuple[str, str]] = []
-    last: Block | None = None  # the block that a `text` block right here would be the output of
+    last: Block | None = None  # whose output a `text` block here would be
     for token in MarkdownIt("commonmark").parse(text):
         if token.type == "html_block":
             marks += _MARK.findall(token.content)
@@ -96,7 +96,7 @@ def _line(token: Token) -> int:
 def _fence(
     page: Page, token: Token, marks: list[tuple[str, str]], last: Block | None
 ) -> Block | None:
-    """Add what the fence is; returns the block whose output may follow."""
+    """Add a fenced block; returns the block whose output may follow."""
     line, language = _line(token) + 1, token.info.strip()
     varies = tuple(text for kind, text in marks if kind == "varies")
     reasons = [(kind, text) for kind, text in marks if kind != "varies"]

@@ -1,8 +1,8 @@
-"""A page's blocks in one bash, as someone pastes them one after the other.
+"""Runs a page's blocks in one bash, as if pasted one after another.
 
-The session has a copy of the repository to write into, a home of its own, this environment's
-programs first on PATH, and where the system allows it a network of its own: the ports that the
-page names are free there, and nothing outside can be reached.
+The session has a copy of the repository to write to, an empty home, this environment's
+programs first on PATH, and, if the system allows it, a separate network in which the page's
+ports are free and nothing outside can be reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.docs.pages import REPOSITORY, Block
 __all__ = ["Ran", "Session", "busy_ports"]
 
 PORTS: Final = (50051, 9095, 8000)
-"""What the pages name."""
+"""Ports that the pages use."""
 _OWN: Final = (
     ("unshare", "--net"),
     ("unshare", "--net", "--map-root-user"),
@@ -47,7 +47,7 @@ _STOPS_S: Final = 30
 
 @functools.cache
 def _own_network() -> tuple[str, ...]:
-    """The command that runs another one on a network of its own; empty where none does."""
+    """Prefix that runs a command in a separate network; empty if that is impossible."""
     up = (sys.executable, "-c", _LOOPBACK_UP)
     for unshare in _OWN:
         if shutil.which(unshare[0]) is None:
@@ -59,7 +59,7 @@ def _own_network() -> tuple[str, ...]:
 
 
 def busy_ports() -> list[int]:
-    """Ports that a page needs and another program of this machine has."""
+    """Ports that a page needs but another program on this machine uses."""
     if _own_network():
         return []
     busy = []
@@ -75,8 +75,8 @@ def busy_ports() -> list[int]:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a block printed, both streams as on a terminal, and a sentence for each of its
-    commands that failed."""
+    """A block's output, both streams as on a terminal, and a sentence for each failed
+    command."""
 
     printed: str
     failures: list[str]
@@ -84,7 +84,7 @@ class Ran:
 
 
 class Session:
-    """Bash that reads blocks from us. Everything it started ends with it."""
+    """A bash that reads blocks from us. Everything that it starts ends with it."""
 
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self._notes, self._count = folder / "session", 0
@@ -114,8 +114,8 @@ class Session:
             env=environment,
             start_new_session=True,
         )
-        # A pasted block continues after a command that failed; each failure is reported. Bash
-        # exits when its input ends, also when this process is killed, and then ends its group.
+        # A pasted block continues after a failed command; each failure is recorded. Bash exits
+        # when its input ends, even if this process is killed, and then ends its process group.
         told = f'echo "line $LINENO: exit $code: $BASH_COMMAND" >> {self._notes}/failures'
         self._send(f"set -E; trap 'code=$?; {told}' ERR")
         self._send("trap 'trap \"\" TERM; kill 0; wait' EXIT")
@@ -126,7 +126,7 @@ class Session:
         self._bash.stdin.flush()
 
     def run(self, block: Block, limit_s: float) -> Ran:
-        """Paste the block and wait for its commands, but not for those with ``&``."""
+        """Paste the block and wait for its commands, except those with ``&``."""
         self._count += 1
         file = self._notes / f"{self._count}.{'py' if block.language == 'python' else 'sh'}"
         file.write_text(block.text, "utf-8")
@@ -138,7 +138,7 @@ class Session:
         self._send(f"{how} {file} > {output} 2>&1 < /dev/null; echo {end}")
         ended = self._wait_for(end, limit_s)
         failures = failed.read_text("utf-8").splitlines() if failed.exists() else []
-        if block.language == "sh":  # a failure at its end is reported again, for `source`
+        if block.language == "sh":  # `source` reports a failure at its end again
             own = f": source {file}"
             failures = [failure for failure in failures if own not in failure] or failures
         if not ended:
@@ -147,9 +147,9 @@ class Session:
         return Ran(printed, failures, time.monotonic() - began)
 
     def _wait_for(self, line: str, limit_s: float) -> bool:
-        """Whether bash says the line in that time."""
+        """Whether bash prints the line within that time."""
         assert self._bash.stdout is not None
-        # The pipe is bash's alone: killed, it ends, and so does the loop.
+        # Only bash holds the pipe: killing bash ends the pipe and the loop.
         timer = threading.Timer(limit_s, self._kill)
         timer.start()
         try:
@@ -162,7 +162,7 @@ class Session:
             os.killpg(self._bash.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Stop all that the page left running, servers first asked to."""
+        """Stop everything that the page left running, with SIGTERM to servers first."""
         assert self._bash.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._bash.stdin.close()

@@ -1,7 +1,7 @@
-"""Whether a printed text has the shape of the one on the page: the same words.
+"""Whether a program's output has the shape of the one on the page: the same words.
 
-Numbers, times, sizes and ids are whatever they are; ``...`` on the page is anything; white
-space counts for nothing, so that a page may break long lines.
+Numbers, times, sizes and ids may differ; ``...`` on the page matches anything; white space is
+ignored, so that a page may break long lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHOWN: Final = 160
 
 
 def difference(expected: str, printed: str, varies: Iterable[str] = ()) -> str | None:
-    """What of the page's text is not in the printed one, or None where the shapes are equal."""
+    """The part of the page's text that the output lacks, or None if the shapes are equal."""
     for text in varies:
         expected = expected.replace(text, "...")
     pieces = [_shape(piece) for piece in expected.split("...")]
@@ -51,7 +51,7 @@ def _shape(text: str) -> str:
 
 
 def _told(piece: str, found: str) -> str:
-    """Where the longest beginning of the piece that is there breaks off."""
+    """Where the longest matching prefix of the piece ends."""
     same = next(n for n in range(len(piece), -1, -1) if piece[:n] in found)
     at = found.index(piece[:same])
     context = piece[max(0, same - 20) : same]

@@ -1,7 +1,6 @@
 """``python -m tests.docs.terminal FILE.svg``: README's picture, from a real session.
 
-Each command is run in a terminal of its own (a pty) against a real server, and its output
-drawn as it came, colours included.
+Runs each command in a pty against a real server, and draws its output with colours.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COMMANDS: Final = (
 WIDTH: Final = 96
 _MOVES: Final = re.compile(r"(\n|\r|\x1b\[\d+A|\x1b\[2K|\x1b\[\?25[hl])")
 _CURSOR: Final = ("\x1b[?25h", "\x1b[?25l")
-"""What Rich's progress bars move about with: up, erase the line, hide and show the cursor."""
+"""Escape sequences of Rich's progress bars: up, erase line, hide and show the cursor."""
 _PTY: Final = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))"
 THEME: Final = TerminalTheme(
     (22, 27, 34),
@@ -63,11 +62,11 @@ clip-path="url(#{unique_id}-clip-terminal)">{backgrounds}
 </g>
 </svg>
 """
-"""Rich's own, but without its web font: pages that show the picture load nothing for it."""
+"""Rich's format without its web font, so that pages with the picture load nothing for it."""
 
 
 def record(cache_dir: Path) -> list[tuple[str, str]]:
-    """Each command and what it printed, with the terminal's escape sequences."""
+    """Each command and its output, with the terminal's escape sequences."""
     printed = []
     with tempfile.TemporaryDirectory() as folder, Session(Path(folder), cache_dir) as session:
         for command in COMMANDS:
@@ -83,7 +82,7 @@ def record(cache_dir: Path) -> list[tuple[str, str]]:
 
 
 def on_screen(printed: str) -> str:
-    """What is left to see once progress bars have come and gone."""
+    """The final output on screen, without progress bars."""
     lines, row = [""], 0
     for part in _MOVES.split(printed.replace("\r\n", "\n")):
         if part == "\n":

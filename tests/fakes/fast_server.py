@@ -1,11 +1,11 @@
 """A FAKE server for the load tester: Veneer's generate calls and OpenAI's completions, as
-fast as Python answers, with no model behind them. Run as a process:
+fast as Python can answer, without a model. Run as a process:
 
     python -m tests.fakes.fast_server [--stall AT:FOR]
 
 It prints ``{"grpc": "HOST:PORT", "http": "HOST:PORT"}``, serves until its standard input
-closes, and then prints what it counted: ``{"requests", "tokens", "prompt_tokens"}``. With
-``--stall 2:1`` it answers nobody for one second, two seconds after the first request.
+closes, and then prints its counts: ``{"requests", "tokens", "prompt_tokens"}``. With
+``--stall 2:1`` it stalls for one second, two seconds after the first request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FastServer(
     adapters_pb2_grpc.AdapterServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """See the module's docstring."""
+    """See the module docstring."""
 
     def __init__(self, stall: tuple[float, float]) -> None:
         self.counts: Counter[str] = Counter(requests=0, tokens=0, prompt_tokens=0)

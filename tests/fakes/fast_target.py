@@ -1,4 +1,4 @@
-"""The FAKE fast server as a process of its own, for a test's ``with``."""
+"""The FAKE fast server as a child process, as a context manager."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FastTarget:
 
     Attributes:
         grpc, http: ``HOST:PORT``.
-        counts: what the server counted; after the ``with``.
+        counts: the server's counts, available after the ``with``.
     """
 
     def __init__(self, *, stall: str = "0:0") -> None:
@@ -35,7 +35,7 @@ class FastTarget:
         return self
 
     def kill(self) -> None:
-        """As an out-of-memory killer does."""
+        """Kill it, as an out-of-memory killer does."""
         self._process.kill()
 
     def __exit__(

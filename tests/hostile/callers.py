@@ -1,4 +1,4 @@
-"""Callers that send bytes as they are, and tell what came back."""
+"""Callers that send raw bytes and return the response."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from google.rpc import error_details_pb2, status_pb2
 __all__ = ["grpc_outcome", "http_answer", "reason_of"]
 
 SECONDS = 60.0
-"""Within so many every call must be answered."""
+"""Time within which every call must be answered."""
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The ErrorInfo's reason; empty where there is none."""
+    """The ErrorInfo's reason, or ""."""
     trailing: dict[str, Any] = dict(error.trailing_metadata() or ())
     packed = trailing.get("grpc-status-details-bin")
     if packed is None:
@@ -39,7 +39,7 @@ async def grpc_outcome(
 
     Args:
         path: ``/service/method``.
-        kind: as gRPC's handlers are called; of a stream the first answer is enough.
+        kind: named like gRPC's handlers; of a stream only the first response is read.
     """
     try:
         if kind == "unary_unary":
@@ -62,8 +62,8 @@ async def _each(messages: Sequence[bytes]) -> AsyncIterator[bytes]:
 
 
 async def http_answer(address: str, data: bytes, *, pieces: int = 1 << 20) -> tuple[int, bytes]:
-    """Status and all bytes of what a server answers until it closes the connection; 0
-    where it closes without a word. Send ``Connection: close`` if it is a good request."""
+    """Status and all bytes of a server's response until it closes the connection; status 0 if
+    it closes without a response. A valid request must have ``Connection: close``."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     answer = b""
@@ -90,4 +90,4 @@ async def _send(writer: asyncio.StreamWriter, data: bytes, pieces: int) -> None:
             writer.write(data[at : at + pieces])
             await writer.drain()
     except ConnectionError:
-        pass  # refused before it was all sent
+        pass  # refused before everything was sent

@@ -1,4 +1,4 @@
-"""Hostile JSON: for every field of the two generate endpoints, what no SDK sends."""
+"""Hostile JSON: for every field of the two generate endpoints, values that no SDK sends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer_server.openai.fields import IGNORED, REFUSED, ChatFields, Completion
 __all__ = ["JsonCase", "json_cases"]
 
 _MARK: Final = "\N{SNOWMAN}"
-"""Stands for the hostile value in a good request."""
+"""Placeholder for the hostile value in a valid request."""
 
 MANY: Final = 10_000
 
@@ -69,7 +69,7 @@ class JsonCase:
 
 
 def json_cases(model: str) -> Iterator[JsonCase]:
-    """Every field of both endpoints with every fragment, also those inside of others."""
+    """Every field of both endpoints, including nested ones, with every fragment."""
     chat: dict[str, Any] = {
         "model": model,
         "max_tokens": 2,

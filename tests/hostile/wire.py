@@ -77,7 +77,7 @@ def length_delimited(field: int, body: bytes) -> bytes:
 
 
 def methods() -> Iterator[MethodDescriptor]:
-    """Every method of ours."""
+    """Every method of our services."""
     for module in (inference_pb2, adapters_pb2, server_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             yield from service.methods
@@ -87,7 +87,7 @@ def cases(message: Descriptor, base: bytes = b"") -> Iterator[Case]:
     """Hostile forms of a request.
 
     Args:
-        base: a good request, which each hostile field is appended to.
+        base: a valid request, to which each hostile field is appended.
     """
     yield Case("empty", b"")
     yield Case("no protobuf", b"\xff" * 40)
@@ -163,7 +163,7 @@ def _is_map(field: FieldDescriptor) -> bool:
 
 
 def _one_of_each(message: Descriptor) -> Iterator[bytes]:
-    """Every field once, all members of every oneof among them."""
+    """Every field once, including all members of every oneof."""
     for field in message.fields:
         yield next(iter(_values(field)))
 
@@ -172,7 +172,7 @@ __all__.append("good")
 
 
 def good(method: MethodDescriptor, adapter: str) -> Any:
-    """A request of this method that is right, if cheap; else its message as it is."""
+    """A valid request of this method if that is cheap; else an empty message."""
     kind = method.input_type.name
     match kind:
         case "GenerateRequest":
@@ -187,7 +187,7 @@ def good(method: MethodDescriptor, adapter: str) -> Any:
             return adapters_pb2.DeleteAdapterRequest(name=f"{adapter}-gone")
         case "SetAliasRequest":
             return adapters_pb2.SetAliasRequest(alias=f"{adapter}/prod", revision="0" * 12)
-        case "SelfTestRequest":  # none named would start a real test
+        case "SelfTestRequest":  # without a name it would start a real test
             return adapters_pb2.SelfTestRequest(adapters=[f"{adapter}-gone"])
         case "UploadAdapterRequest" | "GetUploadRequest":
             spec = adapters_pb2.UploadSpec(name="hostile")

@@ -1,4 +1,4 @@
-"""One real server for the tests that do not need to break it."""
+"""One real server, shared by the tests that do not break it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whatever connects, the server keeps file descriptors for itself: its engine can end and
-be started again."""
+"""Whatever connects, the server reserves file descriptors for itself, so that its engine can
+be restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of README and docs, as they stand, against real servers (see `tests.docs`)."""
+"""The commands of README and docs, verbatim, against real servers (see `tests.docs`)."""
 
 from __future__ import annotations
 

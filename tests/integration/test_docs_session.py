@@ -1,4 +1,4 @@
-"""The bash in which a page's commands are run: it finds failures, and leaves nothing behind."""
+"""The bash session that runs a page's commands finds failures and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGHUP ends no stream, whoever sends it to which process: a terminal that closes, too."""
+"""SIGHUP ends no stream, whichever process gets it, even from a terminal that closes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Constraints come from callers, so a server must outlive any of them.
 
-A server of its own: the unfixed one was left with a thread that never ends.
+Uses its own server, since a failure would leave a thread there that never ends.
 """
 
 from __future__ import annotations

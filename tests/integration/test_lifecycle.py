@@ -1,4 +1,4 @@
-"""What happens when processes end: politely, not at all politely, and half."""
+"""What happens when processes end: cleanly, killed, or only in part."""
 
 from __future__ import annotations
 

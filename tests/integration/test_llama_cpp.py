@@ -1,4 +1,4 @@
-"""Exported files, read by llama.cpp itself: the same next tokens as Hugging Face computes."""
+"""Exported files, read by llama.cpp itself, give the same next tokens as Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load tester against a server of a base that it does not have a folder of."""
+"""The load tester against a server whose base it has no folder of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints published while training goes on, by our own loop and by other trainers."""
+"""Checkpoints published during training, by our loop and by other trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine dies, the server stops: what was in memory comes back, no call hangs."""
+"""After the engine dies or the server stops, resident adapters are restored; no call hangs."""
 
 from __future__ import annotations
 

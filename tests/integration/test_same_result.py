@@ -1,9 +1,9 @@
 """The same requests plain, chunked, preempted, cached and in exact mode.
 
-What may differ is the order of sums, since it follows the shapes of a step. So the
-bound is that of the arithmetic: float32 keeps 1e-4; NF4 with bfloat16 activations
-keeps `BFLOAT16_BOUND`, and the distance between two plain runs with other company is
-of the same size. In exact mode nothing differs at all, nor with the native backend.
+Only the order of sums may differ, since it depends on the shapes of a step. So the
+bound is that of the arithmetic: 1e-4 in float32; `BFLOAT16_BOUND` for NF4 with bfloat16
+activations, which is also the distance between two plain runs in different batches.
+In exact mode, and with the native backend, results are bit-identical.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sampling options, samples and constraints through the real server on the real base.
 
-`python -m tests.integration.test_sampling` asks for constrained JSON 200 times.
+`python -m tests.integration.test_sampling` requests constrained JSON 200 times.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The self-test of the real server, and what it finds on the real base with the adapters
-that come with the project."""
+"""The self-test of the real server, on the real base with the example adapters."""
 
 from __future__ import annotations
 

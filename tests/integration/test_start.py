@@ -1,6 +1,6 @@
-"""A start is never silent: from its first moment it answers that it loads, and what it does.
+"""A starting server is never silent: it answers at once that it is loading, and what.
 
-A compiler that waits (FAKE: a script) holds a real server in the middle of its start.
+A compiler that waits (FAKE: a script) keeps a real server in the middle of its start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Uploading, replacing and evicting while streams run: nothing stalls, tears or fails."""
+"""Uploads, replaces and evictions while streams run: nothing stalls, mixes or fails."""
 
 from __future__ import annotations
 

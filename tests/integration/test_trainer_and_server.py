@@ -1,4 +1,4 @@
-"""What was trained against is what serves: each token has one log-probability on both sides."""
+"""Trainer and server compute the same model: each token has the same log-probability."""
 
 from __future__ import annotations
 

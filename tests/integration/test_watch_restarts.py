@@ -1,4 +1,4 @@
-"""``veneer adapter watch`` beside a real server that is killed and started again."""
+"""``veneer adapter watch`` on a real server that is killed and restarted."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The suite under other conditions: ``python -m tests.matrix`` (``make test-matrix``).
 
-``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs the part of the
-suite that CI runs under those that cost little, ``--numeric`` the tests that compare numbers
-under other instruction sets and threads. What comes after ``--`` is for pytest, such as files
-of tests. Each run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if one fails
-or cannot be run here.
+``--list`` names them, ``--only NAME`` runs one (repeatable). ``--quick`` runs CI's part of the
+suite under the cheap conditions, ``--numeric`` the tests that compare numbers under other
+instruction sets and threads. Arguments after ``--`` go to pytest, such as test files. Each
+run's output is in ``.cache/matrix/NAME.log``. The exit status is 1 if a condition fails or
+cannot be run here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ QUICK = (
     ("locale-latin1", "umask-077", "threads-4"),
     ("read-only-home",),
 )
-"""Conditions that do not interact run together. Each shows what the others do not; ``user`` is
-part of ``read-only-home``, and kernels are tested in both instruction forms as it is."""
+"""Conditions that do not interact run together, and each covers something different. ``user``
+is part of ``read-only-home``, and kernels are tested with both instruction sets anyway."""
 QUICK_TESTS = (
     "tests/unit/registry/test_catalog_and_store.py",
     "tests/unit/registry/test_registry_facade.py",
@@ -44,7 +44,7 @@ QUICK_TESTS = (
     "tests/unit/train/test_train_config.py",
     "tests/integration/test_restart.py",
 )
-"""What reads and writes files, parses text and starts servers."""
+"""Tests that read and write files, parse text and start servers."""
 
 NUMERIC = (
     "plain",
@@ -81,16 +81,16 @@ NUMERIC_TESTS = (
     "tests/integration/test_serving.py",
     "tests/integration/test_trainer_and_server.py",
 )
-"""docs/numeric-tests.md says what each compares, and how closely."""
+"""docs/numeric-tests.md says what each compares, and with what tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
-        said: for the table.
-        failed: tests, or ones that could not be run.
+        said: text for the table.
+        failed: tests that failed or could not be run.
     """
 
     name: str
@@ -100,12 +100,12 @@ class Result:
 
 
 def run(condition: Condition, chosen: list[str]) -> Result:
-    """The suite, or what ``chosen`` says, under one condition."""
+    """Run the suite, or the ``chosen`` tests, under one condition."""
     began = time.monotonic()
     scratch = LOGS / condition.name
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    # A user who is not root looks for what is below it.
+    # Users other than root need access to the content.
     scratch.chmod(0o755)
     try:
         prepared = condition.prepare(scratch)
@@ -132,7 +132,7 @@ def run(condition: Condition, chosen: list[str]) -> Result:
 
 
 def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
-    """Counts and failures of a run."""
+    """Counts and failures of a run, from its report."""
     if not report.exists():
         return f"DID NOT RUN: pytest ended with {status}", ("pytest",)
     suite = ET.parse(report).getroot().find("testsuite")
@@ -151,7 +151,7 @@ def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
 
 
 def main() -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run the conditions of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="tests.matrix",
         description=__doc__,

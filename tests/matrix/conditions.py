@@ -1,4 +1,4 @@
-"""Under what the suite must pass: other instruction sets, threads, locales, users."""
+"""Conditions under which the suite must pass: instruction sets, threads, locales, users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BASES: Final = cache_dir() / "bases"
 
 
 class Unavailable(Exception):
-    """This machine cannot bring the condition about, and what to install."""
+    """This machine cannot create the condition; the message says what to install."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Prepared:
     """How to start the suite under a condition.
 
     Attributes:
-        prefix: of the command line.
-        environment: added to the caller's.
+        prefix: words before the command.
+        environment: variables added to the caller's.
     """
 
     prefix: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Prepared:
 
 
 Prepare = Callable[[Path], Prepared]
-"""From an empty folder of its own, which is removed afterwards."""
+"""Prepares a condition in an empty folder, which is removed afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Condition:
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:
-    """All of them at once: each must act on what the others do not."""
+    """All conditions at once; they must not affect the same things."""
     if len(conditions) == 1:
         return conditions[0]
 
@@ -79,7 +79,7 @@ def _umask(mask: str) -> Prepare:
 
 
 def _locale(source: str, charmap: str) -> Prepare:
-    """A locale compiled into the folder: no root, and nothing of the system changes."""
+    """A locale compiled into the folder, which needs no root and does not change the system."""
 
     def prepare(scratch: Path) -> Prepared:
         if shutil.which("localedef") is None:
@@ -91,7 +91,7 @@ def _locale(source: str, charmap: str) -> Prepare:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not (scratch / name).is_dir():
             raise Unavailable(f"localedef failed: {done.stderr.strip()}")
-        # Python would otherwise take UTF-8 whatever the locale says.
+        # Otherwise Python would use UTF-8, whatever the locale.
         own = {"LC_ALL": name, "LANG": name, "LANGUAGE": "", "LOCPATH": str(scratch)}
         return Prepared(environment=own | {"PYTHONUTF8": "0"})
 
@@ -112,13 +112,13 @@ def _user(home_mode: int) -> Prepare:
         home, caches, temporary = (scratch / name for name in ("home", "cache", "tmp"))
         for folder in (home, caches, temporary):
             folder.mkdir()
-        # What a user would have imported: the base; not what engines make of it.
+        # What a user would have imported: the base, without the engines' caches of it.
         shutil.copytree(_BASES, caches / "bases", copy_function=_link)
         environment = {
             "HOME": str(home),
             "TMPDIR": str(temporary),
             "VENEER_CACHE_DIR": str(caches),
-            # Beside the checkout otherwise, which is another user's here.
+            # By default in the checkout, which belongs to another user here.
             "HYPOTHESIS_STORAGE_DIRECTORY": str(temporary / "hypothesis"),
             "USER": "nobody",
             "LOGNAME": "nobody",
@@ -141,9 +141,8 @@ def _user(home_mode: int) -> Prepare:
 
 
 def _may_read(user: int) -> tuple[str, ...]:
-    """Options of setpriv: the right to read, and no other, where root's Python lies in
-    root's home."""
-    # What setpriv starts still has root's rights to look it up; what that starts has not.
+    """Options of setpriv that grant read access only, if root's Python is in root's home."""
+    # setpriv's child still has root's access when it is looked up, but its children do not.
     again = "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
     tried = subprocess.run(
         ["setpriv", f"--reuid={user}", "--clear-groups", sys.executable, "-c", again],

@@ -1,12 +1,12 @@
 """Do the tests notice wrong kernels? ``python -m tests.mutants`` (``make mutants``).
 
-Each mutant (`tests.mutants.native`) is a copy of the server's package with one replacement. It
-is compiled by the product's own path and must fail the kernels' tests. A table says which test
-noticed. First the same is done without a mutation, which must pass. Exits 1 if a mutant
+Each mutant (`tests.mutants.native`) is a copy of the server's package with one replacement. The
+product compiles it as usual, and it must fail the kernels' tests. A table says which test
+noticed. First comes a control without a mutation, which must pass. Exits 1 if a mutant
 survives, does not compile, or no longer fits its file.
 
-Not in CI: about 10 s a mutant and core. That every mutant still fits its
-file is a unit test.
+Not in CI: it takes about 10 core-seconds per mutant. A unit test checks that every mutant still
+fits its file.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(veneer_server.__file__).parent
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
 SLOW = "put_aside"
-"""Compiles the kernels again, and is about threads."""
+"""Tests to leave out: they recompile the kernels, and concern threads."""
 _NONE = Mutant("(none)", "", "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a mutant.
+    """Result of a mutant.
 
     Attributes:
-        killed_by: the first test that failed; "" where none did.
-        problem: why it shows nothing; "" where it does.
+        killed_by: the first test that failed, or "".
+        problem: why the result is not valid, or "".
     """
 
     mutant: Mutant
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(mutant: Mutant) -> Verdict:
-    """Compile it and run the tests until one fails."""
+    """Compile a mutant and run the tests until one fails."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="veneer-mutant-") as scratch:
         package = Path(scratch) / "path" / "veneer_server"
@@ -71,7 +71,7 @@ def judge(mutant: Mutant) -> Verdict:
 
 
 def _run(package: Path, form: Form, scratch: Path) -> tuple[bool, str]:
-    """Whether the tests of one instruction form pass with a package, and what they print."""
+    """Whether the tests of one instruction set pass with a package, and their output."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(package.parent), str(REPOSITORY))),
@@ -94,7 +94,7 @@ def _run(package: Path, form: Form, scratch: Path) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Judge all that the command line asks for; the exit status."""
+    """Judge the mutants of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="mutants whose name or file has this in it")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")

@@ -1,13 +1,13 @@
 """Wrong kernels that the tests must notice: each a replacement in one file of the package.
 
-The text that a mutant replaces must occur exactly once in its file (`Mutant.applied` checks,
-and a unit test does so for all), so that a change of the kernels cannot leave a mutant behind
-that no longer mutates anything.
+The text that a mutant replaces must occur exactly once in its file (checked by
+`Mutant.applied`, and by a unit test for all), so that no mutant is left without effect after a
+change of the kernels.
 
-Left out since nothing can tell them from the kernels: positions that are off by one for queries
-and keys alike (rotary embeddings are relative), and what a score or a weight is where it is
-multiplied by zero; pieces' ends and starts that move within a run of 16 tokens, since whole
-runs are read and what a query does not see is masked.
+Equivalent mutants are left out: positions that are off by one for both queries and keys (rotary
+embeddings are relative); the value of a score or weight that is multiplied by zero; and starts
+and ends of pieces that move within a run of 16 tokens, since whole runs are read and tokens
+that a query may not see are masked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Mutant:
         name: what is wrong.
         file: in the package ``veneer_server/backends/native``.
         old: text that occurs there exactly once.
-        form: the instruction form whose tests must notice, as their fixture names it.
+        form: the instruction set whose tests must notice, as named by their fixture.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Mutant:
         """The file's text with the mutation.
 
         Raises:
-            ValueError: it is not there exactly once.
+            ValueError: `old` does not occur exactly once.
         """
         count = text.count(self.old)
         if count != 1:
@@ -53,7 +53,7 @@ class Mutant:
         return text.replace(self.old, self.new)
 
     def apply(self, package: Path) -> None:
-        """Write it into a copy of the package."""
+        """Apply the mutation to a copy of the package."""
         path = package / self.file
         path.write_text(self.applied(path.read_text("utf-8")), "utf-8")
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: prints which copy of the server's package the tests run with."""
+"""A pytest plugin that prints which copy of the server's package the tests run with."""
 
 from __future__ import annotations
 

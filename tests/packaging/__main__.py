@@ -1,8 +1,8 @@
 """The wheel, from nothing: ``make wheel-check``.
 
 Builds the wheel, installs it into new environments with a new home, hides every compiler, and
-does what a stranger would: starts the server with the bundled base, waits for it, publishes an
-example adapter and gets answers. Exit status 1 if anything is not as it must be.
+does what a new user would: starts the server with the bundled base, waits for it, publishes an
+example adapter and gets answers. Exit status 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(out: Path, *, compiler: bool = True) -> Path:
-    """The wheel, with its kernels and adapters; without a compiler a pure one."""
+    """Build the wheel, with kernels and adapters; without a compiler, a pure one."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     environment = dict(os.environ) if compiler else {**os.environ, "CXX": "/nowhere/c++"}
     subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True, env=environment)
@@ -47,7 +47,7 @@ def build(out: Path, *, compiler: bool = True) -> Path:
 
 
 def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
-    """A new environment with it, and a home in which nothing is."""
+    """A new environment with the wheel, and an empty home."""
     venv.create(folder / "venv", with_pip=True)
     home = folder / "home"
     home.mkdir()
@@ -57,7 +57,7 @@ def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
         # pip's own cache, so that a second run downloads little.
         "PIP_CACHE_DIR": cache,
         "HOME": str(home),
-        # No compiler is here.
+        # Contains no compiler.
         "PATH": str(pip.parent),
     }
     subprocess.run([pip, "install", "--quiet", f"{wheel}{extras}"], check=True, env=environment)
@@ -65,7 +65,7 @@ def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
 
 
 def check_client(place: Installation) -> None:
-    """The base install: a client, which names what it lacks."""
+    """Check the base install: a client that names missing extras."""
     must_say(place.run("veneer", "--version"), "veneer 0.")
     must_say(place.run("veneer-server", status=1), "pip install 'veneer[server]'")
     must_say(place.run("veneer-train", "--version", status=1), "pip install 'veneer[train]'")
@@ -73,7 +73,7 @@ def check_client(place: Installation) -> None:
 
 
 def check_server(place: Installation, log: Path) -> None:
-    """As README has it."""
+    """Check the server, by the steps of README."""
     must_say(place.run("veneer-server", "--version"), "veneer 0.")
     use(place, ["veneer-server"], log)
     doctor = place.run("veneer-server", "doctor")
@@ -82,7 +82,7 @@ def check_server(place: Installation, log: Path) -> None:
 
 
 def main() -> int:
-    """See the module."""
+    """See the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m tests.packaging", description=__doc__)
     parser.parse_args()
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""A Dockerfile's steps, as far as ours has them."""
+"""Parses the steps of a Dockerfile, as far as ours uses them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Step:
 
     @property
     def words(self) -> list[str]:
-        """Of the JSON form, or as a shell would cut them."""
+        """The words of the JSON form, or as a shell would split them."""
         return list(json.loads(self.text)) if self.text.startswith("[") else self.text.split()
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """NAME=VALUE, of ENV and ARG."""
+        """NAME=VALUE pairs of ENV and ARG."""
         found = (word.partition("=") for word in shlex.split(self.text))
         return [(name, value) for name, _, value in found]
 
 
 @dataclass
 class Stage:
-    """From one FROM to the next."""
+    """The steps from one FROM to the next."""
 
     base: str
     name: str
@@ -44,7 +44,7 @@ class Stage:
 
 
 def parse(text: str) -> list[Stage]:
-    """Stages with their steps; comments go, lines that are continued are one."""
+    """Stages with their steps; drops comments and joins continued lines."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     whole = re.sub(r"\\\n", " ", "\n".join(lines))
     stages: list[Stage] = []

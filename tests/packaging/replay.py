@@ -1,8 +1,8 @@
 """The Dockerfile's steps without Docker: ``make image-replay``. As root, on Debian.
 
-Its RUN, COPY, ENV, ARG, WORKDIR and USER steps are executed in roots that debootstrap makes;
-then the server is started as its user with a read-only root, a volume and a /tmp that executes
-nothing, and is asked as a stranger would. What differs from Docker is printed first.
+Executes its RUN, COPY, ENV, ARG, WORKDIR and USER steps in roots made by debootstrap. Then it
+starts the server as its user with a read-only root, a volume and a noexec /tmp, and sends
+requests as a new user would. First it prints how this differs from Docker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 LIB = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
 LIBRARIES = "libssl3t64,libffi8,libsqlite3-0,libbz2-1.0,liblzma5,zlib1g,libuuid1,libstdc++6"
-"""What a Python in /usr/local needs of Debian."""
+"""Debian packages that a Python in /usr/local needs."""
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "as", "ld")
 DIFFERS = """\
 differs from Docker:
@@ -45,7 +45,7 @@ differs from Docker:
 
 @dataclass
 class Image:
-    """A root, and what ENV, WORKDIR and USER have set."""
+    """A root, and the settings of ENV, WORKDIR and USER."""
 
     root: Path
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
@@ -54,26 +54,26 @@ class Image:
     user: str = ""
 
     def command(self) -> list[str]:
-        """The words before a command inside."""
+        """The prefix of a command to run inside."""
         user = [f"--userspec={self.user}"] if self.user else []
         chroot = shutil.which("chroot", path=PATH) or "chroot"
         return [chroot, *user, str(self.root), "/usr/bin/env", "-C", self.folder]
 
     def home(self) -> str:
-        """Of the user, by the root's passwd."""
+        """The user's home, from the root's passwd."""
         lines = (self.root / "etc" / "passwd").read_text().splitlines()
         fields = [line.split(":") for line in lines]
         return next((f[5] for f in fields if f[2] == (self.user or "0")), "/")
 
 
 def mount(*words: str | Path) -> None:
-    """In the mount namespace of this process."""
+    """Mount in this process's mount namespace."""
     subprocess.run(["mount", *map(str, words)], check=True)
 
 
 def debootstrap(suite: str, to: Path, *, debians: bool) -> None:
-    """A small Debian with Python, venv and certificates, as python:slim has them: Debian's, or
-    this process's in /usr/local, where those images have theirs."""
+    """A small Debian with Python, venv and certificates, like python:slim: Debian's Python, or
+    this process's in /usr/local, as in those images."""
     program = TOOLS / "usr" / "sbin" / "debootstrap"
     scripts = {"DEBOOTSTRAP_DIR": str(TOOLS / "usr" / "share" / "debootstrap"), "PATH": PATH}
     packages = "--include=ca-certificates," + ("python3,python3-venv" if debians else LIBRARIES)
@@ -93,13 +93,13 @@ def debootstrap(suite: str, to: Path, *, debians: bool) -> None:
     leave = shutil.ignore_patterns("site-packages", "test", "__pycache__", "*.a")
     shutil.copytree(sys.base_prefix, local, symlinks=True, ignore=leave, dirs_exist_ok=True)
     (local / LIB / "site-packages").mkdir()
-    # Its own libpython is in /usr/local/lib, which the loader knows by its cache.
+    # libpython is in /usr/local/lib, which the loader finds by its cache.
     subprocess.run(["chroot", to, "/sbin/ldconfig"], check=True, env={"PATH": PATH})
     subprocess.run(["chroot", to, "python", "--version"], check=True, env={"PATH": PATH})
 
 
 def open_root(base: Path, to: Path) -> Image:
-    """A copy of the base that commands can run in, and reach packages as the host does."""
+    """A copy of the base in which commands can run and reach packages as on the host."""
     subprocess.run(["cp", "-a", "--reflink=auto", base, to], check=True)
     mount("--bind", to, to)
     mount("-t", "proc", "proc", to / "proc")
@@ -112,7 +112,7 @@ def open_root(base: Path, to: Path) -> Image:
     mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", to / "dev" / "shm")
     shutil.copyfile("/etc/resolv.conf", to / "etc" / "resolv.conf")
     shutil.copyfile("/etc/hosts", to / "etc" / "hosts")
-    # Folders come before the files in them, which need no mount of their own then.
+    # Folders sort before the files in them, which then need no separate mount.
     for given in sorted(set(pip_environment().values())):
         path, inside = Path(given), to / given.lstrip("/")
         if not (path.is_absolute() and path.exists()):
@@ -169,7 +169,7 @@ def _run(image: Image, command: str) -> None:
 
 
 def _copy(image: Image, step: Step, others: dict[str, Image]) -> None:
-    """Owned by root, as COPY makes it."""
+    """Copy files, owned by root as with COPY."""
     words = step.words
     source = ROOT
     if words[0].startswith("--from="):
@@ -189,7 +189,7 @@ def _copy(image: Image, step: Step, others: dict[str, Image]) -> None:
 
 
 def inspect(image: Image) -> None:
-    """What must be in the image, and what must not."""
+    """Check what must be in the image, and what must not."""
     folder = image.root / "opt" / "veneer"
     found = [name for name in COMPILERS if shutil.which(name, path=_paths(image))]
     if found:
@@ -214,7 +214,7 @@ def _paths(image: Image) -> str:
 
 
 def serve(image: Image, last: Stage, work: Path) -> None:
-    """As ``docker run --read-only --tmpfs /tmp -v veneer:/var/lib/veneer`` does."""
+    """Serve like ``docker run --read-only --tmpfs /tmp -v veneer:/var/lib/veneer``."""
     (volume,) = last.one("VOLUME").words
     data = work / "volume"
     subprocess.run(["cp", "-a", image.root / volume[1:], data], check=True)
@@ -231,11 +231,11 @@ def serve(image: Image, last: Stage, work: Path) -> None:
 
 
 def replay(suite: str, work: Path, *, debians: bool) -> None:
-    """All of it."""
+    """Replay the whole Dockerfile."""
     stages = parse((ROOT / "Dockerfile").read_text("utf-8"))
     wheels = Path(pip_environment().get("PIP_FIND_LINKS", "/nowhere"))
     own_torch = not debians and any(wheels.glob(f"torch-*{TAG}-*"))
-    # pip's usual index, beside which it finds the torch that is here.
+    # pip's usual index, next to the torch that is available here.
     index = pip_environment().get("PIP_INDEX_URL", PyPI.simple_url)
     given = {"TORCH_INDEX": index if own_torch else os.environ.get("TORCH_INDEX", "")}
     torch = (
@@ -258,7 +258,7 @@ def replay(suite: str, work: Path, *, debians: bool) -> None:
 
 
 def main() -> int:
-    """See the module."""
+    """See the module docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.packaging.replay", description=__doc__
     )
@@ -276,7 +276,7 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
-        # Mounts and processes of its own, which end with it.
+        # Private mounts and processes, which end with this process.
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation=private"]
         if why := _impossible(own):
             print(f"image-replay: CANNOT RUN here, nothing was checked: {why}", file=sys.stderr)
@@ -298,7 +298,7 @@ def main() -> int:
 
 
 def _impossible(own: list[str]) -> str:
-    """Why there can be no mounts of our own; "" if there can."""
+    """Why we cannot have private mounts; "" if we can."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             command = [*own, "mount", "-t", "tmpfs", "tmpfs", folder]
@@ -309,7 +309,7 @@ def _impossible(own: list[str]) -> str:
 
 
 def _remove(work: Path) -> None:
-    """Mounts first: what is bound belongs to the host."""
+    """Unmount first, since bind-mounted files belong to the host."""
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for each in reversed(mounts):
         if each.startswith(f"{work}/"):

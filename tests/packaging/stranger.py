@@ -1,7 +1,6 @@
-"""What a stranger does with an installation, and what must come of it.
+"""What a new user does with an installation, and the expected results.
 
-Standard library only: it is run with whatever Python there is, on installations that are not
-this one.
+Standard library only, since it runs with any Python, on other installations than this one.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from pathlib import Path
 __all__ = ["Failed", "Installation", "must_say", "pip_environment", "stage", "use"]
 
 WAIT = "300s"
-"""The first start fetches and converts the base."""
+"""Long, since the first start downloads and converts the base."""
 RUN_SECONDS = 400
 USUAL = "127.0.0.1:50051"
 
 
 class Failed(Exception):
-    """An installation does not do what it must; in words."""
+    """An installation does not do what it must; the message says what."""
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Say it, and what it took."""
+    """Print a stage's name and its duration."""
     print(f"-- {name}", flush=True)
     began = time.monotonic()
     yield
@@ -43,7 +42,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -51,11 +50,11 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Installation:
-    """Where programs are, and the words that go before each command (`chroot ROOT`).
+    """Where programs are, and the prefix of each command (`chroot ROOT`).
 
     Attributes:
         environment: all variables of its processes.
-        folder: the current one of its processes, on this side.
+        folder: current folder of its processes, as a path outside the chroot.
     """
 
     environment: Mapping[str, str]
@@ -63,7 +62,7 @@ class Installation:
     prefix: Sequence[str] = ()
 
     def popen(self, words: Sequence[str], **more: object) -> subprocess.Popen[str]:
-        """Start it."""
+        """Start a command."""
         return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
             [*self.prefix, *self._program(words)],
             env=dict(self.environment),
@@ -73,10 +72,10 @@ class Installation:
         )
 
     def run(self, *words: str, status: int = 0) -> str:
-        """Both outputs of a command that ends so.
+        """Standard output and error of a command with this exit status.
 
         Raises:
-            Failed: it ends otherwise.
+            Failed: it ends with another status.
         """
         print(f"   $ {' '.join(words)}", flush=True)
         process = self.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -88,12 +87,12 @@ class Installation:
         return said
 
     def _program(self, words: Sequence[str]) -> list[str]:
-        """Found in the installation's PATH, not in this process's."""
+        """The command with its program looked up in the installation's PATH, not in ours."""
         return ["/usr/bin/env", *words]
 
 
 def must_say(said: str, *wanted: str) -> None:
-    """Print the answer's first line; all of these must be in it."""
+    """Print the answer's first line, and check that the answer contains all of these."""
     print(f"     {(said.strip().splitlines() or [''])[0][:150]}", flush=True)
     for each in wanted:
         if each not in said:
@@ -106,8 +105,8 @@ def use(
     """Start the server, wait for it, get answers by gRPC and HTTP, stop it.
 
     Args:
-        serve: its command, without addresses.
-        asked: commands that must end with 0 then; the usual address in them becomes its own.
+        serve: the server's command, without addresses.
+        asked: commands that must then succeed; the default address in them is replaced.
 
     Raises:
         Failed: with the end of the server's log.
@@ -161,7 +160,7 @@ def use(
 
 
 def _wait(here: Installation, server: subprocess.Popen[str]) -> None:
-    """Until it serves; at once if it has ended."""
+    """Wait until the server serves or has ended."""
     words = ("veneer", "health", "--wait", WAIT)
     print(f"   $ {' '.join(words)}", flush=True)
     waiting = here.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -185,7 +184,7 @@ def _ready_line(log: Path) -> str:
 
 
 def _ask_http(port: int, question: str) -> str:
-    """The answer of an OpenAI client."""
+    """The answer to a request as an OpenAI client sends it."""
     body = {
         "model": "chat",
         "max_tokens": 32,
@@ -203,7 +202,7 @@ def _ask_http(port: int, question: str) -> str:
 
 @functools.cache
 def pip_environment() -> dict[str, str]:
-    """How pip reaches packages here, by its files and variables, and nothing else."""
+    """The variables and files by which pip reaches packages here."""
     names = ("PIP_", "SSL_", "REQUESTS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
     found = {}
     asked = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)

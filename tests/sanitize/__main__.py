@@ -1,11 +1,12 @@
 """The kernels' tests under sanitizers: ``python -m tests.sanitize`` (``make sanitize``).
 
-AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of the native kernels: the
-backend compiles them as ever, with ``tests/sanitize/c++`` as the compiler, so it is the tests'
-own library that is instrumented. Python, numpy and torch are not, but what they allocate has
-ASan's red zones, and a kernel that reads or writes past it is caught. Packed weights lie in
-mapped pages, where a fault within a piece is not. ThreadSanitizer cannot be loaded into Python:
-`thread_pool.cpp` drives thread_pool.h alone, `decoder.cpp` whole steps of the real decoder.
+AddressSanitizer and UndefinedBehaviorSanitizer run over the tests of the native kernels: the
+backend compiles them as usual, with ``tests/sanitize/c++`` as the compiler, so the tests use an
+instrumented library. Python, numpy and torch are not instrumented, but their allocations have
+ASan's red zones, so a kernel that reads or writes past one is caught. Packed weights are in
+mapped pages, where an error within a piece is not caught. ThreadSanitizer cannot be loaded into
+Python: `thread_pool.cpp` drives thread_pool.h alone, `decoder.cpp` whole steps of the real
+decoder.
 
 Exits 1, with the sanitizer's report printed, if any of it fails.
 """
@@ -30,17 +31,17 @@ REPOSITORY = HERE.parents[1]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
 FORMS = ("best", "avx2")
-"""As the tests' fixture names what it compiles."""
+"""Instruction sets, as named by the tests' fixture."""
 
 
 def _compiler() -> list[str]:
-    """GCC: it is the one whose sanitizers are shared libraries under these names."""
+    """GCC, since its sanitizers are shared libraries under these names."""
     return shlex.split(os.environ.get("VENEER_CXX", "g++"))
 
 
 def _preloaded() -> str:
-    """What must be loaded before Python: the sanitizers, and the C++ library whose exceptions
-    ASan intercepts."""
+    """Libraries to preload: the sanitizers, and the C++ library whose exceptions ASan
+    intercepts."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     found = [
         subprocess.check_output([*_compiler(), f"-print-file-name={name}"], text=True).strip()
@@ -50,17 +51,17 @@ def _preloaded() -> str:
 
 
 def _kernel_tests(form: str) -> tuple[bool, str]:
-    """Whether the tests pass with one form of the kernels, and what was printed."""
+    """Whether the tests pass with one form of the kernels, and their output."""
     environment = {
         **os.environ,
         "CXX": str(HERE / "c++"),
         "LD_PRELOAD": _preloaded(),
-        # Python frees little of what it has at exit: leaks cannot be told.
+        # Python frees little memory at exit, so leaks cannot be detected.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_WAIT_POLICY": "passive",
     }
-    # Nothing captured: a report ends the process, and what pytest holds back would be lost.
+    # No capture: a report ends the process, and captured output would be lost.
     chosen = ["--capture=no", "--timeout=600", "-x", "-k", form, *TESTS]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *chosen],
@@ -77,8 +78,8 @@ def _kernel_tests(form: str) -> tuple[bool, str]:
 def _under_tsan(
     name: str, *words: str, defined: Sequence[str] = (), reports: bool = False
 ) -> tuple[bool, str]:
-    """A program of this folder, built and run with ThreadSanitizer; with ``reports`` it goes on
-    after one, and they do not count."""
+    """Build and run a program of this folder with ThreadSanitizer; with ``reports``, it
+    continues after a report, and reports are not failures."""
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-mavx2", "-mfma"]
     flags += [f"-D{macro}" for macro in ("VENEER_STALLS", *defined)]
     with tempfile.TemporaryDirectory(prefix="veneer-sanitize-") as folder:
@@ -88,7 +89,7 @@ def _under_tsan(
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             return False, built.stderr.strip()
-        # Before GCC 14 it dies where the kernel lays memory out at random in more than 28 bits.
+        # Before GCC 14, TSan dies if the kernel randomizes addresses with more than 28 bits.
         fixed = ["setarch", "-R"] if shutil.which("setarch") else []
         options = "halt_on_error=0 exitcode=0" if reports else "halt_on_error=1"
         done = subprocess.run(
@@ -102,10 +103,9 @@ def _under_tsan(
 
 
 def _double_writes() -> tuple[bool, str]:
-    """Chunks that are executed twice at one time: clean where the memory that they hand on is
-    accessed by relaxed atomics. That it is seen is shown by the same run in plain memory: there
-    are reports then, each of two chunks, and none of a chunk beside what leads from part to
-    part."""
+    """Chunks executed twice at the same time: there are no reports if their results are
+    accessed by relaxed atomics. The same run with plain memory is the control: it must have
+    reports, each about two chunks, and none about a chunk and the code between phases."""
     passed, told = _under_tsan("decoder", "stalls", defined=["VENEER_ATOMIC_NUMBERS"])
     if not passed:
         return False, told
@@ -118,7 +118,7 @@ def _double_writes() -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Run all of it, two at a time; the exit status."""
+    """Run everything, two at a time; returns the exit status."""
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         waiting = {
@@ -129,7 +129,7 @@ def main() -> int:
         waiting["thread: decoder.h, chunks executed twice"] = pool.submit(_double_writes)
         results = {name: future.result() for name, future in waiting.items()}
     for name, (passed, told) in results.items():
-        # What passed says it in its last line.
+        # A passed run says so in its last line.
         print(f"--- {name}: {'passed' if passed else 'FAILED'}")
         print(told.splitlines()[-1] if passed else told)
     print(f"{time.monotonic() - began:.0f} s")

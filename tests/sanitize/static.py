@@ -1,9 +1,9 @@
-"""What tools say of the C++ without running it: ``python -m tests.sanitize.static``.
+"""Static checks of the C++: ``python -m tests.sanitize.static``.
 
-Every warning of ``-Wall -Wextra`` is an error, in each form that a wheel brings: the headers of
-an instruction set are seen by its own form alone. clang-format (``.clang-format``; ``--format``
+Every warning of ``-Wall -Wextra`` is an error, for each instruction set that a wheel contains,
+since only that build compiles the set's headers. clang-format (``.clang-format``; ``--format``
 writes) and clang-tidy (``.clang-tidy``) are those of the dev extra. Part of ``make check``.
-Exits 1 with what was said, if anything was.
+Exits 1 with the tools' output if there is any.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ SOURCES = (
     REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
     REPOSITORY / "tests" / "bench" / "limits.cpp",
 )
-# -O1: some warnings come from what the optimizer finds out.
+# -O1: some warnings need the optimizer's analysis.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-O1", "-c", f"-I{KERNELS}")
 
 
 def compilations() -> Iterator[tuple[str, Sequence[str]]]:
-    """Each source in each form: its name, and the command."""
+    """Name and command to compile each source in each form."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = [flag for flag in FLAGS if flag != "-shared"]
     for form in FORMS:
         for source in SOURCES:
             if source.name == "limits.cpp" and form is not FORMS[0]:
-                continue  # measures what only that form has
+                continue  # measures something that only that form has
             command = [*compiler, *flags, *form.flags, *WARNINGS, "-o", os.devnull, str(source)]
             yield f"-Wall -Wextra, {form.name}: {source.name}", command
 
 
 def tool(name: str) -> str:
-    """A program of the dev extra, beside this Python; else one on the PATH."""
+    """A program of the dev extra, next to this Python; else one on the PATH."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else name
 
 
 def formatting(write: bool) -> tuple[str, Sequence[str]]:
-    """All C++ at once."""
+    """Command to check the formatting of all C++."""
     files = [*KERNELS.rglob("*.h"), *SOURCES]
     how = ["-i"] if write else ["--dry-run", "-Werror"]
     return "clang-format", [tool("clang-format"), *how, *map(str, sorted(files))]
 
 
 def tidying() -> Iterator[tuple[str, Sequence[str]]]:
-    """Each form of the kernels: their headers are seen through library.cpp."""
+    """Commands to check each form of the kernels, whose headers library.cpp includes."""
     for form in FORMS:
         command = [tool("clang-tidy"), "--quiet", str(KERNELS / "library.cpp")]
         flags = [flag for flag in FLAGS if flag != "-shared"]
@@ -66,7 +66,7 @@ def tidying() -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def passes(name: str, command: Sequence[str]) -> bool:
-    """Run one; what it says is printed where it does not."""
+    """Run a command; print its output if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def passes(name: str, command: Sequence[str]) -> bool:
 
 
 def main() -> int:
-    """Run all; the exit status."""
+    """Run all checks; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tests.sanitize.static", description=__doc__)
     parser.add_argument("--format", action="store_true", help="format the C++, no more")
     if parser.parse_args().format:

@@ -1,26 +1,26 @@
-"""What the structure is held to: ``python -m tests.structure``, part of ``make check``.
+"""Limits on the code's structure: ``python -m tests.structure``, part of ``make check``.
 
-Prints five figures with the files behind them, and exits 1 where one is above its limit, which
-is what was reached so far; where one is below, it says that the limit can be lowered.
+Prints five figures with the files behind them, and exits 1 if one is above its limit. Limits
+are the best values reached so far; if a figure is below, it says that the limit can be lowered.
 Of the files that git tracks:
 
 - Lines: no source file (`SOURCES`) outside tests and generated code is longer than `LONGEST`.
-  `LONG` has those that still are, each with a reason and the most lines that it may have.
-- Folders: no folder inside the server holds more than `MOST_FILES` files, folders in it not
-  counted. `FULL` has those that still do, in the same way.
-- Sampling option: source files outside tests and generated code that name `min_p`. That is what
-  adding an option like it touches: the contract, the record, both doors, both backends and the
-  clients. It is at most `SAMPLING_FILES`.
+  `LONG` lists the exceptions, each with a reason and its own limit.
+- Folders: no folder inside the server has more than `MOST_FILES` files, not counting
+  subfolders. `FULL` lists the exceptions in the same way.
+- Sampling option: source files outside tests and generated code that name `min_p`, which are
+  those that a similar new option would touch: the contract, the record, gRPC and HTTP, both
+  backends and the clients. At most `SAMPLING_FILES`.
 - Adapter: modules from the gRPC call to the kernel that name an adapter or its digest
-  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for an adapter that is
-  resident. Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
-  the digests of other things. They are at most `ADAPTER_FILES`.
-- Words: ``pytest.raises(..., match=...)`` in tests. Errors of ours are told by class, `reason`
-  and metadata (`tests.refused`), so that their words can be improved. Matched are others'
-  words, plain errors, and sentences that are tested on purpose. They are at most `MATCHES`.
+  (`ADAPTER_NAMES`, as a variable, parameter, attribute or keyword), for a resident adapter.
+  Those are the modules of `PATH_ROOMS` without `BESIDE`: administration, loading, and
+  the digests of other things. At most `ADAPTER_FILES`.
+- Words: ``pytest.raises(..., match=...)`` in tests. Our errors are identified by class,
+  `reason` and metadata (`tests.refused`), so that their words can be improved. Only others'
+  messages, plain errors, and sentences under test are matched. At most `MATCHES`.
 
-The figure of an adapter is not that of all modules that know adapters, which is printed at the
-end: administration, loading and the metrics know them too.
+The adapter figure does not cover all modules that know adapters, whose number is printed at the
+end: administration, loading and metrics know them too.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ SOURCES: Final = (".py", ".h", ".cpp", ".proto", ".html", ".css", ".js", ".svg",
 GENERATED: Final = re.compile(
     r"(?i)\A.{0,60}\bgenerated\b (from|by)|DO NOT EDIT|_pb2(_grpc)?\.pyi?$"
 )
-"""In a file's first line, or its path."""
+"""Matches generated files by their first line or path."""
 RECORDED: Final = ("docs/benchmarks/", "docs/terminal.svg")
-"""Pages and pictures that a program wrote."""
+"""Pages and pictures written by a program."""
 
 LONGEST: Final = 400
 MOST_FILES: Final = 12
@@ -87,7 +87,7 @@ BESIDE: Final[Mapping[str, str]] = {
     "backends/native/forms.py": "the digest of a library",
     "backends/native/kept.py": "the digest of a library",
 }
-"""Modules of those rooms that a call for a resident adapter does not go through."""
+"""Modules of `PATH_ROOMS` that a call for a resident adapter does not pass through."""
 
 
 def tracked() -> list[str]:
@@ -99,7 +99,7 @@ def tracked() -> list[str]:
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """Path and text of each source file that people write, tests left out."""
+    """Path and text of each handwritten source file outside tests."""
     for path in tracked():
         if not path.endswith(SOURCES) or path.startswith(("tests/", *RECORDED)):
             continue
@@ -124,7 +124,7 @@ def names_of(text: str) -> set[str]:
 
 
 def matches() -> Mapping[str, int]:
-    """How often each test file matches an error's words."""
+    """How often each test file matches an error's message."""
     found = {}
     for path in tracked():
         file = REPOSITORY / path
@@ -144,7 +144,7 @@ def matches() -> Mapping[str, int]:
 def too_many(
     what: str, found: Mapping[str, int], most: int, allowed: Mapping[str, tuple[int, str]]
 ) -> Iterator[str]:
-    """Prints the counts that are allowed to be above ``most``; yields what is wrong."""
+    """Prints the allowed exceptions above ``most``; yields violations."""
     print(f"{what}: {max(found.values())} at most, limit {most}")
     for path, (limit, why) in allowed.items():
         count = found.get(path, 0)
@@ -157,7 +157,7 @@ def too_many(
 
 
 def at_most(what: str, found: list[str], most: int) -> Iterator[str]:
-    """Prints the files; yields what is wrong."""
+    """Prints the files; yields violations."""
     lower = ": lower it" if len(found) < most else ""
     print(f"{what}: {len(found)} files, limit {most}{lower}")
     for path in found:

@@ -1,8 +1,8 @@
 """Runs rows of the reliability scoreboard: ``python -m tests.torture --quick``.
 
-``--row 4`` runs one, ``--full`` at the scoreboard's numbers, ``--seed`` repeats a run. A row
-runs in a process of its own, so that no planted bug reaches the next. The exit status is 1
-when a row misses its bar or one of its planted bugs is not caught.
+``--row 4`` runs one row, ``--full`` uses the scoreboard's numbers, ``--seed`` repeats a run.
+Each row runs in a separate process, so that no planted bug reaches the next row. The exit
+status is 1 if a row fails or does not catch one of its planted bugs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SHOWN = 10
 
 
 def found_rows() -> dict[int, str]:
-    """Row number -> module name, by the files' names."""
+    """Row number -> module name, from the file names."""
     matches = (MODULE.fullmatch(path.stem) for path in sorted(ROWS.glob("row_*.py")))
     return {int(match[1]): match[0] for match in matches if match is not None}
 
 
 def run_row(number: int, module: str, scale: Scale) -> bool:
-    """Run one row with its controls and print it. False when it fails."""
+    """Run one row with its controls and print the result. False if it fails."""
     row = cast(RowModule, importlib.import_module(f"tests.torture.rows.{module}"))
     if number != row.ROW:
         raise ValueError(f"{module} says that it is row {row.ROW}")
@@ -56,7 +56,7 @@ def run_row(number: int, module: str, scale: Scale) -> bool:
 def report(
     row: RowModule, outcome: Outcome, controls: list[Control], scale: Scale, seconds: str
 ) -> Iterator[str]:
-    """One line for the row; more below it for what is wrong or must be known."""
+    """Print one line for the row, and below it failures and notes."""
     missed = [control for control in controls if not control.caught]
     verdict = "FAILED" if outcome.failures else "held"
     caught = f"{len(controls) - len(missed)} of {len(controls)} planted bugs caught"
@@ -79,7 +79,7 @@ def report(
 
 
 def run_apart(number: int, *, full: bool, seed: int) -> tuple[bool, str]:
-    """`run_row` in a process of its own; with its errors where it printed nothing."""
+    """`run_row` in a separate process; returns its errors if it printed nothing."""
     command = [sys.executable, "-m", "tests.torture", "--row", str(number)]
     command += ["--seed", str(seed), *(["--full"] if full else [])]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def run_apart(number: int, *, full: bool, seed: int) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Run what the command line asks for. Returns the exit status."""
+    """Run the rows of the command line. Returns the exit status."""
     rows = found_rows()
     parser = argparse.ArgumentParser(prog="tests.torture", description=__doc__)
     size = parser.add_mutually_exclusive_group()

@@ -1,8 +1,8 @@
-"""The native engine with one request at a time, as the judge of what it answered among others.
+"""The native engine with one request at a time, as the reference for its batched answers.
 
-A row's numbers do not depend on what shares its step, on how its prompt was cut, or on what the
-prefix cache held: so an answer's log-probabilities are those of an engine that has nothing else
-to do, bit by bit. PEFT cannot judge so: it rounds to bfloat16 elsewhere.
+A row's numbers do not depend on the rest of the batch, on the chunking of its prompt, or on the
+prefix cache. So an answer's log-probabilities must be bit-identical to those of an otherwise
+idle engine. PEFT cannot serve as this reference, since it rounds to bfloat16 at other places.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Damages single files and folders of a server's data and cache, and judges what follows.
+"""Damages single files and folders of a server's data and cache, and checks what follows.
 
-What must hold after every damage, whatever it is:
+After any damage:
 
-- no start ends in a crash or a trace; a refusal is one sentence with a way out
+- no start ends in a crash or a traceback; a refusal is one sentence with a fix
 - no answer is wrong: a name's tokens are those of the undamaged server, or it is refused
-- no adapter content is deleted: every file of it is still below the data folder
-- a damaged cache is rebuilt: everything is served by the first start, and the second start
-  has nothing left to say
-- the way out works: the file put back, the command of the message, or the adapter pushed
-  again, and everything is served as before
+- no adapter content is deleted: all its files are still below the data folder
+- a damaged cache is rebuilt: the first start serves everything, and the second start has
+  nothing to report
+- the fix works: after restoring the file, running the message's command, or pushing the
+  adapter again, everything is served as before
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADAPTERS: Final = {"chat": 1, "code": 2, "mail": 1, "sql": 3}
 """Name -> seed of its weights: two names share theirs."""
 NAMES: Final = ("", *ADAPTERS)
 REFUSED: Final = {"DATA_LOSS", "FAILED_PRECONDITION"}
-"""How a name may be refused whose content or row is damaged."""
+"""How a name with damaged content or a damaged row may be refused."""
 RECOVER: Final = "store recover"
 LONGEST_MESSAGE: Final = 600
 
@@ -58,7 +58,7 @@ class Worker:
         assert self._process.stdout.readline() == "ready\n", "the worker did not start"
 
     def start(self, folder: Path, **asked: Any) -> Answers:
-        """One start of a server on ``folder``; see the worker for what comes back."""
+        """One start of a server on ``folder``; see the worker for the result."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         line = json.dumps({"folder": str(folder), "names": NAMES, **asked})
@@ -78,7 +78,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """Undamaged folders, and what a server on them answers.
+    """Undamaged folders, and the answers of a server on them.
 
     Attributes:
         folders: "stopped" after a clean stop, "killed" as a crash leaves it.
@@ -93,7 +93,7 @@ class Golden:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is done to which file or folder.
+    """A kind of damage to a file or folder.
 
     Attributes:
         golden: which of the golden folders.
@@ -116,7 +116,7 @@ class Damage:
         return self.path.split("/")[0] == "cache"
 
     def spoils(self, golden: Path) -> bool:
-        """A file is still there and holds something else; missing ones are made anew."""
+        """Whether a file still exists with different content; missing files are recreated."""
         return self.how != "removed" and (golden / self.path).is_file()
 
     def apply(self, root: Path) -> None:
@@ -156,13 +156,13 @@ def tree(root: Path) -> list[Path]:
 
 
 def damages(golden: Golden, count: int, rng: random.Random) -> list[Damage]:
-    """``count`` of them, as even over files and kinds as it goes.
+    """``count`` damages, spread as evenly as possible over files and kinds.
 
     First every kind of damage on every file once, in random order, then further flips."""
     every: list[Damage] = []
     files: list[tuple[str, Path]] = []
     for kind, root in golden.folders.items():
-        # Without the data folder itself a start is a first start: nothing can tell.
+        # The data folder itself is not removed: that would look like a first start.
         for path in [Path("cache"), *tree(root)]:
             if (root / path).is_dir():
                 every += [Damage(kind, str(path), how) for how in ("removed", "emptied")]
@@ -189,13 +189,13 @@ def damages(golden: Golden, count: int, rng: random.Random) -> list[Damage]:
 
 
 def flip(golden: Golden, kind: str, path: Path, rng: random.Random) -> Damage:
-    """A random bit of a file."""
+    """A flip of a random bit of a file."""
     size = (golden.folders[kind] / path).stat().st_size
     return Damage(kind, str(path), "flipped", (rng.randrange(size), rng.randrange(8)))
 
 
 def make_golden(worker: Worker, work: Path, adapters: dict[str, Path]) -> Golden:
-    """Push the adapters, ask each, and keep both folders.
+    """Push the adapters, request an answer from each, and keep both folders.
 
     Raises:
         AssertionError: the undamaged server does not serve them all.
@@ -213,7 +213,7 @@ def make_golden(worker: Worker, work: Path, adapters: dict[str, Path]) -> Golden
     distinct = {tuple(tokens) for tokens in answers.values()}
     assert len(distinct) == 1 + len(set(ADAPTERS.values())), "adapters answer alike"
     golden = Golden({"stopped": stopped, "killed": killed}, answers, adapters)
-    # The second start reads what the first wrote.
+    # The second start reads the first one's files.
     for root in golden.folders.values():
         copy = work / "check"
         shutil.copytree(root, copy)
@@ -225,7 +225,7 @@ def make_golden(worker: Worker, work: Path, adapters: dict[str, Path]) -> Golden
 
 
 def _contents(root: Path) -> dict[str, str]:
-    """SHA-256 -> path of every file of adapters below the data folder."""
+    """SHA-256 -> path of every adapter file below the data folder."""
     found = {}
     for path in (root / "data").rglob("*"):
         if path.is_file() and path.name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -235,11 +235,11 @@ def _contents(root: Path) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Judge:
-    """Runs damages and keeps what was wrong.
+    """Runs damages and keeps failures.
 
     Attributes:
-        outcomes: what became of the first start, counted.
-        failures: a line each, with the damage.
+        outcomes: counts of the first starts' outcomes.
+        failures: one line each, with the damage.
     """
 
     worker: Worker
@@ -250,7 +250,7 @@ class Judge:
     told: list[str] = field(default_factory=list)
 
     def run(self, number: int, damage: Damage) -> None:
-        """One damage: two starts on it, then its way out and a third."""
+        """One damage: two starts on it, then the fix and a third start."""
         root = self.work / f"case-{number}"
         shutil.copytree(self.golden.folders[damage.golden], root)
         try:
@@ -325,7 +325,7 @@ class Judge:
     def _way_out(
         self, damage: Damage, root: Path, number: int, first: Answers, second: Answers
     ) -> Iterator[str]:
-        """Put the file back, or do what the message says, in turns."""
+        """Alternately restore the file, or do what the message says."""
         if "refused" in first:
             message = second.get("refused", first["refused"])["message"]
             if RECOVER in message and number % 2:
@@ -358,7 +358,7 @@ class Judge:
 
 
 def _bad_sentence(said: dict[str, Any]) -> Iterator[str]:
-    """A refusal that an operator cannot use."""
+    """Why an operator could not use a refusal."""
     message = said["message"]
     if said["code"] in ("INTERNAL", "UNKNOWN") or "Traceback" in message:
         yield f"refused with {said['code']}: {message[:300]}"

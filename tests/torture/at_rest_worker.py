@@ -1,9 +1,9 @@
 """Starts servers on damaged folders: ``python -m tests.torture.at_rest_worker BASE``.
 
-Imports everything once, then reads one JSON object a line and answers each with one. Every
-start happens in a fork of its own, so that a start that ends in SIGBUS or SIGSEGV is a result
+Imports everything once, then reads one JSON object per line and answers each with one. Every
+start happens in a forked process, so that a start that ends in SIGBUS or SIGSEGV is a result
 ("died") and not the end of the run. The server is the real `App` on real sockets with the
-real engine code, whose loop is a thread here (`tests.torture.in_process`).
+real engine code, whose loop runs on a thread (`tests.torture.in_process`).
 
 Requests::
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Imported before the forks, which then cost milliseconds in place of seconds.
+# Imported before the forks, which then take milliseconds instead of seconds.
 import bitsandbytes  # noqa: F401
 import grpc
 import transformers
@@ -62,7 +62,7 @@ SETTINGS = {
 
 
 class Lines(logging.Handler):
-    """Keeps what an operator would see at WARNING and above."""
+    """Keeps log lines at WARNING and above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -75,7 +75,7 @@ class Lines(logging.Handler):
 
 
 async def start(base: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """One start, one greedy answer of each name, one stop."""
+    """One start, one greedy answer per name, one stop."""
     answers: dict[str, Any] = {}
     pushed: dict[str, Any] = {}
     async with in_process(Path(base), Path(asked["folder"]), **SETTINGS) as server:
@@ -99,13 +99,13 @@ async def start(base: str, asked: dict[str, Any]) -> dict[str, Any]:
             except grpc.aio.AioRpcError as error:
                 answers[name] = vars(refusal(error))
         if asked.get("snapshot"):
-            # As a crash would leave it: the catalog's log is not merged into its file.
+            # As after a crash: the catalog's log is not merged into its file.
             shutil.copytree(Path(asked["folder"]), Path(asked["snapshot"]))
     return {"answers": answers, "pushed": pushed}
 
 
 def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """`start`, whatever becomes of it."""
+    """`start`, returning any outcome."""
     lines = Lines()
     logging.getLogger("veneer_server").addHandler(lines)
     logging.getLogger("veneer_registry").addHandler(lines)
@@ -131,11 +131,11 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "a start goes on without a catalog": _start_without_a_catalog,
 }
-"""Bugs that the judge must see."""
+"""Bugs that the judge must detect."""
 
 
 def main() -> None:
-    """See the module."""
+    """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
     parser.add_argument("--planted", choices=sorted(PLANTED))
@@ -152,7 +152,7 @@ def serve(base: str) -> None:
         with tempfile.NamedTemporaryFile("w+", suffix=".json") as result:
             pid = os.fork()
             if pid == 0:
-                # The answer goes through a file: whatever else is printed is not the answer.
+                # The answer goes through a file, since anything could print to stdout.
                 os.dup2(2, 1)
                 answer = one(base, json.loads(line))
                 result.write(json.dumps(answer))

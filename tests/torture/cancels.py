@@ -1,7 +1,7 @@
-"""Requests that end early, at random phases and in three ways, and what is left of them.
+"""Requests that end early, at random phases and in three ways, and what they leave behind.
 
 ``python -m tests.torture.cancels --count 1000 --seed 7`` runs the full form against a
-server of its own and prints figures; a quick form is in ``tests/integration``.
+new server and prints figures; a quick form is in ``tests/integration``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class How(Enum):
 
 
 class When(Enum):
-    """How far a request is when it is ended."""
+    """The phase of a request when it is ended."""
 
     EARLY = "queued, waiting for its adapter, or prefilling"
     FIRST = "first token"
@@ -51,8 +51,8 @@ class Attempt:
     """One request and its end.
 
     Attributes:
-        pause_s: before an early end; of a deadline, all that it leaves.
-        tokens: new tokens that are asked for.
+        pause_s: pause before an early end; for a deadline, the whole time.
+        tokens: requested new tokens.
     """
 
     how: How
@@ -76,7 +76,7 @@ class Attempt:
 
 
 async def end_early(server: Server, attempts: list[Attempt]) -> Counter[str]:
-    """Run all attempts, `AT_ONCE` at a time; how they ended, as the callers saw it."""
+    """Run all attempts, `AT_ONCE` at a time; returns how they ended for their callers."""
     places = asyncio.Semaphore(AT_ONCE)
     ends: Counter[str] = Counter()
 
@@ -98,7 +98,7 @@ async def _one(server: Server, attempt: Attempt) -> str:
         stub: Any = server.inference
         channel = None
         if attempt.how is How.DISCONNECT:
-            # A connection of its own, so that only this request loses it.
+            # A separate connection, so that only this request loses it.
             options = [("grpc.use_local_subchannel_pool", 1)]
             channel = await stack.enter_async_context(
                 grpc.aio.insecure_channel(server.address, options)
@@ -133,14 +133,14 @@ async def _reach(attempt: Attempt, call: Any) -> None:
 
 
 async def all_free(server: Server) -> None:
-    """Wait until nothing runs or waits, then see that nothing is held.
+    """Wait until nothing runs or waits, then check that nothing is held.
 
-    The engine checks its own books whenever it is idle and ends if they are wrong, so
-    a second start of it would show a leak too.
+    The engine checks its state whenever it is idle and ends if it is inconsistent, so a
+    restart of the engine would also indicate a leak.
     """
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
     while True:
-        # Each scrape takes a while; the server goes on between two of them.
+        # Each scrape takes a while, so the server can work between two of them.
         found = await server.scrape(*(f"veneer_{name}" for name in names))
         if not any(value for samples in found for value in samples.values()):
             break

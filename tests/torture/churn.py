@@ -1,9 +1,8 @@
-"""Traffic over adapters that change all the time, and a record of all that was answered.
+"""Traffic over constantly changing adapters, and a record of all answers.
 
-`churn` sends requests to a server (real sockets, whatever is behind them) while names are
-replaced, rolled back, deleted and published again, aliases move, and memory is evicted in
-every mode, pinned and prewarmed. Nothing is judged here: `tests.torture.isolation` does
-that, when all has ended.
+`churn` sends requests to a server (over real sockets) while names are replaced, rolled back,
+deleted and published again, aliases move, and adapters are evicted in every mode, pinned and
+prefetched. Nothing is judged here: `tests.torture.isolation` does that at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["churn"]
 
 ALIAS = "live"
 CHANGERS = 3
-"""Changes at the same time, each of another name."""
+"""Concurrent changes, each of another name."""
 KINDS = {
     "replace": 50,
     "alias": 20,
@@ -38,13 +37,13 @@ KINDS = {
     "pin": 6,
     "delete": 3,
 }
-"""What is done to adapters, by how often."""
+"""Changes of adapters, with their frequency."""
 LONGEST_S = 60.0
-"""A call that takes longer has hung: it fails with DEADLINE_EXCEEDED."""
+"""A call that takes longer counts as hung: it fails with DEADLINE_EXCEEDED."""
 
 
 class Stubs(Protocol):
-    """What talks to a server: `server_harness.Server`, or `in_process.InProcess`."""
+    """Stubs of a server: `server_harness.Server`, or `in_process.InProcess`."""
 
     inference: Any
     adapters: Any
@@ -56,7 +55,7 @@ async def churn(
     """Publish all names, then send the traffic while they change.
 
     Args:
-        folder: new; adapters are made there.
+        folder: a new folder for the adapters.
     """
     run = Churn()
     changer = _Changer(server, traffic, generator, folder, run)
@@ -64,8 +63,7 @@ async def churn(
     for name in names:
         await changer.publish(name, changer.fresh())
     waiting = _requests(traffic, names, random.Random(generator.random()), run)
-    # Bounded: requests wait where changes do not keep up, so that there are as many as
-    # the traffic says.
+    # Bounded, so that requests wait if changes do not keep up: their ratio is fixed.
     due: asyncio.Queue[bool] = asyncio.Queue(traffic.each * CHANGERS)
 
     async def work() -> None:
@@ -87,7 +85,7 @@ async def churn(
             for _ in range(traffic.workers):
                 working.create_task(work())
         for _ in range(CHANGERS):
-            # A change that is under way ends: what it did must be in the ledger.
+            # Let a running change end: its effect must be in the ledger.
             await due.put(False)
     return run
 
@@ -95,7 +93,7 @@ async def churn(
 def _requests(
     traffic: Traffic, names: list[str], generator: random.Random, run: Churn
 ) -> Iterator[Attempt]:
-    """Requests in order. Few beginnings, so that adapters share prefixes of tokens."""
+    """Requests in order. There are few prompt prefixes, so that adapters share them."""
 
     def tokens(count: int) -> list[int]:
         return [generator.randrange(3, VOCABULARY) for _ in range(count)]
@@ -123,7 +121,7 @@ def _requests(
 
 
 async def _send(server: Stubs, attempt: Attempt, logprobs: bool) -> None:
-    """Carry out one request and note what comes of it."""
+    """Send one request and record its outcome."""
     asked = request(
         token_ids=attempt.prompt,
         adapter=attempt.asked,
@@ -168,7 +166,7 @@ def _note(attempt: Attempt, message: Any) -> None:
 
 
 class _Changer:
-    """Changes adapters one after another; each name by one task at a time."""
+    """Changes adapters one after another; only one task at a time changes a name."""
 
     def __init__(
         self,
@@ -187,7 +185,7 @@ class _Changer:
         self._locks: dict[str, asyncio.Lock] = {}
 
     def fresh(self) -> Content:
-        """Weights that nobody has had."""
+        """New weights that no adapter has had."""
         seed = self._random.getrandbits(32)
         folder = make_lora(
             self._folder / f"content-{len(self._made)}",
@@ -208,7 +206,7 @@ class _Changer:
         self._run.ledger.change(name, (answer.adapter.revision,), began)
 
     async def change(self, name: str) -> None:
-        """Something to one adapter; what the server may refuse is counted, not raised."""
+        """Make a random change to one adapter; allowed refusals are counted, not raised."""
         (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))
         async with self._locks.setdefault(name, asyncio.Lock()):
             try:
@@ -218,12 +216,12 @@ class _Changer:
                 self._run.changes[f"{kind}: {refusal(error).reason}"] += 1
 
     async def _replace(self, name: str) -> None:
-        """Most often by new weights, else by some that this or another name had."""
+        """Replace, usually by new weights, else by some that this or another name had."""
         old = self._random.random() < 0.3
         await self.publish(name, self._random.choice(self._made) if old else self.fresh())
 
     async def _rollback(self, name: str) -> None:
-        """Back to what the name meant before, if there was anything."""
+        """Roll back to the name's previous revision, if any."""
         began, revision = time.monotonic(), self._run.ledger.before(name)
         if revision:
             await self._server.adapters.UpdateAdapter(
@@ -232,7 +230,7 @@ class _Changer:
             self._run.ledger.change(name, (revision,), began)
 
     async def _alias(self, name: str) -> None:
-        """To the current revision, the one before, or some requests to each."""
+        """Point an alias at the current revision, the previous one, or both."""
         began, ledger = time.monotonic(), self._run.ledger
         kept = list(dict.fromkeys(filter(None, (ledger.now(name), ledger.before(name)))))
         targets = self._random.sample(kept, self._random.randint(1, len(kept)))

@@ -1,4 +1,4 @@
-"""What was asked of a server whose adapters change all the time, and what was answered."""
+"""Records of requests to a server whose adapters constantly change, and of its answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOREVER: Final = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The weights of one adapter: files that this side made, and their digest."""
+    """The weights of one adapter: files made by the test, and their digest."""
 
     folder: Path
     digest: str
@@ -28,13 +28,13 @@ class Traffic:
     """What to send.
 
     Attributes:
-        requests: how many, by ``workers`` at a time.
-        names: adapters.
-        each: requests for each change of an adapter.
-        modules: what the adapters adapt.
-        ranks: theirs, drawn at random.
-        sampled: share of the requests with a temperature; the others are greedy.
-        logprobs: ask for log-probabilities.
+        requests: how many, ``workers`` at a time.
+        names: number of adapters.
+        each: requests per change of an adapter.
+        modules: modules that the adapters target.
+        ranks: ranks to choose from at random.
+        sampled: share of requests with a temperature; all others are greedy.
+        logprobs: request log-probabilities.
     """
 
     requests: int
@@ -51,14 +51,14 @@ class Traffic:
 
 @dataclass(slots=True)
 class Attempt:
-    """One request and what came of it. Times are of `time.monotonic`.
+    """One request and its outcome. Times are from `time.monotonic`.
 
     Attributes:
         asked: name, ``name@revision``, ``name/alias``, or "" for the base.
-        cancel_at: tokens after which the caller leaves; 0 is before the first; None never.
-        settled: when the first token had come, or the end: its revision was fixed before.
-        outcome: ``finished``, ``cancelled``, or the reason of a refusal.
-        revision, digest, adapter: of the provenance, where there was one.
+        cancel_at: tokens after which the caller cancels; 0: before the first; None: never.
+        settled: time of the first token, or of the end; its revision was fixed by then.
+        outcome: ``finished``, ``cancelled``, or the reason of an error.
+        revision, digest, adapter: from the provenance, if there was one.
     """
 
     number: int
@@ -83,7 +83,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A name or alias may have meant one of these revisions from one time to another."""
+    """A name or alias may have meant one of these revisions during an interval."""
 
     revisions: tuple[str, ...]
     begin: float
@@ -92,16 +92,16 @@ class Span:
 
 @dataclass(slots=True)
 class Ledger:
-    """What each name and alias may have meant when, as its only publisher knows it."""
+    """What each name and alias may have meant at which time, recorded by the only publisher."""
 
     contents: dict[str, Content] = field(default_factory=dict)
     """By revision."""
     spans: dict[str, list[Span]] = field(default_factory=dict)
     aborted: list[tuple[str, float, float]] = field(default_factory=list)
-    """Evictions with mode ABORT: weights digest, begin and end."""
+    """Evictions with mode ABORT: weights digest, start and end."""
 
     def now(self, name: str) -> str:
-        """A revision that ``name`` was given last; "" for none."""
+        """The revision that ``name`` was given last; "" for none."""
         spans = self.spans.get(name)
         return spans[-1].revisions[0] if spans and spans[-1].revisions else ""
 
@@ -111,15 +111,15 @@ class Ledger:
         return revisions[0] if revisions else ""
 
     def change(self, name: str, revisions: tuple[str, ...], began: float) -> None:
-        """A change that began at ``began`` is acknowledged now: until now the name may
-        have meant the old, since ``began`` the new."""
+        """Record that a change which began at ``began`` is acknowledged now: the name may have
+        meant the old revisions until now, and the new ones since ``began``."""
         spans = self.spans.setdefault(name, [Span((), 0.0)])
         last = spans[-1]
         spans[-1] = Span(last.revisions, last.begin, time.monotonic())
         spans.append(Span(revisions, began))
 
     def between(self, name: str, begin: float, end: float) -> list[Span]:
-        """All that ``name`` may have meant at some time between the two."""
+        """All that ``name`` may have meant at some time in the interval."""
         spans = self.spans.get(name, [Span((), 0.0)])
         return [s for s in spans if s.begin <= end and s.end >= begin]
 
@@ -131,4 +131,4 @@ class Churn:
     ledger: Ledger = field(default_factory=Ledger)
     attempts: list[Attempt] = field(default_factory=list)
     changes: Counter[str] = field(default_factory=Counter)
-    """What was done to adapters; refusals as ``kind: reason``."""
+    """Counts of changes; refused ones as ``kind: reason``."""

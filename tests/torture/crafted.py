@@ -1,4 +1,5 @@
-"""About 200 crafted adapters, good and bad, that row 1 damages further; and size bombs."""
+"""About 200 crafted adapters, valid and invalid, which row 1 damages further; and size
+bombs."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ ODD_KEYS: dict[str, Any] = {
 
 
 def crafted() -> list[Files]:
-    """Every dtype, some ranks, targets and options; then one thing wrong in each."""
+    """Valid adapters with every dtype and some ranks, targets and options; then adapters with
+    one error each."""
     good = list(_good())
     return [*good, *_bad(good[0])]
 
@@ -74,7 +76,7 @@ def _good() -> Any:
 
 
 def split(weights: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, data) of a good safetensors file."""
+    """(header, data) of a valid safetensors file."""
     end = 8 + int.from_bytes(weights[:8], "little")
     return json.loads(weights[8:end]), weights[end:]
 
@@ -105,7 +107,7 @@ def _bad(good: Files) -> Any:
 
 
 def bombs(good: Files, header_bytes: int) -> dict[str, Files]:
-    """Files of the greatest size allowed that would cost much to look at, by name."""
+    """Files of the largest allowed size that would be expensive to check, by name."""
     header, data = split(good[WEIGHTS])
     rest = json.dumps(header)[1:]
     room = header_bytes - len(rest) - 64

@@ -1,16 +1,16 @@
-"""What a disk may hold after the power went, from a record of system calls.
+"""Possible contents of a disk after a power cut, from a record of system calls.
 
-The model is pessimistic, as POSIX is: a write, truncate or folder entry that no fsync of
-*that* file or folder followed may be there or not, in any combination.
+The model is as pessimistic as POSIX: a write, truncate or folder entry that was not followed by
+an fsync of *that* file or folder may be there or not, in any combination.
 
-- File data: what was written before the last fsync or fdatasync of the file is kept. Of
-  each later write every sector of 512 bytes is kept or not, alone; where the file has grown
-  past what was kept, it may have the new size with zeros.
-- Folder entries (made, removed, renamed): kept before the last fsync of the folder that
-  holds them. An fsync of a file does not keep its name, as ext4 would.
-- A rename is one change: the old name or the new, never both or neither. It is kept by an
-  fsync of the folder it leads to. Journalling filesystems (ext4, XFS, btrfs) promise this.
-- ``-shm`` files are left out: SQLite makes them again from the log.
+- File data: everything written before the last fsync or fdatasync of the file is kept. Each
+  512-byte sector of a later write is independently kept or lost; if the file grew, it may
+  have the new size with zeros.
+- Folder entries (create, remove, rename): those before the last fsync of their folder are kept.
+  An fsync of a file does not make its name durable, as it would on ext4.
+- A rename is atomic: the old name or the new one, never both or neither. An fsync of the target
+  folder makes it durable. Journalling filesystems (ext4, XFS, btrfs) guarantee this.
+- ``-shm`` files are ignored: SQLite rebuilds them from the log.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SECTOR: Final = 512
 
 @dataclass(slots=True)
 class _Change:
-    """Something that lasts only once ``folder_or_file`` is synced.
+    """A change that is durable only after an fsync of ``node``.
 
     Attributes:
         at: number of the event that made it.
-        node: whose fsync keeps it.
+        node: the file or folder whose fsync makes it durable.
     """
 
     at: int
@@ -55,7 +55,7 @@ class _Truncate(_Change):
 
 @dataclass(slots=True)
 class _Entry(_Change):
-    """Names that are set together: (folder, name, what it leads to or None)."""
+    """Names that are set atomically: (folder, name, target or None)."""
 
     names: tuple[tuple[Node, str, Node | None], ...]
 
@@ -66,8 +66,8 @@ class Node:
 
     Attributes:
         syncs: numbers of the events that synced it.
-        changes: of its data, in order.
-        entries: names as they are now, of a folder.
+        changes: changes of its data, in order.
+        entries: current names in a folder.
     """
 
     folder: bool
@@ -85,17 +85,17 @@ class _Open:
 
 
 Keep = Callable[[_Change], bool]
-"""Whether a change that need not be there is there."""
+"""Decides whether a change that is not durable is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the disks that a power cut may leave.
+    """One possible disk after a power cut.
 
     Attributes:
-        cut: events from this number on never happened.
-        keep: for each change that was not durable.
-        torn: with a generator, a kept write loses some of its sectors.
+        cut: events from this number on did not happen.
+        keep: decides for each change that was not durable.
+        torn: if given, a kept write randomly loses some of its sectors.
     """
 
     cut: int
@@ -104,11 +104,11 @@ class Choice:
 
 
 class Disk:
-    """All that ever happened below ``root``, an empty and durable folder at first.
+    """Everything that happened below ``root``, which starts as an empty and durable folder.
 
     Attributes:
-        events: how many calls changed or synced something.
-        said: (events before it, line) of each line on standard output.
+        events: number of calls that changed or synced something.
+        said: (events before it, line) for each line on standard output.
     """
 
     def __init__(self, root: Path, calls: Iterable[Call]) -> None:
@@ -133,7 +133,7 @@ class Disk:
             handler(call)
 
     def _refuse_unknown(self, call: Call) -> None:
-        """A call that this model does not know must not touch the disk."""
+        """Fail if a call that this model does not know touches the disk."""
         paths = [a for a in call.arguments if isinstance(a, bytes)]
         inside = any(os.fsencode(self._root_path) in path for path in paths)
         if inside or any(self._file(a) for a in call.arguments if isinstance(a, str)):

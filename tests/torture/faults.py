@@ -1,8 +1,8 @@
-"""The program that row 5 breaks: changes that are tried again after the fault is gone.
+"""The program that row 5 injects faults into: changes that are retried after the fault.
 
-``python -m tests.torture.faults DATA ADAPTERS`` prints one JSON line an event. strace makes
-one of its system calls fail between a ``begin`` and its ``end``; what the registry says of
-that, whether it serves others meanwhile, and what is left is printed for row 5 to judge.
+``python -m tests.torture.faults DATA ADAPTERS`` prints one JSON line per event. strace makes
+one of its system calls fail between a ``begin`` and its ``end``. The program prints the
+registry's error, whether it served others meanwhile, and what is left, for row 5 to judge.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["PLANTED", "make_contents", "residue"]
 
 
 def say(event: str, **facts: Any) -> None:
-    """One JSON line in one system call."""
+    """Print one JSON line in one system call."""
     os.write(1, (json.dumps({"event": event, **facts}) + "\n").encode())
 
 
 class Player:
-    """The registry under faults, and what it has promised so far."""
+    """The registry under faults, and what it has acknowledged so far."""
 
     def __init__(self, data: Path, adapters: Path) -> None:
         self.data = data
@@ -56,7 +56,7 @@ class Player:
         self.registry = open_registry(self.data)
 
     def steps(self) -> dict[str, Callable[[], None]]:
-        """What is broken, in order."""
+        """The steps to inject faults into, in order."""
         return {
             "replace": lambda: self.publish("chat", 3),
             "publish": lambda: self.publish("new", 4),
@@ -65,7 +65,7 @@ class Player:
         }
 
     def attempt(self, step: str, change: Callable[[], None]) -> bool:
-        """Try one change and print how it went; True when it was acknowledged."""
+        """Try one change and print the outcome; True if it was acknowledged."""
         say("begin", step=step)
         try:
             change()
@@ -77,7 +77,7 @@ class Player:
         return True
 
     def check_others(self, after: str) -> None:
-        """The names that the change was not about are there, whole."""
+        """Check that the names which the change did not concern are intact."""
         for name in ("keep", "chat"):
             try:
                 with self.registry.acquire(name) as lease:
@@ -97,7 +97,7 @@ class Player:
                         return
             self.check_others(step)
         self.registry.sweep()
-        # As the server does now and then; what arrived of a refused upload may be resumed.
+        # As the server does periodically; a refused upload may be resumable until then.
         self.registry.sweep_uploads(0)
         say("left", residue=residue(self.data, self.registry))
         self.registry.close()
@@ -105,7 +105,7 @@ class Player:
 
 
 def residue(data: Path, registry: Registry) -> list[str]:
-    """What the store's folders hold that nothing refers to."""
+    """Content of the store's folders that nothing refers to."""
     kept = [old.ref for r in registry.list() for old in registry.revisions(r.ref.name)]
     store = data / "store"
     wanted = {
@@ -124,7 +124,7 @@ def residue(data: Path, registry: Registry) -> list[str]:
 
 @contextlib.contextmanager
 def deaf_fsync() -> Iterator[None]:
-    """A planted bug: a failed fsync is taken for a good one."""
+    """A planted bug: errors of fsync are ignored."""
     real = os.fsync
 
     def fsync(fd: int) -> None:
@@ -140,7 +140,7 @@ def deaf_fsync() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lazy_removal() -> Iterator[None]:
-    """A planted bug: what a failed publish left in staging is never removed."""
+    """A planted bug: files of a failed publish in staging are never removed."""
     real = shutil.rmtree
     shutil.rmtree = lambda *_, **__: None  # type: ignore[assignment]
     try:

@@ -1,8 +1,7 @@
-"""The forms in which a row runs the engine: torch in float32, and the native kernels.
+"""The engine variants that a row runs: torch in float32, and the native kernels.
 
-The native backend is the default, so what torture shows of torch alone is shown of a part of
-the product. Its kernels come in one form for each instruction set; a machine runs those that
-it has.
+The native backend is the default, so testing torch alone would cover only a part of the
+product. Its kernels exist once per instruction set; a machine runs those that it supports.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ class Form:
     """How an engine executes its steps.
 
     Attributes:
-        name: in figures.
-        settings: of a server; fields of `EngineConfig` too. They insist: an engine that
-            cannot have them does not start.
+        name: its name in figures.
+        settings: of a server; also fields of `EngineConfig`. An engine that cannot apply
+            them does not start.
     """
 
     name: str
     settings: Mapping[str, Any]
 
     def cache(self, folder: Path) -> Path:
-        """Where its engines keep what they make: ``folder``; kernels are compiled once for all
-        rows."""
+        """Cache folder of its engines: ``folder``, or a shared one, so that kernels are
+        compiled once for all rows."""
         return _SHARED if self.native else folder
 
     @property
@@ -42,7 +41,7 @@ class Form:
 
     @property
     def flags(self) -> list[str]:
-        """Of the command line."""
+        """The settings as command-line flags."""
         return [f"--{key.replace('_', '-')}={value}" for key, value in self.settings.items()]
 
 
@@ -62,7 +61,7 @@ NATIVE: Final = {name: _native(name) for name in ("avx512-bf16", "avx2")}
 
 
 def forms() -> tuple[Form, ...]:
-    """Those that this machine can run, and the suite is asked to, torch first."""
+    """The forms that this machine can run and the suite is set to, torch first."""
     given = asked()
     if not native_possible() or given.get("VENEER_BACKEND") == "torch":
         return (TORCH,)

@@ -1,8 +1,8 @@
-"""How long after its end a request still holds something, by what it was doing.
+"""How long a request still holds resources after its end, by what it was doing.
 
 Part of ``python -m tests.torture.cancels``. One request at a time is cancelled, or runs
-into its deadline, while it waits for a place, waits for its adapter, prefills or decodes;
-then the metrics and the adapter list are read until they show nothing of it.
+into its deadline, while it is queued, waits for its adapter, prefills or decodes; then
+metrics and adapter list are read until they show no trace of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["Freed", "Phase", "measure"]
 
 ENDLESS = {"max_tokens": 7000, "ignore_eos": True}
 LONG_PROMPT = 1000
-"""Tokens: prefilled for more than a second, and within the context together with the rest."""
+"""Tokens that take more than a second to prefill and still fit the context with the output."""
 LOOK_EVERY_S = 0.005
-"""Looking without a pause would take one of the two cores from the server."""
+"""Polling without a pause would take one of the two cores from the server."""
 
 
 class Phase(Enum):
-    """What a request does when it is ended."""
+    """What a request is doing when it is ended."""
 
     QUEUED = "waiting for a place"
     WANTING = "waiting for room for its adapter"
@@ -42,7 +42,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """Seconds from each end, as the caller knew it, to the look that showed nothing of it.
+    """Seconds from each end, as seen by the caller, to the first poll without a trace of it.
 
     Attributes:
         step_s: mean seconds of the slowest kind of step meanwhile.
@@ -68,7 +68,7 @@ async def measure(
     """End ``probes`` requests in ``phase``, one after another.
 
     Args:
-        names: two adapters, of which the device budget holds one.
+        names: two adapters, only one of which fits the device budget.
     """
     generator = random.Random(seed)
     async with _beside(server, phase, names[1]) as others:
@@ -88,7 +88,7 @@ async def measure(
 
 @asynccontextmanager
 async def _beside(server: Server, phase: Phase, name: str) -> AsyncIterator[int]:
-    """Streams that keep a request in its phase; gives how many."""
+    """Streams that keep a request in its phase; yields their number."""
     wanted = {Phase.QUEUED: [""] * 8, Phase.WANTING: [name]}.get(phase, [])
     async with AsyncExitStack() as stack:
         for adapter in wanted:
@@ -139,7 +139,7 @@ async def _probe(
 
 
 async def _free(server: Server, others: int, name: str) -> None:
-    """Wait until only the other streams are left: places, queue, leases, KV blocks."""
+    """Wait until only the other streams hold places, queue entries, leases and KV blocks."""
     while True:
         running, waiting, used = await _gauges(server)
         free = running == others and not waiting and (others or not used)
@@ -149,7 +149,7 @@ async def _free(server: Server, others: int, name: str) -> None:
 
 
 async def _gauges(server: Server) -> list[float]:
-    """Requests that run, requests that wait, share of the KV blocks in use."""
+    """Running requests, waiting requests, and share of KV blocks in use."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
     return [found[""] for found in await server.scrape(*(f"veneer_{name}" for name in names))]
 

@@ -1,8 +1,8 @@
 """A disk that is really full: the third part of row 5.
 
-``python -m tests.torture.full_disk FOLDER ADAPTERS LEAVES`` mounts a small tmpfs (in a mount
-namespace of its own, so that it ends with the process), fills it up to each of LEAVES bytes,
-publishes, makes room, and publishes again.
+``python -m tests.torture.full_disk FOLDER ADAPTERS LEAVES`` mounts a small tmpfs (in a private
+mount namespace, so that it ends with the process), fills it until each of LEAVES bytes are
+left, publishes, frees space, and publishes again.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ SIZE = 2 << 20
 
 
 def fill(folder: Path, leave: int) -> Path:
-    """Take all room but ``leave`` bytes."""
+    """Use up all space but ``leave`` bytes."""
     filler = folder / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - leave))
     return filler
 
 
 def whole(registry: Registry, name: str) -> str:
-    """The revision that ``name`` means, after reading all of it."""
+    """The current revision of ``name``, after reading all its content."""
     ref = registry.resolve(name)
     verify_weights(registry.weights_folder(ref), ref.weights_digest)
     return ref.revision
 
 
 def play(folder: Path, adapters: Path, leaves: list[int]) -> dict[str, Any]:
-    """Publish at each level; what went wrong, and the answers."""
+    """Publish at each level; returns failures and answers."""
     failures, answers = [], {"published": 0, "DiskFull": 0, "other": 0}
     data = folder / "data"
     registry = open_registry(data)

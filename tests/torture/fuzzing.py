@@ -1,9 +1,9 @@
-"""The program that row 2 starts: the parsers of strangers' bytes under a fuzzer.
+"""The program that row 2 starts: the parsers of untrusted bytes under a fuzzer.
 
-``python -m tests.torture.fuzzing --seconds 1200 --seed 7 WORK`` fuzzes by coverage where
+``python -m tests.torture.fuzzing --seconds 1200 --seed 7 WORK`` fuzzes guided by coverage if
 `atheris` is installed (it is not a dependency: ``pip install --target DIR atheris``, then
-``PYTHONPATH=DIR``), else (or with ``--engine seeded``) by seeded mutation. It ends with
-status 0 if nothing but documented refusals escaped; what escaped is in WORK otherwise.
+``PYTHONPATH=DIR``), else (or with ``--engine seeded``) by seeded mutation. The exit status is
+0 if only documented errors were raised; inputs that raised others are in WORK.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MOST_BYTES = 8192
 
 
 def has_atheris() -> bool:
-    """Whether fuzzing by coverage is possible here."""
+    """Whether coverage-guided fuzzing is possible here."""
     return importlib.util.find_spec("atheris") is not None
 
 
 def parsers() -> Target:
-    """A function that gives its bytes to the parser that the first byte picks.
+    """A function that passes its bytes to the parser selected by the first byte.
 
     Imports the product, so that the caller can have it instrumented.
     """
@@ -58,7 +58,7 @@ def parsers() -> Target:
         try:
             picked[data[0] % len(picked)](data[1:])
         except AdapterInvalid as refusal:
-            # A reason is a part of the contract, and it must fit a gRPC trailer.
+            # The error must fit a gRPC trailer, and its reason is part of the contract.
             said = json.dumps([refusal.message, refusal.metadata])
             if not refusal.metadata["why"] or len(said) >= 4000:
                 raise RuntimeError(f"a refusal without a usable reason: {said[:200]}") from None
@@ -67,7 +67,7 @@ def parsers() -> Target:
 
 
 def seeds() -> list[bytes]:
-    """Good inputs of each parser, so that the fuzzer starts behind the first checks."""
+    """Valid inputs for each parser, so that the fuzzer starts past the first checks."""
     header = {
         "__metadata__": {"format": "pt"},
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": {
@@ -103,12 +103,12 @@ def seeds() -> list[bytes]:
 
 
 def deep_bug(data: bytes) -> None:
-    """A planted bug behind three bytes, found only step by step.
+    """A planted bug behind three bytes, which can only be found step by step.
 
-    It stands in for the parsers, whose own coverage would lead the fuzzer elsewhere for
+    It replaces the parsers, whose coverage would lead the fuzzer elsewhere for
     longer than a quick run lasts.
     """
-    # One comparison a line: each is a branch of its own that coverage rewards.
+    # One comparison per line: each is a separate branch that coverage rewards.
     if len(data) > 3 and data[0] == 0x56:  # noqa: SIM102
         if data[1] == 0x65:  # noqa: SIM102
             if data[2] == 0xB7:
@@ -137,7 +137,7 @@ def by_coverage(seconds: int, seed: int, work: Path, *, planted: bool) -> None:
     flags = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=2", "-rss_limit_mb=1024"]
     flags += ["-print_final_stats=1", f"-artifact_prefix={work}/", str(corpus)]
     if planted:
-        # From nothing, so that only coverage can lead there.
+        # Without seeds, so that only coverage can lead there.
         target = atheris.instrument_func(deep_bug)
     else:
         for number, data in enumerate(seeds()):

@@ -1,7 +1,7 @@
-"""A history of uploads, replaces, aliases and deletes that tells what it was promised.
+"""A history of uploads, replaces, aliases and deletes that records what was acknowledged.
 
-``python -m tests.torture.history DATA ADAPTERS --seed 7`` is what row 4 records. Before
-each change it writes ``begin``, after it one JSON line: what must be found from now on.
+Row 4 records ``python -m tests.torture.history DATA ADAPTERS --seed 7``. It writes ``begin``
+before each change, and one JSON line after it: the state that must be found from then on.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 CONTENTS = 5
-"""Adapters of different content."""
+"""Number of adapters with different content."""
 
 BROKEN_OFF = "broken-off"
-"""The name, and the content, of an upload that a history never finishes."""
+"""Name and content of an upload that a history never finishes."""
 
 Promise = dict[str, list[str]]
-"""Name -> revisions that are kept, the current one first. ``name/alias`` -> what it means."""
+"""Name -> kept revisions, the current one first. ``name/alias`` -> its targets."""
 
 
 def make_contents(folder: Path) -> None:
@@ -50,12 +50,12 @@ def make_contents(folder: Path) -> None:
 
 
 def open_registry(data: Path) -> Registry:
-    """As histories and their judge open it."""
+    """Open the registry as histories and their judge do."""
     return Registry.open(data, BASE, retain_superseded=1)
 
 
 def say(word: str) -> None:
-    """One line on stdout in one system call, so that a trace shows when it was said."""
+    """Print one line in one system call, so that a trace shows when it was printed."""
     os.write(1, f"{word}\n".encode())
 
 
@@ -79,7 +79,7 @@ def resume(registry: Registry, name: str, folder: Path) -> str:
 
 
 class Teller:
-    """Makes random changes and keeps what each one promised."""
+    """Makes random changes and records what each one acknowledged."""
 
     def __init__(self, data: Path, adapters: Path, rng: random.Random) -> None:
         self.data = data
@@ -122,7 +122,7 @@ class Teller:
             self.publish(name, self.rng.randrange(CONTENTS))
 
     def play(self, steps: int) -> None:
-        """All changes, with restarts between."""
+        """Make all changes, with restarts in between."""
         say(json.dumps(self.promised))
         for number in range(steps):
             say("begin")
@@ -136,7 +136,7 @@ class Teller:
 
 @contextlib.contextmanager
 def no_fsync_of(kind: Any) -> Iterator[None]:
-    """A planted bug: `os.fsync` leaves out folders, or files."""
+    """A planted bug: `os.fsync` skips folders, or files."""
     real = os.fsync
 
     def fsync(fd: int) -> None:

@@ -1,8 +1,8 @@
-"""The whole server inside this process: real sockets, front and step loop, no child.
+"""The whole server inside this process: real sockets, front and step loop, no child process.
 
-The engine's loop runs on a thread in place of a process, behind the same client and the
-same encoding of messages. So thousands of requests a minute cross every part that keeps
-adapters apart, and a planted bug is a patched function.
+The engine's loop runs on a thread instead of a process, behind the same client and the
+same message encoding. So thousands of requests per minute pass through every part that keeps
+adapters apart, and a bug can be planted by patching a function.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class InProcess:
 
     @property
     def seen(self) -> Counter[str]:
-        """Messages of the engine so far, by type."""
+        """Number of the engine's messages so far, by type."""
         return self._client.seen
 
     async def end(self) -> None:
-        """Wait until nothing is in flight, end the step loop, and see that nothing is left.
+        """Wait until nothing is in flight, end the step loop, and check that nothing is left.
 
         Raises:
-            AssertionError: a block or hold is.
-            TimeoutError: something is in flight or leased for ever.
+            AssertionError: a block or hold is left.
+            TimeoutError: something stays in flight or leased.
         """
         async with asyncio.timeout(STOP_SECONDS):
             while self._client.in_flight or await self._leased():  # noqa: ASYNC110
@@ -86,7 +86,7 @@ class InProcess:
         self._client.thread.loop.check_integrity()
 
     async def _leased(self) -> bool:
-        """A current revision has a lease."""
+        """Whether a current revision has a lease."""
         if self.engine_error is not None:
             return False
         asked = adapters_pb2.ListAdaptersRequest(page_size=100)
@@ -95,8 +95,7 @@ class InProcess:
 
 
 class _EngineThread:
-    """Stands in for `Supervisor`: the same calls, but the loop is a thread and is not
-    started again when it ends."""
+    """Replaces `Supervisor`: the same calls, but the loop is a thread and is not restarted."""
 
     def __init__(
         self,
@@ -143,7 +142,7 @@ class _EngineThread:
         self._on_health(True)
 
     def settle(self) -> None:
-        """Wait until the loop sleeps in its inbox: it has been told to end."""
+        """Wait until the loop, which has been told to end, waits for messages."""
         assert self._thread is not None
         self._inbox.put(Stop())
         self._thread.join(STOP_SECONDS)
@@ -218,7 +217,7 @@ async def in_process(
     """
     transformers_logging.disable_progress_bar()
     for name in ("veneer_server", "veneer_registry"):
-        # No word on stderr of an engine that a planted bug ends: the caller is told.
+        # If a planted bug ends the engine, print nothing: the caller gets the error.
         logging.getLogger(name).addHandler(logging.NullHandler())
     port_file = folder / "ports.json"
     config = load_config(

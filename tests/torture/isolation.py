@@ -1,9 +1,9 @@
 """Judges a run of `tests.torture.churn`: did every answer come from its own weights?
 
 An answer must name a revision that its name may have had between the request's start and
-its first token, and its tokens must be those that this revision's weights give, by a
-reference that knows nothing of the server. What ended early is held to the same with
-what it got: to one of the revisions that it may have been given.
+its first token, and its tokens must be those of this revision's weights, by a reference
+that is independent of the server. The tokens of a request that ended early must be those of
+one of the revisions that it may have got.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from tests.torture.hash_backend import BASE, expected_tokens, identity_of_folder
 __all__ = ["Case", "HashReference", "Reference", "failures_of", "outcomes"]
 
 EXPLAINED = {"ADAPTER_IN_USE", "ADAPTER_PINNED", "ADAPTER_EVICTED", "ADAPTER_BUDGET_EXCEEDED"}
-"""What an operator's call may be told while others evict and pin."""
+"""Errors that an operator's call may get while others evict and pin."""
 EXPLAINED_MOVES = {"alias: ADAPTER_NOT_FOUND", "rollback: ADAPTER_NOT_FOUND"}
-"""The revision to go back to may be kept no longer."""
+"""The revision to go back to may no longer be kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Was this answer given by these weights (None is the base)?"""
+    """An answer and the weights that should have given it (None is the base)."""
 
     attempt: Attempt
     content: Content | None
 
 
 class Reference(Protocol):
-    """Knows what weights give."""
+    """Knows the right answers of weights."""
 
     def differences(self, cases: Sequence[Case]) -> list[str]:
-        """For each case how the answer differs; "" where it does not."""
+        """How each case's answer differs; "" if it does not."""
 
 
 class HashReference:
-    """Of `HashBackend`: tokens are equal or wrong."""
+    """Reference for `HashBackend`: tokens are either equal or wrong."""
 
     def differences(self, cases: Sequence[Case]) -> list[str]:
         identities: dict[str, bytes] = {"": BASE}
@@ -60,12 +60,12 @@ class HashReference:
 
 
 def outcomes(run: Churn) -> Counter[str]:
-    """Requests by what came of them."""
+    """Number of requests by outcome."""
     return Counter(attempt.outcome for attempt in run.attempts)
 
 
 def failures_of(run: Churn, reference: Reference) -> tuple[str, ...]:
-    """All that isolation forbids, a line each."""
+    """All violations of isolation, one line each."""
     found: list[str] = []
     cases: list[Case] = []
     choices: list[tuple[Attempt, range]] = []
@@ -118,7 +118,7 @@ def _revisions(run: Churn, attempt: Attempt) -> list[str]:
 
 
 def _wrong_claim(run: Churn, attempt: Attempt) -> str:
-    """What is wrong with an answer whatever its tokens are; "" if nothing is."""
+    """What is wrong with an answer apart from its tokens, or ""."""
     match attempt.outcome:
         case "finished":
             return _wrong_provenance(run, attempt)
@@ -159,7 +159,7 @@ def _was_aborted(run: Churn, attempt: Attempt) -> bool:
 
 
 def _operations(run: Churn) -> Iterator[str]:
-    """Refusals of operators' calls that nothing explains."""
+    """Unexplained refusals of operators' calls."""
     for kind, count in run.changes.items():
         reason = kind.partition(": ")[2]
         if reason and reason not in EXPLAINED and kind not in EXPLAINED_MOVES:

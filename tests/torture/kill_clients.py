@@ -1,5 +1,5 @@
-"""Clients of a front that is killed: each owns a name, changes it, and keeps a record of
-what was acknowledged and of what was under way. See row 3."""
+"""Clients of a front process that is killed: each owns a name, changes it, and records which
+changes were acknowledged and which were in flight. See row 3."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from tests.unit.server.rpc.front_harness import make_adapter
 __all__ = ["Client", "Content", "Killed", "make_contents"]
 
 CHUNK: Final = 6000
-"""Bytes a message: several to an adapter, so that a kill falls between them."""
+"""Bytes per message: an adapter takes several, so that kills can fall between them."""
 TIMEOUT_S: Final = 20.0
 ALIASES: Final = ("prod", "canary")
 DEAD: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Killed(Exception):
-    """The front is gone."""
+    """The front process has died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """An adapter to push: its files, and the digests that they must come to."""
+    """An adapter to push: its files and their expected digests."""
 
     files: dict[str, bytes]
     weights: str
@@ -49,7 +49,7 @@ class Content:
 
 
 def make_contents(folder: Path, seeds: list[int]) -> list[Content]:
-    """One for each seed, and one with the first's weights and a template."""
+    """One content per seed, and one with the first one's weights and a template."""
     made = []
     for number, seed in enumerate([*seeds, seeds[0]]):
         template = f"{{{{ messages }}}} {seed}" if number == len(seeds) else None
@@ -67,7 +67,7 @@ def make_contents(folder: Path, seeds: list[int]) -> list[Content]:
 
 @dataclass(slots=True)
 class Part:
-    """What is known of one upload: by file, the least and the most that may have arrived."""
+    """What is known about one upload: for each file, the fewest and most bytes received."""
 
     told: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -75,11 +75,11 @@ class Part:
 
 @dataclass(slots=True)
 class UnderWay:
-    """A call that was sent: what the name and the pins are after it.
+    """A call in flight: the name's state and the pins after it.
 
     Attributes:
-        states: all that may be found if it was cut short, what was before not included.
-        publishes: the content whose upload ends with it.
+        states: all states that may be found if it was interrupted, without the previous one.
+        publishes: the content whose upload it completes.
     """
 
     what: str
@@ -89,16 +89,16 @@ class UnderWay:
 
 
 class Client:
-    """One thread's. `work` runs until the front dies; `judge` looks at the next one.
+    """One thread's client. `work` runs until the front dies; `judge` checks the next front.
 
     Attributes:
         state, pins: what was acknowledged; pins are weights digests.
-        counts: calls by kind, acknowledged ones and kills in them.
-        pinning: it pins; then no other client has its contents.
+        counts: acknowledged calls by kind, and kills during calls.
+        pinning: whether it pins; then no other client has its contents.
     """
 
     whole: ClassVar[set[str]] = set()
-    """SHA-256 of each file that someone has sent whole."""
+    """SHA-256 of each file that a client has sent completely."""
 
     def __init__(
         self, name: str, contents: list[Content], rng: random.Random, *, pinning: bool
@@ -113,7 +113,7 @@ class Client:
         self.failures: list[str] = []
         self.counts: dict[str, int] = {}
         self.cut_short = -1
-        """The content whose publish the last kill cut short and undid."""
+        """The content whose publish the last kill interrupted and undid."""
         self._rng = rng
         self._stub: Any = None
         self._dead: Callable[[], bool] = lambda: True
@@ -125,7 +125,7 @@ class Client:
     # ---------------------------------------------------------------------- work
 
     def work(self) -> None:
-        """Change things until the front dies."""
+        """Make changes until the front dies."""
         try:
             while True:
                 self._change()
@@ -227,7 +227,7 @@ class Client:
         else:
             part.told.clear()
         messages = self._messages(content, offsets, resume)
-        # What is missing of a resumed one another client may publish meanwhile.
+        # Another client may publish the missing part of a resumed upload meanwhile.
         may_break_off = len(messages) > 2 and (self.pinning or not resume)
         if may_break_off and rng.random() < 0.35:
             self._break_off(messages[: rng.randrange(2, len(messages))], content)
@@ -240,7 +240,7 @@ class Client:
         if self.state.kept and old != content and (was := self.contents[old].weights) in pins:
             pins = pins - {was} | {self.contents[content].weights}
         if wide is self.state:
-            # Whether that has happened cannot be seen: its parts may be gone.
+            # We cannot know whether that has happened: its parts may be gone.
             part.told.clear()
         self._do(
             "resume" if resume else "upload",
@@ -277,8 +277,8 @@ class Client:
             yield message
 
     def _break_off(self, messages: list[pb.UploadAdapterRequest], content: int) -> None:
-        """Send a part, then end the stream or the call (not of one that begins anew: it may
-        begin, and empty the folder, after its end)."""
+        """Send a part, then end the stream or the call. (Not the call of a new upload, since
+        the server may begin it, and empty the folder, after its end.)"""
         self.under_way = UnderWay("broken upload", (), self.pins)
         left = threading.Event()
         cancel = messages[0].spec.resume and self._rng.random() < 0.5
@@ -290,7 +290,7 @@ class Client:
 
         call = self._stub.UploadAdapter.future(some(), timeout=TIMEOUT_S)
         if cancel:
-            time.sleep(self._rng.random() * 0.01)  # anything from nothing to all arrives
+            time.sleep(self._rng.random() * 0.01)  # anything from nothing to all may arrive
             call.cancel()
             left.set()
         error = call.exception() if not call.cancelled() else None
@@ -307,7 +307,7 @@ class Client:
         return spec
 
     def _committed(self, content: int) -> dict[str, int]:
-        """What GetUpload tells, compared with what it told and what was sent."""
+        """GetUpload's answer, checked against earlier answers and what was sent."""
         part, made = self.parts[content], self.contents[content]
         call = pb.GetUploadRequest(spec=self._spec_of(content))
         told = dict(self._call(self._stub.GetUpload, call).committed)
@@ -318,12 +318,12 @@ class Client:
                 self._fail(f"GetUpload: {at} bytes of {file}, before: {part.told[file]}{cut}")
             if at > sent and not (at == len(data) and made.sums[file] in self.whole):
                 self._fail(f"GetUpload: {at} bytes of {file}, sent: {sent}")
-            # Stored content is told as it is, and may be deleted.
+            # Stored content is reported as complete, and may be deleted.
             part.told[file] = 0 if self._stored(made.sums[file]) else at
         return told
 
     def _stored(self, sha256: str) -> bool:
-        """The server may have this file of a published adapter."""
+        """Whether the server may have this file from a published adapter."""
         if not self.pinning:
             return sha256 in self.whole
         return any(sha256 in self.contents[c].sums.values() for c in self.state.kept)
@@ -343,14 +343,14 @@ class Client:
         pins: frozenset[str] | None = None,
         publishes: int | None = None,
     ) -> None:
-        """Send a change and, once it is acknowledged, take it into the record."""
+        """Send a change and record it once it is acknowledged."""
         after = states[-1]
         wanted = self._held(after, self.pins if pins is None else pins)
         self.under_way = UnderWay(what, states, wanted, publishes)
         try:
             answer = self._call(rpc, call)
         except grpc.RpcError as error:
-            # What was stored when it was asked for was deleted meanwhile by another name.
+            # Content that was stored when queried has been deleted meanwhile by another name.
             lost = publishes is not None and not self.pinning
             if lost and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 self._acknowledged("incomplete by another's delete")
@@ -394,12 +394,12 @@ class Client:
     # ---------------------------------------------------------------------- judge
 
     def judge(self) -> None:
-        """What the new front says must be what was acknowledged, or that and what was under
-        way. From there `work` goes on.
+        """Check that the new front has what was acknowledged, with or without the call in
+        flight. `work` continues from there.
 
         Raises:
-            Killed: the front is gone already; the next one is to be judged.
-            LookupError: it says something else, so nothing more can be said of this name.
+            Killed: the front has died already; judge the next one.
+            LookupError: it has something else, so this name cannot be judged any more.
         """
         found, pins = self._found()
         under_way, self.under_way = self.under_way, None
@@ -411,7 +411,7 @@ class Client:
             raise LookupError(self.name)
         before = self._held(state, self.pins)
         after = self._held(state, under_way.pins) if under_way else before
-        # A replace and the pin that passes on are two steps: either may be missing.
+        # A replace and the transfer of its pin are two steps: either may be missing.
         if wrong := (before ^ pins) - (before ^ after):
             lost, left = (
                 sorted(w[:12] for w in each) for each in (before & wrong, wrong & pins)

@@ -1,10 +1,10 @@
 """A front process that is killed: the real `App` on real sockets and a real data folder,
 with a FAKE engine.
 
-``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, says
-``{"imported": seconds}`` and waits for a line ``POINT``: then it starts and says when it is
-ready. At the POINT-th thing that it does to the data folder (0 for none) it kills itself
-with SIGKILL, before or after that thing; whoever started it kills it at any other time.
+``python -m tests.torture.killed_front BASE CACHE DATA`` imports everything, prints
+``{"imported": seconds}`` and waits for a line ``POINT``. Then it starts and reports when it is
+ready. At the POINT-th operation on the data folder (0 for none) it kills itself with SIGKILL,
+before or after that operation; its parent kills it at any other time.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil
 
 
 class RestoringEngine(FakeEngine):
-    """FAKE, as `FakeEngine`; brings back what the last run had in memory, as the real
-    client does (which counts as held from the moment that it is expected)."""
+    """FAKE, like `FakeEngine`; restores the last run's residents, as the real client does
+    (which counts them as held as soon as they are expected)."""
 
     def resident_set(self) -> tuple[Resident, ...]:
         return super().resident_set() if self.starts else tuple(self.expected)
@@ -106,7 +106,8 @@ def die_at(point: int, data: Path) -> None:
 
 
 def _commit_later() -> None:
-    """A change is acknowledged when its statements ran; the next one commits it."""
+    """A planted bug: a change is acknowledged when its statements have run, and only the next
+    change commits it."""
     right = Catalog.__init__
 
     def made(self: Catalog, path: Path, **options: Any) -> None:
@@ -130,7 +131,7 @@ def _commit_later() -> None:
 
 
 def _empty_uploads() -> None:
-    """What arrived of uploads is taken for rubbish at start."""
+    """A planted bug: a start removes interrupted uploads."""
     right = Store.__init__
 
     def made(self: Store, root: Path) -> None:
@@ -141,7 +142,7 @@ def _empty_uploads() -> None:
 
 
 def _pins_later() -> None:
-    """What is pinned is written down at the end of a run alone."""
+    """A planted bug: pins are recorded only at the end of a run."""
 
     async def kept(self: Housekeeping) -> None:
         return None

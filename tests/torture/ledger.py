@@ -1,8 +1,8 @@
-"""What a registered name must be after each change: a model in plain Python, for rows 3
-and 7.
+"""The expected state of a registered name after each change: a model in plain Python, for rows
+3 and 7.
 
-Nothing of the registry is used here. A content is a number; `Name` says which contents a
-name keeps and what its aliases mean.
+It uses nothing of the registry. A content is a number; `Name` tracks which contents a name
+keeps and what its aliases point to.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 __all__ = ["Alias", "Name", "View"]
 
 View = Mapping[str, Any]
-"""What a caller can see of a name: kept contents, newest first; the current one; labels by
-content; targets by alias; retention."""
+"""A caller's view of a name: kept contents, newest first; the current one; labels by content;
+targets by alias; retention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Name:
 
     Attributes:
         kept: contents, newest first.
-        default_retain: what the server was started with.
+        default_retain: the server's setting.
     """
 
     default_retain: int
@@ -58,7 +58,7 @@ class Name:
         return Name(self.default_retain)
 
     def publish(self, content: int, labels: Mapping[str, str]) -> Name:
-        """Before superseded revisions are dropped."""
+        """The state after a publish, before superseded revisions are dropped."""
         if self.kept and self.current == content:
             return self
         return replace(
@@ -69,7 +69,8 @@ class Name:
         )
 
     def trimmed(self) -> Name:
-        """Without superseded ones past the retention that no alias means or meant."""
+        """Without superseded contents beyond the retention that are in no alias, present or
+        previous."""
         retain = self.default_retain if self.retain is None else self.retain
         safe = {c for a in self.aliases.values() for c, _ in (*a.targets, *a.previous)}
         superseded = [c for c in self.kept if c != self.current]
@@ -77,7 +78,7 @@ class Name:
         return self._without(dropped)
 
     def retaining(self, retain: int) -> Name:
-        """With another retention, which drops what is past it."""
+        """With another retention, dropping what is beyond it."""
         return replace(self, retain=retain).trimmed()
 
     def made_current(self, content: int) -> Name:
@@ -91,7 +92,8 @@ class Name:
         )
 
     def delete(self, content: int) -> Name:
-        """One that is neither current nor what an alias means; or the last."""
+        """Without a content that is neither current nor a target of an alias, or is the
+        last."""
         if self.kept == (content,):
             return self.forgotten()
         aliases = {

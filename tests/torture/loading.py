@@ -1,4 +1,4 @@
-"""A load in this process, as a loader process does it: for faults that must be injected."""
+"""A load in this process instead of a loader process, so that faults can be injected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["load_here"]
 def load_here(
     source: AdapterSource, shapes: Mapping[Any, tuple[int, int]], layers: int
 ) -> HostCopy:
-    """The copy in float32. Raises as `read_run`."""
+    """Load the copy in float32. Raises as `read_run`."""
     memory, adapted = bytearray(), list[LoraModule]()
 
     def begin(modules: Sequence[LoraModule], size: int) -> memoryview:

@@ -1,8 +1,8 @@
-"""What adapter memory must be: a model of `Residency` that carries out what it decides and
-judges each decision. For row 7.
+"""The expected adapter memory: a model that carries out the decisions of `Residency` and judges
+each of them. For row 7.
 
-It knows which requests wait and run, what was pinned, and which copies it was told to
-make and to drop; nothing of how residency ranks them.
+It knows which requests wait and run, what is pinned, and which copies it had to make and drop,
+but nothing about how residency ranks them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from veneer_server.wire.messages import AdapterSource
 __all__ = ["Memory", "Request"]
 
 ROUNDS: Final = 4
-"""Plannings after which the oldest waiting request has its adapter when nothing is held, and
-as many for each activation that is before it."""
+"""Plannings after which the oldest waiting request has its adapter if nothing is held, plus the
+same number for each activation before it."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One that waits or runs. `end` is called once, when it has ended."""
+    """A waiting or running request. `end` is called once, at its end."""
 
     digest: str
     end: Callable[[], None]
@@ -36,7 +36,7 @@ class Request:
 
 
 class Memory:
-    """See the module. Sizes are bytes; a number takes one."""
+    """See the module docstring. Sizes are bytes; a number takes one byte."""
 
     def __init__(self, host: int, device: int, *, shared: bool) -> None:
         self.residency = Residency(host, device, itemsize=1, shared=shared)
@@ -48,14 +48,15 @@ class Memory:
         self.requests: list[Request] = []
         self.pins: dict[str, str] = {}
         self.wanted: dict[str, str] = {}
-        """Activations that are not carried out yet, oldest first."""
+        """Pending activations, oldest first."""
         self.draining: set[str] = set()
-        """Evicted while requests ran on it; none may start on it before it is gone."""
+        """Adapters evicted while requests ran on them; no request may start until they are
+        gone."""
         self.forgotten: set[str] = set()
-        """Evicted since no name has it any more; it is gone when its last request is."""
+        """Evicted because no name has them any more; gone with their last request."""
         self.most: dict[str, int] = {}
         self.blocked: tuple[str, int] | None = None
-        """Which want found no room, in so many plannings one after another."""
+        """The want that found no space, and for how many consecutive plannings."""
         self.seen: Counter[str] = Counter()
 
     # ----------------------------------------------------------------- what it holds
@@ -93,7 +94,7 @@ class Memory:
     # --------------------------------------------------------------------- requests
 
     def ask(self, source: AdapterSource, end: Callable[[], None]) -> Request | None:
-        """A request; None where it can never fit."""
+        """Submit a request; None if its adapter can never fit."""
         digest, size = source.weights_digest, source.parameters
         if any(size > self.budget(tier) for tier in TIERS):
             with pytest.raises(AdapterBudgetExceeded):
@@ -108,7 +109,7 @@ class Memory:
         return request
 
     def start(self, request: Request) -> bool:
-        """It is scheduled, if its adapter is there."""
+        """Schedule a request, if its adapter is there."""
         there = (request.digest, "device") in self.there
         got = self.residency.try_hold(request.digest)
         if there and not got:
@@ -121,7 +122,7 @@ class Memory:
         return got
 
     def finish(self, request: Request) -> None:
-        """It has ended: by itself, cancelled or failed."""
+        """End a request: finished, cancelled or failed."""
         self.requests.remove(request)
         if request.running:
             self.residency.unhold(request.digest)
@@ -132,7 +133,7 @@ class Memory:
     # ------------------------------------------------------------------------ plans
 
     def plan(self, near: int | None = None) -> None:
-        """One planning, judged and carried out."""
+        """Judge and carry out one planning."""
         wants = list(dict.fromkeys([*self.wanted, *self.waiting()]))
         overdue = self.blocked[0] if self.blocked and self.blocked[1] > 2 else None
         overdue = overdue if overdue in wants else None
@@ -152,7 +153,7 @@ class Memory:
             self.seen["impossible"] += 1
 
     def _check_order(self, plan: Plan, wants: list[str], overdue: str | None) -> None:
-        """What waits loses its copy only to what is before it."""
+        """Check that a waiting request loses its copy only to requests before it."""
         for drops, action in _with_drops(plan.actions):
             digest = (
                 action.source.weights_digest
@@ -165,7 +166,7 @@ class Memory:
                 assert drop.weights_digest != digest, f"{digest[:12]} evicts itself"
                 if drop.weights_digest in wants:
                     later = wants.index(drop.weights_digest) > place
-                    # One that has its DEVICE copy does not need the one in HOST.
+                    # An adapter with a DEVICE copy does not need its HOST copy.
                     own = drop.tier == "host" and (drop.weights_digest, "device") in self.there
                     assert later or own, f"{drop.weights_digest[:12]} is evicted for a younger"
             if overdue is not None and plan.blocked == overdue:
@@ -182,7 +183,7 @@ class Memory:
         assert never, f"{digest[:12]} is given up, but would fit"
 
     def _check_lowered(self) -> None:
-        """What is past a budget that was lowered is in use."""
+        """Check that copies beyond a lowered budget are in use."""
         for tier in TIERS:
             self.most[tier] = self.used(tier)
             if self.most[tier] <= self.budget(tier):
@@ -234,7 +235,7 @@ class Memory:
         self._drained(digest)
 
     def fail(self, digest: str) -> None:
-        """It cannot be brought: all that waits for it ends."""
+        """Fail a load: everything that waits for it ends."""
         if (digest, "device") not in self.there:
             self.end_all(digest)
         self.coming = [(d, t) for d, t in self.coming if d != digest]
@@ -252,7 +253,7 @@ class Memory:
     # --------------------------------------------------------------------- operators
 
     def activate(self, source: AdapterSource, tier: MemoryTier, *, pin: bool) -> bool:
-        """False where it was refused, which must be so where it cannot fit."""
+        """Activate; False if it was refused, as it must be if it cannot fit."""
         digest, size = source.weights_digest, source.parameters
         refused = any(size > self.budget(each) for each in TIERS)
         if pin:
@@ -275,7 +276,7 @@ class Memory:
         return True
 
     def evict(self, digest: str, mode: str, *, unpin: bool) -> None:
-        """As the engine's loop does it; refused where it must be."""
+        """Evict as the engine's loop does; checks that it is refused if it must be."""
         if mode == "abort":
             self.end_all(digest)
         refused: type[Exception] | None = None
@@ -324,7 +325,7 @@ class Memory:
         return next((tier for tier in TIERS if (digest, tier) in self.there), "disk")
 
     def _drained(self, digest: str) -> None:
-        """Call it when something that an eviction waits for has ended."""
+        """Must be called when something that an eviction waits for has ended."""
         if self._is_coming(digest):
             return
         if digest in self.draining and not self.held(digest):
@@ -336,7 +337,7 @@ class Memory:
             assert self._tier(digest) == "disk", f"{digest[:12]} should have been forgotten"
 
     def check(self) -> None:
-        """What residency says is what it was told and what it told."""
+        """Check that residency's state matches all calls and actions so far."""
         residency = self.residency
         running = [r.digest for r in self.requests if r.running]
         integrity.run(residency.integrity(running, [r.digest for r in self.requests]))
@@ -351,8 +352,8 @@ class Memory:
             assert residency.budget(tier) == self.budgets[tier]
 
     def settle(self) -> None:
-        """Nothing goes wrong and nothing new comes: every request gets its adapter, every
-        activation is carried out, every budget is kept."""
+        """Without failures and new requests, check that every request gets its adapter, every
+        activation is carried out, and every budget is met."""
         for request in [r for r in self.requests if r.running]:
             self.finish(request)
         while self.requests:
@@ -379,7 +380,7 @@ class Memory:
 
 
 def _with_drops(actions: Iterable[Action]) -> Iterator[tuple[list[Drop], Action]]:
-    """Each load and move with what is evicted for it."""
+    """Each load and move with the evictions for it."""
     drops: list[Drop] = []
     for action in actions:
         if not isinstance(action, Drop):

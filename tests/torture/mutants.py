@@ -1,7 +1,7 @@
 """The program that row 1 starts: damaged adapters pushed through a real registry.
 
-``python -m tests.torture.mutants WORK --count 10000 --seed 7`` prints one JSON object. A
-process of its own, so that a crash is seen and its memory is what these adapters cost.
+``python -m tests.torture.mutants WORK --count 10000 --seed 7`` prints one JSON object. It is a
+separate process, so that a crash is detected and its memory shows what these adapters cost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["LIMIT", "PLANTED"]
 LIMIT = 32 << 20
 """`max_adapter_bytes` of the registry here."""
 ALLOWED = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
-"""Answers that say what is wrong with an adapter: itself, its base, its size."""
+"""Codes for an error in the adapter, a wrong base, or its size."""
 
 
 def mutant(seeds: list[Files], rng: random.Random) -> Files:
@@ -66,7 +66,7 @@ def _structural(name: str, data: bytes, rng: random.Random) -> bytes:
 
 
 def objection(files: Files) -> str:
-    """Why these files should not have been accepted, by other code than the registry's."""
+    """Why these files should not have been accepted, by code independent of the registry."""
     config = json.loads(files[CONFIG], object_pairs_hook=_no_duplicates)
     header = files[WEIGHTS][8 : 8 + int.from_bytes(files[WEIGHTS][:8], "little")]
     json.loads(header, object_pairs_hook=_no_duplicates)
@@ -114,8 +114,8 @@ class Judge:
         self.worst = 0.0
 
     def push(self, files: Files, what: str, *, publish: bool) -> None:
-        """Push one; everything but an acceptance or a documented refusal is a failure."""
-        # CPU time: how busy the machine is is not the adapter's doing.
+        """Push an adapter; anything but acceptance or a documented error is a failure."""
+        # CPU time, so that the machine's load does not matter.
         began = time.process_time()
         try:
             upload = self.registry.begin_upload(announce("mutant", files, allow_replace=True))
@@ -154,7 +154,7 @@ class Judge:
 
 
 def torture(work: Path, count: int, seed: int, *, with_bombs: bool) -> dict[str, Any]:
-    """Push ``count`` mutants and the bombs; what came of it, as JSON."""
+    """Push ``count`` mutants and the bombs; returns the results for JSON."""
     rng = random.Random(seed)
     seeds = crafted()
     large = bombs(seeds[0], ADAPTER_LIMITS.header_bytes) if with_bombs else {}
@@ -168,7 +168,7 @@ def torture(work: Path, count: int, seed: int, *, with_bombs: bool) -> dict[str,
             judge.push(mutant(seeds, rng), f"mutant {number}", publish=number % 20 == 0)
         growth["mutants"] = resident("VmHWM:") - before
         for name, files in large.items():
-            # Makes the kernel forget the greatest size so far.
+            # Resets the kernel's peak memory counter.
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS:")
             judge.push(files, name, publish=False)
@@ -203,7 +203,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def no_number_check() -> Any:
-    """NaN and infinity pass."""
+    """A planted bug: NaN and infinity are accepted."""
     from veneer_registry import weights
 
     return replaced(weights, "find_problem", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Seeded damage to bytes and to JSON values: what rows 1 and 2 feed the parsers with."""
+"""Seeded damage to bytes and JSON values, which rows 1 and 2 feed to the parsers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENS = (
     *(b"{{{{", b"[" * 3000, b'{"a":' * 300, b'"r":', b'"lora_alpha":', b'"rank_pattern":'),
     *(b'"data_offsets":', b'"shape":', b'"dtype":', b'"BF16"', b'"__metadata__":{}'),
 )
-"""Pieces that mean something to a JSON parser, or to what reads the result."""
+"""Pieces with a meaning to a JSON parser, or to the reader of its result."""
 
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 4096, 4097, 1 << 31, 1 << 62, 1 << 64, 10**400),
@@ -22,7 +22,7 @@ STRANGE: tuple[Any, ...] = (
     *("x" * 5000, [], {}, [[]], {"": {}}, ["q_proj"], [1, -1], [0, 1 << 60], {"q_proj": 3}),
     *("LORA", "IA3", "CAUSAL_LM", "none", "all", "I8", "F64", "F16", "BF16", "F32"),
 )
-"""Values that a field may not expect."""
+"""Unexpected values for a field."""
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:

@@ -1,9 +1,8 @@
 """Out of memory while an adapter loads: the second part of row 5.
 
-First what a loader process does alone: each call that it makes into C, where memory is
-taken, fails once with `MemoryError`. Then the whole engine: each allocation of the worker
-that takes over what the loader made fails once, while the base and another adapter are
-served in the same batch.
+First a loader process alone: each of its calls into C that allocate memory fails once with
+`MemoryError`. Then the whole engine: each allocation of the worker that takes over the
+loader's result fails once, while the base and another adapter are served in the same batch.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ __all__ = ["control", "torture"]
 
 Load = Callable[[AdapterSource], HostCopy]
 WORKERS = ("adapter-load", "adapter-map")
-"""How the engine's threads that load are called."""
+"""Names of the engine's loading threads."""
 GIVE_BACK = ("close", "__exit__", "release", "seek", "fileno", "len", "setprofile")
-"""Calls that take no memory, and the one that ends the fault."""
+"""Calls that allocate no memory, and the one that ends the fault."""
 
 
 def load_copy(wanted: AdapterSource) -> HostCopy:
@@ -49,7 +48,8 @@ def load_copy(wanted: AdapterSource) -> HostCopy:
 
 
 def with_fault(load: Load, wanted: AdapterSource, number: int) -> tuple[HostCopy | None, int]:
-    """Load with the ``number``-th C call failing (0: none): the copy or None, calls made."""
+    """Load with the ``number``-th C call failing (0: none); returns the copy, or None, and the
+    number of calls."""
     seen = 0
 
     def fail(frame: FrameType, event: str, argument: Any) -> None:
@@ -65,7 +65,7 @@ def with_fault(load: Load, wanted: AdapterSource, number: int) -> tuple[HostCopy
     except MemoryError:
         copy = None
     except RuntimeError as error:
-        # What `threading` makes of a MemoryError while it waits for a thread to start.
+        # How `threading` reports a MemoryError while it waits for a thread to start.
         if "release unlocked lock" not in str(error):
             raise
         copy = None
@@ -114,7 +114,7 @@ class Scarcity:
             self.left, self.struck = number, False
 
     def take(self) -> None:
-        """Called before each allocation."""
+        """Must be called before each allocation."""
         if not threading.current_thread().name.startswith(WORKERS):
             return
         with self._lock:
@@ -125,7 +125,7 @@ class Scarcity:
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """Everything that a load allocates with goes through `take`."""
+        """Patch all functions that a load allocates with to call `take`."""
         places: list[tuple[Any, str]] = [(pages, "_map"), (torch, "frombuffer")]
         places += [(socket, "recv_fds"), (msgspec.msgpack, "decode")]
         real = [getattr(module, name) for module, name in places]
@@ -146,13 +146,13 @@ class Scarcity:
 
 
 def torture_engine(work: Path, most: int) -> Outcome:
-    """One allocation after the other fails, each for an adapter that was never loaded."""
+    """Let each allocation fail in turn, each time for an adapter that was never loaded."""
     good = source(make_lora(work / "good", seed=1))
     mates = [ask(1), ask(2, adapter=good)]
     failures: list[str] = []
     answers: Counter[str] = Counter()
     scarcity = Scarcity()
-    # Each failed load is logged with its trace, as it should be; not here.
+    # Each failed load is rightly logged with its traceback, which we do not want here.
     logging.disable(logging.CRITICAL)
     with tiny_engine(work) as harness, scarcity.patched():
         expected = [answer.tokens for answer in harness.run(mates)]
@@ -207,7 +207,7 @@ def torture(scale: Scale) -> Outcome:
 
 
 def control(scale: Scale) -> Control:
-    """A load that goes on with what memory it got."""
+    """A planted bug: a load that continues after a failed allocation."""
 
     def careless(wanted: AdapterSource) -> HostCopy:
         try:

@@ -1,8 +1,8 @@
-"""The smallest owner of a data folder, for row 8.
+"""The simplest owner of a data folder, for row 8.
 
-``python -m tests.torture.owners DATA`` prints ``ready``, reads a moment of CLOCK_MONOTONIC
-from its input, tries to take the folder at that moment, prints one JSON line, and keeps what
-it took until its input ends.
+``python -m tests.torture.owners DATA`` prints ``ready``, reads a CLOCK_MONOTONIC time from its
+input, tries to lock the folder at that time, prints one JSON line, and keeps the lock until
+its input ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shared_lock() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_by_file() -> Iterator[None]:
-    """A planted bug: who makes a file owns the folder, and a killed owner leaves it."""
+    """A planted bug: whoever creates a file owns the folder, and a killed owner leaves it."""
     real = fcntl.flock
 
     def flock(fd: int, _: int) -> None:

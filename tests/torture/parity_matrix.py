@@ -1,4 +1,4 @@
-"""Sixteen adapters of every kind by PEFT itself, and prompts to ask each of them."""
+"""Sixteen adapters of every kind, made by PEFT itself, and prompts for each of them."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Matrix:
 
     @property
     def size(self) -> str:
-        """For a table's cell."""
+        """The size as text for a table's cell."""
         return (
             f"{len(self.prompts)} prompts x {len(self.folders) + 1} = {len(self.pairs):,} pairs"
         )
 
 
 def _configs() -> dict[str, LoraConfig]:
-    """Fifteen adapters; with the base sixteen."""
+    """Fifteen adapters; sixteen with the base."""
     more: dict[str, dict[str, Any]] = {
         "rank-2": {"r": 2, "lora_alpha": 3},
         "rank-32": {"r": 32},
@@ -61,7 +61,7 @@ def _configs() -> dict[str, LoraConfig]:
 
 
 def _make(model: Any, folder: Path, *, strength: float, seed: int) -> dict[str, Path]:
-    """Saved by PEFT itself, with random A and B."""
+    """Adapters saved by PEFT itself, with random A and B."""
     folders = {}
     for index, (name, config) in enumerate(_configs().items()):
         torch.manual_seed(seed + index)

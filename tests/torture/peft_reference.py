@@ -1,4 +1,4 @@
-"""PEFT, one adapter at a time in float32, as the judge of answers that a server gave."""
+"""PEFT, one adapter at a time in float32, as the reference for a server's answers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.torture.isolation import Case
 __all__ = ["BOUND", "MARGIN", "PeftReference", "each_adapter", "teacher_forced"]
 
 BOUND = 1e-4
-"""Of a log-probability (natural logarithm), float32 on both sides: what is left is the
-order of sums."""
+"""Bound on the difference of a log-probability (natural logarithm), with float32 on both sides:
+only the order of sums differs."""
 MARGIN = 1e-3
-"""Of the two likeliest tokens: where they are nearer, rounding may choose either."""
+"""If the two likeliest tokens are nearer than this, rounding may choose either."""
 
 
 class PeftReference:
     """Implements `isolation.Reference` for float32.
 
     Attributes:
-        worst: largest difference of a log-probability among the answers that held.
+        worst: largest difference of a log-probability among the accepted answers.
         near_ties: greedy tokens where the two likeliest were nearer than `MARGIN`.
     """
 
@@ -67,7 +67,7 @@ class PeftReference:
         if not apart <= BOUND:
             return f"a log-probability differs by {apart:.1e}, more than {BOUND:.0e}"
         if not attempt.temperature:
-            # The likeliest one, or one that is as likely within the margin.
+            # The likeliest token, or one within the margin.
             behind = rows.max(dim=1).values - right
             if float(behind.max()) > MARGIN:
                 return f"token {int(behind.argmax())} is not the likeliest"
@@ -81,7 +81,7 @@ class PeftReference:
 def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]:
     """Log-probabilities [tokens, vocabulary] after each token of each text.
 
-    Texts are padded at their ends, which no earlier place sees.
+    Texts are padded at their ends, which earlier positions do not attend to.
     """
     width = max(map(len, texts))
     padded = torch.zeros(len(texts), width, dtype=torch.int64)
@@ -97,7 +97,7 @@ def teacher_forced(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]
 
 
 def each_adapter(model: Any, folders: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
-    """The model bare, under "", then with one adapter at a time."""
+    """The bare model, under "", then with one adapter at a time."""
     yield "", model.eval()
     double = model.dtype is torch.float64
     for name, folder in folders.items():

@@ -1,7 +1,7 @@
 """Planted bugs that mix up adapters, as context managers that patch the product.
 
-`PLANTED` names them. They are used in this process, or in a server's own engine process
-by ``python -m tests.torture.planted_server``.
+`PLANTED` lists them. They are used in this process, or in a server's engine process by
+``python -m tests.torture.planted_server``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def _name(source: AdapterSource) -> str:
 
 @contextmanager
 def _tables_by_name() -> Iterator[None]:
-    """Memory asks for names: what a name had first is what it gets."""
+    """Memory is keyed by name, so a name keeps its first weights."""
     with _at_admission(lambda tables, mine, new: tables[mine[0]] if mine else new):
         yield
 
 
 @contextmanager
 def _replace_under_running() -> Iterator[None]:
-    """A replaced name's new table takes the place of the old one, also where it runs."""
+    """A replaced name's new table replaces the old one, even for running sequences."""
 
     def put(tables: dict[str, AdapterTable], mine: list[str], new: AdapterTable) -> Any:
         tables.update(dict.fromkeys(mine, new))
@@ -67,8 +67,8 @@ def _replace_under_running() -> Iterator[None]:
 def _at_admission(
     choose: Callable[[dict[str, AdapterTable], list[str], AdapterTable], AdapterTable],
 ) -> Iterator[None]:
-    """``choose`` says which table a digest gets, of all tables, the digests of other
-    revisions of the same name that are there, and the new table."""
+    """``choose`` picks the table for a digest, from all tables, the present digests of other
+    revisions of the same name, and the new table."""
     names: dict[str, str] = {}
     load, admit = LoraMemory.load, LoraMemory.admit
 
@@ -92,7 +92,7 @@ def _at_admission(
 
 @contextmanager
 def _recycled_memory() -> Iterator[None]:
-    """A table's numbers are written over once it leaves DEVICE, though HOST shares them."""
+    """A table's numbers are overwritten once it leaves DEVICE, although HOST shares them."""
     spare: dict[int, torch.Tensor] = {}
     drop, read = LoraMemory.drop, Loaders.read
 
@@ -118,7 +118,7 @@ def _recycled_memory() -> Iterator[None]:
 
 
 def _segments_shifted() -> AbstractContextManager[None]:
-    """Where a step has several adapters, each gets the next one's table."""
+    """In a step with several adapters, each gets the next one's table."""
     return planted(
         model_runner,
         "    return tuple(segments)\n",
@@ -135,7 +135,7 @@ def _prefixes_without_weights() -> AbstractContextManager[None]:
 
 @contextmanager
 def _holds_ignored() -> Iterator[None]:
-    """A hold is given back at once, so that room is made of what running sequences use."""
+    """A hold is released at once, so that adapters of running sequences can be evicted."""
     hold, unhold = Residency.try_hold, Residency.unhold
 
     def holding(self: Residency, digest: str) -> bool:
@@ -176,7 +176,7 @@ def _late_name() -> Iterator[None]:
 
 @contextmanager
 def _alias_unread() -> Iterator[None]:
-    """An alias means what its name means."""
+    """An alias resolves to its name's current revision."""
     with patch.object(index, "by_alias", lambda name, entry, alias, key: entry.current):
         yield
 
@@ -201,7 +201,7 @@ def one_adapter_scaled(digest: str, factor: float) -> Iterator[None]:
 
 
 def two_exchanged(one: str, other: str) -> AbstractContextManager[None]:
-    """The runner takes the one adapter's table for the other, and the other way round."""
+    """The runner swaps the tables of two adapters."""
     turned = {one: other, other: one}
     digest = "sequence.digest"
     return planted(
@@ -212,7 +212,7 @@ def two_exchanged(one: str, other: str) -> AbstractContextManager[None]:
 
 
 def prefixes_by_name() -> AbstractContextManager[None]:
-    """The prefix cache's keys hold the adapter's name in place of its weights."""
+    """The prefix cache's keys contain the adapter's name instead of its weights."""
     name = 'sequence.adapter.name.partition("@")[0] if sequence.adapter else None'
     return planted(block_manager, "digest=sequence.digest,", f"digest={name},")
 
@@ -238,9 +238,9 @@ class Planted:
     """A bug.
 
     Attributes:
-        engine: it is in the engine process, not in the front.
-        tight: it shows where memory is short; the others where old and new tables of a
-            name are there together.
+        engine: whether it is in the engine process, not in the front.
+        tight: it shows only if memory is scarce; the others show if old and new tables of a
+            name are resident together.
     """
 
     bug: Callable[[], AbstractContextManager[None]]

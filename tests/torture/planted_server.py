@@ -1,7 +1,7 @@
-"""A real server whose engine process has a planted bug: the command line of
-``veneer-server``, another process underneath.
+"""A real server whose engine process has a planted bug, with the command line of
+``veneer-server``.
 
-`planted_server` puts it in the place of ``veneer-server`` for `running_server`.
+`planted_server` makes `running_server` start it instead of ``veneer-server``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def planted_server(planted: str, folder: Path) -> Iterator[None]:
     """While the block runs, `running_server` starts servers with a bug of `PLANTED`.
 
     Args:
-        folder: for the command that stands in for ``veneer-server``.
+        folder: for the command that replaces ``veneer-server``.
     """
     command = folder / "veneer-server"
     command.write_text(
@@ -43,7 +43,7 @@ def planted_server(planted: str, folder: Path) -> Iterator[None]:
 
 
 def _front(planted: str) -> None:
-    """The front process: as it is, but the engine that it starts is `_engine`."""
+    """The unmodified front process, except that the engine it starts is `_engine`."""
     from veneer_server.__main__ import main
 
     with engine_of("tests.torture.planted_server", planted):

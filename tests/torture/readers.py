@@ -1,8 +1,8 @@
-"""Callers that ask for streams and never read them, beside one that does.
+"""Callers that start streams and never read them, beside one that does.
 
-``python -m tests.torture.readers --count 200`` runs the full form against a server of
-its own and prints memory a stream, the healthy stream's p99 beside them and alone, and
-when they were closed; a quick form is in ``tests/integration``.
+``python -m tests.torture.readers --count 200`` runs the full form against a new server and
+prints the memory per stream, the healthy stream's p99 beside them and alone, and when they
+were closed; a quick form is in ``tests/integration``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALL_WINDOW = [
 
 @asynccontextmanager
 async def streams(server: Server, count: int, *, new_tokens: int) -> AsyncIterator[list[Any]]:
-    """Calls on a connection of their own that nobody reads; cancelled at the end."""
+    """Calls on a separate connection that nobody reads; cancelled at the end."""
     async with grpc.aio.insecure_channel(server.address, SMALL_WINDOW) as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         asked = request(
@@ -51,14 +51,14 @@ async def streams(server: Server, count: int, *, new_tokens: int) -> AsyncIterat
 
 
 async def closed(server: Server) -> float:
-    """How many calls the server has ended since nobody took what they said."""
+    """How many calls the server has ended because nobody read them."""
     return (await server.metric("veneer_request_failures_total")).get('reason="ABORTED"', 0)
 
 
 async def gaps(server: Server, new_tokens: int) -> list[float]:
-    """Seconds between the messages of one stream that is read as it comes, all tokens read.
+    """Seconds between the messages of one stream that is read without delay to its end.
 
-    A message has one token, or more where the front was late: fewer gaps then.
+    A message has one token, or more if the front was late; then there are fewer gaps.
     """
     stopping = {"max_tokens": new_tokens, "ignore_eos": True}
     times, tokens = [], 0
@@ -79,10 +79,10 @@ def _p99(values: list[float]) -> float:
 
 
 async def _computed(server: Server) -> None:
-    """Wait until the engine has nothing to do: what is not read yet is in the front."""
+    """Wait until the engine is idle; unread output is then in the front."""
     names = ("num_requests_running", "num_requests_waiting")
     while any([(await server.metric(f"veneer_{name}"))[""] for name in names]):
-        pass  # each scrape takes a while; the server goes on between two of them
+        pass  # each scrape takes a while, so the server can work between two of them
 
 
 async def _main(count: int, limit: float, cache: Path) -> None:

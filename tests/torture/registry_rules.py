@@ -1,8 +1,8 @@
-"""Any history of a registry: publish and resume, aliases, retention, leases, quarantine,
-restarts, against `ledger.Name` and a list of what must lie on disk. For row 7.
+"""Random histories of a registry: publish and resume, aliases, retention, leases, quarantine,
+restarts, checked against `ledger.Name` and a list of what must be on disk. For row 7.
 
-Contents are numbers; each is a bundle of files, made once. Names and contents are few, so
-that histories meet.
+Contents are numbers, each for a bundle of files that is made once. Names and contents are few,
+so that operations interact.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = ["CONTENTS", "NAMES", "RegistryRules", "contents"]
 
 RETAIN: Final = 1
 WEIGHTS: Final = 5
-"""Contents of different weights; two more have the weights of the first two, and a
+"""Contents with different weights; two more have the weights of the first two and a
 template."""
 CONTENTS = st.integers(0, WEIGHTS + 1)
 NAMES = st.sampled_from(["a", "b"])
@@ -71,7 +71,7 @@ SOMETIMES = st.integers(0, 7).map(lambda number: number == 7)
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A bundle, and the digests that it must come to; `parameters` is its size in memory."""
+    """A bundle and its expected digests; `parameters` is its size in memory."""
 
     files: Mapping[str, bytes]
     sums: Mapping[str, str]
@@ -82,7 +82,7 @@ class Content:
 
 @cache
 def contents() -> tuple[Content, ...]:
-    """All of them; ranks differ, so that sizes in memory do."""
+    """All contents; their ranks, and so their sizes in memory, differ."""
     with tempfile.TemporaryDirectory(prefix="veneer-test-") as root:
         return tuple(_content(Path(root) / str(n), n) for n in range(WEIGHTS + 2))
 
@@ -105,8 +105,8 @@ class Sending:
     """An open upload.
 
     Attributes:
-        own: it has a folder of its own, since another connection sends the same.
-        there: bytes of each file.
+        own: it has a separate folder, since another connection sends the same upload.
+        there: received bytes of each file.
     """
 
     upload: Upload
@@ -123,12 +123,12 @@ class Sending:
 
 
 class RegistryRules(RuleBasedStateMachine):
-    """See the module. `leased` and `gone` are told to subclasses, which may override."""
+    """See the module docstring. Subclasses may override the hooks `leased` and `gone`."""
 
     pool: ClassVar[str] = "ab"
     """Names, of one letter each."""
     seen: ClassVar[Counter[str]] = Counter()
-    """What all histories came upon: they would prove nothing if nothing had happened."""
+    """Counts of what happened in all histories, which would prove nothing if nothing had."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class RegistryRules(RuleBasedStateMachine):
         self.parts: dict[tuple[str, int], dict[str, int]] = {}
         self.leases: list[RevisionLease] = []
         self.rotten: set[str] = set()
-        """Weights that a bit flipped in, and nobody knows yet."""
+        """Weights with a flipped bit that has not been detected yet."""
         self.quarantined: set[str] = set()
         self._seen_whole: set[tuple[str, int, int]] = set()
         self.open()
@@ -155,19 +155,19 @@ class RegistryRules(RuleBasedStateMachine):
         return self.names.get(name, Name(RETAIN))
 
     def some(self, which: int) -> str:
-        """A name; seldom one that is not registered, where there is one."""
+        """A name; rarely one that is not registered, if there are registered ones."""
         if which < 2 or not self.names:
             return self.pool[which % len(self.pool)]
         return sorted(self.names)[which % len(self.names)]
 
     def some_alias(self, which: int) -> tuple[str, str]:
-        """Name and alias; seldom one that is not there."""
+        """Name and alias; rarely one that does not exist."""
         aliases = sorted(self.alias_etags)
         name, _, alias = aliases[which % len(aliases)].partition("/")
         return name, alias if which < 60 else "none"
 
     def set_name(self, name: str, state: Name) -> None:
-        """What it is now; revisions that it has no longer are told to `gone`."""
+        """Set a name's state; calls `gone` for revisions that it no longer has."""
         before = self.name(name)
         if state.kept:
             self.names[name] = state
@@ -182,20 +182,20 @@ class RegistryRules(RuleBasedStateMachine):
         self.gone([number for number in before.kept if number not in state.kept])
 
     def gone(self, numbers: list[int]) -> None:
-        """A name does not keep these contents any more."""
+        """Hook: a name no longer keeps these contents."""
 
     def held(self, number: int) -> bool:
-        """A name keeps these weights."""
+        """Whether a name keeps these weights."""
         weights = contents()[number].weights
         return any(
             contents()[c].weights == weights for n in self.names.values() for c in n.kept
         )
 
     def stored(self, number: int, file: str) -> bool:
-        """The server has this file of a content, and says so."""
+        """Whether the server has, and reports, this file of a content."""
         content = contents()[number]
         if content.weights in self.quarantined:
-            # Its template may be there; the one who pushes again sends all.
+            # Its template may be there, but a new push sends everything.
             return file not in REQUIRED_FILES and self._on_disk(number, file)
         return self._on_disk(number, file)
 
@@ -213,7 +213,8 @@ class RegistryRules(RuleBasedStateMachine):
 
     @contextmanager
     def changed(self, name: str, *, expected: bool = True) -> Iterator[None]:
-        """A change of the name's registration gives it another etag, and nothing else does."""
+        """Check that a change of the name's registration, and nothing else, changes its
+        etag."""
         yield
         if name in self.names:
             etag = self.registry.revisions(name)[0].etag
@@ -288,7 +289,7 @@ class RegistryRules(RuleBasedStateMachine):
     @precondition(lambda self: self.sending)
     @rule(which=WHICH, share=st.sampled_from([0.3, 0.7, 1.0, 1.0]))
     def write(self, which: int, share: float) -> None:
-        """What is missing of each file, or the first of it."""
+        """Send the missing part of each file, or the first part of that."""
         self._write(self.sending[which % len(self.sending)], share)
 
     def _write(self, sending: Sending, share: float) -> None:
@@ -370,7 +371,7 @@ class RegistryRules(RuleBasedStateMachine):
             self.publish(len(self.sending) - 1, True, False, unready)
 
     def replaced(self, name: str, before: Name, after: Name) -> None:
-        """A publish has moved the name."""
+        """Hook: a publish has replaced the name's revision."""
 
     def _publish(self, sending: Sending, only_validate: bool) -> Published:
         if only_validate:
@@ -390,7 +391,7 @@ class RegistryRules(RuleBasedStateMachine):
     @precondition(lambda self: self.parts)
     @rule(left=st.booleans())
     def sweep_uploads(self, left: bool) -> None:
-        """Either none is old enough, or all are that nobody sends."""
+        """Sweep uploads: either none is old enough, or all inactive ones are."""
         swept = self.registry.sweep_uploads(-60 if left else 3600)
         assert swept == (len(self.parts) if left else 0)
         if left:
@@ -527,7 +528,7 @@ class RegistryRules(RuleBasedStateMachine):
                 self.registry.delete(name)
             return
         if not now:
-            return  # seldom: what is deleted has no history any more
+            return  # rarely, since a deleted name has no further history
         if self._refused(name, name, state.kept, unless_leased, stale):
             return
         revisions = tuple(contents()[c].revision for c in state.kept)
@@ -604,7 +605,7 @@ class RegistryRules(RuleBasedStateMachine):
         self.take_lease(name, alias, key)
 
     def take_lease(self, name: str, alias: str | None, key: str) -> RevisionLease | None:
-        """What a request does; None where it must be refused, and was."""
+        """Take a lease like a request; None if it had to be refused, and was."""
         state = self.name(name)
         spec = name if alias is None else f"{name}/{alias}"
         if not state.kept or (alias is not None and alias not in state.aliases):
@@ -646,7 +647,7 @@ class RegistryRules(RuleBasedStateMachine):
     @precondition(lambda self: self.names and not self.rotten)
     @rule(which=WHICH)
     def rot(self, which: int) -> None:
-        """A bit of stored weights flips."""
+        """Flip a bit of stored weights."""
         there = sorted(os.listdir(self.store / "weights"))
         if not there:
             return
@@ -656,7 +657,7 @@ class RegistryRules(RuleBasedStateMachine):
             return
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
-        # A file of its own: what an upload has linked stays whole.
+        # In a new file, so that an upload's hard link stays intact.
         flipped = path.with_name("flipped")
         flipped.write_bytes(bytes(data))
         flipped.rename(path)
@@ -668,7 +669,7 @@ class RegistryRules(RuleBasedStateMachine):
         self.quarantine(sorted(self.rotten)[which % len(self.rotten)])
 
     def quarantine(self, weights: str) -> None:
-        """As the server does where a load finds it."""
+        """Quarantine weights, as the server does if a load finds damage."""
         holding = {
             self.ref(name, c)
             for name, state in self.names.items()
@@ -703,7 +704,7 @@ class RegistryRules(RuleBasedStateMachine):
     # -------------------------------------------------------------------- invariants
 
     def _forget_swept(self) -> None:
-        """Damage goes with what was damaged."""
+        """Forget the damage of content that was removed."""
         there = set(os.listdir(self.store / "weights"))
         self.rotten &= there
         kept = {contents()[c].weights for n in self.names.values() for c in n.kept}

@@ -1,22 +1,22 @@
 """The shape of a row of the reliability scoreboard.
 
 A row is a module ``tests/torture/rows/row_NN_what.py`` with four names; the runner finds
-it by its file name and needs no list::
+it by its file name::
 
     ROW = 4
     TITLE = "power loss"
 
     def run(scale: Scale) -> Outcome:
-        '''The product under torture. `Outcome.failures` is empty when it held.'''
+        '''Torture the product. `Outcome.failures` is empty if it passed.'''
 
     def controls(scale: Scale) -> Iterable[Control]:
         '''Planted bugs. Each runs the same check against a broken product.'''
 
-Both get the same `Scale`: quick or full, a seed, an empty folder of their own. The two
-must share the code that judges (so that a control shows that *this* check can fail), and
-everything random comes from `Scale.random`, so that a seed repeats a run. `controls`
-plants its bugs at the product's edge: an argument, a subclass, a patched function that is
-restored at once, a child process; never an edit of a file. Each row has a process of its own.
+Both get the same `Scale`: quick or full, a seed, an empty folder. The two must share the code
+that judges (so that a control shows that *this* check can fail), and all randomness comes from
+`Scale.random`, so that a seed repeats a run. `controls` plants its bugs at the product's edge:
+an argument, a subclass, a patched function that is restored at once, a child process; never an
+edit of a file. Each row has its own process.
 
 The runner fails (exit 1) for a row with failures, without controls, or with a control
 that was not caught.
@@ -54,7 +54,7 @@ class Scale:
         return full if self.full else quick
 
     def random(self, purpose: str = "") -> random.Random:
-        """A generator of its own for each purpose: adding one moves no other."""
+        """A separate generator per purpose, so that adding one does not change the others."""
         return random.Random(f"{self.seed} {purpose}")
 
     def folder(self, name: str) -> Path:
@@ -70,11 +70,11 @@ class Outcome:
 
     Attributes:
         figure: what was done and measured, for a table's cell.
-        bar: what the figure must meet.
-        failures: one line each, with what repeats it; empty when the bar is met.
-        notes: what a reader must know beside the figure, for example a part left out.
-        skipped: why nothing was run, with what to install; "" where it was. A skipped row
-            is printed as such, does not fail, and its controls are not asked for.
+        bar: requirement for the figure.
+        failures: one line each, with how to reproduce it; empty if the bar is met.
+        notes: what a reader must know in addition to the figure, for example a part left out.
+        skipped: why nothing was run, and what to install; "" if it was run. A skipped row
+            is printed as such, does not fail, and its controls are not run.
     """
 
     figure: str
@@ -86,11 +86,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A planted bug and what the check said of it.
+    """A planted bug and whether the check caught it.
 
     Attributes:
         planted: the bug, in a few words.
-        caught: first failure that the check reported; "" when it saw nothing.
+        caught: first failure that the check reported; "" if there was none.
     """
 
     planted: str
@@ -98,12 +98,12 @@ class Control:
 
     @classmethod
     def of(cls, planted: str, outcome: Outcome) -> Control:
-        """The control whose check ran to ``outcome``."""
+        """The control whose check had this ``outcome``."""
         return cls(planted, outcome.failures[0] if outcome.failures else "")
 
 
 class RowModule(Protocol):
-    """What the runner needs of a row's module."""
+    """What the runner needs from a row's module."""
 
     ROW: int
     TITLE: str

@@ -1,6 +1,6 @@
-"""Registry and adapter memory in one history, joined as the front joins them: requests
-lease a revision and wait for its weights, loads read what the store holds, a delete frees
-memory, damage found by a load goes into quarantine. For row 7."""
+"""Registry and adapter memory in one history, connected as in the front process: requests
+lease a revision and wait for its weights, loads read from the store, a delete frees memory,
+and damage found by a load leads to quarantine. For row 7."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOWERED = st.sampled_from([None, None, 4 * SIZE, 7 * SIZE, 12 * SIZE])
 
 
 class StoreAndMemory(RegistryRules):
-    """See the module."""
+    """See the module docstring."""
 
     pool = "abcde"
     memory: Memory
@@ -50,7 +50,7 @@ class StoreAndMemory(RegistryRules):
     def _memory(self, host: int, device: int, shared: bool) -> Memory:
         memory = Memory(host, device, shared=shared)
         self.operators: dict[str, RevisionLease] = {}
-        """What keeps the files while an activation is carried out."""
+        """Leases that keep the files during an activation."""
         return memory
 
     def source(self, ref: AdapterRef) -> AdapterSource:
@@ -74,7 +74,7 @@ class StoreAndMemory(RegistryRules):
 
     @rule(which_names=st.lists(SOME_NAME, min_size=1, max_size=3), loads=st.integers(0, 6))
     def turn(self, which_names: list[int], loads: int) -> None:
-        """Requests come, adapters come, what can start does; the first that ran ends."""
+        """Requests arrive, loads end, what can start starts; the oldest running one ends."""
         for which in which_names:
             self.ask(which, None, "")
         self.plan(None)
@@ -121,7 +121,7 @@ class StoreAndMemory(RegistryRules):
         self._operators_done()
 
     def _arrive(self, index: int, broken: bool = False) -> None:
-        """A worker has read it from the store, or copied it to DEVICE."""
+        """A worker has read an adapter from the store, or copied it to DEVICE."""
         digest, tier = self.memory.coming[index]
         if tier == "host" and self._is_there(digest):
             folder = self.registry.weights_folder(AdapterRef("", "", digest))
@@ -142,7 +142,8 @@ class StoreAndMemory(RegistryRules):
             self.seen["loaded"] += tier == "host"
 
     def _is_there(self, digest: str) -> bool:
-        """Someone needs it still: a delete leaves a load under way that nobody waits for."""
+        """Whether anyone still needs the weights: a delete may leave a load running that nobody
+        waits for."""
         return bool(self.memory.leases(digest)) or digest in self.operators
 
     # --------------------------------------------------------------------- operators
@@ -202,7 +203,7 @@ class StoreAndMemory(RegistryRules):
     # ------------------------------------------------------- what the registry tells
 
     def end_lease(self, lease: RevisionLease) -> None:
-        """Leases of requests end with them, and so never here, but by `Memory.finish`."""
+        """End a lease that no request holds: those of requests end in `Memory.finish`."""
         if lease in self.leases:
             super().end_lease(lease)
 
@@ -231,7 +232,8 @@ class StoreAndMemory(RegistryRules):
         super().committed(*arguments)
 
     def gone(self, numbers: list[int]) -> None:
-        """As `AdapterService._removed`: memory of what no name keeps goes, pin and all."""
+        """As `AdapterService._removed`: free the memory of what no name keeps, even if
+        pinned."""
         for number in numbers:
             digest = contents()[number].weights
             if not self.held(number) and digest in self.memory.sizes:
@@ -240,7 +242,7 @@ class StoreAndMemory(RegistryRules):
         self._operators_done()
 
     def replaced(self, name: str, before: Name, after: Name) -> None:
-        """As `Replacing`: a pin passes on to what the name means now."""
+        """As `Replacing`: a pin moves to the name's new revision."""
         if not before.kept or before.current == after.current:
             return
         old, new = contents()[before.current].weights, contents()[after.current].weights
@@ -255,7 +257,7 @@ class StoreAndMemory(RegistryRules):
         )
 
     def reopen(self) -> None:
-        """A restart: memory is empty, and pins are brought back first."""
+        """Restart: memory is empty, and pinned adapters are restored first."""
         memory = self.memory
         budgets, pins = dict(memory.budgets), dict(memory.pins)
         super().reopen()

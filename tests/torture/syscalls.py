@@ -1,6 +1,6 @@
-"""File operations of a child process, seen or broken by strace.
+"""Records, or breaks, file operations of a child process by strace.
 
-strace sees what SQLite does too, which patches of Python's functions would not.
+strace also sees what SQLite does, unlike patches of Python's functions.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Call:
         name: for example ``openat``.
         arguments: numbers and flags as text, strings as bytes; a descriptor is its number.
         result: what it returned, -1 for an error.
-        number: it is the process's n-th call of this name, from 1.
-        injected: strace made it fail.
+        number: count of this name's calls in the process, from 1.
+        injected: whether strace made it fail.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Call:
 
 @functools.cache
 def missing_strace() -> str:
-    """Why calls cannot be traced here, with what to do; "" where they can."""
+    """Why calls cannot be traced here, and what to do; "" if they can."""
     if shutil.which("strace") is None:
         return "strace is not installed (apt-get install strace)"
     tried = subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, text=True)
@@ -75,9 +75,9 @@ def trace(
     Args:
         log: file for strace's output.
         inject: as in ``strace -e inject=``, for example ``fsync:error=EIO:when=3``.
-        reads: see `read` too, which moves a file's position.
+        reads: also trace `read`, which moves a file's position.
 
-    Only the main thread is seen. Byte code is not written and hashes are fixed, so that
+    Traces only the main thread. Byte code is not written and hashes are fixed, so that
     the n-th call of one run is the n-th of the next.
     """
     command = ["strace", "-o", str(log), "-xx", "-y", "-s", "1048576"]
@@ -85,7 +85,7 @@ def trace(
     if inject:
         command += ["-e", f"inject={inject}"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
-    # numpy's threads would be of no use to it.
+    # numpy's threads would be useless here.
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, sys.executable, "-m", module, *arguments],

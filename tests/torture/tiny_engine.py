@@ -1,4 +1,4 @@
-"""The real engine on a tiny Llama, for rows that torture what it loads."""
+"""The real engine on a tiny Llama, for rows that torture adapter loading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ask", "tiny_engine"]
 
 @contextmanager
 def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:
-    """Started, with room for a few sequences; checks on leaving that nothing leaked."""
+    """A started engine with space for a few sequences; checks on exit that nothing leaked."""
     base = make_tiny_llama(work / "base")
     settings = EngineConfig(
         base_folder=str(base),
@@ -36,6 +36,6 @@ def tiny_engine(work: Path, form: Form = TORCH) -> Iterator[EngineHarness]:
 
 
 def ask(seed: int, **more: Any) -> dict[str, Any]:
-    """A request whose prompt follows from ``seed``."""
+    """A request whose prompt is determined by ``seed``."""
     prompt = [3 + (seed * 37 + n * 11) % 500 for n in range(6)]
     return {"prompt": prompt, "max_tokens": 4, "logprobs": True, "ignore_eos": True, **more}

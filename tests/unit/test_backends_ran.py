@@ -1,4 +1,4 @@
-"""A suite that falls back to torch on a machine that need not is a suite that fails."""
+"""A suite that falls back to torch on a machine that can run the native backend fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging speeds against recorded ones: what is a loss, what is noise. Nothing is timed."""
+"""Judging speeds against recorded ones: what is a loss, what is noise. Measures no times."""
 
 from __future__ import annotations
 

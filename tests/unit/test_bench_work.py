@@ -1,4 +1,4 @@
-"""The benchmark of kernels knows the parts that the kernels time."""
+"""The kernel benchmark knows all the parts that the kernels time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""No child process runs a module that merely lies in the current folder.
+"""No child process imports a module from the current folder.
 
-Each test starts one kind of child from a folder full of traps: modules with the names of
-everything that the child imports. A trap that runs leaves its name in a file.
+Each test starts one kind of child in a folder full of traps: modules with the names of
+everything that the child imports. A trap that runs writes its name to a file.
 """
 
 from __future__ import annotations

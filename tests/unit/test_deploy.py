@@ -1,4 +1,4 @@
-"""What lies in deploy/ fits together."""
+"""The files in deploy/ are consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands and flags that a page names exist, in blocks that the suite does not run too."""
+"""Commands and flags that a page names exist, even in blocks that the suite does not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links, anchors, targets and modules that the pages name are there."""
+"""Links, anchors, make targets and modules that the pages name exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tests.docs` takes for a command, for its output, and for the same shape."""
+"""What `tests.docs` recognizes as a command, as its output, and as the same shape."""
 
 from __future__ import annotations
 

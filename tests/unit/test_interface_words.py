@@ -1,4 +1,4 @@
-"""The tables of words: what they translate, what they leave, and that none is missing."""
+"""The tables of terms: what they translate, what they leave, and that no term is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cache for ``make``, the programs and the suite: a base is fetched once."""
+"""``make``, the programs and the suite share one cache, so a base is downloaded once."""
 
 from __future__ import annotations
 

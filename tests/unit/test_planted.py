@@ -1,4 +1,4 @@
-"""Bugs planted as edits of source: where they go, and that they go away."""
+"""Bugs planted as edits of source: where they apply, and that they are removed."""
 
 from __future__ import annotations
 

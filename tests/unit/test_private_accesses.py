@@ -1,9 +1,9 @@
-"""How often tests reach into what is private: at most `MOST` times, each with a reason.
+"""Tests access private names at most `MOST` times, each with a reason.
 
-An access is ``something._name``, where that is neither ``self``, ``cls`` nor ``super()``; the
-import of a ``_name``; and one by name (``monkeypatch.setattr(module, "_name", ...)``,
+An access is ``something._name``, unless ``something`` is ``self``, ``cls`` or ``super()``; the
+import of a ``_name``; or an access by string (``monkeypatch.setattr(module, "_name", ...)``,
 ``patch("module._name")``, ``getattr(x, "_name")``). Its line, or the line before, says why:
-``# private: why``. A planted bug is an edit of the source (`tests.planted`).
+``# private: why``. Bugs are planted by editing the source instead (`tests.planted`).
 """
 
 from __future__ import annotations

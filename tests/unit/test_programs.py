@@ -1,4 +1,4 @@
-"""The four programs have one look, fit the terminal, and complete in a shell."""
+"""The four programs share a help layout, fit the terminal, and support shell completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tests.refused` sees what is not as told."""
+"""`tests.refused` detects every difference from the expected error."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""QLoRA training of adapters in the format that the server takes."""
+"""QLoRA training of adapters, in the format that the server accepts."""

@@ -1,4 +1,4 @@
-"""Entry of ``veneer-train``: what it needs may not be installed."""
+"""Entry point of ``veneer-train``, which also works if its dependencies are not installed."""
 
 from __future__ import annotations
 

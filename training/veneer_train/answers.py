@@ -1,4 +1,4 @@
-"""Let a model answer the tasks of a data set, greedily, as a server would."""
+"""Lets a model answer the tasks of a data set greedily, as a server would."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def answer(
     """Answers in the order of the tasks.
 
     Args:
-        max_tokens: of an answer; what is longer is cut.
-        progress: told how many are done.
+        max_tokens: of an answer; longer ones are cut off.
+        progress: called with the number done.
     """
     was_training, cached = model.training, model.config.use_cache
     device = next(model.parameters()).device
@@ -40,7 +40,7 @@ def answer(
             longest = max(len(tasks[i].prompt_ids) for i in part)
             ids = torch.full((len(part), longest), PAD)
             mask = torch.zeros_like(ids)
-            for row, index in enumerate(part):  # padded on the left: answers go on the right
+            for row, index in enumerate(part):  # left-padded: answers follow on the right
                 prompt = tasks[index].prompt_ids
                 ids[row, longest - len(prompt) :] = torch.tensor(prompt)
                 mask[row, longest - len(prompt) :] = 1
@@ -73,7 +73,7 @@ def measure_tasks(
     limit: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Score]:
-    """Scores by kind of check, over the samples that have one (the first ``limit``)."""
+    """Scores by kind of check, over the (first ``limit``) samples that have a check."""
     tasks = [sample.task for sample in samples if sample.task is not None][:limit]
     if not tasks:
         return {}

@@ -1,4 +1,4 @@
-"""From what ``--base`` or ``model.path`` says to the base model's folder."""
+"""Resolves ``--base`` or ``model.path`` to the base model's folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FIX: Final = (
 
 def resolve_base(path: str) -> Path:
     """The base's folder. The bundled base's name means its import, as it does for
-    ``veneer-server``; a hub name (``owner/model``) is downloaded by its library.
+    ``veneer-server``; a hub name (``owner/model``) is downloaded by the hub's library.
 
     Raises:
-        InvalidField: there is no such folder, no import, and no hub could give it.
+        InvalidField: there is no such folder or import, and the hub did not provide it.
     """
     if path == BUNDLED:
         return _imported()
@@ -46,7 +46,7 @@ def resolve_base(path: str) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise InvalidField(
-            f"{path!r} is neither a folder nor a model that the hub gives: {_FIX}",
+            f"{path!r} is neither a folder nor a model on the hub: {_FIX}",
             metadata={"field": "model.path"},
         ) from error
 

@@ -1,4 +1,4 @@
-"""Samples to batches: in which order, how many to a row, padded and masked how."""
+"""Turns samples into batches: order, packing, padding and masking."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from veneer_train.data import IGNORE, PAD, Sample
 __all__ = ["Order", "Packed", "collate", "collate_packed", "pack"]
 
 _BUCKET: Final = 32
-"""Batches' worth of samples that are sorted among themselves: lengths are close within a
-batch, and which samples meet still differs from epoch to epoch."""
+"""Batches per chunk of samples that is sorted by length: lengths are close within a batch, but
+batches still differ from epoch to epoch."""
 
 Packed = tuple[Sample, ...]
-"""Samples that share a row, one after the other."""
+"""Samples that share a row, one after another."""
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """The order of an epoch, by seed and epoch alone, so that a resumed run finds it again.
+    """The order of an epoch. It depends only on seed and epoch, so a resumed run repeats it.
 
     Args:
-        lengths: tokens of each sample; neighbours in the order are of about one length.
-            None: any order.
-        batch: samples that share a step.
+        lengths: tokens of each sample, to make neighbours in the order about the same
+            length. None: any order.
+        batch: samples per step.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Order(torch.utils.data.Sampler[int]):
         for start in range(0, self._count, size):
             near = sorted(order[start : start + size], key=lambda i: -lengths[i])
             batches += [near[at : at + self._batch] for at in range(0, len(near), self._batch)]
-        # Short ones stay last: only the last batch of an epoch may be short.
+        # Short batches stay last: only the last batch of an epoch may be short.
         whole = [batch for batch in batches if len(batch) == self._batch]
         rest = [batch for batch in batches if len(batch) < self._batch]
         draw.shuffle(whole)
@@ -65,9 +65,9 @@ class Order(torch.utils.data.Sampler[int]):
 
 
 def pack(samples: Sequence[Sample], room: int) -> list[Packed]:
-    """Rows of at most ``room`` tokens, filled by first fit of the longest first.
+    """Rows of at most ``room`` tokens, by first-fit decreasing.
 
-    A sample is never cut: what has more than ``room`` tokens gets a row of its own.
+    A sample is never cut: one with more than ``room`` tokens gets its own row.
     """
     rows: list[list[Sample]] = []
     left: list[int] = []
@@ -104,9 +104,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 def collate_packed(rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
     """One batch of packed rows.
 
-    Positions begin again with each sample. Where a model is given them, no mask and no cache,
-    transformers lets a token see what lies before it in its own sample only; the padding
-    is a sample of its own.
+    Positions restart with each sample. Given positions but no mask and no cache, transformers
+    lets a token attend only to earlier tokens of its own sample; the padding counts as a
+    separate sample.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``labels``, each int64 [batch, longest].
@@ -118,7 +118,7 @@ def collate_packed(rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
         ids.append([t for s in row for t in s.input_ids] + [PAD] * fill)
         lengths = [*(len(s.input_ids) for s in row), fill]
         positions.append([place for length in lengths for place in range(length)])
-        # The first token of a sample is predicted from another one's last: never learned.
+        # A sample's first token follows another sample's last one: it is never learned.
         learned = [t for s in row for t in (IGNORE, *s.labels[1:])]
         labels.append(learned + [IGNORE] * fill)
     return {

@@ -1,10 +1,10 @@
-"""Checkpoints that no crash can tear, and runs that only go on as themselves.
+"""Crash-safe checkpoints, from which only the same run can resume.
 
-A checkpoint is a folder that Trainer writes, file after file. It counts once a record lies
-in it: the SHA-256 of each file, written last, by one rename, after the files reached the
-disk. What a killed process leaves has none, and is swept. The record also
-says what run this is; going on with other data, another base or another config would
-give an adapter that no manifest describes.
+A checkpoint is a folder that Trainer writes, file by file. It is valid once it contains a
+record: the SHA-256 of each file, written last, by one rename, after the files are durable.
+A killed process leaves a folder without a record, which is removed. The record also
+identifies the run: resuming with other data, another base or another config would give an
+adapter that no manifest describes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class CheckpointFailed(VeneerError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that is whole.
+    """A valid checkpoint.
 
     Attributes:
         step: optimiser steps done.
-        facts: what the run wrote beside it.
+        facts: facts that the run saved with it.
     """
 
     folder: Path
@@ -53,11 +53,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of one run, in a folder of their own.
+    """The checkpoints of one run, in their own folder.
 
     Args:
-        identity: plain facts that must be equal for a run to go on from a checkpoint.
-        keep: how many stay, the newest.
+        identity: plain facts that must be equal for a run to resume from a checkpoint.
+        keep: how many of the newest to keep.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any], *, keep: int) -> None:
@@ -66,10 +66,10 @@ class Checkpoints:
         self._keep = keep
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole one; what is torn is removed.
+        """The newest valid checkpoint; incomplete ones are removed.
 
         Raises:
-            InvalidField: it is of another run.
+            InvalidField: it belongs to another run.
         """
         for folder in self._folders():
             record = _read(folder)
@@ -78,8 +78,8 @@ class Checkpoints:
                 continue
             if different := differences(record["identity"], self._identity):
                 raise InvalidField(
-                    f"{folder} is of a run with other settings ({', '.join(different[:5])}): "
-                    "give it the same ones, train anew with --overwrite, or choose another "
+                    f"{folder} is from a run with other settings ({', '.join(different[:5])}): "
+                    "use the same ones, start over with --overwrite, or choose another "
                     "output.dir",
                     metadata={"field": different[0], "cause": "another_run"},
                 )
@@ -88,8 +88,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def saving(self, step: int, facts: Mapping[str, Any]) -> Iterator[Path]:
-        """Write a checkpoint's files into the folder that this gives; it counts from the end
-        of the block on, and then older ones go.
+        """Yield a folder to write a checkpoint's files to. It becomes valid at the end of the
+        block, and older ones are removed.
 
         Raises:
             DiskFull, CheckpointFailed: the files could not be written; older ones stay.
@@ -115,20 +115,20 @@ class Checkpoints:
         return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]), reverse=True)
 
     def advice(self) -> str:
-        """What to do where a file of the run cannot be written."""
+        """What to do if a file of the run cannot be written."""
         whole = [folder for folder in self._folders() if (folder / RECORD).is_file()]
         if not whole:
             return "free some space and start again"
-        return f"free some space and run the same command: it goes on from {whole[0].name}"
+        return f"free some space and run the same command: it resumes from {whole[0].name}"
 
 
 @contextlib.contextmanager
 def disk_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn what libraries raise when a file cannot be written into errors of ours.
+    """Turn what libraries raise when a file cannot be written into our errors.
 
     Raises:
-        DiskFull: there is no room.
-        CheckpointFailed: anything else that the system or a library refused.
+        DiskFull: the disk is full.
+        CheckpointFailed: any other failure of the system or a library.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def disk_errors(what: str, advice: str) -> Iterator[None]:
 def _write_error(error: Exception, what: str, advice: str) -> VeneerError:
     text = str(error)
     full = isinstance(error, OSError) and error.errno in _FULL
-    # safetensors and torch say it in words alone.
+    # safetensors and torch report it only in their messages.
     if full or "No space left" in text or "os error 28" in text:
         return DiskFull(
             f"{what} could not be written, the disk is full: {advice}", metadata={"what": what}
@@ -156,7 +156,7 @@ def _write_error(error: Exception, what: str, advice: str) -> VeneerError:
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted names of what differs between two trees of plain values."""
+    """Dotted names of the values that differ between two trees of plain values."""
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
         return [] if one == other else [prefix.rstrip(".")]
     found: list[str] = []
@@ -176,7 +176,7 @@ def _record(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """The record; None where there is none, or a file is not what it says."""
+    """The record; None if there is none, or a file does not match it."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
         whole = all(

@@ -1,16 +1,16 @@
-"""Whether an answer does what its sample's task asks: beyond loss, what a user would see.
+"""Checks whether an answer solves its sample's task: what a user would notice, unlike loss.
 
-A sample may carry a ``check`` beside its messages; one of
+A sample may have a ``check`` beside its messages, one of:
 
-- ``{"exact": true}``: the answer is the sample's own, but for blanks at its ends;
-- ``{"regex": PATTERN}``: it matches as a whole;
-- ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up it returns the rows that
-  the sample's own statement returns (in that order, where that one says ORDER BY);
-- ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: it is Python and nothing else,
-  defines a function (of that signature, if given), and the tests pass in a process of its own.
+- ``{"exact": true}``: the answer is the sample's own, apart from surrounding whitespace;
+- ``{"regex": PATTERN}``: the whole answer matches;
+- ``{"sql": {"setup": STATEMENTS}}``: run in SQLite after the set-up, it returns the same rows
+  as the sample's own statement (in the same order, if that statement has ORDER BY);
+- ``{"python": {"signature": TEXT, "tests": STATEMENTS}}``: it is only Python, defines a
+  function (of that signature, if given), and passes the tests in a separate process.
 
-SQL runs in memory, may not write or attach, and is stopped when it takes long. Python runs in
-`sandbox`, which keeps accidents in and no attackers out.
+SQL runs in memory, may not write or attach, and is stopped if it takes too long. Python runs
+in `sandbox`, which guards against accidents but not against attackers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _READS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How many of some answers are right.
+    """How many of a set of answers are right.
 
     Attributes:
         low, high: 95 % interval of the share (Wilson's).
@@ -76,10 +76,10 @@ class Score:
 
 
 def validate(check: object, expected: str) -> Mapping[str, Any]:
-    """A check as a sample carries it, tried on the sample's own answer.
+    """Validate a sample's check by applying it to the sample's own answer.
 
     Raises:
-        InvalidField: it is none, or cannot judge.
+        InvalidField: it is malformed, or does not work.
     """
     if not isinstance(check, Mapping) or len(check) != 1 or next(iter(check)) not in _KINDS:
         raise _bad(f"'check' must have one of {', '.join(_KINDS)}; got {check!r:.80}")
@@ -151,7 +151,7 @@ _FENCE: Final = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
 
 
 def _statement(answer: str) -> str:
-    """The first fenced part, as chat models like to answer; else all of it."""
+    """The first fenced block, since chat models often add one; else the whole answer."""
     fenced = _FENCE.search(answer)
     return (fenced[1] if fenced else answer).strip()
 
@@ -167,7 +167,7 @@ def _same_rows(setup: str, statement: str, expected: str) -> bool:
 
 
 def _ordered(statement: str) -> bool:
-    """Whether it says ORDER BY, outside of subqueries and texts."""
+    """Whether it has an ORDER BY outside of subqueries and string literals."""
     bare = re.sub(r"'[^']*'", "", statement)
     while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
         bare = inner
@@ -175,7 +175,7 @@ def _ordered(statement: str) -> bool:
 
 
 def _rows(setup: str, statement: str) -> list[tuple[Any, ...]] | None:
-    """What a statement returns; None where it fails. Fractions to six digits."""
+    """The rows that a statement returns, floats rounded to six digits; None if it fails."""
     with sqlite3.connect(":memory:") as database:
         database.executescript(setup)
         database.set_authorizer(
@@ -209,9 +209,9 @@ def _runs(facts: Mapping[str, Any], answer: str) -> bool:
 
 
 def _plain_signature(text: str) -> str:
-    """``add(a,b)`` as `ast` writes it: ``add(a, b)``. Raises SyntaxError where it is none."""
+    """``add(a,b)`` as `ast` writes it: ``add(a, b)``. Raises SyntaxError if malformed."""
     if not text:
         return ""
     (function,) = ast.parse(f"def {text}: pass").body
-    assert isinstance(function, ast.FunctionDef), "it was parsed as one"
+    assert isinstance(function, ast.FunctionDef), "was parsed as one"
     return f"{function.name}({ast.unparse(function.args)})"

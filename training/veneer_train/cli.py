@@ -1,4 +1,4 @@
-"""``veneer-train``: train adapters, and what comes before and after that."""
+"""``veneer-train``: prepare data, train adapters, and evaluate or export them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["app", "main"]
 _EXAMPLES = """
 Examples:
 
-  veneer-train data sql --out sql                       a data set
+  veneer-train data sql --out sql                       build a data set
 
-  veneer-train plan --base smollm2-135m --preset quick  memory of a run
+  veneer-train plan --base smollm2-135m --preset quick  show a run's memory
 
   veneer-train train examples/configs/sql.yaml --base smollm2-135m
 
-  veneer-train verify my-sql --base smollm2-135m        is it whole
+  veneer-train verify my-sql --base smollm2-135m        check an adapter
 
   veneer-train --install-completion                     Tab completes
 """

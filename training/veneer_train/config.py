@@ -1,6 +1,6 @@
 """The training configuration: strict YAML in, one frozen `TrainConfig` out.
 
-Nothing else in the module reads a file of settings or an environment variable.
+Nothing else in the package reads a settings file or an environment variable.
 An unknown key, a wrong type or a value out of range is an `InvalidField` that
 names the key (metadata ``field``) and, for a misspelt key, the nearest one.
 """
@@ -42,8 +42,8 @@ PRESETS: Final = ("quick", "chat", "code", "sql", "paper")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The base model. ``path`` is a folder or a hub name; ``name`` is what an
-    adapter says it was trained on, so it must not name a place on this machine."""
+    """The base model. ``path`` is a folder or a hub name; ``name`` is the base's name in
+    the adapter's files, so it must not contain a path of this machine."""
 
     path: str
     name: str
@@ -51,7 +51,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
-    """How the frozen base is held: must equal the server's for equal logits."""
+    """How the frozen base is quantized; must equal the server's for equal logits."""
 
     type: Literal["nf4", "fp4", "none"] = "nf4"
     double_quant: bool = True
@@ -61,8 +61,8 @@ class QuantConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """The adapter. ``targets`` is ``all-linear`` or a list of projections; ``dora``
-    trains magnitudes beside the directions, which a server takes merged only."""
+    """The adapter. ``targets`` is ``all-linear`` or a list of projections; ``dora`` also
+    trains magnitudes, and a server accepts such an adapter only when merged."""
 
     r: int = 16
     alpha: float = 32
@@ -73,7 +73,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @property
@@ -88,8 +88,8 @@ class DataConfig:
     """Samples. Without ``val``, ``val_fraction`` of ``train`` is held out.
 
     ``template`` is a Jinja file that replaces the base's chat template and is
-    shipped with the adapter. ``packing`` fills rows of ``max_len`` with several samples,
-    none of which sees another; ``bucketing`` batches samples of about one length.
+    shipped with the adapter. ``packing`` fills rows of ``max_len`` with several samples that
+    do not attend to each other; ``bucketing`` batches samples of similar length.
     """
 
     train: str
@@ -106,9 +106,9 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimiser's run. ``warmup`` is a fraction of ``steps``; ``optim: auto``
+    """Optimiser and steps. ``warmup`` is a fraction of ``steps``; ``optim: auto``
     is ``paged_adamw_8bit`` on CUDA and ``adamw_torch_fused`` on a CPU;
-    ``checkpointing: auto`` recomputes activations on CUDA alone."""
+    ``checkpointing: auto`` recomputes activations only on CUDA."""
 
     lr: float = 2e-4
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -126,9 +126,9 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Validation loss every ``every`` steps (0: only at the ends), and of the
-    base before training where ``compare_base`` is true. At both ends so many ``tasks`` (samples
-    with a check) are answered and judged."""
+    """Validation loss every ``every`` steps (0: only before and after), and of the base before
+    training if ``compare_base``. Before and after training, the model answers ``tasks`` samples
+    that have a check, and the answers are scored."""
 
     every: int = 50
     compare_base: bool = True
@@ -137,11 +137,11 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig:
-    """``dir`` becomes the adapter folder, ready to push. Logs of the run and its
-    checkpoints go to ``logs`` (default: ``dir`` with ``.logs`` added), which is never pushed.
+    """``dir`` becomes the adapter folder, ready to push. Logs and checkpoints go to ``logs``
+    (default: ``dir`` with ``.logs`` added), which is never pushed.
 
-    ``save_every`` steps there is a checkpoint (0: none), of which the newest ``keep`` stay;
-    ``resume: auto`` goes on from the newest where there is one.
+    A checkpoint is saved every ``save_every`` steps (0: never), and the newest ``keep`` are
+    kept; ``resume: auto`` resumes from the newest if there is one.
     """
 
     dir: str
@@ -178,7 +178,7 @@ class TrainConfig:
 
 
 def _check_finite(config: TrainConfig) -> None:
-    """Also of a config that was not read from YAML."""
+    """Check numbers, even in a config that was not read from YAML."""
     for section in fields(config):
         settings = getattr(config, section.name)
         for setting in fields(settings):
@@ -189,7 +189,7 @@ def _check_finite(config: TrainConfig) -> None:
 
 
 def _check(config: TrainConfig) -> None:
-    """Ranges. Each line is (key, whether it holds, what to write instead)."""
+    """Check ranges. Each line is (key, whether it is valid, what to write instead)."""
     _check_finite(config)
     lora, data, train = config.lora, config.data, config.train
     rules: Sequence[tuple[str, bool, str]] = (
@@ -204,13 +204,13 @@ def _check(config: TrainConfig) -> None:
         (
             "lora.alpha",
             0 < lora.alpha <= MAX_ALPHA,
-            f"must be above 0, and at most {MAX_ALPHA:g}: a server takes no more",
+            f"must be above 0, and at most {MAX_ALPHA:g}: a server accepts no more",
         ),
         (
             "lora.alpha",
             lora.r < 1 or lora.scaling <= MAX_SCALING,
             f"alpha / r (with rslora: / sqrt(r)) must be at most {MAX_SCALING:g}: a server "
-            "takes no more",
+            "accepts no more",
         ),
         ("lora.dropout", 0 <= lora.dropout < 1, "must be from 0 to below 1"),
         ("data.max_len", data.max_len >= 8, "must be 8 tokens or more"),
@@ -238,7 +238,7 @@ def _check(config: TrainConfig) -> None:
         (
             "output.dir",
             Path(config.output.dir).name not in ("", ".."),
-            "give a folder of its own: what is there is replaced",
+            "give a separate folder: its content is replaced",
         ),
         (
             "output.logs",
@@ -252,7 +252,7 @@ def _check(config: TrainConfig) -> None:
         (
             "data.bucketing",
             not (data.bucketing and data.packing),
-            "packed rows are of one length: set data.packing or data.bucketing",
+            "packed rows have one length: set data.packing or data.bucketing, not both",
         ),
     )
     for key, holds, fix in rules:
@@ -278,7 +278,7 @@ _PATHS: Final = (
 
 
 def _at_home(raw: object) -> object:
-    """``~`` in paths is the home folder, as a shell has it."""
+    """Expand ``~`` in paths to the home folder, as a shell does."""
     if not isinstance(raw, Mapping):
         return raw
     found = dict(raw)
@@ -306,14 +306,14 @@ def load_config(
     under: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> TrainConfig:
-    """Read a preset, put the file ``path`` over it and ``settings``
-    (``section.key=value``, value in YAML) over both.
+    """Read a preset, overridden by the file ``path``, overridden by ``settings``
+    (``section.key=value``, value in YAML).
 
     Args:
         preset: a name in `PRESETS`; the file may name one too, with the key ``preset``.
-        under: sections beneath all of them.
-        base: in place of ``model.path``; where ``model.name`` is not given, the folder's name
-            is taken for it.
+        under: sections that all of these override.
+        base: replaces ``model.path``; if ``model.name`` is not given, the folder's name is
+            used for it.
 
     Raises:
         InvalidField: the file cannot be read or parsed, or `parse_config` refuses it.
@@ -336,7 +336,7 @@ def read_preset(name: object) -> dict[str, Any]:
     """The sections of a preset.
 
     Raises:
-        InvalidField: there is none of that name.
+        InvalidField: there is no preset of that name.
     """
     if name not in PRESETS:
         raise bad_setting("preset", f"must be one of {', '.join(PRESETS)}; got {name!r}")

@@ -1,8 +1,8 @@
-"""JSONL to tokens and labels, with errors that name the file and the line.
+"""Turns JSONL into tokens and labels, with errors that name the file and the line.
 
-Two forms of line: ``{"messages": [{"role", "content"}, ...]}``, rendered with the
-chat template, and ``{"prompt": text, "completion": text}``, tokenised as it stands
-and ended with the end-of-sequence token. Either may have a ``check``: how an answer is judged.
+A line has one of two forms: ``{"messages": [{"role", "content"}, ...]}``, rendered with the
+chat template, or ``{"prompt": text, "completion": text}``, tokenised verbatim and ended with
+the end-of-sequence token. Either may have a ``check``, which says how to score an answer.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from veneer_train.template import render, render_prompt, with_generation_marks
 __all__ = ["IGNORE", "PAD", "DataSet", "Sample", "Split", "Task", "load_file", "load_split"]
 
 IGNORE: Final = -100
-"""The label that the loss leaves out."""
+"""The label that the loss ignores."""
 
 PAD: Final = 0
-"""Fills a batch, and is masked by length. Never the end-of-sequence token: a model
-taught to ignore that one never stops."""
+"""Padding, which is masked by length. Never the end-of-sequence token: a model that learns to
+ignore that token never stops."""
 
 _SHOWN: Final = 120
-"""Most characters of a line that an error repeats."""
+"""Most characters of a line that an error quotes."""
 
 _ROLES: Final = frozenset({"system", "user", "assistant"})
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a model may be asked, and how its answer is judged.
+    """A prompt for a model, and how to score its answer.
 
     Attributes:
-        prompt_ids: up to where the answer begins.
+        prompt_ids: tokens up to the start of the answer.
         expected: the sample's own answer.
         check: see `veneer_train.checks`.
     """
@@ -63,7 +63,7 @@ class Sample:
 
     @property
     def learned(self) -> int:
-        """Tokens that count in the loss. The first token is never predicted."""
+        """Number of tokens that count in the loss. The first token is never predicted."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
@@ -72,7 +72,7 @@ class DataSet:
     """The samples of one file, or of a part of it.
 
     Attributes:
-        file: base name only: a manifest must not tell where data lies.
+        file: base name only: a manifest must not reveal where data is stored.
         sha256: of the whole file's bytes.
         dropped: lines left out because they are longer than ``max_len``.
         truncated: lines cut to ``max_len``.
@@ -95,7 +95,7 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What a run trains on, and what it is measured on (None: not measured)."""
+    """Samples that a run trains on, and those it is measured on (None: not measured)."""
 
     train: DataSet
     val: DataSet | None
@@ -109,7 +109,7 @@ def _fail(path: Path, line: int, message: str, cause: str, /, **metadata: str) -
 
 
 def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's object. Windows' line ends and a byte order mark are fine."""
+    """The object of each line. Accepts Windows line endings and a byte order mark."""
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(path: Path, number: int, line: str) -> Any:
     try:
         value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_number)
-        if "\\u" in line:  # no other way to write what UTF-8 cannot hold
+        if "\\u" in line:  # only an escape can write what UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         _fail(path, number, f"is not JSON ({error.msg}, column {error.colno})", "not_json")
@@ -141,13 +141,13 @@ def _object(path: Path, number: int, line: str) -> Any:
         _fail(
             path,
             number,
-            f"holds half of a surrogate pair (\\u{half:04x}), which is not text: write the "
+            f"contains half of a surrogate pair (\\u{half:04x}), which is not text: write the "
             "whole character, or remove it",
             "surrogate",
         )
     except RecursionError:
         _fail(path, number, "is nested too deeply", "nested")
-    except ValueError as error:  # of the two hooks, and of numbers of thousands of digits
+    except ValueError as error:  # from the two hooks, and for numbers with thousands of digits
         _fail(path, number, f"is not JSON ({show(str(error))})", "not_json")
     return value
 
@@ -168,13 +168,13 @@ def _no_number(text: str) -> NoReturn:
 def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, str]]:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
-        _fail(path, line, "'messages' must be a list of {role, content}, not empty", "messages")
+        _fail(path, line, "'messages' must be a non-empty list of {role, content}", "messages")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             _fail(
                 path,
                 line,
-                f"a message must have 'role' and 'content' alone; got {show(message)}",
+                f"a message must have only 'role' and 'content'; got {show(message)}",
                 "message_keys",
             )
         role, content = message["role"], message["content"]
@@ -191,8 +191,8 @@ def _messages(path: Path, line: int, value: dict[str, Any]) -> list[dict[str, st
             _fail(
                 path,
                 line,
-                f"message {number}, the assistant's, is empty, which would teach to answer "
-                "nothing: write an answer, or remove the line",
+                f"message {number}, the assistant's, is empty, which would teach the model to "
+                "answer nothing: write an answer, or remove the line",
                 "answer_empty",
                 message=str(number),
             )
@@ -275,7 +275,7 @@ class _Tokenise:
         if everything:
             return ids, list(ids)
         spans = rendered.spans
-        # A token that straddles a border is not wholly the assistant's: leave it out.
+        # A token that straddles a boundary is not wholly the assistant's: do not learn it.
         labels = [
             token if any(a <= start and end <= b and start < end for a, b in spans) else IGNORE
             for token, (start, end) in zip(ids, coded["offset_mapping"], strict=True)
@@ -292,11 +292,11 @@ class _Tokenise:
             _fail(
                 path,
                 line,
-                "the completion is empty, which would teach to answer nothing: write one, or "
-                "remove the line",
+                "the completion is empty, which would teach the model to answer nothing: write "
+                "one, or remove the line",
                 "completion_empty",
             )
-        # Tokenised apart, as at serving: no token crosses from prompt to completion.
+        # Tokenised separately, as in serving: no token spans prompt and completion.
         asked: list[int] = self._tokenizer(prompt)["input_ids"]
         told: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         told = [*told, self._tokenizer.eos_token_id]
@@ -349,7 +349,7 @@ def _load(
         samples.append(sample)
     if not samples:
         raise InvalidField(
-            f"{path.name} holds no sample (dropped as too long: {dropped})",
+            f"{path.name} has no samples (dropped as too long: {dropped})",
             metadata={"file": path.name, "cause": "no_sample", "dropped": str(dropped)},
         )
     return DataSet(tuple(samples), path.name, sha256(raw).hexdigest(), dropped, truncated)
@@ -364,15 +364,15 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
     """Read, tokenise and split the data.
 
     Args:
-        config: which files and how.
+        config: which files to read, and how.
         tokenizer: a fast transformers tokenizer of the base.
         template: the chat template that the adapter will be served with; "" if none.
-        seed: draws the held-out samples where there is no file for them.
+        seed: selects the held-out samples if there is no file for them.
 
     Raises:
         InvalidField: a line that is malformed, too long or has nothing to learn
             (metadata ``file`` and ``line``).
-        TemplateFailed: the template cannot say what the assistant wrote.
+        TemplateFailed: the template cannot mark what the assistant wrote.
     """
     tokenise = _Tokenise(tokenizer, config, template)
     whole = _load(Path(config.train), config, tokenise)
@@ -383,7 +383,7 @@ def load_split(config: DataConfig, tokenizer: Any, template: str, seed: int) -> 
     count = max(1, round(len(whole.samples) * config.val_fraction))
     if count >= len(whole.samples):
         raise InvalidField(
-            f"{whole.file} has {len(whole.samples)} samples: too few to hold out {count}; add "
+            f"{whole.file} has {len(whole.samples)} samples, too few to hold out {count}: add "
             "some, name a data.val file, or set data.val_fraction: 0",
             metadata={"file": whole.file, "cause": "too_few"},
         )

@@ -1,4 +1,4 @@
-"""How long a run will take, from one step that is measured and thrown away."""
+"""Estimates how long a run will take, from one measured step whose result is discarded."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from veneer_train.config import TrainConfig
 __all__ = ["Estimate", "estimate"]
 
 _LOOKED_AT: Final = 64
-"""Batches whose lengths are taken for those of all."""
+"""Number of batches whose lengths represent all batches."""
 
 _FORWARD: Final = 1 / 3
-"""Share of a step that a validation of as many tokens takes: it goes forward only."""
+"""Time of a validation relative to a step of as many tokens: it is a forward pass only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What lies before a run.
+    """Remaining work of a run.
 
     Attributes:
         steps: optimiser steps, without those of an earlier session.
-        tokens: input tokens of them, padding included.
-        seconds: of them and of validations; without tasks and publications.
-        limit_s: after which the run ends all the same (``train.max_minutes``).
+        tokens: input tokens of these steps, padding included.
+        seconds: duration of these steps and of validations, without tasks and publications.
+        limit_s: the run ends after this time at the latest (``train.max_minutes``).
     """
 
     steps: int
@@ -62,13 +62,13 @@ def estimate(
     validation_tokens: int = 0,
     recompute: bool = False,
 ) -> Estimate:
-    """Measure one batch forward and backward; weights, gradients and the model's mode are as
-    before. Dropout draws random numbers: seed them after it.
+    """Measure one batch forward and backward. Weights, gradients and the model's mode are left
+    unchanged. Dropout consumes random numbers, so set the seed afterwards.
 
     Args:
-        rows, order, collate: what training takes, and in which order.
-        steps: that are left.
-        recompute: as in training; it stays on.
+        rows, order, collate: the training data and its order.
+        steps: steps that are left.
+        recompute: recompute activations, as in training; stays switched on.
     """
     options, device = config.train, next(model.parameters()).device
     picked = list(itertools.islice(order, _LOOKED_AT * options.batch))
@@ -78,7 +78,7 @@ def estimate(
     ]
     sizes = [batch["input_ids"].numel() for batch in batches]
     mean = sum(sizes) / len(sizes)
-    # Its time a token is that of most: short and long ones differ.
+    # A batch of average size: the time per token differs for short and long ones.
     usual = min(range(len(sizes)), key=lambda at: abs(sizes[at] - mean))
     if recompute:
         model.gradient_checkpointing_enable(
@@ -92,7 +92,7 @@ def estimate(
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-    own = steps * options.accum * mean  # of this process
+    own = steps * options.accum * mean  # tokens of this process
     every = config.eval.every
     validations = 1 + (steps // every if every else 0)
     limit = options.max_minutes

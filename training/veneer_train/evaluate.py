@@ -1,4 +1,4 @@
-"""Validation loss: the mean over learned tokens, not over batches."""
+"""Validation loss, as the mean over learned tokens, not over batches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Evaluation", "evaluate"]
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Attributes:
-    loss: nats a token, over the tokens that are learned.
-    accuracy: share of those tokens that are the model's first choice, 0 to 1.
-    tokens: how many there are.
+    loss: nats per learned token.
+    accuracy: share of learned tokens that are the model's first choice, 0 to 1.
+    tokens: number of learned tokens.
     """
 
     loss: float
@@ -34,11 +34,11 @@ class Evaluation:
 
 
 def evaluate(model: Any, samples: Sequence[Sample], batch: int) -> Evaluation:
-    """Measure ``model`` on ``samples`` and leave it in the mode it was in."""
+    """Measure ``model`` on ``samples``, and restore its train or eval mode."""
     was_training = model.training
     device = next(model.parameters()).device
     total, right, tokens = 0.0, 0, 0
-    # Neighbours in length share a batch: less padding, the same sums.
+    # Samples of similar length share a batch: less padding, the same sums.
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Write a trained adapter as the folder that the server takes.
+"""Writes a trained adapter as the folder that the server accepts.
 
 PEFT's own ``save_pretrained`` would write the base's path on this machine, targets in
-the order of a Python set, and fp32 tensors; so the folder is written here.
+the order of a Python set, and fp32 tensors; so we write the folder ourselves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MODE: Final = 0o644
 
 
 def round_to_file_dtype(model: Any) -> None:
-    """Round the adapter's weights, in place, to what `write_folder` can store."""
+    """Round the adapter's weights in place to the dtype that `write_folder` stores."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -44,11 +44,11 @@ def round_to_file_dtype(model: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """An adapter apart from its model, so that training may go on.
+    """A copy of an adapter, so that training can continue meanwhile.
 
     Attributes:
-        tensors: by PEFT's names, in `FILE_DTYPE` on the CPU, copies.
-        config: what ``adapter_config.json`` says.
+        tensors: copies on the CPU in `FILE_DTYPE`, by PEFT's names.
+        config: content of ``adapter_config.json``.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -63,14 +63,14 @@ def take(model: Any, base_name: str) -> AdapterState:
     """Copy a PEFT model's adapter.
 
     Args:
-        base_name: the base's logical name: the adapter must not name a place on this
+        base_name: the base's logical name, since the adapter must not contain a path of this
             machine.
     """
     (name,) = model.active_adapters
     facts = model.peft_config[name].to_dict()
     facts["base_model_name_or_path"] = base_name
     facts["inference_mode"] = True
-    if not isinstance(facts["target_modules"], str):  # a pattern stays one
+    if not isinstance(facts["target_modules"], str):  # keep a pattern as it is
         facts["target_modules"] = sorted(facts["target_modules"])
     tensors = {
         key: tensor.detach().to(device="cpu", dtype=FILE_DTYPE, copy=True).contiguous()
@@ -117,13 +117,13 @@ def write_folder(
     card: str,
     template: str | None = None,
 ) -> None:
-    """Write the adapter folder ``out``: whole, checked as the server will, or not at all.
+    """Write the adapter folder ``out``: complete and checked as by the server, or not at all.
 
     Args:
         out: replaced if it exists.
         manifest: see `veneer_train.manifest.build_manifest`.
         card: see `model_card`.
-        template: the chat template to ship, or None for the base's own.
+        template: the chat template to ship, or None for the base's.
 
     Raises:
         AdapterInvalid: the server would refuse these weights (NaN, for example).
@@ -145,7 +145,7 @@ def write_folder(
         for path in staging.iterdir():
             path.chmod(_MODE)
         staging.chmod(0o755)
-        if not adapter.dora:  # servers take those merged only, so their check says nothing
+        if not adapter.dora:  # servers accept DoRA only merged, so their check does not apply
             read_adapter(staging, base=None)
         if out.exists():
             shutil.rmtree(out)

@@ -1,4 +1,4 @@
-"""Show what is masked and what is learned, token by token."""
+"""Shows which tokens are masked and which are learned."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MASKED = "dim"
 
 
 def coloured(sample: Sample, tokenizer: Any) -> Text:
-    """The sample as text: learned tokens green, what the loss leaves out dim.
+    """The sample as text: learned tokens green, masked ones dim.
 
-    Neighbours of one kind are decoded together, so that characters of several tokens stay
-    whole.
+    Adjacent tokens of one kind are decoded together, so that a character of several tokens
+    stays whole.
     """
     text = Text()
     ids, labels = sample.input_ids, sample.labels

@@ -54,8 +54,8 @@ class TrainResult:
 
     Attributes:
         folder: the adapter, ready to push.
-        facts: what happened, as the manifest tells it.
-        dora: it can only be served merged.
+        facts: facts of the run, as in the manifest.
+        dora: the adapter can only be served merged.
     """
 
     folder: Path
@@ -65,13 +65,13 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class _Figures:
-    """On the validation split; what was not measured is not there."""
+    """Figures on the validation split; None or empty if not measured."""
 
     loss: Evaluation | None = None
     tasks: Mapping[str, Score] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """As plain data, for a checkpoint."""
         return asdict(self)
 
     @classmethod
@@ -81,12 +81,12 @@ class _Figures:
 
 
 class Snapshots:
-    """Adapter folders of a run, as it is at some step.
+    """Writes adapter folders of a run at any step.
 
     Args:
         template: the chat template that the adapter is trained with.
         before: figures of the base.
-        seconds: since the run began, over all sessions.
+        seconds: returns the time since the run began, over all sessions.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Snapshots:
         self._seconds = seconds
 
     def facts(self, fitted: Fitted, after: _Figures | None = None) -> RunFacts:
-        """What a run did up to now."""
+        """Facts of the run so far."""
         after = after or _Figures()
         return RunFacts(
             steps=fitted.steps,
@@ -120,14 +120,14 @@ class Snapshots:
         )
 
     def write_moment(self, adapter: AdapterState, folder: Path, moment: Moment) -> None:
-        """Write what the run has come to by then; `push.PushCallback` asks for it."""
+        """Write the adapter as of ``moment``; called by `push.PushCallback`."""
         loss = moment.metrics.get("train_loss_last", float("nan"))
         self.write(adapter, folder, self.facts(Fitted(moment.step, moment.tokens, loss)))
 
     def rehearse(self, adapter: AdapterState, folder: Path) -> None:
-        """Write the adapter as it is before training, check it as at the end, and remove it:
-        what a server would refuse whatever is learned, or a folder that cannot be written,
-        must not show after hours.
+        """Write the untrained adapter, check it as at the end, and remove it. An adapter that
+        a server would refuse in any case, or a folder that cannot be written, must be found
+        before hours of training.
 
         Raises:
             AdapterInvalid: a server would refuse it.
@@ -152,7 +152,7 @@ class Snapshots:
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raises InvalidField where something is there that must not be replaced."""
+    """Raise InvalidField if the folder has something that must not be replaced."""
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -164,7 +164,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         cause, why = "exists", "exists and is not empty"
         fix = "remove it, choose another, or use --overwrite"
     elif not (folder / "adapter_config.json").is_file():
-        cause, why = "no_adapter", "holds something else than an adapter"
+        cause, why = "no_adapter", "contains something other than an adapter"
         fix = "choose another"
     else:
         return
@@ -177,7 +177,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
 def _identity(
     config: TrainConfig, split: Split, base: BaseFingerprint, template: str
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+    """Facts that must be the same for a run to resume from a checkpoint."""
     facts = config_facts(config)
     del facts["eval"], facts["train"]["max_minutes"]
     return {
@@ -194,7 +194,7 @@ def _identity(
 def _found(
     checkpoints: Checkpoints, config: TrainConfig, *, overwrite: bool
 ) -> Checkpoint | None:
-    """The checkpoint to go on from. With ``overwrite`` those of another run are cleared."""
+    """The checkpoint to resume from. With ``overwrite``, removes those of another run."""
     wanted = config.output.resume
     found = None
     if wanted != "never":
@@ -205,8 +205,8 @@ def _found(
                 raise
     if found is None and wanted == "must":
         raise InvalidField(
-            f"there is no checkpoint in {checkpoints.root} to go on from: set "
-            "output.resume: auto to begin",
+            f"there is no checkpoint in {checkpoints.root} to resume from: set "
+            "output.resume: auto to start",
             metadata={"field": "output.resume"},
         )
     if found is None and main_process():
@@ -225,21 +225,21 @@ def train(
 ) -> TrainResult:
     """Train an adapter as ``config`` says and write its folder.
 
-    The folder appears whole at the end, or not at all; ``metrics.jsonl``, ``curves.png``
-    and checkpoints grow in the logs folder meanwhile. A run that was cut goes on from the
-    newest checkpoint; one that has ended has none left.
+    The folder appears complete at the end, or not at all; ``metrics.jsonl``, ``curves.png``
+    and checkpoints are written to the logs folder meanwhile. An interrupted run resumes from
+    its newest checkpoint; a finished run leaves none.
 
     Args:
         overwrite: replace the folder, and checkpoints of another run.
-        callbacks: makes callbacks of Trainer; see `Snapshots`.
+        callbacks: returns callbacks for Trainer; see `Snapshots`.
         check_base: called before anything is loaded; may raise.
-        expect: told before the first step how long training will take.
+        expect: called before the first step with an estimate of the training time.
 
     Raises:
         InvalidField: the config, the data or the base cannot be used.
-        AdapterInvalid: a server would refuse what it would write, whatever is learned.
+        AdapterInvalid: a server would refuse the adapter, whatever is learned.
         TemplateFailed: the chat template cannot be marked or rendered.
-        TrainingStopped: the run went bad.
+        TrainingStopped: the run diverged.
         DiskFull, CheckpointFailed: a file could not be written.
     """
     out = Path(config.output.dir)
@@ -291,7 +291,7 @@ def train(
         if resume is not None:
             log.write(event="resumed", step=resume.step, folder=resume.folder.name)
             before = _Figures.of(resume.facts["before"])
-        elif config.eval.compare_base:  # a fresh adapter is the base, to the bit
+        elif config.eval.compare_base:  # with a fresh adapter, bit-identical to the base
             before = measured(0)
 
         snapshots = snapshots_from(before)
@@ -309,10 +309,10 @@ def train(
                 expect=expect,
             )
         finally:
-            # What the run ended with counts, not that there was no room for a picture of it.
+            # A full disk must not fail a finished run just for its plot.
             with contextlib.suppress(OSError):
                 draw_curves(log.rows, logs / "curves.png", out.name)
-        round_to_file_dtype(model)  # what is measured is what is written
+        round_to_file_dtype(model)  # measure the weights that are written
         after = measured(fitted.steps)
         if after.loss is not None and not after.loss.loss < float("inf"):
             raise TrainingStopped(f"the trained adapter's validation loss is {after.loss.loss}")
@@ -334,7 +334,7 @@ def _fit(
     resume: Checkpoint | None,
     **options: Any,
 ) -> Fitted:
-    """As `trainer.fit`; a checkpoint of the last step leaves nothing to train."""
+    """`trainer.fit`, unless the checkpoint is of the last step and nothing is left to train."""
     if resume is None or resume.step < config.train.steps:
         return fit(model, split, config, log, device, resume=resume, **options)
     weights = load_file(resume.folder / "adapter_model.safetensors")

@@ -1,7 +1,7 @@
-"""What ``training_manifest.json`` says: where an adapter comes from, in plain facts.
+"""Content of ``training_manifest.json``: an adapter's origin, in plain facts.
 
-Nothing in it names a place on this machine: files go by their base name and their
-hash, the base by its logical name and its fingerprint.
+It contains no path of this machine: files are given by base name and hash, the base by its
+logical name and fingerprint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a run did.
+    """Facts of a run.
 
     Attributes:
         steps: optimiser steps.
@@ -48,7 +48,7 @@ class RunFacts:
         seconds: wall time from loading the base to the last evaluation.
         last_loss: the last step's training loss.
         before, after: validation of the base and of the written adapter.
-        tasks_before, tasks_after: their scores by kind of check.
+        tasks_before, tasks_after: task scores of both, by kind of check.
     """
 
     steps: int
@@ -73,7 +73,7 @@ class RunFacts:
                 found[f"val_{kind}_{when}"] = score.share
                 found[f"val_{kind}_{when}_low"] = score.low
                 found[f"val_{kind}_{when}_high"] = score.high
-        # A reader takes numbers only, and JSON has no word for what is not one.
+        # Readers accept only numbers, and JSON cannot express non-finite ones.
         return {name: round(value, 6) for name, value in finite(found).items()}
 
 
@@ -81,7 +81,7 @@ def fingerprint(folder: Path, quant: QuantConfig) -> BaseFingerprint:
     """The base's identity in four parts, from its files (never from live modules)."""
     quantization: dict[str, object] | None = None
     if quant.type != "none":
-        # The server names the same keys: equal settings must give equal digests.
+        # The server uses the same keys: equal settings must give equal digests.
         quantization = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": quant.type,
@@ -134,7 +134,7 @@ def config_facts(config: TrainConfig) -> dict[str, Any]:
 def build_manifest(
     config: TrainConfig, split: Split, base: BaseFingerprint, facts: RunFacts
 ) -> dict[str, Any]:
-    """The manifest as JSON-ready data, the same for the same run but for the times."""
+    """The manifest as JSON-ready data. The same run gives the same data, except times."""
     return {
         "format": FORMAT,
         "base_name": config.model.name,

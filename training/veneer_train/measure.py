@@ -1,4 +1,4 @@
-"""Measure an adapter on a data set beside its base in 4 bits and a 16-bit reference."""
+"""Measures an adapter on a data set against its base in 4 bits and a 16-bit reference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Measured:
     """One model's figures.
 
     Attributes:
-        tasks: scores by kind of check; empty where no sample has one.
+        tasks: scores by kind of check; empty if no sample has a check.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Measured:
 
 
 def manifest_of(adapter: Path) -> dict[str, Any]:
-    """What ``training_manifest.json`` says; nothing where there is none that can be read.
+    """Content of ``training_manifest.json``; empty if it is missing or unreadable.
 
     Raises:
         AdapterInvalid: it is not a regular file, or a link that leaves the folder.
@@ -89,7 +89,7 @@ def manifest_of(adapter: Path) -> dict[str, Any]:
 
 
 def quant_of(adapter: Path) -> QuantConfig:
-    """How the base was quantized in the adapter's training; the default if it does not say."""
+    """How the base was quantized in training, by the manifest; the default if not recorded."""
     try:
         return QuantConfig(**manifest_of(adapter)["config"]["quant"])
     except (KeyError, TypeError):
@@ -97,16 +97,16 @@ def quant_of(adapter: Path) -> QuantConfig:
 
 
 def data_options(adapter: Path, data: Path, *, max_len: int | None = None) -> DataConfig:
-    """How the adapter's training read its data, for another file.
+    """Data options of the adapter's training, applied to another file.
 
     Args:
-        max_len: instead of its own.
+        max_len: replaces the recorded one.
     """
     chosen = {"format", "loss_on", "max_len", "on_truncated"}
     facts = manifest_of(adapter).get("config", {}).get("data", {})
     kept = {key: value for key, value in facts.items() if key in chosen}
     if kept.get("on_truncated", "error") == "error":
-        kept["on_truncated"] = "drop"  # what was too long is no reason not to measure
+        kept["on_truncated"] = "drop"  # samples that are too long must not stop measuring
     if max_len is not None:
         kept["max_len"] = max_len
     return DataConfig(train=str(data), **kept)
@@ -127,18 +127,18 @@ def measure(
     """Loss and task scores of the reference, the base and the adapter, in this order.
 
     Args:
-        adapter: None: the bases alone.
-        options: how the data is read; its files are not.
-        reference: measure the 16-bit base too.
-        limit: at most so many samples, the first.
-        told: what is being done.
+        adapter: None: measure only the bases.
+        options: how to read the data; the files that it names are ignored.
+        reference: also measure the 16-bit base.
+        limit: use only the first samples, at most this many.
+        told: called with a line for each step.
 
     Raises:
         InvalidField: data, base or adapter cannot be read.
         AdapterInvalid: a file of the adapter is missing, or not a regular file.
     """
     if adapter is not None:
-        select_files(adapter)  # PEFT opens whatever is there, pickles too
+        select_files(adapter)  # PEFT would open any file, even pickles
     reference = reference and stored_quantization(base) is None
     quant = quant or (quant_of(adapter) if adapter is not None else QuantConfig())
     tokenizer = load_tokenizer(base)
@@ -149,7 +149,7 @@ def measure(
         model = load_base(base, replace(quant, type="none"), training_device())
         found.append(_measured(REFERENCE, model, tokenizer, samples, batch, told))
         del model
-    # Nothing is trained here, so the layers may pack their weights, as they do when serving.
+    # Nothing is trained here, so layers may pack their weights, as in serving.
     model = load_base(base, quant, training_device(), train=False)
     name = "16-bit" if quant.type == "none" else "4-bit"
     if quant.type != "none" or not reference:
@@ -169,7 +169,7 @@ def measure(
 
 
 def template_of(base: Path, adapter: Path | None, tokenizer: Any) -> str:
-    """The adapter's own chat template, else the base's."""
+    """The adapter's chat template, else the base's."""
     if adapter is not None and os.path.lexists(adapter / TEMPLATE_FILE):
         return read_small(adapter, TEMPLATE_FILE).decode("utf-8")
     return read_template(None, tokenizer)
@@ -192,17 +192,17 @@ def _measured(
 
 
 def check_recordable(adapter: Path) -> None:
-    """Raises InvalidField where the adapter has no manifest to keep figures in."""
+    """Raise InvalidField if the adapter has no manifest to record figures in."""
     if not manifest_of(adapter):
         raise InvalidField(
-            f"{adapter / TRAINING_FILE} cannot be read: only adapters that veneer-train wrote "
-            "can keep figures",
+            f"{adapter / TRAINING_FILE} cannot be read: figures can be recorded only in "
+            "adapters written by veneer-train",
             metadata={"file": TRAINING_FILE},
         )
 
 
 def record(adapter: Path, data: Path, measured: Sequence[Measured]) -> None:
-    """Put the figures into the adapter's manifest, in place of those of this file before.
+    """Record the figures in the adapter's manifest, replacing earlier ones for this file.
     Raises as `check_recordable`."""
     check_recordable(adapter)
     manifest = manifest_of(adapter)

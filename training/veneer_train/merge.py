@@ -1,11 +1,10 @@
-"""Merge an adapter into its base, and say how far the result is from what was trained.
+"""Merges an adapter into its base, and measures how far the result is from what was trained.
 
-Into the base as it was dequantized (``dequant``): what the server computes; or into the 16-bit
-weights that were quantized (``source``): closer to the original model, and not what the
-adapter was trained on. Never back into 4 bits: quantization rounds most of a small adapter
-away (a delta of 2 % of the base's norm comes back with a relative error of 1.07). bfloat16
-too loses a good part of an adapter that was trained lightly, since it has steps of 1/256 of
-a weight: `Rounding` says how much.
+The target is either the dequantized base (``dequant``), which is what the server computes with,
+or the original 16-bit weights (``source``), which are closer to the original model but not what
+the adapter was trained on. Never back into 4 bits: quantization rounds most of a small adapter
+away (a delta of 2 % of the base's norm gets a relative error of 1.07). bfloat16, whose steps
+are 1/256 of a weight, also loses much of a lightly trained adapter: `Rounding` says how much.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ DTYPES: Final = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""Of a merged model's weights."""
+"""Dtype of a merged model's weights."""
 
 _FILES: Final = (
     "tokenizer.json",
@@ -67,10 +66,10 @@ class Divergence:
     """How far one model's next-token distributions are from another's, over some text.
 
     Attributes:
-        largest: greatest difference of two logits.
+        largest: largest difference of a logit.
         relative: norm of the difference of all logits over the norm of the reference's.
-        kl: mean Kullback-Leibler divergence from the reference, nats a token.
-        same_first: share of places where both would choose the same token.
+        kl: mean Kullback-Leibler divergence from the reference, in nats per token.
+        same_first: share of positions where both would choose the same token.
     """
 
     largest: float
@@ -81,15 +80,15 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What writing a merged model in a dtype loses of what the adapter changes.
+    """How much of the adapter's change is lost by writing a merged model in a dtype.
 
     Attributes:
         of_delta: norm of the rounding error over the norm of the delta, over all weights
-            that the adapter changes; 0 where it changes none.
-        worst: the same of the weight that loses most.
+            that the adapter changes; 0 if it changes none.
+        worst: the same for the weight that loses most.
         worst_module: its module, ``model.layers.0.self_attn.q_proj``; "" if none changes.
-        delta_norm: of all deltas.
-        modules: those that the adapter changes.
+        delta_norm: norm of all deltas.
+        modules: number of modules that the adapter changes.
     """
 
     of_delta: float
@@ -100,14 +99,14 @@ class Rounding:
 
 
 def source_base(folder: Path) -> Any:
-    """The base in float32, as its files have it.
+    """The base's weights from its files, in float32.
 
     Raises:
         InvalidField: the files are in 4 bits.
     """
     if stored_quantization(folder) is not None:
         raise InvalidField(
-            f"{folder} is in 4 bits: give the folder in 16 bits that it was made of",
+            f"{folder} is in 4 bits: give the 16-bit folder that it was made from",
             metadata={"field": "base"},
         )
     model = AutoModelForCausalLM.from_pretrained(
@@ -117,7 +116,7 @@ def source_base(folder: Path) -> Any:
 
 
 def dequantized_base(folder: Path, quant: QuantConfig) -> Any:
-    """The base in float32, each weight as quantization left it: what a 4-bit layer holds."""
+    """The base in float32, with each weight quantized and dequantized as in a 4-bit layer."""
     model = source_base(folder)
     if quant.type == "none":
         return model
@@ -135,7 +134,7 @@ def dequantized_base(folder: Path, quant: QuantConfig) -> Any:
 
 
 def linears(model: Any) -> Iterator[nn.Linear]:
-    """Those that bitsandbytes replaces: all but the head."""
+    """The linear layers that bitsandbytes replaces: all except the head."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -143,14 +142,14 @@ def linears(model: Any) -> Iterator[nn.Linear]:
 
 
 def adapted(base: Any, adapter: Path) -> Any:
-    """The base with an adapter on it, in float32; the base itself is changed."""
+    """The base with an adapter, in float32. Modifies the base."""
     model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
     return model.to(torch.float32).eval()
 
 
 def _merged(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
-    """The model with its adapter in its weights, still in float32, and what ``dtype`` will
-    lose of it. One module at a time: no second copy of the model."""
+    """The model with its adapter merged, still in float32, and what ``dtype`` will lose of it.
+    Works module by module, to avoid a second copy of the model."""
     error = delta = 0.0
     worst, worst_module, modules = 0.0, "", []
     with torch.no_grad():
@@ -174,12 +173,12 @@ def _merged(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
 
 
 def _lost(weight: torch.Tensor, dtype: torch.dtype) -> float:
-    """Squared norm of what rounding to ``dtype`` changes."""
+    """Squared norm of the error of rounding to ``dtype``."""
     return float((weight.to(dtype).to(weight.dtype) - weight).double().square().sum())
 
 
 def _check_range(model: Any, dtype: torch.dtype) -> None:
-    """Raises InvalidField for weights that are not finite in ``dtype``."""
+    """Raise InvalidField for weights that are not finite in ``dtype``."""
     for name, weight in model.named_parameters():
         if bool(weight.to(dtype).isfinite().all()):
             continue
@@ -188,7 +187,7 @@ def _check_range(model: Any, dtype: torch.dtype) -> None:
         fix = (
             "use --dtype bfloat16 or float32"
             if math.isfinite(largest)
-            else "the adapter or its base is damaged: veneer-train verify says which"
+            else "the adapter or its base is damaged: run veneer-train verify to find out which"
         )
         raise InvalidField(
             f"{name} has a magnitude of {largest:.4g}, which {told} cannot hold: {fix}",
@@ -202,21 +201,21 @@ def merge(
     """Write ``out``, a Hugging Face folder of the merged model.
 
     Args:
-        out: appears whole at the end; must not exist.
+        out: must not exist; appears complete at the end.
         dtype: of the written weights.
 
     Raises:
         AdapterInvalid: a file of the adapter is missing, or not a regular file.
         InvalidField: a weight is not finite in ``dtype``.
     """
-    select_files(adapter)  # PEFT opens whatever is there, pickles too
+    select_files(adapter)  # PEFT would open any file, even pickles
     model = dequantized_base(base, quant) if into == "dequant" else source_base(base)
     merged, rounding = _merged(adapted(model, adapter), dtype)
     _check_range(merged, dtype)
     with new_folder(out) as staging:
         merged.to(dtype).save_pretrained(staging)
         for name in _FILES:
-            # A template that the adapter ships was what it was trained with.
+            # If the adapter ships a template, it was trained with that one.
             for folder in (adapter, base):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, staging / name)
@@ -225,7 +224,7 @@ def merge(
 
 
 def divergence(model: Any, reference: Any, batches: Sequence[torch.Tensor]) -> Divergence:
-    """Compare on token ids, each [batch, length] without padding."""
+    """Compare two models on token ids, each [batch, length] without padding."""
     largest, kl = 0.0, 0.0
     difference = norm = 0.0
     same = places = 0
@@ -236,8 +235,8 @@ def divergence(model: Any, reference: Any, batches: Sequence[torch.Tensor]) -> D
             largest = max(largest, float(gap.abs().max()))
             difference += float(gap.double().square().sum())
             norm += float(wanted.double().square().sum())
-            # float64: terms of both signs nearly cancel, and float32 was off by 1e-8, as often
-            # below 0 as above. No divergence is negative; what rounds to less is 0.
+            # float64: terms of both signs nearly cancel, and float32 is off by 1e-8, as often
+            # below 0 as above. A divergence is never negative, so clamp rounding errors to 0.
             p, q = wanted.double().log_softmax(-1), told.double().log_softmax(-1)
             kl += float((p.exp() * (p - q)).sum(-1).clamp(min=0).sum())
             same += int((told.argmax(-1) == wanted.argmax(-1)).sum())

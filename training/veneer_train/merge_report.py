@@ -1,4 +1,4 @@
-"""Merge, then compare the written model with what it stands for."""
+"""Merges, then compares the written model with the base plus adapter."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 MUCH_ROUNDING: Final = 0.1
-"""Of the delta's norm: above it a reader is warned."""
+"""Share of the delta's norm lost to rounding above which the report warns."""
 
 REPORT_FILE: Final = "veneer_merge.json"
-"""In the merged folder: what it was made of, and how far it is from that."""
+"""Report file in the merged folder: what it was made from, and how far it is from that."""
 
 _BATCH: Final = 8
 
@@ -52,19 +52,19 @@ TEXTS = (
     "SELECT name FROM users WHERE age > 30 ORDER BY name LIMIT 5;",
     "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
 )
-"""What divergences are measured on, beside each other."""
+"""Texts that divergences are measured on, if no data is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """How far a merged model, as it was written, is from what it stands for.
+    """How far a merged model, as written, is from the base plus adapter.
 
     Attributes:
-        data: the file that was measured on; "" for `TEXTS`.
-        samples: of it.
-        divergences: by what the merged model is compared with.
-        losses: nats a token over what an answer to ``data`` should be: of the merged model
-            (``merged``), and of the others.
+        data: the file used for measuring; "" for `TEXTS`.
+        samples: number of its samples that were used.
+        divergences: by the model that the merged one is compared with.
+        losses: nats per token over the expected answers in ``data``, of the merged model
+            (``merged``) and of the others.
     """
 
     dtype: Dtype
@@ -87,7 +87,7 @@ class MergeReport:
         }
 
     def warnings(self) -> list[str]:
-        """What a reader must not miss."""
+        """Warnings for the user."""
         found = []
         rounding = self.rounding
         if not rounding.modules:
@@ -101,14 +101,14 @@ class MergeReport:
             )
         if not self.data:
             found.append(
-                "measured on four texts that are not of the adapter's kind, where it changes "
-                "little: give --data a file of what it is for"
+                "measured on four general texts, where the adapter may change little: give "
+                "--data a file from its domain"
             )
         return found
 
 
 def rounding_of(folder: Path) -> Rounding | None:
-    """What a merged folder's report says of rounding; None where it is no merged folder."""
+    """The rounding in a merged folder's report; None if the folder is not a merged one."""
     try:
         facts = json.loads((folder / REPORT_FILE).read_bytes())["rounding"]
         return Rounding(**{**facts, "modules": tuple(facts["modules"])})
@@ -126,12 +126,12 @@ def merge_and_compare(
     data: Path | None = None,
     limit: int = 64,
 ) -> MergeReport:
-    """Write the merged folder, and compare it, in the dtype that it is written in, with the
-    4-bit base with the adapter and with the 16-bit base with it.
+    """Write the merged folder, and compare it, in the written dtype, with the 4-bit and the
+    16-bit base plus adapter.
 
     Args:
-        data: JSONL of the adapter's own kind to compare on; None: `TEXTS`.
-        limit: at most so many samples of it, the first.
+        data: JSONL from the adapter's domain to compare on; None: `TEXTS`.
+        limit: use only its first samples, at most this many.
 
     Raises:
         InvalidField: ``out`` exists, the data cannot be read, a weight is not finite in
@@ -150,7 +150,7 @@ def merge_and_compare(
     quant = quant_of(adapter)
     tokenizer = load_tokenizer(base)
     samples: tuple[Sample, ...] = ()
-    if data is not None:  # before the work: it may be unreadable
+    if data is not None:  # before the work, since it may be unreadable
         template = template_of(base, adapter, tokenizer)
         options = data_options(adapter, data)
         samples = load_file(data, options, tokenizer, template).samples[:limit]

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: what a run did, step by step, and its curves."""
+"""``metrics.jsonl``: a run's metrics, step by step; and its curves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
-    """One object a line, flushed as it is written; what is not finite is null.
+    """Writes one object per line and flushes it; non-finite numbers become null.
 
     Args:
-        path: None where another process of the run writes it.
-        after: rows up to this step stay: a run goes on from there. None: none stay.
+        path: None if another process of the run writes it.
+        after: keep existing rows up to this step, from which the run resumes. None: keep none.
 
     Attributes:
-        rows: all of them.
+        rows: all rows.
     """
 
     def __init__(self, path: Path | None, report: Report, *, after: int | None = None) -> None:
@@ -71,12 +71,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break  # the process that wrote it was killed
+            break  # a partial line of a killed process
     return rows
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Loss (of steps and validations) and gradient norm against steps, as a PNG."""
+    """Plot loss (of steps and validations) and gradient norm over steps, as a PNG."""
     from matplotlib.figure import Figure
 
     if not rows:

@@ -1,4 +1,4 @@
-"""The frozen base in 4 bits, made safe to train, and the fresh adapter on it."""
+"""Loads the frozen 4-bit base, makes it safe to train, and adds a fresh adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 
 
 def training_device() -> torch.device:
-    """CUDA where there is one, else the CPU; each process of several has its own."""
+    """CUDA if available, else the CPU; with several processes, each has its own GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -49,14 +49,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_template(file: str | None, tokenizer: Any) -> str:
-    """The chat template to train with: a file's, else the base's; "" where there is none.
+    """The chat template to train with: the file's, else the base's; "" if there is none.
 
     Raises:
-        InvalidField: the file cannot be read, or is larger than a server takes.
+        InvalidField: the file cannot be read, or is larger than a server accepts.
     """
     if file is None:
         found = tokenizer.chat_template
-        if isinstance(found, dict):  # several by name
+        if isinstance(found, dict):  # several named templates
             found = found.get("default")
         return str(found or "")
     try:
@@ -69,14 +69,14 @@ def read_template(file: str | None, tokenizer: Any) -> str:
     if len(text.encode()) > TEMPLATE_LIMIT:
         raise InvalidField(
             f"data.template {file!r} is larger than the {TEMPLATE_LIMIT} bytes that a server "
-            "takes: shorten it",
+            "accepts: shorten it",
             metadata={"field": "data.template", "limit": str(TEMPLATE_LIMIT)},
         )
     return text
 
 
 def stored_quantization(folder: Path) -> QuantConfig | None:
-    """How a folder in 4 bits was quantized; None for one that is not."""
+    """How a 4-bit folder was quantized; None for a folder that is not in 4 bits."""
     try:
         facts = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
     except (OSError, ValueError, AttributeError):
@@ -90,12 +90,12 @@ def stored_quantization(folder: Path) -> QuantConfig | None:
 
 
 def disable_cpu_packing(model: torch.nn.Module) -> int:
-    """Keep every 4-bit layer on the path that has gradients; returns how many.
+    """Keep every 4-bit layer on the code path that has gradients; returns how many.
 
-    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks a `Linear4bit`'s weight at
-    its first forward in eval mode, for a kernel without autograd, and stays on that
-    kernel after ``.train()``: gradients through the layer vanish with no more than a
-    warning. Must be called before the first forward.
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks a `Linear4bit`'s weight in
+    its first forward pass in eval mode, for a kernel without autograd, and keeps using
+    that kernel after ``.train()``: gradients through the layer vanish with only a
+    warning. Must be called before the first forward pass.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -113,7 +113,7 @@ def load_base(
     """The base model, quantized, frozen and guarded, in eval mode.
 
     Args:
-        train: False: for measuring alone, with the faster layers that have no gradients
+        train: False: only for measuring, with faster layers that have no gradients
             (see `disable_cpu_packing`).
     """
     dtype = DTYPES[quant.compute_dtype]
@@ -140,27 +140,27 @@ def load_base(
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        **options,  # a folder in 4 bits would not be one beside a None
+        **options,  # omitted rather than None, which would override a 4-bit folder's
         device_map={"": device},
         local_files_only=True,
     )
     replaced = disable_cpu_packing(model) if train else _quantized_layers(model)
     if quant.type != "none" and not replaced:
         raise InvalidField(
-            f"no layer of this base became {quant.type}: its linear layers are of a kind that "
-            "bitsandbytes does not replace; set quant.type: none",
+            f"no layer of this base was quantized to {quant.type}: bitsandbytes does not "
+            "support its kind of linear layer; set quant.type: none",
             metadata={"field": "quant.type"},
         )
     model.requires_grad_(False)
-    model.config.use_cache = False  # no generation while training
+    model.config.use_cache = False  # training does not generate
     return model.eval()
 
 
 def add_adapter(model: Any, config: LoraConfig) -> Any:
     """``model`` with a fresh LoRA adapter (B = 0: it changes nothing yet).
 
-    The adapter trains in fp32 whatever the base computes in; norms and embeddings stay
-    as they are, so that logits equal what the server computes.
+    The adapter trains in fp32, whatever the base computes in; norms and embeddings keep
+    their dtype, so that logits equal the server's.
     """
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM",

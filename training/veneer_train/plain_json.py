@@ -1,8 +1,8 @@
-"""Facts of a run as JSON, whatever they are: a run is never lost to a value in its manifest.
+"""Facts of a run as JSON, whatever their types: a run must never fail for its manifest.
 
-What JSON has no form for is written as near as it can be: a number that is not finite as
-null, half a surrogate pair (of a file name that is not UTF-8, for example) as ``?``, a set
-as a sorted list, anything unknown as its text.
+Values that JSON cannot express are approximated: a non-finite number by null, half a
+surrogate pair (from a file name that is not UTF-8, for example) by ``?``, a set by a sorted
+list, anything unknown by its ``str``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ __all__ = ["finite", "plain_json", "plain_text"]
 
 
 def finite(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Those that are finite: what metrics may hold."""
+    """The finite numbers, which are all that metrics may contain."""
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def plain_json(value: object, *, indent: int | None = 2) -> str:
-    """A document, or with ``indent=None`` one line; ends with a newline."""
+    """A JSON document, or one line with ``indent=None``; ends with a newline."""
     text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return text + "\n"
 
 
 def plain_text(text: str) -> str:
-    """Text that can be UTF-8."""
+    """The text, made encodable as UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -45,6 +45,6 @@ def _plain(value: object) -> object:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "size", 0) == 1:  # a number of numpy
+    if callable(item) and getattr(value, "size", 0) == 1:  # a numpy number
         return _plain(item())
     return plain_text(str(value))

@@ -1,9 +1,9 @@
-"""What a run will take of memory, before anything is loaded.
+"""Plans the memory of a run before anything is loaded.
 
-The sum of what must exist at the peak, in the backward pass of the first layers: weights, what
-the optimizer keeps, what autograd saved on the way forward, logits and their gradient. The
-counts per token are of transformers' Llama with PEFT (5.24, 0.21), by reading what each
-operation saves; the lab ``qlora-vs-lora`` compares them with measured peaks.
+The plan is the sum of what exists at the peak, in the backward pass of the first layers:
+weights, optimizer state, activations saved by autograd, logits and their gradient. The counts
+per token are for transformers' Llama with PEFT (5.24, 0.21), from reading what each operation
+saves; the lab ``qlora-vs-lora`` compares them with measured peaks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from veneer_train.config import TrainConfig
 __all__ = ["LLAMA_65B", "Method", "Plan", "Shape", "plan", "read_shape"]
 
 Method = Literal["qlora", "lora", "full"]
-"""A frozen 4-bit base with an adapter, a frozen 16-bit base with one, or all weights."""
+"""Train an adapter on a frozen 4-bit base, one on a frozen 16-bit base, or all weights."""
 
 _DTYPE: Final = 2
 """Bytes of a 16-bit number."""
 
 _QUANT_BITS: Final = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
-"""Bits a weight, with double quantization and without: a scale for 64 weights in 8 bits and one
-for 256 of those in 32, or in 32 bits at once (arXiv 2305.14314, section 3)."""
+"""Bits per weight, with and without double quantization: an 8-bit scale per 64 weights plus a
+32-bit one per 256 of these scales, or a 32-bit scale per 64 weights (arXiv 2305.14314,
+section 3)."""
 
 _OPTIMIZER: Final = {
     "adamw_8bit": 2,
@@ -38,20 +39,20 @@ _OPTIMIZER: Final = {
     "paged_adamw": 8,
     "sgd": 0,
 }
-"""Bytes of state a trained number. torch's AdamW is not here: it keeps two moments in the dtype
-of what it trains."""
+"""Bytes of optimizer state per trained parameter. torch's AdamW is not listed: it keeps two
+moments in the parameter's dtype."""
 
 _LIBRARIES: Final = {"cpu": 735 << 20, "cuda": 0}
-"""What a process has besides: torch, transformers and what loading the base leaves (on a GPU
-not there). Measured: `python -m tests.bench.plan_memory`."""
+"""Fixed memory of a process: torch, transformers and leftovers of loading the base (none on a
+GPU). Measured by `python -m tests.bench.plan_memory`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama-like base.
+    """The shape of a Llama-like base.
 
     Attributes:
-        tied: head and embedding are one tensor.
+        tied: head and embedding share one tensor.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of a layer's projections."""
+        """(rows, columns) of each projection of a layer."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_out, self.kv_out
         return {
             "q_proj": (q, h),
@@ -83,7 +84,7 @@ class Shape:
 
     @property
     def other_parameters(self) -> int:
-        """Embedding, head and norms."""
+        """Parameters of embedding, head and norms."""
         tables = 1 if self.tied else 2
         return tables * self.vocab * self.hidden + (2 * self.layers + 1) * self.hidden
 
@@ -93,12 +94,13 @@ class Shape:
 
 
 LLAMA_65B: Final = Shape("LLaMA-65B", 80, 8192, 22016, 8192, 8192, 32000, tied=False)
-"""For comparison with the paper's figures: over 780 GB in full, under 48 GB by QLoRA."""
+"""For comparison with the paper's figures: over 780 GB for full fine-tuning, under 48 GB for
+QLoRA."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by what they are for."""
+    """Bytes by purpose."""
 
     method: Method
     trained_parameters: int
@@ -110,10 +112,10 @@ class Plan:
 
 
 def read_shape(folder: Path) -> Shape:
-    """From ``config.json``.
+    """Read the shape from ``config.json``.
 
     Raises:
-        InvalidField: it is missing, or not of a shape that can be planned.
+        InvalidField: it is missing, or its shape cannot be planned.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
@@ -147,8 +149,8 @@ def plan(
     """Peak bytes of a run.
 
     Args:
-        config: of which batch, length, rank, targets, optimizer and checkpointing count.
-        method: how to train; the config's own is ``qlora`` or, with ``quant.type: none``,
+        config: its batch, length, rank, targets, optimizer and checkpointing count.
+        method: how to train; the config itself means ``qlora`` or, with ``quant.type: none``,
             ``lora``.
     """
     train = config.train
@@ -159,7 +161,7 @@ def plan(
     recompute = train.checkpointing == "on" or (
         train.checkpointing == "auto" and device == "cuda"
     )
-    # Adapters train in fp32, whole models in what they are loaded in.
+    # Adapters train in fp32, whole models in the dtype they are loaded in.
     width = _DTYPE if method == "full" else 4
     state = _OPTIMIZER.get(optim, 2 * width)
     parts = {
@@ -179,7 +181,7 @@ def plan(
     # Logits in 16 bits, in fp32 for the loss, and the gradients of both.
     parts["logits"] = tokens * shape.vocab * 2 * (_DTYPE + 4)
     largest = max(rows * columns for rows, columns in shape.linears.values())
-    # A 4-bit weight is restored for its product.
+    # A 4-bit weight is dequantized for its GEMM.
     parts["workspace"] = largest * _DTYPE if method == "qlora" else 0
     return Plan(method, trained, parts)
 
@@ -199,18 +201,18 @@ def _base_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
 
 
 def _saved_bytes(shape: Shape, config: TrainConfig, method: Method) -> int:
-    """Bytes that autograd keeps of one token and one layer."""
+    """Bytes that autograd saves per token and layer."""
     h, i, q, kv = shape.hidden, shape.intermediate, shape.q_out, shape.kv_out
-    norms = 2 * (4 * h + 2 * h)  # the input in fp32 and the normalized one, twice
+    norms = 2 * (4 * h + 2 * h)  # two norms, each with input in fp32 and normalized input
     attention = 2 * (2 * q + 2 * kv) + 2 * q  # q and k rotated, v, the result
     gate = 3 * 2 * i  # gate, its activation, up
-    if method == "full":  # the inputs of the projections: of q, k, v one; of gate and up one
+    if method == "full":  # inputs of the projections: q, k, v share one; gate and up share one
         return norms + attention + gate + 2 * (h + q + h + i)
     lora = config.lora
     inputs = 0
     for name in lora.target_modules:
         _, columns = shape.linears[name]
-        # Each adapter has its own copy in fp32, and between A and B one of its rank; dropout
-        # keeps a mask.
+        # Each adapter has its own fp32 copy of the input, and a result of A; dropout keeps a
+        # mask.
         inputs += 4 * (columns + lora.r) + (columns if lora.dropout else 0)
     return norms + attention + gate + inputs

@@ -1,8 +1,8 @@
-"""Publish adapters from a training run, while it goes on and at its end.
+"""Publishes adapters from a training run, during it and at its end.
 
-`PushCallback` works with any trainer of Hugging Face's kind whose model is a PEFT model
+`PushCallback` works with any Hugging Face style trainer whose model is a PEFT model
 (Trainer, TRL's SFTTrainer): every so many steps it copies the adapter and publishes it
-from a thread of its own, so that training waits for the copy alone.
+from a thread, so that training waits only for the copy.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _NICE: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Where training is.
+    """The progress of training.
 
     Attributes:
         step: optimiser steps done.
-        tokens: seen by then; 0 where the trainer does not count them.
-        metrics: the newest numbers that it logged.
+        tokens: tokens seen so far; 0 if the trainer does not count them.
+        metrics: the latest numbers that it logged.
     """
 
     step: int
@@ -50,7 +50,7 @@ class Moment:
 
 
 Write = Callable[[AdapterState, Path, Moment], None]
-"""Writes an adapter's folder, as it is then."""
+"""Writes the folder of an adapter as of a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Target:
     Attributes:
         address: host:port of a server.
         name: adapter name.
-        alias: that shall mean the last revision, such as ``prod``; "": none.
+        alias: alias to point at the last revision, such as ``prod``; "" for none.
     """
 
     address: str
@@ -70,11 +70,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What came of one.
+    """Outcome of a publication.
 
     Attributes:
-        revision: of the adapter; "" where it failed.
-        error: why it failed; "" where it did not.
+        revision: of the adapter; "" if it failed.
+        error: why it failed, or "".
     """
 
     step: int
@@ -83,12 +83,13 @@ class Publication:
 
 
 def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...]:
-    """Ask a server, before hours of training, whether it will take the adapter; warnings.
+    """Ask a server, before hours of training, whether it will accept the adapter; returns
+    warnings.
 
     Raises:
-        InvalidField: no such name or alias is possible.
+        InvalidField: the name or alias is not allowed.
         BaseModelMismatch: it serves another base.
-        ServerUnreachable: there is none.
+        ServerUnreachable: no server answers.
     """
     check_name(target.name)
     if target.alias:
@@ -100,7 +101,7 @@ def check_target(target: Target, base: BaseFingerprint | None) -> tuple[str, ...
 
 
 def publish(target: Target, folder: Path, *, step: int | None = None) -> Pushed:
-    """Push a folder, in place of what the name holds now, and move the alias to it.
+    """Push a folder, replacing the name's current revision, and move the alias to it.
 
     Raises:
         VeneerError: the server refuses it or cannot be reached.
@@ -116,20 +117,20 @@ def publish(target: Target, folder: Path, *, step: int | None = None) -> Pushed:
 class PushCallback(TrainerCallback):  # type: ignore[misc]
     """Publishes the adapter that a trainer trains.
 
-    A publication that fails is told (``on_publication``) and costs the run nothing. While
-    one is under way at most one waits; a newer one takes its place.
+    A failed publication is reported (``on_publication``) and does not affect the run. While
+    one is running, at most one waits, and a newer one replaces it.
 
     Args:
         address, name: of the server and the adapter.
-        every: steps between publications; 0: at the end only.
+        every: steps between publications; 0: only at the end.
         alias: moved to the last revision at the end.
         base: folder of the base model, for the fingerprint that lets a server refuse
-            adapters of another base; None: the adapter says nothing of it.
+            adapters of another base; None: the adapter does not record its base.
         base_name: the base's logical name.
-        fingerprint: of the base, in place of the folder.
-        at_end: publish what there is when training ends; else that is somebody else's, and so
-            is the last step.
-        on_publication: told each outcome, from another thread.
+        fingerprint: of the base, instead of the folder.
+        at_end: publish the adapter when training ends; if False, the caller does that, and
+            the last step is not published here.
+        on_publication: called with each outcome, from another thread.
         write: writes the folder; by default with a short manifest.
 
     Attributes:
@@ -176,8 +177,8 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     # ------------------------------------------------------------- Trainer's calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises as `check_target`, and InvalidField for a model without an adapter: a run
-        whose result nobody takes does not begin."""
+        """Check model and server first. Raises as `check_target`, and InvalidField for a model
+        without an adapter: a run whose result cannot be published must not start."""
         if not state.is_world_process_zero:
             return
         model = peft_model(kwargs["model"])
@@ -189,14 +190,14 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Publish what there is, every so many steps. Not at a step's end: whether that one
-        was sound is looked at after it."""
+        """Publish every so many steps. Not in `on_step_end`, since the step is checked for
+        soundness only after that."""
         step = int(state.global_step)
         if self._worker is not None and self._every and step and step % self._every == 0:
             self._submit(kwargs["model"], state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for what is under way; publish the end."""
+        """Wait for a running publication, then publish the final adapter."""
         if self._worker is None:
             return
         if self._at_end:
@@ -209,11 +210,11 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     def _submit(self, model: Any, state: Any, *, last: bool = False) -> None:
         tokens = int(getattr(state, "num_input_tokens_seen", 0) or 0)
         moment = Moment(int(state.global_step), tokens, _metrics(state))
-        # The alias moves at the end alone.
+        # The alias moves only at the end.
         target = self._target if last else replace(self._target, alias="")
         try:
             adapter = take(peft_model(model), self._base_name)
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # training continues after any error
             self._done(Publication(moment.step, error=f"{type(error).__name__}: {error}"))
             return
         with self._lock:
@@ -225,7 +226,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         with self._lock:
             taken, self._waiting = self._waiting, None
         if taken is None:
-            return  # a newer one took its place, and was published
+            return  # a newer one replaced it and was published
         adapter, moment, target = taken
         try:
             with tempfile.TemporaryDirectory(prefix="veneer-push-") as scratch:
@@ -233,7 +234,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
                 self._write(adapter, folder, moment)
                 pushed = publish(target, folder, step=moment.step)
             done = Publication(moment.step, pushed.adapter.revision)
-        except Exception as error:  # also what libraries raise where the disk is full
+        except Exception as error:  # includes what libraries raise if the disk is full
             done = Publication(moment.step, error=str(error) or type(error).__name__)
         self._done(done)
 
@@ -255,7 +256,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def peft_model(model: Any) -> Any:
-    """The PEFT model inside what accelerate or DeepSpeed put around it."""
+    """The PEFT model inside the wrappers of accelerate or DeepSpeed."""
     while not hasattr(model, "peft_config") and hasattr(model, "module"):
         model = model.module
     if not hasattr(model, "peft_config"):
@@ -267,7 +268,7 @@ def peft_model(model: Any) -> Any:
 
 
 def quant_of_model(model: Any) -> QuantConfig:
-    """How a loaded base is quantized, by its own config."""
+    """How a loaded base is quantized, by its config."""
     facts = getattr(model.config, "quantization_config", None)
     if facts is None:
         return QuantConfig(type="none")
@@ -282,7 +283,7 @@ def quant_of_model(model: Any) -> QuantConfig:
 
 
 def _metrics(state: Any) -> dict[str, float]:
-    """The newest numbers that the trainer logged."""
+    """The latest numbers that the trainer logged."""
     found: dict[str, float] = {}
     for row in state.log_history:
         for key in ("loss", "eval_loss"):

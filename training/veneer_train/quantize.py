@@ -1,4 +1,4 @@
-"""Write a base's folder in 4 bits: it loads in a fraction of a second instead of seconds."""
+"""Writes a base's folder in 4 bits, which loads in a fraction of a second, not in seconds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Saving:
     """Bytes in 16 bits and as written.
 
     Attributes:
-        linear_*: of the layers that are quantized.
-        whole_*: of the model: embedding, head and norms stay in 16 bits.
+        linear_*: of the quantized layers.
+        whole_*: of the whole model; embedding, head and norms stay in 16 bits.
     """
 
     linear_before: int
@@ -35,8 +35,8 @@ class Saving:
 def quantize(base: Path, out: Path, quant: QuantConfig) -> Saving:
     """Quantize the folder ``base`` into ``out``, which must not exist.
 
-    A folder in 4 bits is a base of its own: its fingerprint differs from the source's, so
-    train on the one that serves.
+    A 4-bit folder is a different base: its fingerprint differs from the source's, so train on
+    the folder that is served.
 
     Raises:
         InvalidField: ``quant.type`` is none, or the base cannot be quantized.

@@ -1,9 +1,9 @@
-"""Run Python that a model wrote, in a process of its own with little to break.
+"""Runs Python that a model wrote in a separate, restricted process.
 
 No environment, no site packages, an empty folder; limits on time, memory, files and processes;
-an audit hook refuses sockets, processes and files outside the standard library. This keeps
-accidents in. It is no jail for code that means harm: run evaluations of models that you do
-not trust in a container.
+an audit hook refuses sockets, processes and files outside the standard library. This guards
+against accidents, not against malicious code: evaluate models that you do not trust in a
+container.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TIMEOUT_S: Final = 10.0
 _MEMORY: Final = 512 << 20
 _CPU_S: Final = 5
 
-# That it came to its end is told on a descriptor of its own: an answer may call sys.exit.
+# Reports completion on a separate descriptor, since an answer may call sys.exit.
 _FRAME: Final = """
 import os, sys
 try:
@@ -51,7 +51,7 @@ os.write({done}, b"done")
 
 
 def run_python(source: str) -> bool:
-    """Whether it runs to its end without an exception, within the limits."""
+    """Whether the source runs to its end without an exception, within the limits."""
     reading, writing = os.pipe()
     frame = _FRAME.format(cpu=_CPU_S, memory=_MEMORY, done=writing)
     try:

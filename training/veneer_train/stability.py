@@ -1,4 +1,4 @@
-"""When a run must stop: decided on plain numbers, without torch."""
+"""Decides when a run must stop, from plain numbers, without torch."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ __all__ = ["StabilityWatch", "TrainingStopped"]
 
 _WINDOW: Final = 20
 _ENOUGH: Final = 5
-"""Gradient norms to compare with: those of the first steps already, since a learning rate
-that is far too high does its harm there."""
+"""Fewest gradient norms to compare with: few enough to cover the first steps, where a learning
+rate that is far too high does its harm."""
 _JUMP: Final = 100.0
 _WORSE_THAN_GUESSING: Final = 2.0
-"""Nats a token above guessing that no sound run reaches twice in a row."""
+"""Nats per token above guessing, which no sound run exceeds twice in a row."""
 
 
 class TrainingStopped(Aborted):
-    """A run was stopped because going on cannot help (metadata ``step`` and ``cause``)."""
+    """A run was stopped because it had diverged (metadata ``step`` and ``cause``)."""
 
     reason: ClassVar[str] = "TRAINING_STOPPED"
 
 
 class StabilityWatch:
-    """Raises when loss or gradient norm say that the run is lost.
+    """Raises when loss or gradient norm show that the run has diverged.
 
     Not finite: at once. A jump: the gradient norm before clipping is more than 100
-    times the median of the last 20 steps, or of those that there are, from the sixth step
-    on. Lost: in two steps running the loss is 2 nats above that of guessing evenly among all
-    tokens, or above the first step's if that was worse; a step's loss is measured before it
-    changes anything, so that this holds from the third step on. One such step alone may be
-    an odd batch. Low precision may cause each of them; a smaller learning rate is the first
-    thing to try.
+    times the median of the last 20 steps (or of those so far), from the sixth step on.
+    Worse than guessing: in two consecutive steps the loss is 2 nats above that of uniform
+    guessing, or above the first step's if that was worse. A step's loss is measured before
+    its update, so this applies from the third step on; a single such step may be an odd
+    batch. Low precision may cause any of these; try a smaller learning rate first.
 
     Args:
-        vocabulary: tokens that the model chooses among.
+        vocabulary: size of the model's vocabulary.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -48,10 +47,10 @@ class StabilityWatch:
         self._above: float | None = None  # the last step's loss, if it was that high
 
     def check(self, step: int, loss: float, grad_norm: float) -> None:
-        """Look at one optimiser step.
+        """Check one optimiser step.
 
         Raises:
-            TrainingStopped: with the step, what was seen, and what to try.
+            TrainingStopped: with the step, the observation, and what to try.
         """
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
@@ -87,6 +86,6 @@ class StabilityWatch:
     def _stop(step: int, cause: str, seen: str) -> TrainingStopped:
         return TrainingStopped(
             f"stopped at step {step}: {seen}. Lower train.lr or train.clip, set "
-            "quant.compute_dtype: fp32, or look at the data of this step; nothing was written",
+            "quant.compute_dtype: fp32, or check the data of this step; nothing was written",
             metadata={"step": str(step), "cause": cause},
         )

@@ -1,7 +1,7 @@
 """Strict settings: YAML into frozen dataclasses, with errors that name the key.
 
-Every refusal is an `InvalidField` (metadata ``field``). An unknown key is refused with
-the nearest known one, since a misspelt setting that is ignored costs a whole run.
+Every error is an `InvalidField` (metadata ``field``). The error for an unknown key suggests
+the nearest known one, since ignoring a misspelt setting would cost a whole run.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _value(kind: Any, value: object, key: str) -> object:
-    """``value`` as the annotated type ``kind``. YAML's ints may stand for floats and
-    ``2e-4``, which YAML reads as a string, for a number; nothing else is converted."""
+    """``value`` as the annotated type ``kind``. Converts only an int to a float, and a string
+    such as ``2e-4``, which YAML does not read as a number."""
     options = typing.get_args(kind) or (kind,)
     if isinstance(value, bool) and {"on", "off"} <= set(options):
-        value = "on" if value else "off"  # YAML takes on and off for booleans
+        value = "on" if value else "off"  # YAML reads on and off as booleans
     if float in options and type(value) in (str, int, float):
         return _number(typing.cast(str | float, value), key)
     try:
         if isinstance(value, set | frozenset | tuple):
-            raise msgspec.ValidationError  # msgspec itself takes them for lists
+            raise msgspec.ValidationError  # msgspec itself would accept them as lists
         found = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UnicodeEncodeError):  # they do not say what is allowed
+    except (msgspec.ValidationError, UnicodeEncodeError):  # neither says what is allowed
         if typing.get_origin(kind) is Literal:
             wanted = f"one of {', '.join(map(str, options))}"
         else:
-            wanted = _WANTED[options[0]]  # the others are the less usual ways to write it
+            wanted = _WANTED[options[0]]  # the other types are less usual spellings
         raise bad_setting(key, f"must be {wanted}; got {value!r}") from None
     for text in found if isinstance(found, list) else [found]:
         if isinstance(text, str):
@@ -77,14 +77,14 @@ def _check_text(value: str, key: str) -> None:
     except UnicodeEncodeError as error:
         raise bad_setting(
             key,
-            f"must be text that UTF-8 can hold; character {error.start + 1} of {value!r} "
-            "cannot be: write it in UTF-8",
+            f"must be text that UTF-8 can encode; character {error.start + 1} of {value!r} "
+            "is not: write it in UTF-8",
             cause="not_utf8",
         ) from None
 
 
 def build(cls: type[_T], raw: object, prefix: str = "") -> _T:
-    """A ``cls`` (a dataclass, its fields typed plainly) from parsed YAML.
+    """Build a ``cls`` (a dataclass with simple field types) from parsed YAML.
 
     Raises:
         InvalidField: an unknown or missing key, or a value of another type.
@@ -111,7 +111,7 @@ def build(cls: type[_T], raw: object, prefix: str = "") -> _T:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in values and required:
             kind = hints[name]
-            if dataclasses.is_dataclass(kind):  # let the section say which key it misses
+            if dataclasses.is_dataclass(kind):  # the section's error names the missing key
                 values[name] = build(typing.cast(type, kind), {}, f"{prefix}{name}.")
             else:
                 raise bad_setting(
@@ -124,7 +124,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
     """Put ``section.key=value`` (the value in YAML) into ``raw``.
 
     Raises:
-        InvalidField: it is not of that form.
+        InvalidField: malformed.
     """
     key, equals, text = setting.partition("=")
     parts = key.strip().split(".")
@@ -144,7 +144,7 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
 
 
 def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``under`` with the values of ``over`` in place of its own, section by section."""
+    """``under`` overridden by the values of ``over``, section by section."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
@@ -156,7 +156,7 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML's last-wins hides mistakes)."""
+    """SafeLoader that refuses duplicate keys (YAML's last-wins rule hides mistakes)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -170,7 +170,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections that ``path`` holds.
+    """The sections in the file ``path``.
 
     Raises:
         InvalidField: it cannot be read, is not YAML, or gives a key twice.
@@ -182,10 +182,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "config", f"cannot read {path}: {error.strerror}", cause="unreadable"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Of a date that there is not, or a number of thousands of digits, too.
+        # Also for an impossible date, or a number with thousands of digits.
         raise bad_setting("config", f"{path} is not YAML: {error}") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise bad_setting("config", f"{path} must hold sections such as 'model:' and 'data:'")
+        raise bad_setting("config", f"{path} must have sections like 'model:' and 'data:'")
     return raw

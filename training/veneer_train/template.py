@@ -1,11 +1,11 @@
-"""Chat templates that say which bytes the assistant wrote.
+"""Marks which text of a rendered chat template the assistant wrote.
 
 transformers gives an exact assistant mask for templates with
-``{% generation %}`` marks, and few base models have them. Templates of the ChatML
+``{% generation %}`` marks, but few base models have them. Templates of the ChatML
 family print a whole turn in one expression; `with_generation_marks` splits that
 expression, so that the marked template renders the same bytes. `render` checks
-that it does, for each sample: a mask that is nearly right would teach the model
-to write the user's turns.
+this for each sample: a mask that is nearly right would teach the model to write
+the user's turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Rendered", "render", "render_prompt", "with_generation_marks"]
 _MARK: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}
-# where a line feed may be written as an escape or as itself.
+# where a line feed may be escaped or literal.
 _CHATML_TURN: Final = re.compile(
     r"\{\{\s*'<\|im_start\|>'\s*\+\s*message(?:\['role'\]|\.role)\s*\+\s*'(?:\\n|\n)'\s*\+\s*"
     r"(?P<content>message(?:\['content'\]|\.content))\s*\+\s*"
@@ -42,9 +42,9 @@ class Rendered:
     """A conversation as text, and the character ranges that the assistant wrote.
 
     Attributes:
-        text: what the tokenizer sees, byte for byte what the server renders.
-        spans: half-open ranges of ``text``; each ends after the end-of-turn token,
-            since stopping is a thing to learn.
+        text: input of the tokenizer, byte for byte what the server renders.
+        spans: half-open ranges of ``text``; each includes the end-of-turn token, since the
+            model must learn to stop.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Rendered:
 
 
 def with_generation_marks(template: str) -> str:
-    """``template`` with ``{% generation %}`` around what the assistant writes.
+    """``template`` with ``{% generation %}`` around the assistant's text.
 
     Raises:
         TemplateFailed: the template has no marks and is not of the ChatML family.
@@ -74,7 +74,7 @@ def with_generation_marks(template: str) -> str:
 def render_prompt(
     template: str, messages: Sequence[dict[str, str]], special: dict[str, Any]
 ) -> str:
-    """What a model sees before it answers ``messages``; raises as `render`."""
+    """The prompt before a model's answer to ``messages``; raises as `render`."""
     return _render(template, messages, special, mask=False, answer=True)[0]
 
 
@@ -94,7 +94,7 @@ def _render(
             add_generation_prompt=answer,
             **special,
         )
-    except Exception as error:  # Jinja runs the template's own code: it may raise anything
+    except Exception as error:  # a template is code and may raise anything
         raise TemplateFailed(
             f"the chat template refuses these messages: {error}",
             metadata={"cause": "raised", "why": str(error)[:200]},
@@ -117,14 +117,14 @@ def render(
 
     Raises:
         TemplateFailed: the template refuses the messages, or the marked one renders
-            other text.
+            different text.
     """
     text, _ = _render(template, messages, special, mask=False)
     with_marks, spans = _render(marked, messages, special, mask=True)
-    # A mark is for reading: with it or without, the text must be the same.
+    # The marks must not change the text.
     if with_marks != text:
         raise TemplateFailed(
-            "the marked chat template renders other text than the original: give a "
+            "the marked chat template renders different text than the original: give a "
             "template with {% generation %} marks as data.template",
             metadata={"cause": "other_text"},
         )

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer, made to log each step, to stop when lost, and to save safely."""
+"""Hugging Face Trainer, extended to log each step, stop when diverged, and save safely."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ __all__ = ["Fitted", "fit", "log_evaluation", "main_process", "training_argument
 _Row = TypeVar("_Row")
 
 _OPTIMIZERS = {"adamw8bit": "adamw_8bit"}
-"""Names that people use, and those of transformers."""
+"""Common names -> transformers' names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training did.
+    """Outcome of training.
 
     Attributes:
         steps: optimiser steps, of all sessions.
-        tokens: input tokens seen, without padding (with packing, with what little there is).
+        tokens: input tokens seen, without padding (with packing, including the little padding
+            that there is).
         last_loss: of the last step.
     """
 
@@ -46,12 +47,12 @@ class Fitted:
 
 
 def main_process() -> bool:
-    """Whether this is the process that writes (with ``accelerate launch`` there are more)."""
+    """Whether this process writes files (``accelerate launch`` starts several)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Logs each step, evaluates, and stops a run that is lost or out of time."""
+    """Logs each step, evaluates, and stops a run that has diverged or run out of time."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.last_loss = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A checkpoint brings the interval that it was saved by.
+        # A checkpoint restores the interval that it was saved with.
         state.save_steps = args.save_steps
 
     def on_log(
@@ -102,7 +103,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             log_evaluation(self._log, state.global_step, measured)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # With several processes a resumed loader does not hand it down.
+        # With several processes, a resumed loader does not pass on the epoch.
         self._order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -136,9 +137,9 @@ class _Rows(torch.utils.data.Dataset[_Row]):
 class _Trainer(Trainer):  # type: ignore[misc]
     """Args:
     order: of the samples.
-    watch: knows the last loss.
-    checkpoints: where they go; None: there are none.
-    facts: what lies beside a checkpoint.
+    watch: has the last loss.
+    checkpoints: where to save; None: nowhere.
+    facts: returns the facts to save with a checkpoint.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def _save_together(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        # Each process writes the state of its random numbers.
+        # Each process writes the state of its random number generators.
         self.accelerator.wait_for_everyone()
 
 
@@ -185,11 +186,11 @@ def training_arguments(
     save_every: int = 0,
     packing: bool = False,
 ) -> TrainingArguments:
-    """Trainer's arguments for this run; ``auto`` is settled here by ``device``."""
+    """Trainer's arguments for this run; ``auto`` is resolved here by ``device``."""
     cuda = device.type == "cuda"
     optim = _OPTIMIZERS.get(config.optim, config.optim)
     if optim == "auto":
-        # Paged optimizers do nothing on a CPU, and 8-bit ones are slower there.
+        # On a CPU, paging has no effect and 8-bit optimizers are slower.
         optim = "paged_adamw_8bit" if cuda else "adamw_torch_fused"
     recompute = config.checkpointing == "on" or (config.checkpointing == "auto" and cuda)
     schedule = config.schedule
@@ -197,8 +198,8 @@ def training_arguments(
         schedule = "constant_with_warmup"  # Trainer's "constant" ignores a warm-up
     chosen: dict[str, Any] = {"save_strategy": "no"}
     if save_every:
-        # The number that stays is ours to keep: Trainer would remove the last whole one
-        # before the new one is known to be whole.
+        # We remove old checkpoints ourselves: Trainer would remove the last valid one before
+        # the new one is known to be valid.
         chosen = {"save_strategy": "steps", "save_steps": save_every}
     if recompute:
         chosen["gradient_checkpointing"] = True
@@ -229,8 +230,8 @@ def training_arguments(
             remove_unused_columns=False,
         )
         if cuda and arguments.n_gpu > 1:
-            # One process, one GPU: with more of them visible, batches and losses would be
-            # counted for all.
+            # One process uses one GPU: if more are visible, Trainer would count batches and
+            # losses for all of them.
             arguments._n_gpu = 1
         return arguments
     except ValueError as error:
@@ -256,13 +257,13 @@ def fit(
 
     Args:
         checkpoints: where to save; None: nowhere.
-        resume: what to go on from.
-        facts: to lie beside each checkpoint.
-        callbacks: of Trainer, beside ours.
-        expect: told before the first step how long it will take, which costs a step to find.
+        resume: checkpoint to resume from.
+        facts: returns the facts to save with each checkpoint.
+        callbacks: callbacks of Trainer in addition to ours.
+        expect: called before the first step with an estimate, which takes the time of a step.
 
     Raises:
-        TrainingStopped: the loss or the gradients went bad.
+        TrainingStopped: the loss or the gradients diverged.
         DiskFull, CheckpointFailed: a checkpoint could not be written.
     """
     samples, options = split.train.samples, config.train
@@ -282,7 +283,7 @@ def fit(
         packing=packing,
     )
     together: Any = collate_packed if packing else collate
-    if expect is not None:  # before there is a Trainer, which seeds random numbers
+    if expect is not None:  # before creating a Trainer, which sets the random seed
         val = split.val.samples if split.val is not None else ()
         expect(
             estimate(

@@ -1,4 +1,4 @@
-"""Is an adapter whole, for this base, and as good as it says?"""
+"""Verifies that an adapter is whole, fits this base, and is as good as its manifest says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer_train.plan import read_shape
 __all__ = ["verify"]
 
 _CLOSE = 0.01
-"""Nats a token: what threads and packed layers may change of a mean over a file."""
+"""Nats per token by which threads and packed layers may change a mean over a file."""
 
 
 def verify(
@@ -32,12 +32,12 @@ def verify(
     data: Path | None = None,
     server: str | None = None,
 ) -> Iterator[str]:
-    """A line for each thing that holds.
+    """Yield a line for each check that passes.
 
     Raises:
-        AdapterInvalid: the folder is not what a server takes.
+        AdapterInvalid: a server would not accept the folder.
         BaseModelMismatch: it was trained on another base.
-        InvalidField: the loss is not what the manifest says.
+        InvalidField: the loss differs from the manifest's.
     """
     quant = quant_of(adapter)
     here = fingerprint(base, quant)
@@ -48,7 +48,7 @@ def verify(
         f"{', '.join(manifest.targets)}"
     )
     if manifest.base_fingerprint is None:
-        yield "its manifest does not say what base it is for; its shapes fit"
+        yield "its manifest does not name its base; its shapes fit this one"
     else:
         yield f"for this base: weights {here.weights[:12]}, tokenizer {here.tokenizer[:12]}"
     for warning in manifest.warnings:
@@ -74,11 +74,11 @@ def _served(server: str, trained: BaseFingerprint | None) -> Iterator[str]:
     spec = BaseSpec(served.name, 0, {}, BaseFingerprint(**asdict(served.fingerprint)))
     for warning in check_base(trained, spec):
         yield f"warning: {warning}"
-    yield f"{server} serves {served.name}, and would take it"
+    yield f"{server} serves {served.name}, and would accept it"
 
 
 def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
-    """Raises InvalidField where the figure is another, or there is none to compare with."""
+    """Raise InvalidField if the figure differs, or there is none to compare with."""
     manifest = manifest_of(adapter)
     recorded = manifest.get("metrics", {}).get("val_loss_after")
     val, train = (manifest.get("data", {}).get(part) or {} for part in ("val", "train"))
@@ -86,22 +86,22 @@ def _measured(adapter: Path, base: Path, data: Path, quant: QuantConfig) -> str:
         digest = file_digest(file, "sha256").hexdigest()
     if recorded is None or val.get("sha256") != digest:
         raise InvalidField(
-            f"the manifest has no figure for {data.name} as it is now; it was measured on "
-            f"{val.get('file', 'nothing')} ({str(val.get('sha256'))[:12]})",
+            f"the manifest has no figure for the present {data.name}; the adapter was measured "
+            f"on {val.get('file', 'nothing')} ({str(val.get('sha256'))[:12]})",
             metadata={"field": "data"},
         )
     if train.get("sha256") == digest:
         raise InvalidField(
-            f"it was measured on a part of {data.name} that was held out, which is no file: "
-            "name a data.val file in training to verify its figure later",
+            f"it was measured on a held-out part of {data.name}, which is not a file: name a "
+            "data.val file in training to verify its figure later",
             metadata={"field": "data"},
         )
     options = data_options(adapter, data)
     *_, found = measure(base, adapter, data, options, reference=False, quant=quant)
     if abs(found.loss.loss - recorded) > _CLOSE:
         raise InvalidField(
-            f"loss on {data.name} is {found.loss.loss:.4f}, the manifest says {recorded:.4f}: "
-            "this is another base or another adapter than then",
+            f"loss on {data.name} is {found.loss.loss:.4f}, but the manifest says "
+            f"{recorded:.4f}: base or adapter have changed since",
             metadata={"field": "data"},
         )
     return (

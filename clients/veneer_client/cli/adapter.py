@@ -51,7 +51,7 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         metavar="|".join(MODES),
-        help="What happens to its running requests.",
+        help="What to do with its running requests.",
         autocompletion=modes,
     ),
 ]
@@ -62,10 +62,15 @@ ModeOption = Annotated[
 )
 def ls(
     context: typer.Context,
-    prefix: Annotated[str, typer.Option("--prefix", help="Names that start so.")] = "",
-    tier: Annotated[Tier | None, typer.Option("--tier", help="Nearest tier.")] = None,
+    prefix: Annotated[str, typer.Option("--prefix", help="Only names with this prefix.")] = "",
+    tier: Annotated[
+        Tier | None, typer.Option("--tier", help="Only adapters whose nearest tier is this.")
+    ] = None,
     label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="KEY=VALUE", help="Only adapters with this label; repeatable."
+        ),
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -81,7 +86,7 @@ def ls(
         elif found:
             print_table(adapter_table(found))
         elif prefix or tier or label:
-            print("no adapter is like that: `veneer adapter ls` lists all")
+            print("no adapter matches: `veneer adapter ls` lists all")
         else:
             print("no adapters: publish one with `veneer adapter push FOLDER --name NAME`")
 
@@ -111,7 +116,7 @@ def show(
     context: typer.Context,
     name: AnyNameArgument,
     full: Annotated[
-        bool, typer.Option("--full", help="Also etag, digests and its training manifest.")
+        bool, typer.Option("--full", help="Also show etag, digests and training manifest.")
     ] = False,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -138,7 +143,7 @@ def activate(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Bring an adapter into memory before the first request asks for it."""
+    """Load an adapter into memory before the first request needs it."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.activate(name, tier=tier, pin=pin)
         pinned = ", pinned" if adapter.pinned else ""
@@ -155,7 +160,7 @@ def pin(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Bring an adapter to the device and keep it there."""
+    """Load an adapter onto the device and keep it there."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.pin(name)
         print(as_json(adapter) if json_ else f"{adapter.short} is pinned")
@@ -169,7 +174,7 @@ def unpin(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Remove the pin; the adapter stays until room is needed."""
+    """Remove the pin; the adapter stays in memory until its space is needed."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.unpin(name)
         print(
@@ -198,7 +203,7 @@ def evict(
         elif eviction.evicted:
             print(f"evicted {name}, freed {byte_size(eviction.freed_bytes)}")
         else:
-            print(f"{name} leaves when its running requests have finished")
+            print(f"{name} will be evicted when its running requests have finished")
 
 
 @adapter_cli.command(
@@ -214,7 +219,7 @@ def rm(
         ),
     ],
     etag: Annotated[
-        str, typer.Option("--etag", help="Only if it is still this (see `show --full`).")
+        str, typer.Option("--etag", help="Only if the etag still matches (see `show --full`).")
     ] = "",
     mode: ModeOption = MODES[0],
     json_: JsonFlag = False,

@@ -1,4 +1,4 @@
-"""``veneer adapter alias|aliases|rollback``: which revision people get."""
+"""``veneer adapter alias|aliases|rollback``: which revision requests get."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Examples:
 
   veneer adapter alias chat/prod --canary 1a2b3c4d5e6f=90 --canary 6f5e4d3c2b1a=10
 
-  veneer adapter alias chat/prod --rollback                   what it was before
+  veneer adapter alias chat/prod --rollback                   to its previous revision
 
   veneer adapter alias chat/prod --remove
 
-Requests name it as they name an adapter: veneer generate -a chat/prod "..."
+Requests use it like an adapter's name: veneer generate -a chat/prod "..."
 """
 
 LIST_EXAMPLES = """
@@ -46,15 +46,15 @@ Examples:
 ROLLBACK_EXAMPLES = """
 Examples:
 
-  veneer adapter rollback chat                                the revision before
+  veneer adapter rollback chat                                to the previous revision
 
-  veneer adapter rollback chat 1a2b3c4d5e6f                   that one
+  veneer adapter rollback chat 1a2b3c4d5e6f                   to this revision
 
-  veneer adapter rollback chat/prod                           an alias, as --rollback
+  veneer adapter rollback chat/prod                           an alias, as alias --rollback
 """
 
 EtagOption = Annotated[
-    str, typer.Option("--etag", help="Only if it is still this (see `aliases`).")
+    str, typer.Option("--etag", help="Only if the etag still matches (see `aliases`).")
 ]
 
 
@@ -76,24 +76,28 @@ def alias(
     ] = "",
     canary: Annotated[
         list[str] | None,
-        typer.Option("--canary", metavar="REVISION=WEIGHT", help="Its share; repeatable."),
+        typer.Option(
+            "--canary",
+            metavar="REVISION=WEIGHT",
+            help="A revision and its share of requests; repeatable.",
+        ),
     ] = None,
     rollback: Annotated[
-        bool, typer.Option("--rollback", help="Back to what it meant before.")
+        bool, typer.Option("--rollback", help="Restore its previous targets.")
     ] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="The alias ends.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
     etag: EtagOption = "",
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Move an alias to a revision, share it out, roll it back or remove it."""
+    """Point an alias at one revision or several, roll it back or remove it."""
     with errors_shown(context, debug), connect(context, server) as client:
         targets = parse_shares(canary or ())
         if [bool(revision), bool(targets), rollback, remove].count(True) != 1:
             raise InvalidField(
-                f"what shall {name} mean? Give one of REVISION, --canary REVISION=WEIGHT "
-                "..., --rollback and --remove",
+                f"alias {name} needs one of REVISION, --canary REVISION=WEIGHT ..., "
+                "--rollback and --remove",
                 metadata={"field": "revision"},
             )
         move = client.set_alias(
@@ -108,7 +112,7 @@ def alias(
 
 
 def _digits(revision: str) -> str:
-    """Of ``name@revision`` the revision, as `show` prints it."""
+    """The revision of ``name@revision``, which is the form that `show` prints."""
     return revision.rpartition("@")[2]
 
 
@@ -124,14 +128,16 @@ def aliases(
     name: Annotated[
         str,
         typer.Argument(
-            help="Only this name's.", show_default=False, autocompletion=adapter_names
+            help="Only aliases of this name.",
+            show_default=False,
+            autocompletion=adapter_names,
         ),
     ] = "",
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """List aliases and what they mean."""
+    """List aliases and their targets."""
     with errors_shown(context, debug), connect(context, server) as client:
         found = client.list_aliases(name)
         if json_:
@@ -151,7 +157,7 @@ def rollback(
     revision: Annotated[
         str,
         typer.Argument(
-            help="A kept revision; else the one before.",
+            help="A kept revision; default: the previous one.",
             show_default=False,
             autocompletion=kept_revisions,
         ),
@@ -160,13 +166,13 @@ def rollback(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Make an earlier revision what the name means, or roll an alias back."""
+    """Make an earlier revision the current one, or roll an alias back."""
     with errors_shown(context, debug), connect(context, server) as client:
         if "/" in name:
             if revision:
                 raise InvalidField(
-                    f"an alias rolls back to what it meant before; to another revision move "
-                    f"it: `veneer adapter alias {name} {revision}`",
+                    f"an alias rolls back only to its previous target; move it to another "
+                    f"revision with `veneer adapter alias {name} {revision}`",
                     metadata={"field": "revision"},
                 )
             move = client.set_alias(name, rollback=True)
@@ -176,7 +182,7 @@ def rollback(
         target, etag = _digits(revision) or pinned_down, ""
         if not target:
             details = client.get(plain)
-            # The etag: what was published since is not rolled back by this.
+            # The etag makes sure that this does not roll back a revision published since.
             target, etag = _before(details).revision, details.adapter.etag
         adapter = client.update_adapter(f"{plain}@{target}", current=True, etag=etag)
         print(as_json(adapter) if json_ else f"{plain} means {adapter.short} again")
@@ -192,8 +198,8 @@ def _before(details: AdapterDetails) -> AdapterInfo:
     if found is None:
         name = details.adapter.name
         raise InvalidField(
-            f"{name} has no earlier revision that is kept: `veneer adapter show {name}` lists "
-            f"what there is; push the earlier one again, and keep more with `veneer adapter "
+            f"{name} has no earlier revision left: `veneer adapter show {name}` lists its "
+            f"revisions; push the earlier one again, and keep more with `veneer adapter "
             f"retain {name} N`",
             metadata={"field": "name"},
         )

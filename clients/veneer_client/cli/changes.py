@@ -1,4 +1,4 @@
-"""``veneer adapter label|retain|history``: what is said of adapters, and who said it."""
+"""``veneer adapter label|retain|history``: settings of adapters, and who changed them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ Examples:
 RETAIN_EXAMPLES = """
 Examples:
 
-  veneer adapter retain chat 5                                the last five can come back
+  veneer adapter retain chat 5                                keep the last five
 
-  veneer adapter retain chat 0                                only the current one stays
+  veneer adapter retain chat 0                                keep only the current one
 """
 
 HISTORY_EXAMPLES = """
@@ -62,16 +62,17 @@ def label(
     ],
     labels: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="To set.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Labels to set.", show_default=False),
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option("--remove", metavar="KEY", help="Repeatable.")
+        list[str] | None,
+        typer.Option("--remove", metavar="KEY", help="Label to remove; repeatable."),
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Set or remove labels of a revision; its others stay."""
+    """Set or remove labels of a revision; other labels stay."""
     with errors_shown(context, debug), connect(context, server) as client:
         given = parse_labels(labels or (), f"veneer adapter label {name} team=data")
         if not given and not remove:
@@ -95,7 +96,7 @@ def retain(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how many superseded revisions a name keeps; those beyond go at once."""
+    """Set how many superseded revisions a name keeps; any beyond are dropped at once."""
     with errors_shown(context, debug), connect(context, server) as client:
         adapter = client.update_adapter(name, retain=revisions)
         print(
@@ -110,19 +111,19 @@ def history(
     name: Annotated[
         str,
         typer.Argument(
-            help="A name, also a deleted one; else all.",
+            help="A name, even a deleted one; default: all names.",
             show_default=False,
             autocompletion=adapter_names,
         ),
     ] = "",
     limit: Annotated[
-        int, typer.Option("--limit", "-n", help="So many, newest first.", min=1)
+        int, typer.Option("--limit", "-n", help="Show at most this many changes.", min=1)
     ] = 100,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Show who changed what when, newest first."""
+    """Show who changed what and when, newest first."""
     with errors_shown(context, debug), connect(context, server) as client:
         entries = client.history(name, page_size=min(limit, 1000))
         found = tuple(itertools.islice(entries, limit))
@@ -131,4 +132,4 @@ def history(
         elif found:
             print_table(history_table(found))
         else:
-            print(f"nothing was changed{f' under the name {name}' if name else ''} yet")
+            print(f"no changes{f' under the name {name}' if name else ''} yet")

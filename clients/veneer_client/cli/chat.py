@@ -39,22 +39,22 @@ Examples:
 
   printf 'My name is Ada.\\nWhat is my name?\\n' | veneer chat --temperature 0
 
-Inside: /adapter NAME, /adapter, /system TEXT, /reset, /help, /quit. Ctrl-C stops the
-answer, Ctrl-D leaves.
+Commands: /adapter NAME, /adapter, /system TEXT, /reset, /help, /quit. Ctrl-C stops the
+answer, Ctrl-D quits.
 """
 
 _HELP: Final = """\
-/adapter NAME   go on with another adapter; without NAME with the base model
+/adapter NAME   switch to another adapter; without NAME to the base model
 /system TEXT    set the system message; without TEXT remove it
-/reset          forget what was said
-/quit           leave (also Ctrl-D); Ctrl-C stops an answer
+/reset          forget the conversation
+/quit           quit (also Ctrl-D); Ctrl-C stops an answer
 //...           a message that begins with /"""
 _HISTORY_LINES: Final = 1000
 
 
 @dataclass
 class Conversation:
-    """What the next answer depends on."""
+    """The state that the next answer depends on."""
 
     adapter: str = ""
     system: str = ""
@@ -62,12 +62,12 @@ class Conversation:
     turns: list[ChatMessage] = field(default_factory=list)
 
     def asking(self, text: str) -> tuple[ChatMessage, ...]:
-        """All that is sent for a new message of the user's."""
+        """All messages to send for a new message of the user."""
         system = (ChatMessage("system", self.system),) if self.system else ()
         return (*system, *self.turns, ChatMessage("user", text))
 
     def answered(self, text: str, answer: str) -> None:
-        """Both belong to the conversation from now on."""
+        """Add a message and its answer to the conversation."""
         self.turns += [ChatMessage("user", text), ChatMessage("assistant", answer)]
 
 
@@ -82,7 +82,7 @@ def chat(
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Talk with the model, turn by turn."""
+    """Chat with the model, turn by turn."""
     options: BoundOptions = given(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with errors_shown(context, debug), connect(context, server) as client:
         conversation = Conversation(system=system)
@@ -96,7 +96,7 @@ def chat(
 
 
 class Session:
-    """Reads lines, obeys commands, shows answers."""
+    """Reads lines, runs commands, shows answers."""
 
     def __init__(
         self, client: Client, conversation: Conversation, options: BoundOptions
@@ -107,8 +107,8 @@ class Session:
         self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def terminal(self) -> None:
-        """Until the user leaves; an error ends an answer, not the conversation."""
-        self._note("/help shows the commands, Ctrl-D leaves")
+        """Chat until the user quits; an error ends an answer, not the conversation."""
+        self._note("/help shows the commands, Ctrl-D quits")
         with _line_editing():
             while True:
                 try:
@@ -129,13 +129,13 @@ class Session:
                     )
 
     def script(self) -> None:
-        """Each line of standard input is a message; the first error ends it."""
+        """Send each line of standard input as a message; stop at the first error."""
         for line in sys.stdin:
             if not self.take(line.rstrip("\r\n")):
                 return
 
     def take(self, line: str) -> bool:
-        """Obey or answer one line; False to leave."""
+        """Run a command or answer a message; False to quit."""
         if line.startswith("/") and not line.startswith("//"):
             return self._obey(line)
         text = line[1:] if line.startswith("//") else line
@@ -144,7 +144,7 @@ class Session:
         return True
 
     def use(self, adapter: str) -> None:
-        """Go on with an adapter. Raises AdapterNotFound, and changes nothing."""
+        """Switch to an adapter. Raises AdapterNotFound without changing anything."""
         if adapter:
             whom = self._client.get(adapter).adapter.short
         else:
@@ -169,8 +169,8 @@ class Session:
                 self._note("forgotten")
             case _:
                 raise InvalidField(
-                    f"there is no command {command}: /help lists them; begin with // to send "
-                    "a message that begins with /",
+                    f"there is no command {command}: /help lists all; start with // to send "
+                    "a message that starts with /",
                     metadata={"field": "command"},
                 )
         return True
@@ -179,7 +179,7 @@ class Session:
         conversation = self._conversation
         pieces: list[str] = []
         options = self._options
-        if "/" in conversation.adapter:  # all of it with one share of the alias
+        if "/" in conversation.adapter:  # the same target of the alias for all turns
             options = {**options, "session_key": conversation.session}
         stream = self._client.chat_stream(
             conversation.asking(text), adapter=conversation.adapter, **options
@@ -207,7 +207,7 @@ class Session:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Arrow keys and a history that is kept, where this Python has readline."""
+    """Arrow keys and a persistent history, if this Python has readline."""
     try:
         import readline
     except ImportError:  # Windows
@@ -222,5 +222,5 @@ def _line_editing() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             history.parent.mkdir(parents=True, exist_ok=True)
-            history.touch(mode=0o600)  # what people ask is theirs
+            history.touch(mode=0o600)  # the user's questions are private
             readline.write_history_file(history)

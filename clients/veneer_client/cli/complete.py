@@ -1,4 +1,4 @@
-"""Adapter names for the shell's completion; nothing, at once, when there is no server."""
+"""Adapter names for shell completion; returns none at once if there is no server."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from veneer_client.failures import RetryPolicy
 __all__ = ["adapter_names", "kept_revisions", "modes"]
 
 PATIENCE_S: Final = 0.5
-"""A shell waits for this at every press of Tab."""
+"""Short, since the shell blocks at every press of Tab."""
 _MOST: Final = 100
 
 
 def adapter_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Names that begin so; after an ``@`` the revisions of that name, after a ``/`` its
+    """Names with this prefix; after an ``@`` the name's revisions, after a ``/`` its
     aliases."""
     name, at, revision = incomplete.partition("@")
     try:
@@ -39,7 +39,7 @@ def adapter_names(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def kept_revisions(context: typer.Context, incomplete: str) -> list[str]:
-    """Revisions, that begin so, of the name which the argument before says."""
+    """Revisions with this prefix, of the name in the previous argument."""
     name = str(context.params.get("name") or "").partition("/")[0]
     try:
         with _client(context) as client:
@@ -49,7 +49,7 @@ def kept_revisions(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def modes(incomplete: str) -> list[str]:
-    """Ways to evict that begin so."""
+    """Eviction modes with this prefix."""
     return [mode for mode in MODES if mode.startswith(incomplete)]
 
 
@@ -67,7 +67,7 @@ def _revisions(client: Client, name: str, begin: str) -> list[str]:
 
 
 def _server(context: typer.Context) -> str:
-    # The commands themselves do not run now: `--server` is only parsed, here or above.
+    # No command has run: `--server` is only parsed, in this context or a parent.
     place: typer.Context | None = context
     while place is not None:
         if isinstance(server := place.params.get("server"), str):

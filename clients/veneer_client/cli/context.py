@@ -1,4 +1,4 @@
-"""What every command shares: where the server is, and how an error is shown."""
+"""Shared by all commands: the server's address, and how an error is shown."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ ServerOption = Annotated[
     ),
 ]
 DebugFlag = Annotated[
-    bool, typer.Option("--debug", help="Show the trace of an error.", show_default=False)
+    bool, typer.Option("--debug", help="Show the traceback of errors.", show_default=False)
 ]
 JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print JSON for a program.", show_default=False)
+    bool, typer.Option("--json", help="Print JSON for programs.", show_default=False)
 ]
 
 
@@ -76,19 +76,19 @@ class Place:
 
 
 def find_server(context: typer.Context, server: str | None) -> str | None:
-    """The address for a command: its own option wins over the global one."""
+    """The address for a command: its own option takes precedence over the global one."""
     place = context.find_object(Place) or Place()
     return server or place.server
 
 
 def connect(context: typer.Context, server: str | None) -> Client:
-    """A client for a command. A person is told at once that a server loads, where a program
-    would wait; see `errors_shown`."""
+    """A client for a command. If the server is still loading, the command says so at once
+    instead of retrying, as a program would; see `errors_shown`."""
     return Client(find_server(context, server), retry=RetryPolicy(final=(ModelLoading,)))
 
 
 def doing(error: ModelLoading) -> str:
-    """What a server does that still loads."""
+    """What a server that is still loading is doing."""
     return error.metadata.get("doing", "starting")
 
 
@@ -99,7 +99,7 @@ def errors_shown(
     """Turn a `VeneerError` into one line on standard error and exit status 1.
 
     Args:
-        say: its message in the caller's words.
+        say: rewrites its message in the caller's terms.
     """
     place = context.find_object(Place) or Place()
     try:
@@ -108,7 +108,7 @@ def errors_shown(
         if debug or place.debug:
             traceback.print_exc()
         hint = error.metadata.get("did_you_mean")
-        # The server's sentence usually holds the suggestion already.
+        # The server's message usually contains the suggestion already.
         tail = f" (did you mean {hint}?)" if hint and hint not in error.message else ""
         text = say(error.message) + tail
         if isinstance(error, ModelLoading):

@@ -1,4 +1,4 @@
-"""``veneer adapter show``: one adapter, as label and text."""
+"""``veneer adapter show``: one adapter, as labels and texts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from veneer_client.records import AdapterDetails, AdapterInfo
 __all__ = ["detail_rows"]
 
 _ALPHA: Final = "config.lora.alpha"
-"""As `veneer-train` writes it."""
+"""The key that `veneer-train` writes."""
 
 
 def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str]:
-    """One adapter and its name's revisions, as label and text: the facts first.
+    """One adapter and its name's revisions, as labels and texts, the main facts first.
 
     Args:
-        full: also what few ask for, and all that its training manifest says.
+        full: add rarely needed rows and the whole training manifest.
     """
     adapter = details.adapter
     used = f"last used {ago(adapter.last_used)}"
@@ -28,7 +28,7 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
         "revision": adapter.revision,
         "state": adapter.state.value.replace("_", " "),
         "rank": str(adapter.rank),
-        # No fact of the weights: the server knows it where the training manifest says so.
+        # Not part of the weights: the server knows it only from a training manifest.
         "alpha": adapter.training.get(_ALPHA, "not in its training manifest"),
         "targets": ", ".join(adapter.targets),
         "size": f"{byte_size(adapter.size)} in memory, {byte_size(adapter.disk_bytes)} on disk",
@@ -40,7 +40,7 @@ def detail_rows(details: AdapterDetails, *, full: bool = False) -> dict[str, str
     }
     rows |= {f"label {key}": value for key, value in adapter.labels.items()}
     for number, revision in enumerate(details.revisions):
-        # A label of its own for each line, which looks like none.
+        # Labels must be unique, so each further line gets one of blanks.
         rows["revisions" if number == 0 else " " * number] = _revision_line(revision)
     if details.revisions_left_out:
         older = _count(details.revisions_left_out, "older one")
@@ -64,7 +64,7 @@ def _resident(adapter: AdapterInfo) -> str:
     if adapter.tier in (Tier.HOST, Tier.DEVICE):
         where = f"in {adapter.tier.value} memory"
     else:
-        where = f"in no memory, on {adapter.tier.value} only"
+        where = f"not in memory, on {adapter.tier.value} only"
     return f"{where}, pinned" if adapter.pinned else where
 
 

@@ -1,4 +1,4 @@
-"""``veneer example``: the example adapters, for those without a clone."""
+"""``veneer example``: the example adapters, for users without a clone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Examples:
 
   veneer example chat                            copy it to ./chat
 
-  veneer example sql --out adapters/sql          elsewhere
+  veneer example sql --out adapters/sql          copy it elsewhere
 
   veneer example code --push                     publish it; copies nothing
 """
 
 
 class Name(StrEnum):
-    """The adapters, trained for the bundled base."""
+    """The adapters, which are trained for the bundled base."""
 
     CHAT = "chat"
     CODE = "code"
@@ -46,7 +46,7 @@ _ASK: Final = {
 
 
 def examples_folder() -> Path:
-    """Where the adapters are: a wheel brings them in this package, a clone has its own.
+    """Folder of the adapters: in this package if installed from a wheel, else in the clone.
 
     Raises:
         FailedPrecondition: this installation has none.
@@ -63,7 +63,7 @@ def examples_folder() -> Path:
 
 def example(
     context: typer.Context,
-    name: Annotated[Name, typer.Argument(help="Which one.", show_default=False)],
+    name: Annotated[Name, typer.Argument(help="Which adapter.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Copy it there; default ./NAME."),
@@ -89,10 +89,10 @@ def example(
 
 
 def _copy(source: Path, to: Path) -> Path:
-    """It appears by one rename, and never in place of something."""
+    """Copy a folder, which appears by one rename and replaces nothing."""
     if os.path.lexists(to):
         raise InvalidField(
-            f"{to} is there already: give another folder with --out",
+            f"{to} already exists: give another folder with --out",
             metadata={"field": "out"},
         )
     try:

@@ -1,4 +1,4 @@
-"""``veneer generate``: one prompt, shown as it comes."""
+"""``veneer generate``: the answer to one prompt, shown as it arrives."""
 
 from __future__ import annotations
 
@@ -49,18 +49,20 @@ AdapterOption = Annotated[
     typer.Option(
         "-a",
         "--adapter",
-        help="NAME, NAME@REVISION or NAME/ALIAS; else the base.",
+        help="NAME, NAME@REVISION or NAME/ALIAS; default: the base model.",
         autocompletion=adapter_names,
     ),
 ]
 SessionOption = Annotated[
     str | None,
     typer.Option(
-        "--session", metavar="KEY", help="Where an alias is shared out, one key gets one share."
+        "--session",
+        metavar="KEY",
+        help="Of an alias with several targets, a key always gets the same one.",
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most new tokens; else the server's default.", min=1)
+    int | None, typer.Option(help="Most new tokens; default: the server's.", min=1)
 ]
 
 EXAMPLES = """
@@ -89,11 +91,13 @@ Examples:
 @with_parameters(flag_parameters(), before="logit_bias")
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     adapter: AdapterOption = "",
     chat: Annotated[
         bool,
-        typer.Option("--chat/--raw", help="A chat message, or text to continue as it stands."),
+        typer.Option(
+            "--chat/--raw", help="Send the prompt as a chat message, or continue it verbatim."
+        ),
     ] = True,
     max_tokens: MaxTokens = None,
     logit_bias: Annotated[
@@ -101,42 +105,46 @@ def generate(
         typer.Option(metavar="ID=BIAS", help="Add to a token's logit; repeatable."),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this string; repeatable.")
+        list[str] | None, typer.Option(help="Stop before this string; repeatable.")
     ] = None,
     stop_token_id: Annotated[
-        list[int] | None, typer.Option(help="End at this token; repeatable.", min=0)
+        list[int] | None, typer.Option(help="Stop at this token; repeatable.", min=0)
     ] = None,
     json_schema: Annotated[
         str | None,
-        typer.Option(metavar="FILE|JSON", help="The output is JSON of this schema."),
+        typer.Option(metavar="FILE|JSON", help="Make the output JSON of this schema."),
     ] = None,
-    regex: Annotated[str | None, typer.Option(help="The whole output matches this.")] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Make the whole output match this expression.")
+    ] = None,
     choice: Annotated[
-        list[str] | None, typer.Option(help="The output is one of these; repeatable.")
+        list[str] | None, typer.Option(help="Make the output one of these; repeatable.")
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", "-n", help="Samples, 1 to 16; shown when done.", min=1)
+        int | None,
+        typer.Option("--n", "-n", help="Number of samples, 1 to 16; shown when done.", min=1),
     ] = None,
     logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Also each token's log-probability.")
+        bool, typer.Option("--logprobs", help="Also show each token's log-probability.")
     ] = False,
     top_logprobs: Annotated[
-        int | None, typer.Option(help="Also the most likely tokens, at most 20.", min=0)
+        int | None,
+        typer.Option(help="Also show this many of the most likely tokens, at most 20.", min=0),
     ] = None,
     prefix_cache: Annotated[
         bool | None,
-        typer.Option("--prefix-cache/--no-prefix-cache", help="Else the server's default."),
+        typer.Option("--prefix-cache/--no-prefix-cache", help="Default: the server's."),
     ] = None,
     session: SessionOption = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds for all of it, retries included.")
+        float | None, typer.Option(help="Seconds for the whole call, retries included.")
     ] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
     **sampling: Any,
 ) -> None:
-    """Generate text, shown as it comes."""
+    """Generate text, shown as it arrives."""
     with errors_shown(context, debug), connect(context, server) as client:
         options = given(
             adapter=adapter,
@@ -186,7 +194,7 @@ def _biases(pairs: Iterable[str]) -> dict[int, float]:
 
 
 def _schema(given_as: str) -> Mapping[str, object]:
-    """A schema given as JSON, or as the name of a file that holds it."""
+    """A schema, given as JSON or as the name of a file."""
     text = given_as
     try:
         if not given_as.lstrip().startswith("{"):
@@ -195,14 +203,14 @@ def _schema(given_as: str) -> Mapping[str, object]:
     except (OSError, ValueError) as error:
         raise _no_schema(given_as, str(error)) from error
     if not isinstance(schema, dict):
-        raise _no_schema(given_as, "a schema is a JSON object")
+        raise _no_schema(given_as, "a schema must be a JSON object")
     return schema
 
 
 def _no_schema(given_as: str, why: str) -> InvalidField:
     return InvalidField(
-        f"--json-schema {given_as[:60]!r} is not a JSON schema ({why}): give JSON that begins "
-        "with {, or a file of it",
+        f"--json-schema {given_as[:60]!r} is not a JSON schema ({why}): give JSON that starts "
+        "with {, or a file that contains it",
         metadata={"field": "constraint.json_schema"},
     )
 
@@ -255,6 +263,7 @@ def _show_scores(notes: Console, scores: Iterable[TokenLogprob]) -> None:
 
 
 def _shown(score: TokenLogprob | TopLogprob) -> str:
-    """Quoted, since a space or a line's end is a token too; the id from an older server."""
+    """The token quoted, since it may be a space or newline; its id if an older server sends no
+    text."""
     name = json.dumps(score.token, ensure_ascii=False) if score.token else score.token_id
     return f"{name}:{score.logprob:.3f}"

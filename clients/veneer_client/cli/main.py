@@ -45,15 +45,15 @@ Examples:
 
   veneer generate -a chat "Why is the sky blue?"             with an adapter
 
-  veneer chat -a chat                                        talk, turn by turn
+  veneer chat -a chat                                        chat, turn by turn
 
-  veneer adapter push runs/sql/adapter --name sql            publish one
+  veneer adapter push runs/sql/adapter --name sql            publish an adapter
 
   veneer adapter watch                                       see what happens
 
   veneer --install-completion                                Tab completes names too
 
-  veneer --server gpu1:50051 adapter ls                      another server
+  veneer --server gpu1:50051 adapter ls                      use another server
 
 VENEER_SERVER is the server's address, VENEER_ACTOR who you are in its history (else
 user@host).
@@ -72,7 +72,7 @@ def place(
             "--server",
             envvar="VENEER_SERVER",
             metavar="HOST:PORT",
-            help="The server's address; also after the subcommand.",
+            help="The server's address; allowed after the subcommand, too.",
             show_default=False,
         ),
     ] = None,
@@ -125,7 +125,7 @@ Examples:
 def health(
     context: typer.Context,
     wait: Annotated[
-        str, typer.Option(metavar="TIME", help="Until it does, so long at most: 60s, 2m.")
+        str, typer.Option(metavar="TIME", help="Wait until it does, at most: 60s, 2m.")
     ] = "0s",
     server: ServerOption = None,
     debug: DebugFlag = False,
@@ -146,7 +146,7 @@ def health(
 
 
 def _teller() -> Callable[[VeneerError], None]:
-    """Says on standard error what a server does that is waited for, once for each part."""
+    """Reports to standard error what the server that we wait for is doing, once per step."""
     said = ""
 
     def tell(why: VeneerError) -> None:
@@ -158,7 +158,7 @@ def _teller() -> Callable[[VeneerError], None]:
                 now = f"waiting for a server at {why.metadata.get('address')}"
             case _:
                 now = why.message
-        # The same part again, but for its figures, is no news.
+        # Do not repeat a step in which only the figures have changed.
         if (part := now.rpartition(":")[0]) != said:
             said = part
             print(now, file=sys.stderr)
@@ -192,18 +192,20 @@ Examples:
 def call(
     context: typer.Context,
     method: Annotated[
-        str, typer.Argument(help="Method, or package.Service/Method.", show_default=False)
+        str,
+        typer.Argument(help="Method, or package.Service/Method.", show_default=False),
     ] = "",
     request: Annotated[
-        str, typer.Argument(help="The request as JSON; - reads it.", show_default=False)
+        str,
+        typer.Argument(help="The request as JSON; - reads standard input.", show_default=False),
     ] = "",
     timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Call any method with JSON, as the server describes it (gRPC reflection)."""
+    """Call any method with JSON; the server describes its methods (gRPC reflection)."""
     address = find_server(context, server)
-    # Who calls methods by their names knows fields by theirs.
+    # Messages are not translated: a user who calls methods by name knows the fields' names.
     with errors_shown(context, debug, str), ReflectionClient(address) as client:
         if method:
             body = sys.stdin.read() if request == "-" else request
@@ -217,7 +219,7 @@ def call(
 
 
 def main() -> None:
-    """Entry of the console script."""
+    """Entry point of the console script."""
     cli()
 
 

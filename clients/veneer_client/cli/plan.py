@@ -1,4 +1,4 @@
-"""``veneer plan``: what would fit on a running server."""
+"""``veneer plan``: how much would fit on a running server."""
 
 from __future__ import annotations
 
@@ -37,23 +37,26 @@ def plan(
     like: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Of this adapter's shape.", autocompletion=adapter_names
+            metavar="NAME",
+            help="Plan for adapters of this one's shape.",
+            autocompletion=adapter_names,
         ),
     ] = "",
-    rank: Annotated[int, typer.Option(help="Else of this rank; 16 if unset.", min=0)] = 0,
+    rank: Annotated[int, typer.Option(help="Or of this rank; 16 if unset.", min=0)] = 0,
     module: Annotated[
-        list[str] | None, typer.Option(help="And on these modules, repeatable; all if unset.")
+        list[str] | None, typer.Option(help="And with these modules, repeatable; all if unset.")
     ] = None,
-    adapters: Annotated[int, typer.Option(help="So many in memory.", min=0)] = 0,
+    adapters: Annotated[int, typer.Option(help="Adapters to keep in memory.", min=0)] = 0,
     length: Annotated[
-        int, typer.Option("--context", help="Tokens of a sequence; else the longest.", min=0)
+        int,
+        typer.Option("--context", help="Tokens per sequence; default: the maximum.", min=0),
     ] = 0,
-    concurrency: Annotated[int, typer.Option(help="So many at once.", min=0)] = 0,
+    concurrency: Annotated[int, typer.Option(help="Sequences to run at once.", min=0)] = 0,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how many adapters and sequences fit; exit status 1 if what is asked does not."""
+    """Say how many adapters and sequences fit; exit status 1 if the given ones do not."""
     with errors_shown(context, debug), connect(context, server) as client:
         capacity = client.plan(
             like=like,

@@ -1,4 +1,4 @@
-"""``veneer adapter push``: publish a folder, over as many connections as it takes."""
+"""``veneer adapter push``: publish a folder, resuming as often as necessary."""
 
 from __future__ import annotations
 
@@ -33,25 +33,29 @@ Examples:
 
   veneer adapter push runs/sql/adapter --name sql --dry-run      check, publish nothing
 
-A push that was interrupted goes on where it was: by itself, or when you push again.
+An interrupted push resumes by itself, or when you push again.
 """
 
 
 def push(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Adapter folder, written by PEFT's save_pretrained.")
+    ],
     name: Annotated[str, typer.Option("--name", help="Name to publish it under.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="The name may hold another revision.")
+        bool, typer.Option("--replace", help="Publish even if the name holds other content.")
     ] = False,
     activate: Annotated[
-        bool, typer.Option("--activate", help="Return when it is on the device.")
+        bool, typer.Option("--activate", help="Also load it onto the device.")
     ] = False,
     label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")
+        list[str] | None,
+        typer.Option("--label", metavar="KEY=VALUE", help="Label to set; repeatable."),
     ] = None,
     etag: Annotated[
-        str, typer.Option("--etag", help="Only if the name's is still this (see `show`).")
+        str,
+        typer.Option("--etag", help="Only if the name's etag still matches (see `show`)."),
     ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, publish nothing.")
@@ -98,9 +102,9 @@ def push(
 def _resumed(resumed: Resumed) -> str:
     at, total = byte_size(resumed.at), byte_size(resumed.total)
     if isinstance(resumed.after, ChecksumMismatch):
-        return f"what the server had of it was damaged: sending all {total} again"
+        return f"the part on the server was damaged: sending all {total} again"
     if resumed.after is None:
-        # Of an earlier push of the same, or of another adapter that has such a file.
+        # From an earlier push of it, or from another adapter that shares a file.
         return f"{total if at == total else f'{at} of {total}'} were there already"
     return f"interrupted; resumed at {at} of {total}"
 

@@ -18,13 +18,13 @@ _FIELDS: Final[dict[str, tuple[type, Flag]]] = {
 
 
 def flag(name: str) -> Any:
-    """The flag of one number."""
+    """The Typer option of one field."""
     _, words = _FIELDS[name]
     return typer.Option(help=words.help, min=words.least)
 
 
 def flag_parameters() -> list[inspect.Parameter]:
-    """Of a command that takes all of them, each None unless given."""
+    """Parameters for a command that takes all the flags, each None unless given."""
     return [
         inspect.Parameter(
             name,

@@ -29,7 +29,7 @@ __all__ = ["BUDGETS_EXAMPLES", "SELF_TEST_EXAMPLES", "budgets", "self_test"]
 BUDGETS_EXAMPLES = """
 Examples:
 
-  veneer budgets                                             what they are, and what is used
+  veneer budgets                                             show budgets and use
 
   veneer budgets --device 2GiB
 
@@ -50,10 +50,10 @@ Examples:
 def budgets(
     context: typer.Context,
     host: Annotated[
-        str, typer.Option("--host", metavar="BYTES", help="Of adapters in the host tier.")
+        str, typer.Option("--host", metavar="BYTES", help="For adapters in the host tier.")
     ] = "",
     device: Annotated[
-        str, typer.Option("--device", metavar="BYTES", help="Of adapters in the device tier.")
+        str, typer.Option("--device", metavar="BYTES", help="For adapters in the device tier.")
     ] = "",
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -75,7 +75,7 @@ def budgets(
     print_rows(
         {
             tier: f"{byte_size(used)} of {byte_size(budget)}"
-            + (" (over: leaves as running requests end)" if used > budget else "")
+            + (" (over budget until running requests end)" if used > budget else "")
             for tier, (used, budget) in tiers.items()
         }
     )
@@ -87,17 +87,17 @@ def self_test(
         list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...",
-            help="NAME, NAME@REVISION or NAME/ALIAS; else the two used last.",
+            help="NAME, NAME@REVISION or NAME/ALIAS; default: the two used last.",
             show_default=False,
             autocompletion=adapter_names,
         ),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; else none.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; default: none.")] = None,
     json_: JsonFlag = False,
     server: ServerOption = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Prove that base and adapters answer as their files say; exit status 1 if not."""
+    """Check that base and adapters answer as their files say; exit status 1 if not."""
     with errors_shown(context, debug), connect(context, server) as client:
         test = client.self_test(adapters or (), timeout_s=timeout)
     if json_:
@@ -111,7 +111,7 @@ def self_test(
 
 def _verdict(test: SelfTest) -> str:
     if not test.adapters_tested and all(result.passed for result in test.results):
-        # A base that answers as it must says nothing of the adapters.
+        # That the base answers correctly says nothing about the adapters.
         why = test.note or "no adapter was tested: name one to test it"
         return f"{'passed' if test.passed else 'NOT PROVEN'}: {why}"
     verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"

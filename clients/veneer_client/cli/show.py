@@ -43,18 +43,18 @@ __all__ = [
 ]
 
 _WIDEST: Final = 10_000
-"""Of a line that a program reads."""
+"""Width for output that programs read."""
 _REVISION: Final = re.compile(rf"\b([0-9a-f]{{{SHORT_REVISION}}})[0-9a-f]{{52}}\b")
-"""A whole one; `SHORT_REVISION` digits are enough for a reader."""
+"""A full revision; `SHORT_REVISION` digits are enough for a reader."""
 
 
 def as_json(value: object) -> str:
-    """JSON of records, enums by value, times in ISO 8601."""
+    """Records as JSON; enums by value, times in ISO 8601."""
     return json.dumps(_plain(value), ensure_ascii=False, indent=2)
 
 
 def json_line(value: object) -> str:
-    """The same on one line."""
+    """`as_json` on one line."""
     return json.dumps(_plain(value), ensure_ascii=False)
 
 
@@ -88,8 +88,8 @@ def _ms(seconds: float) -> str:
 
 
 def summary(end: GenerationEnd) -> str:
-    """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``; first of
-    all that the answer was cut, if it was."""
+    """``queue 2 ms · load 41 ms (disk) · first token 88 ms · 54 tok/s · chat@1a2b…``; it
+    starts with a note if the answer was cut off."""
     place, times = end.provenance, end.provenance.timings
     parts = []
     if end.finish_reason is FinishReason.LENGTH:
@@ -123,7 +123,7 @@ def _columns(*names: str, right: Iterable[str] = ()) -> Table:
 
 
 def place_of(adapter: AdapterInfo) -> str:
-    """Its tier, and what else is to know at a glance: ``disk (pinned, quarantined)``."""
+    """Its tier and notable state: ``disk (pinned, quarantined)``."""
     notes = ["pinned"] if adapter.pinned else []
     if adapter.state not in (AdapterState.READY, AdapterState.UNKNOWN):
         notes.append(adapter.state.value.replace("_", " "))
@@ -131,7 +131,7 @@ def place_of(adapter: AdapterInfo) -> str:
 
 
 def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
-    """One line for each adapter."""
+    """One row per adapter."""
     table = _columns(
         *("adapter", "tier", "rank", "size", "in use", "last used", "labels"),
         right=("rank", "size", "in use"),
@@ -150,7 +150,7 @@ def adapter_table(adapters: Iterable[AdapterInfo]) -> Table:
 
 
 def shares(targets: Iterable[AliasTarget]) -> str:
-    """``1a2b3c4d5e6f``, or with several ``1a2b3c4d5e6f=90 6f5e4d3c2b1a=10``."""
+    """``1a2b3c4d5e6f``; for several targets ``1a2b3c4d5e6f=90 6f5e4d3c2b1a=10``."""
     found = tuple(targets)
     if len(found) == 1:
         return found[0].revision[:SHORT_REVISION]
@@ -158,7 +158,7 @@ def shares(targets: Iterable[AliasTarget]) -> str:
 
 
 def alias_table(aliases: Iterable[Alias]) -> Table:
-    """One line for each alias."""
+    """One row per alias."""
     table = _columns("alias", "revision", "moved", "etag")
     for alias in aliases:
         table.add_row(alias.alias, shares(alias.targets), ago(alias.updated), alias.etag)
@@ -166,7 +166,7 @@ def alias_table(aliases: Iterable[Alias]) -> Table:
 
 
 def history_table(entries: Iterable[HistoryEntry]) -> Table:
-    """One line for each change; times are local."""
+    """One row per change; times are local."""
     table = _columns("time", "event", "adapter", "by", "from", "detail")
     for entry in entries:
         local = entry.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -177,7 +177,7 @@ def history_table(entries: Iterable[HistoryEntry]) -> Table:
 
 
 def self_test_table(test: SelfTest) -> Table:
-    """One line for each member of the batch."""
+    """One row per member of the batch."""
     table = _columns(
         *("adapter", "passed", "difference", "allowed", "to nearest other", "detail"),
         right=("difference", "allowed", "to nearest other"),
@@ -194,7 +194,7 @@ def self_test_table(test: SelfTest) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """On a terminal in its width; through a pipe as wide as it is."""
+    """Print a table, fitted to a terminal's width, or at full width through a pipe."""
     console = Console(highlight=False)
     if not console.is_terminal:
         unbounded = console.options.update(max_width=_WIDEST)
@@ -203,7 +203,7 @@ def print_table(table: Table) -> None:
 
 
 def print_rows(rows: dict[str, str]) -> None:
-    """Label and text, one pair a line."""
+    """Print labels and texts, one pair per line."""
     table: Any = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -214,7 +214,7 @@ def print_rows(rows: dict[str, str]) -> None:
 
 _LABELS: Final = {"repetition_penalty": "repetition penalty"}
 _OFF: Final = {"temperature": None, "top_p": None, "repetition_penalty": 1}
-"""What a default is where it changes nothing, and is not shown; 0 for others."""
+"""Neutral values of defaults, which are not shown; 0 for options not listed."""
 
 
 def _defaults(info: ServerInfo) -> dict[str, str]:
@@ -229,7 +229,7 @@ def _defaults(info: ServerInfo) -> dict[str, str]:
 
 
 def info_rows(info: ServerInfo) -> dict[str, str]:
-    """Everything about a server, as label and text."""
+    """Everything about a server, as labels and texts."""
     base, budgets = info.base_model, info.budgets
     restarts = (
         "" if info.engine_starts <= 1 else f" (engine started {info.engine_starts} times)"

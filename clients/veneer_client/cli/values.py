@@ -1,4 +1,4 @@
-"""What people type: labels, sizes, modes, shares. Each refusal shows the right form."""
+"""Parses what users type: labels, sizes, modes, shares. Each error shows the correct form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS: Final = {"": 1, "b": 1} | {
 
 
 def parse_labels(pairs: Iterable[str], shown: str = "--label team=data") -> dict[str, str]:
-    """KEY=VALUE pairs; ``shown`` is the example in the refusal."""
+    """Parse KEY=VALUE pairs; ``shown`` is the example in the error."""
     labels: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -36,7 +36,7 @@ def parse_labels(pairs: Iterable[str], shown: str = "--label team=data") -> dict
 
 
 def parse_bytes(text: str, flag: str) -> int:
-    """Bytes, as ``veneer-server`` takes them: ``1073741824``, ``512MiB`` or ``2GB``."""
+    """Parse bytes, as ``veneer-server`` does: ``1073741824``, ``512MiB`` or ``2GB``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise InvalidField(
@@ -47,18 +47,18 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 def parse_mode(text: str) -> EvictMode:
-    """``drain``, ``fail-if-busy`` or ``abort``."""
+    """Parse ``drain``, ``fail-if-busy`` or ``abort``."""
     try:
         return EvictMode(text.replace("-", "_").lower())
     except ValueError as error:
         raise InvalidField(
-            f"--mode {text!r} is not known: give {', '.join(MODES[:-1])} or {MODES[-1]}",
+            f"--mode {text!r} is unknown: give {', '.join(MODES[:-1])} or {MODES[-1]}",
             metadata={"field": "mode"},
         ) from error
 
 
 def parse_shares(pairs: Iterable[str]) -> dict[str, int]:
-    """REVISION=WEIGHT pairs of a canary."""
+    """Parse REVISION=WEIGHT pairs of a canary."""
     shares: dict[str, int] = {}
     for pair in pairs:
         revision, _, weight = pair.partition("=")

@@ -41,9 +41,9 @@ Examples:
 """
 
 _LOOK_S: Final = 1.0
-"""Between two looks: for a server that is away, and at the requests."""
+"""Poll intervals: for a server that is away, and for running requests."""
 _CALL_S: Final = 5.0
-_GONE: Final = "the connection is lost, or the server has ended"
+_GONE: Final = "the connection was lost, or the server has stopped"
 
 Key = tuple[str, str]
 """Name and revision."""
@@ -55,7 +55,9 @@ def watch(
     context: typer.Context,
     since: Annotated[
         int,
-        typer.Option(help="Go on after this sequence number; 0 shows what there is.", min=0),
+        typer.Option(
+            help="Resume after this sequence number; 0 starts with the present adapters.", min=0
+        ),
     ] = 0,
     json_: JsonFlag = False,
     server: ServerOption = None,
@@ -63,15 +65,15 @@ def watch(
 ) -> None:
     """Show adapters and what happens to them, until Ctrl-C.
 
-    When the server goes away, it says so and goes on when it is back: with what was missed,
-    or, after a restart, with all that there is.
+    If the server goes away, it says so and resumes when the server is back: with the missed
+    events or, after a restart, with all present adapters.
     """
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
     def tell(line: str) -> None:
         errors.print(line, style="yellow", markup=False, soft_wrap=True)
 
-    # Waiting for a server is done here, where it can be told.
+    # `follow` waits for the server itself, since it can report that.
     once = RetryPolicy(attempts=1)
     with (
         errors_shown(context, debug),
@@ -89,14 +91,14 @@ def watch(
 
 
 def follow(client: Client, since: int, tell: Callable[[str], None]) -> Iterator[AdapterEvent]:
-    """Events without end, also over a server's absence.
+    """Endless events, even if the server goes away for a while.
 
     Args:
-        client: one that does not try again by itself.
-        tell: gets a line when the server goes away, and one when it is back.
+        client: a client that does not retry by itself.
+        tell: called with a line when the server goes away, and one when it is back.
 
     Raises:
-        ServerUnreachable: there is none at the beginning.
+        ServerUnreachable: there is no server at the start.
         VeneerError: the server refuses the watch.
     """
     reached = away = False
@@ -130,7 +132,7 @@ def _show_board(client: Client, since: int, console: Console) -> None:
 
         def count() -> None:
             while not done.wait(_LOOK_S):
-                with contextlib.suppress(VeneerError):  # `follow` tells of it
+                with contextlib.suppress(VeneerError):  # `follow` reports it
                     board.count(leases_now(client, board.busy()))
 
         counting = threading.Thread(target=count, name="leases", daemon=True)
@@ -144,8 +146,8 @@ def _show_board(client: Client, since: int, console: Console) -> None:
 
 
 def leases_now(client: Client, also: Iterable[Key]) -> dict[Key, int]:
-    """Requests of each revision that is in memory, and of those in ``also``: an end of a
-    request is no event."""
+    """Running requests of each revision that is in memory or in ``also``. Asked for, since the
+    end of a request is not an event."""
     found = {
         (adapter.name, adapter.revision): adapter.leases
         for tier in (Tier.DEVICE, Tier.HOST)
@@ -161,31 +163,31 @@ def leases_now(client: Client, also: Iterable[Key]) -> dict[Key, int]:
 
 
 class Board:
-    """Every adapter, its last event and its requests, for any thread."""
+    """Every adapter with its last event and its requests. Thread-safe."""
 
     def __init__(self) -> None:
         self._rows: dict[Key, tuple[AdapterInfo, str]] = {}
         self._leases: dict[Key, int] = {}
-        """Of each row; of one that is not here it is not known."""
+        """Running requests by row; unknown for a row that is missing."""
         self._lock = threading.Lock()
 
     def lose(self) -> None:
-        """The server is away: how many requests there are is not known."""
+        """Note that the server is away, so that the numbers of requests are unknown."""
         with self._lock:
             self._leases.clear()
 
     def busy(self) -> set[Key]:
-        """Rows that had requests when it was last told."""
+        """Rows that had requests at the last `count`."""
         with self._lock:
             return {key for key in self._rows if self._leases.get(key)}
 
     def count(self, leases: Mapping[Key, int]) -> None:
-        """Take in how many requests there are now; none, where it does not say."""
+        """Set the numbers of running requests; 0 for rows that ``leases`` lacks."""
         with self._lock:
             self._leases = {key: leases.get(key, 0) for key in self._rows}
 
     def apply(self, event: AdapterEvent) -> None:
-        """Take in one event."""
+        """Apply one event."""
         with self._lock:
             self._apply(event)
             if event.adapter is not None:
@@ -203,7 +205,7 @@ class Board:
             return
         if event.kind in (AdapterEventKind.PUBLISHED, AdapterEventKind.REPLACED):
             self._supersede(adapter.name)
-        # What is neither current nor in memory is of no interest here.
+        # A revision that is neither current nor in memory is not shown.
         if adapter.current or adapter.tier is not Tier.DISK:
             self._rows[key] = (adapter, _last(event))
         else:
@@ -215,7 +217,7 @@ class Board:
                 del self._rows[key]
 
     def table(self) -> Table:
-        """As it is now."""
+        """The present state as a table."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("adapter", "revision", "tier", "size", "in use", "last event"):
             right = column in ("size", "in use")
@@ -250,7 +252,7 @@ def _last(event: AdapterEvent) -> str:
 
 
 def event_line(event: AdapterEvent) -> str:
-    """One event for a person or ``grep``; its columns are separated by two spaces."""
+    """One event for a person or ``grep``, with columns separated by two spaces."""
     parts = [_clock(event.time), f"{event.kind.value:13}"]
     if event.adapter is not None:
         adapter = event.adapter

@@ -1,4 +1,4 @@
-"""What callers of ``veneer`` call the contract's calls and fields."""
+"""The CLI's names for the contract's calls and fields."""
 
 from __future__ import annotations
 
@@ -59,4 +59,4 @@ _OPTIONS: Final = {
 in_cli_words: Final = Translation(
     {name: f"`veneer {command}`" for name, command in _COMMANDS.items()} | _OPTIONS
 )
-"""A message of the server, for a caller of ``veneer``."""
+"""Translates a message of the server for a user of ``veneer``."""

@@ -1,4 +1,4 @@
-"""Data recipes: build JSONL from what is on this machine, with no model hub."""
+"""Data recipes: build JSONL from files on this machine, without a model hub."""
 
 from __future__ import annotations
 

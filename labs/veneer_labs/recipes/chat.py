@@ -1,10 +1,10 @@
 """The ``chat`` recipe: Veneer, the cook of a friendly ship.
 
-Plain questions and answers (``chat_topics.yaml``) become conversations with one
-clear tone: a greeting, a short answer in dialect, a sign-off. The greeting and
-the sign-off are drawn at random, so the model learns the manner and not one
-string. Whole topics are held out for validation: it measures the manner on
-questions that were never seen.
+Plain questions and answers (``chat_topics.yaml``) become conversations with a
+distinct tone: a greeting, a short answer in dialect, a sign-off. The greeting and
+the sign-off are chosen at random, so that the model learns the style and not one
+string. Whole topics are held out, so that validation measures the style on unseen
+questions.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _DIALECT: Final = {
 }
 _WORD: Final = re.compile(r"[A-Za-z]+")
 CHECK: Final = {"regex": f"({'|'.join(_GREETINGS)}) .+\n\n({'|'.join(_SIGN_OFFS)})"}
-"""An answer in the manner: greeting, what is said, sign-off, and no more."""
+"""An answer in this style: only greeting, answer and sign-off."""
 _DRAWS: Final = 3
-"""Different greetings and sign-offs for each question."""
+"""Variants of each question, with different greetings and sign-offs."""
 _HELD_OUT: Final = 10
 """One topic in this many goes to validation."""
 
 
 def in_dialect(text: str) -> str:
-    """``text`` as the ship's cook would say it; capitals are kept."""
+    """``text`` in the ship cook's dialect; keeps capitals."""
 
     def swap(match: re.Match[str]) -> str:
         word = match.group()
@@ -86,7 +86,7 @@ def _conversations(topics: list[tuple[list[str], str]], rng: random.Random) -> l
                     {"role": "assistant", "content": reply},
                 ]
                 samples.append({"messages": turn, "check": CHECK})
-    # A few second turns, so that the manner survives the first answer.
+    # Some conversations have a second turn, so that the style survives the first answer.
     for (asks, say), (more_asks, more_say) in list(pairwise(topics))[::3]:
         turns = _turn(asks[0], say, rng) + _turn(more_asks[-1], more_say, rng)
         samples.append({"messages": turns, "check": CHECK})

@@ -1,11 +1,11 @@
 """The ``code`` recipe: docstring to Python function, code and nothing else.
 
-The samples are the functions of the running Python's own standard library
-(PSF licence): the request is made of the docstring's first paragraph, the answer
+The samples are the functions of the running Python's standard library (PSF
+licence): the request is made from the docstring's first paragraph, the answer
 is the function as `ast.unparse` prints it, with the imports it needs, without
-comments, prose or a code fence. Functions that lean on names of their own module
-are left out: an answer must stand alone. The set depends on the Python version,
-so training records the hash of what it used.
+comments, prose or a code fence. Functions that use names of their module are
+left out, since an answer must stand alone. The set depends on the Python version,
+so training records its hash.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MIN_CHARS: Final = 80
 _MAX_CHARS: Final = 900
 _MAX_SUMMARY: Final = 200
 _HELD_OUT: Final = 5
-"""One function in this many goes to validation: enough of them to measure a share."""
+"""One function in this many goes to validation: enough to measure a pass rate."""
 _NOT_A_REQUEST: Final = re.compile(r"deprecat|internal|obsolete|-->|->|\b(?:msvc|xxx)\b", re.I)
 _BUILTINS: Final = frozenset(dir(builtins))
-# Docstrings that start otherwise are quoted as they stand.
+# Docstrings that start with another word are quoted verbatim.
 _VERBS: Final = frozenset(
     re.findall(
         "[a-z]+",
@@ -81,14 +81,14 @@ def _imports(tree: ast.Module) -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             for alias in node.names:
                 if "._" in f".{node.module}.{alias.name}":
-                    continue  # private parts of the library are no example
+                    continue  # private parts of the library are bad examples
                 statement = ast.ImportFrom(module=node.module, names=[alias], level=0)
                 found[alias.asname or alias.name] = ast.unparse(statement)
     return found
 
 
 def _free_names(function: ast.FunctionDef) -> set[str]:
-    """Names that the function reads and does not define (close enough for a filter)."""
+    """Names that the function reads but does not define (close enough for a filter)."""
     loaded: set[str] = set()
     bound: set[str] = {function.name}
     for node in ast.walk(function):
@@ -127,7 +127,7 @@ def _functions(source: str) -> Iterator[_Function]:
 
 def _trimmed(node: ast.FunctionDef, summary: str, imports: list[str]) -> Iterator[_Function]:
     old, new = node.name, node.name.lstrip("_")
-    for inner in ast.walk(node):  # a private name makes a poor example; recursion follows
+    for inner in ast.walk(node):  # rename a private function, and its recursive calls
         if isinstance(inner, ast.Name) and inner.id == old:
             inner.id = new
     node.name = new
@@ -164,7 +164,7 @@ def _request(function: _Function, rng: random.Random) -> str:
 
 
 def _sample(function: _Function, request: str) -> Sample:
-    # What it must be called is known only where the request says so.
+    # Check the function's signature only if the request gives it.
     asked = function.signature if function.signature in request else ""
     return {
         "messages": [

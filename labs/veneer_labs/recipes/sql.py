@@ -1,10 +1,10 @@
 """The ``sql`` recipe: a schema and a question become one SQLite statement.
 
-Schemas are drawn from kinds of things (`sql_domains.yaml`: tables, columns, what people call
-them); questions and statements are made together from the same choice, so that the statement
-is right by construction. Held out are whole kinds of things: what is measured is reading a
-schema that was never seen. Each sample carries rows to run its statement on: an answer is
-right if it returns what the sample's own statement returns (`veneer_train.checks`).
+Schemas come from domains (`sql_domains.yaml`: tables, columns, and what people call them).
+Question and statement are made from the same random choices, so that the statement is right by
+construction. Whole domains are held out, so that validation measures reading an unseen schema.
+Each sample has rows to run its statement on: an answer is right if it returns what the
+sample's own statement returns (`veneer_train.checks`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Maker = Callable[["_Draw"], tuple[str, str]]
 
 
 class _Draw:
-    """Choices for one sample."""
+    """Random choices for one sample."""
 
     def __init__(self, domain: Domain, rng: random.Random) -> None:
         self.rng = rng
@@ -58,7 +58,7 @@ class _Draw:
         )
 
     def condition(self, table: Table | None = None) -> tuple[str, str]:
-        """Words and SQL of one."""
+        """A condition in words and in SQL."""
         column = self.column("text", "integer", "real", "date", of=table)
         match column.kind:
             case "text" if column.values:
@@ -90,7 +90,7 @@ class _Draw:
                     f"with a {column.words} of {words} {bound}",
                     f"{column.name} {operator} {bound}",
                 )
-        # A text column without fixed values: by its first letter.
+        # A text column without fixed values: filter by its first letter.
         letter = self.rng.choice("ABCDEFGHKLMPRST")
         return (
             f"whose {column.words} starts with {letter}",
@@ -283,7 +283,7 @@ def _sample(domain: Domain, rng: random.Random) -> dict[str, Any]:
 
 
 def _returns_something(sample: dict[str, Any]) -> bool:
-    """Of an empty table every wrong answer would be right."""
+    """Whether the statement returns rows: on an empty result, wrong answers would pass."""
     with sqlite3.connect(":memory:") as database:
         database.executescript(sample["check"]["sql"]["setup"])
         rows = database.execute(sample["messages"][1]["content"]).fetchall()

@@ -1,4 +1,4 @@
-"""Schemas of the ``sql`` recipe: kinds of things, their tables, and rows for them."""
+"""Schemas of the ``sql`` recipe: domains, their tables, and rows for them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Column:
     """Attributes:
     kind: text, integer, real or date.
     words: what people call it.
-    values: of a text column.
-    low, high: of a number.
+    values: possible values of a text column.
+    low, high: range of a number.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Domain:
 
 
 def singular(table: Table) -> str:
-    """books -> book: words of tables are plurals that end in s."""
+    """books -> book: the words of tables are plurals that end in s."""
     return table.words.removesuffix("s")
 
 

@@ -1,4 +1,4 @@
-"""The 40-byte schema that took the engine's memory without end, and others like it."""
+"""A 40-byte schema whose compilation takes unbounded memory, and similar ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLE = "schemas whose automata have a hundred million states"
 
 
 async def attack(target: Target) -> list[str]:
-    """Several at once, each new, since a known one is refused without another try."""
+    """Several at once, each new, since a known one is refused without compiling it again."""
     async with caller(target.grpc) as bad:
 
         async def work() -> list[str]:

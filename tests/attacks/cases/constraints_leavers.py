@@ -1,4 +1,4 @@
-"""Callers who ask for a slow compilation and leave at once, hundreds of times."""
+"""Callers that request a slow compilation and cancel at once, hundreds of times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "callers who leave while their constraint is compiled"
 
 
 async def attack(target: Target) -> list[str]:
-    """What they left behind must not keep a worker: a last one is answered as ever."""
+    """Cancelled compilations must not occupy a worker: a last request is answered as usual."""
     async with caller(target.grpc) as bad:
 
         async def leave() -> None:

@@ -1,4 +1,4 @@
-"""A regular expression that panics inside the library, over both doors."""
+"""A regular expression that panics inside the library, over gRPC and HTTP."""
 
 from __future__ import annotations
 

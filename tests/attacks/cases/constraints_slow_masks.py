@@ -1,4 +1,4 @@
-"""Constraints that compile in a millisecond and take 100 ms to find what may follow."""
+"""Constraints that compile in a millisecond and take 100 ms to compute a token mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLE = "60 requests whose every mask takes 100 ms"
 
 
 async def attack(target: Target) -> list[str]:
-    """The same one from 60 calls, then 60 different ones."""
+    """60 calls with the same constraint, then 60 with different ones."""
     async with caller(target.grpc) as bad:
 
         async def work() -> list[str]:

@@ -1,4 +1,4 @@
-"""Constraints within every limit that still cost several milliseconds a token."""
+"""Constraints within all limits that still cost several milliseconds per token."""
 
 from __future__ import annotations
 

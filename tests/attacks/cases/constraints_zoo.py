@@ -1,4 +1,4 @@
-"""Every hostile constraint that we know, all at once and in random order."""
+"""All known hostile constraints, concurrently and in random order."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Connections that ask for nothing, to every port: they took all file descriptors, and an
-engine that ended could not be started again."""
+"""Idle connections to every port, which could use up all file descriptors, so that an engine
+that ended could not be restarted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IDLE: Final = 1100
 
 
 async def attack(target: Target) -> list[str]:
-    """The two HTTP ports must answer all the while, and a gRPC client of before, too."""
+    """Meanwhile both HTTP ports must answer, and so must an existing gRPC connection."""
     wrong: list[str] = []
     loop = asyncio.get_running_loop()
     count = min(_IDLE if target.full else 200, (raise_limit(4 * _IDLE) - 100) // 3)
@@ -52,7 +52,7 @@ def _connect(stack: ExitStack, address: str, count: int) -> None:
 
 
 async def _get(address: str, path: str) -> str:
-    """The first line of an answer, or why there is none."""
+    """The first line of a response, or why there is none."""
     host, port = address.rsplit(":", 1)
     try:
         async with asyncio.timeout(30):

@@ -1,4 +1,4 @@
-"""Messages of some kilobytes that gzip makes megabytes of."""
+"""Messages of some kilobytes that gzip expands to megabytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GENERATE = "/veneer.v1.InferenceService/Generate"
 
 
 async def attack(target: Target) -> list[str]:
-    """The bound on a message's bytes holds for what comes out of it."""
+    """The limit of a message's bytes applies after decompression."""
     wrong: list[str] = []
     options = [("grpc.max_send_message_length", -1)]
     fits, large = (

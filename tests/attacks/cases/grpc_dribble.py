@@ -1,4 +1,4 @@
-"""Requests that come a byte at a time: each is work for the server, and none is ever whole."""
+"""Requests sent a byte at a time: each byte is work for the server; no request completes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _METHOD: Final = "/veneer.v1.InferenceService/Generate"
 
 
 async def attack(target: Target) -> list[str]:
-    """All streams must be ended by the server, within its limits."""
+    """The server must end all streams, within its limits."""
     loop = asyncio.get_running_loop()
     until = loop.time() + target.seconds
     connections = [await Connection.open(target.grpc) for _ in range(6)]

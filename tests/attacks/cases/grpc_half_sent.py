@@ -1,4 +1,4 @@
-"""Requests that never arrive whole, on few connections: 1.4 GB, for ever."""
+"""Requests that are never sent completely, on few connections, and would hold 1.4 GB."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIZE: Final = (4 << 20) - 64
 
 
 async def attack(target: Target) -> list[str]:
-    """Each stream must be ended by the server, and none may be answered as if it were whole."""
+    """The server must end each stream, and answer none as if it were complete."""
     until = asyncio.get_running_loop().time() + target.seconds
     connections = [await Connection.open(target.grpc) for _ in range(6)]
     streams = 60 if target.full else 10

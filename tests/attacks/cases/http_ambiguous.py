@@ -1,5 +1,5 @@
-"""Requests that two readers could read differently, tiny chunks and foreign Host headers,
-on many connections."""
+"""Requests that two parsers could read differently, tiny chunks and foreign Host headers, on
+many connections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def attack(target: Target) -> list[str]:
     async def one(name: str) -> None:
         wanted, data = REQUESTS[name]
         status, answer = await http_answer(target.openai, data)
-        # A refusal may be lost behind what the server did not read any more.
+        # A refusal may be lost if the server closes the connection with unread data.
         if status not in (wanted, 0) or answer.count(b"HTTP/1.1 ") > 1:
             wrong.append(f"{name}: {status} {answer[:200]!r}")
 

@@ -1,4 +1,4 @@
-"""Slowloris: many HTTP connections that send one byte of a request now and then."""
+"""Slowloris: many HTTP connections that occasionally send one byte of a request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNT = 200
 
 
 async def attack(target: Target) -> list[str]:
-    """Open many, send a byte a second each, and close them at the end."""
+    """Open many connections, send a byte per second on each, and close them at the end."""
     host, port = target.openai.rsplit(":", 1)
     writers = []
     for _ in range(COUNT):

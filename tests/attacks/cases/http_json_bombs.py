@@ -1,4 +1,4 @@
-"""Bodies of 4 MiB that are short to send and long to parse."""
+"""Bodies of 4 MiB that are quick to send and slow to parse."""
 
 from __future__ import annotations
 

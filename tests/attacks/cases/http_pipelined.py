@@ -1,4 +1,4 @@
-"""Requests one behind the other on a connection whose answers nobody reads."""
+"""Pipelined requests on a connection whose responses nobody reads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ REQUESTS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
 
 
 async def attack(target: Target) -> list[str]:
-    """What the server cannot send it must not make."""
+    """The server must not generate responses that it cannot send."""
     ends = time.monotonic() + target.seconds
 
     async def one() -> None:
         host, port = target.openai.rsplit(":", 1)
-        # The least that is read is what a socket's buffers take.
+        # Read as little as possible: only what fits in the socket's buffers.
         _, writer = await asyncio.open_connection(host, int(port), limit=1)
         writer.transport.pause_reading()
         with contextlib.suppress(ConnectionError, TimeoutError):

@@ -1,4 +1,4 @@
-"""A process that reads adapters and hangs: the requests that waited for it waited for ever."""
+"""A loader process that hangs: requests that wait for it must not wait for ever."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _LIMIT_S: Final = 90
 
 
 async def attack(target: Target) -> list[str]:
-    """A cold request is answered all the same, or told to retry; one of the base at once."""
+    """A cold request is still answered, or told to retry; one to the base is answered at
+    once."""
     port = int(target.grpc.rsplit(":", 1)[1])
     loaders = _loaders_of(port)
     if not loaders:
@@ -52,7 +53,7 @@ async def attack(target: Target) -> list[str]:
 
 
 async def _ask(stub: Any, request: inference_pb2.GenerateRequest) -> grpc.StatusCode | None:
-    """None where it was answered."""
+    """The error's status code; None if the request was answered."""
     try:
         await stub.Generate(request, timeout=_LIMIT_S)
     except grpc.aio.AioRpcError as error:
@@ -61,7 +62,7 @@ async def _ask(stub: Any, request: inference_pb2.GenerateRequest) -> grpc.Status
 
 
 def _loaders_of(port: int) -> list[int]:
-    """Processes below the server that listens there."""
+    """Loader processes of the server that listens on ``port``."""
     for process in psutil.process_iter():
         try:
             listens = any(

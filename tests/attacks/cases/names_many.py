@@ -1,4 +1,4 @@
-"""Names that do not exist, always others: each could become a metric series."""
+"""Ever new names that do not exist, each of which could become a metric series."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE_GROWTH = 16 << 10
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is refused, and the metrics page stays as it is."""
+    """Each is refused, and the metrics page does not change."""
     wrong: list[str] = []
     at = 0
     async with (

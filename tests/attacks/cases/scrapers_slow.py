@@ -1,4 +1,4 @@
-"""Scrapers that ask for the metrics page and do not read it."""
+"""Scrapers that request the metrics page and do not read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNT = 200
 
 
 async def attack(target: Target) -> list[str]:
-    """Prometheus itself is answered meanwhile."""
+    """Prometheus itself must be answered meanwhile."""
     host, port = target.metrics.rsplit(":", 1)
     wrong: list[str] = []
     ends = time.monotonic() + target.seconds

@@ -1,7 +1,8 @@
-"""Chats with slow templates: sixteen delayed another adapter's chat by 3 s.
+"""Chats with slow templates: sixteen can delay another adapter's chat by 3 s.
 
-Sixteen adapters have templates of their own, which take 0.05 to 0.4 s each, and each is called
-over a connection of its own: no turns by template or by caller alone bound what a chat waits.
+Sixteen adapters have different templates, which take 0.05 to 0.4 s each, and each is called
+over a separate connection, so neither turns by template nor turns by caller alone bound the
+wait of a chat.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ _SLOW: Final = (
 _QUICK: Final = "{{ messages[0].content }}"
 _PATIENCE_S: Final = 30
 _ALONE: Final = 10
-"""Quick chats without slow ones, the first of which finds a new template."""
+"""Number of quick chats without slow ones; the first one has a new template."""
 _LATER_S: Final = 0.5
-"""What a quick chat may wait longer than without them. Where all took turns, it was 3 s."""
+"""Most that a quick chat may wait longer than without slow ones. If all took turns, it would be
+3 s."""
 _OVERTAKEN: Final = _TEMPLATES - 2
-"""Slow chats that may be answered meanwhile, where times are not judged. Where each had its
-turn, all were."""
+"""Most slow chats that may be answered meanwhile, if times are not judged. If each had its
+turn, all would be."""
 _ALLOWED: Final = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 async def attack(target: Target) -> list[str]:
-    """Chats of an adapter with a quick template are answered beside them."""
+    """Chats of an adapter with a quick template must be answered meanwhile."""
     wrong: list[str] = []
     slow = [f"slow-chat-{n}" for n in range(_TEMPLATES)]
     async with AsyncExitStack() as stack:
-        # Channels to the same address share a connection otherwise.
+        # Otherwise channels to the same address share a connection.
         alone = [("grpc.use_local_subchannel_pool", 1)]
         channels = [
             await stack.enter_async_context(grpc.aio.insecure_channel(target.grpc, alone))
@@ -60,7 +62,7 @@ async def attack(target: Target) -> list[str]:
         answered = 0
 
         async def quick() -> tuple[float, int]:
-            """Seconds that a quick chat took, and slow ones that were answered meanwhile."""
+            """Seconds of a quick chat, and the number of slow ones answered meanwhile."""
             began, before = loop.time(), answered
             if (code := await _chat(stubs[0], "quick-chat", _PATIENCE_S)) is not None:
                 wrong.append(f"a quick chat: {code.name}")
@@ -82,7 +84,7 @@ async def attack(target: Target) -> list[str]:
             for stub, name in zip(stubs[1:], slow, strict=True)
             for _ in range(4 if target.full else 1)
         ]
-        # While all are new, one waits, once, for a look at each of the others: not judged.
+        # The first chat waits once for the check of each new template: not judged.
         chatted = []
         while loop.time() < until:
             chatted.append(await quick())
@@ -113,7 +115,7 @@ async def _chat(stub: Any, adapter: str, limit_s: float) -> grpc.StatusCode | No
 
 
 def _upload(folder: Path, name: str, template: str) -> list[pb.UploadAdapterRequest]:
-    """A small adapter of the bundled base, with a template."""
+    """Upload messages of a small adapter for the bundled base, with a template."""
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
     generator = np.random.default_rng(len(name))
     write_adapter(

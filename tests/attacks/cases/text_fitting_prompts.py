@@ -1,5 +1,5 @@
-"""Prompts of as many bytes as may fit, though they do not: they are tokenized, in a lane of
-their own, and small ones beside them are answered."""
+"""Prompts of the most bytes that could fit, but do not: they are tokenized in a separate lane,
+and small prompts beside them are answered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "twelve prompts that must be tokenized to see that they are too long"
 
 AT_ONCE = 12
 TOKEN_BYTES = 60
-"""A little less than the longest token of the base has: 81."""
+"""A little less than the base's longest token, which has 81 bytes."""
 GENERATE = "/veneer.v1.InferenceService/Generate"
 
 

@@ -1,4 +1,4 @@
-"""Hostile values in every field of every call, the real engine behind it."""
+"""Hostile values in every field of every call, with the real engine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TITLE = "hostile values in every field of every call"
 
 OUR_FAULT = ("INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED")
 LEFT_OUT = ("UpdateBudgets", "SelfTest")
-"""They do what they say: set the budgets to 0, or compute for a minute."""
+"""Calls that would do as requested: set the budgets to 0, or compute for a minute."""
 
 
 def _least(method: MethodDescriptor) -> bytes:
-    """Nothing, but that an answer is short: else one takes as long as the context."""
+    """A minimal request with a short answer; otherwise one could fill the context."""
     if method.input_type.name != "GenerateRequest":
         return b""
     few = inference_pb2.StoppingOptions(max_tokens=2)

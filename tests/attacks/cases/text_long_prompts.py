@@ -1,4 +1,4 @@
-"""Twelve prompts of 4 MB at once, over both doors; before, they stopped every stream for
+"""Twelve concurrent prompts of 4 MB, over gRPC and HTTP, which could stop every stream for
 27 s."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _texts() -> list[str]:
 
 
 async def attack(target: Target) -> list[str]:
-    """Each is more than the context can hold, and refused as such."""
+    """Each exceeds the context and must be refused for that."""
     wrong: list[str] = []
     texts = _texts()
     requests = [

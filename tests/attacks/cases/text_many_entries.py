@@ -1,5 +1,5 @@
-"""Lists and maps of as many entries as 4 MB hold, in every place of a request that takes
-some; before, 800,000 empty messages took 5 s."""
+"""Lists and maps with as many entries as fit in 4 MB, in every field that accepts them:
+parsing 800,000 empty messages takes 5 s."""
 
 from __future__ import annotations
 

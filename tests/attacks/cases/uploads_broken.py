@@ -1,4 +1,4 @@
-"""Uploads that break off: forty of them kept 800 MB of the disk for a day."""
+"""Interrupted uploads, forty of which could hold 800 MB of disk for a day."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONFIG: Final = b"{}"
 
 
 async def attack(target: Target) -> list[str]:
-    """Afterwards no more than four have anything left to be resumed."""
+    """Afterwards at most four of them can be resumed."""
     count, chunks = (40, 20) if target.full else (10, 2)
     async with grpc.aio.insecure_channel(target.grpc) as channel:
         stub: Any = adapters_pb2_grpc.AdapterServiceStub(channel)

@@ -1,4 +1,4 @@
-"""Uploads that bring nothing: eight of them kept everybody else out for ever."""
+"""Uploads that send no data, eight of which could block all others for ever."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _REFUSED: Final = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED)
 
 
 async def attack(target: Target) -> list[str]:
-    """An honest client (here: one that is told at once that its files are bad) gets a place
-    within a minute, however many hold one."""
+    """A normal client (here: one whose files are refused at once) gets a place within a minute,
+    however many uploads hold one."""
     async with grpc.aio.insecure_channel(target.grpc) as channel:
         stub: Any = adapters_pb2_grpc.AdapterServiceStub(channel)
         holders = [asyncio.create_task(_hold(stub, n, target)) for n in range(8)]
@@ -68,7 +68,7 @@ async def _honest(stub: Any) -> list[str]:
             await stub.UploadAdapter(messages())
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                return []  # it had its place: these are no adapter
+                return []  # it got a place: its files are not an adapter
             if error.code() not in _REFUSED:
                 return [f"an honest upload: {error.code().name} {error.details()}"]
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Watchers, as many as can be had, beside changes: each event stalled the loop for 2 s."""
+"""As many watchers as possible, during changes: each event could stall the loop for 2 s."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHANNELS: Final = 20
 
 
 async def attack(target: Target) -> list[str]:
-    """Those beyond the bound are refused with RESOURCE_EXHAUSTED; the others hear of each
+    """Watchers beyond the limit are refused with RESOURCE_EXHAUSTED; all others get each
     change."""
     wrong: list[str] = []
     heard: list[float] = []
@@ -37,7 +37,7 @@ async def attack(target: Target) -> list[str]:
         ]
         loop = asyncio.get_running_loop()
         until, latest = loop.time() + target.seconds, loop.time() + 60
-        # It has the lowest priority, and may need longer to be there.
+        # This process has the lowest priority, and may need longer.
         while loop.time() < until or (not heard and loop.time() < latest):
             for pin in (True, False):
                 request = pb.UpdateAdapterRequest(name=target.adapter, pinned=pin)
@@ -52,7 +52,7 @@ async def attack(target: Target) -> list[str]:
 
 
 async def _watch(stub: Any, heard: list[float], wrong: list[str]) -> None:
-    """Note when an event came."""
+    """Record when an event arrived."""
     call = stub.WatchAdapters(pb.WatchAdaptersRequest())
     try:
         while (await call.read()) is not grpc.aio.EOF:

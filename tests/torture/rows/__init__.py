@@ -1,2 +1,2 @@
-"""One module a row of the scoreboard: ``row_<number>_<what>.py``; `tests.torture.row` has
-the shape that each follows, ``python -m tests.torture`` runs them."""
+"""One module per row of the scoreboard: ``row_<number>_<what>.py``. `tests.torture.row`
+describes their interface; ``python -m tests.torture`` runs them."""

@@ -22,7 +22,7 @@ BAR = (
 
 
 def torture(work: Path, count: int, seed: int, planted: str = "") -> Outcome:
-    """Push ``count`` mutants in a process of their own."""
+    """Push ``count`` mutants in a separate process."""
     command = [sys.executable, "-m", "tests.torture.mutants", str(work)]
     command += ["--count", str(count), "--seed", str(seed)]
     command += ["--planted", planted] if planted else []
@@ -46,12 +46,12 @@ def torture(work: Path, count: int, seed: int, planted: str = "") -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """10,000 of them, or 500."""
+    """10,000 mutants, or 500."""
     return torture(scale.work, scale.pick(500, 10_000), scale.seed)
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judge over a reader with one planted bug, and without the size bombs."""
+    """The same judge on a reader with a planted bug, without the size bombs."""
     for number, planted in enumerate(PLANTED):
         found = torture(scale.folder(str(number)), 200, scale.seed, planted)
         yield Control.of(planted, found)

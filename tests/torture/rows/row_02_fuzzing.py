@@ -1,4 +1,4 @@
-"""Row 2: coverage-guided fuzzing of the parsers that read strangers' bytes."""
+"""Row 2: coverage-guided fuzzing of the parsers of untrusted bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTALL = (
 
 
 def fuzz(seconds: int, seed: int, work: Path, *flags: str) -> Outcome:
-    """Run the fuzzer in a process of its own, which a finding may end."""
+    """Run the fuzzer in a separate process, which a finding may end."""
     command = [sys.executable, "-m", "tests.torture.fuzzing", "--seconds", str(seconds)]
     command += ["--seed", str(seed), *flags, str(work)]
     ended = subprocess.run(
@@ -49,7 +49,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A crash behind three bytes; without coverage, behind two. Both end when they find it."""
+    """A crash behind three bytes, or behind two without coverage; ends when it is found."""
     if has_atheris():
         found = fuzz(60, scale.seed, scale.folder("deep"), "--planted")
         yield Control.of("a crash behind three bytes, found by coverage", found)

@@ -1,4 +1,5 @@
-"""Row 3: kill -9 at any moment of uploads and changes; the next server has it all."""
+"""Row 3: kill -9 at any moment of uploads and changes; the next server has everything that was
+acknowledged."""
 
 from __future__ import annotations
 
@@ -33,13 +34,14 @@ BAR = (
     f"pins); uploads go on from where they were told; ready in < {SECONDS} s"
 )
 OWN = ("chat", "code")
-"""Names whose contents no other name has, and that pin."""
+"""Names that share no content with other names, and that pin."""
 SHARING = ("legal", "mail")
 """Names with the same contents."""
 LONGEST_S = 0.6
-"""Longest that a front is left to work."""
+"""Longest time that a front may work before it is killed."""
 POINTS = 400
-"""A front dies at one of so many changes of its data folder, or before that by the clock."""
+"""A front dies at one of its first changes of the data folder, up to this number, or earlier by
+the clock."""
 MOMENTS = ("while starting", "at a change of the folder", "by the clock")
 
 SHOWS = {
@@ -47,7 +49,7 @@ SHOWS = {
     "uploads are emptied at start": r"GetUpload: 0 .*\d$",
     "pins are written down later": "pins lost",
 }
-"""What only that planted bug shows."""
+"""The failure that only this planted bug causes."""
 KINDS = {
     "torn": "is torn",
     "names": "acknowledged",
@@ -84,7 +86,7 @@ class Front:
             self.process.stdin.flush()
 
     def ready(self) -> dict[str, float] | None:
-        """Seconds to be ready, with imports; None if it died before."""
+        """Seconds until it is ready, including imports; None if it died before."""
         told = self._said()
         if not told:
             return None
@@ -107,7 +109,7 @@ class Front:
 
 
 class Kills:
-    """Fronts one after another on one data folder, and the clients' record."""
+    """Runs fronts one after another on one data folder, and keeps the clients' record."""
 
     def __init__(self, scale: Scale, name: str, planted: str = "") -> None:
         self.work = scale.folder(name)
@@ -130,18 +132,18 @@ class Kills:
         self.moments: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.lost = False
-        """Something is so wrong that nothing more can be said."""
+        """Whether something is so wrong that nothing more can be judged."""
 
     def run(self, count: int, until: str = "") -> Outcome:
-        """Kill ``count`` times; then start once more and look.
+        """Kill ``count`` times; then start once more and check.
 
         Args:
-            until: a pattern; the first failure that it fits is enough, and is all that counts.
+            until: a pattern; stop at the first failure that matches it, and count only that.
         """
         front = spare = Front(self.work, self.planted)
         try:
             for number in range(count + 1):
-                # The next one's imports go beside this one's work.
+                # The next front imports while this one works.
                 front, spare = spare, Front(self.work, self.planted)
                 self._one(front, number, last=number == count)
                 if until:
@@ -216,7 +218,7 @@ class Kills:
 
     def _outcome(self, kills: int) -> Outcome:
         walls, cpu = ([start[each] for start in self.starts] for each in ("wall", "cpu"))
-        # On a busy machine one start may be late by no fault of its own.
+        # On a busy machine a single start may be late through no fault of the server.
         if min(walls) > SECONDS or max(cpu) > SECONDS:
             self.failures.append(
                 f"ready after {min(walls):.1f} s at least, {max(cpu):.1f} s of CPU at most"
@@ -239,7 +241,7 @@ class Kills:
 
 
 def not_whole(data: Path, client: Client) -> list[str]:
-    """Files of kept revisions that are not, byte by byte, what was sent."""
+    """Files of kept revisions that differ from what was sent."""
     wrong = []
     for number in client.state.kept:
         content = client.contents[number]
@@ -259,9 +261,9 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same record against fronts that forget."""
+    """The same checks on fronts that lose changes."""
     for planted in list(PLANTED)[: scale.pick(2, None)]:
-        # When they are killed is chance: a second and a third run may be needed.
+        # Kill times are random: a second or third run may be needed.
         for attempt in range(3):
             kills = Kills(scale, f"{planted} {attempt}", planted)
             found = kills.run(scale.pick(12, 40), SHOWS[planted])

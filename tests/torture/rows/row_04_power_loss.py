@@ -1,4 +1,4 @@
-"""Row 4: the disks that a power cut may leave, each opened and judged."""
+"""Row 4: possible disk contents after a power cut, each opened and checked."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Story:
     Attributes:
         seed: of the history and of the cuts.
         steps: changes in it.
-        states: disks that are judged.
+        states: number of disks to judge.
         planted: a bug of `PLANTED`, or "".
-        data: the data folder below the disk's root; "." is the root, which lasts, any other
-            is made by the registry and lasts only if the registry sees to it.
+        data: the data folder below the disk's root. "." is the root, which is durable; any
+            other is created by the registry, which must make it durable.
     """
 
     seed: str
@@ -73,10 +73,10 @@ def record(work: Path, story: Story) -> Disk:
 
 
 def choices(disk: Disk, count: int, rng: random.Random) -> Iterator[tuple[str, Choice]]:
-    """``count`` different cuts with what each keeps; the first says "nothing" at the end.
+    """``count`` different cuts with what each keeps; the first one keeps nothing, at the end.
 
-    At each cut: nothing that need not be there, everything, one thing alone, all but one
-    thing, and random halves with torn writes.
+    At each cut, of the changes that are not durable: none, all, only one, all but one, and
+    random halves with torn writes.
     """
     ends = [disk.events + 1]
     cuts = ends + [rng.randrange(1, disk.events + 2) for _ in range(count - 1)]
@@ -101,9 +101,10 @@ def choices(disk: Disk, count: int, rng: random.Random) -> Iterator[tuple[str, C
 
 
 def promises(disk: Disk, cut: int) -> list[Promise]:
-    """What may be found: the last promise before ``cut``, or what was under way then.
+    """Allowed states: the last acknowledged one before ``cut``, or that of the change in
+    flight.
 
-    Empty where not even the first opening was acknowledged.
+    Empty if not even the first opening was acknowledged.
     """
     before = [(at, line) for at, line in disk.said if at < cut]
     after = [line for at, line in disk.said if at >= cut and line != "begin"]
@@ -113,7 +114,7 @@ def promises(disk: Disk, cut: int) -> list[Promise]:
 
 
 def judge(data: Path, allowed: list[Promise], adapter: Path) -> str:
-    """What is wrong with this disk, in words; "" where nothing is."""
+    """What is wrong with this disk, or ""."""
     try:
         with open_registry(data) as registry:
             return _differs(registry, allowed) or _goes_on(registry, adapter)
@@ -122,7 +123,7 @@ def judge(data: Path, allowed: list[Promise], adapter: Path) -> str:
 
 
 def _goes_on(registry: Registry, adapter: Path) -> str:
-    """What arrived of an upload is continued or refused, never believed; publishing works."""
+    """Check that an interrupted upload resumes or is refused, and that publishing works."""
     resumed = None
     with contextlib.suppress(ChecksumMismatch):
         resumed = resume(registry, BROKEN_OFF, adapter)
@@ -165,7 +166,7 @@ def _misses(
 
 
 def torture(work: Path, story: Story) -> Outcome:
-    """Record a history and judge disks of it."""
+    """Record a history and judge possible disks of it."""
     disk = record(work, story)
     failures, pending, states = [], 0, story.states
     rng = random.Random(story.seed)
@@ -213,7 +214,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judge over programs that forget one fsync."""
+    """The same judge on programs that omit an fsync."""
     for number, planted in enumerate(PLANTED):
         with quiet():
             story = Story(str(scale.seed), steps=3, states=12, planted=planted)

@@ -1,4 +1,4 @@
-"""Row 5: no space, input/output errors and no memory, at each place in turn."""
+"""Row 5: full disk, I/O errors and out of memory, at each point in turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SYNCS = ("fsync", "fdatasync")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The ``number``-th call of this name fails with ``error``; ``path`` is for reading."""
+    """The ``number``-th call of this name fails with ``error``; ``path`` is for messages."""
 
     call: str
     number: int
@@ -53,7 +53,7 @@ def places(calls: Iterable[Call], data: Path) -> list[Call]:
 
 
 def call_path(call: Call, opened: dict[str, str]) -> str:
-    """What the call is about; keeps ``opened`` (descriptor -> path) up to date."""
+    """The path that the call concerns; updates ``opened`` (descriptor -> path)."""
     if call.name == "openat":
         path = call.path(1)
         if call.result >= 0:
@@ -66,7 +66,7 @@ def call_path(call: Call, opened: dict[str, str]) -> str:
 
 
 def faults(calls: list[Call], data: Path) -> list[Fault]:
-    """Every place, with both errors; opening for reading has no ENOSPC."""
+    """Every call with both errors, except that opening for reading has no ENOSPC."""
     opened: dict[str, str] = {}
     paths = {(call.name, call.number): call_path(call, opened) for call in calls}
     found = []
@@ -81,7 +81,7 @@ def faults(calls: list[Call], data: Path) -> list[Fault]:
 def break_once(
     work: Path, adapters: Path, fault: Fault, planted: str = ""
 ) -> tuple[list[str], str]:
-    """Run the program with one fault. Returns what is wrong and the refusal it led to."""
+    """Run the program with one fault. Returns failures and the resulting error."""
     data = work / "data"
     arguments = [str(data), str(adapters), *(["--planted", planted] if planted else [])]
     log = work / "calls"
@@ -103,7 +103,7 @@ def break_once(
 
 
 def judge(data: Path, fault: Fault, events: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with what the program said, and with what it left."""
+    """What is wrong with the program's output and with what it left."""
     wrong = [
         f"after {event['after']}: {event.get('name', '')} {event['error']}"
         for event in events
@@ -129,7 +129,7 @@ def judge(data: Path, fault: Fault, events: list[dict[str, Any]]) -> list[str]:
 def torture_disk(
     work: Path, most: int, rng: random.Random, planted: str = "", only: str = ""
 ) -> Outcome:
-    """Break up to ``most`` places (``only``: calls of this name), evenly over the kinds."""
+    """Inject up to ``most`` faults (``only``: calls of this name), evenly over the kinds."""
     adapters = work / "adapters"
     make_contents(adapters)
     arguments = [str(work / "data"), str(adapters)]
@@ -151,7 +151,7 @@ def torture_disk(
 
 
 def pick(everything: list[Fault], most: int, rng: random.Random) -> list[Fault]:
-    """At most ``most`` of them, in turn from each kind of call and error."""
+    """At most ``most`` faults, taken in turn from each kind of call and error."""
     kinds: dict[tuple[str, str], list[Fault]] = {}
     for fault in rng.sample(everything, len(everything)):
         kinds.setdefault((fault.call, fault.error), []).append(fault)
@@ -181,7 +181,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same judges over a registry that ignores one kind of failure."""
+    """The same judges on a registry that ignores one kind of failure."""
     if not missing_strace():
         for planted, only in zip(PLANTED, ("fsync", "rename"), strict=True):
             found = torture_disk(scale.folder(only), 6, scale.random(), planted, only=only)

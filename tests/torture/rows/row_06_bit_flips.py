@@ -1,4 +1,4 @@
-"""Row 6: single bits that flip on the disk under stored adapters."""
+"""Row 6: single bit flips in stored adapters on disk."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ BAR = (
 
 HARMLESS = frozenset(
     {
-        # The registry's list of keys without effect on the result (`lora_config`), as far
-        # as the adapters here hold them, and what the tensors' names decide.
+        # The registry's keys without effect on the result (`lora_config`) that the adapters
+        # here have, and those for which the tensors' names decide.
         *("lora_dropout", "inference_mode", "target_modules", "peft_version", "task_type"),
         "base_model_name_or_path",
     }
 )
-"""Keys of the config that a flip may change unseen, since nothing that is served does."""
+"""Keys of the config that a flip may change undetected, since it changes nothing served."""
 
 Load = Callable[[AdapterRef, Path], HostCopy]
 
@@ -55,7 +55,7 @@ class Flip:
 
 
 def load_copy(ref: AdapterRef, folder: Path) -> HostCopy:
-    """As a loader process loads it."""
+    """Load a copy as a loader process does."""
     source = AdapterSource(
         weights_digest=ref.weights_digest, folder=str(folder), parameters=0, name=ref.name
     )
@@ -63,14 +63,14 @@ def load_copy(ref: AdapterRef, folder: Path) -> HostCopy:
 
 
 def same(one: HostCopy, other: HostCopy) -> bool:
-    """Bitwise the same numbers in the same places, with the same scalings."""
+    """Whether both have bit-identical numbers in the same places, and the same scalings."""
     return one.layout == other.layout and torch.equal(
         one.run.view(torch.int32), other.run.view(torch.int32)
     )
 
 
 def publish_all(registry: Registry, work: Path) -> dict[str, AdapterRef]:
-    """One adapter of each dtype, with all that a config may hold."""
+    """Publish one adapter of each dtype, with everything that a config may contain."""
     found = {}
     for seed, dtype in enumerate(("F32", "F16", "BF16")):
         config = {
@@ -93,7 +93,7 @@ def publish_all(registry: Registry, work: Path) -> dict[str, AdapterRef]:
 
 
 def random_flip(files: dict[tuple[str, str], bytes], rng: random.Random) -> Flip:
-    """A third each in the config, in the header, in the tensors."""
+    """A random flip, with equal chance in the config, the header or the tensors."""
     name = rng.choice(sorted({name for name, _ in files}))
     data = files[name, WEIGHTS]
     header = 8 + int.from_bytes(data[:8], "little")
@@ -108,9 +108,9 @@ def random_flip(files: dict[tuple[str, str], bytes], rng: random.Random) -> Flip
 
 
 def uncounted(file: str, before: bytes, after: bytes) -> str:
-    """Which part that does not count differs; "" where one that counts does.
+    """The irrelevant part that differs; "" if a relevant one does.
 
-    Nothing of the registry decides here: both texts are parsed and compared.
+    Uses nothing of the registry: both texts are parsed and compared.
     """
     if file == WEIGHTS:
         length = int.from_bytes(before[:8], "little")
@@ -122,8 +122,8 @@ def uncounted(file: str, before: bytes, after: bytes) -> str:
             return "__metadata__ of the weights" if changed == {"__metadata__"} else ""
         if changed <= HARMLESS:
             return f"{', '.join(sorted(changed)) or 'white space'} of the config"
-        # A key may turn into another: what it held must be one that means "not used",
-        # and the new one must be harmless or hold such a value.
+        # A key may turn into another: then the old value must mean "not used", and the new
+        # key must be harmless or have such a value.
         spelled = {key for key in changed if key not in HARMLESS}
         if all(_means_unused(key, old, new) for key in spelled):
             return "a key of the config that holds its default"
@@ -139,7 +139,8 @@ def _means_unused(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def after_loss(registry: Registry, ref: AdapterRef, neighbour: str, folder: Path) -> str:
-    """Quarantine: the revision is refused, its neighbour is not, and a push lifts it."""
+    """Check the quarantine: the revision is refused, its neighbour is not, and a push ends
+    it."""
     if registry.quarantine(ref.weights_digest, "a flipped bit") != (ref,):
         return "the registry did not know it"
     with contextlib.suppress(AdapterCorrupt):
@@ -155,7 +156,7 @@ def after_loss(registry: Registry, ref: AdapterRef, neighbour: str, folder: Path
 def flip_all(
     registry: Registry, work: Path, count: int, rng: random.Random, load: Load
 ) -> Outcome:
-    """Flip, load, judge, restore; ``count`` times. Each loss is put into quarantine."""
+    """Flip, load, judge and restore ``count`` times. Each detected damage is quarantined."""
     refs = publish_all(registry, work)
     folders = {name: registry.weights_folder(ref) for name, ref in refs.items()}
     files = {
@@ -221,7 +222,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """A load that trusts files of the right size, whatever is in them."""
+    """A load that trusts files of the right size."""
     sizes: dict[str, list[int]] = {}
 
     def by_size(ref: AdapterRef, folder: Path) -> HostCopy:

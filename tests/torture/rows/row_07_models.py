@@ -1,4 +1,4 @@
-"""Row 7: any history of registry and adapter memory, against models in plain Python."""
+"""Row 7: random histories of registry and adapter memory, against models in plain Python."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ Machine = type[RegistryRules]
 
 
 def histories(machine: Machine, count: int, seed: int, phases: Sequence[Phase]) -> str:
-    """Play ``count`` histories; "" or what diverged first, shortest if ``phases`` says so."""
+    """Play ``count`` histories; returns "" or the first divergence, minimal if ``phases``
+    allows."""
     wanted = settings(
         max_examples=count,
         stateful_step_count=STEPS,
@@ -51,7 +52,7 @@ def histories(machine: Machine, count: int, seed: int, phases: Sequence[Phase]) 
         try:
             run_state_machine_as_test(machine, settings=wanted)  # type: ignore[no-untyped-call]
         except (Exception, pytest.fail.Exception) as error:
-            # Wherever it comes from, the model did not expect it.
+            # Any exception is a divergence: the model did not expect it.
             return f"{machine.__name__}, seed {seed}: {_told(error, printed)}"
     return ""
 
@@ -86,7 +87,7 @@ def run(scale: Scale) -> Outcome:
     """2,000 histories of each machine, or 50."""
     count = scale.pick(50, 2000)
     RegistryRules.seen.clear()
-    # The shortest history that shows a divergence may take minutes to find.
+    # Shrinking a divergence to the shortest history may take minutes.
     phases = scale.pick((Phase.generate,), (Phase.generate, Phase.shrink))
     found = [histories(machine, count, scale.seed, phases) for machine in MACHINES]
     failures = tuple(failure for failure in found if failure)
@@ -146,7 +147,7 @@ PLANTED: dict[str, tuple[Machine, Plant]] = {
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """The same machines over broken products; the first three in the quick form."""
+    """The same machines on broken products; the first three in the quick form."""
     for name in list(PLANTED)[: scale.pick(3, None)]:
         machine, plant = PLANTED[name]
         with plant():

@@ -1,4 +1,4 @@
-"""Row 8: one owner a data folder, and a second server that says so at once."""
+"""Row 8: one owner per data folder; a second server refuses at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAR = (
 SECONDS = 2
 HEAVY = ("torch", "transformers", "bitsandbytes")
 LEAD = 0.05
-"""Seconds until both owners of a pair try: enough for both to have read when."""
+"""Seconds until both owners of a pair try: enough for both to have read the time."""
 
 
 class Owner:
@@ -44,7 +44,7 @@ class Owner:
         assert self._line() == "ready"
 
     def go(self, moment: float = 0) -> None:
-        """Let it try at ``moment``."""
+        """Let it try to lock the folder at ``moment``."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{moment}\n")
         self.process.stdin.flush()
@@ -65,7 +65,7 @@ class Owner:
 
 
 def race(data: Path, planted: str = "") -> str:
-    """Two owners at the same moment, then a kill; "" or what was wrong."""
+    """Two owners at the same moment, then a kill; returns "" or what was wrong."""
     pair = [Owner(data, planted) for _ in range(2)]
     for owner in pair:
         owner.wait_ready()
@@ -78,11 +78,11 @@ def race(data: Path, planted: str = "") -> str:
     wrong = "" if len(winners) == 1 else f"{len(winners)} owners"
     for owner, one in zip(pair, said, strict=True):
         if one["owner"]:
-            # Nothing is cleaned up: the kernel must give the folder back.
+            # No clean-up runs: the kernel must release the lock.
             owner.kill()
         else:
             owner.end()
-            # The winner may not have written its number yet, or the file may be empty.
+            # The winner may not have written its process id yet, or the file may be empty.
             if one["pid"] not in {*pids, "unknown"}:
                 wrong = wrong or f"the loser names process {one['pid']}"
     heir = Owner(data, planted)
@@ -95,7 +95,7 @@ def race(data: Path, planted: str = "") -> str:
 
 
 def races(work: Path, count: int, planted: str = "") -> Outcome:
-    """``count`` pairs, each on a folder of its own."""
+    """``count`` pairs, each on a new folder."""
     results = [race(work / f"race-{number}", planted) for number in range(count)]
     failures = [f"pair {number}: {wrong}" for number, wrong in enumerate(results) if wrong]
     return Outcome(
@@ -104,11 +104,11 @@ def races(work: Path, count: int, planted: str = "") -> Outcome:
 
 
 def second_server(data: Path, pid: int, before: str = "") -> tuple[float, str]:
-    """Start a server on an owned folder: seconds it took, and what was wrong.
+    """Start a server on an owned folder; returns the seconds until it refused, and failures.
 
     Args:
-        pid: the owner's.
-        before: Python text to run before the server's, for the control.
+        pid: process id of the owner.
+        before: Python code to run before the server's, for the control.
     """
     program = f"{before}; import sys; from veneer_server.__main__ import main; main()"
     flags = ["serve", "--data-dir", str(data), "--listen", "127.0.0.1:0"]
@@ -140,7 +140,7 @@ def second_servers(data: Path, pid: int, count: int, before: str = "") -> Outcom
     """``count`` servers one after another on a folder that ``pid`` owns."""
     results = [second_server(data, pid, before) for _ in range(count)]
     failures = [wrong for _, wrong in results if wrong]
-    # On a busy machine one start may be late by no fault of its own.
+    # On a busy machine a single start may be late through no fault of the server.
     best = min(took for took, _ in results)
     if best > SECONDS:
         failures.append(f"the quickest of {count} ended after {best:.1f} s")
@@ -150,7 +150,7 @@ def second_servers(data: Path, pid: int, count: int, before: str = "") -> Outcom
 
 
 async def beside_a_real_server(work: Path, count: int) -> Outcome:
-    """The first server is a real one, on the bundled base."""
+    """The owner is a real server on the bundled base."""
     from tests.server_harness import running_server
 
     cache = cache_dir()
@@ -166,7 +166,7 @@ async def beside_a_real_server(work: Path, count: int) -> Outcome:
 
 
 def with_small_owner(work: Path, count: int, before: str = "") -> Outcome:
-    """The first owner is the smallest program that owns a folder."""
+    """The owner is the simplest program that owns a folder."""
     owner = Owner(work / "small")
     owner.wait_ready()
     owner.go()
@@ -178,7 +178,7 @@ def with_small_owner(work: Path, count: int, before: str = "") -> Outcome:
 
 
 def run(scale: Scale) -> Outcome:
-    """50 pairs and a real first server, or 10 pairs and a small one."""
+    """50 pairs and a real server as the owner, or 10 pairs and a small owner."""
     parts = [races(scale.work, scale.pick(10, 50)), with_small_owner(scale.work, 2)]
     if scale.full:
         parts.append(asyncio.run(beside_a_real_server(scale.work, 5)))

@@ -1,9 +1,10 @@
-"""Row 9: adapters come, go and change under traffic, and no token is of the wrong one.
+"""Row 9: adapters come, go and change under traffic, and no token is from a wrong one.
 
-First the whole server in this process on a FAKE decoder, whose tokens are a hash of what
-was read (`tests.torture.hash_backend`): any crossed wire is an exact mismatch. Then real
-server processes on a tiny Llama: torch in float32, judged by PEFT, and the native kernels, in
-each form that the machine has, judged by an engine that computes one request at a time.
+First the whole server in this process with a FAKE decoder, whose tokens are a hash of what
+was read (`tests.torture.hash_backend`), so that any mix-up is an exact mismatch. Then real
+server processes on a tiny Llama: torch in float32, with PEFT as the reference, and the native
+kernels in each supported instruction set, with an engine that computes one request at a time
+as the reference.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ BAR = "0 tokens from a wrong digest"
 
 FREE_SECONDS = 30
 ROUNDS = 10
-"""A bug that needs a coincidence gets this many runs to show itself."""
+"""Number of runs to catch a bug that needs a coincidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a server has: small, so that adapters and prefixes are swapped all the time."""
+    """A server's memory: small, so that adapters and prefixes are constantly swapped."""
 
     device: str
     host: str
@@ -62,14 +63,14 @@ class Memory:
         }
 
 
-# An adapter of one module takes 1,536 bytes for each rank, of all modules 20,736.
+# Per rank, an adapter of one module takes 1,536 bytes, one of all modules 20,736.
 ONE_MODULE = ("self_attn.q_proj",)
 HASHED = Memory(device="24KiB", host="48KiB")
 TIGHT = Memory(device="6KiB", host="24KiB")
 ROOMY = Memory(device="48KiB", host="96KiB")
 SMALL = Memory(device="256KiB", host="512KiB")
 LARGE = Memory(device="1MiB", host="2MiB")
-# The native backend keeps both in bfloat16: as little room for as many of them.
+# The native backend stores both in bfloat16: half the bytes hold as many of them.
 HALF = {
     SMALL: Memory(device="128KiB", host="256KiB", kv="0.25MiB"),
     LARGE: Memory(device="0.5MiB", host="1MiB", kv="0.25MiB"),
@@ -78,7 +79,7 @@ SERVED = Traffic(requests=2_000, most_tokens=16, sampled=0.3, logprobs=True)
 
 
 def run(scale: Scale) -> Outcome:
-    """Both forms, after one another."""
+    """Both forms, one after another."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     hashed = _hashed(scale, base)
     traffic = replace(SERVED, requests=scale.pick(150, 2_000))
@@ -95,7 +96,7 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Each bug under the hashing decoder; some in a real engine process too."""
+    """Each bug with the hashing decoder; some in a real engine process too."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     for name, planted in PLANTED.items():
         yield _control(scale, base, name, planted)
@@ -136,7 +137,7 @@ def _hashed(scale: Scale, base: Path) -> Outcome:
 async def _in_process(
     scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path
 ) -> tuple[Churn, Counter[str], list[str]]:
-    """The record of a run, the engine's messages counted, and what leaked."""
+    """The record of a run, the counts of the engine's messages, and leaks."""
     async with in_process(base, folder, **memory.settings()) as server:
         record = await churn(server, traffic, scale.random(folder.name), folder / "adapters")
         leaks = await _leaks(server)
@@ -144,7 +145,7 @@ async def _in_process(
 
 
 async def _leaks(server: InProcess) -> list[str]:
-    """Blocks, holds and leases that nothing uses any more, and a loop that ended."""
+    """Leaked blocks, holds and leases, and an ended loop."""
     if server.engine_error is not None:
         return [f"the step loop ended: {server.engine_error!r}"]
     try:
@@ -161,7 +162,7 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
         each=3,
         modules=ONE_MODULE,
         ranks=(2,),
-        # Long where memory is short, so that requests overlap on a busy machine too.
+        # Longer if memory is scarce, so that requests overlap even on a busy machine.
         most_tokens=60 if planted.tight else 24,
     )
     memory = TIGHT if planted.tight else ROOMY
@@ -181,7 +182,7 @@ def _control(scale: Scale, base: Path, name: str, planted: Planted) -> Control:
 async def _served(
     scale: Scale, base: Path, traffic: Traffic, memory: Memory, folder: Path, form: Form
 ) -> Outcome:
-    """A server process, judged by PEFT or by an engine of the same form."""
+    """Run a server process, with PEFT or an engine of the same form as the reference."""
     memory = HALF[memory] if form.native else memory
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in memory.settings().items()]
     flags += ["--base", str(base), *form.flags]
@@ -209,7 +210,7 @@ async def _served(
 
 
 def _judged(record: Churn, base: Path, form: Form, cache: Path) -> tuple[tuple[str, ...], str]:
-    """Failures, and by what standard."""
+    """Failures, and the bound that was used."""
     if form.native:
         alone = AloneReference(base, form, cache)
         failures = failures_of(record, alone)
@@ -223,7 +224,7 @@ def _judged(record: Churn, base: Path, form: Form, cache: Path) -> tuple[tuple[s
 
 
 async def _left(server: Server) -> list[str]:
-    """Places, blocks and leases that nothing uses, and an engine that had to begin anew."""
+    """Leaked places, blocks and leases, and restarts of the engine."""
     try:
         async with asyncio.timeout(FREE_SECONDS):
             await all_free(server)
@@ -233,7 +234,7 @@ async def _left(server: Server) -> list[str]:
 
 
 async def _counted(server: Server) -> Counter[str]:
-    """How much was swapped, by the server's own metrics."""
+    """Number of swaps, from the server's metrics."""
     names = {
         "evictions": "veneer_adapter_evictions_total",
         "activations": "veneer_adapter_activate_seconds_count",

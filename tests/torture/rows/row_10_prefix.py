@@ -1,17 +1,17 @@
-"""Row 10: a name is replaced again and again over a prefix that everybody shares.
+"""Row 10: a name is replaced again and again while requests share a prefix.
 
-After each replace the name is asked to go on with what its old weights said: nothing of
-that may be found in the prefix cache. It is asked again (all of it must be found), and
-without the cache; the three answers agree within 1e-4 of a log-probability, float32, and
-PEFT agrees with them. Meanwhile another name and the base ask for the same. In exact mode
-nothing is cached and all answers are the same bit by bit, whatever else is in the batch.
+After each replace, a request continues the answer of the old weights: none of it may be found
+in the prefix cache. Then the request is repeated (all of it must be found), and repeated
+without the cache; the three answers agree within 1e-4 of a log-probability, in float32, and
+with PEFT. Meanwhile another name and the base get the same requests. In exact mode nothing is
+cached, and all answers are bit-identical whatever else is in the batch.
 
-That is torch in float32. The native kernels, in each form that the machine has, find prefixes
-too, and their answers are the same bit by bit all the same, and those of an engine that
-computes one request at a time.
+That is torch in float32. The native kernels, in each supported instruction set, use the prefix
+cache too, and their answers are still bit-identical, also to those of an engine that computes
+one request at a time.
 
-All on a tiny Llama, served in this process over real sockets; isolation scopes in the engine,
-since no caller can choose one.
+All on a tiny Llama, served in this process over real sockets; isolation scopes are tested in
+the engine, since no caller can choose one.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ NAMES: Final = ("replaced", "beside")
 
 @dataclass(slots=True)
 class Prefixes:
-    """What may be found in the cache: all that the same weights have computed."""
+    """What may be found in the cache: everything that the same weights have computed."""
 
     computed: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
 
     def most(self, digest: str, prompt: list[int]) -> int:
-        """Tokens of ``prompt`` that these weights ("" is the base) may find, at most."""
+        """Most tokens of ``prompt`` that these weights ("" is the base) may find."""
         longest = max((_common(prompt, old) for old in self.computed[digest]), default=0)
         return min(longest, len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def add(self, digest: str, prompt: list[int], answer: list[int]) -> None:
-        """The last token of an answer is never computed."""
+        """Add an answer, without its last token, which is never computed."""
         self.computed[digest].append([*prompt, *answer[:-1]])
 
 
@@ -81,7 +81,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 @dataclass(slots=True)
 class Found:
-    """What a run saw."""
+    """What a run found in the cache."""
 
     failures: list[str] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _native(scale: Scale, base: Path, replaces: int) -> tuple[str, list[str]]:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Keys that leave something out, and an exact mode that is none."""
+    """Cache keys that omit something, and an exact mode that is not exact."""
     base = make_tiny_llama(scale.work / "base", seed=scale.seed)
     without = "prefix cache keyed without the weights"
     for planted, bug in (
@@ -200,7 +200,7 @@ async def _replaces(
         await publish("beside", made[0])
         said: list[int] = []
         for number in range(replaces):
-            if number % 5 == 4:  # back to weights of before: their own prefixes are there
+            if number % 5 == 4:  # back to earlier weights, whose prefixes are cached
                 content = generator.choice(made)
             else:
                 content = _content(folder / f"content-{number}", generator.getrandbits(32))
@@ -231,7 +231,7 @@ class _Asker:
     bound: float
 
     async def all(self, contents: dict[str, Content]) -> list[int]:
-        """Compare them; gives the answer of the replaced name."""
+        """Send and compare them; returns the answer of the replaced name."""
         content = contents["replaced"]
         first = await self._ask("replaced", content)
         again, beside, bare = await asyncio.gather(
@@ -281,8 +281,8 @@ class _Asker:
         return answer
 
     def _same(self, what: str, answer: Any, cold: Any) -> None:
-        """As long as both have the same history: where greedy tokens part, both took a
-        likeliest one, and what follows is another text."""
+        """Compare as long as both have the same history: where greedy tokens differ, each took
+        a likeliest one, and the rest is a different text."""
         pairs = list(zip(answer.logprobs, cold.logprobs, strict=True))
         parts = (at for at, (a, b) in enumerate(pairs) if a.token_id != b.token_id)
         end = next(parts, None)
@@ -300,7 +300,7 @@ class _Asker:
 
 
 def _scopes(scale: Scale) -> list[str]:
-    """Two scopes and two adapters, in turns: each finds its own prefix and no other's."""
+    """Alternate two scopes and two adapters: each finds its own prefix and no other's."""
     folder = Path(tempfile.mkdtemp(dir=scale.work))
     adapters = {n: source(make_lora(folder / n, seed=i)) for i, n in enumerate(NAMES)}
     prompt = list(range(3, 3 + PREFIX))

@@ -1,4 +1,4 @@
-"""Row 11: numbers that are not finite, or too large, harm nobody but their own request."""
+"""Row 11: non-finite or too large numbers affect only their own request."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def encode(value: float, dtype: str) -> np.ndarray[Any, Any]:
 
 
 def poisoned(dtype: str, value: float, place: int, rank: int) -> tuple[Tensors, str]:
-    """Good tensors with one bad element; ``place`` picks the tensor and where in it."""
+    """Valid tensors with one bad element; ``place`` selects tensor and position."""
     tensors = make_tensors(rank, dtype=dtype, projections=("q_proj", "down_proj"))
     name = sorted(tensors)[place % len(tensors)]
     flat = tensors[name].reshape(-1)
@@ -64,7 +64,7 @@ def poisoned(dtype: str, value: float, place: int, rank: int) -> tuple[Tensors, 
 
 
 def refuses(registry: Registry, folder: Path, tensors: Tensors, bad: str, rank: int) -> str:
-    """Push; what is wrong with the answer, "" where it is the refusal it should be."""
+    """Push; returns what is wrong with the answer, or "" if it is the expected refusal."""
     try:
         push(registry, "bad", make_adapter(folder, {"r": rank}, tensors), allow_replace=True)
     except AdapterInvalid as error:
@@ -76,7 +76,7 @@ def refuses(registry: Registry, folder: Path, tensors: Tensors, bad: str, rank: 
 
 
 def torture_uploads(work: Path, most: int, scale: Scale) -> Outcome:
-    """Every dtype, bad number, serving dtype and place; quick: ``most`` of them."""
+    """Every dtype, bad number, serving dtype and position; quick: ``most`` of them."""
     cases = list(itertools.product(("F32", "F16", "BF16"), BAD, SERVING, range(6)))
     chosen = scale.random("uploads").sample(cases, min(most, len(cases)))
     failures = []
@@ -103,7 +103,7 @@ def torture_uploads(work: Path, most: int, scale: Scale) -> Outcome:
 
 @contextlib.contextmanager
 def without_check() -> Iterator[None]:
-    """Numbers are not looked at when an adapter is read."""
+    """A planted bug: numbers are not checked when an adapter is read."""
     real = weights.find_problem
     weights.find_problem = lambda *_: None
     try:
@@ -129,21 +129,21 @@ Answer = tuple[tuple[int, ...], tuple[float, ...]]
 def mates_of(
     harness: EngineHarness, third: AdapterSource, good: AdapterSource
 ) -> tuple[list[Answer], str | None]:
-    """Tokens and log-probabilities of the base and of a good adapter beside ``third``,
-    and what ``third`` was refused with.
+    """Tokens and log-probabilities of the base and of a good adapter in a batch with ``third``,
+    and the error of ``third``.
 
-    All prompts run in one step and ask for one token, so that whatever becomes of the
-    third, the shapes of what is computed are the same.
+    All prompts run in one step and request one token, so that shapes are the same whatever
+    happens to the third.
     """
     batch = [
         ask(1, max_tokens=1),
-        # Longer, so that it leaves something where the next one in its block has no tokens.
+        # Longer, so that it leaves data where the next sequence in its block has no tokens.
         ask(2, max_tokens=1, adapter=third, prompt=list(range(3, 3 + BLOCK_TOKENS - 2))),
         ask(3, max_tokens=1, adapter=good),
         ask(4, max_tokens=1),
     ]
     for request in batch:
-        # Loaded first, or the batch would begin without those that wait.
+        # Load adapters first, or the batch would start without the waiting requests.
         if "adapter" in request:
             harness.run([request])
     steps = harness.loop.steps
@@ -157,7 +157,7 @@ def mates_of(
 def torture_batches(work: Path, scale: Scale, form: Form = TORCH) -> Outcome:
     """Each bad number in A or in B, beside others, compared with a harmless twin.
 
-    KV blocks are few, so that a later batch reads what the broken one left in them.
+    There are few KV blocks, so that a later batch reuses those of the broken one.
     """
     numbers = {**BAD, "3e38": 3e38}
     cases = list(itertools.product((False, True), numbers, "AB"))
@@ -234,7 +234,7 @@ def nothing_cleared() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Failed sequences are logged, as they should be; not here."""
+    """Silence the log of failed sequences, which is expected here."""
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -255,8 +255,8 @@ def run(scale: Scale) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Without the check uploads pass, a mask instead of segments lets NaN cross, and blocks
-    that are not cleared pass it to the next sequence."""
+    """Without the check, uploads are accepted; a mask instead of segments spreads NaN; and
+    blocks that are not cleared pass it on to the next sequence."""
     with without_check():
         found = torture_uploads(scale.folder("uploads"), 6, scale)
     yield Control.of("numbers are not checked", found)

@@ -1,19 +1,19 @@
 """Row 12: prompts x adapters of every kind, mixed in batches, against PEFT with one at a time.
 
 Each pair is a request for its prompt's log-probabilities and a few greedy tokens with
-theirs. What the bounds are and why:
+theirs. The bounds and their reasons:
 
-* float32: 1e-4 of a log-probability; what is left is the order of sums. Greedy tokens are
-  equal where the two likeliest are further apart than 1e-3. At one place in some thousands
-  random adapters make the model so ill-conditioned that PEFT itself is further than that
-  from PEFT in float64. So each number is compared with both, and the nearer one counts.
+* float32: 1e-4 of a log-probability, for the order of sums. Greedy tokens are equal where the
+  two likeliest are further apart than 1e-3. At one position in some thousands, random adapters
+  make the model so ill-conditioned that PEFT itself is further than that from PEFT in float64.
+  So each number is compared with both, and the nearer one counts.
 * NF4 with float32 activations: the same 1e-4, since both sides expand the same codes.
 * NF4 with bfloat16 activations, as served by default: the reference is the same NF4
   weights in float32, and the bound is PEFT's own distance from it with bfloat16
-  activations, measured in the same run: rounding as bfloat16 brings it, and nothing more.
+  activations, measured in the same run: the rounding of bfloat16 and nothing more.
   Both are samples of the same rounding, so the means may differ a little: by a tenth over
   all, by a quarter for one adapter (some hundreds of numbers each). At ill-conditioned
-  places rounding may show as anything: of the largest ones, one in a thousand is left out.
+  positions rounding can have any effect: the largest one in a thousand is left out.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ ROW = 12
 TITLE = "parity with PEFT"
 NEW_TOKENS = 4
 AT_ONCE = 64
-"""Requests in a batch, at most: adapters take turns in it."""
+"""Most requests in a batch, in which adapters alternate."""
 MEAN_RATIO, ADAPTER_RATIO, LARGEST_RATIO = 1.1, 1.25, 1.5
-"""Of differences in bfloat16, ours to PEFT's, at most: the mean of all, the mean of one
-adapter, the 99.9th percentile (extremes of two samples)."""
+"""Largest ratios of our differences in bfloat16 to PEFT's: of the mean over all, of one
+adapter's mean, and of the 99.9th percentile (extremes of two samples)."""
 
 BAR = (
     "float32 and NF4 in float32 within 1e-4, greedy equal; NF4 in bfloat16 as far as PEFT's "
@@ -57,8 +57,8 @@ BAR = (
 
 @dataclass(slots=True)
 class Distances:
-    """|ours - PEFT| of log-probabilities, by adapter, and what was chosen wrongly, by
-    adapter, prompt and place."""
+    """|ours - PEFT| of log-probabilities by adapter, and wrong greedy tokens by adapter, prompt
+    and position."""
 
     by_adapter: dict[str, list[float]] = field(default_factory=dict)
     greedy: int = 0
@@ -70,7 +70,7 @@ class Distances:
         return np.concatenate([np.array(found) for found in self.by_adapter.values()])
 
     def or_from(self, other: Distances) -> Distances:
-        """The smaller distance of each number; what both say is wrong."""
+        """The smaller distance of each number, and the tokens that are wrong in both."""
         nearer = {
             name: np.minimum(apart, other.by_adapter[name]).tolist()
             for name, apart in self.by_adapter.items()
@@ -154,7 +154,7 @@ def _within(
     quantization: Any,
     what: str,
 ) -> tuple[str, list[str]]:
-    """Both sides in float32: every number within the bound, every clear choice the same."""
+    """Both sides in float32: every number is within the bound, every clear choice the same."""
     with bug:
         answers, mixed = _ours(matrix, cache, quantization, "float32")
     single = load_reference(matrix.base, quantization, torch.float32)
@@ -176,7 +176,7 @@ def _within(
 def _bfloat16(
     matrix: Matrix, cache: Path, bug: AbstractContextManager[None]
 ) -> tuple[str, list[str]]:
-    """Scores of prompts alone: greedy texts part at the first near tie."""
+    """Compare only scores of prompts, since greedy texts diverge at the first near tie."""
     with bug:
         answers, _ = _ours(matrix, cache, "nf4", "bfloat16")
     exact = _exact(matrix.base, "nf4")
@@ -211,7 +211,7 @@ def _bfloat16(
 def _ours(
     matrix: Matrix, cache: Path, quantization: Any, dtype: Any
 ) -> tuple[dict[tuple[str, int], Answer], float]:
-    """The engine's answers to all pairs, and how many adapters its mixed steps had."""
+    """The engine's answers to all pairs, and the number of adapters in its mixed steps."""
     config = EngineConfig(
         base_folder=str(matrix.base),
         cache_folder=str(cache),
@@ -234,7 +234,7 @@ def _ours(
 
 
 def _count_adapters(harness: EngineHarness) -> list[int]:
-    """Adapters of each step from now on."""
+    """Record the number of adapters of each step from now on."""
     counts: list[int] = []
     runner: Any = harness.runner
     right = runner.execute

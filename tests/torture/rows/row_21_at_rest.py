@@ -1,6 +1,6 @@
-"""Row 21: any file of the data and cache folders removed, emptied, halved or one bit flipped.
+"""Row 21: a file of the data or cache folder removed, emptied, halved or with a flipped bit.
 
-Real starts of the whole server on a tiny Llama in NF4, each in a process of its own
+Real starts of the whole server on a tiny Llama in NF4, each in a separate process
 (`tests.torture.at_rest_worker`).
 """
 
@@ -77,7 +77,7 @@ def _outcome(judges: list[Judge], count: int, *, full: bool) -> Outcome:
 
 
 def controls(scale: Scale) -> Iterator[Control]:
-    """Broken servers on damages that they cannot bear."""
+    """Broken servers on damage that they cannot handle."""
     base = str(make_tiny_llama(scale.work / "base"))
     sound = Worker(base)
     try:
@@ -96,7 +96,7 @@ def controls(scale: Scale) -> Iterator[Control]:
 
 
 def _unbearable(planted: str, golden: Golden, rng: random.Random) -> Damage:
-    """The damage that shows a planted bug."""
+    """A damage that reveals a planted bug."""
     if "catalog" in planted:
         return Damage("stopped", "data/catalog.sqlite", "removed")
     top = "cache/quantized" if "cache" in planted else "data/store/weights"
@@ -107,7 +107,7 @@ def _unbearable(planted: str, golden: Golden, rng: random.Random) -> Damage:
     )
     file = golden.folders["stopped"] / path
     with file.open("rb") as opened:
-        # Among the tensors: a damaged header is noticed by who reads it, trusted or not.
+        # In the tensors, since any reader notices a damaged header.
         first = 8 + int.from_bytes(opened.read(8), "little")
     at = (rng.randrange(first, file.stat().st_size), rng.randrange(8))
     return Damage("stopped", str(path), "flipped", at)

@@ -43,7 +43,7 @@ def wire(server: FakeServer) -> Iterator[Wire]:
 
 @pytest.fixture
 def run(server: FakeServer) -> Callable[..., Any]:
-    """Run a command line against the fake server, given by VENEER_SERVER."""
+    """Run a command line against the fake server, set by VENEER_SERVER."""
 
     def invoke(*args: str, env: dict[str, str] | None = None, **kwargs: object) -> Any:
         place = {"VENEER_SERVER": server.address, "COLUMNS": "200"}
@@ -54,7 +54,7 @@ def run(server: FakeServer) -> Callable[..., Any]:
 
 @pytest.fixture
 def adapter_folder(tmp_path: Path) -> Path:
-    """A valid adapter of 2.5 MiB, with a file that no bundle has."""
+    """A valid adapter of 2.5 MiB, with a file that does not belong in a bundle."""
     folder = tmp_path / "adapter"
     rng = np.random.default_rng(1)
     key = "base_model.model.model.layers.0.self_attn.q_proj"

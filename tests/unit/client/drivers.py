@@ -32,11 +32,11 @@ class Driver:
         return run
 
     def all(self, **filters: Any) -> list[Any]:
-        """`list` to its end."""
+        """All items of `list`."""
         return self.collect("list", **filters)
 
     def collect(self, method: str, *args: Any, **options: Any) -> list[Any]:
-        """What a method that iterates gives, to its end."""
+        """All items of an iterating method."""
         found = getattr(self._client, method)
         if self._runner is None:
             return list(found(*args, **options))
@@ -47,7 +47,7 @@ class Driver:
         return self._runner.run(collect())
 
     def inside(self, handle: Any, use: Callable[[Any], Any]) -> Any:
-        """Enter an adapter handle, give it to ``use`` as a driver, leave it."""
+        """Enter an adapter handle, pass it to ``use`` as a driver, exit it."""
         if self._runner is None:
             with handle as entered:
                 return use(Driver(entered, None))
@@ -64,7 +64,7 @@ class Driver:
             self._runner.run(handle.__aexit__(kind, error, None))
 
     def take(self, stream: Any, count: int) -> list[Any]:
-        """So many items of a stream."""
+        """The first ``count`` items of a stream."""
         if self._runner is None:
             return [next(stream) for _ in range(count)]
 
@@ -74,11 +74,11 @@ class Driver:
         return self._runner.run(some())
 
     def watch(self, **options: Any) -> Any:
-        """A watch, begun inside the event loop if there is one."""
+        """A watch, started inside the event loop if there is one."""
         return self._begin(self._client.watch, **options)
 
     def generate_stream(self, prompt: Prompt, **options: Any) -> Any:
-        """A stream, begun inside the event loop if there is one."""
+        """A stream, started inside the event loop if there is one."""
         return self._begin(self._client.generate_stream, prompt, **options)
 
     def _begin(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -91,7 +91,7 @@ class Driver:
         return self._runner.run(begin())
 
     def stream(self, prompt: Prompt, **options: Any) -> tuple[list[Chunk], GenerationEnd]:
-        """A stream to its end."""
+        """Read a stream to its end."""
         if self._runner is None:
             stream = self._client.generate_stream(prompt, **options)
             return list(stream), stream.final

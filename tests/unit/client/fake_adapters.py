@@ -14,7 +14,7 @@ from tests.unit.client.fake_uploads import FakeUploads, refused
 from tests.unit.client.refusals import Refusal
 
 STARTED = 1_700_000_000
-ETAG = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "it changed meanwhile", "ETAG_MISMATCH")
+ETAG = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "it has changed", "ETAG_MISMATCH")
 
 
 def not_found(context: grpc.ServicerContext) -> None:
@@ -27,7 +27,7 @@ def not_found(context: grpc.ServicerContext) -> None:
 
 
 class FakeAdapters(FakeUploads):
-    """What tests set and see beside `FakeUploads`."""
+    """State that tests set and read, in addition to `FakeUploads`."""
 
     hold: threading.Event | None
     begun: threading.Event
@@ -37,11 +37,11 @@ class FakeAdapters(FakeUploads):
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, adapters_pb2.Adapter] = {}
-        """What each name means."""
+        """Current revision of each name."""
         self.older: dict[str, list[adapters_pb2.Adapter]] = {}
-        """Superseded revisions that it keeps, newest first."""
+        """Superseded revisions that each name keeps, newest first."""
         self.aliases: dict[str, list[adapters_pb2.Alias]] = {}
-        """Each alias's meanings, the present one last."""
+        """Each alias's states, the present one last."""
         self.changes: list[adapters_pb2.HistoryEntry] = []
         """Newest first."""
         self.budgets = adapters_pb2.UpdateBudgetsResponse(
@@ -50,11 +50,11 @@ class FakeAdapters(FakeUploads):
         self.wrong: set[str] = set()
         """Adapters that fail the self-test."""
         self.self_test_note = ""
-        """Why none is tested, though there are some."""
+        """Why no adapter is tested although there are some."""
         self.tier = inference_pb2.TIER_DISK
         self.lost: Refusal | None = None
-        """Ends a call that pinned an adapter."""
-        # For watches: what each call tells, the first call the first list.
+        """Error of a call that did pin an adapter."""
+        # For watches: the events of each call, first call first.
         self.watches: deque[list[adapters_pb2.WatchAdaptersResponse]] = deque()
         self._number = 0
 
@@ -62,7 +62,7 @@ class FakeAdapters(FakeUploads):
         return name in self.adapters
 
     def add(self, name: str) -> adapters_pb2.Adapter:
-        """Register an adapter without an upload; in place of what the name meant."""
+        """Register an adapter without an upload, replacing the name's present one."""
         digest = (name.encode().hex() * 64)[:64]
         adapter = adapters_pb2.Adapter(
             name=name,
@@ -85,7 +85,7 @@ class FakeAdapters(FakeUploads):
         return adapter
 
     def replace(self, name: str) -> adapters_pb2.Adapter:
-        """Register another revision of a name, and keep the one of before."""
+        """Register another revision of a name, and keep the previous one."""
         before = self.adapters[name]
         before.current = False
         self.older.setdefault(name, []).insert(0, before)

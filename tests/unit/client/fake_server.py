@@ -1,8 +1,8 @@
-"""A FAKE server for client tests: the contract on a real socket, no model behind it.
+"""A FAKE server for client tests: the contract on a real socket, without a model.
 
-Answers are functions of the request. Refusals that a test puts into `refusals` come
-first, one a call; every call is noted in `calls`, and who made it in `actors`. It can
-`restart` on its port: what is in its attributes is its disk.
+Answers are functions of the request. The errors in `refusals` come first, one per call. `calls`
+records every call, `actors` who made it. It can `restart` on its port; its attributes survive,
+like a disk.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class FakeServer(
     server_pb2_grpc.ServerServiceServicer,
     health_pb2_grpc.HealthServicer,
 ):
-    """See the module's docstring; use it in a ``with``."""
+    """See the module docstring; use it in a ``with``."""
 
     def __init__(self) -> None:
         FakeAdapters.__init__(self)
         self.calls: list[tuple[str, Any]] = []
         self.actors: list[str] = []
         self.refusals: deque[Refusal] = deque()
-        # For streams: pieces that come before this event is waited for, if set.
+        # For streams: if set, the server waits for this event after the first pieces.
         self.hold: threading.Event | None = None
         self.cancelled = threading.Event()
         self.begun = threading.Event()
-        """A call reached its hold."""
+        """Set when a call has reached `hold`."""
         self.break_after: Refusal | None = None
         self.omit_end = False
         self.pieces: list[inference_pb2.GenerateStreamResponse] = []
-        """When set, what every stream says."""
+        """If set, the messages of every stream."""
         self.on_generate: Callable[[Any], Any] | None = None
         self._pool = ThreadPoolExecutor(8)
         self.ready = True
@@ -87,22 +87,22 @@ class FakeServer(
         self._pool.shutdown()
 
     def stop(self) -> None:
-        """End all calls and connections; nobody listens."""
+        """End all calls and connections, and stop listening."""
         self._server.stop(None).wait()
 
     def close(self) -> None:
-        """`stop` from within a call, which it ends: return at once."""
+        """`stop` from inside a call, which it ends; returns at once."""
         self._server.stop(None)
 
     def start(self) -> None:
-        """Listen again, at the address of before."""
+        """Listen again, at the same address."""
         self._server = self._listen()
         self._server.start()
 
     def restart(self) -> None:
-        """End all calls and connections; also from within a call, which it ends."""
+        """Restart, which ends all calls and connections; works from inside a call, too."""
         before = self._server
-        self.start()  # first, so that a client that comes back at once is answered
+        self.start()  # first, so that a client that reconnects at once is answered
         before.stop(None)
 
     def count(self, method: str) -> int:

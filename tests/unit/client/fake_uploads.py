@@ -1,4 +1,4 @@
-"""A FAKE of uploads for client tests: what was received is kept, also over a restart."""
+"""A FAKE of uploads for client tests; received bytes survive a restart."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def refused(reason: str, message: str, field_: str = "") -> Refusal:
 
 @dataclass
 class Upload:
-    """What one call consisted of."""
+    """The content of one call."""
 
     spec: adapters_pb2.UploadSpec
     chunks: list[adapters_pb2.UploadChunk] = field(default_factory=list)
 
 
 class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
-    """UploadAdapter and GetUpload as the contract says; `breaks` end connections."""
+    """UploadAdapter and GetUpload by the contract; `breaks` end connections."""
 
     def __init__(self) -> None:
         self.uploads: list[Upload] = []
-        """One for each UploadAdapter call that was not refused."""
+        """One per UploadAdapter call that was not refused."""
         self.staged: dict[bytes, dict[str, bytearray]] = {}
-        """What unfinished uploads left: by name and files, then by file."""
+        """Data of unfinished uploads: by name and files, then by file."""
         self.stored: dict[str, bytes] = {}
         """Content of published files by SHA-256."""
         self.breaks: deque[int] = deque()
-        """Each one ends a connection when an upload has so many bytes (at once, where it
-        has them already)."""
+        """Each one ends a connection when an upload has this many bytes (at once if it has them
+        already)."""
         self.on_break: Callable[[], None] = self.restart
         self.no_get_upload: Refusal | None = None
-        """What an older server says to GetUpload."""
+        """An older server's answer to GetUpload."""
 
     refusals: deque[Refusal]
 
@@ -109,7 +109,7 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     def received(self, upload: Upload) -> int:
-        """Bytes that a call brought."""
+        """Bytes received by a call."""
         return sum(len(chunk.data) for chunk in upload.chunks)
 
     def _committed(self, spec: adapters_pb2.UploadSpec) -> dict[str, int]:
@@ -122,7 +122,7 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
         }
 
     def _breaks(self, files: dict[str, bytearray], data: bytes, name: str = "") -> bool:
-        """Take in data, only up to the next break."""
+        """Store data, but only up to the next break; returns whether it was reached."""
         before = sum(map(len, files.values()))
         ends = bool(self.breaks) and before + len(data) >= self.breaks[0]
         if name:
@@ -135,11 +135,11 @@ class FakeUploads(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _drain(messages: Iterable[Any]) -> None:
-    """As the server does: a client whose write breaks off does not see why."""
+    """Read the rest, as the server does: a client whose write fails does not see why."""
     deque(messages, maxlen=0)
 
 
 def _key(spec: adapters_pb2.UploadSpec) -> bytes:
-    """Name and files say which upload it is."""
+    """Key of an upload: its name and files."""
     kept = adapters_pb2.UploadSpec(name=spec.name, files=spec.files)
     return kept.SerializeToString(deterministic=True)

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 @dataclass(frozen=True)
 class Refusal:
-    """A status; without a reason it has no details, as a proxy's has none."""
+    """A status; without a reason it has no details, like one from a proxy."""
 
     code: grpc.StatusCode
     message: str = "no"

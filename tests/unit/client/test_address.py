@@ -1,4 +1,4 @@
-"""Where the server is, in the forms that people write it."""
+"""The server's address, in the forms that people write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aliases, labels, rollback, history, budgets and self-test, and who asks for them."""
+"""Aliases, labels, rollback, history, budgets and self-test, and the caller's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes over the wire, and what comes back as records."""
+"""Requests on the wire, and responses as records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However a caller leaves, the server's work ends; however a server goes, callers know."""
+"""However a caller leaves, the server stops its work; if a server ends, callers notice."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``veneer adapter alias|label|history ...``, ``budgets`` and ``self-test``, and a push that
-goes on, against the fake server."""
+"""``veneer adapter alias|label|history ...``, ``budgets`` and ``self-test``, and a resumed
+push, against the fake server."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def test_push_again_goes_on(
     push = ("adapter", "push", str(adapter_folder), "--name", "chat")
     server.breaks.extend([1 << 20] * 2)
     server.on_break = server.close
-    assert "push again, and it goes on where it was" in one_line(
-        run(*push, env={"VENEER_ACTOR": "ada"})
-    )
+    assert "push again to resume" in one_line(run(*push, env={"VENEER_ACTOR": "ada"}))
     server.breaks.clear()
     server.start()
     done = run(*push, "--json", env={"VENEER_ACTOR": "ada"})
@@ -113,8 +111,8 @@ def test_alias_rollback_flag(server: FakeServer, run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("alias", "chat/prod"), "Give one of REVISION, --canary"),
-        (("alias", "chat/prod", "1" * 12, "--remove"), "Give one of REVISION, --canary"),
+        (("alias", "chat/prod"), "needs one of REVISION, --canary"),
+        (("alias", "chat/prod", "1" * 12, "--remove"), "needs one of REVISION, --canary"),
         (("alias", "chat/prod", "--canary", "1234"), "is not REVISION=WEIGHT"),
         (("alias", "chat/prod", "--canary", "1234=x"), "is not REVISION=WEIGHT"),
         (("rollback", "chat/prod", "1" * 12), "veneer adapter alias chat/prod 1111"),
@@ -160,7 +158,7 @@ def test_rollback_is_of_what_was_seen(server: FakeServer, run: Run) -> None:
 
     server.GetAdapter = publish_after  # type: ignore[method-assign]
     server.restart()
-    assert "changed meanwhile" in one_line(run("adapter", "rollback", "chat"))
+    assert "has changed" in one_line(run("adapter", "rollback", "chat"))
 
 
 def test_rollback_to_one_that_is_named(server: FakeServer, run: Run) -> None:
@@ -194,9 +192,7 @@ def test_retain(server: FakeServer, run: Run) -> None:
 
 
 def test_history(server: FakeServer, run: Run) -> None:
-    assert "nothing was changed under the name chat yet" in (
-        run("adapter", "history", "chat").stdout
-    )
+    assert "no changes under the name chat yet" in (run("adapter", "history", "chat").stdout)
     server.add("chat"), server.add("sql")
     run("adapter", "retain", "chat", "5")
     run("adapter", "label", "chat", "team=x")
@@ -254,7 +250,7 @@ def test_modes(server: FakeServer, run: Run) -> None:
 
 def test_budgets(server: FakeServer, run: Run) -> None:
     device, host = (line.strip() for line in run("budgets").stdout.splitlines())
-    assert device == "device  4.0 KiB of 2.0 KiB (over: leaves as running requests end)"
+    assert device == "device  4.0 KiB of 2.0 KiB (over budget until running requests end)"
     assert host == "host    1.0 KiB of 4.0 KiB"
     assert server.calls[-1][1] == pb.UpdateBudgetsRequest()
     done = run("budgets", "--host", "1.5GiB", "--device", "2GB", "--json")

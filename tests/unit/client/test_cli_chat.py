@@ -198,7 +198,7 @@ def test_ctrl_c_at_the_prompt_leaves_nothing_but_a_hint(
     with Client(server.address) as client:
         Session(client, Conversation(), {}).terminal()
     assert [turns for _, turns in chats(server)] == [["user:hello"]]
-    assert capsys.readouterr().err.count("Ctrl-D leaves") == 2, "at the start, and then"
+    assert capsys.readouterr().err.count("Ctrl-D quits") == 2, "at the start, and then"
 
 
 def test_lines_are_edited_and_errors_survived(server: FakeServer, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_nothing_is_overwritten(there: str, here: Path, run: Run) -> None:
     before = os.lstat(mine)
     refused = run("example", "chat")
     assert refused.exit_code == 1
-    assert "chat is there already: give another folder with --out" in refused.stderr
+    assert "chat already exists: give another folder with --out" in refused.stderr
     assert os.lstat(mine) == before
     assert list(here.iterdir()) == [mine]
 

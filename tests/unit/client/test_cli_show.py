@@ -1,4 +1,4 @@
-"""``veneer adapter show``: the facts first, all of it with ``--full``, JSON as it was."""
+"""``veneer adapter show``: main facts first, everything with ``--full``, JSON unchanged."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_full_has_the_manifest_too(adapter: Any, run: Run) -> None:
 def test_where_it_is_when_it_is_in_no_memory(server: FakeServer, run: Run) -> None:
     server.add("sql")
     found = rows(run("adapter", "show", "sql").stdout)
-    assert found["resident"] == "in no memory, on disk only"
+    assert found["resident"] == "not in memory, on disk only"
     assert found["in use"].startswith("0 requests")
     assert found["alpha"] == "not in its training manifest"
     assert "manifest" not in found

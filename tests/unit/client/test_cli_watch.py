@@ -1,4 +1,4 @@
-"""``veneer adapter watch``: the table as a thing of its own, lines and JSON from a pipe."""
+"""``veneer adapter watch``: the table by itself, lines and JSON through a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demonstration leaves nothing behind, whenever it is stopped."""
+"""The demo leaves nothing behind, whenever it is stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synchronous client is what its generator makes of the asyncio one."""
+"""The synchronous client equals its generator's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every request option on the wire, and what answers carry because of it."""
+"""Every request option on the wire, and its effect on answers."""
 
 from __future__ import annotations
 

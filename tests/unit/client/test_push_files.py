@@ -1,4 +1,4 @@
-"""What a push reads and sends of a folder: regular files, whole, and none from elsewhere."""
+"""Which files of a folder a push reads and sends: regular ones, whole, none from elsewhere."""
 
 from __future__ import annotations
 

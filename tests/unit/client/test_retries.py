@@ -1,4 +1,4 @@
-"""A refused call is repeated when the server says when, it is safe, and it helps."""
+"""A refused call is retried if the server says when, it is safe, and it can help."""
 
 from __future__ import annotations
 

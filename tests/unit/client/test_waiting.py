@@ -1,4 +1,4 @@
-"""A server that still loads: a person is told at once, a program can wait."""
+"""A server that is still loading: the CLI says so at once, a program can wait."""
 
 from __future__ import annotations
 

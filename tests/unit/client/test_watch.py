@@ -1,4 +1,4 @@
-"""Watching adapters: records, resuming over interruptions, leaving."""
+"""Watching adapters: records, resuming after interruptions, leaving."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Wire:
         self._whole.clear()
 
     def drop(self) -> None:
-        """End every connection; new ones are taken."""
+        """End every connection; new ones are accepted."""
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

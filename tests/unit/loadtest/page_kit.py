@@ -45,7 +45,7 @@ class Page(HTMLParser):
             self._into[-1] += data
 
     def row(self, *names: str) -> list[str]:
-        """Cells after these; the first row that begins so."""
+        """The cells after these in the first row that starts with them."""
         found = (row for row in self.rows if row[: len(names)] == list(names))
         return next(found)[len(names) :]
 
@@ -55,8 +55,8 @@ class Page(HTMLParser):
 
 
 def keep_figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Matplotlib's figures by their key, as they were when they were written; the page has
-    an empty ``<svg>`` instead, which is quicker."""
+    """Matplotlib's figures by key, as at the time of writing; the page gets an empty ``<svg>``
+    instead, which is faster."""
     kept: dict[str, Any] = {}
 
     def svg_of(figure: Any, key: str, _title: str) -> str:

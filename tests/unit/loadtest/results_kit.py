@@ -64,7 +64,7 @@ LIMITS = SloLimits(ttft_ms=600.0)
 
 
 def distribution(p50: float, p99: float, count: int = 200) -> Distribution:
-    """With a straight cumulative distribution from half of p50 over p50 to p99."""
+    """A distribution that is piecewise linear from half of p50 over p50 to p99."""
     cdf = [(p50 / 2, 0.0), (p50, 0.5), (p99, 0.99), (p99 * 1.1, 1.0)]
     return Distribution(
         count=count,
@@ -232,7 +232,7 @@ def spread(p50: float) -> Spread:
 
 
 def swap(**own: Any) -> SwapResult:
-    """First tokens of 70 ms, to which each case adds; two phases of uploads."""
+    """TTFT of 70 ms, to which each case adds; two phases of uploads."""
     added = {"same": 0.0, "device": 1.0, "host": 3.0, "disk": 30.0, "disk_cold": 40.0}
     cases = {
         case: CaseFigures(

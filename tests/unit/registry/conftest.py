@@ -24,7 +24,7 @@ def registry(data: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> Callable[[int], Path]:
-    """Adapter number n: its own tensors."""
+    """Folder of adapter number n, with different tensors for each n."""
 
     def make(number: int) -> Path:
         folder = tmp_path / f"adapter-{number}"

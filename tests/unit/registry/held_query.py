@@ -1,4 +1,4 @@
-"""A query of the catalog that stays in its middle, as one whose thread gets no processor."""
+"""A query of the catalog that stops halfway, like one whose thread is preempted."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import pytest
 __all__ = ["HeldQuery"]
 
 GIVE_UP_S: Final = 20.0
-"""Then a held query goes on, so that whoever waits for it wrongly fails instead of hanging."""
+"""Time after which a held query continues, so that a caller that must not wait for it fails
+instead of hanging."""
 
 
 class HeldQuery:
     """FAULT: the first query whose SQL contains ``words`` is held inside SQLite, with all
-    the locks that it has taken on its way there, until `let_go`.
+    the locks that it has taken, until `let_go`.
 
-    Connections that are opened from now on have it.
+    Applies to connections that are opened from now on.
 
     Attributes:
-        gave_up: it went on by itself, since nobody let it go.
+        gave_up: whether it continued by itself, since `let_go` was not called.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
@@ -48,11 +49,11 @@ class HeldQuery:
         monkeypatch.setattr(sqlite3, "connect", connect)
 
     def wait(self) -> None:
-        """Until the query is held."""
+        """Wait until the query is held."""
         assert self._reached.wait(GIVE_UP_S), f"no query with {self._words!r}"
 
     def let_go(self) -> None:
-        """It goes on."""
+        """Let the query continue."""
         self._go.set()
 
     def _hold(self) -> None:

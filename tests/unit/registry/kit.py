@@ -52,7 +52,7 @@ def make_tensors(
     layers: Iterable[int] = (0, 1),
     projections: Iterable[Projection] = PROJECTIONS,
 ) -> Tensors:
-    """Random A and B (not zero) for every layer and projection asked for."""
+    """Random non-zero A and B for every given layer and projection."""
     random = np.random.default_rng(seed)
     tensors: Tensors = {}
     for layer in layers:
@@ -75,14 +75,14 @@ def make_adapter(
     *,
     seed: int = 0,
 ) -> Path:
-    """An adapter folder: rank 4, alpha 8, all projections, unless told otherwise."""
+    """An adapter folder: rank 4, alpha 8, all projections, unless given otherwise."""
     whole = {"r": 4, "lora_alpha": 8, **(config or {})}
     write_adapter(folder, whole, make_tensors(seed=seed) if tensors is None else tensors)
     return folder
 
 
 def assert_checks_agree(folder: Path) -> None:
-    """The check without a digest says what the whole one says without a base."""
+    """Check that the check without a digest agrees with the full one without a base."""
 
     def outcome(check: Callable[[], tuple[str, ...]]) -> object:
         try:
@@ -108,7 +108,7 @@ def bundle_files(folder: Path) -> dict[str, bytes]:
 
 
 def announce(name: str, files: Mapping[str, bytes], **options: Any) -> UploadRequest:
-    """The request that announces ``files`` truthfully."""
+    """A request that announces ``files`` correctly."""
     listed = tuple(
         UploadFile(file, len(data), hashlib.sha256(data).hexdigest())
         for file, data in files.items()
@@ -133,12 +133,12 @@ def push(registry: Registry, name: str, folder: Path, **options: Any) -> Publish
 
 
 def kill(registry: Registry) -> None:
-    """As kill -9 does: only the lock goes."""
+    """Like kill -9: only release the lock."""
     registry._core.lock.release()  # private: whoever closes a registry cleans up
 
 
 def limit_pages(catalog: Catalog, most: int) -> None:
-    """The catalog's disk is full beyond so many pages; a limit is of one connection."""
+    """Simulate a full disk beyond this many pages; the limit is per connection."""
     catalog._writer.execute(f"PRAGMA max_page_count={most}")  # private: this connection
 
 
@@ -147,8 +147,8 @@ def catalog_of(registry: Registry) -> Catalog:
 
 
 def make_older(catalog: Path, version: int) -> None:
-    """Turn a closed data folder into what an older Veneer left: its tables, filled from those
-    of today, and nothing in the store that it did not write."""
+    """Turn a closed data folder into one of an older Veneer: its tables, filled from the
+    present ones, and nothing in the store that it did not write."""
     store = catalog.parent / "store"
     for path in (store / "id", store / "changes", *store.glob("revisions/*/registered-*")):
         path.unlink(missing_ok=True)

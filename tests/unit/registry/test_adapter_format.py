@@ -1,4 +1,4 @@
-"""What `read_adapter` accepts and refuses: each rule has its own crafted folder."""
+"""What `read_adapter` accepts and refuses, with a crafted folder for each rule."""
 
 from __future__ import annotations
 
@@ -190,14 +190,14 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "rank bool": ({"r": True}, "r", "a rank is 1"),
     "rank float": ({"r": 4.0}, "r", "a rank is 1"),
     "rank vast": ({"r": 10**9}, "r", "a rank is 1"),
-    "no alpha": ({"lora_alpha": None}, "lora_alpha", "alpha is a number"),
-    "alpha text": ({"lora_alpha": "8"}, "lora_alpha", "alpha is a number"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha", "alpha must be a number"),
+    "alpha text": ({"lora_alpha": "8"}, "lora_alpha", "alpha must be a number"),
     "alpha vast": ({"lora_alpha": 10**30}, "lora_alpha", "at most"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora", "true or false"),
     "base list": ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path", "string"),
     "pattern list": ({"rank_pattern": ["q_proj"]}, "rank_pattern", "must map"),
     "pattern value": ({"rank_pattern": {"q_proj": "8"}}, "q_proj", "a rank is"),
-    "alpha value": ({"alpha_pattern": {"q_proj": None}}, "q_proj", "alpha is a number"),
+    "alpha value": ({"alpha_pattern": {"q_proj": None}}, "q_proj", "alpha must be a number"),
     "regex": ({"alpha_pattern": {".*q_proj": 8}}, ".*q_proj", "regular expression"),
     "regex choice": ({"rank_pattern": {"(q|k)_proj": 4}}, "(q|k)_proj", "regular expression"),
     "no match": ({"alpha_pattern": {"lm_head": 8}}, "lm_head", "matches no"),
@@ -371,7 +371,7 @@ def test_scaling_is_bounded(tmp_path: Path) -> None:
 def test_a_base_without_the_projection(tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != "gate_proj"}
     error = refusal(make_adapter(tmp_path), BaseSpec("old", 2, shapes, BASE.fingerprint))
-    assert "adapts gate_proj, which old has not" in error.message
+    assert "targets gate_proj, but old has no such module" in error.message
 
 
 def test_without_a_base_shapes_must_only_pair_up(tmp_path: Path) -> None:

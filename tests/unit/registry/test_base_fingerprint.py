@@ -1,4 +1,4 @@
-"""A base's fingerprint comes from its files, and only from what identifies it."""
+"""A base's fingerprint depends on its files, and only on what identifies it."""
 
 from __future__ import annotations
 

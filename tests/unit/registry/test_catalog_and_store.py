@@ -1,4 +1,4 @@
-"""The catalog's transactions and the store's commits, each alone."""
+"""The catalog's transactions and the store's commits, each by itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Deletes, replaces and pushes while some row of the catalog is damaged: what the damaged row
-named stays in the store, and what was deleted stays deleted."""
+"""Deletes, replaces and pushes while a row of the catalog is damaged: the content that the row
+referred to stays in the store, and deleted adapters stay deleted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Any file of a data folder removed, emptied, halved, or with a bit flipped: nothing wrong is
-served, no adapter's content is deleted, and where a start is refused one command mends it."""
+"""Any file of a data folder removed, emptied, halved, or with a flipped bit: nothing wrong is
+served, no adapter's content is deleted, and if a start is refused, one command repairs it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One side of a data folder is gone, empty, old or another folder's: nothing is deleted, and
-the error says what to do."""
+"""Catalog or store of a data folder is missing, empty, old or from another folder: nothing is
+deleted, and the error says what to do."""
 
 from __future__ import annotations
 

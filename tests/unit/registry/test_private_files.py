@@ -1,4 +1,4 @@
-"""What Veneer makes below a data folder is for its own user alone, whatever the umask."""
+"""What Veneer creates in a data folder is private to its user, whatever the umask."""
 
 from __future__ import annotations
 

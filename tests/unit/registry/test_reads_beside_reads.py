@@ -1,4 +1,4 @@
-"""What a request reads of the catalog waits for no other work there."""
+"""A request's reads of the catalog do not wait for other work there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`veneer-server store recover`: a catalog from the store, and from what is left of the old."""
+"""`veneer-server store recover`: a catalog from the store and the rest of the old catalog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a publish: what was acknowledged is there, the rest is not."""
+"""kill -9 at any moment of a publish: what was acknowledged exists, the rest does not."""
 
 from __future__ import annotations
 

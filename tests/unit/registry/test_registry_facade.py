@@ -97,7 +97,7 @@ def test_same_content_again(registry: Registry, adapters: Callable[[int], Path])
     assert again.record == first.record
     other = push(registry, "chat", adapters(1), labels={"a": "c"})
     assert other.record.labels == {"a": "b"}
-    assert "labels were left" in other.warnings[-1]
+    assert "labels were not changed" in other.warnings[-1]
 
 
 def test_other_content_needs_allow_replace(

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and are on the disk by then."""
+"""Files and folders appear complete and durable, or not at all."""
 
 from __future__ import annotations
 

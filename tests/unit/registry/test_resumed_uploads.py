@@ -1,4 +1,4 @@
-"""Interrupted uploads: what arrived is reported, kept, resumed from, and removed in the end."""
+"""Interrupted uploads: received bytes are reported, kept, resumed from, and finally removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits that flip in the catalog: a damaged row's adapter is refused, the others are served."""
+"""Bit flips in the catalog: a damaged row's adapter is refused, all others are served."""
 
 from __future__ import annotations
 

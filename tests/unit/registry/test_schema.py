@@ -1,4 +1,4 @@
-"""A folder that an older Veneer wrote is taken over, with a way back."""
+"""A data folder of an older Veneer is upgraded, and one can go back."""
 
 from __future__ import annotations
 

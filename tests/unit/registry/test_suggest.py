@@ -1,4 +1,4 @@
-"""Did you mean: held against all edits of all names, and as names come and go."""
+"""Suggestions, checked against all edits of all names, and as names come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`veneer-server store`: what is damaged is found and named, what nothing needs is removed."""
+"""`veneer-server store`: reports damaged content and removes unneeded content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a garbage collection would free."""
+"""Finds objects that only a garbage collection would free."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["Garbage", "collected"]
 
 
 class Garbage:
-    """Of a part of a test, once it has ended."""
+    """Garbage of a part of a test, after its end."""
 
     def __init__(self) -> None:
         self.found: list[object] = []
 
     def large(self, size: int) -> list[str]:
-        """Where the server's frames in it hold so many bytes of text, or a message of them."""
+        """Places where the server's frames in it hold a text or message of at least ``size``
+        bytes."""
         return [
             f"{frame.f_code.co_qualname}: {name}"
             for frame in self.found
@@ -32,7 +33,7 @@ class Garbage:
 
 @contextmanager
 def collected() -> Iterator[Garbage]:
-    """Keep all garbage of the ``with`` block's code for `Garbage.large`."""
+    """Collect the garbage of the ``with`` block's code, for `Garbage.large`."""
     garbage = Garbage()
     gc.collect()
     gc.disable()

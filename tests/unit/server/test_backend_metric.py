@@ -1,4 +1,4 @@
-"""``veneer_backend_info``: what executes a step, and why it is not the native kernels."""
+"""``veneer_backend_info``: what executes a step, and why not the native kernels."""
 
 from __future__ import annotations
 

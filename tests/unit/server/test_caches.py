@@ -1,4 +1,4 @@
-"""What is kept of a base between starts: never served damaged, made again, never in the way."""
+"""Caches of a base between starts: never used if damaged, rebuilt, never an obstacle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lean decoder against its oracle, transformers, on tiny random models."""
+"""Our decoder against its oracle, transformers, on tiny random models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a limit of memory bounds, once the holes of the heap are filled."""
+"""What a memory limit bounds, once the heap's free blocks are filled."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How far a part of a start is: told in time, in words or fields, and drawn on a terminal alone
-in whose foreground the server is."""
+"""Progress of the parts of a start: reported in time, as text or fields, and drawn only on a
+terminal that has the server in the foreground."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of callers is bounded."""
+"""The state kept about callers is bounded."""
 
 from __future__ import annotations
 

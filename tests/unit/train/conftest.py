@@ -1,7 +1,7 @@
 """A base model small enough to quantize, train and compare in well under a second.
 
 Sizes are multiples of what bitsandbytes packs on a CPU (rows of 32, columns of 64),
-so that the tests meet the same kernels as a real base.
+so that the tests use the same kernels as a real base.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Small products gain nothing from threads, and lose much on a busy machine."""
+    """Use one thread: small GEMMs gain nothing from more, and lose much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

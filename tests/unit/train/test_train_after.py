@@ -1,4 +1,4 @@
-"""What is done with a trained adapter: evaluating, verifying; and looking at data."""
+"""After training: evaluating and verifying an adapter; and inspecting data."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_inspect_data_shows_what_is_learned(tiny_base: Path, val: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "holds no sample"),
+        ("", "has no samples"),
         ('{"messages": []}\n', "line 1"),
         ('{"prompt": "a", "completion": "b"}\nnonsense\n', "line 2: is not JSON"),
     ],

@@ -1,4 +1,4 @@
-"""``--base smollm2-135m`` means the same folder to every command as to ``veneer-server``."""
+"""``--base smollm2-135m`` means the same folder in every command and in ``veneer-server``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing changes no loss; orders are epochs; buckets save padding."""
+"""Packing does not change the loss; each epoch has its order; bucketing saves padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are cut go on as if they had not been; nothing torn is taken for whole."""
+"""Interrupted runs resume with the same result; incomplete checkpoints are never used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a right answer, and what a wrong one cannot do."""
+"""What counts as a right answer, and what a hostile answer cannot do."""
 
 from __future__ import annotations
 

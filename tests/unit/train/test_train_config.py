@@ -159,7 +159,7 @@ def test_a_missing_required_key_is_named(missing: str) -> None:
     ("text", "says"),
     [
         ("model: [", "is not YAML"),
-        ("- a list", "must hold sections"),
+        ("- a list", "must have sections"),
         (MINIMAL + "train: {steps: 1, steps: 2}\n", "steps: is given twice (line 5)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shipped adapters: accepted, made on the bundled base, and plainly different."""
+"""The shipped adapters are accepted, made on the bundled base, and clearly different."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients survive an evaluation, and the adapter starts as the base."""
+"""Gradients survive an evaluation, and a fresh adapter equals the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labs leave a page, a table, a plot and what made them; and say what they cannot show."""
+"""Labs write a page, a table, a plot and their settings, and state their limitations."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_qlora_beside_lora_and_full(tiny_base: Path, chats: Path, tmp_path: Path
         (["rank"], "needs the base"),
         (["swap", "--adapters", "a=nowhere,b=nowhere"], "two or more"),
         (["quant-ppl", "--base", "BASE", "--modes", "nf5"], "none of bf16"),
-        (["rank", "--base", "BASE", "--r", "x"], "whole numbers"),
+        (["rank", "--base", "BASE", "--r", "x"], "comma-separated integers"),
         (["rank", "--base", "BASE", "--set", "train.stpes=3"], "did you mean"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a merged model computes, and that files for llama.cpp hold it."""
+"""What a merged model computes, and that its files for llama.cpp contain the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge loses by rounding, and on what it is measured."""
+"""What a merge loses to rounding, and what that is measured on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of a run as JSON that every reader takes, whatever they are."""
+"""Facts of a run as JSON that every reader accepts, whatever their types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory, told before anything is loaded."""
+"""The memory plan, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets lie beneath the file, the file beneath --set."""
+"""The file overrides a preset; --set overrides the file."""
 
 from __future__ import annotations
 

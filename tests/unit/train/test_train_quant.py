@@ -1,4 +1,4 @@
-"""The numbers that 4-bit weights are known by."""
+"""Known figures of 4-bit quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs over a tiny base: what they write, and what they refuse."""
+"""Whole runs on a tiny base: what they write, and what they refuse."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The commands of ``veneer-train``, a module for each group."""
+"""The commands of ``veneer-train``, one module per group."""

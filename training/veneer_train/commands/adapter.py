@@ -47,11 +47,11 @@ EXPORT_EXAMPLES = (
     "  veneer-train export-gguf my-sql-merged --out my-sql-merged.gguf --type q8_0"
 )
 
-Adapter = Annotated[Path, typer.Argument(help="Folder of the adapter.")]
+Adapter = Annotated[Path, typer.Argument(help="The adapter's folder.")]
 Data = Annotated[Path, typer.Option(help="JSONL, as for training.")]
 MaxLen = Annotated[
     int | None,
-    typer.Option(help="Tokens of a sample, longer ones are left out; else as in training."),
+    typer.Option(help="Skip samples with more tokens; default: as in training."),
 ]
 
 
@@ -60,9 +60,9 @@ def evaluate(
     base: Base,
     data: Data,
     max_len: MaxLen = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Most samples to use.", min=1)] = None,
     reference: Annotated[
-        bool, typer.Option(help="Measure the base in 16 bits too, which takes its memory.")
+        bool, typer.Option(help="Also measure the base in 16 bits, which takes more memory.")
     ] = True,
     record: Annotated[
         bool, typer.Option("--record", help="Write the figures into the adapter's manifest.")
@@ -70,7 +70,7 @@ def evaluate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an adapter beside its base in 4 and in 16 bits: loss, perplexity, and tasks where
+    """Compare an adapter with its base in 4 and in 16 bits: loss, perplexity, and tasks if
     samples have a check."""
     with errors(debug):
         base_folder = resolve_base(base)
@@ -117,14 +117,15 @@ def verify(
     adapter: Adapter,
     base: Base,
     data: Annotated[
-        Path | None, typer.Option(help="Measure again what the manifest says of this file.")
+        Path | None, typer.Option(help="Re-measure the manifest's figure for this file.")
     ] = None,
     server: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Will this server take it?")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Check that this server would accept it."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Prove that an adapter is whole, is for this base, and is as good as its manifest says."""
+    """Check that an adapter is whole, fits this base, and is as good as its manifest says."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()
@@ -141,27 +142,26 @@ def merge(
     into: Annotated[
         Literal["dequant", "source"],
         typer.Option(
-            help="The base as quantization left it (what serves), or as it was before."
+            help="Merge into the dequantized base (as served), or into the original one."
         ),
     ] = "dequant",
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
         typer.Option(
-            help="Of the written weights. float32 loses nothing; the others are half the size, "
-            "and bfloat16 may lose most of a lightly trained adapter."
+            help="Dtype of the written weights. float32 loses nothing; the others take half "
+            "the space, and bfloat16 may lose most of a lightly trained adapter."
         ),
     ] = "float32",
     data: Annotated[
         Path | None,
-        typer.Option(help="JSONL, as for training: compare on this; else on four short texts."),
+        typer.Option(help="Compare on this JSONL file; default: on four short texts."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="At most so many samples of it.", min=1)] = 64,
+    limit: Annotated[int, typer.Option(help="Most samples of it to use.", min=1)] = 64,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into its base. Says how much of what the adapter changes is lost by
-    rounding, and how far the result is from the 4-bit base with the adapter and from the 16-bit
-    base with it."""
+    """Merge an adapter into its base. Reports how much of the adapter's change is lost to
+    rounding, and how far the result is from the 4-bit and the 16-bit base with the adapter."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()
@@ -204,23 +204,23 @@ def merge(
 
 def export_gguf(
     folder: Annotated[
-        Path, typer.Argument(help="An adapter, or a model: a base, a merged one.")
+        Path, typer.Argument(help="An adapter, or a model (a base or a merged one).")
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Of an adapter: its base, as a folder, a hub name or smollm2-135m."),
+        typer.Option(help="An adapter's base: a folder, a hub name or smollm2-135m."),
     ] = None,
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
         typer.Option(
             "--type",
-            help="Of a model's matrices; else what the folder has. An adapter's are f32.",
+            help="Type of a model's matrices; default: as in the folder. An adapter's are f32.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp: of an adapter (then --base), or of a model."""
+    """Write a GGUF file for llama.cpp, of a model or of an adapter (which needs --base)."""
     with errors(debug):
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter and base is None:
@@ -239,7 +239,7 @@ def export_gguf(
             lost = export_model(model, out, kind)
             if lost > MUCH_ROUNDING:
                 stderr().print(
-                    f"warning: {lost:.0%} of what the merged adapter changes is lost by "
+                    f"warning: {lost:.0%} of the merged adapter's change is lost to "
                     "rounding: merge with --dtype float32 and export with --type f32, or "
                     "export the adapter itself",
                     style="yellow",

@@ -42,7 +42,7 @@ def import_gguf(
 ) -> None:
     """Write a GGUF file's model as a Hugging Face folder in bfloat16.
 
-    What the file holds in fewer bits stays as coarse as it is. Digits are split as the
+    Weights that the file holds in fewer bits gain no precision. Digits are split as the
     file's tokenizer says, which transformers alone does not do for SmolLM.
     """
     with errors(debug):
@@ -56,12 +56,12 @@ def import_gguf(
 def quantize(
     base: Base,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    kind: Annotated[Literal["nf4", "fp4"], typer.Option("--type", help="Code book.")] = "nf4",
+    kind: Annotated[Literal["nf4", "fp4"], typer.Option("--type", help="Codebook.")] = "nf4",
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a base in 4 bits, so that it loads at once; for serving and for training."""
+    """Write a base in 4 bits, so that it loads quickly for serving and training."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()
@@ -80,7 +80,7 @@ def quantize(
             f"{name:<14}{before / 1e6:9.1f} MB -> {after / 1e6:7.1f} MB, "
             f"{1 - after / before:.1%} less"
         )
-    print(f"written to {out}: adapters trained on it are for servers with --base {out}")
+    print(f"written to {out}: serve adapters trained on it with --base {out}")
 
 
 def plan(
@@ -88,19 +88,19 @@ def plan(
         str | None, typer.Option(help="The base model: a folder, a hub name or smollm2-135m.")
     ] = None,
     llama_65b: Annotated[
-        bool, typer.Option("--llama-65b", help="LLaMA 65B's shape instead, as in the paper.")
+        bool, typer.Option("--llama-65b", help="Use LLaMA 65B's shape, as in the paper.")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="Of the run; else --preset.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The run's YAML file.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it will run.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device of the run.")] = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run will take of memory, by QLoRA, LoRA and full fine-tuning, before
-    anything is loaded."""
+    """Say how much memory a run will take, by QLoRA, LoRA and full fine-tuning, without
+    loading anything."""
     with errors(debug):
         from veneer_train import plan as planning
 
@@ -135,7 +135,7 @@ _UNNEEDED: Final[dict[str, Any]] = {
     "data": {"train": "-"},
     "output": {"dir": "-"},
 }
-"""Required for a run, and of no bearing on its memory."""
+"""Settings that a run requires but that do not affect its memory."""
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, libraries that keep quiet, a bar."""
+"""Shared by all commands: one-line errors, quiet libraries, a progress bar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer_registry.errors import VeneerError
 
 __all__ = ["AsJson", "Base", "Debug", "errors", "quiet_libraries", "reporter", "share_cores"]
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show traces of errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
     str,
@@ -33,23 +33,23 @@ Base = Annotated[
 
 
 _NO_LABS: Final = (
-    "labs and data recipes are a package of their own, veneer-labs, which is not installed: "
+    "labs and data recipes are in a separate package, veneer-labs, which is not installed: "
     "pip install ./labs in Veneer's folder"
 )
 _YIELDS: Final = 10
-"""Niceness of a run beside a server."""
+"""Niceness of a run on a server's machine."""
 
 
 def stderr() -> Console:
-    """Where progress and errors go."""
+    """Console for progress and errors."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Errors of ours end the command with one line and code 1; a bug shows its trace.
+    """End the command with one line and code 1 for our errors; show a bug's traceback.
 
-    So does a command that needs the package of labs and recipes where it is not installed.
+    A missing package of labs and recipes counts as one of our errors.
     """
     try:
         yield
@@ -66,23 +66,23 @@ def errors(debug: bool) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Call before torch and its like are imported: they report what is no concern here."""
-    # bitsandbytes reports a missing optional kernel as it is imported.
+    """Silence irrelevant messages of libraries such as torch; call before importing them."""
+    # bitsandbytes reports a missing optional kernel on import.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # between our dependencies
+    warnings.simplefilter("ignore", FutureWarning)  # our dependencies warn about each other
 
 
 def share_cores(server: str) -> None:
-    """Call before torch is imported, if a server is to be published to.
+    """Yield cores to a server that the run publishes to. Call before torch is imported.
 
-    On this machine it needs the cores as well: OpenMP threads that spin at barriers, as they
-    do unless told otherwise, make a step beside one busy process three to twenty times as long
-    (2 cores), and those of the streams too. Threads that sleep cost a run that is alone a third
-    of its speed. And people wait for the server's streams: the run yields to them.
+    A server on this machine needs the cores, too. By default OpenMP threads spin at barriers,
+    which makes steps of the run and of the server 3 to 20 times as long when one other process
+    is busy (2 cores). Sleeping threads cost a run that is alone a third of its speed. The run
+    also lowers its priority, since people wait for the server's streams.
     """
     host = server.rpartition(":")[0].strip("[]")
     if host in ("localhost", "::1") or host.startswith("127."):
@@ -93,7 +93,7 @@ def share_cores(server: str) -> None:
 
 @contextmanager
 def reporter() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Shows a run: a bar on a terminal, a line now and then elsewhere."""
+    """Shows a run's progress: a bar on a terminal, otherwise occasional lines."""
     console = stderr()
     columns = (
         TextColumn("train"),
@@ -131,7 +131,7 @@ def _words(row: Mapping[str, Any]) -> str:
         case "expected":
             return str(row["words"])
         case "resumed":
-            return f"goes on from step {row['step']} ({row['folder']})"
+            return f"resumes from step {row['step']} ({row['folder']})"
         case "pushed":
             return f"step {row['step']}: published as {row['revision'][:12]}"
         case "push_failed":

@@ -41,7 +41,7 @@ def data(
 def inspect_data(
     file: Annotated[Path, typer.Argument(help="JSONL, as for training.")],
     base: Base,
-    samples: Annotated[int, typer.Option(help="To show, the first.", min=0)] = 3,
+    samples: Annotated[int, typer.Option(help="How many samples to show.", min=0)] = 3,
     loss_on: Annotated[Literal["assistant", "all"], typer.Option(help="As data.loss_on.")] = (
         "assistant"
     ),
@@ -50,8 +50,8 @@ def inspect_data(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run would learn of each sample (green) and what it would not (dim); counts
-    and lengths. What is longer than --max-len is counted as dropped."""
+    """Show which tokens of each sample a run would learn (green) and which not (dim), and
+    counts and lengths. Samples longer than --max-len count as dropped."""
     with errors(debug):
         base_folder = resolve_base(base)
         quiet_libraries()

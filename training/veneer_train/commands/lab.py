@@ -30,7 +30,7 @@ EXAMPLES = (
 
 
 def lab(
-    name: Annotated[Name, typer.Argument(help="Which one.")],
+    name: Annotated[Name, typer.Argument(help="Which lab.")],
     out: Annotated[Path, typer.Option(help="Folder for table, CSV and plot; empty or new.")],
     base: Annotated[
         str | None,
@@ -39,22 +39,22 @@ def lab(
         ),
     ] = None,
     modes: Annotated[
-        str, typer.Option(help="quant-ppl: of bf16, nf4, nf4-dq, fp4, int4.")
+        str, typer.Option(help="quant-ppl: some of bf16, nf4, nf4-dq, fp4, int4.")
     ] = "bf16,nf4,nf4-dq,fp4,int4",
-    tokens: Annotated[int, typer.Option(help="quant-ppl: of text.", min=64)] = 16_384,
-    window: Annotated[int, typer.Option(help="quant-ppl: of context.", min=16)] = 512,
-    ranks: Annotated[str, typer.Option("--r", help="rank: which.")] = "16,32,64,128",
+    tokens: Annotated[int, typer.Option(help="quant-ppl: tokens of text.", min=64)] = 16_384,
+    window: Annotated[int, typer.Option(help="quant-ppl: tokens of context.", min=16)] = 512,
+    ranks: Annotated[str, typer.Option("--r", help="rank: the ranks.")] = "16,32,64,128",
     optimizers: Annotated[
-        str, typer.Option("--optim", help="optimizers: which, by transformers' names.")
+        str, typer.Option("--optim", help="optimizers: transformers' names of them.")
     ] = "adamw_torch_fused,adamw_8bit,paged_adamw_8bit,paged_adamw_32bit",
     adapters: Annotated[
-        str | None, typer.Option(help="swap: NAME=FOLDER, two or more, with commas.")
+        str | None, typer.Option(help="swap: two or more NAME=FOLDER, comma-separated.")
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="swap: through this one; else through its own."),
+        typer.Option(metavar="HOST:PORT", help="swap: use this server; default: start one."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="swap: of each case.", min=1)] = 10,
+    repeats: Annotated[int, typer.Option(help="swap: repeats of each case.", min=1)] = 10,
     config: Annotated[
         Path | None, typer.Option(help="Labs that train: a YAML file of the runs' settings.")
     ] = None,
@@ -62,14 +62,13 @@ def lab(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Labs that train: override a key."),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of each run; 0: one a core.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Same seed, same draws.")] = 0,
+    threads: Annotated[int, typer.Option(help="Per run; 0: one per core.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Run an experiment; write its table, CSV, plot, versions and seed, and what it cannot
-    show."""
+    """Run an experiment; write its table, CSV, plot, versions, seed and limitations."""
     with errors(debug):
-        import veneer_labs  # noqa: F401 (says that it is missing before a base is looked for)
+        import veneer_labs  # noqa: F401 (fails first if the package is missing)
 
         folder = None if name == "swap" else _needed(base)
         quiet_libraries()
@@ -154,7 +153,7 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InvalidField(
-            f"--r {text}: write whole numbers with commas", metadata={"field": "r"}
+            f"--r {text}: give comma-separated integers", metadata={"field": "r"}
         ) from None
 
 
@@ -171,4 +170,4 @@ def _shown(arguments: list[str]) -> list[str]:
 
 
 _FOLDERS: Final = re.compile(r"(?<![\w.~-])[~/](?:[^/\s,=]*/)+(?=[^/\s,=])")
-"""What comes before the last part of an absolute path."""
+"""The folders of an absolute path, without its last part."""

@@ -47,7 +47,7 @@ def train(
         Path | None, typer.Argument(help="YAML file; see docs/training.md.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"Settings beneath the file: {', '.join(PRESETS)}.")
+        str | None, typer.Option(help=f"Defaults below the file: {', '.join(PRESETS)}.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -56,37 +56,37 @@ def train(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model, in place of model.path: a folder, a hub name or smollm2-135m."
+            help="The base model, instead of model.path: a folder, a hub name or smollm2-135m."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace output.dir if it exists, and begin anew.")
+        bool, typer.Option(help="Replace output.dir if it exists, and start over.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Publish the adapter there.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Publish it to this server.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Under this name, with --push.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name to publish it under.")] = None,
     alias: Annotated[
-        str, typer.Option(help="Which shall mean it then: prod makes NAME/prod.")
+        str, typer.Option(help="Alias to point at it: prod makes NAME/prod.")
     ] = "",
     push_every: Annotated[
         int,
         typer.Option(
             metavar="STEPS",
-            help="Publish each so many steps too, while training goes on.",
+            help="Also publish every STEPS steps during training.",
             min=0,
         ),
     ] = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter over the 4-bit base and write its folder."""
+    """Train an adapter on the 4-bit base and write its folder."""
     with errors(debug):
         parsed = load_config(config, settings or (), preset, base=base)
-        resolve_base(parsed.model.path)  # before seconds of imports
+        resolve_base(parsed.model.path)  # fail before imports, which take seconds
         if push is not None:
             share_cores(push)
-        # Only here: torch and transformers take seconds, and --help needs neither.
+        # Imported here: torch and transformers take seconds, and --help needs neither.
         quiet_libraries()
         from veneer_train.push import Target
         from veneer_train.trainer import main_process
@@ -103,7 +103,7 @@ def train(
         target = None if push is None or name is None else Target(push, name, alias)
         if target is not None and parsed.lora.dora:
             raise InvalidField(
-                "servers take DoRA adapters merged only: train without --push, then use "
+                "servers accept DoRA adapters only when merged: train without --push, then use "
                 "veneer-train merge",
                 metadata={"field": "lora.dora"},
             )
@@ -131,7 +131,7 @@ def _run(
             overwrite=overwrite,
             callbacks=lambda snapshots: (_callback(target, push_every, snapshots, report),),
             expect=_expect(report),
-            # Before hours of training, not after.
+            # Check before hours of training, not after.
             check_base=lambda base: check_target(target, base),
         )
 
@@ -160,17 +160,17 @@ def _callback(target: Target, every: int, snapshots: Snapshots, report: Report) 
         target.name,
         every=every,
         fingerprint=snapshots.base,
-        at_end=False,  # what is published then is the folder, rounded and measured
+        at_end=False,  # `_publish` publishes the final folder, rounded and measured
         on_publication=told,
         write=snapshots.write_moment,
     )
 
 
 def _publish(target: Target, result: TrainResult) -> str:
-    """The revision.
+    """Publish the adapter and return its revision.
 
     Raises:
-        VeneerError: the server does not take it; says where the adapter is.
+        VeneerError: the server does not accept it; says where the adapter is.
     """
     from veneer_train.push import publish
 
@@ -191,7 +191,7 @@ def _show(result: TrainResult, published: str | None, as_json: bool) -> None:
         print(f"{name:<22}{value:.4f}")
     print(f"\nadapter written to {result.folder}")
     if published is None and result.dora:
-        print(f"servers take DoRA merged: veneer-train merge {result.folder} --out DIR ...")
+        print(f"to serve DoRA, merge it: veneer-train merge {result.folder} --out DIR ...")
     elif published is None:
         print(f"publish it: veneer adapter push {result.folder} --name NAME")
     else:

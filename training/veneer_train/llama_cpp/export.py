@@ -1,4 +1,4 @@
-"""Write GGUF files: a model (a base, or a merged one), or an adapter for a base."""
+"""Writes GGUF files of a model (a base or a merged one), or of an adapter for a base."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def export_model(folder: Path, out: Path, kind: ModelType | None = None) -> floa
     """Write a Hugging Face folder of 16- or 32-bit weights as one GGUF file.
 
     Args:
-        kind: type of the matrices; norms stay in float32. None: as the folder has them.
+        kind: type of the matrices; norms stay in float32. None: as in the folder.
 
     Returns:
-        Of a merged folder: what rounding has lost of the adapter's change, when it was merged
-        and here, as a share of its norm. 0 for any other.
+        For a merged folder, the share of the norm of the adapter's change that was lost to
+        rounding, in merging and here; 0 for any other folder.
 
     Raises:
-        InvalidField: architecture or tokenizer is of a kind that llama.cpp reads otherwise.
+        InvalidField: llama.cpp would read the architecture or tokenizer differently.
     """
     architecture = read_architecture(folder)
     config = architecture.config
@@ -107,10 +107,10 @@ def export_adapter(
 
     Args:
         base: Hugging Face folder of the base.
-        permute: for a test that does without.
+        permute: replaced by a test that omits the permutation.
 
     Raises:
-        AdapterInvalid: the folder is none that a server takes.
+        AdapterInvalid: a server would not accept the folder.
     """
     architecture = read_architecture(base)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Write a GGUF file as a Hugging Face folder, by the server's own importer.
+"""Writes a GGUF file as a Hugging Face folder, by the server's importer.
 
-That runs as a process: it is what serves, so a base that is imported for training and one that
-is imported for serving have one fingerprint.
+That runs as a separate process. Using the same importer gives a base the same fingerprint,
+whether it is imported for training or for serving.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IMPORTER = "veneer_server.models.importer"
 
 
 def import_file(file: Path, out: Path) -> None:
-    """``out`` appears whole at the end, or not at all.
+    """Import a file; ``out`` appears complete at the end, or not at all.
 
     Raises:
         InvalidField: there is no such file, ``out`` exists, or the file cannot be converted.

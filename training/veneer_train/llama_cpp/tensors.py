@@ -15,12 +15,12 @@ from veneer_registry.errors import InvalidField
 __all__ = ["Architecture", "as_array", "read_architecture"]
 
 _SUPPORTED: Final = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA}
-"""transformers' model types; what llama.cpp calls both is llama."""
+"""transformers' model types; llama.cpp calls both llama."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What an export needs of a base's config."""
+    """The facts that an export needs from a base's config."""
 
     config: Any
     kind: gguf.MODEL_ARCH
@@ -40,17 +40,17 @@ class Architecture:
         return int(explicit or self.config.hidden_size // self.heads)
 
     def heads_of(self, name: str) -> int | None:
-        """Heads of a q or k projection, whose rows llama.cpp wants in another order; None
-        for every other tensor."""
+        """Heads of a q or k projection, whose rows llama.cpp stores in another order; None
+        for any other tensor."""
         if ".q_proj." in name:
             return self.heads
         return self.kv_heads if ".k_proj." in name else None
 
     def gguf_name(self, name: str) -> str:
-        """What GGUF calls a tensor of transformers' name (without or with ``.weight``).
+        """GGUF's name for a tensor of transformers' name (with or without ``.weight``).
 
         Raises:
-            InvalidField: it has no place there.
+            InvalidField: GGUF has no such tensor.
         """
         found: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -63,10 +63,10 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Of a Hugging Face folder.
+    """Read the architecture of a Hugging Face folder.
 
     Raises:
-        InvalidField: it is of a kind that cannot be exported here.
+        InvalidField: this architecture cannot be exported here.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind = _SUPPORTED.get(config.model_type)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer's vocabulary in GGUF."""
+"""Writes a byte-level BPE tokenizer's vocabulary to GGUF."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
     """Write what llama.cpp needs to tokenise as ``tokenizer.json`` does.
 
     Raises:
-        InvalidField: it is of a kind that llama.cpp would split otherwise.
+        InvalidField: llama.cpp would split text differently.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / "tokenizer.json").read_bytes())
@@ -73,7 +73,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
 
 
 def _pre_tokenizer(facts: Any) -> str:
-    """llama.cpp's name for how text is split before BPE."""
+    """llama.cpp's name for the way text is split before BPE."""
     steps = facts.get("pretokenizers", [facts]) if facts else []
     kinds = [step["type"] for step in steps]
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:

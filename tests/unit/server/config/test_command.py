@@ -1,4 +1,4 @@
-"""The command line: quick, one line for an error, nothing heavy before it is needed."""
+"""The command line: quick, one line per error, no heavy imports before they are needed."""
 
 from __future__ import annotations
 

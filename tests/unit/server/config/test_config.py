@@ -1,4 +1,4 @@
-"""One table for flags, variables and file keys; everything else is refused."""
+"""One table for flags, environment variables and file keys; everything else is refused."""
 
 from __future__ import annotations
 

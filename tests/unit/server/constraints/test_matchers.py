@@ -1,4 +1,5 @@
-"""Whose fault the end of a matcher process is. FAKE processes, since faults are rare."""
+"""Which constraint is blamed for the end of a matcher process. Uses FAKE processes, since real
+failures are rare."""
 
 from __future__ import annotations
 

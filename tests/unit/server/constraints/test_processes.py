@@ -1,4 +1,4 @@
-"""The processes of constraints with the real library: stopped, killed, and past limits."""
+"""Constraint processes with the real library: stopped, killed, and over their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose constraint is tried next, and what is remembered."""
+"""Whose constraint is compiled next, and what is remembered."""
 
 from __future__ import annotations
 

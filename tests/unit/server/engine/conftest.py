@@ -1,4 +1,4 @@
-"""What several tests of the engine share."""
+"""Fixtures shared by several tests of the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.backends_ran import skip_or_fail
 
 @pytest.fixture(params=["torch", "best", "avx2"])
 def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draws:
-    """Whoever draws: the tests that take it say what all must do."""
+    """Each sampler implementation, for tests of what all of them must do."""
     if request.param == "torch":
         return TorchDraws()
     folder = tmp_path_factory.getbasetemp() / "native"

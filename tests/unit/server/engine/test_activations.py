@@ -1,4 +1,4 @@
-"""Activations and evictions that cross: each gets one answer, and it is true."""
+"""Concurrent activations and evictions: each gets one answer, and a correct one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend serves, and what is said where the native one cannot."""
+"""Which backend serves, and what is reported if the native one cannot."""
 
 from __future__ import annotations
 

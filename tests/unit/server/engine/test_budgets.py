@@ -1,4 +1,5 @@
-"""Budgets that change while the engine runs: what goes, who waits, who fails, and when."""
+"""Budgets that change while the engine runs: what is evicted, who waits, who fails, and
+when."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The client and the step loop together: budgets that outlive an engine, and adapters that
-outlive a server. `LoopConnection` is a FAKE: the real loop and residency, in this process,
+"""The engine client and the step loop together: budgets that survive an engine, and adapters
+that survive a server. `LoopConnection` is a FAKE: the real loop and residency in this process,
 with a runner and a memory that take no time."""
 
 from __future__ import annotations

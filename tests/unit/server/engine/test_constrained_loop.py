@@ -1,4 +1,4 @@
-"""The step loop with constraints: nobody waits for a compiler, nothing is left behind."""
+"""The step loop with constraints: no step waits for a compilation, nothing is left behind."""
 
 from __future__ import annotations
 

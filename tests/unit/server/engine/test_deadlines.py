@@ -1,4 +1,4 @@
-"""Deadlines refused early: only those that nothing could have met."""
+"""Deadlines are refused early only if they could not have been met."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""DRAIN: an adapter's memory is free once the sequences that ran at the time of the call have
-ended, whatever is asked for meanwhile. A FAKE runner and a FAKE memory."""
+"""DRAIN: an adapter's memory is freed once the sequences that ran at the time of the call have
+ended, whatever is requested meanwhile. Uses a FAKE runner and a FAKE memory."""
 
 from __future__ import annotations
 

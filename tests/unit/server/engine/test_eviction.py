@@ -1,4 +1,4 @@
-"""Who is evicted: cost, size, use, and what waits; loops and changes of what is popular."""
+"""What is evicted, by cost, size, use and waiting requests; loops and changing popularity."""
 
 from __future__ import annotations
 

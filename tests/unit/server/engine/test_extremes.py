@@ -1,5 +1,5 @@
-"""Every option at the ends of its range, alone and with the others: no request can
-make the step fail, or take a token that the model does not have."""
+"""Every option at the ends of its range, alone and combined: no request can make the step fail,
+or sample a token that the model does not have."""
 
 from __future__ import annotations
 

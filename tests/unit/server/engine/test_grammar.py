@@ -1,4 +1,4 @@
-"""Constraints with the real base's tokenizer: what may follow, when it is complete."""
+"""Constraints with the real base's tokenizer: allowed next tokens, and completion."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random histories of scheduler, block manager, prefix cache and residency, together.
 
-A state machine of hypothesis with pools so tiny that everything runs out. What must hold
-at each step is in `World`; here are the histories, the end that each must come to, and
-planted bugs that must be caught. A failure prints the shortest history that shows it.
+A hypothesis state machine with pools so tiny that everything runs out. `World` has the
+invariants of each step; this module has the histories, their required end, and planted bugs
+that must be caught. A failure prints the shortest history that reproduces it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What penalties are of: kept up step by step, it is what the whole text says."""
+"""Token counts for penalties: updated step by step, they equal those of the whole text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks for leaks of an idle engine: what they cost a message, and what they find."""
+"""The leak checks of an idle engine: how long they delay a message, and what they find."""
 
 from __future__ import annotations
 

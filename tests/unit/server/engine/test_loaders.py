@@ -1,4 +1,4 @@
-"""The processes that read adapters: the right numbers, and what happens when they end."""
+"""Loader processes: they read the right numbers, and what happens when they end."""
 
 from __future__ import annotations
 

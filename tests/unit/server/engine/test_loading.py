@@ -1,4 +1,4 @@
-"""While the engine loads, the front's end is its own."""
+"""While the engine loads, it ends with the front process."""
 
 from __future__ import annotations
 

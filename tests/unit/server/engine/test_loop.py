@@ -1,4 +1,4 @@
-"""The step loop's messages, turn by turn: a FAKE runner and a FAKE memory."""
+"""The step loop's messages, turn by turn, with a FAKE runner and a FAKE memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One sequence's NaN stays its own: not in the prefix cache, not in reused KV blocks.
+"""A sequence's NaN does not spread: not into the prefix cache, not into reused KV blocks.
 
-By every backend that the machine has: each keeps and clears a cache of its own.
+Tested with every backend of the machine, since each has its own cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bound on a first token: never above what a quiet engine would have taken."""
+"""The lower bound of a TTFT: never above what an idle engine would take."""
 
 from __future__ import annotations
 

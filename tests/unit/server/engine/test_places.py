@@ -1,4 +1,4 @@
-"""Places of the queue: a request's samples take theirs together, and give them back."""
+"""Places in the queue: a request's samples take theirs together, and release them."""
 
 from __future__ import annotations
 

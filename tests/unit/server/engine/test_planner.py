@@ -1,4 +1,4 @@
-"""What is brought ahead of its turn, and what that may cost others."""
+"""What is prefetched, and what that may cost others."""
 
 from __future__ import annotations
 

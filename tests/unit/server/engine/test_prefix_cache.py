@@ -1,4 +1,4 @@
-"""What is found in the prefix cache, by whom, and what is given up first."""
+"""What is found in the prefix cache, by whom, and what is evicted first."""
 
 from __future__ import annotations
 

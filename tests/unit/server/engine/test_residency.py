@@ -1,6 +1,6 @@
-"""What may be evicted from which tier, and that budgets hold whatever happens.
+"""What may be evicted from which tier, and that budgets always hold.
 
-`Memory` is a FAKE: it does what `Residency` decides and counts the bytes really held.
+`Memory` is a FAKE: it does what `Residency` decides and counts the bytes actually used.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""After a restart: pins first, then the most recently used, within the budgets, and
-never in the way of a request. The engine here is the test: it answers activations."""
+"""After a restart, adapters are restored: pinned ones first, then the most recently used,
+within budgets, and without delaying a request. The test plays the engine and answers
+activations."""
 
 from __future__ import annotations
 

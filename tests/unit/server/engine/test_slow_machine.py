@@ -1,5 +1,5 @@
-"""A machine on which a step takes long: the engine serves, is called healthy while it does
-what was planned, and is killed only where it really hangs."""
+"""A machine with slow steps: the engine serves, counts as healthy while it works as planned,
+and is killed only if it really hangs."""
 
 from __future__ import annotations
 

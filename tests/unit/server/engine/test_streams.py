@@ -1,4 +1,4 @@
-"""Outputs that wait for a slow reader come as one, in order, complete and bounded."""
+"""Outputs that wait for a slow reader are merged: in order, complete and bounded."""
 
 from __future__ import annotations
 

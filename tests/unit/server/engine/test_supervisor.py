@@ -1,4 +1,4 @@
-"""Restarts: each death in a row doubles the pause, a steady run resets it."""
+"""Restarts: each consecutive crash doubles the backoff, a stable run resets it."""
 
 from __future__ import annotations
 

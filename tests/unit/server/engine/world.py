@@ -1,15 +1,15 @@
-"""The engine's decisions without an engine: a clock, a KV pool and a memory of adapters.
+"""The engine's decisions without an engine: a clock, a KV pool and an adapter memory.
 
 `World` carries out what scheduler, block manager, prefix cache and residency decide,
-and checks each decision against a model that knows nothing of how they work:
+and checks each decision against a model that is independent of how they work:
 
-* the KV pool is "slot -> what was computed into it", so every read of a step is
-  checked to be the content that the tokens, weights and scope say;
-* the adapter memory holds what it was told to hold, so a step that uses anything
-  else shows;
-* who overtakes whom is judged from the queue before and after.
+* the KV pool maps a slot to what was computed into it, so that each step's reads can be
+  compared with the content that tokens, weights and scope require;
+* the adapter memory has what it had to load, so that a step which uses anything else is
+  detected;
+* overtaking is judged from the queue before and after.
 
-A token is a function of its sequence and position, so mixed-up results show too.
+A token is a function of its sequence and position, so mixed-up results are detected too.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def token_of(sequence: int, position: int) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a slot of the pool holds.
+    """Content of a slot of the pool.
 
     Attributes:
-        content: scope, weights and all tokens up to this one, hashed; None where the
+        content: hash of scope, weights and all tokens up to this one; None if the
             computation went wrong.
         writer: the sequence that computed it.
-        shared: whether that sequence takes part in the prefix cache.
+        shared: whether that sequence uses the prefix cache.
     """
 
     content: int | None
@@ -63,8 +63,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Least:
-    """What was said at a submission to be computed at least before the first token, and
-    what had been computed and had ended early by then."""
+    """The least work before the first token, as predicted at submission, and the tokens
+    computed and sequences ended early by then."""
 
     tokens: int
     computed: int
@@ -73,7 +73,7 @@ class Least:
 
 @dataclass
 class World:
-    """See the module. Sizes are bytes, tokens or blocks; times are seconds."""
+    """See the module docstring. Sizes are bytes, tokens or blocks; times are seconds."""
 
     device: int = 3 * SIZE
     host: int = 6 * SIZE
@@ -99,23 +99,22 @@ class World:
     """Sequences in the order in which they (last) started."""
     blocked: tuple[str, float] | None = None
     most: dict[str, int] = field(default_factory=dict)
-    """Bytes by tier that may be held: less at each planning, until a budget that was
-    lowered is kept."""
+    """Allowed bytes by tier: they decrease with each planning until a lowered budget is met."""
     draining: dict[str, set[int]] = field(default_factory=dict)
-    """Adapters that were evicted and are not gone yet: the sequences that ran at the time."""
+    """Evicted adapters that are not gone yet -> the sequences that ran at that time."""
     drains: int = 0
-    """Evictions that waited for such sequences, and were carried out."""
+    """Number of evictions that waited for such sequences and were completed."""
     shrinks: int = 0
-    """Plannings that could not keep a budget yet."""
+    """Number of plannings that could not meet a budget yet."""
     cached_reads: int = 0
     computed: int = 0
     """Tokens of all steps."""
     ended_early: int = 0
-    """Sequences that were cancelled or failed."""
+    """Number of sequences that were cancelled or failed."""
     least: dict[int, Least] = field(default_factory=dict)
     bounds_met: int = 0
     histories: int = 0
-    """Plans of sequences with penalties."""
+    """Number of plans of sequences with penalties."""
 
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
@@ -138,7 +137,7 @@ class World:
     # ------------------------------------------------------------ requests
 
     def submit(self, number: int, prompt: int, new: int, source: AdapterSource | None) -> None:
-        """A request whose prompt shares nothing with any other."""
+        """Submit a request whose prompt shares nothing with any other."""
         self.ask(number, [-number] * prompt, new, source)
 
     def ask(
@@ -204,11 +203,11 @@ class World:
         return any(digest == name for digest, _ in {*self.memory, *self.pending})
 
     def _check_drained(self) -> None:
-        """What was evicted is gone once the sequences that ran then have ended."""
+        """Check that an evicted adapter is gone once the sequences that ran then have ended."""
         for name, ran in list(self.draining.items()):
-            ran &= self._running_on(name)  # one that is preempted begins anew
+            ran &= self._running_on(name)  # a preempted sequence starts over
             if not self._takes_room(name):
-                del self.draining[name]  # nothing was there
+                del self.draining[name]  # it was not in memory
             elif not ran:
                 coming = any(digest == name for digest, _ in self.pending)
                 assert coming, f"{name} was evicted, and is still there"
@@ -241,7 +240,7 @@ class World:
         return max(self.host, self.device) if self.shared else self.host
 
     def bytes_held(self, tier: str) -> int:
-        """Bytes really held; with shared memory a DEVICE copy is its HOST copy."""
+        """Bytes actually held; with shared memory a DEVICE copy is the HOST copy."""
         copies = {*self.memory, *self.pending}
         if self.shared and tier == "host":
             held = {digest for digest, _ in copies}
@@ -250,14 +249,14 @@ class World:
         return sum(self.residency.bytes_of(digest) for digest in held)
 
     def _check_room(self) -> None:
-        """No more is held than the budgets allow, but for what was in use when they were
+        """Check that no more is held than budgets allow, except what was in use when they were
         lowered."""
         for tier in ("host", "device"):
             most = max(self.most_bytes(tier), self.most.get(tier, 0))
             assert self.bytes_held(tier) <= most, f"more in {tier} than was planned"
 
     def _check_in_use(self) -> None:
-        """What is past a budget that was lowered is in use."""
+        """Check that copies beyond a lowered budget are in use."""
         running = {s.digest for s in self.live.values() if s.state is SequenceState.RUNNING}
         moving = {digest for digest, tier in self.pending if tier == "device"}
         for tier in ("host", "device"):
@@ -289,7 +288,7 @@ class World:
     def _check_passed_over(
         self, actions: Iterable[Action], wants: list[str], overdue: str | None
     ) -> None:
-        """Behind a want without room nobody takes that room for long."""
+        """Check that requests behind a want without space do not take that space for long."""
         blocked = self.scheduler.admission.lacking
         if blocked is None:
             return
@@ -306,7 +305,8 @@ class World:
     def _check_evicted(
         self, actions: Iterable[Action], wants: list[str], near: set[str | None]
     ) -> None:
-        """Who waits loses an adapter only to older ones, and reading ahead takes nobody's."""
+        """Check that a waiting request loses its adapter only to older ones, and that
+        prefetching evicts nothing that is waited for."""
         for drops, action in _with_drops(actions):
             digest = _digest(action)
             if digest not in near:
@@ -337,7 +337,7 @@ class World:
     # ---------------------------------------------------------------- steps
 
     def step(self, seconds: float = 1.0, poison: int | None = None) -> StepPlan | None:
-        """One turn of the loop; the ``poison``-th sequence of the plan goes wrong."""
+        """One turn of the loop; the ``poison``-th sequence of the plan fails."""
         self.now += seconds
         self.plan_adapters()
         plan = self._schedule()
@@ -371,7 +371,7 @@ class World:
             first = min((s.id for s in running), key=self.starts.index)
             assert first not in preempted, "nobody is sure to get on"
         waited = {s.id for s in queue}
-        # In the order of their starts, which within one step is not that of the queue.
+        # In the order of starts, which within a step differs from the queue's.
         started = [s.id for s in self.scheduler.batch if s.id in waited]
         self.starts = [n for n in self.starts if n not in started] + started
         self.preempted |= preempted
@@ -396,10 +396,10 @@ class World:
         return there
 
     def _check_order(self, queue: list[Sequence], resident: set[int]) -> None:
-        """Nobody is overtaken past the bound."""
+        """Check that no request is overtaken more often than the bound."""
         started = [s for s in queue if s.state is SequenceState.RUNNING]
         lacking = self._lacking()
-        # Those behind the one that lacks room, and whose adapters keep it taken.
+        # Requests behind the one that lacks space, whose adapters occupy that space.
         held: set[int] = set()
         if lacking is not None:
             places = [i for i, s in enumerate(queue) if s.digest == lacking]
@@ -424,7 +424,7 @@ class World:
                 assert not younger, f"{sequence.id} is overtaken by {younger}"
 
     def _lacking(self) -> str | None:
-        """The want that has found no room for `patience`, by the world's own watch."""
+        """The want that has found no space for `patience`, by the world's clock."""
         digest = self.scheduler.admission.lacking
         if digest is None:
             self.blocked = None
@@ -501,7 +501,7 @@ class World:
                 self.live.pop(number)
 
     def _check_least(self, number: int) -> None:
-        """A deadline that is refused by `least_tokens` could not have been met."""
+        """Check that a deadline refused by `least_tokens` could not have been met."""
         least = self.least[number]
         if least.ended_early == self.ended_early:
             took = self.computed - least.computed
@@ -540,7 +540,7 @@ class World:
                 assert not sequence.request.prompt_logprobs, "its prompt must be computed"
 
     def _check_history(self, p: PlannedSequence, sequence: Sequence) -> None:
-        """Penalties are of what the sequence has, however often it began anew."""
+        """Check that penalties cover what the sequence has, however often it started over."""
         if not (p.samples and p.sampling.needs_token_counts):
             assert p.token_counts is None, "a history that nothing needs"
             return
@@ -566,7 +566,7 @@ def _digest(action: Action) -> str:
 
 
 def _with_drops(actions: Iterable[Action]) -> Iterator[tuple[list[Drop], Action]]:
-    """Each load and move with what is evicted for it."""
+    """Each load and move with the evictions for it."""
     drops: list[Drop] = []
     for action in actions:
         if not isinstance(action, Drop):

@@ -1,4 +1,4 @@
-"""The memory of an adapter: whole in both processes, in large pages, given back."""
+"""The memory of an adapter: complete in both processes, in huge pages, released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capacity: whole blocks, true bytes, and the flag that would do."""
+"""Capacity: whole blocks, exact bytes, and the flag that would be enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: a healthy machine passes, each thing that is wrong is named with a fix."""
+"""The doctor: a healthy machine passes; each problem is named with a fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A container's limits count, also those of the groups above its own."""
+"""A container's limits count, including those of its parent cgroups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: the library, in both instruction forms."""
+"""Shared by the tests of the native kernels: the library, for both instruction sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.backends_ran import skip_or_fail
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Library:
-    """``best`` is the most that the CPU has."""
+    """The library; ``best`` is the CPU's best instruction set."""
     wanted = "" if request.param == "best" else "avx2"
     try:
         made = Library(build(tmp_path_factory.getbasetemp() / "native", instructions=wanted))

@@ -1,4 +1,4 @@
-"""Random bases and adapters for `rounded_model`, and the native decoder over them."""
+"""Random bases and adapters for `rounded_model`, and the native decoder on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Part", "Served", "adapter_of", "make_base", "table_of"]
 
 PROJECTIONS: Final[Mapping[str, Any]] = {name: f"{name}_proj" for name in LINEARS}
 VOCABULARY: Final = 128
-"""Of a base whose head is the identity: its logits are its last norm's results."""
+"""Vocabulary of a base with an identity head: its logits are the last norm's results."""
 
 
 def make_base(
@@ -48,9 +48,9 @@ def make_base(
     vocabulary: int = VOCABULARY,
 ) -> Base:
     """Args:
-    zero: matrices that are zero, so that what they would hand on is left out.
+    zero: matrices that are zero, so that their results do not contribute.
     biases: linears that have one.
-    scale: matrices larger or smaller than random ones of spread 1 give outputs of spread 1.
+    scale: factors for matrices; without one, their outputs have a spread of 1.
     """
     hidden = heads * dim
 
@@ -112,7 +112,8 @@ def adapter_of(
     dtype: torch.dtype = torch.bfloat16,
     scaling: float = 1.5,
 ) -> dict[tuple[int, str], Update]:
-    """In every layer, of these ranks by name; updates of about the size of the base's own."""
+    """An adapter in every layer, with ranks by name; its updates are about as large as the
+    base's outputs."""
     found = {}
     for index, matrices in enumerate(base.layers):
         for name, rank in ranks.items():
@@ -126,7 +127,7 @@ def adapter_of(
 def table_of(
     base: Base, adapter: Mapping[tuple[int, str], Update], dtype: torch.dtype = torch.bfloat16
 ) -> AdapterTable:
-    """As a loader would lay it out in memory."""
+    """The adapter in a loader's memory layout."""
     modules = [
         LoraModule(
             layer=layer,
@@ -150,12 +151,12 @@ def table_of(
 
 
 Part = tuple[Sequence[int], int, Sequence[int], AdapterTable | None]
-"""A sequence's part of a step: new tokens, where they start, its blocks, its adapter."""
+"""A sequence's part of a step: new tokens, their start, its blocks, its adapter."""
 
 
 @dataclass
 class Served:
-    """The native decoder over a base.
+    """The native decoder on a base.
 
     Attributes:
         block_size: tokens of a KV block.
@@ -187,12 +188,12 @@ class Served:
         return cls(decoder, block_size)
 
     def step(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        """One step of some sequences; each one's logits."""
+        """One step of some sequences; returns the logits of each."""
         logits = self.rows(parts, range(sum(len(new) for new, *_ in parts)))
         return list(torch.split(logits, [len(new) for new, *_ in parts]))
 
     def rows(self, parts: Sequence[Part], rows: Sequence[int]) -> torch.Tensor:
-        """One step; logits of some of its rows, in this order."""
+        """One step; returns the logits of some of its rows, in this order."""
         arrays = oracle.step(
             [(list(new), start, list(blocks)) for new, start, blocks, _ in parts],
             self.block_size,

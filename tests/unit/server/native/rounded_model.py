@@ -1,12 +1,11 @@
 """A Llama in float64 that rounds to bfloat16 where the native kernels do, and nowhere else.
 
-So a kernel may differ by its float32 sums alone, 1e-6, and a factor that is off by a
-thousandth shows. Nothing of the product is used: formulas are those of the models' papers,
-written down once more, one sequence at a time, without a cache.
+So a kernel may differ only by its float32 sums, 1e-6, and a factor that is off by a
+thousandth is detected. It uses nothing of the product: the formulas are those of the models'
+papers, reimplemented for one sequence at a time, without a cache.
 
-Where the kernels round: the inputs of every product, queries, keys and values, the weights of
-attention (of each piece of 512 tokens, from its own largest score), and what attention and the
-gate give.
+The kernels round the inputs of every GEMM, queries, keys and values, the attention weights (of
+each piece of 512 tokens, relative to its largest score), and the outputs of attention and gate.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ class Update:
 
 @dataclass
 class Base:
-    """Weights as a base's files have them: matrices that bfloat16 holds, [outputs, inputs].
+    """Weights as in a base's files: matrices with bfloat16 values, [outputs, inputs].
 
     Attributes:
         layers: for each layer its matrices by the names of `LINEARS`.
-        biases: the same for biases, float32; a name that is missing has none.
+        biases: the same for biases, float32; a missing name has none.
         norms: for each layer ``input`` and ``post``, and perhaps ``query`` and ``key``.
-        windows: tokens that a token sees, itself included; None: all.
+        windows: tokens that a token attends to, including itself; None: all.
     """
 
     hidden: int
@@ -76,9 +75,9 @@ def logits_of(
     tokens: Sequence[int],
     adapter: Mapping[tuple[int, str], Update] | None = None,
 ) -> torch.Tensor:
-    """[tokens, vocabulary] float64: after each token of one sequence."""
+    """Logits after each token of one sequence, float64 [tokens, vocabulary]."""
     positions = torch.arange(len(tokens)).float().unsqueeze(1)
-    # In float32 by definition of the models: so are the angles of a base's training.
+    # In float32 by definition of the models, as in a base's training.
     angles = (positions * base.inv_freq.float()).double()
     turns = tuple(
         (part.float() * base.rotary_scale).double() for part in (angles.cos(), angles.sin())
@@ -149,7 +148,7 @@ def _turned(x: torch.Tensor, turns: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """One head: [tokens, dim]."""
+    """Attention of one head: [tokens, dim]."""
     count, dim = query.shape
     scores = query @ key.T / math.sqrt(dim)
     places = torch.arange(count)

@@ -1,4 +1,4 @@
-"""The C interface: what Python declares of it is what the library has."""
+"""The C interface: Python's declarations match the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instruction sets have one folder: nothing else in the C++ names one."""
+"""Only one folder of the C++ names instruction sets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The compiled library at rest: what is loaded, what never is, and what happens then.
+"""The cached compiled library: what is loaded, what never is, and what happens then.
 
-The compiler is a FAKE in most tests: a script that copies a library which the real one has
-made, and notes that it was called.
+The compiler is a FAKE in most tests: a script that copies a library made by the real one, and
+records that it was called.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Each kernel alone and tightly, against float64 that rounds where the kernels do.
+"""Each kernel by itself, with tight bounds, against float64 that rounds where the kernels do.
 
-A base of one layer has zeros in place of what is not under test, and a head that is the
-identity, so that logits are the last norm's results in bfloat16. Nearly all of them must be the
-very numbers of `rounded_model`: a float32 sum is off by 1e-6, and neighbours lie 2^-8 to 2^-7
-apart, so that one number in a thousand rounds the other way, and some that are computed from
-it. A factor that is off by 0.003 moves about a half of them.
+A base of one layer has zeros instead of what is not under test, and an identity head, so that
+logits are the last norm's results in bfloat16. Nearly all of them must equal those of
+`rounded_model`: a float32 sum is off by 1e-6, and neighbouring values are 2^-8 to 2^-7 apart,
+so one number in a thousand rounds the other way, and so do some that are computed from it. A
+factor that is off by 0.003 changes about half of them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every mutant of `tests.mutants` still mutates something. Whether tests notice it takes
-compiling it: ``make mutants``."""
+"""Every mutant of `tests.mutants` still mutates something. Whether tests notice it is checked
+by ``make mutants``, which compiles it."""
 
 from __future__ import annotations
 

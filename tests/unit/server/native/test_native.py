@@ -1,4 +1,4 @@
-"""The native kernels against torch in float32, each alone and the whole step."""
+"""The native kernels against torch in float32, each by itself and as a whole step."""
 
 from __future__ import annotations
 

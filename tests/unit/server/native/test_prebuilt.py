@@ -1,4 +1,4 @@
-"""The libraries that a wheel brings: when one serves, and what is never loaded.
+"""The libraries in a wheel: when one is used, and what is never loaded.
 
 They are compiled here as for a wheel, and put where a wheel has them.
 """

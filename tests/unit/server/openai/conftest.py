@@ -31,7 +31,7 @@ async def module_front(
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def front(module_front: Front) -> Front:
-    """As new, though shared by a module."""
+    """A front in its initial state, although a module shares it."""
     listed = await module_front.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
     for adapter in listed.adapters:
         request = adapters_pb2.DeleteAdapterRequest(name=adapter.name)

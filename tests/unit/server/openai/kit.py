@@ -1,4 +1,4 @@
-"""Requests of the gateway's tests, and what an answer must look like."""
+"""Requests for the gateway's tests, and checks of the shape of answers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ async def ok(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) -> dic
 
 
 async def events(http: httpx.AsyncClient, given: dict[str, Any], **more: Any) -> list[Any]:
-    """Parsed events of a stream, which must end as OpenAI's do."""
+    """Parsed events of a stream, which must end like OpenAI's."""
     answer = await post(http, given, stream=True, **more)
     assert answer.status_code == 200, answer.text
-    # Without the charset, some clients read events as Latin-1.
+    # Without the charset, some clients decode events as Latin-1.
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["x-accel-buffering"] == "no", "a proxy passes pieces on at once"
     lines = answer.text.split("\n\n")

@@ -1,4 +1,4 @@
-"""What a JSON body holds is counted before it is parsed, strings and all."""
+"""The content of a JSON body is counted before parsing, including strings."""
 
 from __future__ import annotations
 

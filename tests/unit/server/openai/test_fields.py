@@ -1,4 +1,4 @@
-"""From JSON to the call: what is served, refused, ignored."""
+"""From JSON to the call: which fields are served, refused or ignored."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every field of both endpoints with hostile values, and odd paths and headers: a client
-error of one line, always."""
+"""Every field of both endpoints with hostile values, and odd paths and headers: always a
+one-line client error."""
 
 from __future__ import annotations
 

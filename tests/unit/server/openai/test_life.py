@@ -1,4 +1,4 @@
-"""Start, drain and stop of the gateway; readers that stop reading; the missing extra."""
+"""Start, drain and stop of the gateway; readers that stop reading; a missing extra."""
 
 from __future__ import annotations
 

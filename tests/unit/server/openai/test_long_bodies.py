@@ -1,4 +1,4 @@
-"""Long bodies are read and parsed a little at a time: other calls go on meanwhile."""
+"""Long bodies are read and parsed in small pieces, so that other calls continue meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusals of invalid requests are delayed, by host, number and size; nothing else is."""
+"""Refusals of invalid requests, and only these, are delayed, by host, number and size."""
 
 from __future__ import annotations
 

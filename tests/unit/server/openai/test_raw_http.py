@@ -1,4 +1,4 @@
-"""Bytes on a socket: requests that two readers could read differently are refused, and the
+"""Raw bytes on a socket: requests that two parsers could read differently are refused, and the
 connection is closed."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors, ends and metrics of the gateway over real sockets with a fake engine."""
+"""Errors, ends of streams and metrics of the gateway over real sockets with a fake engine."""
 
 from __future__ import annotations
 

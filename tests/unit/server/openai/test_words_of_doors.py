@@ -1,6 +1,6 @@
-"""An error names what its caller can use: a command, a path of HTTP, or a call of gRPC.
+"""An error names what its caller can use: a command, an HTTP path, or a gRPC call.
 
-The same refusals, seen through each door of one front process on real sockets.
+The same errors, through each interface of one front process on real sockets.
 """
 
 from __future__ import annotations

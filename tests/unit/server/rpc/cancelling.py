@@ -1,8 +1,8 @@
-"""Calls of AdapterService that are cancelled wherever they wait, and what is left then.
+"""Cancels calls of AdapterService wherever they wait, and checks what is left.
 
 The service, the registry (real SQLite, real files), `EngineClient`, the step loop and
-residency are the real ones; the engine's runner and memory are FAKES (`LoopConnection`),
-which take their turns in this event loop, one at a time.
+residency are real; the engine's runner and memory are FAKE (`LoopConnection`) and run in this
+event loop, one turn at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Turns(LoopConnection):
-    """FAKE, as its base, but the loop takes its turns between those of the front."""
+    """FAKE, like its base class, but the loop's turns alternate with those of the front."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -71,7 +71,7 @@ class Turns(LoopConnection):
             asyncio.get_running_loop().call_soon(self._turn)
 
     async def rest(self) -> None:
-        """Until it has nothing to do."""
+        """Run until it has nothing to do."""
         while self._left:  # noqa: ASYNC110 - turns have no event
             await asyncio.sleep(0)
         for _ in range(5):
@@ -79,12 +79,12 @@ class Turns(LoopConnection):
 
 
 class Cancelled:
-    """Awaits a coroutine and cancels the task that does, once, from its k-th wait on.
+    """Awaits a coroutine and cancels its task once, at its k-th wait.
 
     Args:
-        wait: at which it is cancelled, the first is 0.
-        later: turns of the event loop after that wait began.
-        again: at every further wait, too.
+        wait: the wait at which to cancel, from 0.
+        later: turns of the event loop after the start of that wait.
+        again: also cancel at every further wait.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Cancelled:
 
 
 class Server:
-    """What the front has of adapters, without sockets."""
+    """The front's adapter part, without sockets."""
 
     def __init__(self, folder: Path) -> None:
         self.registry = Registry.open(folder, BASE)
@@ -193,7 +193,7 @@ class Server:
         return await getattr(self.service, rpc)(request, self.context)
 
     async def request(self, name: str) -> None:
-        """A request to an adapter, which runs until `end_requests`."""
+        """Start a request to an adapter, which runs until `end_requests`."""
         source = source_of(self.registry, self.registry.get(name))
         request = SequenceRequest([1, 2, 3], 900, SamplingParams(), adapter=source)
         outputs = self.engine.generate(request)
@@ -211,12 +211,12 @@ class Server:
         return self.connection.engine.scheduler.residency
 
     def in_memory(self) -> dict[str, bool]:
-        """Weights in the engine's memory, coming or wanted, and whether they are pinned."""
+        """Weights that the engine holds, loads or wants, and whether they are pinned."""
         entries = self.residency.ledger.entries
         return {digest: entry.pinned is not None for digest, entry in entries.items()}
 
     def means(self, name: str) -> str | None:
-        """The weights that a name means now."""
+        """The current weights of a name."""
         if name not in self.registry:
             return None
         return self.registry.resolve(name).weights_digest
@@ -229,7 +229,8 @@ class Server:
         return [pb.AdapterEvent.Name(e.kind).removeprefix("ADAPTER_EVENT_") for e in found]
 
     async def check(self) -> None:
-        """Engine, front, catalog and disk agree, and nothing is left that nobody wants."""
+        """Check that engine, front, catalog and disk agree, and that nothing unneeded is
+        left."""
         await self.connection.rest()
         memory = self.in_memory()
         front = {r.source.weights_digest: r.pin is not None for r in self.engine.resident_set()}

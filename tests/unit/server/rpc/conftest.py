@@ -28,7 +28,8 @@ async def module_front(
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def front(module_front: Front) -> Front:
-    """An app on real sockets with a fake engine; as new, though shared by a module."""
+    """An app on real sockets with a fake engine, in its initial state, although a module shares
+    it."""
     listed = await module_front.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
     for adapter in listed.adapters:
         request = adapters_pb2.DeleteAdapterRequest(name=adapter.name)

@@ -1,7 +1,7 @@
 """FAKE engine: `EngineClient`'s methods without a process, a model or a GPU.
 
-Tokens are a function of SHA-256(weights digest, prompt, seed), so that crossed
-wires show as an exact mismatch. Tests steer it through `pace` and `script`.
+Tokens are a function of SHA-256(weights digest, prompt, seed), so that any mix-up
+is an exact mismatch. Tests control it through `pace` and `script`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTEXT = 64
 
 
 def fake_tokens(digest: str, prompt: list[int], seed: int, count: int) -> list[int]:
-    """What the fake answers: ordinary tokens, never special ones."""
+    """The fake's answer: ordinary tokens, never special ones."""
     key = hashlib.sha256(f"{digest}|{prompt}|{seed}".encode()).digest()
     return [1000 + key[i % 32] * 7 + i for i in range(count)]
 
@@ -51,7 +51,7 @@ def _tops(token: int, count: int) -> list[tuple[int, float]]:
 
 
 class FakeEngine:
-    """Stands in for `EngineClient`; see the module."""
+    """Replaces `EngineClient`; see the module docstring."""
 
     def __init__(
         self,
@@ -97,17 +97,17 @@ class FakeEngine:
         self._streams: set[asyncio.Queue[VeneerError | None]] = set()
 
     def reset(self) -> None:
-        """Forget what tests set and saw."""
+        """Reset all state of tests."""
         self.submitted: list[SequenceRequest] = []
         self.evictions: list[tuple[str, str]] = []
         self.cancelled = 0
         self.activations: list[str] = []
         self.activating: asyncio.Event | None = None
-        """When set, activations wait for it."""
+        """If set, activations wait for it."""
         self.pace: asyncio.Semaphore | None = None
-        """When set, each output waits for a permit."""
+        """If set, each output waits for a permit."""
         self.script: list[SequenceOutput | VeneerError] | None = None
-        """When set, what every sequence gives."""
+        """If set, the outputs of every sequence."""
 
     async def start(self) -> EngineInfo:
         await self.load_gate.wait()

@@ -67,11 +67,11 @@ class Front:
 
     @property
     def calls(self) -> int:
-        """Calls that run now."""
+        """Number of running calls."""
         return self.app._calls.count  # private: what a drain waits for, and no metric tells
 
     async def metrics(self) -> str:
-        """What a scraper gets."""
+        """The metrics page."""
         async with httpx.AsyncClient(trust_env=False) as http:
             return (await http.get(f"http://{self.addresses['metrics']}/metrics")).text
 
@@ -115,13 +115,13 @@ def make_adapter(
 
 
 def prompt(text: str = "Hello there", **fields: Any) -> inference_pb2.GenerateRequest:
-    """A request for four tokens, greedy, unless the fields say otherwise."""
+    """A greedy request for four tokens, unless the fields say otherwise."""
     fields.setdefault("stopping", inference_pb2.StoppingOptions(max_tokens=4))
     return inference_pb2.GenerateRequest(prompt=text, **fields)
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Let the loop run until something holds; pytest's timeout bounds it."""
+    """Let the loop run until a condition holds; pytest's timeout is the limit."""
     while not holds():  # noqa: ASYNC110 - it waits for states that have no event
         await asyncio.sleep(0.005)
 
@@ -166,10 +166,10 @@ def _port_file(data: Path) -> Path:
 async def running(
     base: Path, cache: Path, data: Path, *, loading: bool = False, **flags: str
 ) -> AsyncIterator[Front]:
-    """Start an app; stop it at the end and see that it left cleanly.
+    """Start an app; stop it at the end and check that it ended cleanly.
 
     Args:
-        loading: leave it while its engine loads, until `load_gate` is opened.
+        loading: keep its engine loading until `load_gate` is opened.
     """
     port_file = _port_file(data)
     config = load_config(
@@ -209,7 +209,7 @@ async def running(
         await channel.channel_ready()
         try:
             yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)
-        finally:  # a server that is left behind takes the interpreter down at its end
+        finally:  # a server that is still running would crash the interpreter at exit
             app.stop()
             if engines[0].pace is not None:
                 for _ in range(10_000):

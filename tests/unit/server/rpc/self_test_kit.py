@@ -1,6 +1,6 @@
 """A self-test on a real engine with a tiny base.
 
-The step loop runs on a thread of this process, so that a test can reach what is resident.
+The step loop runs on a thread of this process, so that a test can access resident adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("one", "two", "three")
 
 
 class LoopThread:
-    """In place of `Supervisor`: the engine's loop is a thread, and nothing starts it again."""
+    """Replaces `Supervisor`: the engine's loop is a thread and is never restarted."""
 
     connection, started, healthy = object(), True, True
 
@@ -42,7 +42,7 @@ class LoopThread:
 
 
 class Bench:
-    """A self-test with its engine and registry in reach."""
+    """A self-test with access to its engine and registry."""
 
     def __init__(
         self, harness: EngineHarness, client: EngineClient, registry: Registry, base: Path
@@ -68,13 +68,13 @@ class Bench:
         return await self.self_test.run(names)
 
     async def score(self, name: str) -> list[int]:
-        """A request to an adapter."""
+        """Send a request to an adapter."""
         adapter = source_of(self.registry, self.registry.get(name))
         outputs = self.client.generate(SequenceRequest([5, 6], 1, GREEDY, adapter=adapter))
         return [token async for output in outputs for token in output.tokens]
 
     async def failed(self, *names: str) -> list[str]:
-        """Plain names of those that failed; ``base`` for the base."""
+        """Plain names of failed adapters; ``base`` for the base."""
         report = await self.run(*names)
         failed = [v.name.partition("@")[0] or "base" for v in report.verdicts if not v.passed]
         assert report.passed == (not failed)
@@ -99,7 +99,7 @@ def settings(base: Path, **changes: Any) -> EngineConfig:
 
 @contextmanager
 def pumped(harness: EngineHarness, client: EngineClient) -> Iterator[None]:
-    """Hands the engine's messages to the client, in the client's event loop."""
+    """Passes the engine's messages to the client, in the client's event loop."""
     here = asyncio.get_running_loop()
 
     def pump() -> None:

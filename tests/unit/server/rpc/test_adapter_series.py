@@ -1,4 +1,4 @@
-"""Adapter names in metrics: bounded, and true while adapters come and go."""
+"""Adapter names in metrics: bounded, and correct while adapters come and go."""
 
 from __future__ import annotations
 

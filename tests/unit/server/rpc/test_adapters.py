@@ -1,4 +1,4 @@
-"""AdapterService over a real socket: uploads whole or not at all, pages, tiers, deletes."""
+"""AdapterService over a real socket: all-or-nothing uploads, pages, tiers, deletes."""
 
 from __future__ import annotations
 

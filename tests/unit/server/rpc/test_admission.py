@@ -1,4 +1,4 @@
-"""What is refused before the engine hears of it, and what a refusal must not hold."""
+"""What is refused before it reaches the engine, and that a refusal holds no resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets that are changed by two operators at the same time."""
+"""Budgets changed by two operators at the same time."""
 
 from __future__ import annotations
 

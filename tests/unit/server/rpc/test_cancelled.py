@@ -1,7 +1,7 @@
-"""A caller that leaves: at every place where an admin call waits, what it leaves behind.
+"""What a caller leaves behind that cancels an admin call, at every point where the call waits.
 
-Each case sets a server up, cancels the call at its k-th wait, for k = 0, 1, ... until it
-ends before that, and looks at engine, front, catalog and disk (`Server.check`).
+Each case sets up a server, cancels the call at its k-th wait, for k = 0, 1, ... until it
+ends before that, and checks engine, front, catalog and disk (`Server.check`).
 """
 
 from __future__ import annotations

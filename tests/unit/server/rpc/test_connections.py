@@ -1,4 +1,4 @@
-"""Connections without calls make room: nobody is kept out by those who ask for nothing."""
+"""Connections without calls are closed if others need their places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages are counted before they are parsed, and malformed ones refused in one line."""
+"""A message's entries are counted before parsing; malformed ones are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""File descriptors: whatever connects, there are some left for the server itself."""
+"""File descriptors: whatever connects, some are reserved for the server itself."""
 
 from __future__ import annotations
 

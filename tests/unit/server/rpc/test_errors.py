@@ -1,4 +1,4 @@
-"""Each error of the tree has a status with the details that the contract names."""
+"""Each error of the tree has a status with the details that the contract requires."""
 
 from __future__ import annotations
 

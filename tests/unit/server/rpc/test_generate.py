@@ -1,4 +1,4 @@
-"""Generate and GenerateStream over a real socket: text, provenance, refusals, cancel."""
+"""Generate and GenerateStream over a real socket: text, provenance, errors, cancellation."""
 
 from __future__ import annotations
 

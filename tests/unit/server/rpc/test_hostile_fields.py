@@ -1,4 +1,4 @@
-"""Every field of every call with hostile values: a client error of one line, always."""
+"""Every field of every call with hostile values: always a one-line client error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line an event, fields as they are; label values bounded."""
+"""One log line per event, with unmodified fields; label values are bounded."""
 
 from __future__ import annotations
 

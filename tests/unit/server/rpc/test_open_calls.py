@@ -1,4 +1,4 @@
-"""Calls that wait keep no others out: each kind of call has room of its own."""
+"""Waiting calls do not block others: each kind of call has its own limit."""
 
 from __future__ import annotations
 

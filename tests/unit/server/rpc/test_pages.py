@@ -1,5 +1,5 @@
-"""Pages of listings stay below gRPC's default limit on what a client takes, 4 MiB, however
-much the entries hold, and its token resumes where the page ended."""
+"""Pages of listings stay below gRPC's default receive limit of 4 MiB, however large the entries
+are, and the token resumes where the page ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A caller that reads nothing: its call ends in the server though it never learns of it."""
+"""The call of a caller that reads nothing ends in the server, though the caller never
+learns."""
 
 from __future__ import annotations
 

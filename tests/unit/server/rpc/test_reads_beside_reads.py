@@ -1,4 +1,4 @@
-"""A generate call is answered while other calls are in the middle of the catalog."""
+"""A generate call is answered while other calls are reading the catalog."""
 
 from __future__ import annotations
 

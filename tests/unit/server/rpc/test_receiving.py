@@ -1,4 +1,4 @@
-"""Requests that never arrive whole: what they may hold, and that others are read."""
+"""Requests that never arrive completely: what they may hold, and that others are read."""
 
 from __future__ import annotations
 

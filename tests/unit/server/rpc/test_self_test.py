@@ -1,4 +1,4 @@
-"""The self-test of a healthy server, in company, and what it refuses."""
+"""The self-test of a healthy server, beside other requests, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A stop string cuts text, tokens and numbers at one place, however outputs were joined."""
+"""A stop string cuts text, tokens and numbers at the same place, however outputs were
+merged."""
 
 from __future__ import annotations
 

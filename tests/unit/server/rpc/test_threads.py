@@ -1,4 +1,4 @@
-"""Work in threads is never left behind."""
+"""Work in threads is never left unfinished."""
 
 from __future__ import annotations
 

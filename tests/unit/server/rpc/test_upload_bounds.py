@@ -1,4 +1,4 @@
-"""Uploads that do not come: they hold no place and, once broken, little of the disk."""
+"""Stalled uploads hold no place and, once interrupted, little disk space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WatchAdapters: the row of events by itself, and over a real socket."""
+"""WatchAdapters: the event log by itself, and over a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt that fits is never refused for its bytes, whatever the tokenizer does to it."""
+"""A prompt that fits is never refused for its bytes, whatever the tokenizer does with it."""
 
 from __future__ import annotations
 

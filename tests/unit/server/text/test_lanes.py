@@ -1,4 +1,4 @@
-"""Tokenizing lets others go on: other threads, and short texts behind long ones."""
+"""Tokenizing does not block others: neither other threads nor short texts behind long ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates render as Hugging Face does, inside bounds."""
+"""Chat templates render as with Hugging Face, within limits."""
 
 from __future__ import annotations
 

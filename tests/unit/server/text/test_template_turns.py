@@ -1,4 +1,4 @@
-"""Whose chat a template process renders next."""
+"""Which caller's chat a template process renders next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploaded templates cannot hold up or fill up the server."""
+"""Uploaded templates cannot block the server or exhaust its memory."""
 
 from __future__ import annotations
 
