@@ -258,8 +258,7 @@ _KNOWN_STEPS: Final = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", 
 def _decoder_steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder is None:
         raise TokenizerUnsupported(
-            "tokenizer.json has no decoder: its tokens have no text",
-            metadata={"decoder": ""},
+            "tokenizer.json has no decoder: its tokens have no text", metadata={"decoder": ""}
         )
     steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     for step in steps:
