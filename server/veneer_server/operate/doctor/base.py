@@ -1,4 +1,4 @@
-"""The base model, and whether memory is enough for it."""
+"""The base model, and whether there is enough memory for it."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
 
 
 def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
-    """What the front process reads of the base: its tokenizer and its chat template."""
+    """The parts of the base that the front process reads: tokenizer and chat template."""
     try:
-        # Not at the top: the doctor is who says that a package is missing.
+        # Not at the top: the doctor itself must report a missing package.
         from veneer_server.text.templates.template import ChatTemplate, read_base_template
         from veneer_server.text.tokenizer import TextTokenizer
 
@@ -72,7 +72,7 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
 
 
 def _base_folder(config: ServerConfig) -> Path | None:
-    """Where the base is, if it is on this machine or should be."""
+    """The base's folder, if it is or should be on this machine."""
     bundled = bundled_folder(config.cache_dir)
     if config.base == BUNDLED:
         return bundled if bundled.is_dir() else None
