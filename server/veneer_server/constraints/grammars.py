@@ -244,7 +244,7 @@ class Grammars:
     def _await(
         self, followed: list[Followed], known: Callable[[Followed], bool], until: float
     ) -> None:
-        """Wait until ``known`` holds for all sequences that are not slow, or until ``until``."""
+        """Wait until ``known`` holds for all sequences that are not slow, or for ``until``."""
         while not all(f.slow or known(f) for f in followed):
             if not self._news.wait(until - time.monotonic()):
                 return
