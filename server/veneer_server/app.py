@@ -270,7 +270,7 @@ class App:
         _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
         cut_off = await self._calls.finish(self._config.grace)
         if cut_off:
-            _log.warning("calls ended by the grace period", calls=cut_off)
+            _log.warning("calls cancelled after the grace period", calls=cut_off)
         # Only health watches and reflection are left; answers are flushed within the grace.
         await self._doors.stop(_STOP_GRACE_S)
 

@@ -184,7 +184,7 @@ class CommonFields(_Fields):
             number = isinstance(bias, int | float) and not isinstance(bias, bool)
             if not number or not -MAX_BIAS <= bias <= MAX_BIAS:
                 raise ValueError(
-                    f"of token {key[:40]!r}: give a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+                    f"for token {key[:40]!r}: give a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
                 )
         return given
 

@@ -61,7 +61,7 @@ def check_logit_bias(given: Mapping[int, float]) -> None:
         if not -MAX_BIAS <= bias <= MAX_BIAS:
             refuse(
                 "sampling.logit_bias",
-                f"of token {token} is {bias}: give {-MAX_BIAS:g} to {MAX_BIAS:g}",
+                f"for token {token} is {bias}: give {-MAX_BIAS:g} to {MAX_BIAS:g}",
             )
 
 

@@ -74,7 +74,7 @@ class Prompts:
         if not bound.exceeds(text, most):
             return
         raise ContextTooLong(
-            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit are at most "
+            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit hold at most "
             f"{most}: shorten it",
             metadata={
                 "field": field,

@@ -156,7 +156,7 @@ class Bodies:
             for pool, bytes_ in enumerate(wanted):
                 if bytes_ > self._left[pool]:
                     raise QueueFull(
-                        f"other requests hold most of the {self._limits[pool]} bytes that "
+                        f"other requests use most of the {self._limits[pool]} bytes that "
                         "bodies of this size may take: retry later",
                         retry_after_s=1.0,
                     )

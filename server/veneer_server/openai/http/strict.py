@@ -86,12 +86,12 @@ class StrictConnection(h11.Connection):
 def _check_head(waiting: bytes) -> None:
     """Check the part of a request line and headers that has arrived, before h11 parses it."""
     end = _END.search(waiting)
-    # The line feed of a final carriage return may be still to come.
+    # The line feed after a final carriage return may not have arrived yet.
     head = waiting[: end.end()] if end is not None else waiting.removesuffix(b"\r")
     # h11 limits only incomplete heads: it parses a complete one of any size.
     if len(head) > MAX_HEAD or head.count(b"\n") > MAX_HEADERS:
         raise h11.RemoteProtocolError(
-            f"the head has more than {MAX_HEAD} bytes or {MAX_HEADERS} lines: send less",
+            f"the headers have more than {MAX_HEAD} bytes or {MAX_HEADERS} lines: send less",
             error_status_hint=431,
         )
     _check_lines(head)

@@ -23,12 +23,12 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
         if any(check.status == "problem" for check in folder_checks("", "", config.cache_dir)):
-            found = f"{config.base} is not here, and {config.cache_dir} cannot hold it"
+            found = f"{config.base} is not local, and {config.cache_dir} cannot hold it"
             yield Check(
                 "base", "problem", found, "choose another --cache-dir, or give a folder"
             )
             return
-        yield Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        yield Check("base", "ok", f"{config.base} is not local: it is fetched at start", fix)
         return
     if config.base == BUNDLED and (damage := bundled_damage(folder)):
         found = f"{folder} is damaged: {damage}"
@@ -66,7 +66,7 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
             "tokenizer",
             "warning",
             f"{found}, but the model has {decoder.vocab_size}",
-            "text with the others is refused: resize the model's embeddings to serve it",
+            "text that needs the rest is refused: resize the model's embeddings to serve it",
         )
     return Check("tokenizer", "ok", found)
 
@@ -86,7 +86,7 @@ def memory_check(config: ServerConfig) -> Check:
     where = "this container" if host.contained else "this machine"
     free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
     if folder is None:
-        return Check("memory", "ok", f"{free}; the plan needs the base, which is not here")
+        return Check("memory", "ok", f"{free}; the plan needs the base, which is not local")
     try:
         plan = plan_memory(read_decoder_config(folder), config, host, find_gpu(config.device))
     except VeneerError as error:

@@ -56,7 +56,7 @@ def _four_bit(device: str) -> dict[str, Any]:
         return {"four_bit": f"{type(problem).__name__}: {problem}", "packed": False}
     packed = bool(getattr(four.weight.quant_state, "packing_format_for_cpu", False))
     # NF4 of normally distributed weights is off by about a tenth.
-    agrees = "" if error < 0.3 else f"a 4-bit product is off by {error:.0%}"
+    agrees = "" if error < 0.3 else f"a 4-bit matmul is off by {error:.0%}"
     return {"four_bit": agrees, "packed": packed}
 
 

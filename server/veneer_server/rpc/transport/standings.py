@@ -31,8 +31,8 @@ _UNKNOWN: Final = _Standing()
 
 
 class Standings:
-    """A connection is *prompt* if its last message was whole when it was read, and *late* for
-    `LATE_S` after a message that did not arrive in time."""
+    """A connection is *prompt* from the time a message was whole when it was read until one is
+    late, and *late* for `LATE_S` after a message that did not arrive in time."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
