@@ -37,7 +37,7 @@ _uvicorn_log.setLevel(logging.ERROR)
 
 
 def _too_many_connections(most: int) -> bytes:
-    """The answer to a connection that is over the limit, sent before it makes a request."""
+    """The answer to a connection over the limit, sent without waiting for a request."""
     failure = http_failure(
         QueueFull(
             f"{most} connections are open, the most that this server allows: retry, "

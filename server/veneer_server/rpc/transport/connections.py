@@ -146,7 +146,7 @@ def _accepted(port: int) -> dict[_Address, int]:
 
 
 def _other_end(descriptor: int, port: int) -> _Address | None:
-    """The peer's address, if the descriptor is a connection accepted on ``port``."""
+    """The peer's address, if the descriptor is a connection accepted on ``port``; else None."""
     # Not a duplicate: the number may by now be a file of SQLite's, and closing a duplicate
     # of that would release SQLite's lock.
     end = socket.socket(fileno=descriptor)

@@ -180,7 +180,7 @@ class Receiving:
                 return await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._held.discard(waiter.result())  # granted after the caller had left
+                self._held.discard(waiter.result())  # granted, but the caller has left
                 self._grant()
             else:
                 self._queue.remove(peer, (peer, waiter))

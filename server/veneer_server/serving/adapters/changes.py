@@ -177,9 +177,7 @@ class AdapterChanges:
         await self._removed(
             [record.ref for record in gone], mode="abort" if mode == "abort" else "forget"
         )
-        await (
-            self._keep_after()
-        )  # its pin must not return if the same content is published again
+        await self._keep_after()  # else its pin returns with the same content
         return deleted
 
     @_whole
