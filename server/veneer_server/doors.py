@@ -1,7 +1,7 @@
 """The server's sockets: gRPC, the HTTP gateway and Prometheus.
 
-They are opened before the base is loaded, so that a port that is taken is told at once, and
-whoever calls meanwhile is told that the model is loading. What answers is given to them later.
+They are opened before the base is loaded, so that a port that is taken is reported at once,
+and callers learn that the model is loading. The services that answer are supplied later.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Bound:
     openai: Address | None
 
     def told(self, off: str) -> dict[str, str]:
-        """By name, as text; ``off`` for those that are."""
+        """The addresses by name, as text; ``off`` for sockets that are off."""
         return {
             "grpc": str(self.grpc),
             "metrics": str(self.metrics or off),
@@ -66,7 +66,8 @@ class Bound:
 
 
 class Doors:
-    """`open` them, then give them what answers; `stop_accepting` and `stop` close them."""
+    """Opens the sockets, then gets the services that answer; `stop_accepting` and `stop`
+    close them."""
 
     def __init__(
         self,
@@ -91,13 +92,13 @@ class Doors:
         self._check_wire: Callable[[bytes], None] = lambda request: None
 
     async def open(self, resources: AsyncExitStack, connections: int) -> Bound:
-        """Listen on all that are wanted; ``resources`` closes them.
+        """Listen on all configured addresses; ``resources`` closes the sockets.
 
         Args:
-            connections: that each port may hold.
+            connections: most for each port.
 
         Raises:
-            CannotListen: an address cannot be had.
+            CannotListen: an address cannot be bound.
         """
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
@@ -105,31 +106,31 @@ class Doors:
 
     @property
     def opened(self) -> bool:
-        """Calls may have come."""
+        """Whether calls may have arrived."""
         return self._server is not None
 
     def scrape(self, registry: Registry, resources: AsyncExitStack) -> None:
-        """Let Prometheus ask the registry too, until ``resources`` closes it."""
+        """Let scrapes read the registry too, until ``resources`` is closed."""
         if self._scraping is not None:
             self._metrics.ask(registry)
-            resources.push_async_callback(self._scraping.stop)  # before what it asks
+            resources.push_async_callback(self._scraping.stop)  # before the registry closes
 
     def answer_grpc(
         self, inference: InferenceService, adapters: AdapterService, about: ServerService
     ) -> None:
-        """By these from now on."""
+        """Answer gRPC calls with these services from now on."""
         self._inference.answer_by(inference)
         self._check_wire = inference.check_wire
         self._adapters.answer_by(adapters)
         self._about.answer_by(about)
 
     def stop_accepting(self) -> None:
-        """No new connections to the gateway."""
+        """Accept no new connections to the gateway."""
         if self.gateway is not None:
             self.gateway.stop_accepting()
 
     async def stop(self, grace_s: float) -> None:
-        """End what is left; answers get out within the grace."""
+        """End the remaining calls; answers are flushed within the grace."""
         if self._server is not None:
             await self._server.stop(grace_s)
         if self.gateway is not None:
@@ -173,7 +174,7 @@ class Doors:
                 generations=capacity,
             ),
         )
-        # Servicers by their methods; the generated functions want their class.
+        # `Later` has the methods of the class that the generated functions expect.
         inference: Any = self._inference
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         adapters: Any = self._adapters
@@ -198,7 +199,7 @@ class Doors:
         wanted = self._config.openai_listen
         if wanted is None:
             return None
-        # Here, since what it imports is an extra.
+        # Imported here, since its dependencies are an optional extra.
         from veneer_server.openai.gateway import Gateway
 
         gateway = Gateway(

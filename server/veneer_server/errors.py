@@ -1,7 +1,7 @@
 """The one place where an exception becomes a gRPC status.
 
 Every status carries ``google.rpc.ErrorInfo`` (domain ``veneer``) and the detail
-that the contract names for its code, in ``grpc-status-details-bin``.
+that the contract specifies for its code, in ``grpc-status-details-bin``.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ E = TypeVar("E", bound=BaseException)
 DOMAIN: Final = "veneer"
 """``ErrorInfo.domain`` of every error."""
 
-# Clients refuse trailing metadata past 8 KiB by default, and then see nothing. The
-# message goes out three times (once percent-encoded), binary details in base64.
+# By default, clients reject trailing metadata over 8 KiB, and then see no error at all. The
+# message is sent three times (once percent-encoded), and binary details in base64.
 MAX_MESSAGE: Final = 800
-"""Bytes of an error's message in any answer, gRPC or HTTP."""
+"""Most bytes of an error's message in any answer, gRPC or HTTP."""
 
 MAX_VALUE: Final = 200
-"""Bytes of one of its metadata's values."""
+"""Most bytes of one metadata value."""
 
 _MAX_ENTRIES: Final = 8
 
@@ -60,7 +60,7 @@ _SUBJECT_KEYS: Final = ("adapter", "name", "revision", "weights_digest")
 
 
 class GrpcStatus(NamedTuple):
-    """What ``ServicerContext.abort`` takes."""
+    """The arguments of ``ServicerContext.abort``."""
 
     code: grpc.StatusCode
     message: str
@@ -68,7 +68,7 @@ class GrpcStatus(NamedTuple):
 
 
 def internal_error(request_id: str) -> InternalError:
-    """What a caller is told about a bug: the request id, and nothing of the inside."""
+    """The error that a caller gets for a bug: the request id, and no internals."""
     return InternalError(
         f"the server failed to handle this request: report request id {request_id} "
         "with the server's log",
@@ -77,7 +77,7 @@ def internal_error(request_id: str) -> InternalError:
 
 
 def to_grpc_status(error: VeneerError) -> GrpcStatus:
-    """Code, sentence and trailing metadata of an error."""
+    """Code, message and trailing metadata of an error."""
     code: grpc.StatusCode = getattr(grpc.StatusCode, error.code)
     message = clip(one_line(error.message), MAX_MESSAGE)
     retry_s = error.retry_after_s
@@ -105,8 +105,8 @@ def clip(text: str, size: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and control characters, which a caller's own words may
-    bring into an error."""
+    """The text without line breaks and control characters, which may come from text that a
+    caller sent."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " for char in text)
@@ -156,11 +156,11 @@ def _details(error: VeneerError, message: str, retry_s: float | None) -> list[Me
 
 
 def without_frames(error: E) -> E:
-    """The same error, without tracebacks, those of what it came from included.
+    """The same error without tracebacks, including those of its causes.
 
     A refused call keeps its error until the next full garbage collection: gRPC's abort is
-    part of a cycle, and so is an error that is kept in a variable of the function that
-    caught it. The frames of its traceback would keep the caller's prompt as long.
+    part of a reference cycle, and so is an error held in a variable of the function that
+    caught it. The traceback's frames would keep the caller's prompt alive for as long.
     """
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()

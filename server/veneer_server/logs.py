@@ -20,18 +20,18 @@ from typing import Any, Final, Literal, TextIO
 __all__ = ["REQUEST_ID", "Logger", "configure", "get_logger", "show_status", "takes_status"]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Id of the call that the current task serves; added to each of its lines."""
+"""Id of the call that the current task serves; added to each of its log lines."""
 
 _FIELDS: Final = "veneer_fields"
 
 _LOST: Final = "log lines were lost"
 
 _ERASE: Final = "\x1b[K"
-"""Of a terminal: what stands right of the cursor goes."""
+"""Terminal sequence that erases everything to the right of the cursor."""
 
 _PIECE: Final = 1024
-"""Bytes of a write. A pipe or socket that polls as writable takes 4 KiB without blocking; other
-processes may write to it at the same time."""
+"""Bytes of a write. A pipe or socket that polls as writable accepts 4 KiB without blocking,
+but other processes may write to it at the same time."""
 
 
 class Logger:
@@ -58,7 +58,7 @@ class Logger:
         self._log(logging.WARNING, event, fields, None)
 
     def error(self, event: str, cause: BaseException | None = None, **fields: object) -> None:
-        """A failure; ``cause`` adds its trace."""
+        """Log a failure; ``cause`` adds its traceback."""
         self._log(logging.ERROR, event, fields, cause)
 
 
@@ -73,7 +73,7 @@ def configure(
     *,
     process: Literal["front", "engine"] = "front",
 ) -> None:
-    """Send everything of ours, and warnings of others, to ``stream``."""
+    """Send all of Veneer's log lines, and other packages' warnings, to ``stream``."""
     handler = _handler(stream)
     if isinstance(handler, _Unblocked):
         handler.for_a_person = log_format == "console"
@@ -86,14 +86,14 @@ def configure(
 
 
 def takes_status() -> bool:
-    """Whether the log goes to a terminal in whose foreground this process is: one that runs
-    behind a shell, or behind another program, must not draw over what that writes."""
+    """Whether the log goes to a terminal with this process in its foreground. A background
+    process must not draw over the output of a shell or another program."""
     return any(handler.takes_status() for handler in _unblocked())
 
 
 def show_status(line: str) -> None:
-    """Show a line on the terminal that the next one, or the next log line, replaces; "" removes
-    it. Nothing is shown where `takes_status` is false."""
+    """Show a line on the terminal until the next status or log line replaces it; "" removes
+    it. Does nothing if `takes_status` is false."""
     for handler in _unblocked():
         handler.show_status(line)
 
@@ -103,7 +103,7 @@ def _unblocked() -> list[_Unblocked]:
 
 
 def _handler(stream: TextIO | None) -> logging.Handler:
-    if stream is None:  # Python's, of a process that was started without one
+    if stream is None:  # sys.stderr of a process that was started without one
         return logging.NullHandler()
     try:
         return _Unblocked(stream.fileno())
@@ -112,8 +112,8 @@ def _handler(stream: TextIO | None) -> logging.Handler:
 
 
 def _non_blocking(file: int) -> int:
-    """The same pipe or terminal, opened again so that only our writes do not block: other
-    processes share the flags of what is open. The file itself where that cannot be done."""
+    """The same pipe or terminal, reopened so that only our writes are non-blocking: other
+    processes share the flags of the open file. The file itself if it cannot be reopened."""
     kind = os.fstat(file).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
         with contextlib.suppress(OSError):
@@ -123,21 +123,21 @@ def _non_blocking(file: int) -> int:
 
 
 class _Unblocked(logging.Handler):
-    """Drops and counts lines that cannot be written at once: a log that nobody reads, such as
-    a full pipe or a stopped terminal, must not stop the server."""
+    """Drops and counts lines that cannot be written immediately: a log that nobody reads, such
+    as a full pipe or a stopped terminal, must not block the server."""
 
     def __init__(self, file: int) -> None:
         super().__init__()
         self._file = file = _non_blocking(file)
         self.for_a_person = False
         self._status = False
-        """A line is shown that is to be replaced."""
+        """Whether a status line is shown."""
         self._poll = select.poll()
         self._poll.register(file, select.POLLOUT)
         self._lost = 0
 
     def takes_status(self) -> bool:
-        """See the function of this name."""
+        """See the function `takes_status`."""
         try:
             return (
                 self.for_a_person
@@ -148,14 +148,14 @@ class _Unblocked(logging.Handler):
             return False
 
     def show_status(self, line: str) -> None:
-        """See the function of this name."""
+        """See the function `show_status`."""
         with self.lock or contextlib.nullcontext():
             if not self.takes_status() or not (line or self._status):
                 return
             with contextlib.suppress(OSError):
                 width = (os.get_terminal_size(self._file).columns or 80) - 1
-                # The cursor goes back to the line's start: what another process writes then
-                # takes its place.
+                # The cursor returns to the start of the line, so that output of another
+                # process overwrites it.
                 data = f"{_ERASE}{line[:width]}\r".encode(errors="replace")
                 if self._poll.poll(0):
                     os.write(self._file, data)
@@ -233,7 +233,7 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
-    # One event is one line, whatever a client put into a field.
+    # An event is always one line, whatever a client put into a field.
     return (
         json.dumps(text, ensure_ascii=False) if not text.isprintable() or " " in text else text
     )

@@ -1,8 +1,8 @@
-"""How far each long part of a start has come, for whoever waits for it.
+"""Progress of the long parts of a start, for users who wait for it.
 
-The code of a part says so by `stage`, wherever it runs. What it says goes to the `SINK` of its
-context: in the front to a `Display`, which shows it, in the engine over the socket to the
-front. Without one it goes nowhere.
+The code of each part reports progress through `stage`, in whichever process it runs. Reports
+go to the `SINK` of the context: in the front process a `Display` shows them, in the engine
+they are sent over the socket to the front. Without a sink they are dropped.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from veneer_server.logs import get_logger, show_status, takes_status
 __all__ = ["EVERY_S", "SINK", "Display", "Part", "Stage", "StartStopped", "stage"]
 
 EVERY_S: Final = 5.0
-"""Between two log lines of a part that runs."""
+"""Seconds between log lines of a running part."""
 
 _REDRAW_S: Final = 0.25
 _BAR: Final = 20
 _LEAST_S: Final = 2.0
-"""A part that has run for less says nothing of the time left."""
+"""A part must run for this long before it shows the time left."""
 
 _SHORT_S: Final = 0.1
-"""A part that counted nothing and was done sooner had its result from an earlier start, which
-is not worth a line."""
+"""A part that finishes sooner, without counting anything, found its result cached by an
+earlier start, which is not worth a log line."""
 
 Unit = Literal["", "bytes", "tensors", "layers", "adapters"]
 
@@ -37,16 +37,16 @@ _log = get_logger(__name__)
 
 
 class StartStopped(Exception):
-    """The start was given up: the part that is told so ends."""
+    """The start was cancelled; raised in running parts to end them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part at one moment.
+    """The state of one part.
 
     Attributes:
-        name: such as ``compiling the kernels``; no two of one name run at once.
-        done, total: how much of it, in ``unit``; a total of 0 is not known.
+        name: such as ``compiling the kernels``; unique among the running parts.
+        done, total: progress in ``unit``; a total of 0 means unknown.
     """
 
     name: str
@@ -57,29 +57,29 @@ class Part:
 
 
 Sink = Callable[[Part], None]
-"""Takes what changes, in any thread. Raises `StartStopped`."""
+"""Receives each change, in any thread. Raises `StartStopped`."""
 
 SINK: ContextVar[Sink] = ContextVar("progress", default=lambda part: None)
 
 
 class Stage:
-    """A part that runs, see `stage`."""
+    """A running part; see `stage`."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
         self._sink = SINK.get()
 
     def update(self, done: int, total: int | None = None) -> None:
-        """So much of it is done. Raises `StartStopped`."""
+        """Set the progress. Raises `StartStopped`."""
         total = self._part.total if total is None else total
         self._tell(replace(self._part, done=done, total=total))
 
     def advance(self, count: int = 1) -> None:
-        """So much more of it is done. Raises `StartStopped`."""
+        """Add to the progress. Raises `StartStopped`."""
         self.update(self._part.done + count)
 
     def end(self, state: Literal["done", "failed"]) -> None:
-        """It runs no longer."""
+        """Report that the part has ended."""
         self._tell(replace(self._part, state=state))
 
     def _tell(self, part: Part) -> None:
@@ -89,7 +89,7 @@ class Stage:
 
 @contextmanager
 def stage(name: str, *, total: int = 0, unit: Unit = "") -> Iterator[Stage]:
-    """A part of the start, for as long as the block runs."""
+    """Report a part of the start while the block runs."""
     running = Stage(Part(name, 0, total, unit))
     running.update(0)
     try:
@@ -101,13 +101,13 @@ def stage(name: str, *, total: int = 0, unit: Unit = "") -> Iterator[Stage]:
 
 
 class Display:
-    """Shows parts on standard error: one line that is drawn anew on a terminal whose foreground
-    is ours, else a log line every `EVERY_S`; and a log line with the seconds when one ends.
+    """Shows parts on standard error: as a status line if in the foreground of a terminal, else
+    as a log line every `EVERY_S`. When a part ends, its duration is logged.
 
     Its thread lives while a part runs. Thread-safe.
 
     Args:
-        structured: give log lines fields for a program, not words for a person.
+        structured: write log lines with fields for programs instead of text for people.
         clock: seconds, for tests.
     """
 
@@ -155,13 +155,13 @@ class Display:
 
     @property
     def doing(self) -> str:
-        """What runs now, in words; "" for nothing."""
+        """The running part in words; "" if none."""
         with self._changed:
             last = next(reversed(self._running.values()), None)
             return "" if last is None else last.words(self._clock())
 
     def stop(self) -> None:
-        """Every part is told to end."""
+        """Make every part end at its next report."""
         with self._changed:
             self._stopped = True
 
@@ -197,11 +197,11 @@ class Display:
 
 @dataclass(slots=True)
 class _Shown:
-    """A part that runs: when it began, when its next log line is due, whether it had one.
+    """A running part: when it began, when its next log line is due, whether it had one.
 
     Attributes:
-        since, first: its rate counts from then, when so much was done. What comes long before
-            the first count is something else, such as importing torch.
+        since, first: time and count from which the rate is computed. Time long before the
+            first count went into something else, such as importing torch.
     """
 
     part: Part
@@ -212,7 +212,7 @@ class _Shown:
     told: bool = False
 
     def left_s(self, now: float) -> float | None:
-        """Seconds until it is done, at the rate so far; None where that says nothing."""
+        """Seconds left at the rate so far; None if it cannot be estimated yet."""
         part, took, did = self.part, now - self.since, self.part.done - self.first
         if did <= 0 or part.done >= part.total or took < _LEAST_S:
             return None

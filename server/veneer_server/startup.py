@@ -1,4 +1,4 @@
-"""What `App.startup` works out before it starts anything: base identity, memory, engine."""
+"""What `App.startup` computes before it starts anything: base identity, memory, engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = get_logger(__name__)
 
 
 def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
-    """The memory plan, logged: it says what may be lowered. May take seconds (a GPU).
+    """Make the memory plan and log it. May take seconds (with a GPU).
 
     Raises:
         MemoryTooSmall: the configuration does not fit this machine.
@@ -49,10 +49,10 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
 def replan(
     decoder: DecoderConfig, config: ServerConfig, plan: MemoryPlan, host: int, device: int
 ) -> MemoryPlan:
-    """The plan with other budgets for adapters; the KV cache stays as it is.
+    """The plan with other adapter budgets; the KV cache stays as it is.
 
     Raises:
-        MemoryTooSmall: they do not fit this machine.
+        MemoryTooSmall: the budgets do not fit this machine.
     """
     changed = replace(
         config,
@@ -64,7 +64,7 @@ def replan(
 
 
 def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
-    """Of the base as it will be served; hashes its weights unless that is cached."""
+    """Fingerprint of the base as it will be served; hashes its weights unless cached."""
     quantization = None
     if config.quantization != "none":
         quantization = {
@@ -84,8 +84,8 @@ def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
 def engine_config(
     config: ServerConfig, folder: BaseFolder, base: BaseSpec, memory: MemoryPlan
 ) -> EngineConfig:
-    """What the engine process is started with: settings of the server by the same names, and
-    what was worked out."""
+    """The engine process's configuration: the server's settings of the same names, and
+    computed values."""
     planned = replace(config, kv_cache_bytes=memory.kv_cache_bytes)
     settings = asdict(planned)
     return EngineConfig(

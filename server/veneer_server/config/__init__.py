@@ -1,8 +1,8 @@
 """The server's configuration: one frozen record, each setting declared once, checked once.
 
-The fields of `ServerConfig` are the only list of settings. They are the command line flags, the
-keys of a TOML ``--config`` file and the ``VENEER_*`` variables; of several sources for one
-setting the flag wins, then the variable, then the file.
+The fields of `ServerConfig` are the only list of settings. Each is a command line flag, a key
+of a TOML ``--config`` file and a ``VENEER_*`` variable. The flag takes precedence, then the
+variable, then the file.
 """
 
 from veneer_server.config.kinds import Address

@@ -1,4 +1,4 @@
-"""Kinds of values that settings take: how each is read, and what the help calls it.
+"""The kinds of values that settings take: how each is parsed, and its name in the help.
 
 Each parser turns a flag's or variable's string, or a TOML value, into the field's type, and
 raises ValueError with a phrase that completes "... is not allowed: ".
@@ -44,7 +44,7 @@ class Kind(Generic[T]):
     """Values that a setting takes.
 
     Attributes:
-        metavar: what the help shows for the value; empty for a switch.
+        metavar: the value's name in the help; empty for a switch.
         parse: string or TOML value -> field value.
     """
 
@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
     @property
     def loopback(self) -> bool:
-        """Only this machine can reach it."""
+        """Whether only this machine can reach it."""
         if self.host == "localhost":
             return True
         try:
@@ -76,7 +76,7 @@ class Address(NamedTuple):
 _UNITS: Final = {
     "": 1,
     "b": 1,
-    # As Docker and the JVM have them.
+    # As in Docker and the JVM.
     "k": 1 << 10,
     "m": 1 << 20,
     "g": 1 << 30,
@@ -189,7 +189,7 @@ def _flag(value: Any) -> bool:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """Several names: a list, or one text with commas between them."""
+    """Several names: a list, or comma-separated text."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not all(isinstance(p, str) for p in parts):
         raise ValueError("give names, such as meta-llama/Llama-3.2-1B")
@@ -204,7 +204,7 @@ _SHORT: Final = {
     "float": "float32",
     "gpu": "cuda",
 }
-"""Other names of choices."""
+"""Aliases of choices."""
 
 
 def one_of(*choices: str) -> Kind[Any]:
@@ -254,5 +254,5 @@ CPU_SECONDS: Final = Kind("SECONDS", _cpu_seconds)
 
 
 def optional(kind: Kind[T], none: str = "") -> Kind[T | None]:
-    """The same, where the text ``none`` stands for None."""
+    """The same kind, but the text ``none`` stands for None."""
     return Kind(kind.metavar, lambda value: None if value == none else kind.parse(value))

@@ -15,7 +15,7 @@ from veneer_server.config.setting import PREFIX, ConfigInvalid, Option
 __all__ = ["load_config"]
 
 _OTHERS: Final = frozenset({"SERVER", "ACTOR"})
-"""Variables of the clients."""
+"""Variables that the clients read."""
 _KUBERNETES: Final = re.compile(r"SERVICE_(HOST|PORT)|^(\w+_)?PORT(_\d+_(TCP|UDP)\w*)?$")
 _BY_NAME: Final = {option.name: option for option in OPTIONS}
 
@@ -28,12 +28,12 @@ def load_config(
     """Merge flag, variable, file and default of each setting, and check them all.
 
     Args:
-        flags: option name -> value given on the command line; None is "not given".
+        flags: option name -> value from the command line; None if not given.
         environ: the process environment.
         file: a TOML file of option names.
 
     Raises:
-        ConfigInvalid: the first thing wrong, its source and the fix.
+        ConfigInvalid: names the first problem, its source and the fix.
     """
     in_file = _read_file(file) if file is not None else {}
     _check_names(environ)
@@ -94,8 +94,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _check_names(environ: Mapping[str, str]) -> None:
-    """Raises ConfigInvalid for a variable that is nearly one of ours. Others may be somebody
-    else's: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
+    """Raises ConfigInvalid for a variable that looks like a misspelling of ours. Others are
+    ignored: Kubernetes sets VENEER_SERVICE_HOST and the like for a Service of that name."""
     ours = {
         name.upper(): option.name.upper()
         for option in OPTIONS
@@ -130,10 +130,11 @@ def _check(config: ServerConfig) -> None:
             )
     if config.port_file is not None and not config.port_file.parent.is_dir():
         raise ConfigInvalid(
-            f"--port-file: make the folder {config.port_file.parent} first",
+            f"--port-file: create the folder {config.port_file.parent} first",
             metadata={"key": "port_file"},
         )
     if config.data_dir.resolve() == config.cache_dir.resolve():
         raise ConfigInvalid(
-            "--data-dir and --cache-dir must be two folders", metadata={"key": "cache_dir"}
+            "--data-dir and --cache-dir must be different folders",
+            metadata={"key": "cache_dir"},
         )

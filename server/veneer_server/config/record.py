@@ -18,7 +18,7 @@ __all__ = ["OPTIONS", "ServerConfig"]
 class ServerConfig:
     """Everything an operator can set. Sizes are bytes, times are seconds unless they are hours.
 
-    A field is its default as a person would write it, the values it takes, and its help.
+    Each field gives its default as a user would write it, its kind of value, and its help.
     """
 
     # fmt: off
@@ -28,7 +28,7 @@ class ServerConfig:
         also=("model",))
     listen: kinds.Address = setting(
         "127.0.0.1:50051", kinds.ADDRESS,
-        "Address for gRPC; port 0 chooses a free one.")
+        "Address for gRPC; port 0 picks a free port.")
     metrics_listen: kinds.Address | None = setting(
         "127.0.0.1:9095", kinds.optional(kinds.ADDRESS),
         "Address for Prometheus; empty turns it off.")
@@ -37,35 +37,35 @@ class ServerConfig:
         "Address for the OpenAI-compatible HTTP gateway; empty leaves it off.")
     allowed_hosts: tuple[str, ...] = setting(
         "", kinds.HOSTS,
-        "Host names that the HTTP gateway and the metrics port answer to, beside localhost "
-        "and their address; * is any. Empty allows any where other machines can connect.")
+        "Host names that the HTTP gateway and the metrics port accept, besides localhost and "
+        "their address; * accepts any. Empty accepts any if other machines can connect.")
     insecure: bool = setting(
         "false", kinds.SWITCH,
         "Allow addresses that other machines can reach, without authentication.")
     data_dir: Path = setting(
         "~/.local/share/veneer", kinds.FOLDER,
-        "Adapters and their catalog; one server owns it.")
+        "Folder for adapters and their catalog; one server owns it.")
     cache_dir: Path = setting(
         CACHE_DIR, kinds.FOLDER,
-        "Imported bases and 4-bit checkpoints; may be shared and deleted.")
+        "Folder for imported bases and 4-bit checkpoints; may be shared, or deleted.")
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", kinds.one_of("auto", "cpu", "cuda"),
-        "Where the model runs; auto takes CUDA if there is one.")
+        "Where the model runs; auto uses CUDA if available.")
     quantization: Literal["nf4", "fp4", "none"] = setting(
         "nf4", kinds.one_of("nf4", "fp4", "none"),
-        "Of the base model's linear layers.")
+        "Quantization of the base model's linear layers.")
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", kinds.one_of("bfloat16", "float16", "float32"),
-        "Of activations, KV cache and adapters.")
+        "Data type of activations, KV cache and adapters.")
     backend: Literal["auto", "native", "torch"] = setting(
         "auto", kinds.one_of("auto", "native", "torch"),
-        "What executes a step; auto takes the native CPU kernels where they can run.")
+        "What executes steps; auto uses the native CPU kernels if they can run.")
     native_instructions: Literal["auto", "avx512-bf16", "avx2"] = setting(
         "auto", kinds.one_of("auto", "avx512-bf16", "avx2"),
-        "Instructions that the native kernels use; auto is the most that the CPU has.")
+        "Instruction set of the native kernels; auto picks the best that the CPU has.")
     threads: int = setting(
         "0", kinds.whole(0, 1024),
-        "CPU threads of a step; 0 means all cores.")
+        "CPU threads for a step; 0 means all cores.")
     max_running: int = setting(
         "64", kinds.whole(1, 4096),
         "Most sequences in one batch.")
@@ -74,46 +74,46 @@ class ServerConfig:
         "Most tokens in one step.")
     max_prefill_tokens: int = setting(
         "128", kinds.whole(1, 1 << 20),
-        "Most prompt tokens in a step that also decodes (a quarter more to end one).")
+        "Most prompt tokens in a step that also decodes (a quarter more to finish one).")
     prefix_cache: bool = setting(
         "true", kinds.SWITCH,
-        "Keep keys and values of prompts and share them between requests.")
+        "Cache keys and values of prompts, and share them between requests.")
     exact: bool = setting(
         "false", kinds.SWITCH,
-        "Tokens and log-probabilities that do not depend on what shares a step, bit by bit; "
-        "with the torch backend much slower, and without the prefix cache.")
+        "Make tokens and log-probabilities bit-identical whatever else is in the batch; with "
+        "the torch backend, this is much slower and turns the prefix cache off.")
     max_queue: int = setting(
         "256", kinds.whole(0, 1 << 20),
-        "Requests that may wait; more are refused.")
+        "Most requests that may wait; more are refused.")
     default_max_tokens: int = setting(
         "512", kinds.whole(1, 1 << 31),
-        "New tokens of a request that sets no max_tokens; 16 for /v1/completions.")
+        "Most new tokens of a request that sets no max_tokens; 16 for /v1/completions.")
     default_temperature: float | None = setting(
         "auto", kinds.auto_number(0, 100),
-        "Of requests that set none; auto is the base's own, else 0.7.")
+        "Temperature of requests that set none; auto is the base's own, else 0.7.")
     default_top_p: float | None = setting(
         "auto", kinds.auto_number(0.01, 1),
-        "Of requests that set none; auto is the base's own, else 0.9.")
+        "top_p of requests that set none; auto is the base's own, else 0.9.")
     max_connections: int = setting(
         "512", kinds.whole(8, 1 << 20),
-        "Connections to the gRPC port, and to the HTTP gateway. One more takes the place of "
-        "an idle one, and is refused where there is none.")
+        "Most connections to the gRPC port, and to the HTTP gateway. A further one replaces an "
+        "idle one, or is refused if there is none.")
     max_watchers: int = setting(
         "256", kinds.whole(1, 1 << 20),
-        "WatchAdapters calls that may be open; more are refused.")
+        "Most WatchAdapters calls that may be open; more are refused.")
     refusal_rate: int = setting(
         "100", kinds.whole(0, 1 << 20),
-        "Invalid requests a second from one host that are refused at once; refusals beyond "
-        "that are delayed by up to 3 s. 0 delays none.")
+        "Invalid requests per second from one host that are refused at once; further refusals "
+        "are delayed by up to 3 s. 0 delays none.")
     kv_cache_bytes: int | None = setting(
         "auto", kinds.optional(kinds.BYTES, "auto"),
-        "Memory for keys and values; auto is 1 GiB, or less where memory is short.")
+        "Memory for keys and values; auto is 1 GiB, or less if memory is short.")
     host_cache_bytes: int = setting(
         "2GiB", kinds.BYTES,
-        "Adapters ready in host memory.")
+        "Memory for adapters in the HOST tier.")
     device_adapter_bytes: int = setting(
         "1GiB", kinds.BYTES,
-        "Adapters ready to run.")
+        "Memory for adapters in the DEVICE tier, which are ready to run.")
     max_adapter_bytes: int = setting(
         "2GiB", kinds.BYTES,
         "Largest upload.")
@@ -122,35 +122,35 @@ class ServerConfig:
         "Replaced revisions kept on disk for each name.")
     upload_ttl: float = setting(
         "24", kinds.HOURS,
-        "How long what arrived of an interrupted upload is kept, to be resumed.")
+        "How long the data of an interrupted upload is kept, so that it can be resumed.")
     min_upload_rate: int = setting(
         "16KiB", kinds.BYTES,
-        "Bytes a second that an upload must bring, over a minute; a slower one is ended.")
+        "Bytes per second at which an upload must arrive, over a minute; slower ones end.")
     upload_deadline: float = setting(
         "3600", kinds.SOME_SECONDS,
-        "How long an upload may take; what arrived by then is kept, and can be resumed.")
+        "How long an upload may take; its data is kept, and it can be resumed.")
     max_broken_uploads: int = setting(
         "16", kinds.whole(1, 1 << 20),
-        "Interrupted uploads to keep; older ones are removed.")
+        "Most interrupted uploads to keep; older ones are removed.")
     max_broken_upload_bytes: int = setting(
         "512MiB", kinds.BYTES,
-        "Bytes of all interrupted uploads kept; the newest stays whatever its size.")
+        "Most bytes of interrupted uploads to keep; the newest is kept whatever its size.")
     quarantine_ttl: float = setting(
         "720", kinds.HOURS,
-        "How long the quarantine keeps damaged adapters and content that no adapter names.")
+        "How long damaged adapters and content without an adapter stay in quarantine.")
     quarantine_bytes: int = setting(
         "10GiB", kinds.BYTES,
         "Size limit of the quarantine; the oldest content is removed first.")
     allow_base_name: tuple[str, ...] = setting(
         "", kinds.NAMES,
-        "Also accept adapters whose config names the base NAME; may be repeated.",
+        "Also accept adapters whose config gives NAME as their base; may be repeated.",
         repeated=True)
     grace: float = setting(
         "30", kinds.SECONDS,
-        "How long running requests may finish when the server is told to stop.")
+        "How long running requests may take to finish when the server stops.")
     reader_limit: float = setting(
         "30", kinds.SECONDS,
-        "How long a stream may wait for a caller that reads nothing, before it is ended.")
+        "How long a stream waits for a caller that reads nothing before it is ended.")
     constraint_bytes: int = setting(
         "32KiB", kinds.bytes_between("1KiB", "128KiB"),
         "Largest JSON schema, regular expression or list of choices.")
@@ -165,10 +165,10 @@ class ServerConfig:
         "Memory that compiling or following one constraint may take.")
     constraint_mask_seconds: float = setting(
         "0.1", kinds.CPU_SECONDS,
-        "CPU time for finding the tokens that may come next, before each token.")
+        "CPU time for finding the tokens that may come next, for each token.")
     constraint_fuel: int = setting(
         "50000", kinds.whole(1000, 10_000_000),
-        "The same, in llguidance's own count (step_lexer_fuel), whatever the machine.")
+        "The same limit in llguidance's own unit (step_lexer_fuel), on any machine.")
     constraint_matcher_memory: int = setting(
         "48MiB", kinds.bytes_between("16MiB", "64GiB"),
         "Memory for all running constraints; slow ones get half as much again.")
@@ -177,7 +177,7 @@ class ServerConfig:
         "Format of the log on stderr.")
     port_file: Path | None = setting(
         "", kinds.optional(kinds.FILE),
-        "Write the bound addresses there as JSON when ready.")
+        "Write the bound addresses to FILE as JSON when ready.")
     # fmt: on
 
 

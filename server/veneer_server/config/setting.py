@@ -1,4 +1,4 @@
-"""One setting: what its field in `ServerConfig` says of it."""
+"""One setting, as declared by its field in `ServerConfig`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer_server.config.kinds import Kind
 __all__ = ["PREFIX", "ConfigInvalid", "Option", "setting"]
 
 PREFIX: Final = "VENEER_"
-"""Of the variables."""
+"""Prefix of the environment variables."""
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ def setting(
     also: tuple[str, ...] = (),
     repeated: bool = False,
 ) -> T:
-    """A field of the record, with all that is said of it; see `Option`.
+    """Declare a field of the record; see `Option` for the arguments.
 
-    Typed as its value, so that mypy compares the field's type with the kind's.
+    Typed as the value, so that mypy checks the field's type against the kind's.
     """
     metadata = {
         "default": default,
@@ -52,13 +52,13 @@ class Option:
     """A setting by name.
 
     Attributes:
-        name: field of `ServerConfig`, key of the file; ``--`` and ``VENEER_``
-            names follow from it.
-        default: as a person would write it.
-        kind: what values it takes, and how they are read.
-        also: other names of the flag, by which other servers call it.
+        name: field of `ServerConfig` and key of the file; the flag and the ``VENEER_``
+            variable are derived from it.
+        default: as a user would write it.
+        kind: which values it takes, and how they are parsed.
+        also: other names of the flag, as used by other servers.
         repeated: the flag may be given several times, the file's key is a list, and the
-            variable has commas.
+            variable is comma-separated.
     """
 
     name: str

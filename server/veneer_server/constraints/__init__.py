@@ -1,1 +1,1 @@
-"""Constrained output: compiled and followed in processes that may be killed."""
+"""Constrained output: compiled and followed in processes that can be killed."""

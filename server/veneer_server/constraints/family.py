@@ -1,4 +1,4 @@
-"""The engine's side of the processes: start the parent, have it fork, hear of ends."""
+"""The engine's side of the processes: starts the parent, requests forks, learns of exits."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _NOTES_READ: Final = 2000
 
 
 class Child:
-    """A forked process, from the wish for it to its end.
+    """A forked process, from the request for it to its end.
 
     Args:
-        tell_parent: the parent does to it what we may not: its process id could be
-            another's by the time we signal it.
+        tell_parent: sends the parent a message. Only the parent signals the child, because
+            its process id could have been reused by the time we did.
 
     Attributes:
         connection: does not block.
-        killed_for: why we ended it; empty where we did not.
+        killed_for: why we ended it; empty if we did not.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Child:
         self._tell_parent = tell_parent
         self.killed_for = ""
         self.backlog: deque[bytes] = deque()
-        """Packets that the socket did not take."""
+        """Packets that the socket had no room for."""
         self._notes = os.memfd_create("veneer-notes")
         self._marker = os.memfd_create("veneer-marker")
         os.ftruncate(self._marker, MARKER_BYTES)
@@ -70,16 +70,16 @@ class Child:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """For the child: what it writes to as standard error, and its marker."""
+        """For the child: the file for its standard error, and its marker."""
         return self._notes, self._marker
 
     def send(self, message: Reply) -> None:
-        """Never blocks; what the socket does not take waits for `flush`."""
+        """Never blocks; if the socket is full, the message waits for `flush`."""
         self.backlog.append(msgspec.msgpack.encode(message))
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits. Nothing happens where the child has ended."""
+        """Send waiting messages. Does nothing if the child has ended."""
         try:
             while self.backlog:
                 self.connection.send(self.backlog[0])
@@ -90,7 +90,7 @@ class Child:
             self.backlog.clear()  # its end is about to be reported
 
     def kill(self, reason: str) -> None:
-        """End it, as soon as the parent gets to it."""
+        """Have the parent end it."""
         if not self.killed_for:
             self.killed_for = reason
             self._tell_parent(Kill(self.number))
@@ -101,22 +101,22 @@ class Child:
 
     @property
     def job(self) -> int:
-        """The sequence that it worked for last, 0 for none."""
+        """The sequence that it last worked for; 0 if none."""
         return int.from_bytes(self._shared[:MARKER_BYTES], "little", signed=True)
 
     @property
     def notes(self) -> str:
-        """The first that it wrote to its standard error."""
+        """The beginning of its standard error."""
         return os.pread(self._notes, _NOTES_READ, 0).decode(errors="replace")
 
     @property
     def out_of_memory(self) -> bool:
-        """It got no more, as the library or Python said. It may hang: a library that fails
-        while it tells of a panic waits for itself."""
+        """Whether the library or Python reported that memory ran out. The process may then
+        hang: a library that fails while reporting a panic deadlocks."""
         return "memory allocation" in self.notes or "MemoryError" in self.notes
 
     def close(self) -> None:
-        """Give back what we hold of it."""
+        """Release our resources for it."""
         self.connection.close()
         self._shared.close()
         os.close(self._notes)
@@ -135,12 +135,12 @@ class Family:
 
     @property
     def control(self) -> socket.socket:
-        """The connection to it; does not block once it is started."""
+        """The connection to the parent process, which must have been started."""
         assert self._control is not None, "started first"
         return self._control
 
     def start(self) -> None:
-        """Start the process, and do not wait for it. Raises OSError."""
+        """Start the process without waiting for it. Raises OSError."""
         ours, theirs = pair()
         with theirs:
             self._process = subprocess.Popen(
@@ -152,7 +152,7 @@ class Family:
         self._control = ours
 
     def fork(self, role: Role) -> Child:
-        """A child, which the parent forks when it gets to it; never, if it has ended."""
+        """Request a child, which the parent forks later; never, if the parent has ended."""
         self._count += 1
         ours, theirs = pair()
         ours.setblocking(False)
@@ -162,14 +162,14 @@ class Family:
         return child
 
     def _tell(self, message: ToControl, *descriptors: int) -> None:
-        """Never blocks. Few messages are under way at once, so there is room for each."""
+        """Never blocks. Few messages are in flight at once, so there is room for each."""
         if self._control is not None:
-            with contextlib.suppress(OSError):  # we are about to hear of its end
+            with contextlib.suppress(OSError):  # its end is about to be noticed
                 body = msgspec.msgpack.encode(message)
                 socket.send_fds(self._control, [body], descriptors)
 
     def receive(self) -> FromControl | None:
-        """What it says; None where it has ended. Raises BlockingIOError for nothing now."""
+        """Its next message; None once it has ended. Raises BlockingIOError if none is there."""
         return receive(self.control, self._buffer)  # type: ignore[return-value]
 
     def end(self) -> None:
@@ -184,7 +184,7 @@ class Family:
 
 
 class Sockets:
-    """What the watching thread waits for: each child, the parent, and `poke`."""
+    """What the watching thread waits on: each child, the parent, and `poke`."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -192,11 +192,12 @@ class Sockets:
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def poke(self) -> None:
-        """Let `wait` return at once. Any thread may call."""
+        """Make `wait` return at once. Any thread may call this."""
         os.eventfd_write(self._wake, 1)
 
     def wait(self, timeout: float | None) -> list[tuple[Child | None, int]]:
-        """Those that can be read or written, with the selector's mask; None is the parent."""
+        """The children that can be read or written, with the selector's mask; None is the
+        parent."""
         found: list[tuple[Child | None, int]] = []
         for key, mask in self._selector.select(timeout):
             if key.fileobj == self._wake:
@@ -217,13 +218,13 @@ class Sockets:
         return child.connection in self._selector.get_map()
 
     def remove(self, of: Child | Family) -> None:
-        """Harmless for one that is not there."""
+        """Does nothing if it was not added."""
         connection = of.connection if isinstance(of, Child) else of.control
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection)
 
     def write_too(self, child: Child) -> None:
-        """Be told when a child's full socket takes more."""
+        """Also wait for a child's full socket to become writable."""
         try:
             key = self._selector.get_key(child.connection)
         except KeyError:

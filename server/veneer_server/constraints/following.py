@@ -1,4 +1,4 @@
-"""What the engine knows of each constrained sequence, and which process follows it. No I/O."""
+"""The engine's state of each constrained sequence, and which process follows it. No I/O."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from veneer_server.wire.messages import Constraint
 __all__ = ["DEATHS", "SLOW_MASK_S", "SLOW_TRIAL_S", "Followed", "refusal"]
 
 SLOW_MASK_S: Final = 0.005
-"""A sequence one of whose masks took longer (CPU time) is followed by the process for
-slow ones, at low priority, and never waited for."""
+"""A sequence with a mask that took longer (CPU time) is followed by the slow process, at low
+priority, and steps never wait for it."""
 
 SLOW_TRIAL_S: Final = 0.02
-"""The same for compiling: in the other process it would delay the masks of the rest."""
+"""The same for compiling, which in the quick process would delay other masks."""
 
 _REPLAY: Final = 8192
-"""Tokens in one packet."""
+"""Most tokens in one packet."""
 
 DEATHS: Final = 2
-"""So many ends of a process while it worked for the same sequence are that one's fault."""
+"""After this many exits of a process while it worked for a sequence, the sequence is blamed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,16 +33,16 @@ class Followed:
     """One sequence, from `Grammars.compile` to `Grammars.forget`.
 
     Attributes:
-        done: told once, when it may start or is refused; None after that.
-        tokens: those chosen so far.
-        process: which follows it; None before its trial has ended.
-        confirmed: tokens that the process has taken, of which it said so.
+        done: called once, when it may start or is refused; None after that.
+        tokens: tokens chosen so far.
+        process: the process that follows it; None until its trial has ended.
+        confirmed: number of tokens that the process has confirmed.
         bits: what may follow after ``mask_at`` tokens, a bit for each token.
         stopped: nothing more may follow.
-        failure: why it cannot go on.
+        failure: why it cannot continue.
         slow: its masks take long; see `SLOW_MASK_S`.
-        held: the step loop waits to be told that it can go on, or that it has ended.
-        deaths: ends of a process, by no signal of its own, while it worked for this one.
+        held: the step loop waits for the callback that it can continue or has ended.
+        deaths: exits of its process while that worked for this sequence.
     """
 
     sequence: int
@@ -61,11 +61,11 @@ class Followed:
 
     @property
     def ready(self) -> bool:
-        """What the next step needs to know of it is known."""
+        """Whether everything that the next step needs is known."""
         return self.mask_at == len(self.tokens) or self.stopped or self.failure is not None
 
     def how(self) -> Following:
-        """How it goes on; held from now on where that is LATE."""
+        """How it continues; if LATE, it is held from now on."""
         if self.stopped:
             return Following.COMPLETE
         if self.slow and not self.ready:
@@ -81,7 +81,7 @@ class Followed:
 
 
 def refusal(constraint: Constraint, limit: str, problem: str) -> InvalidField:
-    """What its caller is told."""
+    """The error for the caller."""
     name = f"constraint.{constraint.kind}"
     metadata = {"field": name} | ({"limit": limit} if limit else {})
     return InvalidField(

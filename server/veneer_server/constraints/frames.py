@@ -1,8 +1,7 @@
-"""What travels between the engine and the processes that hold constraints.
+"""Messages between the engine and the processes that hold constraints.
 
-Every message is one packet of a Unix socket that keeps their boundaries
-(``SOCK_SEQPACKET``): nothing is ever half read, and a send either happens whole or
-says that it would block.
+Each message is one packet of a Unix socket that preserves boundaries (``SOCK_SEQPACKET``):
+no message is ever read in part, and a send either sends all of it or would block.
 """
 
 from __future__ import annotations
@@ -45,23 +44,23 @@ __all__ = [
 ]
 
 LONGEST: Final = 160 << 10
-"""Bytes of a packet; what a Unix socket takes without privileges is 208 KiB."""
+"""Most bytes of a packet; without privileges a Unix socket accepts 208 KiB."""
 
 Role = Literal["trial", "quick", "slow"]
 
 Limit = Literal["", "compile_seconds", "memory", "mask_seconds", "fuel", "library"]
-"""What stopped a constraint; ``library`` is a fault of llguidance, empty none of these."""
+"""Which limit stopped a constraint; ``library``: llguidance failed; empty: none of these."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     pass
 
 
-# ------------------------------------------------- the parent of all the others
+# ------------------------------------------------------------ the parent process
 
 
 class Setup(_Message, frozen=True):
-    """First message to the process: the vocabulary, and the limits of its children."""
+    """The first message to the parent: the vocabulary, and the limits of its children."""
 
     tokenizer: str
     vocab_size: int
@@ -70,32 +69,32 @@ class Setup(_Message, frozen=True):
 
 
 class Ready(_Message, frozen=True):
-    """Its answer. ``error`` is empty unless the tokenizer cannot be used."""
+    """The parent's answer. ``error`` is empty unless the tokenizer cannot be used."""
 
     error: str
 
 
 class Begin(_Message, frozen=True):
-    """Fork a child; its socket, its notes and its marker come along as descriptors."""
+    """Fork a child; its socket, notes and marker are attached as descriptors."""
 
     number: int
     role: Role
 
 
 class Kill(_Message, frozen=True):
-    """End a child. Nothing happens where it has ended already."""
+    """End a child. Does nothing if it has already ended."""
 
     number: int
 
 
 class Renice(_Message, frozen=True):
-    """Lower a child's priority, likewise."""
+    """Lower a child's priority. Does nothing if it has already ended."""
 
     number: int
 
 
 class Ended(_Message, frozen=True):
-    """A child has ended, by a signal or with status 0 (``signal`` is 0 then)."""
+    """A child has ended; ``signal`` is 0 if no signal ended it."""
 
     number: int
     signal: int
@@ -109,13 +108,13 @@ FromControl = Ready | Ended
 
 
 class Compiled(_Message, frozen=True):
-    """It compiles; what follows is the first mask."""
+    """The constraint has compiled; the first mask is next."""
 
     seconds: float
 
 
 class Verdict(_Message, frozen=True):
-    """``problem`` is empty where the constraint may be followed."""
+    """``problem`` is empty if the constraint may be used."""
 
     limit: Limit
     problem: str
@@ -128,8 +127,8 @@ FromTrial = Compiled | Verdict
 
 
 class Follow(_Message, frozen=True):
-    """Compile, take the tokens that were chosen before (more come while not ``last``),
-    and compute the mask."""
+    """Compile, consume the tokens chosen so far (more messages follow unless ``last``), and
+    compute the mask."""
 
     sequence: int
     constraint: Constraint | None
@@ -138,7 +137,7 @@ class Follow(_Message, frozen=True):
 
 
 class Advance(_Message, frozen=True):
-    """Take one token for each of these sequences, then compute their masks."""
+    """Consume one token for each of these sequences, then compute their masks."""
 
     pairs: list[tuple[int, int]]
 
@@ -151,7 +150,7 @@ ToMatcher = Follow | Advance | Forget
 
 
 class Advanced(_Message, frozen=True):
-    """The tokens were taken: sequence, tokens so far, whether nothing more may follow."""
+    """Tokens were consumed: sequence, tokens so far, whether nothing more may follow."""
 
     rows: list[tuple[int, int, bool]]
 
@@ -166,13 +165,13 @@ class Mask(_Message, frozen=True):
 
 
 class Masks(_Message, frozen=True):
-    """Some of them in one packet: each wakes the engine's thread."""
+    """Several masks in one packet, since each packet wakes the engine's thread."""
 
     rows: list[Mask]
 
 
 class Failed(_Message, frozen=True):
-    """The sequence cannot go on, and is forgotten."""
+    """The sequence cannot continue, and has been forgotten."""
 
     sequence: int
     limit: Limit
@@ -197,11 +196,11 @@ def receive(connection: socket.socket, buffer: bytearray, *, wait: bool = True) 
     """The next message; None when the other side has closed.
 
     Args:
-        buffer: `LONGEST` bytes, used again for every message.
-        wait: False never blocks, whatever the socket does by itself.
+        buffer: `LONGEST` bytes, reused for every message.
+        wait: if False, never blocks, whatever the socket's mode.
 
     Raises:
-        BlockingIOError: there is none now.
+        BlockingIOError: there is no message yet.
     """
     try:
         size = connection.recv_into(buffer, 0, 0 if wait else socket.MSG_DONTWAIT)

@@ -1,4 +1,4 @@
-"""A constraint in the library's hands (llguidance): compile it, and say what is wrong.
+"""Compiles constraints with llguidance, and explains what is wrong with them.
 
 Only the processes of `veneer_server.constraints.process` import this: the library may
 take any amount of time or memory, panic, or abort.
@@ -17,12 +17,12 @@ from veneer_server.wire.messages import Constraint, ConstraintLimits
 __all__ = ["Refused", "compile_matcher", "first_problem", "library_limits", "load_tokenizer"]
 
 _JSON_SPACES: Final = " ?"
-"""Between the parts of a JSON text: at most one space. With more, a small model can
-fill its tokens with blanks; a schema's ``x-guidance`` may say otherwise."""
+"""Whitespace between the parts of a JSON text: at most one space. If more were allowed, a
+small model could waste its tokens on blanks. A schema's ``x-guidance`` overrides this."""
 
 _LONGEST_PROBLEM: Final = 300
 _LIMITED: Final = ("limits.", "too many", "too large", "too complex", "max is")
-"""Words of the library's messages about its own limits."""
+"""Phrases by which the library's messages about its own limits are recognized."""
 
 _NO_TEXT: Final = "it admits no text"
 _NO_TEXT_CODE: Final = "NoExtension"
@@ -32,7 +32,7 @@ class Refused(Exception):
     """A constraint cannot be used.
 
     Attributes:
-        limit: which limit it passed; empty where it is wrong or not supported.
+        limit: the limit that it exceeded; empty if it is invalid or not supported.
         problem: a phrase for the caller.
     """
 
@@ -43,26 +43,26 @@ class Refused(Exception):
 
 
 def load_tokenizer(path: str, vocab_size: int, eos_token_ids: list[int]) -> LLTokenizer:
-    """Of a ``tokenizer.json``; raises many kinds of exceptions."""
+    """Load a ``tokenizer.json``. May raise any exception."""
     with open(path, encoding="utf-8") as file:
         return LLTokenizer(file.read(), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
 def library_limits(limits: ConstraintLimits) -> LLParserLimits:
-    """What the library itself counts; it counts neither time nor bytes."""
+    """The library's own limits, which cover neither time nor bytes."""
     return LLParserLimits(
         initial_lexer_fuel=200_000,
         step_lexer_fuel=limits.fuel,
         max_grammar_size=100_000,
         max_lexer_states=20_000,  # 1 to 2 KB each
-        verbose_errors=False,  # no state of the parser in messages
+        verbose_errors=False,  # keep parser state out of messages
     )
 
 
 def compile_matcher(
     tokenizer: LLTokenizer, constraint: Constraint, limits: LLParserLimits
 ) -> LLMatcher:
-    """Raises Refused, whatever the library raised."""
+    """Raises only Refused, whatever the library raises."""
     try:
         matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=limits)
     except ValueError as error:
@@ -77,7 +77,7 @@ def compile_matcher(
 
 
 def first_problem(matcher: LLMatcher) -> Refused:
-    """What a matcher that is in error, or that admits no token, is refused for."""
+    """The refusal for a matcher that is in error or allows no token."""
     text = matcher.get_error()
     if text.startswith("panic"):
         return Refused("library", "the library that compiles it failed")
@@ -86,7 +86,7 @@ def first_problem(matcher: LLMatcher) -> Refused:
 
 
 def _grammar(constraint: Constraint) -> str:
-    """In llguidance's own form."""
+    """The constraint in llguidance's own form."""
     match constraint.kind:
         case "json_schema":
             return LLMatcher.grammar_from_json_schema(

@@ -1,11 +1,11 @@
-"""Constrained output: what a sequence may say next. The engine's view of it.
+"""Constrained output as the engine sees it: which tokens a sequence may have next.
 
-Nothing of a caller's is compiled or followed in the engine: a library that takes any
-time or memory, panics or aborts on some constraint would take every stream with it.
-A constraint is tried first, in a child of its own under limits of CPU time and memory
-(`Tryouts`); then one of two matcher processes compiles it once more and follows the
-sequence (`Matchers`). That one computes the next mask while the step runs. A mask that
-is late is not waited for: its sequence is left out of steps until it is there.
+The engine does not compile or follow callers' constraints itself: if the library hung, ran
+out of memory, panicked or aborted on one of them, every stream would end. A constraint is
+first tried in a separate child process under limits of CPU time and memory (`Tryouts`). Then
+one of two matcher processes compiles it again and follows the sequence (`Matchers`): it
+computes the next mask while the step runs. Steps do not wait for a late mask; they leave its
+sequence out until the mask arrives.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ __all__ = ["GrammarFailed", "Grammars"]
 log = logging.getLogger(__name__)
 
 _READY_S: Final = 60.0
-"""The parent process reads its tokenizer within this time, or is started again."""
+"""Time within which the parent process must load its tokenizer; else it is restarted."""
 
 _STEADY_S: Final = 10.0
 _PAUSE_S: Final = 2.0
-"""A parent process that ran for less than the first is started again after the second."""
+"""A parent process that ran for less than `_STEADY_S` is restarted after `_PAUSE_S`."""
 
 
 class GrammarFailed(Exception):
@@ -70,11 +70,11 @@ class GrammarFailed(Exception):
 
 
 class Grammars:
-    """All constrained sequences. Any thread may call; one lock guards everything.
+    """All constrained sequences. Thread-safe; one lock guards everything.
 
     Args:
-        unhold: told when a sequence that `allowed` or `advance` called late can go on.
-        report: told what became of each constraint, for metrics.
+        unhold: called when a sequence that was LATE in `allowed` or `advance` can continue.
+        report: called with the outcome of each constraint, for metrics.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Grammars:
         unhold: Callable[[int], None],
         report: Callable[[ConstraintDone | MatcherEnded], None] = lambda message: None,
     ) -> Grammars:
-        """Begin to read a base folder's ``tokenizer.json``; see `usable`."""
+        """Start loading a base folder's ``tokenizer.json``; see `usable`."""
         path = str(folder / "tokenizer.json")
         grammars = cls(
             Setup(path, vocab_size, list(eos_token_ids), limits), unhold=unhold, report=report
@@ -127,9 +127,9 @@ class Grammars:
         return grammars
 
     def usable(self) -> bool:
-        """Wait for the tokenizer; False, and all is closed, where it does not fit.
+        """Wait for the tokenizer. If it cannot be used, closes everything and returns False.
 
-        Called once, before any other method.
+        Must be called once, before any other method.
         """
         self._family.control.settimeout(_READY_S)
         try:
@@ -148,7 +148,7 @@ class Grammars:
         return True
 
     def close(self) -> None:
-        """End all processes. Sequences that wait are told nothing."""
+        """End all processes. Waiting sequences get no callback."""
         self._stop.set()
         self._sockets.poke()
         if self._thread.is_alive():
@@ -159,7 +159,7 @@ class Grammars:
         self._sockets.close()
 
     def __len__(self) -> int:
-        """Sequences there are now."""
+        """Number of constrained sequences."""
         return len(self._followed)
 
     # -------------------------------------------------------- for the loop and the runner
@@ -171,8 +171,8 @@ class Grammars:
         done: Callable[[InvalidField | None], None],
         caller: str = "",
     ) -> None:
-        """Prepare a sequence. ``done`` is called in another thread (or in this one, if all
-        is known already), with the error if there is one. `forget` it in the end either way.
+        """Prepare a sequence. ``done`` is called with the error, if any, in another thread or,
+        if the outcome is already known, in this one. Call `forget` in the end either way.
         """
         with self._news:
             followed = Followed(sequence, constraint, done)
@@ -183,7 +183,7 @@ class Grammars:
         self._sockets.poke()
 
     def forget(self, sequence: int) -> None:
-        """The sequence has ended; harmless for one without a constraint."""
+        """Drop a sequence that has ended; does nothing if it has no constraint."""
         with self._news:
             followed = self._followed.pop(sequence, None)
             if followed is None:
@@ -196,11 +196,11 @@ class Grammars:
         """Tokens that may come next: [vocab] bool, at least one of them True.
 
         Args:
-            until: how long to wait for them, on the monotonic clock. If that is too
-                short the answer is LATE, and the sequence is held until `unhold`.
+            until: when to stop waiting for them, on the monotonic clock. If they are not known
+                by then, the answer is LATE, and the sequence is held until `unhold`.
 
         Raises:
-            GrammarFailed: a limit was passed, or nothing may follow.
+            GrammarFailed: a limit was exceeded, or nothing may follow.
         """
         with self._news:
             followed = self._followed[sequence]
@@ -220,9 +220,9 @@ class Grammars:
         """Give each sequence the token that was chosen for it.
 
         Returns:
-            COMPLETE for those that nothing may follow, LATE for those that are held until
-            `unhold`, GOES_ON for the rest. Whether one is complete may only be known
-            later, if ``until`` is too short: `allowed` says so then.
+            COMPLETE for sequences that nothing may follow, LATE for those held until `unhold`,
+            GOES_ON for the rest. If ``until`` is too early to know that a sequence is
+            complete, `allowed` says so later.
         """
         with self._news:
             followed = [self._followed[sequence] for sequence in chosen]
@@ -234,7 +234,7 @@ class Grammars:
             return {f.sequence: f.how() for f in followed}
 
     def ending(self, sequence: int) -> ConstraintFailure | Following:
-        """How a sequence goes on that was held until now."""
+        """How a sequence that was held continues."""
         with self._news:
             followed = self._followed.get(sequence)
             if followed is None:
@@ -244,7 +244,7 @@ class Grammars:
     def _await(
         self, followed: list[Followed], known: Callable[[Followed], bool], until: float
     ) -> None:
-        """Wait for what is known soon; not for sequences that are known to be slow."""
+        """Wait until ``known`` holds for all sequences that are not slow, or for ``until``."""
         while not all(f.slow or known(f) for f in followed):
             if not self._news.wait(until - time.monotonic()):
                 return
@@ -252,7 +252,7 @@ class Grammars:
     # ------------------------------------------------------------------- under the lock
 
     def _follow(self, followed: Followed, outcome: Outcome) -> None:
-        """Its trial has ended: have it followed, or refuse it."""
+        """Have a sequence followed after its trial, or refuse it."""
         if outcome.problem:
             done, followed.done = followed.done, None
             if done is not None:
@@ -302,7 +302,7 @@ class Grammars:
                         self._hear_parent()
                         continue
                     if child.number not in self._children:
-                        continue  # its end was heard of just before
+                        continue  # removed by an earlier event in this loop
                     if mask & selectors.EVENT_WRITE:
                         child.flush()
                     if mask & selectors.EVENT_READ:
@@ -310,7 +310,7 @@ class Grammars:
                 self._news.notify_all()
 
     def _prepare(self, now: float) -> float | None:
-        """Do what time asks for; the seconds until it asks again."""
+        """Do what is due; returns the seconds until something is due again."""
         if not self._ready and now - self._started_at > _READY_S:
             self._lose_parent()
             return 0.0
@@ -332,7 +332,7 @@ class Grammars:
             except BlockingIOError:
                 return
             if message is None:
-                # The parent says how it ended, which is what counts.
+                # The parent reports how it ended, which is what matters.
                 self._sockets.remove(child)
                 return
             if isinstance(message, Compiled | Verdict):
@@ -357,7 +357,7 @@ class Grammars:
 
     def _ended(self, child: Child, ended_by: int) -> None:
         if self._sockets.has(child):
-            self._hear(child, bytearray(LONGEST))  # what it said before it ended
+            self._hear(child, bytearray(LONGEST))  # messages from before it ended
         self._sockets.remove(child)
         if child.role == "trial":
             self._tryouts.ended(child, ended_by)
@@ -366,20 +366,20 @@ class Grammars:
         child.close()
 
     def _lose_parent(self) -> None:
-        """The parent process has ended, or does not answer; all its children go with it."""
-        log.warning("the processes of constraints ended; starting them again")
+        """End a parent process that has died or does not answer, and all its children."""
+        log.warning("the constraint processes ended; restarting them")
         self._sockets.remove(self._family)
         self._family.end()
         self._lost = True
 
     def _revive(self) -> None:
-        """Start another parent process. Not under the lock: nobody waits for it."""
+        """Start another parent process. Not under the lock, so that no caller waits for it."""
         pause = 0.0 if time.monotonic() - self._started_at > _STEADY_S else _PAUSE_S
         while not self._stop.wait(pause):
             try:
                 self._start()
             except OSError as error:
-                log.warning("the processes of constraints cannot be started: %s", error)
+                log.warning("the constraint processes cannot be started: %s", error)
                 pause = _PAUSE_S
                 continue
             with self._news:

@@ -1,8 +1,8 @@
-"""The two processes that follow sequences, and what their ends mean.
+"""The two processes that follow sequences, and what it means when one ends.
 
-The quick one has normal priority; a sequence whose masks (or whose compiling) took
-long moves to the slow one, whose priority is low, and is followed there anew from its
-tokens. The same happens to everything that a process followed when it ends.
+The quick one has normal priority. A sequence whose masks or compilation took long moves to
+the slow one, which has low priority and follows it again from its tokens. When a process
+ends, its successor follows its sequences again in the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["SILENCE_S", "Matchers"]
 log = logging.getLogger(__name__)
 
 SILENCE_S: Final = 10.0
-"""A process that owes an answer for so long (wall clock), or up to twice as long, is
+"""A process that owes an answer for this long (wall-clock time), or up to twice as long, is
 replaced."""
 
 _SILENT: Final = "silent"
@@ -46,8 +46,8 @@ class Matchers:
     """Called under the lock of `Grammars`.
 
     Args:
-        followed: all sequences by id, those without a process too.
-        unhold: told when a held sequence can go on, or has ended.
+        followed: all sequences by id, including those without a process.
+        unhold: called when a held sequence can continue, or has ended.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Matchers:
         self._report = report
         self._processes: dict[Role, Child] = {}
         self._quiet: set[Child] = set()
-        """Those that said nothing since the last look at them."""
+        """Processes that owed an answer at the last check and have sent nothing since."""
         self._looked_at = time.monotonic()
 
     # ----------------------------------------------------------------- to the processes
 
     def follow(self, followed: Followed) -> None:
-        """Have a sequence followed, from its tokens so far."""
+        """Have a process follow a sequence from its tokens so far."""
         child = followed.process = self._process("slow" if followed.slow else "quick")
         followed.confirmed = 0
         for at, (tokens, last) in enumerate(followed.replay()):
@@ -80,7 +80,7 @@ class Matchers:
             child.send(Follow(followed.sequence, constraint, tokens, last))
 
     def forget(self, followed: Followed) -> None:
-        """It has ended."""
+        """Tell the process that a sequence has ended."""
         if followed.process is not None:
             followed.process.send(Forget(followed.sequence))
 
@@ -96,7 +96,7 @@ class Matchers:
             child.send(Advance(rows))
 
     def prepare(self) -> None:
-        """Have the quick process before it is needed."""
+        """Start the quick process before it is needed."""
         self._process("quick")
 
     def _process(self, role: Role) -> Child:
@@ -108,7 +108,7 @@ class Matchers:
     # --------------------------------------------------------------- from the processes
 
     def heard(self, child: Child, message: FromMatcher) -> None:
-        """A process said something."""
+        """Handle a message from a process."""
         self._quiet.discard(child)
         match message:
             case Advanced():
@@ -127,7 +127,7 @@ class Matchers:
                     self._fail(followed, message.limit, message.problem)
 
     def _of(self, child: Child, sequence: int) -> Followed | None:
-        """The sequence, if it still is this process's."""
+        """The sequence, if this process still follows it."""
         followed = self._followed.get(sequence)
         return followed if followed is not None and followed.process is child else None
 
@@ -143,14 +143,14 @@ class Matchers:
             self._settled(followed)
 
     def _fail(self, followed: Followed, limit: Limit, problem: str) -> None:
-        """It cannot be followed any further."""
+        """Record that a sequence cannot be followed any further."""
         followed.failure = ConstraintFailure(limit, problem)
         followed.process = None
         self._report(ConstraintDone("generation", limit or "invalid", 0.0))
         self._settled(followed)
 
     def _settled(self, followed: Followed) -> None:
-        """What was waited for is known: tell whoever does not know yet."""
+        """Call back whoever waits for this sequence."""
         if followed.done is not None:
             done, followed.done = followed.done, None
             failure = followed.failure
@@ -166,7 +166,7 @@ class Matchers:
     # ------------------------------------------------------------------ ends, and silence
 
     def ended(self, child: Child, ended_by: int) -> None:
-        """A process has ended, by a signal or (0) by itself."""
+        """Handle the end of a process, by a signal or (0) by itself."""
         if self._processes.get(child.role) is child:
             del self._processes[child.role]
         self._quiet.discard(child)
@@ -181,7 +181,7 @@ class Matchers:
         self._report(MatcherEnded(cause))
         if guilty is not None:
             guilty.deaths += 1
-            # What was killed may have been at that sequence by chance, once.
+            # A first SIGKILL may have hit during that sequence's job by chance.
             if ended_by != signal.SIGKILL or guilty.deaths >= DEATHS:
                 self._fail(guilty, *self._meaning(child, ended_by))
         for followed in orphans:
@@ -189,7 +189,7 @@ class Matchers:
                 self.follow(followed)
 
     def _meaning(self, child: Child, ended_by: int) -> tuple[Limit, str]:
-        """Of an end, for the sequence that the process worked for."""
+        """What the end means for the sequence that the process worked for."""
         if ended_by == signal.SIGPROF or child.killed_for == _SILENT:
             return (
                 "mask_seconds",
@@ -207,11 +207,11 @@ class Matchers:
         )
 
     def next_time(self) -> float | None:
-        """When `tick` has something to do."""
+        """When `tick` is next due."""
         return self._looked_at + SILENCE_S if self._followed else None
 
     def tick(self, now: float) -> None:
-        """End a process that owed an answer at the last look and gave none since."""
+        """End each process that owed an answer at the last check and has sent none since."""
         if now - self._looked_at < SILENCE_S:
             return
         recent = now - self._looked_at < 2 * SILENCE_S

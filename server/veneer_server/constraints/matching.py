@@ -1,9 +1,8 @@
-"""A child that follows sequences: takes their tokens and computes their masks.
+"""A child that follows sequences: consumes their tokens and computes their masks.
 
-One thread, one job at a time, the cheapest first: a sequence whose masks take long
-waits for those whose masks do not, and what has to be compiled waits for both. The
-marker says at every moment whose job it is, so that the engine knows whom a sudden
-end is owed to.
+One thread runs one job at a time, the cheapest first: sequences with slow masks wait for
+those with quick ones, and compilations wait for both. The marker always holds the current
+job's sequence, so that the engine knows which one to blame for a sudden end.
 """
 
 from __future__ import annotations
@@ -48,33 +47,33 @@ from veneer_server.wire.messages import Constraint, ConstraintLimits
 __all__ = ["MARKER", "run_matching"]
 
 MARKER: Final = struct.Struct("<q")
-"""At the start of the marker's memory: the sequence of the job, 0 between jobs."""
+"""At the start of the marker's memory: the current job's sequence; 0 between jobs."""
 
 _PROTOTYPES: Final = 32
-"""Constraints kept compiled: a copy takes microseconds, compiling milliseconds."""
+"""Most compiled constraints kept: a copy takes microseconds, compiling milliseconds."""
 
 _PROTOTYPES_SHARE: Final = 8
-"""They may take this part of the process's memory."""
+"""They may take one part in this many of the process's memory."""
 
 _LARGE: Final = 4 << 20
-"""A sequence that grew the process by so many bytes: what it had is given back to the system
-once there is nothing else to do."""
+"""If a sequence grew the process by more bytes than this, its memory is returned to the
+system once the process is idle."""
 
 _TOGETHER_S: Final = 0.001
-"""Masks that come within this time go out together."""
+"""Masks computed within this time are sent together."""
 
 _FORGETTING: Final = 0.8
-"""An expensive mask is remembered for some tokens."""
+"""Decay per token of a sequence's cost after an expensive mask."""
 
 _PAGE: Final = resource.getpagesize()
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Of glibc; without it freed memory counts as taken."""
+"""glibc's; without it, freed memory still counts as used."""
 
 
 @dataclass(slots=True)
 class _Followed:
-    """A sequence. ``grown`` is what the process grew by in its jobs, in bytes."""
+    """A sequence. ``grown``: bytes by which the process grew during its jobs."""
 
     matcher: LLMatcher | None = None
     count: int = 0
@@ -121,10 +120,10 @@ class _Matching:
         self._to_mask: dict[int, None] = {}
         self._prototypes: OrderedDict[Constraint, _Prototype] = OrderedDict()
         self._masks: list[Mask] = []
-        """Computed, and not sent yet; since when."""
+        """Computed but not sent yet, since `_since`."""
         self._since = 0.0
         self._freed = False
-        """A large sequence was forgotten since memory was given back."""
+        """Whether a large sequence was forgotten since memory was last returned."""
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
         self._base = self._size = self._resident()
 
@@ -142,7 +141,7 @@ class _Matching:
     # ------------------------------------------------------------------- messages
 
     def _take_messages(self) -> bool:
-        """Take what has come; wait for the first where there is nothing to do."""
+        """Handle pending messages; if idle, wait for one. False once the engine has closed."""
         while True:
             idle = not self._to_mask and not self._to_compile and not self._masks
             if idle and self._freed:
@@ -175,12 +174,12 @@ class _Matching:
         for sequence, token in message.pairs:
             followed = self._followed.get(sequence)
             if followed is None:
-                continue  # it has failed, and the engine is about to know
+                continue  # it has failed, and the engine is about to learn of it
             if followed.matcher is None:
                 followed.tokens.append(token)  # not compiled yet
                 continue
             self._marker[: MARKER.size] = MARKER.pack(sequence)
-            good = followed.matcher.consume_token(token)  # its panics are errors, not raised
+            good = followed.matcher.consume_token(token)  # panics become errors
             followed.count += 1
             if not good:
                 self._fail(sequence, first_problem(followed.matcher))
@@ -226,7 +225,7 @@ class _Matching:
         self._marker[: MARKER.size] = MARKER.pack(0)
 
     def _compile(self, sequence: int, followed: _Followed) -> None:
-        assert followed.wanted is not None, "comes with the first message"
+        assert followed.wanted is not None, "the first message has it"
         prototype = self._prototype(followed.wanted)
         followed.matcher, followed.wanted = prototype.matcher.deep_copy(), None
         followed.cost = prototype.seconds
@@ -261,13 +260,13 @@ class _Matching:
         return made
 
     def _mask(self, sequence: int, followed: _Followed) -> None:
-        assert followed.matcher is not None, "only what is compiled gets here"
+        assert followed.matcher is not None, "only compiled sequences get here"
         bits, seconds = self._bits(followed.matcher)
         followed.cost = max(seconds, _FORGETTING * followed.cost)
         self._masks.append(Mask(sequence, followed.count, seconds, bits))
 
     def _send_masks(self) -> None:
-        """Once there is no other to compute, or they have waited for long, or are many."""
+        """Send the masks if no more are to be computed, they have waited long, or are many."""
         if not self._masks:
             return
         now = time.monotonic()
@@ -279,7 +278,7 @@ class _Matching:
             self._say(Masks(masks))
 
     def _bits(self, matcher: LLMatcher) -> tuple[bytes, float]:
-        """What may follow, and the seconds of CPU that it took."""
+        """What may follow, and the CPU seconds to compute it."""
         self._guard(HARD_FACTOR * self._limits.mask_seconds)
         began = time.thread_time()
         bits = matcher.compute_bitmask()
@@ -293,7 +292,7 @@ class _Matching:
     # --------------------------------------------------------------------- limits
 
     def _guard(self, seconds: float) -> None:
-        """End this process after so much CPU time; 0 takes the last one back."""
+        """End this process after ``seconds`` of CPU time; 0 cancels the timer."""
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
     def _resident(self) -> int:
@@ -315,7 +314,7 @@ class _Matching:
             self._fail(largest, _too_large(self._followed[largest].grown))
 
     def _shrunk(self) -> int:
-        """Bytes beside the vocabulary, once what was freed is given back."""
+        """Return freed memory to the system; gives the bytes beyond the vocabulary."""
         if _trim is not None:
             _trim(0)
         self._size = self._resident()

@@ -1,12 +1,12 @@
 """The parent of all processes that hold constraints; the engine starts it.
 
-It reads the tokenizer once (0.3 s and 60 MB) and forks: a child for each trial, and
-the matcher processes. So a child costs milliseconds and shares the vocabulary, a
-killed one is replaced at once, and whatever one took, in time or memory, ends with it.
+It loads the tokenizer once (0.3 s and 60 MB) and forks a child for each trial and the
+matcher processes. So a child costs milliseconds and shares the vocabulary, a killed one is
+replaced at once, and the time and memory that a child takes end with it.
 
-It stays without threads, since only then is forking sound, and runs nothing of a
-caller's itself. Nobody else signals its children: it alone knows that a process id is
-still theirs, because it is the one that reaps them.
+It has no threads, since only then is forking safe, and runs no caller's constraint itself.
+Only it signals its children: as it reaps them, it alone knows that a process id is still
+theirs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _libc = ctypes.CDLL(None)
 
 def main() -> None:
     """Fork children until the engine closes the socket; they end with this process."""
-    # Ctrl-C is for the front, which drains; the engine ends us.
+    # Ctrl-C is handled by the front, which drains; the engine ends this process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -78,12 +78,12 @@ def main() -> None:
     assert isinstance(setup, Setup), "comes first"
     try:
         tokenizer = load_tokenizer(setup.tokenizer, setup.vocab_size, setup.eos_token_ids)
-    except BaseException as error:  # of many kinds, a panic among them
+    except BaseException as error:  # of any kind, including panics
         control.send(msgspec.msgpack.encode(Ready(str(error) or type(error).__name__)))
         return
     gc.collect()
-    fill_holes()  # reading the tokenizer left 28 MB that children could use unseen
-    gc.freeze()  # collections would copy the pages that children share
+    fill_holes()  # loading the tokenizer left 28 MB of holes that children could use uncounted
+    gc.freeze()  # garbage collection would copy pages shared with children
     with contextlib.suppress(ConnectionError):  # the engine has ended
         control.send(msgspec.msgpack.encode(Ready("")))
         _Parent(control, tokenizer, setup.limits).run()
@@ -101,8 +101,8 @@ class _Parent:
             "slow": _of_slow(limits),
         }
         self._children: dict[int, tuple[int, int]] = {}
-        """Number and process id, by a descriptor that is readable once it has ended. One
-        that is in here is not reaped: its process id is its own."""
+        """Number and process id, by a descriptor that is readable once the child has ended.
+        Children in here have not been reaped, so their process ids are valid."""
         self._poll = select.poll()
         self._pid = os.getpid()
 
@@ -135,7 +135,7 @@ class _Parent:
         return True
 
     def _pids(self, number: int) -> list[int]:
-        """The child's, unless it has been reaped."""
+        """The child's process id, unless it has been reaped."""
         return [pid for child, pid in self._children.values() if child == number]
 
     def _begin(self, begin: Begin, descriptors: list[int]) -> None:
@@ -162,12 +162,12 @@ class _Parent:
         self._say(Ended(number, ended_by))
 
     def _be_child(self, role: Role, connection: int, notes: int, marker: int) -> NoReturn:
-        """Never returns: what is above belongs to the parent."""
+        """Never returns, as the stack above belongs to the parent."""
         try:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             _libc.prctl(_PR_SET_NAME, NAMES[role].encode(), 0, 0, 0)
             if os.getppid() != self._pid:
-                os._exit(0)  # it ended before we asked to be told
+                os._exit(0)  # the parent ended before PDEATHSIG was set
             self._control.close()
             for descriptor in self._children:
                 os.close(descriptor)
@@ -183,7 +183,7 @@ class _Parent:
                         os.nice(_NICE)
                     with mmap.mmap(marker, MARKER.size) as shared:
                         run_matching(talking, shared, self._tokenizer, limits)
-        except BaseException as error:  # nothing of the parent's may run here
+        except BaseException as error:  # the parent's code must not run here
             with contextlib.suppress(OSError):
                 os.write(2, repr(error).encode()[:1000])
             os._exit(1)
@@ -191,14 +191,14 @@ class _Parent:
 
 
 def _of_slow(limits: ConstraintLimits) -> ConstraintLimits:
-    """Few sequences are slow, and those take the most: together they may take half as much
-    as the others, or one of them what it may."""
+    """Limits of the slow process. Few sequences are slow, but those take the most memory:
+    together they may take half of the quick process's limit, or else one sequence's."""
     most = max(limits.memory, limits.matcher_memory // 2)
     return msgspec.structs.replace(limits, matcher_memory=most)
 
 
 def _bound(role: Role, limits: ConstraintLimits) -> None:
-    """Bytes that this process may take beside what it shares, and bytes of notes."""
+    """Limit the bytes that this process may take beyond what it shares, and those of notes."""
     own = limits.memory if role == "trial" else 2 * limits.matcher_memory
     most = data_bytes() + own
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -1,7 +1,7 @@
 """A child that compiles one constraint, computes its first mask, and ends.
 
-Signals end it where it goes past a limit: SIGPROF by CPU time, SIGABRT where the
-library gets no more memory. What it managed to say before is in its socket.
+Signals end it if it exceeds a limit: SIGPROF for CPU time, SIGABRT if the library runs out
+of memory. Messages sent before that remain in its socket.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from veneer_server.wire.messages import Constraint, ConstraintLimits
 __all__ = ["HARD_FACTOR", "run_trial", "too_slow"]
 
 HARD_FACTOR = 4
-"""A mask that takes so many times its limit ends the matcher process that computes it; one
-that takes less, but too long, ends its own sequence alone."""
+"""A mask that takes this many times its limit ends the matcher process that computes it; one
+that exceeds the limit by less ends only its own sequence."""
 
 
 def too_slow(limits: ConstraintLimits) -> Refused:
-    """Of a mask that took longer than it may."""
+    """The refusal for a mask that took too long."""
     return Refused(
         "mask_seconds",
         f"finding the tokens that may follow takes more than {limits.mask_seconds:g} s",
@@ -41,7 +41,7 @@ def too_slow(limits: ConstraintLimits) -> Refused:
 def run_trial(
     connection: socket.socket, tokenizer: LLTokenizer, limits: ConstraintLimits
 ) -> None:
-    """Take one `Constraint`, answer with `Compiled` and a `Verdict`."""
+    """Receive one `Constraint`; answer with `Compiled` and a `Verdict`."""
     constraint = receive(connection, bytearray(LONGEST))
     if not isinstance(constraint, Constraint):
         return  # its caller has left

@@ -1,8 +1,8 @@
-"""Which constraint is tried next, for whom, and what is known already. No I/O.
+"""The queue of constraints to try, and a cache of outcomes. No I/O.
 
-Callers take turns. Each has all workers but one at most, so that one caller's
-constraints, however many and however slow, never delay another's by more than its own.
-The same constraint is tried once, whoever asks, and what came of it is remembered.
+Callers take turns. Each may use all workers but one, so that one caller's constraints,
+however many and slow, never delay another's by more than its own. A constraint is tried
+once, whoever asks for it, and its outcome is cached.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from veneer_server.wire.messages import Constraint
 __all__ = ["REMEMBERED", "Outcome", "Trials"]
 
 REMEMBERED: Final = 1024
-"""Outcomes kept, the last used ones: some 500 bytes each, whatever the constraint's size."""
+"""Outcomes in the cache (LRU): some 500 bytes each, whatever the constraint's size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a trial. ``problem`` is empty where the constraint may be followed.
+    """The outcome of a trial. ``problem`` is empty if the constraint may be used.
 
     Attributes:
-        compile_seconds, mask_seconds: CPU time; 0 where it did not get so far.
-        lasting: the same trial would end the same way: it may be remembered.
+        compile_seconds, mask_seconds: CPU time; 0 if the trial did not get that far.
+        lasting: the trial would end the same way again, so the outcome may be cached.
     """
 
     limit: Limit = ""
@@ -39,7 +39,8 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Job:
-    """A constraint that is waited for, by whom, and who asked first while it runs."""
+    """A constraint to try: the waiting sequences with their callers, and, while it runs, the
+    caller whose turn it uses."""
 
     waiting: dict[int, str] = field(default_factory=dict)
     running_for: str | None = None
@@ -57,15 +58,15 @@ class Trials:
         self._jobs: dict[Constraint, _Job] = {}
         self._waits_for: dict[int, Constraint] = {}
         self._queues: OrderedDict[str, deque[Constraint]] = OrderedDict()
-        """By caller; the caller whose turn is next comes first."""
+        """By caller; the one whose turn is next comes first."""
         self._known: OrderedDict[bytes, Outcome] = OrderedDict()
 
     def __len__(self) -> int:
-        """Constraints that wait or run."""
+        """Number of constraints waiting or running."""
         return len(self._jobs)
 
     def ask(self, sequence: int, constraint: Constraint, caller: str) -> Outcome | None:
-        """What is known; else None, and it is queued for this sequence."""
+        """The cached outcome; else None, and the constraint is queued for this sequence."""
         key = _key(constraint)
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
@@ -78,8 +79,8 @@ class Trials:
         return None
 
     def leave(self, sequence: int) -> Constraint | None:
-        """The sequence waits no longer. A constraint that runs for nobody now is given
-        back, to be stopped: it is forgotten here."""
+        """Stop waiting for a sequence's outcome. A constraint that is running but no longer
+        needed is dropped here and returned, so that its trial can be stopped."""
         constraint = self._waits_for.pop(sequence, None)
         if constraint is None:
             return None
@@ -91,7 +92,7 @@ class Trials:
         return constraint if job.running_for is not None else None
 
     def start(self) -> Constraint | None:
-        """The next one to run, which runs from now on; None if none may."""
+        """The next constraint to run, which then counts as running; None if none may run."""
         running = [
             job.running_for for job in self._jobs.values() if job.running_for is not None
         ]
@@ -108,7 +109,7 @@ class Trials:
         return None
 
     def _pop(self, caller: str) -> Constraint | None:
-        """The caller's next one that still has to run; its turn is over then."""
+        """The caller's next constraint that still has to run; this uses the caller's turn."""
         queue = self._queues[caller]
         while queue:
             constraint = queue.popleft()
@@ -121,8 +122,8 @@ class Trials:
         return None
 
     def again(self, constraint: Constraint) -> bool:
-        """Its trial ended by no fault of its own: it is the next of its caller. False where
-        nobody waits for it any more."""
+        """Put a constraint whose trial ended through no fault of its own at the front of its
+        caller's queue. False if no sequence waits for it any more."""
         job = self._jobs.get(constraint)
         if job is None or job.running_for is None:
             return False
@@ -133,7 +134,7 @@ class Trials:
         return True
 
     def end(self, constraint: Constraint, outcome: Outcome) -> list[int]:
-        """Its trial has ended: the sequences that waited for it."""
+        """Record the outcome of a trial. Returns the sequences that waited for it."""
         if outcome.lasting:
             self._known[_key(constraint)] = outcome
             while len(self._known) > REMEMBERED:

@@ -1,4 +1,4 @@
-"""Runs trials in children of their own, and says what their ends mean."""
+"""Runs each trial in a separate child, and interprets how the child ends."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from veneer_server.wire.messages import Constraint, ConstraintLimits
 __all__ = ["WALL_FACTOR", "Tryouts"]
 
 WALL_FACTOR: Final = 20
-"""Wall-clock seconds of a trial for each second of CPU time that it may take."""
+"""Wall-clock limit of a trial per second of its CPU time limit."""
 
 _TRIES: Final = 2
-"""Of a trial whose process was killed, by us not."""
+"""Attempts at a trial whose process something else kills."""
 
 _BRIEF_S: Final = 0.05
-"""So long a trial has the priority of the rest: nearly all have ended by then."""
+"""How long a trial runs at normal priority: nearly all end within this time."""
 
 _LOOK_S: Final = 0.25
-"""Between one look at what takes longer and the next."""
+"""Seconds between checks of trials that take longer."""
 
 _CANCELLED: Final = "cancelled"
 _TOO_LONG: Final = "too long"
@@ -42,11 +42,11 @@ class _Run:
 
 
 class Tryouts:
-    """The trials under way. Called under the lock of `Grammars`.
+    """The running trials. Called under the lock of `Grammars`.
 
     Args:
         fork: makes a child.
-        finish: told of each outcome, with the sequences that waited for it.
+        finish: called with each outcome and the sequences that waited for it.
     """
 
     def __init__(
@@ -61,28 +61,28 @@ class Tryouts:
         self._trials = Trials(limits.workers)
         self._runs: dict[int, _Run] = {}
         self._killed: dict[Constraint, int] = {}
-        """Times that a trial's process was killed from outside."""
+        """How often a trial's process was killed from outside."""
 
     def ask(self, sequence: int, constraint: Constraint, caller: str) -> Outcome | None:
-        """What is known; else None, and `finish` is told when it is."""
+        """The outcome, if known; else None, and `finish` is called with it later."""
         return self._trials.ask(sequence, constraint, caller)
 
     def leave(self, sequence: int) -> None:
-        """The sequence needs no outcome any more."""
+        """Stop waiting for a sequence's outcome."""
         constraint = self._trials.leave(sequence)
         for run in self._runs.values() if constraint is not None else ():
             if run.constraint == constraint:
                 run.child.kill(_CANCELLED)
 
     def start(self, now: float) -> None:
-        """Start what may run."""
+        """Start all trials that may run."""
         while (constraint := self._trials.start()) is not None:
             child = self._fork("trial")
             child.send(constraint)
             self._runs[child.number] = _Run(child, constraint, now, now + _BRIEF_S)
 
     def heard(self, child: Child, message: FromTrial) -> None:
-        """A child said something; a verdict is its last word."""
+        """Handle a message from a child; a verdict is its last one."""
         run = self._runs.get(child.number)
         if run is None or child.killed_for:
             return
@@ -96,7 +96,7 @@ class Tryouts:
         self._end(run, outcome)
 
     def ended(self, child: Child, ended_by: int) -> None:
-        """A child's process ended, by a signal or (0) by itself."""
+        """Handle the end of a child, by a signal or (0) by itself."""
         run = self._runs.pop(child.number, None)
         if run is None:
             return  # it had answered
@@ -108,11 +108,11 @@ class Tryouts:
             self._end(run, self._meaning(run, ended_by))
 
     def next_time(self) -> float | None:
-        """When `tick` has something to do."""
+        """When `tick` is next due."""
         return min((run.look_at for run in self._runs.values()), default=None)
 
     def tick(self, now: float) -> None:
-        """Lower the priority of what takes longer than most, end what takes too long."""
+        """Lower the priority of trials that run long, and end those that take too long."""
         for run in self._runs.values():
             if now < run.look_at:
                 continue
@@ -136,11 +136,11 @@ class Tryouts:
             if self._trials.again(run.constraint):
                 self._killed[run.constraint] = killed
             return
-        problem = "the process that compiles it was killed, as by a machine without memory"
+        problem = "the process that compiles it was killed, perhaps for lack of memory"
         self._end(run, Outcome("memory", problem, lasting=False))
 
     def _meaning(self, run: _Run, ended_by: int) -> Outcome:
-        """Of an end without a verdict."""
+        """The outcome of a trial that ended without a verdict."""
         limits, compiled = self._limits, run.compiled or 0.0
         if run.child.killed_for == _TOO_LONG:
             problem = f"compiling it took more than {self._wall:g} s on this busy machine"

@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP gateway, in front of the same core as gRPC.
 
-Start reading at `gateway` (its life) and `generate` (a request's life). The packages
-that it needs are an extra, so nothing else may import its modules at the top.
+Start reading at `gateway` (the server's life) and `generate` (a request's life). Its
+dependencies are an optional extra, so no other package may import its modules at the top.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class GatewayMissing(VeneerError):
 
 
 def require_gateway() -> None:
-    """See that the gateway can be started.
+    """Check that the gateway can be started.
 
     Raises:
-        GatewayMissing: packages of the extra are not installed.
+        GatewayMissing: the extra's packages are not installed.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:

@@ -1,6 +1,6 @@
-"""What the core generated, as OpenAI's objects: whole answers and chunks of a stream.
+"""Converts generated output to OpenAI's objects: whole answers and stream chunks.
 
-Here is what both kinds share; `chat` and `completions` hold their own forms.
+This module holds what both kinds share; `chat` and `completions` hold their own forms.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Tops = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What came for one choice.
+    """New output of one choice.
 
     Attributes:
-        prompt: which of the request's prompts.
+        prompt: index of the request's prompt.
     """
 
     prompt: int
@@ -36,13 +36,13 @@ class Piece:
 
 
 class Offsets:
-    """Where each token's text begins, in characters of the whole text."""
+    """Computes where each token's text begins, in characters of the whole text."""
 
     def __init__(self, tokenizer: TextTokenizer, *, at: int = 0, prompt: str | None = None):
         """Args:
-        at: where the first one begins.
-        prompt: the text whose tokens they are; otherwise they continue one. Special
-            tokens have no text, but a prompt that was sent as text may hold their names.
+        at: offset of the first token.
+        prompt: the prompt's text, if the tokens are the prompt's; None if they continue
+            it. Special tokens have no text, but a prompt sent as text may hold their names.
         """
         self._tokenizer = tokenizer
         self._decoder = Detokenizer(tokenizer, continues=prompt is None)
@@ -50,7 +50,7 @@ class Offsets:
         self._at = at
 
     def of(self, token: int) -> int:
-        """The next token's. All tokens of one character begin where it does."""
+        """The next token's offset. Tokens that form one character share its offset."""
         data = self._tokenizer.token_bytes(token)
         if not data:
             name, at = self._tokenizer.token_name(token), self._at
@@ -58,7 +58,7 @@ class Offsets:
                 self._at += len(name)
             return at
         text = self._decoder.feed([token])
-        # What is more than its own are bytes before it that never became a character.
+        # Any excess comes from earlier bytes that never became a character.
         at = self._at + max(0, len(text) - len(data.decode(errors="replace")))
         self._at += len(text)
         return at
@@ -66,11 +66,11 @@ class Offsets:
 
 @dataclass(slots=True)
 class Choice:
-    """What one choice has given so far.
+    """The output of one choice so far.
 
     Attributes:
-        offsets: of its tokens, once it has some.
-        started: a chunk was made of it.
+        offsets: those of its tokens, once it has any.
+        started: whether a chunk has been made from it.
     """
 
     text: list[str] = field(default_factory=list)
@@ -82,10 +82,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token with its log-probability; the first of a prompt has none.
+    """One token with its log-probability; a prompt's first token has none.
 
     Attributes:
-        offset: where its text begins in the choice's.
+        offset: where its text begins in the choice's text.
     """
 
     id: int
@@ -95,10 +95,10 @@ class TokenScore:
 
 
 class Answer(ABC):
-    """Builds the objects of one request. Feed it every piece, in order of a choice."""
+    """Builds the objects of one request. Pass in every piece, each choice's in order."""
 
     kind: str
-    """Of the whole answer."""
+    """Object type of a whole answer."""
     chunk_kind: str
     id_prefix: str
 
@@ -114,8 +114,8 @@ class Answer(ABC):
         fingerprint: str,
     ) -> None:
         """Args:
-        prompts: how many the request holds.
-        fingerprint: of the base model's weights.
+        prompts: how many prompts the request holds.
+        fingerprint: hash of the base model's weights.
         """
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -144,7 +144,7 @@ class Answer(ABC):
         choice.started = True
 
     def whole(self) -> Json:
-        """All that was added."""
+        """The answer made of all added pieces."""
         choices = [
             self._whole_choice(at, "".join(choice.text), choice)
             for at, choice in enumerate(self._choices)
@@ -159,7 +159,7 @@ class Answer(ABC):
     # ------------------------------------------------------------------- a stream
 
     def chunks(self, piece: Piece) -> list[Json]:
-        """The chunks of a piece; none where it holds nothing to show yet."""
+        """The chunks of a piece; none if it has nothing to show yet."""
         at, choice = self._choice(piece)
         text = self._text(piece, choice)
         tokens = list(self._tokens(piece, choice)) if self._logprobs else []
@@ -170,7 +170,7 @@ class Answer(ABC):
         return shown
 
     def usage_chunk(self) -> Json | None:
-        """The last chunk of a stream, if it was asked for."""
+        """The last chunk of a stream, if requested."""
         if not self._options.include_usage:
             return None
         return {**self._chunk([]), "usage": self.usage()}
@@ -182,10 +182,10 @@ class Answer(ABC):
             chunk["usage"] = self.usage() if continuous else None
         return chunk
 
-    # ------------------------------------------------------------------- of both
+    # ---------------------------------------------------------------------- both
 
     def usage(self) -> Json:
-        """Tokens of all prompts and choices so far."""
+        """Token counts over all prompts and choices so far."""
         known = self._generations.values()
         prompt = sum(len(generation.prompt.ids) for generation in known)
         completion = sum(generation.completion_tokens for generation in known)
@@ -234,7 +234,7 @@ class Answer(ABC):
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice
     ) -> Iterator[Json]:
-        """Entries of ``choices``, each for a chunk of its own."""
+        """Entries of ``choices``, each for a separate chunk."""
 
 
 def _joined(

@@ -1,4 +1,4 @@
-"""The form of a chat's answer."""
+"""The form of a chat completion."""
 
 from __future__ import annotations
 

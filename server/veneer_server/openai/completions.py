@@ -1,4 +1,4 @@
-"""The form of a completion's answer."""
+"""The form of a text completion."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CompletionAnswer(Answer):
         }
 
     def _top_object(self, token: TokenScore) -> Json | None:
-        """Label to log-probability. The chosen token is in it, likely or not."""
+        """Label to log-probability, always including the chosen token."""
         if token.logprob is None:
             return None
         scores = (*token.tops, (token.id, token.logprob))

@@ -1,7 +1,7 @@
 """The one place where an exception becomes an HTTP answer in OpenAI's shape.
 
-``{"error": {"message", "type", "param", "code"}}``. The SDKs retry by status unless
-``x-should-retry`` says otherwise, so it says what the error itself knows.
+``{"error": {"message", "type", "param", "code"}}``. The SDKs decide by status whether to
+retry, unless ``x-should-retry`` overrides it, so each answer sets that header from the error.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",
     ContextTooLong: "context_length_exceeded",
 }
-"""Codes that OpenAI's clients know; others are our reasons in lower case."""
+"""Codes that OpenAI's clients know; the others are our reasons in lower case."""
 
 _UNAVAILABLE_RETRY_S: Final = 1.0
 
 _OUR_FIELDS: Final = re.compile(r"\b(?:sampling|stopping|output)\.(?=[a-z])")
-"""Fields of the protobuf request whose JSON name is what follows."""
+"""Prefixes of protobuf fields whose JSON name is the part after the prefix."""
 
 _OTHER_NAMES: Final = {
     "adapter": "model",
@@ -64,12 +64,12 @@ _CONSTRAINTS: Final = ("constraint.json_schema", "constraint.regex", "constraint
 
 
 class HttpError(Exception):
-    """A request that is wrong as HTTP, before any field of it was looked at."""
+    """A request that is rejected at the HTTP level, before its fields are checked."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         """Args:
         code: for programs, in OpenAI's style.
-        message: for a person; names the fix.
+        message: for people; says how to fix the request.
         """
         super().__init__(message)
         self.status = status
@@ -79,7 +79,7 @@ class HttpError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HttpFailure:
-    """An answer that says what went wrong."""
+    """An error answer."""
 
     status: int
     body: Mapping[str, Any]
@@ -92,7 +92,7 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     message = clip(one_line(told), MAX_MESSAGE)
     if isinstance(error, HttpError):
         headers = {"x-should-retry": "false"}
-        if error.status in (408, 413):  # what is left of the body is not read
+        if error.status in (408, 413):  # the rest of the body is not read
             headers["connection"] = "close"
         return HttpFailure(
             error.status, _body(message, error.status, None, error.code), headers

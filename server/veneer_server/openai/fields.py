@@ -1,7 +1,7 @@
-"""What a JSON request may hold: the fields that are served, refused and ignored.
+"""The fields of a JSON request: those that are served, refused and ignored.
 
-A field that would change the answer is served or refused, never dropped. The
-extensions beside OpenAI's own fields have the names that vLLM gave them.
+A field that would change the answer is served or refused, never silently dropped. Extensions
+to OpenAI's fields have vLLM's names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer_server.wire.sampling import FRACTIONS
 __all__ = ["ChatFields", "CommonFields", "CompletionFields", "Message", "parse_fields"]
 
 MAX_PROMPTS: Final = 128
-"""Prompts in one request; each one is a generate request of its own."""
+"""Most prompts in one request; each becomes a separate generate call."""
 
 IGNORED: Final = frozenset(
     {
@@ -46,7 +46,7 @@ IGNORED: Final = frozenset(
         "store",
     }
 )
-"""Fields that change nothing in the text of an answer."""
+"""Fields that do not affect the text of an answer."""
 
 _SAME_TEXT: Final = "the text of an answer never holds special tokens or stop strings"
 
@@ -82,20 +82,20 @@ REFUSED: Final[Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "verbosity": (("medium",), "say it in a message"),
     "web_search_options": ((), "put what was found into a message"),
 }
-"""Fields that would change the answer: values that ask for nothing, and what to do."""
+"""Fields that would change the answer: the values that have no effect, and the alternative."""
 
 _UINT32: Final = (1 << 32) - 1
 _UINT64: Final = (1 << 64) - 1
 _Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
-# A list stops at its first bad element: pydantic would gather an error for each, which
-# takes seconds and gigabytes for a body of a few megabytes.
+# Validation of a list stops at its first bad element. Otherwise pydantic collects an error
+# for each, which takes seconds and gigabytes for a body of a few megabytes.
 _Counts = Annotated[list[_Count], Field(fail_fast=True)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class _Fields(BaseModel):
-    """Members that are null are left out: SDKs write optional ones so."""
+    """Drops null members: that is how SDKs send unset optional ones."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -105,17 +105,17 @@ class _Fields(BaseModel):
         if not isinstance(given, dict):
             return given
         kept = {name: value for name, value in given.items() if value is not None}
-        if len(kept) > len(cls.model_fields):  # or each unknown one would be an error
+        if len(kept) > len(cls.model_fields):  # otherwise pydantic makes an error for each
             raise ValueError(f"has {len(kept)} members: leave out those that are not served")
         return kept
 
 
 class StreamOptions(_Fields):
-    """What a stream holds beside the text.
+    """What a stream carries besides the text.
 
     Attributes:
-        include_usage: one more chunk, with the usage of the whole.
-        continuous_usage_stats: the usage so far in each chunk.
+        include_usage: add a last chunk with the total usage.
+        continuous_usage_stats: add the usage so far to each chunk.
     """
 
     include_usage: bool = False
@@ -133,7 +133,7 @@ class JsonSchema(_Fields):
 
 
 class ResponseFormat(_Fields):
-    """What the answer must be."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -149,8 +149,8 @@ class StructuredOutputs(_Fields):
 
 
 class CommonFields(_Fields):
-    """Fields of both endpoints, without those that `_with_fractions` adds. Ranges that gRPC has
-    too are checked where it does."""
+    """Fields of both endpoints, except those that `_with_fractions` adds. Ranges that gRPC has
+    too are checked in code shared with it."""
 
     model: str = Field(min_length=1, max_length=512)
     max_tokens: _Count | None = None
@@ -175,7 +175,7 @@ class CommonFields(_Fields):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _biases(cls, given: object) -> object:
-        """The first bad one is enough, as in a list."""
+        """Stop at the first bad entry, as for lists."""
         if not isinstance(given, dict):
             return given
         if len(given) > MAX_BIASES:
@@ -184,7 +184,7 @@ class CommonFields(_Fields):
             number = isinstance(bias, int | float) and not isinstance(bias, bool)
             if not number or not -MAX_BIAS <= bias <= MAX_BIAS:
                 raise ValueError(
-                    f"of token {key[:40]!r}: give a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+                    f"for token {key[:40]!r}: give a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
                 )
         return given
 
@@ -192,7 +192,7 @@ class CommonFields(_Fields):
     @classmethod
     def _token_ids(cls, given: dict[str, float]) -> dict[str, float]:
         for key in given:
-            # Its length first: a number may be written with any number of digits.
+            # Check the length first: a key may have any number of digits.
             short = len(key) <= len(str(_UINT32))
             if not (short and key.isascii() and key.isdigit() and int(key) <= _UINT32):
                 raise ValueError(f"key {key[:40]!r} is not a valid token id: use ids as keys")
@@ -200,10 +200,10 @@ class CommonFields(_Fields):
 
 
 class Message(_Fields):
-    """One message of a chat; parts of type text are joined.
+    """One chat message; parts of type text are joined.
 
     Attributes:
-        name: accepted, but no template of a chat sees it.
+        name: accepted, but not passed to chat templates.
     """
 
     role: str
@@ -230,8 +230,8 @@ FieldsT = TypeVar("FieldsT", bound=CommonFields)
 
 
 def _with_fractions(kind: type[FieldsT]) -> type[FieldsT]:
-    """The class with the sampling options that are fractions: OpenAI and vLLM have the names
-    of our table for them."""
+    """Add the sampling options that are fractions: OpenAI and vLLM use the same names for them
+    as our table."""
     fractions: Any = dict.fromkeys(FRACTIONS, (float | None, None))
     return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fractions)
 
@@ -252,12 +252,12 @@ class CompletionFields(CommonFields):
 
     Attributes:
         prompt: text, token ids, or a list of either.
-        logprobs: likely tokens beside each one; 0 gives the chosen one's alone.
+        logprobs: number of top tokens per position; 0 gives only the chosen token's.
     """
 
     prompt: str | _Counts | _Texts | Annotated[list[_Counts], Field(fail_fast=True)]
     echo: bool = False
-    # Checked here, since the core knows it by another name.
+    # Checked here, since the core uses another name for it.
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
 
@@ -275,7 +275,7 @@ def parse_fields(kind: type[FieldsT], given: object) -> FieldsT:
     """Check a parsed JSON body; null is the same as leaving a field out.
 
     Raises:
-        InvalidField: names the first field that is wrong, and the fix.
+        InvalidField: names the first invalid field and the fix.
     """
     if not isinstance(given, dict):
         raise InvalidField(
@@ -304,7 +304,7 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
             return
         raise InvalidField(f"{name} is not served: {instead}", metadata={"field": name})
     shown, near = name[:60], list[str]()
-    if shown == name:  # comparing takes long for a name of some megabytes
+    if shown == name:  # comparing a name of several megabytes is slow
         near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
     raise InvalidField(
@@ -313,7 +313,7 @@ def _check_unserved(kind: type[CommonFields], name: str, value: object) -> None:
 
 
 def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
-    """The first problem as a sentence. Of a union's, the first member's."""
+    """The first problem as a sentence; for a union, that of its first member."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = ""
     for step in first["loc"]:
@@ -323,7 +323,7 @@ def _refusal(kind: type[CommonFields], error: ValidationError) -> InvalidField:
             path = step
         elif step.isidentifier() and step not in ("str", "int", "bool"):
             path += f".{step}"
-    path = path[:100]  # a name of the caller's may be in it
+    path = path[:100]  # it may contain a name that the caller chose
     if first["type"] == "missing":
         return InvalidField(f"{path} is missing: send it", metadata={"field": path})
     problem = first["msg"].removeprefix("Value error, ")

@@ -23,10 +23,10 @@ __all__ = ["Gateway"]
 _STOP_GRACE_S: Final = 1
 _NEVER_S: Final = 86400
 _BACKLOG: Final = 128
-"""Connections that the kernel keeps until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 
 _SEND_BUFFER: Final = 256 << 10
-"""Kernel's share of what a reader that stopped reading may hold, in bytes."""
+"""Bytes that the kernel may buffer for a client that has stopped reading."""
 
 
 class Gateway:
@@ -43,10 +43,10 @@ class Gateway:
         pace: Pace | None = None,
     ) -> None:
         """Args:
-        hosts: names by which it may be called.
-        reader_limit_s: longest wait for a caller to send or to take a piece.
-        max_connections: open at once. One more takes the place of the oldest that has
-            asked for nothing, and is closed where there is none.
+        hosts: host names that requests may use.
+        reader_limit_s: longest wait for a client to send or read a piece.
+        max_connections: most that may be open. A further one replaces the oldest idle
+            connection, or is closed if none is idle.
         pace: delays refusals; None for the default.
         """
         pace = pace or Pace()
@@ -69,9 +69,9 @@ class Gateway:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            # Kept up to date by a timer that is not worth ten wakes a second.
+            # Not worth the timer that keeps it current, which wakes ten times a second.
             date_header=False,
-            timeout_keep_alive=_NEVER_S,  # the connection's own clock rules
+            timeout_keep_alive=_NEVER_S,  # the connection class has its own timer
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
         config.load()
@@ -79,13 +79,14 @@ class Gateway:
         self._uvicorn.lifespan = config.lifespan_class(config)
 
     def answer_by(self, loaded: Loaded) -> None:
-        """Before `Calls` lets the first call through."""
+        """Supply the core's parts; call it before `Calls` lets the first call through."""
         self._core.loaded = loaded
 
     async def start(self, address: Address) -> Address:
-        """Answer requests from now on: that the server loads, before `answer_by`.
+        """Answer requests from now on; before `answer_by`, with an error that says the server
+        is loading.
 
-        Not `uvicorn.Server.serve`: that takes over the process's signals and wakes
+        Does not use `uvicorn.Server.serve`, which takes over the process's signals and wakes
         up ten times a second to see whether it should stop.
 
         Raises:
@@ -98,10 +99,10 @@ class Gateway:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Accepted sockets inherit both. asyncio sets it only where the socket names its
-            # protocol, and a status and its body would be 40 ms apart.
+            # Accepted sockets inherit both options. asyncio sets TCP_NODELAY only if the
+            # socket names its protocol; without it a status and its body are 40 ms apart.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Unset, the kernel lets it grow to megabytes.
+            # Otherwise the kernel lets the buffer grow to megabytes.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             listener.bind(where)
             listener.listen(_BACKLOG)
@@ -112,12 +113,12 @@ class Gateway:
         return Address(address.host, listener.getsockname()[1])
 
     def stop_accepting(self) -> None:
-        """Close the listening socket; running and kept-alive connections go on."""
+        """Close the listening socket; open connections stay."""
         for server in self._uvicorn.servers:
             server.close()
 
     async def stop(self) -> None:
-        """Let written answers get out, then close all connections. Harmless to repeat."""
+        """Flush written answers, then close all connections. Safe to call again."""
         if self._uvicorn.started:
             self._uvicorn.started = False
             await self._uvicorn.shutdown()

@@ -1,4 +1,4 @@
-"""One POST to a generate endpoint, from its body to its last byte."""
+"""A POST to a generate endpoint, from reading its body to the last byte of the answer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What there is once the base is known; no call needs it before."""
+    """The parts that exist once the base is known; no call needs them earlier."""
 
     generator: Generator
     registry: Registry
@@ -57,9 +57,9 @@ class Core:
     """The parts that gRPC and HTTP share.
 
     Attributes:
-        reader_limit_s: longest wait for a caller to send or to take a piece.
-        started: when the server was, Unix seconds.
-        loaded: read by calls that `Calls` has let through.
+        reader_limit_s: longest wait for a client to send or read a piece.
+        started: when the server started, in Unix seconds.
+        loaded: set before `Calls` lets calls through.
     """
 
     calls: Calls
@@ -72,7 +72,7 @@ class Core:
 
     @property
     def _there(self) -> Loaded:
-        assert self.loaded is not None, "no call comes so far while the server loads"
+        assert self.loaded is not None, "no call gets this far while the server is loading"
         return self.loaded
 
     @property
@@ -98,7 +98,7 @@ class _Job:
 
     Attributes:
         calls: one for each prompt.
-        answer: takes what they give.
+        answer: collects their output.
     """
 
     calls: Sequence[GenerateCall]
@@ -113,7 +113,7 @@ class GenerateEndpoint(ABC):
         self._core = core
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; a client that disconnects ends the work within a step."""
+        """Answer; if the client disconnects, the work ends within a step."""
         reply = Reply(scope, send, self._core.reader_limit_s)
         size, failure = 0, None
         with self._core.bodies.share() as share:
@@ -127,13 +127,13 @@ class GenerateEndpoint(ABC):
                 failure = await self._answer(scope, receive, reply, take)
             except ClientGone:
                 return
-        if failure is not None:  # the body takes nothing any more, so that this may wait
+        if failure is not None:  # may wait: the body's share has been released
             await self._fail(reply, failure, size)
 
     async def _answer(
         self, scope: Scope, receive: Receive, reply: Reply, take: Callable[[int], None]
     ) -> VeneerError | HttpError | None:
-        """Read the body and answer it. Returns what is still to be said of a failure."""
+        """Read the body and answer it. Returns an error that is still to be sent, if any."""
         core = self._core
         try:
             body = await read_json(scope, receive, core.reader_limit_s, core.bodies, take)
@@ -141,7 +141,7 @@ class GenerateEndpoint(ABC):
             return without_frames(error)
         work = asyncio.create_task(self._work(body, reply))
         gone = asyncio.create_task(_disconnected(receive))
-        del body  # parsed it is many times as large: only the checked request stays
+        del body  # the parsed body is many times as large; keep only the checked request
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -151,7 +151,7 @@ class GenerateEndpoint(ABC):
         return None if work.cancelled() else work.result()
 
     async def _work(self, body: object, reply: Reply) -> VeneerError | None:
-        """Answer a body. Returns what is still to be said of a failure."""
+        """Answer a body. Returns an error that is still to be sent, if any."""
         try:
             with self._core.calls.running():
                 job = self._parse(body)
@@ -168,14 +168,14 @@ class GenerateEndpoint(ABC):
         reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
             self._core.metrics.failures.labels(reason).inc()
-        if not isinstance(error, ModelLoading):  # those who wait ask again and again
+        if not isinstance(error, ModelLoading):  # waiting clients retry over and over
             _log.info("call refused", method=type(self).__name__, reason=reason)
         if not reply.started and http_failure(error).status in PACED:
             await self._core.pace.wait(CALLER.get(), size)
         try:
             await reply.fail(error)
         except VeneerError:
-            _log.info("the caller did not take the error", reason=str(error))
+            _log.info("the caller did not read the error", reason=str(error))
 
     @abstractmethod
     def _parse(self, body: object) -> _Job:
@@ -222,7 +222,7 @@ class CompletionEndpoint(GenerateEndpoint):
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Return when the client has gone; the body was read before."""
+    """Return when the client has disconnected. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -255,11 +255,11 @@ async def _generate(
     calls: Sequence[GenerateCall],
     take: Callable[[Piece], Awaitable[None]],
 ) -> None:
-    """Run all calls at once and hand over what they give; one that fails ends all.
+    """Run all calls concurrently and pass their output to ``take``; if one fails, all end.
 
     Raises:
-        InvalidField: they need more places than there are.
-        QueueFull: they need more than are free; none was started.
+        InvalidField: they need more places than the engine has.
+        QueueFull: they need more places than are free; none was started.
     """
     several = len(calls) > 1
 
@@ -277,7 +277,7 @@ async def _generate(
     wanted, capacity = sum(call.n for call in calls), core.engine.capacity
     if wanted > capacity:
         raise InvalidField(
-            f"prompt and n ask for {wanted} sequences, but this server runs and queues at "
+            f"prompt and n need {wanted} sequences, but this server runs and queues at "
             f"most {capacity}: send fewer prompts in a request",
             metadata={"field": "prompt"},
         )
@@ -291,7 +291,7 @@ async def _generate(
 
 
 def _headers(generation: Generation) -> Mapping[str, str]:
-    """Which weights answer, for clients and proxies that look at headers."""
+    """Which weights answer, for clients and proxies that read headers."""
     ref, tier = generation.ref, generation.tier
     if ref is None:
         return {}

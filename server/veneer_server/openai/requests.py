@@ -1,4 +1,4 @@
-"""From checked JSON fields to the calls that the core takes."""
+"""Converts checked JSON fields to `GenerateCall`s."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from veneer_server.wire.messages import Constraint, SamplingParams
 __all__ = ["chat_call", "completion_calls"]
 
 _ROLES: Final = {"developer": "system"}
-"""OpenAI's newer name, which templates do not know: many leave such messages out."""
+"""OpenAI's newer role names. Templates do not know them, and many drop such messages."""
 
 _COMPLETION_TOKENS: Final = 16
-"""Of a completion that sets no max_tokens, as OpenAI and vLLM have it. Clients of this older
-endpoint count on it: one that waits for hundreds of tokens times out and sends it again."""
+"""max_tokens of a completion that sets none, as in OpenAI and vLLM. Clients of this older
+endpoint rely on it: one that has to wait for hundreds of tokens times out and retries."""
 
 
 def chat_call(fields: ChatFields, base: str) -> GenerateCall:
-    """The call of a chat.
+    """The call for a chat request.
 
     Raises:
         InvalidField: fields contradict each other, or one is outside its range.
@@ -67,7 +67,7 @@ def completion_calls(fields: CompletionFields, base: str) -> list[GenerateCall]:
         InvalidField: fields contradict each other, or one is outside its range.
     """
     if fields.best_of is not None and fields.best_of != fields.n:
-        raise invalid("best_of", "is not served: use n, and choose by log-probabilities")
+        raise invalid("best_of", "is not served: use n, and choose by log-probability")
     common = _common(fields, base)
     return [
         GenerateCall(
@@ -91,7 +91,7 @@ def _prompts(
         raise invalid("prompt", "is empty: send at least one")
     ids = [one for one in given if isinstance(one, int)]
     if ids:
-        return [ids]  # the fields' check lets no other kind stand beside them
+        return [ids]  # `CompletionFields` allows no other type next to them
     return [one for one in given if not isinstance(one, int)]
 
 
@@ -104,7 +104,7 @@ def _check_options(fields: CommonFields) -> None:
 
 
 def _common(fields: CommonFields, base: str) -> dict[str, Any]:
-    """What both endpoints have, as arguments of `GenerateCall`."""
+    """The arguments of `GenerateCall` that both endpoints share."""
     _check_options(fields)
     return {
         "adapter": "" if fields.model == base else fields.model,
@@ -115,20 +115,20 @@ def _common(fields: CommonFields, base: str) -> dict[str, Any]:
         "n": fields.n,
         "constraint": _constraint(fields),
         "use_prefix_cache": fields.use_prefix_cache,
-        # Whoever asks gets the same target of a canary each time. Of any length here.
+        # Keeps a user on the same target of a canary. Hashed, as it may have any length.
         "session_key": hashlib.sha256(fields.user.encode()).hexdigest() if fields.user else "",
     }
 
 
 def _sampling(fields: CommonFields) -> Sampling:
-    """The options that are set. OpenAI's names and vLLM's are the contract's."""
+    """The options that are set; OpenAI and vLLM use the contract's names."""
     given = {
         name: value
         for name in SamplingParams.__struct_fields__
         if (value := getattr(fields, name)) not in (None, {})
     }
     if "top_k" in given:
-        given["top_k"] = max(0, given["top_k"])  # -1 is off, as vLLM has it
+        given["top_k"] = max(0, given["top_k"])  # -1 means off, as in vLLM
     if fields.logit_bias:
         given["logit_bias"] = {int(token): bias for token, bias in fields.logit_bias.items()}
     return Sampling(given)
@@ -173,11 +173,11 @@ def _constraint(fields: CommonFields) -> Constraint | None:
             add("structured_outputs", choice(more.choice))
     if len(found) > 1:
         raise invalid(
-            found[1][0], f"says once more what {found[0][0]} says: constrain the output once"
+            found[1][0], f"conflicts with {found[0][0]}: constrain the output only once"
         )
     return found[0][1] if found else None
 
 
 def _schema_text(schema: dict[str, Any] | bool | str) -> str:
-    """A schema that came as JSON text stays as it is: the core checks it."""
+    """A schema as JSON text. One sent as text is passed through: the core checks it."""
     return schema if isinstance(schema, str) else json.dumps(schema)

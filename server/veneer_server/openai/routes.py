@@ -32,7 +32,7 @@ __all__ = ["Edge", "make_app"]
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 PAGE: Final = 100
-"""Adapters that are listed at once."""
+"""Adapters per page of the model list."""
 _PATHS: Final = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/version"}
 )
@@ -46,7 +46,7 @@ def make_app(core: Core, hosts: AllowedHosts) -> Edge:
     app = FastAPI(
         title="Veneer",
         version=__version__,
-        # Its pages would load scripts from elsewhere.
+        # The docs pages would load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -98,8 +98,8 @@ def _add_state(app: FastAPI, core: Core) -> None:
 
 
 class _ModelList(StreamingResponse):
-    """A long list, of which each reader holds a page at a time. Who has not taken it within
-    the limit is disconnected."""
+    """A long list, of which each reader holds a page at a time. A client that has not read it
+    all within the limit is disconnected."""
 
     media_type = "application/json"
 
@@ -113,12 +113,12 @@ class _ModelList(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             scope["state"][ABORT]()
-            await asyncio.sleep(0)  # uvicorn hears of it, and does not call it our bug
+            await asyncio.sleep(0)  # lets uvicorn notice, so that it logs no error
 
 
 async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:
-    """The list as JSON, from its first page on: one piece of thousands of adapters would hold
-    up every stream, and take megabytes for each reader that is slow."""
+    """The list as JSON, page by page: thousands of adapters in one piece would stall every
+    stream, and take megabytes for each slow reader."""
     yield begin
     while after:
         page, after = await asyncio.to_thread(_page, core, after)
@@ -128,7 +128,7 @@ async def _pieces(core: Core, begin: bytes, after: str) -> AsyncIterator[bytes]:
 
 
 def _page(core: Core, after: str) -> tuple[list[bytes], str]:
-    """Some adapters as JSON, and the last one's name; empty where no more can follow."""
+    """A page of adapters as JSON, and the last one's name; "" if no more can follow."""
     records = core.registry.list(after=after, limit=PAGE)
     last = records[-1].ref.name if len(records) == PAGE else ""
     return [_dump(_adapter_model(core, record)) for record in records], last
@@ -201,7 +201,7 @@ def _add_errors(app: FastAPI, core: Core) -> None:
 
 
 class Edge:
-    """Outermost: a request id, metrics, and an answer whatever happens inside."""
+    """The outermost layer: request id, metrics, and an answer whatever happens inside."""
 
     def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts) -> None:
         self._app = app
@@ -261,7 +261,7 @@ class Edge:
             answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
             await answer(scope, receive, tagged)
         except Exception as error:
-            # The handler of _add_errors has answered; what it answered for goes on.
+            # The handler of _add_errors has answered; Starlette then re-raises.
             _log.error("request failed", error, path=scope["path"])
         finally:
             path = scope["path"]
@@ -272,11 +272,11 @@ class Edge:
             self._seconds.labels(path).observe(time.perf_counter() - started)
 
     def malformed(self, error: HttpError) -> None:
-        """Count a request that never became one."""
+        """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
 
 
 def _request_id(given: bytes) -> str:
-    """The caller's, if it can be used; proxies make odd ones."""
+    """The caller's request id if it is usable, since proxies send odd ones; else a new one."""
     text = given.decode("latin-1")
     return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What callers of the HTTP gateway call the contract's calls and fields."""
+"""Translates the gRPC names of fields and methods into those of the HTTP gateway."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ in_openai_words: Final = Translation(
         "adapter": "model",
         "ListAdapters": "GET /v1/models",
         "GetAdapter": "GET /v1/models/NAME",
-        # What HTTP does not offer.
+        # Not available over HTTP.
         "SetAlias": "`veneer adapter alias`",
         "UpdateBudgets": "`veneer budgets`",
         "EvictAdapter": "`veneer adapter evict`",
         "unpin": "`veneer adapter evict --unpin`",
     }
 )
-"""A message of the server, for a caller of the gateway."""
+"""Rewrites a server message for a caller of the gateway."""

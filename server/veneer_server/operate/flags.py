@@ -1,4 +1,4 @@
-"""What the commands share: the flags that settings give them, and one line for an error."""
+"""Shared by the commands: flags made from settings, and one-line errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from veneer_server.config import OPTIONS, Option
 
 __all__ = ["Debug", "Json", "guarded", "options", "with_flags"]
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _Command = Callable[..., None]
 
 
 def options(*names: str) -> tuple[Option, ...]:
-    """The settings of these names."""
+    """The settings with these names."""
     return tuple(option for option in OPTIONS if option.name in names)
 
 
@@ -43,12 +43,13 @@ def _flag_parameter(option: Option) -> inspect.Parameter:
 
 
 def with_flags(options: Sequence[Option]) -> Callable[[_Command], _Command]:
-    """Give a command that takes ``**flags`` one parameter for each option."""
+    """Give a command that takes ``**flags`` a parameter for each option."""
     return with_parameters(map(_flag_parameter, options))
 
 
 def guarded(run: Callable[[], None], debug: bool) -> None:
-    """An error is one line that says what to do; ``--debug`` adds the trace."""
+    """Run a command. An error becomes one line that says what to do; with ``debug``, the
+    traceback is printed too."""
     try:
         run()
     except typer.Exit:

@@ -29,7 +29,7 @@ def import_model(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
 @model_cli.command("path")
 @with_flags(options("cache_dir"))
 def model_path(name: _Name, *, debug: Debug = False, **flags: Any) -> None:
-    """Print the local Hugging Face folder of a base model; fetch it if need be."""
+    """Print the local Hugging Face folder of a base model; fetch it if necessary."""
     guarded(lambda: _resolve(name, flags), debug)
 
 

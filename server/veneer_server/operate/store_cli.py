@@ -21,7 +21,7 @@ store_cli = Program(help="The adapters in a data folder.")
     epilog="""
 Examples:
 
-  veneer-server store verify                     beside a running server, too
+  veneer-server store verify                     also while a server is running
 
   veneer-server store verify --data-dir /srv/veneer --quarantine
 """,
@@ -31,7 +31,9 @@ def store_verify(
     *,
     quarantine: Annotated[
         bool,
-        typer.Option("--quarantine", help="Serve damaged weights no more (no server may run)."),
+        typer.Option(
+            "--quarantine", help="Quarantine damaged weights (no server may be running)."
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -62,16 +64,18 @@ Examples:
 def store_gc(
     *,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Remove what lies in quarantine, too.")
+        bool, typer.Option("--quarantine", help="Also remove quarantined content.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be removed.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Remove what no adapter needs, and old parts of uploads.
+    """Remove content that no adapter needs, and old interrupted uploads.
 
-    A running server does so by itself.
+    A running server does this by itself.
     """
     from veneer_server.operate.store_command import collect
 
@@ -104,8 +108,8 @@ def store_recover(*, as_json: Json = False, debug: Debug = False, **flags: Any) 
     """Rebuild the catalog from what can be read of it and from the stored adapters.
 
     Every stored file is compared with its digest. The old catalog is kept beside the new one.
-    What only the catalog knew and cannot be read (aliases, history, retention, pins) is lost.
-    No server may run.
+    Data that only the catalog had (aliases, history, retention, pins) is lost if it cannot be
+    read. No server may be running.
     """
     from veneer_server.operate.store_command import recover
 

@@ -1,4 +1,4 @@
-"""``veneer-server store verify``, ``store gc`` and ``store recover``: what they print."""
+"""The commands ``veneer-server store verify``, ``store gc`` and ``store recover``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MIB = 1 << 20
 def verify(
     data_dir: Path, tell: Callable[[str], None], *, quarantine: bool, as_json: bool
 ) -> bool:
-    """Check every stored byte; True if all is whole.
+    """Check every stored byte; True if all are intact.
 
     Args:
-        quarantine: serve damaged weights no more; needs the folder's lock.
+        quarantine: quarantine damaged weights; needs the folder's lock.
 
     Raises as `upkeep.verify` and `upkeep.quarantine`.
     """
@@ -47,7 +47,7 @@ def verify(
     if found.unreferenced:
         tell(f"  {found.unreferenced} folders that no adapter needs: `store gc` removes them")
     if found.uploads:
-        tell(f"  {found.uploads} uploads under way or broken off")
+        tell(f"  {found.uploads} uploads in progress or interrupted")
     return not found.damaged
 
 
@@ -60,7 +60,7 @@ def collect(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Remove what nothing needs. Raises as `upkeep.collect`."""
+    """Remove unneeded content. Raises as `upkeep.collect`."""
     removed = upkeep.collect(
         data_dir,
         uploads_older_than=time.time() - upload_hours * 3600,
@@ -84,7 +84,7 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
         tell(json.dumps(asdict(found)))
         return
     tell(
-        f"{'recovered' if found.changed else 'nothing to recover: the catalog is whole,'} "
+        f"{'recovered' if found.changed else 'nothing to recover: the catalog is intact,'} "
         f"{found.names} names, {found.revisions} revisions"
         + (f", {found.aliases} aliases" if found.changed else "")
     )
@@ -93,9 +93,9 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
     for name, revision in found.current.items():
         tell(f"  {name} now points to {revision[:12]}")
     for name in found.nameless:
-        tell(f"  {name}: its name is not known; push it under its own name and delete this one")
+        tell(f"  {name}: its name is unknown; push it under its own name and delete this one")
     for spec in found.missing:
-        tell(f"  {spec}: its content is not in the store; refused until it is, or is pushed")
+        tell(f"  {spec}: its content is not in the store; refused until it is back or pushed")
     for digest, why in found.damaged.items():
         tell(f"  damaged {digest[:12]}: {why}")
     if found.lost_rows:

@@ -30,11 +30,11 @@ from veneer_server.serving.who import who_calls
 __all__ = ["AdapterService"]
 
 _MOST_DIGITS: Final = 18
-"""Of a history line's number: SQLite's integers have 63 bits."""
+"""Digits of a history entry's sequence number, at most: SQLite's integers have 63 bits."""
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Adapters by name. What comes later answers UNIMPLEMENTED with a sentence."""
+    """Adapters by name. Methods of later versions answer UNIMPLEMENTED and say what to use."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self_test: SelfTest,
         keep_residents: Callable[[], Awaitable[None]],
     ) -> None:
-        """Args: keep_residents: writes down what is in memory, for the next start."""
+        """Args: keep_residents: records which adapters are in memory, for the next start."""
         self._registry = registry
         self._view = AdapterView(registry, engine, use)
         self._uploads = uploads
@@ -62,7 +62,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: Any, context: Any
     ) -> adapters_pb2.UploadAdapterResponse:
-        """Publish, and activate if asked to."""
+        """Publish an adapter, and activate it if requested."""
         async with self._uploads.receive(request_iterator) as (options, upload):
             if options.validate_only:
                 published = await self._uploads.validate(upload)
@@ -80,7 +80,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetUpload(
         self, request: adapters_pb2.GetUploadRequest, context: Any
     ) -> adapters_pb2.GetUploadResponse:
-        """What need not be sent of an upload."""
+        """What the server already has of an upload, and need not be sent again."""
         if not request.HasField("spec"):
             raise InvalidField(
                 "spec is unset: give the name and files of the upload",
@@ -93,7 +93,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
-        """The named revision, and all stored ones of its name."""
+        """The named revision, and all stored revisions of that name."""
         record = await to_the_end(lambda: self._registry.get(request.name))
         revisions = await to_the_end(lambda: self._registry.revisions(record.ref.name))
         adapter = self._view.adapter(record)
@@ -135,7 +135,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def ActivateAdapter(
         self, request: adapters_pb2.ActivateAdapterRequest, context: Any
     ) -> adapters_pb2.ActivateAdapterResponse:
-        """Bring a revision to HOST or DEVICE, and pin it if asked to."""
+        """Load a revision into HOST or DEVICE memory, and pin it if requested."""
         tier = convert.tier_from_proto(request.tier, "tier")
         if tier not in (None, Tier.HOST, Tier.DEVICE):
             raise InvalidField(
@@ -165,7 +165,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
-        """Remove a revision or a name. Running requests keep what they started with."""
+        """Remove a revision or a name. Running requests keep the weights they started with."""
         deleted = await self._changes.delete(
             request.name,
             admin.evict_mode(request.mode),
@@ -194,7 +194,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def ListAliases(
         self, request: adapters_pb2.ListAliasesRequest, context: Any
     ) -> adapters_pb2.ListAliasesResponse:
-        """One page of the aliases of a name, or of all."""
+        """One page of the aliases of one name or of all names."""
         size = admin.page_size(request.page_size) if request.page_size else None
         page = admin.Page[adapters_pb2.Alias](size)
         after = admin.decode_token(request.page_token, "ListAliases")
@@ -212,7 +212,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetHistory(
         self, request: adapters_pb2.GetHistoryRequest, context: Any
     ) -> adapters_pb2.GetHistoryResponse:
-        """One page of what was done, newest first."""
+        """One page of the change history, newest first."""
         page = admin.Page[adapters_pb2.HistoryEntry](admin.page_size(request.page_size))
         given = admin.decode_token(request.page_token, "GetHistory")
         if given and not (given.isdecimal() and len(given) <= _MOST_DIGITS):
@@ -236,13 +236,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(  # type: ignore[override]  # writes instead of yielding
         self, request: adapters_pb2.WatchAdaptersRequest, context: Any
     ) -> None:
-        """Tell what was missed since a sequence number, then events as they happen."""
+        """Send the events since a sequence number, then new ones as they happen."""
         await self._watch.serve(request.since_sequence, context.write)
 
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> adapters_pb2.UpdateAdapterResponse:
-        """Change a revision's labels, its name's retention or current revision, its pin."""
+        """Change a revision's labels or pin, or its name's retention or current revision."""
         update = Update(
             labels=dict(request.labels),
             remove_labels=list(request.remove_labels),
@@ -253,7 +253,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
         if not update.registered and update.pinned is None:
             raise InvalidField(
-                "nothing is asked for: set pinned, labels, remove_labels, retain or current",
+                "the update is empty: set pinned, labels, remove_labels, retain or current",
                 metadata={"field": "pinned"},
             )
         record = await self._changes.update(request.name, update, who_calls(context))
@@ -278,7 +278,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def SelfTest(
         self, request: adapters_pb2.SelfTestRequest, context: Any
     ) -> adapters_pb2.SelfTestResponse:
-        """Compare what is served with references computed apart from it."""
+        """Compare the served outputs with independently computed references."""
         return await self._self_test.answer(request)
 
     # ------------------------------------------------------------- later versions
@@ -288,4 +288,4 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _later(rpc: str, instead: str) -> NoReturn:
-    raise Unimplemented(f"{rpc} comes with a later version: {instead}", metadata={"rpc": rpc})
+    raise Unimplemented(f"{rpc} is not implemented yet: {instead}", metadata={"rpc": rpc})

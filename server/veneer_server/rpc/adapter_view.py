@@ -1,4 +1,4 @@
-"""The `Adapter` message: what registry, engine and use know of an adapter."""
+"""The `Adapter` message: an adapter's state in the registry, the engine and `AdapterUse`."""
 
 from __future__ import annotations
 

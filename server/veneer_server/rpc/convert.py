@@ -48,15 +48,15 @@ __all__ = [
 
 
 def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
-    """The call that a request makes.
+    """Convert a request.
 
     Raises:
         InvalidField: a value is outside its range.
-        Unimplemented: a field of a later version is set.
+        Unimplemented: a field that is not supported yet is set.
     """
     if request.adapters:
         raise Unimplemented(
-            "adapters is not served by this version yet: name one adapter in `adapter`",
+            "adapters is not supported yet: name one adapter in `adapter`",
             metadata={"field": "adapters"},
         )
     stopping, output = request.stopping, request.output
@@ -83,7 +83,7 @@ def _optional(message: Message, name: str) -> Any:
 
 
 def _sampling(options: inference_pb2.SamplingOptions) -> Sampling:
-    """The contract's names are the record's."""
+    """The contract and the record use the same field names."""
     given = {field.name: value for field, value in options.ListFields()}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
@@ -116,8 +116,7 @@ def _input(
             messages = request.messages.messages
             return ChatMessages(tuple({"role": m.role, "content": m.content} for m in messages))
         case "token_ids":
-            # As protobuf holds them: their number is compared with the context before they
-            # are used.
+            # Not copied: their number is first compared with the context length.
             return PromptTokens(request.token_ids.ids)
     raise invalid("input", "is missing: send prompt, messages or token_ids")
 
@@ -158,23 +157,23 @@ def tier_from_proto(tier: inference_pb2.Tier, field: str) -> Tier | None:
 
 
 def finish_reason(reason: FinishReason) -> inference_pb2.FinishReason:
-    """The wire's name for why a sequence ended."""
+    """The protobuf value of a finish reason."""
     return _FINISH[reason]
 
 
 def duration(seconds: float) -> Duration:
-    """Of zero or more seconds."""
+    """From seconds; negative values become zero."""
     fraction, whole = math.modf(max(0.0, seconds))
     return Duration(seconds=int(whole), nanos=int(fraction * 1e9))
 
 
 def timestamp(unix_s: float) -> Timestamp:
-    """Of seconds since 1970."""
+    """From Unix seconds."""
     return Timestamp(seconds=int(unix_s), nanos=int(math.modf(unix_s)[0] * 1e9))
 
 
 def provenance(record: Provenance) -> inference_pb2.Provenance:
-    """As the wire has it."""
+    """The protobuf form of a provenance record."""
     return inference_pb2.Provenance(
         adapter=record.adapter,
         revision=record.revision,

@@ -1,4 +1,4 @@
-"""Admin messages from the registry's records, and what admin requests ask for."""
+"""Builds admin messages from registry records, and parses admin requests."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 
 PAGE_BYTES: Final = 3 << 20
-"""Bytes of a page's entries, unless a single one takes more: gRPC clients refuse answers
-of more than 4 MiB unless told otherwise."""
+"""Most bytes of a page's entries, unless a single entry is larger: by default, gRPC clients
+reject answers of more than 4 MiB."""
 
 BATCH: Final = 100
-"""Entries that are read at once: of large ones a page takes few."""
+"""Entries read at once; not a whole page, since a page holds few large entries."""
 
 MAX_LABEL_FILTER: Final = 64
-"""Labels to filter by; an adapter has no more."""
+"""Most labels in a filter; no adapter has more."""
 
 _FRAME: Final = 6
-"""Bytes of an entry's tag and length, at most."""
+"""Most bytes of an entry's tag and length."""
 
 EvictMode = Literal["drain", "fail_if_busy", "abort"]
 
@@ -64,7 +64,7 @@ def evict_mode(value: int) -> EvictMode:
 
 
 def page_size(asked: int) -> int:
-    """Entries of a page; 0 asks for the default. Raises InvalidField past the most."""
+    """Entries per page; 0 means the default. Raises InvalidField above `MAX_PAGE`."""
     if asked > MAX_PAGE:
         raise InvalidField(
             f"page_size is {asked}: ask for at most {MAX_PAGE}", metadata={"field": "page_size"}
@@ -90,13 +90,13 @@ class Page(Generic[Entry]):
 
     Attributes:
         entries: those that fit.
-        place: of the last one, for the token of the next page.
+        place: position of the last entry, from which the next page's token is made.
     """
 
     def __init__(self, size: int | None, taken: int = 0) -> None:
         """Args:
         size: most entries; None for as many as fit.
-        taken: bytes of what the answer holds beside them.
+        taken: bytes of the rest of the answer.
         """
         self.entries: list[Entry] = []
         self.place = ""
@@ -104,7 +104,8 @@ class Page(Generic[Entry]):
         self._left = PAGE_BYTES - taken
 
     def add(self, entry: Entry, place: str = "") -> bool:
-        """Whether it fits; the first one always does. Once one does not, the page ends."""
+        """Add an entry and return True, or return False if it does not fit; that ends the
+        page. The first entry always fits."""
         size = entry.ByteSize() + _FRAME
         if self.entries and (size > self._left or len(self.entries) == self._size):
             return False
@@ -120,20 +121,20 @@ class Page(Generic[Entry]):
 
 
 def encode_token(place: str) -> str:
-    """A page token for a place in a list."""
+    """A page token for a position in a list."""
     return base64.urlsafe_b64encode(place.encode()).decode()
 
 
 def decode_token(token: str, rpc: str) -> str:
-    """The place that a page token stands for; "" for none. Raises InvalidField."""
+    """The position that a page token stands for; "" for no token. Raises InvalidField."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except ValueError as error:  # not ASCII, no base64, or no UTF-8 in it
+    except ValueError as error:  # not ASCII, not base64, or not UTF-8
         raise bad_token(rpc) from error
 
 
 def bad_token(rpc: str) -> InvalidField:
-    """A page token that no page gave."""
+    """The error for a page token that ``rpc`` did not issue."""
     return InvalidField(
         f"page_token was not issued by {rpc}: start without one",
         metadata={"field": "page_token"},
@@ -141,9 +142,9 @@ def bad_token(rpc: str) -> InvalidField:
 
 
 def alias_targets(request: adapters_pb2.SetAliasRequest) -> list[tuple[str, int]]:
-    """(revision, weight) pairs that an alias shall mean; empty for rollback and removal.
+    """(revision, weight) pairs that an alias is to point to; empty for rollback and removal.
 
-    Raises InvalidField unless exactly one thing is asked for.
+    Raises InvalidField unless exactly one change is requested.
     """
     asked = [
         bool(request.revision),
@@ -165,7 +166,7 @@ def _targets(pairs: Sequence[tuple[str, int]]) -> list[adapters_pb2.AliasTarget]
 
 
 def alias_message(row: AliasRow) -> adapters_pb2.Alias:
-    """An alias as the wire shows it."""
+    """The protobuf form of an alias."""
     return adapters_pb2.Alias(
         alias=f"{row.name}/{row.alias}",
         targets=_targets(row.targets),
@@ -182,7 +183,7 @@ def set_alias_response(
 
 
 def history_entry(row: HistoryRow) -> adapters_pb2.HistoryEntry:
-    """A line of the history as the wire shows it."""
+    """The protobuf form of a history entry."""
     return adapters_pb2.HistoryEntry(
         time=convert.timestamp(row.time),
         event=row.event,

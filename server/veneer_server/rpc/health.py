@@ -14,7 +14,7 @@ SERVICES: Final = (
     "veneer.v1.AdapterService",
     "veneer.v1.ServerService",
 )
-"""Services with a readiness of their own."""
+"""Services that report their own readiness."""
 
 _ENGINE_SERVICE: Final = SERVICES[0]
 _UP: Final = health_pb2.HealthCheckResponse.SERVING
@@ -26,7 +26,7 @@ class Health:
 
     Liveness says that the front process answers and is not stopping: restarting it
     would not help a loading or restarting engine. InferenceService is ready while
-    the engine's step loop answers; the others while the server is past loading.
+    the engine's step loop answers; the other services once loading is done.
     """
 
     def __init__(self) -> None:
@@ -43,19 +43,19 @@ class Health:
         await self._publish()
 
     async def loaded(self) -> None:
-        """The server is past loading."""
+        """Record that the server has finished loading."""
         self._loaded = True
         await self._publish()
 
     def engine_changed(self, healthy: bool) -> None:
-        """The engine's heartbeat came or went (a callback of `EngineClient`)."""
+        """Called back by `EngineClient` when the engine's heartbeat starts or stops."""
         self._engine = healthy
         task = asyncio.get_running_loop().create_task(self._publish())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def drain(self) -> None:
-        """NOT_SERVING for everything, for good."""
+        """Report NOT_SERVING for every service from now on."""
         self._draining = True
         await self._publish()
 

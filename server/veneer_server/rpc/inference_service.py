@@ -1,4 +1,4 @@
-"""InferenceService: generate calls, answered at once or as a stream."""
+"""InferenceService: generate calls, answered whole or as a stream."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Runs the base model, with or without an adapter."""
 
     def __init__(self, generator: Generator, *, reader_limit_s: float = READER_LIMIT_S) -> None:
-        """Args: reader_limit_s: longest wait for a caller to take a message."""
+        """Args: reader_limit_s: longest wait for a caller to read a message."""
         self._generator = generator
         self._reader_limit_s = reader_limit_s
         self._label = generator.prompts.tokenizer.token_label
 
     def check_wire(self, request: bytes) -> None:
-        """Raises VeneerError for a GenerateRequest that cannot be served, before it is parsed:
-        a prompt that cannot fit takes copies as protobuf, text and tokens."""
+        """Raises VeneerError for a GenerateRequest that cannot be served. Runs before parsing,
+        because a prompt that is too long would be held as protobuf, text and tokens."""
         if not self._generator.ready:
             return
         self._generator.check_text(last_value(request, _PROMPT_FIELD))
@@ -80,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(  # type: ignore[override]  # writes instead of yielding
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
-        """Write a message for each output of the engine; the last has `final`."""
+        """Write a message for each output of the engine; the last one carries `final`."""
         call = convert.generate_call(request)
         request_id = REQUEST_ID.get()
         remaining = context.time_remaining()
@@ -105,7 +105,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await self._write(context, message)
 
     async def _write(self, context: Any, message: inference_pb2.GenerateStreamResponse) -> None:
-        """Send a message; a reader that stopped reading must not hold a place for ever."""
+        """Send a message, in limited time: a caller that stopped reading must not occupy the
+        engine for ever."""
         limit = self._reader_limit_s
         try:
             async with asyncio.timeout(limit):
@@ -118,7 +119,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class _Whole:
-    """A sample that is answered at once."""
+    """Collects one sample of an answer that is sent whole."""
 
     def __init__(self, label: _Label) -> None:
         self._label = label
@@ -144,7 +145,7 @@ class _Whole:
 
 
 def _logprobs(delta: Delta, label: _Label) -> list[inference_pb2.TokenLogprob]:
-    """Of the new tokens; empty where they were not asked for."""
+    """Log-probabilities of the new tokens; empty if not requested."""
     if delta.logprobs is None:
         return []
     return _entries(delta.tokens, delta.logprobs, delta.top_logprobs, label)
@@ -153,7 +154,7 @@ def _logprobs(delta: Delta, label: _Label) -> list[inference_pb2.TokenLogprob]:
 def _prompt_logprobs(
     generation: Generation, delta: Delta, label: _Label
 ) -> list[inference_pb2.TokenLogprob]:
-    """Of the prompt; empty but for the first delta of a call that asked for them."""
+    """Log-probabilities of the prompt, if requested; empty after the first delta."""
     if delta.prompt_logprobs is None:
         return []
     ids = generation.prompt.ids[1:]
@@ -191,7 +192,7 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
 
 
 def _trailing(generation: Generation) -> tuple[tuple[str, str], ...]:
-    """For clients that look at metadata only, such as proxies."""
+    """For clients that read only metadata, such as proxies."""
     where = generation.provenance
     if where.tier is None:
         return ()

@@ -1,6 +1,6 @@
-"""What every call of ours gets: an id, admission, a status for its error, timing.
+"""Gives every Veneer call a request id, admission control, an error status and timing.
 
-Calls of health and reflection are bounded, too, and their malformed requests refused.
+Health and reflection calls are bounded too, and their malformed requests are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PACED: Final = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
 """Codes of invalid requests; see `pace`."""
 
 _SIZE: ContextVar[int] = ContextVar("size", default=0)
-"""Bytes of the current call's request, where it is large."""
+"""Bytes of the current call's request if it is large, else 0."""
 
 _log = get_logger(__name__)
 
@@ -52,15 +52,15 @@ _Receive = Callable[[Any, Any], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method: bounds what callers may hold, and answers errors of ours and
-    malformed requests.
+    """Wraps every method: bounds what callers may hold, and turns malformed requests and
+    Veneer errors into statuses.
 
-    Methods under ``veneer.v1`` are counted, logged and admitted by phase, too; health and
-    reflection answer whatever the phase.
+    Methods under ``veneer.v1`` are also counted, logged and admitted by phase; health and
+    reflection answer in every phase.
 
-    A method that takes one request is registered as if it took a stream of them. On the
-    wire that is the same; but gRPC then reads only when asked to, so that a request which
-    never arrives whole can be given up (see `receiving`).
+    A unary-request method is registered as if it took a stream of requests. The wire format
+    is the same, but gRPC then reads only on demand, so a request that never arrives whole
+    can be abandoned (see `receiving`).
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         pace: Pace | None = None,
     ) -> None:
         """Args:
-        receiving: who is being read; None for the default bounds.
-        open_calls: how many calls may be open; None for the default bounds.
-        connections: told of each call; None where nobody makes room.
-        checks: for a method's path, what looks at its requests before they are parsed;
-            see `decoder`.
+        receiving: decides which requests are read; None for the default bounds.
+        open_calls: bounds the open calls; None for the default bounds.
+        connections: tracks each connection's calls; None if none are closed to make room.
+        checks: by method path, the check that runs before a request is parsed; see
+            `decoder`.
         pace: delays refusals; None for the default.
         """
         self._pace = pace or Pace()
@@ -90,7 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._open = open_calls or OpenCalls()
         self._connections = connections or Connections(1)
         self._wrapped: dict[str, Any] = {}
-        # One: what it does holds the interpreter's lock, in turns with the event loop.
+        # One thread: decoding holds the GIL, so more would only contend with the event loop.
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     async def intercept_service(
@@ -134,7 +134,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(
                 guard(method, handler.stream_unary, _all), **coders
             )
-        # Reflection: each answer follows its question.
+        # Reflection: one response for each request.
         return grpc.stream_stream_rpc_method_handler(
             guard(method, _write_all(handler.stream_stream), self._paced), **coders
         )
@@ -142,10 +142,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     # ----------------------------------------------------------- a call's requests
 
     def _one(self, decode: Callable[[bytes], Any]) -> _Receive:
-        """What gives the request of a call that has one."""
+        """The receiver for methods that take a single request."""
 
         async def finish(request: Any) -> Any:
-            if isinstance(request, bytes):  # large: the event loop is everybody's
+            if isinstance(request, bytes):  # large: must not block the event loop
                 _SIZE.set(len(request))
                 loop = asyncio.get_running_loop()
                 request = await loop.run_in_executor(self._decoding, decode, request)
@@ -162,7 +162,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return one
 
     async def _paced(self, requests: Any, context: Any) -> Any:
-        """All requests of a call that has several; each must come in time."""
+        """The requests of a streaming call; each must arrive within the time limit."""
 
         async def paced() -> AsyncIterator[Any]:
             limit_s = self._receiving.limit_s
@@ -185,7 +185,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     # ---------------------------------------------------------------------- guards
 
     def _answer(self, method: str, behaviour: _Behaviour, receive: _Receive) -> _Behaviour:
-        """Health and reflection: no more than the bounds, and errors of ours."""
+        """Guards health and reflection: enforces the bounds and reports Veneer errors."""
 
         async def answered(requests: Any, context: Any) -> Any:
             try:
@@ -225,7 +225,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:
                 if context.cancelled() or context.done():
-                    # A write to a caller that has gone fails in grpc's own way.
+                    # Writing to a caller that has left raises grpc's own exception.
                     code = _cancelled_code(context)
                     raise asyncio.CancelledError from error
                 failure = internal_error(REQUEST_ID.get())
@@ -234,34 +234,34 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 handling.observe(time.perf_counter() - started)
                 handled.labels(service, name, code).inc()
-            request = None  # an aborted call's frames are kept for a while
+            request = None  # grpc keeps an aborted call's frames for a while
             return await self._refuse(method, failure, context)
 
         return guarded
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]
-        if not isinstance(error, ModelLoading):  # those who wait ask again and again
+        if not isinstance(error, ModelLoading):  # waiting clients retry over and over
             _log.info("call refused", method=name, code=error.code, reason=error.reason)
         status = to_grpc_status(error)
         self._metrics.failures.labels(error.reason).inc()
         if error.code in _PACED:
             await self._pace.wait(context.peer(), _SIZE.get())
-        # Does not wait for the caller: where it takes nothing, the status stays in
-        # gRPC behind the one message that is stuck.
+        # Does not wait for the caller: if it reads nothing, gRPC queues the status behind
+        # the message that is stuck.
         return await context.abort(status.code, status.message, status.trailing)
 
 
 def _checked(request: Any) -> Any:
-    """A message as it was decoded. Raises what `decoder` gave in its place."""
+    """The decoded message. Raises the error that `decoder` returned in its place, if any."""
     if isinstance(request, VeneerError):
         raise request
     return request
 
 
 class _Checked:
-    """The messages of a stream, checked. It can be read on after one that is refused, which
-    would end a generator, so that a refused client may finish sending."""
+    """The checked messages of a stream. Unlike a generator, it can be read further after it
+    has raised, so that a refused client can finish sending."""
 
     def __init__(self, requests: Any) -> None:
         self._requests = requests
@@ -271,18 +271,18 @@ class _Checked:
         return self
 
     async def __anext__(self) -> Any:
-        if self._messages is None:  # gRPC warns of an iterator that is made and not used
+        if self._messages is None:  # gRPC warns about an iterator that is never used
             self._messages = aiter(self._requests)
         return _checked(await anext(self._messages))
 
 
 async def _all(requests: Any, context: Any) -> Any:
-    """The requests of a call that bounds them itself."""
+    """The requests of a method that enforces its own bounds."""
     return _Checked(requests)
 
 
 def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
-    """A handler that yields, as one that writes."""
+    """Turn a handler that yields into one that writes."""
 
     async def written(requests: Any, context: Any) -> None:
         async for answer in answers(requests, context):
@@ -294,15 +294,15 @@ def _write_all(answers: Callable[[Any, Any], AsyncIterator[Any]]) -> _Behaviour:
 def _serializer(
     serializer: Callable[[Any], bytes] | None,
 ) -> Callable[[Any], bytes] | None:
-    """Takes messages, and bytes of a message that many callers get."""
+    """Accepts messages, and bytes that were serialised once for many callers."""
     if serializer is None:
         return None
     return lambda message: message if type(message) is bytes else serializer(message)
 
 
 def _open_first(behaviour: _Behaviour) -> _Behaviour:
-    """Send the initial metadata before a stream's messages, not with the first one: a
-    first message that nobody takes would hold it back, and the status needs it."""
+    """Send the initial metadata ahead of a stream's first message: if the caller never reads
+    that message, the metadata would be stuck with it, and the status needs the metadata."""
 
     async def opened(request: Any, context: Any) -> Any:
         await context.send_initial_metadata(())
@@ -312,7 +312,7 @@ def _open_first(behaviour: _Behaviour) -> _Behaviour:
 
 
 def _request_id(request: object) -> str:
-    """The caller's id, where the request carries one."""
+    """The request id that the caller chose; empty if none. Raises InvalidField."""
     given: str = getattr(request, "request_id", "")
     if given and not _REQUEST_ID.fullmatch(given):
         raise InvalidField(

@@ -25,13 +25,13 @@ MAX_WATCHERS: Final = 256
 """Default of ``--max-watchers``."""
 
 MAX_HEALTH_WATCHES: Final = 256
-"""``Watch`` calls of the health service."""
+"""Open ``Watch`` calls of the health service."""
 
 MAX_REFLECTIONS: Final = 4
-"""Reflection calls, each of which may hold a message."""
+"""Open reflection calls; each may hold a message."""
 
 MAX_OTHER_CALLS: Final = 256
-"""Calls of one of our services, beside those that generate and those that watch."""
+"""Open calls per Veneer service, not counting generate and watch calls."""
 
 _OURS: Final = "/veneer.v1."
 _HEALTH: Final = "/grpc.health.v1.Health/Watch"
@@ -52,13 +52,13 @@ class _Kind:
 class OpenCalls:
     """Counts open calls whose request has arrived. Belongs to one event loop.
 
-    Each kind has room of its own, so that calls of one kind never keep out another. Calls
-    that generate are not counted here: the engine's places bound them. Those whose request
-    is still arriving are bounded by `Receiving`.
+    Each kind has its own limit, so calls of one kind never crowd out another. Generate calls
+    are not counted here, since the engine's capacity bounds them. Calls whose request is
+    still arriving are bounded by `Receiving`.
     """
 
     def __init__(self, *, watchers: int = MAX_WATCHERS) -> None:
-        """Args: watchers: `WatchAdapters` calls, at most."""
+        """Args: watchers: maximum number of open `WatchAdapters` calls."""
         self._watchers = watchers
         self._count: Counter[str] = Counter()
 
@@ -67,7 +67,7 @@ class OpenCalls:
         """Count a call while the block runs.
 
         Raises:
-            QuotaExceeded, QueueFull: there are as many of its kind as there may be.
+            QuotaExceeded, QueueFull: the limit for calls of this kind is reached.
         """
         kind = self._kind(method)
         if kind is None:
@@ -75,7 +75,7 @@ class OpenCalls:
             return
         if self._count[kind.name] >= kind.most:
             raise kind.error(
-                f"{kind.most} {kind.name} are open, the most that this server holds: "
+                f"{kind.most} {kind.name} are open, the most that this server allows: "
                 f"{kind.fix}",
                 metadata={"limit": str(kind.most)},
                 retry_after_s=kind.retry_s,
@@ -96,7 +96,7 @@ class OpenCalls:
             )
             return _Kind("watchers", self._watchers, QuotaExceeded, fix, 5.0)
         if method == _HEALTH:
-            fix = "close one, or ask with Check"
+            fix = "close one, or poll with Check"
             return _Kind("health watches", MAX_HEALTH_WATCHES, QuotaExceeded, fix, 5.0)
         if method.startswith(_REFLECTION):
             return _Kind("reflection calls", MAX_REFLECTIONS, QuotaExceeded, "close one", 5.0)

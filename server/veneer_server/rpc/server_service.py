@@ -1,4 +1,4 @@
-"""ServerService: what the server is, what its memory is for, and what it would hold."""
+"""ServerService: server facts, memory use and capacity planning."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         length = request.context_length or min(info.context_length, info.kv_cache_tokens)
         if length > info.context_length:
             raise InvalidField(
-                f"context_length is {length}: {self._base.name} reads at most "
+                f"context_length is {length}: {self._base.name} supports at most "
                 f"{info.context_length} tokens",
                 metadata={"field": "context_length"},
             )
@@ -167,7 +167,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         return _response(capacity, parameters, length)
 
     async def _parameters(self, request: server_pb2.PlanCapacityRequest) -> int:
-        """Numbers in all A and B of the adapter that the request describes."""
+        """Parameters in all A and B matrices of the adapter that the request describes."""
         if request.WhichOneof("adapter") == "like":
             record = await to_the_end(lambda: self._registry.get(request.like))
             return record.manifest.parameters
@@ -180,7 +180,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         for at, module in enumerate(request.shape.modules):
             if module not in known:
                 raise InvalidField(
-                    f"shape.modules[{at}] is {module!r}: give some of {', '.join(known)}",
+                    f"shape.modules[{at}] is {module!r}: choose from {', '.join(known)}",
                     metadata={"field": f"shape.modules[{at}]"},
                 )
         modules = set(request.shape.modules) or set(known)

@@ -1,7 +1,7 @@
-"""WatchAdapters: a watcher's place in the row of events, and the messages it gets.
+"""WatchAdapters: each watcher's position in the event buffer, and the messages it receives.
 
-The messages of an event are built and serialised once for all watchers. Who falls behind
-the row's oldest event, or stops reading, is closed with an error.
+The messages of an event are built and serialised once for all watchers. A watcher that falls
+behind the oldest event in the buffer, or stops reading, is closed with an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["AdapterWatch"]
 _PAGE: Final = 100
 
 KEPT_EVENTS: Final = 64
-"""Events whose messages are kept for watchers that are a little behind the first."""
+"""Events whose messages are cached for watchers slightly behind the fastest one."""
 
 Message = adapters_pb2.WatchAdaptersResponse
 Write = Callable[[bytes], Awaitable[None]]
@@ -37,7 +37,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class AdapterWatch:
-    """Serves WatchAdapters calls from the row of events."""
+    """Serves WatchAdapters calls from the event buffer."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class AdapterWatch:
         self._built: OrderedDict[int, asyncio.Task[list[bytes]]] = OrderedDict()
 
     async def serve(self, since: int, write: Write) -> None:
-        """Tell what happened after ``since`` and go on, until the caller leaves.
+        """Send the events after ``since``, then new ones until the caller leaves.
 
         Raises:
             Aborted: the watcher reads too slowly.
-            Draining: the server stops.
+            Draining: the server is shutting down.
         """
         place, synced = since, False
         if self._events.after(since) is None:
@@ -68,8 +68,8 @@ class AdapterWatch:
             happened = self._events.after(place)
             if happened is None:
                 raise Aborted(
-                    "the watcher fell behind what the server keeps: read faster, and watch "
-                    "again from the last sequence number",
+                    "the watcher fell behind the events that the server keeps: read faster, "
+                    "and watch again from the last sequence number",
                     metadata={"cause": "fell_behind"},
                 )
             for event in happened:
@@ -100,7 +100,7 @@ class AdapterWatch:
             name = page[-1].ref.name
 
     async def _once(self, event: Happened) -> list[bytes]:
-        """`_messages`, built for the first watcher that wants them."""
+        """`_messages`, built for the first watcher that needs them and shared with the rest."""
         built = self._built.get(event.sequence)
         if built is None:
             built = asyncio.get_running_loop().create_task(self._messages(event))
@@ -108,14 +108,14 @@ class AdapterWatch:
             while len(self._built) > KEPT_EVENTS:
                 self._built.popitem(last=False)
         try:
-            # Others wait for it, too, whoever of them leaves.
+            # Shielded: other watchers may await the same task when this one leaves.
             return await asyncio.shield(built)
         except Exception:
-            self._built.pop(event.sequence, None)  # the next one tries again
+            self._built.pop(event.sequence, None)  # the next watcher tries again
             raise
 
     async def _messages(self, event: Happened) -> list[bytes]:
-        """One for each revision that the event is about; the last has the number."""
+        """A message for each revision the event is about; the last has the sequence number."""
         if isinstance(event.subject, AdapterRecord):
             adapters = [await self._registered(event, event.subject)]
         else:

@@ -1,4 +1,4 @@
-"""Which calls run, and whether new ones may start: loading, serving, draining."""
+"""Tracks running calls, and admits new ones by phase: loading, serving, draining."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer_registry.errors import Draining, ModelLoading
 __all__ = ["READER_LIMIT_S", "Calls", "Phase"]
 
 READER_LIMIT_S: Final = 30.0
-"""How long a caller may take to send or to take a message, unless configured."""
+"""Default limit on how long a caller may take to send or read a message."""
 
 _CANCEL_WAIT_S: Final = 2.0
 
@@ -27,13 +27,13 @@ class Phase(Enum):
 
 
 class Calls:
-    """Admits calls by phase and knows the running ones, so that a drain can end them.
+    """Admits calls by phase and tracks the running ones, so that a drain can end them.
 
     Belongs to one event loop. Every call runs inside `running`, in its own task.
     """
 
     def __init__(self, doing: Callable[[], str] = str) -> None:
-        """Args: doing: what is loaded at the moment, in words; may be empty."""
+        """Args: doing: describes what is being loaded; may return an empty string."""
         self.doing = doing
         self._phase = Phase.LOADING
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -47,16 +47,16 @@ class Calls:
 
     @property
     def count(self) -> int:
-        """Calls that run now."""
+        """Calls running now."""
         return len(self._tasks)
 
     def serve(self) -> None:
-        """Admit calls from now on, unless the server already drains."""
+        """Admit calls from now on, unless the server is already draining."""
         if self._phase is Phase.LOADING:
             self._phase = Phase.SERVING
 
     def check_phase(self) -> None:
-        """Raises ModelLoading or Draining where the phase admits no call."""
+        """Raises ModelLoading or Draining if the phase admits no call."""
         if self._phase is Phase.LOADING:
             doing = self.doing()
             raise ModelLoading(
@@ -99,11 +99,11 @@ class Calls:
                 self._idle.set()
 
     def drain(self) -> None:
-        """Admit nothing from now on; running calls go on."""
+        """Admit no new calls from now on; running calls continue."""
         self._phase = Phase.DRAINING
 
     async def finish(self, grace_s: float) -> int:
-        """Wait for running calls, then end the rest; returns how many were ended."""
+        """Wait for running calls, then cancel the rest; returns how many were cancelled."""
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()

@@ -1,6 +1,6 @@
-"""Ranges of what a request may ask for; every refusal names the field and the fix.
+"""Ranges of request fields; every error names the field and the fix.
 
-Fields have the names of the gRPC contract; a door that has other names translates them.
+Fields have the names of the gRPC contract; the HTTP gateway translates them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MAX_MESSAGES: Final = 4096
-"""Of a chat. A template renders each, which takes some microseconds of the front's."""
+"""Most messages of a chat. Rendering each takes the front process some microseconds."""
 MAX_ROLE: Final = 64
 MAX_SESSION_KEY: Final = 256
 MAX_STOPS: Final = 16
@@ -38,7 +38,7 @@ MAX_CHOICES: Final = 1000
 
 
 def invalid(field: str, problem: str) -> InvalidField:
-    """The error of a field."""
+    """The error for an invalid field."""
     return InvalidField(f"{field} {problem}", metadata={"field": field})
 
 
@@ -48,36 +48,36 @@ def refuse(field: str, problem: str) -> NoReturn:
 
 
 def check_number(field: str, value: float | None, least: float, most: float, fix: str) -> None:
-    """Raises InvalidField for a value outside its range, NaN included; None is unset."""
+    """Raises InvalidField for a value outside its range, NaN included; None means unset."""
     if value is not None and not least <= value <= most:
         refuse(field, f"is {value}: {fix}")
 
 
 def check_logit_bias(given: Mapping[int, float]) -> None:
-    """Raises InvalidField for too many, or one outside its range."""
+    """Raises InvalidField for too many entries, or one outside its range."""
     if len(given) > MAX_BIASES:
         refuse("sampling.logit_bias", f"has {len(given)} entries: give at most {MAX_BIASES}")
     for token, bias in given.items():
         if not -MAX_BIAS <= bias <= MAX_BIAS:
             refuse(
                 "sampling.logit_bias",
-                f"of token {token} is {bias}: give {-MAX_BIAS:g} to {MAX_BIAS:g}",
+                f"for token {token} is {bias}: give {-MAX_BIAS:g} to {MAX_BIAS:g}",
             )
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raises InvalidField for none, too many, or one without a role."""
+    """Raises InvalidField for no messages, too many, or one without a valid role."""
     if not messages:
         refuse("messages", "is empty: send at least one message")
     if len(messages) > MAX_MESSAGES:
-        refuse("messages", f"has {len(messages)}: send at most {MAX_MESSAGES}")
+        refuse("messages", f"has {len(messages)} entries: send at most {MAX_MESSAGES}")
     for at, message in enumerate(messages):
         if not 1 <= len(message["role"]) <= MAX_ROLE:
             refuse(f"messages[{at}].role", "must be 1 to 64 characters, such as 'user'")
 
 
 def check_stops(stops: Sequence[str], ids: Sequence[int]) -> None:
-    """Raises InvalidField for too many, too long or empty ones."""
+    """Raises InvalidField for too many stops, or one that is too long or empty."""
     if len(stops) > MAX_STOPS:
         refuse("stopping.stop", f"has {len(stops)} strings: give at most {MAX_STOPS}")
     for at, stop in enumerate(stops):
@@ -87,11 +87,12 @@ def check_stops(stops: Sequence[str], ids: Sequence[int]) -> None:
                 f"has {len(stop)} characters: give 1 to {MAX_STOP_LENGTH}",
             )
     if len(ids) > MAX_STOP_TOKENS:
-        refuse("stopping.stop_token_ids", f"has {len(ids)}: give at most {MAX_STOP_TOKENS}")
+        refuse("stopping.stop_token_ids", f"has {len(ids)} ids: give at most {MAX_STOP_TOKENS}")
 
 
 def check_output(n: int, logprobs: bool, top_logprobs: int) -> None:
-    """Raises InvalidField for too many samples or tokens, or tokens without ``logprobs``."""
+    """Raises InvalidField for too many samples or top tokens, or top tokens without
+    ``logprobs``."""
     if top_logprobs > MAX_TOP_LOGPROBS:
         refuse("output.top_logprobs", f"is {top_logprobs}: give at most {MAX_TOP_LOGPROBS}")
     if top_logprobs and not logprobs:
@@ -101,20 +102,20 @@ def check_output(n: int, logprobs: bool, top_logprobs: int) -> None:
 
 
 def choice(texts: Sequence[str]) -> Constraint:
-    """One of these texts.
+    """A constraint to one of these texts.
 
     Raises:
-        InvalidField: there are none, too many, or an empty one.
+        InvalidField: there are no texts, too many, or an empty one.
     """
     field = "constraint.choice"
     if len(texts) > MAX_CHOICES:
         refuse(field, f"has {len(texts)} texts: give at most {MAX_CHOICES}")
     if not texts or not all(texts):
-        refuse(field, "has no texts, or an empty one: give at least one, of 1 character")
+        refuse(field, "has no texts, or an empty one: give at least one, none of them empty")
     return Constraint("choice", json.dumps(list(texts)))
 
 
 def check_constraint(constraint: Constraint) -> None:
-    """Raises InvalidField for an empty one. Whether it compiles is found out by the engine."""
+    """Raises InvalidField for an empty constraint. The engine finds out whether it compiles."""
     if not constraint.text:
         refuse(f"constraint.{constraint.kind}", "is empty: give one, or leave it unset")

@@ -1,7 +1,7 @@
 """One generate request from admission to its end; both generate calls use it.
 
-`Generator.admit` is the only place that takes what a request holds (the revision
-lease and the engine's sequence) and the only place that gives it back.
+Only `Generator.admit` acquires and releases what a request holds: the revision lease and
+the engine's sequence.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _log = get_logger(__name__)
 
 
 class Generation:
-    """An admitted request. Iterate `deltas` once; the numbers are final after it.
+    """An admitted request. Iterate `deltas` once; after that the numbers are final.
 
-    The other samples are submitted when the first one's first token has come: the
-    prompt is in the prefix cache then, and is not computed once for each of them.
+    The other samples are submitted after the first sample's first token: the prompt is
+    then in the prefix cache, and is not computed again for each of them.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Generation:
         generator: Generator,
         arrived: float,
     ) -> None:
-        """Args: request: of the first sample; the others' differ as `_of_sample` says."""
+        """Args: request: that of the first sample; `_of_sample` derives the others."""
         self.prompt = prompt
         self.ref = ref
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
-        """Of the last sample to end, once all have."""
+        """That of the last sample to end, once all have ended."""
         self.provenance = Provenance(base_model=generator.base_name)
         self._request = request
         self._engine = engine
@@ -93,19 +93,19 @@ class Generation:
 
     @property
     def tier(self) -> Tier | None:
-        """Where the adapter was found; known with the first delta."""
+        """The tier where the adapter was found; known from the first delta on."""
         first = self._first_output
         return Tier(first.tier) if first is not None and first.tier is not None else None
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the first sample found in the prefix cache; known with the
-        first delta."""
+        """Prompt tokens that the first sample found in the prefix cache; known from the
+        first delta on."""
         return self._first_output.cached_tokens if self._first_output is not None else 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """One for each output of the engine. Raises what the engine raised; one
-        sample's failure is that of the request."""
+        """One delta per output of the engine. Raises what the engine raises; if one
+        sample fails, the request fails."""
         self._streams.add(0, self._engine.generate(self._request))
         ended = 0
         while ended < len(self._samples):
@@ -123,11 +123,11 @@ class Generation:
             yield delta
 
     async def close(self) -> None:
-        """Cancel in the engine what has not ended."""
+        """Cancel the samples that have not ended."""
         await self._streams.aclose()
 
     def _count(self, sample: Sample, output: SequenceOutput, count: int, now: float) -> None:
-        """Metrics and numbers of an output, of which the caller gets ``count`` tokens."""
+        """Update metrics and counts for an output; ``count``: tokens that the caller gets."""
         if self._first_output is None:
             self._first(output, now)
         elif sample.last_output is not None:
@@ -150,7 +150,7 @@ class Generation:
             self._streams.add(sample.index, self._engine.generate(request))
 
     def facts(self) -> dict[str, float]:
-        """What the log says of it, finished or not; never its text."""
+        """Log fields of the request, finished or not; never its text."""
         first = self._first_output
         return {
             "prompt_tokens": len(self.prompt.ids),
@@ -164,7 +164,7 @@ class Generation:
 
     def _provenance(self, now: float) -> Provenance:
         first, ref = self._first_output, self.ref
-        assert first is not None, "an output came first"
+        assert first is not None, "a request ends with an output"
         return Provenance(
             base_model=self.provenance.base_model,
             adapter=ref.name if ref else "",
@@ -179,7 +179,7 @@ class Generation:
 
 
 class Generator:
-    """Admits requests: fixes the revision, makes the prompt, checks it fits, submits."""
+    """Admits requests: resolves the revision, builds the prompt, checks its size, submits."""
 
     def __init__(
         self,
@@ -196,8 +196,8 @@ class Generator:
         constraint_bytes: int = 32 << 10,
     ) -> None:
         """Args:
-        step_seconds: how long a step takes of late, 0 if unknown.
-        constraint_bytes: of the largest constraint.
+        step_seconds: recent duration of a step; 0 if unknown.
+        constraint_bytes: size of the largest constraint allowed.
         """
         self.prompts = prompts
         self.metrics = metrics
@@ -214,19 +214,19 @@ class Generator:
     async def admit(
         self, call: GenerateCall, *, time_remaining: float | None, placed: bool = False
     ) -> AsyncIterator[Generation]:
-        """A submitted request; left, it holds nothing any more, however it ended.
+        """Submit a request. When the block ends, however it ends, everything is released.
 
         Args:
-            time_remaining: seconds to the caller's deadline, None without one.
-            placed: the caller holds the engine's places for it already.
+            time_remaining: seconds to the caller's deadline; None if there is none.
+            placed: the caller already holds the engine's places for the request.
 
         Raises:
             AdapterNotFound, ContextTooLong, DeadlineTooShort, InvalidField,
             TemplateFailed: the request cannot be served as it is.
-            QueueFull, EngineFailed: not now.
+            QueueFull, EngineFailed: the request cannot be served now.
         """
         arrived = time.perf_counter()
-        # A time, not a length: it runs on while the request waits.
+        # A point in time, not a duration: the clock runs while the request waits.
         deadline = None if time_remaining is None else time.monotonic() + time_remaining
         self._check_deadline(time_remaining)
         if call.constraint is not None:
@@ -237,7 +237,7 @@ class Generator:
         generation: Generation | None = None
         outcome = "cancelled"
         try:
-            # Before any work: what waits for that is in the queue, and bounded with it.
+            # Before any work: requests that wait for it then count towards the queue limit.
             with nullcontext() if placed else self._engine.places(call.n):
                 prompt = await self._prompt(call, lease)
                 request = self._resolve(call, prompt, lease, deadline)
@@ -259,17 +259,17 @@ class Generator:
             self._record(generation, lease, outcome)
 
     def check_text(self, text: bytes) -> None:
-        """Raise ContextTooLong for a prompt in UTF-8 that cannot fit, before more is made of
-        it: copies of it as protobuf, text and tokens."""
+        """Raise ContextTooLong for a UTF-8 prompt that cannot fit, before it is copied as
+        protobuf, text and tokens."""
         self.prompts.check_bytes(text, most_prompt_tokens(self._engine.info), "prompt")
 
     def check_count(self, tokens: int) -> None:
-        """Raise ContextTooLong for so many token ids as a prompt, before they are used."""
+        """Raise ContextTooLong if a prompt has too many token ids, before they are used."""
         room(self._engine.info, None, tokens)
 
     @property
     def ready(self) -> bool:
-        """It is known what fits."""
+        """Whether the engine's limits are known."""
         return self._engine.healthy
 
     def _check_deadline(self, time_remaining: float | None) -> None:
@@ -292,7 +292,7 @@ class Generator:
                         messages, template, space, CALLER.get()
                     )
                 case tokens:
-                    room(info, call.max_tokens, len(tokens.ids))  # before more is made of them
+                    room(info, call.max_tokens, len(tokens.ids))  # before they are copied
                     return await self.prompts.from_ids(tokens.ids, space, with_text=call.echo)
         except TooManyTokens as error:
             count = error.count
@@ -310,10 +310,10 @@ class Generator:
         lease: RevisionLease | None,
         deadline: float | None,
     ) -> SequenceRequest:
-        """What the engine is asked for: nothing is unset any more.
+        """The request for the engine, with all defaults filled in.
 
         Args:
-            deadline: the caller's, on the monotonic clock.
+            deadline: the caller's deadline, on the monotonic clock.
         """
         info = self._engine.info
         max_tokens = room(info, call.max_tokens, len(prompt.ids), self._defaults.max_tokens)
@@ -346,7 +346,7 @@ class Generator:
     ) -> None:
         """Metrics and one log line for a request that has ended."""
         if generation is None:
-            return  # what refused it is in the line of its call
+            return  # the call's own log line says why it was refused
         metrics, facts = self.metrics, generation.facts()
         if outcome in ("stop", "length", "cancelled"):
             metrics.requests.labels(outcome).inc()
@@ -364,8 +364,8 @@ class Generator:
 
 
 def _of_sample(request: SequenceRequest, index: int) -> SequenceRequest:
-    """A later sample's: another seed, the prompt's log-probabilities are the first one's, and
-    it comes when the first has its token, so that its deadline has been met."""
+    """The request of a later sample: its own seed, no prompt log-probabilities (the first
+    sample gives them), and no deadline (the first sample's first token has met it)."""
     sampling = msgspec.structs.replace(
         request.sampling, seed=sample_seed(request.sampling.seed, index)
     )

@@ -1,5 +1,5 @@
-"""What the front does beside serving: it quarantines damaged content, writes down what is in
-memory for the next start, and removes leftover files."""
+"""Background upkeep in the front process: quarantines damaged content, records which adapters
+are in memory for the next start, and removes leftover files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Housekeeping:
     """Belongs to one event loop.
 
     Args:
-        upload_ttl_s: seconds that what arrived of an interrupted upload is kept.
-        broken_uploads: how many are kept, and how many bytes of them.
-        quarantine_bytes, quarantine_ttl_s: most that is kept in quarantine, and for how long.
-        sweep_s: seconds between two looks at what may be swept.
-        keep_s: seconds after which what is in memory is written down, if it has changed.
+        upload_ttl_s: seconds for which the data of an interrupted upload is kept.
+        broken_uploads: most interrupted uploads that are kept, and most bytes of them.
+        quarantine_bytes, quarantine_ttl_s: most bytes kept in quarantine, and for how long.
+        sweep_s: seconds between sweeps.
+        keep_s: seconds between checks for changes of the resident set, which is then stored.
     """
 
     def __init__(
@@ -66,26 +66,26 @@ class Housekeeping:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, engine: EngineClient) -> None:
-        """Tell the engine what the last run had in memory, and begin; `stop` ends it."""
+        """Tell the engine what the last run had in memory, and begin; `stop` ends the work."""
         self._engine = engine
         engine.expect_residents(await to_the_end(self._expected))
-        await self.keep_residents()  # without what could not be expected any more
+        await self.keep_residents()  # drops those that can no longer be loaded
         self._begin(self._sweep())
         self._begin(self._complete())
         self._begin(self._keep())
 
     async def stop(self) -> None:
-        """End, once what is under way is done."""
+        """Stop, after finishing the work in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await self.keep_residents()
         except VeneerError as error:
-            _log.warning("what is in memory is not written down", reason=error.reason)
+            _log.warning("resident adapters not stored for the next start", reason=error.reason)
 
     def on_engine_event(self, event: EngineEvent) -> None:
-        """Listener for `EngineClient`: content that did not have its digest at load."""
+        """Listener for `EngineClient`: quarantines content whose digest was wrong at load."""
         if isinstance(event, AdapterFailed) and event.error.reason == AdapterCorrupt.reason:
             self._begin(self._quarantine(event.weights_digest, event.error.message))
 
@@ -99,10 +99,10 @@ class Housekeeping:
             refs = await to_the_end(lambda: self._registry.quarantine(digest, why))
             if not refs:
                 return
-            _log.error("adapter in quarantine", adapters=[ref.short for ref in refs], why=why)
+            _log.error("adapter quarantined", adapters=[ref.short for ref in refs], why=why)
             records = await to_the_end(lambda: self._registry.holding(digest))
         except VeneerError as error:
-            _log.error("damaged adapter not put into quarantine", reason=error.reason)
+            _log.error("damaged adapter not quarantined", reason=error.reason)
             return
         self._events.quarantined(records, why)
 
@@ -126,30 +126,30 @@ class Housekeeping:
                 )
                 if pruned:
                     _log.warning(
-                        "removed from quarantine, which is full or held them long enough",
+                        "quarantined content removed, because it was too large or too old",
                         folders=[name for name, _ in pruned],
                         bytes=sum(size for _, size in pruned),
                     )
                 if self._registry.needs_sweep:
                     await to_the_end(self._registry.sweep)
-            except Exception as error:  # it must go on whatever a disk does
+            except Exception as error:  # disk errors must not end the loop
                 _log.error("sweeping failed", error)
             await asyncio.sleep(self._sweep_s)
 
     async def _complete(self) -> None:
-        """Bring what an older version stored up to date, a little at a time."""
+        """Migrate content stored by an older version, a little at a time."""
         try:
             more = True
             while more:
                 more = await to_the_end(self._registry.complete_store)
                 await asyncio.sleep(_PAUSE_S)
         except Exception as error:  # tried again at the next start
-            _log.error("what an older version stored is not brought up to date", error)
+            _log.error("content stored by an older version was not migrated", error)
 
     # ------------------------------------------------------------ what is in memory
 
     def _expected(self) -> list[Resident]:
-        """What was in memory at the end of the last run, of what still can be loaded."""
+        """The adapters in memory at the end of the last run that can still be loaded."""
         expected = []
         for row in self._registry.residents():
             records = self._registry.holding(row.weights)
@@ -161,7 +161,7 @@ class Housekeeping:
         return expected
 
     async def keep_residents(self) -> None:
-        """Write down what is in memory, if that has changed."""
+        """Store the list of adapters in memory, if it has changed."""
         async with self._keeping:
             engine = self._engine
             if engine is None or engine.residents_version == self._kept_version:
@@ -176,8 +176,8 @@ class Housekeeping:
             await asyncio.sleep(self._keep_s)
             try:
                 await self.keep_residents()
-            except Exception as error:  # it must go on whatever a disk does
-                _log.error("what is in memory is not written down", error)
+            except Exception as error:  # disk errors must not end the loop
+                _log.error("resident adapters not stored for the next start", error)
 
 
 def _tier(text: str) -> MemoryTier:

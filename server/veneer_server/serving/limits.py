@@ -1,4 +1,4 @@
-"""What a request asks for, checked against the model and completed by its defaults."""
+"""Checks a request against the model, and fills in the model's defaults."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SEED_BITS: Final = 63
 
 
 def most_prompt_tokens(info: EngineInfo) -> int:
-    """Tokens of the longest prompt that leaves room for one more."""
+    """Tokens of the longest prompt that leaves room for one new token."""
     return min(info.context_length, info.kv_cache_tokens) - 1
 
 
 def room(
     info: EngineInfo, wanted: int | None, prompt_tokens: int, default: int | None = None
 ) -> int:
-    """Most new tokens of a request: as many as wanted, else the default, or the fewer that
-    the context leaves.
+    """Most new tokens of a request: ``wanted``, or else the default, as far as the context
+    has room for it.
 
     Raises:
         ContextTooLong: prompt and completion cannot fit.
@@ -61,7 +61,7 @@ def room(
 
 
 def check_constraint_size(constraint: Constraint, most: int) -> None:
-    """Raises InvalidField for a constraint of more bytes."""
+    """Raises InvalidField for a constraint of more than ``most`` bytes."""
     size = len(constraint.text.encode())
     if size > most:
         field = f"constraint.{constraint.kind}"
@@ -71,7 +71,7 @@ def check_constraint_size(constraint: Constraint, most: int) -> None:
 
 
 def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:
-    """Raises InvalidField where an id is outside the vocabulary."""
+    """Raises InvalidField if an id is outside the vocabulary."""
     worst = max(ids, default=0)
     if worst >= info.vocab_size:
         raise InvalidField(
@@ -82,6 +82,6 @@ def check_ids(info: EngineInfo, field: str, ids: Iterable[int]) -> None:
 
 
 def resolve_sampling(given: Sampling, base: RequestDefaults) -> SamplingParams:
-    """Unset values are the base's defaults; an unset seed is a random one."""
+    """Fill in unset values with the base's defaults, and an unset seed with a random one."""
     options = {"seed": secrets.randbits(_SEED_BITS), **given.given}
     return msgspec.structs.replace(base.sampling, **options)

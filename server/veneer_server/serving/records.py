@@ -1,6 +1,6 @@
-"""What a call asks for and what it is told, as frozen records without protobuf.
+"""Calls and their provenance, as frozen records without protobuf.
 
-A record that exists has been checked: its ranges are in `serving.checks`.
+Each record checks its fields when it is built; the ranges are in `serving.checks`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """Text to be tokenised as it stands."""
+    """Text to be tokenised as it is."""
 
     text: str
 
@@ -79,18 +79,18 @@ class Sampling:
 
     @property
     def logit_bias(self) -> Mapping[int, float]:
-        """Token id to what is added to its logit."""
+        """Token id to the bias added to its logit."""
         biases: Mapping[int, float] = self.given.get("logit_bias", {})
         return biases
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """One call for tokens, whichever door it came through.
+    """One generate call, over gRPC or HTTP.
 
     Attributes:
         adapter: ``name``, ``name@revision`` or ``name/alias``; empty for the base model.
-        session_key: which target of an alias answers: the same key, the same one.
+        session_key: selects the target of an alias; the same key selects the same target.
         max_tokens: None means the server's default.
         n: samples for the same prompt.
         use_prefix_cache: None means the server's default.
@@ -130,7 +130,7 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Which weights answered, and how long what took (seconds)."""
+    """Which weights answered, and how long each phase took (seconds)."""
 
     base_model: str
     adapter: str = ""

@@ -1,4 +1,4 @@
-"""The samples of one request: each one's text, and their outputs as they come."""
+"""The samples of one request: turns their outputs into text, and merges their streams."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Delta", "Sample", "SampleStreams", "sample_seed"]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What came out of a sample since its last one. Its last has `finish` set.
+    """New output of a sample since its previous delta. The last delta has `finish` set.
 
     Attributes:
-        index: the sample, from 0.
-        logprobs, top_logprobs: one entry for each of `tokens`, if asked for.
+        index: the sample's, from 0.
+        logprobs, top_logprobs: one entry for each of `tokens`, if requested.
         prompt_logprobs, prompt_top_logprobs: one entry for each prompt token after
-            the first; with sample 0's first delta only, if asked for.
+            the first; only in sample 0's first delta, if requested.
     """
 
     index: int
@@ -40,7 +40,7 @@ class Delta:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of a sample: the request's own for the first, others made from it."""
+    """The seed of a sample: the request's for the first one, derived from it for others."""
     if index == 0:
         return seed
     made = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8)
@@ -48,7 +48,7 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 class Sample:
-    """One completion: tokens to text, until its end."""
+    """One completion: turns its tokens into text."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class Sample:
         self.index = index
         self.finish: FinishReason | None = None
         self.last_output: float | None = None
-        """When the last one came, for the time between tokens."""
+        """When the last output arrived, for the inter-token latency."""
         self._detokenizer = Detokenizer(tokens, continues=True)
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
 
     def delta(self, output: SequenceOutput) -> Delta:
-        """Take an output of the engine."""
+        """Convert an output of the engine."""
         stops = self._stops
         finish: FinishReason | None = output.finish
         text, count = self._feed(output)
@@ -89,8 +89,8 @@ class Sample:
         )
 
     def _feed(self, output: SequenceOutput) -> tuple[str, int]:
-        """Text of an output's tokens, and how many of them there are up to the one that
-        completes a stop string: an output joined from several steps goes on behind it."""
+        """Text of an output's tokens, and how many tokens there are up to the one that
+        completes a stop string: an output joined from several steps may continue past it."""
         texts = []
         for count, token in enumerate(self._shown(output), 1):
             texts.append(self._stops.feed(self._detokenizer.feed([token])))
@@ -99,7 +99,7 @@ class Sample:
         return "".join(texts), len(output.tokens)
 
     def _shown(self, output: SequenceOutput) -> list[int]:
-        """Tokens that are part of the text: all but a stop token, which is the last."""
+        """Tokens that are part of the text: all except a final stop token."""
         tokens = output.tokens
         if output.finish == "stop" and tokens and tokens[-1] in self._stop_token_ids:
             return tokens[:-1]
@@ -107,32 +107,32 @@ class Sample:
 
 
 class SampleStreams:
-    """Outputs of several samples as they come. Close it, whatever happens.
+    """Outputs of several samples as they arrive. Must be closed, even after an error.
 
-    One read of each sample is under way while the caller waits, and none while it is
-    busy elsewhere for longer than that: what a slow caller has not taken gathers in
-    the engine's client, where it is joined and bounded.
+    At most one read per sample is in flight, started only while the caller waits. Output
+    that a slow caller has not read accumulates in the engine client, which joins and
+    bounds it.
     """
 
     def __init__(self) -> None:
         self._streams: dict[int, AsyncGenerator[SequenceOutput, None]] = {}
         self._reads: dict[int, asyncio.Task[SequenceOutput]] = {}
         self._ready: deque[int] = deque()
-        """Samples whose read is done, in the order in which they take turns."""
+        """Samples whose read is done, next one first."""
 
     def add(self, index: int, stream: AsyncGenerator[SequenceOutput, None]) -> None:
-        """A sample's outputs; its submission happens at the first read."""
+        """Add a sample's stream; the first read submits the sample."""
         self._streams[index] = stream
 
     async def next(self) -> tuple[int, SequenceOutput]:
-        """The next output of any sample that is open; at least one must be.
+        """The next output of any open sample; at least one must be open.
 
         Raises:
-            VeneerError: what a sample's stream raised.
+            VeneerError: raised by a sample's stream.
         """
         try:
             if len(self._streams) == 1 and not self._reads:
-                # Nothing to wait for beside it: spare the task.
+                # A single stream needs no task.
                 [(index, stream)] = self._streams.items()
                 return index, await anext(stream)
             for index, stream in self._streams.items():
@@ -147,7 +147,7 @@ class SampleStreams:
             raise InternalError("the engine ended a sequence without a finish reason") from None
 
     async def close(self, index: int) -> None:
-        """End a sample's stream; if the engine still works on it, that is cancelled."""
+        """Close a sample's stream; if the engine still works on the sample, it is cancelled."""
         stream = self._streams.pop(index)
         if index in self._ready:
             self._ready.remove(index)
@@ -159,8 +159,8 @@ class SampleStreams:
         await stream.aclose()
 
     async def aclose(self) -> None:
-        """End all that are open, however often the caller is cancelled meanwhile: their
-        places are given back next."""
+        """Close all open streams, even if the caller is cancelled meanwhile: their places are
+        released next."""
         if self._streams:
             await outlast(self._close_all())
 

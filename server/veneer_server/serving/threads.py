@@ -1,4 +1,4 @@
-"""Work that is never left behind: blocking work in a thread, and what must be closed."""
+"""Work that a cancelled caller must not abandon: blocking work in threads, and cleanup."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 async def to_the_end(work: Callable[[], T], executor: Executor | None = None) -> T:
-    """Run ``work`` in a thread; if cancelled, wait for it first and then be cancelled.
+    """Run ``work`` in a thread; if cancelled, wait for it to end, then raise CancelledError.
 
     A thread cannot be stopped, so what it uses (an upload's staging folder) must
-    not be taken away while it still runs.
+    not be removed while it still runs.
 
     Args:
-        executor: whose thread; None is one of the loop's.
+        executor: runs the work; None for the event loop's default.
     """
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
 
@@ -35,7 +35,7 @@ async def to_the_end(work: Callable[[], T], executor: Executor | None = None) ->
 
 
 async def outlast(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end; if cancelled, wait for it first and then be cancelled."""
+    """Run ``work``; if cancelled, wait for it to end, then raise CancelledError."""
     running = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not running.done():
@@ -47,25 +47,25 @@ async def outlast(work: Coroutine[Any, Any, T]) -> T:
             break
     if cancelled is not None:
         if not running.cancelled():
-            running.exception()  # mark it as seen; the cancellation goes first
+            running.exception()  # mark it as retrieved; the cancellation takes precedence
         raise cancelled
     return running.result()
 
 
 class Background:
-    """Work in threads that nobody waits for; one run of each kind at a time."""
+    """Fire-and-forget work in threads; one run of each kind at a time."""
 
     def __init__(self) -> None:
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def start(self, kind: str, work: Callable[[], object]) -> None:
-        """Run ``work`` unless a run of this kind is under way; log what it raises."""
+        """Run ``work`` unless a run of this kind is in progress; log what it raises."""
         if kind not in self._running:
             task = asyncio.get_running_loop().create_task(self._run(kind, work))
             self._running[kind] = task
 
     async def finish(self) -> None:
-        """Wait for what is under way."""
+        """Wait for all runs in progress."""
         await asyncio.gather(*self._running.values())
 
     async def _run(self, kind: str, work: Callable[[], object]) -> None:

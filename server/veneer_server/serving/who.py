@@ -1,4 +1,4 @@
-"""Who calls: for the history of admin calls, and for taking turns."""
+"""Identifies the caller, for the history of admin calls and for fair queueing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from veneer_registry.rows import Who
 __all__ = ["CALLER", "who_calls"]
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
-"""The connection that the current call came by. Callers take turns where one of them
-could keep the others waiting."""
+"""The connection of the current call. Callers take turns wherever one of them could keep
+the others waiting."""
 
 ACTOR: Final = "veneer-actor"
 _LONGEST: Final = 128
@@ -20,7 +20,7 @@ _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 
 
 def who_calls(context: Any) -> Who:
-    """Who the caller says it is (metadata ``veneer-actor``), and where it calls from."""
+    """The caller's claimed name (metadata ``veneer-actor``) and its address."""
     metadata = dict(context.invocation_metadata() or ())
     given = str(metadata.get(ACTOR, ""))[:_LONGEST]
     return Who(_UNPRINTABLE.sub("?", given), context.peer())

@@ -1,4 +1,4 @@
-"""What the engine does with adapters, as log lines: why a first token waited."""
+"""Logs what the engine does with adapters, which explains slow first tokens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _log = get_logger(__name__)
 
 
 class Names(Protocol):
-    """What the registry is to this module."""
+    """The part of the registry that this module uses."""
 
     def names(self, weights_digest: str) -> Iterable[str]:
-        """Names that have these weights."""
+        """The names that have these weights."""
 
 
 class AdapterLog:
-    """Listener for `EngineClient`. Weights that have no name any more go by their digest."""
+    """Listener for `EngineClient`. Weights that no longer have a name appear by digest."""
 
     def __init__(self, registry: Names) -> None:
         self._registry = registry
 
     def on_engine_event(self, event: EngineEvent) -> None:
-        """One line for a load, a move, an eviction and a failure."""
+        """Log each load, move, eviction and failure."""
         match event:
             case AdapterLoaded(weights_digest=digest, source=source, stages=stages):
                 seconds = {f"{stage}_s": round(took, 4) for stage, took in stages.items()}

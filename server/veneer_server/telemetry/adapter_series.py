@@ -1,7 +1,7 @@
-"""The metrics with adapter names in them: bounded, and gone when the adapter is.
+"""Metrics labelled by adapter name: bounded in number, and removed with the adapter.
 
-The only place where names become labels. They are names that the registry holds, never
-what a caller sent, and at most `MAX_NAMES` of them: the others are summed as ``_other``.
+Only here do names become labels. They come from the registry, never from a request, and at
+most `MAX_NAMES` of them are used: all others are summed as ``_other``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ OTHER: Final = "_other"
 
 
 class Catalog(Protocol):
-    """What the registry is to this module; thread-safe."""
+    """The part of the registry that this module uses; thread-safe."""
 
     def __contains__(self, name: object) -> bool: ...
 
     def names(self, weights_digest: str) -> Iterable[str]:
-        """Names that have these weights."""
+        """The names that have these weights."""
 
 
 class _Empty:
@@ -45,11 +45,11 @@ class _Empty:
 
 
 class AdapterSeries(Collector):
-    """Residency and use by adapter name. Told by the event loop, read by scrapes.
+    """Residency and use by adapter name. Updated by the event loop, read by scrapes.
 
-    What is resident is known by content, since names share it: the catalog is asked at
-    each scrape, so a name that was given to other weights, or deleted, is never shown
-    with what it was.
+    Residency is tracked by weights, since names may share them, and names are looked up in
+    the catalog at each scrape. So a name that was moved to other weights, or deleted, never
+    shows its old state.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AdapterSeries(Collector):
         self._changed = clock()
         self._requested: set[str] = set()
         registry.register(self)
-        # After this collector, which removes what is to be seen no more.
+        # After this collector, which removes stale series.
         self._requests = Series(
             "veneer_adapter_requests_total",
             "Requests by adapter.",
@@ -76,10 +76,10 @@ class AdapterSeries(Collector):
             registry=registry,
         )
 
-    # ----------------------------------------------------------------- told
+    # -------------------------------------------------------------- updates
 
     def requested(self, name: str) -> None:
-        """A request for a registered adapter."""
+        """Count a request for a registered adapter."""
         with self._lock:
             if name not in self._requested and len(self._requested) >= MAX_NAMES:
                 name = OTHER
@@ -88,7 +88,7 @@ class AdapterSeries(Collector):
             self._requests.labels(name).inc()
 
     def residency(self, event: Residency) -> None:
-        """An adapter changed its tier or its pin."""
+        """Record an adapter's new tier or pin."""
         with self._lock:
             if event.tier == "disk" and not event.pinned:
                 self._resident.pop(event.weights_digest, None)
@@ -96,7 +96,7 @@ class AdapterSeries(Collector):
                 self._resident[event.weights_digest] = event
 
     def occupancy(self, event: Occupancy) -> None:
-        """Other adapters run or wait."""
+        """Record which adapters have running and waiting requests."""
         now = (event.running_adapters, event.waiting_adapters)
         with self._lock:
             if now != (self._running, self._waiting):
@@ -104,15 +104,15 @@ class AdapterSeries(Collector):
                 self._changed = self._clock()
 
     def engine_silent(self) -> None:
-        """Nothing runs or waits until the engine steps again."""
+        """Record that nothing runs or waits until the engine steps again."""
         with self._lock:
             self._running = self._waiting = ()
             self._changed = self._clock()
 
-    # ----------------------------------------------------------------- read
+    # -------------------------------------------------------------- scrapes
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Empty families; `registry.register` wants their names."""
+        """Empty families; `registry.register` needs their names."""
         return self._families()
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -128,7 +128,7 @@ class AdapterSeries(Collector):
         return loaded, info
 
     def _forget_deleted(self) -> None:
-        """Series of names that are gone end, and their labels are free for others."""
+        """Remove the series of deleted names, which frees their labels for others."""
         for name in [n for n in self._requested if n not in self.catalog]:
             self._requested.remove(name)
             self._requests.remove(name)
@@ -161,9 +161,9 @@ class AdapterSeries(Collector):
         )
 
     def _at_most(self, resident: list[Residency]) -> int:
-        """Adapters of today's mean size that the DEVICE tier can hold.
+        """Adapters of the current mean size that the DEVICE tier can hold.
 
-        No number is fixed at start; this is what a router that wants one can go by.
+        The server has no fixed maximum; this is an estimate for routers that need one.
         """
         sizes = [state.bytes for state in resident if state.bytes]
         mean = sum(sizes) / len(sizes) if sizes else 1 << 20

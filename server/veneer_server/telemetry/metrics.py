@@ -1,6 +1,6 @@
-"""Prometheus metrics of the front process, with a registry and a port of their own.
+"""Prometheus metrics of the front process, with a separate registry and port.
 
-Adapter names become labels in `adapter_series` alone, which bounds them.
+Adapter names become labels only in `adapter_series`, which bounds their number.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class SizedCatalog(Catalog, Sized, Protocol):
 
 
 class Metrics:
-    """Every series that the server exposes. Cheap enough to be called per token."""
+    """Every series that the server exposes. Cheap enough to call per token."""
 
     def __init__(self) -> None:
-        # A gauge beside each counter that no rule or dashboard of ours or theirs reads.
+        # Created metrics add a gauge to each counter, which no rule or dashboard reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -78,27 +78,34 @@ class Metrics:
             return Histogram(f"veneer_{name}", text, labels, registry=registry, buckets=buckets)
 
         self.running = gauge("num_requests_running", "Sequences in the batch.")
-        self.waiting = gauge("num_requests_waiting", "Sequences that wait.")
+        self.waiting = gauge("num_requests_waiting", "Sequences that are waiting.")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Used share of the KV blocks.")
         self.prefix_usage = gauge(
             "prefix_cache_usage_ratio", "Share of the KV blocks that only the cache holds."
         )
-        self.ready = gauge("ready", "1 while generate calls are answered; 0 while it loads.")
+        self.ready = gauge("ready", "1 while generate calls are answered, else 0.")
         self.engine_healthy = gauge(
             "engine_healthy", "1 while the engine is up and its step loop answers."
         )
-        self.engine_info = gauge("engine_info", "1; what computes.", "device", "backend")
+        self.engine_info = gauge(
+            "engine_info", "1; device and backend in use.", "device", "backend"
+        )
         self.backend_info = gauge(
             "backend_info",
-            "1; what executes a step, and why not the native kernels where auto chose.",
+            "1; backend that executes steps, and why auto did not choose the native one.",
             *("backend", "instructions", "reason"),
         )
-        self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters held.", "tier")
-        self.adapter_budget = gauge("adapter_budget_bytes", "Byte budget.", "tier")
-        self.resident = gauge("adapters_resident", "Adapters held.", "tier")
+        self.adapter_bytes = gauge("adapter_bytes", "Bytes of adapters in memory.", "tier")
+        self.adapter_budget = gauge(
+            "adapter_budget_bytes", "Memory budget for adapters, in bytes.", "tier"
+        )
+        self.resident = gauge("adapters_resident", "Adapters in memory.", "tier")
         self.registered = gauge("adapters_registered", "Names in the registry.")
         self.first_token = histogram(
-            "time_to_first_token_seconds", "From arrival.", _FIRST_TOKEN, "adapter_tier"
+            "time_to_first_token_seconds",
+            "From arrival to the first token.",
+            _FIRST_TOKEN,
+            "adapter_tier",
         )
         self.inter_token = histogram(
             "inter_token_latency_seconds", "Between tokens of one stream.", _INTER_TOKEN
@@ -116,19 +123,25 @@ class Metrics:
             "request_generation_tokens", "New tokens of a request.", _TOKENS
         )
         self.load_seconds = histogram(
-            "adapter_load_seconds", "Stages of an adapter's load.", _SWAP, "source", "stage"
+            "adapter_load_seconds",
+            "Duration of the stages of a load.",
+            _SWAP,
+            "source",
+            "stage",
         )
         self.activate_seconds = histogram(
-            "adapter_activate_seconds", "A whole load or activation.", _SWAP
+            "adapter_activate_seconds", "Duration of a load or activation.", _SWAP
         )
         self.load_failures = counter(
             "adapter_load_failures_total", "Loads and activations that failed.", "reason"
         )
         self.loader_restarts = counter(
             "adapter_loader_restarts_total",
-            "Processes that read adapters and ended, or were killed for taking too long.",
+            "Adapter loader processes that ended, or were killed for taking too long.",
         )
-        self.step_seconds = histogram("step_seconds", "One step.", _INTER_TOKEN, "phase")
+        self.step_seconds = histogram(
+            "step_seconds", "Duration of a step.", _INTER_TOKEN, "phase"
+        )
         self.step_rows = histogram("step_batch_rows", "Tokens computed in a step.", _ROWS)
         self.step_adapters = histogram(
             "step_adapters", "Different adapters in a step.", _ADAPTERS
@@ -141,8 +154,8 @@ class Metrics:
         self.prefix_found = counter(
             "prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
         )
-        self.requests = counter("requests_total", "Ended well.", "finish_reason")
-        self.failures = counter("request_failures_total", "Ended by an error.", "reason")
+        self.requests = counter("requests_total", "Requests that succeeded.", "finish_reason")
+        self.failures = counter("request_failures_total", "Requests that failed.", "reason")
         self.lookups = counter(
             "adapter_cache_lookups_total", "Look-ups by tier.", "tier", "result"
         )
@@ -151,7 +164,7 @@ class Metrics:
         )
         self.constraints = counter(
             "constraints_total",
-            "Constraints compiled for the first time, and those that stopped a generation.",
+            "Constraint trials, and constraints that stopped a generation.",
             "phase",
             "outcome",
         )
@@ -160,11 +173,11 @@ class Metrics:
         )
         self.matcher_ends = counter(
             "constraint_matcher_ends_total",
-            "Processes that follow constraints, ended and replaced.",
+            "Matcher processes that ended and were replaced.",
             "cause",
         )
         self.adapters = AdapterSeries(registry)
-        """By adapter name."""
+        """Metrics by adapter name."""
         self.handled = Counter(
             "grpc_server_handled_total",
             "Calls ended.",
@@ -179,7 +192,7 @@ class Metrics:
             buckets=_FIRST_TOKEN,
         )
         self.recent_step_s = 0.0
-        """Smoothed seconds of a decode step; 0 before the first."""
+        """Smoothed duration of a decode step in seconds; 0 before the first."""
         self.on_device = 0
         """Adapters in the DEVICE tier."""
         for outcome in get_args(ConstraintOutcome):
@@ -187,7 +200,7 @@ class Metrics:
         for tier in ("host", "device"):
             self.adapter_bytes.labels(tier).set(0)
             self.resident.labels(tier).set(0)
-            # A series that begins above 0 has no increase for its first event.
+            # If a series starts above 0, Prometheus sees no increase for its first event.
             for cause in get_args(EvictionCause):
                 self.evictions.labels(tier, cause)
 
@@ -198,26 +211,26 @@ class Metrics:
         self.adapters.device_budget = device
 
     def engine_started(self, device: str, backend: str, why_slower: str = "") -> None:
-        """What computes from now on.
+        """Record what computes from now on.
 
         Args:
-            why_slower: why torch does where the native kernels were looked for first.
+            why_slower: why torch is used although auto prefers the native kernels.
         """
         self.engine_info.clear()
         self.engine_info.labels(device, backend).set(1)
         self.backend_info.clear()
         name, _, rest = backend.partition(" ")
-        instructions = rest.strip("()").partition(",")[0]  # "avx2", also of "avx2, prebuilt"
+        instructions = rest.strip("()").partition(",")[0]  # "avx2", also from "avx2, prebuilt"
         reason = why_slower[:_LONGEST_REASON]
         self.backend_info.labels(name, instructions, reason).set(1)
 
     def ask(self, catalog: SizedCatalog) -> None:
-        """Whom to ask, from another thread, at each scrape."""
+        """Set the catalog, which each scrape reads from another thread."""
         self.registered.set_function(lambda: len(catalog))
         self.adapters.catalog = catalog
 
     def adapter_found(self, tier: TierName) -> None:
-        """Count the tier that a request's adapter was found in, and the misses before."""
+        """Count a hit in the tier that had a request's adapter, and misses in nearer tiers."""
         for nearer in ("device", "host", "disk"):
             hit = nearer == tier
             self.lookups.labels(nearer, "hit" if hit else "miss").inc()
@@ -251,7 +264,7 @@ class Metrics:
                 self.matcher_ends.labels(event.cause).inc()
 
     def engine_health(self, healthy: bool) -> None:
-        """The engine's step loop advances, or nothing runs until it does again."""
+        """Record whether the engine's step loop advances; if not, nothing runs."""
         self.engine_healthy.set(healthy)
         if healthy:
             return

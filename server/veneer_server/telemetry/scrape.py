@@ -1,7 +1,7 @@
 """The port that Prometheus scrapes: few connections, little time each, one page at a time.
 
-prometheus_client's own server starts a thread for each connection and waits for ever, so
-that idle connections took every file descriptor of the process.
+prometheus_client's own server starts a thread for each connection and waits for ever, so idle
+connections could take every file descriptor of the process.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from veneer_server.system.hosts import AllowedHosts
 __all__ = ["LIMIT_S", "MAX_HEAD", "MAX_PARTIAL", "ScrapeServer"]
 
 MAX_HEAD: Final = 8 << 10
-"""Bytes of a request."""
+"""Most bytes of a request."""
 
 LIMIT_S: Final = 10.0
-"""How long a connection may be open: request, page and all."""
+"""How long a connection may be open, in total."""
 
 MAX_PARTIAL: Final = 8
-"""Pages of some series (``name[]``) that wait to be made; more are refused with 503."""
+"""Most pages of selected series (``name[]``) that may wait to be made; more are refused with
+503."""
 
 _END: Final = b"\r\n\r\n"
 
@@ -50,7 +51,7 @@ _OFFERED: Final = (
     "application/openmetrics-text",
 )
 _FORMATS: Final = {kind: encode for encode, kind in map(choose_encoder, _OFFERED)}
-"""By content type. Few, so that few pages can be asked for at once."""
+"""By content type. Only a few, which bounds the number of different pages."""
 
 _log = get_logger(__name__)
 
@@ -62,7 +63,7 @@ class _Request(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """All that a page depends on. ``names``: of the series that are asked for; None: all."""
+    """All that a page depends on. ``names``: the requested series; None for all."""
 
     names: frozenset[str] | None
     format: str
@@ -76,7 +77,7 @@ class _Shape(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A page that is not begun yet, and how many wait for it."""
+    """A page that has not been started, and how many requests wait for it."""
 
     task: asyncio.Task[bytes]
     waiting: int = 0
@@ -94,10 +95,10 @@ class ScrapeServer:
         limit_s: float = LIMIT_S,
     ) -> None:
         """Args:
-        hosts: names by which it may be called.
-        connections: open at once. One more takes the place of the oldest that has not
-            asked for anything yet, or else of the oldest that does not read its answer,
-            or else of the oldest.
+        hosts: host names that requests may use.
+        connections: most that may be open. A further one replaces the oldest that has not
+            sent a request, or else the oldest that has not read its answer, or else the
+            oldest.
         limit_s: how long each may be open.
         """
         self.limit_s = limit_s
@@ -105,23 +106,23 @@ class ScrapeServer:
         self._most = connections
         self._registry = registry
         self.open: dict[_Connection, None] = {}
-        """Connections, in the order in which they came."""
-        # One, so that scrapers take at most half of the interpreter's time.
+        """Connections, oldest first."""
+        # One thread, so that scrapes take at most half of the interpreter's time.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._turn = asyncio.Lock()
         self._next: dict[_Shape, _Pending] = {}
-        """Pages that are not begun yet."""
+        """Pages that have not been started."""
         self._server: asyncio.Server | None = None
 
     async def start(self, address: Address) -> Address:
-        """Answer from now on. Raises OSError where the address cannot be had."""
+        """Answer from now on. Raises OSError if the address cannot be bound."""
         self._server = await asyncio.get_running_loop().create_server(
             lambda: _Connection(self), address.host, address.port, backlog=self._most
         )
         return Address(address.host, self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Close all connections. Harmless to repeat."""
+        """Close all connections. Safe to call again."""
         if self._server is not None:
             self._server.close()
         for connection in tuple(self.open):
@@ -130,27 +131,27 @@ class ScrapeServer:
 
     @property
     def connections(self) -> int:
-        """Open now."""
+        """Number of open connections."""
         return len(self.open)
 
-    # ------------------------------------------------------- for its connections
+    # ------------------------------------------------------- for the connections
 
     def opened(self, connection: _Connection) -> None:
-        """A client has connected."""
+        """Add a new connection, and drop another one if there are too many."""
         if len(self.open) >= self._most:
-            # Never the new one: it takes a full set of newer ones to displace it in turn.
+            # Never the new one: only a full set of newer ones can displace it in turn.
             least = min(self.open, key=_Connection.worth)
             least.drop()
             self.open.pop(least, None)
         self.open[connection] = None
 
     def closed(self, connection: _Connection) -> None:
-        """A connection has ended."""
+        """Remove a connection that has ended."""
         self.open.pop(connection, None)
 
     async def page(self, request: _Request) -> bytes:
-        """The answer to a request, whole. Requests that wait for the same page share it: it
-        is made after the last of them has come, and not at all once all of them have gone."""
+        """The whole answer to a request. Requests that wait for the same page share it: it is
+        made after the last of them arrived, or not at all if all of them leave."""
         shape = _shape(request)
         pending = self._next.get(shape)
         if pending is None:
@@ -171,12 +172,12 @@ class ScrapeServer:
 
     @property
     def _partial(self) -> int:
-        """Pages of some series that wait."""
+        """Waiting pages of selected series."""
         return sum(shape.names is not None for shape in self._next)
 
     async def _make(self, shape: _Shape) -> bytes:
         async with self._turn:
-            del self._next[shape]  # whoever comes from now on is given the one after it
+            del self._next[shape]  # later requests get the next page
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._worker, self._page, shape)
 
@@ -189,13 +190,13 @@ class ScrapeServer:
 
 
 class _Connection(asyncio.Protocol):
-    """One request, one answer, closed."""
+    """Reads one request, sends one answer, closes."""
 
     def __init__(self, server: ScrapeServer) -> None:
         self.asked = False
-        """A whole request has come."""
+        """Whether a whole request has arrived."""
         self.answered = False
-        """The answer is made, and not all of it is taken."""
+        """Whether the answer has been written; the client may not have read all of it."""
         self._server = server
         self._head = bytearray()
         self._transport: asyncio.Transport | None = None
@@ -216,19 +217,19 @@ class _Connection(asyncio.Protocol):
         self._server.closed(self)
 
     def worth(self) -> int:
-        """When there are too many connections, the lowest goes first."""
+        """If there are too many connections, those with the lowest value are dropped first."""
         if not self.asked:
             return 0
         return 1 if self.answered else 2
 
     def drop(self) -> None:
-        """Close it, whatever has not been sent."""
+        """Close the connection, discarding unsent data."""
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self.asked:
-            return  # there is one answer to a connection
+            return  # one answer per connection
         self._head += data
         end = self._head.find(_END)
         if end < 0 and len(self._head) <= MAX_HEAD:
@@ -259,11 +260,11 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         self.answered = True
         self._transport.write(answer)
-        self._transport.close()  # once all of it is out, or the time is up
+        self._transport.close()  # once all of it is sent, or the time is up
 
 
 def _parse(head: bytes) -> _Request | None:
-    """None where it is no HTTP."""
+    """None if it is not valid HTTP."""
     line, *fields = head.decode("latin-1").split("\r\n")
     words = line.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -275,13 +276,13 @@ def _parse(head: bytes) -> _Request | None:
             return None
         name = name.strip().lower()
         if name == "host" and name in headers:
-            return None  # which of them is meant?
+            return None  # ambiguous
         headers[name] = value.strip()
     return _Request(words[0], words[1], headers)
 
 
 def _shape(request: _Request) -> _Shape:
-    """The page that a request asks for, whatever its path."""
+    """The page that a request selects; its path is ignored."""
     names = parse_qs(urlsplit(request.target).query).get("name[]")
     _, kind = choose_encoder(request.headers.get("accept", ""))
     return _Shape(

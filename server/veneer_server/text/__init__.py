@@ -1,1 +1,1 @@
-"""Text in the front process: templates, tokens, incremental detokenising."""
+"""Text in the front process: templates, tokenization, incremental detokenization."""

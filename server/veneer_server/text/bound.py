@@ -1,19 +1,19 @@
-"""How many bytes of text a number of tokens can stand for, at most.
+"""The most bytes of text that a number of tokens can stand for.
 
-A prompt that has more bytes cannot fit, and is refused before it is tokenized. The bound
-holds for every text, or there is none:
+A prompt with more bytes cannot fit, and is refused before it is tokenized. The bound either
+holds for every text or does not exist:
 
-- A token of the vocabulary stands for no more bytes than its longest entry has.
+- A token of the vocabulary stands for no more bytes than the longest entry has.
 - An added token matches its own text, in the prompt as sent or as normalized.
-- A normalizer may shrink text first. Composing (NFC) shrinks UTF-8 by 3.5 at most
-  (U+1FBE U+0308 U+0301, 7 bytes, becomes U+0390), compatibility forms by 4 (U+1D7D8, 4
-  bytes, becomes "0"). ASCII stays as it is.
-- A byte-level vocabulary may lack bytes (SmolLM2's lacks some control characters), which
-  are dropped in silence: they are not counted.
-- All else that is dropped without a token breaks the bound: a normalizer that strips, a
+- A normalizer may shrink text first. Composition (NFC) shrinks UTF-8 by a factor of at most
+  3.5 (U+1FBE U+0308 U+0301, 7 bytes, becomes U+0390), compatibility forms by at most 4
+  (U+1D7D8, 4 bytes, becomes "0"). ASCII is unchanged.
+- A byte-level vocabulary may lack bytes (SmolLM2's lacks some control characters). They are
+  silently dropped, so they are not counted.
+- Anything else that is dropped without a token breaks the bound: a normalizer that strips, a
   pre-tokenizer that removes spaces, runs of unknown characters that become one token, and
-  added tokens that take the spaces around them. Where a tokenizer may do any of this, or
-  has a part that is not known here, there is no bound.
+  added tokens that absorb the spaces around them. If a tokenizer may do any of this, or has a
+  component that is not known here, there is no bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Final
 __all__ = ["UNICODE_SHRINK", "TextBound", "read_bound"]
 
 UNICODE_SHRINK: Final = 4
-"""Bytes of text per byte of its Unicode normal form, rounded up."""
+"""Most bytes of text per byte of its Unicode normal form."""
 
 _PIECE: Final = 64 << 10
 
@@ -36,12 +36,12 @@ _LOSSLESS_PIECES: Final = frozenset({"ByteLevel", "Digits", "Metaspace"})
 
 @dataclass(frozen=True, slots=True)
 class TextBound:
-    """Of one tokenizer.
+    """The bound for one tokenizer.
 
     Attributes:
         token_bytes: most bytes of normalized text that a token stands for.
-        shrink: bytes of text per byte of normalized text, at most, where the text is not
-            all ASCII; for ASCII it is 1.
+        shrink: most bytes of text per byte of normalized text, for text that is not all
+            ASCII; for ASCII it is 1.
         dropped: bytes that have no token.
     """
 
@@ -50,8 +50,8 @@ class TextBound:
     dropped: bytes = b""
 
     def exceeds(self, text: bytes, most: int) -> bool:
-        """Whether more than so many bytes of a text need tokens. Looks at no more of it than
-        it must: 4 MB take 4 ms, and the interpreter's lock."""
+        """Whether more than ``most`` bytes of a text need tokens. Scans no more than
+        necessary: 4 MB take 4 ms with the GIL held."""
         if len(text) <= most or not self.dropped:
             return len(text) > most
         count = 0
@@ -62,7 +62,7 @@ class TextBound:
         return False
 
     def most_bytes(self, tokens: int, *, ascii_only: bool) -> int:
-        """Bytes of text that fit so many tokens, at most."""
+        """Most bytes of text that fit into ``tokens`` tokens."""
         return tokens * self.token_bytes * (1 if ascii_only else self.shrink)
 
 
@@ -71,11 +71,11 @@ def read_bound(
     alphabet: Mapping[str, int],
     normalize: Callable[[str], str],
 ) -> TextBound | None:
-    """The bound of a ``tokenizer.json``; None where there is none.
+    """The bound for a ``tokenizer.json``; None if there is none.
 
     Args:
         alphabet: character -> byte, as byte-level vocabularies write bytes.
-        normalize: what its normalizer does.
+        normalize: the tokenizer's normalizer.
     """
     model = description.get("model") or {}
     added = description.get("added_tokens") or []
@@ -96,7 +96,7 @@ def read_bound(
         dropped = bytes(byte for char, byte in alphabet.items() if char not in vocabulary)
         longest = max(map(len, vocabulary), default=0)  # a character is a byte
         if normalizer is not None and not _NEVER_IN_UTF8.issuperset(dropped):
-            return None  # what is dropped are not the bytes that were sent
+            return None  # the dropped bytes are not those that were sent
     else:
         longest = max((len(token.encode()) for token in vocabulary), default=0)
         pieces_of_bytes = (f"<0x{byte:02X}>" for byte in range(256))
@@ -125,7 +125,7 @@ def _lossless(piece: Mapping[str, Any]) -> bool:
 
 
 def _shrink(normalizer: Mapping[str, Any] | None) -> int | None:
-    """By how much a normalizer shrinks text that is not ASCII; None if nobody knows."""
+    """The most that a normalizer shrinks non-ASCII text, as a factor; None if unknown."""
     shrink = 1
     for step in _steps(normalizer, "normalizers"):
         kind = step.get("type")

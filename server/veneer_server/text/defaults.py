@@ -1,4 +1,4 @@
-"""What a request that leaves sampling and length unset gets."""
+"""Defaults for requests that leave sampling or length unset."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OURS: Final = SamplingParams(temperature=0.7, top_p=0.9)
 
 @dataclass(frozen=True, slots=True)
 class RequestDefaults:
-    """Values of a base for what a request leaves unset.
+    """A base's values for what a request leaves unset.
 
     Attributes:
-        max_tokens: new tokens at most; fewer where the context ends first.
+        max_tokens: most new tokens; fewer if the context ends first.
     """
 
     sampling: SamplingParams = _OURS
@@ -30,7 +30,7 @@ class RequestDefaults:
 
 
 _BUNDLED: Final = {
-    # As its model card recommends; the file that it is imported from says nothing.
+    # From its model card; the file that it is imported from has no values.
     "smollm2-135m": SamplingParams(temperature=0.2, top_p=0.9),
 }
 
@@ -43,16 +43,16 @@ def read_defaults(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> RequestDefaults:
-    """Of a base: what the operator says, else its ``generation_config.json``, else ours.
+    """A base's defaults: the operator's, else its ``generation_config.json``'s, else ours.
 
-    Transformers ignores what is about sampling unless ``do_sample`` is true, so a file without
-    it says nothing of that; its repetition penalty counts either way. Values out of range are
-    left out. A file that samples and leaves an option out means "off".
+    Transformers ignores sampling options unless ``do_sample`` is true, so without it only the
+    file's repetition penalty is used. With it, an option that the file leaves out is off.
+    Values out of range are ignored.
 
     Args:
-        folder: of the base.
-        name: that the base is served as.
-        temperature: the operator's, as ``top_p``; None for the base's own.
+        folder: the base's folder.
+        name: the name that the base is served as.
+        temperature, top_p: the operator's values; None for the base's own.
     """
     found = _from_file(folder, _BUNDLED.get(name, _OURS))
     operators = {"temperature": temperature, "top_p": top_p}

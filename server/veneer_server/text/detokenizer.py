@@ -1,7 +1,7 @@
-"""Tokens to text while they arrive: whole characters only, stop strings never leaked.
+"""Incremental detokenization: emits whole characters only, and never leaks stop strings.
 
-Both classes are small state machines without I/O. Whatever way the tokens are
-split over calls, the concatenated output is the same.
+Both classes are small state machines without I/O. The concatenated output is the same
+however the tokens are split over calls.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ __all__ = ["Detokenizer", "StopStrings", "TokenBytes"]
 
 
 class TokenBytes(Protocol):
-    """What the detokenizer needs of a tokenizer."""
+    """What the detokenizer needs from a tokenizer."""
 
     strip_first_space: bool
-    """The tokenizer marks word starts by a space, and drops the text's first one."""
+    """Whether the tokenizer marks word starts by a space, and drops the text's first one."""
 
     def token_bytes(self, token: int) -> bytes:
-        """Bytes a token stands for; empty for special and unknown tokens."""
+        """Bytes that a token stands for; empty for special and unknown tokens."""
 
 
 class Detokenizer:
     """Incremental decoding of one sequence.
 
-    Byte-level tokenizers split characters over tokens, so text is made from the
-    tokens' bytes by an incremental UTF-8 decoder: an incomplete character stays
-    inside until its last byte has come. Bytes that can never become a character
-    are shown as U+FFFD. Cost: one table look-up and one decode a call.
+    Byte-level tokenizers split characters over tokens, so an incremental UTF-8 decoder
+    converts the tokens' bytes to text: it holds an incomplete character back until its
+    last byte arrives. Bytes that can never become a character are shown as U+FFFD. Cost:
+    one table look-up per token and one decode per call.
     """
 
     __slots__ = ("_decoder", "_strip", "_tokens")
@@ -37,7 +37,7 @@ class Detokenizer:
     def __init__(self, tokens: TokenBytes, *, continues: bool = False) -> None:
         """Args:
         tokens: the tokenizer's bytes.
-        continues: the text goes on after a prompt, so that a leading space is kept.
+        continues: the text continues a prompt, so a leading space is kept.
         """
         self._tokens = tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -52,7 +52,7 @@ class Detokenizer:
         return self._decoder.decode(self._stripped(data))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character, else nothing."""
+        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self._decoder.decode(b"", final=True)
 
     def _stripped(self, data: bytes) -> bytes:
@@ -81,7 +81,7 @@ class StopStrings:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """Text that is certainly no part of a stop string; sets `stopped` at one."""
+        """Text that cannot be part of a stop string; sets `stopped` when one is complete."""
         if not self._stops:
             return text
         if self.stopped or not text:
@@ -102,6 +102,6 @@ class StopStrings:
         return text[:cut]
 
     def flush(self) -> str:
-        """Held text, at the end of a sequence that met no stop string."""
+        """The held text, at the end of a sequence without a stop string."""
         held, self._held = self._held, ""
         return held

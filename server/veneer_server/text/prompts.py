@@ -1,4 +1,4 @@
-"""From what a caller sent to token ids, without holding up the event loop."""
+"""Turns a caller's input into token ids, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a model takes.
+    """A model's limits for a prompt.
 
     Attributes:
-        vocab_size: ids below it have rows in the model. Its tokenizer may know more, where
-            tokens were added.
+        vocab_size: token ids below it have rows in the model. The tokenizer may know more,
+            if tokens were added.
         tokens: most tokens of a prompt.
     """
 
@@ -66,7 +66,7 @@ class Prompts:
         self._lanes.close()
 
     def check_bytes(self, text: bytes, tokens: int, field: str) -> None:
-        """Raise ContextTooLong if a text in UTF-8 cannot be so few tokens."""
+        """Raise ContextTooLong if a UTF-8 text cannot fit into ``tokens`` tokens."""
         bound = self.tokenizer.bound
         if bound is None:
             return
@@ -74,7 +74,7 @@ class Prompts:
         if not bound.exceeds(text, most):
             return
         raise ContextTooLong(
-            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit are at most "
+            f"the prompt has {len(text)} bytes, but the {tokens} tokens that fit hold at most "
             f"{most}: shorten it",
             metadata={
                 "field": field,
@@ -85,11 +85,11 @@ class Prompts:
         )
 
     async def from_text(self, text: str, room: Room) -> Prompt:
-        """Tokenize text as it stands; only the tokenizer's own BOS is added.
+        """Tokenize text as it is; only the tokenizer's own BOS is added.
 
         Raises:
-            ContextTooLong: the text has more bytes than ``room`` can hold as tokens.
-            TooManyTokens: it has more tokens.
+            ContextTooLong: the text has too many bytes to fit into ``room``.
+            TooManyTokens: the text has too many tokens.
             InvalidField: there are no tokens, or one is outside the vocabulary.
         """
         ids = await self._tokenize(text, room, "prompt", add_special_tokens=True)
@@ -105,11 +105,11 @@ class Prompts:
         """Render a chat and tokenize it.
 
         Args:
-            caller: its connection; callers take turns where templates are slow.
+            caller: its connection; callers with slow templates take turns.
 
         Raises:
-            TemplateFailed: no template, or it refuses these messages.
-            QueueFull: too many wait for the adapter's template.
+            TemplateFailed: there is no template, or it rejects these messages.
+            QueueFull: too many requests wait for the adapter's template.
             ContextTooLong, TooManyTokens, InvalidField: as `from_text`.
         """
         if adapter_template is not None:
@@ -127,10 +127,10 @@ class Prompts:
         return Prompt(text, self._checked(ids, "messages", room.vocab_size))
 
     async def from_ids(self, ids: Sequence[int], room: Room, *, with_text: bool) -> Prompt:
-        """Check token ids against the model's vocabulary. Their number was checked before.
+        """Check token ids against the model's vocabulary. Their number must have been checked.
 
         Args:
-            with_text: make the text, too.
+            with_text: decode the text as well.
 
         Raises:
             InvalidField: an id is outside the vocabulary.
@@ -161,7 +161,7 @@ class Prompts:
         )
 
     def _checked(self, ids: list[int], field: str, vocab_size: int) -> list[int]:
-        """The ids, if there are any and the model has all of them."""
+        """The ids. Raises InvalidField if there are none, or the model lacks one."""
         if not ids:
             raise InvalidField(
                 "the prompt has no tokens in this base model's vocabulary: send other text",

@@ -1,8 +1,8 @@
-"""Text to tokens, from a Hugging Face folder's ``tokenizer.json``. No transformers here.
+"""Text to tokens, by a Hugging Face folder's ``tokenizer.json`` and without transformers.
 
-The `tokenizers` library does the encoding. Decoding goes by each token's bytes
-(see `veneer_server.text.detokenizer`), derived here from the two decoders that
-supported models use: byte-level BPE, and SentencePiece BPE with byte fallback.
+The `tokenizers` library does the encoding. Decoding uses each token's bytes (see
+`veneer_server.text.detokenizer`), derived here for the two decoders that supported models
+use: byte-level BPE, and SentencePiece BPE with byte fallback.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from veneer_server.text.detokenizer import Detokenizer
 
 __all__ = ["TextTokenizer", "TokenizerUnsupported", "TooManyTokens"]
 
-# Of its own, the library gives a batch to threads that all callers share: two long texts
-# would keep short ones waiting, whatever threads of ours they run in.
+# By default, the library runs batches in a thread pool that all callers share: two long texts
+# would keep short ones waiting, whichever of our threads they run in.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LABEL: Final = re.compile(r"bytes:(\\x[0-9a-f]{2})+|token_id:\d+")
-"""Labels of tokens that have no text of their own; see `TextTokenizer.token_label`."""
+"""Labels of tokens that have no text; see `TextTokenizer.token_label`."""
 
 
 class TokenizerUnsupported(VeneerError):
-    """The base's tokenizer is missing or of a kind that cannot be streamed."""
+    """The base's tokenizer is missing, or its kind cannot be streamed."""
 
     code = "FAILED_PRECONDITION"
     reason = "TOKENIZER_UNSUPPORTED"
 
 
 _SPARSE: Final = 8
-"""Characters for each token that the caller can use, from which on the text is looked at in
-pieces first: most text has fewer, and so would be too long."""
+"""A text with more than this many characters per usable token is first checked in pieces:
+most text has fewer characters per token, so it is probably too long."""
 
 PIECE: Final = 32 << 10
-"""Characters of such a piece. The library takes some 120 bytes for each while it works."""
+"""Characters of such a piece. The library needs some 120 bytes for each while it works."""
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than the caller has a use for.
+    """A text has more tokens than the caller can use.
 
     Attributes:
-        count: how many; None where that was not worth finding out.
+        count: number of tokens; None if it was not worth computing.
     """
 
     def __init__(self, count: int | None) -> None:
@@ -62,7 +62,7 @@ class TooManyTokens(Exception):
 def _byte_alphabet() -> dict[str, int]:
     """Character -> byte of the byte-level BPE alphabet (GPT-2's reversible map).
 
-    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 on.
+    Printable Latin-1 stands for itself; the other bytes map, in order, to U+0100 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
@@ -75,13 +75,13 @@ _CHARACTERS: Final = {byte: character for character, byte in ALPHABET.items()}
 
 
 class TextTokenizer:
-    """One base model's tokenizer. Thread-safe: calls share no state but a cache."""
+    """One base model's tokenizer. Thread-safe: calls share only caches."""
 
     def __init__(self, rust: RustTokenizer, description: Mapping[str, Any]) -> None:
         """Args: description: the parsed ``tokenizer.json``.
 
         Raises:
-            TokenizerUnsupported: for a decoder of another kind.
+            TokenizerUnsupported: its decoder is not one of the supported kinds.
         """
         self._rust = rust
         steps = _decoder_steps(description.get("decoder"))
@@ -105,7 +105,7 @@ class TextTokenizer:
         """Read ``tokenizer.json``.
 
         Raises:
-            TokenizerUnsupported: it is missing, broken, or of another kind.
+            TokenizerUnsupported: the file is missing, broken, or of an unsupported kind.
         """
         path = folder / "tokenizer.json"
         try:
@@ -122,7 +122,7 @@ class TextTokenizer:
                 f"{path} cannot be read: {error}",
                 metadata={"file": path.name, "cause": "unreadable"},
             ) from error
-        # A saved truncation or padding would cut or fill prompts in silence.
+        # Saved truncation or padding settings would silently change prompts.
         rust.no_truncation()
         rust.no_padding()
         return cls(rust, json.loads(text))
@@ -135,14 +135,14 @@ class TextTokenizer:
     def encode(
         self, text: str, *, add_special_tokens: bool, most: int | None = None
     ) -> list[int]:
-        """Token ids. Releases the interpreter's lock while it works, as the library's plain
-        ``encode`` does not; that one computes offsets, too.
+        """Token ids. Releases the GIL while it works, unlike the library's plain ``encode``,
+        which also computes offsets.
 
         Args:
             add_special_tokens: let the tokenizer add its own (such as BOS); a
                 rendered chat template already holds them.
-            most: tokens that the caller can use; a list of more is never made, since as
-                Python objects they take 36 bytes each.
+            most: tokens that the caller can use; a longer list is never built, since
+                each token takes 36 bytes as a Python object.
 
         Raises:
             TooManyTokens: there are more than ``most``.
@@ -155,11 +155,11 @@ class TextTokenizer:
         return found.ids
 
     def _check_pieces(self, text: str, most: int) -> None:
-        """Raise TooManyTokens where it is far too long, without the memory and the time that
-        all of it takes.
+        """Raise TooManyTokens if a text is far too long, without spending the time and memory
+        to encode all of it.
 
-        A cut changes the tokens beside it, so the sum of the pieces is not the text's
-        number of tokens; but it is nowhere near twice as many.
+        A cut changes the tokens next to it, so the sum over the pieces is not exactly the
+        text's number of tokens, but it is nowhere near twice that number.
         """
         count = 0
         for at in range(0, len(text), PIECE):
@@ -171,7 +171,7 @@ class TextTokenizer:
 
     @property
     def bound(self) -> TextBound | None:
-        """How much text a number of tokens can be; None where anything may be."""
+        """Bound on the bytes of text per token; None if there is none."""
         return self._bound
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -187,16 +187,17 @@ class TextTokenizer:
         return known
 
     def token_name(self, token: int) -> str:
-        """How the vocabulary writes a token, such as ``<|im_end|>``; empty if unknown."""
+        """The token as the vocabulary spells it, such as ``<|im_end|>``; empty if unknown."""
         return self._rust.id_to_token(token) or ""
 
     def token_label(self, token: int) -> str:
-        """What a token is called beside its log-probability; no two tokens share a label.
+        """A token's label in log-probabilities; no two tokens share a label.
 
-        Its text, such as `` the``. A fragment of a character is ``bytes:\\xf0\\x9f``, as in
-        OpenAI's API. Of tokens with the same text (SentencePiece has ``A`` and the byte
-        ``<0x41>``) the ordinary one is called by the text, the next by its bytes. A special
-        token has its vocabulary's name. What is left is ``token_id:151700``.
+        Normally its text, such as `` the``. A fragment of a character is
+        ``bytes:\\xf0\\x9f``, as in OpenAI's API. Of tokens with the same text (SentencePiece
+        has ``A`` and the byte ``<0x41>``), the ordinary one is labelled by its text, the
+        next by its bytes. A special token has its name from the vocabulary. Any other token
+        is ``token_id:151700``.
         """
         known = self._labels.get(token)
         if known is None:
@@ -218,8 +219,8 @@ class TextTokenizer:
         return names[place] if place < len(names) else number
 
     def _tokens_of(self, data: bytes) -> list[int]:
-        """Tokens that stand for these bytes, the ordinary one first. One that mixes spellings
-        of a space may be missing."""
+        """Tokens that stand for these bytes, the ordinary one first. May miss a token that
+        mixes spellings of a space."""
         spellings = []
         if self._byte_level:
             spellings.append("".join(_CHARACTERS[byte] for byte in data))

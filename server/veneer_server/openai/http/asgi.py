@@ -1,7 +1,4 @@
-"""HTTP below the fields: reading a JSON body, and answers that a slow reader cannot hold.
-
-Everything here is bounded in bytes and in time.
-"""
+"""The HTTP level: reading JSON bodies and sending answers, bounded in bytes and in time."""
 
 from __future__ import annotations
 
@@ -26,23 +23,23 @@ ABORT: Final = "veneer.abort"
 """Key in ``scope["state"]`` of a function that drops the connection at once."""
 
 MAX_BODY: Final = 4 << 20
-"""Largest body in bytes; what gRPC receives at most, too."""
+"""Largest body in bytes; the limit for gRPC messages is the same."""
 
 MAX_BODIES: Final = 64 << 20
-"""Bytes of all bodies that are being read or answered: of each its first `LONG_BODY`."""
+"""Bytes of all bodies being read or answered, counting only the first `LONG_BODY` of each."""
 
 MAX_LONG_BODIES: Final = 8 * MAX_BODY
-"""What is more than `LONG_BODY` of each, together, so that long bodies leave room for short
-ones. Text and protobuf made of them take several times as much."""
+"""The same for the bytes of each body beyond `LONG_BODY`, so that long bodies leave room for
+short ones. The text and protobuf made from a body take several times as much."""
 
 DISCARDED: Final = 4 * MAX_BODY
-"""Bytes of a refused body that are still taken, and thrown away."""
+"""Bytes of a refused body that are still read and discarded."""
 
 DISCARDED_S: Final = 5.0
-"""How long."""
+"""How long the rest of a refused body is read."""
 
 _ERROR_LIMIT_S: Final = 1.0
-"""Longest wait for the client to take an error."""
+"""Longest wait for the client to read an error."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,12 +47,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 _REST: Final = 3
-"""How long the thread that parses long bodies rests, in times of the CPU time it took: on few
-processors a thread that is always busy slows every step down."""
+"""How long the thread that parses long bodies sleeps, as a multiple of the CPU time it used:
+on few cores, a thread that is always busy slows every step down."""
 _WORK_S: Final = 0.002
-"""CPU time after which it rests."""
+"""CPU time after which it sleeps."""
 _LONGEST_REST_S: Final = 0.25
-"""Of one rest: on a slow machine, too, the caller waits for it."""
+"""Longest single sleep, since the caller waits for it even on a slow machine."""
 
 
 class ClientGone(Exception):
@@ -63,42 +60,42 @@ class ClientGone(Exception):
 
 
 class ReaderStopped(Aborted):
-    """The client took nothing for too long; its connection was dropped."""
+    """The client read nothing for too long; its connection was dropped."""
 
 
 class _Pace:
-    """Rests of a thread, in which others get the interpreter's lock and its processor."""
+    """Makes a thread sleep between pieces of work, so that others get the GIL and the core."""
 
     def __init__(self) -> None:
         self._rested = self._worked = 0.0
-        """When it may go on, by `time.monotonic`; CPU time up to then."""
+        """When the thread may continue, by `time.monotonic`; its CPU time when work began."""
 
     def begin(self) -> None:
-        """Wait until it may work; what it has rested by itself counts."""
+        """Wait until the thread may work; time that it was idle counts as sleep."""
         time.sleep(max(0.0, self._rested - time.monotonic()))
         self._worked = time.thread_time()
 
     def rest(self) -> None:
-        """If it has worked for long enough."""
+        """Sleep if the thread has worked for long enough."""
         if time.thread_time() - self._worked >= _WORK_S:
             self.end()
             self.begin()
 
     def end(self) -> None:
-        """Of some work."""
+        """End a piece of work, and set when the next one may begin."""
         rest = _REST * (time.thread_time() - self._worked)
         self._rested = time.monotonic() + min(_LONGEST_REST_S, rest)
 
 
 class Bodies:
-    """Bounds what the bodies of all requests take together, in bytes, and parses them.
+    """Bounds the bytes that the bodies of all requests take together, and parses the bodies.
 
-    Long ones are parsed in a thread, one at a time, and read one piece in each turn of the
-    event loop, of all of them together: reading 30 pieces takes 10 ms.
+    Long bodies are parsed in a thread, one at a time. In each iteration of the event loop
+    only one piece of any long body is read: reading 30 pieces takes 10 ms.
     """
 
     def __init__(self, limit: int = MAX_BODIES, long_limit: int = MAX_LONG_BODIES) -> None:
-        """Args: long_limit: of what bodies have beyond `LONG_BODY` each."""
+        """Args: long_limit: bound for the bytes that bodies have beyond `LONG_BODY` each."""
         self._turns: deque[asyncio.Future[None]] = deque()
         self._limits = (limit, long_limit)
         self._left = [limit, long_limit]
@@ -110,14 +107,14 @@ class Bodies:
         self._parser.shutdown(wait=False, cancel_futures=True)
 
     async def parse(self, body: bytes) -> object:
-        """The JSON of a body. Raises ValueError or RecursionError where there is none."""
+        """The parsed JSON of a body. Raises ValueError or RecursionError if it is invalid."""
         if len(body) < LONG_BODY:
             return parse_body(body)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._parser, self._parse_long, body)
 
     def _parse_long(self, body: bytes) -> object:
-        """In the thread, which rests between two bodies, too."""
+        """Runs in the thread, which also sleeps between bodies."""
         self._pace.begin()
         try:
             return parse_body(body, self._pace.rest)
@@ -136,7 +133,7 @@ class Bodies:
     def _next_turn(self) -> None:
         while self._turns:
             turn = self._turns.popleft()
-            if not turn.done():  # its caller may have left
+            if not turn.done():  # skip callers that have left
                 turn.set_result(None)
                 break
         if self._turns:
@@ -144,8 +141,8 @@ class Bodies:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """A function that takes bytes, which are given back at the end. It raises
-        QueueFull where there are not so many left."""
+        """Yields a function that reserves bytes until the block ends. It raises QueueFull if
+        too few are left."""
         size = 0
 
         def shares(whole: int) -> tuple[int, int]:
@@ -159,7 +156,7 @@ class Bodies:
             for pool, bytes_ in enumerate(wanted):
                 if bytes_ > self._left[pool]:
                     raise QueueFull(
-                        f"other requests hold most of the {self._limits[pool]} bytes that "
+                        f"other requests use most of the {self._limits[pool]} bytes that "
                         "bodies of this size may take: retry later",
                         retry_after_s=1.0,
                     )
@@ -184,12 +181,12 @@ async def read_json(
     """The parsed body of a request.
 
     Args:
-        take: told of the bytes that came; see `Bodies.share`.
+        take: called with the number of bytes received; see `Bodies.share`.
 
     Raises:
-        HttpError: it is no JSON, too large, or came too slowly.
-        QueueFull: other bodies leave it no room.
-        ClientGone: the client left before it was whole.
+        HttpError: the body is not JSON, is too large, or arrived too slowly.
+        QueueFull: other bodies leave no room for it.
+        ClientGone: the client disconnected before the body was complete.
     """
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -239,7 +236,7 @@ async def _read(receive: Receive, take: Callable[[int], None], bodies: Bodies) -
 
 
 async def _piece(receive: Receive) -> tuple[bytes, bool]:
-    """Some of a body, and whether more follows."""
+    """A piece of a body, and whether more follows."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientGone
@@ -247,8 +244,8 @@ async def _piece(receive: Receive) -> tuple[bytes, bool]:
 
 
 async def _discard(receive: Receive, bodies: Bodies) -> None:
-    """Take the rest of a body that is refused. Were the connection closed before, with
-    bytes of it unread, the client would see a reset and not the answer."""
+    """Read the rest of a refused body. If the connection were closed with unread bytes, the
+    client would see a reset instead of the answer."""
     left, more = DISCARDED, True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARDED_S):
@@ -261,7 +258,7 @@ async def _discard(receive: Receive, bodies: Bodies) -> None:
 _STREAMING: Final = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would hold pieces back
+    "x-accel-buffering": "no",  # keeps nginx from buffering events
 }
 
 
@@ -269,11 +266,11 @@ class Reply:
     """One answer: a JSON document, or a stream of events. Tasks may share it.
 
     Attributes:
-        started: status and headers are out.
+        started: whether status and headers have been sent.
     """
 
     def __init__(self, scope: Scope, send: Send, limit_s: float) -> None:
-        """Args: limit_s: longest wait for the client to take a piece."""
+        """Args: limit_s: longest wait for the client to read a piece."""
         self._send = send
         self._limit_s = limit_s
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
@@ -282,14 +279,14 @@ class Reply:
         self.started = False
 
     async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
-        """The whole answer."""
+        """Send the whole answer."""
         data = _dump(body)
         length = {"content-type": "application/json", "content-length": str(len(data))}
         await self._start(status, {**length, **headers})
         await self._body(data, more=False)
 
     async def events(self, events: list[object], headers: Mapping[str, str]) -> None:
-        """Send server-sent events; the first ones bring status and headers along."""
+        """Send server-sent events; the first call also sends status and headers."""
         data = b"".join(b"data: " + _dump(event) + b"\n\n" for event in events)
         async with self._turn:
             if not self.started:
@@ -299,21 +296,21 @@ class Reply:
                 await self._body(data, more=True)
 
     async def end_events(self) -> None:
-        """The end of a stream that went well."""
+        """End a stream that succeeded."""
         await self._body(b"data: [DONE]\n\n", more=False)
 
     async def fail(self, error: VeneerError | HttpError) -> None:
-        """Say what went wrong, in whatever way the answer still allows."""
+        """Report an error in whatever form the answer still allows."""
         if isinstance(error, ReaderStopped):
             return
         failure = http_failure(error)
-        # Behind what the client has not taken it would wait as long as a piece may.
+        # The error may be queued behind data that the client does not read.
         self._limit_s = min(self._limit_s, _ERROR_LIMIT_S)
         if not self.started:
             await self.json(failure.status, failure.body, failure.headers)
         elif self._streaming:
             await self._body(b"data: " + _dump(failure.body) + b"\n\n", more=False)
-        else:  # half of a document is out
+        else:  # half of a document has been sent
             self._abort()
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:

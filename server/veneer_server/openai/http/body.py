@@ -1,8 +1,8 @@
 """JSON bodies, bounded before they are parsed.
 
-Parsing holds the interpreter's lock: 4 MiB of ``{}`` take 150 ms, in which no stream moves,
-whatever thread does it. So what a body holds is counted first, in pieces that let others go
-on, and a body that is too much is never parsed.
+Parsing holds the GIL: 4 MiB of ``{}`` take 150 ms, during which every stream stalls, whatever
+thread parses. So a body's items are counted first, in pieces that let other threads run, and
+a body with too many is never parsed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Final
 __all__ = ["LONG_BODY", "MAX_DEPTH", "MAX_ITEMS", "MAX_NODES", "check_size", "parse_body"]
 
 LONG_BODY: Final = 64 << 10
-"""Bytes from which on a body is counted and parsed off the event loop."""
+"""Bodies of at least this many bytes are counted and parsed off the event loop."""
 
 MAX_NODES: Final = 131_072
-"""Objects, lists, members and strings of a body."""
+"""Most objects, lists, members and strings in a body."""
 
 MAX_ITEMS: Final = 524_288
-"""Commas of a body: the token ids of its prompts, above all."""
+"""Most commas in a body, nearly all of them between token ids of prompts."""
 
 MAX_DEPTH: Final = 200
-"""Lists and objects within each other: enough for any schema, and no recursion of ours or
-of a library's comes near its limit."""
+"""Most nested lists and objects: enough for any schema, and far below the recursion limits
+of our code and of libraries."""
 
 PIECE: Final = 64 << 10
-"""Bytes that are looked at without letting other threads go on."""
+"""Bytes that are scanned before other threads may run."""
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -38,13 +38,13 @@ def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
 
     Args:
         rest: called between pieces of the work, which take milliseconds each. A thread
-            sleeps there, so that others get the lock and the processor.
+            sleeps in it, so that others get the GIL and the core.
 
     Raises:
-        ValueError: it is none, or holds too much; says what.
+        ValueError: the body is not valid JSON or holds too much; the message says why.
     """
     check_size(body, rest)
-    # From bytes it would guess the encoding, and let halves of surrogate pairs pass.
+    # json.loads(bytes) would guess the encoding and accept lone surrogates.
     text = body.decode()
     parsed: object = json.loads(text, parse_constant=_no_constant)
     rest()
@@ -60,7 +60,7 @@ def parse_body(body: bytes, rest: Callable[[], None] = lambda: None) -> object:
 
 def check_size(body: bytes, rest: Callable[[], None] = lambda: None) -> None:
     """Raise ValueError if a body holds more than `MAX_NODES` or `MAX_ITEMS`."""
-    # Also counts what is in strings: enough to know that most bodies are small.
+    # An upper bound, as it also counts characters in strings; enough for most bodies.
     rough = 0
     for each in (b"{", b"[", b":", b'"'):
         rough += _count(body, each)
@@ -71,12 +71,12 @@ def check_size(body: bytes, rest: Callable[[], None] = lambda: None) -> None:
     in_string, backslash = False, b""
     for at in range(0, len(body), PIECE):
         piece = backslash + body[at : at + PIECE]
-        # The last of an odd number escapes what the next piece begins with.
+        # The last of an odd number of backslashes escapes the next piece's first byte.
         backslash = b"\\" * ((len(piece) - len(piece.rstrip(b"\\"))) % 2)
         piece = piece.removesuffix(backslash)
         parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         quotes = len(parts) - 1
-        nodes += (quotes + (not in_string)) // 2  # each opens a string
+        nodes += (quotes + (not in_string)) // 2  # every second quote opens a string
         outside = b"".join(parts[in_string::2])
         nodes += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
         items += outside.count(b",")

@@ -1,4 +1,4 @@
-"""One HTTP connection: uvicorn's, with bounds, strict reading and paced refusals."""
+"""One HTTP connection: uvicorn's, with bounds, strict parsing and paced refusals."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from veneer_server.queues.refusal_pace import Pace
 __all__ = ["connection_class"]
 
 _AHEAD: Final = 64 << 10
-"""Bytes of next requests that are kept while one is answered."""
+"""Bytes of pipelined requests that are buffered while one is answered."""
 
 _MALFORMED: Final = 512 << 10
-"""Bytes that malformed HTTP counts for in `Pace`: long heads and tiny chunks take 1 ms to read,
-and whoever sends them opens a connection for each."""
+"""Bytes that a malformed request counts as in `Pace`: long heads and tiny chunks take 1 ms to
+read, and each such request needs a new connection."""
 
 _log = get_logger(__name__)
 
-# What uvicorn would say of a caller's bad request, beside our own line, and its remark on
-# each `Upgrade` header.
+# Silences uvicorn's warnings about bad requests, which we log ourselves, and about
+# `Upgrade` headers.
 _uvicorn_log: Final = logging.getLogger("veneer_server.openai.uvicorn")
 _uvicorn_log.setLevel(logging.ERROR)
 
 
 def _too_many_connections(most: int) -> bytes:
-    """The answer to a connection that there is no room for, before it asks."""
+    """The answer to a connection over the limit, sent without waiting for a request."""
     failure = http_failure(
         QueueFull(
-            f"{most} connections are answered now, the most that this server takes: retry, "
+            f"{most} connections are open, the most that this server allows: retry, "
             "or start it with a larger --max-connections",
             retry_after_s=1.0,
         )
@@ -60,25 +60,30 @@ def _too_many_connections(most: int) -> bytes:
 def connection_class(
     limit_s: float, most: int, pace: Pace, on_malformed: Callable[[HttpError], None]
 ) -> type[H11Protocol]:
-    """The protocol of one connection, with what uvicorn's own lacks, for one server.
+    """The protocol class of one server's connections, with what uvicorn's own lacks.
 
     Args:
+        limit_s: how long a connection may go without a request being answered.
         most: connections that may be open.
         pace: delays refusals.
-        on_malformed: told of each request that is no HTTP/1.1.
+        on_malformed: called for each request that is not valid HTTP/1.1.
     """
 
-    idle: dict[H11Protocol, None] = {}  # in the order in which they became so
+    idle: dict[H11Protocol, None] = {}  # longest idle first
     refusal = _too_many_connections(most)
 
     class Connection(H11Protocol):
-        """A limit on how long a connection may take to ask for something, so that idle
-        and dripping ones do not gather; a client's leaving is seen even when it had sent
-        its next request; and, for ASGI, the means to drop the connection: after a plain
-        close a reader that takes nothing keeps the socket open. Messages are read strictly,
-        and one that is refused is counted and answered like any other bad request. There are
-        at most ``most`` connections; one more takes the place of an idle one, or else of
-        one whose refusal is being delayed.
+        """What this adds to uvicorn's protocol:
+
+        * A limit on how long a connection may take to send a request, so that idle and
+          dripping ones do not accumulate.
+        * A client's disconnect is noticed even if it had already sent its next request.
+        * ASGI gets a way to drop the connection: after a plain close, a client that reads
+          nothing keeps the socket open.
+        * Messages are parsed strictly. A refused one is counted and answered like any other
+          bad request.
+        * At most ``most`` connections. A further one replaces an idle one, or else one whose
+          refusal is being delayed.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -90,7 +95,7 @@ def connection_class(
             self.logger = _uvicorn_log
 
         def send_400_response(self, msg: str) -> None:
-            """uvicorn calls this where `StrictConnection` refused a message."""
+            """Called by uvicorn when `StrictConnection` has refused a message."""
             self._refused = True
             refusal = self._strict.refusal
             why = str(refusal)[:200] if refusal is not None else msg
@@ -101,10 +106,10 @@ def connection_class(
             on_malformed(error)
             _log.info("call refused", method="http", reason=error.code)
             if self.cycle is not None:
-                self.cycle.disconnected = True  # whoever still reads the body, or writes
+                self.cycle.disconnected = True  # wakes readers of the body and writers
                 self.cycle.message_event.set()
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                self.transport.abort()  # half of another answer is out
+                self.transport.abort()  # half of another answer has been sent
                 return
             wait_s = pace.charge(self._caller(), _MALFORMED)
             self.loop.call_later(wait_s, self._send_refusal, error)
@@ -114,7 +119,7 @@ def connection_class(
             return f"{host}:{port}"
 
         def is_delayed(self) -> bool:
-            """It is open, and its refusal is being delayed."""
+            """Whether it is open and its refusal is being delayed."""
             delayed = self._refused or pace.delays(self._caller())
             return delayed and not self.transport.is_closing()
 
@@ -145,8 +150,8 @@ def connection_class(
             self._watch()
 
         def _make_room(self) -> None:
-            """For this connection, or tell it that there is none."""
-            others: Any = self.connections  # all of this class
+            """Close another connection to make room, or else refuse this one."""
+            others: Any = self.connections  # all are of this class
             delayed = (each for each in others if each.is_delayed())
             if (oldest := next(iter(idle), None) or next(delayed, None)) is not None:
                 idle.pop(oldest, None)
@@ -162,8 +167,8 @@ def connection_class(
             self._watch()
             ahead, _ = self.conn.trailing_data
             if self.conn.their_state is h11.DONE and len(ahead) <= _AHEAD:
-                # uvicorn reads no more once a next request has begun to come, and so
-                # would not see the client leave.
+                # uvicorn stops reading once the next request has begun to arrive, and
+                # would then not notice that the client has disconnected.
                 self.flow.resume_reading()
 
         def on_response_complete(self) -> None:
@@ -177,8 +182,8 @@ def connection_class(
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            """The clock runs while no request is being answered. What is left of a body
-            after an early answer does not stop it, and no data winds it up again."""
+            """Run the timer while no request is being answered. The rest of a body after an
+            early answer does not stop it, and no data restarts it."""
             if self.cycle is not None and not self.cycle.response_complete:
                 idle.pop(self, None)
                 if self._late is not None:

@@ -1,11 +1,11 @@
-"""HTTP/1.1 that only one reading fits: h11, without what it forgives.
+"""HTTP/1.1 without ambiguity: h11, minus what it tolerates.
 
-Where a proxy in front and this server read one message differently, a caller can hide a
-request in another's (request smuggling). So what senders must not send is refused, and the
-connection closed, though a recipient might repair it: both Content-Length and
-Transfer-Encoding, line breaks without a carriage return, folded headers, versions other
-than 1.0 and 1.1. h11 itself refuses differing lengths, codings other than chunked, bad chunk
-sizes, spaces before a colon, and several Host headers.
+If a proxy and this server parse a message differently, a caller can hide a request in
+another's (request smuggling). So anything that senders must not send is refused and the
+connection closed, even where a recipient may repair it: both Content-Length and
+Transfer-Encoding, line breaks without a carriage return, folded headers, versions other than
+1.0 and 1.1. h11 itself refuses conflicting lengths, codings other than chunked, bad chunk
+sizes, spaces before a colon, and more than one Host header.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import h11
 __all__ = ["MAX_HEAD", "MAX_HEADERS", "MAX_SMALL_CHUNKS", "StrictConnection"]
 
 MAX_HEAD: Final = 16 << 10
-"""Bytes of a request line and its headers."""
+"""Most bytes of a request line and its headers."""
 
 MAX_HEADERS: Final = 200
-"""Lines of a head. h11 takes some microseconds for each."""
+"""Most lines of a head. Each takes h11 some microseconds."""
 
 MAX_SMALL_CHUNKS: Final = 128
-"""Chunks of a body, beside one for each `CHUNK_BYTES` of it: each takes h11 some
-microseconds, in which no stream moves."""
+"""Chunks of a body that are allowed on top of one per `CHUNK_BYTES`: each takes h11 some
+microseconds, during which every stream stalls."""
 
 CHUNK_BYTES: Final = 256
 
@@ -34,10 +34,10 @@ _END: Final = re.compile(rb"\n\r?\n")
 
 
 class StrictConnection(h11.Connection):
-    """One connection, on the server's side.
+    """The server's side of one connection.
 
     Attributes:
-        refusal: why the last message was refused; None where it was not.
+        refusal: why the last message was refused; None if it was not.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class StrictConnection(h11.Connection):
         self._body = 0
 
     def next_event(self) -> Any:
-        """As h11's.
+        """As in h11.
 
         Raises:
             RemoteProtocolError: the message is refused; close the connection.
@@ -79,19 +79,19 @@ class StrictConnection(h11.Connection):
         self._chunks += event.chunk_start
         if self._chunks > MAX_SMALL_CHUNKS + self._body // CHUNK_BYTES:
             raise h11.RemoteProtocolError(
-                f"the body comes in chunks of fewer than {CHUNK_BYTES} bytes: send larger ones"
+                f"the body has chunks of fewer than {CHUNK_BYTES} bytes: send larger ones"
             )
 
 
 def _check_head(waiting: bytes) -> None:
-    """What has come of a request line and headers, before h11 reads them."""
+    """Check the part of a request line and headers that has arrived, before h11 parses it."""
     end = _END.search(waiting)
-    # A last carriage return may get its line feed yet.
+    # The line feed after a final carriage return may not have arrived yet.
     head = waiting[: end.end()] if end is not None else waiting.removesuffix(b"\r")
-    # h11 limits what is incomplete alone: a whole head of any size is read in one go.
+    # h11 limits only incomplete heads: it parses a complete one of any size.
     if len(head) > MAX_HEAD or head.count(b"\n") > MAX_HEADERS:
         raise h11.RemoteProtocolError(
-            f"the head has more than {MAX_HEAD} bytes or {MAX_HEADERS} lines: send less",
+            f"the headers have more than {MAX_HEAD} bytes or {MAX_HEADERS} lines: send less",
             error_status_hint=431,
         )
     _check_lines(head)

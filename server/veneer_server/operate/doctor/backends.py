@@ -1,4 +1,4 @@
-"""What would execute a step here, tried out in processes of their own."""
+"""Which backend would execute a step here, tested in separate processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
     try:
         facts: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         yield Check(
             "torch works", "problem", last, "install the torch build that fits this machine"
         )
@@ -56,7 +56,7 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
             "install a bitsandbytes for this machine, or serve --quantization none",
         )
     else:
-        yield Check("4-bit product", "ok", f"agrees with the full one on {facts['device']}")
+        yield Check("4-bit product", "ok", f"agrees with full precision on {facts['device']}")
     if facts["device"] == "cpu":
         if native is not None:
             yield native
@@ -65,7 +65,8 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
 
 
 def native_check(config: ServerConfig) -> Check:
-    """Whether steps are executed by the kernels; compiles them, and has a process try them."""
+    """Whether the native kernels can execute steps: compiles them, and tries them in a separate
+    process."""
     fix = "see --backend; the torch backend takes several times as long"
     if config.dtype != "bfloat16":
         return Check("native step", "warning", f"not for {config.dtype}", fix)

@@ -1,4 +1,4 @@
-"""The base model, and whether memory is enough for it."""
+"""The base model, and whether there is enough memory for it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
     if folder is None:
         fix = f"veneer-server model import {config.base}" if config.base == BUNDLED else ""
         if any(check.status == "problem" for check in folder_checks("", "", config.cache_dir)):
-            found = f"{config.base} is not here, and {config.cache_dir} cannot hold it"
+            found = f"{config.base} is not local, and {config.cache_dir} cannot hold it"
             yield Check(
                 "base", "problem", found, "choose another --cache-dir, or give a folder"
             )
             return
-        yield Check("base", "ok", f"{config.base} is not here: it is fetched at start", fix)
+        yield Check("base", "ok", f"{config.base} is not local: it is fetched at start", fix)
         return
     if config.base == BUNDLED and (damage := bundled_damage(folder)):
         found = f"{folder} is damaged: {damage}"
@@ -44,9 +44,9 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
 
 
 def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
-    """What the front process reads of the base: its tokenizer and its chat template."""
+    """The parts of the base that the front process reads: tokenizer and chat template."""
     try:
-        # Not at the top: the doctor is who says that a package is missing.
+        # Not at the top: the doctor itself must report a missing package.
         from veneer_server.text.templates.template import ChatTemplate, read_base_template
         from veneer_server.text.tokenizer import TextTokenizer
 
@@ -66,13 +66,13 @@ def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
             "tokenizer",
             "warning",
             f"{found}, but the model has {decoder.vocab_size}",
-            "text with the others is refused: resize the model's embeddings to serve it",
+            "text that needs the rest is refused: resize the model's embeddings to serve it",
         )
     return Check("tokenizer", "ok", found)
 
 
 def _base_folder(config: ServerConfig) -> Path | None:
-    """Where the base is, if it is on this machine or should be."""
+    """The base's folder, if it is or should be on this machine."""
     bundled = bundled_folder(config.cache_dir)
     if config.base == BUNDLED:
         return bundled if bundled.is_dir() else None
@@ -86,7 +86,7 @@ def memory_check(config: ServerConfig) -> Check:
     where = "this container" if host.contained else "this machine"
     free = f"{host.available >> 20} MiB of {host.limit >> 20} available in {where}"
     if folder is None:
-        return Check("memory", "ok", f"{free}; the plan needs the base, which is not here")
+        return Check("memory", "ok", f"{free}; the plan needs the base, which is not local")
     try:
         plan = plan_memory(read_decoder_config(folder), config, host, find_gpu(config.device))
     except VeneerError as error:

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ INSTALL: Final = "pip install '.[server]' in Veneer's folder"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        found: what is there.
-        fix: what to do about it; empty where all is well.
+        found: what was found.
+        fix: what to do about it; empty if all is well.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Python, the packages, the limits and the clock."""
+"""Checks of Python, the packages, the limits and the clock."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def open_files_check() -> Check:
 
 
 def clock_check() -> Check:
-    """A clock before these files were written would sort revisions wrongly."""
+    """If the clock is earlier than these files, revisions would be sorted wrongly."""
     now, written = time.time(), Path(__file__).stat().st_mtime
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if now >= written - 86400:

@@ -1,4 +1,4 @@
-"""Folders and ports, and who has them already."""
+"""Checks of folders and ports, and of who is using them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder_checks(name: str, flag: str, folder: Path) -> Iterator[Check]:
         existing = existing.parent
     fix = f"choose another {flag}"
     if not existing.is_dir():
-        yield Check(name, "problem", f"{folder} cannot be made: {existing} is a file", fix)
+        yield Check(name, "problem", f"{folder} cannot be created: {existing} is a file", fix)
         return
     if not os.access(existing, os.W_OK | os.X_OK):
         whose = _user(existing.stat().st_uid)
@@ -47,8 +47,8 @@ def folder_checks(name: str, flag: str, folder: Path) -> Iterator[Check]:
 
 
 def only_slower(check: Check) -> Check:
-    """Of the cache folder: without it a start prepares again what it would have kept. A base
-    that is still to be fetched says itself that it cannot be."""
+    """Turn a problem of the cache folder into a warning: without it, each start only repeats
+    work. If a base cannot be fetched for this reason, the base check says so."""
     if check.status != "problem":
         return check
     found = f"{check.found}: each start quantizes the base and compiles the kernels again"
@@ -56,7 +56,7 @@ def only_slower(check: Check) -> Check:
 
 
 def _on_tmpfs(folder: Path) -> bool:
-    """The mount that holds the folder is tmpfs."""
+    """Whether the folder is on a tmpfs mount."""
     path, kind, longest = str(folder.resolve()), "", -1
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, mount, filesystem, *_ = line.split(" ")

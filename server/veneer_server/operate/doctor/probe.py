@@ -1,7 +1,7 @@
 """``python -m veneer_server.operate.doctor.probe DEVICE``: what torch and bitsandbytes do here.
 
-A process of its own, since the front never imports torch and a broken installation may
-end the process that tries it. Prints one JSON object.
+Runs in a separate process, since the front never imports torch, and a broken installation
+may crash the process. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point; ``auto`` takes CUDA where there is one."""
+    """Entry point; ``auto`` uses CUDA if available."""
     wanted = sys.argv[1]
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda and wanted != "cpu" else "cpu"
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _four_bit(device: str) -> dict[str, Any]:
-    """A small 4-bit product against the same weights in full: does it agree, is it packed?"""
+    """Compare a small 4-bit matmul with one in full precision: does it agree, is it packed?"""
     try:
         import bitsandbytes as bnb
 
@@ -55,8 +55,8 @@ def _four_bit(device: str) -> dict[str, Any]:
     except Exception as problem:  # whatever it is, the doctor reports it
         return {"four_bit": f"{type(problem).__name__}: {problem}", "packed": False}
     packed = bool(getattr(four.weight.quant_state, "packing_format_for_cpu", False))
-    # NF4 of normal weights is off by about a tenth.
-    agrees = "" if error < 0.3 else f"a 4-bit product is off by {error:.0%}"
+    # NF4 of normally distributed weights is off by about a tenth.
+    agrees = "" if error < 0.3 else f"a 4-bit matmul is off by {error:.0%}"
     return {"four_bit": agrees, "packed": packed}
 
 

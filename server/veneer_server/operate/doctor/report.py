@@ -1,6 +1,6 @@
-"""``veneer-server doctor``: would this configuration serve here, and if not, what to do.
+"""``veneer-server doctor``: whether this configuration would serve here; if not, what to do.
 
-Every check says what it found; one that is a problem or a warning names the fix.
+Each check says what it found; a problem or warning also names the fix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["examine", "report"]
 
 
 def report(config: ServerConfig, say: Callable[[str], None], *, as_json: bool) -> bool:
-    """Print the checks; True where the server could start."""
+    """Print the checks; True if the server could start."""
     checks = list(examine(config))
     healthy = all(check.status != "problem" for check in checks)
     if as_json:
@@ -31,7 +31,7 @@ def report(config: ServerConfig, say: Callable[[str], None], *, as_json: bool) -
 
 
 def examine(config: ServerConfig) -> Iterator[Check]:
-    """All checks, in an order in which a first problem explains later ones."""
+    """All checks, ordered so that the first problem explains later ones."""
     yield machine.python_check()
     yield from map(machine.package_check, machine.PACKAGES)
     yield machine.no_kernels_check()

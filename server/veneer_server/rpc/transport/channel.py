@@ -1,4 +1,4 @@
-"""gRPC's own settings: what a connection may hold and how long."""
+"""gRPC's own settings: what a connection may hold, and for how long."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = [
 ]
 
 IDLE_LIMIT_S: Final = 300.0
-"""A connection without calls is closed after this long; clients open another unasked."""
+"""A connection without calls is closed after this long; clients reconnect by themselves."""
 
 HANDSHAKE_LIMIT_S: Final = 10.0
-"""How long a new connection may take to speak HTTP/2."""
+"""How long a new connection may take for the HTTP/2 handshake."""
 
 MAX_METADATA: Final = 16 << 10
 """Bytes of a call's headers."""
 
 MAX_PENDING: Final = 3000
-"""Calls that have come and are not accepted yet; each holds its headers. gRPC refuses more,
-and of its own some from 1,000 on, chosen at random: whose they are is no matter to it."""
+"""Calls received but not accepted yet; each holds its headers. gRPC refuses any beyond this.
+By default it would refuse some from 1,000 on, chosen at random, whoever made them."""
 
 SPARE_STREAMS: Final = 64
-"""Calls on one connection beside as many as run and wait in the engine."""
+"""Streams per connection in addition to the engine's running and queued requests."""
 
 
 def channel_options(
@@ -38,17 +38,17 @@ def channel_options(
     """Options of the gRPC server.
 
     Args:
-        reader_limit_s: a connection whose other end answers no ping, since its process is
-            stopped or its machine gone, is closed after this long while it has calls.
-        connections: that may be open; more are closed as they come.
-        generations: requests that run and wait in the engine, at most.
+        reader_limit_s: a connection with calls is closed once its peer has not answered a
+            ping for this long, because its process is stopped or its machine is gone.
+        connections: most that may be open; more are closed as they arrive.
+        generations: most requests that may run or wait in the engine.
     """
     limit_ms = max(1_000, int(reader_limit_s * 1000))
     return [
-        # Without this a second server would take half of this one's calls.
+        # Otherwise a second server on the port would take half of this one's calls.
         ("grpc.so_reuseport", 0),
-        # Clients ask every 20 s whether a quiet server still lives; gRPC's own
-        # rule (5 minutes) would close their connections for it.
+        # Clients ping a quiet server every 20 s. gRPC's default minimum interval
+        # (5 minutes) would close their connections for it.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_time_ms", limit_ms * 2 // 3),
         ("grpc.keepalive_timeout_ms", limit_ms // 3),
@@ -63,8 +63,8 @@ def channel_options(
         ("grpc.max_receive_message_length", MAX_MESSAGE),
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
-        # A stream that is not being read may send this much and no more. Without the
-        # first, gRPC widens the window by what it measures, up to 64 MiB on loopback.
+        # A stream that is not being read may send WINDOW bytes and no more. With its probe
+        # on, gRPC widens the window by what it measures, up to 64 MiB on loopback.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW),
     ]

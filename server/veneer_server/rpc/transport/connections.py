@@ -1,9 +1,9 @@
-"""gRPC connections: one without calls makes room for the next where there are many.
+"""Closes idle gRPC connections to make room for new ones.
 
-gRPC closes connections beyond its bound as they come, whosever they are, and those without
-calls may stay for minutes: one caller could keep all others out. It closes none on request,
-so this looks at the process's own sockets. A client whose quiet connection was closed opens
-another one with its next call, unasked.
+gRPC closes connections beyond its limit as they arrive, whoever opened them, while idle ones
+may stay for minutes: one caller could keep everyone else out. gRPC cannot be asked to close a
+connection, so this module works on the process's own sockets. A client whose idle connection
+was closed opens another by itself with its next call.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from veneer_server.logs import get_logger
 __all__ = ["KNOWN", "Connections"]
 
 LOOK_S: Final = 0.25
-"""Between two looks at how many connections there are."""
+"""Seconds between two checks of the number of connections."""
 
 _SPARE: Final = 8
-"""One in so many places is kept free for new connections."""
+"""One in this many places is kept free for new connections."""
 
 KNOWN: Final = 4096
 """Connections without calls that are remembered."""
@@ -42,7 +42,7 @@ _Address = tuple[str, int]
 
 @dataclass(slots=True)
 class _Connection:
-    """``used``: when its last call began or ended, or it was first seen."""
+    """``used``: when its last call began or ended, or else when it was first seen."""
 
     used: float
     calls: int = 0
@@ -50,21 +50,21 @@ class _Connection:
 
 
 class Connections:
-    """Who is connected to the gRPC port. `call` and `watch` belong to one event loop."""
+    """The connections to the gRPC port. `call` and `watch` belong to one event loop."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Args:
-        most: connections that gRPC lets be open.
+        most: connections that gRPC allows to be open.
         clock: seconds.
         """
         self._wanted = most - max(1, most // _SPARE)
         self._clock = clock
         self._known: OrderedDict[_Address, _Connection] = OrderedDict()
-        """Those used last, at the end."""
+        """Least recently used first."""
 
     @contextmanager
     def call(self, peer: str) -> Iterator[None]:
-        """While the block runs, the connection of a call, as gRPC names it, stays open."""
+        """Keep a call's connection open while the block runs. ``peer``: gRPC's name for it."""
         known = self._used(_address(peer))
         known.has_called = True
         known.calls += 1
@@ -75,36 +75,36 @@ class Connections:
             known.used = self._clock()
 
     async def watch(self, port: int) -> None:
-        """Make room on ``port`` until cancelled. What goes wrong is logged once, and tried
-        again: descriptors that have run out are a reason to make room, not to stop."""
+        """Make room on ``port`` until cancelled. After an error, which is logged once, it tries
+        again: running out of descriptors is a reason to make room, not to stop."""
         failing = False
         while True:
             await asyncio.sleep(LOOK_S)
             try:
-                # Of all kinds: a cheap look, and few of them cannot be many of ours.
+                # A cheap first check: descriptors of all kinds outnumber our connections.
                 if len(os.listdir(_DESCRIPTORS)) > self._wanted:
                     began = self._clock()
                     self._make_room(await asyncio.to_thread(_accepted, port), began)
                 failing = False
             except Exception as error:
                 if not failing:
-                    _log.error("no room was made for new gRPC connections", error)
+                    _log.error("could not make room for new gRPC connections", error)
                 failing = True
 
     def _make_room(self, sockets: dict[_Address, int], began: float) -> None:
-        """Close those without calls until few enough are left: first such as never made
-        one, then those whose last one is longest ago.
+        """Close connections without calls until few enough are left: first those that never
+        made a call, then the least recently used.
 
         Args:
-            sockets: those that are open.
-            began: when they began to be listed. One that called later may lack in them.
+            sockets: the open ones.
+            began: when listing them began. A connection used since may be missing.
         """
         for address in self._known.keys() - sockets.keys():
             known = self._known[address]
             if not known.calls and known.used < began:
-                del self._known[address]  # it has gone
+                del self._known[address]  # it is closed
         for address in sockets:
-            # Not `_used`, which forgets another one where many are known.
+            # Not `_used`, which drops another connection when many are known.
             self._known.setdefault(address, _Connection(began))
         idle = [address for address in sockets if not self._known[address].calls]
         idle.sort(key=lambda each: (self._known[each].has_called, self._known[each].used))
@@ -133,7 +133,7 @@ def _address(peer: str) -> _Address:
 
 
 def _accepted(port: int) -> dict[_Address, int]:
-    """Descriptors of the connections that came to ``port``, by the other end's address."""
+    """Descriptors of the connections accepted on ``port``, by the peer's address."""
     found = {}
     for name in os.listdir(_DESCRIPTORS):
         with suppress(OSError):
@@ -146,9 +146,9 @@ def _accepted(port: int) -> dict[_Address, int]:
 
 
 def _other_end(descriptor: int, port: int) -> _Address | None:
-    """Of a connection that came to ``port``; else None."""
-    # Not a duplicate, whose closing could end SQLite's lock of a file that has taken the
-    # descriptor's number meanwhile.
+    """The peer's address, if the descriptor is a connection accepted on ``port``; else None."""
+    # Not a duplicate: the number may by now be a file of SQLite's, and closing a duplicate
+    # of that would release SQLite's lock.
     end = socket.socket(fileno=descriptor)
     try:
         if end.family not in (socket.AF_INET, socket.AF_INET6):
@@ -162,7 +162,7 @@ def _other_end(descriptor: int, port: int) -> _Address | None:
 
 
 def _close(descriptor: int, address: _Address) -> bool:
-    """End a connection, unless the descriptor is another's by now. gRPC closes it then."""
+    """Shut a connection down, unless the descriptor has been reused. gRPC then closes it."""
     with suppress(OSError):
         end = socket.socket(fileno=descriptor)
         try:

@@ -1,8 +1,8 @@
-"""Requests from the wire: what no protobuf is, or holds too much, is the caller's fault.
+"""Decodes requests; one that is malformed or holds too much is the caller's error.
 
-gRPC's own answer to a deserializer that raises is UNKNOWN, a traceback in the log and no
-metric. So a deserializer here never raises: it returns the error in the request's place,
-and the interceptor raises it inside of the call, where every error is handled.
+If a deserializer raises, gRPC answers UNKNOWN, logs a traceback and counts no metric. So a
+deserializer here never raises: it returns the error in the request's place, and the
+interceptor raises it inside the call, where every error is handled.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = [
 ]
 
 MAX_FIELDS: Final = 32_768
-"""Fields of one message on the wire, those of messages inside of it included. Parsing
-holds the interpreter's lock: 4 MiB of empty messages take 65 ms and 90 MB."""
+"""Fields of one message on the wire, including those of nested messages. Parsing holds the
+GIL: 4 MiB of empty messages take 65 ms and 90 MB."""
 
 MAX_STREAM_FIELDS: Final = 512
-"""The same of each message of a stream, which is counted and parsed on the event loop: that
-takes less than a millisecond. An upload's announcement has 300 at most, a chunk has 4."""
+"""The same for each message of a stream, which is counted and parsed on the event loop: that
+takes less than a millisecond. An upload's first message has 300 at most, a chunk has 4."""
 
 COUNTED_FROM: Final = 2 * MAX_FIELDS
-"""Bytes of a message from which on its fields are counted, in a thread, before it is parsed.
-A smaller one has few enough: a field takes at least two bytes."""
+"""From this size in bytes on, a message's fields are counted, in a thread, before it is
+parsed. A smaller message cannot have too many: a field takes at least two bytes."""
 
 _NOT_LAST: Final = bytes(range(128, 256))
-"""Bytes of a varint that another one follows."""
+"""Bytes of a varint that are not its last."""
 
 _Parse = Callable[[bytes], Any]
 
@@ -53,9 +53,9 @@ def decoder(
 
     Args:
         parse: a generated message's ``FromString``.
-        check: looks at a message of `COUNTED_FROM` bytes or more before it is parsed; raises
+        check: runs before a message of `COUNTED_FROM` bytes or more is parsed; raises
             VeneerError.
-        most: fields that a message may have, with those of messages inside of it.
+        most: fields that a message may have, including those of nested messages.
     """
     kind: type[Any] = parse.__self__  # type: ignore[attr-defined]  # a class method
     descriptor: Descriptor = kind.DESCRIPTOR
@@ -90,14 +90,14 @@ def _malformed(descriptor: Descriptor, error: Exception) -> VeneerError:
 
 
 def last_value(data: bytes, field: int) -> bytes:
-    """The one that counts of `values`; empty where there is none."""
+    """The last of `values`, which is the one that parsing keeps; empty if there is none."""
     found = values(data, field)
     return found[-1] if found else b""
 
 
 def values(data: bytes, field: int) -> list[bytes]:
-    """What the fields of that number hold, text or messages or packed numbers, at the top
-    of a message; as far as it is well-formed. For messages of few fields."""
+    """Contents (text, messages or packed numbers) of the top-level fields with this number,
+    as far as the message is well-formed. For messages with few fields."""
     at, found = 0, []
     try:
         while at < len(data):
@@ -120,15 +120,15 @@ def values(data: bytes, field: int) -> list[bytes]:
 
 
 def count_numbers(packed: bytes) -> int:
-    """How many a packed field holds, without parsing them."""
+    """How many numbers a packed field holds, without parsing them."""
     return len(packed.translate(None, _NOT_LAST))
 
 
 def count_fields(data: bytes, kind: Descriptor, most: int = MAX_FIELDS) -> int:
-    """Fields of a message and of the messages in it, or ``most`` + 1 if there are more.
+    """Fields of a message and of its nested messages, or ``most`` + 1 if there are more.
 
-    Looks at tags and lengths alone; what is malformed is left to the parser, and numbers
-    packed into one field count as one.
+    Reads only tags and lengths and leaves malformed data to the parser. A packed field
+    counts as one.
     """
     count = 0
     todo = [(0, len(data), kind)]
@@ -162,7 +162,7 @@ def count_fields(data: bytes, kind: Descriptor, most: int = MAX_FIELDS) -> int:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number, and where the next one begins."""
+    """A number, and the offset just after it."""
     byte = data[at]
     at += 1
     if byte < 128:

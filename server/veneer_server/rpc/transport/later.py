@@ -1,4 +1,4 @@
-"""gRPC services that are registered before what answers them is there."""
+"""gRPC services that are registered before their servicers exist."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["Later"]
 
 
 class Later:
-    """Has the methods of a servicer, which `answer_by` gives it. A server must know its methods
-    when it starts, and it starts before the base is loaded; until then `CallInterceptor` lets
-    no call through."""
+    """A stand-in with the methods of a servicer, which `answer_by` supplies. A server must know
+    its methods when it starts, before the base is loaded; until then `CallInterceptor` lets no
+    call through."""
 
     def __init__(self, kind: type) -> None:
         """Args: kind: the generated class of the servicer."""
@@ -19,7 +19,7 @@ class Later:
         self._servicer: Any = None
 
     def answer_by(self, servicer: object) -> None:
-        """Call this one from now on."""
+        """Forward calls to this servicer from now on."""
         self._servicer = servicer
 
     def __getattr__(self, name: str) -> Callable[[Any, Any], Awaitable[Any]]:

@@ -1,22 +1,22 @@
-"""Receiving requests: a bound on what requests may hold that have not arrived whole.
+"""Bounds the memory of requests that have not arrived whole.
 
-gRPC buffers a message until its last byte is there, and lets its sender take as long as
-it likes. Only a stream that is being read may send more than its flow-control window
-(`WINDOW`), so that the number of streams being read bounds the total. A read cannot be
-paused. Who may be read is decided here: each request has a place while its message arrives.
+gRPC buffers a message until its last byte arrives, and gives the sender as long as it
+likes. Only a stream that is being read may send more than its flow-control window
+(`WINDOW`), so the number of streams being read bounds the total. A read cannot be paused.
+This module decides which requests are read: each needs a place while its message arrives.
 
 Most messages have arrived whole before they are read, and need a place for a millisecond.
 One that is not whole after `BRIEF_S` is slow. Slow messages must not keep others waiting:
 
-* While another connection waits, slow messages keep at most `SLOW` places. Beyond that one is
-  refused: on a late connection first, then on the one that has the most places.
+* While another connection waits, slow messages keep at most `SLOW` places. Any more are
+  refused: those of late connections first, then those of the connection with the most places.
 * The other slow messages keep their places for `PATIENCE_S` or `GREEDY_PATIENCE_S` while
-  anybody waits, and up to the time limit while nobody does.
+  any request waits, and up to the time limit while none does.
 * A connection whose message lost its place is late (see `standings`): for some seconds it is
-  read after those that are not, a message at a time, and loses its place first.
+  read after the others, one message at a time, and loses its place first.
 
-Connections take turns. Every other free place goes to one that is not late, whose last
-message was whole when it was read, and that has few requests waiting.
+Connections take turns. Every other free place goes to a connection that is not late, whose
+last message was whole when it was read, and that has few requests waiting.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from veneer_server.rpc.transport.standings import Standings
 __all__ = ["MAX_MESSAGE", "PLACES", "WAITING", "WINDOW", "Receiving"]
 
 MAX_MESSAGE: Final = 4 << 20
-"""Bytes of a message."""
+"""Most bytes of a message."""
 
 PLACES: Final = 8
-"""Requests that are being read at once; each may hold `MAX_MESSAGE` bytes."""
+"""Requests read at once; each may hold `MAX_MESSAGE` bytes."""
 
 SLOW: Final = 4
 """Places that slow messages may keep while another connection waits."""
 
 WAITING: Final = 512
-"""Requests that wait to be read; each may hold `WINDOW` bytes."""
+"""Requests waiting to be read; each may hold `WINDOW` bytes."""
 
 WINDOW: Final = 16 << 10
 """Bytes that a client may send on a stream before it is read."""
@@ -54,19 +54,19 @@ LIMIT_S: Final = 30.0
 """Longest time from a request's first byte to its last; the default of ``--reader-limit``."""
 
 BRIEF_S: Final = 0.010
-"""After this long a message that is being read counts as slow."""
+"""A message that takes longer than this to read counts as slow."""
 
 PATIENCE_S: Final = 5.0
 """How long a message may take to arrive while others wait for its place."""
 
 GREEDY_PATIENCE_S: Final = 1.0
-"""The same where its connection has, or waits for, more than one place."""
+"""The same if its connection has, or waits for, more than one place."""
 
 FEW: Final = 8
-"""Requests of a connection that is served before those with more, every other time."""
+"""Every other time, connections with at most this many requests go before those with more."""
 
 _LOOK_S: Final = 0.005
-"""Between two looks at who is slow, while anybody waits."""
+"""Interval of the checks for slow messages, while any request waits."""
 
 _SPREAD: Final = 0.1
 """Jitter of the time that a call waits for a place, as a share of the limit."""
@@ -78,7 +78,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """``looks``: how often it was seen to be slow."""
+    """``looks``: how many checks found its message slow."""
 
     peer: str
     since: float
@@ -88,7 +88,7 @@ class _Place:
 
 
 class Receiving:
-    """Who is being read. Belongs to one event loop.
+    """Decides which requests are read. Belongs to one event loop.
 
     Attributes:
         limit_s: seconds from a request's first byte to its last.
@@ -115,12 +115,12 @@ class Receiving:
 
     @property
     def held(self) -> int:
-        """Requests that are being read now."""
+        """Requests being read now."""
         return len(self._held)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait to be read."""
+        """Requests waiting to be read."""
         return len(self._queue)
 
     async def message(
@@ -129,12 +129,12 @@ class Receiving:
         peer: str,
         finish: Callable[[T], Awaitable[T]] | None = None,
     ) -> T:
-        """What ``read`` gives, once this request may be read.
+        """Wait for a place, then return the message that ``read`` returns.
 
         Args:
             peer: the connection.
-            finish: what to do with the whole message before its place is given back. It can
-                no longer lose the place.
+            finish: processes the whole message before its place is released. The message
+                can no longer lose the place.
 
         Raises:
             QueueFull: too many requests are arriving.
@@ -153,7 +153,7 @@ class Receiving:
             if place.displaced:
                 raise QueueFull(
                     "the request arrived too slowly while others waited to be read: send it "
-                    "again, on a connection of its own",
+                    "again, on a separate connection",
                     retry_after_s=_RETRY_S,
                 ) from error
             raise Aborted(
@@ -175,12 +175,12 @@ class Receiving:
         self._join(peer, waiter)
         self._grant()
         try:
-            # Not all at the same time: refusing hundreds at once stalls the event loop.
+            # With jitter, because refusing hundreds at once would stall the event loop.
             async with asyncio.timeout(self.limit_s * (1 + random.random() * _SPREAD)):
                 return await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._held.discard(waiter.result())  # granted, and the caller left
+                self._held.discard(waiter.result())  # granted, but the caller has left
                 self._grant()
             else:
                 self._queue.remove(peer, (peer, waiter))
@@ -196,7 +196,7 @@ class Receiving:
     # --------------------------------------------------------------------- waiting
 
     def _join(self, peer: str, waiter: asyncio.Future[_Place]) -> None:
-        """At the back of its connection's queue. Where too many wait, the last one of the
+        """Append the request to its connection's queue. If too many wait, the last one of the
         longest queue is refused."""
         if len(self._queue) >= self._most_waiting:
             if self._queue.waiting(peer) >= self._queue.longest():
@@ -207,7 +207,7 @@ class Receiving:
         self._queue.push(peer, (peer, waiter))
 
     def _grant(self) -> None:
-        """Free places to those who wait."""
+        """Give free places to waiting requests."""
         while self._queue and len(self._held) < self._places:
             count = Counter(place.peer for place in self._held)
             found = self._queue.pop(self._rank(count))
@@ -221,7 +221,7 @@ class Receiving:
             self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
 
     def _rank(self, held: Counter[str]) -> Callable[[str], tuple[int, ...] | None]:
-        """The order of connections for the next place; None for one that is not read now."""
+        """A sort key of connections for the next place; None for one that may not be read."""
 
         def rank(peer: str) -> tuple[int, ...] | None:
             if not self._standings.may_be_read(peer, held[peer]):
@@ -237,24 +237,24 @@ class Receiving:
     # ---------------------------------------------------------------- displacement
 
     def _look(self) -> None:
-        """Take places away from slow messages, and give free ones to those who wait."""
+        """Take places away from slow messages, and give free ones to waiting requests."""
         self._timer = None
         now = asyncio.get_running_loop().time()
         for place in self._held:
-            # The second look counts: if the loop was late, it has yet to see what has
-            # arrived meanwhile, and will before then.
+            # Only a second look makes a message slow: if the event loop was late, data may
+            # have arrived that it will have processed by then.
             place.looks += now - place.since >= BRIEF_S
         while self._queue and (slow := self._to_displace(now)) is not None:
             slow.displaced = True
-            assert slow.timeout is not None, "it is being read"
+            assert slow.timeout is not None, "only a message being read is displaced"
             slow.timeout.reschedule(now)
         self._grant()
 
     def _to_displace(self, now: float) -> _Place | None:
-        """The place of a slow message that must go now, if any."""
+        """The next place to take from a slow message, if any."""
         staying = [place for place in self._held if not place.displaced]
         if len(staying) < self._places:
-            return None  # one is free, or becomes free
+            return None  # one is free, or about to be
         slow = [place for place in staying if place.looks > 1 and place.timeout is not None]
         crowded = len(slow) > self._slow
         waiting = {peer for peer in self._queue if not self._standings.late(peer)}

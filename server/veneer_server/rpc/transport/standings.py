@@ -1,4 +1,4 @@
-"""How the last messages of each connection arrived; see `receiving`."""
+"""Whether each connection's recent messages arrived in time; see `receiving`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LATE_S: Final = 10.0
 """How long a connection counts as late."""
 
 PAUSE_S: Final = 0.25
-"""How long a connection is not read after it lost a place: its next message may be as slow."""
+"""How long a connection is not read after it lost a place: its next message may be slow too."""
 
 _KNOWN: Final = 4096
-"""Connections that are remembered."""
+"""Most connections that are remembered."""
 
 
 @dataclass(slots=True)
@@ -31,8 +31,8 @@ _UNKNOWN: Final = _Standing()
 
 
 class Standings:
-    """A connection is *prompt* once a message of it was whole when it was read, and *late* for
-    `LATE_S` after one that did not arrive in time."""
+    """A connection is *prompt* from the time a message was whole when it was read until one is
+    late, and *late* for `LATE_S` after a message that did not arrive in time."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
@@ -40,22 +40,22 @@ class Standings:
         self._by_peer: Recent[str, _Standing] = Recent(_KNOWN)
 
     def was_prompt(self, peer: str) -> None:
-        """A message of the connection was whole when it was read."""
+        """Record a message that was whole when it was read."""
         self._known(peer).prompt = True
 
     def was_late(self, peer: str, *, displaced: bool) -> None:
-        """A message did not arrive in time; it lost its place where ``displaced``."""
+        """Record a message that did not arrive in time, and whether it lost its place."""
         known, now = self._known(peer), self._clock()
         known.prompt, known.late_until = False, now + LATE_S
         if displaced:
             known.paused_until = now + PAUSE_S
 
     def prompt(self, peer: str) -> bool:
-        """It is prompt, and has not been late since."""
+        """Whether a message was whole when read, and none has been late since."""
         return self._by_peer.get(peer, _UNKNOWN).prompt
 
     def late(self, peer: str) -> bool:
-        """It was within the last `LATE_S`."""
+        """Whether a message was late within the last `LATE_S`."""
         return self._clock() < self._by_peer.get(peer, _UNKNOWN).late_until
 
     def may_be_read(self, peer: str, held: int) -> bool:

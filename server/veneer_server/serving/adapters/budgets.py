@@ -1,4 +1,4 @@
-"""The memory budgets of adapters: what they are now, and how they are changed."""
+"""The memory budgets of adapters: their current values, and how to change them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _log = get_logger(__name__)
 
 
 class AdapterBudgets:
-    """Belongs to one event loop.
+    """The current budgets. Belongs to one event loop.
 
     Attributes:
-        host, device: bytes.
-        memory: the plan that counts them.
+        host, device: budgets in bytes.
+        memory: the memory plan that includes them.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class AdapterBudgets:
         metrics: Metrics,
         plan: Callable[[int, int], MemoryPlan],
     ) -> None:
-        """Args: plan: of other budgets; raises `MemoryTooSmall`."""
+        """Args: plan: makes the plan for other budgets; raises `MemoryTooSmall`."""
         self.host = host
         self.device = device
         self.memory = memory
@@ -47,14 +47,14 @@ class AdapterBudgets:
         metrics.set_budgets(host=host, device=device)
 
     async def update(self, host: int | None, device: int | None) -> BudgetsState:
-        """Change them; None leaves one as it is. What is past a lower one goes, as soon as
-        no running request uses it.
+        """Change the budgets; None keeps one as it is. Adapters over a lowered budget are
+        evicted as soon as no running request uses them.
 
         Raises:
-            AdapterBudgetExceeded: they do not fit the machine beside what the server
-                planned for, or pinned adapters alone take more. Nothing has changed.
+            AdapterBudgetExceeded: the budgets do not fit the machine together with the rest
+                of the plan, or pinned adapters alone take more. Nothing has changed.
         """
-        # One at a time: two changes that fit the machine alone need not fit it together.
+        # One at a time: two changes that each fit the machine may not fit together.
         async with self._turn:
             wanted = (
                 self.host if host is None else host,

@@ -1,7 +1,7 @@
-"""What changes adapters: publish, activate, evict, delete, move an alias, update.
+"""Changes to adapters: publish, activate, evict, delete, move an alias, update.
 
-A change is carried out whole or not at all, whether or not its caller waits for the answer:
-`_whole` runs it by `outlast`. Only a publish can be left, until the name moves: see `publish`.
+A change that has begun is completed even if its caller leaves: `_whole` runs it with
+`outlast`. Only a publish is abandoned with its caller, until the name moves: see `publish`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _log = get_logger(__name__)
 def _whole(
     change: Callable[P, Coroutine[Any, Any, T]],
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A change that is carried out to its end once it has begun."""
+    """Make a change run to completion once it has begun."""
 
     @functools.wraps(change)
     async def begun(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,14 +52,14 @@ def _whole(
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What to change of a revision and its name; None is left as it is.
+    """What to change about a revision and its name; None leaves a value as it is.
 
     Attributes:
-        labels, remove_labels: set these, and remove those.
-        retain: superseded revisions that the name keeps.
-        current: let the plain name mean this revision.
-        pinned: on DEVICE, or no longer.
-        etag: if not empty, what the name's must be.
+        labels, remove_labels: labels to set, and labels to remove.
+        retain: number of superseded revisions that the name keeps.
+        current: make this the name's current revision.
+        pinned: pin the revision on DEVICE, or unpin it.
+        etag: if not empty, the etag that the name must have.
     """
 
     labels: Mapping[str, str]
@@ -71,14 +71,14 @@ class Update:
 
     @property
     def registered(self) -> bool:
-        """It changes what is registered."""
+        """Whether it changes the registry."""
         return bool(
             self.labels or self.remove_labels or self.retain is not None or self.current
         )
 
 
 class AdapterChanges:
-    """Changes of what is registered and of what is in memory. Belongs to one event loop."""
+    """Changes the registry and what is in memory. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class AdapterChanges:
         *,
         keep_residents: Callable[[], Awaitable[None]],
     ) -> None:
-        """Args: keep_residents: writes down what is in memory, for the next start."""
+        """Args: keep_residents: records which adapters are in memory, for the next start."""
         self._registry = registry
         self._engine = engine
         self._use = use
@@ -100,8 +100,8 @@ class AdapterChanges:
         self._replacing = Replacing(registry, engine, keep_residents=keep_residents)
 
     async def publish(self, upload: Upload, *, activate: bool, who: Who) -> Published:
-        """Stage, warm, commit. A caller that leaves before the name has moved leaves nothing
-        behind but what it sent; after that all is carried out."""
+        """Stage, warm, commit. If the caller leaves before the name has moved, only the data
+        it sent remains; after that, the publish is completed."""
         async with (
             self._uploads.stage(upload) as staged,
             self._replacing.warm(staged, activate=activate) as warm,
@@ -110,7 +110,7 @@ class AdapterChanges:
 
     @_whole
     async def _commit(self, staged: Staged, warm: Warm, who: Who) -> Published:
-        """Move the name, and do what follows from that."""
+        """Move the name, then tell watchers and clean up."""
         published = await to_the_end(lambda: self._registry.commit(staged, who))
         warm.stays = True
         self._events.published(published)
@@ -122,14 +122,14 @@ class AdapterChanges:
         )
         warnings = published.warnings + await warm.passed()
         await self._removed(published.dropped)
-        await self._keep_after()  # a pin that passed on outlives the server
+        await self._keep_after()  # a transferred pin outlives the server
         return dataclasses.replace(published, warnings=warnings)
 
     @_whole
     async def activate(
         self, name: str, tier: MemoryTier, *, pin: bool, who: Who
     ) -> AdapterRecord:
-        """Bring a revision into memory, and pin it if asked to."""
+        """Load a revision into memory, and pin it if requested."""
         record = await self._get(name)
         await self._activate(record, tier, pin=pin, who=who)
         return record
@@ -137,7 +137,7 @@ class AdapterChanges:
     async def _activate(
         self, record: AdapterRecord, tier: MemoryTier, *, pin: bool, who: Who
     ) -> None:
-        # The lease keeps the files there while the engine reads them.
+        # The lease keeps the files in place while the engine reads them.
         ref = record.ref
         with self._registry.acquire(f"{ref.name}@{ref.revision}"):
             pinned = await self._engine.activate(
@@ -161,7 +161,7 @@ class AdapterChanges:
 
     @_whole
     async def delete(self, name: str, mode: EvictMode, *, etag: str, who: Who) -> Sequence[str]:
-        """Remove a revision or a name. Returns the revisions that went."""
+        """Remove a revision or a name. Returns the removed revisions."""
         record = await self._get(name)
         records: tuple[AdapterRecord, ...] = (record,)
         if "@" not in name:
@@ -177,12 +177,12 @@ class AdapterChanges:
         await self._removed(
             [record.ref for record in gone], mode="abort" if mode == "abort" else "forget"
         )
-        await self._keep_after()  # its pin must not come back with the same content
+        await self._keep_after()  # else its pin returns with the same content
         return deleted
 
     @_whole
     async def alias(self, alias: str, change: Callable[[], AliasChange]) -> AliasChange:
-        """Move, roll back or remove an alias: ``change`` is one of the registry's calls."""
+        """Move, roll back or remove an alias; ``change`` makes the registry's call."""
         changed = await to_the_end(change)
         _log.info(
             "alias",
@@ -204,7 +204,7 @@ class AdapterChanges:
 
     @_whole
     async def update(self, name: str, update: Update, who: Who) -> AdapterRecord:
-        """Change what is registered first, then the pin."""
+        """Change the registry first, then the pin."""
         record = await self._get(name)
         if update.registered:
             record = await self._update(update, record, who)
@@ -240,14 +240,15 @@ class AdapterChanges:
     # --------------------------------------------------------------- what follows
 
     async def _keep_after(self) -> None:
-        """After a change that stands whatever becomes of this; housekeeping tries again."""
+        """Store the resident set after a change. A failure does not undo the change, since
+        housekeeping tries again."""
         try:
             await self._keep_residents()
         except VeneerError as error:
-            _log.warning("what is in memory is not written down", reason=error.reason)
+            _log.warning("resident adapters not stored for the next start", reason=error.reason)
 
     async def _pin_changed(self, event: str, ref: AdapterRef, who: Who) -> None:
-        """Before the caller is told: a pin outlives the server."""
+        """Record a changed pin before answering the caller: a pin outlives the server."""
         await to_the_end(lambda: self._registry.note(event, ref, who))
         await self._keep_residents()
 
@@ -257,19 +258,19 @@ class AdapterChanges:
     async def _removed(
         self, refs: Sequence[AdapterRef], *, mode: Literal["forget", "abort"] = "forget"
     ) -> None:
-        """Keep nothing of revisions that their name does not have any more."""
+        """Forget revisions that their name no longer has, and free their memory."""
         for ref in refs:
             self._use.forget(ref)
         for weights_digest in {ref.weights_digest for ref in refs}:
-            # The memory, a pin and running requests are theirs too who have the same weights.
+            # Other revisions with the same weights share the memory, pin and requests.
             if not await to_the_end(lambda d=weights_digest: self._registry.holding(d)):  # type: ignore[misc]
                 await self._free(weights_digest, mode)
 
     async def _free(self, weights_digest: str, mode: Literal["forget", "abort"]) -> None:
-        """Memory of weights that are gone, once their last sequence has ended. Also of what
-        the engine is loading, of which it has told nothing yet."""
+        """Free the memory of deleted weights, once their last sequence has ended. This includes
+        weights that the engine is still loading and has not reported yet."""
         try:
             await self._engine.evict(weights_digest, mode=mode, unpin=True)
         except VeneerError as error:
-            # The adapter is gone all the same; its memory goes when room is needed.
+            # The adapter is deleted anyway; its memory is freed when space is needed.
             _log.warning("memory of a deleted adapter not freed", reason=error.reason)

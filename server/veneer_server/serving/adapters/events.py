@@ -1,8 +1,8 @@
-"""What happens to adapters, as one numbered row that is kept for a while.
+"""Adapter events, numbered and kept in a bounded buffer.
 
-`AdapterEvents` hears the engine's messages and the registry's commits. Watchers have
-a place in the row and no queue of their own (`watch`), so that a slow one costs
-nothing. What is kept is small: digests and records, no messages.
+`AdapterEvents` receives the engine's messages and the registry's commits. A watcher has a
+position in the buffer instead of its own queue (`watch`), so a slow one costs nothing. The
+buffer holds small values: digests and records, no messages.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from veneer_server.wire.messages import AdapterFailed, AdapterLoaded, Evicted, R
 __all__ = ["AdapterEvents", "Happened", "Kind", "Weights"]
 
 KEPT: Final = 1024
-"""Events that a watcher may be behind."""
+"""Events in the buffer: how far a watcher may fall behind."""
 
 WOKEN: Final = 8
-"""Watchers that are woken in one turn of the event loop."""
+"""Watchers that are woken at once."""
 
 WAKE_EVERY_S: Final = 0.004
-"""Time between two such turns, so that many watchers leave the event loop to others."""
+"""Time between two such groups, so that many watchers do not block the event loop."""
 
 _NEARNESS: Final = {"disk": 0, "host": 1, "device": 2}
 _RUN_BITS: Final = 20
-"""A run of the server may count a million events a millisecond before the next run's
-numbers could begin below its own."""
+"""Room for a million events per millisecond, so that the next run's sequence numbers start
+above those of this run."""
 
 Kind = adapters_pb2.AdapterEvent
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights and where they are after an event.
+    """Weights, and where they are after an event.
 
     Attributes:
-        names: that had a revision with them then; one that is published later hears of
-            its own publication first. None: whoever has one.
+        names: the names that had a revision with these weights at the time, so that no event
+            for a name precedes its publication. None: all names that have one.
     """
 
     digest: str
@@ -59,7 +59,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """One event. The engine's are about weights, the registry's about a revision."""
+    """One event. Events of the engine concern weights, those of the registry a revision."""
 
     sequence: int
     kind: Kind
@@ -72,13 +72,13 @@ _LoadEvent = Residency | AdapterLoaded | AdapterFailed | Evicted
 
 
 class AdapterEvents:
-    """The row of events. All methods belong to one event loop."""
+    """The event buffer. All methods belong to one event loop."""
 
     def __init__(self, *, kept: int = KEPT, clock: Callable[[], float] = time.time) -> None:
         """Args:
-        kept: events that a watcher may be behind.
-        clock: Unix seconds; the first number comes from it, so that another run of
-            the server never takes up the numbers of this one.
+        kept: events in the buffer.
+        clock: Unix seconds; sequence numbers start from it, so that another run of the
+            server never reuses the numbers of this one.
         """
         self._clock = clock
         self._start = self.last = int(clock() * 1000) << _RUN_BITS
@@ -93,14 +93,14 @@ class AdapterEvents:
     # --------------------------------------------------------------------- sources
 
     def name_by(self, names: Callable[[str], Iterable[str]]) -> None:
-        """Tell which names have a revision with some weights."""
+        """Set the function that finds the names that have a revision with given weights."""
         self._names = names
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """Listener for `EngineClient`."""
         if isinstance(event, Residency | AdapterLoaded | AdapterFailed | Evicted):
             if not self._frame:
-                # The new state comes before its cause, in the same frame: take both.
+                # A new state precedes its cause in the same frame: wait for both.
                 asyncio.get_running_loop().call_soon(self._take_frame)
             self._frame.append(event)
 
@@ -113,7 +113,7 @@ class AdapterEvents:
                 else adapters_pb2.ADAPTER_EVENT_PUBLISHED
             )
             self._append(kind, published.record)
-            # Where it was brought into memory first, that was about weights without a name.
+            # If it was loaded before the commit, that event had no name to report.
             state = self._residency.get(published.record.ref.weights_digest)
             if state is not None and state.tier != "disk":
                 activated = state.tier == "device"
@@ -125,7 +125,7 @@ class AdapterEvents:
                 )
 
     def made_current(self, record: AdapterRecord) -> None:
-        """A name means an earlier revision again."""
+        """An earlier revision became a name's current one."""
         self._append(adapters_pb2.ADAPTER_EVENT_REPLACED, record)
 
     def updated(self, record: AdapterRecord) -> None:
@@ -133,7 +133,7 @@ class AdapterEvents:
         self._append(adapters_pb2.ADAPTER_EVENT_UPDATED, record)
 
     def alias_changed(self, record: AdapterRecord, alias: str) -> None:
-        """An alias means this revision now, or means it no more and was removed."""
+        """An alias now points to this revision, or pointed to it and was removed."""
         self._append(adapters_pb2.ADAPTER_EVENT_ALIAS_CHANGED, record, alias)
 
     def quarantined(self, records: Iterable[AdapterRecord], why: str) -> None:
@@ -147,7 +147,7 @@ class AdapterEvents:
             self._append(adapters_pb2.ADAPTER_EVENT_DELETED, record)
 
     def close(self) -> None:
-        """End all watches with `Draining`, once they have been told what there is."""
+        """End all watches with `Draining`, after they have received all events."""
         self._closed = True
         self._wake()
 
@@ -179,7 +179,7 @@ class AdapterEvents:
             self._compare(digest, before.get(digest), tell_tier=digest not in explained)
 
     def _compare(self, digest: str, before: Residency | None, *, tell_tier: bool) -> None:
-        """Tell what changed without a message that says why."""
+        """Add events for changes that no message has explained."""
         after = self._residency.get(digest)
         was = "disk" if before is None else before.tier
         now = "disk" if after is None else after.tier
@@ -217,14 +217,14 @@ class AdapterEvents:
     # -------------------------------------------------------------------- watchers
 
     def after(self, sequence: int) -> tuple[Happened, ...] | None:
-        """What happened after ``sequence``; None where that is not known (any more)."""
+        """The events after ``sequence``; None if they are not, or no longer, in the buffer."""
         oldest = self.last - len(self._row)
         if not max(self._start, oldest) <= sequence <= self.last:
             return None
         return tuple(itertools.islice(self._row, sequence - oldest, None))
 
     async def beyond(self, sequence: int) -> None:
-        """Wait until something happened after it. Raises Draining after `close`."""
+        """Wait for an event after ``sequence``. Raises Draining after `close`."""
         while self.last <= sequence:
             if self._closed:
                 raise Draining(
@@ -237,7 +237,7 @@ class AdapterEvents:
             await told
 
     def _wake(self) -> None:
-        """Tell all watchers that wait, some at a time."""
+        """Wake all waiting watchers, some at a time."""
         under_way = bool(self._woken)
         self._woken.extend(self._waiting)
         self._waiting.clear()

@@ -1,8 +1,8 @@
-"""What is brought into memory before a name moves to a new revision.
+"""Loads a new revision into memory before its name moves to it.
 
-A replace of an adapter that is in memory would otherwise make its next request wait for
-the disk. So the new revision is brought to where the old one is, and pinned if that is;
-then the name moves; then the old one's pin ends.
+Otherwise, after an adapter in memory is replaced, its next request would wait for the disk.
+So the new revision is loaded into the old one's tier, and pinned if the old one is; then the
+name moves; then the old revision is unpinned.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = get_logger(__name__)
 
 
 class Replacing:
-    """Warms what is published. Belongs to one event loop."""
+    """Warms up published revisions. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Replacing:
         *,
         keep_residents: Callable[[], Awaitable[None]],
     ) -> None:
-        """Args: keep_residents: writes pins down for the next start of the server."""
+        """Args: keep_residents: stores pins for the next start of the server."""
         self._registry = registry
         self._engine = engine
         self._keep_residents = keep_residents
@@ -46,15 +46,14 @@ class Replacing:
 
     @contextlib.asynccontextmanager
     async def warm(self, staged: Staged, *, activate: bool) -> AsyncIterator[Warm]:
-        """Bring staged content to where the revision is that it replaces. Unless
-        `Warm.passed` was called by the end of the block, that is taken back: so whoever
-        leaves before the name has moved, by an error or since its caller has gone, leaves
-        no copy and no pin behind.
+        """Load staged content into the tier of the revision that it replaces. Undone when the
+        block ends, unless `Warm.stays` is set: a publish that fails or is cancelled before
+        the name has moved leaves no copy and no pin behind.
 
-        Publishes of the same weights take turns, so that none takes back what is another's.
+        Publishes of the same weights take turns, so that none undoes another's work.
 
         Args:
-            activate: DEVICE is asked for; where that fails, so does the publish.
+            activate: load into DEVICE; if that fails, so does the publish.
         """
         digest = staged.record.ref.weights_digest
         turn = self._turns.setdefault(digest, asyncio.Lock())
@@ -72,7 +71,7 @@ class Warm:
     """The warm-up of one publish.
 
     Attributes:
-        stays: the name means the new revision: nothing is to be taken back.
+        stays: the name has moved to the new revision, so nothing is undone.
     """
 
     def __init__(
@@ -90,12 +89,12 @@ class Warm:
         self._source = source_of(registry, staged.record)
         self._keep_residents = keep_residents
         self._own_pin = self._pin_of(self._new)
-        """Of the new weights, which another name may have had before."""
+        """The new weights' pin, if another name already had them pinned."""
         self._passing: MemoryTier | None = None
-        """The old revision's pin, which passes on."""
+        """The old revision's pin, if it is to be transferred."""
         self._pinned = False
         self._asked = False
-        """The engine may have been told something."""
+        """Whether the engine may have been asked to load or pin."""
 
     async def up(self, *, activate: bool) -> None:
         """See `Replacing.warm`."""
@@ -117,26 +116,27 @@ class Warm:
         except VeneerError as error:
             if activate:
                 raise
-            # Nobody asked for it: the next request brings it in.
+            # The caller did not request it; the next request loads the adapter.
             _log.warning(
-                "new revision not brought into memory before the replace",
+                "new revision not loaded before the replace",
                 adapter=self._new.short,
                 reason=error.reason,
             )
 
     async def _pin_both(self, tier: MemoryTier) -> None:
-        """A server that is killed finds a pin on whichever the name means then."""
+        """Pin the new revision as well, so that even if the server is killed, the revision that
+        the name then means is pinned."""
         self._asked = True
         try:
             await self._engine.activate(self._source, tier=tier, pin=True)
         except VeneerError:
-            return  # there is no room for both: `passed` tries again with the one
+            return  # no room for both: `passed` pins the new one after unpinning the old
         self._pinned = True
         await self._keep_residents()
 
     async def passed(self) -> tuple[str, ...]:
-        """The name has moved: the old one's pin ends. Returns warnings, since the publish
-        stands whatever becomes of it."""
+        """Unpin the old revision after the name has moved. Failures are returned as warnings,
+        since the publish stands regardless."""
         self.stays = True
         if self._passing is None or self._old is None:
             return ()
@@ -146,13 +146,13 @@ class Warm:
                 await self._engine.activate(self._source, tier=self._passing, pin=True)
         except VeneerError as error:
             return (
-                f"{self._old.short} was pinned, and its pin could not be passed on whole: "
+                f"{self._old.short} was pinned, and its pin could not be fully transferred: "
                 f"{error.message}",
             )
         return ()
 
     async def undo(self) -> None:
-        """The name did not move: what was asked of the engine is taken back."""
+        """Undo the requests to the engine, since the name did not move."""
         if not self._asked:
             return
         digest = self._new.weights_digest
@@ -160,7 +160,7 @@ class Warm:
             if not self._registry.names(digest):
                 await self._engine.evict(digest, mode="forget", unpin=True)
             elif self._passing is None:
-                return  # a copy of what another name has is no waste
+                return  # another name uses this copy
             elif self._own_pin is None:
                 await self._engine.unpin(digest)
             else:
@@ -168,20 +168,20 @@ class Warm:
             await self._keep_residents()
         except VeneerError as error:
             _log.warning(
-                "what was brought into memory for a publish is not taken back",
+                "warm-up for a failed publish not undone",
                 adapter=self._new.short,
                 reason=error.reason,
             )
 
     def _pin_of(self, ref: AdapterRef) -> MemoryTier | None:
-        """Also of one that is still being brought back after a restart."""
+        """A revision's pin, even while it is still being restored after a restart."""
         for resident in self._engine.resident_set():
             if resident.source.weights_digest == ref.weights_digest:
                 return resident.pin
         return None
 
     def _means(self, old: AdapterRef) -> bool:
-        """Another name still means these weights, which are pinned for it too."""
+        """Whether another name still means these weights, and so shares their pin."""
         for name in self._registry.names(old.weights_digest):
             with contextlib.suppress(VeneerError):
                 ref = self._registry.resolve(name)

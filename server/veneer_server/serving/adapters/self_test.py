@@ -1,9 +1,9 @@
-"""The self-test: a proof on the running server that resident adapters are themselves.
+"""The self-test: checks on the running server that each resident adapter answers correctly.
 
-The same short text goes through the engine as requests do, for the base and for each
-adapter, submitted so that they meet in one step. The engine also computes, apart from
-all that serves, what each must say (`veneer_server.models.reference`); then `judge`.
-Requests go on meanwhile, a little slower.
+The same short text is run for the base and for each adapter, as normal requests submitted so
+that they share a step. The engine also computes reference answers independently of the
+serving path (`veneer_server.models.reference`), and `judge` compares them. Other requests
+continue meanwhile, a little slower.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ PROBE: Final = (
     "sheep, and finds that two of them are missing."
 )
 PROBE_TOKENS: Final = 28
-"""At most: those of all sequences of a test fit a step of the default size (512)."""
+"""Upper limit, so that all sequences of a test fit into a step of the default size (512)."""
 MAX_ADAPTERS: Final = 16
 MAX_WAITING: Final = 4
-"""Tests that wait for their turn."""
+"""Most tests that may wait for their turn."""
 _TRIES: Final = 3
-"""Times that all are submitted until they have met in one step."""
+"""Times that the sequences are submitted until they share a step."""
 
 _RETRY_S: Final = 5.0
 
 _Findings = AdapterCorrupt, NonFiniteOutput
-"""Errors of one adapter that are a result of the test, not its end."""
+"""Errors of one adapter that are a result of the test and do not abort it."""
 
 _log = get_logger(__name__)
 
@@ -62,8 +62,9 @@ class Report:
     """See `SelfTestResponse`; the base's verdict is the first.
 
     Attributes:
-        registered: adapters that there are. With some of them, a test of none is no proof.
-        note: why none was tested.
+        registered: number of registered adapters. If there are any, a test of none of them
+            fails.
+        note: why no adapter was tested.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -83,14 +84,14 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """Log-probabilities of the probe, or what the engine said, and the step they are of."""
+    """Log-probabilities of the probe or the engine's error, and the step that computed them."""
 
     logprobs: list[float] | VeneerError
     step: int | None
 
 
 class SelfTest:
-    """Runs one test at a time; a few calls that come meanwhile wait for their turn."""
+    """Runs one test at a time; a few further calls may wait for their turn."""
 
     def __init__(
         self,
@@ -103,9 +104,9 @@ class SelfTest:
         exact: bool = False,
     ) -> None:
         """Args:
-        use: which adapters were asked for last.
-        dtype: that is served in; sets the bound.
-        exact: the engine computes each sequence by itself, so that none are mixed.
+        use: which adapters were requested most recently.
+        dtype: the serving dtype, which sets the bound.
+        exact: the engine computes each sequence separately, so that none are mixed.
         """
         self._registry = registry
         self._engine = engine
@@ -119,7 +120,7 @@ class SelfTest:
     async def answer(
         self, request: adapters_pb2.SelfTestRequest
     ) -> adapters_pb2.SelfTestResponse:
-        """`run` as the wire has it."""
+        """`run`, in protobuf."""
         report = await self.run(request.adapters)
         return adapters_pb2.SelfTestResponse(
             passed=report.passed,
@@ -139,24 +140,24 @@ class SelfTest:
         )
 
     async def run(self, names: Sequence[str]) -> Report:
-        """Test the base and these adapters, loaded if need be; they are not pinned.
+        """Test the base and these adapters, which are loaded if necessary but not pinned.
 
-        An adapter whose files lost their digest, or whose logits are not finite, has
-        failed; so has one whose answers differ. None of that is an error.
+        An adapter fails if its files do not match their digest, its logits are not finite,
+        or its answers differ from the reference. None of these raises an error.
 
         Args:
-            names: of adapters, as requests name them. Empty for the two in memory that
-                were used last; where none is in memory, for two registered ones, which are
-                loaded. Where adapters are registered and none of them can be tested, the
-                test has failed, and the report's note says why.
+            names: adapters, as in requests. If empty, the test takes the two adapters in
+                memory that were used last, or else loads two registered ones. If adapters
+                are registered but none can be tested, the test fails, and the report's note
+                says why.
 
         Raises:
             InvalidField: too many names.
-            AdapterNotFound, BaseModelMismatch: of the names.
-            AdapterCorrupt: one was known to be damaged before.
-            AdapterBudgetExceeded: one cannot be loaded.
-            QueueFull: the engine has no room, or `MAX_WAITING` tests wait already.
-            ModelLoading, EngineFailed: not now.
+            AdapterNotFound, BaseModelMismatch: raised for one of the names.
+            AdapterCorrupt: an adapter was already known to be damaged.
+            AdapterBudgetExceeded: an adapter cannot be loaded.
+            QueueFull: the engine has no room, or `MAX_WAITING` tests are already waiting.
+            ModelLoading, EngineFailed: the engine cannot run the test now.
         """
         if (count := len(set(names))) > self._most:
             raise InvalidField(
@@ -171,7 +172,7 @@ class SelfTest:
                     adapters = self._subjects.named(names, leases)
                 else:
                     adapters, note = await self._subjects.chosen(self._most, leases)
-                # Two names may mean one revision.
+                # Two names may mean the same revision.
                 subjects = list({each.name: each for each in (Subject(), *adapters)}.values())
                 verdicts, mixed = await self._run(subjects)
         report = Report(tuple(verdicts), mixed, len(self._registry), note)
@@ -188,7 +189,7 @@ class SelfTest:
 
     @asynccontextmanager
     async def _my_turn(self) -> AsyncIterator[None]:
-        """Alone, once those before have ended. Raises QueueFull where too many wait."""
+        """Wait for earlier tests to end, then run alone. Raises QueueFull if too many wait."""
         if self._turn.locked() and self._waiting >= MAX_WAITING:
             raise QueueFull(
                 f"{MAX_WAITING} self-tests are waiting already: retry when one has ended",
@@ -207,7 +208,7 @@ class SelfTest:
 
     @property
     def _most(self) -> int:
-        """Adapters that can be tested at once: the base and one more sequence are beside."""
+        """Most adapters per test; the base and one more sequence need places too."""
         return max(0, min(MAX_ADAPTERS, self._engine.capacity - 2))
 
     async def _run(self, subjects: Sequence[Subject]) -> tuple[list[Verdict], int]:
@@ -229,12 +230,12 @@ class SelfTest:
 
     async def _probe(self) -> list[int]:
         info = self._engine.info
-        whole = Room(info.vocab_size, 2 * len(PROBE))  # cut to the context below
+        whole = Room(info.vocab_size, 2 * len(PROBE))  # truncated to the context below
         prompt = await self._prompts.from_text(PROBE, whole)
         return prompt.ids[: min(PROBE_TOKENS, info.context_length - 1)]
 
     async def _activate(self, subjects: Sequence[Subject]) -> dict[str, VeneerError]:
-        """Bring them to DEVICE; those whose files are damaged, with the error."""
+        """Load the adapters into DEVICE. Returns the error of each whose files are damaged."""
         damaged: dict[str, VeneerError] = {}
         for subject in subjects:
             if subject.source is None:
@@ -248,7 +249,7 @@ class SelfTest:
     async def _serve_mixed(
         self, tokens: list[int], subjects: Sequence[Subject]
     ) -> tuple[dict[str, _Served], int]:
-        """What serves gives, by name, and how many adapters were in the base's step."""
+        """The served results by name, and how many adapters shared the base's step."""
         best: dict[str, _Served] = {}
         most = -1
         for _ in range(_TRIES):
@@ -267,7 +268,8 @@ class SelfTest:
     ) -> dict[str, _Served]:
         sources = [subject.source for subject in subjects]
         if len(sources) > 1 and not self._engine.in_flight:
-            # While an idle engine computes this one, the others arrive, and start together.
+            # An extra sequence first: while an idle engine computes it, the others arrive
+            # and then start together.
             sources.insert(0, None)
         with self._engine.places(len(sources)):
             results = await asyncio.gather(
@@ -283,7 +285,7 @@ class SelfTest:
         }
 
     async def _score(self, tokens: list[int], source: AdapterSource | None) -> _Served:
-        """As a request that wants its prompt's log-probabilities."""
+        """Run the tokens as a request for prompt log-probabilities."""
         outputs = self._engine.generate(
             SequenceRequest(
                 tokens,
@@ -308,10 +310,10 @@ class SelfTest:
     async def _references(
         self, tokens: list[int], subjects: Sequence[Subject]
     ) -> dict[str, list[float] | VeneerError]:
-        """All at once, so that they share a pass over the base's files."""
+        """Compute all references together, in one pass over the base's files."""
 
         async def reference(subject: Subject) -> list[float]:
-            # To its end, though the caller has gone: the engine reads the leased files.
+            # Must finish even if the caller leaves: the engine reads the leased files.
             return await outlast(self._engine.reference(tokens, subject.source))
 
         found = await asyncio.gather(*map(reference, subjects), return_exceptions=True)

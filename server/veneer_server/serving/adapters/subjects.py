@@ -1,4 +1,4 @@
-"""Which adapters a self-test is about: those that are named, else some that can be loaded."""
+"""Chooses the adapters for a self-test: the named ones, or else some that can be loaded."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["Subject", "Subjects"]
 
 _DEFAULT_ADAPTERS: Final = 2
 _CANDIDATES: Final = 16
-"""Most adapters that are tried where none were named: each may be a load from disk."""
+"""Most adapters that are tried if none were named: each may need a load from disk."""
 _PAGE: Final = 1000
 
 _Unusable = AdapterNotFound, AdapterCorrupt, BaseModelMismatch, AdapterBudgetExceeded
-"""Why an adapter that nobody named is passed over: deleted just now, in quarantine, for
-another base, or without room in memory."""
+"""Errors for which an unnamed candidate is skipped: it was just deleted, is in quarantine, is
+for another base, or does not fit in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +43,29 @@ class Subject:
 
 
 class Subjects:
-    """Finds and leases them. Their files stay until the caller's ``leases`` close."""
+    """Finds and leases subjects. Their files stay until the caller closes ``leases``."""
 
     def __init__(self, registry: Registry, engine: EngineClient, use: AdapterUse) -> None:
-        """Args: use: which adapters were asked for last."""
+        """Args: use: which adapters were requested most recently."""
         self._registry = registry
         self._engine = engine
         self._use = use
 
     def named(self, names: Sequence[str], leases: ExitStack) -> list[Subject]:
-        """As requests name them. Raises AdapterNotFound, BaseModelMismatch, AdapterCorrupt."""
+        """The adapters with these names, as in requests. Raises AdapterNotFound,
+        BaseModelMismatch or AdapterCorrupt."""
         return [
             self._leased(self._registry.acquire(name), leases) for name in dict.fromkeys(names)
         ]
 
     async def chosen(self, most: int, leases: ExitStack) -> tuple[list[Subject], str]:
-        """Some that nobody named, at most so many, in memory by now; and why there are none."""
+        """Choose and load at most ``most`` adapters; with none, the text says why."""
         if not len(self._registry):
             return [], "no adapter is registered: only the base was tested"
         if not most:
             return [], (
-                f"this server runs and queues {self._engine.capacity} sequences at most, too "
-                "few for an adapter beside the base: start it with a larger --max-running or "
+                f"this server runs and queues at most {self._engine.capacity} sequences, too "
+                "few for the base and an adapter: start it with a larger --max-running or "
                 "--max-queue"
             )
         in_memory = (
@@ -91,7 +92,7 @@ class Subjects:
     async def _take(
         self, candidates: Iterable[Callable[[], RevisionLease]], most: int, leases: ExitStack
     ) -> tuple[list[Subject], str]:
-        """The first ones that can be loaded, and why the last of the others cannot."""
+        """The first candidates that can be loaded, and why the last failed one cannot."""
         found: dict[str, Subject] = {}
         why, tried = "", 0
         for acquire in candidates:
@@ -100,7 +101,7 @@ class Subjects:
             with ExitStack() as attempt:
                 try:
                     subject = self._leased(acquire(), attempt)
-                    assert subject.source is not None, "only the base has none"
+                    assert subject.source is not None, "only the base has no source"
                     digest = subject.source.weights_digest
                     if digest in found:
                         continue
@@ -114,12 +115,12 @@ class Subjects:
         return list(found.values()), why
 
     async def _load(self, source: AdapterSource) -> None:
-        """Raises AdapterBudgetExceeded. Damaged files are for the test itself to report."""
+        """Raises AdapterBudgetExceeded. Damaged files are reported by the test itself."""
         with suppress(AdapterCorrupt):
             await self._engine.activate(source, tier="device", pin=False)
 
     def _servable(self) -> list[str]:
-        """Some names that are neither in quarantine nor for another base."""
+        """Some names whose revision is neither in quarantine nor for another base."""
         found: list[str] = []
         after = ""
         while len(found) < _CANDIDATES:

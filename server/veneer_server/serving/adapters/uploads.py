@@ -28,22 +28,22 @@ from veneer_server.system.priority import lower_priority
 __all__ = ["UploadOptions", "Uploads"]
 
 WINDOW_S: Final = 60.0
-"""Seconds over which an upload's rate is measured; so long may it bring nothing."""
+"""Seconds over which an upload's rate is measured; it may be silent for this long."""
 
 MIN_RATE: Final = 16 << 10
-"""Default of ``--min-upload-rate``: bytes a second, so that 100 MB on a line of 1 Mbit/s,
-which bring 125,000, are far from it."""
+"""Default of ``--min-upload-rate``, in bytes a second. A 1 Mbit/s line, with 125,000, is far
+above it."""
 
 PATIENCE_S: Final = 10.0
-"""As `WINDOW_S`, for an upload whose place another one wants."""
+"""As `WINDOW_S`, for an upload while another one waits for its place."""
 
 DEADLINE_S: Final = 3600.0
 """Default of ``--upload-deadline``."""
 
 TURN_S: Final = 60.0
 LONG_S: Final = 600.0
-"""An upload that has had its place for `TURN_S` and would take `LONG_S` more at the rate at
-which it came so far gives its place to another one that wants it."""
+"""An upload that has had its place for `TURN_S`, and at its rate so far would need `LONG_S`
+more, loses the place when another upload needs it."""
 
 MAX_BROKEN: Final = 16
 MAX_BROKEN_BYTES: Final = 512 << 20
@@ -52,7 +52,7 @@ MAX_BROKEN_BYTES: Final = 512 << 20
 DISCARD_S: Final = 2.0
 DISCARD_BYTES: Final = 256 << 20
 MAX_DISCARDS: Final = 4
-"""Uploads beyond `MAX_AT_ONCE` that are let finish sending; each may hold a message."""
+"""Uploads beyond `MAX_AT_ONCE` that may finish sending; each may hold a message."""
 
 MAX_CHUNK: Final = 4 << 20
 MAX_FILES: Final = 16
@@ -76,10 +76,10 @@ class UploadOptions:
 
 
 class UploadPace:
-    """Whether an upload comes fast enough: in each `WINDOW_S` of waiting for its client it
-    must bring ``min_rate`` bytes a second, or its end. So its waits add up to no more than
-    its size divided by the rate, and one window. Our own work does not count for that, but
-    for ``deadline_s``, by which all of it must have come.
+    """Whether an upload arrives fast enough: in each `WINDOW_S` of waiting for its client,
+    ``min_rate`` bytes a second must arrive, or the upload's end. So the total waiting time
+    is at most its size divided by the rate, plus one window. Our own processing time counts
+    only towards ``deadline_s``, the limit for the whole upload.
     """
 
     def __init__(self, min_rate: int, deadline_s: float = DEADLINE_S) -> None:
@@ -88,7 +88,7 @@ class UploadPace:
         self._began = asyncio.get_running_loop().time()
         self._ends = self._began + deadline_s
         self._waited_s = 0.0
-        """Since the last window that brought enough."""
+        """Waiting time since enough bytes last arrived."""
         self._brought = 0
         self._total = 0
         self._missing = 0
@@ -98,12 +98,12 @@ class UploadPace:
 
     @property
     def late(self) -> bool:
-        """The deadline is over."""
+        """Whether the deadline has passed."""
         return asyncio.get_running_loop().time() >= self._ends
 
     @property
     def slow(self) -> bool:
-        """Its client is waited for, and brings so little that another may have its place."""
+        """Whether its client is so slow that another upload may take its place."""
         if self._waiting_since is None:
             return False
         waited_s = self._waited_s + asyncio.get_running_loop().time() - self._waiting_since
@@ -115,20 +115,20 @@ class UploadPace:
 
     @property
     def remaining_s(self) -> float:
-        """How long the rest will take, at the rate so far; 0 where that is not known yet."""
+        """How long the rest will take at the rate so far; 0 if not known yet."""
         has_taken_s = asyncio.get_running_loop().time() - self._began
         if has_taken_s < TURN_S or self.displaced or self._waiting_since is None:
             return 0.0
         return self._missing * has_taken_s / max(1, self._total)
 
     def displace(self) -> None:
-        """End it: another one gets its place."""
+        """End the upload, because another one gets its place."""
         self.displaced = True
         if self._timeout is not None:
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def progressed(self, count: int, missing: int = 0) -> None:
-        """So many bytes came that were not there before, and so many are missing."""
+        """Record ``count`` new bytes; ``missing`` are still to come."""
         self._total += count
         self._missing = missing
         self._brought += count
@@ -136,7 +136,7 @@ class UploadPace:
             self._brought, self._waited_s = 0, 0.0
 
     async def wait(self, receive: Callable[[], Awaitable[T]]) -> T:
-        """The client's next message. Raises TimeoutError where it is too slow."""
+        """The client's next message. Raises TimeoutError if the client is too slow."""
         loop = asyncio.get_running_loop()
         began = self._waiting_since = loop.time()
         if self.displaced:
@@ -162,24 +162,24 @@ class Uploads:
         broken: tuple[int, int] = (MAX_BROKEN, MAX_BROKEN_BYTES),
     ) -> None:
         """Args:
-        min_rate: bytes a second that each must bring.
-        deadline_s: by when all of each must have come.
-        broken: how many interrupted ones are kept, and how many bytes of them.
+        min_rate: bytes a second at which each upload must arrive.
+        deadline_s: time limit for a whole upload.
+        broken: most interrupted uploads that are kept, and most bytes of them.
         """
         self._registry = registry
         self._min_rate = min_rate
         self._deadline_s = deadline_s
         self._most_broken, self._most_broken_bytes = broken
         self._running: dict[UploadPace, None] = {}
-        """In the order in which they came."""
+        """Oldest first."""
         self._discarding = 0
-        # Hashing and checking would take the step's cores.
+        # At low priority: hashing and checking would compete with the step for cores.
         self._workers = ThreadPoolExecutor(
             MAX_AT_ONCE, thread_name_prefix="upload", initializer=lower_priority
         )
 
     async def committed(self, spec: adapters_pb2.UploadSpec) -> Mapping[str, int]:
-        """Bytes of each announced file that need not be sent. Raises as `receive`."""
+        """Bytes of each announced file that the server already has. Raises as `receive`."""
         request = _options(spec).request
         return await to_the_end(lambda: self._registry.committed(request), self._workers)
 
@@ -187,12 +187,12 @@ class Uploads:
     async def receive(
         self, requests: AsyncIterable[adapters_pb2.UploadAdapterRequest]
     ) -> AsyncIterator[tuple[UploadOptions, Upload]]:
-        """Take in one upload, which is complete when the block begins and ends with it.
+        """Receive one upload. It is complete when the block begins, and ends with the block.
 
         Raises:
-            InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: it is refused.
-            QuotaExceeded: too many uploads run at once.
-            Aborted: the upload came too slowly, or is resumed elsewhere.
+            InvalidField, AdapterInvalid, ChecksumMismatch, DiskFull: the upload is refused.
+            QuotaExceeded: too many uploads are running.
+            Aborted: the upload arrived too slowly, or was resumed elsewhere.
         """
         try:
             pace = self._place()
@@ -226,7 +226,7 @@ class Uploads:
                 upload.finish()  # says what is missing
             yield options, upload
         except VeneerError as error:
-            # A broken connection looks like an end that came too early.
+            # A broken connection looks like a stream that ended too early.
             keep = isinstance(error, Aborted) or ended_early
             await _discard(messages)
             raise
@@ -242,19 +242,19 @@ class Uploads:
 
     @contextlib.asynccontextmanager
     async def stage(self, upload: Upload) -> AsyncIterator[Staged]:
-        """`Registry.stage`, at low priority. What was not committed when the block ends is
-        discarded."""
+        """`Registry.stage`, at low priority. Discarded at the end of the block, unless
+        committed."""
         found: list[Staged] = []
         try:
             await to_the_end(lambda: found.append(self._registry.stage(upload)), self._workers)
             yield found[0]
         finally:
-            for staged in found:  # also where the caller had gone by then
+            for staged in found:  # even if the caller was cancelled meanwhile
                 await to_the_end(staged.discard, self._workers)
 
     def _place(self) -> UploadPace:
-        """A place among the uploads that run; that of one which hardly moves, or would
-        take long, if need be."""
+        """A place for an upload. If none is free, takes the place of an upload that is slow or
+        has long to go. Raises QuotaExceeded."""
         if len(self._running) >= MAX_AT_ONCE:
             slow = next((pace for pace in self._running if pace.slow), None)
             if slow is None:
@@ -262,7 +262,7 @@ class Uploads:
                 slow = longest if longest.remaining_s > LONG_S else None
             if slow is None:
                 raise QuotaExceeded(
-                    f"{MAX_AT_ONCE} uploads run already: retry when one has ended",
+                    f"{MAX_AT_ONCE} uploads are already running: retry when one has ended",
                     metadata={"limit": str(MAX_AT_ONCE)},
                     retry_after_s=2.0,
                 )
@@ -273,7 +273,7 @@ class Uploads:
         return pace
 
     def _end(self, upload: Upload, *, keep: bool) -> None:
-        """Does nothing after a commit."""
+        """Suspend or abort an upload; does nothing after a commit."""
         if not keep:
             upload.abort()
             return
@@ -294,7 +294,7 @@ class Uploads:
         while (message := await self._next(messages, pace)) is not None:
             if message.WhichOneof("message") != "chunk":
                 raise InvalidField(
-                    "after the first message an upload has only `chunk`s",
+                    "after its first message an upload may hold only `chunk`s",
                     metadata={"field": "chunk"},
                 )
             chunk = message.chunk
@@ -305,14 +305,14 @@ class Uploads:
                 )
             missing = upload.missing_bytes
             await to_the_end(_write(upload, chunk), self._workers)
-            # What was there before, and empty chunks, are no progress.
+            # Empty chunks, and bytes that were there before, are not progress.
             left = upload.missing_bytes
             pace.progressed(missing - left, left)
 
     async def _next(
         self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], pace: UploadPace
     ) -> adapters_pb2.UploadAdapterRequest | None:
-        """The client's next message; None when it has sent its last."""
+        """The client's next message; None after its last one."""
         try:
             return await pace.wait(lambda: anext(messages, None))
         except TimeoutError as error:
@@ -331,7 +331,7 @@ class Uploads:
                     retry_after_s=0.0,
                 ) from error
             raise Aborted(
-                f"the upload brought less than {self._min_rate} bytes a second over "
+                f"the upload sent less than {self._min_rate} bytes a second over "
                 f"{WINDOW_S:g} s; what arrived is kept: resume it, or start the server with "
                 "a smaller --min-upload-rate",
                 metadata={"cause": "upload_rate"},
@@ -342,11 +342,11 @@ class Uploads:
 async def _discard(messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> None:
     """Let a refused client finish sending, within bounds.
 
-    A client whose write breaks off reports its own broken write (grpc.aio says
-    INTERNAL) instead of the refusal; one that finishes sees the refusal.
+    A client whose write is cut off reports a write error (INTERNAL in grpc.aio) instead of
+    the refusal; one that finishes sending sees the refusal.
     """
     left = DISCARD_BYTES
-    with contextlib.suppress(TimeoutError, VeneerError):  # it has its refusal already
+    with contextlib.suppress(TimeoutError, VeneerError):  # the caller raises the refusal
         async with asyncio.timeout(DISCARD_S):
             async for message in messages:
                 left -= len(message.chunk.data)
@@ -378,8 +378,8 @@ def _options(spec: adapters_pb2.UploadSpec) -> UploadOptions:
         )
     if spec.validate_only and spec.activate:
         raise InvalidField(
-            "spec.validate_only publishes nothing that spec.activate could bring to the "
-            "device: set one of them",
+            "spec.activate has no effect with spec.validate_only, which publishes nothing: set "
+            "one of them",
             metadata={"field": "spec.activate"},
         )
     return UploadOptions(

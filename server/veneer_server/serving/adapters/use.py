@@ -1,4 +1,4 @@
-"""When adapters were last asked for, and where the engine finds their weights."""
+"""When adapters were last requested, and where the engine finds their weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = ["AdapterUse", "source_of"]
 
 
 class AdapterUse:
-    """When each name's revisions were last asked for, since the server started."""
+    """When each name's revisions were last requested since the server started."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._last: dict[tuple[str, str], float] = {}
 
     def touch(self, ref: AdapterRef) -> None:
-        """The revision was just asked for."""
+        """Record a request for the revision."""
         self._last[ref.name, ref.revision] = self._clock()
 
     def last(self, ref: AdapterRef) -> float | None:
-        """Unix seconds, or None if it was not."""
+        """When it was last requested, in Unix seconds; None if it was not."""
         return self._last.get((ref.name, ref.revision))
 
     def recent(self) -> list[tuple[str, str]]:
-        """Names and revisions, the last asked for first."""
+        """Names and revisions, most recently requested first."""
         return sorted(self._last, key=lambda key: self._last[key], reverse=True)
 
     def forget(self, ref: AdapterRef) -> None:
-        """The name does not have this revision any more."""
+        """Drop a revision that the name no longer has."""
         self._last.pop((ref.name, ref.revision), None)
 
 

@@ -1,14 +1,14 @@
-"""The self-test's judgement: what was served against what it must be. Pure.
+"""Judges a self-test: compares served answers with references. Pure functions.
 
-An adapter passes when each log-probability is within the bound of its own reference,
-and nearer to it than to any other reference that the bound can tell from it.
+An adapter passes if each log-probability is within the bound of its own reference, and the
+answer is nearer to its own reference than to any other that the bound can distinguish from it.
 
-What the bound is: above all that serving in the dtype adds by rounding, and below what
-another adapter's weights do. Largest differences that were measured on SmolLM2-135M, 4-bit
-and not, on four texts of 28 to 32 tokens, over the base and 24 adapters of ranks 1 to 64,
-on a CPU: 0.00005 in float32, 0.035 in float16, 0.29 in bfloat16; the two example adapters'
-references lie 3.6 to 6.1 apart. So in float32 a tenth more on a single matrix shows; in
-bfloat16 an exchanged, missing or doubled adapter does, and a small error need not.
+The bound is above the rounding error of serving in the dtype, and below the effect of another
+adapter's weights. Largest differences measured on SmolLM2-135M, 4-bit and unquantized, on four
+texts of 28 to 32 tokens, over the base and 24 adapters of ranks 1 to 64, on a CPU: 0.00005 in
+float32, 0.035 in float16, 0.29 in bfloat16; the two example adapters' references are 3.6 to 6.1
+apart. So float32 reveals a single matrix scaled by 1.1; bfloat16 reveals a swapped, missing or
+doubled adapter, but possibly not a small error.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from veneer_registry.errors import VeneerError
 __all__ = ["BOUNDS", "Answers", "Verdict", "judge"]
 
 BOUNDS: Final[Mapping[str, float]] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
-"""Largest difference of a log-probability that passes, by serving dtype; see the module."""
+"""Largest log-probability difference that passes, by serving dtype; see the module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What there is to compare for one adapter, or for the base.
+    """The answers to compare for one adapter, or for the base.
 
     Attributes:
         name: ``name@revision``, or empty for the base.
-        served, reference: log-probabilities of the same tokens, or why there are none.
+        served, reference: log-probabilities of the same tokens, or the error that came instead.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """See `SelfTestResult`. ``max_difference`` is NaN where there is nothing to compare."""
+    """See `SelfTestResult`. ``max_difference`` is NaN if there is nothing to compare."""
 
     name: str
     passed: bool
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(answers: Sequence[Answers], bound: float) -> list[Verdict]:
-    """One verdict for each, in order; each is also compared with the others' references."""
+    """One verdict per answer, in order; each is also compared with the others' references."""
     return [_judge(one, [o for o in answers if o is not one], bound) for one in answers]
 
 
@@ -72,11 +72,11 @@ def _judge(one: Answers, rest: Sequence[Answers], bound: float) -> Verdict:
     if passed:
         detail = _cannot_tell(alike)
     elif nearest is not None and nearest_other <= bound:
-        detail = f"it answers as {_shown(nearest)} must: evict both, and test again"
+        detail = f"it answers as {_shown(nearest)} should: evict both, and test again"
     else:
-        detail = "its answer is not that of its files: evict it, and test again"
+        detail = "its answer does not match its files: evict it, and test again"
         if not one.name:
-            detail = "the base's answer is not that of its weights: restart the server"
+            detail = "the base's answer does not match its weights: restart the server"
     return Verdict(one.name, passed, own, bound, nearest_other, detail)
 
 
@@ -85,7 +85,7 @@ def _cannot_tell(alike: Sequence[str]) -> str:
         return ""
     names = ", ".join(map(_shown, alike))
     return (
-        f"by this prompt it cannot be told from {names}: their references are within the bound"
+        f"this prompt cannot distinguish it from {names}: their references are within the bound"
     )
 
 
@@ -94,7 +94,7 @@ def _shown(name: str) -> str:
 
 
 def _farthest(one: object, other: object) -> float:
-    """Largest difference; NaN where any of them is, so that no comparison holds."""
+    """Largest difference; NaN if any difference is NaN, so that every comparison fails."""
     a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if a.shape != b.shape:
         return float("nan")

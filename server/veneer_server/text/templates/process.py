@@ -3,8 +3,8 @@
 Started by `veneer_server.text.templates.worker`. Frames (`wire.frames`) on stdin and stdout.
 
 A rendering that takes too long is interrupted by an exception at the next Python
-instruction: the process goes on, and what it has compiled stays. One operation of a template
-may take long inside C code, which no exception reaches; there a second timer ends the process.
+instruction: the process continues and keeps its compiled templates. An operation that takes
+long inside C code cannot be interrupted this way; a second timer then ends the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEMORY_LIMIT: Final = 512 << 20
 """Address space of a process, in bytes; an idle one takes about 100 MB."""
 
 OUT_OF_TIME: Final = signal.SIGVTALRM
-"""Ends a process that could not be interrupted."""
+"""Signal that ends a process that could not be interrupted."""
 
 _GRACE_S: Final = 0.1
 """CPU time beyond a limit before the process is ended."""
@@ -42,7 +42,7 @@ _COMPILED: Final = 64
 
 
 class TooSlow(StrEnum):
-    """What took more CPU time than it may."""
+    """What exceeded its limit of CPU time."""
 
     NOTHING = ""
     COMPILING = "compiling"
@@ -50,11 +50,11 @@ class TooSlow(StrEnum):
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
-    """Compile a template, unless this is done, and render messages with it.
+    """Compile a template, unless it is compiled already, and render messages with it.
 
     Attributes:
-        compile_limit_s: CPU time of compiling.
-        limit_s: CPU time of rendering.
+        compile_limit_s: limit on the CPU time of compiling.
+        limit_s: limit on the CPU time of rendering.
     """
 
     source: str
@@ -65,11 +65,12 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """Text, error or what was too slow.
+    """The text, an error, or what was too slow.
 
     Attributes:
-        cause: of the error. No other word: a template may have taken the process over.
-        seconds: CPU time.
+        cause: cause of the error. Restricted to known values, since a template may have
+            taken the process over.
+        seconds: CPU time used.
     """
 
     text: str = ""
@@ -80,7 +81,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Interrupted(BaseException):
-    """No `Exception`: Jinja and templates' filters handle those."""
+    """Not an `Exception`, since Jinja and templates' filters catch those."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -89,7 +90,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Interrupt the block after so much CPU time; end the process soon after that."""
+    """Interrupt the block after ``seconds`` of CPU time; end the process soon after that."""
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _GRACE_S)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -114,7 +115,7 @@ def _do(job: Job, compiled: Recent[str, ChatTemplate]) -> Done:
     except _Interrupted:
         return Done(too_slow=doing)
     finally:
-        # Here, where no interruption can come any more and leave it out.
+        # Here, because an interruption can no longer skip it.
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 

@@ -1,7 +1,7 @@
-"""Chat templates: sandboxed Jinja with bounds. A template is a program from outside.
+"""Chat templates: sandboxed Jinja with bounds. A template is an untrusted program.
 
-Rendering is synchronous. The base's own template is rendered in a thread; what
-comes with adapters goes to `veneer_server.text.templates.uploaded`.
+Rendering is synchronous. The base's own template is rendered in a thread, adapters'
+templates by `veneer_server.text.templates.uploaded`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 Cause = Literal["template_size", "syntax", "output_size", "rendering"]
-"""Metadata ``cause`` of what `ChatTemplate` raises."""
+"""Metadata ``cause`` of the errors that `ChatTemplate` raises."""
 
 MAX_TEMPLATE: Final = 64 << 10
-"""Bytes of a template."""
+"""Most bytes of a template."""
 
 MAX_OUTPUT: Final = 4 << 20
-"""Characters that a template may produce."""
+"""Most characters that a template may produce."""
 
 MAX_ERROR: Final = 500
-"""Characters of what a template raises that are passed on."""
+"""Most characters of a template's error message that are passed on."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -85,7 +85,7 @@ class ChatTemplate:
         """Args: special_tokens: for example ``{"bos_token": "<s>"}``.
 
         Raises:
-            TemplateFailed: too long, or no Jinja.
+            TemplateFailed: the template is too long, or not valid Jinja.
         """
         if len(source.encode()) > MAX_TEMPLATE:
             raise _failed(
@@ -94,7 +94,7 @@ class ChatTemplate:
             )
         try:
             self._template = _ENVIRONMENT.from_string(source)
-        except Exception as error:  # deep nesting overflows the parser's stack, too
+        except Exception as error:  # deep nesting also overflows the parser's stack
             raise _failed(
                 "syntax", f"the chat template is not valid Jinja: {_words(error)}"
             ) from error
@@ -104,7 +104,7 @@ class ChatTemplate:
         """The prompt for an assistant's answer to ``messages`` (role, content).
 
         Raises:
-            TemplateFailed: the template refuses these messages, or a bound is met.
+            TemplateFailed: the template rejects these messages, or exceeds a bound.
         """
         pieces: list[str] = []
         size = 0
@@ -134,7 +134,7 @@ def _failed(cause: Cause, message: str) -> TemplateFailed:
 
 
 def _words(error: Exception) -> str:
-    """What it says; a template may raise a text of any length."""
+    """The error's message, truncated: a template may raise a text of any length."""
     text = str(error)
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"
 
@@ -142,7 +142,7 @@ def _words(error: Exception) -> str:
 def read_base_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """(template source or None, special tokens) of a base model's folder.
 
-    ``chat_template.jinja`` wins over the one in ``tokenizer_config.json``.
+    ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``.
     """
     config: dict[str, Any] = {}
     if (path := folder / "tokenizer_config.json").is_file():

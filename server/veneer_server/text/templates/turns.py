@@ -1,8 +1,8 @@
-"""Who uses a template process next: whoever has used least CPU time of late.
+"""Fair queueing for a template process: the key with the least recent CPU time is next.
 
-Templates that are new cannot be told from slow ones, and a caller may upload many. So a
-template counts as if it had used `NEW_S` until it has been quick once, and CPU time is
-charged to templates and to callers.
+New templates cannot be told from slow ones, and a caller may upload many. So a template
+counts as having used `NEW_S` until it has been quick once, and CPU time is charged both to
+the template and to the caller.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from veneer_server.queues.recent import Recent
 __all__ = ["Accounts", "Turns"]
 
 MAX_WAITING: Final = 64
-"""Renderings of one template that may wait."""
+"""Most renderings of one template that may wait."""
 
 NEW_S: Final = 0.25
-"""CPU time that a template counts as having used until it has been quick."""
+"""CPU time charged to a template until it has been quick once."""
 
 _HALF_LIFE_S: Final = 10.0
-"""After so long, used CPU time counts half."""
+"""Time after which used CPU time counts half."""
 
 _KNOWN: Final = 1000
 
 
 class Accounts:
-    """CPU time that templates and callers have used lately."""
+    """Recent CPU time of templates and callers."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Args: clock: seconds."""
         self._clock = clock
         self._templates: Recent[bytes, tuple[float, float]] = Recent(_KNOWN)
-        """Seconds, and when they were counted."""
+        """CPU seconds, and when they were counted."""
         self._callers: Recent[str, tuple[float, float]] = Recent(_KNOWN)
         self._quick: Recent[bytes, bool] = Recent(_KNOWN)
 
@@ -50,7 +50,7 @@ class Accounts:
         self._quick[template] = quick
 
     def rank(self, template: bytes, caller: str) -> tuple[float, float]:
-        """The lowest is next. Templates of one caller are told apart by the second figure."""
+        """Sort key: the lowest is next. The second figure orders a caller's own templates."""
         used = self._left(self._templates.get(template))
         if not self._quick.get(template):
             used += NEW_S
@@ -64,7 +64,7 @@ class Accounts:
 
 
 class Turns:
-    """Lets one at a time use a process. Belongs to one event loop."""
+    """Lets one rendering at a time use a process. Belongs to one event loop."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -73,7 +73,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, template: bytes, caller: str) -> AsyncIterator[None]:
-        """Have the process to oneself. Raises QueueFull."""
+        """Hold the process exclusively. Raises QueueFull."""
         if self._busy:
             await self._wait(template, caller)
         self._busy = True
@@ -86,7 +86,7 @@ class Turns:
         same = (key for key in self._queue if key[0] == template)
         if sum(map(self._queue.waiting, same)) >= MAX_WAITING:
             raise QueueFull(
-                f"{MAX_WAITING} chats wait for the adapter's slow chat template: retry "
+                f"{MAX_WAITING} chats are waiting for the adapter's slow chat template: retry "
                 "later, or send `prompt`",
                 retry_after_s=1.0,
             )
@@ -102,7 +102,7 @@ class Turns:
             raise
 
     def _next(self) -> None:
-        """Give the turn to the next one; it stays busy until that is there."""
+        """Pass the turn to the next waiter; the process stays busy until it takes over."""
         while (waiter := self._queue.pop(lambda key: self._accounts.rank(*key))) is not None:
             if not waiter.done():
                 waiter.set_result(None)

@@ -1,15 +1,16 @@
-"""Adapters' chat templates are rendered in processes of their own, which may be killed.
+"""Renders adapters' chat templates in separate processes, which can be killed.
 
-A sandbox keeps a template from reaching anything, but not from looping for ever
-or doubling a string until memory ends, and a thread that does so cannot be
-stopped. So the operator's own template (the base's) is rendered in the front, and
-templates that came by upload in processes, under limits of memory and CPU time.
+A sandbox isolates a template, but cannot stop it from looping for ever or doubling a string
+until memory runs out, and a thread that does so cannot be stopped. So the front process
+renders only the operator's own template (the base's); uploaded templates are rendered in
+separate processes, under limits of memory and CPU time.
 
-There are two. In the quick one a rendering is interrupted after `QUICK_LIMIT_S`; it is done
-again in the slow one, at low priority and up to `RENDER_LIMIT_S`, and so are the template's
-next ones for a while. Compiling, which is needed once, may take `COMPILE_LIMIT_S` in the
-quick process, behind all others. In both, whoever has used least CPU time is next. So a slow
-template delays itself and other slow ones.
+There are two processes. The quick one interrupts a rendering after `QUICK_LIMIT_S`. The
+rendering is then repeated in the slow one, at low priority and for up to `RENDER_LIMIT_S`, and
+so are the template's next renderings for a while. Compiling, which happens once, may take
+`COMPILE_LIMIT_S` in the quick process, after all others. In both, the template and caller
+with the least recent CPU time are next. So a slow template delays only itself and other slow
+ones.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from veneer_server.text.templates.worker import Cause, Ended, Worker
 __all__ = ["UploadedTemplates"]
 
 RENDER_LIMIT_S: Final = 2.0
-"""CPU time that one rendering may take: a busy machine must not make a good template look
-bad."""
+"""Limit for one rendering, in CPU time: on a busy machine, wall-clock time would make a good
+template look bad."""
 
 QUICK_LIMIT_S: Final = 0.02
-"""The same for a template that has not been slow. Hundreds of messages take less."""
+"""The limit in the quick process. Rendering hundreds of messages takes less."""
 
 COMPILE_LIMIT_S: Final = 0.25
-"""CPU time of compiling in the quick process: about the largest template."""
+"""Limit for compiling in the quick process: enough for about the largest template."""
 
 SLOW_FOR_S: Final = 60.0
-"""How long a template counts as slow, or is refused where it may be the machine's fault."""
+"""How long a template counts as slow, or is refused if the machine may be at fault."""
 
 _TRIES: Final = 2
-"""Of a rendering whose process was killed by something else."""
+"""Attempts at a rendering whose process something else kills."""
 
 _KNOWN: Final = 1000
 
@@ -52,10 +53,10 @@ _log = get_logger(__name__)
 
 
 class UploadedTemplates:
-    """Renders them. Belongs to one event loop.
+    """Renders adapters' templates. Belongs to one event loop.
 
-    A template that went past a limit is refused from then on; one that did not answer in
-    time, or whose process something else killed, for a while.
+    A template that exceeds a limit is refused from then on. One that does not answer in
+    time, or whose process something else kills, is refused for a while.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class UploadedTemplates:
         self.quick, self._quick_turns = Worker(), Turns(self._accounts)
         self.slow, self._slow_turns = Worker(low_priority=True), Turns(self._accounts)
         self._compile_limit: Recent[bytes, float] = Recent(_KNOWN)
-        """Of templates that take more than the quick limit to compile."""
+        """Limits for templates that take more than the quick limit to compile."""
         self._slow_until: Recent[bytes, float] = Recent(_KNOWN)
         self._refused: Recent[bytes, tuple[float, Cause]] = Recent(_KNOWN)
-        """Until when, and why."""
+        """Until when a template is refused, and why."""
 
     async def close(self) -> None:
         """End the processes."""
@@ -93,8 +94,8 @@ class UploadedTemplates:
             caller: its connection.
 
         Raises:
-            TemplateFailed: the template refuses these messages, or went past a limit.
-            QueueFull: too many of this template wait.
+            TemplateFailed: the template rejects these messages, or exceeded a limit.
+            QueueFull: too many renderings of this template are waiting.
         """
         key = hashlib.sha256(source.encode()).digest()
         limit = self._limit_s
@@ -111,10 +112,11 @@ class UploadedTemplates:
         return done.text
 
     async def _quickly(self, key: bytes, caller: str, job: Job) -> Done | None:
-        """None where it is too slow for that. Raises Ended by others."""
+        """Render in the quick process; None if the template is too slow for it. Raises Ended
+        if something else killed the process."""
         while not self._is_slow(key):
             async with self._quick_turns.turn(key, caller):
-                if self._is_slow(key):  # found out meanwhile
+                if self._is_slow(key):  # found out while it waited
                     break
                 self._check(key)
                 limit = self._compile_limit.get(key, self._quick_limit_s)
@@ -129,7 +131,7 @@ class UploadedTemplates:
                             raise
                         case Cause.ITSELF:
                             raise self._refuse(key, error.cause) from error
-                        case Cause.NO_ANSWER:  # it may be the process or the machine
+                        case Cause.NO_ANSWER:  # the process or the machine may be at fault
                             return None
                         case Cause.CPU_TIME:
                             done = Done(too_slow=TooSlow.RENDERING)
@@ -160,7 +162,7 @@ class UploadedTemplates:
                 return done
 
     async def _do(self, worker: Worker, key: bytes, caller: str, job: Job) -> Done:
-        """Do a job and charge it. Raises Ended."""
+        """Do a job and charge its CPU time. Raises Ended."""
         seconds, quick = job.compile_limit_s + job.limit_s, False
         try:
             done = await worker.do(job)
@@ -188,8 +190,8 @@ class UploadedTemplates:
     def _failure(self, cause: Cause) -> TemplateFailed:
         if cause is Cause.OTHERS:
             return TemplateFailed(
-                "the process that renders the adapter's chat template was killed, as by a "
-                f"machine without memory: retry after {SLOW_FOR_S:g} s, or use `prompt`",
+                "the process that renders the adapter's chat template was killed, perhaps for "
+                f"lack of memory: retry after {SLOW_FOR_S:g} s, or use `prompt`",
                 metadata={"cause": "killed"},
             )
         return TemplateFailed(

@@ -19,16 +19,16 @@ from veneer_server.wire.frames import LENGTH, framed
 __all__ = ["Cause", "Ended", "Worker"]
 
 MAX_ANSWER: Final = 4 * (MAX_OUTPUT + 2 * MAX_ERROR)
-"""Bytes of an answer; the front reads no more, whatever the process sends."""
+"""Most bytes of an answer; the front reads no more, whatever the process sends."""
 
 WALL_FACTOR: Final = 15
-"""Wall-clock seconds of a job for each second of CPU time: the machine may be busy."""
+"""Wall-clock limit of a job per second of its CPU time limit: the machine may be busy."""
 
 WALL_LEAST_S: Final = 5.0
-"""A process that is started takes a part of it."""
+"""Lowest wall-clock limit; starting a process takes part of it."""
 
 _BY_OTHERS: Final = (-signal.SIGKILL, -signal.SIGTERM)
-"""Exit statuses; by the kernel where memory ends, or an operator."""
+"""Exit statuses when the kernel (out of memory) or an operator ends the process."""
 
 
 class Cause(Enum):
@@ -41,7 +41,7 @@ class Cause(Enum):
 
 
 class Ended(Exception):
-    """The process has ended, by a limit, by us or by others."""
+    """The process has ended: by a limit, by us, or by something else."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.value)
@@ -49,19 +49,19 @@ class Ended(Exception):
 
 
 class _BadAnswer(Exception):
-    """What the process sends is no answer: a template has taken it over."""
+    """The process sent an invalid answer: a template has taken it over."""
 
 
 class Worker:
-    """A process, started when it is first needed and again after it ended. Belongs to one
-    event loop; one job at a time."""
+    """A process, started when first needed and restarted after it ends. Belongs to one event
+    loop; one job at a time."""
 
     def __init__(self, *, low_priority: bool = False) -> None:
         self.process: asyncio.subprocess.Process | None = None
         self._low_priority = low_priority
 
     async def do(self, job: Job) -> Done:
-        """Raises Ended."""
+        """Do a job. Raises Ended."""
         process = await self._running()
         wall = max((job.compile_limit_s + job.limit_s) * WALL_FACTOR, WALL_LEAST_S)
         try:
@@ -76,7 +76,7 @@ class Worker:
             await self.kill()
             raise Ended(Cause.ITSELF) from error
         except BaseException:
-            # Cancelled halfway: the answer would be taken for the next job's.
+            # Cancelled halfway: the answer would be mistaken for the next job's.
             await self.kill()
             raise
 
@@ -97,7 +97,7 @@ class Worker:
         return self.process
 
     async def _why(self) -> Cause:
-        """Of a process that has closed a pipe."""
+        """Why a process that has closed a pipe ended."""
         process, self.process = self.process, None
         assert process is not None, "it was running"
         try:
@@ -118,7 +118,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def exchange(process: asyncio.subprocess.Process, job: Job) -> Done:
-    """Send a job to a process that is idle, and take its answer."""
+    """Send a job to an idle process, and read its answer."""
     assert process.stdin is not None, "made with pipes"
     assert process.stdout is not None, "made with pipes"
     process.stdin.write(framed(msgspec.msgpack.encode(job)))

@@ -342,4 +342,4 @@ async def test_a_pin_is_set_and_removed_without_moving_the_weights(
 async def test_what_comes_later_says_so(front: Front) -> None:
     failed = await failure(front.adapters.RegisterAdapter(pb.RegisterAdapterRequest()))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
-    assert "later version" in failed.message
+    assert "not implemented yet" in failed.message

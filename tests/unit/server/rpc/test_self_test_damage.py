@@ -175,12 +175,12 @@ def test_within_the_bound_but_nearer_to_another_is_wrong() -> None:
     given = answers(("", [-5.0], [-5.0]), ("a", [-2.45], [-2.0]), ("b", [-2.3], [-2.6]))
     verdicts = judge(given, 0.5)
     assert [v.passed for v in verdicts] == [True, False, False]
-    assert "as b must" in verdicts[1].detail
+    assert "as b should" in verdicts[1].detail
     assert verdicts[1].nearest_other == pytest.approx(0.15)
     # A bound that is wider than what lies between them cannot tell, and says so.
     verdicts = judge(given, 0.65)
     assert [v.passed for v in verdicts] == [True, True, True]
-    assert ["cannot be told" in v.detail for v in verdicts] == [False, True, True]
+    assert ["cannot distinguish" in v.detail for v in verdicts] == [False, True, True]
 
 
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
