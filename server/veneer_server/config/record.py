@@ -60,8 +60,8 @@ class ServerConfig:
     backend: Literal["auto", "native", "torch"] = setting(
         "auto", kinds.one_of("auto", "native", "torch"),
         "What executes a step; auto takes the native CPU kernels where they can run.")
-    native_instructions: Literal["auto", "avx512-bf16", "avx2"] = setting(
-        "auto", kinds.one_of("auto", "avx512-bf16", "avx2"),
+    native_instructions: Literal["auto", "amx-bf16", "avx512-bf16", "avx2"] = setting(
+        "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2"),
         "Instructions that the native kernels use; auto is the most that the CPU has.")
     threads: int = setting(
         "0", kinds.whole(0, 1024),

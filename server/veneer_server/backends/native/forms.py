@@ -1,4 +1,4 @@
-"""The two forms of the kernels that a wheel brings compiled, for machines without a compiler.
+"""The forms of the kernels that a wheel brings compiled, for machines without a compiler.
 
 Standard library only, and outside the package: ``hatch_build.py`` loads this file where
 nothing of Veneer is installed.
@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["AVX2", "AVX512", "FLAGS", "FORMS", "HEX", "Form", "compile_forms", "digest_sources"]
+__all__ = [
+    "AMX",
+    "AVX2",
+    "AVX512",
+    "FLAGS",
+    "FORMS",
+    "HEX",
+    "SOFTWARE_MATRIX",
+    "Form",
+    "compile_forms",
+    "digest_sources",
+]
 
 FLAGS: Final = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
@@ -46,8 +57,18 @@ AVX512: Final = Form(
     | {"bmi1", "bmi2", "abm", "movbe"}
     | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
 )
-FORMS: Final = (AVX512, AVX2)
+AMX: Final = Form(
+    "amx-bf16",
+    (*AVX512.flags, "-mamx-tile", "-mamx-bf16"),
+    AVX512.needs | {"amx_tile", "amx_bf16"},
+)
+FORMS: Final = (AMX, AVX512, AVX2)
 """The faster first."""
+
+SOFTWARE_MATRIX: Final = Form(
+    "software-matrix", (*AVX2.flags, "-DVENEER_SOFTWARE_MATRIX"), AVX2.needs
+)
+"""For tests: the kernels for matrix registers on any CPU. No wheel brings it."""
 
 HEX: Final = 32
 """Digits of a digest in a name."""
@@ -63,7 +84,7 @@ def digest_sources(folder: Path) -> str:
 
 
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
-    """Compile both into ``out``, each ``<form>-<sources>-<SHA-256>.so``.
+    """Compile all into ``out``, each ``<form>-<sources>-<SHA-256>.so``.
 
     The C++ library is linked as usual: torch needs the same one, and an older version of it.
 

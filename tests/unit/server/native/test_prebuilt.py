@@ -109,7 +109,7 @@ def test_the_cpu_s_instructions_choose(
     prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AVX2 runs wherever these tests do."""
-    assert find_library(tmp_path, instructions="avx2").file.name.startswith("avx2-")
+    assert find_library(tmp_path, "avx2").file.name.startswith("avx2-")
     # As Ice Lake has it: much of AVX512, and not what the kernels need of it.
     with_cpu(monkeypatch, AVX512.needs - {"avx512_bf16"})
     assert find_library(tmp_path).file.name.startswith("avx2-")
