@@ -15,9 +15,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from typer.testing import CliRunner
 from veneer_registry.adapter import BaseSpec
+from veneer_registry.bundle_files import TEMPLATE_LIMIT
 from veneer_registry.errors import AdapterInvalid, BaseModelMismatch, InvalidField
 from veneer_registry.fingerprint import fingerprint_base
-from veneer_registry.format import TEMPLATE_LIMIT, read_adapter
+from veneer_registry.format import read_adapter
 from veneer_registry.strict_json import parse_object
 from veneer_train import loop, trainer
 from veneer_train.cli import app
