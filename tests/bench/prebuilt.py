@@ -43,9 +43,8 @@ def main() -> None:
         made = compile_forms(["c++"], Path(chosen.__file__).with_name("cpp"), Path(folder))
         backends_ = {}
         here = [form for form in FORMS if form.needs <= cpu_flags()]
-        for form, file in zip(FORMS, made, strict=True):
-            if form not in here:
-                continue
+        for form in here:
+            [file] = (each for each in made if each.name.startswith(f"{form.name}-"))
             own = build(CACHE, form.name)
             backends_[form.name, "compiled"] = loaded(own)
             backends_[form.name, "prebuilt"] = loaded(file)

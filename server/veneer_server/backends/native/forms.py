@@ -7,6 +7,7 @@ nothing of Veneer is installed.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def digest_sources(folder: Path) -> str:
 
 
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
-    """Compile all into ``out``, each ``<form>-<sources>-<SHA-256>.so``.
+    """Compile each form into ``out``, as ``<form>-<sources>-<SHA-256>.so``, but for those whose
+    flags the compiler does not know: GCC 10 does not know AMX.
 
     The C++ library is linked as usual: torch needs the same one, and an older version of it.
 
@@ -95,6 +97,8 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     key = digest_sources(sources)
     made = []
     for form in FORMS:
+        if not _knows(command, form):
+            continue
         draft = out / f"{form.name}.so"
         subprocess.run(
             [*command, *FLAGS, *form.flags, "-o", draft, sources / "library.cpp"],
@@ -106,3 +110,12 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
         digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:HEX]
         made.append(draft.rename(out / f"{form.name}-{key}-{digest}.so"))
     return made
+
+
+def _knows(command: Sequence[str], form: Form) -> bool:
+    """Whether the compiler takes a form's flags. AVX2's it must take: if it does not, compiling
+    fails and says why."""
+    if form is AVX2:
+        return True
+    asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
