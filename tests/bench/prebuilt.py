@@ -15,7 +15,7 @@ from pathlib import Path
 
 from veneer_server.backends.native import chosen
 from veneer_server.backends.native.chosen import Found
-from veneer_server.backends.native.compiler import build
+from veneer_server.backends.native.compiler import build, cpu_flags
 from veneer_server.backends.native.forms import FORMS, compile_forms
 from veneer_server.engine.execution import backend_choice as backends
 from veneer_server.engine.execution.backend_choice import Chosen
@@ -31,7 +31,7 @@ ROUNDS, CONTEXT, BLOCKS = 100, 64, 400
 
 def loaded(file: Path) -> Chosen:
     """The base with this library, loaded as by the server."""
-    backends.find_library = lambda cache, instructions="": Found(file)
+    backends.find_library = lambda cache, instructions="auto": Found(file)
     return load("native", 1, num_blocks=BLOCKS)
 
 
@@ -42,8 +42,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = compile_forms(["c++"], Path(chosen.__file__).with_name("cpp"), Path(folder))
         backends_ = {}
-        for form, file in zip(FORMS, made, strict=True):
-            own = build(CACHE, instructions="avx2" if form.name == "avx2" else "")
+        here = [form for form in FORMS if form.needs <= cpu_flags()]
+        for form in here:
+            [file] = (each for each in made if each.name.startswith(f"{form.name}-"))
+            own = build(CACHE, form.name)
             backends_[form.name, "compiled"] = loaded(own)
             backends_[form.name, "prebuilt"] = loaded(file)
     any_ = next(iter(backends_.values()))
@@ -56,7 +58,7 @@ def main() -> None:
                 began = time.perf_counter()
                 backends_[key].backend.execute(step)
                 best[key] = min(best[key], time.perf_counter() - began)
-        for form in FORMS:
+        for form in here:
             compiled, prebuilt = best[form.name, "compiled"], best[form.name, "prebuilt"]
             print(
                 f"{rows:3} rows, {form.name:12} compiled {compiled * 1e3:7.2f} ms, "

@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 __all__ = ["MUTANTS", "Form", "Mutant"]
 
-Form = Literal["best", "avx2"]
+Form = Literal["best", "avx2", "software-matrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,16 @@ class Mutant:
         path.write_text(self.applied(path.read_text("utf-8")), "utf-8")
 
 
-_LINEAR: Final = "cpp/kernels/linear.h"
+_PACK: Final = "cpp/kernels/gemm/pack.h"
+_LINEAR: Final = "cpp/kernels/gemm/linear.h"
+_VECTORS: Final = "cpp/kernels/gemm/by_vectors.h"
+_MATRIX: Final = "cpp/kernels/gemm/by_matrix.h"
+_SQUARE: Final = "cpp/kernels/square.h"
 _LORA: Final = "cpp/kernels/lora.h"
-_ATTENTION: Final = "cpp/kernels/attention.h"
+_CACHE: Final = "cpp/kernels/attention/cache.h"
+_SCORES: Final = "cpp/kernels/attention/by_vectors.h"
+_MATRIX_SCORES: Final = "cpp/kernels/attention/by_matrix.h"
+_ATTENTION: Final = "cpp/kernels/attention/attention.h"
 _HEADS: Final = "cpp/decoder/heads.h"
 _ROWS: Final = "cpp/decoder/rows.h"
 _STEP: Final = "cpp/decoder/decoder.h"
@@ -68,41 +75,40 @@ _SAMPLE: Final = "cpp/kernels/sample.h"
 _SIMD: Final = "cpp/kernels/simd.h"
 _BF16: Final = "cpp/kernels/bf16.h"
 _AVX2: Final = "cpp/isa/avx2.h"
+_SOFTWARE: Final = "cpp/isa/software_matrix.h"
 
 MUTANTS: Final = (
     # ------------------------------------------------------------------- products
     Mutant(
         "4-bit codes of two neighbours exchanged",
-        _LINEAR,
+        _PACK,
         "k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4",
         "k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15u",
     ),
     Mutant(
         "4-bit scale of the next block",
-        _LINEAR,
+        _PACK,
         "scales[size_t(output) * blocks + b];",
         "scales[size_t(output) * blocks + (b + 1) % blocks];",
     ),
     Mutant(
         "4-bit scale of the neighbouring output",
-        _LINEAR,
+        _PACK,
         "scales[size_t(output) * blocks + b];",
         "scales[size_t(output > 0 ? output - 1 : 1) * blocks + b];",
     ),
     Mutant(
         "outputs 16 to 31 of a tile scaled as 0 to 15",
-        _LINEAR,
+        _VECTORS,
         "load(scales + 16) : low",
         "load(scales) : low",
     ),
-    Mutant("8 bits rounded down", _LINEAR, "int8_t(std::lround(number))", "int8_t(number)"),
-    Mutant(
-        "8-bit scale a 126th", _LINEAR, "scales[n] = most / 127;", "scales[n] = most / 126;"
-    ),
+    Mutant("8 bits rounded down", _PACK, "int8_t(std::lround(number))", "int8_t(number)"),
+    Mutant("8-bit scale a 126th", _PACK, "scales[n] = most / 127;", "scales[n] = most / 126;"),
     Mutant("no bias", _LINEAR, "if (w.bias != nullptr) result", "if (false) result"),
     Mutant(
         "the last block of inputs left out",
-        _LINEAR,
+        _VECTORS,
         "for (int b = 0; b < w.blocks(); ++b, block += bytes) {",
         "for (int b = 0; b + 1 < w.blocks(); ++b, block += bytes) {",
     ),
@@ -114,13 +120,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "the second of two chains of sums left out",
-        _LINEAR,
+        _VECTORS,
         "for (int c = 1; c < chains; ++c) {\n            first = add",
         "for (int c = 1; c < 1; ++c) {\n            first = add",
     ),
     Mutant(
         "of a row group, the first row's totals for all",
-        _LINEAR,
+        _VECTORS,
         "float* total = totals + r * kTile;",
         "float* total = totals;",
     ),
@@ -189,25 +195,25 @@ MUTANTS: Final = (
     ),
     Mutant(
         "half of a score",
-        _ATTENTION,
+        _SCORES,
         "mul(add(sums[0][q], sums[1][q]), broadcast(scale))",
         "mul(add(sums[0][q], sums[0][q]), broadcast(scale))",
     ),
     Mutant(
         "softmax without its maximum",
-        _ATTENTION,
+        _CACHE,
         "exp(sub(load(scores + t), top))",
         "exp(load(scores + t))",
     ),
     Mutant(
         "softmax sums what is not seen",
-        _ATTENTION,
+        _CACHE,
         "    std::fill(scores + seen, scores + count, none);\n",
         "",
     ),
     Mutant(
         "softmax sums what lies before the window",
-        _ATTENTION,
+        _CACHE,
         "    std::fill(scores, scores + unseen, none);\n",
         "",
     ),
@@ -232,19 +238,19 @@ MUTANTS: Final = (
     ),
     Mutant(
         "K and V of the first head for all",
-        _ATTENTION,
+        _CACHE,
         "(blocks[number / runs] * shape.kv_heads + head)",
         "(blocks[number / runs] * shape.kv_heads + 0 * head)",
     ),
     Mutant(
         "K and V of the sequence's first block for all",
-        _ATTENTION,
+        _CACHE,
         "blocks[number / runs]",
         "blocks[0 * number]",
     ),
     Mutant(
         "V of a token's neighbour",
-        _ATTENTION,
+        _CACHE,
         "token / 2 * 2 * shape.dim + token % 2;",
         "token / 2 * 2 * shape.dim + 1 - token % 2;",
     ),
@@ -453,5 +459,97 @@ MUTANTS: Final = (
         "decoder.py",
         "for cache in (*self._keys, *self._values):",
         "for cache in self._keys:",
+    ),
+    # ----------------------------------------------------------- matrix registers
+    Mutant(
+        "matrix: the last block of inputs left out",
+        _MATRIX,
+        "for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.kind)) {",
+        "for (int b = 0; b + 1 < w.blocks(); ++b, block += block_bytes(w.kind)) {",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: outputs 16 to 31 scaled as 0 to 15",
+        _MATRIX,
+        "load(scales + kLanes) : low",
+        "load(scales) : low",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: rows of two groups added twice",
+        _MATRIX,
+        "add_scaled(sums, g * size - row, size,",
+        "add_scaled(sums, 0, size,",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: two pairs of a block exchanged",
+        _MATRIX,
+        "decode<0>(source, group), decode<1>(source, group);",
+        "decode<1>(source, group), decode<1>(source, group);",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the lower rows' sums of the upper ones' inputs",
+        _SQUARE,
+        "matrix::load<5>(a + matrix::kRows * a_stride, stride);",
+        "matrix::load<5>(a, stride);",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the right half of B for both",
+        _SQUARE,
+        "matrix::load<6>(left, line);",
+        "matrix::load<6>(right, line);",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the second 16 ranks of A as the first",
+        _LORA,
+        "                line += left;\n",
+        "",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: half of the inputs of A left out",
+        _LORA,
+        "k += 2 * matrix::kRows) {  // inputs",
+        "k += 4 * matrix::kRows) {  // inputs",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: scores of the first 32 dimensions alone",
+        _MATRIX_SCORES,
+        "for (int d = 0; d < shape.dim; d += 2 * matrix::kRows) {",
+        "for (int d = 0; d < 32; d += 2 * matrix::kRows) {",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: scores not scaled",
+        _ATTENTION,
+        "store(scratch + i, mul(load(scratch + i), broadcast(scale)));",
+        "store(scratch + i, load(scratch + i));",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: V of the first 16 dimensions for all",
+        _MATRIX_SCORES,
+        "matrix::load<7>(values + i * 2 * kLanes,",
+        "matrix::load<7>(values,",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: the second of two chains of sums left out",
+        _SOFTWARE,
+        "all[n] += first[n] + second[n];",
+        "all[n] += first[n];",
+        form="software-matrix",
+    ),
+    Mutant(
+        "matrix: denormals kept",
+        _SOFTWARE,
+        "_mm_setcsr(before_ | 0x8040);",
+        "_mm_setcsr(before_);",
+        form="software-matrix",
     ),
 )

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 KERNELS = REPOSITORY / "server" / "veneer_server" / "backends" / "native" / "cpp"
 TESTS = ("tests/unit/server/native", "tests/unit/server/engine/test_sampler.py")
-FORMS = ("best", "avx2")
+FORMS = ("best", "avx2", "software-matrix")
 """Instruction sets, as named by the tests' fixture."""
 
 

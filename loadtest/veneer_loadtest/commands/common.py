@@ -72,7 +72,7 @@ Seed = Annotated[int, typer.Option(help="Of adapters and prompts.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 _COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 

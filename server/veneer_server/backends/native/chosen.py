@@ -1,6 +1,6 @@
 """Chooses the library: one compiled here, or else a prebuilt one from the wheel.
 
-Prebuilt libraries exist for two instruction sets (`native.forms`). They are loaded under the
+Prebuilt libraries exist for some instruction sets (`native.forms`). They are loaded under the
 same rules as compiled ones: see `native.kept`.
 """
 
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from veneer_server.backends.native import kept
-from veneer_server.backends.native.compiler import NativeUnavailable, build, cpu_flags, try_out
+from veneer_server.backends.native.compiler import (
+    NativeUnavailable,
+    NotPermitted,
+    build,
+    cpu_flags,
+    try_out,
+)
 from veneer_server.backends.native.forms import FORMS, digest_sources
 
 __all__ = ["Found", "find_library"]
@@ -34,7 +40,7 @@ class Found:
     why_prebuilt: str = ""
 
 
-def find_library(cache_dir: Path, *, instructions: str = "") -> Found:
+def find_library(cache_dir: Path, instructions: str = "auto") -> Found:
     """The library from `build`, or else a prebuilt one, tried in a separate process.
 
     Args:
@@ -45,7 +51,7 @@ def find_library(cache_dir: Path, *, instructions: str = "") -> Found:
     """
     flags = cpu_flags()
     try:
-        return Found(build(cache_dir, instructions=instructions))
+        return Found(build(cache_dir, instructions))
     except NativeUnavailable as reason:
         why = reason
     try:
@@ -55,9 +61,21 @@ def find_library(cache_dir: Path, *, instructions: str = "") -> Found:
 
 
 def _prebuilt(flags: frozenset[str], instructions: str) -> Path:
-    """The prebuilt library for the best instruction set that this CPU has."""
-    wanted = (form for form in FORMS if instructions in ("", form.name))
-    name = next(form.name for form in wanted if form.needs <= flags)
+    """The prebuilt library for the best instruction set that this CPU has and the operating
+    system allows."""
+    wanted = [form for form in FORMS if instructions in ("auto", form.name)]
+    names = [form.name for form in wanted if form.needs <= flags]
+    if not names:
+        raise NativeUnavailable(f"this CPU does not have {instructions}")
+    for name in names[:-1]:
+        try:
+            return _prebuilt_form(name)
+        except NotPermitted:
+            continue
+    return _prebuilt_form(names[-1])
+
+
+def _prebuilt_form(name: str) -> Path:
     # Only from exactly these sources: otherwise, structs may differ from Python's.
     sources = digest_sources(Path(__file__).with_name("cpp"))
     file = next(iter(sorted(PREBUILT.glob(f"{name}-{sources}-*.so"))), None)

@@ -25,10 +25,19 @@ from typing import Final
 from veneer_registry.child_python import child_python
 
 from veneer_server.backends.native import kept
-from veneer_server.backends.native.forms import AVX2, FLAGS, FORMS, HEX, digest_sources
+from veneer_server.backends.native.forms import (
+    AMX,
+    AVX2,
+    AVX512,
+    FLAGS,
+    FORMS,
+    HEX,
+    SOFTWARE_MATRIX,
+    digest_sources,
+)
 from veneer_server.progress import stage
 
-__all__ = ["NativeUnavailable", "build", "cpu_flags", "try_out"]
+__all__ = ["NativeUnavailable", "NotPermitted", "build", "cpu_flags", "try_out"]
 
 log = logging.getLogger(__name__)
 
@@ -37,28 +46,54 @@ COMPILE_SECONDS: Final = 900.0
 
 _ASK_SECONDS: Final = 60.0
 _LEAST_FREE: Final = 16 << 20
+NOT_PERMITTED: Final = 3
+"""Exit status of the trial where `veneer_permit` says no."""
 _TRIAL: Final = Path(__file__).with_name("trial.py")
+
+
+_FLAGS: Final = {
+    "auto": ("-march=native",),
+    AMX.name: ("-march=native",),
+    AVX512.name: ("-march=native", "-DVENEER_NO_MATRIX"),
+    AVX2.name: AVX2.flags,
+    SOFTWARE_MATRIX.name: SOFTWARE_MATRIX.flags,
+}
+"""Of the compiler, by the form that is asked for."""
 
 
 class NativeUnavailable(Exception):
     """Why the native backend cannot serve here, in words for an operator."""
 
 
-def build(cache_dir: Path, *, instructions: str = "") -> Path:
+class NotPermitted(NativeUnavailable):
+    """The operating system does not let this process use the matrix registers."""
+
+
+def build(cache_dir: Path, instructions: str = "auto") -> Path:
     """The shared library, compiled if it is not there yet, and tried in a separate process.
 
     Args:
         cache_dir: the library is kept in ``native`` there; see `kept.places` for the case
             that this cannot be written or trusted.
-        instructions: ``avx2`` avoids AVX512; empty selects the best the CPU has.
+        instructions: the name of a form; ``auto`` selects the best that the CPU has and the
+            operating system allows.
 
     Raises:
         NativeUnavailable: no compiler, a CPU without the instructions, or a library that does
             not run here.
     """
+    try:
+        return _build(cache_dir, instructions)
+    except NotPermitted as reason:
+        if instructions != "auto":
+            raise
+        log.info("the kernels do without matrix registers: %s", reason)
+        return _build(cache_dir, AVX512.name)
+
+
+def _build(cache_dir: Path, instructions: str) -> Path:
     flags = cpu_flags()
-    chosen = AVX2.flags if instructions else ("-march=native",)
-    command = [*_compiler(), *FLAGS, *chosen]
+    command = [*_compiler(), *FLAGS, *_FLAGS[instructions]]
     sources = resources.files("veneer_server.backends.native") / "cpp"
     with resources.as_file(sources) as folder:
         key = _key(folder, command, flags)
@@ -233,6 +268,8 @@ def try_out(file: Path, fix: str = "") -> str:
         raise NativeUnavailable(f"the {made} kernels could not be tried: {error}") from error
     finally:
         os.close(fd)
+    if done.returncode == NOT_PERMITTED:
+        raise NotPermitted("the operating system refuses them to this process")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise NativeUnavailable(f"the {made} kernels crash with {name}; {fix}")

@@ -1,4 +1,4 @@
-"""The two builds of the kernels that a wheel contains, for machines without a compiler.
+"""The builds of the kernels that a wheel contains, for machines without a compiler.
 
 Imports only the standard library, and nothing of the package: ``hatch_build.py`` loads this
 file where Veneer is not installed.
@@ -7,13 +7,25 @@ file where Veneer is not installed.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["AVX2", "AVX512", "FLAGS", "FORMS", "HEX", "Form", "compile_forms", "digest_sources"]
+__all__ = [
+    "AMX",
+    "AVX2",
+    "AVX512",
+    "FLAGS",
+    "FORMS",
+    "HEX",
+    "SOFTWARE_MATRIX",
+    "Form",
+    "compile_forms",
+    "digest_sources",
+]
 
 FLAGS: Final = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
@@ -46,8 +58,18 @@ AVX512: Final = Form(
     | {"bmi1", "bmi2", "abm", "movbe"}
     | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
 )
-FORMS: Final = (AVX512, AVX2)
-"""The faster one first."""
+AMX: Final = Form(
+    "amx-bf16",
+    (*AVX512.flags, "-mamx-tile", "-mamx-bf16"),
+    AVX512.needs | {"amx_tile", "amx_bf16"},
+)
+FORMS: Final = (AMX, AVX512, AVX2)
+"""The fastest one first."""
+
+SOFTWARE_MATRIX: Final = Form(
+    "software-matrix", (*AVX2.flags, "-DVENEER_SOFTWARE_MATRIX"), AVX2.needs
+)
+"""For tests: the kernels for matrix registers on any CPU. No wheel contains it."""
 
 HEX: Final = 32
 """Digits of a digest in a file's name."""
@@ -63,7 +85,8 @@ def digest_sources(folder: Path) -> str:
 
 
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
-    """Compile both into ``out``, each as ``<form>-<sources>-<SHA-256>.so``.
+    """Compile each form into ``out``, as ``<form>-<sources>-<SHA-256>.so``, but for those whose
+    flags the compiler does not know: GCC 10 does not know AMX.
 
     The C++ runtime is linked dynamically: torch needs it too, in an older version.
 
@@ -74,6 +97,8 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     key = digest_sources(sources)
     made = []
     for form in FORMS:
+        if not _knows(command, form):
+            continue
         draft = out / f"{form.name}.so"
         subprocess.run(
             [*command, *FLAGS, *form.flags, "-o", draft, sources / "library.cpp"],
@@ -85,3 +110,12 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
         digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:HEX]
         made.append(draft.rename(out / f"{form.name}-{key}-{digest}.so"))
     return made
+
+
+def _knows(command: Sequence[str], form: Form) -> bool:
+    """Whether the compiler takes a form's flags. AVX2's it must take: if it does not, compiling
+    fails and says why."""
+    if form is AVX2:
+        return True
+    asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0

@@ -60,6 +60,7 @@ BLOCK: Final = 64
 SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_fields": (ctypes.POINTER(Field), ()),
     "veneer_instructions": (c_char_p, ()),
+    "veneer_permit": (c_int32, ()),
     "veneer_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
     "veneer_pack_four_bit": (None, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
     "veneer_pack_eight_bit": (None, (c_void_p, c_int32, c_int32, c_void_p)),
@@ -155,10 +156,15 @@ class Library:
             ) from None
         if differs := mismatch(functions.veneer_fields()):
             raise NativeUnavailable(f"the compiled kernels expect different structs: {differs}")
+        if not functions.veneer_permit():
+            raise NativeUnavailable(
+                "the operating system does not let this process use the matrix registers: "
+                "serve with --native-instructions avx512-bf16"
+            )
 
     @property
     def instructions(self) -> str:
-        """``avx512-bf16`` or ``avx2``."""
+        """The form's name: ``amx-bf16``, ``avx512-bf16`` or ``avx2``."""
         return str(self.functions.veneer_instructions().decode())
 
     def pack_four_bit(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

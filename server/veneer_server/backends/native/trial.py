@@ -19,6 +19,8 @@ FOUR_BIT, BFLOAT16, EIGHT_BIT = range(3)
 OUTPUTS: Final = 64
 INPUTS: Final = 128
 ROWS: Final = 5
+NOT_PERMITTED: Final = 3
+"""Exit status where the operating system refuses what the kernels need; see `compiler`."""
 _LINE: Final = 64
 """Bytes of a cache line, to which weights are aligned."""
 
@@ -68,6 +70,8 @@ def main(descriptor: int) -> None:
     first = library.veneer_fields()[0]
     if (first.struct, first.size) != (b"Linear", ctypes.sizeof(Linear)):
         raise SystemExit("the library expects a different struct Linear")
+    if not library.veneer_permit():
+        raise SystemExit(NOT_PERMITTED)
     inputs = [[(7 * row + place) % 9 - 4 for place in range(INPUTS)] for row in range(ROWS)]
     x = (c_uint16 * (ROWS * INPUTS))(*(bf16(each) for row in inputs for each in row))
     for kind in (FOUR_BIT, BFLOAT16, EIGHT_BIT):

@@ -151,7 +151,7 @@ def _library(config: EngineConfig) -> tuple[Library, str]:
     """The kernels for the configured instructions, and the suffix of the backend's name."""
     wanted = config.native_instructions
     cache = Path(config.cache_folder)
-    found = find_library(cache, instructions="avx2" if wanted == "avx2" else "")
+    found = find_library(cache, wanted)
     library = Library(found.file)
     if wanted not in ("auto", library.instructions):
         raise NativeUnavailable(

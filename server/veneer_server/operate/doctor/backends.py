@@ -71,8 +71,7 @@ def native_check(config: ServerConfig) -> Check:
     if config.dtype != "bfloat16":
         return Check("native step", "warning", f"not for {config.dtype}", fix)
     try:
-        avx2 = "avx2" if config.native_instructions == "avx2" else ""
-        library = find_library(config.cache_dir, instructions=avx2)
+        library = find_library(config.cache_dir, config.native_instructions)
         instructions = try_out(library.file)
     except NativeUnavailable as reason:
         return Check("native step", "warning", str(reason), fix)

@@ -18,8 +18,8 @@ def draws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "torch":
         return TorchDraws()
     folder = tmp_path_factory.getbasetemp() / "native"
-    instructions = "" if request.param == "best" else request.param
+    instructions = "auto" if request.param == "best" else request.param
     try:
-        return NativeDraws(Library(build(folder, instructions=instructions)))
+        return NativeDraws(Library(build(folder, instructions)))
     except NativeUnavailable as reason:
         skip_or_fail(reason)

@@ -1,4 +1,4 @@
-"""Shared by the tests of the native kernels: the library, for both instruction sets."""
+"""Shared by the tests of the native kernels: the library, for each instruction set."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from veneer_server.backends.native.library import Library
 from tests.backends_ran import skip_or_fail
 
 
-@pytest.fixture(scope="session", params=["best", "avx2"])
+@pytest.fixture(scope="session", params=["best", "avx2", "software-matrix"])
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Library:
-    """The library; ``best`` is the CPU's best instruction set."""
-    wanted = "" if request.param == "best" else "avx2"
+    """The library; ``best`` is the CPU's best instruction set, and ``software-matrix`` the
+    kernels for matrix registers over a software model, so that any CPU tests them."""
+    wanted = "auto" if request.param == "best" else request.param
     try:
-        made = Library(build(tmp_path_factory.getbasetemp() / "native", instructions=wanted))
+        made = Library(build(tmp_path_factory.getbasetemp() / "native", wanted))
     except NativeUnavailable as reason:
         skip_or_fail(reason)
-    if wanted and made.instructions != wanted:
+    if wanted not in ("auto", made.instructions):
         pytest.fail(f"{made.instructions} was compiled")
     return made

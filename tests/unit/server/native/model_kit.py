@@ -23,11 +23,18 @@ from veneer_server.step.layout import Layout
 from tests.unit.server import test_decoder as oracle
 from tests.unit.server.native.rounded_model import LINEARS, Base, Update
 
-__all__ = ["Part", "Served", "adapter_of", "make_base", "table_of"]
+__all__ = ["Part", "Served", "adapter_of", "make_base", "normal", "table_of"]
 
 PROJECTIONS: Final[Mapping[str, Any]] = {name: f"{name}_proj" for name in LINEARS}
 VOCABULARY: Final = 128
 """Vocabulary of a base with an identity head: its logits are the last norm's results."""
+
+
+def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Numbers of a normal distribution, the same on every CPU: `torch.randn` gives others with
+    other instruction sets, and how many roundings go the other way depends on the numbers."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
 
 
 def make_base(
@@ -55,10 +62,10 @@ def make_base(
     hidden = heads * dim
 
     def draw(*shape: int, spread: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * spread).bfloat16()
+        return (normal(generator, *shape) * spread).bfloat16()
 
     def near_one(length: int) -> torch.Tensor:
-        return 1 + 0.2 * torch.randn(length, generator=generator)
+        return 1 + 0.2 * normal(generator, length)
 
     shapes = {
         "q": (heads * dim, hidden),
@@ -82,9 +89,7 @@ def make_base(
         norms.append(
             {n: near_one(hidden) for n in ("input", "post")} | {n: near_one(dim) for n in names}
         )
-        offsets.append(
-            {name: torch.randn(shapes[name][0], generator=generator) for name in biases}
-        )
+        offsets.append({name: normal(generator, shapes[name][0]) for name in biases})
     return Base(
         hidden=hidden,
         inner=inner,
@@ -118,8 +123,8 @@ def adapter_of(
     for index, matrices in enumerate(base.layers):
         for name, rank in ranks.items():
             outputs, inputs = matrices[name].shape
-            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-            b = torch.randn(outputs, rank, generator=generator) / rank**0.5
+            a = normal(generator, rank, inputs) / inputs**0.5
+            b = normal(generator, outputs, rank) / rank**0.5
             found[index, name] = Update(a.to(dtype), b.to(dtype), scaling)
     return found
 

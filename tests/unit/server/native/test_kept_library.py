@@ -266,8 +266,12 @@ def test_without_any_place_the_reason_is_told(
 # --------------------------------------------------------------------- a trial of it
 
 
-def broken(tmp_path: Path, multiply: str) -> Path:
-    """A library with the right functions, of which one does this."""
+def broken(tmp_path: Path, multiply: str, permit: int = 1) -> Path:
+    """A library with the right functions, of which one does this.
+
+    Args:
+        permit: what it says of the operating system's permission.
+    """
     source = tmp_path / "broken.c"
     source.write_text(
         'struct { const char *of, *name; long offset, size; } t = {"Linear", "", 0, 64};\n'
@@ -276,6 +280,7 @@ def broken(tmp_path: Path, multiply: str) -> Path:
         "long veneer_packed_bytes(int k, int o, int i) { return 4 * o * i; }\n"
         "void veneer_pack_four_bit(void) {}\nvoid veneer_pack_bf16(void) {}\n"
         "void veneer_pack_eight_bit(void) {}\n"
+        f"int veneer_permit(void) {{ return {permit}; }}\n"
         f"void veneer_multiply(void) {{ {multiply} }}\n"
     )
     compiler_ = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")

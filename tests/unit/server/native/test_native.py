@@ -298,8 +298,7 @@ def test_threads_that_are_put_aside_change_nothing(
     do it again and go on, and it is done once more when they are back."""
     folder = saved("llama", tmp_path)
     monkeypatch.setenv("CXX", f"{os.environ.get('CXX', 'c++')} -DVENEER_STALLS")
-    wanted = "avx2" if library.instructions == "avx2" else ""
-    stalling = Library(build(tmp_path, instructions=wanted))
+    stalling = Library(build(tmp_path, library.instructions))
 
     def run(chosen: Library, threads: int) -> list[torch.Tensor]:
         native = decoder(chosen, folder, threads)

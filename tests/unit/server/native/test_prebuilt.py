@@ -109,7 +109,7 @@ def test_the_cpu_s_instructions_choose(
     prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AVX2 runs wherever these tests do."""
-    assert find_library(tmp_path, instructions="avx2").file.name.startswith("avx2-")
+    assert find_library(tmp_path, "avx2").file.name.startswith("avx2-")
     # As Ice Lake has it: much of AVX512, and not what the kernels need of it.
     with_cpu(monkeypatch, AVX512.needs - {"avx512_bf16"})
     assert find_library(tmp_path).file.name.startswith("avx2-")
@@ -118,6 +118,20 @@ def test_the_cpu_s_instructions_choose(
     if AVX512.needs <= compiler.cpu_flags():
         with_cpu(monkeypatch, AVX512.needs)
         assert find_library(tmp_path).file.name.startswith("avx512-bf16-")
+
+
+def test_a_compiler_that_knows_no_amx_leaves_that_form_out(tmp_path: Path) -> None:
+    """As GCC 10. A FAKE one, which refuses the flag and else copies nothing."""
+    fake = tmp_path / "c++"
+    fake.write_text(
+        '#!/bin/sh\ncase " $* " in *" -mamx-tile "*) exit 1;; esac\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done\n'
+        '[ -z "$out" ] || : > "$out"\n'
+    )
+    fake.chmod(0o755)
+    (out := tmp_path / "out").mkdir()
+    made = compile_forms([str(fake)], SOURCES, out)
+    assert [file.name.rsplit("-", 2)[0] for file in made] == ["avx512-bf16", "avx2"]
 
 
 def flip(file: Path) -> None:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "decoder/decoder.h"
+#include "kernels/gemm/pack.h"
 #include "kernels/sample.h"
 #include "layout.h"
 
@@ -84,7 +85,11 @@ const Field* veneer_fields() {
     return fields.data();
 }
 
-const char* veneer_instructions() { return kInstructions; }
+const char* veneer_instructions() { return matrix::kPresent ? matrix::kName : kInstructions; }
+
+// Ask the operating system for what the kernels need of it; 0 if it refuses. Once in a process,
+// before all functions that compute.
+int32_t veneer_permit() { return matrix::permit() ? 1 : 0; }
 
 int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
     const int64_t tiles = (outputs + kTile - 1) / kTile;

@@ -2,8 +2,8 @@
 // Python has the same: see layout.h.
 #pragma once
 
-#include "kernels/attention.h"
-#include "kernels/linear.h"
+#include "kernels/attention/attention.h"
+#include "kernels/gemm/gemm.h"
 #include "kernels/lora.h"
 #include "layout.h"
 

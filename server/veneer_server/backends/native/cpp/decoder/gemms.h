@@ -183,7 +183,7 @@ class Gemms {
         return size_t(numbers) * (segment.adapter->is_float ? sizeof(float) : sizeof(bf16));
     }
 
-    static constexpr int64_t kShrinkRows = 32;
+    static constexpr int64_t kShrinkRows = kMatrixRows;
 
     const StepContext& ctx_;
     const std::vector<int64_t>* blocks_ = nullptr;

@@ -24,7 +24,9 @@ class Heads {
     }
 
     // Floats of a thread's scratch that attention takes.
-    size_t scratch() const { return kAttentionScratch + results_of_item() + size_t(longest_); }
+    size_t scratch() const {
+        return attention_scratch(m_.dim) + results_of_item() + size_t(longest_);
+    }
     // Floats of `Arrays::results`.
     size_t results() const { return results_; }
     // The KV cache's blocks, in the order in which they are read.
@@ -83,7 +85,7 @@ class Heads {
     // One item as a whole.
     void attend_item(int layer, const Arrays& at, int64_t number, float* scratch) const {
         const Item& item = items_[size_t(number)];
-        float* results = scratch + kAttentionScratch;
+        float* results = scratch + attention_scratch(m_.dim);
         for (int piece = 0; piece < item.pieces; ++piece)
             attend(layer, at, item, piece, scratch, results);
         merge(at, item, results, results + results_of_item());

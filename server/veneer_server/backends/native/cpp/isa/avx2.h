@@ -144,6 +144,10 @@ inline Pairs load_pairs(const bf16* at) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(at);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
+inline void store_pairs(bf16* at, Pairs a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + 1, a.hi);
+}
 // Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
 inline Pairs interleave(const bf16* first, const bf16* second) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));

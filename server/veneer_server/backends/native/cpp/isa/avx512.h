@@ -87,6 +87,7 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Pairs load_pairs(const bf16* at) { return {_mm512_loadu_si512(at)}; }
+inline void store_pairs(bf16* at, Pairs a) { _mm512_storeu_si512(at, a.v); }
 // Interleaves two lines: (first[0], second[0]), (first[1], second[1]), ...
 inline Pairs interleave(__m256i first, __m256i second) {
     alignas(64) static constexpr uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,

@@ -9,6 +9,8 @@
 //     prefetch, cycles, spin_pause
 //                             a prefetch, a clock, the pause of a spin loop
 //
+// matrix.h adds the matrix registers, which only some CPUs have.
+//
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second
 #pragma once
@@ -20,3 +22,5 @@
 #else
 #error "the native backend needs AVX512-BF16, or AVX2 with FMA"
 #endif
+
+#include "matrix.h"

@@ -12,6 +12,7 @@
 #include "../layout.h"
 #include "shared.h"
 #include "simd.h"
+#include "square.h"
 
 namespace veneer {
 
@@ -150,7 +151,36 @@ inline void shrink_width(const Number* a, int ranks, int width, const bf16* x, s
     }
 }
 
-// Columns chunk * 64 and up to 63 more of h [rows, ranks].
+// The same on matrix registers.
+inline void shrink_by_matrix(const bf16* a, int ranks, int width, const bf16* x, size_t x_stride,
+                             int inputs, int rows, float* h, size_t h_stride) {
+    alignas(64) bf16 pairs[2][matrix::kRows][2 * kLanes];
+    alignas(64) float sums[kMatrixRows * 2 * kLanes];
+    const SquareRegisters registers(rows);
+    for (int column = 0; column < width; column += 2 * kLanes) {
+        const int left = std::min(kLanes, width - column);
+        const int right = std::min(kLanes, width - column - left);
+        registers.zero();
+        for (int k = 0; k < inputs; k += 2 * matrix::kRows) {  // inputs: a multiple of 64
+            for (int pair = 0; pair < matrix::kRows; ++pair) {
+                const bf16* line = a + size_t(k + 2 * pair) * ranks + column;
+                store_pairs(pairs[0][pair], interleave(line, line + ranks, left));
+                line += left;
+                store_pairs(pairs[1][pair], interleave(line, line + ranks, right));
+            }
+            registers.add(x + k, x_stride, pairs[0][0], pairs[1][0]);
+        }
+        registers.store(sums);
+        for (int r = 0; r < rows; ++r) {
+            const float* sum = sums + r * 2 * kLanes;
+            float* to = h + r * h_stride + column;
+            store_shared(to, load(sum), left);
+            store_shared(to + left, load(sum + kLanes), right);
+        }
+    }
+}
+
+// Columns chunk * 64 and up to 63 more of h [rows, ranks]; at most kMatrixRows rows.
 template <class Number>
 inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_stride, int inputs,
                    int rows, float* h, size_t h_stride) {
@@ -158,6 +188,8 @@ inline void shrink(const LoraGroup& group, int chunk, const bf16* x, size_t x_st
     const int width = std::min(kRankChunk, ranks - first);
     const Number* a = static_cast<const Number*>(group.a) + first;
     h += first;
+    if constexpr (matrix::kPresent && sizeof(Number) == sizeof(bf16))
+        return shrink_by_matrix(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
     switch ((width + kLanes - 1) / kLanes) {  // 16 to 24 sums
         case 1: return shrink_width<4, 1>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);
         case 2: return shrink_width<4, 2>(a, ranks, width, x, x_stride, inputs, rows, h, h_stride);

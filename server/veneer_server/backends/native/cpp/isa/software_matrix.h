@@ -1,0 +1,95 @@
+// Matrix registers in memory, for tests on CPUs without any: the same results as AMX's, bit by bit
+// (Intel's Software Developer's Manual, volume 2, TDPBF16PS).
+#pragma once
+
+#include <cstring>
+
+namespace veneer::matrix {
+
+constexpr char kName[] = "software-matrix";
+constexpr bool kPresent = true;
+
+inline bool permit() { return true; }
+
+struct Register {
+    Shape shape;
+    alignas(64) uint8_t bytes[16][64];
+};
+
+inline Register& at(int index) {
+    static thread_local Register registers[kRegisters];
+    return registers[index];
+}
+
+inline void configure(const Shape (&shapes)[kRegisters]) {
+    for (int i = 0; i < kRegisters; ++i) {
+        at(i).shape = shapes[i];
+        std::memset(at(i).bytes, 0, sizeof at(i).bytes);
+    }
+}
+inline void release() {
+    constexpr Shape none[kRegisters] = {};
+    configure(none);
+}
+
+template <int R>
+inline void zero() {
+    std::memset(at(R).bytes, 0, sizeof at(R).bytes);
+}
+template <int R>
+inline void load(const void* from, size_t stride) {
+    zero<R>();
+    for (int row = 0; row < at(R).shape.rows; ++row)
+        std::memcpy(at(R).bytes[row], static_cast<const char*>(from) + size_t(row) * stride,
+                    size_t(at(R).shape.row_bytes));
+}
+template <int R>
+inline void store(void* to, size_t stride) {
+    for (int row = 0; row < at(R).shape.rows; ++row)
+        std::memcpy(static_cast<char*>(to) + size_t(row) * stride, at(R).bytes[row],
+                    size_t(at(R).shape.row_bytes));
+}
+
+// Denormals count as zero, and results become zero rather than denormal.
+class FlushDenormals {
+  public:
+    FlushDenormals() : before_(_mm_getcsr()) {
+        _mm_setcsr(before_ | 0x8040);
+        asm volatile("" : : : "memory");  // no arithmetic moves before
+    }
+    ~FlushDenormals() {
+        asm volatile("" : : : "memory");
+        _mm_setcsr(before_);
+    }
+
+  private:
+    unsigned before_;
+};
+
+// All lines of pairs of a row are summed from zero, the first numbers of the pairs apart from the
+// second ones; then both sums are added to each other, and to the row's old numbers.
+template <int Sums, int A, int B>
+inline void dot() {
+    const FlushDenormals flush;
+    const Register &a = at(A), &b = at(B);
+    Register& sums = at(Sums);
+    const int pairs = a.shape.row_bytes / 4, columns = sums.shape.row_bytes / 4;
+    for (int row = 0; row < sums.shape.rows; ++row) {
+        float first[16] = {}, second[16] = {};
+        for (int pair = 0; pair < pairs; ++pair) {
+            bf16 x[2], w[32];
+            std::memcpy(x, a.bytes[row] + 4 * pair, sizeof x);
+            std::memcpy(w, b.bytes[pair], sizeof w);
+            for (int n = 0; n < columns; ++n) {
+                first[n] = __builtin_fmaf(to_float(x[0]), to_float(w[2 * n]), first[n]);
+                second[n] = __builtin_fmaf(to_float(x[1]), to_float(w[2 * n + 1]), second[n]);
+            }
+        }
+        float all[16];
+        std::memcpy(all, sums.bytes[row], sizeof all);
+        for (int n = 0; n < columns; ++n) all[n] += first[n] + second[n];
+        std::memcpy(sums.bytes[row], all, sizeof all);
+    }
+}
+
+}  // namespace veneer::matrix

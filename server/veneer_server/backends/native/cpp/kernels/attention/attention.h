@@ -1,0 +1,106 @@
+// Paged attention with grouped queries (GQA), for one key head and up to 12 queries of one
+// sequence.
+//
+// A context is cut into pieces of 512 tokens, always at the same places, as flash-decoding does.
+// Any thread may compute any piece, and the pieces are merged in order: a query's result does not
+// depend on which threads computed it, and all threads can share one long context.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "by_matrix.h"
+#include "by_vectors.h"
+
+namespace veneer {
+
+// Floats of scratch that `attend` takes: scores, weights, and the queries side by side.
+constexpr size_t attention_scratch(int dim) {
+    return size_t(kMaxQueries) * size_t(kPiece + kPiece / 2 + dim / 2);
+}
+
+template <int Queries>
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int number,
+                   float scale, float* scratch, const Piece* to) {
+    int first = queries[0].first, end = queries[0].end;
+    for (int q = 1; q < Queries; ++q) {
+        first = std::min(first, queries[q].first);
+        end = std::max(end, queries[q].end);
+    }
+    first = std::max(first, number * kPiece), end = std::min(end, (number + 1) * kPiece);
+    if (first >= end) {
+        for (int q = 0; q < Queries; ++q) to[q].set(0, 0);
+        return;
+    }
+    const int first_run = first / kRun, end_run = (end + kRun - 1) / kRun;
+    const size_t stride = size_t(end_run - first_run) * kRun;
+    bf16* weights = reinterpret_cast<bf16*>(scratch + Queries * stride);
+    const auto to_weights = [&] {
+        for (int q = 0; q < Queries; ++q)
+            softmax(queries[q], first_run, end_run, scratch + q * stride, weights + q * stride,
+                    to[q]);
+    };
+    // Registers hold 32 numbers of a query. Of another head dimension all is done on vectors.
+    if constexpr (matrix::kPresent) {
+        if (shape.dim % (2 * matrix::kRows) == 0) {
+            const AttentionRegisters registers(Queries);
+            bf16* side_by_side = weights + Queries * stride;
+            for (int q = 0; q < Queries; ++q)
+                load_numbers(side_by_side + q * shape.dim, queries[q].query, shape.dim);
+            registers.score(sequence, shape, side_by_side, first_run, end_run, scratch, stride);
+            for (size_t i = 0; i < Queries * stride; i += kLanes)
+                store(scratch + i, mul(load(scratch + i), broadcast(scale)));
+            to_weights();
+            registers.combine(sequence, shape, first_run, end_run, weights, stride, to);
+            return;
+        }
+    }
+    score<Queries>(sequence, shape, queries, first_run, end_run, scale, scratch, stride);
+    to_weights();
+    combine<Queries>(sequence, shape, first_run, end_run, weights, stride, to);
+}
+
+// Attend to one piece, for up to 12 queries of one sequence: results go to to[query].
+inline void attend(const Sequence& sequence, const KvShape& shape, const Query* queries, int count,
+                   int number, float scale, float* scratch, const Piece* to) {
+    switch (count) {
+#define VENEER_QUERIES(n) \
+    case n: return attend<n>(sequence, shape, queries, number, scale, scratch, to);
+        // clang-format off
+        VENEER_QUERIES(1) VENEER_QUERIES(2) VENEER_QUERIES(3) VENEER_QUERIES(4)
+        VENEER_QUERIES(5) VENEER_QUERIES(6) VENEER_QUERIES(7) VENEER_QUERIES(8)
+        VENEER_QUERIES(9) VENEER_QUERIES(10) VENEER_QUERIES(11) VENEER_QUERIES(12)
+        // clang-format on
+#undef VENEER_QUERIES
+    }
+}
+
+// Merge a query's pieces, which lie `stride` floats apart. `shares`: [count], the caller's own
+// scratch.
+inline void merge(const KvShape& shape, float* first, int count, size_t stride, float* shares,
+                  bf16* out) {
+    float top = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int i = 0; i < count; ++i) {
+        const Piece piece{first + i * stride};
+        // A NaN score makes the result NaN.
+        if (piece.total() != 0 && !(piece.top() <= top)) top = piece.top();
+    }
+    for (int i = 0; i < count; ++i) {
+        const Piece piece{first + i * stride};
+        if (piece.total() == 0) continue;
+        shares[i] = std::exp(piece.top() - top);  // e^(its maximum - that of all pieces)
+        total += shares[i] * piece.total();
+    }
+    for (int d = 0; d < shape.dim; d += kLanes) {
+        Floats sum = zeros();
+        for (int i = 0; i < count; ++i) {
+            const Piece piece{first + i * stride};
+            if (piece.total() != 0)
+                sum = fma(load_shared(piece.out() + d), broadcast(shares[i]), sum);
+        }
+        store_shared(out + d, mul(sum, broadcast(1.0f / total)));
+    }
+}
+
+}  // namespace veneer

@@ -1,0 +1,171 @@
+// y = x W^T for a frozen weight W [outputs, inputs], over tiles of 32 outputs.
+//
+// Weights lie in the order in which the GEMM reads them, tile by tile. Inputs are cut into blocks
+// of 64, which is the block for which bitsandbytes has a scale:
+//
+//     4 bits:  for each block: codes of outputs 0-15 (512 bytes), of outputs 16-31 (512 bytes),
+//              32 scales (float)
+//     8 bits:  for each block: 32 pairs of inputs, each for 32 outputs (2048 bytes), 32 scales
+//     bf16:    for each block: 32 pairs of inputs, each for 32 outputs (4096 bytes)
+//
+// Products of bfloat16 are added up in float over a block, and the scale multiplies the sum: a
+// weight is rounded only as its code book is. Padding past the last output is zero.
+#pragma once
+
+#include <algorithm>
+
+#include "../../layout.h"
+#include "../prefetch.h"
+#include "../shared.h"
+#include "../simd.h"
+
+namespace veneer {
+
+constexpr int kTile = 32;   // outputs
+constexpr int kBlock = 64;  // inputs
+constexpr int kBlockPairs = kBlock / 2;
+
+enum class Kind : int32_t { four_bit = 0, bfloat16 = 1, eight_bit = 2 };
+
+constexpr size_t code_bytes(Kind kind) {
+    return kTile * kBlock * (kind == Kind::four_bit ? 4 : kind == Kind::eight_bit ? 8 : 16) / 8;
+}
+constexpr size_t block_bytes(Kind kind) {
+    return code_bytes(kind) + (kind == Kind::bfloat16 ? 0 : kTile * sizeof(float));
+}
+
+// Python has the same: see layout.h.
+struct Linear {
+    const uint8_t* weights;
+    const float* bias;  // or null
+    int32_t outputs;
+    int32_t inputs;  // a multiple of 64
+    Kind kind;
+    int32_t parts;   // 2: gate and up, interleaved by pairs of tiles; else 1
+    bf16 table[16];  // of 4-bit codes
+
+    int tiles() const { return (outputs + kTile - 1) / kTile; }
+    int blocks() const { return inputs / kBlock; }
+    const uint8_t* tile(int index) const {
+        const int each = tiles() / parts, within = index % each;
+        const int place = (within / 2 * parts + index / each) * 2 + within % 2;
+        return weights + size_t(parts == 1 ? index : place) * blocks() * block_bytes(kind);
+    }
+    // Of a block's outputs; null where weights have none.
+    const float* scales(const uint8_t* block) const {
+        if (kind == Kind::bfloat16) return nullptr;
+        return reinterpret_cast<const float*>(block + code_bytes(kind));
+    }
+};
+constexpr Field kLinearFields[] = {
+    VENEER_STRUCT(Linear),         VENEER_FIELD(Linear, weights), VENEER_FIELD(Linear, bias),
+    VENEER_FIELD(Linear, outputs), VENEER_FIELD(Linear, inputs),  VENEER_FIELD(Linear, kind),
+    VENEER_FIELD(Linear, parts),   VENEER_FIELD(Linear, table),
+};
+
+// How far ahead of what is read weights are prefetched, in bytes.
+constexpr size_t kAhead = 6 * block_bytes(Kind::four_bit);
+
+// Prefetch an eighth of a block ahead, and more where a block's lines are not a multiple of eight.
+template <size_t Bytes>
+inline void prefetch_ahead(const void* block, int group) {
+    const char* line = static_cast<const char*>(block) + kAhead;
+    constexpr size_t lines = Bytes / kLine, each = lines / 8;
+    for (size_t i = 0; i < each; ++i) prefetch(line + (group * each + i) * kLine);
+    if (size_t(group) < lines % 8) prefetch(line + (8 * each + group) * kLine);
+}
+
+// A block's weights as pairs: eight groups of four. `chains` is the number of sums that a row and
+// an output have, added up at a block's end: with one sum, each FMA of a single row would wait for
+// the one before. `rows`: how many are multiplied at once, as the registers allow.
+
+// From 4-bit codes; the Q-th pair of a group is the Q-th four bits of its codes. Looking codes up
+// again for each row group costs less than keeping the weights: a GEMM of 32 rows was 20 % slower
+// so.
+struct FromCodes {
+    static constexpr int chains = tiles::kFourBitChains, rows = tiles::kFourBitRows;
+    const uint8_t* at;
+    const Table& table;
+
+    FromCodes(const uint8_t* block, const Table& given) : at(block), table(given) {}
+
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::four_bit)>(at, group);
+    }
+
+    template <int Q>
+    void pairs(int group, Pairs& low, Pairs& high) const {
+        low = look_up<Q>(table, load_codes(at + group * 64));
+        high = look_up<Q>(table, load_codes(at + 512 + group * 64));
+    }
+};
+
+// From weights in bf16.
+struct FromPairs {
+    static constexpr int chains = 1, rows = tiles::kBf16Rows;
+    const bf16* at;
+
+    FromPairs(const uint8_t* block, const Table&) : at(reinterpret_cast<const bf16*>(block)) {}
+
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::bfloat16)>(at, group);
+    }
+
+    template <int Q>
+    void pairs(int group, Pairs& low, Pairs& high) const {
+        const bf16* pair = at + (group * 4 + Q) * 2 * kTile;
+        low = load_pairs(pair);
+        high = load_pairs(pair + kTile);
+    }
+};
+
+// From 8-bit numbers. Widening them takes time, which more rows share.
+struct FromBytes {
+    static constexpr int chains = 1, rows = tiles::kEightBitRows;
+    const int8_t* at;
+
+    FromBytes(const uint8_t* block, const Table&) : at(reinterpret_cast<const int8_t*>(block)) {}
+
+    void prefetch_ahead(int group) const {
+        veneer::prefetch_ahead<block_bytes(Kind::eight_bit)>(at, group);
+    }
+
+    template <int Q>
+    void pairs(int group, Pairs& low, Pairs& high) const {
+        const int8_t* pair = at + (group * 4 + Q) * 2 * kTile;
+        low = load_bytes(pair);
+        high = load_bytes(pair + kTile);
+    }
+};
+
+// Before block b of a tile is multiplied.
+inline void prefetch_rows(const Linear& w, int tile, int b, const bf16* x, size_t x_stride,
+                          int rows, float* y, size_t y_stride, const Prefetcher& prefetcher) {
+    // Prefetch where the results go, which another thread has read since they were last written,
+    // ...
+    for (int r = rows * b / w.blocks(); r < rows * (b + 1) / w.blocks(); ++r)
+        for (int i = 0; i < kTile; i += kLanes)
+            __builtin_prefetch(y + r * y_stride + tile * kTile + i, 1);
+    // ... and inputs that no tile has read yet: another thread has just written half of them.
+    if (!prefetcher.inputs || b + 1 >= w.blocks()) return;
+    const bf16* next = x + (b + 1) * kBlock;
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < 2; ++i) __builtin_prefetch(next + r * x_stride + i * 32);
+}
+
+// y[row * y_stride + output] = a tile's totals, plus the bias.
+inline void store_tile(const Linear& w, int tile, const float* totals, int rows, float* y,
+                       size_t y_stride) {
+    const int width = std::min(kTile, w.outputs - tile * kTile);
+    for (int r = 0; r < rows; ++r) {
+        for (int half = 0; half * 16 < width; ++half) {
+            const int count = std::min(16, width - half * 16);
+            const int output = tile * kTile + half * 16;
+            Floats result = load(totals + r * kTile + half * 16);
+            if (w.bias != nullptr) result = add(result, load(w.bias + output, count));
+            store_shared(y + r * y_stride + output, result, count);
+        }
+    }
+}
+
+}  // namespace veneer
