@@ -8,7 +8,8 @@ import sys
 from veneer_client.cli.context import VersionFlag
 from veneer_registry.command_line import Program
 
-from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
+from veneer_loadtest.commands import find_max, prefix, report, run, swap
+from veneer_loadtest.commands.compare import add_compare
 
 __all__ = ["cli", "main"]
 
@@ -38,7 +39,7 @@ cli.command(epilog=run.EXAMPLES)(run.run)
 cli.command("find-max", epilog=find_max.EXAMPLES)(find_max.find_max)
 cli.command(epilog=report.EXAMPLES)(report.report)
 cli.command(epilog=swap.EXAMPLES)(swap.swap)
-cli.command(epilog=compare.EXAMPLES)(compare.compare)
+add_compare(cli)
 cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 
 

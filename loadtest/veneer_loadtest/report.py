@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import json
 import os
@@ -10,7 +9,6 @@ import platform
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +26,9 @@ __all__ = [
     "spread",
     "usable_cores",
     "versions",
-    "wait_until_idle",
     "without_folders",
     "write_json",
 ]
-
-_WINDOW_S: Final = 0.2
-_QUIET_WINDOWS: Final = 2
-_QUIET_PERCENT: Final = 5.0
 
 _FOLDERS: Final = re.compile(
     r"(?P<url>\b(?!file:)[a-z][a-z0-9+.-]+://[^\s,]*)"
@@ -78,23 +71,6 @@ def busy_share() -> float:
     """Load average of the last minute / cores."""
     minute: float = psutil.getloadavg()[0]
     return minute / usable_cores()
-
-
-async def wait_until_idle(limit_s: float) -> bool:
-    """Wait until the cores do nothing; whether they do nothing within ``limit_s``.
-
-    Threads of what ran before spin on for a while (vLLM's for a second), and would be
-    measured with what runs next.
-    """
-    end = time.monotonic() + limit_s
-    quiet = 0
-    psutil.cpu_percent()
-    while quiet < _QUIET_WINDOWS:
-        if time.monotonic() > end:
-            return False
-        await asyncio.sleep(_WINDOW_S)
-        quiet = quiet + 1 if psutil.cpu_percent() <= _QUIET_PERCENT else 0
-    return True
 
 
 def without_folders(argument: str) -> str:

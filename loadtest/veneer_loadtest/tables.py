@@ -9,58 +9,24 @@ from rich.table import Table
 
 from veneer_loadtest import prefix
 from veneer_loadtest.results import (
-    AnswersGate,
     CaseFigures,
     ChurnFigures,
     CompareLevel,
     Distribution,
     Probe,
     Ratio,
-    ReferenceGate,
 )
 from veneer_loadtest.results import Level as LoadLevel
 
 __all__ = [
-    "answers_line",
     "churn_table",
     "compare_table",
-    "gate_line",
     "levels_table",
     "prefix_table",
     "probes_table",
     "split_table",
     "swap_table",
 ]
-
-
-def gate_line(gate: ReferenceGate) -> str:
-    """What the gate saw, in one sentence."""
-    text = (
-        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
-        f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
-        f"{gate.tokens} tokens; {gate.answers} answers miss PEFT's likeliest tokens by at most "
-        f"{gate.regret:.3f} nats a token (bound {gate.regret_bound})"
-    )
-    if gate.other_adapter_mean is None or gate.other_adapter_regret is None:
-        return text
-    return (
-        f"{text}; under another adapter these are {gate.other_adapter_mean:.2f} and "
-        f"{gate.other_adapter_regret:.2f}"
-    )
-
-
-def answers_line(name: str, gate: AnswersGate) -> str:
-    """What a peer's gate saw, in one sentence."""
-    text = (
-        f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
-        "nats a token"
-    )
-    if gate.other_regret is None:
-        return text
-    return (
-        f"{text}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
-        f"{gate.answers} are likeliest under their own"
-    )
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:

@@ -1,4 +1,4 @@
-"""What a load test sends: synthetic adapters and prompts, all from one seed.
+"""Synthetic adapters, from one seed.
 
 The adapters are different adapters (B is not zero, and each has its own random
 numbers), saved the way PEFT saves them, so that the server and the PEFT peer
@@ -23,12 +23,10 @@ __all__ = [
     "ATTENTION",
     "PROJECTIONS",
     "BaseShape",
-    "Stream",
     "adapter_name",
     "adapter_seed",
     "make_adapter",
     "make_adapters",
-    "make_streams",
     "read_base_shape",
     "served_base_shape",
 ]
@@ -67,14 +65,6 @@ class BaseShape:
             "mlp.up_proj": (self.intermediate, self.hidden),
             "mlp.down_proj": (self.hidden, self.intermediate),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """One request of a run: which adapter, and the prompt's token ids."""
-
-    adapter: str
-    prompt: tuple[int, ...]
 
 
 def read_base_shape(folder: Path) -> BaseShape:
@@ -187,34 +177,6 @@ def make_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), "utf-8")
     _write_bf16(folder / "adapter_model.safetensors", tensors)
     return folder
-
-
-def make_streams(
-    adapters: tuple[str, ...],
-    *,
-    count: int,
-    prompt_tokens: tuple[int, int],
-    vocab: int,
-    seed: int,
-) -> tuple[Stream, ...]:
-    """``count`` requests; request i uses adapter i modulo their number.
-
-    Prompt lengths are spread evenly over ``prompt_tokens`` (both ends included)
-    and shuffled; the ids are random ordinary tokens, so that no two prompts
-    share a prefix.
-    """
-    rng = np.random.default_rng(seed)
-    low, high = prompt_tokens
-    lengths = rng.permutation(np.linspace(low, high, count).round().astype(int))
-    # The first few hundred ids of most vocabularies are control and byte tokens.
-    first = min(1000, vocab // 2)
-    return tuple(
-        Stream(
-            adapter=adapters[i % len(adapters)],
-            prompt=tuple(int(t) for t in rng.integers(first, vocab, int(length))),
-        )
-        for i, length in enumerate(lengths)
-    )
 
 
 def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:

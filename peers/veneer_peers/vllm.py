@@ -15,8 +15,8 @@ from typing import Final, TypedDict
 
 from veneer_registry.format import read_adapter
 
-from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers.process import HttpPeer, free_port
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer, free_port
 
 __all__ = ["vllm_peer"]
 

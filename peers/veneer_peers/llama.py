@@ -19,8 +19,8 @@ from typing import Final
 
 from veneer_registry.gguf_adapter import write_gguf_adapter
 
-from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers.process import HttpPeer, free_port
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer, free_port
 
 __all__ = ["convert_adapter", "llama_peer"]
 

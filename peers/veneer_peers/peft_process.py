@@ -1,6 +1,6 @@
 """The PEFT peer: transformers + bitsandbytes + PEFT in a process of its own.
 
-Run as ``python -m veneer_loadtest.peft_process``; it reads `peer_messages` from
+Run as ``python -m veneer_peers.peft_process``; it reads `peft_messages` from
 standard input and answers on standard output. This is PEFT at its best here:
 the same NF4 base with double quantization and bf16 compute, bitsandbytes' packed
 4-bit weights where the CPU has them (made at the first forward in eval mode),
@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StoppingCriteria
 
-from veneer_loadtest.peer_messages import (
+from veneer_peers.peft_messages import (
     Generate,
     Generated,
     PeerFailed,

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from veneer_client import VeneerError
 from veneer_registry.child_python import child_python
 
-from veneer_loadtest.peer_messages import (
+from veneer_peers.errors import PeerError
+from veneer_peers.peft_messages import (
     FromPeer,
     Generate,
     Generated,
@@ -25,19 +25,12 @@ from veneer_loadtest.peer_messages import (
     encode,
 )
 
-__all__ = ["PeerError", "PeftPeerProcess"]
+__all__ = ["PeftPeerProcess"]
 
 _LONGEST_LINE: Final = 64 << 20
 """Bytes; asyncio's own limit is shorter than a batch of log-probabilities."""
 
 Reply = TypeVar("Reply", PeerReady, Generated, Scored)
-
-
-class PeerError(VeneerError):
-    """The peer could not be started or gave up."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "PEER_FAILED"
 
 
 class PeftPeerProcess:
@@ -62,7 +55,7 @@ class PeftPeerProcess:
     async def __aenter__(self) -> PeftPeerProcess:
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *child_python("-m", "veneer_loadtest.peft_process"),
+                *child_python("-m", "veneer_peers.peft_process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

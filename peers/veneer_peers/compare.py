@@ -6,15 +6,17 @@ machine for a while slows all of them. The result is `results.CompareResult`.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
 from veneer_loadtest.load.rounds import Round
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
 from veneer_loadtest.quantiles import median, percentile
-from veneer_loadtest.report import wait_until_idle
 from veneer_loadtest.results import (
     CompareLevel,
     Ends,
@@ -23,8 +25,9 @@ from veneer_loadtest.results import (
     RoundFigures,
     SystemFigures,
 )
-from veneer_loadtest.systems import System
-from veneer_loadtest.workload import Stream, make_streams
+
+from veneer_peers.streams import Stream, make_streams
+from veneer_peers.systems import System
 
 __all__ = [
     "OURS",
@@ -39,6 +42,9 @@ __all__ = [
 OURS: Final = "veneer"
 WARM_UP_TOKENS: Final = 16
 WARM_UP_STREAMS: Final = 4
+_WINDOW_S: Final = 0.2
+_QUIET_WINDOWS: Final = 2
+_QUIET_PERCENT: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +126,33 @@ async def measure(
     for system in systems:
         if stopped():
             return None
-        await wait_until_idle(options.settle_s)
+        await _wait_until_idle(options.settle_s)
         await system.round(options.load(warm_up, WARM_UP_TOKENS))
     work = options.load(arrivals, options.tokens)
     disturbed = 0
     for system in back_and_forth(systems, options.repeat):
         if stopped():
             break
-        disturbed += not await wait_until_idle(options.settle_s)
+        disturbed += not await _wait_until_idle(options.settle_s)
         rounds[system.name].append(await system.round(work))
     return level_of(arrivals, rounds, disturbed) if all(rounds.values()) else None
+
+
+async def _wait_until_idle(limit_s: float) -> bool:
+    """Wait until the cores do nothing; whether they do nothing within ``limit_s``.
+
+    Threads of what ran before spin on for a while (vLLM's for a second), and would be
+    measured with what runs next.
+    """
+    end = time.monotonic() + limit_s
+    quiet = 0
+    psutil.cpu_percent()
+    while quiet < _QUIET_WINDOWS:
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(_WINDOW_S)
+        quiet = quiet + 1 if psutil.cpu_percent() <= _QUIET_PERCENT else 0
+    return True
 
 
 def level_of(

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from veneer_loadtest.peer import PeerError
 from veneer_loadtest.report import without_folders
+
+from veneer_peers.errors import PeerError
 
 __all__ = ["HttpPeer", "free_port"]
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from veneer_client import AsyncClient, Tokens, VeneerError
-
-from veneer_loadtest.peer import PeftPeerProcess
-from veneer_loadtest.peer_messages import Score, Scored
 from veneer_loadtest.quantiles import percentile
 from veneer_loadtest.results import AnswersGate, ReferenceGate
-from veneer_loadtest.workload import Stream
 
-__all__ = ["GateFailed", "check", "check_answers"]
+from veneer_peers.peft import PeftPeerProcess
+from veneer_peers.peft_messages import Score, Scored
+from veneer_peers.streams import Stream
+
+__all__ = ["GateFailed", "answers_line", "check", "check_answers", "gate_line"]
 
 MEAN_BOUND: Final = 0.2
 P99_BOUND: Final = 1.0
@@ -147,6 +147,36 @@ async def check_answers(
             metadata={"system": system},
         )
     return gate
+
+
+def gate_line(gate: ReferenceGate) -> str:
+    """What the gate saw, in one sentence."""
+    text = (
+        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
+        f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
+        f"{gate.tokens} tokens; {gate.answers} answers miss PEFT's likeliest tokens by at most "
+        f"{gate.regret:.3f} nats a token (bound {gate.regret_bound})"
+    )
+    if gate.other_adapter_mean is None or gate.other_adapter_regret is None:
+        return text
+    return (
+        f"{text}; under another adapter these are {gate.other_adapter_mean:.2f} and "
+        f"{gate.other_adapter_regret:.2f}"
+    )
+
+
+def answers_line(name: str, gate: AnswersGate) -> str:
+    """What a peer's gate saw, in one sentence."""
+    text = (
+        f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
+        "nats a token"
+    )
+    if gate.other_regret is None:
+        return text
+    return (
+        f"{text}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
+        f"{gate.answers} are likeliest under their own"
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

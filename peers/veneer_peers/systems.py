@@ -12,17 +12,18 @@ from typing import Any, Final
 
 import msgspec
 from veneer_client import AsyncClient
-
 from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.plan import plan, prompt_ids
 from veneer_loadtest.load.rounds import Round, send_round
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
-from veneer_loadtest.peer import PeerError, PeftPeerProcess
-from veneer_loadtest.peer_messages import Generate
-from veneer_loadtest.peers.process import HttpPeer
 from veneer_loadtest.results import SystemFacts
-from veneer_loadtest.workload import Stream
+
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer
+from veneer_peers.peft import PeftPeerProcess
+from veneer_peers.peft_messages import Generate
+from veneer_peers.streams import Stream
 
 __all__ = ["HttpSystem", "PeftSystem", "System", "VeneerSystem"]
 
@@ -134,7 +135,7 @@ class PeftSystem(System):
 
     def __init__(self, peer: PeftPeerProcess) -> None:
         facts = SystemFacts(
-            command="python -m veneer_loadtest.peft_process",
+            command="python -m veneer_peers.peft_process",
             versions=peer.ready.versions,
             device=peer.ready.device,
         )
