@@ -328,6 +328,7 @@ def test_without_the_package_the_other_commands_are_there() -> None:
 def test_a_module_that_the_package_lacks_is_not_taken_for_the_package(tmp_path: Path) -> None:
     """A broken installation shows its trace."""
     (tmp_path / "veneer_peers").mkdir()
+    (tmp_path / "veneer_peers" / "__init__.py").touch()
     broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"{broken}\nimport veneer_loadtest.cli"],
