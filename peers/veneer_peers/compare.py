@@ -1,7 +1,8 @@
-"""Veneer beside peers: the same base, adapters, prompts and threads, in one run.
+"""Veneer and its peers under the same load: same base, adapters, prompts and threads.
 
-Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that what slows the
-machine for a while slows all of them. The result is `results.CompareResult`.
+Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that a temporary
+slowdown of the machine affects all of them. The result is
+`veneer_loadtest.results.CompareResult`.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class CompareOptions:
     Attributes:
         levels: a closed loop has one request for each stream, all at once; an open one lasts
             ``duration_s``.
-        settle_s: longest wait before a round for the machine to fall idle.
-        adapters: name -> folder; published on the server before.
+        settle_s: longest wait before a round for the machine to become idle.
+        adapters: name -> folder; already published on the server.
         vocab: tokens of the base's vocabulary.
         tokens: new tokens of each stream.
-        repeat: rounds of each system at each number of streams.
+        repeat: rounds of each system at each level.
     """
 
     adapters: Mapping[str, Path]
@@ -73,7 +74,7 @@ class CompareOptions:
     settle_s: float = 5.0
 
     def load(self, arrivals: Closed | Open, tokens: int) -> LoadSpec:
-        """One round."""
+        """The load of one round."""
         streams = arrivals.streams if isinstance(arrivals, Closed) else 0
         return LoadSpec(
             adapters=tuple(self.adapters) or ("",),
@@ -102,7 +103,7 @@ class CompareOptions:
 
 
 def back_and_forth(systems: Sequence[System], repeat: int) -> Iterator[System]:
-    """Each ``repeat`` times: first to last, last to first, ..."""
+    """Each system ``repeat`` times: first to last, then last to first, and so on."""
     for number in range(repeat):
         yield from systems if number % 2 == 0 else reversed(systems)
 
@@ -113,13 +114,13 @@ async def measure(
     arrivals: Closed | Open,
     stopped: Callable[[], bool] = lambda: False,
 ) -> CompareLevel | None:
-    """Warm all of them up, then run the rounds.
+    """Warm up all systems, then run the rounds.
 
     Args:
-        stopped: asked before each round; ends them.
+        stopped: called before each round; True ends the rounds.
 
     Returns:
-        None where it was stopped before each system had a round.
+        None if it was stopped before every system had a round.
     """
     rounds: dict[str, list[Round]] = {system.name: [] for system in systems}
     warm_up = arrivals if isinstance(arrivals, Closed) else Closed(WARM_UP_STREAMS)
@@ -139,10 +140,10 @@ async def measure(
 
 
 async def _wait_until_idle(limit_s: float) -> bool:
-    """Wait until the cores do nothing; whether they do nothing within ``limit_s``.
+    """Wait until the cores are idle; False if they are not within ``limit_s``.
 
-    Threads of what ran before spin on for a while (vLLM's for a second), and would be
-    measured with what runs next.
+    Threads of the system that ran before spin on for a while (vLLM's for a second), and
+    would slow down the next one.
     """
     end = time.monotonic() + limit_s
     quiet = 0
@@ -160,7 +161,7 @@ def level_of(
 ) -> CompareLevel:
     """The figures of all systems' rounds; ``disturbed`` of them began on a busy machine."""
     closed = isinstance(arrivals, Closed)
-    # So that more is better in both.
+    # In both, higher is better.
     better = {
         name: [r.tokens_per_s if closed else 1 / median(r.first_token_s) for r in own]
         for name, own in rounds.items()

@@ -1,4 +1,4 @@
-"""What goes wrong with a peer."""
+"""Errors of peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["PeerError"]
 
 
 class PeerError(VeneerError):
-    """The peer could not be started or gave up."""
+    """A peer could not be started, or failed."""
 
     code = "FAILED_PRECONDITION"
     reason = "PEER_FAILED"

@@ -28,15 +28,15 @@ from veneer_peers.peft_messages import (
 __all__ = ["PeftPeerProcess"]
 
 _LONGEST_LINE: Final = 64 << 20
-"""Bytes; asyncio's own limit is shorter than a batch of log-probabilities."""
+"""Bytes; asyncio's default limit is shorter than a batch of log-probabilities."""
 
 Reply = TypeVar("Reply", PeerReady, Generated, Scored)
 
 
 class PeftPeerProcess:
-    """transformers + bitsandbytes + PEFT in a process of its own; see `peft_process`.
+    """transformers + bitsandbytes + PEFT in a separate process; see `peft_process`.
 
-    Idle between calls: it waits on a pipe. Use it in an ``async with``.
+    Between calls it blocks on a pipe and uses no CPU. Use it in an ``async with``.
     """
 
     ready: PeerReady
@@ -60,7 +60,7 @@ class PeftPeerProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=_LONGEST_LINE,
-                # Ctrl-C in a terminal goes to the parent, which ends it.
+                # Ctrl-C in a terminal then reaches only the parent, which kills the child.
                 start_new_session=True,
             )
         try:
@@ -108,8 +108,8 @@ class PeftPeerProcess:
         return decode_from_peer(line) if line else PeerFailed(message="it ended")
 
     async def end(self) -> None:
-        """Kill it; a second call does nothing."""
-        # It may be in the middle of a batch, and holds nothing worth saving.
+        """Kill the process; a second call does nothing."""
+        # Killed at once: it may be in the middle of a batch, and has no state to save.
         if self._process.returncode is None:
             self._process.kill()
         await self._process.wait()

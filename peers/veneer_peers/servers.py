@@ -1,4 +1,4 @@
-"""Peers that are servers: what the chosen ones are started from, and their gates."""
+"""Peers that are servers: their programs, how they are started, and their gates."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def programs_of(
             continue
         for option, path in paths.items():
             if path is None or not path.is_file():
-                raise BadOption(f"--peer {each.value} needs {option}, a file (it is {path})")
-        # Not resolved: a link in an environment's bin is what makes it that environment.
+                raise BadOption(f"--peer {each.value} needs {option}, a file (not {path})")
+        # Not resolved: Python finds its environment by the path of the link in bin/.
         found[each] = tuple(path.absolute() for path in paths.values() if path is not None)
     return found
 
@@ -66,7 +66,7 @@ async def started(
     scratch: Path,
     parallel: int,
 ) -> AsyncIterator[list[HttpSystem]]:
-    """The peers that are servers, ready."""
+    """The chosen peers that are servers, started and ready."""
     async with AsyncExitStack() as stack:
         systems = []
         for each, paths in programs.items():
@@ -101,7 +101,7 @@ async def answer_gates(
 
     Raises:
         GateFailed: a peer does not answer with the adapters that it was asked for.
-        PeerError: a peer refused.
+        PeerError: a peer rejected a request.
     """
     gates = {}
     streams = options.for_the_gate()

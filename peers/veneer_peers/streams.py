@@ -1,4 +1,4 @@
-"""What the gate asks each system: one prompt for each adapter, from one seed."""
+"""The prompts of the gate: one for each adapter, from one seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Stream", "make_streams"]
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One request of a run: which adapter, and the prompt's token ids."""
+    """One request: its adapter and the prompt's token ids."""
 
     adapter: str
     prompt: tuple[int, ...]
@@ -25,7 +25,7 @@ def make_streams(
     vocab: int,
     seed: int,
 ) -> tuple[Stream, ...]:
-    """``count`` requests; request i uses adapter i modulo their number.
+    """``count`` requests; request i uses adapter i modulo the number of adapters.
 
     Prompt lengths are spread evenly over ``prompt_tokens`` (both ends included)
     and shuffled; the ids are random ordinary tokens, so that no two prompts
