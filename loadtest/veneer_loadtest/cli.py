@@ -20,19 +20,19 @@ Examples:
 
   veneer-loadtest find-max --spawn --slo ttft=1s              the highest rate
 
-  veneer-loadtest swap --spawn                                cost of a change
+  veneer-loadtest swap --spawn                                cost of a swap
 
   veneer-loadtest report before.json after.json               side by side
 
   veneer-loadtest --install-completion                        Tab completes
 """
 
-cli = Program(help="Measure a Veneer server, and peers beside it.", epilog=_EXAMPLES)
+cli = Program(help="Measure a Veneer server, and compare it with others.", epilog=_EXAMPLES)
 
 
 @cli.callback()
 def top(version: VersionFlag = False) -> None:
-    """Measure a Veneer server, and peers beside it."""
+    """Measure a Veneer server, and compare it with others."""
 
 
 cli.command(epilog=run.EXAMPLES)(run.run)
@@ -44,8 +44,8 @@ cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 
 
 def main() -> None:
-    """Entry of the console script."""
-    # As Ctrl-C does: what this run started is stopped on the way out.
+    """Entry point of the console script."""
+    # As after Ctrl-C: everything that this run started is stopped on exit.
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
     cli()

@@ -1,4 +1,4 @@
-"""Facts about a run, and numbers as text."""
+"""Facts about a run, for its result."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _FOLDERS: Final = re.compile(
     r"|(?P<scheme>\bfile://)?(?<![^=:,/\s])/(?:[^/=:,\s]*/)*",
     re.IGNORECASE,
 )
-"""A URL, which is kept; or the folders of an absolute path: of a word, of a file URL, or
-after ``=``, ``:`` or ``,``."""
+"""A URL, which is kept; or the folders of an absolute path, which is a whole word, in a file
+URL, or after ``=``, ``:`` or ``,``."""
 
 
 def usable_cores() -> int:
@@ -45,8 +45,8 @@ def usable_cores() -> int:
 
 
 def spread(seconds: Iterable[float]) -> Spread:
-    """Of several samples, in milliseconds."""
-    values = [float(second) * 1e3 for second in seconds]  # of numpy, too
+    """The spread of several samples, in milliseconds."""
+    values = [float(second) * 1e3 for second in seconds]  # also numpy's
     p50, p99 = percentiles(values, [0.5, 0.99])
     return Spread(
         p50=p50,
@@ -74,13 +74,13 @@ def busy_share() -> float:
 
 
 def without_folders(argument: str) -> str:
-    """A part of a command line for a result, which others may read: of absolute paths only
-    the last name. URLs stay as they are, but for those of files."""
+    """A part of a command line for a result, which others may read: absolute paths are cut
+    to their last names. URLs other than file URLs stay as they are."""
     return _FOLDERS.sub(lambda found: found["url"] or found["scheme"] or "", argument)
 
 
 def conditions() -> dict[str, object]:
-    """When and where a run happened, and how busy the machine was at this moment."""
+    """When and where a run happened, and how busy the machine was at its start."""
     memory = psutil.virtual_memory()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -83,7 +83,7 @@ def prefix_table(levels: Sequence[prefix.Level]) -> Table:
 
 
 def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
-    """First tokens by where the adapter was."""
+    """First tokens by the tier that held the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("first token of")
     for column in ("p50", "p99", "range", "added p50", "load p50"):
@@ -110,7 +110,7 @@ def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
 
 
 def churn_table(churn: ChurnFigures) -> Table:
-    """Time between tokens, beside uploads and without."""
+    """Time between tokens, with and without uploads."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{churn.streams} streams beside {churn.publishes} {churn.by}s")
     for column in ("p50", "p99", "longest"):
@@ -172,7 +172,7 @@ def probes_table(probes: Sequence[Probe]) -> Table:
 
 
 def split_table(level: LoadLevel) -> Table:
-    """A level by the tier in which the server found the adapter."""
+    """A level, split by the tier in which the server found the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     adapters = "1 adapter" if level.adapters == 1 else f"{level.adapters} adapters"
     table.add_column(f"{adapters}, found in", no_wrap=True)

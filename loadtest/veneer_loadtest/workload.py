@@ -1,8 +1,7 @@
 """Synthetic adapters, from one seed.
 
-The adapters are different adapters (B is not zero, and each has its own random
-numbers), saved the way PEFT saves them, so that the server and the PEFT peer
-read the same files.
+They differ (B is not zero, and each has its own random numbers), and are saved as PEFT
+saves them, so that the server and PEFT read the same files.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 B_STD: Final = 0.05
-"""Spread of B: large enough that each adapter's log-probabilities are its own,
-small enough that the model still writes (see the gate's figures in a result)."""
+"""Standard deviation of B: large enough that each adapter changes log-probabilities clearly,
+small enough that the model still writes text (see the gate's figures in a result)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def read_base_shape(folder: Path) -> BaseShape:
 
 
 def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
-    """Sizes of the base model ``name``, as its server tells them.
+    """Sizes of the base model ``name``, as its server reports them.
 
     Raises:
         BadOption: it is not a Llama-like decoder.
@@ -128,7 +127,7 @@ def make_adapters(
 
 
 def adapter_name(number: int) -> str:
-    """What synthetic adapter ``number``, from 0, is called."""
+    """The name of synthetic adapter ``number``, from 0."""
     return f"load-{number}"
 
 
@@ -188,8 +187,7 @@ def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
 def _write_bf16(path: Path, tensors: Mapping[str, npt.NDArray[np.uint16]]) -> None:
     """A safetensors file: header length, JSON header, tensors back to back.
 
-    Written here because numpy has no bfloat16 that safetensors' own numpy
-    writer would take.
+    Written here because numpy has no bfloat16 for safetensors' own numpy writer.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
