@@ -72,9 +72,7 @@ def compare(
     llama_model: Annotated[
         Path | None, typer.Option(help="The base as GGUF, in any quantization.")
     ] = None,
-    streams: Annotated[
-        str, typer.Option(help="Concurrent streams; each number is a level.")
-    ] = "1,8,32",
+    streams: Annotated[str, typer.Option(help="Concurrent streams of each level.")] = "1,8,32",
     rate: Annotated[
         str,
         typer.Option(
