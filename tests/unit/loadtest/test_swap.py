@@ -1,4 +1,4 @@
-"""What a change of adapter costs, and what streams notice of uploads."""
+"""What a swap of adapters costs, and how uploads affect running streams."""
 
 from __future__ import annotations
 
