@@ -17,12 +17,12 @@ export HF_HUB_OFFLINE ?= 1
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(VENV)/.installed ## Make .venv with all extras, and the labs
+install: $(VENV)/.installed ## Make .venv with all extras, the labs and the peers
 
-$(VENV)/.installed: pyproject.toml labs/pyproject.toml
+$(VENV)/.installed: pyproject.toml labs/pyproject.toml peers/pyproject.toml
 	@echo 'installing Veneer with all extras into $(VENV): 1 to 3 minutes, and longer where torch is downloaded slowly'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[all,dev]' -e ./labs
+	$(BIN)/python -m pip install --quiet -e '.[all,dev]' -e ./labs -e ./peers
 	touch $@
 
 base: install ## Import the bundled base model into the cache that veneer-server uses

@@ -1,1 +1,1 @@
-"""Load tests: beside a peer, and what a swap of adapters costs."""
+"""Load tests of a server, and measurements of what a swap of adapters costs."""

@@ -1,4 +1,4 @@
-"""Entry of ``veneer-loadtest``: what it needs may not be installed."""
+"""Entry of ``veneer-loadtest``, which names its extra where that is not installed."""
 
 from __future__ import annotations
 

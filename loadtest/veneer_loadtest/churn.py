@@ -1,11 +1,11 @@
-"""Adapters published, or loaded, beside decoding streams: what those notice.
+"""How uploads or loads of adapters affect streams that decode meanwhile.
 
-Phases without and with uploads in turn (quiet, churn, churn, quiet ...). In each phase all
-streams decode from its beginning to its end (one that is as long as the context allows is
-followed by another), in a process of their own, so that this process's work on uploads is
-not taken for the server's. In a churn phase an
-adapter is replaced by another revision, which is activated, once a second; or one that is
-on DISK is activated, which leaves out what an upload costs on the machine of the client.
+Phases without and with uploads alternate (quiet, churn, churn, quiet ...). In each phase all
+streams decode from its beginning to its end (a stream that reaches the end of the context
+is followed by another). Their requests come from a separate process, so that this process's
+work on uploads is not measured as the server's. In a churn phase, once a second, an adapter
+is replaced by another revision, which is activated; or an adapter on DISK is activated,
+which leaves out what an upload costs on the client's machine.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from veneer_loadtest.workload import BaseShape, make_adapter
 __all__ = ["ChurnOptions", "churn", "figures"]
 
 NAMES: Final = ("churn-0", "churn-1")
-"""Published before, then replaced in turn."""
+"""Published before the phases, then replaced in turn."""
 
 SETTLE_S: Final = 2.0
-"""From a phase's start: prompts are prefilled, streams have joined."""
+"""From a phase's start until prompts are prefilled and all streams decode."""
 _TAIL: Final = 3
-"""Steps after an activation that still belong to it: what it copied, they may pay for."""
+"""Steps after an activation that count as part of it: its copies may slow them down."""
 _TOKENS: Final = 1900
 EVERY_S: Final = 1.0
 
 
 Window = tuple[float, float]
-"""Of ``time.monotonic()``, seconds."""
+"""Beginning and end, seconds of ``time.monotonic()``."""
 
 Bring = Callable[[int], Awaitable[Window | None]]
-"""Brings the adapter whose turn it is to DEVICE, as its number says; None: none is left."""
+"""Brings the adapter of that number to DEVICE; None: no adapter is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class ChurnOptions:
     """What is measured.
 
     Attributes:
-        adapters: that the streams use, in turn; published already.
-        phase_s: seconds of each phase, without its settling.
-        phases: of each kind.
-        context: tokens of the server's context.
-        by: what a churn phase does.
+        adapters: those that the streams use, in turn; already published.
+        phase_s: seconds of each phase, after it has settled.
+        phases: number of phases of each kind.
+        context: length of the server's context, in tokens.
+        by: how a churn phase brings adapters to DEVICE.
     """
 
     base: BaseShape
@@ -76,11 +76,11 @@ class ChurnOptions:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one phase gave.
+    """What one phase measured.
 
     Attributes:
-        arrivals: of each stream, when tokens came; seconds of ``time.monotonic()``.
-        windows: of each upload or activation, from its start to the adapter's being active.
+        arrivals: when tokens arrived, by stream; seconds of ``time.monotonic()``.
+        windows: each upload or activation, from its start until the adapter is active.
     """
 
     begin: float
@@ -97,8 +97,8 @@ async def churn(
     """Measure; the adapters published for it are deleted at the end.
 
     Args:
-        stopped: asked before each phase; ends them. Less than a phase of each kind is
-            nothing.
+        stopped: called before each phase; True ends the phases. Without a phase of each
+            kind there is no result.
 
     Raises:
         TargetFailed: a stream failed.
@@ -143,7 +143,7 @@ async def published(
     """The names with a first revision each, deleted at the end.
 
     Raises:
-        AdapterExists: somebody has one, which stays as it is.
+        AdapterExists: a name is taken; that adapter stays as it is.
     """
     async with AsyncExitStack() as new:
         for name in names:
@@ -160,7 +160,7 @@ async def _phase(
         arrivals=Closed(options.streams),
         popularity=Popularity("roundrobin"),
         prompt_tokens=Lengths(16, 64),
-        # So long that prompts are seldom computed within a phase.
+        # So long that few prompts are prefilled within a phase.
         tokens=Lengths(*[min(_TOKENS, options.context - 64)] * 2),
         duration_s=0.0,
         warmup_s=0.0,
@@ -198,7 +198,7 @@ async def _phase(
         loaded = await running
     for record in loaded.records:
         if record.outcome == "failed":
-            raise TargetFailed(f"a stream of the churn failed: {record.reason}")
+            raise TargetFailed(f"a stream beside the churn failed: {record.reason}")
     arrivals = [
         loaded.start + np.fromiter(record.arrivals_s(), dtype=np.float64)
         for record in loaded.records
@@ -207,8 +207,8 @@ async def _phase(
 
 
 async def _windows(bring: Bring | None, end: float) -> list[Window]:
-    """Bring an adapter in once a second until ``end``; without one, or when there is none
-    left, wait for it."""
+    """Bring an adapter to DEVICE once a second until ``end``; wait for ``end`` without
+    ``bring``, or when no adapter is left."""
     windows: list[Window] = []
     begin = time.monotonic()
     while bring is not None and (window := await bring(len(windows))) is not None:
@@ -238,7 +238,7 @@ async def _bring(
 def figures(
     streams: int, quiet: Sequence[Phase], churned: Sequence[Phase], by: ChurnBy = "upload"
 ) -> ChurnFigures:
-    """From phases to figures; milliseconds."""
+    """The figures of the phases, in milliseconds."""
     calm = np.concatenate([_gaps(phase)[0] for phase in quiet])
     parts = [_gaps(phase) for phase in churned]
     inside = np.concatenate([gaps[within] for gaps, within in parts])
@@ -266,8 +266,8 @@ Gaps = tuple[
 
 
 def _gaps(phase: Phase) -> Gaps:
-    """Seconds between the tokens of every stream since the phase's beginning, and of each
-    whether it touches a window (or is one of the few after it)."""
+    """Seconds between tokens of all streams since the phase's beginning, and for each
+    whether it overlaps a window (or is one of the few after it)."""
     gaps, within = [], []
     for arrivals in phase.arrivals:
         times = arrivals[arrivals >= phase.begin]
@@ -275,7 +275,7 @@ def _gaps(phase: Phase) -> Gaps:
         touches = np.zeros(len(after), dtype=np.bool_)
         for begin, end in phase.windows:
             if not len(before) or before[0] > end:
-                continue  # a stream that began later
+                continue  # this stream began after the window
             first = int(np.searchsorted(after, begin))
             last = int(np.searchsorted(before, end, side="right")) + _TAIL
             touches[first:last] = True

@@ -8,7 +8,8 @@ import sys
 from veneer_client.cli.context import VersionFlag
 from veneer_registry.command_line import Program
 
-from veneer_loadtest.commands import compare, find_max, prefix, report, run, swap
+from veneer_loadtest.commands import find_max, prefix, report, run, swap
+from veneer_loadtest.commands.compare import add_compare
 
 __all__ = ["cli", "main"]
 
@@ -19,32 +20,32 @@ Examples:
 
   veneer-loadtest find-max --spawn --slo ttft=1s              the highest rate
 
-  veneer-loadtest swap --spawn                                cost of a change
+  veneer-loadtest swap --spawn                                cost of a swap
 
   veneer-loadtest report before.json after.json               side by side
 
   veneer-loadtest --install-completion                        Tab completes
 """
 
-cli = Program(help="Measure a Veneer server, and peers beside it.", epilog=_EXAMPLES)
+cli = Program(help="Measure a Veneer server, and compare it with others.", epilog=_EXAMPLES)
 
 
 @cli.callback()
 def top(version: VersionFlag = False) -> None:
-    """Measure a Veneer server, and peers beside it."""
+    """Measure a Veneer server, and compare it with others."""
 
 
 cli.command(epilog=run.EXAMPLES)(run.run)
 cli.command("find-max", epilog=find_max.EXAMPLES)(find_max.find_max)
 cli.command(epilog=report.EXAMPLES)(report.report)
 cli.command(epilog=swap.EXAMPLES)(swap.swap)
-cli.command(epilog=compare.EXAMPLES)(compare.compare)
+add_compare(cli)
 cli.command(epilog=prefix.EXAMPLES)(prefix.prefix)
 
 
 def main() -> None:
-    """Entry of the console script."""
-    # As Ctrl-C does: what this run started is stopped on the way out.
+    """Entry point of the console script."""
+    # As after Ctrl-C: everything that this run started is stopped on exit.
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
     cli()

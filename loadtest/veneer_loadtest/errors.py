@@ -1,4 +1,4 @@
-"""What can be wrong with a run, told in one line that says what to do."""
+"""What can go wrong in a run; each message is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 
 
 class BadOption(VeneerError):
-    """A command-line value that cannot be used; says what would do (metadata ``field``, the
+    """An invalid option value; the message says what is valid (metadata ``field``, the
     option, or ``one_of``)."""
 
     code = "INVALID_ARGUMENT"
@@ -30,14 +30,14 @@ class BadTrace(VeneerError):
 
 
 class TargetFailed(VeneerError):
-    """The server under test cannot be loaded: not there, or not what was said."""
+    """The server under test cannot be loaded: it is not there, or not what the options say."""
 
     code = "FAILED_PRECONDITION"
     reason = "TARGET_FAILED"
 
 
 class GeneratorFailed(VeneerError):
-    """A worker process of the load generator ended before its time."""
+    """A worker process of the load generator ended too early."""
 
     code = "INTERNAL"
     reason = "GENERATOR_FAILED"
@@ -51,10 +51,10 @@ class BadResult(VeneerError):
 
 
 class HttpFailed(VeneerError):
-    """An endpoint refused or broke off.
+    """An endpoint rejected a request or ended an answer early.
 
     Attributes:
-        word: why, in its own word where it gave one.
+        word: the endpoint's own word for the reason, if it gave one.
     """
 
     code = "INTERNAL"

@@ -1,4 +1,4 @@
-"""Files out of the page cache, so that reading them is reading the disk."""
+"""Drops files from the page cache, so that they are read from the disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ def drop(folder: Path) -> bool:
     """Ask the kernel to forget every file under ``folder``.
 
     Returns:
-        whether it did: some file systems keep pages, some kernels do not know the call.
-        Needs no privileges, and touches no other file.
+        whether it did: some file systems keep pages, some kernels lack the call.
+
+    Needs no privileges, and affects no other file.
     """
     if not hasattr(os, "posix_fadvise"):
         return False
@@ -21,10 +22,10 @@ def drop(folder: Path) -> bool:
     for path in files:
         try:
             descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # the server deleted it meanwhile
+        except FileNotFoundError:  # the server has deleted it
             continue
         try:
-            os.fsync(descriptor)  # only clean pages are forgotten
+            os.fsync(descriptor)  # only clean pages are dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)

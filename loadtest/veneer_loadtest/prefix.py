@@ -1,8 +1,8 @@
-"""What the prefix cache gains: prompts with a long common beginning, cache on and off.
+"""What the prefix cache gains: prompts with a long shared prefix, cache on and off.
 
-Every adapter has a prefix of its own (K and V depend on the adapter, so adapters share
-nothing); each round sends new endings after it. Rounds alternate off, on, on, off, so
-that a machine that drifts harms both alike.
+Every adapter has its own prefix (K and V depend on the adapter, so adapters share nothing);
+each round sends new endings after it. Rounds alternate off, on, on, off, so that drift of
+the machine affects both alike.
 
 A result file holds:
 
@@ -36,7 +36,7 @@ class PrefixOptions:
 
     Attributes:
         adapters: names, or one empty name for the base model.
-        shared, own: tokens of the common beginning and of each request's ending.
+        shared, own: tokens of the shared prefix and of each request's own ending.
         repeat: pairs of rounds, with and without the cache.
     """
 
@@ -51,7 +51,7 @@ class PrefixOptions:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Rounds of one number of streams; a ``share`` is of prompt tokens."""
+    """Rounds at one number of streams; ``cached_share`` is of prompt tokens."""
 
     streams: int
     off: tuple[Round, ...]
@@ -60,12 +60,12 @@ class Level:
 
     @property
     def first_token_gain(self) -> float:
-        """Median first token without the cache over that with it."""
+        """Median first token without the cache / with it."""
         return _first_token(self.off) / _first_token(self.on)
 
     @property
     def throughput_gain(self) -> float:
-        """Tokens a second with the cache over those without."""
+        """Tokens per second with the cache / without it."""
         return _speed(self.on) / _speed(self.off)
 
     def as_json(self) -> dict[str, object]:
@@ -107,7 +107,7 @@ async def measure(
         TargetFailed: a call failed.
     """
     prefixes = _prefixes(options)
-    # Fills the cache, and warms the server up for both.
+    # Fills the cache and warms up the server for both.
     warm = _load(options, len(prefixes), own=0, tokens=1, seed=options.seed)
     await send_round("veneer", warm, VeneerSpec(client.address, True, prefixes))
     rounds: dict[bool, list[Round]] = {False: [], True: []}
@@ -135,7 +135,7 @@ def _prefixes(options: PrefixOptions) -> dict[str, tuple[int, ...]]:
 def _load(
     options: PrefixOptions, streams: int, *, own: int, tokens: int, seed: int
 ) -> LoadSpec:
-    """One request for each stream, all at once, with ``own`` tokens after the beginning."""
+    """One request for each stream, all at once, with ``own`` tokens after the prefix."""
     return LoadSpec(
         adapters=options.adapters,
         arrivals=Closed(streams),

@@ -1,4 +1,4 @@
-"""Percentiles of samples: every figure of this package is made by the one rule here."""
+"""Percentiles of samples, by one rule for every figure of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Samples = Sequence[float] | npt.NDArray[np.float64]
 
 
 def percentiles(values: Samples, shares: Samples) -> list[float]:
-    """The values below which each of ``shares`` (0 to 1) of ``values`` lie, interpolated.
+    """The values below which each of ``shares`` (0 to 1) of ``values`` lies, interpolated.
 
     Raises:
         ValueError or IndexError: there are no values.
@@ -23,7 +23,7 @@ def percentiles(values: Samples, shares: Samples) -> list[float]:
 
 
 def percentile(values: Samples, share: float) -> float:
-    """The same of one share."""
+    """The same for one share."""
     return percentiles(values, [share])[0]
 
 

@@ -1,8 +1,7 @@
-"""Facts about a run, and numbers as text."""
+"""Facts about a run, for its result."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import json
 import os
@@ -10,7 +9,6 @@ import platform
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,22 +26,17 @@ __all__ = [
     "spread",
     "usable_cores",
     "versions",
-    "wait_until_idle",
     "without_folders",
     "write_json",
 ]
-
-_WINDOW_S: Final = 0.2
-_QUIET_WINDOWS: Final = 2
-_QUIET_PERCENT: Final = 5.0
 
 _FOLDERS: Final = re.compile(
     r"(?P<url>\b(?!file:)[a-z][a-z0-9+.-]+://[^\s,]*)"
     r"|(?P<scheme>\bfile://)?(?<![^=:,/\s])/(?:[^/=:,\s]*/)*",
     re.IGNORECASE,
 )
-"""A URL, which is kept; or the folders of an absolute path: of a word, of a file URL, or
-after ``=``, ``:`` or ``,``."""
+"""A URL, which is kept; or the folders of an absolute path, which is a whole word, in a file
+URL, or after ``=``, ``:`` or ``,``."""
 
 
 def usable_cores() -> int:
@@ -52,8 +45,8 @@ def usable_cores() -> int:
 
 
 def spread(seconds: Iterable[float]) -> Spread:
-    """Of several samples, in milliseconds."""
-    values = [float(second) * 1e3 for second in seconds]  # of numpy, too
+    """The spread of several samples, in milliseconds."""
+    values = [float(second) * 1e3 for second in seconds]  # also numpy's
     p50, p99 = percentiles(values, [0.5, 0.99])
     return Spread(
         p50=p50,
@@ -80,31 +73,14 @@ def busy_share() -> float:
     return minute / usable_cores()
 
 
-async def wait_until_idle(limit_s: float) -> bool:
-    """Wait until the cores do nothing; whether they do nothing within ``limit_s``.
-
-    Threads of what ran before spin on for a while (vLLM's for a second), and would be
-    measured with what runs next.
-    """
-    end = time.monotonic() + limit_s
-    quiet = 0
-    psutil.cpu_percent()
-    while quiet < _QUIET_WINDOWS:
-        if time.monotonic() > end:
-            return False
-        await asyncio.sleep(_WINDOW_S)
-        quiet = quiet + 1 if psutil.cpu_percent() <= _QUIET_PERCENT else 0
-    return True
-
-
 def without_folders(argument: str) -> str:
-    """A part of a command line for a result, which others may read: of absolute paths only
-    the last name. URLs stay as they are, but for those of files."""
+    """A part of a command line for a result, which others may read: absolute paths are cut
+    to their last names. URLs other than file URLs stay as they are."""
     return _FOLDERS.sub(lambda found: found["url"] or found["scheme"] or "", argument)
 
 
 def conditions() -> dict[str, object]:
-    """When and where a run happened, and how busy the machine was at this moment."""
+    """When and where a run happened, and how busy the machine was at its start."""
     memory = psutil.virtual_memory()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

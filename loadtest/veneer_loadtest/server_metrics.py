@@ -1,4 +1,4 @@
-"""What a Veneer server says of itself to Prometheus, read while a load runs."""
+"""A Veneer server's Prometheus metrics, read while a load runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Counters:
         return int(sum(self._samples[f"veneer_{name}"].values()))
 
     def by(self, name: str, *labels: str) -> dict[str, int]:
-        """Of ``veneer_NAME``, sums by the values of ``labels``, joined by spaces."""
+        """Sums of ``veneer_NAME`` by the values of ``labels``, joined by spaces."""
         sums: dict[str, int] = defaultdict(int)
         for series, value in self._samples[f"veneer_{name}"].items():
             own = dict(series)
@@ -49,7 +49,7 @@ async def read_counters(address: str) -> Counters:
     """Scrape ``HOST:PORT``.
 
     Raises:
-        TargetFailed: nobody answers there, or no Veneer server.
+        TargetFailed: no server answers there, or it is not Veneer.
     """
 
     def get() -> str:
@@ -93,13 +93,13 @@ class MetricsWatch:
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait((self._task,))
-        with suppress(TargetFailed):  # a server that is gone has no last word
+        with suppress(TargetFailed):  # a server that is gone has no last counts
             await self._settle()
             self._whole = True
 
     async def _settle(self) -> None:
-        """Scrape until the server has counted the last request: an answer may arrive
-        before it has, and what a caller left ends a step later."""
+        """Scrape until the server has counted the last request: an answer may arrive earlier,
+        and a cancelled request ends a step later."""
         deadline = self._now() + _SETTLE_S
         while True:
             await self._scrape()
@@ -112,7 +112,7 @@ class MetricsWatch:
             await asyncio.sleep(_SETTLE_EVERY_S)
 
     def residency(self, start: float) -> Residency:
-        """Adapters by tier over time; ``start``: of the load, of the same clock."""
+        """Adapters by tier over time; ``start``: when the load began, on the same clock."""
         tiers = sorted(
             {t for each in self._scrapes for t in each.by("adapters_resident", "tier")}
         )
@@ -128,8 +128,8 @@ class MetricsWatch:
         )
 
     def counts(self, client: Totals, *, comparable: bool) -> ServerCounts | None:
-        """What the server counted between entry and exit, beside the client's totals; None
-        where it could not be asked at the end."""
+        """What the server counted between entry and exit, compared with the client's totals;
+        None if it could not be scraped at the end."""
         if not self._whole:
             return None
         before, after = self._scrapes[0], self._scrapes[-1]
@@ -161,7 +161,7 @@ class MetricsWatch:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(_EVERY_S)
-            with suppress(TargetFailed):  # a missing point; the end decides
+            with suppress(TargetFailed):  # a missing point; only the last scrape matters
                 await self._scrape()
 
     async def _scrape(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run stands on: the base's folder, the adapters' folder, a server."""
+"""What a run needs: the base's folder, the adapters' folder, a server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Target:
 
     Attributes:
         command: how it was started.
-        data_dir: of a server of this run's own: its adapters' files.
+        data_dir: a spawned server's data folder, with its adapters' files.
     """
 
     client: AsyncClient
@@ -53,13 +53,13 @@ async def target(
     threads: int,
     flags: Sequence[str],
 ) -> AsyncIterator[Target]:
-    """A server of this run's own (``spawn``), or the one at ``address``.
+    """A server spawned for this run (``spawn``), or the one at ``address``.
 
     Args:
-        base_folder: what a spawned one serves; None: the bundled base.
+        base_folder: the base that a spawned server serves; None: the bundled one.
 
     Raises:
-        BadOption: neither, or both; or there is no base to spawn a server with.
+        BadOption: neither or both are given, or there is no base to spawn a server with.
         ServerUnreachable: it did not start.
     """
     if spawn == (address is not None):
@@ -86,15 +86,16 @@ async def published(
     activate: bool = True,
     keep: bool = False,
 ) -> AsyncIterator[None]:
-    """Adapters on the server, activated unless told not to be; at the end those are
-    deleted that were not there before: the server may be somebody's.
+    """Publish adapters on the server and activate them; at the end, delete those that were
+    not there before: the server may be somebody else's.
 
     Args:
-        named: pairs are asked for one at a time, so that many need not lie on disk at once.
-        keep: delete none.
+        named: pairs are taken one at a time, so that not all need to be on disk at once.
+        activate: False only publishes them.
+        keep: do not delete them.
 
     Raises:
-        AdapterExists: a name holds something else, which stays as it is.
+        AdapterExists: a name is taken by another adapter, which stays as it is.
     """
     async with AsyncExitStack() as new:
         for name, folder in named.items() if isinstance(named, Mapping) else named:
@@ -106,7 +107,7 @@ async def published(
 
 
 async def remove(client: AsyncClient, name: str) -> None:
-    """Delete what this run published. Where that fails the figures still count."""
+    """Delete what this run published. If that fails, the figures are still valid."""
     try:
         await client.delete(name)
     except VeneerError as error:
@@ -114,9 +115,9 @@ async def remove(client: AsyncClient, name: str) -> None:
 
 
 def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape | None:
-    """Sizes of the base that a server serves, for adapters and token ids, as it says itself.
+    """Sizes of the base that a server serves, for adapters and token ids, as it reports them.
     An older server does not: then those of the folder ``given``, else of the bundled base
-    where that is what it serves, else None.
+    if the server serves that, else None.
 
     Raises:
         BadOption: ``given`` is not a base's folder.
@@ -130,10 +131,10 @@ def served_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape | N
 
 
 def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape:
-    """`served_shape`, for a load that cannot do without.
+    """`served_shape`, for a load that needs it.
 
     Raises:
-        BadOption: it is not known, or as `served_shape`.
+        BadOption: it is unknown, or as `served_shape`.
     """
     shape = served_shape(info, given)
     if shape is None:
@@ -146,7 +147,7 @@ def needed_shape(info: ServerInfo, given: Path | None) -> workload.BaseShape:
 
 
 def find_base_folder(given: Path | None) -> Path:
-    """The base's Hugging Face folder: as given, else the bundled one's.
+    """The base's Hugging Face folder: the given one, else the bundled base's.
 
     Raises:
         BadOption: there is none.

@@ -1,10 +1,10 @@
-"""What a change of adapter costs: first tokens in a closed loop, one request at a time.
+"""What a swap of adapters costs: first tokens in a closed loop, one request at a time.
 
 Each round runs adapter A, then measures the first token of A again (resident, the
-yardstick), of B resident, of B in HOST only, of B on DISK only, and of a new adapter
-from the acknowledged upload on. Admin calls bring B to its tier before the clock
-starts; each case follows a request to A, so that it is a swap. Figures are differences
-within a round. The result is `results.SwapResult`.
+reference), of B resident, of B in HOST only, of B on DISK only, and of a new adapter
+from the acknowledged upload on. Admin calls bring B to its tier before each measurement;
+each case follows a request to A, so that it is a swap. Figures are differences within a
+round. The result is `results.SwapResult`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEW = "swap-new"
 
 
 class WrongTier(VeneerError):
-    """A request found its adapter elsewhere than the case is about."""
+    """A request found its adapter in another tier than the case needs."""
 
     code = "FAILED_PRECONDITION"
     reason = "WRONG_TIER"
@@ -46,7 +46,7 @@ class SwapOptions:
     """What `swap` measures: ``samples`` of each case, prompts of ``prompt_tokens``.
 
     Attributes:
-        data_dir: of the server, where this process may see it; else its files cannot be
+        data_dir: the server's, if this process can see it; else its files cannot be
             dropped from the page cache, and the case ``disk_cold`` is left out.
     """
 
@@ -67,8 +67,8 @@ class Sample:
 
 
 def case_figures(cases: Mapping[Case, list[Sample]]) -> dict[str, CaseFigures]:
-    """Of each case that was measured; ``same`` has a sample for each of the others'."""
-    same = cases["same"]  # a round is done or not at all, so they pair up
+    """The figures of each measured case; ``same`` has a sample for each of the others'."""
+    same = cases["same"]  # rounds are complete, so samples pair up
     return {
         case: CaseFigures(
             first_token_ms=spread(s.first_token_s for s in samples),
@@ -115,11 +115,11 @@ async def swap(
     """Measure; adapters are made in ``folder``, published, and deleted at the end.
 
     Args:
-        stopped: asked before each round; ends them.
+        stopped: called before each round; True ends the rounds.
 
     Returns:
-        samples by case, in rounds; ``disk_cold`` is empty where a file stayed in the page
-        cache.
+        samples by case, in order of rounds; ``disk_cold`` is empty if files stay in the
+        page cache.
 
     Raises:
         WrongTier: the server found an adapter in another tier than expected.
@@ -146,7 +146,7 @@ async def swap(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """One token of an adapter, and what the server says of it."""
+    """The first token of an adapter, and what the server reports about it."""
 
     adapter: str
     first_token_s: float
@@ -158,7 +158,7 @@ class _Answer:
 
 
 def _load(options: SwapOptions) -> LoadSpec:
-    """What the requests are drawn from."""
+    """The load that the requests are sampled from."""
     return LoadSpec(
         adapters=(A, B, NEW),
         arrivals=Closed(1),
@@ -175,7 +175,7 @@ def _load(options: SwapOptions) -> LoadSpec:
 
 
 class Bench:
-    """The adapters of one run, from the first to their deletion in `close`."""
+    """The requests of one run, and the adapters that it publishes."""
 
     def __init__(self, client: AsyncClient, options: SwapOptions, folder: Path) -> None:
         self._client = client
@@ -187,7 +187,7 @@ class Bench:
 
     async def publish(self, name: str) -> None:
         self._made += 1
-        # Its own seed each time: the same content would be a no-op.
+        # A new seed each time: publishing the same content would be a no-op.
         made = make_adapter(
             self._folder / f"{name}-{self._made}",
             self._options.base,
@@ -197,8 +197,8 @@ class Bench:
         await self._client.push(made, name)
 
     async def run(self, adapter: str) -> _Answer:
-        """One request, from this process: a worker's start would take longer than it."""
-        # A new prompt each time, so that no cache of prefixes can help.
+        """One request, from this process: starting a worker would take longer."""
+        # A new prompt each time, so that no prefix cache can help.
         self._asked += 1
         request = Planned(self._asked, 0.0, adapter, self._options.prompt_tokens, 1)
         first_s = None
@@ -207,11 +207,11 @@ class Bench:
             async for _ in stream:
                 first_s = first_s or time.perf_counter() - start
         if first_s is None:
-            raise TargetFailed(f"an answer of {adapter} had no token")
+            raise TargetFailed(f"an answer with {adapter} had no token")
         return _Answer(adapter, first_s, stream.facts)
 
     async def close(self) -> None:
-        """Close the connection that requests went over."""
+        """Close the connection to the server."""
         await self._target.close()
 
     async def sample(self, case: Case) -> Sample:

@@ -9,58 +9,24 @@ from rich.table import Table
 
 from veneer_loadtest import prefix
 from veneer_loadtest.results import (
-    AnswersGate,
     CaseFigures,
     ChurnFigures,
     CompareLevel,
     Distribution,
     Probe,
     Ratio,
-    ReferenceGate,
 )
 from veneer_loadtest.results import Level as LoadLevel
 
 __all__ = [
-    "answers_line",
     "churn_table",
     "compare_table",
-    "gate_line",
     "levels_table",
     "prefix_table",
     "probes_table",
     "split_table",
     "swap_table",
 ]
-
-
-def gate_line(gate: ReferenceGate) -> str:
-    """What the gate saw, in one sentence."""
-    text = (
-        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
-        f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
-        f"{gate.tokens} tokens; {gate.answers} answers miss PEFT's likeliest tokens by at most "
-        f"{gate.regret:.3f} nats a token (bound {gate.regret_bound})"
-    )
-    if gate.other_adapter_mean is None or gate.other_adapter_regret is None:
-        return text
-    return (
-        f"{text}; under another adapter these are {gate.other_adapter_mean:.2f} and "
-        f"{gate.other_adapter_regret:.2f}"
-    )
-
-
-def answers_line(name: str, gate: AnswersGate) -> str:
-    """What a peer's gate saw, in one sentence."""
-    text = (
-        f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
-        "nats a token"
-    )
-    if gate.other_regret is None:
-        return text
-    return (
-        f"{text}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
-        f"{gate.answers} are likeliest under their own"
-    )
 
 
 def compare_table(levels: Sequence[CompareLevel]) -> Table:
@@ -117,7 +83,7 @@ def prefix_table(levels: Sequence[prefix.Level]) -> Table:
 
 
 def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
-    """First tokens by where the adapter was."""
+    """First tokens by the tier that held the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("first token of")
     for column in ("p50", "p99", "range", "added p50", "load p50"):
@@ -144,7 +110,7 @@ def swap_table(cases: Mapping[str, CaseFigures]) -> Table:
 
 
 def churn_table(churn: ChurnFigures) -> Table:
-    """Time between tokens, beside uploads and without."""
+    """Time between tokens, with and without uploads."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{churn.streams} streams beside {churn.publishes} {churn.by}s")
     for column in ("p50", "p99", "longest"):
@@ -206,7 +172,7 @@ def probes_table(probes: Sequence[Probe]) -> Table:
 
 
 def split_table(level: LoadLevel) -> Table:
-    """A level by the tier in which the server found the adapter."""
+    """A level, split by the tier in which the server found the adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     adapters = "1 adapter" if level.adapters == 1 else f"{level.adapters} adapters"
     table.add_column(f"{adapters}, found in", no_wrap=True)

@@ -1,8 +1,7 @@
-"""What a load test sends: synthetic adapters and prompts, all from one seed.
+"""Synthetic adapters, from one seed.
 
-The adapters are different adapters (B is not zero, and each has its own random
-numbers), saved the way PEFT saves them, so that the server and the PEFT peer
-read the same files.
+They differ (B is not zero, and each has its own random numbers), and are saved as PEFT
+saves them, so that the server and PEFT read the same files.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ __all__ = [
     "ATTENTION",
     "PROJECTIONS",
     "BaseShape",
-    "Stream",
     "adapter_name",
     "adapter_seed",
     "make_adapter",
     "make_adapters",
-    "make_streams",
     "read_base_shape",
     "served_base_shape",
 ]
@@ -40,8 +37,8 @@ ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 B_STD: Final = 0.05
-"""Spread of B: large enough that each adapter's log-probabilities are its own,
-small enough that the model still writes (see the gate's figures in a result)."""
+"""Standard deviation of B: large enough that each adapter changes log-probabilities clearly,
+small enough that the model still writes text (see the gate's figures in a result)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +66,6 @@ class BaseShape:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """One request of a run: which adapter, and the prompt's token ids."""
-
-    adapter: str
-    prompt: tuple[int, ...]
-
-
 def read_base_shape(folder: Path) -> BaseShape:
     """Sizes of the base model in a Hugging Face folder.
 
@@ -99,7 +88,7 @@ def read_base_shape(folder: Path) -> BaseShape:
 
 
 def served_base_shape(name: str, told: veneer_client.BaseShape) -> BaseShape:
-    """Sizes of the base model ``name``, as its server tells them.
+    """Sizes of the base model ``name``, as its server reports them.
 
     Raises:
         BadOption: it is not a Llama-like decoder.
@@ -138,7 +127,7 @@ def make_adapters(
 
 
 def adapter_name(number: int) -> str:
-    """What synthetic adapter ``number``, from 0, is called."""
+    """The name of synthetic adapter ``number``, from 0."""
     return f"load-{number}"
 
 
@@ -189,34 +178,6 @@ def make_adapter(
     return folder
 
 
-def make_streams(
-    adapters: tuple[str, ...],
-    *,
-    count: int,
-    prompt_tokens: tuple[int, int],
-    vocab: int,
-    seed: int,
-) -> tuple[Stream, ...]:
-    """``count`` requests; request i uses adapter i modulo their number.
-
-    Prompt lengths are spread evenly over ``prompt_tokens`` (both ends included)
-    and shuffled; the ids are random ordinary tokens, so that no two prompts
-    share a prefix.
-    """
-    rng = np.random.default_rng(seed)
-    low, high = prompt_tokens
-    lengths = rng.permutation(np.linspace(low, high, count).round().astype(int))
-    # The first few hundred ids of most vocabularies are control and byte tokens.
-    first = min(1000, vocab // 2)
-    return tuple(
-        Stream(
-            adapter=adapters[i % len(adapters)],
-            prompt=tuple(int(t) for t in rng.integers(first, vocab, int(length))),
-        )
-        for i, length in enumerate(lengths)
-    )
-
-
 def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     """The bits of ``values`` rounded to the nearest bfloat16 (ties to even)."""
     bits = values.astype(np.float32).view(np.uint32)
@@ -226,8 +187,7 @@ def to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
 def _write_bf16(path: Path, tensors: Mapping[str, npt.NDArray[np.uint16]]) -> None:
     """A safetensors file: header length, JSON header, tensors back to back.
 
-    Written here because numpy has no bfloat16 that safetensors' own numpy
-    writer would take.
+    Written here because numpy has no bfloat16 for safetensors' own numpy writer.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

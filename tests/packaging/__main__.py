@@ -20,6 +20,8 @@ from pathlib import Path
 from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
 
 ROOT = Path(__file__).resolve().parents[2]
+BESIDE = ("veneer_labs", "veneer_peers")
+"""Packages of the repository that are installed beside the wheel."""
 
 
 def build(out: Path, *, compiler: bool = True) -> Path:
@@ -38,9 +40,9 @@ def build(out: Path, *, compiler: bool = True) -> Path:
         name for name in names if name.startswith("veneer_server/backends/native/prebuilt/")
     ]
     adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
-    labs = [name for name in names if name.startswith("veneer_labs") or "recipes" in name]
-    if labs:
-        raise Failed(f"labs and recipes are a package of their own, yet the wheel has {labs}")
+    beside = [name for name in names if name.startswith(BESIDE) or "recipes" in name]
+    if beside:
+        raise Failed(f"these belong to packages of their own, yet the wheel has them: {beside}")
     if "linux_x86_64" not in wheel.name or len(kernels) != 2 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
     return wheel

@@ -18,8 +18,9 @@ from veneer_client.local import LocalServer
 from veneer_labs import one_run
 from veneer_loadtest import setup
 from veneer_loadtest.load.generator import Worker
-from veneer_loadtest.peer import PeerError, PeftPeerProcess
-from veneer_loadtest.peers import vllm
+from veneer_peers import vllm
+from veneer_peers.errors import PeerError
+from veneer_peers.peft import PeftPeerProcess
 from veneer_registry.errors import Aborted, EngineFailed, InvalidField, ServerUnreachable
 from veneer_server.adapters.loader_process import Setup
 from veneer_server.adapters.loaders import Loader
@@ -39,7 +40,10 @@ from veneer_train.sandbox import run_python
 from tests.places import REPOSITORY
 from tests.unit.registry.kit import SHAPES
 
-PACKAGES = ("adapters_registry", "clients", "labs", "loadtest", "proto", "server", "training")
+PACKAGES = (
+    *("adapters_registry", "clients", "labs", "loadtest", "peers", "proto", "server"),
+    "training",
+)
 NAMES = (
     *("accelerate", "bitsandbytes", "gguf", "grpc", "jinja2", "llguidance", "msgspec", "numpy"),
     *("peft", "pip", "prometheus_client", "psutil", "safetensors", "tokenizers", "torch"),

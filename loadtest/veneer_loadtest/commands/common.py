@@ -1,4 +1,4 @@
-"""What the commands share: options, the warning of a busy machine, errors, results."""
+"""What the commands share: options, the warning about a busy machine, errors, results."""
 
 from __future__ import annotations
 
@@ -56,34 +56,34 @@ Server = Annotated[
     typer.Option(
         "--server",
         metavar="HOST:PORT",
-        help="Use a running one; what is published there is deleted at the end.",
+        help="Use a running server; adapters published there are deleted at the end.",
     ),
 ]
 BaseFolder = Annotated[
     Path | None,
-    typer.Option(help="Hugging Face folder of the base to spawn; else the bundled one."),
+    typer.Option(help="Hugging Face folder of the base to serve; default: the bundled one."),
 ]
-Threads = Annotated[int, typer.Option(help="Of each system; 0: one for each usable core.")]
+Threads = Annotated[int, typer.Option(help="Threads of each system; 0: one per usable core.")]
 ServerFlag = Annotated[
     list[str] | None, typer.Option(help="A flag for the spawned server; repeatable.")
 ]
-Rank = Annotated[int, typer.Option(help="Of the synthetic adapters.", min=1)]
-Seed = Annotated[int, typer.Option(help="Of adapters and prompts.")]
+Rank = Annotated[int, typer.Option(help="Rank of the synthetic adapters.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of adapters and prompts.")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result to it.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 _COLOURS: Final = {"bad": "red", "warn": "yellow", "good": "green"}
 
 _TABLE_WIDTH: Final = 140
-"""Columns of a file or pipe; 80, the default there, would cut tables."""
+"""Columns if the output is a file or pipe; 80, the default there, would cut tables."""
 
 OUT: Final = Console(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
 
 
 def warn_if_busy() -> None:
-    """Say so where other work will spoil the figures."""
+    """Warn if other work on the machine will spoil the figures."""
     share = report.busy_share()
     if share > BUSY:
         OUT.print(
@@ -136,10 +136,10 @@ def print_summary(figures: Mapping[str, float]) -> None:
 
 
 def check_writable(file: Path | None) -> None:
-    """Before a run, not after it.
+    """Check before a run, not after it, that the file can be written.
 
     Raises:
-        BadOption: the file's folder is not there, or it is a folder itself.
+        BadOption: the file's folder does not exist, or the file is a folder.
     """
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise BadOption(f"cannot write {file}: give a file in a folder that exists")

@@ -66,7 +66,7 @@ EXAMPLES = (
 )
 
 KEYS = ("max_rate", "tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")
-"""Of the summary; but for the first they are figures of the highest rate that kept."""
+"""Keys of the summary; all but the first are figures at ``max_rate``."""
 
 
 def find_max(
@@ -77,15 +77,17 @@ def find_max(
     model: Model = "",
     api: Api = ApiChoice.COMPLETIONS,
     share: Annotated[
-        float, typer.Option(help="Of the requests that must keep them.", min=0.01, max=1)
+        float,
+        typer.Option(help="Share of the requests that must keep the limits.", min=0.01, max=1),
     ] = 0.99,
-    begin: Annotated[float, typer.Option(help="First rate, requests a second.")] = 1.0,
+    begin: Annotated[float, typer.Option(help="First rate to try, requests per second.")] = 1.0,
     precision: Annotated[
-        float, typer.Option(help="End when the next rate that broke is so near.", min=0.01)
+        float,
+        typer.Option(help="Stop when the rates that kept and broke are so close.", min=0.01),
     ] = 0.1,
     arrivals: Annotated[str, typer.Option(help="poisson, constant or gamma:CV.")] = "poisson",
-    duration: Annotated[str, typer.Option(help="Of each rate.")] = "20s",
-    warmup: Annotated[str, typer.Option(help="Of it, in no figure.")] = "5s",
+    duration: Annotated[str, typer.Option(help="Length of the load at each rate.")] = "20s",
+    warmup: Annotated[str, typer.Option(help="Unmeasured part of --duration.")] = "5s",
     generate: GenerateOne = 8,
     adapters: AdaptersFolder = None,
     names: Names = "",
@@ -109,7 +111,7 @@ def find_max(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """The highest rate of requests that a server answers within limits."""
+    """Find the highest request rate that a server serves within latency limits."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]

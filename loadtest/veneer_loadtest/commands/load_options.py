@@ -1,4 +1,4 @@
-"""Options that ``run`` and ``find-max`` share, and what their texts mean."""
+"""Options that ``run`` and ``find-max`` share, and how their texts are parsed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _MOST_NAMES: int = 1_000_000
 
 
 class ApiChoice(Enum):
-    """Which of OpenAI's calls."""
+    """Which OpenAI API."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
@@ -68,7 +68,7 @@ ServerAddress = Annotated[
     typer.Option(
         "--server",
         metavar="HOST:PORT",
-        help="A running Veneer server; what is published there is deleted at the end.",
+        help="A running Veneer server; adapters published there are deleted at the end.",
     ),
 ]
 OpenAi = Annotated[
@@ -78,23 +78,25 @@ OpenAi = Annotated[
         help="An OpenAI-compatible server, without /v1; OPENAI_API_KEY is sent if set.",
     ),
 ]
-Model = Annotated[str, typer.Option(help="Of --openai: the base; else its first model.")]
-Api = Annotated[ApiChoice, typer.Option(help="Of --openai.")]
+Model = Annotated[str, typer.Option(help="With --openai: the base; default: its first model.")]
+Api = Annotated[ApiChoice, typer.Option(help="With --openai: which API.")]
 Metrics = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="Metrics of --server, for its counts and tiers over time."
+        metavar="HOST:PORT", help="Metrics of --server, for its counts and its tiers over time."
     ),
 ]
 BaseFolderOfLoad = Annotated[
     Path | None,
     typer.Option(
         "--base-folder",
-        help="Hugging Face folder of the base to spawn, else the bundled one; of --openai: "
-        "for prompts of token ids.",
+        help="Hugging Face folder of the base to serve; default: the bundled one. With "
+        "--openai: for prompts of token ids.",
     ),
 ]
-ThreadCount = Annotated[int, typer.Option("--threads", help="Of a spawned server; 0: all.")]
+ThreadCount = Annotated[
+    int, typer.Option("--threads", help="Of a spawned server; 0: one per core.")
+]
 Flags = Annotated[
     list[str] | None,
     typer.Option("--server-flag", help="A flag for the spawned server; repeatable."),
@@ -102,25 +104,28 @@ Flags = Annotated[
 Generate = Annotated[
     str,
     typer.Option(
-        metavar="N[,N...]", help="Make so many synthetic adapters; several: a load for each."
+        metavar="N[,N...]",
+        help="Synthetic adapters to make; several: a load for each.",
     ),
 ]
 GenerateOne = Annotated[
     int, typer.Option("--generate", help="Synthetic adapters to make; 0: the base.", min=0)
 ]
 AdaptersFolder = Annotated[
-    Path | None, typer.Option("--adapters", help="Publish the adapter folders in there.")
+    Path | None, typer.Option("--adapters", help="Publish the adapter folders in it.")
 ]
 Ranks = Annotated[
     str,
-    typer.Option("--rank", metavar="R[,R...]", help="Of the synthetic adapters; in turn."),
+    typer.Option(
+        "--rank", metavar="R[,R...]", help="Ranks of the synthetic adapters, in turn."
+    ),
 ]
 Targets = Annotated[
     str,
     typer.Option(help="Projections of the synthetic adapters: all, attention, or q_proj,..."),
 ]
 Keep = Annotated[
-    bool, typer.Option("--keep", help="Leave what is published there, for a further run.")
+    bool, typer.Option("--keep", help="Do not delete published adapters, for a later run.")
 ]
 Names = Annotated[
     str,
@@ -132,7 +137,7 @@ First = Annotated[
     str,
     typer.Option(
         metavar="N[,N...]",
-        help="Of --names or --adapters, the first so many; several: a load for each.",
+        help="Use the first N of --names or --adapters; with several, a load for each.",
     ),
 ]
 PopularityText = Annotated[
@@ -145,15 +150,15 @@ PopularityText = Annotated[
 PromptTokens = Annotated[
     str, typer.Option("--prompt-tokens", help="64, 16..64 or lognormal:MEAN:CV:MAX.")
 ]
-Tokens = Annotated[str, typer.Option("--tokens", help="New tokens; as --prompt-tokens.")]
+Tokens = Annotated[str, typer.Option("--tokens", help="New tokens; given as --prompt-tokens.")]
 CancelShare = Annotated[
-    float, typer.Option(help="Of the requests whose caller leaves early.", min=0, max=1)
+    float, typer.Option(help="Share of requests whose caller cancels early.", min=0, max=1)
 ]
 Text = Annotated[bool, typer.Option("--text", help="Prompts are words, not token ids.")]
 IgnoreEos = Annotated[
     bool,
     typer.Option(
-        help="Answers go on after an end of sequence; OpenAI's own API does not know it."
+        help="Answers continue after an end of sequence; OpenAI's own API cannot do that."
     ),
 ]
 PrefixCache = Annotated[
@@ -161,7 +166,8 @@ PrefixCache = Annotated[
 ]
 Timeout = Annotated[str, typer.Option(help="A request that takes longer has failed.")]
 Workers = Annotated[
-    int, typer.Option(help="Processes that send; 0: as the rate needs.", min=0, max=64)
+    int,
+    typer.Option(help="Sending processes; 0: as the rate needs.", min=0, max=64),
 ]
 
 
@@ -181,7 +187,7 @@ def load_spec(
     """The load that these options mean, still without adapters.
 
     Raises:
-        BadOption: a text means nothing.
+        BadOption: a text cannot be parsed.
     """
     return LoadSpec(
         adapters=(),
@@ -200,8 +206,8 @@ def load_spec(
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """``a,b``; ``a-{0..9}`` stands for ten names. ``base`` alone stays a name: the base
-    model is no name at all.
+    """``a,b``; ``a-{0..9}`` stands for ten names. ``base`` is a name like any other, not the
+    base model.
 
     Raises:
         BadOption: a range that counts down, or has more than a million names.

@@ -1,4 +1,4 @@
-"""How ``run`` and ``find-max`` end: files, the summary, an exit status."""
+"""How a command ends: files, the summary, the exit status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer_loadtest.results import FindMaxResult, Result, RunResult, write_resu
 __all__ = ["FailIf", "HtmlFile", "Label", "Outputs"]
 
 ENDED_EARLY: Final = 130
-"""Exit status after Ctrl-C, also of other programs."""
+"""The usual exit status after Ctrl-C."""
 FAIL_IF: Final = 3
 
 Label = Annotated[str, typer.Option("--label", help="Name of the run in reports.")]
@@ -30,7 +30,7 @@ HtmlFile = Annotated[
 ]
 FailIf = Annotated[
     list[str] | None,
-    typer.Option("--fail-if", metavar="COND", help="Exit 3 where it holds; repeatable."),
+    typer.Option("--fail-if", metavar="COND", help="Exit 3 if it holds; repeatable."),
 ]
 
 
@@ -39,7 +39,7 @@ class Outputs:
     """Where a result goes, and the conditions under which the command is to fail.
 
     Attributes:
-        more: other files and what writes them.
+        more: other files, and the functions that write them.
     """
 
     json_file: Path | None
@@ -48,7 +48,7 @@ class Outputs:
     more: Mapping[Path, Callable[[Path], None]]
 
     def check(self) -> None:
-        """Before the load, not after it.
+        """Check before the load, not after it.
 
         Raises:
             BadOption: a file cannot be written.
@@ -60,8 +60,8 @@ class Outputs:
         """Write and print everything.
 
         Raises:
-            typer.Exit: 1 where a file could not be written, 130 where the run was ended
-                early, 3 where a limit holds.
+            typer.Exit: 1 if a file could not be written, 130 if the run was ended early, 3
+                if a limit holds.
         """
         written = dict(self.more)
         if self.json_file is not None:
@@ -73,7 +73,7 @@ class Outputs:
         for file, write in written.items():
             try:
                 write(file)
-            except OSError as error:  # the other files, and the figures, are still worth it
+            except OSError as error:  # still write the other files and print the figures
                 unwritten = True
                 errors.print(f"[red]error:[/red] cannot write {escape(str(file))}: {error}")
             else:
@@ -85,7 +85,7 @@ class Outputs:
             raise typer.Exit(1)
         if result.partial:
             errors.print(
-                f"[yellow]partial:[/yellow] {escape(result.why)}; the figures are of what had "
+                f"[yellow]partial:[/yellow] {escape(result.why)}; the figures cover what had "
                 "ended by then"
             )
             raise typer.Exit(ENDED_EARLY)

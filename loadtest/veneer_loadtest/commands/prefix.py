@@ -40,13 +40,13 @@ EXAMPLES = (
 def prefix(
     spawn: Spawn = False,
     server: Server = None,
-    streams: Annotated[str, typer.Option(help="Concurrent streams, by level.")] = "1,8",
+    streams: Annotated[str, typer.Option(help="Concurrent streams of each level.")] = "1,8",
     generate: Annotated[int, typer.Option(help="Synthetic adapters; 0: the base.", min=0)] = 8,
     rank: Rank = 16,
-    shared: Annotated[int, typer.Option(help="Tokens of the common beginning.", min=1)] = 512,
-    own: Annotated[int, typer.Option(help="Tokens of each request's ending.", min=1)] = 16,
-    tokens: Annotated[int, typer.Option(help="New tokens of each stream.", min=2)] = 32,
-    repeat: Annotated[int, typer.Option(help="Rounds with and without.", min=1)] = 4,
+    shared: Annotated[int, typer.Option(help="Tokens of the shared prefix.", min=1)] = 512,
+    own: Annotated[int, typer.Option(help="Tokens of each request's own ending.", min=1)] = 16,
+    tokens: Annotated[int, typer.Option(help="New tokens per stream.", min=2)] = 32,
+    repeat: Annotated[int, typer.Option(help="Rounds with and without the cache.", min=1)] = 4,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
     server_flag: ServerFlag = None,
@@ -54,7 +54,7 @@ def prefix(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """What the prefix cache gains where prompts begin alike."""
+    """Measure what the prefix cache gains if prompts share a prefix."""
 
     async def work() -> None:
         levels = numbers_of("--streams", streams, least=1)

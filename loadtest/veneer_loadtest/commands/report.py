@@ -43,7 +43,7 @@ _COLUMN_WIDTH: Final = 16
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Of run, find-max, swap or compare, by --json."),
+        typer.Argument(metavar="FILE...", help="Of run, find-max, swap or compare --json."),
     ],
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
@@ -56,7 +56,7 @@ def report(
         check_writable(html_file)
         results = [read_result(file) for file in files]
         names = [file.name for file in files]
-        # First, since it refuses results that do not belong side by side.
+        # First, since it rejects results that cannot be shown side by side.
         told = page(results, names)
         loads = [each for each in results if isinstance(each, RunResult | FindMaxResult)]
         if loads:
@@ -100,7 +100,7 @@ def _print_others(results: Sequence[Result], names: Sequence[str]) -> None:
 
 
 def _table(columns: Sequence[Column], *, ratios: bool) -> Table:
-    """Figures as rows, so that names of runs may be long."""
+    """Figures as rows, so that columns can have long names."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for column in columns:

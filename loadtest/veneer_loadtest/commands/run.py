@@ -90,23 +90,24 @@ def run(
     model: Model = "",
     api: Api = ApiChoice.COMPLETIONS,
     rate: Annotated[
-        float | None, typer.Option(help="Open loop: mean requests a second.")
+        float | None, typer.Option(help="Open loop: mean requests per second.")
     ] = None,
     arrivals: Annotated[
-        str, typer.Option(help="Of the open loop: poisson, constant or gamma:CV.")
+        str, typer.Option(help="Arrivals of the open loop: poisson, constant or gamma:CV.")
     ] = "poisson",
     streams: Annotated[
-        int | None, typer.Option(help="Closed loop: so many requests at any time.")
+        int | None, typer.Option(help="Closed loop: this many requests at any time.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Replay the requests of a file, one JSON a line.")
+        Path | None,
+        typer.Option(help="Replay a file's requests, one JSON object a line."),
     ] = None,
-    speed: Annotated[float, typer.Option(help="Of the replay; 2: twice as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="Speed of the replay; 2: twice as fast.")] = 1.0,
     duration: Annotated[
-        str, typer.Option(help="Send no request after it; default 30s, of a trace its end.")
+        str, typer.Option(help="Send no request after it; default 30s, or a trace's end.")
     ] = "",
-    requests: Annotated[int, typer.Option(help="At most; 0: no limit.", min=0)] = 0,
-    warmup: Annotated[str, typer.Option(help="Sent, but in no figure.")] = "0s",
+    requests: Annotated[int, typer.Option(help="Most requests; 0: no limit.", min=0)] = 0,
+    warmup: Annotated[str, typer.Option(help="Sent, but not measured.")] = "0s",
     generate: Generate = "",
     adapters: AdaptersFolder = None,
     names: Names = "",
@@ -134,13 +135,14 @@ def run(
     label: Label = "",
     json_file: JsonFile = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write every request there.")
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write a row per request."),
     ] = None,
     html_file: HtmlFile = None,
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """Load a server as its users would, and tell what they would have seen."""
+    """Load a server as its users would, and report what they would have seen."""
 
     async def work() -> None:
         kept: list[tuple[int, float, list[Record]]] = []

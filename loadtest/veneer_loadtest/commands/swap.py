@@ -60,23 +60,23 @@ KEYS = (
 def swap(
     spawn: Spawn = False,
     server: Server = None,
-    samples: Annotated[int, typer.Option(help="Of each case.", min=1)] = 20,
+    samples: Annotated[int, typer.Option(help="Samples of each case.", min=1)] = 20,
     rank: Rank = 16,
-    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.", min=1)] = 40,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 40,
     churn_text: Annotated[
         str,
         typer.Option(
             "--churn",
-            help="Time of each phase of uploads beside streams, and of each without; 0: none.",
+            help="Length of each phase of streams with or without uploads; 0: no phases.",
         ),
     ] = "15s",
     churn_by: Annotated[
         ChurnBy,
         typer.Option(
-            help="What goes on beside the streams: uploads, or loads of what is on DISK.",
+            help="What happens while streams decode: uploads, or loads of adapters on DISK.",
         ),
     ] = "upload",
-    churn_phases: Annotated[int, typer.Option(help="Of each kind.", min=1)] = 2,
+    churn_phases: Annotated[int, typer.Option(help="Phases of each kind.", min=1)] = 2,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
     server_flag: ServerFlag = None,
@@ -87,8 +87,8 @@ def swap(
     fail_if: FailIf = None,
     debug: Debug = False,
 ) -> None:
-    """What a change of adapter costs, by the tier that holds the next one; and what streams
-    notice of adapters that are published beside them."""
+    """Measure what a swap of adapters costs, by the tier that holds the next one, and how
+    published adapters affect running streams."""
 
     async def work() -> None:
         limits = [parse_limit(each, KEYS) for each in fail_if or ()]
@@ -121,7 +121,7 @@ def swap(
                 if "disk_cold" not in cases:
                     OUT.print(
                         "[yellow]note:[/yellow] the adapters' files stayed in the page cache: "
-                        "disk figures are of a warm one (--spawn on a local disk drops them)",
+                        "disk figures are of a warm cache (--spawn on a local disk drops them)",
                         soft_wrap=True,
                     )
                 churned = None

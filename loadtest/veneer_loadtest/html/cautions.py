@@ -1,4 +1,4 @@
-"""What a reader must know before any figure: why results may not be what they seem."""
+"""What a reader must know before any figure: why results may be misleading."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from veneer_loadtest.results import LoadResult, Result
 __all__ = ["FEW", "Banner", "banners", "conditions_banners", "few_samples"]
 
 FEW: Final = 10
-"""With fewer samples than this a percentile says next to nothing."""
+"""With fewer samples than this a percentile means next to nothing."""
 
 _LATE_MS: Final = 10.0
-"""A generator that is later than this has measured itself."""
+"""A generator that sends later than this has measured itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Banner:
-    """``bad``: the figures are not of what was asked for; ``warn``: they may be off."""
+    """``bad``: the figures do not answer the question; ``warn``: they may be inaccurate."""
 
     kind: Literal["bad", "warn", "good"]
     head: str
@@ -31,7 +31,7 @@ class Banner:
 def banners(
     results: Sequence[LoadResult], columns: Sequence[Column], names: Sequence[str] = ()
 ) -> list[Banner]:
-    """The worst first."""
+    """All banners, the worst first."""
     found = conditions_banners(results, names)
     for column in columns:
         of = f" ({column.short})" if len(columns) > 1 else ""
@@ -48,14 +48,14 @@ def banners(
 
 
 def conditions_banners(results: Sequence[Result], names: Sequence[str] = ()) -> list[Banner]:
-    """What results of any kind may suffer from: an early end, a busy machine."""
+    """Problems that results of any kind can have: an early end, a busy machine."""
     found: list[Banner] = []
     for number, result in enumerate(results):
         of = f" ({name_of(results, number, names)})" if len(results) > 1 else ""
         if result.partial:
             why = result.why or "no reason was written"
             found.append(
-                Banner("bad", f"Partial{of}:", f"{why}. The figures are of what had ended.")
+                Banner("bad", f"Partial{of}:", f"{why}. The figures cover what had ended.")
             )
         found += _busy(result, of)
     return found
@@ -105,8 +105,8 @@ def few_samples(what: str, flag: str) -> Banner:
     """For figures of fewer than `FEW` samples.
 
     Args:
-        what: how many there are, and of what.
-        flag: that gives more.
+        what: their number, and what they are of.
+        flag: the option that gives more.
     """
     text = (
         f"{what}. With fewer than {FEW} a median is rough, and p90 and p99 are no more than "

@@ -1,4 +1,4 @@
-"""Results as columns: what a table shows side by side, and a plot in one colour each."""
+"""Results as columns: side by side in a table, one colour each in a plot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 MOST_DRAWN: Final = 8
-"""Columns in one plot: as many as can be told apart."""
+"""Most columns in one plot: as many as can be told apart."""
 _SHORT: Final = 28
 """Characters of a name that a plot has room for."""
 
@@ -41,8 +41,8 @@ class Column:
 
     Attributes:
         result: its number, from 0.
-        title: of a table's column; ``short``: of a plot's line.
-        rate: of a find-max's probe, requests/s; ``kept``: whether it kept the limits.
+        title: heading of a table's column; ``short``: label of a plot's line.
+        rate: of a probe of find-max, requests/s; ``kept``: whether it kept the limits.
     """
 
     result: int
@@ -62,7 +62,7 @@ def letter(number: int) -> str:
 
 
 def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -> str:
-    """A result's letter, where there are several, and its label, or its file's name."""
+    """A result's letter, if there are several, and its label, or its file's name."""
     label = results[number].label or (names[number] if number < len(names) else "")
     if len(results) == 1:
         return label
@@ -70,8 +70,8 @@ def name_of(results: Sequence[Result], number: int, names: Sequence[str] = ()) -
 
 
 def columns_of(results: Sequence[LoadResult], names: Sequence[str] = ()) -> list[Column]:
-    """Of a run each level. Of a find-max alone each probe, by rate; beside others the
-    highest that kept the limits, or else the lowest."""
+    """Of a run, each level. Of a single find-max, each probe, by rate; of several results, the
+    highest probe that kept the limits, or else the lowest."""
     columns: list[Column] = []
     for number, result in enumerate(results):
         name = name_of(results, number, names)
@@ -113,9 +113,9 @@ def _probes(result: FindMaxResult, number: int, name: str, *, alone: bool) -> li
 
 
 def drawn(columns: Sequence[Column]) -> list[Column]:
-    """Those that plots over time or of distributions show. Of a find-max's probes the
-    highest that kept the limits and the lowest above that broke them; of more columns than
-    can be told apart, some evenly chosen."""
+    """The columns for plots over time or of distributions. Of a find-max's probes, the highest
+    that kept the limits and the lowest above it that broke them; of more columns than can be
+    told apart, an evenly spaced selection."""
     if columns and all(column.rate is not None and column.result == 0 for column in columns):
         kept = [column for column in columns if column.kept][-1:]
         least = kept[0].rate or 0.0 if kept else 0.0
@@ -128,7 +128,7 @@ def drawn(columns: Sequence[Column]) -> list[Column]:
 
 
 def pairs(columns: Sequence[Column], results: int) -> list[tuple[Column, Column]]:
-    """Columns of two results that stand beside each other; none where they do not match."""
+    """Columns of two results that belong side by side; none if the results do not match."""
     if results != 2:
         return []
     first = [column for column in columns if column.result == 0]
@@ -146,7 +146,7 @@ def pairs(columns: Sequence[Column], results: int) -> list[tuple[Column, Column]
 class Figure:
     """A row of the key figures: ``group`` is a heading above it.
 
-    ``compared``: a ratio of two of them says something about what was loaded.
+    ``compared``: whether a ratio of two values says something about the target.
     """
 
     group: str
@@ -157,7 +157,7 @@ class Figure:
 
 
 def ratio(figure: Figure, first: Column, second: Column) -> float | None:
-    """second / first, where that means something."""
+    """second / first, if that is meaningful."""
     before, after = figure.get(first.level), figure.get(second.level)
     if not figure.compared or not before or after is None:
         return None
@@ -221,4 +221,4 @@ FIGURES: Final[tuple[Figure, ...]] = (
     Figure("Generator", "CPU, cores", lambda v: v.generator.cpu_share, amount, compared=False),
     Figure("Generator", "lost", lambda v: v.generator.lost, _whole, compared=False),
 )
-"""Each with its unit in its text. A row that no column has a value for is left out."""
+"""The rows of key figures. A row without a value in any column is left out."""

@@ -57,7 +57,7 @@ def compare_page(results: Sequence[CompareResult], names: Sequence[str] = ()) ->
 
 
 def _plots(result: CompareResult, number: int) -> list[Plot]:
-    """None where nothing was measured."""
+    """None if nothing was measured."""
     return [_throughput(result, number), _latency(result, number)] if result.levels else []
 
 
@@ -65,7 +65,7 @@ def _disturbed(result: CompareResult) -> list[Banner]:
     rounds = sum(level.disturbed for level in result.levels)
     if not rounds:
         return []
-    text = f"{count(rounds, 'round')} began while the machine did something else."
+    text = f"{count(rounds, 'round')} began while the machine was busy with something else."
     return [Banner("warn", "Disturbed:", text)]
 
 
@@ -131,7 +131,7 @@ def _throughput(result: CompareResult, number: int) -> Plot:
     if lines:
         lines.insert(0, "Veneer's tokens/s / each peer's; above 1 Veneer is better:")
     if any(level.rate for level in result.levels):
-        lines.append("In an open loop tokens come as requests do: the first tokens tell more.")
+        lines.append("In an open loop the request rate limits tokens/s: compare first tokens.")
     rounds = min(len(own.rounds) for lv in result.levels for own in lv.systems.values())
     note = "Bars: medians; lines: ranges of the rounds." if rounds > 1 else "Bars: one round."
     return Plot(title, "\n".join([*lines, note]), svg)

@@ -17,12 +17,12 @@ __all__ = ["document"]
 def document(
     template: str, title: str, lede: Sequence[str], banners: Sequence[Banner], **parts: Any
 ) -> str:
-    """The whole file. All text is escaped, but for plots, which are SVG already.
+    """The whole file. All text is escaped, except plots, which are already SVG.
 
     Args:
         template: ``load``, ``swap`` or ``compare``.
         lede: lines.
-        parts: what that template shows besides.
+        parts: what else that template shows.
     """
     page = _templates().get_template(f"{template}.html.j2")
     return page.render(title=title, lede=lede, banners=banners, **parts)
@@ -33,7 +33,7 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,  # a part that is not given is a mistake of ours
+        undefined=jinja2.StrictUndefined,  # a missing part is a bug of ours
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

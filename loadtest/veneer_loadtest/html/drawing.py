@@ -1,4 +1,4 @@
-"""What all plots share: colours, axes, and SVG that can stand beside other SVG."""
+"""What all plots share: colours, axes, and SVG that can share a page with other SVG."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ THEMED: Final = {
     "#9ca3af": "axis",
     "#e5e7eb": "grid",
 }
-"""Colours that the page's style sheet may replace; by the names of its variables."""
+"""Colours that the page's style sheet may replace, by the names of its variables."""
 
 TIERS: Final = ("device", "host", "disk")
 TIER_COLOURS: Final = {"device": "#0072B2", "host": "#E69F00", "disk": "#D55E00"}
@@ -115,7 +115,7 @@ _RC: Final = {
     "lines.linewidth": 1.5,
     "lines.markersize": 4.5,
     "hatch.linewidth": 0.6,
-    # A label may hold a dollar sign.
+    # A label may contain a dollar sign.
     "text.parse_math": False,
 }
 _SVG: Final = "{http://www.w3.org/2000/svg}"
@@ -123,17 +123,17 @@ _XLINK: Final = "{http://www.w3.org/1999/xlink}"
 ElementTree.register_namespace("", _SVG[1:-1])
 ElementTree.register_namespace("xlink", _XLINK[1:-1])
 _NOT_XML: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-"""Characters that a label may hold, and XML may not."""
+"""Characters that a label may contain but XML may not."""
 
 _WIDTH: Final = 10.4
-"""Inches; of 96 CSS pixels, as wide as the page."""
+"""Inches of 96 CSS pixels: as wide as the page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
     """A plot on the page; without ``svg`` it was left out, and ``caption`` says why.
 
-    A caption may have lines.
+    A caption may have several lines.
     """
 
     title: str
@@ -150,7 +150,7 @@ def canvas(
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), matplotlib.rc_context():
-        # Such as: a label's letter that is not in the font that widths are measured with.
+        # Such as: the font for measuring widths lacks a character of a label.
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -197,7 +197,7 @@ def _own(name: str, value: str, key: str) -> str:
 
 
 def legend(figure: Any, handles: Sequence[Any], most: int = 4) -> None:
-    """Above the plots, in at most so many columns."""
+    """A legend above the plots, in at most ``most`` columns."""
     columns = min(most, len(handles)) or 1
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
@@ -221,7 +221,7 @@ def result_lines(names: Sequence[str], *, dashed: bool = True, **more: Any) -> l
 
 
 def named_legend(figure: Any, names: Sequence[str], *, dashed: bool = False) -> None:
-    """Which colour is which result; none for one."""
+    """A legend of the results' colours; none for a single result."""
     if len(names) > 1:
         legend(figure, result_lines(names, dashed=dashed))
 
@@ -239,8 +239,8 @@ def log_axis(axis: Any, low: float, high: float) -> None:
 
 
 def from_zero(axis: Any, unit: str, room: float = 1.06) -> None:
-    """A linear upright axis from 0 to above all that was drawn on it and on those that
-    share it. Call it last: limits that are set stay."""
+    """A linear vertical axis from 0 to above everything drawn on it and on the axes that share
+    it. Call it last: it fixes the limits."""
     axis.set_ylabel(unit)
     highest = max(other.dataLim.y1 for other in axis.get_shared_y_axes().get_siblings(axis))
     axis.set_ylim(0, highest * room if highest > 0 and math.isfinite(highest) else 1.0)
@@ -254,14 +254,14 @@ def _plain(axis: Any) -> None:
 
 
 def whole_numbers(axis: Any) -> None:
-    """Upright: nothing between 1 and 2."""
+    """Only whole numbers on the vertical axis."""
     from matplotlib.ticker import MaxNLocator
 
     axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def seconds_axis(axis: Any, begin: float, end: float) -> None:
-    """Time, with whole seconds on it; none at the end, where the next plot's 0 stands."""
+    """A time axis with whole seconds; no label at the end, where the next plot's 0 is."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlim(begin, max(end, begin + 0.1))
@@ -270,7 +270,7 @@ def seconds_axis(axis: Any, begin: float, end: float) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Three to seven between these, if there can be."""
+    """Three to seven round numbers in this range, if possible."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
@@ -287,6 +287,6 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def tiers_in_order(names: Sequence[str]) -> list[str]:
-    """From the fastest on; others, such as ``none``, at the end."""
+    """The fastest first; others, such as ``none``, last."""
     known = [tier for tier in TIERS if tier in names]
     return known + sorted(name for name in names if name not in TIERS)

@@ -52,7 +52,7 @@ def _searches(results: Sequence[LoadResult]) -> bool:
 def _lede(
     results: Sequence[LoadResult], columns: Sequence[Column], names: Sequence[str]
 ) -> list[str]:
-    """What came out, in a sentence for each result."""
+    """The outcome, in a sentence for each result."""
     told = []
     for number, result in enumerate(results):
         own = [column for column in columns if column.result == number]

@@ -23,9 +23,9 @@ __all__ = ["page", "write_page"]
 
 
 def write_page(path: Path, results: Sequence[Result], names: Sequence[str] = ()) -> None:
-    """Write the page at once or not at all; its folder must exist.
+    """Write the page atomically; its folder must exist.
 
-    ``names``, such as the files', stand for results without a label.
+    ``names``, such as the files', are used for results without a label.
 
     Raises:
         BadResult: see `page`.
@@ -37,7 +37,7 @@ def page(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     """The whole document.
 
     Raises:
-        BadResult: results of different commands, which have nothing to lay side by side.
+        BadResult: results of different commands, which have nothing to compare.
     """
     loads = [result for result in results if isinstance(result, RunResult | FindMaxResult)]
     if len(loads) == len(results):

@@ -98,7 +98,7 @@ def _cdf(axis: Any, name: str, rows: Rows) -> None:
 
 
 def _latency_caption(kinds: Sequence[tuple[str, Rows]]) -> str:
-    """Of one run all three, of several their first tokens."""
+    """For one run all three latencies, for several only their first tokens."""
     things = {
         "First token": "the first tokens",
         "From one token to the next": "the tokens after them",

@@ -33,7 +33,7 @@ def against_adapters(results: Sequence[LoadResult], columns: Sequence[Column]) -
     counts = sorted({column.level.adapters for column in columns})
     if len(counts) < 2:
         told = f" ({counts[0]:,})" if counts else ""
-        return Plot(title, f"All loads were on one number of adapters{told}.")
+        return Plot(title, f"All loads used the same number of adapters{told}.")
     with canvas(1, 2, 3.3) as (figure, axes):
         for number in range(min(len(results), MOST_DRAWN)):
             own = [column for column in columns if column.result == number]
@@ -102,14 +102,14 @@ def _first_words(level: Level) -> str:
 
 
 def against_rate(results: Sequence[LoadResult]) -> list[Plot]:
-    """Of find-max: what share kept the limits at each rate; nothing for other results."""
+    """For find-max, the share that kept the limits at each rate; nothing for other results."""
     found = [(n, r) for n, r in enumerate(results) if isinstance(r, FindMaxResult)]
     if not found:
         return []
     title = "Against the rate: the search for the highest that keeps the limits"
     told = [(n, r) for n, r in found if r.probes]
     if not told:
-        return [Plot(title, "No rate was tried to its end.")]
+        return [Plot(title, "No rate was tried to the end.")]
     with canvas(1, 2, 3.5) as (figure, axes):
         for number, (_, result) in enumerate(told[:MOST_DRAWN]):
             _rate_lines(axes[0], result, number, alone=len(told) == 1)

@@ -34,7 +34,7 @@ CASES: Final = {
     "publish": "new, just\nuploaded",
 }
 _PHASES: Final = {
-    "quiet_ms": "with nothing beside",
+    "quiet_ms": "without uploads or loads",
     "inside_ms": "during an upload or load",
     "outside_ms": "between those",
 }
@@ -48,7 +48,7 @@ def swap_page(results: Sequence[SwapResult], names: Sequence[str] = ()) -> str:
     pairs = list(zip(results, told, strict=True))
     return document(
         "swap",
-        "What a change of adapter costs" + (f": {name}" if name else ""),
+        "What a swap of adapters costs" + (f": {name}" if name else ""),
         [_lede(result, name) for result, name in pairs],
         conditions_banners(results, names) + _few(results, told),
         facts=tables.plain_facts(results, told, [_workload(result) for result in results]),
@@ -152,12 +152,10 @@ def _first_tokens_caption(results: Sequence[SwapResult], names: Sequence[str]) -
 
 
 def _churn(results: Sequence[SwapResult], names: Sequence[str]) -> Plot:
-    title = "Time between tokens of running streams, beside uploads or loads"
+    title = "Time between tokens of running streams, with uploads or loads"
     told = [(r.churn, n) for r, n in zip(results, names, strict=True) if r.churn is not None]
     if not told:
-        return Plot(
-            title, "No adapter was uploaded or loaded beside running streams (--churn 0)."
-        )
+        return Plot(title, "No adapter was uploaded or loaded while streams ran (--churn 0).")
     with canvas(1, 1, 3.4) as (figure, axes):
         axis = axes[0][0]
         for number, (churn, _) in enumerate(told[:MOST_DRAWN]):

@@ -1,4 +1,4 @@
-"""The page's tables: what stands in which cell."""
+"""The page's tables: the content of each cell."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _BESIDE: Final = 6
-"""Columns in one table; more begin a new one, so that it is never wider than the page."""
+"""Most columns in a table; more start a new one, so that none is wider than the page."""
 _MOST_ADAPTERS: Final = 15
 _ALWAYS_DIFFERENT: Final = ("label", "time", "load average before")
 
@@ -188,7 +188,7 @@ def _ratio_rows(figure: Figure, block: Sequence[Column]) -> list[str]:
 
 
 def errors(columns: Sequence[Column]) -> list[Table]:
-    """Failed requests by reason; none where there are none."""
+    """Failed requests by reason; no table if none failed."""
     reasons = list(dict.fromkeys(reason for c in columns for reason in c.level.errors))
     rows = [[r, *(_number(c.level.errors.get(r, 0)) for c in columns)] for r in reasons]
     return _in_blocks("reason", columns, rows)
@@ -199,7 +199,7 @@ def _number(value: int) -> str:
 
 
 def _in_blocks(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[Table]:
-    """A table of a column each, in parts that fit the page; none without rows."""
+    """A table with a column for each load, in parts that fit the page; none without rows."""
     tables: list[Table] = []
     if not rows:
         return tables
@@ -241,13 +241,13 @@ def by_tier(columns: Sequence[Column]) -> list[Table]:
         if len(columns) > 1:
             rows.append([column.title])
         for tier in tiers_in_order([*column.level.by_tier]):
-            name = "none, or not told" if tier == "none" else tier.upper()
+            name = "none, or not reported" if tier == "none" else tier.upper()
             rows.append([name, *_split(column.level.by_tier[tier])])
     return [Table(["found in", *_SPLIT_HEAD], rows)] if rows else []
 
 
 def adapters(columns: Sequence[Column]) -> list[Table]:
-    """The most asked for of each column, and what the others had together."""
+    """The most requested adapters of each column, and the others together."""
     rows: list[Row] = []
     for column in columns:
         named = [item for item in column.level.by_adapter.items() if item[0] != OTHER]
@@ -269,7 +269,7 @@ def adapters(columns: Sequence[Column]) -> list[Table]:
 
 
 def server_counts(columns: Sequence[Column]) -> list[Table]:
-    """What the server counted; none where its metrics were not read."""
+    """What the server counted; no table if its metrics were not read."""
     servers = [column.level.server for column in columns]
     if not any(servers):
         return []

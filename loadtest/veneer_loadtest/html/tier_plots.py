@@ -31,16 +31,16 @@ _HATCHES: Final = ("", "///", "\\\\\\", "---", "|||", "xx", "++", "//")
 _WIDTHS: Final = {"device": 2.6}
 """Points; wide, so that another line above it does not hide it."""
 _WIDEST: Final = 0.1
-"""Share of the plot that a bar may take."""
+"""Share of the plot's height that a bar may take."""
 _LABELLED: Final = 12
-"""Bars that there is room to write a time above."""
+"""Most bars with room for a time above each."""
 
 
 def residencies(columns: Sequence[Column]) -> list[Plot]:
     """Adapters and bytes by tier over time; runs beside each other."""
     told = [(c, c.level.residency) for c in columns if c.level.residency is not None]
     if not told:
-        why = "Nothing is known of where adapters were: the server's metrics were not read"
+        why = "The tiers of adapters are unknown: the server's metrics were not read"
         return [Plot("Adapters by tier", f"{why} (--metrics).")]
     parts = [told[begin : begin + ROW] for begin in range(0, len(told), ROW)]
     return [_residency(part, number, len(parts)) for number, part in enumerate(parts)]
@@ -97,7 +97,7 @@ def _tier_legend(figure: Any, tiers: Sequence[str]) -> None:
 
 
 def _residency_caption(column: Column, held: Residency, named: bool) -> str:
-    # The metrics count all that the server holds: also adapters of other levels and callers.
+    # The metrics count everything that the server holds, for other levels and callers too.
     most = {tier: max(held.adapters[tier], default=0) for tier in held.adapters}
     parts = [
         f"{most[tier]:,} in {tier.upper()} ({bytes_words(max(held.bytes.get(tier) or [0]))})"
@@ -107,7 +107,7 @@ def _residency_caption(column: Column, held: Residency, named: bool) -> str:
     told = f"the load asked for {count(asked, 'adapter')}; the server held "
     told += f"at most {' and '.join(parts)}" if parts else "none"
     if max(most.values(), default=0) > asked:
-        told += ", others than the load's among them"
+        told += ", including adapters other than the load's"
     server = column.level.server
     if server is not None:
         evicted = {key: n for key, n in sorted(server.evictions.items()) if n}
@@ -132,7 +132,7 @@ def first_token_by_tier(columns: Sequence[Column]) -> Plot:
     }
     tiers = tiers_in_order([*found])
     if not set(tiers) - {"none"}:
-        return Plot(title, "The server told of no request where its adapter was found.")
+        return Plot(title, "The server reported for no request where its adapter was found.")
     with canvas(1, 1, 3.4) as (figure, axes):
         _tier_bars(axes[0][0], columns, tiers)
         _bar_legend(figure, columns)
@@ -174,7 +174,7 @@ def _tier_bars(axis: Any, columns: Sequence[Column], tiers: Sequence[str]) -> No
 
 
 def _bar_text(requests: int, p50: float, p99: float, bars: int) -> str:
-    """As much as there is room for."""
+    """As much text as there is room for."""
     if bars > _LABELLED:
         return f"{requests:,}"
     between = " / " if bars <= _LABELLED // 2 else "\n"
@@ -182,7 +182,7 @@ def _bar_text(requests: int, p50: float, p99: float, bars: int) -> str:
 
 
 def _tier_name(tier: str) -> str:
-    return "no adapter, or not told" if tier == "none" else tier.upper()
+    return "no adapter, or not reported" if tier == "none" else tier.upper()
 
 
 def _bar_legend(figure: Any, columns: Sequence[Column]) -> None:
@@ -214,5 +214,5 @@ def _tier_caption(column: Column, named: bool) -> str:
         of = "" if told else f" of {count(whole, 'request')} found their adapter"
         half = "" if p50 is None else f" (half of their first tokens within {ms(p50)})"
         told.append(f"{requests:,}{of} in {tier.upper()}{half}")
-    text = ", ".join(told) or "no tier was told"
+    text = ", ".join(told) or "no tier was reported"
     return f"{column.short}: {text}." if named else f"{text[0].upper()}{text[1:]}."

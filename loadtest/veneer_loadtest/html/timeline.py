@@ -34,7 +34,7 @@ ROW: Final = 4
 
 _BINS: Final = 60
 _LEAST_BIN_S: Final = 1.0
-"""Of a timeline: more and shorter ones are noise to the eye."""
+"""Most bins of a timeline: more and shorter ones look like noise."""
 
 
 def timelines(columns: Sequence[Column]) -> list[Plot]:
@@ -85,7 +85,7 @@ def _timeline(columns: Sequence[Column], number: int, parts: int) -> Plot:
 
 
 def _key(columns: Sequence[Column], end: float, *, waits: bool) -> list[str]:
-    """What marks mean, of those that were drawn."""
+    """What the marks mean, for those that were drawn."""
     told = []
     if any(column.load.warmup_s for column in columns):
         told.append("Shaded: warm-up.")
@@ -125,13 +125,13 @@ def _draw_waits(axis: Any, column: Column, tiers: Sequence[str]) -> None:
         at = [each.at_s for each in column.level.loads if each.tier == tier]
         colour = TIER_COLOURS.get(tier, GREY)
         axis.plot(at, [row] * len(at), "|", color=colour, markersize=9, markeredgewidth=1.4)
-    axis.set_yticks(range(len(tiers)), [tier.upper() or "not told" for tier in tiers])
+    axis.set_yticks(range(len(tiers)), [tier.upper() or "not reported" for tier in tiers])
     axis.set_ylim(len(tiers) - 0.4, -0.6)
     axis.grid(visible=False)
 
 
 def shade_warmup(axis: Any, column: Column, end: float) -> None:
-    """The warm-up grey, and a line where the load ended and its requests ran on."""
+    """Grey for the warm-up, and a line where the load ended but requests still ran."""
     if column.load.warmup_s:
         axis.axvspan(0, column.load.warmup_s, color="#9ca3af", alpha=0.22, linewidth=0)
     if 0 < column.load.duration_s < end:
@@ -139,7 +139,7 @@ def shade_warmup(axis: Any, column: Column, end: float) -> None:
 
 
 def _starts(line: Timeline) -> list[int]:
-    """Where bins begin, in buckets; what is left at the end belongs to the last one."""
+    """The first bucket of each bin; buckets left at the end belong to the last bin."""
     buckets = len(line.due)
     step = max(1, math.ceil(buckets / _BINS), round(_LEAST_BIN_S / line.bucket_s))
     return [number * step for number in range(max(1, buckets // step))]

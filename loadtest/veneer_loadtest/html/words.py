@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 BUSY: Final = 0.25
-"""Load average of the last minute / cores above which a result is not to be trusted."""
+"""Load average of the last minute / cores above which results are not to be trusted."""
 
 _TAIL: Final = 100
 """With fewer values than this the 99th percentile is only the longest, or nearly."""
 
 
 def amount(value: float) -> str:
-    """Three figures, or all those before the point: ``0.53``, ``80.9``, ``1,019``."""
+    """Three significant digits, or all before the point: ``0.53``, ``80.9``, ``1,019``."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -55,7 +55,7 @@ def ms(milliseconds: float) -> str:
 
 
 def share(value: float) -> str:
-    """``12.5%``; only all is 100%, and only none is 0%."""
+    """``12.5%``; exactly 1 is 100%, and exactly 0 is 0%."""
     text = f"{value:.1%}"
     if text == "100.0%":
         return "100%" if value >= 1 else "above 99.9%"
@@ -79,7 +79,7 @@ def bytes_words(size: float) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """At most so many characters."""
+    """At most this many characters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
@@ -99,14 +99,14 @@ def rate_words(rate: float) -> str:
 
 
 def adapters_words(names: Sequence[str]) -> str:
-    """How many, and the first few."""
+    """Their number, and the first few names."""
     shown = ["the base model" if not name else shortened(name, 40) for name in names[:3]]
     rest = ", …" if len(names) > len(shown) else ""
     return f"{count(len(names), 'adapter')} ({', '.join(shown)}{rest})"
 
 
 def load_words(load: LoadSpec, rates: Sequence[float] = ()) -> list[str]:
-    """A load in sentences; ``rates``: those that were tried, where there were several."""
+    """A load in sentences; ``rates``: those that were tried, if there were several."""
     told = [_arrivals(load, rates), _popularity(load.popularity)]
     prompts = "words" if load.text else "random token ids"
     told.append(
@@ -147,8 +147,8 @@ def _arrivals(load: LoadSpec, rates: Sequence[float]) -> str:
 
 def _popularity(popularity: Popularity) -> str:
     if popularity.kind == "identical":
-        return "All ask for the first adapter."
-    return f"Adapters are asked for by {popularity} popularity."
+        return "All requests use the first adapter."
+    return f"Adapters are requested with {popularity} popularity."
 
 
 def _lengths(lengths: Lengths) -> str:
@@ -172,7 +172,7 @@ def limits_words(limits: SloLimits) -> str:
 
 
 def load_average(conditions: Mapping[str, Any]) -> tuple[float, ...]:
-    """Of 1, 5 and 15 minutes; none where the file has none."""
+    """Load averages of 1, 5 and 15 minutes; none if the file has none."""
     found = conditions.get("load_average")
     if not isinstance(found, Sequence) or isinstance(found, str):
         return ()

@@ -1,1 +1,1 @@
-"""The load of ``veneer-loadtest run``: what is sent when, by whom, and what came of it."""
+"""The load of ``veneer-loadtest run``: its requests, who sends them, and their results."""

@@ -1,4 +1,4 @@
-"""Which adapters a load is on: those that are there, folders, or synthetic ones."""
+"""Which adapters a load uses: those the server has, folders, or synthetic ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _TELL_EVERY: int = 100
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """Which adapters: those that are there (``names``), folders, or synthetic ones.
+    """Which adapters: those the server has (``names``), folders, or synthetic ones.
 
     Attributes:
-        first: a level on the first so many of ``names`` or ``folder``; empty: all of them.
-        generate: how many synthetic ones, by level; empty: 8 where nothing else is given.
+        first: for each number, a level on that many of the first ``names`` or folders;
+            empty: one level on all of them.
+        generate: number of synthetic adapters, by level; empty: 8 if nothing else is given.
         ranks: of the synthetic ones, in turn.
-        targets: projections that they adapt.
-        keep: what is published stays.
+        targets: projections that synthetic adapters adapt.
+        keep: published adapters are not deleted at the end.
     """
 
     names: Sequence[str] = ()
@@ -40,14 +41,14 @@ class AdapterOptions:
     seed: int = 1
 
     def check(self, *, openai: bool, traced: bool) -> None:
-        """Raise `BadOption` for options that do not go together."""
+        """Raise `BadOption` for options that cannot be combined."""
         given = bool(self.names) + (self.folder is not None) + bool(self.generate)
         if given > 1:
             raise BadOption("give one of --names, --adapters and --generate")
         if openai and given and not self.names:
             raise BadOption(
                 "adapters can be pushed to a Veneer server only (--spawn or --server): load "
-                "them there, and give their names with --names a,b"
+                "them on the other server yourself, and name them with --names a,b"
             )
         if traced and (self.generate or self.first):
             raise BadOption(
@@ -59,14 +60,14 @@ class AdapterOptions:
             )
 
     def synthetic(self, *, traced: bool) -> bool:
-        """Whether they are made here, for the base that is served."""
+        """Whether the adapters are synthetic, made for the served base."""
         return self.folder is None and not self.names and not traced
 
     def levels(self, names: tuple[str, ...]) -> Sequence[tuple[str, ...]]:
         """The names of each level; ``("",)`` is the base.
 
         Raises:
-            BadOption: ``first`` asks for more than there are.
+            BadOption: ``first`` is more than there are.
         """
         if self.first and max(self.first) > len(names):
             raise BadOption(f"--first {max(self.first)}: there are {len(names)} adapters")
@@ -74,7 +75,7 @@ class AdapterOptions:
 
 
 def names_of(adapters: AdapterOptions, traced: Traced | None) -> tuple[str, ...]:
-    """What a trace asks for, else the names given; ``""`` is the base."""
+    """The adapters of the trace, else the given names; ``""`` is the base."""
     if traced is not None:
         return tuple(sorted({line.adapter for line in read_trace(Path(traced.path))}))
     return tuple(adapters.names) or ("",)
@@ -87,12 +88,12 @@ def chosen(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> tuple[Mapping[str, Path] | Iterable[tuple[str, Path]], Sequence[tuple[str, ...]]]:
-    """What to publish, and the names of each level.
+    """The adapters to publish, and the names of each level.
 
     Args:
-        shape: of the base that synthetic adapters are for; None where there are none.
-        scratch: a folder for them.
-        tell: told how far it is.
+        shape: of the base that synthetic adapters are for; None if there are none.
+        scratch: a folder for synthetic adapters.
+        tell: called with messages about progress.
     """
     if adapters.folder is not None:
         found = setup.find_adapters(adapters.folder)
@@ -113,8 +114,8 @@ def _made(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> Iterator[tuple[str, Path]]:
-    """Synthetic adapters, each removed when the next one is asked for: thousands of them
-    would fill a disk twice."""
+    """Synthetic adapters, each removed when the next one is requested: the server keeps its
+    own copy, and thousands of them would need the disk space twice."""
     for number, name in enumerate(names):
         folder = workload.make_adapter(
             scratch / name,

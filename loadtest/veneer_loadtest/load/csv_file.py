@@ -18,12 +18,11 @@ COLUMNS: Final = (
     "due_s", "sent_s", "first_token_ms", "end_to_end_ms", "queue_ms", "load_ms",
     "inter_token_mean_ms", "inter_token_max_ms", "prompt_tokens", "cached_tokens", "tokens",
 )  # fmt: skip
-"""``adapters``: of the level. Times in ``*_ms`` count from when the request was due."""
+"""``adapters``: number of adapters of the level. Times in ``*_ms`` count from the due time."""
 
 
 def write_csv(path: Path, levels: Iterable[tuple[int, float, Iterable[Record]]]) -> None:
-    """Write, at once or not at all, ``levels``: number of adapters, seconds of warm-up,
-    records."""
+    """Write ``levels`` (number of adapters, seconds of warm-up, records) atomically."""
     with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

@@ -1,4 +1,4 @@
-"""From the records of a load to its figures; see `results` for what they mean."""
+"""Computes the figures of a load from its records; `results` says what they mean."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ OTHER: Final = "_other"
 _MOST_ADAPTERS: Final = 200
 _MOST_LOADS: Final = 2000
 _BUCKETS: Final = 300
-"""At most, of a timeline: what a plot can show."""
+"""Most buckets of a timeline: as many as a plot can show."""
 _LOADED_MS: Final = 0.1
-"""A shorter wait for an adapter is none."""
+"""A shorter wait for an adapter does not count as one."""
 
 _ROUNDING_S: Final = 1e-3
-"""More than sums of 32-bit gaps are off by."""
+"""More than the error of a sum of 32-bit gaps."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,7 +106,7 @@ def level(
 
 
 def totals(records: Iterable[Record]) -> Totals:
-    """Of all requests, warm-up included."""
+    """The totals of all requests, warm-up included."""
     requests = prompt = new = 0
     for record in records:
         requests += 1
@@ -116,7 +116,7 @@ def totals(records: Iterable[Record]) -> Totals:
 
 
 def distribution(milliseconds: Samples) -> Distribution | None:
-    """None of nothing."""
+    """None if there are no values."""
     if not len(milliseconds):
         return None
     values = np.sort(np.asarray(milliseconds, dtype=np.float64))
@@ -147,8 +147,8 @@ def _gaps(records: Iterable[Record]) -> Floats:
 
 
 def _arrivals(records: Iterable[Record]) -> tuple[Floats, Floats]:
-    """When each message with tokens of all requests came, in no order, and how many tokens
-    it stands for: 1, but where a server says that its chunks held more."""
+    """When each message with tokens arrived, over all requests and unordered, and how many
+    tokens it counts for: 1, unless the server says that its chunks held more."""
     times, weights = [np.zeros(0)], [np.zeros(0)]
     for r in records:
         if r.first_s is None:

@@ -1,6 +1,6 @@
-"""The highest rate that keeps limits: rates doubled until one breaks them, then halved.
+"""The highest rate that keeps limits: the rate is doubled until it breaks them, then bisected.
 
-Each rate is an open loop of its own. A closed loop could not tell: it slows down with the
+Each rate is a separate open loop. A closed loop could not find it: it slows down with the
 server.
 """
 
@@ -14,17 +14,17 @@ from veneer_loadtest.results import Level, Probe
 __all__ = ["HIGHEST", "Tried", "find_max", "keeps"]
 
 HIGHEST: Final = 100_000.0
-"""Requests a second at which the search gives up: nothing broke."""
+"""Requests per second at which the search stops although no limit was broken."""
 
 _LOWEST: Final = 100
-"""The search gives up below the first rate / this."""
+"""The search gives up below the first rate divided by this."""
 
 Tried = Callable[[float], Awaitable[Level | None]]
-"""Loads at a rate; None: the search is to end."""
+"""Sends a load at a rate; None ends the search."""
 
 
 def keeps(level: Level, share: float) -> bool:
-    """Whether so large a share of the requests kept the limits; without any, no."""
+    """Whether at least ``share`` of the requests kept the limits; False if none succeeded."""
     return level.slo is not None and level.slo.share >= share and level.requests.ok > 0
 
 
@@ -36,11 +36,11 @@ async def find_max(
     Args:
         share: of the requests that must keep the limits.
         precision: the search ends when the lowest rate that broke the limits is at most
-            so much (0.1: 10 %) above the highest that kept them.
+            this much (0.1: 10 %) above the highest that kept them.
 
     Returns:
-        what was tried, in order; the highest rate that kept the limits (0: none of those
-        tried); whether a higher one was seen to break them.
+        the rates tried, in order; the highest rate that kept the limits (0: none did);
+        whether a higher one was seen to break them.
     """
     probes: list[Probe] = []
     good, bad = 0.0, HIGHEST

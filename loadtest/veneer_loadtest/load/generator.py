@@ -1,7 +1,7 @@
-"""The load generator: worker processes that share a load, and all that they tell.
+"""The load generator: worker processes that share a load, and the results they report.
 
-Processes, not threads: an event loop that sends a thousand requests a second has a core
-to itself, and what reads the answers late would be taken for a slow server.
+Processes, not threads: an event loop that sends a thousand requests per second needs a core
+to itself, and answers that are read late would make the server look slow.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from veneer_loadtest.load.wire import (
 __all__ = ["Loaded", "generate"]
 
 _HEAD_START_S: Final = 0.1
-"""From the last worker's being ready to the start of the load."""
+"""From when the last worker is ready to the start of the load."""
 
 
 @dataclass(slots=True)
 class Loaded:
-    """What a load gave; it grows while the load runs.
+    """The results of a load; they grow while it runs.
 
     Attributes:
-        start: of ``time.monotonic()``; 0 before the load has begun.
+        start: in ``time.monotonic()``; 0 before the load has begun.
         records: in the order in which requests ended.
         sent: requests begun, by worker.
-        wall_s: from the start to the last request's end; while it runs, to now.
+        wall_s: from the start to the last request's end, or to now while the load runs.
         cpu_s: CPU time of the generator: workers and this process.
-        stopped: it was ended before its time.
-        failure: why, where a worker process ended by itself; what the others did, and what
-            it had told by then, is here all the same.
+        stopped: the load was ended early.
+        failure: why a worker process ended by itself; the results of the others, and those
+            that it had reported by then, are kept.
     """
 
     start: float = 0.0
@@ -65,7 +65,7 @@ class Loaded:
 
     @property
     def lost(self) -> int:
-        """Requests sent of which nothing is known; 0 once a load has ended."""
+        """Requests that were sent but have no record; 0 once a load has ended."""
         return sum(self.sent.values()) - len(self.records)
 
 
@@ -78,12 +78,12 @@ async def generate(
     stop: asyncio.Event,
     on_progress: Callable[[Loaded], None] = lambda loaded: None,
 ) -> Loaded:
-    """Send a load and return what came of it.
+    """Send a load and return its results.
 
     Args:
         timeout_s: of each request; one that takes longer has failed.
-        stop: set it to end early: what runs is cancelled, what has ended is kept.
-        on_progress: called as results come in, some ten times a second for each worker.
+        stop: set it to end early: running requests are cancelled, ended ones are kept.
+        on_progress: called as results come in, about ten times per second and worker.
 
     Raises:
         TargetFailed: the target cannot be reached, or the load cannot be sent to it.
@@ -129,7 +129,7 @@ async def _gather(
     on_progress: Callable[[Loaded], None],
     stop: asyncio.Event,
 ) -> float:
-    """Collect what one worker tells until it is done; its CPU seconds."""
+    """Collect one worker's reports until it is done; returns its CPU seconds."""
     while True:
         try:
             message = await worker.hear(Progress, Done)
@@ -163,7 +163,7 @@ class Worker:
     async def __aexit__(self, *_: object) -> None:
         if self._process.returncode is None:
             pipe: Any = self._process.stdin
-            pipe.close()  # a worker whose generator has gone stops
+            pipe.close()  # a worker stops when its generator is gone
             try:
                 await asyncio.wait_for(self._process.wait(), 5.0)
             except TimeoutError:
@@ -176,7 +176,7 @@ class Worker:
             pipe.write(encode(message))
             await pipe.drain()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it ended; the next `hear` says so
+            pass  # the worker has ended; the next `hear` says so
 
     async def hear(self, *kinds: type[Any]) -> Any:
         pipe: Any = self._process.stdout
@@ -192,5 +192,5 @@ class Worker:
         if isinstance(message, Failed):
             raise TargetFailed(message.message, metadata=message.metadata)
         if not isinstance(message, kinds):
-            raise GeneratorFailed(f"worker {self.number} said {message!r} out of turn")
+            raise GeneratorFailed(f"worker {self.number} sent {message!r} unexpectedly")
         return message

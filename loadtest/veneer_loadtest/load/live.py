@@ -1,4 +1,4 @@
-"""What a load does at the moment, on a terminal."""
+"""A live view of a load on a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECENT_S: Final = 5.0
 
 
 class LiveView:
-    """A few lines that are redrawn; nothing where standard error is no terminal."""
+    """A few lines that are redrawn; nothing if standard error is not a terminal."""
 
     def __init__(self, title: str, duration_s: float) -> None:
         self._title = title
@@ -47,7 +47,7 @@ class LiveView:
             self._live.stop()
 
     def update(self, loaded: Loaded) -> None:
-        """Look at what has come; redraws a few times a second at most."""
+        """Show the results so far; redraws at most a few times per second."""
         if not self._console.is_terminal:
             return
         new = loaded.records[self._read :]

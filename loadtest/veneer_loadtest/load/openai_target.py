@@ -1,4 +1,4 @@
-"""Any endpoint that speaks OpenAI's completions or chat, streamed over HTTP."""
+"""Any endpoint with OpenAI's completions or chat API, streamed over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer_loadtest.load.targets import OpenAiSpec, Stream, Target
 __all__ = ["API_KEY", "OpenAiTarget", "list_models"]
 
 API_KEY: Final = "OPENAI_API_KEY"
-"""Environment variable of the key that is sent; it is in no option and no result."""
+"""Environment variable of the API key, which is in no option and no result."""
 
 _DATA: Final = b"data:"
 _LONGEST_LINE: Final = 8 << 20
@@ -28,8 +28,8 @@ _REVISION: Final = "veneer-revision"
 
 
 class _Sse(Stream):
-    """Server-sent events. A chunk with text is taken for one token, unless it tells its
-    ``token_ids``; the sum comes from ``usage``."""
+    """Server-sent events. A chunk with text counts as one token unless it has
+    ``token_ids``; the total comes from ``usage``."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         super().__init__()
@@ -146,10 +146,10 @@ def _refusal(status: int, body: bytes) -> HttpFailed:
 
 
 async def list_models(url: str) -> tuple[str, ...] | None:
-    """What ``GET /v1/models`` names; None where the endpoint has no such list.
+    """The models that ``GET /v1/models`` lists; None if the endpoint has no such list.
 
     Raises:
-        TargetFailed: nobody answers.
+        TargetFailed: no server answers.
     """
     async with _session() as session:
         return await _models(session, url)
@@ -171,9 +171,9 @@ def _session() -> aiohttp.ClientSession:
         headers["authorization"] = f"Bearer {key}"
     return aiohttp.ClientSession(
         headers=headers,
-        # As many connections as requests: a queue in here would hide the server's.
+        # As many connections as requests: a queue in the client would hide the server's.
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(),  # the worker's own timeout rules
+        timeout=aiohttp.ClientTimeout(),  # the worker has its own timeout
         read_bufsize=_LONGEST_LINE,
     )
 
@@ -188,7 +188,7 @@ def _failures(url: str) -> Iterator[None]:
         aiohttp.ServerTimeoutError,
     ) as error:
         raise TargetFailed(
-            f"nobody answers at {url}: give --openai the address of an OpenAI-compatible "
+            f"no server answers at {url}: give --openai the address of an OpenAI-compatible "
             f"server, without /v1 [{error}]",
             metadata={"address": url},
         ) from error

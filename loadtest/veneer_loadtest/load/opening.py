@@ -1,4 +1,4 @@
-"""From a command's options to something that can be loaded: target, adapters, checks."""
+"""Opens the target that a command's options name: its adapters, and checks of both."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TargetOptions:
 
     Attributes:
         openai: URL of an OpenAI-compatible server.
-        model: there, what requests without an adapter ask for.
-        metrics: ``HOST:PORT`` of a Veneer server's metrics; a spawned one's are known.
+        model: there, the model of requests without an adapter.
+        metrics: ``HOST:PORT`` of a Veneer server's metrics; known for a spawned one.
         text: prompts are words, not token ids.
     """
 
@@ -46,7 +46,7 @@ class TargetOptions:
     prefix_cache: bool = False
 
     def check(self) -> None:
-        """Raise `BadOption` for options that do not go together."""
+        """Raise `BadOption` for options that cannot be combined."""
         if self.spawn + (self.server is not None) + (self.openai is not None) != 1:
             raise BadOption(
                 "give one of --spawn (a Veneer server of this run's own), --server HOST:PORT "
@@ -72,7 +72,7 @@ class Opened:
     Attributes:
         facts: for the result file.
         adapters: names by level; ``("",)`` is the base.
-        vocab: token ids to draw from; 0: prompts are text.
+        vocab: number of token ids to sample from; 0: prompts are text.
         metrics: where to scrape, or None.
         notes: what a reader of the figures should know.
     """
@@ -94,14 +94,14 @@ async def opened(
 ) -> AsyncIterator[Opened]:
     """Start or find the target, publish adapters and check every name.
 
-    What was published is deleted at the end, unless it was there before or is to be kept.
+    Published adapters are deleted at the end, unless they were there before or are to be kept.
 
     Args:
-        tell: told how far it is, where that takes long.
+        tell: called with messages about progress, where it takes long.
 
     Raises:
-        BadOption: options that do not go together.
-        TargetFailed: nobody answers, or an adapter is not there.
+        BadOption: options that cannot be combined.
+        TargetFailed: no server answers, or it lacks an adapter.
         BadTrace: see `read_trace`.
     """
     target.check()
@@ -148,7 +148,7 @@ async def _veneer(
         text = target.text or shape is None
         if text and not target.text:
             notes.append(
-                f"the server does not tell the vocabulary of its base {info.base_model.name}: "
+                f"the server does not say the vocabulary of its base {info.base_model.name}: "
                 "prompts are words (give --base-folder its folder for token ids)"
             )
         with tempfile.TemporaryDirectory(prefix="veneer-loadtest-") as scratch:

@@ -1,7 +1,7 @@
-"""Which request comes when: a `LoadSpec` as an endless or finite row of requests.
+"""A `LoadSpec` as a finite or endless sequence of requests, each with its due time.
 
-Drawn in blocks, each quantity from a generator of its own, so that request number i is
-the same however many workers share the load and however far the row is read.
+Sampled in blocks, each quantity from its own random generator, so that request number i is
+the same however many workers share the load and however many requests are read.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Planned:
     Attributes:
         index: its number in the load, from 0.
         at_s: when it is due, seconds after the start; 0 in a closed loop.
-        prompt: text of its own, of a trace; "" where tokens are drawn.
-        leave_after: its caller leaves after so many tokens (0: at once); None: stays.
+        prompt: its text, from a trace; "" where tokens are sampled.
+        leave_after: its caller cancels after this many tokens (0: at once); None: never.
     """
 
     index: int
@@ -55,7 +55,7 @@ class Planned:
 
 
 def plan(spec: LoadSpec) -> Iterator[Planned]:
-    """The requests in order; endless for a closed loop without a limit of requests.
+    """The requests in order; endless for a closed loop without a request limit.
 
     Raises:
         BadTrace: at the first step.
@@ -111,7 +111,7 @@ def _leave(spec: LoadSpec, share: float, place: float, tokens: int) -> int | Non
 def _blocks(
     seed: int, name: str, draw: Callable[[np.random.Generator], npt.NDArray[np.generic]]
 ) -> Iterator[npt.NDArray[np.generic]]:
-    """Values of one quantity, from a generator that no other quantity uses."""
+    """Values of one quantity, from a random generator that no other quantity uses."""
     random = np.random.default_rng([seed, *name.encode()])
     while True:
         yield from draw(random)
@@ -151,7 +151,7 @@ def _leave_draws(
 
 
 def _which(popularity: Popularity, adapters: int, seed: int) -> Iterator[int]:
-    """Places in the list of adapters; see `Popularity`."""
+    """Indices into the list of adapters; see `Popularity`."""
     random = np.random.default_rng([seed, *b"which"])
     parameter = popularity.parameter
     match popularity.kind:
@@ -179,7 +179,7 @@ def _which(popularity: Popularity, adapters: int, seed: int) -> Iterator[int]:
 
 
 def prompt_ids(spec: LoadSpec, request: Planned) -> tuple[int, ...]:
-    """Random ordinary tokens, so that no two prompts share a beginning."""
+    """Random ordinary tokens, so that no two prompts share a prefix."""
     random = np.random.default_rng([spec.seed, request.index])
     # The first few hundred ids of most vocabularies are control and byte tokens.
     first = min(1000, spec.vocab // 2)

@@ -1,4 +1,4 @@
-"""What came of each request, as workers tell it."""
+"""The result of each request, as workers report it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import msgspec
 __all__ = ["Outcome", "Record", "pack_gaps"]
 
 Outcome = Literal["ok", "left", "failed", "stopped"]
-"""``left``: its caller left, as planned; ``stopped``: the run was ended under it."""
+"""``left``: its caller cancelled, as planned; ``stopped``: the run ended before it did."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One request. Times are seconds after the load's start.
 
     Attributes:
-        due_s: when it was to be sent. Latencies count from here, not from ``sent_s``: what
-            a generator that is late adds is part of what a user would wait.
-        first_s: its first token arrived; None: it never did.
-        end_s: its answer, its error, or its caller's leaving.
-        prompt_tokens, cached: as the server counts; 0 where it did not say.
-        tokens: new ones that arrived.
+        due_s: when it was to be sent. Latencies count from here, not from ``sent_s``: a user
+            would also wait for what a late generator adds.
+        first_s: when its first token arrived; None: never.
+        end_s: when its answer ended, it failed, or its caller left.
+        prompt_tokens, cached: as the server counts; 0 if it does not say.
+        tokens: new tokens that arrived.
         reason: of a failure: the server's, or ``TIMEOUT`` ...; else "".
-        tier: where the server found the adapter (``device`` ...); "" for the base, and
-            where a server does not say.
-        queue_s, load_s: as the server says; None where it does not.
+        tier: where the server found the adapter (``device`` ...); "" for the base, and if
+            the server does not say.
+        queue_s, load_s: as the server says; None if it does not.
         gaps: seconds between one arrival and the next, as 32-bit floats.
     """
 
@@ -51,12 +51,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     @property
     def first_token_s(self) -> float | None:
-        """From when it was due to its first token."""
+        """From its due time to its first token."""
         return None if self.first_s is None else self.first_s - self.due_s
 
     @property
     def whole_s(self) -> float:
-        """From when it was due to its end."""
+        """From its due time to its end."""
         return self.end_s - self.due_s
 
     def gap_values(self) -> array[float]:

@@ -1,4 +1,4 @@
-"""A load as one round of a comparison: sent to its end by the load generator."""
+"""A load as one round of a measurement: the load generator sends it to its end."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TIMEOUT_S: float = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch of streams through one system.
+    """What one load on one system measured.
 
     Attributes:
         wall_s: from the first call to the last token of the last stream.
         tokens: new tokens in all.
         first_token_s: one for each stream.
         gaps_s: time between tokens, all streams together.
-        client_cpu_s: CPU time of the load generator itself (0 for a peer without one).
+        client_cpu_s: CPU time of the load generator (0 for a system without one).
         cached_prompt_tokens: prompt tokens found in the prefix cache, all streams.
     """
 
@@ -42,7 +42,7 @@ class Round:
 
 
 async def send_round(name: str, load: LoadSpec, target: TargetSpec) -> Round:
-    """Send a load from a process of its own, as a server's users would.
+    """Send a load from a separate process, as a server's users would.
 
     Args:
         name: of the server, for errors.
@@ -57,7 +57,7 @@ async def send_round(name: str, load: LoadSpec, target: TargetSpec) -> Round:
         reason = bad[0].reason if bad else loaded.failure
         raise TargetFailed(f"{name}: {len(bad)} of {len(records)} requests failed: {reason}")
     if any(r.first_token_s is None for r in records):
-        raise TargetFailed(f"{name}: an answer had no token with a text")
+        raise TargetFailed(f"{name}: an answer had no token with text")
     return Round(
         wall_s=max(r.end_s for r in records) - min(r.due_s for r in records),
         tokens=sum(r.tokens for r in records),

@@ -1,4 +1,4 @@
-"""Loads one after the other on an opened target, until done or told to stop."""
+"""Sends loads to an opened target, one after the other, until done or stopped."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from veneer_loadtest.server_metrics import MetricsWatch
 __all__ = ["Session", "StopSignal", "stop_on_signals", "with_adapters", "worker_count"]
 
 _RATE_OF_A_WORKER: float = 300.0
-"""Requests a second; measured with short streams over gRPC, see docs/loadtest.md."""
+"""Requests per second; measured with short streams over gRPC, see docs/loadtest.md."""
 
 
 class StopSignal:
-    """Whether the run is to end, and by what."""
+    """Whether the run is to end, and why."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.why = ""
 
     def stop(self, why: str) -> None:
-        """End it; the first reason stays."""
+        """End the run; the first reason is kept."""
         self.why = self.why or why
         self.event.set()
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Ctrl-C and SIGTERM end the run, whose report is kept; a second one ends this process."""
+    """Ctrl-C and SIGTERM end the run but keep its report; a second one ends this process."""
     loop = asyncio.get_running_loop()
     stop = StopSignal()
     previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -66,7 +66,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
 
 def worker_count(asked: int, load: LoadSpec) -> int:
-    """``asked``, or for 0 as many as the load's rate needs, at most one for each core."""
+    """``asked``, or for 0 as many as the load's rate needs, at most one per core."""
     if asked:
         return asked
     match load.arrivals:
@@ -91,10 +91,10 @@ class Session:
     stop: StopSignal
 
     async def run(self, load: LoadSpec, title: str) -> tuple[Level, Loaded]:
-        """Send one load; what it gave until a stop.
+        """Send one load; returns its results, up to a stop.
 
         Raises:
-            TargetFailed: the target cannot be reached any more.
+            TargetFailed: the target can no longer be reached.
         """
         workers = worker_count(self.workers, load)
         if isinstance(load.arrivals, Closed):

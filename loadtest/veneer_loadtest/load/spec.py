@@ -1,7 +1,7 @@
-"""What a load is, as options on a command line and as data for worker processes.
+"""The definition of a load, from command-line options and as data for worker processes.
 
-Everything that is random comes from ``seed``, and from the request's number: the same
-load is sent by one worker or by eight.
+All randomness depends only on ``seed`` and the request's number: one worker or eight send
+the same load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Requests come when they come, however slow the server is.
+    """Requests arrive at times of their own, however slow the server is.
 
     Attributes:
         rate: mean requests a second.
@@ -48,7 +48,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
 
 class Traced(msgspec.Struct, frozen=True, tag="trace"):
-    """Requests as a file tells (see `trace`), its times divided by ``speed``."""
+    """Requests from a file (see `trace`), with its times divided by ``speed``."""
 
     path: str
     speed: float = 1.0
@@ -60,16 +60,16 @@ PopularityKind = Literal["identical", "uniform", "zipf", "powerlaw", "distinct",
 
 
 class Popularity(msgspec.Struct, frozen=True):
-    """Which adapter a request asks for.
+    """Which adapter a request uses.
 
-    - ``identical``: the first one, always
-    - ``uniform``: any, each as likely
+    - ``identical``: always the first one
+    - ``uniform``: each equally likely
     - ``zipf:S``: the k-th with probability proportional to 1 / k^S
-    - ``powerlaw:A``: the adapter at floor(n * U^(1/A)) of n, U uniform: what S-LoRA's
-      benchmark draws; 1 is uniform, below 1 the first ones are asked for more often
-    - ``distinct``: each once in a cycle, every cycle in an order of its own
-    - ``roundrobin``: in order, again and again (what a cache of recently used ones
-      that is too small serves worst)
+    - ``powerlaw:A``: the adapter at floor(n * U^(1/A)) of n, U uniform, as S-LoRA's
+      benchmark samples; 1 is uniform, below 1 the first ones are used more often
+    - ``distinct``: each once per cycle, every cycle in a new random order
+    - ``roundrobin``: in order, again and again (the worst case for an LRU cache that is
+      too small)
     """
 
     kind: PopularityKind = "uniform"
@@ -105,15 +105,15 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         adapters: names in order of popularity; ``""`` is the base model.
         duration_s: no request is begun after it; with ``requests`` too, whichever
-            comes first. 0: no limit (of a trace: its end).
-        warmup_s: requests due before it are sent, but not part of the figures.
-        requests: how many at most; 0: no limit.
-        cancel_share: of the requests, 0 to 1: their caller leaves after 0 to all but
-            one of their tokens, each as likely.
+            comes first. 0: no limit (for a trace: its end).
+        warmup_s: requests due before it are sent, but not measured.
+        requests: most requests; 0: no limit.
+        cancel_share: share of the requests, 0 to 1, whose caller cancels after 0 to all but
+            one of their tokens, each number equally likely.
         text: prompts are words, not token ids.
-        vocab: tokens of the base's vocabulary; ids are drawn from it.
-        ignore_eos: answers go on after an end of sequence, so that all are as long as
-            asked for. OpenAI's own API does not know that.
+        vocab: size of the base's vocabulary, from which token ids are sampled.
+        ignore_eos: answers continue after an end of sequence, so that all have the requested
+            length. OpenAI's own API does not support it.
     """
 
     adapters: tuple[str, ...]
@@ -134,10 +134,10 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 def parse_arrivals(
     *, rate: float | None, streams: int | None, arrivals: str, trace: str | None, speed: float
 ) -> Arrivals:
-    """The arrivals that ``--rate``/``--arrivals``, ``--streams`` or ``--trace`` mean.
+    """The arrivals that ``--rate``/``--arrivals``, ``--streams`` or ``--trace`` define.
 
     Raises:
-        BadOption: none or several of them, or a value that means nothing.
+        BadOption: none or several of them, or an invalid value.
     """
     if (rate is not None) + (streams is not None) + (trace is not None) != 1:
         raise BadOption(

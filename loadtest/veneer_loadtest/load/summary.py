@@ -1,4 +1,4 @@
-"""A run's figures in a few numbers, and limits on them for scripts."""
+"""The key figures of a run, and limits on them for scripts."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ KEYS: Final = (
     "requests_ratio",
     "tokens_ratio",
 )
-"""Of the summary of a run; a figure that there is no data for is left out."""
+"""Keys of a run's summary; a figure without data is left out."""
 
 
 def summary(level: Level, first: Level | None = None) -> dict[str, float]:
     """The figures of `KEYS`.
 
     Args:
-        first: the level that ``*_ratio`` are against: requests and tokens a second here,
-            by those there.
+        first: the level that ``*_ratio`` compare with: requests and tokens per second of
+            this level divided by those of ``first``.
     """
     told = level.requests.ok + level.requests.failed
     base = first if first is not level else None
@@ -98,7 +98,7 @@ _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A condition under which a script wants to fail: ``first_token_p99_ms>500``."""
+    """A condition under which a script is to fail: ``first_token_p99_ms>500``."""
 
     text: str
     key: str
@@ -106,7 +106,7 @@ class Limit:
     value: float
 
     def holds(self, figures: Mapping[str, float]) -> bool:
-        """Also where there is no such figure: nothing was measured."""
+        """Whether it holds, or there is no such figure because nothing was measured."""
         figure = figures.get(self.key)
         return (
             figure is None
@@ -119,7 +119,7 @@ def parse_limit(text: str, keys: Sequence[str] = KEYS) -> Limit:
     """A ``--fail-if`` condition.
 
     Raises:
-        BadOption: it is none, or not on a figure of the summary.
+        BadOption: it is not a condition, or not on a figure of the summary.
     """
     found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", text)
     try:

@@ -1,4 +1,4 @@
-"""What is loaded: a Veneer server by gRPC, or any OpenAI-compatible endpoint by HTTP."""
+"""What is loaded: a Veneer server over gRPC, or any OpenAI-compatible one over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class VeneerSpec(msgspec.Struct, frozen=True, tag="veneer"):
     """A Veneer server at ``HOST:PORT``.
 
     Attributes:
-        beginnings: of an adapter, token ids that each of its prompts begins with.
+        beginnings: by adapter, token ids that each of its prompts begins with.
     """
 
     address: str
@@ -36,7 +36,7 @@ class OpenAiSpec(msgspec.Struct, frozen=True, tag="openai"):
     Attributes:
         url: without ``/v1``.
         base_model: `model` of requests without an adapter.
-        fields: of an adapter, more fields of the request's body; they win.
+        fields: by adapter, more fields of the request's body; they override others.
     """
 
     url: str
@@ -50,7 +50,7 @@ TargetSpec = VeneerSpec | OpenAiSpec
 
 @dataclass(slots=True)
 class Facts:
-    """What the server says of a request; see `records.Record`."""
+    """What the server reports about a request; see `records.Record`."""
 
     prompt_tokens: int = 0
     cached: int = 0
@@ -62,7 +62,7 @@ class Facts:
 
 
 class Stream(ABC):
-    """A request under way; iterate for the number of new tokens in each message.
+    """A running request; iterate for the number of new tokens in each message.
 
     Attributes:
         facts: complete when the iteration has ended.
@@ -83,18 +83,18 @@ class Target(ABC):
 
     @abstractmethod
     def send(self, request: Planned) -> AbstractAsyncContextManager[Stream]:
-        """Send it; leaving the ``async with`` early cancels it at the server.
+        """Send a request; leaving the ``async with`` early cancels it on the server.
 
         Raises, inside:
-            VeneerError: the server refused, failed, or cannot be reached.
+            VeneerError: the server rejected it, failed, or cannot be reached.
         """
 
     @abstractmethod
     async def connect(self) -> None:
-        """Ask something small, so that the first request does not pay for the connection.
+        """Send something small, so that the first request does not pay for the connection.
 
         Raises:
-            VeneerError: nobody answers.
+            VeneerError: no server answers.
         """
 
     async def __aenter__(self) -> Self:
@@ -110,7 +110,7 @@ class Target(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Cancel what runs and close connections."""
+        """Cancel running requests and close connections."""
 
 
 class _VeneerStream(Stream):
@@ -136,7 +136,7 @@ class _VeneerStream(Stream):
 
 
 class VeneerTarget(Target):
-    """See `VeneerSpec`. Nothing is sent twice: a refusal is a figure of the run."""
+    """See `VeneerSpec`. Nothing is retried: a rejection is a result of the run."""
 
     def __init__(self, load: LoadSpec, target: VeneerSpec) -> None:
         super().__init__(load)

@@ -1,10 +1,10 @@
-"""A trace: requests of the past, replayed. JSON, one request a line:
+"""A trace of requests to replay. JSON, one request per line:
 
     {"at_s": 0.25, "adapter": "chat", "prompt_tokens": 40, "tokens": 64}
 
 ``at_s``: seconds after the start. ``adapter``: "" or left out is the base model.
-``tokens``: new ones. ``prompt``: the text to send, instead of ``prompt_tokens``.
-Lines need not be in order of time.
+``tokens``: new tokens. ``prompt``: the text to send, instead of ``prompt_tokens``.
+Lines may be in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt: str = ""
 
     def fault(self) -> str | None:
-        """What is wrong with it."""
+        """What is wrong with the request, or None."""
         if not (self.at_s >= 0 and math.isfinite(self.at_s)):
             return "`at_s` must be 0 or more seconds"
         if self.tokens < 1:
@@ -43,7 +43,7 @@ def read_trace(path: Path) -> tuple[TraceLine, ...]:
     """All requests, in order of time.
 
     Raises:
-        BadTrace: no such file, no request in it, or a line that is not one.
+        BadTrace: no such file, no request in it, or a line that is not a request.
     """
     decoder = msgspec.json.Decoder(TraceLine)
     found: list[TraceLine] = []
@@ -70,7 +70,7 @@ def read_trace(path: Path) -> tuple[TraceLine, ...]:
         ) from error
     if not found:
         raise BadTrace(
-            f"{path} holds no request: a trace has one JSON object a line, such as "
+            f"{path} holds no request: a trace has one JSON object per line, such as "
             '{"at_s": 0.25, "adapter": "chat", "prompt_tokens": 40, "tokens": 64}',
             metadata={"file": str(path), "cause": "empty"},
         )

@@ -1,6 +1,6 @@
-"""What the load generator and its worker processes say to each other.
+"""Messages between the load generator and its worker processes.
 
-MessagePack, each message after its length in four bytes, over the worker's standard
+MessagePack, each message preceded by its length in four bytes, over the worker's standard
 input and output.
 """
 
@@ -47,38 +47,38 @@ class Setup(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """The load starts at ``at``, of ``time.monotonic()``, which processes share."""
+    """The load starts at ``at`` of ``time.monotonic()``, a clock that processes share."""
 
     at: float
 
 
 class Stop(Message, frozen=True):
-    """Send no more, cancel what runs, tell the rest."""
+    """Send no more requests, cancel the running ones, report the rest."""
 
 
 ToWorker = Setup | Begin | Stop
 
 
 class Ready(Message, frozen=True):
-    """The first request can be sent."""
+    """The worker can send its first request."""
 
 
 class Progress(Message, frozen=True):
-    """What ended since the last one; ``sent`` counts from the start."""
+    """Requests that ended since the last report; ``sent`` counts from the start."""
 
     sent: int
     records: list[Record]
 
 
 class Done(Message, frozen=True):
-    """The last message. ``cpu_s``: since `Begin`; ``sent``: in all."""
+    """The last message. ``cpu_s``: since `Begin`; ``sent``: in total."""
 
     sent: int
     cpu_s: float
 
 
 class Failed(Message, frozen=True):
-    """The last message of a worker that cannot go on."""
+    """The last message of a worker that cannot continue."""
 
     message: str
     metadata: dict[str, str]
@@ -99,7 +99,7 @@ def encode(message: ToWorker | FromWorker) -> bytes:
 
 
 async def read_frame(stream: asyncio.StreamReader) -> bytes | None:
-    """The next frame's body; None where the other side has closed."""
+    """The next frame's body; None if the other side has closed the pipe."""
     try:
         size = await stream.readexactly(_LENGTH_BYTES)
         return await stream.readexactly(int.from_bytes(size, "little"))

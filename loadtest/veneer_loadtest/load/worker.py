@@ -1,6 +1,6 @@
 """A worker process of the load generator: ``python -m veneer_loadtest.load.worker``.
 
-It sends its share of a load and tells what came of each request; see `wire`.
+It sends its share of a load and reports the result of each request; see `wire`.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Share:
         self._running: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._requests = self._mine()
-        # The first one now, and with it a whole trace, not when it is due.
+        # Read the first request now, and with it a whole trace, not when it is due.
         first = next(self._requests, None)
         if first is not None:
             self._requests = chain((first,), self._requests)
         self.sent = 0
 
     def take(self) -> list[Record]:
-        """What ended since the last call."""
+        """Requests that ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -70,7 +70,7 @@ class Share:
         """Send every request of the share and wait until the last has ended.
 
         Args:
-            start: of the load, of ``time.monotonic()``.
+            start: of the load, in ``time.monotonic()``.
         """
         self._start = start
         arrivals = self._setup.load.arrivals
@@ -86,7 +86,7 @@ class Share:
                 group.create_task(self._lane(mine))
 
     def stop(self) -> None:
-        """Send no more, and leave what runs."""
+        """Send no more requests, and cancel the running ones."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -108,17 +108,17 @@ class Share:
             self.begin(request, request.at_s)
 
     async def _wait_until(self, at_s: float) -> None:
-        """Return then, or at a stop."""
+        """Return at that time, or at a stop."""
         wait = at_s - self._now()
         if wait <= 0:
-            await asyncio.sleep(0)  # what has arrived must be read meanwhile
+            await asyncio.sleep(0)  # let answers be read
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._stop.wait()
 
     async def _lane(self, mine: Iterator[Planned]) -> None:
-        # The first ones of all lanes are due at the start, which may lie ahead.
+        # The first request of every lane is due at the start, which may be in the future.
         await self._wait_until(0.0)
         limit = self._setup.load.duration_s
         while not self._stop.is_set() and not (limit and self._now() >= limit):
@@ -128,14 +128,14 @@ class Share:
             await asyncio.wait((self.begin(request, self._now()),))
 
     def begin(self, request: Planned, due_s: float) -> asyncio.Task[None]:
-        """Send one request now, that was due then; the task ends with it."""
+        """Send one request now that was due at ``due_s``; the task ends with it."""
         self.sent += 1
         task = asyncio.create_task(self._run(request, due_s))
         self._running.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             self._running.discard(task)
-            if task.cancelled():  # before its first line
+            if task.cancelled():  # before the task began to run
                 now = self._now()
                 self._note(request, due_s, now, [], Facts(), "stopped", "")
 
@@ -169,7 +169,7 @@ class Share:
             outcome, reason = "failed", _reason(error)
         except asyncio.CancelledError:
             outcome = "stopped"
-        except Exception as error:  # a bug in here must not lose the request
+        except Exception as error:  # a bug of ours must not lose the request
             outcome, reason = "failed", type(error).__name__
         self._note(request, due_s, sent_s, arrivals, facts, outcome, reason)
 
@@ -234,10 +234,10 @@ async def _serve() -> None:
             begin = await hear()
             if not isinstance(begin, Begin):
                 return
-            gc.freeze()  # collections need not look at what imports left
+            gc.freeze()  # so that collections skip what imports allocated
             cpu = time.process_time()
             work = asyncio.create_task(share.send_all(begin.at))
-            stop = asyncio.create_task(hear())  # Stop, or the end of the generator
+            stop = asyncio.create_task(hear())  # `Stop`, or the end of the generator
             told = 0
             while not work.done():
                 waiting = {work, stop} if not stop.done() else {work}
@@ -262,7 +262,7 @@ async def _pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
     inward = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(inward), sys.stdin)
-    # Libraries may print to standard output: the pipe is kept, they get standard error.
+    # Libraries may print to standard output: send that to standard error, keep the pipe.
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, pipe)
@@ -270,8 +270,8 @@ async def _pipes() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 
 def main() -> None:
-    """Entry of the worker process."""
-    # Ctrl-C in a terminal reaches the whole group; the generator says when to stop.
+    """Entry point of the worker process."""
+    # Ctrl-C in a terminal reaches the whole process group; the generator says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_serve())
 

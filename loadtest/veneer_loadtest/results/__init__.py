@@ -1,4 +1,4 @@
-"""Result files: what each command measures, as it stands in JSON.
+"""Result files: what each command measures, as JSON.
 
 ``docs/loadtest-result.schema.json`` is made from these classes.
 """

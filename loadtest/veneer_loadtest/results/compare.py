@@ -23,7 +23,7 @@ __all__ = [
 
 
 class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the systems: how it was started, what it consists of."""
+    """One of the systems: how it was started, its versions, its device."""
 
     command: str
     versions: dict[str, str]
@@ -31,19 +31,19 @@ class SystemFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
-    """Veneer beside PEFT, both with the same 4-bit weights: what was seen and allowed.
+    """Veneer against PEFT, both with the same 4-bit weights: what was measured and allowed.
 
     Attributes:
         tokens: teacher-forced tokens compared (prompts and answers).
         mean, p99, worst: absolute difference of log-probabilities, nats.
-        mean_bound, p99_bound: what was allowed.
-        other_adapter_mean: mean absolute difference that another adapter makes, in
+        mean_bound, p99_bound: what is allowed.
+        other_adapter_mean: mean absolute difference that another adapter makes in
             PEFT; None with one adapter.
         regret: how far the worst answer falls short of PEFT's likeliest tokens under
-            its own adapter, nats a token; ``regret_bound`` is what was allowed.
+            its own adapter, nats per token; ``regret_bound`` is what is allowed.
         other_adapter_regret: the same under another adapter, on average; None with
             one adapter.
-        answers: answers scored.
+        answers: number of scored answers.
     """
 
     tokens: int
@@ -60,11 +60,11 @@ class ReferenceGate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer with weights of its own kind (bfloat16, GGUF), whose figures cannot be those
-    of the reference: its answers must be clearly likelier, in PEFT, under their own adapters.
+    """A peer with other weights (bfloat16, GGUF), whose log-probabilities cannot equal the
+    reference's: its answers must be clearly likelier, in PEFT, under their own adapters.
 
     Attributes:
-        regret: nats a token by which answers fall short of PEFT's likeliest tokens under
+        regret: nats per token by which answers fall short of PEFT's likeliest tokens under
             their own adapter, on average; ``other_regret``: under all others.
         own_best: answers that are likeliest under their own adapter, of ``answers``.
     """
@@ -76,7 +76,7 @@ class AnswersGate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True):
-    """Of several rounds."""
+    """A figure of several rounds."""
 
     median: float
     low: float
@@ -91,14 +91,14 @@ class Ends(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One round, in the order they ran."""
+    """One round; rounds are in the order in which they ran."""
 
     wall_s: float
     tokens: int
 
 
 class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One system at one number of streams.
+    """One system at one level.
 
     Attributes:
         client_cpu_share: CPU time of the load generator / wall time.
@@ -112,13 +112,13 @@ class SystemFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """Veneer beside a peer; above 1 Veneer is better. In a closed loop output tokens a
-    second, Veneer / peer; in an open loop, whose tokens come when requests do, the median
+    """Veneer against a peer; above 1 Veneer is better. In a closed loop output tokens per
+    second, Veneer / peer; in an open loop, where the request rate limits tokens, the median
     first token, peer / Veneer.
 
     Attributes:
-        ratio: of the medians; ``low`` and ``high``: of rounds that ran one after the other.
-        ranges_overlap: then no win (and no loss) may be claimed.
+        ratio: of the medians; ``low`` and ``high``: of pairs of successive rounds.
+        ranges_overlap: if so, neither a win nor a loss may be claimed.
     """
 
     ratio: float
@@ -132,8 +132,8 @@ class CompareLevel(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         streams: of a closed loop; 0 in an open one.
-        rate: of an open loop, requests a second; 0 in a closed one.
-        disturbed: rounds that began while the machine did something else.
+        rate: of an open loop, requests per second; 0 in a closed one.
+        disturbed: rounds that began while the machine was busy with something else.
     """
 
     streams: int
@@ -144,7 +144,7 @@ class CompareLevel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """The load, for people."""
+        """The load, for display."""
         if self.rate:
             return f"{self.rate:g} requests/s"
         return f"{self.streams} stream{'s' if self.streams != 1 else ''}"
@@ -155,10 +155,10 @@ class CompareResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
 
     Attributes:
         systems: by name; ``veneer`` is the first.
-        gate: of Veneer; ``peer_gates`` of peers with other weights. No speed was
-            measured before they passed.
-        partial: the run was ended before its time; ``why`` says by what.
-        summary: ``ratio_N`` for each number of streams (``ratio_Rrps`` for each rate): beside
+        gate: of Veneer; ``peer_gates``: of peers with other weights. Speed is measured only
+            after they have passed.
+        partial: the run was ended early; ``why`` says by what.
+        summary: ``ratio_N`` for each number of streams (``ratio_Rrps`` for each rate), against
             the best peer; with several peers also ``ratio_N_PEER``.
     """
 

@@ -7,4 +7,4 @@ from typing import Final
 __all__ = ["FORMAT"]
 
 FORMAT: Final = 1
-"""Grows when a reader of before would misunderstand a file."""
+"""Increased when an older reader would misunderstand a file."""

@@ -17,7 +17,7 @@ from veneer_loadtest.results.swap import SwapResult
 __all__ = ["LoadResult", "Result", "read_result", "write_result"]
 
 LoadResult = RunResult | FindMaxResult
-"""Of loads: with figures of every request."""
+"""Results of loads, with figures over all requests."""
 Result = LoadResult | SwapResult | CompareResult
 
 _decoder: Final[msgspec.json.Decoder[Result]] = msgspec.json.Decoder(Result)
@@ -34,7 +34,7 @@ def read_result(path: Path) -> Result:
     """A result file.
 
     Raises:
-        BadResult: it cannot be read, was written only in part, or is something else.
+        BadResult: it cannot be read, is incomplete, or is something else.
     """
     try:
         text = path.read_bytes()
@@ -72,5 +72,5 @@ def read_result(path: Path) -> Result:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Write a result at once or not at all; its folder must exist."""
+    """Write a result atomically; its folder must exist."""
     replace_file(path, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")

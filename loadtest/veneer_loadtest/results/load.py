@@ -1,6 +1,7 @@
 """The results of ``run`` and ``find-max``.
 
-Times end in their unit; ``*_ms`` are milliseconds, ``at_s`` seconds after the load's start.
+Names of times end in the unit: ``*_ms`` are milliseconds, ``at_s`` is seconds after the
+load's start.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds. ``cdf``: pairs of milliseconds and the share that was no longer."""
+    """Milliseconds. ``cdf``: pairs of milliseconds and the share of values up to that."""
 
     count: int
     mean: float
@@ -46,11 +47,11 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Requests(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests due in the measured window, by their end.
+    """Requests due in the measured window, by how they ended.
 
     Attributes:
-        left: their caller left, as planned.
-        stopped: the run was ended under them; in no figure.
+        left: their caller cancelled, as planned.
+        stopped: the run ended before they did; in no figure.
     """
 
     ok: int
@@ -60,7 +61,7 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the requests; milliseconds, None where there is nothing to tell."""
+    """A part of the requests; milliseconds, None if there is no value."""
 
     requests: int
     failed: int
@@ -73,7 +74,7 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SloLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request must keep to be good; None is no limit. ``tpot_ms``: mean time from
+    """The limits that a good request keeps; None is no limit. ``tpot_ms``: mean time from
     one token to the next."""
 
     ttft_ms: float | None = None
@@ -82,8 +83,8 @@ class SloLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SloFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Goodput: requests that kept the limits. A failed one is not good; one whose caller
-    left is not counted."""
+    """Goodput: requests that kept the limits. A failed request is not good; one whose
+    caller left is not counted."""
 
     limits: SloLimits
     good: int
@@ -92,12 +93,12 @@ class SloFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GeneratorFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """How well the load generator itself did.
+    """How well the load generator itself kept up.
 
     Attributes:
         cpu_share: its CPU time / wall time; 1 is one core.
         late_*: how long after its due time a request was sent.
-        lost: requests sent of which nothing is known.
+        lost: requests that were sent but have no record.
     """
 
     workers: int
@@ -112,9 +113,9 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     """One value for each ``bucket_s`` seconds, from the load's start, warm-up included.
 
     Attributes:
-        due, ended, failed: requests; tokens: new ones that arrived.
-        running: requests due and not ended at the bucket's end.
-        first_token_*: of requests whose first token came in the bucket.
+        due, ended, failed: requests; tokens: new tokens that arrived.
+        running: requests due but not ended at the bucket's end.
+        first_token_*: of requests whose first token arrived in the bucket.
     """
 
     bucket_s: float
@@ -145,7 +146,7 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """Of all requests sent, warm-up included."""
+    """Totals of all requests sent, warm-up included."""
 
     requests: int
     prompt_tokens: int
@@ -153,11 +154,11 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """The server's own counters, after the load less before it.
+    """The server's own counters, after the load minus before it.
 
     Attributes:
-        agrees: they are the client's `Totals`. None where some callers left or failed:
-            what those did is counted by the server only.
+        agrees: they equal the client's `Totals`. None if some callers left or requests
+            failed, whose tokens only the server counts in full.
         evictions: by ``tier cause``; lookups: by ``tier result``.
     """
 
@@ -174,11 +175,11 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         window_s: measured seconds: the load without its warm-up.
-        requests_per_s: that ended well, by the window.
-        tokens_per_s: new tokens that arrived in the window, by the window.
+        requests_per_s: requests that succeeded / ``window_s``.
+        tokens_per_s: new tokens that arrived in the window / ``window_s``.
         errors: failed requests by reason.
-        by_tier: by where the server found the adapter.
-        by_adapter: the 200 most asked for, and ``_other``.
+        by_tier: by the tier in which the server found the adapter.
+        by_adapter: the 200 most requested, and ``_other``.
         loads: at most 2,000; ``loads_left_out`` says how many more there were.
     """
 
@@ -212,8 +213,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     Attributes:
         conditions: time, command, machine, load average before the run.
         target: what was loaded: ``api`` (``veneer`` or ``openai``), how it was started,
-            its device and base model where it says.
-        partial: the run was ended before its time; ``why`` says by what.
+            its device and base model if it reports them.
+        partial: the run was ended early; ``why`` says by what.
         summary: figures for scripts, of the last level; see `run`.
     """
 

@@ -16,7 +16,7 @@ __all__ = ["schema_text"]
 
 
 def schema_text() -> str:
-    """The schema, with what the classes' docstrings say."""
+    """The schema, with the classes' docstrings as descriptions."""
     schema = msgspec.json.schema(Result)
     for each in schema["$defs"].values():
         if "description" in each:

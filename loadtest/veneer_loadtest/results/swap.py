@@ -11,17 +11,17 @@ from veneer_loadtest.results.facts import FORMAT
 __all__ = ["Case", "CaseFigures", "ChurnBy", "ChurnFigures", "Spread", "SwapResult"]
 
 Case = Literal["same", "device", "host", "disk", "disk_cold", "publish"]
-"""What the adapter of a first token was: the one before (the yardstick), another one in
-DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one from
-its acknowledged upload on."""
+"""Which adapter a first token is of: the same as before (the reference), another one in
+DEVICE, in HOST only, on DISK only (its file in the page cache, or not), or a new one, from its
+acknowledged upload on."""
 
 ChurnBy = Literal["upload", "load"]
-"""What goes on beside the streams: adapters uploaded and activated, or such as are on
-DISK activated only."""
+"""What happens while streams decode: adapters are uploaded and activated, or adapters on DISK
+are only activated."""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """Of several samples."""
+    """Several samples."""
 
     p50: float
     p99: float
@@ -33,10 +33,10 @@ class CaseFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One case.
 
     Attributes:
-        first_token_ms: from the request.
-        delta_ms: its first token less that of ``same`` in the same round: paired, so that
-            what slows the machine for a while cancels out.
-        load_ms: waiting for the adapter, as the server says.
+        first_token_ms: since the request.
+        delta_ms: first token minus that of ``same`` in the same round: paired, so that a
+            temporary slowdown of the machine cancels out.
+        load_ms: time that the request waited for its adapter, as the server reports.
     """
 
     first_token_ms: Spread
@@ -46,17 +46,16 @@ class CaseFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChurnFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Streams that decode while adapters come to DEVICE beside them.
+    """Streams that decode while adapters are brought to DEVICE.
 
     Attributes:
-        by: how they come.
+        by: how adapters are brought there.
         publishes: uploads, each acknowledged, loaded and activated; or activations.
-        publish_ms: from the start of one to the adapter's being in DEVICE.
+        publish_ms: from the start of one until the adapter is in DEVICE.
         quiet_ms: time between tokens in phases without uploads.
-        inside_ms: between tokens of which the later came while an adapter was uploaded or
-            loaded; ``outside_ms``: the rest of those phases, None where uploads followed
-            one another without a break.
-        longest_ms: the longest one inside; ``steps``: it in median quiet ones.
+        inside_ms: time between tokens during an upload or load; ``outside_ms``: in the rest of
+            those phases, None if uploads followed one another without a break.
+        longest_ms: the longest of ``inside_ms``; ``steps``: the same in median quiet ones.
     """
 
     by: ChurnBy = "upload"
@@ -76,12 +75,12 @@ class SwapResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     """The file that ``veneer-loadtest swap --json`` writes.
 
     Attributes:
-        partial: the run was ended before its time; ``why`` says by what.
+        partial: the run was ended early; ``why`` says by what.
         summary: medians, milliseconds: ``first_token_ms`` (the same adapter again),
             ``device_delta_ms``, ``host_delta_ms``, ``disk_delta_ms`` (without the page
-            cache where that could be had), ``disk_cached_delta_ms``,
+            cache if files could be dropped from it), ``disk_cached_delta_ms``,
             ``publish_to_first_token_ms``, ``churn_itl_p99_ratio`` (inside / quiet),
-            ``churn_added_p99_ms`` (inside less quiet), ``churn_max_stall_steps``.
+            ``churn_added_p99_ms`` (inside minus quiet), ``churn_max_stall_steps``.
     """
 
     format: int = FORMAT

@@ -39,7 +39,7 @@ def test_a_swap_tells_what_each_tier_adds() -> None:
 def test_a_swap_that_was_stopped_or_had_no_uploads() -> None:
     found = Page(page([kit.swap(churn=None, partial=True, why="ended by SIGINT")]))
     assert found.plots == 1
-    assert found.banners == ["Partial: ended by SIGINT. The figures are of what had ended."]
+    assert found.banners == ["Partial: ended by SIGINT. The figures cover what had ended."]
     assert "Left out. No adapter was uploaded" in found.text
     nothing = Page(page([kit.swap(cases={}, churn=None, summary={}, partial=True)]))
     assert nothing.plots == 0

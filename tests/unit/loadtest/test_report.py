@@ -67,7 +67,7 @@ def test_adapters_of_others_in_memory_are_not_counted_as_the_loads() -> None:
     assert "in DEVICE of 2" not in text
     assert "in HOST of 2" not in text
     assert "The load asked for 2 adapters; the server held at most 3 in DEVICE (3 MB)" in text
-    assert "others than the load's among them" in text
+    assert "including adapters other than the load's" in text
     own = _page(kit.run(kit.level())).text
     assert "the server held at most 1 in DEVICE (1 MB) and 2 in HOST (2 MB)" in own
     assert "others than" not in own

@@ -98,7 +98,7 @@ def test_a_ratio_is_told_where_what_it_compares_is_drawn() -> None:
     assert " x peft" not in first
     tokens, first = captions(open_loop())
     assert " x peft" not in tokens
-    assert "tokens come as requests do" in tokens
+    assert "the request rate limits tokens/s" in tokens
     assert "median first token" in first
     assert "2.00 x peft" in first
 

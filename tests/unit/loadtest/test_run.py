@@ -155,7 +155,7 @@ def test_bad_options_are_told_in_one_line(server: FastTarget, tmp_path: Path) ->
         ("--openai", "http://me:secret@host", "--streams", "1"): "OPENAI_API_KEY",
         ("--openai", "localhost:80", "--streams", "1"): "give a URL",
         ("--server", f"127.0.0.1:{free_port()}", "--streams", "1", "--names", "a"): "no Veneer",
-        ("--openai", f"http://127.0.0.1:{free_port()}", "--streams", "1"): "nobody answers",
+        ("--openai", f"http://127.0.0.1:{free_port()}", "--streams", "1"): "no server answers",
     }
     for arguments, told in cases.items():
         assert told in _refused(*arguments), arguments

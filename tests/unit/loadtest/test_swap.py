@@ -1,4 +1,4 @@
-"""What a change of adapter costs, and what streams notice of uploads."""
+"""What a swap of adapters costs, and how uploads affect running streams."""
 
 from __future__ import annotations
 
@@ -182,3 +182,10 @@ def test_on_the_real_server(
     assert set(result["summary"]) == set(KEYS)
     assert result["churn"]["publishes"] >= 1
     assert result["churn"]["inside_gaps"] > 0
+
+
+def test_error_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["swap", "--spawn", "--base-folder", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "has no config.json" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

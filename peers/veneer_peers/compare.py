@@ -1,20 +1,23 @@
-"""Veneer beside peers: the same base, adapters, prompts and threads, in one run.
+"""Veneer and its peers under the same load: same base, adapters, prompts and threads.
 
-Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that what slows the
-machine for a while slows all of them. The result is `results.CompareResult`.
+Rounds run in the order ABC, CBA, ABC ..., one system at a time, so that a temporary
+slowdown of the machine affects all of them. The result is
+`veneer_loadtest.results.CompareResult`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
 from veneer_loadtest.load.rounds import Round
 from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
 from veneer_loadtest.quantiles import median, percentile
-from veneer_loadtest.report import wait_until_idle
 from veneer_loadtest.results import (
     CompareLevel,
     Ends,
@@ -23,8 +26,9 @@ from veneer_loadtest.results import (
     RoundFigures,
     SystemFigures,
 )
-from veneer_loadtest.systems import System
-from veneer_loadtest.workload import Stream, make_streams
+
+from veneer_peers.streams import Stream, make_streams
+from veneer_peers.systems import System
 
 __all__ = [
     "OURS",
@@ -39,6 +43,9 @@ __all__ = [
 OURS: Final = "veneer"
 WARM_UP_TOKENS: Final = 16
 WARM_UP_STREAMS: Final = 4
+_WINDOW_S: Final = 0.2
+_QUIET_WINDOWS: Final = 2
+_QUIET_PERCENT: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +55,11 @@ class CompareOptions:
     Attributes:
         levels: a closed loop has one request for each stream, all at once; an open one lasts
             ``duration_s``.
-        settle_s: longest wait before a round for the machine to fall idle.
-        adapters: name -> folder; published on the server before.
+        settle_s: longest wait before a round for the machine to become idle.
+        adapters: name -> folder; already published on the server.
         vocab: tokens of the base's vocabulary.
         tokens: new tokens of each stream.
-        repeat: rounds of each system at each number of streams.
+        repeat: rounds of each system at each level.
     """
 
     adapters: Mapping[str, Path]
@@ -67,7 +74,7 @@ class CompareOptions:
     settle_s: float = 5.0
 
     def load(self, arrivals: Closed | Open, tokens: int) -> LoadSpec:
-        """One round."""
+        """The load of one round."""
         streams = arrivals.streams if isinstance(arrivals, Closed) else 0
         return LoadSpec(
             adapters=tuple(self.adapters) or ("",),
@@ -96,7 +103,7 @@ class CompareOptions:
 
 
 def back_and_forth(systems: Sequence[System], repeat: int) -> Iterator[System]:
-    """Each ``repeat`` times: first to last, last to first, ..."""
+    """Each system ``repeat`` times: first to last, then last to first, and so on."""
     for number in range(repeat):
         yield from systems if number % 2 == 0 else reversed(systems)
 
@@ -107,29 +114,46 @@ async def measure(
     arrivals: Closed | Open,
     stopped: Callable[[], bool] = lambda: False,
 ) -> CompareLevel | None:
-    """Warm all of them up, then run the rounds.
+    """Warm up all systems, then run the rounds.
 
     Args:
-        stopped: asked before each round; ends them.
+        stopped: called before each round; True ends the rounds.
 
     Returns:
-        None where it was stopped before each system had a round.
+        None if it was stopped before every system had a round.
     """
     rounds: dict[str, list[Round]] = {system.name: [] for system in systems}
     warm_up = arrivals if isinstance(arrivals, Closed) else Closed(WARM_UP_STREAMS)
     for system in systems:
         if stopped():
             return None
-        await wait_until_idle(options.settle_s)
+        await _wait_until_idle(options.settle_s)
         await system.round(options.load(warm_up, WARM_UP_TOKENS))
     work = options.load(arrivals, options.tokens)
     disturbed = 0
     for system in back_and_forth(systems, options.repeat):
         if stopped():
             break
-        disturbed += not await wait_until_idle(options.settle_s)
+        disturbed += not await _wait_until_idle(options.settle_s)
         rounds[system.name].append(await system.round(work))
     return level_of(arrivals, rounds, disturbed) if all(rounds.values()) else None
+
+
+async def _wait_until_idle(limit_s: float) -> bool:
+    """Wait until the cores are idle; False if they are not within ``limit_s``.
+
+    Threads of the system that ran before spin on for a while (vLLM's for a second), and
+    would slow down the next one.
+    """
+    end = time.monotonic() + limit_s
+    quiet = 0
+    psutil.cpu_percent()
+    while quiet < _QUIET_WINDOWS:
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(_WINDOW_S)
+        quiet = quiet + 1 if psutil.cpu_percent() <= _QUIET_PERCENT else 0
+    return True
 
 
 def level_of(
@@ -137,7 +161,7 @@ def level_of(
 ) -> CompareLevel:
     """The figures of all systems' rounds; ``disturbed`` of them began on a busy machine."""
     closed = isinstance(arrivals, Closed)
-    # So that more is better in both.
+    # In both, higher is better.
     better = {
         name: [r.tokens_per_s if closed else 1 / median(r.first_token_s) for r in own]
         for name, own in rounds.items()

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from veneer_client import VeneerError
 from veneer_registry.child_python import child_python
 
-from veneer_loadtest.peer_messages import (
+from veneer_peers.errors import PeerError
+from veneer_peers.peft_messages import (
     FromPeer,
     Generate,
     Generated,
@@ -25,25 +25,18 @@ from veneer_loadtest.peer_messages import (
     encode,
 )
 
-__all__ = ["PeerError", "PeftPeerProcess"]
+__all__ = ["PeftPeerProcess"]
 
 _LONGEST_LINE: Final = 64 << 20
-"""Bytes; asyncio's own limit is shorter than a batch of log-probabilities."""
+"""Bytes; asyncio's default limit is shorter than a batch of log-probabilities."""
 
 Reply = TypeVar("Reply", PeerReady, Generated, Scored)
 
 
-class PeerError(VeneerError):
-    """The peer could not be started or gave up."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "PEER_FAILED"
-
-
 class PeftPeerProcess:
-    """transformers + bitsandbytes + PEFT in a process of its own; see `peft_process`.
+    """transformers + bitsandbytes + PEFT in a separate process; see `peft_process`.
 
-    Idle between calls: it waits on a pipe. Use it in an ``async with``.
+    Between calls it blocks on a pipe and uses no CPU. Use it in an ``async with``.
     """
 
     ready: PeerReady
@@ -62,12 +55,12 @@ class PeftPeerProcess:
     async def __aenter__(self) -> PeftPeerProcess:
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *child_python("-m", "veneer_loadtest.peft_process"),
+                *child_python("-m", "veneer_peers.peft_process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=_LONGEST_LINE,
-                # Ctrl-C in a terminal goes to the parent, which ends it.
+                # Ctrl-C in a terminal then reaches only the parent, which kills the child.
                 start_new_session=True,
             )
         try:
@@ -115,8 +108,8 @@ class PeftPeerProcess:
         return decode_from_peer(line) if line else PeerFailed(message="it ended")
 
     async def end(self) -> None:
-        """Kill it; a second call does nothing."""
-        # It may be in the middle of a batch, and holds nothing worth saving.
+        """Kill the process; a second call does nothing."""
+        # Killed at once: it may be in the middle of a batch, and has no state to save.
         if self._process.returncode is None:
             self._process.kill()
         await self._process.wait()

@@ -1,4 +1,4 @@
-"""The correctness gate: no speed figure before both systems compute the same thing."""
+"""The correctness gate: speed is measured only if the systems compute the same thing."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from collections.abc import Sequence
 from typing import Final
 
 from veneer_client import AsyncClient, Tokens, VeneerError
-
-from veneer_loadtest.peer import PeftPeerProcess
-from veneer_loadtest.peer_messages import Score, Scored
 from veneer_loadtest.quantiles import percentile
 from veneer_loadtest.results import AnswersGate, ReferenceGate
-from veneer_loadtest.workload import Stream
 
-__all__ = ["GateFailed", "check", "check_answers"]
+from veneer_peers.peft import PeftPeerProcess
+from veneer_peers.peft_messages import Score, Scored
+from veneer_peers.streams import Stream
+
+__all__ = ["GateFailed", "answers_line", "check", "check_answers", "gate_line"]
 
 MEAN_BOUND: Final = 0.2
 P99_BOUND: Final = 1.0
-"""Nats a token. Both sides multiply the same NF4 weights in bf16 (8 bits of
-mantissa), in another order, through all layers. Measured on SmolLM2-135M against the
+"""Nats per token. Both sides multiply the same NF4 weights in bf16 (8 bits of
+mantissa), but in a different order, through all layers. Measured on SmolLM2-135M against the
 same weights in fp32: PEFT is off by 0.095 on average over prompts of random tokens
 (which are unlikely, so that errors are large) and 0.033 over greedy answers, ours by
 0.081 and 0.031; the two differ by 0.106 and 0.040, 99th percentile 0.36. The bounds
-leave twice that, since they must hold for any base."""
+are about twice that, since they must hold for any base."""
 
 REGRET_BOUND: Final = 0.1
-"""Nats a token that a greedy answer may fall short of PEFT's likeliest tokens under its
-own adapter: 0 but for near ties, which rounding decides (about 0.01 is usual)."""
+"""Nats per token by which a greedy answer may fall short of PEFT's likeliest tokens under its
+own adapter: 0 except at near ties, which rounding decides (about 0.01 is usual)."""
 
 DISTINCT: Final = 2.0
-"""A wrong adapter must move log-probabilities at least this many times further than
-the two systems differ: else the gate could not see a mix-up, and says so."""
+"""A wrong adapter must change log-probabilities by at least this many times the difference
+between the two systems: otherwise the gate could not detect a mix-up, and fails."""
 
 
 DISTINCT_PEER: Final = 1.5
-"""The same of a peer whose base is another rounding of the weights: vLLM in bfloat16 and
-llama.cpp in Q4_0 were seen at 1.7 to 3.1, answers of mixed-up adapters below 1."""
+"""The same for a peer whose base rounds the weights differently: vLLM in bfloat16 and
+llama.cpp in Q4_0 measured 1.7 to 3.1, answers of mixed-up adapters less than 1."""
 
 
 ALONE_BOUND: Final = 0.5
-"""Nats a token that answers miss PEFT's likeliest tokens by under a wrong adapter, about;
-held against a peer where there is no other adapter to score under."""
+"""About the nats per token by which answers fall short of PEFT's likeliest tokens under a
+wrong adapter; the bound for a peer where there is no other adapter to score under."""
 
 
 class GateFailed(VeneerError):
-    """The server's log-probabilities are not those of PEFT."""
+    """A system does not compute what PEFT computes."""
 
     code = "FAILED_PRECONDITION"
     reason = "GATE_FAILED"
@@ -57,12 +57,12 @@ async def check(
     streams: Sequence[Stream],
     tokens: int,
 ) -> ReferenceGate:
-    """Answer ``streams`` (one for each adapter) in one batch on the server; score the
-    answers teacher-forced on both sides, and on PEFT's under every adapter.
+    """Let the server answer ``streams`` (one for each adapter) in one batch; score the answers
+    teacher-forced on both sides, and in PEFT under every adapter.
 
     Raises:
-        GateFailed: out of bounds, an answer is not its own adapter's, or the adapters
-            are too alike to tell.
+        GateFailed: the systems differ by more than the bounds, an answer is not its own
+            adapter's, or the adapters are too alike to tell.
     """
     rows = await asyncio.gather(*(_answer(client, stream, tokens) for stream in streams))
     adapters = [stream.adapter for stream in streams]
@@ -111,13 +111,13 @@ async def check_answers(
 ) -> AnswersGate:
     """Score a peer's answers to ``streams`` (one for each adapter), in PEFT.
 
-    Its base is another rounding of the same weights, so its answers part from PEFT's at
-    near ties, and repeat themselves where PEFT's would: one answer alone does not tell
-    whose it is. All of them together do.
+    Its base rounds the same weights differently, so its answers diverge from PEFT's at near
+    ties, and repeat themselves where PEFT's would: one answer alone does not show which
+    adapter it came from. All of them together do.
 
     Raises:
-        GateFailed: they are not clearly likelier under their own adapters than under
-            others.
+        GateFailed: the answers are not clearly likelier under their own adapters than
+            under others.
     """
     own: list[float] = []
     other: list[float] = []
@@ -143,10 +143,40 @@ async def check_answers(
     elsewhere = gate.other_regret if gate.other_regret is not None else ALONE_BOUND
     if elsewhere < DISTINCT_PEER * gate.regret:
         raise GateFailed(
-            f"{system} does not answer with the adapters that it is asked for: {gate}",
+            f"{system} does not answer with the requested adapters: {gate}",
             metadata={"system": system},
         )
     return gate
+
+
+def gate_line(gate: ReferenceGate) -> str:
+    """The gate's figures in one sentence."""
+    text = (
+        f"gate passed: log-probabilities differ from PEFT's by {gate.mean:.3f} nats on average "
+        f"(bound {gate.mean_bound}), p99 {gate.p99:.2f} (bound {gate.p99_bound}), over "
+        f"{gate.tokens} tokens; {gate.answers} answers miss PEFT's likeliest tokens by at most "
+        f"{gate.regret:.3f} nats a token (bound {gate.regret_bound})"
+    )
+    if gate.other_adapter_mean is None or gate.other_adapter_regret is None:
+        return text
+    return (
+        f"{text}; under another adapter these are {gate.other_adapter_mean:.2f} and "
+        f"{gate.other_adapter_regret:.2f}"
+    )
+
+
+def answers_line(name: str, gate: AnswersGate) -> str:
+    """The figures of a peer's gate in one sentence."""
+    text = (
+        f"gate passed: answers of {name} miss PEFT's likeliest tokens by {gate.regret:.3f} "
+        "nats a token"
+    )
+    if gate.other_regret is None:
+        return text
+    return (
+        f"{text}, under other adapters by {gate.other_regret:.2f}; {gate.own_best} of "
+        f"{gate.answers} are likeliest under their own"
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -158,7 +188,7 @@ def _distances(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def _regret(scored: Scored, answer: int) -> float:
-    """Nats a token by which the last ``answer`` tokens miss the likeliest ones."""
+    """Nats per token by which the last ``answer`` tokens fall short of the likeliest ones."""
     missed = [best - own for own, best in zip(scored.logprobs, scored.best, strict=True)]
     return _mean(missed[-answer:])
 

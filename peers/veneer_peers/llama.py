@@ -1,11 +1,11 @@
 """llama.cpp: its ``llama-server``, built for this machine and given by path.
 
-A request lists the adapters that it wants, by their number on the command line.
-``llama-server`` decodes requests together only where their lists are the same.
+A request lists its adapters by their numbers on the command line. ``llama-server`` batches
+only requests whose lists are equal.
 
-Its ``ignore_eos`` forbids every token that ends a generation, where vLLM and we go on
-after it: such a token is never in its answers, however likely. It closes a connection
-that was idle for a few seconds, so a client must not send a request on an old one.
+Its ``ignore_eos`` bans every token that ends a generation, where vLLM and Veneer continue
+after it: such a token is never in its answers, however likely. It closes connections that
+were idle for a few seconds, so a client must not reuse an old one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Final
 
 from veneer_registry.gguf_adapter import write_gguf_adapter
 
-from veneer_loadtest.peer import PeerError
-from veneer_loadtest.peers.process import HttpPeer, free_port
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer, free_port
 
 __all__ = ["convert_adapter", "llama_peer"]
 
 _ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
-"""Those that are ``llama`` in GGUF."""
+"""The architectures that are ``llama`` in GGUF."""
 
 
 def convert_adapter(folder: Path, base_folder: Path, out: Path) -> None:
@@ -35,15 +35,15 @@ def convert_adapter(folder: Path, base_folder: Path, out: Path) -> None:
         base_folder: Hugging Face folder of the base; only its ``config.json`` is read.
 
     Raises:
-        AdapterInvalid: the folder is no LoRA of a decoder's projections.
-        PeerError: the base is no Llama.
+        AdapterInvalid: the folder is not a LoRA of a decoder's projections.
+        PeerError: the base is not a Llama.
     """
     config = json.loads((base_folder / "config.json").read_text("utf-8"))
     architectures = config.get("architectures") or ["no architecture"]
     if not _ARCHITECTURES.intersection(architectures):
         raise PeerError(
             f"adapters of {', '.join(architectures)} cannot be written for llama.cpp yet: "
-            "compare with it over a base of the Llama architecture",
+            "use a base of the Llama architecture",
             metadata={"architectures": ", ".join(architectures)},
         )
     heads = int(config["num_attention_heads"])
@@ -66,18 +66,18 @@ def llama_peer(
 ) -> HttpPeer:
     """``llama-server`` with every adapter loaded and none applied.
 
-    It never reuses a prompt: neither from a slot nor from its cache of ended ones.
+    It never reuses a prompt, neither from a slot nor from its cache of finished prompts.
 
     Args:
         program: ``llama-server``.
-        gguf: the base, in whatever quantization is to be measured.
+        gguf: the base, in the quantization to be measured.
         base_folder: the same base as a Hugging Face folder, for converting adapters.
         parallel: sequences decoded at once; more requests wait.
         folder: where the converted adapters go.
-        context: most tokens of one sequence, prompt and answer.
+        context: most tokens of one sequence, prompt and answer together.
 
     Raises:
-        PeerError: the program cannot be run, or the base is no Llama.
+        PeerError: the program cannot be run, or the base is not a Llama.
         AdapterInvalid: an adapter folder cannot be read.
     """
     versions = {"llama.cpp": _version(program), "gguf": gguf.name}
@@ -87,7 +87,7 @@ def llama_peer(
         convert_adapter(adapter, base_folder, converted[-1])
     port = free_port()
     arguments = [str(program), "--host", "127.0.0.1", "--port", str(port)]
-    # Without an alias every response carries the path of the file.
+    # Without an alias every response contains the path of the file.
     arguments += ["-m", str(gguf), "--alias", gguf.stem]
     arguments += ["-t", str(threads), "-tb", str(threads)]
     arguments += ["-np", str(parallel), "-c", str(parallel * context), "--cont-batching"]
@@ -104,8 +104,8 @@ def llama_peer(
                 f"llama-server was started without the adapter {adapter!r}",
                 metadata={"adapter": adapter},
             )
-        # No list means every adapter at full scale, and so does an empty one, even with
-        # --lora-init-without-apply: to get the base, one must be named and turned off.
+        # A missing or empty list applies every adapter at full scale, even with
+        # --lora-init-without-apply: for the base, list one adapter with scale 0.
         chosen = [{"id": numbers.get(adapter, 0), "scale": 1.0 if adapter else 0.0}]
         return {
             "model": adapter or gguf.stem,
@@ -127,7 +127,7 @@ def llama_peer(
 
 
 def _version(program: Path) -> str:
-    """What ``--version`` calls itself."""
+    """The version that ``--version`` prints."""
     try:
         asked = subprocess.run(
             [str(program), "--version"],

@@ -1,4 +1,4 @@
-"""What the load tester and its PEFT peer say to each other: JSON, one message a line."""
+"""Messages between `peft` and its child process: JSON, one message per line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Setup(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """One padded batch, greedy, exactly ``tokens`` new tokens for each row."""
+    """One padded batch, greedy, exactly ``tokens`` new tokens per row."""
 
     prompts: list[list[int]]
     adapters: list[str]
@@ -70,14 +70,15 @@ class Generated(Message, frozen=True):
 
 
 class Scored(Message, frozen=True):
-    """Of the row's tokens after the first, and of the likeliest token in each place."""
+    """Log-probabilities of the row's tokens after the first, and of the likeliest token at
+    each of these positions."""
 
     logprobs: list[float]
     best: list[float]
 
 
 class PeerFailed(Message, frozen=True):
-    """The last message of a peer that gave up."""
+    """The last message of a peer that failed."""
 
     message: str
 
@@ -90,7 +91,7 @@ _from_peer: Final[msgspec.json.Decoder[FromPeer]] = msgspec.json.Decoder(FromPee
 
 
 def encode(message: ToPeer | FromPeer) -> bytes:
-    """One line, with its line end."""
+    """One line, with its newline."""
     return _encoder.encode(message) + b"\n"
 
 

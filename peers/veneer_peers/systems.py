@@ -1,4 +1,4 @@
-"""The systems that ``compare`` runs, each behind the same two calls."""
+"""The systems that ``compare`` runs, behind one interface."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any, Final
 
 import msgspec
 from veneer_client import AsyncClient
-
 from veneer_loadtest.errors import TargetFailed
 from veneer_loadtest.load.plan import plan, prompt_ids
 from veneer_loadtest.load.rounds import Round, send_round
 from veneer_loadtest.load.spec import LoadSpec
 from veneer_loadtest.load.targets import OpenAiSpec, TargetSpec, VeneerSpec
-from veneer_loadtest.peer import PeerError, PeftPeerProcess
-from veneer_loadtest.peer_messages import Generate
-from veneer_loadtest.peers.process import HttpPeer
 from veneer_loadtest.results import SystemFacts
-from veneer_loadtest.workload import Stream
+
+from veneer_peers.errors import PeerError
+from veneer_peers.http_peer import HttpPeer
+from veneer_peers.peft import PeftPeerProcess
+from veneer_peers.peft_messages import Generate
+from veneer_peers.streams import Stream
 
 __all__ = ["HttpSystem", "PeftSystem", "System", "VeneerSystem"]
 
@@ -33,7 +34,7 @@ class System(ABC):
     """One system under load; idle between calls.
 
     Attributes:
-        name: as results show it.
+        name: its name in results.
     """
 
     def __init__(self, name: str, facts: SystemFacts) -> None:
@@ -42,7 +43,7 @@ class System(ABC):
 
     @abstractmethod
     async def round(self, load: LoadSpec) -> Round:
-        """Send a load (a closed loop with one request for each stream), wait for its end.
+        """Send a load and wait for its end.
 
         Raises:
             PeerError: a request failed.
@@ -50,7 +51,7 @@ class System(ABC):
 
 
 class _Server(System):
-    """A server, loaded by a process of its own, as its users would."""
+    """A server, loaded from a separate process, as its users would load it."""
 
     def __init__(self, name: str, facts: SystemFacts, target: TargetSpec) -> None:
         super().__init__(name, facts)
@@ -65,7 +66,7 @@ class _Server(System):
 
 
 class VeneerSystem(_Server):
-    """Ours, over gRPC."""
+    """Veneer, over gRPC."""
 
     def __init__(self, client: AsyncClient, facts: SystemFacts) -> None:
         super().__init__("veneer", facts, VeneerSpec(client.address))
@@ -91,7 +92,7 @@ class HttpSystem(_Server):
         """Greedy answers as token ids, all requests at once, for the gate.
 
         Raises:
-            PeerError: it refused, or told no ids.
+            PeerError: it rejected a request, or returned no ids.
         """
         return await asyncio.gather(*(self._answer(stream, tokens) for stream in streams))
 
@@ -112,7 +113,7 @@ class HttpSystem(_Server):
         answer = await asyncio.to_thread(_post, f"{self._peer.url}{path}", body)
         ids = answer.get("tokens") if native else answer["choices"][0].get("token_ids")
         if not ids:
-            raise PeerError(f"{self.name} does not tell the ids of its answers: {answer}")
+            raise PeerError(f"{self.name} returned no token ids: {answer}")
         return tuple(ids)
 
 
@@ -134,7 +135,7 @@ class PeftSystem(System):
 
     def __init__(self, peer: PeftPeerProcess) -> None:
         facts = SystemFacts(
-            command="python -m veneer_loadtest.peft_process",
+            command="python -m veneer_peers.peft_process",
             versions=peer.ready.versions,
             device=peer.ready.device,
         )
@@ -142,7 +143,7 @@ class PeftSystem(System):
         self._peer = peer
 
     async def round(self, load: LoadSpec) -> Round:
-        """See `System.round`; ``first_token_s`` is the same for all, the first step's."""
+        """See `System.round`; ``first_token_s`` of every stream is the first step's time."""
         requests = list(plan(load))
         done = await self._peer.generate(
             Generate(

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import pytest
 from typer.testing import CliRunner
 from veneer_client import AsyncClient
-from veneer_loadtest import gate
 from veneer_loadtest.cli import cli
-from veneer_loadtest.compare import back_and_forth, level_of, summary
-from veneer_loadtest.load.rounds import Round, send_round
-from veneer_loadtest.load.spec import Closed, Lengths, LoadSpec, Open, Popularity
-from veneer_loadtest.load.targets import VeneerSpec
-from veneer_loadtest.peer import PeerError, PeftPeerProcess
-from veneer_loadtest.peer_messages import Generate, Score, Scored
+from veneer_loadtest.load.rounds import Round
+from veneer_loadtest.load.spec import Closed, LoadSpec, Open
 from veneer_loadtest.results import CompareLevel, SystemFacts
-from veneer_loadtest.systems import System
-from veneer_loadtest.tables import answers_line, compare_table, gate_line
-from veneer_loadtest.workload import BaseShape, Stream, make_adapters, read_base_shape
+from veneer_loadtest.tables import compare_table
+from veneer_loadtest.workload import make_adapters, read_base_shape
+from veneer_peers import gate
+from veneer_peers.compare import back_and_forth, level_of, summary
+from veneer_peers.errors import PeerError
+from veneer_peers.gate import answers_line, gate_line
+from veneer_peers.peft import PeftPeerProcess
+from veneer_peers.peft_messages import Generate, Score, Scored
+from veneer_peers.streams import Stream, make_streams
+from veneer_peers.systems import System
 from veneer_proto.v1 import inference_pb2
 
 from tests.refused import refused
-from tests.unit.client.fake_server import FakeServer, Refusal
-
-SHAPE = BaseShape("tiny", layers=1, hidden=8, intermediate=8, q_out=8, kv_out=8, vocab=5000)
+from tests.unit.client.fake_server import FakeServer
 
 
 @pytest.fixture
@@ -108,41 +110,15 @@ def test_an_open_loop_is_compared_by_its_first_tokens() -> None:
     )
 
 
-async def test_round_over_grpc(server: FakeServer) -> None:
-    names = tuple(f"load-{number}" for number in range(4))
-    load = LoadSpec(
-        adapters=names,
-        arrivals=Closed(4),
-        popularity=Popularity("roundrobin"),
-        prompt_tokens=Lengths(3, 3),
-        tokens=Lengths(5, 5),
-        duration_s=0.0,
-        warmup_s=0.0,
-        requests=4,
-        cancel_share=0.0,
-        seed=1,
-        vocab=5000,
-    )
-    spec = VeneerSpec(server.address, beginnings={"load-2": (7, 8)})
-    done = await send_round("veneer", load, spec)
-    assert done.tokens == 4 * 5
-    assert len(done.first_token_s) == 4
-    assert len(done.gaps_s) == 4 * 4
-    assert all(first <= done.wall_s for first in done.first_token_s)
-    asked = [request for name, request in server.calls if name == "GenerateStream"]
-    assert sorted(request.adapter for request in asked) == [
-        "load-0",
-        "load-1",
-        "load-2",
-        "load-3",
-    ]
-    prompts = {request.adapter: list(request.token_ids.ids) for request in asked}
-    assert prompts["load-2"][:2] == [7, 8]
-    assert [len(prompts[name]) for name in names] == [3, 3, 5, 3]
-    for request in asked:
-        assert (request.stopping.max_tokens, request.stopping.ignore_eos) == (5, True)
-        assert request.sampling.HasField("temperature")
-        assert request.sampling.temperature == 0
+def test_streams() -> None:
+    streams = make_streams(("a", "b", "c"), count=7, prompt_tokens=(16, 64), vocab=500, seed=3)
+    assert [s.adapter for s in streams] == list("abcabca")
+    lengths = sorted(len(s.prompt) for s in streams)
+    assert (lengths[0], lengths[-1]) == (16, 64)
+    assert all(0 < token < 500 for s in streams for token in s.prompt)
+    assert len({s.prompt for s in streams}) == 7
+    again = make_streams(("a", "b", "c"), count=7, prompt_tokens=(16, 64), vocab=500, seed=3)
+    assert again == streams
 
 
 # --------------------------------------------------------------------------- gate
@@ -300,57 +276,6 @@ def test_compare_on_the_real_server(base_folder: Path, cache_dir: Path, tmp_path
     assert done.output.strip().splitlines()[-1].startswith("ratio_2=")
 
 
-@pytest.mark.real_base
-def test_prefix_command_on_the_real_server(
-    base_folder: Path, cache_dir: Path, tmp_path: Path
-) -> None:
-    flags = ["--spawn", "--base-folder", str(base_folder), "--threads", "2"]
-    flags += ["--server-flag", "--cache-dir", "--server-flag", str(cache_dir)]
-    flags += ["--streams", "2", "--generate", "1", "--shared", "64", "--own", "4"]
-    flags += ["--tokens", "2", "--repeat", "1", "--json", str(tmp_path / "p.json")]
-    done = CliRunner().invoke(cli, ["prefix", *flags])
-    assert done.exit_code == 0, done.output
-    result = json.loads((tmp_path / "p.json").read_text())
-    assert result["kind"] == "prefix"
-    assert set(result["summary"]) == {"first_token_gain_2", "throughput_gain_2"}
-    (level,) = result["levels"]
-    assert level["cached_share"] == pytest.approx(64 / 68)
-
-
-@pytest.fixture
-def tiny_base(tmp_path: Path) -> Path:
-    """A folder that says only how large its model is."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
-    heads = {"num_attention_heads": 1, "vocab_size": 5000}
-    (folder / "config.json").write_text(json.dumps({**sizes, **heads}))
-    return folder
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_prefix_leaves_somebodys_server_as_it_was(
-    fails: bool, server: FakeServer, tiny_base: Path
-) -> None:
-    server.add("sql")
-    server.add("load-1")  # with the very content that the run would publish
-    if fails:
-        server.break_after = Refusal(grpc.StatusCode.ABORTED, "no", "NON_FINITE_OUTPUT")
-    flags = ["--server", server.address, "--base-folder", str(tiny_base), "--streams", "2"]
-    flags += ["--generate", "3", "--rank", "2", "--shared", "4", "--own", "2", "--tokens", "2"]
-    done = CliRunner().invoke(cli, ["prefix", *flags, "--repeat", "1"])
-    assert (done.exit_code == 1) is fails, done.output
-    assert server.count("UploadAdapter") == 3
-    assert set(server.adapters) == {"sql", "load-1"}
-    assert not any(upload.spec.allow_replace for upload in server.uploads)
-
-
-def test_prefix_needs_no_negative_number_of_adapters() -> None:
-    done = CliRunner().invoke(cli, ["prefix", "--spawn", "--generate", "-1"])
-    assert done.exit_code == 2
-    assert "--generate" in done.output
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -369,8 +294,47 @@ def test_bad_options_before_anything_is_started(options: tuple[str, ...], told: 
     assert told in done.stderr
 
 
-def test_error_is_one_line(tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli, ["swap", "--spawn", "--base-folder", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "has no config.json" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+WITHOUT = """
+import sys
+from pathlib import Path
+sys.path = [place for place in sys.path if not (Path(place) / "veneer_peers").exists()]
+from veneer_loadtest.__main__ import main
+main()
+"""
+
+
+def without_the_package(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`veneer-loadtest` where veneer-peers is not installed."""
+    command = [sys.executable, "-P", "-c", WITHOUT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("options", [(), ("--spawn", "--peer", "vllm"), ("--help",)])
+def test_where_the_package_is_not_installed_it_is_named(options: tuple[str, ...]) -> None:
+    done = without_the_package("compare", *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "veneer-peers" in line
+    assert "pip install ./peers" in line
+
+
+def test_without_the_package_the_other_commands_are_there() -> None:
+    done = without_the_package("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^  compare +.*\(needs the package veneer-peers\)$", done.stdout, re.M)
+    assert without_the_package("report", "--help").returncode == 0
+
+
+def test_a_module_that_the_package_lacks_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """A broken installation shows its trace."""
+    (tmp_path / "veneer_peers").mkdir()
+    (tmp_path / "veneer_peers" / "__init__.py").touch()
+    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{broken}\nimport veneer_loadtest.cli"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No module named 'veneer_peers.command'" in done.stderr

@@ -1,1 +1,0 @@
-"""Other people's servers, started for a comparison: vLLM and llama.cpp over HTTP."""
