@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from veneer_registry.adapter import Tier
 from veneer_registry.errors import ChecksumMismatch
 
 from veneer_client.cli.context import (
@@ -111,10 +112,11 @@ def _resumed(resumed: Resumed) -> str:
 
 def _outcome(pushed: Pushed, dry_run: bool) -> str:
     adapter = pushed.adapter
-    facts = f"rank {adapter.rank}, {byte_size(adapter.size)} resident"
+    facts = f"rank {adapter.rank}, {byte_size(adapter.size)} once loaded"
     if dry_run:
         return f"valid: {adapter.short} would be published ({facts}); nothing was"
     if not pushed.published:
         return f"unchanged: {adapter.short} holds this content already"
     verb = "replaced" if pushed.replaced else "published"
-    return f"{verb}: {adapter.short} ({facts}, now in {adapter.tier.value})"
+    where = "on disk" if adapter.tier is Tier.DISK else f"in {adapter.tier.value} memory"
+    return f"{verb}: {adapter.short} ({facts}, now {where})"

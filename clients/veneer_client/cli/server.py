@@ -17,6 +17,7 @@ from veneer_client.cli.context import (
 from veneer_client.cli.show import (
     as_json,
     byte_size,
+    count,
     print_rows,
     print_table,
     self_test_table,
@@ -115,4 +116,4 @@ def _verdict(test: SelfTest) -> str:
         why = test.note or "no adapter was tested: name one to test it"
         return f"{'passed' if test.passed else 'NOT PROVEN'}: {why}"
     verdict = "passed" if test.passed else "FAILED: do not trust this server's answers"
-    return f"{verdict} ({test.adapters_mixed} adapters and the base in one batch)"
+    return f"{verdict} ({count(test.adapters_mixed, 'adapter')} and the base in one batch)"

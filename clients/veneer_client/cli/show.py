@@ -31,6 +31,7 @@ __all__ = [
     "alias_table",
     "as_json",
     "byte_size",
+    "count",
     "history_table",
     "info_rows",
     "json_line",
@@ -71,6 +72,11 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def count(number: int, noun: str) -> str:
+    """``1 adapter``, ``2 adapters``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def byte_size(size: int) -> str:

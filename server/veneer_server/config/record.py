@@ -84,7 +84,7 @@ class ServerConfig:
         "the torch backend, this is much slower and turns the prefix cache off.")
     max_queue: int = setting(
         "256", kinds.whole(0, 1 << 20),
-        "Most requests that may wait; more are refused.")
+        "Most sequences that may wait (a request may have several); more are refused.")
     default_max_tokens: int = setting(
         "512", kinds.whole(1, 1 << 31),
         "Most new tokens of a request that sets no max_tokens; 16 for /v1/completions.")

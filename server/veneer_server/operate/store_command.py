@@ -33,7 +33,7 @@ def verify(
         tell(json.dumps(asdict(found)))
         return not found.damaged
     tell(
-        f"{found.names} names, {found.revisions} revisions, {found.weights} weights, "
+        f"{_names(found)}, {_count(found.weights, 'set')} of weights, "
         f"{found.bytes / _MIB:.1f} MiB: "
         + (f"{len(found.damaged)} damaged" if found.damaged else "all intact")
     )
@@ -85,7 +85,7 @@ def recover(data_dir: Path, tell: Callable[[str], None], *, as_json: bool) -> No
         return
     tell(
         f"{'recovered' if found.changed else 'nothing to recover: the catalog is intact,'} "
-        f"{found.names} names, {found.revisions} revisions"
+        + _names(found)
         + (f", {found.aliases} aliases" if found.changed else "")
     )
     for spec in found.from_store:
@@ -113,3 +113,11 @@ def _silent(at: int, total: int) -> None:
 def _progress(at: int, total: int) -> None:
     end = "\n" if at == total else ""
     print(f"\rverifying {at} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def _names(found: upkeep.Verified | rebuild.Recovered) -> str:
+    return f"{_count(found.names, 'name')}, {_count(found.revisions, 'revision')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

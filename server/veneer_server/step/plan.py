@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -68,7 +69,7 @@ class PlannedSequence:
     digest: str | None
     tokens: tuple[int, ...]
     start: int
-    blocks: tuple[int, ...]
+    blocks: array[int]
     samples: bool
     score: tuple[int, ...]
     logprobs: bool

@@ -149,7 +149,7 @@ class BlockManager:
             self._references[block] -= 1
             if not self._references[block] and not self.cache.keep(block):
                 self._free.append(block)
-        sequence.blocks.clear()
+        del sequence.blocks[:]
         sequence.published = 0
 
     def shares(self, sequence: Sequence) -> bool:

@@ -6,6 +6,7 @@ frozen: it is all that a model runner may know of a sequence.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -69,7 +70,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("q"))
     block_keys: list[bytes] = field(default_factory=list)
     published: int = 0
     cached_tokens: int = 0
@@ -132,7 +133,7 @@ def plan_sequence(sequence: Sequence, count: int) -> PlannedSequence:
         digest=sequence.digest,
         tokens=tuple(sequence.tokens[start:end]),
         start=start,
-        blocks=tuple(sequence.blocks),
+        blocks=sequence.blocks[:],
         samples=samples,
         score=score,
         logprobs=sequence.request.logprobs,

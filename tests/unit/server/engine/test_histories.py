@@ -366,7 +366,7 @@ def _shared_blocks_are_freed(patch: pytest.MonkeyPatch) -> None:
             self._references[block] = 0
             if not self.cache.keep(block):
                 self._free.append(block)
-        sequence.blocks.clear()
+        del sequence.blocks[:]
         sequence.published = 0
 
     patch.setattr(BlockManager, "release", wrong)

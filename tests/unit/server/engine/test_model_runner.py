@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,7 +192,7 @@ def plan_for(**fields: Any) -> PlannedSequence:
         "digest": None,
         "tokens": (5,),
         "start": 0,
-        "blocks": (1,),
+        "blocks": array("q", [1]),
         "samples": True,
         "score": (),
         "logprobs": False,
