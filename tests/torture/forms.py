@@ -6,10 +6,13 @@ product. Its kernels exist once per instruction set; a machine runs those that i
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from veneer_server.backends.native.forms import AMX, FORMS
 
 from tests.backends_ran import asked, native_possible
 from tests.places import cache_dir
@@ -57,7 +60,7 @@ def _native(instructions: str) -> Form:
 
 _SHARED: Final = cache_dir()
 TORCH: Final = Form("torch", {"dtype": "float32", "quantization": "none", "backend": "torch"})
-NATIVE: Final = {name: _native(name) for name in ("avx512-bf16", "avx2")}
+NATIVE: Final = {name: _native(name) for name in ("amx-bf16", "avx512-bf16", "avx2")}
 
 
 def forms() -> tuple[Form, ...]:
@@ -65,8 +68,16 @@ def forms() -> tuple[Form, ...]:
     given = asked()
     if not native_possible() or given.get("VENEER_BACKEND") == "torch":
         return (TORCH,)
-    flags = Path("/proc/cpuinfo").read_text("utf-8").split()
-    best = ("avx512-bf16",) if {"avx512_bf16", "avx512bw", "avx512vl"} <= set(flags) else ()
+    flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
     wanted = given.get("VENEER_NATIVE_INSTRUCTIONS", "auto")
-    names = [name for name in (*best, "avx2") if wanted in ("auto", name)]
-    return (TORCH, *(NATIVE[name] for name in names))
+    here = [form for form in FORMS if form.needs <= flags and wanted in ("auto", form.name)]
+    return (
+        TORCH,
+        *(NATIVE[form.name] for form in here if form is not AMX or _matrix_permitted()),
+    )
+
+
+def _matrix_permitted() -> bool:
+    """Whether Linux lets a process use AMX's registers, asked as the kernels ask (`amx.h`)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
