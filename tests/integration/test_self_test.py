@@ -208,7 +208,7 @@ def test_bfloat16_finds_an_exchange_and_a_doubled_adapter(rounded: Bench) -> Non
     rounded.exchange()
     verdicts = rounded.judge()
     assert [v.passed for v in verdicts.values()] == [True, False, False]
-    assert "as code must" in verdicts["chat"].detail
+    assert "as code should" in verdicts["chat"].detail
     assert verdicts["chat"].nearest_other < rounded.bound < verdicts["chat"].max_difference
     rounded.exchange()
     for name in EXAMPLES:

@@ -17,7 +17,7 @@ Examples:
 
   veneer-train data sql --out sql                       build a data set
 
-  veneer-train plan --base smollm2-135m --preset quick  show a run's memory
+  veneer-train plan --base smollm2-135m --preset quick  show the memory of a run
 
   veneer-train train examples/configs/sql.yaml --base smollm2-135m
 

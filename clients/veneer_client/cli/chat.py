@@ -118,7 +118,7 @@ class Session:
                     return
                 except KeyboardInterrupt:
                     print()
-                    self._note("Ctrl-D leaves")
+                    self._note("Ctrl-D quits")
                     continue
                 try:
                     if not self.take(line):

@@ -21,8 +21,8 @@ def entry(dtype: Any = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> di
 
 BAD: dict[str, tuple[bytes, str | None, str]] = {
     # name -> (file, tensor to blame, words of the message)
-    "empty file": (b"", None, "0 bytes long"),
-    "no header": (b"\x01\x02", None, "2 bytes long"),
+    "empty file": (b"", None, "has 0 bytes"),
+    "no header": (b"\x01\x02", None, "has 2 bytes"),
     "header past the end": ((100).to_bytes(8, "little") + b"{}", None, "cut off"),
     "huge header": ((1 << 62).to_bytes(8, "little") + b"{}", None, "more than"),
     "not JSON": (raw_file(b"{x}", b""), None, "not valid JSON"),

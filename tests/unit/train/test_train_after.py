@@ -73,7 +73,7 @@ def test_verify_refuses_what_does_not_hold(
     again.write_text(val.read_text().replace("Say 1", "Tell 1"))
     done = invoke("verify", adapter, "--base", tiny_base, "--data", again)
     assert done.exit_code == 1
-    assert "no figure for other.jsonl" in done.stderr
+    assert "no figure for the present other.jsonl" in done.stderr
 
     manifest = json.loads(file.read_text())
     manifest["metrics"]["val_loss_after"] -= 0.5

@@ -129,7 +129,7 @@ def test_qlora_beside_lora_and_full(tiny_base: Path, chats: Path, tmp_path: Path
     [
         (["rank"], "needs the base"),
         (["swap", "--adapters", "a=nowhere,b=nowhere"], "two or more"),
-        (["quant-ppl", "--base", "BASE", "--modes", "nf5"], "none of bf16"),
+        (["quant-ppl", "--base", "BASE", "--modes", "nf5"], "not one of bf16"),
         (["rank", "--base", "BASE", "--r", "x"], "comma-separated integers"),
         (["rank", "--base", "BASE", "--set", "train.stpes=3"], "did you mean"),
     ],
