@@ -195,7 +195,7 @@ def inspect(image: Image) -> None:
     if found:
         raise Failed(f"the image has compilers: {found}")
     kernels = list(folder.rglob("native/prebuilt/*.so"))
-    if len(kernels) != 2:
+    if len(kernels) != 3:
         raise Failed(f"the image has the kernels {kernels}")
     for each in folder.rglob("*"):
         status = each.lstat()
