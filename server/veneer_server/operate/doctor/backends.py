@@ -75,6 +75,10 @@ def native_check(config: ServerConfig) -> Check:
         instructions = try_out(library.file)
     except NativeUnavailable as reason:
         return Check("native step", "warning", str(reason), fix)
+    wanted = config.native_instructions
+    if wanted not in ("auto", instructions):
+        found = f"this CPU has {instructions} at most, not --native-instructions {wanted}"
+        return Check("native step", "warning", found, fix)
     if library.why_prebuilt:
         found = (
             f"prebuilt, and runs here ({instructions}); not compiled: {library.why_prebuilt}"

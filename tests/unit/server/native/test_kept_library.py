@@ -322,6 +322,21 @@ def test_the_doctor_says_that_it_runs(bench: Bench) -> None:
     assert Library(bench.build()).instructions in check.found
 
 
+def test_the_doctor_says_that_the_cpu_lacks_what_is_wanted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FAKE CPU, on which the kernels have AVX2: a server would refuse to start with them."""
+    monkeypatch.setattr(backends, "try_out", lambda file: "avx2")
+    given = {
+        "cache_dir": str(bench.cache),
+        "device": "cpu",
+        "native_instructions": "avx512-bf16",
+    }
+    check = backends.native_check(load_config(given, {}))
+    assert check.status == "warning"
+    assert "avx2 at most" in check.found
+
+
 # -------------------------------------------------------------------- the compiler
 
 
