@@ -38,6 +38,7 @@ class Ledger:
         budgets: bytes, as set; see `budget`.
         ceilings: bytes that a tier may hold now: its budget, or what it still held when the
             budget was lowered.
+        on_device: digests of complete copies in DEVICE.
         leased: entries that waiting or running sequences use.
         draining: entries with that flag.
         loads: loads to HOST in progress.
@@ -64,6 +65,7 @@ class Ledger:
         self._pinned: dict[str, LedgerEntry] = {}
         self._bytes = dict.fromkeys(TIERS, 0)
         self._counts = dict.fromkeys(TIERS, 0)
+        self.on_device: set[str] = set()
         self._last_requests: OrderedDict[str, int] = OrderedDict()
         self._clock = 0
 
@@ -208,6 +210,10 @@ class Ledger:
             entry.host = presence
         else:
             entry.device = presence
+            if presence is Presence.THERE:
+                self.on_device.add(entry.digest)
+            else:
+                self.on_device.discard(entry.digest)
             entry.leaving = entry.leaving and here
         if here and before is Presence.ABSENT:
             self.orders[tier].came(entry, self._clock)
@@ -274,6 +280,8 @@ class Ledger:
                 assert (self.leased.get(digest) is entry) == (entry.leases > 0), "leased differ"
                 pin = self._pinned.get(digest) is entry
                 assert pin == (entry.pinned is not None), "pinned ones differ"
+                there = entry.device is Presence.THERE
+                assert (digest in self.on_device) == there, "adapters in DEVICE differ"
                 draining = self.draining.get(digest) is entry
                 assert draining == entry.draining, "draining ones differ"
                 leasing += entry.leases > 0
@@ -291,6 +299,7 @@ class Ledger:
         assert len(self._pinned) == pinned, "pinned ones differ"
         assert len(self.draining) == drains, "draining ones differ"
         assert self.loads == loads, "loads differ"
+        assert len(self.on_device) == self._counts["device"], "adapters in DEVICE differ"
         for tier, sums in found.items():
             assert self._bytes[tier] == sums.bytes, f"bytes in {tier} differ"
             assert self._counts[tier] == sums.there, f"adapters in {tier} differ"

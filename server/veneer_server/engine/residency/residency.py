@@ -25,7 +25,7 @@ dropped at once, and as many adapters in use as exceed the budget take no furthe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from itertools import islice
 from typing import Final
 
@@ -114,6 +114,10 @@ class Residency:
         if entry is None or entry.leaving or entry.draining:
             return False
         return entry.device is Presence.THERE
+
+    def ready_among(self, digests: Set[str | None]) -> Set[str]:
+        """Those that are `ready`, in time by the smaller of both numbers."""
+        return {d for d in self.ledger.on_device & digests if self.ready(d)}
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """Whether the adapter is pinned to ``tier``, or to any if None."""

@@ -19,12 +19,20 @@ and those already running are ahead of it, and all of them end.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import heapq
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, dropwhile, islice, takewhile
+from typing import Final
 
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.engine.scheduling.waiting import WaitingGroup, WaitingSequences
 
 __all__ = ["Admission"]
+
+_BEFORE_ALL: Final = -sys.maxsize
 
 
 class Admission:
@@ -53,48 +61,60 @@ class Admission:
         elif self._lacking is None or self._lacking[0] != digest:
             self._lacking = (digest, now)
 
-    def resident(self, sequence: Sequence) -> bool:
-        """Whether the sequence's adapter is where a step needs it, and stays there."""
-        return sequence.digest is None or self._residency.ready(sequence.digest)
-
     def order(
         self,
-        waiting: Iterable[Sequence],
+        waiting: WaitingSequences,
         *,
         in_batch: Collection[str],
         places: int,
+        most: int,
         now: float,
     ) -> list[Sequence]:
         """Sequences that may start now, in order. The caller must stop at the first one
         that gets no blocks, or younger ones would take the blocks that it waits for.
 
         Args:
-            waiting: in order of arrival, preempted ones first.
             in_batch: adapters of running sequences.
             places: how many more sequences may run.
+            most: how many to return at most.
         """
-        ready: list[Sequence] = []
-        queue = list(waiting)
-        lacking = self.lacking_too_long(now)
-        # If no queued sequence has this want, it is an operator's, which precedes them all.
-        behind = lacking is not None and all(s.digest != lacking for s in queue)
-        for sequence in queue:
-            behind = behind or (lacking is not None and sequence.digest == lacking)
-            resident = self.resident(sequence)
-            self._note_wait(sequence, resident, now)
-            if resident and not (behind and self._keeps_room(sequence)):
-                ready.append(sequence)
-        if len(ready) > places:
-            ready.sort(key=lambda s: self._rank(s, in_batch, now))
-        return ready
+        resident = self._residency.ready_among(waiting.keys)
+        waiting.note_resident(resident, now)
+        if places <= 0:
+            return []
+        # Places before which a sequence may start though it keeps its adapter's room.
+        end = self._end_of_room(waiting, now)
+        ready: list[_Ready] = []
+        for digest in (None, *resident):
+            group = waiting.group(digest)
+            if group is not None:
+                ready.append(_Ready(group, end if self._keeps_room(digest) else None))
+        if not _more_than(places, ready):
+            return list(islice(_merged(each.all() for each in ready), most))
+        # Ties in order of arrival: what goes first whatever its adapter, then those that add
+        # no adapter to the batch, then the others.
+        first = _merged(takewhile(self._overdue(now), each.all()) for each in ready)
+        rest: dict[bool, list[Iterator[Sequence]]] = {True: [], False: []}
+        for each in ready:
+            digest = each.group.digest
+            adds_none = digest is None or digest in in_batch
+            rest[adds_none].append(dropwhile(self._overdue(now), each.all()))
+        return list(islice(chain(first, _merged(rest[True]), _merged(rest[False])), most))
 
-    def _note_wait(self, sequence: Sequence, resident: bool, now: float) -> None:
-        """Measure how long the sequence waits for its adapter, rather than for a place."""
-        if not resident and sequence.waiting_since is None:
-            sequence.waiting_since = now
-        elif resident and sequence.waiting_since is not None:
-            sequence.load_seconds += now - sequence.waiting_since
-            sequence.waiting_since = None
+    def _end_of_room(self, waiting: WaitingSequences, now: float) -> int | None:
+        """From this place on nothing may start that keeps an adapter's room: a sequence has
+        waited too long for some. None if there is no such place."""
+        lacking = self.lacking_too_long(now)
+        if lacking is None:
+            return None
+        group = waiting.group(lacking)
+        # If no queued sequence has this want, it is an operator's, which precedes them all.
+        return _BEFORE_ALL if group is None else group.place
+
+    def _overdue(self, now: float) -> Callable[[Sequence], bool]:
+        """Whether a sequence was preempted, or has waited for `max_wait`. In a group those that
+        are go first."""
+        return lambda s: s.admitted is not None or now - s.arrived >= self._max_wait
 
     def lacking_too_long(self, now: float) -> str | None:
         """The oldest want that finds no room, if it has found none for `patience` seconds."""
@@ -102,15 +122,38 @@ class Admission:
             return None
         return self._lacking[0]
 
-    def _keeps_room(self, sequence: Sequence) -> bool:
-        """Whether running the sequence would prevent its adapter's eviction. An adapter that
-        is pinned to DEVICE cannot be evicted anyway."""
-        digest = sequence.digest
+    def _keeps_room(self, digest: str | None) -> bool:
+        """Whether running a sequence would prevent its adapter's eviction. An adapter that is
+        pinned to DEVICE cannot be evicted anyway."""
         return digest is not None and not self._residency.pinned(digest, "device")
 
-    def _rank(self, sequence: Sequence, in_batch: Collection[str], now: float) -> int:
-        """Lower goes first; ties in order of arrival."""
-        preempted = sequence.admitted is not None
-        if preempted or now - sequence.arrived >= self._max_wait:
-            return 0
-        return 1 if sequence.digest is None or sequence.digest in in_batch else 2
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Sequences whose adapter is resident: those before place ``end``, or all."""
+
+    group: WaitingGroup
+    end: int | None
+
+    def all(self) -> Iterator[Sequence]:
+        if self.end is None:
+            return iter(self.group)
+        end = self.end
+        return takewhile(lambda s: s.place < end, self.group)
+
+
+def _more_than(places: int, ready: Iterable[_Ready]) -> bool:
+    count = 0
+    for each in ready:
+        if each.end is None:
+            count += len(each.group)
+        else:
+            count += sum(1 for _ in islice(each.all(), places + 1 - count))
+        if count > places:
+            return True
+    return False
+
+
+def _merged(groups: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
+    """Of all, in order of their places."""
+    return heapq.merge(*groups, key=lambda s: s.place)

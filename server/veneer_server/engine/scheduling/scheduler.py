@@ -14,9 +14,9 @@ always ends, and in turn all of them do.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from typing import Final
 
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
@@ -32,9 +32,14 @@ from veneer_server.engine.scheduling.sequence import (
 )
 from veneer_server.engine.scheduling.step_limits import SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, Update
+from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
 
 __all__ = ["Scheduler"]
+
+_MOST_WANTS: Final = 1024
+"""Adapters that are planned at once, of the oldest waiting sequences: each takes time, and many
+fewer are loaded at a time."""
 
 
 class Scheduler:
@@ -58,7 +63,7 @@ class Scheduler:
         self.blocks = blocks
         self.residency = residency
         self._eos = eos_token_ids
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingSequences()
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._by_id: dict[int, Sequence] = {}
         self._held: set[int] = set()
@@ -91,7 +96,10 @@ class Scheduler:
 
     @property
     def waiting_for_adapter(self) -> int:
-        return sum(1 for s in self._waiting if not self.admission.resident(s))
+        """Sequences whose adapter is not where a step needs it."""
+        ready = self.residency.ready_among(self._waiting.keys)
+        groups = map(self._waiting.group, (None, *ready))
+        return len(self._waiting) - sum(len(group) for group in groups if group is not None)
 
     @property
     def running_adapters(self) -> tuple[str, ...]:
@@ -101,7 +109,7 @@ class Scheduler:
     @property
     def waiting_adapters(self) -> tuple[str, ...]:
         """Weights digests, sorted."""
-        return _digests(self._waiting)
+        return self._waiting.digests
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
         """Fewest tokens to compute before a sequence that is not queued yet can get its
@@ -169,10 +177,9 @@ class Scheduler:
     def plan_adapters(self, now: float) -> tuple[tuple[Action, ...], tuple[str, ...]]:
         """Loads, moves and drops to start for the waiting sequences, and the
         adapters that pins leave no room for (their sequences must be failed)."""
-        wanted = dict.fromkeys(s.digest for s in self._waiting if s.digest is not None)
-        first = islice(self._waiting, self.limits.max_running)
-        near = len({s.digest for s in first if s.digest is not None})
-        plan = self.residency.plan(list(wanted), self.admission.lacking_too_long(now), near)
+        wanted = self._waiting.wanted(_MOST_WANTS)
+        near = self._waiting.adapters_of_first(self.limits.max_running)
+        plan = self.residency.plan(wanted, self.admission.lacking_too_long(now), near)
         self.admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible
 
@@ -246,6 +253,8 @@ class Scheduler:
             self._waiting,
             in_batch={s.digest for s in self._running.values() if s.digest is not None},
             places=self.limits.max_running - len(self._running),
+            # Those that are held are passed over.
+            most=self.limits.max_running - len(self._running) + len(self._held),
             now=now,
         )
 
@@ -264,7 +273,7 @@ class Scheduler:
         if sequence.digest is not None:
             held = self.residency.try_hold(sequence.digest)
             assert held, "a sequence was admitted without its adapter"
-        self._waiting.remove(sequence)
+        self._waiting.remove(sequence, now)
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed

@@ -57,8 +57,8 @@ class Sequence:
         published: leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
         prompt_logprobs: filled chunk by chunk during prefill, if requested.
-        load_seconds: time spent waiting for the adapter.
-        waiting_since: when it began to wait for the adapter; None if it does not wait.
+        place: its order among waiting sequences; lower goes first.
+        load_seconds: time spent waiting for the adapter; complete while it runs.
         admitted: monotonic seconds of its first step.
         token_counts: for penalties; None until a token first needs them.
     """
@@ -76,8 +76,8 @@ class Sequence:
     cached_tokens: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Tops] = field(default_factory=list)
+    place: int = 0
     load_seconds: float = 0.0
-    waiting_since: float | None = None
     admitted: float | None = None
     token_counts: TokenCounts | None = None
 
