@@ -38,7 +38,7 @@ class Ledger:
         budgets: bytes, as set; see `budget`.
         ceilings: bytes that a tier may hold now: its budget, or what it still held when the
             budget was lowered.
-        on_device: digests of complete copies in DEVICE.
+        there: of each tier, digests of its complete copies.
         leased: entries that waiting or running sequences use.
         draining: entries with that flag.
         loads: loads to HOST in progress.
@@ -64,8 +64,7 @@ class Ledger:
         self.ceilings = {tier: self.budget(tier) for tier in TIERS}
         self._pinned: dict[str, LedgerEntry] = {}
         self._bytes = dict.fromkeys(TIERS, 0)
-        self._counts = dict.fromkeys(TIERS, 0)
-        self.on_device: set[str] = set()
+        self.there: dict[MemoryTier, set[str]] = {tier: set() for tier in TIERS}
         self._last_requests: OrderedDict[str, int] = OrderedDict()
         self._clock = 0
 
@@ -77,7 +76,7 @@ class Ledger:
 
     def count_in(self, tier: MemoryTier) -> int:
         """Number of complete copies in a tier."""
-        return self._counts[tier]
+        return len(self.there[tier])
 
     def budget(self, tier: MemoryTier) -> int:
         """Bytes that a tier may use."""
@@ -204,16 +203,15 @@ class Ledger:
         before = entry.at(tier)
         here = presence is not Presence.ABSENT
         self._bytes[tier] += entry.bytes * (here - (before is not Presence.ABSENT))
-        self._counts[tier] += (presence is Presence.THERE) - (before is Presence.THERE)
+        if presence is Presence.THERE:
+            self.there[tier].add(entry.digest)
+        else:
+            self.there[tier].discard(entry.digest)
         if tier == "host":
             self.loads += (presence is Presence.COMING) - (before is Presence.COMING)
             entry.host = presence
         else:
             entry.device = presence
-            if presence is Presence.THERE:
-                self.on_device.add(entry.digest)
-            else:
-                self.on_device.discard(entry.digest)
             entry.leaving = entry.leaving and here
         if here and before is Presence.ABSENT:
             self.orders[tier].came(entry, self._clock)
@@ -280,8 +278,6 @@ class Ledger:
                 assert (self.leased.get(digest) is entry) == (entry.leases > 0), "leased differ"
                 pin = self._pinned.get(digest) is entry
                 assert pin == (entry.pinned is not None), "pinned ones differ"
-                there = entry.device is Presence.THERE
-                assert (digest in self.on_device) == there, "adapters in DEVICE differ"
                 draining = self.draining.get(digest) is entry
                 assert draining == entry.draining, "draining ones differ"
                 leasing += entry.leases > 0
@@ -289,6 +285,10 @@ class Ledger:
                 drains += draining
                 loads += entry.host is Presence.COMING
                 for tier in TIERS:
+                    complete = entry.at(tier) is Presence.THERE
+                    assert (digest in self.there[tier]) == complete, (
+                        f"adapters in {tier} differ"
+                    )
                     idle = self._idle(entry, tier)
                     found[tier].count(entry, tier, idle=idle)
                     self.orders[tier].check_entry(entry, idle=idle)
@@ -299,10 +299,9 @@ class Ledger:
         assert len(self._pinned) == pinned, "pinned ones differ"
         assert len(self.draining) == drains, "draining ones differ"
         assert self.loads == loads, "loads differ"
-        assert len(self.on_device) == self._counts["device"], "adapters in DEVICE differ"
         for tier, sums in found.items():
             assert self._bytes[tier] == sums.bytes, f"bytes in {tier} differ"
-            assert self._counts[tier] == sums.there, f"adapters in {tier} differ"
+            assert len(self.there[tier]) == sums.there, f"adapters in {tier} differ"
             assert self._bytes[tier] <= self.ceilings[tier], f"past the {tier} budget"
             yield from self.orders[tier].integrity(sums.here, sums.idle, sums.idle_bytes)
 

@@ -6,7 +6,8 @@ dropped in this order, until there is enough:
 
 1. idle copies, in the order of `eviction`;
 2. HOST copies of adapters that run from a separate DEVICE copy;
-3. copies that later wants need, the last want's first: it is needed last.
+3. copies that later wants need, the last want's first: it is needed last. Before them go those
+   of wants that are not planned yet, since there are too many older ones.
 
 A copy that an earlier want needs is never dropped for a later one, so two adapters cannot
 evict each other forever, and a loaded adapter serves the sequences it was loaded for. After
@@ -234,14 +235,17 @@ class LoadPlanner:
     def _find_in_demand(self, tier: MemoryTier) -> list[tuple[int, LedgerEntry]]:
         ledger, queue = self._ledger, self._queue
         found = [(i, e) for i, e in enumerate(queue) if e.leases and ledger.evictable(e, tier)]
-        if tier == "host" and not ledger.shared:
-            waiting = set(queue)
-            found += (
-                (len(queue), e)
-                for e in ledger.leased.values()
-                if e not in waiting and e.device is Presence.THERE and ledger.evictable(e, tier)
-            )
-        return found
+        planned = {entry.digest for entry in queue}
+        leased = ledger.leased.keys()
+        # Wants that are not planned yet, since so many are older; of the others, adapters that
+        # run from their DEVICE copy.
+        later: list[tuple[int, LedgerEntry]] = []
+        running: list[tuple[int, LedgerEntry]] = []
+        for digest in sorted((leased & ledger.there[tier]) - planned):
+            entry = ledger.leased[digest]
+            if ledger.evictable(entry, tier):
+                (running if entry.holds else later).append((len(queue), entry))
+        return [*found, *later, *running]
 
 
 def _next_tier(entry: LedgerEntry) -> MemoryTier | None:

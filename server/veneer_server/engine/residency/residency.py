@@ -117,7 +117,7 @@ class Residency:
 
     def ready_among(self, digests: Set[str | None]) -> Set[str]:
         """Those that are `ready`, in time by the smaller of both numbers."""
-        return {d for d in self.ledger.on_device & digests if self.ready(d)}
+        return {d for d in self.ledger.there["device"] & digests if self.ready(d)}
 
     def pinned(self, digest: str, tier: MemoryTier | None = None) -> bool:
         """Whether the adapter is pinned to ``tier``, or to any if None."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Final
 
 from veneer_server.engine import integrity
 from veneer_server.engine.residency.residency import Residency
@@ -36,10 +35,6 @@ from veneer_server.engine.scheduling.waiting import WaitingSequences
 from veneer_server.step.plan import Following, PlannedSequence, SequenceResult, StepPlan
 
 __all__ = ["Scheduler"]
-
-_MOST_WANTS: Final = 1024
-"""Adapters that are planned at once, of the oldest waiting sequences: each takes time, and many
-fewer are loaded at a time."""
 
 
 class Scheduler:
@@ -177,8 +172,8 @@ class Scheduler:
     def plan_adapters(self, now: float) -> tuple[tuple[Action, ...], tuple[str, ...]]:
         """Loads, moves and drops to start for the waiting sequences, and the
         adapters that pins leave no room for (their sequences must be failed)."""
-        wanted = self._waiting.wanted(_MOST_WANTS)
         near = self._waiting.adapters_of_first(self.limits.max_running)
+        wanted = self._waiting.wanted(max(near, self.limits.planned_adapters))
         plan = self.residency.plan(wanted, self.admission.lacking_too_long(now), near)
         self.admission.note_lack_of_room(plan.blocked, now)
         return plan.actions, plan.impossible

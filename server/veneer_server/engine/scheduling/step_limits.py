@@ -60,6 +60,8 @@ class SchedulerLimits:
     patience: seconds that the oldest want may fail to find room for its adapter before
         others are held back, see `Admission`.
     max_wait: seconds after which nothing younger starts before a sequence that is ready.
+    planned_adapters: of the adapters that waiting sequences use, how many are planned at once,
+        those of the oldest: each takes time, and few are loaded at a time.
     exact: chunks depend only on position and prompt length, not on the rest of the
         batch: `FIXED_CHUNK` prompt tokens, then one token per step, even when generated
         tokens are recomputed. A step may then exceed its token limits by one chunk.
@@ -73,6 +75,7 @@ class SchedulerLimits:
     prefill_beside_decode: int = 256
     patience: float = 0.5
     max_wait: float = 1.0
+    planned_adapters: int = 256
     exact: bool = False
     cost: StepCost | None = None
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -114,6 +114,7 @@ class Histories(RuleBasedStateMachine):
         beside_decode=st.sampled_from([1, 4, 64]),
         patience=st.sampled_from([0.5, 5.0]),
         max_wait=st.sampled_from([1.0, 10.0]),
+        planned=st.sampled_from([1, 3, 256]),
         shared=st.booleans(),
         exact=SOMETIMES,
         no_prefix_cache=SOMETIMES,
@@ -196,10 +197,14 @@ class Histories(RuleBasedStateMachine):
         name=NAMES,
         mode=st.sampled_from(["drain", "drain", "fail_if_busy", "forget"]),
         unpin=st.booleans(),
+        again=st.none() | ASKS,
     )
-    def evict(self, name: str, mode: Any, unpin: bool) -> None:
+    def evict(self, name: str, mode: Any, unpin: bool, again: Ask | None) -> None:
+        """Also: a request for the adapter arrives at once."""
         with suppress(AdapterInUse, AdapterPinned):
             self.world.evict(name, mode, unpin)
+        if again is not None:
+            self._submit(replace(again, adapter=name))
 
     @rule(
         host=st.sampled_from([None, 60, 2 * SIZE, 6 * SIZE]),
@@ -432,8 +437,8 @@ def _nobody_is_overdue(patch: pytest.MonkeyPatch) -> None:
     _edit(
         patch,
         admission,
-        "if preempted or now - sequence.arrived >= self._max_wait:",
-        "if False:",
+        "lambda s: s.admitted is not None or now - s.arrived >= self._max_wait",
+        "lambda s: False",
     )
 
 
@@ -456,6 +461,15 @@ def _older_ones_lose_their_adapters(patch: pytest.MonkeyPatch) -> None:
         load_planner,
         "found[-1][0] > index",
         "found[-1][0] > -1",
+    )
+
+
+def _adapters_that_are_not_planned_yet_stay(patch: pytest.MonkeyPatch) -> None:
+    _edit(
+        patch,
+        load_planner,
+        "(running if entry.holds else later).append((len(queue), entry))",
+        "running += [(len(queue), entry)] if entry.holds else []",
     )
 
 
@@ -552,6 +566,7 @@ BUGS = [
     _nobody_is_held_back,
     _the_room_is_taken_for_ever,
     _older_ones_lose_their_adapters,
+    _adapters_that_are_not_planned_yet_stay,
     _reading_ahead_takes_what_others_use,
     _lower_budgets_drop_nothing,
     _a_lower_budget_is_forgotten,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from types import FrameType
+from typing import Any, Literal
 
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded, AdapterInUse, AdapterPinned
@@ -376,3 +378,39 @@ def test_exact_chunks_depend_on_the_prompt_alone() -> None:
     again = max(i for i, chunk in enumerate(found) if chunk == (0, 34))
     assert again > 0
     assert found[again:] == [(0, 34), *((p, 1) for p in range(34, 43))]
+
+
+def lines_of_a_step(waiting: int, adapters: int) -> int:
+    """Lines of Python that planning a step executes while sequences wait."""
+    world = World(blocks=200, max_running=4)
+    for number in range(1, 5):
+        world.submit(number, 3, 30, None)
+    world.step()
+    for number in range(5, 5 + waiting):
+        world.submit(number, 3, 3, adapter(f"{number % adapters}") if adapters else None)
+    world.scheduler.plan_adapters(world.now)
+    world.scheduler.schedule(world.now)
+    lines = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        world.scheduler.plan_adapters(world.now)
+        world.scheduler.schedule(world.now)
+        assert world.scheduler.waiting_for_adapter == (waiting if adapters else 0)
+    finally:
+        sys.settrace(before)
+    assert world.scheduler.waiting == waiting
+    return lines
+
+
+@pytest.mark.parametrize("adapters", [0, 50, 3000])
+def test_a_step_does_no_more_work_when_more_sequences_wait(adapters: int) -> None:
+    """A step must not become longer for those that run."""
+    few = lines_of_a_step(min(300, adapters or 300), adapters)
+    assert lines_of_a_step(3000, adapters) <= few * 1.1

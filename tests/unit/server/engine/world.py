@@ -83,6 +83,7 @@ class World:
     beside_decode: int = 32
     patience: float = 5.0
     max_wait: float = 10.0
+    planned: int = 256
     shared: bool = False
     exact: bool = False
     prefix_cache: bool = True
@@ -125,6 +126,7 @@ class World:
             prefill_beside_decode=self.beside_decode,
             patience=self.patience,
             max_wait=self.max_wait,
+            planned_adapters=self.planned,
             exact=self.exact,
         )
         self.scheduler = Scheduler(
