@@ -209,8 +209,16 @@ class Histories(RuleBasedStateMachine):
     @rule(
         host=st.sampled_from([None, 60, 2 * SIZE, 6 * SIZE]),
         device=st.sampled_from([None, 60, SIZES["h"], 4 * SIZE]),
+        busy=st.just([]) | st.lists(ASKS, min_size=1, max_size=3),
     )
-    def set_budgets(self, host: int | None, device: int | None) -> None:
+    def set_budgets(self, host: int | None, device: int | None, busy: list[Ask]) -> None:
+        """Often with requests that run: what they use cannot leave at once."""
+        for ask in busy:
+            self._submit(ask)
+        if busy:
+            self.world.step()
+            self.all_arrive()
+            self.world.step()
         with suppress(AdapterBudgetExceeded):  # pins; nothing has changed
             self.world.set_budgets(host=host, device=device)
 
