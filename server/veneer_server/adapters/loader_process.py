@@ -25,7 +25,14 @@ import msgspec
 from veneer_registry.adapter import LoraModule, Projection
 from veneer_registry.errors import AdapterBudgetExceeded, InternalError, VeneerError
 
-from veneer_server.adapters.pages import make_ready, map_pages, memory
+from veneer_server.adapters.pages import (
+    SEGMENT,
+    make_ready,
+    map_pages,
+    memory,
+    next_range,
+    release,
+)
 from veneer_server.adapters.reading import Dtype, read_run
 from veneer_server.system.priority import lower_priority
 from veneer_server.wire.frames import framed, read_frame
@@ -50,11 +57,18 @@ _PAUSE_S: Final = 0.0025
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame: what all loads have in common."""
+    """The first frame: what all loads have in common.
+
+    Attributes:
+        shapes: projection -> (out_features, in_features).
+        dtype: of the runs.
+        segment_bytes: see `SEGMENT`.
+    """
 
     shapes: dict[Projection, tuple[int, int]]
     num_layers: int
     dtype: Dtype
+    segment_bytes: int = SEGMENT
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -70,10 +84,16 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag=True):
     Attributes:
         modules: (layer, projection, rank, scaling) of each.
         size: bytes of the run.
+        segment: number of the file of memory that has the run, whose descriptor follows.
+        segment_size: bytes of that file.
+        offset: where the run begins in it.
     """
 
     modules: list[tuple[int, Projection, int, float]]
     size: int
+    segment: int
+    segment_size: int
+    offset: int
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -88,62 +108,93 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
     error: tuple[str, str, dict[str, str]] | None = None
 
 
-class _Spare:
-    """Memory for the next load, made ready after the last one, since allocating and zeroing
-    pages takes as long as filling them.
+class _Segments:
+    """Files of memory, one after the other, whose ranges are filled by loads (`pages`).
 
-    This is done piece by piece, each after a pause, because a load is immediately followed
-    by the prompt that waited for it: all pages in one go make that 12 ms slower.
+    Pages for the next load are made ready after the last one, since allocating and zeroing
+    them takes as long as filling them. This is done piece by piece, each after a pause, because
+    a load is immediately followed by the prompt that waited for it: all pages in one go make
+    that 12 ms slower.
+
+    Attributes:
+        fd, number, size: of the current file; the number is 0 before the first.
     """
 
-    def __init__(self) -> None:
-        self._fd = -1
-        self._size = 0
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self.fd = -1
+        self.number = 0
+        self.size = 0
+        self._next = 0
+        """Where the next range begins."""
         self._ready = 0
+        """Where the pages that are ready end."""
+        self._wanted = 0
+        """Where they should end."""
 
-    def take(self, size: int) -> tuple[int, int]:
-        """A file descriptor of ``size`` zeroed bytes, and how many of them are ready."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return memory(size), 0
-        os.ftruncate(fd, size)
-        return fd, min(self._ready, size)
+    def take(self, size: int) -> int:
+        """Where ``size`` zeroed bytes of the current file begin, whose pages are ready.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
+        self._have_room(size)
+        begin, end = self._next, self._next + size
+        try:
+            while self._ready < end:
+                self._ready = make_ready(self.fd, end, self._ready)
+        except BaseException:
+            release(self.fd, begin, self._ready)
+            self._ready = self._wanted = begin
+            raise
+        release(self.fd, end, self._ready)
+        self._next = self._ready = self._wanted = next_range(end)
+        return begin
 
     def want(self, size: int) -> None:
         """Have ``size`` bytes ready soon, unless that is too much to keep idle."""
-        if self._fd < 0 and 0 < size <= _MOST_SPARE:
-            self._fd, self._size, self._ready = memory(size), size, 0
+        if 0 < size <= _MOST_SPARE:
+            self._have_room(size)
+            self._wanted = self._next + size
 
     @property
     def complete(self) -> bool:
-        return self._fd < 0 or self._ready >= self._size
+        return self._ready >= self._wanted
 
     def prepare(self) -> None:
         """Make one more piece ready."""
-        self._ready = make_ready(self._fd, self._size, self._ready)
+        self._ready = make_ready(self.fd, self._wanted, self._ready)
+
+    def _have_room(self, size: int) -> None:
+        if self._next + size <= self.size:
+            return
+        whole = max(self._least, size)
+        fd = memory(whole)
+        if self.fd >= 0:
+            release(self.fd, self._next, self._ready)
+            os.close(self.fd)
+        self.fd, self.number, self.size = fd, self.number + 1, whole
+        self._next = self._ready = self._wanted = 0
 
 
 class _Job:
-    """One load; owns the memory until it is handed over."""
+    """One load."""
 
-    def __init__(self, spare: _Spare, connection: socket.socket) -> None:
+    def __init__(self, segments: _Segments, connection: socket.socket) -> None:
         self.size = 0
-        self._spare = spare
+        self._segments = segments
         self._connection = connection
 
     def begin(self, modules: Sequence[LoraModule], size: int) -> memoryview:
         """Memory of ``size`` bytes, which the engine has received too."""
         self.size = size
-        fd, ready = self._spare.take(size)
-        try:
-            while ready < size:
-                ready = make_ready(fd, size, ready)
-            facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
-            self._connection.sendall(framed(msgspec.msgpack.encode(Begun(facts, size))))
-            socket.send_fds(self._connection, [b"\0"], [fd])
-            return map_pages(fd, size)
-        finally:
-            os.close(fd)
+        segments = self._segments
+        offset = segments.take(size)
+        facts = [(m.layer, m.projection, m.rank, m.scaling) for m in modules]
+        begun = Begun(facts, size, segments.number, segments.size, offset)
+        self._connection.sendall(framed(msgspec.msgpack.encode(begun)))
+        socket.send_fds(self._connection, [b"\0"], [segments.fd])
+        return map_pages(segments.fd, size, offset)
 
 
 def _load(setup: Setup, load: Load, job: _Job) -> Loaded:
@@ -178,19 +229,19 @@ def main() -> None:
     if first is None:
         return
     setup = msgspec.msgpack.decode(first, type=Setup)
-    spare = _Spare()
+    segments = _Segments(setup.segment_bytes)
     while True:
-        while not spare.complete and not select.select([connection], [], [], _PAUSE_S)[0]:
-            spare.prepare()
+        while not segments.complete and not select.select([connection], [], [], _PAUSE_S)[0]:
+            segments.prepare()
         if (body := read_frame(connection)) is None:
             return
-        job = _Job(spare, connection)
+        job = _Job(segments, connection)
         try:
             loaded = _load(setup, msgspec.msgpack.decode(body, type=Load), job)
             connection.sendall(framed(msgspec.msgpack.encode(loaded)))
         except BrokenPipeError:
             return
-        spare.want(job.size)
+        segments.want(job.size)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from veneer_server.adapters.loader_process import (
     Loaded,
     Setup,
 )
-from veneer_server.adapters.pages import map_pages
+from veneer_server.adapters.pages import MappedSegment
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.layout import Layout
 from veneer_server.wire.frames import framed, read_frame
@@ -130,7 +130,7 @@ class Loaders:
         try:
             copy, stages = process.load(
                 source,
-                lambda body, fd: self._preparer.submit(self._prepare, body, fd),
+                lambda *begun: self._preparer.submit(self._prepare, *begun),
                 self._limit_s + size / BYTES_A_SECOND,
             )
         finally:
@@ -139,19 +139,45 @@ class Loaders:
             copy.run = copy.run.pin_memory()
         return copy, stages
 
-    def _prepare(self, begun: Begun, fd: int) -> HostCopy:
-        try:
-            memory = map_pages(fd, begun.size)
-        finally:
-            os.close(fd)
+    def _prepare(self, begun: Begun, fd: int, segments: _Segments) -> HostCopy:
+        memory = segments.take(begun, fd)
         modules = (LoraModule(*facts, "", "") for facts in begun.modules)
         layout = Layout.of(modules, self._setup.shapes, self._setup.num_layers)
         run = torch.frombuffer(memory, dtype=self._dtype)
         return HostCopy(layout, run, AdapterTable(layout, run) if self._tables else None)
 
 
-_Prepare = Callable[[Begun, int], "Future[HostCopy]"]
-"""Starts to make a `HostCopy` from the descriptor of the run's memory, and closes that."""
+class _Segments:
+    """The files of memory that one process fills; each is mapped once, by its first range."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._current: MappedSegment | None = None
+
+    def take(self, begun: Begun, fd: int) -> memoryview:
+        """The memory of a run.
+
+        Args:
+            fd: of its file; closed when no longer needed.
+
+        Raises:
+            MemoryError: it cannot be mapped.
+        """
+        if self._current is None or begun.segment != self._number:
+            self._current = MappedSegment(fd, begun.segment_size)
+            self._number = begun.segment
+        else:
+            os.close(fd)
+        return self._current.take(begun.offset, begun.size)
+
+    def close(self) -> None:
+        """The process has ended: give back what it had ready."""
+        if self._current is not None:
+            self._current.close()
+
+
+_Prepare = Callable[[Begun, int, _Segments], "Future[HostCopy]"]
+"""Starts to make a `HostCopy` from the descriptor of the file that has the run."""
 
 
 class Loader:
@@ -161,6 +187,7 @@ class Loader:
         self._setup = msgspec.msgpack.encode(setup)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._segments = _Segments()
 
     def start(self) -> socket.socket:
         """The connection to the process, which is started if there is none."""
@@ -235,7 +262,7 @@ class Loader:
                     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
                     if not fds:
                         return None
-                    copy = prepare(begun, fds[0])
+                    copy = prepare(begun, fds[0], self._segments)
                 case Loaded(error=None, stages=stages) if copy is not None:
                     return copy.result(), stages
                 case Loaded(error=(reason, message, metadata)):
@@ -256,18 +283,27 @@ class Loader:
             self._connection.close()
             self._connection = None
         process, self._process = self._process, None
-        if process is None:
-            return "it could not be started"
-        if kill:
+        segments, self._segments = self._segments, _Segments()
+        try:
+            return _ended(process, kill=kill)
+        finally:
+            segments.close()
+
+
+def _ended(process: subprocess.Popen[bytes] | None, *, kill: bool) -> str:
+    """Wait for a process to end; returns how it did."""
+    if process is None:
+        return "it could not be started"
+    if kill:
+        process.kill()
+    for last in (False, True):
+        try:
+            code = process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            # It is suspended, or blocked on a disk that hangs.
             process.kill()
-        for last in (False, True):
-            try:
-                code = process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                # It is suspended, or blocked on a disk that hangs.
-                process.kill()
-                if last:
-                    return f"process {process.pid} cannot be killed"
-            else:
-                break
-        return f"signal {-code}" if code < 0 else f"status {code}"
+            if last:
+                return f"process {process.pid} cannot be killed"
+        else:
+            break
+    return f"signal {-code}" if code < 0 else f"status {code}"

@@ -5,6 +5,11 @@ a tenth of a step with eight adapters, allocating and zeroing 2,400 pages 7.5 ms
 and mapping them again in the engine 1.5 ms; with large pages, the latter two take 1.6 and
 0.3 ms. Shared memory gets large pages only on request ("never" in shmem_enabled is the
 default), with MADV_COLLAPSE of Linux 6.1.
+
+A process has 65,530 mappings at most (vm.max_map_count). So adapters do not have one each:
+a loader fills the ranges of a large file in memory, one after the other, and the engine maps
+the file whole. A range is used once: what a process that was killed still writes cannot be
+another adapter.
 """
 
 from __future__ import annotations
@@ -19,15 +24,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["PIECE", "make_ready", "map_pages", "memory"]
+__all__ = [
+    *("PIECE", "SEGMENT", "MappedSegment", "make_ready"),
+    *("map_pages", "memory", "next_range", "release"),
+]
 
 _LARGE: Final = 2 << 20
 PIECE: Final = 256 << 10
 """Bytes of small pages that are made ready at once."""
 _COLLAPSE: Final = 25
+_REMOVE: Final = 9
 _FIXED: Final = 0x10
+_PUNCH_HOLE: Final = 3  # and keep the size
 _FAILED: Final = ctypes.c_void_p(-1).value
 _LINUX: Final = sys.platform == "linux"
+SEGMENT: Final = 1 << 30 if _LINUX else 0
+"""Bytes of a file whose ranges are adapters, unless one is larger. Elsewhere a range could not
+be released alone, and each adapter has a file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -37,6 +50,8 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+if _LINUX:
+    _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 
 def memory(size: int) -> int:
@@ -50,9 +65,73 @@ def memory(size: int) -> int:
     return fd
 
 
-def map_pages(fd: int, size: int) -> memoryview:
-    """Map all of the memory, with every page populated if the system can: otherwise the first
-    access to each page would fault. Unmapped when nothing refers to it any more.
+def next_range(end: int) -> int:
+    """Where a range may begin after one that ended at ``end``: ranges share no large page."""
+    return -(-end // _LARGE) * _LARGE
+
+
+def release(fd: int, begin: int, end: int) -> None:
+    """Give back the whole pages from ``begin`` to ``end``; they are zero if read again."""
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    if _LINUX and begin < end:
+        _libc.fallocate(fd, _PUNCH_HOLE, begin, end - begin)
+
+
+class MappedSegment:
+    """A file of memory, mapped once; its ranges are released one by one, and the mapping after
+    the last of them.
+
+    Args:
+        fd: closed by this object.
+        size: bytes of the file.
+
+    Raises:
+        MemoryError: there is no room for the mapping.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._size = size
+        self._end = 0
+        """Of the last range."""
+        weakref.finalize(self, os.close, fd).atexit = False
+        self._fd = fd
+        if _LINUX:
+            area, length, self._start = _map(fd, size, 0, 0)
+            # Not at the end of the process: other threads may still read it then.
+            weakref.finalize(self, _libc.munmap, area, length).atexit = False
+
+    def take(self, offset: int, size: int) -> memoryview:
+        """A range, with every page populated if the system can: otherwise the first access to
+        each page would fault. Its memory is given back when nothing refers to it any more.
+
+        Raises:
+            MemoryError: it cannot be mapped.
+        """
+        if not _LINUX:
+            return map_pages(self._fd, size)
+        if offset < self._end or offset + size > self._size:
+            raise ValueError(f"{offset} and {size} bytes are not the next range")
+        self._end = next_range(offset + size)
+        start = self._start + offset
+        # This replaces a part of the mapping by the same, and the kernel merges both.
+        _map_at(start, self._fd, size, offset, mmap.MAP_POPULATE)
+        numbers = (ctypes.c_ubyte * size).from_address(start)
+        weakref.finalize(numbers, self._remove, offset, self._end).atexit = False
+        return memoryview(numbers).cast("B")
+
+    def close(self) -> None:
+        """Give back what was made ready for ranges to come; there will be none."""
+        self._remove(self._end, self._size)
+        self._end = self._size
+
+    def _remove(self, begin: int, end: int) -> None:
+        if _LINUX and begin < end:
+            _libc.madvise(self._start + begin, min(end, self._size) - begin, _REMOVE)
+
+
+def map_pages(fd: int, size: int, offset: int = 0) -> memoryview:
+    """Map a range of the memory, with every page populated if the system can. Unmapped when
+    nothing refers to it any more.
 
     Raises:
         MemoryError: there is no room for the mapping.
@@ -62,7 +141,7 @@ def map_pages(fd: int, size: int) -> memoryview:
             return memoryview(mmap.mmap(fd, size))
         except OSError as error:
             raise MemoryError(str(error)) from error
-    area, length, start = _map(fd, size, 0, mmap.MAP_POPULATE)
+    area, length, start = _map(fd, size, offset, mmap.MAP_POPULATE)
     numbers = (ctypes.c_ubyte * size).from_address(start)
     # Not at the end of the process: other threads may still read it then.
     weakref.finalize(numbers, _libc.munmap, area, length).atexit = False
@@ -106,10 +185,16 @@ def _map(fd: int, size: int, offset: int, flags: int) -> tuple[int, int, int]:
     if area == _FAILED:
         raise MemoryError(os.strerror(ctypes.get_errno()))
     start = -(-area // _LARGE) * _LARGE
+    try:
+        _map_at(start, fd, size, offset, flags)
+    except MemoryError:
+        _libc.munmap(area, length)
+        raise
+    return area, length, start
+
+
+def _map_at(start: int, fd: int, size: int, offset: int, flags: int) -> None:
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     flags |= mmap.MAP_SHARED | _FIXED
     if _libc.mmap(start, size, protection, flags, fd, offset) == _FAILED:
-        error = ctypes.get_errno()
-        _libc.munmap(area, length)
-        raise MemoryError(os.strerror(error))
-    return area, length, start
+        raise MemoryError(os.strerror(ctypes.get_errno()))

@@ -204,6 +204,54 @@ def test_loads_of_other_sizes_follow_one_another(
         assert copy.run.abs().sum() > 0
 
 
+def adapter_memory() -> tuple[int, int]:
+    """How many mappings of adapters there are, and the kB of adapters in memory."""
+    maps = Path("/proc/self/maps").read_text("utf-8").count("veneer-adapter")
+    status = Path("/proc/self/status").read_text("utf-8")
+    (shared,) = [line for line in status.splitlines() if line.startswith("RssShmem")]
+    return maps, int(shared.split()[1])
+
+
+def test_many_adapters_take_few_mappings(tmp_path: Path) -> None:
+    """Linux allows a process 65,530, and adapters of a small base are small."""
+    folders = [make_adapter(tmp_path / str(n), seed=n) for n in range(3)]
+    # Room for four.
+    setup = Setup(dict(SHAPES), 2, "float32", 8 << 20)
+    reader = Loaders(setup, torch.float32, count=2, pinned=False)
+    maps, before = adapter_memory()
+    try:
+        copies = [reader.read(source(folders[n % 3]))[0] for n in range(40)]
+        for number, copy in enumerate(copies):
+            assert torch.equal(copy.run, copies[number % 3].run)
+        assert not torch.equal(copies[0].run, copies[1].run)
+        assert adapter_memory()[0] - maps <= 10, "a mapping for four adapters"
+        kept, full = copies.pop(17), adapter_memory()[1]
+        again = kept.run.clone()
+        copies.clear()
+        assert adapter_memory()[1] - before < (full - before) / 4
+        assert torch.equal(kept.run, again)
+    finally:
+        reader.close()
+    del kept, copy
+    assert adapter_memory() == (maps, before)
+
+
+def test_an_adapter_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> None:
+    wanted = source(make_adapter(tmp_path / "a"))
+    small = Loaders(
+        Setup(dict(SHAPES), 2, "float32", 4096), torch.float32, count=1, pinned=False
+    )
+    large = Loaders(Setup(dict(SHAPES), 2, "float32"), torch.float32, count=1, pinned=False)
+    try:
+        found = [each.read(wanted)[0].run for each in (small, large, small)]
+    finally:
+        small.close()
+        large.close()
+    assert found[0].nbytes > 4096
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.fixture
 def hurried() -> Iterator[Loaders]:
     """Loaders with little patience."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from veneer_server.adapters.pages import make_ready, map_pages, memory
+from veneer_server.adapters.pages import MappedSegment, make_ready, map_pages, memory
 
 MB = 1 << 20
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="of Linux")
@@ -75,3 +75,60 @@ def test_its_pages_are_large_where_linux_has_them(fd: int) -> None:
 def test_what_cannot_be_mapped_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
         map_pages(-1, MB)
+
+
+SPACE = 64 * MB
+
+
+@pytest.fixture
+def file() -> Iterator[int]:
+    """A descriptor of memory whose first 20 MB are ready."""
+    made = memory(SPACE)
+    ready = 0
+    while ready < 20 * MB:
+        ready = make_ready(made, SPACE, ready)
+    yield made
+    os.close(made)
+
+
+def used(file: int) -> int:
+    """MB of memory that it takes."""
+    return os.fstat(file).st_blocks * 512 // MB
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text("utf-8").count("veneer-adapter")
+
+
+def test_ranges_share_one_mapping_and_are_released_one_by_one(file: int) -> None:
+    segment = MappedSegment(os.dup(file), SPACE)
+    views = [segment.take(4 * MB * i, 3 * MB + 5000) for i in range(5)]
+    for number, view in enumerate(views):
+        view[0] = view[-1] = number + 1
+    assert (mappings(), used(file)) == (1, 20)
+    del views[1], view
+    assert (mappings(), used(file)) == (1, 16)
+    assert [(view[0], view[-1]) for view in views] == [(1, 1), (3, 3), (4, 4), (5, 5)]
+    del segment, views[1:]
+    assert (mappings(), used(file)) == (1, 4), "a range keeps the mapping"
+    views.clear()
+    assert (mappings(), used(file)) == (0, 0)
+
+
+def test_a_range_is_taken_once(file: int) -> None:
+    segment = MappedSegment(os.dup(file), SPACE)
+    view = segment.take(0, 3 * MB)
+    for offset in (0, 2 * MB, 63 * MB):
+        with pytest.raises(ValueError, match="not the next range"):
+            segment.take(offset, 2 * MB)
+    assert len(view) == 3 * MB
+
+
+def test_a_closed_segment_gives_back_what_was_ready(file: int) -> None:
+    segment = MappedSegment(os.dup(file), SPACE)
+    view = segment.take(0, MB)
+    view[0] = 7
+    segment.close()
+    assert (view[0], used(file)) == (7, 2)
+    with pytest.raises(ValueError, match="not the next range"):
+        segment.take(4 * MB, MB)
