@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -11,7 +11,7 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated
 
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import ANYONE, Principal
+from veneer_server.access.principal import ANYONE, Principal, denied
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
@@ -33,6 +33,11 @@ class Credentials:
     authorization: str = ""
     api_key: str = ""
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
+        """From HTTP headers or gRPC metadata, by lower-case name."""
+        return cls(headers.get("authorization", ""), headers.get("x-api-key", ""), tuple(names))
 
     @property
     def secret(self) -> str:
@@ -83,12 +88,7 @@ class Access:
             return ANYONE
         principal = await self._principal(credentials)
         if not principal.has(roles):
-            raise PermissionDenied(
-                f"{method.rpartition('/')[2] or method} takes the role "
-                f"{_either(sorted(roles))}, and this caller has "
-                f"{', '.join(sorted(principal.roles))}: ask for a key with the role",
-                metadata={"method": method, "roles": " ".join(sorted(roles)), "cause": "role"},
-            )
+            raise denied(roles, principal, method.rpartition("/")[2] or method, method)
         return principal
 
     async def _principal(self, credentials: Credentials) -> Principal:
@@ -111,13 +111,9 @@ class Access:
         return found
 
 
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(names)
-
-
 def _refused(why: str, cause: str) -> Unauthenticated:
     return Unauthenticated(
-        f"{why}: send a valid API key as `authorization: Bearer KEY`; our programs take it from "
-        "VENEER_API_KEY",
+        f"{why}: send a valid API key as `authorization: Bearer KEY`, which our programs take "
+        "from VENEER_API_KEY",
         metadata={"cause": cause},
     )

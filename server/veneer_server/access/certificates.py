@@ -6,6 +6,7 @@ together, as in the middle of a renewal, leave the last pair in use.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.logs import get_logger
 
-__all__ = ["Certificates", "Pair"]
+__all__ = ["Certificates", "Pair", "certificate_names"]
 
 _LOOK_NS: Final = 100_000_000
 """Least time between two looks at the files."""
@@ -116,6 +117,13 @@ class Certificates:
                 ) from error
             context.verify_mode = ssl.CERT_REQUIRED
         return pair, context
+
+
+def certificate_names(transport: asyncio.BaseTransport) -> tuple[str, ...]:
+    """Subject alternative names of the client's certificate, if TLS asked for one."""
+    connection = transport.get_extra_info("ssl_object")
+    found = None if connection is None else connection.getpeercert()
+    return tuple(name for _, name in (found or {}).get("subjectAltName", ()))
 
 
 def _read(file: Path) -> bytes:

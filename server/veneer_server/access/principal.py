@@ -7,7 +7,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-__all__ = ["ANYONE", "DEFAULT_TENANT", "PRINCIPAL", "ROLES", "Principal", "Role"]
+from veneer_registry.errors import PermissionDenied
+
+__all__ = [
+    *("ANYONE", "DEFAULT_TENANT", "PRINCIPAL", "ROLES"),
+    *("Principal", "Role", "denied", "require"),
+]
 
 Role = Literal["inference", "publisher", "admin", "operator", "metrics"]
 
@@ -40,6 +45,30 @@ class Principal:
         a publisher too, an operator everything."""
         included = (_INCLUDES.get(role, frozenset[Role]()) for role in self.roles)
         return not any_of.isdisjoint(self.roles.union(*included))
+
+
+def require(any_of: Set[Role], what: str) -> None:
+    """For what takes more than the method's own role.
+
+    Args:
+        what: is refused, as the beginning of a sentence.
+
+    Raises:
+        PermissionDenied: the current call's caller has none of these roles.
+    """
+    principal = PRINCIPAL.get()
+    if not principal.has(any_of):
+        raise denied(any_of, principal, what, what)
+
+
+def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> PermissionDenied:
+    """The error for a caller that has none of these roles."""
+    wanted = sorted(any_of)
+    return PermissionDenied(
+        f"{what} takes the role {' or '.join(wanted)}, and this caller has "
+        f"{', '.join(sorted(principal.roles))}: ask for a key with the role",
+        metadata={"method": method, "roles": " ".join(wanted), "cause": "role"},
+    )
 
 
 ANYONE: Final = Principal("", DEFAULT_TENANT, frozenset(ROLES))
