@@ -66,7 +66,9 @@ class Certificates:
             try:
                 self._pair, context = self._load()
             except InvalidField as error:
-                _log.error("the certificate files are not used, the last ones stay", error)
+                _log.warning(
+                    "the certificate files are not used, the last ones stay", why=str(error)
+                )
                 self._stamps = ()  # look again soon: the other file may follow
             else:
                 context.sni_callback = self._begin

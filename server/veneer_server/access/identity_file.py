@@ -44,36 +44,42 @@ class IdentityFile:
         self._path = path
         self._identities, self._stamp = _read(path)
         self._reading: asyncio.Task[None] | None = None
-        self._refused: _Stamp | None = None
+        self._begun = self._done = 0
+        """Numbers of the last reading that began, and of the last that ended."""
+        self._reported: tuple[_Stamp | None, ...] = ()
         """The version that was reported as unusable."""
-        self.usable = True
+
+    @property
+    def usable(self) -> bool:
         """Whether the file as it is now is in use."""
+        return not self._reported
 
     async def current(self) -> Identities:
-        """The file's content as of this call."""
-        if self._stamp is None or _stamp(self._path) != self._stamp:
+        """The file's content as of this call, or later."""
+        before = self._begun
+        while self._stamp is None or _stamp(self._path) != self._stamp:
             if self._reading is None:
-                self._reading = asyncio.create_task(self._read_again())
-            # Other calls wait for the same reading.
+                self._begun += 1
+                self._reading = asyncio.create_task(self._read_again(self._begun))
             await asyncio.shield(self._reading)
+            if self._done > before:  # it began after this call
+                break
         return self._identities
 
-    async def _read_again(self) -> None:
+    async def _read_again(self, number: int) -> None:
         seen = _stamp(self._path)
         try:
             self._identities, self._stamp = await asyncio.to_thread(_read, self._path)
         except VeneerError as error:
-            self.usable = False
-            if self._refused is None or self._refused != seen:
-                self._refused = seen
-                _log.error("the keys file is not used, the last one stays", error)
             self._stamp = seen
+            if self._reported != (seen,):
+                self._reported = (seen,)
+                _log.warning("the keys file is not used, the last one stays", why=str(error))
         else:
-            if not self.usable or self._stamp is not None:
-                _log.info("keys read", keys=len(self._identities.keys))
-            self.usable, self._refused = True, None
+            self._reported = ()
+            _log.info("keys read", keys=len(self._identities.keys))
         finally:
-            self._reading = None
+            self._reading, self._done = None, number
 
 
 def _stamp(path: Path) -> _Stamp | None:
@@ -94,7 +100,8 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
         InvalidField: it cannot be read or is not valid.
     """
     try:
-        with path.open("rb") as file:
+        # A pipe without a writer must not block.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise _unusable(path, "it is not a file")
