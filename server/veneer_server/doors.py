@@ -22,6 +22,7 @@ from veneer_registry.registry import Registry
 from veneer_server.access.authenticate import Access
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.tokens import Tokens, TokenSettings
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
@@ -86,7 +87,18 @@ class Doors:
         """Raises InvalidField if the files with keys or certificates cannot be used."""
         self.gateway: Gateway | None = None
         self._access = Access(
-            None if config.keys_file is None else IdentityFile(config.keys_file)
+            None if config.keys_file is None else IdentityFile(config.keys_file),
+            Tokens(
+                TokenSettings(
+                    issuer=config.jwt_issuer,
+                    audience=config.jwt_audience,
+                    keys=config.jwt_keys,
+                    tenant_claim=config.jwt_tenant_claim,
+                    roles_claim=config.jwt_roles_claim,
+                )
+            )
+            if config.jwt_issuer
+            else None,
         )
         self._certificates = None
         if config.tls_cert is not None and config.tls_key is not None:

@@ -22,7 +22,7 @@ from veneer_registry.errors import InvalidField
 
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
 
-__all__ = ["MAX_FILE", "ApiKey", "Identities", "make_key", "parse_identities"]
+__all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
 
 MAX_FILE: Final = 4 << 20
 """Most bytes of a file with keys."""
@@ -30,7 +30,8 @@ MAX_FILE: Final = 4 << 20
 _PREFIX: Final = "vn"
 _ID: Final = re.compile(r"[0-9a-z]{8,32}")
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+"""A tenant's name."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _NOBODY: Final = hashlib.sha256(b"").digest()
 
@@ -147,7 +148,7 @@ def _principal(path: Path, at: str, entry: Mapping[str, Any], default: str) -> P
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _wrong(path, f"{at}.name", "must be 1 to 128 printable characters, no spaces")
     tenant = entry.get("tenant", DEFAULT_TENANT)
-    if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
+    if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
         raise _wrong(
             path,
             f"{at}.tenant",

@@ -66,7 +66,7 @@ def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> P
     wanted = sorted(any_of)
     return PermissionDenied(
         f"{what} takes the role {' or '.join(wanted)}, and this caller has "
-        f"{', '.join(sorted(principal.roles))}: ask for a key with the role",
+        f"{', '.join(sorted(principal.roles)) or 'none'}: ask for a key with the role",
         metadata={"method": method, "roles": " ".join(wanted), "cause": "role"},
     )
 

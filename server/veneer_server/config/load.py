@@ -119,8 +119,8 @@ def _lacks(config: ServerConfig) -> list[str]:
     lacks = []
     if config.tls_cert is None:
         lacks.append("--tls-cert and --tls-key (encryption)")
-    if config.keys_file is None and config.tls_client_ca is None:
-        lacks.append("--keys-file (who may call)")
+    if config.keys_file is None and not config.jwt_issuer and config.tls_client_ca is None:
+        lacks.append("--keys-file or --jwt-issuer (who may call)")
     return lacks
 
 
