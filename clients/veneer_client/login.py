@@ -1,7 +1,7 @@
 """Where the server is, and how a client proves who it is: arguments, variables, profiles.
 
-A profile is a table of ``profiles.toml`` in the user's configuration folder, as ``veneer login``
-writes it. Its key is sent to its own server only.
+A profile is a table of ``profiles.toml`` in the user's configuration folder, which ``veneer
+login`` writes. Its key is sent to its own server only.
 """
 
 from __future__ import annotations
