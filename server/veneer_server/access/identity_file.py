@@ -106,7 +106,8 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
             if not stat.S_ISREG(found.st_mode):
                 raise _unusable(path, "it is not a file")
             if found.st_mode & stat.S_IWOTH:
-                raise _unusable(path, f"anybody may write to it; run: chmod o-w {path}")
+                why = f"anybody may write to it; run: chmod o-w {path}"
+                raise _unusable(path, why, "writable")
             data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise _unusable(path, str(error.strerror or error)) from error
@@ -124,8 +125,8 @@ def _read(path: Path) -> tuple[Identities, _Stamp | None]:
     return identities, stamp if settled else None
 
 
-def _unusable(path: Path, why: str) -> InvalidField:
+def _unusable(path: Path, why: str, cause: str = "unusable") -> InvalidField:
     return InvalidField(
         f"the keys file {path} cannot be used: {why}",
-        metadata={"file": str(path), "cause": "unusable"},
+        metadata={"file": str(path), "cause": cause},
     )

@@ -176,7 +176,7 @@ def test_a_wrong_entry_is_named(file: Path, text: str, field: str) -> None:
 def test_a_file_that_anybody_may_write_is_refused(file: Path) -> None:
     new(file)
     file.chmod(0o666)
-    with pytest.raises(InvalidField, match=r"chmod o-w"):
+    with refused(InvalidField, cause="writable"):
         IdentityFile(file)
 
 
