@@ -93,6 +93,8 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     # The engine is forked from a process that runs gRPC, and execs at once: gRPC's fork
     # handling has nothing to do, and would complain.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # gRPC would print a line for each TLS handshake that fails, at any stranger's will.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # By default SIGHUP ends the process. The app installs its own handler once it runs.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Lets a background process write its log to the terminal (stty tostop).

@@ -101,6 +101,8 @@ def place(
     for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
         if value is not None:
             os.environ[f"VENEER_{name}"] = value
+    # gRPC would print a line for each failed handshake, beside our own error.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     context.obj = Place(server, debug)
 
 

@@ -285,3 +285,31 @@ async def test_no_key_is_unauthenticated_in_the_client(
     ):
         with refused(Unauthenticated, cause="no_credential"):
             await client.info()
+
+
+async def test_strangers_that_do_not_speak_tls_disturb_nobody(
+    base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
+) -> None:
+    """Half a handshake, none, and noise, on every port, while others call."""
+    async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
+        open_: list[asyncio.StreamWriter] = []
+        for address in front.addresses.values():
+            host, _, port = address.rpartition(":")
+            for noise in (
+                b"",
+                b"\x16\x03\x01",
+                b"GET / HTTP/1.1\r\n\r\n",
+                b"PRI * HTTP/2.0\r\n",
+            ):
+                for _ in range(10):
+                    _, writer = await asyncio.open_connection(host, int(port))
+                    writer.write(noise)
+                    open_.append(writer)
+        async with AsyncClient(f"https://{front.addresses['grpc']}", ca=pki.ca_file) as client:
+            assert (await client.generate(Text("Hello"), max_tokens=1)).text
+        async with httpx.AsyncClient(verify=pki.ca_file, trust_env=False) as http:
+            for port, path in (("openai", "/v1/models"), ("metrics", "/metrics")):
+                answer = await http.get(f"https://{front.addresses[port]}{path}")
+                assert answer.status_code == 200
+        for writer in open_:
+            writer.close()
