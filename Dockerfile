@@ -48,6 +48,6 @@ EXPOSE 50051 8000 9095
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
   CMD ["veneer", "--server", "127.0.0.1:50051", "health"]
 STOPSIGNAL SIGTERM
-# Without authentication (not in this version) the server listens on loopback only: publish
-# ports with `--network host`, or as deploy/compose.yaml does, on the host's loopback.
+# Without keys and TLS (docs/security.md) the server listens on loopback only: publish ports with
+# `--network host`, or as deploy/compose.yaml does, on the host's loopback.
 ENTRYPOINT ["veneer-server"]

@@ -79,6 +79,7 @@ __all__ = [
     "MalformedMessage",
     "ModelLoading",
     "NonFiniteOutput",
+    "PermissionDenied",
     "QueueFull",
     "QuotaExceeded",
     "ResourceExhausted",
@@ -86,6 +87,7 @@ __all__ = [
     "StoreLocked",
     "StoreMismatch",
     "TemplateFailed",
+    "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "VeneerError",
@@ -166,6 +168,20 @@ class TemplateFailed(InvalidArgument):
     """The chat template could not render these messages (metadata ``cause``)."""
 
     reason = "TEMPLATE_FAILED"
+
+
+class Unauthenticated(VeneerError):
+    """The caller did not say who it is, or not in a way that can be believed."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(VeneerError):
+    """The caller is known, and may not do this."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
 
 
 class AdapterNotFound(VeneerError):

@@ -8,11 +8,12 @@ from typing import Final
 
 from veneer_registry.errors import InvalidField
 
-__all__ = ["DEFAULT_ADDRESS", "server_address"]
+__all__ = ["DEFAULT_ADDRESS", "is_tls", "server_address"]
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 _PORT: Final = DEFAULT_ADDRESS.rpartition(":")[2]
-_SCHEMES: Final = ("http", "grpc")
+_PLAIN: Final = ("http", "grpc")
+_TLS: Final = ("https", "grpcs")
 _OTHERS: Final = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds"})
 """gRPC's own schemes; such addresses are not changed."""
 
@@ -20,7 +21,8 @@ _OTHERS: Final = frozenset({"unix", "unix-abstract", "dns", "ipv4", "ipv6", "vso
 def server_address(given: str | None = None) -> str:
     """``HOST:PORT`` from ``given``, else from ``VENEER_SERVER``, else the default.
 
-    Also accepts ``http://HOST:PORT`` and a host without a port.
+    Also accepts ``http://HOST:PORT``, ``https://HOST:PORT`` (see `is_tls`) and a host without a
+    port.
 
     Raises:
         InvalidField: not a server address.
@@ -30,13 +32,16 @@ def server_address(given: str | None = None) -> str:
         return text
     scheme, found, rest = text.partition("://")
     host = rest if found else text
-    if found and scheme.lower() == "https":
-        raise _no_address(text, "TLS is not supported: give HOST:PORT, or http://HOST:PORT")
     host = host.removesuffix("/")
-    known = not found or scheme.lower() in _SCHEMES
+    known = not found or scheme.lower() in (*_PLAIN, *_TLS)
     if not known or not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\](:\d+)?|[^\s/:]+(:\d+)?", host):
         raise _no_address(text, "give HOST:PORT, such as gpu1:50051 or [::1]:50051")
     return host if re.search(r":\d+$", host) and not host.endswith("]") else f"{host}:{_PORT}"
+
+
+def is_tls(given: str | None) -> bool:
+    """Whether the address says that the server has TLS."""
+    return (given or "").strip().lower().partition("://")[0] in _TLS
 
 
 def _no_address(text: str, fix: str) -> InvalidField:

@@ -12,7 +12,13 @@ from typing import Unpack
 
 import grpc
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import DeadlineExceeded, Unavailable, VeneerError
+from veneer_registry.errors import (
+    DeadlineExceeded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    VeneerError,
+)
 
 from veneer_client import calls, calls_admin
 from veneer_client.aio_adapters import AsyncAdapterCalls
@@ -172,7 +178,9 @@ class AsyncClient(AsyncAdapterCalls):
                 if left <= 0 or time.monotonic() >= look:
                     await self._once(calls.info(), calls.LEAST_S)
             except grpc.RpcError as error:
-                why = to_error(error, self.address, timeout_s=timeout_s)
+                failure = to_error(error, self.address, timeout_s=timeout_s)
+                if not isinstance(failure, Unauthenticated | PermissionDenied):
+                    why = failure  # health is open to all; what it is doing is not
             except (Unavailable, DeadlineExceeded) as error:
                 why = error
             if left <= 0:

@@ -18,6 +18,7 @@ from veneer_proto.v1 import adapters_pb2
 
 from veneer_client import calls
 from veneer_client.failures import cancelled, starting
+from veneer_client.login import Login
 from veneer_client.upload import PushOptions, Upload, prepare
 
 __all__ = [
@@ -35,9 +36,12 @@ __all__ = [
 Answer = TypeVar("Answer")
 
 
-def open_channel(address: str, keepalive_s: float) -> grpc.aio.Channel:
+def open_channel(login: Login, keepalive_s: float) -> grpc.aio.Channel:
     """A channel that connects on first use."""
-    return grpc.aio.insecure_channel(address, options=calls.channel_options(keepalive_s))
+    options = calls.channel_options(keepalive_s)
+    if login.credentials is None:
+        return grpc.aio.insecure_channel(login.address, options=options)
+    return grpc.aio.secure_channel(login.address, login.credentials, options=options)
 
 
 def begin(

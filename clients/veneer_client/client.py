@@ -9,7 +9,13 @@ from typing import Unpack
 
 import grpc
 from veneer_proto.v1 import inference_pb2
-from veneer_registry.errors import DeadlineExceeded, Unavailable, VeneerError
+from veneer_registry.errors import (
+    DeadlineExceeded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    VeneerError,
+)
 
 from veneer_client import calls, calls_admin
 from veneer_client.client_adapters import AdapterCalls
@@ -167,7 +173,9 @@ class Client(AdapterCalls):
                 if left <= 0 or time.monotonic() >= look:
                     self._once(calls.info(), calls.LEAST_S)
             except grpc.RpcError as error:
-                why = to_error(error, self.address, timeout_s=timeout_s)
+                failure = to_error(error, self.address, timeout_s=timeout_s)
+                if not isinstance(failure, Unauthenticated | PermissionDenied):
+                    why = failure  # health is open to all; what it is doing is not
             except (Unavailable, DeadlineExceeded) as error:
                 why = error
             if left <= 0:

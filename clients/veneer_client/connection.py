@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,9 +13,9 @@ from veneer_registry.errors import VeneerError
 
 from veneer_client import calls
 from veneer_client.actor import actor_metadata
-from veneer_client.address import server_address
 from veneer_client.calls_admin import Page
 from veneer_client.failures import Attempts, RetryPolicy, to_error
+from veneer_client.login import find_login
 from veneer_client.transport import begin, open_channel, outcome, sleep
 
 __all__ = ["Connection", "sleep_or_raise"]
@@ -35,20 +36,27 @@ class Connection:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         keepalive_s: float = calls.KEEPALIVE_S,
         actor: str | None = None,
+        api_key: str | None = None,
+        ca: str | PathLike[str] | None = None,
+        cert: str | PathLike[str] | None = None,
+        key: str | PathLike[str] | None = None,
     ) -> None:
         """Args:
-        address: ``HOST:PORT``; else VENEER_SERVER, else the default (`server_address`).
+        address: ``HOST:PORT``, or ``https://HOST:PORT`` for TLS; else VENEER_SERVER, else a
+            profile's, else the default.
         timeout_s: default deadline of a call, retries included. Generate, push, watch and
             self_test have none unless given one.
         keepalive_s: see `calls.channel_options`.
         actor: the caller's name for the server's history; else VENEER_ACTOR, else
             ``user@host``.
+        api_key, ca, cert, key: see `login.find_login`.
         """
-        self.address = server_address(address)
+        login = find_login(address, api_key=api_key, ca=ca, cert=cert, key=key)
+        self.address = login.address
         self._timeout_s = timeout_s
         self._retry = retry
-        self._metadata = actor_metadata(actor)
-        self._channel = open_channel(self.address, keepalive_s)
+        self._metadata = (*actor_metadata(actor), *login.metadata)
+        self._channel = open_channel(login, keepalive_s)
 
     def __enter__(self) -> Self:
         return self

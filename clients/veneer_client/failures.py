@@ -75,10 +75,23 @@ def to_error(
         if info.domain == _DOMAIN:
             known = error_for_reason(info.reason)
             return known(message, metadata=dict(info.metadata), retry_after_s=retry_s)
+    if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in message:
+        return ServerUnreachable(
+            f"the certificate of {address} is not trusted: give its authority's certificate "
+            f"(--ca FILE, VENEER_CA) [{message}]",
+            metadata={"address": address, "cause": "certificate"},
+        )
+    if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in message:
+        return ServerUnreachable(
+            f"{address} does not speak TLS: give HOST:PORT, or http://HOST:PORT",
+            metadata={"address": address, "cause": "no_tls"},
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
+        # So does a port with TLS end a connection without.
+        tls = "; if it has TLS: https://HOST:PORT" if "Socket closed" in message else ""
         return ServerUnreachable(
             f"no Veneer server answers at {address}: start one with `veneer-server`, or "
-            f"give the right address (--server HOST:PORT, VENEER_SERVER) [{message}]",
+            f"give the right address (--server HOST:PORT, VENEER_SERVER){tls} [{message}]",
             metadata={"address": address},
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -105,7 +118,8 @@ def write_broke(error: grpc.RpcError | grpc.aio.AioRpcError) -> bool:
 def not_ready(address: str) -> Unavailable:
     """The error for a server that has loaded but whose engine does not answer."""
     return Unavailable(
-        f"{address} does not answer generate calls now: its engine is being restarted"
+        f"{address} does not answer generate calls now: it is loading, or its engine is being "
+        "restarted"
     )
 
 

@@ -20,8 +20,9 @@ from veneer_registry.errors import InvalidField
 
 from veneer_client import calls
 from veneer_client.actor import actor_metadata
-from veneer_client.address import server_address
 from veneer_client.failures import to_error
+from veneer_client.login import find_login
+from veneer_client.transport import open_channel
 
 __all__ = ["Method", "ReflectionClient"]
 
@@ -37,14 +38,37 @@ class Method:
     server_streaming: bool
 
 
+class _Metadata(grpc.StreamStreamClientInterceptor):
+    """Adds metadata to reflection's own call, which takes none."""
+
+    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return continuation(_Details(details, self._metadata), requests)
+
+
+class _Details(grpc.ClientCallDetails):
+    """A call's details with other metadata."""
+
+    def __init__(self, details: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.method = details.method
+        self.timeout = details.timeout
+        self.metadata = metadata
+        self.credentials = details.credentials
+        self.wait_for_ready = details.wait_for_ready
+        self.compression = details.compression
+
+
 class ReflectionClient:
     """Lists a server's methods and calls them; use it in a ``with``."""
 
     def __init__(self, address: str | None) -> None:
-        self.address = server_address(address)
-        self._metadata = actor_metadata(None)
-        self._channel = grpc.insecure_channel(
-            self.address, options=calls.channel_options(calls.KEEPALIVE_S)
+        login = find_login(address)
+        self.address = login.address
+        self._metadata = (*actor_metadata(None), *login.metadata)
+        self._channel = grpc.intercept_channel(
+            open_channel(login, calls.KEEPALIVE_S), _Metadata(login.metadata)
         )
         self._database = ProtoReflectionDescriptorDatabase(self._channel)
         self._pool = descriptor_pool.DescriptorPool(self._database)

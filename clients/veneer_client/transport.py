@@ -12,6 +12,7 @@ from veneer_proto.v1 import adapters_pb2
 
 from veneer_client import calls
 from veneer_client.failures import starting
+from veneer_client.login import Login
 from veneer_client.upload import Upload
 from veneer_client.upload import prepare as prepared
 
@@ -28,9 +29,12 @@ __all__ = [
 ]
 
 
-def open_channel(address: str, keepalive_s: float) -> grpc.Channel:
+def open_channel(login: Login, keepalive_s: float) -> grpc.Channel:
     """A channel that connects on first use."""
-    return grpc.insecure_channel(address, options=calls.channel_options(keepalive_s))
+    options = calls.channel_options(keepalive_s)
+    if login.credentials is None:
+        return grpc.insecure_channel(login.address, options=options)
+    return grpc.secure_channel(login.address, login.credentials, options=options)
 
 
 def begin(

@@ -22,6 +22,7 @@ from veneer_registry.command_line import Group, Program
 from veneer_server import __version__
 from veneer_server.config import OPTIONS, ConfigInvalid, load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
+from veneer_server.operate.key_cli import key_cli
 from veneer_server.operate.model_cli import model_cli
 from veneer_server.operate.store_cli import store_cli
 
@@ -80,6 +81,7 @@ cli = Program(
 )
 cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")
+cli.add_typer(key_cli, name="key")
 
 _SWITCH_S: Final = 0.0005
 """How long the event loop waits for the GIL while another thread decodes a large request.
@@ -91,6 +93,8 @@ def _serve(config_file: Path | None, flags: dict[str, Any]) -> None:
     # The engine is forked from a process that runs gRPC, and execs at once: gRPC's fork
     # handling has nothing to do, and would complain.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # gRPC would print a line for each TLS handshake that fails, at any stranger's will.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # By default SIGHUP ends the process. The app installs its own handler once it runs.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Lets a background process write its log to the terminal (stty tostop).

@@ -7,6 +7,7 @@ and callers learn that the model is loading. The services that answer are suppli
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_gr
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
 
+from veneer_server.access.authenticate import Access
+from veneer_server.access.certificates import Certificates
+from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.tokens import Tokens, TokenSettings
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
@@ -28,6 +33,7 @@ from veneer_server.rpc.open_calls import OpenCalls
 from veneer_server.rpc.server_service import ServerService
 from veneer_server.rpc.transport.channel import channel_options
 from veneer_server.rpc.transport.connections import Connections
+from veneer_server.rpc.transport.credentials import grpc_credentials
 from veneer_server.rpc.transport.later import Later
 from veneer_server.rpc.transport.receiving import Receiving
 from veneer_server.serving.calls import Calls
@@ -78,7 +84,27 @@ class Doors:
         health: Health,
         pace: Pace,
     ) -> None:
+        """Raises InvalidField if the files with keys or certificates cannot be used."""
         self.gateway: Gateway | None = None
+        self._access = Access(
+            None if config.keys_file is None else IdentityFile(config.keys_file),
+            Tokens(
+                TokenSettings(
+                    issuer=config.jwt_issuer,
+                    audience=config.jwt_audience,
+                    keys=config.jwt_keys,
+                    tenant_claim=config.jwt_tenant_claim,
+                    roles_claim=config.jwt_roles_claim,
+                )
+            )
+            if config.jwt_issuer
+            else None,
+        )
+        self._certificates = None
+        if config.tls_cert is not None and config.tls_key is not None:
+            self._certificates = Certificates(
+                config.tls_cert, config.tls_key, config.tls_client_ca
+            )
         self._config = config
         self._metrics = metrics
         self._calls = calls
@@ -103,6 +129,10 @@ class Doors:
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
         return Bound(await self._open_grpc(resources, connections), metrics, openai)
+
+    @property
+    def _http_tls(self) -> ssl.SSLContext | None:
+        return None if self._certificates is None else self._certificates.http_context
 
     @property
     def opened(self) -> bool:
@@ -141,7 +171,9 @@ class Doors:
         if wanted is None:
             return None
         hosts = AllowedHosts(wanted, self._config.allowed_hosts)
-        scraping = ScrapeServer(self._metrics.registry, hosts)
+        scraping = ScrapeServer(
+            self._metrics.registry, hosts, access=self._access, tls=self._http_tls
+        )
         try:
             address = await scraping.start(wanted)
         except OSError as error:
@@ -166,6 +198,7 @@ class Doors:
                         GENERATE_METHODS, lambda request: self._check_wire(request)
                     ),
                     pace=self._pace,
+                    access=self._access,
                 )
             ],
             options=channel_options(
@@ -186,7 +219,11 @@ class Doors:
             [*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME], server
         )
         try:
-            port = server.add_insecure_port(str(wanted))
+            if self._certificates is None:
+                port = server.add_insecure_port(str(wanted))
+            else:
+                credentials = grpc_credentials(self._certificates)
+                port = server.add_secure_port(str(wanted), credentials)
         except RuntimeError as error:
             raise _cannot_listen("--listen", wanted, str(error)) from error
         await server.start()
@@ -209,6 +246,8 @@ class Doors:
             reader_limit_s=self._config.reader_limit,
             max_connections=most,
             pace=self._pace,
+            access=self._access,
+            tls=self._http_tls,
         )
         try:
             address = await gateway.start(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from veneer_registry.errors import (
     VeneerError,
 )
 
-from veneer_client.cli import adapter, chat, example, generate, plan
+from veneer_client.cli import adapter, chat, example, generate, login, plan
 from veneer_client.cli import server as server_commands
 from veneer_client.cli.adapter import adapter_cli
 from veneer_client.cli.context import (
@@ -55,8 +56,9 @@ Examples:
 
   veneer --server gpu1:50051 adapter ls                      use another server
 
-VENEER_SERVER is the server's address, VENEER_ACTOR who you are in its history (else
-user@host).
+VENEER_SERVER is the server's address (https://HOST:PORT for TLS), VENEER_API_KEY your key
+there, VENEER_CA whose certificates you trust; `veneer login` keeps all three. VENEER_ACTOR is
+who you are in the history of a server without keys (else user@host).
 """
 
 cli = Program(help="Talk to a Veneer server: generate, and manage adapters.", epilog=_EXAMPLES)
@@ -76,10 +78,31 @@ def place(
             show_default=False,
         ),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A profile that `veneer login` has made."),
+    ] = None,
+    ca: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Certificates to trust, in PEM; else VENEER_CA."),
+    ] = None,
+    cert: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A certificate of your own; else VENEER_CERT."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its private key; else VENEER_KEY.")
+    ] = None,
     debug: DebugFlag = False,
     version: VersionFlag = False,
 ) -> None:
     """Talk to a Veneer server: generate, and manage adapters."""
+    # Every client of this process reads them; a flag takes precedence over its variable.
+    for name, value in (("PROFILE", profile), ("CA", ca), ("CERT", cert), ("KEY", key)):
+        if value is not None:
+            os.environ[f"VENEER_{name}"] = value
+    # gRPC would print a line for each failed handshake, beside our own error.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     context.obj = Place(server, debug)
 
 
@@ -91,6 +114,8 @@ cli.command("ps", epilog="Examples:\n\n  veneer ps")(adapter.ps)
 cli.command("rm", epilog="Examples:\n\n  veneer rm sql\n\n  veneer rm sql@1a2b3c4d5e6f")(
     adapter.rm
 )
+cli.command(epilog=login.EXAMPLES)(login.login)
+cli.command()(login.logout)
 cli.command(epilog=plan.EXAMPLES)(plan.plan)
 cli.command(epilog=server_commands.BUDGETS_EXAMPLES)(server_commands.budgets)
 cli.command("self-test", epilog=server_commands.SELF_TEST_EXAMPLES)(server_commands.self_test)

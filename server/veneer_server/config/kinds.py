@@ -27,6 +27,7 @@ __all__ = [
     "SECONDS",
     "SOME_SECONDS",
     "SWITCH",
+    "TEXT",
     "Address",
     "Kind",
     "auto_number",
@@ -99,6 +100,12 @@ _UNITS: Final = {
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("give some text")
+    return value.strip()
+
+
+def _maybe_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("give text")
     return value.strip()
 
 
@@ -240,6 +247,7 @@ def _hosts(value: Any) -> tuple[str, ...]:
 
 
 BASE: Final = Kind("PATH|HUB_ID|NAME", _text)
+TEXT: Final = Kind("TEXT", _maybe_text)
 ADDRESS: Final = Kind("HOST:PORT", _address)
 HOSTS: Final = Kind("NAME,NAME", _hosts)
 NAMES: Final = Kind("NAME", _names)

@@ -114,6 +114,16 @@ def _check_names(environ: Mapping[str, str]) -> None:
             )
 
 
+def _lacks(config: ServerConfig) -> list[str]:
+    """The flags that would protect an address which other machines can reach."""
+    lacks = []
+    if config.tls_cert is None:
+        lacks.append("--tls-cert and --tls-key (encryption)")
+    if config.keys_file is None and not config.jwt_issuer and config.tls_client_ca is None:
+        lacks.append("--keys-file or --jwt-issuer (who may call)")
+    return lacks
+
+
 def _check(config: ServerConfig) -> None:
     """Rules that need more than one setting."""
     for name, address in (
@@ -121,13 +131,24 @@ def _check(config: ServerConfig) -> None:
         ("metrics_listen", config.metrics_listen),
         ("openai_listen", config.openai_listen),
     ):
-        if address is not None and not address.loopback and not config.insecure:
+        lacks = _lacks(config)
+        if address is not None and not address.loopback and lacks and not config.insecure:
             raise ConfigInvalid(
-                f"{_BY_NAME[name].flag} {address} can be reached from other machines and this "
-                f"version has no authentication: use 127.0.0.1:{address.port}, or add "
-                "--insecure if the network is trusted",
+                f"{_BY_NAME[name].flag} {address} can be reached from other machines: add "
+                f"{' and '.join(lacks)}, use 127.0.0.1:{address.port}, or add --insecure if "
+                "the network is trusted",
                 metadata={"key": name, "needs": "insecure"},
             )
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ConfigInvalid(
+            "--tls-cert and --tls-key belong together: give both",
+            metadata={"key": "tls_cert" if config.tls_cert is None else "tls_key"},
+        )
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ConfigInvalid(
+            "--tls-client-ca needs TLS: give --tls-cert and --tls-key too",
+            metadata={"key": "tls_client_ca"},
+        )
     if config.port_file is not None and not config.port_file.parent.is_dir():
         raise ConfigInvalid(
             f"--port-file: create the folder {config.port_file.parent} first",

@@ -39,9 +39,40 @@ class ServerConfig:
         "", kinds.HOSTS,
         "Host names that the HTTP gateway and the metrics port accept, besides localhost and "
         "their address; * accepts any. Empty accepts any if other machines can connect.")
+    keys_file: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "File with the API keys that callers need, made by `veneer-server key new`; empty lets "
+        "everybody in.")
+    jwt_issuer: str = setting(
+        "", kinds.TEXT,
+        "Issuer (URL) of JSON Web Tokens that callers may send instead of a key; empty accepts "
+        "none.")
+    jwt_audience: str = setting(
+        "veneer", kinds.TEXT,
+        "Audience that such tokens must name.")
+    jwt_keys: str = setting(
+        "", kinds.TEXT,
+        "File or URL of the issuer's public keys (JWKS); empty asks the issuer (OpenID Connect "
+        "discovery).")
+    jwt_tenant_claim: str = setting(
+        "tenant", kinds.TEXT,
+        "Claim that names a token's tenant.")
+    jwt_roles_claim: str = setting(
+        "roles", kinds.TEXT,
+        "Claim with a token's roles.")
+    tls_cert: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "Certificate for TLS on every port, in PEM with its intermediate ones; read again when "
+        "it changes.")
+    tls_key: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "The certificate's private key, in PEM without a password.")
+    tls_client_ca: Path | None = setting(
+        "", kinds.optional(kinds.FILE),
+        "Certificates in PEM, one of which must have signed that of a client (mTLS).")
     insecure: bool = setting(
         "false", kinds.SWITCH,
-        "Allow addresses that other machines can reach, without authentication.")
+        "Allow addresses that other machines can reach without keys or without TLS.")
     data_dir: Path = setting(
         "~/.local/share/veneer", kinds.FOLDER,
         "Folder for adapters and their catalog; one server owns it.")

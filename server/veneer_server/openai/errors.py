@@ -14,6 +14,7 @@ from typing import Any, Final
 from veneer_registry.errors import (
     AdapterNotFound,
     ContextTooLong,
+    Unauthenticated,
     Unavailable,
     VeneerError,
 )
@@ -25,6 +26,8 @@ __all__ = ["PACED", "HttpError", "HttpFailure", "http_failure"]
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
     "ALREADY_EXISTS": 409,
     "FAILED_PRECONDITION": 409,
@@ -37,12 +40,13 @@ _STATUS: Final = {
 }
 """gRPC code -> HTTP status, as Google's APIs map them; all else is 500."""
 
-PACED: Final = frozenset({400, 403, 404, 405, 413, 415})
+PACED: Final = frozenset({400, 401, 403, 404, 405, 413, 415})
 """Statuses of invalid requests; see `pace`."""
 
 _CODES: Final[Mapping[type[VeneerError], str]] = {
     AdapterNotFound: "model_not_found",
     ContextTooLong: "context_length_exceeded",
+    Unauthenticated: "invalid_api_key",
 }
 """Codes that OpenAI's clients know; the others are our reasons in lower case."""
 
@@ -66,15 +70,19 @@ _CONSTRAINTS: Final = ("constraint.json_schema", "constraint.regex", "constraint
 class HttpError(Exception):
     """A request that is rejected at the HTTP level, before its fields are checked."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Args:
         code: for programs, in OpenAI's style.
         message: for people; says how to fix the request.
+        headers: of the answer.
         """
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.headers = dict(headers or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     told = error.message if isinstance(error, HttpError) else in_openai_words(error.message)
     message = clip(one_line(told), MAX_MESSAGE)
     if isinstance(error, HttpError):
-        headers = {"x-should-retry": "false"}
+        headers = {"x-should-retry": "false", **error.headers}
         if error.status in (408, 413):  # the rest of the body is not read
             headers["connection"] = "close"
         return HttpFailure(
@@ -103,6 +111,8 @@ def http_failure(error: VeneerError | HttpError) -> HttpFailure:
     if retry_s is None and isinstance(error, Unavailable):
         retry_s = _UNAVAILABLE_RETRY_S
     headers = {"x-should-retry": "false" if retry_s is None else "true"}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if retry_s is not None:
         headers["retry-after"] = str(max(1, round(retry_s)))
         headers["retry-after-ms"] = str(max(1, int(retry_s * 1000)))

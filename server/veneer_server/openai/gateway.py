@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from typing import Final
 
 import uvicorn
 
+from veneer_server.access.authenticate import Access
 from veneer_server.config import Address
 from veneer_server.openai.generate import Core, Loaded
 from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
@@ -41,6 +43,8 @@ class Gateway:
         reader_limit_s: float = READER_LIMIT_S,
         max_connections: int = 512,
         pace: Pace | None = None,
+        access: Access | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
         hosts: host names that requests may use.
@@ -48,6 +52,8 @@ class Gateway:
         max_connections: most that may be open. A further one replaces the oldest idle
             connection, or is closed if none is idle.
         pace: delays refusals; None for the default.
+        access: lets requests in; None lets everybody in.
+        tls: None for plain HTTP.
         """
         pace = pace or Pace()
         self._core = core = Core(
@@ -59,7 +65,7 @@ class Gateway:
             started=int(time.time()),
         )
         self._bodies = core.bodies
-        app = make_app(core, hosts)
+        app = make_app(core, hosts, access or Access())
         config = uvicorn.Config(
             app,
             http=connection_class(reader_limit_s, max_connections, pace, app.malformed),
@@ -75,6 +81,7 @@ class Gateway:
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
         config.load()
+        config.ssl = tls
         self._uvicorn = uvicorn.Server(config)
         self._uvicorn.lifespan = config.lifespan_class(config)
 

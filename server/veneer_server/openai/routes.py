@@ -10,20 +10,23 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
 from veneer_registry.adapter import SHORT_REVISION
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import PermissionDenied, Unauthenticated, VeneerError
 from veneer_registry.records import AdapterRecord
 
 from veneer_server import __version__
+from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.methods import METHODS
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
 from veneer_server.openai.generate import ChatEndpoint, CompletionEndpoint, Core
-from veneer_server.openai.http.asgi import ABORT, Receive, Scope, Send
+from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES, Receive, Scope, Send
 from veneer_server.serving.calls import Phase
 from veneer_server.serving.who import CALLER
 from veneer_server.system.hosts import AllowedHosts
@@ -41,7 +44,7 @@ _SECONDS: Final = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _log = get_logger(__name__)
 
 
-def make_app(core: Core, hosts: AllowedHosts) -> Edge:
+def make_app(core: Core, hosts: AllowedHosts, access: Access) -> Edge:
     """The ASGI application."""
     app = FastAPI(
         title="Veneer",
@@ -59,7 +62,7 @@ def make_app(core: Core, hosts: AllowedHosts) -> Edge:
     _add_models(app, core)
     _add_state(app, core)
     _add_errors(app, core)
-    return Edge(app, core, hosts)
+    return Edge(app, core, hosts, access)
 
 
 def _add_models(app: FastAPI, core: Core) -> None:
@@ -185,28 +188,16 @@ def _add_errors(app: FastAPI, core: Core) -> None:
         core.metrics.failures.labels(failure.reason).inc()
         return await answer(failure)
 
-    @app.exception_handler(404)
-    async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
-        path, known = request.url.path[:100], ", ".join(sorted(_PATHS))
-        why = f"unknown path {path!r}: use {known}"
-        return await answer(HttpError(404, "unknown_url", why))
-
-    @app.exception_handler(405)
-    async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
-        allowed = (error.headers or {}).get("Allow", "")
-        why = f"{request.method} is not allowed on {request.url.path[:100]}: use {allowed}"
-        failure = await answer(HttpError(405, "method_not_allowed", why))
-        failure.headers["allow"] = allowed
-        return failure
-
 
 class Edge:
     """The outermost layer: request id, metrics, and an answer whatever happens inside."""
 
-    def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts) -> None:
+    def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts, access: Access) -> None:
         self._app = app
+        self._access = access
         self._hosts = hosts
         self._pace = core.pace
+        self._failures = core.metrics.failures
         registry = core.metrics.registry
         self._requests = Counter(
             "veneer_http_requests_total",
@@ -232,6 +223,31 @@ class Edge:
                 "the name",
             )
 
+    async def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        """Raises if the caller may not use the path. Paths that are not listed do not exist."""
+        verb, path = scope["method"], _listed(scope["path"])
+        allowed = [name.split()[0] for name in METHODS if name.endswith(f" {path}")]
+        if not allowed:
+            known = ", ".join(sorted(_PATHS))
+            raise HttpError(
+                404, "unknown_url", f"unknown path {scope['path'][:100]!r}: use {known}"
+            )
+        verb = "GET" if verb == "HEAD" else verb
+        if verb not in allowed:
+            takes = ", ".join(sorted(allowed))
+            raise HttpError(
+                405,
+                "method_not_allowed",
+                f"{verb} is not allowed on {scope['path'][:100]}: use {takes}",
+                {"allow": takes},
+            )
+        text = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()
+        }
+        names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
+        credentials = Credentials.of_headers(text, names)
+        PRINCIPAL.set(await self._access.admit(f"{verb} {path}", credentials))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers = dict(scope["headers"])
@@ -253,9 +269,13 @@ class Edge:
 
         try:
             self._check_host(headers.get(b"host"))
+            await self._admit(scope, headers)
             await self._app(scope, receive, tagged)
-        except HttpError as error:
-            _log.info("call refused", method="http", reason=error.code)
+        except (HttpError, Unauthenticated, PermissionDenied) as error:
+            reason = error.code if isinstance(error, HttpError) else error.reason
+            if isinstance(error, VeneerError):
+                self._failures.labels(reason).inc()
+            _log.info("call refused", method="http", reason=reason)
             await self._pace.wait(CALLER.get())
             failure = http_failure(error)
             answer = JSONResponse(failure.body, failure.status, dict(failure.headers))
@@ -264,9 +284,7 @@ class Edge:
             # The handler of _add_errors has answered; Starlette then re-raises.
             _log.error("request failed", error, path=scope["path"])
         finally:
-            path = scope["path"]
-            if path.startswith("/v1/models/"):
-                path = "/v1/models"
+            path = _listed(scope["path"])
             path = path if path in _PATHS else "other"
             self._requests.labels(path, str(status)).inc()
             self._seconds.labels(path).observe(time.perf_counter() - started)
@@ -274,6 +292,11 @@ class Edge:
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
+
+
+def _listed(path: str) -> str:
+    """The path by which `METHODS` and metrics know it."""
+    return "/v1/models" if path.startswith("/v1/models/") else path
 
 
 def _request_id(given: bytes) -> str:

@@ -13,6 +13,7 @@ from veneer_registry.errors import InvalidField, Unimplemented
 from veneer_registry.records import AliasChange
 from veneer_registry.registry import Registry
 
+from veneer_server.access.principal import require
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.rpc import convert
 from veneer_server.rpc import convert_admin as admin
@@ -142,6 +143,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "tier must be TIER_HOST or TIER_DEVICE, or unset for TIER_DEVICE",
                 metadata={"field": "tier"},
             )
+        if request.pin:
+            require({"operator"}, "pinning an adapter")
         record = await self._changes.activate(
             request.name,
             "host" if tier is Tier.HOST else "device",
@@ -154,6 +157,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.EvictAdapterRequest, context: Any
     ) -> adapters_pb2.EvictAdapterResponse:
         """Free a revision's memory; it stays registered."""
+        if request.unpin:
+            require({"operator"}, "unpinning an adapter")
         evicted, freed = await self._changes.evict(
             request.name,
             admin.evict_mode(request.mode),
@@ -256,6 +261,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 "the update is empty: set pinned, labels, remove_labels, retain or current",
                 metadata={"field": "pinned"},
             )
+        if update.pinned is not None:
+            require({"operator"}, "pinning an adapter")
         record = await self._changes.update(request.name, update, who_calls(context))
         return adapters_pb2.UpdateAdapterResponse(adapter=self._view.adapter(record))
 

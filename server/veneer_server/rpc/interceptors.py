@@ -17,6 +17,8 @@ from typing import Any, Final
 import grpc
 from veneer_registry.errors import Aborted, InvalidField, ModelLoading, VeneerError
 
+from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
@@ -38,7 +40,9 @@ __all__ = ["CallInterceptor"]
 _OURS: Final = "/veneer.v1."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
-_PACED: Final = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+_PACED: Final = frozenset(
+    {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+)
 """Codes of invalid requests; see `pace`."""
 
 _SIZE: ContextVar[int] = ContextVar("size", default=0)
@@ -73,6 +77,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         connections: Connections | None = None,
         checks: Mapping[str, Callable[[bytes], None]] | None = None,
         pace: Pace | None = None,
+        access: Access | None = None,
     ) -> None:
         """Args:
         receiving: decides which requests are read; None for the default bounds.
@@ -81,7 +86,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         checks: by method path, the check that runs before a request is parsed; see
             `decoder`.
         pace: delays refusals; None for the default.
+        access: lets calls in; None lets everybody in.
         """
+        self._access = access or Access()
         self._pace = pace or Pace()
         self._checks = checks or {}
         self._metrics = metrics
@@ -190,6 +197,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answered(requests: Any, context: Any) -> Any:
             try:
                 with self._connections.call(context.peer()):
+                    await self._admit(method, context)
                     request = await receive(requests, context)
                     with self._open.one(method):
                         return await behaviour(request, context)
@@ -212,6 +220,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             CALLER.set(peer := context.peer())
             try:
                 with self._connections.call(peer):
+                    await self._admit(method, context)
                     self._calls.check_phase()
                     request = await receive(requests, context)
                     with self._open.one(method), self._calls.running():
@@ -239,6 +248,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return guarded
 
+    async def _admit(self, method: str, context: Any) -> None:
+        """Before anything of the request is read."""
+        metadata = context.invocation_metadata() or ()
+        headers = {key: value for key, value in metadata if isinstance(value, str)}
+        names = _certificate_names(context) if self._access.asks else ()
+        credentials = Credentials.of_headers(headers, names)
+        PRINCIPAL.set(await self._access.admit(method, credentials))
+
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
@@ -250,6 +267,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Does not wait for the caller: if it reads nothing, gRPC queues the status behind
         # the message that is stuck.
         return await context.abort(status.code, status.message, status.trailing)
+
+
+def _certificate_names(context: Any) -> tuple[str, ...]:
+    """Subject alternative names of the caller's certificate, if TLS asked for one."""
+    found = context.auth_context().get("x509_subject_alternative_name", ())
+    return tuple(name.decode("utf-8", "replace") for name in found)
 
 
 def _checked(request: Any) -> Any:

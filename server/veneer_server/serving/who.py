@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from veneer_registry.rows import Who
 
+from veneer_server.access.principal import ANYONE, PRINCIPAL
+
 __all__ = ["CALLER", "who_calls"]
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
@@ -20,7 +22,10 @@ _UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 
 
 def who_calls(context: Any) -> Who:
-    """The caller's claimed name (metadata ``veneer-actor``) and its address."""
+    """The caller's name and its address. Where callers need not say who they are, the name is
+    what metadata ``veneer-actor`` claims."""
+    if (principal := PRINCIPAL.get()) is not ANYONE:
+        return Who(principal.name, context.peer())
     metadata = dict(context.invocation_metadata() or ())
     given = str(metadata.get(ACTOR, ""))[:_LONGEST]
     return Who(_UNPRINTABLE.sub("?", given), context.peer())

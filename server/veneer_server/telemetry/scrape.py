@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import ssl
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from prometheus_client.exposition import (
     choose_encoder,
     gzip_accepted,
 )
+from veneer_registry.errors import PermissionDenied, Unauthenticated
 
+from veneer_server.access.authenticate import Access, Credentials
+from veneer_server.access.certificates import certificate_names
+from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
 from veneer_server.logs import get_logger
 from veneer_server.system.descriptors import SCRAPES
@@ -93,6 +98,8 @@ class ScrapeServer:
         *,
         connections: int = SCRAPES,
         limit_s: float = LIMIT_S,
+        access: Access | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
         hosts: host names that requests may use.
@@ -100,7 +107,11 @@ class ScrapeServer:
             sent a request, or else the oldest that has not read its answer, or else the
             oldest.
         limit_s: how long each may be open.
+        access: lets scrapes in; None lets everybody in.
+        tls: None for plain HTTP.
         """
+        self.access = access or Access()
+        self._tls = tls
         self.limit_s = limit_s
         self.hosts = hosts
         self._most = connections
@@ -117,7 +128,12 @@ class ScrapeServer:
     async def start(self, address: Address) -> Address:
         """Answer from now on. Raises OSError if the address cannot be bound."""
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(self), address.host, address.port, backlog=self._most
+            lambda: _Connection(self),
+            address.host,
+            address.port,
+            backlog=self._most,
+            ssl=self._tls,
+            ssl_handshake_timeout=self.limit_s if self._tls else None,
         )
         return Address(address.host, self._server.sockets[0].getsockname()[1])
 
@@ -251,7 +267,15 @@ class _Connection(asyncio.Protocol):
 
     async def _reply(self, request: _Request) -> None:
         try:
+            assert self._transport is not None
+            names = certificate_names(self._transport)
+            credentials = Credentials.of_headers(request.headers, names)
+            await self._server.access.admit(SCRAPE, credentials)
             self._send(await self._server.page(request))
+        except Unauthenticated:
+            self._send(_refusal(HTTPStatus.UNAUTHORIZED, ("WWW-Authenticate", "Bearer")))
+        except PermissionDenied:
+            self._refuse(HTTPStatus.FORBIDDEN)
         except Exception as error:
             _log.error("a scrape failed", error)
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR)

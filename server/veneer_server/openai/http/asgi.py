@@ -17,10 +17,23 @@ from veneer_registry.errors import Aborted, QueueFull, VeneerError
 from veneer_server.openai.errors import HttpError, http_failure
 from veneer_server.openai.http.body import LONG_BODY, parse_body
 
-__all__ = ["ABORT", "Bodies", "ClientGone", "Receive", "Reply", "Scope", "Send", "read_json"]
+__all__ = [
+    "ABORT",
+    "CERTIFICATE_NAMES",
+    "Bodies",
+    "ClientGone",
+    "Receive",
+    "Reply",
+    "Scope",
+    "Send",
+    "read_json",
+]
 
 ABORT: Final = "veneer.abort"
 """Key in ``scope["state"]`` of a function that drops the connection at once."""
+
+CERTIFICATE_NAMES: Final = "veneer.certificate_names"
+"""Key in ``scope["state"]`` of the subject alternative names of the client's certificate."""
 
 MAX_BODY: Final = 4 << 20
 """Largest body in bytes; the limit for gRPC messages is the same."""

@@ -13,9 +13,10 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer_registry.errors import QueueFull
 
+from veneer_server.access.certificates import certificate_names
 from veneer_server.logs import get_logger
 from veneer_server.openai.errors import HttpError, http_failure
-from veneer_server.openai.http.asgi import ABORT
+from veneer_server.openai.http.asgi import ABORT, CERTIFICATE_NAMES
 from veneer_server.openai.http.strict import StrictConnection
 from veneer_server.queues.refusal_pace import Pace
 
@@ -143,7 +144,11 @@ def connection_class(
             self.transport.close()
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            self.app_state = {**self.app_state, ABORT: transport.abort}
+            self.app_state = {
+                **self.app_state,
+                ABORT: transport.abort,
+                CERTIFICATE_NAMES: certificate_names(transport),
+            }
             super().connection_made(transport)
             if len(self.connections) > most:
                 self._make_room()

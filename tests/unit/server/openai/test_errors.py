@@ -29,6 +29,8 @@ EXPECTED = {
     "INTERNAL": (500, "server_error"),
     "DATA_LOSS": (500, "server_error"),
     "UNKNOWN": (500, "server_error"),
+    "UNAUTHENTICATED": (401, "invalid_request_error"),
+    "PERMISSION_DENIED": (403, "invalid_request_error"),
     "UNIMPLEMENTED": (501, "server_error"),
     "UNAVAILABLE": (503, "server_error"),
     "DEADLINE_EXCEEDED": (504, "server_error"),

@@ -164,12 +164,19 @@ def _port_file(data: Path) -> Path:
 
 @asynccontextmanager
 async def running(
-    base: Path, cache: Path, data: Path, *, loading: bool = False, **flags: str
+    base: Path,
+    cache: Path,
+    data: Path,
+    *,
+    loading: bool = False,
+    credentials: grpc.ChannelCredentials | None = None,
+    **flags: str,
 ) -> AsyncIterator[Front]:
     """Start an app; stop it at the end and check that it ended cleanly.
 
     Args:
         loading: keep its engine loading until `load_gate` is opened.
+        credentials: of the client's channel; None for plain text.
     """
     port_file = _port_file(data)
     config = load_config(
@@ -205,7 +212,11 @@ async def running(
     addresses = {"grpc": str(config.listen)}
     if not loading:
         addresses = json.loads(port_file.read_text())
-    async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+    if credentials is None:
+        connecting = grpc.aio.insecure_channel(addresses["grpc"])
+    else:
+        connecting = grpc.aio.secure_channel(addresses["grpc"], credentials)
+    async with connecting as channel:
         await channel.channel_ready()
         try:
             yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)

@@ -1,0 +1,119 @@
+"""Decides whether a call is let in: who it is from, and whether its roles take the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from veneer_registry.errors import PermissionDenied, Unauthenticated
+
+from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.methods import OPEN, roles_for
+from veneer_server.access.principal import ANYONE, Principal, denied
+
+__all__ = ["Access", "Credentials", "TokenCheck"]
+
+_BEARER: Final = "bearer "
+_MAX_CREDENTIAL: Final = 8192
+_KEY: Final = "vn_"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a call brings.
+
+    Attributes:
+        authorization: the header of this name, or gRPC metadata.
+        api_key: the header ``x-api-key``.
+        names: subject alternative names of the client's certificate, which TLS has verified.
+    """
+
+    authorization: str = ""
+    api_key: str = ""
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_headers(cls, headers: Mapping[str, str], names: Iterable[str] = ()) -> Credentials:
+        """From HTTP headers or gRPC metadata, by lower-case name."""
+        return cls(headers.get("authorization", ""), headers.get("x-api-key", ""), tuple(names))
+
+    @property
+    def secret(self) -> str:
+        """The key or token; empty if there is none."""
+        if self.authorization[: len(_BEARER)].lower() == _BEARER:
+            return self.authorization[len(_BEARER) :].strip()
+        return "" if self.authorization else self.api_key.strip()
+
+
+class TokenCheck(Protocol):
+    """Verifies JSON Web Tokens."""
+
+    async def principal(self, token: str) -> Principal:
+        """Whose token it is. Raises Unauthenticated."""
+
+
+class Access:
+    """Lets calls in. Without identities and tokens every caller is `ANYONE`."""
+
+    def __init__(
+        self, identities: IdentityFile | None = None, tokens: TokenCheck | None = None
+    ) -> None:
+        self._identities = identities
+        self._tokens = tokens
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers must say who they are."""
+        return self._identities is not None or self._tokens is not None
+
+    async def admit(self, method: str, credentials: Credentials) -> Principal:
+        """Who calls.
+
+        Args:
+            method: as in `methods.METHODS`.
+
+        Raises:
+            Unauthenticated: no credential, or one that is not valid.
+            PermissionDenied: none of the caller's roles takes the method.
+        """
+        roles = roles_for(method)
+        if roles is None:
+            raise PermissionDenied(
+                f"{method} is not open to callers",
+                metadata={"method": method, "cause": "method"},
+            )
+        if not self.asks or roles is OPEN:
+            return ANYONE
+        principal = await self._principal(credentials)
+        if not principal.has(roles):
+            raise denied(roles, principal, method.rpartition("/")[2] or method, method)
+        return principal
+
+    async def _principal(self, credentials: Credentials) -> Principal:
+        identities = None if self._identities is None else await self._identities.current()
+        secret = credentials.secret
+        if len(secret) > _MAX_CREDENTIAL:
+            raise _refused("a credential has more than 8192 bytes", "credential_size")
+        if not secret:
+            if credentials.authorization:
+                raise _refused("the authorization must be `Bearer KEY`", "scheme")
+            found = identities and identities.by_certificate(credentials.names)
+            if found:
+                return found
+            raise _refused("this server wants to know who calls", "no_credential")
+        if self._tokens is not None and not secret.startswith(_KEY):
+            return await self._tokens.principal(secret)
+        found = identities and identities.by_key(secret, datetime.now(UTC))
+        if not found:
+            raise _refused("the API key is unknown, was revoked or has expired", "key")
+        return found
+
+
+def _refused(why: str, cause: str) -> Unauthenticated:
+    return Unauthenticated(
+        f"{why}: send a valid API key as `authorization: Bearer KEY`, which our programs take "
+        "from VENEER_API_KEY",
+        metadata={"cause": cause},
+    )

@@ -1,0 +1,141 @@
+"""The server's certificate, read again whenever its files have changed.
+
+Connections that are open keep theirs; each new one gets the newest. Files that do not fit
+together, as in the middle of a renewal, leave the last pair in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from veneer_registry.errors import InvalidField
+
+from veneer_server.logs import get_logger
+
+__all__ = ["Certificates", "Pair", "certificate_names"]
+
+_LOOK_NS: Final = 100_000_000
+"""Least time between two looks at the files."""
+_MOST_BYTES: Final = 1 << 20
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One version of the files, in PEM.
+
+    Attributes:
+        chain: the certificate, then intermediate ones.
+        client_ca: clients need a certificate of one of these; None if they need none.
+    """
+
+    chain: bytes
+    key: bytes
+    client_ca: bytes | None
+
+
+class Certificates:
+    """Any thread may use it: gRPC asks on threads of its own."""
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None = None) -> None:
+        """Raises InvalidField if the files cannot be used."""
+        self._files = (cert, key, client_ca)
+        self._looked_ns = time.monotonic_ns()
+        self._stamps = self._look()
+        self._pair, self._context = self._load()
+        self._context.sni_callback = self._begin
+        self.http_context = self._context
+        """For `asyncio`; new connections get the newest certificate."""
+
+    @property
+    def current(self) -> Pair:
+        """The newest pair that can be used."""
+        now = time.monotonic_ns()
+        if now - self._looked_ns < _LOOK_NS:
+            return self._pair
+        self._looked_ns = now
+        stamps = self._look()
+        if stamps != self._stamps:
+            self._stamps = stamps
+            try:
+                self._pair, context = self._load()
+            except InvalidField as error:
+                _log.warning(
+                    "the certificate files are not used, the last ones stay", why=str(error)
+                )
+                self._stamps = ()  # look again soon: the other file may follow
+            else:
+                context.sni_callback = self._begin
+                self._context = context
+                _log.info("certificate read")
+        return self._pair
+
+    def _begin(
+        self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: object
+    ) -> None:
+        """Called when a client begins a connection."""
+        _ = self.current
+        connection.context = self._context
+
+    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
+        stamps: list[tuple[int, int, int] | None] = []
+        for file in self._files:
+            try:
+                found = None if file is None else file.stat()
+            except OSError:
+                found = None
+            stamps.append(found and (found.st_ino, found.st_size, found.st_mtime_ns))
+        return tuple(stamps)
+
+    def _load(self) -> tuple[Pair, ssl.SSLContext]:
+        cert, key, client_ca = self._files
+        pair = Pair(_read(cert), _read(key), None if client_ca is None else _read(client_ca))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            # Also checks that both belong together. An encrypted key must not ask a terminal.
+            context.load_cert_chain(cert, key, password=lambda: b"")
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise InvalidField(
+                f"--tls-cert {cert} and --tls-key {key} cannot be used ({error}): give a PEM "
+                "certificate and its own key, without a password",
+                metadata={"key": "tls_cert", "file": str(cert)},
+            ) from error
+        if pair.client_ca is not None:
+            try:
+                context.load_verify_locations(cadata=pair.client_ca.decode("ascii"))
+            except (ssl.SSLError, ValueError) as error:
+                raise InvalidField(
+                    f"--tls-client-ca {client_ca} cannot be used ({error}): give certificates "
+                    "in PEM",
+                    metadata={"key": "tls_client_ca", "file": str(client_ca)},
+                ) from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return pair, context
+
+
+def certificate_names(transport: asyncio.BaseTransport) -> tuple[str, ...]:
+    """Subject alternative names of the client's certificate, if TLS asked for one."""
+    connection = transport.get_extra_info("ssl_object")
+    found = None if connection is None else connection.getpeercert()
+    return tuple(name for _, name in (found or {}).get("subjectAltName", ()))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise InvalidField(
+            f"{file} cannot be read: {error.strerror or error}", metadata={"file": str(file)}
+        ) from error
+    if len(data) > _MOST_BYTES:
+        raise InvalidField(f"{file} is too large for PEM", metadata={"file": str(file)})
+    return data

@@ -1,0 +1,132 @@
+"""The file with keys and certificates, read again whenever it has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from veneer_registry.errors import InvalidField, VeneerError
+
+from veneer_server.access.keys import MAX_FILE, Identities, parse_identities
+from veneer_server.logs import get_logger
+
+__all__ = ["IdentityFile"]
+
+_SETTLED_NS: Final = 100_000_000
+"""A file that changed this recently may change again without its times showing it."""
+
+_log = get_logger(__name__)
+
+
+class _Stamp(NamedTuple):
+    """What tells one version of a file from another."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+class IdentityFile:
+    """Belongs to one event loop.
+
+    Every call compares the file's times: a key that was revoked is refused by the next call. A
+    file that cannot be read or is not valid leaves the keys of the last one in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidField if the file cannot be used."""
+        self._path = path
+        self._identities, self._stamp = _read(path)
+        self._reading: asyncio.Task[None] | None = None
+        self._begun = self._done = 0
+        """Numbers of the last reading that began, and of the last that ended."""
+        self._reported: tuple[_Stamp | None, ...] = ()
+        """The version that was reported as unusable."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the file as it is now is in use."""
+        return not self._reported
+
+    async def current(self) -> Identities:
+        """The file's content as of this call, or later."""
+        before = self._begun
+        while self._stamp is None or _stamp(self._path) != self._stamp:
+            if self._reading is None:
+                self._begun += 1
+                self._reading = asyncio.create_task(self._read_again(self._begun))
+            await asyncio.shield(self._reading)
+            if self._done > before:  # it began after this call
+                break
+        return self._identities
+
+    async def _read_again(self, number: int) -> None:
+        seen = _stamp(self._path)
+        try:
+            self._identities, self._stamp = await asyncio.to_thread(_read, self._path)
+        except VeneerError as error:
+            self._stamp = seen
+            if self._reported != (seen,):
+                self._reported = (seen,)
+                _log.warning("the keys file is not used, the last one stays", why=str(error))
+        else:
+            self._reported = ()
+            _log.info("keys read", keys=len(self._identities.keys))
+        finally:
+            self._reading, self._done = None, number
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _Stamp(
+        found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    )
+
+
+def _read(path: Path) -> tuple[Identities, _Stamp | None]:
+    """The content, and its stamp; None if the file changed so recently that the stamp says
+    little.
+
+    Raises:
+        InvalidField: it cannot be read or is not valid.
+    """
+    try:
+        # A pipe without a writer must not block.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise _unusable(path, "it is not a file")
+            if found.st_mode & stat.S_IWOTH:
+                why = f"anybody may write to it; run: chmod o-w {path}"
+                raise _unusable(path, why, "writable")
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise _unusable(path, str(error.strerror or error)) from error
+    if len(data) > MAX_FILE:
+        raise _unusable(path, f"it has more than {MAX_FILE} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise _unusable(path, "it is not UTF-8") from error
+    identities = parse_identities(text, path)
+    stamp = _Stamp(
+        found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    )
+    settled = time.time_ns() - max(stamp.modified_ns, stamp.changed_ns) > _SETTLED_NS
+    return identities, stamp if settled else None
+
+
+def _unusable(path: Path, why: str, cause: str = "unusable") -> InvalidField:
+    return InvalidField(
+        f"the keys file {path} cannot be used: {why}",
+        metadata={"file": str(path), "cause": cause},
+    )

@@ -1,0 +1,173 @@
+"""API keys, and the file that lists them.
+
+A key is ``vn_<id>_<secret>``. The file has the SHA-256 of the whole key: whoever reads the
+file learns no key, and 256 random bits need no slow hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from veneer_registry.errors import InvalidField
+
+from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
+
+__all__ = ["MAX_FILE", "TENANT", "ApiKey", "Identities", "make_key", "parse_identities"]
+
+MAX_FILE: Final = 4 << 20
+"""Most bytes of a file with keys."""
+
+_PREFIX: Final = "vn"
+_ID: Final = re.compile(r"[0-9a-z]{8,32}")
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
+TENANT: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+"""A tenant's name."""
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_NOBODY: Final = hashlib.sha256(b"").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as the file has it.
+
+    Attributes:
+        digest: SHA-256 of the whole key.
+        expires: None if it does not.
+    """
+
+    id: str
+    digest: bytes
+    principal: Principal
+    expires: datetime | None = None
+
+    def expired(self, now: datetime) -> bool:
+        return self.expires is not None and now >= self.expires
+
+
+class Identities:
+    """What a file with keys and certificates says: who has which."""
+
+    def __init__(
+        self, keys: Mapping[str, ApiKey], certificates: Mapping[str, Principal]
+    ) -> None:
+        """Args:
+        keys: by id.
+        certificates: by subject alternative name.
+        """
+        self.keys = keys
+        self.certificates = certificates
+
+    def by_key(self, key: str, now: datetime) -> Principal | None:
+        """Whose key it is; None if it is unknown or has expired. Takes the same time for a
+        wrong secret as for an unknown id."""
+        _, _, rest = key.partition("_")
+        found = self.keys.get(rest.partition("_")[0])
+        digest = hashlib.sha256(key.encode()).digest()
+        same = hmac.compare_digest(digest, _NOBODY if found is None else found.digest)
+        if found is None or not same or found.expired(now):
+            return None
+        return found.principal
+
+    def by_certificate(self, names: tuple[str, ...]) -> Principal | None:
+        """Whose certificate it is, by the first of its subject alternative names that is
+        listed."""
+        found = (self.certificates.get(name) for name in names)
+        return next((each for each in found if each is not None), None)
+
+
+def make_key() -> tuple[str, str, str]:
+    """A new key, its id, and the SHA-256 that the file keeps, in hex."""
+    id = base64.b32encode(secrets.token_bytes(10)).decode().lower()
+    key = f"{_PREFIX}_{id}_{secrets.token_urlsafe(32)}"
+    return key, id, hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse_identities(text: str, path: Path) -> Identities:
+    """Read a file's text.
+
+    Raises:
+        InvalidField: it is not valid; the message names the entry and the fix.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _wrong(path, "", f"is not valid TOML ({error})") from error
+    if unknown := document.keys() - {"keys", "certificates"}:
+        raise _wrong(path, sorted(unknown)[0], "is unknown: use [keys.ID] and [certificates]")
+    keys = {}
+    for id, entry in _tables(document, "keys", path):
+        at = f"keys.{id}"
+        if not _ID.fullmatch(id):
+            raise _wrong(path, at, "is not an id of a key: use `veneer-server key new`")
+        _check_fields(path, at, entry, {"sha256", "expires", "created"})
+        digest = entry.get("sha256")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise _wrong(path, f"{at}.sha256", "must be 64 hexadecimal digits")
+        expires = entry.get("expires")
+        keys[id] = ApiKey(
+            id,
+            bytes.fromhex(digest),
+            _principal(path, at, entry, id),
+            None if expires is None else _time(path, f"{at}.expires", expires),
+        )
+    certificates = {}
+    for name, entry in _tables(document, "certificates", path):
+        at = f"certificates.{name!r}"
+        _check_fields(path, at, entry, set())
+        certificates[name] = _principal(path, at, entry, name)
+    return Identities(keys, certificates)
+
+
+def _tables(document: Mapping[str, Any], name: str, path: Path) -> list[tuple[str, Any]]:
+    found = document.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
+        raise _wrong(path, name, "must hold tables, such as [keys.ID]")
+    return list(found.items())
+
+
+def _check_fields(path: Path, at: str, entry: Mapping[str, Any], own: set[str]) -> None:
+    known = {"name", "tenant", "roles", *own}
+    if unknown := entry.keys() - known:
+        raise _wrong(
+            path, f"{at}.{sorted(unknown)[0]}", f"is unknown: use {', '.join(sorted(known))}"
+        )
+
+
+def _principal(path: Path, at: str, entry: Mapping[str, Any], default: str) -> Principal:
+    name = entry.get("name", default)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _wrong(path, f"{at}.name", "must be 1 to 128 printable characters, no spaces")
+    tenant = entry.get("tenant", DEFAULT_TENANT)
+    if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
+        raise _wrong(
+            path,
+            f"{at}.tenant",
+            "must be 1 to 63 lower-case letters, digits, '.', '_' or '-', and begin and end "
+            "with a letter or digit",
+        )
+    given = entry.get("roles")
+    if not isinstance(given, list) or not given or any(r not in ROLES for r in given):
+        raise _wrong(path, f"{at}.roles", f"must be a list of some of {', '.join(ROLES)}")
+    roles: list[Role] = given
+    return Principal(name, tenant, frozenset(roles))
+
+
+def _time(path: Path, at: str, given: object) -> datetime:
+    if not isinstance(given, datetime):
+        raise _wrong(path, at, "must be a time such as 2027-01-31T00:00:00Z")
+    return given if given.tzinfo is not None else given.replace(tzinfo=UTC)
+
+
+def _wrong(path: Path, at: str, why: str) -> InvalidField:
+    where = f"{path}: {at}" if at else str(path)
+    return InvalidField(f"{where} {why}", metadata={"file": str(path), "field": at})

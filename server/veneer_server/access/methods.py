@@ -1,0 +1,85 @@
+"""Which roles each method of each port takes. A method that is not listed is refused.
+
+docs/security.md shows this table, and the tests call every method as every kind of caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from veneer_server.access.principal import ROLES, Role
+
+__all__ = ["METHODS", "OPEN", "SCRAPE", "roles_for"]
+
+OPEN: Final[frozenset[Role]] = frozenset()
+"""Anybody may call it, also without a credential."""
+
+_ANY: Final[frozenset[Role]] = frozenset(ROLES)
+"""Anybody with a credential."""
+
+_CALLERS: Final[frozenset[Role]] = frozenset({"inference"})
+_READERS: Final[frozenset[Role]] = frozenset({"inference", "publisher"})
+_PUBLISHERS: Final[frozenset[Role]] = frozenset({"publisher"})
+_ADMINS: Final[frozenset[Role]] = frozenset({"admin"})
+_OPERATORS: Final[frozenset[Role]] = frozenset({"operator"})
+
+SCRAPE: Final = "scrape"
+"""Any path of the metrics port."""
+
+_GRPC: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
+    "veneer.v1.InferenceService": {
+        "Generate": _CALLERS,
+        "GenerateStream": _CALLERS,
+    },
+    "veneer.v1.AdapterService": {
+        "UploadAdapter": _PUBLISHERS,
+        "GetUpload": _PUBLISHERS,
+        "RegisterAdapter": _PUBLISHERS,
+        "GetAdapter": _READERS,
+        "ListAdapters": _READERS,
+        "ActivateAdapter": _PUBLISHERS,
+        "EvictAdapter": _ADMINS,
+        "DeleteAdapter": _ADMINS,
+        "SetAlias": _PUBLISHERS,
+        "ListAliases": _READERS,
+        "WatchAdapters": _READERS,
+        "UpdateAdapter": _ADMINS,
+        "GetHistory": _READERS,
+        "UpdateBudgets": _OPERATORS,
+        "SelfTest": _OPERATORS,
+    },
+    "veneer.v1.ServerService": {
+        "GetServerInfo": _ANY,
+        "PlanCapacity": _ANY,
+    },
+    "grpc.health.v1.Health": {"Check": OPEN, "Watch": OPEN, "List": OPEN},
+    "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _ANY},
+}
+
+_HTTP: Final[Mapping[str, frozenset[Role]]] = {
+    "POST /v1/chat/completions": _CALLERS,
+    "POST /v1/completions": _CALLERS,
+    "GET /v1/models": _READERS,
+    "GET /version": _ANY,
+    "GET /health": OPEN,
+}
+
+METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
+    {
+        **{
+            f"/{service}/{name}": roles
+            for service, methods in _GRPC.items()
+            for name, roles in methods.items()
+        },
+        **_HTTP,
+        SCRAPE: frozenset[Role]({"metrics"}),
+    }
+)
+"""By gRPC path (``/service/method``), or HTTP verb and path."""
+
+
+def roles_for(method: str) -> frozenset[Role] | None:
+    """The roles of which a caller needs one; None if the method is not listed."""
+    return METHODS.get(method)

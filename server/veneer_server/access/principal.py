@@ -1,0 +1,78 @@
+"""A caller that has proved who it is, and its roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from veneer_registry.errors import PermissionDenied
+
+__all__ = [
+    *("ANYONE", "DEFAULT_TENANT", "PRINCIPAL", "ROLES"),
+    *("Principal", "Role", "denied", "require"),
+]
+
+Role = Literal["inference", "publisher", "admin", "operator", "metrics"]
+
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+
+DEFAULT_TENANT: Final = "default"
+
+_INCLUDES: Final[Mapping[Role, frozenset[Role]]] = {
+    "admin": frozenset({"inference", "publisher"}),
+    "operator": frozenset({"inference", "publisher", "admin", "metrics"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a call is from.
+
+    Attributes:
+        name: for the audit log; empty where callers need not say who they are.
+        tenant: whose adapters it sees, beside shared ones.
+        roles: those that were given; see `has`.
+    """
+
+    name: str
+    tenant: str
+    roles: frozenset[Role]
+
+    def has(self, any_of: Set[Role]) -> bool:
+        """Whether one of these roles is among its own, or included in one of them: an admin is
+        a publisher too, an operator everything."""
+        included = (_INCLUDES.get(role, frozenset[Role]()) for role in self.roles)
+        return not any_of.isdisjoint(self.roles.union(*included))
+
+
+def require(any_of: Set[Role], what: str) -> None:
+    """For what takes more than the method's own role.
+
+    Args:
+        what: is refused, as the beginning of a sentence.
+
+    Raises:
+        PermissionDenied: the current call's caller has none of these roles.
+    """
+    principal = PRINCIPAL.get()
+    if not principal.has(any_of):
+        raise denied(any_of, principal, what, what)
+
+
+def denied(any_of: Set[Role], principal: Principal, what: str, method: str) -> PermissionDenied:
+    """The error for a caller that has none of these roles."""
+    wanted = sorted(any_of)
+    return PermissionDenied(
+        f"{what} takes the role {' or '.join(wanted)}, and this caller has "
+        f"{', '.join(sorted(principal.roles)) or 'none'}: ask for a key with the role",
+        metadata={"method": method, "roles": " ".join(wanted), "cause": "role"},
+    )
+
+
+ANYONE: Final = Principal("", DEFAULT_TENANT, frozenset(ROLES))
+"""Every caller of a server without authentication."""
+
+PRINCIPAL: ContextVar[Principal] = ContextVar("principal", default=ANYONE)
+"""Who the current call is from."""

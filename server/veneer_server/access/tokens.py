@@ -1,0 +1,232 @@
+"""JSON Web Tokens of an OpenID Connect issuer: who has one, by its claims.
+
+The issuer's public keys come from a file or a URL. Those of a URL are fetched when a token
+names a key that is not known, but not more often than every `_FETCH_S`; while the issuer does
+not answer, known keys stay in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+from veneer_registry.errors import InvalidField, Unauthenticated, Unavailable
+
+from veneer_server.access.keys import TENANT
+from veneer_server.access.principal import DEFAULT_TENANT, ROLES, Principal, Role
+from veneer_server.logs import get_logger
+
+__all__ = ["TokenSettings", "Tokens"]
+
+_ALGORITHMS: Final = (
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA"),
+)
+"""Public keys only: with a shared secret, whoever can check a token can make one."""
+
+_LEEWAY_S: Final = 30.0
+"""How far the issuer's clock may differ."""
+_FETCH_S: Final = 5.0
+"""Least time between two fetches of the issuer's keys."""
+_TIMEOUT_S: Final = 5.0
+_MOST_BYTES: Final = 1 << 20
+_DISCOVERY: Final = "/.well-known/openid-configuration"
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """Attributes:
+    issuer, audience: what a token's ``iss`` and ``aud`` must be.
+    keys: file or URL of the issuer's keys (JWKS); empty to ask the issuer for the URL.
+    tenant_claim: names the tenant; `DEFAULT_TENANT` where a token has none.
+    roles_claim: a list, or words; others than `ROLES` are ignored.
+    """
+
+    issuer: str
+    audience: str
+    keys: str = ""
+    tenant_claim: str = "tenant"
+    roles_claim: str = "roles"
+
+
+class Tokens:
+    """Verifies tokens; belongs to one event loop."""
+
+    def __init__(self, settings: TokenSettings) -> None:
+        """Raises InvalidField if a file with keys cannot be used, or a URL is not safe."""
+        self._settings = settings
+        self._keys: dict[str | None, jwt.PyJWK] = {}
+        self._fetching: asyncio.Task[None] | None = None
+        self._fetched: float | None = None
+        """When the last fetch began, by `time.monotonic`."""
+        source = settings.keys or settings.issuer
+        self._file = None
+        if "://" not in source:
+            self._file = Path(source).expanduser()
+            self._keys = _read(self._file)
+            self._modified = self._file.stat().st_mtime_ns
+        else:
+            _check_url(source)
+
+    async def principal(self, token: str) -> Principal:
+        """Whose token it is.
+
+        Raises:
+            Unauthenticated: it is not valid.
+            Unavailable: the issuer's keys could not be fetched yet.
+        """
+        try:
+            header = jwt.get_unverified_header(token)
+        except jwt.InvalidTokenError as error:
+            raise _refused("the credential is neither an API key nor a token") from error
+        if header.get("alg") not in _ALGORITHMS:
+            raise _refused("the token is not signed by an allowed algorithm")
+        key = await self._key(header.get("kid"))
+        if key is None:
+            raise _refused("the token is signed by a key that its issuer does not list")
+        try:
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=list(_ALGORITHMS),
+                audience=self._settings.audience,
+                issuer=self._settings.issuer,
+                leeway=_LEEWAY_S,
+                options={"require": ["exp", "iss", "aud"]},
+            )
+        except jwt.ExpiredSignatureError as error:
+            raise _refused("the token has expired") from error
+        except (jwt.InvalidTokenError, ValueError, TypeError) as error:
+            raise _refused(f"the token is not valid ({type(error).__name__})") from error
+        return self._of(claims)
+
+    def _of(self, claims: Mapping[str, Any]) -> Principal:
+        tenant = claims.get(self._settings.tenant_claim, DEFAULT_TENANT)
+        if not isinstance(tenant, str) or not TENANT.fullmatch(tenant):
+            raise _refused(f"the token's {self._settings.tenant_claim} is not a tenant's name")
+        given = claims.get(self._settings.roles_claim, [])
+        words = given.split() if isinstance(given, str) else given
+        if not isinstance(words, list):
+            raise _refused(f"the token's {self._settings.roles_claim} is not a list")
+        roles: list[Role] = [role for role in ROLES if role in words]
+        name = claims.get("sub")
+        text = name if isinstance(name, str) and name.isprintable() else "token"
+        return Principal(text[:128] or "token", tenant, frozenset(roles))
+
+    async def _key(self, id: str | None) -> jwt.PyJWK | None:
+        if self._file is not None:
+            await self._follow_file(self._file)
+        elif id not in self._keys:
+            await self._fetch()
+        return self._keys.get(id)
+
+    async def _follow_file(self, file: Path) -> None:
+        try:
+            modified = os.stat(file).st_mtime_ns  # as quick as a look-up
+            if modified == self._modified:
+                return
+            self._modified = modified
+            self._keys = await asyncio.to_thread(_read, file)
+        except (OSError, InvalidField) as error:
+            _log.warning("the token keys are not used, the last ones stay", why=str(error))
+
+    async def _fetch(self) -> None:
+        """Fetch the keys, unless that was done a moment ago; callers share a fetch."""
+        if self._fetching is None:
+            now = time.monotonic()
+            if self._fetched is not None and now - self._fetched < _FETCH_S:
+                return
+            self._fetched = now
+            self._fetching = asyncio.create_task(self._fetch_once())
+        await asyncio.shield(self._fetching)
+
+    async def _fetch_once(self) -> None:
+        settings = self._settings
+        try:
+            self._keys = await asyncio.to_thread(_download, settings.keys, settings.issuer)
+        except (OSError, ValueError, InvalidField) as error:
+            _log.warning("the token issuer's keys cannot be fetched", why=str(error))
+            if not self._keys:
+                raise Unavailable(
+                    "tokens cannot be checked yet, since their issuer does not answer: retry",
+                    retry_after_s=_FETCH_S,
+                    metadata={"cause": "issuer"},
+                ) from error
+        finally:
+            self._fetching = None
+
+
+def _download(keys: str, issuer: str) -> dict[str | None, jwt.PyJWK]:
+    if not keys:
+        keys = json.loads(_get(issuer.rstrip("/") + _DISCOVERY)).get("jwks_uri", "")
+        _check_url(keys)
+    return _parse(_get(keys), keys)
+
+
+def _get(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+            data: bytes = answer.read(_MOST_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ValueError(f"{url} answers {error.code}") from None
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{url} answers with more than {_MOST_BYTES} bytes")
+    return data
+
+
+def _read(file: Path) -> dict[str | None, jwt.PyJWK]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InvalidField(
+            f"--jwt-keys {file} cannot be read: {error.strerror or error}",
+            metadata={"key": "jwt_keys"},
+        ) from error
+    return _parse(data, str(file))
+
+
+def _parse(data: bytes, where: str) -> dict[str | None, jwt.PyJWK]:
+    """The keys that may sign, by id."""
+    try:
+        found = jwt.PyJWKSet.from_json(data.decode()).keys
+    except (jwt.PyJWTError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidField(
+            f"{where} is not a set of keys (JWKS): {error}", metadata={"key": "jwt_keys"}
+        ) from error
+    keys: dict[str | None, jwt.PyJWK] = {
+        key.key_id: key
+        for key in found
+        if key.public_key_use in (None, "sig") and key.key_type != "oct"
+    }
+    return keys
+
+
+def _check_url(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if parts.scheme != "https" and not (parts.scheme == "http" and local):
+        raise InvalidField(
+            f"the token issuer's address {url!r} must be https://, or http:// on this machine: "
+            "whoever can change what it answers can call this server",
+            metadata={"key": "jwt_keys"},
+        )
+
+
+def _refused(why: str) -> Unauthenticated:
+    return Unauthenticated(
+        f"{why}: get a new one and send it as `authorization: Bearer TOKEN`",
+        metadata={"cause": "token"},
+    )

@@ -1,0 +1,152 @@
+"""``veneer-server key``: the API keys in a keys file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from veneer_registry.command_line import Program
+from veneer_registry.errors import InvalidField
+
+from veneer_server.access.edit_keys import add_key, list_keys, revoke_key
+from veneer_server.access.principal import DEFAULT_TENANT, ROLES
+from veneer_server.config import load_config
+from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
+
+__all__ = ["key_cli"]
+
+key_cli = Program(help="API keys: make, list and revoke them.")
+
+_UNITS = {"h": 1, "d": 24, "w": 168}
+
+
+@key_cli.command(
+    "new",
+    epilog="""
+Examples:
+
+  veneer-server key new --keys-file keys.toml --name ci --role publisher --expires 90d
+
+  veneer-server key new --keys-file keys.toml --name chat-app --tenant team-a
+""",
+)
+@with_flags(options("keys_file"))
+def new_key(
+    *,
+    name: Annotated[str, typer.Option(help="Whose key it is, for logs; the id if unset.")] = "",
+    tenant: Annotated[str, typer.Option(help="The tenant it belongs to.")] = DEFAULT_TENANT,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"What it may do: {', '.join(ROLES)}; may be repeated. inference if unset."
+        ),
+    ] = None,
+    expires: Annotated[
+        str,
+        typer.Option(help="How long it is valid, such as 12h, 90d or 4w; for ever if unset."),
+    ] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Make a key and print it, once: the file keeps only its digest."""
+
+    def run() -> None:
+        roles: Any = list(dict.fromkeys(role or ["inference"]))
+        made = add_key(
+            _file(flags), name=name, tenant=tenant, roles=roles, expires=_expiry(expires)
+        )
+        if as_json:
+            print(json.dumps({"id": made.id, "key": made.key}))
+            return
+        print(made.key)
+        print(
+            f"veneer-server: this is the only time that the key is shown; its id is {made.id}",
+            file=sys.stderr,
+        )
+
+    guarded(run, debug)
+
+
+@key_cli.command("ls")
+@with_flags(options("keys_file"))
+def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> None:
+    """List the keys: id, name, tenant, roles and expiry."""
+
+    def run() -> None:
+        now = datetime.now(UTC)
+        keys = list_keys(_file(flags))
+        if as_json:
+            print(
+                json.dumps(
+                    [
+                        {
+                            "id": key.id,
+                            "name": key.principal.name,
+                            "tenant": key.principal.tenant,
+                            "roles": sorted(key.principal.roles),
+                            "expires": key.expires.isoformat() if key.expires else None,
+                            "expired": key.expired(now),
+                        }
+                        for key in keys
+                    ]
+                )
+            )
+            return
+        rows = [("ID", "NAME", "TENANT", "ROLES", "EXPIRES")]
+        for key in keys:
+            when = "never" if key.expires is None else f"{key.expires:%Y-%m-%d %H:%M} UTC"
+            rows.append(
+                (
+                    key.id,
+                    key.principal.name,
+                    key.principal.tenant,
+                    ",".join(sorted(key.principal.roles)),
+                    f"{when} (expired)" if key.expired(now) else when,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+    guarded(run, debug)
+
+
+@key_cli.command("revoke")
+@with_flags(options("keys_file"))
+def revoke(
+    id: Annotated[str, typer.Argument(help="The key's id.")],
+    *,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Remove a key: a running server refuses its next call."""
+    guarded(lambda: revoke_key(_file(flags), id), debug)
+
+
+def _file(flags: dict[str, Any]) -> Path:
+    file = load_config(flags, os.environ).keys_file
+    if file is None:
+        raise InvalidField(
+            "no keys file: give --keys-file, or set VENEER_KEYS_FILE",
+            metadata={"field": "keys_file"},
+        )
+    return file
+
+
+def _expiry(text: str) -> datetime | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,5})([hdw])", text)
+    if match is None:
+        raise InvalidField(
+            f"--expires {text} is not allowed: give a time such as 12h, 90d or 4w",
+            metadata={"field": "expires"},
+        )
+    return datetime.now(UTC) + timedelta(hours=int(match[1]) * _UNITS[match[2]])

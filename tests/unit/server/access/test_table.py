@@ -1,0 +1,259 @@
+"""Every method of every port as every kind of caller, by the table of docs/security.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from veneer_proto.v1 import adapters_pb2, inference_pb2, server_pb2
+from veneer_server.access.edit_keys import add_key
+from veneer_server.access.methods import METHODS, SCRAPE
+from veneer_server.access.principal import ROLES
+
+from tests.places import REPOSITORY
+from tests.planted import planted
+from tests.unit.server.rpc.front_harness import Front, prompt, running
+
+PAGE: Final = REPOSITORY / "docs" / "security.md"
+ONE: Final = inference_pb2.StoppingOptions(max_tokens=1)
+
+REQUESTS: Final[Mapping[str, Any]] = {
+    "InferenceService/Generate": prompt(stopping=ONE),
+    "InferenceService/GenerateStream": prompt(stopping=ONE),
+    "AdapterService/GetUpload": adapters_pb2.GetUploadRequest(),
+    "AdapterService/RegisterAdapter": adapters_pb2.RegisterAdapterRequest(),
+    "AdapterService/GetAdapter": adapters_pb2.GetAdapterRequest(),
+    "AdapterService/ListAdapters": adapters_pb2.ListAdaptersRequest(),
+    "AdapterService/ActivateAdapter": adapters_pb2.ActivateAdapterRequest(name="none"),
+    "AdapterService/ActivateAdapter with pin": adapters_pb2.ActivateAdapterRequest(
+        name="none", pin=True
+    ),
+    "AdapterService/EvictAdapter": adapters_pb2.EvictAdapterRequest(name="none"),
+    "AdapterService/EvictAdapter with unpin": adapters_pb2.EvictAdapterRequest(
+        name="none", unpin=True
+    ),
+    "AdapterService/DeleteAdapter": adapters_pb2.DeleteAdapterRequest(name="none"),
+    "AdapterService/SetAlias": adapters_pb2.SetAliasRequest(alias="none"),
+    "AdapterService/ListAliases": adapters_pb2.ListAliasesRequest(),
+    "AdapterService/WatchAdapters": adapters_pb2.WatchAdaptersRequest(),
+    "AdapterService/UpdateAdapter": adapters_pb2.UpdateAdapterRequest(name="none", retain=3),
+    "AdapterService/UpdateAdapter with pinned": adapters_pb2.UpdateAdapterRequest(
+        name="none", pinned=True
+    ),
+    "AdapterService/GetHistory": adapters_pb2.GetHistoryRequest(),
+    "AdapterService/UpdateBudgets": adapters_pb2.UpdateBudgetsRequest(),
+    "AdapterService/SelfTest": adapters_pb2.SelfTestRequest(),
+    "ServerService/GetServerInfo": server_pb2.GetServerInfoRequest(),
+    "ServerService/PlanCapacity": server_pb2.PlanCapacityRequest(),
+    "Health/Check": health_pb2.HealthCheckRequest(),
+    "Health/Watch": health_pb2.HealthCheckRequest(),
+    "Health/List": health_pb2.HealthListRequest(),
+}
+REFUSED: Final = {
+    grpc.StatusCode.UNAUTHENTICATED: "401",
+    grpc.StatusCode.PERMISSION_DENIED: "403",
+}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Method -> caller -> "yes", "401" or "403"."""
+    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    at = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
+    callers = [cell.strip() for cell in lines[at].strip("| ").split("|")][1:]
+    found = {}
+    for line in lines[at + 2 :]:
+        method, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        found[method.replace("`", "")] = dict(zip(callers, cells, strict=True))
+    return found
+
+
+@dataclass
+class Guarded:
+    """A front that asks for keys, and a key of each kind of caller."""
+
+    front: Front
+    keys: dict[str, list[str]]
+    """Caller of the table -> its keys; "" for none."""
+
+    async def told(self, method: str, key: str) -> str:
+        """What a caller is told: "yes", "401" or "403"."""
+        if method.startswith(("GET ", "POST ")):
+            return await self._http(method, key)
+        metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        try:
+            await self._grpc(method, metadata)
+        except grpc.aio.AioRpcError as error:
+            return REFUSED.get(error.code(), "yes")
+        return "yes"
+
+    async def _http(self, method: str, key: str) -> str:
+        verb, path = method.split()[:2]
+        port = "metrics" if path == "/metrics" else "openai"
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        body = {"model": "smollm2-135m", "prompt": "Hi", "max_tokens": 1}
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+            answer = await http.request(
+                verb,
+                f"http://{self.front.addresses[port]}{path}",
+                headers=headers,
+                json=body if verb == "POST" else None,
+            )
+        return str(answer.status_code) if answer.status_code in (401, 403) else "yes"
+
+    async def _grpc(self, method: str, metadata: Any) -> None:
+        front = self.front
+        stubs = {
+            "InferenceService": front.inference,
+            "AdapterService": front.adapters,
+            "ServerService": front.server,
+            "Health": health_pb2_grpc.HealthStub(front.channel),
+            "ServerReflection": reflection_pb2_grpc.ServerReflectionStub(front.channel),
+        }
+        service, _, name = method.partition("/")
+        call: Any = getattr(stubs[service], name.split()[0])
+        if name == "UploadAdapter":
+            await call(iter([adapters_pb2.UploadAdapterRequest()]), metadata=metadata)
+        elif name == "ServerReflectionInfo":
+            wanted = reflection_pb2.ServerReflectionRequest(list_services="*")
+            await first(call(iter([wanted]), metadata=metadata))
+        elif name.split()[0] in ("WatchAdapters", "Watch", "GenerateStream"):
+            await first(call(REQUESTS[method], metadata=metadata))
+        else:
+            await call(REQUESTS[method], metadata=metadata)
+
+
+async def first(stream: Any) -> None:
+    """The stream's first message, and no more of it."""
+    try:
+        await stream.read()
+    finally:
+        stream.cancel()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guarded(
+    base_folder: Path, front_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Guarded]:
+    data = tmp_path_factory.mktemp("guarded")
+    file = data / "keys.toml"
+    keys: dict[str, list[str]] = {"no key": [""]}
+    for role in ROLES:
+        made = add_key(file, name=role, tenant="default", roles=[role], expires=None)
+        keys[role] = [made.key]
+    old = add_key(
+        file,
+        name="old",
+        tenant="default",
+        roles=["operator"],
+        expires=datetime.now(UTC) - timedelta(seconds=1),
+    )
+    right = keys["operator"][0]
+    wrong = right[:-1] + ("A" if right[-1] != "A" else "B")
+    keys["wrong or expired key"] = [old.key, wrong, "nonsense", "vn__", right + " " + right]
+    async with running(
+        base_folder,
+        front_cache,
+        data,
+        openai_listen="127.0.0.1:0",
+        keys_file=str(file),
+        refusal_rate="0",
+    ) as front:
+        yield Guarded(front, keys)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("method", sorted(table()))
+async def test_a_method_answers_those_that_the_page_says(guarded: Guarded, method: str) -> None:
+    expected = table()[method]
+    assert expected.keys() == guarded.keys.keys()
+    found = {
+        caller: {await guarded.told(method, key) for key in keys}
+        for caller, keys in guarded.keys.items()
+    }
+    assert found == {caller: {told} for caller, told in expected.items()}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_page_lists_every_method_that_a_port_has(guarded: Guarded) -> None:
+    listed = {re.sub(r" (with|on) .*", "", method) for method in table()}
+    pool = descriptor_pool.Default()
+    wanted = reflection_pb2.ServerReflectionRequest(list_services="*")
+    metadata = (("authorization", f"Bearer {guarded.keys['operator'][0]}"),)
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(guarded.front.channel)
+    call = stub.ServerReflectionInfo(iter([wanted]), metadata=metadata)
+    answer = await call.read()
+    call.cancel()
+    names = {service.name for service in answer.list_services_response.service}
+    assert "veneer.v1.AdapterService" in names
+    for name in names:
+        for method in pool.FindServiceByName(name).methods:
+            assert f"{name.rpartition('.')[2]}/{method.name}" in listed
+    http = {name for name in METHODS if not name.startswith("/")}
+    assert http == {name for name in listed if " " in name} - {"GET /metrics"} | {SCRAPE}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    ("module", "right", "wrong", "method", "caller"),
+    [
+        (
+            "veneer_server.access.methods",
+            "return METHODS.get(method)",
+            'return OPEN if method.endswith("DeleteAdapter") else METHODS.get(method)',
+            "AdapterService/DeleteAdapter",
+            "no key",
+        ),
+        (
+            "veneer_server.access.authenticate",
+            "if not principal.has(roles):",
+            "if not principal.roles:",
+            "AdapterService/UpdateBudgets",
+            "inference",
+        ),
+        (
+            "veneer_server.access.keys",
+            "if found is None or not same or found.expired(now):",
+            "if found is None or found.expired(now):",
+            "InferenceService/Generate",
+            "wrong or expired key",
+        ),
+        (
+            "veneer_server.access.keys",
+            "if found is None or not same or found.expired(now):",
+            "if found is None or not same:",
+            "GET /v1/models",
+            "wrong or expired key",
+        ),
+    ],
+    ids=["a method is left open", "roles are not checked", "secrets", "expiry"],
+)
+async def test_a_planted_hole_is_seen(
+    guarded: Guarded, module: str, right: str, wrong: str, method: str, caller: str
+) -> None:
+    import importlib
+
+    with planted(importlib.import_module(module), right, wrong):
+        told = {await guarded.told(method, key) for key in guarded.keys[caller]}
+    assert told != {table()[method][caller]}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_method_that_is_not_listed_is_refused(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that somebody adds and forgets."""
+    left = {k: v for k, v in METHODS.items() if not k.endswith("/GetServerInfo")}
+    monkeypatch.setattr("veneer_server.access.methods.METHODS", left)
+    for key in guarded.keys["operator"]:
+        assert await guarded.told("ServerService/GetServerInfo", key) == "403"
