@@ -110,7 +110,7 @@ class MappedSegment:
         if not _LINUX:
             return map_pages(self._fd, size)
         if offset < self._end or offset + size > self._size:
-            raise ValueError(f"{offset} and {size} bytes are not the next range")
+            raise BufferError(f"{offset} and {size} bytes are not the next range")
         self._end = next_range(offset + size)
         start = self._start + offset
         # This replaces a part of the mapping by the same, and the kernel merges both.

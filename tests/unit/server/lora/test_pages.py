@@ -119,7 +119,7 @@ def test_a_range_is_taken_once(file: int) -> None:
     segment = MappedSegment(os.dup(file), SPACE)
     view = segment.take(0, 3 * MB)
     for offset in (0, 2 * MB, 63 * MB):
-        with pytest.raises(ValueError, match="not the next range"):
+        with pytest.raises(BufferError):
             segment.take(offset, 2 * MB)
     assert len(view) == 3 * MB
 
@@ -130,5 +130,5 @@ def test_a_closed_segment_gives_back_what_was_ready(file: int) -> None:
     view[0] = 7
     segment.close()
     assert (view[0], used(file)) == (7, 2)
-    with pytest.raises(ValueError, match="not the next range"):
+    with pytest.raises(BufferError):
         segment.take(4 * MB, MB)
