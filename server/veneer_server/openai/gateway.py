@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 
 from veneer_server.access.authenticate import Access
+from veneer_server.access.handshakes import Handshakes
 from veneer_server.config import Address
 from veneer_server.openai.generate import Core, Loaded
 from veneer_server.openai.http.asgi import MAX_BODIES, MAX_LONG_BODIES, Bodies
@@ -81,7 +82,10 @@ class Gateway:
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
         config.load()
-        config.ssl = tls
+        self._handshakes = None if tls is None else Handshakes(tls)
+        if self._handshakes is not None:
+            connection: Any = self._handshakes.before(config.http_protocol_class)
+            config.http_protocol_class = connection
         self._uvicorn = uvicorn.Server(config)
         self._uvicorn.lifespan = config.lifespan_class(config)
 
@@ -123,6 +127,8 @@ class Gateway:
         """Close the listening socket; open connections stay."""
         for server in self._uvicorn.servers:
             server.close()
+        if self._handshakes is not None:
+            self._handshakes.drop_all()
 
     async def stop(self) -> None:
         """Flush written answers, then close all connections. Safe to call again."""

@@ -13,7 +13,10 @@ from typing import Final
 
 from veneer_server.logs import get_logger
 
-__all__ = ["RESERVE", "SCRAPES", "Descriptors", "raise_limit", "share_descriptors"]
+__all__ = [
+    *("HANDSHAKES", "RESERVE", "SCRAPES"),
+    *("Descriptors", "raise_limit", "share_descriptors"),
+]
 
 RESERVE: Final = 256
 """Descriptors for the process itself: files of uploads (16 each, 8 uploads), catalog,
@@ -22,6 +25,12 @@ child processes and their pipes, sockets that listen or are about to be refused.
 SCRAPES: Final = 64
 """Connections to the metrics port. Idle ones are closed to make room for new ones; with this
 many, none is closed between connecting and sending its request."""
+
+HANDSHAKES: Final = 32
+"""Connections to each HTTP port whose TLS handshake is not done. A further one replaces the
+oldest."""
+
+_KEPT: Final = RESERVE + SCRAPES + 2 * HANDSHAKES
 
 _FEWEST: Final = 8
 
@@ -61,8 +70,8 @@ def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
         wanted: connections to each port, ``--max-connections``.
         ports: 1, or 2 with the HTTP gateway.
     """
-    limit = raise_limit(wanted * ports + RESERVE + SCRAPES)
-    room = (limit - RESERVE - SCRAPES) // ports
+    limit = raise_limit(wanted * ports + _KEPT)
+    room = (limit - _KEPT) // ports
     connections = max(_FEWEST, min(wanted, room))
     if connections < wanted:
         _log.warning(
@@ -70,6 +79,6 @@ def share_descriptors(*, wanted: int, ports: int) -> Descriptors:
             "(ulimit -n), or lower --max-connections",
             open_files=limit,
             connections=connections,
-            needed=wanted * ports + RESERVE + SCRAPES,
+            needed=wanted * ports + _KEPT,
         )
     return Descriptors(limit, connections)

@@ -26,6 +26,7 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated
 
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.certificates import certificate_names
+from veneer_server.access.handshakes import Handshakes
 from veneer_server.access.methods import SCRAPE
 from veneer_server.config import Address
 from veneer_server.logs import get_logger
@@ -111,7 +112,7 @@ class ScrapeServer:
         tls: None for plain HTTP.
         """
         self.access = access or Access()
-        self._tls = tls
+        self._handshakes = None if tls is None else Handshakes(tls, limit_s=limit_s)
         self.limit_s = limit_s
         self.hosts = hosts
         self._most = connections
@@ -127,13 +128,14 @@ class ScrapeServer:
 
     async def start(self, address: Address) -> Address:
         """Answer from now on. Raises OSError if the address cannot be bound."""
+
+        def connect() -> asyncio.Protocol:
+            return _Connection(self)
+
+        if self._handshakes is not None:
+            connect = self._handshakes.before(connect)
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(self),
-            address.host,
-            address.port,
-            backlog=self._most,
-            ssl=self._tls,
-            ssl_handshake_timeout=self.limit_s if self._tls else None,
+            connect, address.host, address.port, backlog=self._most
         )
         return Address(address.host, self._server.sockets[0].getsockname()[1])
 
@@ -141,6 +143,8 @@ class ScrapeServer:
         """Close all connections. Safe to call again."""
         if self._server is not None:
             self._server.close()
+        if self._handshakes is not None:
+            self._handshakes.drop_all()
         for connection in tuple(self.open):
             connection.drop()
         self._worker.shutdown(wait=False, cancel_futures=True)

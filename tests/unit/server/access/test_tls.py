@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 import pytest
 import trustme
 from veneer_client import AsyncClient, Text
@@ -21,9 +22,10 @@ from veneer_registry.errors import InvalidField, Unauthenticated, VeneerError
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.edit_keys import add_key
 from veneer_server.config import ConfigInvalid, load_config
+from veneer_server.system.descriptors import HANDSHAKES
 
 from tests.refused import refused
-from tests.unit.server.rpc.front_harness import Front, running
+from tests.unit.server.rpc.front_harness import Front, running, until
 
 
 @dataclass
@@ -301,10 +303,18 @@ async def test_strangers_that_do_not_speak_tls_disturb_nobody(
                 b"GET / HTTP/1.1\r\n\r\n",
                 b"PRI * HTTP/2.0\r\n",
             ):
-                for _ in range(10):
+                for _ in range(50):
                     _, writer = await asyncio.open_connection(host, int(port))
                     writer.write(noise)
                     open_.append(writer)
+
+        def waiting() -> int:
+            """Connections that are open, to both HTTP ports."""
+            ports = {int(front.addresses[p].rpartition(":")[2]) for p in ("openai", "metrics")}
+            found = psutil.Process().net_connections("tcp")
+            return sum(c.laddr.port in ports and c.status == "ESTABLISHED" for c in found)
+
+        await until(lambda: waiting() <= 2 * HANDSHAKES)
         async with AsyncClient(f"https://{front.addresses['grpc']}", ca=pki.ca_file) as client:
             assert (await client.generate(Text("Hello"), max_tokens=1)).text
         async with httpx.AsyncClient(verify=pki.ca_file, trust_env=False) as http:
