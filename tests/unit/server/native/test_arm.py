@@ -20,6 +20,8 @@ from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable, build, cpu_flags
 from veneer_server.backends.native.draws import NativeDraws
 from veneer_server.backends.native.forms import best_form
+from veneer_server.config import load_config
+from veneer_server.operate.doctor import backends
 
 from tests.arm import tools
 from tests.arm.remote import RemoteLibrary
@@ -160,9 +162,19 @@ def test_instructions_of_another_cpu_are_refused(
     if cpu is not None:
         with_cpu(monkeypatch, driver, cpu, tmp_path)
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    # Words for the operator, which `NativeUnavailable` has no more than.
-    with pytest.raises(NativeUnavailable, match=f"{said}.* not --native-instructions {asked}"):
+    with pytest.raises(NativeUnavailable) as refused:
         find_library(tmp_path / "cache", asked)
+    assert str(refused.value).startswith(said)
+    assert str(refused.value).endswith(f"not --native-instructions {asked}")
+
+
+def test_the_doctor_says_what_this_cpu_has(tmp_path: Path) -> None:
+    config = load_config(
+        {"cache_dir": str(tmp_path), "device": "cpu", "native_instructions": "neon"}, {}
+    )
+    check = backends.native_check(config)
+    assert check.status == "warning"
+    assert check.found.endswith("at most, not --native-instructions neon")
 
 
 def test_a_compiler_that_knows_no_bf16_compiles_the_other_form(
