@@ -147,7 +147,8 @@ def check_instructions(flags: frozenset[str], instructions: str) -> None:
     """Raise NativeUnavailable if a CPU with these flags cannot run a form. Whether an x86 CPU
     runs one of x86's, the compiler knows better; the library's name then tells."""
     best = best_form(flags)
-    wanted = next((form for form in FORMS if form.name == instructions), None)
+    known = (*FORMS, SOFTWARE_MATRIX)
+    wanted = next((form for form in known if form.name == instructions), None)
     if best is None or wanted is None or wanted.needs <= flags:
         return
     if not wanted.machine == best.machine == AVX2.machine:
