@@ -37,8 +37,6 @@ CPUS = {"neon-bf16": "max", "neon": "cortex-a72"}
 
 SAME = (
     test_kernels.test_a_norm_divides_by_the_root_of_the_mean_square_and_epsilon,
-    test_kernels.test_a_row_that_is_no_number_is_told,
-    test_kernels.test_any_number_of_rows,
     test_kernels.test_chunks_find_what_earlier_ones_wrote,
     test_kernels.test_clear_makes_blocks_finite_again,
     test_kernels.test_layers_have_weights_of_their_own,
@@ -46,7 +44,6 @@ SAME = (
     test_kernels.test_neighbours_have_their_own_adapters,
     test_kernels.test_query_and_key_norms_have_epsilon_too,
     test_kernels.test_scores_far_from_zero_do_not_overflow,
-    test_kernels.test_the_gate_is_silu_times_up,
     test_native.test_a_broken_adapter_harms_its_own_rows_alone,
     test_native.test_a_product_is_the_sum_in_float32,
     test_native.test_a_row_s_logits_do_not_depend_on_its_company,
@@ -110,6 +107,20 @@ def library(
 def draws(library: RemoteLibrary) -> NativeDraws:
     """For the tests of the sampler."""
     return NativeDraws(library)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 97])
+def test_any_number_of_rows(library: RemoteLibrary, rows: int) -> None:
+    test_kernels.test_any_number_of_rows(library, rows)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_that_is_no_number_is_told(library: RemoteLibrary, bad: float) -> None:
+    test_kernels.test_a_row_that_is_no_number_is_told(library, 71, bad)
+
+
+def test_the_gate_is_silu_times_up(library: RemoteLibrary) -> None:
+    test_kernels.test_the_gate_is_silu_times_up(library, 192)
 
 
 @pytest.mark.parametrize("name", ["k", "up"])
