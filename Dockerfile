@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # Two stages: the wheel and its kernels are built where there is a compiler, and run where there
-# is none. `make image-replay` runs these steps without Docker.
+# is none. `make image-replay` runs these steps without Docker. The same for 64-bit ARM, with
+# `--platform linux/arm64`: not tried, see docs/cpus.md.
 FROM python:3.12-slim-trixie AS build
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -12,7 +12,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install base demo test check protos protos-check client-sync bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-check image-replay clean
+.PHONY: help install base demo test check protos protos-check client-sync bench bench-guard bench-kernels format-cpp sanitize mutants test-matrix test-matrix-quick test-numeric torture-quick torture attacks attacks-quick docs-check terminal-svg tools packages dashboard docker-lint wheel wheel-arm wheel-check image-replay clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -113,7 +113,7 @@ docs-check: base ## Every command of README and docs, slow ones too, beside what
 terminal-svg: base ## Record README's picture anew: a session in a terminal
 	$(BIN)/python -m tests.docs.terminal docs/terminal.svg
 
-tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need from Debian: Prometheus, Chromium, strace
+tools: .cache/tools/usr/bin/prometheus .cache/tools/arm/usr/bin/qemu-aarch64 packages ## Bring what the tests need from Debian: Prometheus, a compiler and an emulator for ARM, Chromium, strace
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -122,6 +122,20 @@ tools: .cache/tools/usr/bin/prometheus packages ## Bring what the tests need fro
 	  { apt-get update -q && apt-get download -q prometheus promtool; }; }
 	for deb in .cache/tools/*.deb; do dpkg-deb -x $$deb .cache/tools; done
 	rm .cache/tools/*.deb
+
+# A C++ compiler for 64-bit ARM (58 MB), which tests/arm/c++ calls, and QEMU's user mode (71 MB, of
+# which one program is kept). Of the compiler's dependencies those for ARM alone: the others are
+# those of the machine's own compiler.
+ARM_PACKAGES = apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts \
+  --no-breaks --no-replaces --no-enhances g++-aarch64-linux-gnu 2>/dev/null \
+  | grep -E '^[a-z].*(aarch64|arm64-cross)' | grep -vE 'san[0-9]|libitm|libgomp'
+.cache/tools/arm/usr/bin/qemu-aarch64:
+	rm -rf .cache/tools/arm && mkdir -p .cache/tools/arm
+	cd .cache/tools/arm && { apt-get download -q $$($(ARM_PACKAGES)) qemu-user || \
+	  { apt-get update -q && apt-get download -q $$($(ARM_PACKAGES)) qemu-user; }; }
+	cd .cache/tools/arm && for deb in *aarch64*.deb *arm64-cross*.deb; do dpkg-deb -x $$deb .; done
+	cd .cache/tools/arm && dpkg-deb --fsys-tarfile qemu-user_*.deb | tar -x ./usr/bin/qemu-aarch64
+	rm .cache/tools/arm/*.deb
 
 # Installed, not unpacked: Chromium needs some forty libraries. The font is what pages are
 # drawn with; strace records and breaks what the registry asks of the disk (torture); locales
@@ -141,6 +155,11 @@ packages:
 wheel: ## Build the wheel, with compiled kernels where there is a C++ compiler
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The compiler that make tools unpacks.
+wheel-arm: ## Cross-compile the wheel for 64-bit ARM
+	CXX=$(CURDIR)/tests/arm/c++ $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*aarch64.whl
 
 # Needs Python alone. pip's cache is used where there is one.
 wheel-check: ## The wheel from nothing: install it, serve without a compiler, get answers

@@ -1,7 +1,8 @@
-"""Builds the wheel: on Linux x86-64 with a C++ compiler it brings compiled kernels.
+"""Builds the wheel: with a C++ compiler for Linux on x86-64 or ARM it brings compiled kernels.
 
 Without one it is a pure wheel, and a server compiles them at its first start. An editable
-install compiles nothing here.
+install compiles nothing here. A compiler for another architecture, named in CXX, makes a wheel
+for that one.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ class KernelsHook(BuildHookInterface[Any]):
             return
         root = Path(self.root)
         build_data["force_include"][str(root / "examples/adapters")] = "veneer_client/examples"
-        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-            self._pure(f"there are no kernels for {sys.platform} on {platform.machine()}")
+        if sys.platform != "linux":
+            self._pure(f"there are no kernels for {sys.platform}")
             return
         command = _compiler()
         if not command:
@@ -42,6 +45,10 @@ class KernelsHook(BuildHookInterface[Any]):
         self._made = tempfile.TemporaryDirectory(prefix="veneer-wheel-")
         try:
             forms = _load(root / "server/veneer_server/backends/native/forms.py")
+            machine = forms.target(command)
+            if not forms.forms_of(machine):
+                self._pure(f"there are no kernels for {machine}")
+                return
             sources = root / "server/veneer_server/backends/native/cpp"
             files = forms.compile_forms(command, sources, Path(self._made.name))
         except (OSError, subprocess.CalledProcessError) as error:
@@ -54,7 +61,8 @@ class KernelsHook(BuildHookInterface[Any]):
             )
         # For any Python 3: the libraries know nothing of it.
         build_data["pure_python"] = False
-        build_data["tag"] = "py3-none-linux_x86_64"
+        system = "linux" if machine == platform.machine() else f"manylinux_2_{_glibc(files)}"
+        build_data["tag"] = f"py3-none-{system}_{machine}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """The libraries are in the wheel."""
@@ -74,6 +82,13 @@ def _compiler() -> list[str]:
         if path := shutil.which(name):
             return [path, *words[1:]]
     return []
+
+
+def _glibc(files: Iterable[Path]) -> int:
+    """The C library that they need: N of 2.N. A wheel for this machine needs the machine's own;
+    a cross-compiler's may be newer than that where the wheel is installed."""
+    needed = (re.findall(rb"\0GLIBC_2\.(\d+)(?=[.\0])", file.read_bytes()) for file in files)
+    return max(int(number) for numbers in needed for number in numbers)
 
 
 def _load(path: Path) -> Any:

@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 __all__ = ["MUTANTS", "Form", "Mutant"]
 
-Form = Literal["best", "avx2", "software-matrix"]
+Form = Literal["best", "avx2", "software-matrix", "neon-bf16", "neon and not neon-bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,9 @@ _SAMPLE: Final = "cpp/kernels/sample.h"
 _SIMD: Final = "cpp/kernels/simd.h"
 _BF16: Final = "cpp/kernels/bf16.h"
 _AVX2: Final = "cpp/isa/avx2.h"
+_NEON: Final = "cpp/isa/neon.h"
+_REGISTERS: Final = "cpp/kernels/gemm/by_registers.h"
+_PLAIN: Final = "neon and not neon-bf16"
 _SOFTWARE: Final = "cpp/isa/software_matrix.h"
 
 MUTANTS: Final = (
@@ -551,5 +554,44 @@ MUTANTS: Final = (
         "_mm_setcsr(before_ | 0x8040);",
         "_mm_setcsr(before_);",
         form="software-matrix",
+    ),
+    # ------------------------------------------------------------------------- ARM
+    Mutant(
+        "ARM: codes of the register beside it",
+        _REGISTERS,
+        "group * 64 + part * 16",
+        "group * 64 + (part ^ 1) * 16",
+        form="neon-bf16",
+    ),
+    Mutant(
+        "ARM: bytes exchanged", _NEON, "Q < 2 ? vtrn1q_u8", "Q > 1 ? vtrn1q_u8", form=_PLAIN
+    ),
+    Mutant(
+        "ARM: a pair taken twice", _NEON, "dot<3>(dot<2>(", "dot<3>(dot<1>(", form="neon-bf16"
+    ),
+    Mutant(
+        "ARM: halves of a pair exchanged", _NEON, "x.second, Q)", "x.first, Q)", form=_PLAIN
+    ),
+    Mutant(
+        "ARM: bfloat16 cut off, not rounded",
+        _NEON,
+        "vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd)",
+        "vaddq_u32(bits, vandq_u32(odd, vdupq_n_u32(0)))",
+        form=_PLAIN,
+    ),
+    Mutant(
+        "ARM: lines interleaved the other way round",
+        _NEON,
+        "vzip1q_u16(a, b), vzip2q_u16(a, b)",
+        "vzip1q_u16(b, a), vzip2q_u16(b, a)",
+        form="neon-bf16",
+    ),
+    Mutant("ARM: bits of another vector", _NEON, "<< (4 * i)", "<< (3 * i)", form="neon-bf16"),
+    Mutant(
+        "ARM: the last four of a maximum",
+        _NEON,
+        "vmaxq_f32(a.v[2], a.v[3])",
+        "a.v[2]",
+        form=_PLAIN,
     ),
 )

@@ -2,13 +2,15 @@
 
 Builds the wheel, installs it into new environments with a new home, hides every compiler, and
 does what a new user would: starts the server with the bundled base, waits for it, publishes an
-example adapter and gets answers. Exit status 1 if anything fails.
+example adapter and gets answers. Then it builds the wheel for ARM, and looks into it. Exit
+status 1 if anything fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+from tests.arm import tools
 from tests.packaging.stranger import Failed, Installation, must_say, pip_environment, stage, use
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +49,43 @@ def build(out: Path, *, compiler: bool = True) -> Path:
     if "linux_x86_64" not in wheel.name or len(kernels) != 3 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
     return wheel
+
+
+LIBRARIES = {
+    "libstdc++.so.6",
+    "libm.so.6",
+    "libgcc_s.so.1",
+    "libc.so.6",
+    "ld-linux-aarch64.so.1",
+}
+"""That a library for ARM may need: manylinux has them."""
+
+
+def check_arm(out: Path) -> None:
+    """Build the wheel for ARM, and check what its libraries are for, need and export."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    environment = {**os.environ, "CXX": str(tools.CXX)}
+    subprocess.run([*pip, "--wheel-dir", str(out), str(ROOT)], check=True, env=environment)
+    (wheel,) = out.glob("*.whl")
+    tag = re.search(r"-py3-none-manylinux_2_(\d+)_aarch64\.whl$", wheel.name)
+    with zipfile.ZipFile(wheel) as files:
+        names = [name for name in files.namelist() if "/native/prebuilt/" in name]
+        forms = sorted(Path(name).name.rsplit("-", 2)[0] for name in names)
+        if tag is None or forms != ["neon", "neon-bf16"]:
+            raise Failed(f"{wheel.name} has the kernels {forms}")
+        program, variables = tools.readelf()
+        for name in names:
+            command = [*program, "-h", "-d", "-V", "--dyn-syms", files.extract(name, out)]
+            done = subprocess.run(
+                command, env=variables, check=True, capture_output=True, text=True
+            )
+            glibc = max(int(number) for number in re.findall(r"GLIBC_2\.(\d+)", done.stdout))
+            needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", done.stdout))
+            if "AArch64" not in done.stdout or "veneer_step" not in done.stdout:
+                raise Failed(f"{name} is no library of kernels for ARM")
+            if glibc > int(tag[1]) or not needed <= LIBRARIES:
+                raise Failed(f"{name} needs glibc 2.{glibc} and {needed}")
+    print(f"     {wheel.name}: glibc 2.{glibc}")
 
 
 def install(wheel: Path, extras: str, folder: Path, cache: str) -> Installation:
@@ -93,7 +133,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="veneer-wheel-") as work:
         folder = Path(work)
         cache = found.stdout.strip() or str(folder / "pip")
-        for name in ("wheel", "pure", "client", "server"):
+        for name in ("wheel", "pure", "client", "server", "arm"):
             (folder / name).mkdir()
         try:
             with stage("build the wheel"):
@@ -107,6 +147,13 @@ def main() -> int:
             with stage("pip install 'veneer[server,gateway]'"):
                 server = install(wheel, "[server,gateway]", folder / "server", cache)
             check_server(server, folder / "server.log")
+            if said := tools.missing():
+                if os.environ.get("CI"):
+                    raise Failed(said)
+                print(f"the wheel for ARM is NOT CHECKED: {said}")
+            else:
+                with stage("build the wheel for ARM"):
+                    check_arm(folder / "arm")
         except (Failed, subprocess.CalledProcessError) as error:
             print(f"wheel-check: {error}", file=sys.stderr)
             return 1

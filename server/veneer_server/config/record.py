@@ -91,8 +91,10 @@ class ServerConfig:
     backend: Literal["auto", "native", "torch"] = setting(
         "auto", kinds.one_of("auto", "native", "torch"),
         "What executes steps; auto uses the native CPU kernels if they can run.")
-    native_instructions: Literal["auto", "amx-bf16", "avx512-bf16", "avx2"] = setting(
-        "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2"),
+    native_instructions: Literal[
+        "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
+    ] = setting(
+        "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"),
         "Instruction set of the native kernels; auto picks the best that the CPU has.")
     threads: int = setting(
         "0", kinds.whole(0, 1024),

@@ -69,7 +69,9 @@ class EngineConfig(Message, frozen=True):
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "native", "torch"] = "auto"
-    native_instructions: Literal["auto", "amx-bf16", "avx512-bf16", "avx2"] = "auto"
+    native_instructions: Literal[
+        "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
+    ] = "auto"
     threads: int = 0
     max_batch_tokens: int = 512
     max_prefill_tokens: int = 128

@@ -15,6 +15,7 @@ from veneer_server.backends.native.compiler import (
     NativeUnavailable,
     NotPermitted,
     build,
+    check_instructions,
     cpu_flags,
     try_out,
 )
@@ -23,7 +24,7 @@ from veneer_server.backends.native.forms import FORMS, digest_sources
 __all__ = ["Found", "find_library"]
 
 PREBUILT: Final = Path(__file__).with_name("prebuilt")
-"""Exists in a wheel for Linux x86-64, but not in a clone."""
+"""Exists in a wheel for Linux on x86-64 or ARM, but not in a clone."""
 
 _FIX: Final = "install Veneer's wheel again, as this user or root, with umask 022"
 
@@ -50,6 +51,7 @@ def find_library(cache_dir: Path, instructions: str = "auto") -> Found:
         NativeUnavailable: the CPU lacks the instructions, or neither library runs here.
     """
     flags = cpu_flags()
+    check_instructions(flags, instructions)
     try:
         return Found(build(cache_dir, instructions))
     except NativeUnavailable as reason:

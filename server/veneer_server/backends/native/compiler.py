@@ -33,11 +33,21 @@ from veneer_server.backends.native.forms import (
     FORMS,
     HEX,
     SOFTWARE_MATRIX,
+    best_form,
     digest_sources,
+    forms_of,
+    knows,
 )
 from veneer_server.progress import stage
 
-__all__ = ["NativeUnavailable", "NotPermitted", "build", "cpu_flags", "try_out"]
+__all__ = [
+    "NativeUnavailable",
+    "NotPermitted",
+    "build",
+    "check_instructions",
+    "cpu_flags",
+    "try_out",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +58,7 @@ _ASK_SECONDS: Final = 60.0
 _LEAST_FREE: Final = 16 << 20
 NOT_PERMITTED: Final = 3
 """Exit status of the trial where `veneer_permit` says no."""
+CPUINFO: Final = Path("/proc/cpuinfo")
 _TRIAL: Final = Path(__file__).with_name("trial.py")
 
 
@@ -58,7 +69,8 @@ _FLAGS: Final = {
     AVX2.name: AVX2.flags,
     SOFTWARE_MATRIX.name: SOFTWARE_MATRIX.flags,
 }
-"""Of the compiler, by the form that is asked for."""
+"""Of the compiler, by the form that is asked for, on x86-64. On ARM each form has its own
+flags, with which it is tested."""
 
 
 class NativeUnavailable(Exception):
@@ -93,7 +105,9 @@ def build(cache_dir: Path, instructions: str = "auto") -> Path:
 
 def _build(cache_dir: Path, instructions: str) -> Path:
     flags = cpu_flags()
-    command = [*_compiler(), *FLAGS, *_FLAGS[instructions]]
+    check_instructions(flags, instructions)
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, *_form_flags(compiler, flags, instructions)]
     sources = resources.files("veneer_server.backends.native") / "cpp"
     with resources.as_file(sources) as folder:
         key = _key(folder, command, flags)
@@ -114,18 +128,49 @@ def cpu_flags() -> frozenset[str]:
         NativeUnavailable: there are no kernels for this CPU.
     """
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        lines = CPUINFO.read_text("utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
-    found = (line.split()[2:] for line in lines if line.startswith("flags"))
+    # "Features" on ARM.
+    found = (line.split()[2:] for line in lines if line.startswith(("flags", "Features")))
     flags = frozenset(flag for line in found for flag in line)
-    if any(form.needs <= flags for form in FORMS):
+    if best_form(flags) is not None:
         return flags
     raise NativeUnavailable(
         "the CPU has neither AVX512-BF16 nor AVX2 with FMA"
         if platform.machine() in ("x86_64", "AMD64")
         else f"there are no kernels for {platform.machine()} CPUs"
     )
+
+
+def check_instructions(flags: frozenset[str], instructions: str) -> None:
+    """Raise NativeUnavailable if a CPU with these flags cannot run a form. Whether an x86 CPU
+    runs one of x86's, the compiler knows better; the library's name then tells."""
+    best = best_form(flags)
+    known = (*FORMS, SOFTWARE_MATRIX)
+    wanted = next((form for form in known if form.name == instructions), None)
+    if best is None or wanted is None or wanted.needs <= flags:
+        return
+    if not wanted.machine == best.machine == AVX2.machine:
+        raise NativeUnavailable(
+            f"this CPU has {best.name} at most, not --native-instructions {instructions}"
+        )
+
+
+def _form_flags(
+    compiler: list[str], flags: frozenset[str], instructions: str
+) -> tuple[str, ...]:
+    """The compiler's flags for a form that this CPU runs; for "auto" for the best one."""
+    best = best_form(flags)
+    if best is None or best.machine == AVX2.machine:
+        return _FLAGS[instructions]
+    runs = [form for form in forms_of(best.machine) if form.needs <= flags]
+    if instructions != "auto":
+        return next(form.flags for form in runs if form.name == instructions)
+    try:
+        return next((form.flags for form in runs[:-1] if knows(compiler, form)), runs[-1].flags)
+    except OSError as error:
+        raise NativeUnavailable(f"the compiler {compiler[0]} does not run: {error}") from error
 
 
 def _compiler() -> list[str]:

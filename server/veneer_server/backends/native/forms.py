@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,16 @@ __all__ = [
     "FLAGS",
     "FORMS",
     "HEX",
+    "NEON",
+    "NEON_BF16",
     "SOFTWARE_MATRIX",
     "Form",
+    "best_form",
     "compile_forms",
     "digest_sources",
+    "forms_of",
+    "knows",
+    "target",
 ]
 
 FLAGS: Final = (
@@ -43,11 +50,13 @@ class Form:
         name: as the library reports it.
         flags: for the compiler.
         needs: CPU features that the flags allow the compiler to use, as Linux names them.
+        machine: the CPUs' architecture, as `platform.machine` has it.
     """
 
     name: str
     flags: tuple[str, ...]
     needs: frozenset[str]
+    machine: str = "x86_64"
 
 
 AVX2: Final = Form("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))
@@ -63,8 +72,17 @@ AMX: Final = Form(
     (*AVX512.flags, "-mamx-tile", "-mamx-bf16"),
     AVX512.needs | {"amx_tile", "amx_bf16"},
 )
-FORMS: Final = (AMX, AVX512, AVX2)
-"""The fastest one first."""
+NEON: Final = Form("neon", ("-march=armv8-a",), frozenset({"fp", "asimd"}), "aarch64")
+"""Every 64-bit ARM CPU: Graviton 2, Raspberry Pi."""
+NEON_BF16: Final = Form(
+    "neon-bf16",
+    ("-march=armv8.2-a+bf16",),
+    NEON.needs | {"crc32", "atomics", "asimdrdm", "bf16"},
+    "aarch64",
+)
+"""Graviton 3 and 4, Apple's M2 and later."""
+FORMS: Final = (AMX, AVX512, AVX2, NEON_BF16, NEON)
+"""Of each architecture the fastest one first, and last the one that every compiler knows."""
 
 SOFTWARE_MATRIX: Final = Form(
     "software-matrix", (*AVX2.flags, "-DVENEER_SOFTWARE_MATRIX"), AVX2.needs
@@ -84,9 +102,31 @@ def digest_sources(folder: Path) -> str:
     return digest.hexdigest()[:HEX]
 
 
+def best_form(flags: frozenset[str]) -> Form | None:
+    """The fastest form for a CPU with these features; None: there are no kernels for it."""
+    return next((form for form in FORMS if form.needs <= flags), None)
+
+
+def forms_of(machine: str) -> list[Form]:
+    """The forms for an architecture, the fastest one first."""
+    return [form for form in FORMS if form.machine == machine]
+
+
+def target(command: Sequence[str]) -> str:
+    """The architecture that a compiler compiles for: this machine's, unless it says another.
+
+    Raises:
+        OSError: the compiler does not run.
+    """
+    asked = [*command, "-dumpmachine"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.partition("-")[0].strip() or platform.machine()
+
+
 def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path]:
-    """Compile each form into ``out``, as ``<form>-<sources>-<SHA-256>.so``, but for those whose
-    flags the compiler does not know: GCC 10 does not know AMX.
+    """Compile each form of the compiler's architecture into ``out``, as
+    ``<form>-<sources>-<SHA-256>.so``, but for those whose flags the compiler does not know: GCC
+    10 does not know AMX, GCC 9 not ARM's BF16.
 
     The C++ runtime is linked dynamically: torch needs it too, in an older version.
 
@@ -96,8 +136,8 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     """
     key = digest_sources(sources)
     made = []
-    for form in FORMS:
-        if not _knows(command, form):
+    for form in (forms := forms_of(target(command))):
+        if form is not forms[-1] and not knows(command, form):
             continue
         draft = out / f"{form.name}.so"
         subprocess.run(
@@ -112,10 +152,8 @@ def compile_forms(command: Sequence[str], sources: Path, out: Path) -> list[Path
     return made
 
 
-def _knows(command: Sequence[str], form: Form) -> bool:
-    """Whether the compiler takes a form's flags. AVX2's it must take: if it does not, compiling
-    fails and says why."""
-    if form is AVX2:
-        return True
+def knows(command: Sequence[str], form: Form) -> bool:
+    """Whether the compiler takes a form's flags. Those of an architecture's last form it must
+    take: if it does not, compiling fails and says why."""
     asked = [*command, *form.flags, "-E", "-x", "c++", os.devnull]
     return subprocess.run(asked, capture_output=True, check=False).returncode == 0

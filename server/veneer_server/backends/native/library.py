@@ -164,7 +164,7 @@ class Library:
 
     @property
     def instructions(self) -> str:
-        """The form's name: ``amx-bf16``, ``avx512-bf16`` or ``avx2``."""
+        """The form's name: ``avx2`` or another of `forms.FORMS`."""
         return str(self.functions.veneer_instructions().decode())
 
     def pack_four_bit(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ CPP = Path(forms.__file__).with_name("cpp")
 NAMED = re.compile(
     r"\b_mm\d*_|\b__m(?:128|256|512|mask)|_MM_|\b__rdtsc|\b_?_?builtin_ia32"
     r"|\b(?:__)?asm(?:__)?\b|cpuid|\b__builtin_cpu_|\b__target|\btarget\("
+    r"|\bv[a-z]\w*_[fsu]\d+\b|__ARM_|__aarch64__"
     r"|\w*intrin\.h|\barm_neon\.h|(?<![a-z])(?:avx|sse|amx|neon|sve|fma3|x86)(?![a-z])"
     r"|isa/(?!isa\.h)",
     re.IGNORECASE,
@@ -28,7 +29,9 @@ def test_only_isa_names_an_instruction_set() -> None:
     assert {f.name: lines for f in files if (lines := named(f.read_text("utf-8")))} == {}
 
 
-@pytest.mark.parametrize("file", ["amx.h", "avx512.h", "avx2.h", "x86.h", "isa.h"])
+@pytest.mark.parametrize(
+    "file", ["amx.h", "arm.h", "avx512.h", "avx2.h", "isa.h", "neon.h", "x86.h"]
+)
 def test_the_pattern_finds_those_that_do(file: str) -> None:
     assert named((CPP / "isa" / file).read_text("utf-8"))
 
@@ -41,6 +44,8 @@ def test_the_pattern_finds_those_that_do(file: str) -> None:
         '__builtin_cpu_supports("fma")',
         '__attribute__((target("fma")))',
         "#ifdef __AVX512BF16__",
+        "#ifdef __ARM_FEATURE_BF16",
+        "sums = vfmaq_f32(sums, a, b);",
     ],
 )
 def test_the_pattern_finds_other_ways_to_name_one(line: str) -> None:

@@ -9,6 +9,9 @@
 //     prefetch, cycles, spin_pause
 //                             a prefetch, a clock, the pause of a spin loop
 //
+// A set whose vectors take several registers may define VENEER_BY_REGISTERS, and what
+// kernels/gemm/by_registers.h uses.
+//
 // matrix.h adds the matrix registers, which only some CPUs have.
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
@@ -19,8 +22,10 @@
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include "neon.h"
 #else
-#error "the native backend needs AVX512-BF16, or AVX2 with FMA"
+#error "the native backend needs AVX512-BF16, AVX2 with FMA, or NEON of 64-bit ARM"
 #endif
 
 #include "matrix.h"

@@ -1,6 +1,7 @@
 // The GEMM on vectors: a few rows at a time, as many as the registers allow.
 #pragma once
 
+#include "by_registers.h"
 #include "linear.h"
 
 namespace veneer {
@@ -18,8 +19,12 @@ inline void add_block(const Source& source, bool first, const float* scales, con
         for (auto& row : chain) row[0] = row[1] = zeros();
     for (int group = 0; group < 8; ++group) {
         if (first) source.prefetch_ahead(group);
-        Pairs low, high;
         const bf16* here = x + group * 8;
+#ifdef VENEER_BY_REGISTERS
+        static_assert(chains == 1);
+        add_group(source, group, here, stride, sums[0]);
+#else
+        Pairs low, high;
         auto multiply = [&](int q) {
             for (int r = 0; r < Rows; ++r) {
                 Floats* row = sums[q % chains][r];
@@ -32,6 +37,7 @@ inline void add_block(const Source& source, bool first, const float* scales, con
         source.template pairs<1>(group, low, high), multiply(1);
         source.template pairs<2>(group, low, high), multiply(2);
         source.template pairs<3>(group, low, high), multiply(3);
+#endif
     }
     const Floats low = scales != nullptr ? load(scales) : broadcast(1.0f);
     const Floats high = scales != nullptr ? load(scales + 16) : low;
