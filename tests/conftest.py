@@ -30,8 +30,8 @@ def _asked_backend() -> Iterator[None]:
 
     def choose(config: EngineConfig, *rest: Any) -> Chosen:
         config = with_asked(config)
-        found = chosen(config, *rest)
-        device, dtype = rest[:2]
+        device, dtype, num_blocks = rest[:3]
+        found = chosen(config, device, dtype, num_blocks)  # the placement is of those threads
         elsewhere = device.type != "cpu" or dtype != torch.bfloat16
         torch_wanted = config.backend == "torch" or elsewhere
         check(found.name, torch_wanted=torch_wanted, why=found.why_not_native)

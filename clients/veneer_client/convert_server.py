@@ -71,6 +71,8 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
             engine_peak=message.memory.engine_peak_bytes,
         ),
         longest_step_s=seconds(message.longest_step),
+        threads=message.threads,
+        why_threads=message.why_threads,
         defaults=same_names(RequestDefaults, message.defaults)
         if message.HasField("defaults")
         else None,

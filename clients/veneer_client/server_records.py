@@ -116,6 +116,8 @@ class ServerInfo:
         context_length: most tokens of prompt plus completion.
         engine_starts: 1 unless the engine process failed.
         longest_step_s: expected duration of the longest step, as measured before serving.
+        threads: of a step on a CPU; 0 from a server that does not report them.
+        why_threads: in words, why so many.
         defaults: None from a server that does not report them.
     """
 
@@ -133,6 +135,8 @@ class ServerInfo:
     why_not_native: str = ""
     longest_step_s: float = 0.0
     defaults: RequestDefaults | None = None
+    threads: int = 0
+    why_threads: str = ""
 
 
 class ServingStatus(Enum):

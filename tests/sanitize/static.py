@@ -31,6 +31,7 @@ SOURCES = (
     REPOSITORY / "tests" / "sanitize" / "thread_pool.cpp",
     REPOSITORY / "tests" / "sanitize" / "decoder.cpp",
     REPOSITORY / "tests" / "bench" / "limits.cpp",
+    REPOSITORY / "tests" / "bench" / "thread_pool.cpp",
 )
 # -O1: some warnings need the optimizer's analysis.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-O1", "-c", f"-I{KERNELS}")

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kChunks = 37;
 constexpr int kPhases = 50;   // of a program
+constexpr int kMany = 35;     // threads
 constexpr int kVersions = 4;  // arrays; stragglers that use all of them are waited for
 
 // Each phase adds to what its neighbours wrote in the phase before. `Number` is what they write.
@@ -97,6 +98,39 @@ bool counts_right(int threads, int programs, bool patient) {
     return true;
 }
 
+// In each phase one thread's first chunk waits until all other chunks are executed: of the thread
+// that took it, and of the share that it begins, the rest is stolen.
+struct Held final : veneer::Program {
+    explicit Held(int threads) : size(threads) {}
+    int phases() const override { return size; }
+    int prepare(int, veneer::Stragglers) override {
+        executed = 0;
+        return 3 * size;
+    }
+    void chunk(int phase, int chunk, int) override {
+        if (chunk == 3 * phase) {
+            for (int turns = 0; executed.load() < 3 * size - 1 && turns < kTurns; ++turns)
+                usleep(100);
+            all = all && executed.load() == 3 * size - 1;
+        }
+        ++executed;
+    }
+
+    static constexpr int kTurns = 100000;  // then nobody steals
+    const int size;
+    std::atomic<int> executed{0};
+    std::atomic<bool> all{true};
+};
+
+bool is_stolen(int threads) {
+    veneer::ThreadPool pool(threads, true);
+    Held program(threads);
+    pool.wake();
+    pool.run(program);
+    pool.let_sleep();
+    return program.all;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -108,6 +142,18 @@ int main(int count, char** words) {
             return 1;
         }
     }
+    // More than one word of open shares.
+    if (!counts_right<std::atomic<int64_t>>(kMany, 1, false)) {
+        std::printf("%d threads counted wrong\n", kMany);
+        return 1;
+    }
+    for (const int threads : {2, 5, kMany}) {
+        if (!is_stolen(threads)) {
+            std::printf("%d threads left chunks to a thread that was busy\n", threads);
+            return 1;
+        }
+    }
     for (int i = 0; i < 200; ++i) veneer::ThreadPool(3).wake();  // ends while they wake
-    std::printf("%d phases by 1, 2, 3 and 5 threads: in order\n", programs * kPhases);
+    std::printf("%d phases by 1, 2, 3 and 5 threads, %d by %d: in order\n", programs * kPhases,
+                kPhases, kMany);
 }

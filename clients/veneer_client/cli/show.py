@@ -223,6 +223,12 @@ _OFF: Final = {"temperature": None, "top_p": None, "repetition_penalty": 1}
 """Neutral values of defaults, which are not shown; 0 for options not listed."""
 
 
+def _threads(info: ServerInfo) -> dict[str, str]:
+    if not info.threads:
+        return {}
+    return {"threads": f"{info.threads} ({info.why_threads})"}
+
+
 def _defaults(info: ServerInfo) -> dict[str, str]:
     if (given := info.defaults) is None:
         return {}
@@ -248,6 +254,7 @@ def info_rows(info: ServerInfo) -> dict[str, str]:
         f"tokenizer {base.fingerprint.tokenizer[:12]}",
         "device": f"{info.device}, backend {info.backend}"
         + (f" ({info.why_not_native})" if info.why_not_native else ""),
+        **_threads(info),
         "context": f"{info.context_length:,} tokens",
         **_defaults(info),
         "adapters": f"{info.adapters_registered} registered, "

@@ -31,6 +31,7 @@ __all__ = [
     "Address",
     "Kind",
     "auto_number",
+    "auto_whole",
     "bytes_between",
     "one_of",
     "optional",
@@ -170,6 +171,21 @@ def bytes_between(low: str, high: str) -> Kind[int]:
         return number
 
     return Kind("BYTES", parse)
+
+
+def auto_whole(low: int, high: int) -> Kind[int]:
+    """As `whole`, but ``auto`` is 0, which means the same."""
+    kind = whole(low, high)
+
+    def parse(value: Any) -> int:
+        if value == "auto" or str(value).strip() == "0":
+            return 0
+        try:
+            return kind.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from None
+
+    return Kind(kind.metavar, parse)
 
 
 def auto_number(low: float, high: float) -> Kind[float | None]:

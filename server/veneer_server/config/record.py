@@ -97,8 +97,9 @@ class ServerConfig:
         "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"),
         "Instruction set of the native kernels; auto picks the best that the CPU has.")
     threads: int = setting(
-        "0", kinds.whole(0, 1024),
-        "CPU threads for a step; 0 means all cores.")
+        "auto", kinds.auto_whole(1, 1024),
+        "CPU threads for a step; auto, or 0, is one for each physical core of one socket, or "
+        "fewer if the container's quota is less.")
     max_running: int = setting(
         "64", kinds.whole(1, 4096),
         "Most sequences in one batch.")

@@ -43,7 +43,8 @@ from veneer_server.models.loader import torch_dtype
 from veneer_server.progress import SINK, Part, stage
 from veneer_server.step.inbox import Inbox, Unheld
 from veneer_server.step.plan import Runner
-from veneer_server.system.machine import usable_cores
+from veneer_server.system.numa import spread_memory, stay_on
+from veneer_server.system.placement import Placement, place
 from veneer_server.wire.frames import read_frame
 from veneer_server.wire.messages import (
     EngineConfig,
@@ -69,7 +70,10 @@ def build_engine(
     """Load the base model and assemble the engine."""
     began = time.monotonic()
     device = _device(config.device)
-    torch.set_num_threads(config.threads or usable_cores())
+    placement = place(config.threads)
+    if device.type == "cpu":
+        _stay(placement)
+    torch.set_num_threads(placement.threads)
     dtype = torch_dtype(config.dtype)
     model = read_decoder_config(Path(config.base_folder))
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
@@ -83,7 +87,7 @@ def build_engine(
         unhold=lambda sequence: inbox.put(Unheld(sequence)),
         report=inbox.put,
     )
-    chosen = choose(config, device, dtype, num_blocks)
+    chosen = choose(config, device, dtype, num_blocks, placement)
     weights, lora_dtype = chosen.weights, chosen.lora_dtype
     memory = LoraMemory(
         inbox=inbox,
@@ -124,7 +128,7 @@ def build_engine(
             model,
             weights.parameters,
             block_size=config.block_size,
-            threads=(config.threads or usable_cores()) if device.type == "cpu" else 0,
+            threads=chosen.placement.threads if device.type == "cpu" else 0,
         )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
@@ -147,6 +151,8 @@ def build_engine(
         device=_describe(device),
         backend=chosen.name,
         why_not_native=chosen.why_not_native,
+        threads=chosen.placement.threads,
+        why_threads=chosen.placement.why,
         architecture=model.architecture,
         parameters=weights.parameters,
         weights_bytes=weights.nbytes,
@@ -162,6 +168,14 @@ def build_engine(
         longest_step_seconds=longest_step,
     )
     return info, scheduler, residency, runner, memory, followed
+
+
+def _stay(placement: Placement) -> None:
+    """Keep this thread, and those that it starts, and their memory where the placement says."""
+    if placement.cpus and (why := stay_on(placement.cpus)):
+        log.info("threads may leave the package: %s", why)
+    if placement.nodes and (why := spread_memory(placement.nodes)):
+        log.info("memory is not spread over NUMA nodes: %s", why)
 
 
 def _log_cost(config: EngineConfig, limits: SchedulerLimits, longest: float) -> None:

@@ -92,6 +92,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             device=info.device,
             backend=info.backend,
             why_not_native=info.why_not_native,
+            threads=info.threads,
+            why_threads=info.why_threads,
             budgets=server_pb2.Budgets(
                 host_adapter_bytes=self._budgets.host,
                 device_adapter_bytes=self._budgets.device,

@@ -15,7 +15,15 @@ from typing import Final, Literal
 
 from veneer_registry.child_python import child_python
 
-__all__ = ["Gpu", "HostMemory", "find_gpu", "host_memory", "peak_bytes", "usable_cores"]
+__all__ = [
+    "Gpu",
+    "HostMemory",
+    "cpu_quota",
+    "find_gpu",
+    "host_memory",
+    "peak_bytes",
+    "usable_cores",
+]
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PROC: Final = Path("/proc")
@@ -58,12 +66,19 @@ def usable_cores(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int:
     """Cores that threads may fill: the process's affinity, or less if a container has a
     quota (cgroup v2 ``cpu.max``), rounded down: once a quota is used up, all threads stop
     until its next period."""
-    cores = float(len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    quota = cpu_quota(cgroups, proc)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> float | None:
+    """CPUs' worth of time that the container allows (cgroup v2 ``cpu.max``), or None."""
+    quotas = []
     for group in _own_groups(cgroups, proc):
         quota, _, period = _read(group / "cpu.max").partition(" ")
         if quota.isdigit() and period.isdigit() and int(period):
-            cores = min(cores, int(quota) / int(period))
-    return max(1, int(cores))
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
 
 
 def host_memory(cgroups: Path = _CGROUPS, proc: Path = _PROC) -> HostMemory:

@@ -47,7 +47,7 @@ class EngineConfig(Message, frozen=True):
         backend: ``native`` and ``torch`` require that one, see
             `engine.execution.backend_choice`.
         native_instructions: of the native kernels; ``auto`` is the best set the CPU has.
-        threads: of a step; 0 means the number of usable cores.
+        threads: of a step; 0 chooses, see `system.placement`.
         max_batch_tokens: most tokens computed in one step.
         max_prefill_tokens: most prompt tokens in a step that also decodes.
         max_running: most sequences running at once.

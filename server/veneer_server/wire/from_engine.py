@@ -47,6 +47,7 @@ class EngineInfo(Message, frozen=True):
         backend: what executes a step: ``native (avx512-bf16)``, ``native (avx2)``, either with
             ``, prebuilt`` inside if the kernels came with the wheel, or ``torch``.
         why_not_native: in words; empty if the native backend is used.
+        threads: of a step on a CPU, and in words why so many.
         kv_cache_tokens: capacity of the KV cache.
         adapter_itemsize: bytes of one number of a resident adapter.
         load_seconds: from start to ready.
@@ -73,6 +74,8 @@ class EngineInfo(Message, frozen=True):
     step_seconds: float = 0.0
     token_seconds: float = 0.0
     longest_step_seconds: float = 0.0
+    threads: int = 0
+    why_threads: str = ""
 
 
 class WireError(Message, frozen=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 
 import torch
 
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.draws import NativeDraws
+from veneer_server.backends.native.engine import NativeEngine
 from veneer_server.backends.native.library import (
     BLOCK,
     EIGHT_BIT,
@@ -61,13 +63,14 @@ class NativeDecoder:
     """Implements `Backend` over weights whose linears are all `NativeLinear`.
 
     Args:
+        threads, bound: see `NativeEngine`.
         head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
             with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
 
     Attributes:
         draws: samples tokens from logits, on the same threads.
+        engine_in_use: its threads.
         weights: the base's; kept alive, since the kernels have their addresses.
-        handle: identifies this decoder to the library's functions.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class NativeDecoder:
         num_blocks: int,
         block_size: int,
         threads: int,
+        bound: Sequence[Sequence[int]] = (),
         head: int = EIGHT_BIT,
     ) -> None:
         config = weights.config
@@ -125,9 +129,22 @@ class NativeDecoder:
         self._adapters: weakref.WeakKeyDictionary[AdapterTable, _Adapter] = (
             weakref.WeakKeyDictionary()
         )
-        self.handle = library.create(self._model, threads)
-        self.draws = NativeDraws(library, self.handle)
-        self._finalizer = weakref.finalize(self, library.destroy, self.handle)
+        self.engine_in_use = self.engine(threads, bound)
+        self.draws = NativeDraws(library, self.engine_in_use.handle)
+
+    @property
+    def handle(self) -> int:
+        """Identifies the engine in use to the library's functions."""
+        return self.engine_in_use.handle
+
+    def engine(self, threads: int, bound: Sequence[Sequence[int]] = ()) -> NativeEngine:
+        """An engine for `use`, see `NativeEngine`."""
+        return NativeEngine(self._library, self._model, threads, bound)
+
+    def use(self, engine: NativeEngine) -> None:
+        """Execute the next steps on this engine. Results do not depend on it."""
+        self.engine_in_use = engine
+        self.draws.engine = engine.handle
 
     @property
     def head_bytes(self) -> int:

@@ -26,12 +26,12 @@ class NativeDraws:
 
     Args:
         engine: from `Library.create`; its threads share the rows. None uses the calling
-            thread.
+            thread. May be set to another one.
     """
 
     def __init__(self, library: Library, engine: int | None = None) -> None:
         self._library = library
-        self._engine = engine
+        self.engine = engine
 
     def tokens(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
         """See `Draws.tokens`."""
@@ -45,12 +45,12 @@ class NativeDraws:
             draw.position = choice.position
             for name in _SAME:
                 setattr(draw, name, getattr(params, name))
-        self._library.sample(self._engine, draws, logits.shape[1])
+        self._library.sample(self.engine, draws, logits.shape[1])
         return [None if draw.token < 0 else draw.token for draw in draws]
 
     def log_sums(self, logits: torch.Tensor) -> torch.Tensor:
         """See `Draws.log_sums`."""
         logits = logits.contiguous()
         sums = torch.empty(len(logits))
-        self._library.log_sums(self._engine, address(logits), logits.shape, address(sums))
+        self._library.log_sums(self.engine, address(logits), logits.shape, address(sums))
         return sums

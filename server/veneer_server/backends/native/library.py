@@ -67,6 +67,7 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_pack_bf16": (None, (c_void_p, c_int32, c_int32, c_void_p)),
     "veneer_multiply": (None, (ctypes.POINTER(Linear), c_void_p, c_int64, c_void_p)),
     "veneer_create": (c_int32, (ctypes.POINTER(Model), c_int32, ctypes.POINTER(c_void_p))),
+    "veneer_bind": (c_int32, (c_void_p, c_int32, c_void_p, c_int32)),
     "veneer_destroy": (None, (c_void_p,)),
     "veneer_step": (c_int32, (c_void_p, ctypes.POINTER(Step))),
     "veneer_sample": (c_int32, (c_void_p, ctypes.POINTER(SampleRow), c_int64, c_int64)),
@@ -217,6 +218,12 @@ class Library:
             raise NativeUnavailable(_sentence(status, f"a decoder on {threads} threads"))
         assert engine.value is not None
         return engine.value
+
+    def bind(self, engine: int, thread: int, cpus: Sequence[int]) -> bool:
+        """Let a thread run on these CPUs alone. The calling thread of steps, number 0, does so
+        during steps only. False if the system refuses."""
+        numbers = (c_int32 * len(cpus))(*cpus)
+        return bool(self.functions.veneer_bind(engine, thread, numbers, len(cpus)))
 
     def step(self, engine: int, step: Step) -> None:
         """Execute a step.

@@ -18,6 +18,7 @@ from veneer_server.backends.native.decoder import NativeDecoder, check
 from veneer_server.backends.native.library import Library
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
+from veneer_server.engine.execution.faster import settle
 from veneer_server.engine.execution.sampler import TorchDraws
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.models.linear import Linear
@@ -27,7 +28,7 @@ from veneer_server.models.source import BaseDamaged, bundled_folder, import_bund
 from veneer_server.progress import stage
 from veneer_server.step.arrays import Backend
 from veneer_server.step.choice import Draws
-from veneer_server.system.machine import usable_cores
+from veneer_server.system.placement import Placement, place
 from veneer_server.wire.messages import EngineConfig
 
 __all__ = ["BackendUnavailable", "Chosen", "choose"]
@@ -51,6 +52,7 @@ class Chosen:
             if the kernels came with the wheel, or ``torch``.
         why_not_native: empty if it is native.
         lora_dtype: of resident adapters.
+        placement: how many threads a step has, and where.
         invariant: whether a row's numbers are bit-identical whatever else is in the batch.
         draws: samples tokens from its logits.
     """
@@ -61,22 +63,31 @@ class Chosen:
     name: str
     why_not_native: str = ""
     draws: Draws = field(default_factory=TorchDraws)
+    placement: Placement = field(default_factory=lambda: Placement(1, ""))
     invariant: bool = False
 
 
 def choose(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_blocks: int,
+    placement: Placement | None = None,
 ) -> Chosen:
     """Load the base for the best backend that `EngineConfig.backend` allows.
+
+    Args:
+        placement: of a step's threads; that of `EngineConfig.threads` here, if it is None.
 
     Raises:
         BackendUnavailable: it requires the native backend, which cannot serve here.
         UnsupportedModel: no backend can run the base.
     """
+    placement = placement or place(config.threads)
     why = "--backend torch"
     if config.backend != "torch":
         try:
-            chosen = _native(config, device, dtype, num_blocks)
+            chosen = _native(config, device, dtype, num_blocks, placement)
             log.info("the backend is %s", chosen.name)
             return chosen
         except NativeUnavailable as reason:
@@ -87,7 +98,7 @@ def choose(
             why = str(reason)
     if config.backend == "auto" and device.type == "cpu":
         log.warning("using the torch backend, which is slower: %s", why)
-    return _torch(config, device, dtype, num_blocks, why)
+    return replace(_torch(config, device, dtype, num_blocks, why), placement=placement)
 
 
 def _load(
@@ -116,7 +127,11 @@ def _load(
 
 
 def _native(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_blocks: int,
+    placement: Placement,
 ) -> Chosen:
     if device.type != "cpu":
         raise NativeUnavailable(f"it is for CPUs, and the base is on {device.type}")
@@ -137,14 +152,26 @@ def _native(
             weights,
             num_blocks=num_blocks,
             block_size=config.block_size,
-            threads=config.threads or usable_cores(),
+            threads=placement.threads,
+            bound=placement.bound,
         )
+    if placement.others:
+        with stage("measuring threads"):
+            placement = settle(decoder, placement, config.block_size)
     # Torch is left with little work: a second torch thread would cost more than it gains,
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     name = f"native ({library.instructions}{made})"
     weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
-    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
+    return Chosen(
+        decoder,
+        weights,
+        torch.bfloat16,
+        name,
+        draws=decoder.draws,
+        placement=placement,
+        invariant=True,
+    )
 
 
 def _library(config: EngineConfig) -> tuple[Library, str]:

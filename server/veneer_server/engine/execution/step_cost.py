@@ -18,7 +18,7 @@ from veneer_server.engine.scheduling.step_limits import StepCost
 from veneer_server.models.config import DecoderConfig
 from veneer_server.step.arrays import Backend, StepArrays
 
-__all__ = ["measure"]
+__all__ = ["first_tokens", "measure"]
 
 _ROWS: Final = 8
 """Rows of the larger step that is timed."""
@@ -68,14 +68,14 @@ def measure(
 
 
 def _time(backend: Backend, rows: int, block_size: int, threads: int) -> _Timed:
-    step = _first_tokens(rows, block_size)
+    step = first_tokens(rows, block_size)
     began, worked = time.perf_counter(), time.process_time()
     backend.finite(backend.execute(step))  # waits for the device
     passed, worked = time.perf_counter() - began, time.process_time() - worked
     return _Timed(passed, min(passed, worked / threads) if threads else passed)
 
 
-def _first_tokens(rows: int, block_size: int) -> StepArrays:
+def first_tokens(rows: int, block_size: int) -> StepArrays:
     """A step of one sequence of ``rows`` tokens, in block 1."""
     places = np.arange(rows, dtype=np.int64)
     return StepArrays(

@@ -15,6 +15,7 @@ from veneer_server.backends.native.compiler import NativeUnavailable, try_out
 from veneer_server.config import ServerConfig
 from veneer_server.operate.doctor.check import Check
 from veneer_server.system.machine import usable_cores
+from veneer_server.system.placement import place
 
 __all__ = ["native_check", "torch_checks"]
 
@@ -44,9 +45,12 @@ def torch_checks(config: ServerConfig) -> Iterator[Check]:
         yield Check("device", "problem", "torch finds no CUDA device", "use --device cpu")
     else:
         yield Check("would serve", "ok", f"the {by} backend on {on}")
-    threads = config.threads or cores
-    fix = f"--threads {cores}, or 0" if threads > cores else ""
-    found = f"{threads} of {cores} usable cores, {facts['cpu']}"
+    placement = place(config.threads)
+    fix = f"--threads {cores}, or auto" if placement.threads > cores else ""
+    found = f"{placement.threads} on {cores} usable CPUs, {facts['cpu']}: {placement.why}"
+    if placement.others and by == "native":
+        tried = " and ".join(map(str, placement.others))
+        found += f"; the server compares with {tried} when it starts, see `veneer info`"
     yield Check("threads", "warning" if fix else "ok", found, fix)
     if facts["four_bit"]:
         yield Check(

@@ -36,6 +36,16 @@ def test_flag_then_variable_then_file_then_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "threads"), [("auto", 0), ("0", 0), (0, 0), ("3", 3), (3, 3)]
+)
+def test_threads_are_a_number_or_auto(tmp_path: Path, given: str | int, threads: int) -> None:
+    file = tmp_path / "veneer.toml"
+    file.write_text(f"threads = {given!r}\n")
+    assert load_config({}, {}, file).threads == threads
+    assert load_config({"threads": str(given)}, {}).threads == threads
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [
         *[("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 gib", 3 << 29), ("17", 17)],
@@ -55,6 +65,8 @@ def test_sizes(tmp_path: Path, text: str | int, size: int) -> None:
         ("kv_cache_bytes", "-1"),
         ("threads", "-1"),
         ("threads", "two"),
+        ("threads", "1025"),
+        ("threads", "auto "),
         ("max_running", "0"),
         ("grace", "nan"),
         ("grace", "-1"),

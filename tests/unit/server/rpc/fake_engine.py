@@ -77,6 +77,8 @@ class FakeEngine:
             max_batch_tokens=32,
             max_prefill_tokens=16,
             longest_step_seconds=2.5,
+            threads=3,
+            why_threads="it is fake",
         )
         self.starts = 0
         self.healthy = False

@@ -179,6 +179,7 @@ async def test_server_info_and_reflection(flags: dict[str, Path]) -> None:
         # What the engine found that this machine can do, not what was configured.
         assert (info.budgets.max_batch_tokens, info.budgets.max_prefill_tokens) == (32, 16)
         assert info.longest_step.ToTimedelta().total_seconds() == 2.5
+        assert (info.threads, info.why_threads) == (3, "it is fake")
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(front.channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         async for reply in stub.ServerReflectionInfo(iter([request])):

@@ -122,6 +122,14 @@ Status veneer_create(const Model* model, int32_t threads, void** to) {
     return caught([&] { *to = new Engine(*model, threads); });
 }
 
+// Let an engine's thread run on these CPUs alone; 0 if the system refuses. See `ThreadPool::bind`.
+int32_t veneer_bind(void* handle, int32_t thread, const int32_t* cpus, int32_t count) {
+    bool bound = false;
+    const Status status = caught(
+        [&] { bound = static_cast<Engine*>(handle)->pool.bind(thread, CpuSet(cpus, count)); });
+    return status == kOk && bound ? 1 : 0;
+}
+
 void veneer_destroy(void* engine) { delete static_cast<Engine*>(engine); }
 
 Status veneer_step(void* handle, const Step* step) {

@@ -6,6 +6,12 @@
 // and finds in its caches what its share of an earlier phase brought there. A thread that has
 // finished its own share steals chunks from the end of another's.
 //
+// What a thread does in a phase beside its chunks does not grow with the number of threads. It cuts
+// its own share itself. A bit for each share, 32 to a word, says whether it has chunks that nobody
+// has begun, so one look finds a share to steal from, or that there is none. A thread that is
+// through with the phase adds what it has finished to one count, and the thread that completes the
+// count leads to the next phase; the others wait for that alone.
+//
 // On few cores the OS now and then preempts a thread for long enough to execute dozens of phases,
 // and that thread may hold a chunk: it is then a straggler. So a thread that has waited longer for
 // a chunk than one takes executes it again. A chunk only reads what earlier phases wrote and only
@@ -27,12 +33,16 @@
 
 #include <atomic>
 #include <cassert>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "cpus.h"
 #include "isa/isa.h"
+#include "program.h"
+#include "shares.h"
 
 #ifdef VENEER_STALLS
 #include <cstdlib>
@@ -40,44 +50,14 @@
 
 namespace veneer {
 
-constexpr int kMaxChunks = 1024;  // of a phase
-
-// The phases of the threads that were preempted while they held a chunk of them.
-struct Stragglers {
-    const int* phases;
-    int count;
-};
-
-class Program {
-  public:
-    virtual ~Program() = default;
-
-    virtual int phases() const = 0;
-
-    // The number of chunks of a phase, up to kMaxChunks. 0: nothing to do in it; -1: ask again,
-    // since it has to wait for stragglers. Called for one phase after the other, by any thread,
-    // when all chunks of the phase before are finished. It must leave alone what stragglers read
-    // and write. Neither this function nor `chunk` may throw: other threads are at work.
-    virtual int prepare(int phase, Stragglers stragglers) = 0;
-
-    // The first chunk of a thread's share of a phase. For thread `size`, one past the last, the end
-    // of all chunks.
-    virtual int begin(int phase, int chunks, int thread, int size) const {
-        (void)phase;
-        return int(int64_t(chunks) * thread / size);
-    }
-
-    // Threads are numbered from 0, the caller of `run`, to size - 1.
-    virtual void chunk(int phase, int chunk, int thread) = 0;
-};
-
 class ThreadPool {
   public:
     // `patient`: no chunk is executed twice; for tests.
     explicit ThreadPool(int size, bool patient = false)
         : size_(size),
           patient_(patient),
-          shares_(new Share[size_t(size)]),
+          shares_(size),
+          inside_(new Inside[size_t(size)]),
           finished_(new std::atomic<uint64_t>[kMaxChunks]()),
           straggling_(new int[size_t(size)]) {
         try {
@@ -96,12 +76,33 @@ class ThreadPool {
 
     int size() const { return size_; }
 
+    // Let a thread run on these CPUs alone; false if the system refuses. The caller of `run`,
+    // number 0, is bound from `wake` to `let_sleep` only: the threads and processes that it starts
+    // at other times inherit where it may run.
+    bool bind(int thread, const CpuSet& cpus) {
+        if (thread > 0) return cpus.bind(threads_[size_t(thread - 1)].native_handle());
+        callers_ = cpus;
+        wake();
+        const bool bound = !before_.empty();
+        let_sleep();
+        if (!bound) callers_.clear();
+        return bound;
+    }
+
     // Wake the other threads; they look for work until `let_sleep`.
     void wake() {
+        if (!callers_.empty()) {
+            before_.read(pthread_self());
+            if (!callers_.bind(pthread_self())) before_.clear();
+        }
         awake_.store(1, std::memory_order_seq_cst);
         syscall(SYS_futex, &awake_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
     }
-    void let_sleep() { awake_.store(0, std::memory_order_seq_cst); }
+    void let_sleep() {
+        awake_.store(0, std::memory_order_seq_cst);
+        if (!before_.empty()) before_.bind(pthread_self());
+        before_.clear();
+    }
 
     // Execute a program. On return no thread is in it any more.
     void run(Program& program) {
@@ -109,10 +110,11 @@ class ThreadPool {
         program_ = &program;
         first_ = claimed_.load(std::memory_order_relaxed);
         phases_ = program.phases();
+        shares_.reset(first_);
         lead(first_, 0);
         help(0);
         for (int other = 1; other < size_; ++other)
-            wait([&] { return shares_[other].inside.load(std::memory_order_seq_cst) == 0; });
+            wait([&] { return inside_[other].phase.load(std::memory_order_seq_cst) == 0; });
     }
 
     // Call `function(number, thread)` for 0 to count - 1.
@@ -123,7 +125,16 @@ class ThreadPool {
     }
 
   private:
-    // Phases are numbered from 1 and on from program to program.
+    // Numbered from 1 and on from program to program.
+    struct Phase {
+        uint64_t number;
+        int chunks;
+    };
+    // What a thread did in a phase.
+    struct Worked {
+        int finished;       // chunks, first of all threads
+        uint64_t patience;  // how long to wait for other threads' before they are executed again
+    };
 
     template <class Function>
     struct Each final : Program {
@@ -141,28 +152,9 @@ class ThreadPool {
         const Function& function;
     };
 
-    struct alignas(64) Share {
-        // A phase's number (its lower half), and the chunks of the share that nobody has begun.
-        std::atomic<uint64_t> left{0};
-        // The phase that the share's owner is in, or 0: it may read and write what that phase does.
-        alignas(64) std::atomic<uint64_t> inside{0};
-
-        static uint64_t pack(uint64_t phase, int begin, int end) {
-            return phase << 32 | uint64_t(begin) << 16 | uint64_t(end);
-        }
-
-        // A chunk from the beginning for the owner, from the end for others; -1 where none is left.
-        int take(uint64_t phase, bool owner) {
-            uint64_t seen = left.load(std::memory_order_acquire);
-            for (;;) {
-                const int begin = int(seen >> 16 & 0xffff), end = int(seen & 0xffff);
-                if (uint32_t(seen >> 32) != uint32_t(phase) || begin >= end) return -1;
-                const uint64_t next =
-                    owner ? pack(phase, begin + 1, end) : pack(phase, begin, end - 1);
-                if (left.compare_exchange_weak(seen, next, std::memory_order_acq_rel))
-                    return owner ? begin : end - 1;
-            }
-        }
+    struct alignas(64) Inside {
+        // The phase that a thread is in, or 0: it may read and write what that phase does.
+        std::atomic<uint64_t> phase{0};
     };
 
     static void run_alone(Program& program) {
@@ -202,15 +194,15 @@ class ThreadPool {
     void help(int thread) {
         for (;;) {
             const uint64_t current = current_.load(std::memory_order_acquire);
-            if (!(current & kUnderWay)) return;
-            const uint64_t phase = current >> 1;
+            const Phase phase = {current >> kChunkBits, int(current & (kChunkBit - 1))};
+            if (phase.chunks == 0) return;
             if (enter(phase, thread)) {
-                // If this thread was preempted in between it may be a later phase's number: then
-                // this phase has been claimed.
-                const int chunks = chunks_.load(std::memory_order_acquire);
-                const uint64_t patience = work(phase, thread);
+                const Worked worked = work(phase, thread);
                 leave(thread);
-                finish(current, chunks, patience, thread);
+                if (arrive(phase, worked.finished))
+                    claim(phase, thread);
+                else
+                    wait_for_others(phase, current, worked.patience, thread);
             }
             wait([&] { return current_.load(std::memory_order_acquire) != current; });
         }
@@ -218,72 +210,99 @@ class ThreadPool {
 
     // Begin to read and write what a phase does, unless it is over. Either this thread sees that it
     // is over, or the thread that ends it sees this one.
-    bool enter(uint64_t phase, int thread) {
+    bool enter(Phase phase, int thread) {
         stall();
-        std::atomic<uint64_t>& inside = shares_[thread].inside;
-        inside.store(phase, std::memory_order_seq_cst);
+        std::atomic<uint64_t>& inside = inside_[thread].phase;
+        inside.store(phase.number, std::memory_order_seq_cst);
         stall();
-        if (claimed_.load(std::memory_order_seq_cst) == phase) return true;
+        if (claimed_.load(std::memory_order_seq_cst) == phase.number) return true;
         inside.store(0, std::memory_order_release);
         return false;
     }
-    void leave(int thread) { shares_[thread].inside.store(0, std::memory_order_release); }
+    void leave(int thread) { inside_[thread].phase.store(0, std::memory_order_release); }
 
-    // Execute the chunks that nobody has begun. Returns how long to wait for other threads' chunks
-    // before they are executed again.
-    uint64_t work(uint64_t phase, int thread) {
+    // Execute the chunks that nobody has begun.
+    Worked work(Phase phase, int thread) {
+        int finished = 0;
         uint64_t longest = 0, before = cycles();
-        for (int other = 0; other < size_; ++other) {
-            Share& share = shares_[(thread + other) % size_];
-            for (;;) {
-                const int chunk = share.take(phase, other == 0);
-                if (chunk < 0) break;
-                do_chunk(phase, chunk, thread);
+        auto begin_of = [&](int owner) {
+            return program_->begin(int(phase.number - first_), phase.chunks, owner, size_);
+        };
+        auto empty = [&](int owner) {
+            for (int chunk; (chunk = shares_.take(phase.number, owner, thread, begin_of)) >= 0;) {
+                finished += do_chunk(phase, chunk, thread);
                 const uint64_t now = cycles();
                 if (now - before > longest) longest = now - before;
                 before = now;
             }
-        }
-        return longest > 0 ? kPatience + 2 * longest : kGuess;
+        };
+        empty(thread);
+        for (int other; (other = shares_.next_open(phase.number, thread)) >= 0;) empty(other);
+        return {finished, longest > 0 ? kPatience + 2 * longest : kGuess};
     }
 
-    void do_chunk(uint64_t phase, int chunk, int thread) {
+    // Returns whether this thread is the first to finish the chunk.
+    bool do_chunk(Phase phase, int chunk, int thread) {
         stall();
-        program_->chunk(int(phase - first_), chunk, thread);
+        program_->chunk(int(phase.number - first_), chunk, thread);
         // A late thread finds a later phase's number there.
         std::atomic<uint64_t>& finished = finished_[chunk];
         uint64_t seen = finished.load(std::memory_order_relaxed);
-        while (seen < phase &&
-               !finished.compare_exchange_weak(seen, phase, std::memory_order_release)) {
+        while (seen < phase.number) {
+            if (finished.compare_exchange_weak(seen, phase.number, std::memory_order_release))
+                return true;
+        }
+        return false;
+    }
+
+    // Count this thread and what it was the first to finish, once it has left the phase. Returns
+    // whether that was the rest.
+    bool arrive(Phase phase, int finished) {
+        stall();
+        uint64_t seen = arrived_.load(std::memory_order_relaxed), next;
+        do {
+            if (!PhaseWord::is_of(seen, phase.number)) return false;
+            next = PhaseWord::packed(phase.number, PhaseWord::high(seen) + 1,
+                                     PhaseWord::low(seen) + finished);
+        } while (!arrived_.compare_exchange_weak(seen, next, std::memory_order_acq_rel));
+        return finished > 0 && PhaseWord::low(next) == phase.chunks;
+    }
+
+    // Enter a phase once more, after arriving: so not all threads have left it.
+    bool enter_again(Phase phase, int thread) {
+        uint64_t seen = arrived_.load(std::memory_order_relaxed), next;
+        do {
+            if (!PhaseWord::is_of(seen, phase.number)) return false;
+            next = PhaseWord::packed(phase.number, PhaseWord::high(seen) - 1, PhaseWord::low(seen));
+        } while (!arrived_.compare_exchange_weak(seen, next, std::memory_order_seq_cst));
+        return enter(phase, thread);
+    }
+
+    // Wait until another thread has led to the next phase. Where that takes too long, execute again
+    // what is not finished, and lead.
+    void wait_for_others(Phase phase, uint64_t current, uint64_t patience, int thread) {
+        const uint64_t began = cycles();
+        for (int turns = 0; current_.load(std::memory_order_acquire) == current;) {
+            if (!patient_ && cycles() - began > patience) {
+                if (!enter_again(phase, thread)) return;
+                for (int chunk = 0; chunk < phase.chunks; ++chunk)
+                    if (finished_[chunk].load(std::memory_order_acquire) < phase.number)
+                        do_chunk(phase, chunk, thread);
+                leave(thread);
+                return claim(phase, thread);
+            }
+            if (++turns < kSpins)
+                spin_pause();
+            else
+                sched_yield();
         }
     }
 
-    // Wait until all chunks are finished, executing again those that take too long; then lead to
-    // the next phase, unless another thread has.
-    void finish(uint64_t current, int chunks, uint64_t patience, int thread) {
-        const uint64_t phase = current >> 1, began = cycles();
-        int done = 0;
-        auto skip = [&] {
-            while (done < chunks && finished_[done].load(std::memory_order_acquire) >= phase)
-                ++done;
-        };
-        for (int turns = 0; current_.load(std::memory_order_acquire) == current;) {
-            skip();
-            if (done == chunks) {
-                uint64_t expected = phase;
-                if (claimed_.compare_exchange_strong(expected, phase + 1)) lead(phase + 1, thread);
-                return;
-            }
-            if (!patient_ && cycles() - began > patience) {
-                if (!enter(phase, thread)) return;
-                for (; done < chunks; skip()) do_chunk(phase, done, thread);
-                leave(thread);
-            } else if (++turns < kSpins) {
-                spin_pause();
-            } else {
-                sched_yield();
-            }
-        }
+    // Lead from a phase whose chunks are all finished, unless another thread does.
+    void claim(Phase phase, int thread) {
+        uint64_t expected = phase.number;
+        if (claimed_.compare_exchange_strong(expected, phase.number + 1))
+            lead(phase.number + 1, thread);
     }
 
     // Prepare the next phase and let all threads begin it, or end the program. Only the thread that
@@ -292,30 +311,29 @@ class ThreadPool {
         stall();
         for (;; claimed_.store(++phase, std::memory_order_seq_cst)) {
             const int number = int(phase - first_);
-            if (number == phases_) return current_.store(phase << 1, std::memory_order_release);
+            if (number == phases_)
+                return current_.store(phase << kChunkBits, std::memory_order_release);
             int chunks;
             while ((chunks = program_->prepare(number, stragglers(thread))) < 0) sched_yield();
             assert(chunks <= kMaxChunks);
             if (chunks == 0) continue;
-            chunks_.store(chunks, std::memory_order_release);
-            int begin = program_->begin(number, chunks, 0, size_);
-            for (int other = 0; other < size_; ++other) {
-                const int end = program_->begin(number, chunks, other + 1, size_);
-                shares_[other].left.store(Share::pack(phase, begin, end),
-                                          std::memory_order_release);
-                begin = end;
-            }
-            return current_.store(phase << 1 | kUnderWay, std::memory_order_release);
+            shares_.open(phase);
+            arrived_.store(PhaseWord::packed(phase, 0, 0), std::memory_order_relaxed);
+            return current_.store(phase << kChunkBits | uint64_t(chunks),
+                                  std::memory_order_release);
         }
     }
 
     // The phases that other threads are still in. A thread that is just leaving is given a moment.
     Stragglers stragglers(int thread) {
+        // All threads have left the last phase that had chunks. A thread that enters it again has
+        // taken itself out of the count, or sees that the phase is claimed.
+        if (PhaseWord::high(arrived_.load(std::memory_order_seq_cst)) == size_) return {nullptr, 0};
         int count = 0;
         for (int turns = 0; turns < kMoment; ++turns) {
             count = 0;
             for (int other = 0; other < size_; ++other) {
-                const uint64_t inside = shares_[other].inside.load(std::memory_order_seq_cst);
+                const uint64_t inside = inside_[other].phase.load(std::memory_order_seq_cst);
                 // An older one belongs to a program that is over; its thread will notice.
                 if (other != thread && inside >= first_)
                     straggling_[count++] = int(inside - first_);
@@ -334,7 +352,8 @@ class ThreadPool {
 #endif
     }
 
-    static constexpr uint64_t kUnderWay = 1;      // beside a phase's number
+    static constexpr int kChunkBits = 11;  // below a phase's number; kMaxChunks fits
+    static constexpr uint64_t kChunkBit = uint64_t(1) << kChunkBits;
     static constexpr uint64_t kPatience = 20000;  // cycles, 5 to 10 us
     static constexpr uint64_t kGuess = 100000;    // where this thread executed none
     static constexpr int kSpins = 2000;
@@ -342,18 +361,20 @@ class ThreadPool {
 
     const int size_;
     const bool patient_;
-    std::unique_ptr<Share[]> shares_;                    // by thread
+    Shares shares_;
+    std::unique_ptr<Inside[]> inside_;                   // by thread
     std::unique_ptr<std::atomic<uint64_t>[]> finished_;  // by chunk, its last finished phase
     std::unique_ptr<int[]> straggling_;                  // written by the thread that leads
     // Of the current program: set before its first phase, and read by threads that have entered it.
     Program* program_ = nullptr;
     uint64_t first_ = 1;
     int phases_ = 0;
-    std::atomic<int> chunks_{0};
-    alignas(64) std::atomic<uint64_t> current_{0};  // the current phase, and kUnderWay
+    alignas(64) std::atomic<uint64_t> current_{0};  // the current phase, and its chunks; 0: none
+    alignas(64) std::atomic<uint64_t> arrived_{0};  // threads, and the chunks that they finished
     alignas(64) std::atomic<uint64_t> claimed_{1};  // no phase before this one can be entered
     alignas(64) std::atomic<uint32_t> awake_{0};
     std::atomic<bool> stopping_{false};
+    CpuSet callers_, before_;           // where the caller is bound to, and where it ran before
     std::vector<std::thread> threads_;  // last: they use the members above
 };
 

@@ -60,8 +60,7 @@ class Gemms {
         const Lists& list = lists_[version];
         const Columns cut = ctx_.columns(layer, group);
         const int shrinks = shrink_chunks(version);
-        int thread = ctx_.threads - 1;
-        while (number < begin(shrinks + cut.chunks, version, thread)) --thread;
+        const int thread = owner(shrinks + cut.chunks, version, number);
         const int shrink_number = number - even(cut.chunks, thread);
         if (shrink_number < even(shrinks, thread + 1)) {
             const size_t all = list.shrinks.size();
@@ -93,6 +92,13 @@ class Gemms {
     }
     int shrink_chunks(int version) const {
         return chunk_count(int64_t(lists_[version].shrinks.size()), kShrinks);
+    }
+    // The thread whose share has a chunk. Shares begin at most two chunks below an even cut, so the
+    // search from there is short.
+    int owner(int chunks, int version, int chunk) const {
+        int thread = int(int64_t(chunk) * ctx_.threads / chunks);
+        while (thread + 1 < ctx_.threads && begin(chunks, version, thread + 1) <= chunk) ++thread;
+        return thread;
     }
     int even(int count, int thread) const { return int(int64_t(count) * thread / ctx_.threads); }
 

@@ -1,0 +1,51 @@
+// Which CPUs a thread may run on.
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace veneer {
+
+// A set of CPUs of any number, as Linux takes it.
+class CpuSet {
+  public:
+    CpuSet() = default;
+    CpuSet(const int32_t* cpus, int count) {
+        for (int i = 0; i < count; ++i) {
+            const size_t cpu = size_t(cpus[i]), word = cpu / kBits;
+            if (word >= words_.size()) words_.resize(word + 1);
+            words_[word] |= 1UL << cpu % kBits;
+        }
+    }
+
+    bool empty() const { return words_.empty(); }
+
+    // Let a thread run on these CPUs alone; false if the system refuses.
+    bool bind(pthread_t thread) const {
+        return pthread_setaffinity_np(thread, words_.size() * sizeof(long), set()) == 0;
+    }
+
+    // Become where a thread may run; empty if the system does not say. Allocates the first time.
+    void read(pthread_t thread) {
+        for (size_t words = 16; words <= 1024; words *= 4) {  // the kernel says if they are too few
+            words_.assign(words, 0);
+            if (pthread_getaffinity_np(thread, words * sizeof(long),
+                                       reinterpret_cast<cpu_set_t*>(words_.data())) == 0)
+                return;
+        }
+        clear();
+    }
+    void clear() { words_.clear(); }
+
+  private:
+    static constexpr size_t kBits = 8 * sizeof(long);
+    const cpu_set_t* set() const { return reinterpret_cast<const cpu_set_t*>(words_.data()); }
+
+    std::vector<unsigned long> words_;
+};
+
+}  // namespace veneer

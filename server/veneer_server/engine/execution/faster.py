@@ -1,0 +1,108 @@
+"""Whether another number of threads is faster: measured before serving, on the loaded base.
+
+One thread for each physical core is right for most bases and machines. But a small base's step
+has so little work for each of dozens of threads that half of them may be faster, and on some
+CPUs two threads on a core get more done than one. So these are tried, where there are any, for
+well under a second. Another number must be clearly faster, by the fastest of its steps, since
+the choice stands until the next start and a machine is seldom quiet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.decoder import NativeDecoder
+from veneer_server.backends.native.engine import NativeEngine
+from veneer_server.engine.execution.step_cost import first_tokens
+from veneer_server.system.placement import Placement
+
+__all__ = ["faster", "settle"]
+
+CLEARLY: Final = 0.9
+"""Another number of threads is used if its steps take less than this share."""
+ROUNDS: Final = 5
+FEWEST_ROUNDS: Final = 2
+LONGEST_S: Final = 0.1
+"""Steps that take longer have enough work for each thread, and would take too long to try."""
+BUDGET_S: Final = 0.6
+
+
+def faster(
+    first: int,
+    others: Sequence[int],
+    seconds: Callable[[int], float],
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[int, dict[int, float]]:
+    """The number of threads to use, and the least seconds of each that was tried.
+
+    Args:
+        others: tried in this order; of those below ``first``, one only if that before it won.
+        seconds: of a step with a number of threads.
+    """
+    began = clock()
+    best = first
+    least = {first: seconds(first)}
+    if least[first] > LONGEST_S:
+        return best, least
+    for other in others:
+        if other < first and best > first:
+            break  # more were faster
+        rounds = 0
+        tried = float("inf")
+        while rounds < ROUNDS and clock() - began < BUDGET_S:
+            # In turns, so that what else the machine does meanwhile meets both.
+            tried = min(tried, seconds(other))
+            least[best] = min(least[best], seconds(best))
+            rounds += 1
+        if rounds < FEWEST_ROUNDS:
+            break
+        least[other] = tried
+        if tried < CLEARLY * least[best]:
+            best = other
+        elif other < first:
+            break
+    return best, least
+
+
+@torch.inference_mode()
+def settle(decoder: NativeDecoder, placement: Placement, block_size: int) -> Placement:
+    """Let a decoder use the fastest of a placement's numbers of threads. Its steps write to KV
+    block 1, which is cleared afterwards."""
+    steps = [first_tokens(rows, block_size) for rows in (1, min(8, block_size))]
+    engines: dict[int, NativeEngine] = {}
+
+    def seconds(threads: int) -> float:
+        if threads not in engines:
+            bound = placement.bound if threads == placement.threads else ()
+            engines[threads] = decoder.engine(threads, bound)
+            decoder.use(engines[threads])
+            decoder.execute(steps[-1])  # allocates its buffers
+        decoder.use(engines[threads])
+        began = time.perf_counter()
+        for step in steps:
+            decoder.execute(step)
+        return time.perf_counter() - began
+
+    engines[placement.threads] = decoder.engine_in_use
+    chosen = placement.threads
+    try:
+        decoder.execute(steps[-1])
+        chosen, least = faster(placement.threads, placement.others, seconds)
+    except NativeUnavailable as reason:
+        return replace(placement, why=f"{placement.why}; not compared: {reason}")
+    finally:
+        decoder.use(engines[chosen])
+        for threads, engine in engines.items():
+            if threads != chosen:
+                engine.close()
+        decoder.clear([1])
+    told = ", ".join(f"{1e3 * each:.1f} ms with {n}" for n, each in least.items())
+    why = f"{placement.why}; steps of 1 and of 8 tokens took {told} threads"
+    bound = placement.bound if chosen == placement.threads else ()
+    return replace(placement, threads=chosen, why=why, bound=bound, others=())
