@@ -17,8 +17,10 @@ from veneer_server.models.config import DecoderConfig
 from veneer_server.system.machine import Gpu, HostMemory
 
 __all__ = [
+    "AUTO_KV_SHARE",
     "BLOCK_TOKENS",
-    "LARGEST_AUTO_KV_BYTES",
+    "USUAL_KV_BYTES",
+    "KvCachePlan",
     "MemoryPlan",
     "MemoryPool",
     "MemoryTooSmall",
@@ -33,7 +35,10 @@ ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 BLOCK_TOKENS: Final = 16
 """Tokens that a KV block holds."""
 
-LARGEST_AUTO_KV_BYTES: Final = 1 << 30
+AUTO_KV_SHARE: Final = 4
+"""``auto`` gives the KV cache one part in so many of the memory that is free."""
+USUAL_KV_BYTES: Final = 1 << 30
+"""``auto`` gives it at least this much where it fits."""
 _SMALLEST_KV_TOKENS: Final = 2048
 
 _FRONT_BYTES: Final = 250 << 20
@@ -101,22 +106,50 @@ class MemoryPool:
 
 
 @dataclass(frozen=True, slots=True)
+class KvCachePlan:
+    """The KV cache.
+
+    Attributes:
+        bytes: as configured, or chosen if that is ``auto``.
+        tokens: that fit into it.
+        context: tokens of one sequence of the longest context.
+        chosen: what ``auto`` went by; "" if the size is configured.
+        short: whether ``auto`` found too little memory for the usual size.
+    """
+
+    bytes: int
+    tokens: int
+    context: int
+    chosen: str = ""
+    short: bool = False
+
+    def __str__(self) -> str:
+        contexts = self.tokens / self.context
+        auto = f"; auto: {self.chosen}" if self.chosen else ""
+        return (
+            f"KV cache of {_mib(self.bytes)} MiB for {self.tokens:,} tokens, {contexts:.1f} x "
+            f"the context of {self.context:,}{auto}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What `plan_memory` found.
 
     Attributes:
-        kv_cache_bytes: as configured, or chosen if that is ``auto``.
         kv_token_bytes: K and V of one token in all layers.
-        shrunk: whether ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
     """
 
     pools: tuple[MemoryPool, ...]
-    kv_cache_bytes: int
+    kv_cache: KvCachePlan
     kv_token_bytes: int
-    shrunk: bool
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.kv_cache.bytes
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.pools))
+        return "; ".join(map(str, (*self.pools, self.kv_cache)))
 
     @property
     def summary(self) -> str:
@@ -154,20 +187,58 @@ def plan_memory(
         host_pool = (MemoryPool("host", (hosted, processes), host.limit),)
         fixed = (on_device, scratch, MemoryUse("processes", _CUDA_BYTES))
     limit = host.limit if gpu is None else gpu.total
-    left = limit - base.bytes - sum(use.bytes for use in fixed)
-    each = token_bytes(model, config.dtype)
-    smallest = min(model.context_length, _SMALLEST_KV_TOKENS) * each
-    kv = config.kv_cache_bytes
-    if kv is None:
-        kv = max(smallest, min(LARGEST_AUTO_KV_BYTES, left))
-    cache = MemoryUse("kv_cache", kv, "--kv-cache-bytes")
+    unused = host.available if gpu is None else gpu.free
+    taken = base.bytes + sum(use.bytes for use in fixed)
+    kv = _kv_cache(model, config, limit - taken, min(limit, unused) - taken)
+    cache = MemoryUse("kv_cache", kv.bytes, "--kv-cache-bytes")
     pool = MemoryPool("host" if gpu is None else "device", (base, cache, *fixed), limit)
-    shrunk = config.kv_cache_bytes is None and kv < LARGEST_AUTO_KV_BYTES
-    plan = MemoryPlan((*host_pool, pool), kv, each, shrunk)
+    plan = MemoryPlan((*host_pool, pool), kv, token_bytes(model, config.dtype))
     for planned in plan.pools:
         if not planned.fits:
             raise _too_small(planned)
     return plan
+
+
+def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) -> KvCachePlan:
+    """The KV cache, whose size is chosen if it is ``auto``.
+
+    The share is taken of what is free, so that it leaves room for other programs, and for
+    larger adapter budgets later. The usual size goes by the limit alone: a server that starts
+    while other programs hold memory for a moment would be left with almost no cache.
+
+    Args:
+        left: bytes of the limit that nothing else in the plan may use.
+        free: the same of what other programs leave free now.
+    """
+    each = token_bytes(model, config.dtype)
+    block = each * BLOCK_TOKENS
+
+    def bytes_for(sequences: int, tokens: int) -> int:
+        """With the block that the engine keeps for padding."""
+        return (sequences * -(-tokens // BLOCK_TOKENS) + 1) * block
+
+    def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:
+        tokens = max(0, size // block - 1) * BLOCK_TOKENS
+        return KvCachePlan(size, tokens, model.context_length, chosen, short)
+
+    if config.kv_cache_bytes is not None:
+        return planned(config.kv_cache_bytes)
+    whole = bytes_for(1, model.context_length)
+    choices = [
+        (free // AUTO_KV_SHARE, f"1/{AUTO_KV_SHARE} of {_mib(max(0, free))} MiB free"),
+        (min(USUAL_KV_BYTES, left), "the usual size"),
+        (whole if whole <= free else 0, "one sequence of the whole context"),
+    ]
+    size, chosen = max(choices)
+    if size == left < USUAL_KV_BYTES:
+        chosen = "all that is left"
+    most = bytes_for(config.max_running, model.context_length)
+    if size > most:
+        size, chosen = most, f"all that {config.max_running} sequences can use"
+    smallest = bytes_for(1, min(model.context_length, _SMALLEST_KV_TOKENS))
+    if size < smallest:
+        size, chosen = smallest, "the smallest"
+    return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
 
 
 def _too_small(pool: MemoryPool) -> MemoryTooSmall:

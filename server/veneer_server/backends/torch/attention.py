@@ -47,10 +47,8 @@ class KvCache:
         shape = (kv_heads, num_blocks, block_size, head_dim)
         self.block_size = block_size
         self.block_numbers = kv_heads * block_size * head_dim
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)
-        ]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -64,6 +62,15 @@ class KvCache:
         """Zero all K and V of these blocks."""
         for cache in (*self.keys, *self.values):
             cache[:, blocks] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory the system gives as it is first written to: a cache may be gigabytes
+    that few requests ever need. `torch.zeros` writes all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    numbers = np.zeros(shape, dtype=f"int{8 * dtype.itemsize}")
+    return torch.from_numpy(numbers).view(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,4 +112,7 @@ def memory_check(config: ServerConfig) -> Check:
         return Check(
             "memory", "warning", f"{plan}; {free}", "stop other programs, or lower the budgets"
         )
+    if plan.kv_cache.short:
+        fix = "for a larger KV cache lower the adapter budgets, or give --kv-cache-bytes"
+        return Check("memory", "warning", f"{plan}; {free}", fix)
     return Check("memory", "ok", f"{plan}; {free}")

@@ -64,7 +64,7 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     assert found["would serve"]["found"].startswith(f"the {by} backend on the CPU")
     assert "agrees" in found["4-bit product"]["found"]
     assert found["torch"]["found"]
-    assert "kv_cache 1024" in found["memory"]["found"]
+    assert "auto: " in found["memory"]["found"], "what the KV cache's size goes by"
 
 
 def test_without_a_compiler_it_says_who_would_serve_and_why(
