@@ -88,6 +88,13 @@ class DecoderConfig:
     rope: RopeKind = "default"
 
     @property
+    def window(self) -> int | None:
+        """Most tokens that any layer attends to, the current one included; None if a layer
+        attends to all."""
+        found = [window for window in self.windows if window is not None]
+        return max(found) if found and len(found) == len(self.windows) else None
+
+    @property
     def shapes(self) -> Mapping[Projection, tuple[int, int]]:
         """Projection -> (out_features, in_features)."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -142,12 +149,19 @@ def _stored_quantization(raw: Mapping[str, Any], folder: Path) -> Quantization |
 
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
+    # Defaults of transformers' classes.
+    window = raw.get("sliding_window", None if model_type == "llama" else 4096)
     if window is None or (model_type.startswith("qwen") and not raw.get("use_sliding_window")):
         return (None,) * layers
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise UnsupportedModel(
+            f"sliding_window in config.json is {window!r}: it must be a number of tokens, or "
+            "null for none",
+            metadata={"key": "sliding_window"},
+        )
     types = raw.get("layer_types")
     if types is None and model_type.startswith("qwen"):
-        full = raw.get("max_window_layers", layers)
+        full = raw.get("max_window_layers", 28)
         types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if types is None:
         return (int(window),) * layers

@@ -14,6 +14,7 @@ from veneer_registry.errors import VeneerError
 
 from veneer_server.config import ServerConfig
 from veneer_server.models.config import DecoderConfig
+from veneer_server.step.reach import most_blocks
 from veneer_server.system.machine import Gpu, HostMemory
 
 __all__ = [
@@ -112,7 +113,8 @@ class KvCachePlan:
     Attributes:
         bytes: as configured, or chosen if that is ``auto``.
         tokens: that fit into it.
-        context: tokens of one sequence of the longest context.
+        context: longest sequence, in tokens.
+        held: tokens that the longest sequence holds at a time: all, or with windows fewer.
         chosen: what ``auto`` went by; "" if the size is configured.
         short: whether ``auto`` found too little memory for the usual size.
     """
@@ -120,15 +122,16 @@ class KvCachePlan:
     bytes: int
     tokens: int
     context: int
+    held: int
     chosen: str = ""
     short: bool = False
 
     def __str__(self) -> str:
-        contexts = self.tokens / self.context
+        sequences = self.tokens / self.held
         auto = f"; auto: {self.chosen}" if self.chosen else ""
         return (
-            f"KV cache of {_mib(self.bytes)} MiB for {self.tokens:,} tokens, {contexts:.1f} x "
-            f"the context of {self.context:,}{auto}"
+            f"KV cache of {_mib(self.bytes)} MiB for {self.tokens:,} tokens, {sequences:.1f} "
+            f"sequences of {self.context:,}{auto}"
         )
 
 
@@ -213,13 +216,19 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     each = token_bytes(model, config.dtype)
     block = each * BLOCK_TOKENS
 
+    chunk = max(config.max_batch_tokens, config.max_running)
+
+    def held(tokens: int) -> int:
+        return most_blocks(tokens, model.window, chunk, BLOCK_TOKENS)
+
     def bytes_for(sequences: int, tokens: int) -> int:
         """With the block that the engine keeps for padding."""
-        return (sequences * -(-tokens // BLOCK_TOKENS) + 1) * block
+        return (sequences * held(tokens) + 1) * block
 
     def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:
+        context = model.context_length
         tokens = max(0, size // block - 1) * BLOCK_TOKENS
-        return KvCachePlan(size, tokens, model.context_length, chosen, short)
+        return KvCachePlan(size, tokens, context, held(context) * BLOCK_TOKENS, chosen, short)
 
     if config.kv_cache_bytes is not None:
         return planned(config.kv_cache_bytes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -382,3 +383,37 @@ def test_an_unsupported_base_is_refused_with_what_is_supported(
     with refused(UnsupportedModel, key=key) as caught:
         read_decoder_config(tmp_path)
     assert supported in caught.value.metadata["supported"].split()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "llama", "sliding_window": None},
+        {"model_type": "mistral"},  # the default is a window
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2},
+        {"model_type": "qwen2", "num_hidden_layers": 30, "use_sliding_window": True},
+    ],
+)
+def test_windows_are_those_of_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY | raw))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    types = getattr(theirs, "layer_types", None)
+    window = getattr(theirs, "sliding_window", None)
+    layers = range(theirs.num_hidden_layers)
+    wanted = [window if types is None or "full" not in types[i] else None for i in layers]
+    ours = read_decoder_config(tmp_path)
+    assert list(ours.windows) == wanted
+    assert ours.window == (window if None not in wanted else None)
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, "24", True])
+def test_a_window_that_is_none_is_refused(window: Any, tmp_path: Path) -> None:
+    raw = TINY | {"model_type": "mistral", "sliding_window": window}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refused(UnsupportedModel, key="sliding_window"):
+        read_decoder_config(tmp_path)

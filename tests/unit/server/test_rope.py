@@ -1,6 +1,6 @@
 """Rotary scalings: the context that configs promise, and the frequencies.
 
-Logits beyond the original context: `native/test_rope_logits`."""
+Logits beyond the original context: `native/test_long_contexts`."""
 
 from __future__ import annotations
 

@@ -166,6 +166,20 @@ SHAPES = {
 }
 
 
+SHAPES["window"] = {
+    # Mistral 7B, the first: the context is 32k, of which each layer attends to 4k.
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
+
+
 def shape(name: str, base_folder: Path, tmp_path: Path) -> DecoderConfig:
     if name == "135M":
         return read_decoder_config(base_folder)
@@ -275,6 +289,22 @@ def test_any_machine_is_planned_for_or_refused(
     smallest = (2048 + BLOCK_TOKENS) * token_bytes(model, "bfloat16")
     assert kv == max(smallest, min(max(bounds), contexts(model, running)))
     assert planned.kv_cache.tokens >= min(model.context_length, 2048)
+
+
+def test_with_windows_a_whole_context_takes_the_window_and_a_steps_tokens(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    model = shape("window", base_folder, tmp_path)
+    each = token_bytes(model, "bfloat16")
+    planned = plan(model, 256, max_running="2")
+    held = 4096 + 512 + 16  # and what is left of the blocks at both ends
+    assert planned.kv_cache_bytes <= (2 * held + 16) * each
+    assert planned.kv_cache.tokens >= 2 * (4096 + 512)
+    assert planned.kv_cache.held <= held
+    # In full it would not fit.
+    small = plan(model, 9, host_cache_bytes="1GiB")
+    assert 32768 * each > small.pools[0].limit - small.pools[0].total + small.kv_cache_bytes
+    assert not small.kv_cache.short
 
 
 def test_the_plan_says_what_auto_went_by(model: DecoderConfig) -> None:

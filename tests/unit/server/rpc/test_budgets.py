@@ -22,7 +22,7 @@ async def test_changes_that_do_not_fit_together_are_not_both_made(
     def plan(host: int, device: int) -> MemoryPlan:
         if host + device > MACHINE:
             raise MemoryTooSmall(f"{host + device} bytes do not fit")
-        return MemoryPlan((), KvCachePlan(0, 0, 1), kv_token_bytes=0)
+        return MemoryPlan((), KvCachePlan(0, 0, 1, 1), kv_token_bytes=0)
 
     async with server(tmp_path, monkeypatch) as made:
         budgets = AdapterBudgets(
