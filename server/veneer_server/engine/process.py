@@ -141,7 +141,12 @@ def build_engine(
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
     followed = grammars if grammars.usable() else None
     runner: Runner = ModelRunner(
-        chosen.backend, memory.tables, config.block_size, followed, chosen.draws
+        chosen.backend,
+        memory.tables,
+        config.block_size,
+        followed,
+        chosen.draws,
+        model.smallest_window,
     )
     if alone:
         runner = ExactRunner(runner)

@@ -95,6 +95,11 @@ class DecoderConfig:
         return max(found) if found and len(found) == len(self.windows) else None
 
     @property
+    def smallest_window(self) -> int | None:
+        """Fewest tokens that any layer attends to; None if all attend to all."""
+        return min((window for window in self.windows if window is not None), default=None)
+
+    @property
     def shapes(self) -> Mapping[Projection, tuple[int, int]]:
         """Projection -> (out_features, in_features)."""
         hidden, inner = self.hidden_size, self.intermediate_size

@@ -409,6 +409,7 @@ def test_windows_are_those_of_transformers(raw: dict[str, Any], tmp_path: Path) 
     ours = read_decoder_config(tmp_path)
     assert list(ours.windows) == wanted
     assert ours.window == (window if None not in wanted else None)
+    assert ours.smallest_window == (window if any(wanted) else None)
 
 
 @pytest.mark.parametrize("window", [0, -1, 1.5, "24", True])

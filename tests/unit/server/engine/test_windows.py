@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from veneer_registry.errors import ContextTooLong
@@ -23,6 +24,9 @@ from tests.torture.forms import Form, forms
 from tests.unit.server.engine.test_supervisor import INFO
 from tests.unit.server.engine.world import BLOCK, CONTEXT, World
 from tests.unit.server.test_decoder import SHAPES, save_random
+
+POISON = 7
+"""A token whose embedding is infinite."""
 
 
 @settings(max_examples=300, deadline=None)
@@ -186,3 +190,39 @@ def test_the_front_lets_in_what_the_engine_can_hold() -> None:
     assert most_prompt_tokens(without) == 99
     with refused(ContextTooLong, kv_cache_tokens="100"):
         room(without, None, 600)
+
+
+def test_a_nan_that_the_last_row_does_not_reach_is_noticed(
+    tmp_path: Path, cache_dir: Path, form: Form
+) -> None:
+    """In three layers with a window of 24, the last of 120 tokens does not see the first's NaN.
+    Left in the cache, it would reach whoever gets its block: 0 x NaN is NaN."""
+    model = save_random(SHAPES["mistral-window"], tmp_path)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = torch.inf
+    model.save_pretrained(tmp_path)
+    config = EngineConfig(
+        base_folder=str(tmp_path),
+        cache_folder=str(cache_dir),
+        base_name="tiny",
+        weights_fingerprint="",
+        device="cpu",
+        max_batch_tokens=128,
+        max_running=4,
+        kv_cache_bytes=1 << 20,
+        **form.settings,
+    )
+    with engine(config) as harness:
+        healthy = {"prompt": [3, 4, 5], "max_tokens": 8, "logprobs": True, "ignore_eos": True}
+        (before,) = harness.run([healthy])
+        others = [10 + n % 300 for n in range(119)]
+        for prompt in ([POISON, *others], [*others[:60], POISON, *others[60:]]):
+            (wrong,) = harness.run([{"prompt": prompt}])
+            assert wrong.error == "NON_FINITE_OUTPUT"
+        (scored,) = harness.run([{"prompt": others, "prompt_logprobs": True}])
+        assert len(scored.prompt_logprobs) == 118
+        blocks = harness.scheduler.blocks
+        for answer in harness.run([healthy] * min(12, blocks.total)):
+            assert answer.tokens == before.tokens
+            # float32 or bfloat16, beside others: torch's sums depend on the batch.
+            assert answer.logprobs == pytest.approx(before.logprobs, abs=1e-4)
