@@ -221,9 +221,9 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     def held(tokens: int) -> int:
         return most_blocks(tokens, model.window, chunk, BLOCK_TOKENS)
 
-    def bytes_for(sequences: int, tokens: int) -> int:
+    def bytes_of(blocks: int) -> int:
         """With the block that the engine keeps for padding."""
-        return (sequences * held(tokens) + 1) * block
+        return (blocks + 1) * block
 
     def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:
         context = model.context_length
@@ -232,7 +232,7 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
 
     if config.kv_cache_bytes is not None:
         return planned(config.kv_cache_bytes)
-    whole = bytes_for(1, model.context_length)
+    whole = bytes_of(held(model.context_length))
     choices = [
         (free // AUTO_KV_SHARE, f"1/{AUTO_KV_SHARE} of {_mib(max(0, free))} MiB free"),
         (min(USUAL_KV_BYTES, left), "the usual size"),
@@ -241,10 +241,11 @@ def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) 
     size, chosen = max(choices)
     if size == left < USUAL_KV_BYTES:
         chosen = "all that is left"
-    most = bytes_for(config.max_running, model.context_length)
+    # Without windows: what a sequence gives back stays in the prefix cache.
+    most = bytes_of(config.max_running * -(-model.context_length // BLOCK_TOKENS))
     if size > most:
-        size, chosen = most, f"all that {config.max_running} sequences can use"
-    smallest = bytes_for(1, min(model.context_length, _SMALLEST_KV_TOKENS))
+        size, chosen = most, f"{config.max_running} sequences of the whole context"
+    smallest = bytes_of(held(min(model.context_length, _SMALLEST_KV_TOKENS)))
     if size < smallest:
         size, chosen = smallest, "the smallest"
     return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
