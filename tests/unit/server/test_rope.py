@@ -91,6 +91,15 @@ LLAMA31 = LLAMA3 | {"original_max_position_embeddings": 8192}
             },
             4096,
         ),
+        # The key beside the scaling is the one that transformers computes with.
+        (
+            {
+                "max_position_embeddings": 1024,
+                "original_max_position_embeddings": 128,
+                "rope_scaling": YARN,
+            },
+            512,
+        ),
         # transformers prefers the older key.
         (
             {
