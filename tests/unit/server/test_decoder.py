@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +419,30 @@ def test_a_window_that_is_none_is_refused(window: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with refused(UnsupportedModel, key="sliding_window"):
         read_decoder_config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_takes_memory_only_as_it_is_written_to(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before = resident()
+    blocks = (512 << 20) // (2 * 2 * 4 * 16 * 64 * dtype.itemsize)
+    cache = KvCache(
+        num_layers=2,
+        num_blocks=blocks,
+        block_size=16,
+        kv_heads=4,
+        head_dim=64,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    assert sum(kept.nbytes for kept in (*cache.keys, *cache.values)) > 500 << 20
+    assert resident() - before < 128 << 20
+    assert cache.keys[1].dtype is dtype
+    assert not cache.keys[1][:, blocks - 1].any()
+    cache.write(1, torch.tensor([35]), torch.ones(1, 4, 64), torch.ones(1, 4, 64))
+    assert cache.keys[1][:, 2, 3].eq(1).all()
+    cache.clear([2])
+    assert not cache.keys[1][:, 2].any()
