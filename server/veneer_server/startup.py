@@ -31,10 +31,11 @@ def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
     host = host_memory()
     plan = plan_memory(decoder, config, host, find_gpu(config.device))
     _log.info("memory", plan=str(plan))
-    if plan.shrunk:
+    if plan.kv_cache.short:
         _log.warning(
-            "memory is short, so the KV cache is small: lower the adapter budgets for more",
-            kv_cache_mib=plan.kv_cache_bytes >> 20,
+            "memory is short, so the KV cache is small: for more, lower the adapter budgets or "
+            "give --kv-cache-bytes",
+            kv_cache=str(plan.kv_cache),
         )
     taken = next(pool.total for pool in plan.pools if pool.name == "host")
     if taken > host.available:

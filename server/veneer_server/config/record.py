@@ -141,7 +141,9 @@ class ServerConfig:
         "are delayed by up to 3 s. 0 delays none.")
     kv_cache_bytes: int | None = setting(
         "auto", kinds.optional(kinds.BYTES, "auto"),
-        "Memory for keys and values; auto is 1 GiB, or less if memory is short.")
+        "Memory for keys and values; auto is a quarter of what is free beside the base and the "
+        "adapter budgets, more if 1 GiB or one sequence of the whole context fits, and never "
+        "more than --max-running such sequences.")
     host_cache_bytes: int = setting(
         "2GiB", kinds.BYTES,
         "Memory for adapters in the HOST tier.")

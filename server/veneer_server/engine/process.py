@@ -116,12 +116,6 @@ def build_engine(
     )
     # A backend whose results do not depend on the batch is already exact.
     alone = config.exact and not chosen.invariant
-    blocks = BlockManager(
-        num_blocks,
-        config.block_size,
-        # A cached prefix was computed in different chunks from those of exact mode.
-        prefix_cache=config.prefix_cache and not alone,
-    )
     with stage("measuring a step"):
         cost = measure(
             chosen.backend,
@@ -138,12 +132,25 @@ def build_engine(
         exact=alone,
         cost=cost,
     )
+    blocks = BlockManager(
+        num_blocks,
+        config.block_size,
+        # A cached prefix was computed in different chunks from those of exact mode.
+        prefix_cache=config.prefix_cache and not alone,
+        window=model.window,
+        chunk=limits.chunk,
+    )
     longest_step = limits.longest_step_s(blocks.total * config.block_size)
     _log_cost(config, limits, longest_step)
     scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
     followed = grammars if grammars.usable() else None
     runner: Runner = ModelRunner(
-        chosen.backend, memory.tables, config.block_size, followed, chosen.draws
+        chosen.backend,
+        memory.tables,
+        config.block_size,
+        followed,
+        chosen.draws,
+        model.smallest_window,
     )
     if alone:
         runner = ExactRunner(runner)
@@ -159,6 +166,8 @@ def build_engine(
         context_length=model.context_length,
         vocab_size=model.vocab_size,
         kv_cache_tokens=blocks.total * config.block_size,
+        longest_sequence=blocks.longest(model.context_length),
+        window_blocks=blocks.window_blocks,
         adapter_itemsize=lora_dtype.itemsize,
         load_seconds=time.monotonic() - began,
         max_batch_tokens=limits.prompt_tokens,

@@ -7,10 +7,11 @@ loaded anything; the engine uses it to build the decoder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from veneer_registry.adapter import Projection
 from veneer_registry.errors import VeneerError
@@ -27,7 +28,20 @@ SUPPORTED: Final = {
 
 Quantization = Literal["nf4", "fp4", "none"]
 
-SUPPORTED_ROPE: Final = ("default", "linear", "llama3", "yarn")
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+SUPPORTED_ROPE: Final = get_args(RopeKind)
+
+_NEEDED: Final[Mapping[RopeKind, Mapping[str, float]]] = {
+    "default": {},
+    "linear": {"factor": 1},
+    "dynamic": {"factor": 1},
+    "llama3": {"factor": 1, "low_freq_factor": 0, "high_freq_factor": 0},
+    "yarn": {"factor": 1},
+}
+"""Numbers that a scaling must have, and the smallest value of each."""
+
+_OPTIONAL: Final = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class UnsupportedModel(VeneerError):
@@ -37,13 +51,19 @@ class UnsupportedModel(VeneerError):
     reason = "UNSUPPORTED_MODEL"
 
 
+_POSITIONS: Final = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+"""model_type -> ``max_position_embeddings`` of a config without it, as in transformers."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Shapes and options of a decoder-only model.
 
     Attributes:
         architecture: the transformers class, the decoder's oracle in tests.
-        context_length: most tokens of prompt and completion together.
+        context_length: most tokens of prompt and completion together, as promised by the
+            rotary scaling.
+        rope: kind of the rotary scaling; transformers computes its frequencies.
         eos_token_ids: any of these ends a sequence.
         windows: for each layer, the sliding window in tokens, or None for full.
         qk_norm: RMSNorm on each query and key head (Qwen3).
@@ -65,6 +85,19 @@ class DecoderConfig:
     qk_norm: bool
     tied_head: bool
     quantization: Quantization | None
+    rope: RopeKind = "default"
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens that any layer attends to, the current one included; None if a layer
+        attends to all."""
+        found = [window for window in self.windows if window is not None]
+        return max(found) if found and len(found) == len(self.windows) else None
+
+    @property
+    def smallest_window(self) -> int | None:
+        """Fewest tokens that any layer attends to; None if all attend to all."""
+        return min((window for window in self.windows if window is not None), default=None)
 
     @property
     def shapes(self) -> Mapping[Projection, tuple[int, int]]:
@@ -121,16 +154,104 @@ def _stored_quantization(raw: Mapping[str, Any], folder: Path) -> Quantization |
 
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
+    # Defaults of transformers' classes.
+    window = raw.get("sliding_window", None if model_type == "llama" else 4096)
     if window is None or (model_type.startswith("qwen") and not raw.get("use_sliding_window")):
         return (None,) * layers
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise UnsupportedModel(
+            f"sliding_window in config.json is {window!r}: it must be a number of tokens, or "
+            "null for none",
+            metadata={"key": "sliding_window"},
+        )
     types = raw.get("layer_types")
     if types is None and model_type.startswith("qwen"):
-        full = raw.get("max_window_layers", layers)
+        full = raw.get("max_window_layers", 28)
         types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if types is None:
         return (int(window),) * layers
     return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
+
+
+def _rope(raw: Mapping[str, Any], positions: int) -> tuple[RopeKind, int]:
+    """The kind of a config's rotary scaling, and its context in tokens. transformers computes
+    the frequencies (`modeling_rope_utils`); what it would fail on is refused here.
+
+    * YaRN: ``factor`` times the context before scaling. Configs that turn it on often leave
+      ``max_position_embeddings`` as it was.
+    * Llama 3: ``max_position_embeddings``, which already is the scaled context.
+    * linear: the context before scaling times ``factor`` if the config names it, otherwise
+      ``max_position_embeddings``, which is scaled in some published configs and not in
+      others: more than the model was trained for must not be promised.
+    * dynamic: ``max_position_embeddings``. Up to there it does not scale. Beyond, each
+      frequency would depend on the sequence's length, and cached keys would not fit.
+
+    Args:
+        raw: ``config.json``.
+        positions: its ``max_position_embeddings``, or the default.
+
+    Raises:
+        UnsupportedModel: with the kinds that are supported, or the key that is wrong.
+    """
+    # In this order, as in transformers.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise _wrong("rope_scaling", f"is {rope!r}: it must be a JSON object")
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise _wrong(
+            "rope_parameters",
+            f"differs between layers ({', '.join(map(str, nested))}), which is not supported: "
+            "all layers must have one",
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in SUPPORTED_ROPE:
+        raise UnsupportedModel(
+            f"rotary scaling {kind!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_ROPE),
+            metadata={"key": "rope_type", "supported": " ".join(SUPPORTED_ROPE)},
+        )
+    if kind == "default":
+        return kind, positions
+    part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise _wrong("partial_rotary_factor", f"is {part!r}: only whole heads can be rotated")
+    _check_numbers(kind, rope)
+    given = raw.get("original_max_position_embeddings")
+    if given is None:
+        given = rope.get("original_max_position_embeddings")
+    original = positions if given is None else given
+    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+        raise _wrong("original_max_position_embeddings", f"is {original!r}: give tokens")
+    scales = kind == "yarn" or (kind == "linear" and given is not None)
+    # YaRN without a factor: transformers takes the ratio of the two contexts.
+    if not scales or rope["factor"] is None:
+        return kind, positions
+    return kind, int(rope["factor"] * original)
+
+
+def _check_numbers(kind: RopeKind, rope: Mapping[str, Any]) -> None:
+    for key, least in _NEEDED[kind].items():
+        if key not in rope:
+            raise _wrong(key, f"is missing: rotary scaling {kind!r} needs it")
+        if not (kind == "yarn" and rope[key] is None):
+            _check_number(key, rope[key], least)
+    for key in _OPTIONAL:
+        if rope.get(key) is not None:
+            _check_number(key, rope[key], 0)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise _wrong("high_freq_factor", "must be larger than low_freq_factor")
+
+
+def _check_number(key: str, value: Any, least: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < least:
+        raise _wrong(key, f"is {value!r}: it must be a number of at least {least}")
+
+
+def _wrong(key: str, problem: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"rotary scaling in config.json: {key} {problem}", metadata={"key": key}
+    )
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:
@@ -153,14 +274,8 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
             + ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items()),
             metadata={"key": "model_type", "supported": " ".join(SUPPORTED)},
         )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE:
-        raise UnsupportedModel(
-            f"rotary scaling {rope_type!r} is not supported; supported are "
-            + ", ".join(SUPPORTED_ROPE),
-            metadata={"key": "rope_type", "supported": " ".join(SUPPORTED_ROPE)},
-        )
+    positions = raw.get("max_position_embeddings", _POSITIONS[model_type])
+    rope, context_length = _rope(raw, int(positions))
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(
             f"activation {raw['hidden_act']!r} is not supported; supported is silu (SwiGLU)",
@@ -180,10 +295,11 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         num_kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        context_length=int(raw.get("max_position_embeddings", 2048)),
+        context_length=context_length,
         eos_token_ids=_token_ids(eos),
         windows=_windows(raw, model_type, layers),
         qk_norm=model_type == "qwen3",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
         quantization=_stored_quantization(raw, folder),
+        rope=rope,
     )

@@ -20,7 +20,12 @@ from torch import nn
 from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import weights_fingerprint
 
-from veneer_server.models.config import DecoderConfig, Quantization, read_decoder_config
+from veneer_server.models.config import (
+    DecoderConfig,
+    Quantization,
+    UnsupportedModel,
+    read_decoder_config,
+)
 from veneer_server.models.linear import Linear, fuse
 from veneer_server.models.quantized_cache import QuantizedCache
 from veneer_server.models.source import BaseDamaged
@@ -266,6 +271,13 @@ def _take_apart(
     if not config.tied_head:
         head = model.lm_head.weight.data.to(device=device, dtype=dtype)
     rotary = body.rotary_emb
+    if len(rotary.inv_freq) != config.head_dim // 2:
+        # The kernels would read past its end.
+        raise UnsupportedModel(
+            f"rotary scaling {config.rope!r} has {len(rotary.inv_freq)} frequencies, but heads "
+            f"have {config.head_dim} dimensions: only whole heads can be rotated",
+            metadata={"key": "rope_type"},
+        )
     linears = sum(
         linear.nbytes for w in layers for linear in (w.qkv, w.output, w.gate_up, w.down)
     )

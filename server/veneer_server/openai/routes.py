@@ -150,7 +150,7 @@ def _base_model(core: Core) -> Mapping[str, Any]:
         "owned_by": "veneer",
         "root": name,
         "parent": None,
-        "max_model_len": core.engine.info.context_length,
+        "max_model_len": core.engine.info.longest_sequence,
     }
 
 
@@ -163,7 +163,7 @@ def _adapter_model(core: Core, record: AdapterRecord) -> Mapping[str, Any]:
         "owned_by": "veneer",
         "root": f"{ref.name}@{ref.revision[:SHORT_REVISION]}",
         "parent": core.base.name,
-        "max_model_len": core.engine.info.context_length,
+        "max_model_len": core.engine.info.longest_sequence,
         "revision": ref.revision,
         "weights_digest": ref.weights_digest,
         "rank": record.manifest.max_rank,

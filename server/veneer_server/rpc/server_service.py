@@ -141,7 +141,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     ) -> server_pb2.PlanCapacityResponse:
         """Arithmetic over the budgets; loads nothing."""
         info, config = self._engine.info, self._config
-        length = request.context_length or min(info.context_length, info.kv_cache_tokens)
+        length = request.context_length or info.longest_sequence
         if length > info.context_length:
             raise InvalidField(
                 f"context_length is {length}: {self._base.name} supports at most "
@@ -157,6 +157,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             kv_tokens=info.kv_cache_tokens,
             kv_token_bytes=self._budgets.memory.kv_token_bytes,
             block_tokens=BLOCK_TOKENS,
+            window_blocks=info.window_blocks,
             max_running=config.max_running,
         )
         capacity = plan_capacity(

@@ -26,7 +26,7 @@ _SEED_BITS: Final = 63
 
 def most_prompt_tokens(info: EngineInfo) -> int:
     """Tokens of the longest prompt that leaves room for one new token."""
-    return min(info.context_length, info.kv_cache_tokens) - 1
+    return info.longest_sequence - 1
 
 
 def room(
@@ -38,7 +38,7 @@ def room(
     Raises:
         ContextTooLong: prompt and completion cannot fit.
     """
-    limit = min(info.context_length, info.kv_cache_tokens)
+    limit = info.longest_sequence
     left = limit - prompt_tokens
     numbers = {
         "prompt_tokens": str(prompt_tokens),

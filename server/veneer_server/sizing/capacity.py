@@ -28,6 +28,8 @@ class Budgets:
         kv_token_bytes: K and V of one token.
         block_tokens: tokens of a KV block; a sequence takes whole blocks.
         max_running: sequences.
+        window_blocks: blocks that a sequence holds at most, however long it is; None if
+            that is no bound.
     """
 
     host_adapters: int
@@ -38,6 +40,7 @@ class Budgets:
     kv_token_bytes: int
     block_tokens: int
     max_running: int
+    window_blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def plan_capacity(
     """
     size = max(1, adapter_parameters * budgets.itemsize)
     blocks = -(-context_length // budgets.block_tokens)
+    if budgets.window_blocks is not None:
+        blocks = min(blocks, budgets.window_blocks)
     by_cache = budgets.kv_tokens // budgets.block_tokens // blocks
     running = min(by_cache, budgets.max_running)
     sequence_bytes = blocks * budgets.block_tokens * budgets.kv_token_bytes

@@ -14,11 +14,14 @@ from veneer_registry.errors import VeneerError
 
 from veneer_server.config import ServerConfig
 from veneer_server.models.config import DecoderConfig
+from veneer_server.step.reach import most_blocks
 from veneer_server.system.machine import Gpu, HostMemory
 
 __all__ = [
+    "AUTO_KV_SHARE",
     "BLOCK_TOKENS",
-    "LARGEST_AUTO_KV_BYTES",
+    "USUAL_KV_BYTES",
+    "KvCachePlan",
     "MemoryPlan",
     "MemoryPool",
     "MemoryTooSmall",
@@ -33,7 +36,10 @@ ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 BLOCK_TOKENS: Final = 16
 """Tokens that a KV block holds."""
 
-LARGEST_AUTO_KV_BYTES: Final = 1 << 30
+AUTO_KV_SHARE: Final = 4
+"""``auto`` gives the KV cache one part in so many of the memory that is free."""
+USUAL_KV_BYTES: Final = 1 << 30
+"""``auto`` gives it at least this much where it fits."""
 _SMALLEST_KV_TOKENS: Final = 2048
 
 _FRONT_BYTES: Final = 250 << 20
@@ -101,22 +107,52 @@ class MemoryPool:
 
 
 @dataclass(frozen=True, slots=True)
+class KvCachePlan:
+    """The KV cache.
+
+    Attributes:
+        bytes: as configured, or chosen if that is ``auto``.
+        tokens: that fit into it.
+        context: longest sequence, in tokens.
+        held: tokens that the longest sequence holds at a time: all, or with windows fewer.
+        chosen: what ``auto`` went by; "" if the size is configured.
+        short: whether ``auto`` found too little memory for the usual size.
+    """
+
+    bytes: int
+    tokens: int
+    context: int
+    held: int
+    chosen: str = ""
+    short: bool = False
+
+    def __str__(self) -> str:
+        sequences = self.tokens / self.held
+        auto = f"; auto: {self.chosen}" if self.chosen else ""
+        return (
+            f"KV cache of {_mib(self.bytes)} MiB for {self.tokens:,} tokens, {sequences:.1f} "
+            f"sequences of {self.context:,}{auto}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What `plan_memory` found.
 
     Attributes:
-        kv_cache_bytes: as configured, or chosen if that is ``auto``.
         kv_token_bytes: K and V of one token in all layers.
-        shrunk: whether ``auto`` had to choose less than `LARGEST_AUTO_KV_BYTES`.
     """
 
     pools: tuple[MemoryPool, ...]
-    kv_cache_bytes: int
+    kv_cache: KvCachePlan
     kv_token_bytes: int
-    shrunk: bool
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.kv_cache.bytes
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.pools))
+        return "; ".join(map(str, (*self.pools, self.kv_cache)))
 
     @property
     def summary(self) -> str:
@@ -154,20 +190,65 @@ def plan_memory(
         host_pool = (MemoryPool("host", (hosted, processes), host.limit),)
         fixed = (on_device, scratch, MemoryUse("processes", _CUDA_BYTES))
     limit = host.limit if gpu is None else gpu.total
-    left = limit - base.bytes - sum(use.bytes for use in fixed)
-    each = token_bytes(model, config.dtype)
-    smallest = min(model.context_length, _SMALLEST_KV_TOKENS) * each
-    kv = config.kv_cache_bytes
-    if kv is None:
-        kv = max(smallest, min(LARGEST_AUTO_KV_BYTES, left))
-    cache = MemoryUse("kv_cache", kv, "--kv-cache-bytes")
+    unused = host.available if gpu is None else gpu.free
+    taken = base.bytes + sum(use.bytes for use in fixed)
+    kv = _kv_cache(model, config, limit - taken, min(limit, unused) - taken)
+    cache = MemoryUse("kv_cache", kv.bytes, "--kv-cache-bytes")
     pool = MemoryPool("host" if gpu is None else "device", (base, cache, *fixed), limit)
-    shrunk = config.kv_cache_bytes is None and kv < LARGEST_AUTO_KV_BYTES
-    plan = MemoryPlan((*host_pool, pool), kv, each, shrunk)
+    plan = MemoryPlan((*host_pool, pool), kv, token_bytes(model, config.dtype))
     for planned in plan.pools:
         if not planned.fits:
             raise _too_small(planned)
     return plan
+
+
+def _kv_cache(model: DecoderConfig, config: ServerConfig, left: int, free: int) -> KvCachePlan:
+    """The KV cache, whose size is chosen if it is ``auto``.
+
+    The share is taken of what is free, so that it leaves room for other programs, and for
+    larger adapter budgets later. The usual size goes by the limit alone: a server that starts
+    while other programs hold memory for a moment would be left with almost no cache.
+
+    Args:
+        left: bytes of the limit that nothing else in the plan may use.
+        free: the same of what other programs leave free now.
+    """
+    each = token_bytes(model, config.dtype)
+    block = each * BLOCK_TOKENS
+
+    chunk = max(config.max_batch_tokens, config.max_running)
+
+    def held(tokens: int) -> int:
+        return most_blocks(tokens, model.window, chunk, BLOCK_TOKENS)
+
+    def bytes_of(blocks: int) -> int:
+        """With the block that the engine keeps for padding."""
+        return (blocks + 1) * block
+
+    def planned(size: int, chosen: str = "", *, short: bool = False) -> KvCachePlan:
+        context = model.context_length
+        tokens = max(0, size // block - 1) * BLOCK_TOKENS
+        return KvCachePlan(size, tokens, context, held(context) * BLOCK_TOKENS, chosen, short)
+
+    if config.kv_cache_bytes is not None:
+        return planned(config.kv_cache_bytes)
+    whole = bytes_of(held(model.context_length))
+    choices = [
+        (free // AUTO_KV_SHARE, f"1/{AUTO_KV_SHARE} of {_mib(max(0, free))} MiB free"),
+        (min(USUAL_KV_BYTES, left), "the usual size"),
+        (whole if whole <= free else 0, "one sequence of the whole context"),
+    ]
+    size, chosen = max(choices)
+    if size == left < USUAL_KV_BYTES:
+        chosen = "all that is left"
+    # Without windows: what a sequence gives back stays in the prefix cache.
+    most = bytes_of(config.max_running * -(-model.context_length // BLOCK_TOKENS))
+    if size > most:
+        size, chosen = most, f"{config.max_running} sequences of the whole context"
+    smallest = bytes_of(held(min(model.context_length, _SMALLEST_KV_TOKENS)))
+    if size < smallest:
+        size, chosen = smallest, "the smallest"
+    return planned(size, chosen, short=size < min(most, max(USUAL_KV_BYTES, whole)))
 
 
 def _too_small(pool: MemoryPool) -> MemoryTooSmall:

@@ -33,7 +33,8 @@ class StepArrays:
         slots: [R] int64 place of each row's K and V: block * block_size + offset.
         row_starts: [S + 1] int64; sequence s has rows row_starts[s] to row_starts[s + 1].
         contexts: [S] int64 tokens of the sequence in the cache after this step.
-        block_tables: [S, B] int64 KV blocks in order, padded with block 0.
+        block_tables: [S, B] int64 KV blocks in order, padded with block 0; also 0 for blocks
+            that no layer's window reaches.
         segments: rows that share an adapter; rows in no segment have none.
         logit_rows: [L] int64 rows whose logits are needed.
     """

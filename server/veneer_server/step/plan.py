@@ -51,7 +51,8 @@ class PlannedSequence:
         digest: weights digest of its adapter, or None.
         tokens: token ids to compute, from position ``start`` on.
         start: tokens already in the KV cache.
-        blocks: its KV blocks, enough for ``start + len(tokens)`` tokens.
+        blocks: its KV blocks, enough for ``start + len(tokens)`` tokens; 0 for those that no
+            layer's window reaches.
         samples: True if the last token's logits give a new token; False for a
             prefill chunk that does not reach the end of the prompt.
         score: for each of `tokens`, the token that follows it, if the prompt's

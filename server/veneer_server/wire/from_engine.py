@@ -49,6 +49,10 @@ class EngineInfo(Message, frozen=True):
         why_not_native: in words; empty if the native backend is used.
         threads: of a step on a CPU, and in words why so many.
         kv_cache_tokens: capacity of the KV cache.
+        longest_sequence: most tokens of prompt and completion: the context length, or fewer if
+            the KV cache can never hold so many of one sequence.
+        window_blocks: KV blocks that a sequence holds at most, however long it is; None if a
+            layer has no window.
         adapter_itemsize: bytes of one number of a resident adapter.
         load_seconds: from start to ready.
         max_batch_tokens, max_prefill_tokens: as configured, or fewer if a step of that many
@@ -68,6 +72,8 @@ class EngineInfo(Message, frozen=True):
     kv_cache_tokens: int
     adapter_itemsize: int
     load_seconds: float
+    longest_sequence: int
+    window_blocks: int | None = None
     why_not_native: str = ""
     max_batch_tokens: int = 0
     max_prefill_tokens: int = 0

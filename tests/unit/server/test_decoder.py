@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -382,3 +384,65 @@ def test_an_unsupported_base_is_refused_with_what_is_supported(
     with refused(UnsupportedModel, key=key) as caught:
         read_decoder_config(tmp_path)
     assert supported in caught.value.metadata["supported"].split()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "llama", "sliding_window": None},
+        {"model_type": "mistral"},  # the default is a window
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2},
+        {"model_type": "qwen2", "num_hidden_layers": 30, "use_sliding_window": True},
+    ],
+)
+def test_windows_are_those_of_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY | raw))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    types = getattr(theirs, "layer_types", None)
+    window = getattr(theirs, "sliding_window", None)
+    layers = range(theirs.num_hidden_layers)
+    wanted = [window if types is None or "full" not in types[i] else None for i in layers]
+    ours = read_decoder_config(tmp_path)
+    assert list(ours.windows) == wanted
+    assert ours.window == (window if None not in wanted else None)
+    assert ours.smallest_window == (window if any(wanted) else None)
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, "24", True])
+def test_a_window_that_is_none_is_refused(window: Any, tmp_path: Path) -> None:
+    raw = TINY | {"model_type": "mistral", "sliding_window": window}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refused(UnsupportedModel, key="sliding_window"):
+        read_decoder_config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_takes_memory_only_as_it_is_written_to(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before = resident()
+    blocks = (512 << 20) // (2 * 2 * 4 * 16 * 64 * dtype.itemsize)
+    cache = KvCache(
+        num_layers=2,
+        num_blocks=blocks,
+        block_size=16,
+        kv_heads=4,
+        head_dim=64,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    assert sum(kept.nbytes for kept in (*cache.keys, *cache.values)) > 500 << 20
+    assert resident() - before < 128 << 20
+    assert cache.keys[1].dtype is dtype
+    assert not cache.keys[1][:, blocks - 1].any()
+    cache.write(1, torch.tensor([35]), torch.ones(1, 4, 64), torch.ones(1, 4, 64))
+    assert cache.keys[1][:, 2, 3].eq(1).all()
+    cache.clear([2])
+    assert not cache.keys[1][:, 2].any()

@@ -47,10 +47,8 @@ class KvCache:
         shape = (kv_heads, num_blocks, block_size, head_dim)
         self.block_size = block_size
         self.block_numbers = kv_heads * block_size * head_dim
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)
-        ]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -66,13 +64,22 @@ class KvCache:
             cache[:, blocks] = 0
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory the system gives as it is first written to: a cache may be gigabytes
+    that few requests ever need. `torch.zeros` writes all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    numbers = np.zeros(shape, dtype=f"int{8 * dtype.itemsize}")
+    return torch.from_numpy(numbers).view(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class _Decode:
     """Sequences of similar length that add one row each.
 
     Attributes:
         rows: [n] their rows, or None if the batch is exactly these rows in order.
-        blocks: [n * width] their blocks, padded.
+        blocks: [n * width] their blocks, padded; with windows those that a layer reaches.
         bias: window -> [n, 1, width * block_size] float32, 0 or -inf.
     """
 
@@ -86,14 +93,15 @@ class _Prefill:
     """One sequence with several rows.
 
     Attributes:
-        blocks: [width] its blocks, or None if it starts at position 0 and its
+        seen: tokens from the first that a layer reaches, a block's first, to the last.
+        blocks: [width] the blocks of these, or None if it starts at position 0 and its
             K and V are all in this step.
-        mask: window -> [new, context] bool, or None for plain causal.
+        mask: window -> [new, seen] bool, or None for plain causal.
     """
 
     begin: int
     end: int
-    context: int
+    seen: int
     blocks: torch.Tensor | None
     mask: dict[int | None, torch.Tensor | None]
 
@@ -115,13 +123,21 @@ class AttentionPlan:
         device: torch.device,
     ) -> AttentionPlan:
         counts = np.diff(step.row_starts)
-        widths = -(-step.contexts // cache.block_size)
+        # Each sequence's blocks from the first that a layer reaches.
+        firsts = np.zeros_like(step.contexts)
+        reaching = [window for window in windows if window is not None]
+        if len(reaching) == len(windows):
+            before = step.contexts - counts - max(reaching) + 1
+            firsts = np.maximum(before, 0) // cache.block_size
+        widths = -(-step.contexts // cache.block_size) - firsts
         decodes = tuple(
-            _decode(step, chosen, widths, cache.block_size, windows, device)
+            _decode(step, chosen, firsts, widths, cache.block_size, windows, device)
             for chosen in _similar(np.flatnonzero(counts == 1), widths, cache.block_numbers)
         )
         prefills = tuple(
-            _prefill(step, int(s), int(widths[s]), windows, device)
+            _prefill(
+                step, int(s), int(firsts[s]), int(widths[s]), cache.block_size, windows, device
+            )
             for s in np.flatnonzero(counts > 1)
         )
         return cls(decodes, prefills)
@@ -153,13 +169,15 @@ def _similar(
 def _decode(
     step: StepArrays,
     chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
+    firsts: np.ndarray[tuple[int], np.dtype[np.int64]],
     widths: np.ndarray[tuple[int], np.dtype[np.int64]],
     block_size: int,
     windows: frozenset[int | None],
     device: torch.device,
 ) -> _Decode:
     width = int(widths[chosen].max())
-    contexts = torch.from_numpy(step.contexts[chosen]).unsqueeze(1)
+    first = firsts[chosen]
+    contexts = torch.from_numpy(step.contexts[chosen] - first * block_size).unsqueeze(1)
     places = torch.arange(width * block_size).unsqueeze(0)
     bias: dict[int | None, torch.Tensor] = {}
     for window in windows:
@@ -170,25 +188,34 @@ def _decode(
         bias[window] = hidden.unsqueeze(1).to(device)
     everyone = len(chosen) == len(step.tokens)
     rows = None if everyone else torch.from_numpy(step.row_starts[chosen]).to(device)
-    blocks = np.ascontiguousarray(step.block_tables[chosen, :width]).reshape(-1)
+    if first.any():
+        # Past a table's end whatever block: nothing attends to it.
+        columns = first[:, np.newaxis] + np.arange(width)
+        columns = np.minimum(columns, step.block_tables.shape[1] - 1)
+        table = step.block_tables[chosen[:, np.newaxis], columns]
+    else:
+        table = step.block_tables[chosen, :width]
+    blocks = np.ascontiguousarray(table).reshape(-1)
     return _Decode(rows, torch.from_numpy(blocks).to(device), bias)
 
 
 def _prefill(
     step: StepArrays,
     sequence: int,
+    first: int,
     width: int,
+    block_size: int,
     windows: frozenset[int | None],
     device: torch.device,
 ) -> _Prefill:
     begin, end = int(step.row_starts[sequence]), int(step.row_starts[sequence + 1])
-    context = int(step.contexts[sequence])
+    seen_tokens = int(step.contexts[sequence]) - first * block_size
     new = end - begin
-    queries = torch.arange(context - new, context).unsqueeze(1)
-    keys = torch.arange(context).unsqueeze(0)
+    queries = torch.arange(seen_tokens - new, seen_tokens).unsqueeze(1)
+    keys = torch.arange(seen_tokens).unsqueeze(0)
     mask: dict[int | None, torch.Tensor | None] = {}
     for window in windows:
-        if new == context and (window is None or context <= window):
+        if new == seen_tokens and (window is None or seen_tokens <= window):
             mask[window] = None
             continue
         seen = keys <= queries
@@ -196,9 +223,10 @@ def _prefill(
             seen &= keys > queries - window
         mask[window] = seen.to(device)
     blocks = None
-    if new < context:
-        blocks = torch.from_numpy(step.block_tables[sequence, :width].copy()).to(device)
-    return _Prefill(begin, end, context, blocks, mask)
+    if new < seen_tokens:
+        table = step.block_tables[sequence, first : first + width]
+        blocks = torch.from_numpy(table.copy()).to(device)
+    return _Prefill(begin, end, seen_tokens, blocks, mask)
 
 
 def attend(
@@ -233,10 +261,10 @@ def attend(
         if chunk.blocks is None:
             keys, values = key[here].transpose(0, 1), value[here].transpose(0, 1)
         else:
-            keys = _pick(cache.keys[layer], chunk.blocks)[:, : chunk.context]
-            values = _pick(cache.values[layer], chunk.blocks)[:, : chunk.context]
+            keys = _pick(cache.keys[layer], chunk.blocks)[:, : chunk.seen]
+            values = _pick(cache.values[layer], chunk.blocks)[:, : chunk.seen]
         mask = chunk.mask[window]
-        with threads.product(2 * chunk.context * query[here].numel()):
+        with threads.product(2 * chunk.seen * query[here].numel()):
             attended = F.scaled_dot_product_attention(
                 query[here].transpose(0, 1).unsqueeze(0),
                 keys.unsqueeze(0),

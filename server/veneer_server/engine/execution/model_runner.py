@@ -45,6 +45,7 @@ class ModelRunner:
         grammars: what constrained sequences may generate; None if the base's tokenizer does
             not support constraints, so that no plan has any.
         draws: samples tokens; torch's if None.
+        window: fewest tokens that any layer attends to; None if all attend to all.
 
     Attributes:
         backend: what computes the logits.
@@ -57,7 +58,9 @@ class ModelRunner:
         block_size: int,
         grammars: Grammars | None = None,
         draws: Draws | None = None,
+        window: int | None = None,
     ) -> None:
+        self._window = window
         self._draws = draws or TorchDraws()
         self._grammars = grammars
         self.backend = backend
@@ -66,7 +69,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[SequenceResult, ...]:
-        arrays, places = _to_arrays(plan, self._tables, self._block_size)
+        arrays, places = _to_arrays(plan, self._tables, self._block_size, self._window)
         logits = self.backend.execute(arrays)
         finite_rows = self.backend.finite(logits)
         results = tuple(
@@ -184,8 +187,8 @@ def _score(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A sequence's rows among the logits: scored ones from ``begin``, then the
-    sampled one at ``sample`` if there is one; ``end`` is past both."""
+    """A sequence's rows among the logits: scored or only checked ones from ``begin``, then
+    the sampled one at ``sample`` if there is one; ``end`` is past both."""
 
     begin: int
     end: int
@@ -197,7 +200,10 @@ def _index(values: list[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def _to_arrays(
-    plan: StepPlan, tables: Mapping[str, AdapterTable], block_size: int
+    plan: StepPlan,
+    tables: Mapping[str, AdapterTable],
+    block_size: int,
+    window: int | None = None,
 ) -> tuple[StepArrays, list[_Place]]:
     # Lists, since most steps have few rows, and each numpy call costs as much as a few rows.
     tokens: list[int] = []
@@ -219,6 +225,10 @@ def _to_arrays(
         row_starts.append(len(tokens))
         begin = len(logit_rows)
         logit_rows += range(first, first + len(sequence.score))
+        if window is not None and not sequence.score:
+            # In every layer each row must be seen by one whose logits are checked, and the last
+            # one sees no further than its window: a NaN before it would stay in the cache.
+            logit_rows += range(first + window - 1, len(tokens) - 1, window)
         sampled = None
         if sequence.samples:
             sampled = len(logit_rows)

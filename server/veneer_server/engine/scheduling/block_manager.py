@@ -5,11 +5,18 @@ because it holds a prefix that another sequence may need. Idle blocks count as
 free, and are evicted when the free list is empty. A sequence writes only to
 blocks that it allocated itself and that are not full; only full blocks are shared.
 
-Block 0 is never allocated: the padding of block tables points to it.
+Where every layer has a window, a running sequence gives back the blocks that no layer reaches
+any more, full ones into the prefix cache. A prefix can then be used if the blocks of the window
+before its end are cached, whatever became of earlier ones. The idea is vLLM's.
+
+Block 0 is never allocated: block tables point to it where they are padded, and where a block
+was given back.
 """
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +24,7 @@ from itertools import chain
 from veneer_server.engine.integrity import in_slices
 from veneer_server.engine.scheduling.prefix_cache import PrefixCache, extend_chain
 from veneer_server.engine.scheduling.sequence import Sequence
+from veneer_server.step.reach import first_reached, most_blocks
 
 __all__ = ["BlockManager"]
 
@@ -26,15 +34,27 @@ class BlockManager:
 
     Args:
         prefix_cache: whether sequences may share blocks at all.
+        window: most tokens that any layer attends to; None if a layer attends to all.
+        chunk: most tokens of a sequence that a step computes; needed with a window.
 
     Attributes:
         cache: which blocks hold which prefixes; only changed here.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool = True,
+        window: int | None = None,
+        chunk: int = 1,
+    ) -> None:
         if num_blocks < 2:
             raise ValueError("the KV cache needs at least 2 blocks")
         self.block_size = block_size
+        self._window = window
+        self._chunk = chunk
         self.total = num_blocks - 1
         self._enabled = prefix_cache
         self.cache = PrefixCache()
@@ -60,8 +80,22 @@ class BlockManager:
         """Blocks needed for this many tokens."""
         return -(-tokens // self.block_size)
 
+    def most_blocks(self, tokens: int) -> int:
+        """Most blocks that a sequence of so many tokens holds at a time."""
+        return most_blocks(tokens, self._window, self._chunk, self.block_size)
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Most blocks that any sequence holds at a time; None if a layer attends to all."""
+        return None if self._window is None else self.most_blocks(sys.maxsize)
+
+    def longest(self, context: int) -> int:
+        """Most tokens of a sequence: ``context``, or fewer if more can never be held."""
+        fits = self.can_ever_hold(context)
+        return context if fits else min(context, self.total * self.block_size)
+
     def can_ever_hold(self, tokens: int) -> bool:
-        return self.blocks_for(tokens) <= self.total
+        return self.most_blocks(tokens) <= self.total
 
     def adopt(self, sequence: Sequence) -> int:
         """Give a sequence that has no blocks yet the cached blocks of its prefix.
@@ -71,28 +105,47 @@ class BlockManager:
             sequence has, since the logits of its last token are still needed.
         """
         assert not sequence.blocks, "the sequence already has blocks"
-        if self.shares(sequence):
-            for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
-                block = self.cache.find(key)
-                if block is None:
-                    break
-                if not self._references[block]:
-                    self.cache.wake(block)
-                self._references[block] += 1
-                sequence.blocks.append(block)
+        sequence.blocks = self._cached(sequence)
         sequence.published = len(sequence.blocks)
-        return sequence.published * self.block_size
+        computed = sequence.published * self.block_size
+        sequence.given_back = self._first_reached(computed)
+        for block in sequence.blocks[sequence.given_back :]:
+            if not self._references[block]:
+                self.cache.wake(block)
+            self._references[block] += 1
+        return computed
 
     def cached_prefix(self, sequence: Sequence) -> int:
         """Tokens that `adopt` would find now."""
+        return len(self._cached(sequence)) * self.block_size
+
+    def _cached(self, sequence: Sequence) -> array[int]:
+        """The cached blocks of its longest prefix that can be used; 0 for those that no layer
+        reaches from its end."""
+        found = array("q")
         if not self.shares(sequence):
-            return 0
-        found = 0
-        for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
-            if self.cache.find(key) is None:
-                break
-            found += self.block_size
-        return found
+            return found
+        keys = self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size)
+        if self._window is None:
+            for key in keys:
+                block = self.cache.find(key)
+                if block is None:
+                    break
+                found.append(block)
+            return found
+        found.extend([0] * len(keys))
+        end = at = len(keys)
+        while at > self._first_reached(end * self.block_size):
+            at -= 1
+            block = self.cache.find(keys[at])
+            if block is None:
+                end = at  # the prefix must end before it
+            else:
+                found[at] = block
+        return found[:end]
+
+    def _first_reached(self, computed: int) -> int:
+        return first_reached(computed, self._window, self.block_size)
 
     def common_prefix(self, sequence: Sequence, other: Sequence) -> int:
         """Leading tokens that ``sequence`` has in common with the running sequence ``other``
@@ -136,21 +189,34 @@ class BlockManager:
             self.cache.insert(keys[index], sequence.blocks[index])
         sequence.published = full
 
+    def give_back(self, sequence: Sequence) -> None:
+        """Release the blocks that no layer will reach again. Call this after `publish`."""
+        if self._window is None:
+            return
+        end = self._first_reached(sequence.computed)
+        for index in range(sequence.given_back, end):
+            self._drop(sequence.blocks[index])
+            sequence.blocks[index] = 0
+        sequence.given_back = end
+
     def forget(self, sequence: Sequence) -> None:
         """Drop this sequence's blocks from the prefix cache: their content is not valid."""
-        for block in sequence.blocks:
+        for block in sequence.blocks[sequence.given_back :]:
             self.cache.forget(block)
 
     def release(self, sequence: Sequence) -> None:
         """Release all blocks of ``sequence``; idempotent."""
         # In reverse: the tail of a prefix must be evicted before its head, without which
         # the tail could not be found.
-        for block in reversed(sequence.blocks):
-            self._references[block] -= 1
-            if not self._references[block] and not self.cache.keep(block):
-                self._free.append(block)
+        for block in reversed(sequence.blocks[sequence.given_back :]):
+            self._drop(block)
         del sequence.blocks[:]
-        sequence.published = 0
+        sequence.published = sequence.given_back = 0
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        if not self._references[block] and not self.cache.keep(block):
+            self._free.append(block)
 
     def shares(self, sequence: Sequence) -> bool:
         """Whether the sequence may use cached blocks of others, and publishes its own."""
@@ -179,7 +245,9 @@ class BlockManager:
     def integrity(self, owners: list[Sequence]) -> Iterator[None]:
         """Check that every block is free, idle or in use, and its references are counted
         right. In slices, see `integrity`."""
-        counted = Counter(block for sequence in owners for block in sequence.blocks)
+        counted = Counter(
+            block for sequence in owners for block in sequence.blocks[sequence.given_back :]
+        )
         yield from self.cache.integrity(counted)
         seen = bytearray(self.total + 1)
         seen[0] = 1
@@ -194,6 +262,12 @@ class BlockManager:
                 assert references == counted[block], f"references to KV block {block} differ"
             yield
         for sequence in owners:
+            assert sequence.given_back <= self._first_reached(sequence.computed), (
+                f"sequence {sequence.id} gave back a block that a layer reaches"
+            )
+            assert not any(sequence.blocks[: sequence.given_back]), (
+                f"sequence {sequence.id} refers to a block that it gave back"
+            )
             writable = sequence.blocks[sequence.computed // self.block_size :]
             assert all(counted[block] == 1 for block in writable), (
                 f"sequence {sequence.id} would write to a shared block"

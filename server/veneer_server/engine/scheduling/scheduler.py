@@ -117,7 +117,7 @@ class Scheduler:
         for other in self._running.values():
             # A sequence is preempted if it does not fit beside those that started before it.
             request = other.request
-            longest += self.blocks.blocks_for(len(request.prompt) + request.max_tokens)
+            longest += self.blocks.most_blocks(len(request.prompt) + request.max_tokens)
             if longest <= self.blocks.total:
                 # It gets this many tokens before a new sequence may start.
                 ahead += PrefillRoom(other.remaining, self.limits.exact).chunk(other)
@@ -321,6 +321,7 @@ class Scheduler:
                 )
                 continue
             self.blocks.publish(sequence)
+            self.blocks.give_back(sequence)
             if (token := result.token) is None and result.following is Following.COMPLETE:
                 actions += self._end(sequence)
                 updates.append(Update(sequence, None, None, False, Finish.STOP))

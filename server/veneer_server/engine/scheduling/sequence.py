@@ -53,6 +53,7 @@ class Sequence:
         tokens: prompt, then generated tokens.
         computed: leading tokens whose K and V are in the cache.
         blocks: its KV blocks, in order; full ones may be shared.
+        given_back: leading blocks that no layer reaches any more; in `blocks` these are 0.
         block_keys: prefix cache keys of its leading blocks, computed as needed.
         published: leading blocks that other sequences may find.
         cached_tokens: prompt tokens that it found in the prefix cache when it first started.
@@ -71,6 +72,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("q"))
+    given_back: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     published: int = 0
     cached_tokens: int = 0

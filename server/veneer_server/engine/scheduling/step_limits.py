@@ -80,6 +80,11 @@ class SchedulerLimits:
     cost: StepCost | None = None
 
     @property
+    def chunk(self) -> int:
+        """Most tokens of one sequence in a step."""
+        return FIXED_CHUNK if self.exact else self.max_batch_tokens
+
+    @property
     def prompt_tokens(self) -> int:
         """Most prompt tokens of a step without decode, at the start of a prompt."""
         return self._affordable(self.max_batch_tokens, 0)

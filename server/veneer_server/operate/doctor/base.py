@@ -39,8 +39,21 @@ def base_checks(config: ServerConfig) -> Iterator[Check]:
     except (VeneerError, KeyError, ValueError) as error:
         yield Check("base", "problem", str(error), "choose another --base")
         return
-    yield Check("base", "ok", f"{config.base}: {decoder.architecture}")
+    yield _shape(config.base, decoder)
     yield _tokenizer(folder, decoder)
+
+
+def _shape(name: str, decoder: DecoderConfig) -> Check:
+    scaled = "" if decoder.rope == "default" else f" ({decoder.rope} rotary scaling)"
+    found = f"{name}: {decoder.architecture}, {decoder.context_length:,} tokens{scaled}"
+    if decoder.rope == "dynamic":
+        return Check(
+            "base",
+            "warning",
+            f"{found}: beyond, its frequencies would depend on the length of each sequence",
+            "for longer contexts set rope_scaling in its config.json to yarn",
+        )
+    return Check("base", "ok", found)
 
 
 def _tokenizer(folder: Path, decoder: DecoderConfig) -> Check:
@@ -99,4 +112,7 @@ def memory_check(config: ServerConfig) -> Check:
         return Check(
             "memory", "warning", f"{plan}; {free}", "stop other programs, or lower the budgets"
         )
+    if plan.kv_cache.short:
+        fix = "for a larger KV cache lower the adapter budgets, or give --kv-cache-bytes"
+        return Check("memory", "warning", f"{plan}; {free}", fix)
     return Check("memory", "ok", f"{plan}; {free}")

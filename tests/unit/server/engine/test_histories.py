@@ -31,7 +31,13 @@ from veneer_server.engine.residency import load_planner, residency
 from veneer_server.engine.residency.ledger import Ledger
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.residency.tiers import Action, Drop, LedgerEntry, Plan
-from veneer_server.engine.scheduling import admission, prefill_room, prefix_cache, scheduler
+from veneer_server.engine.scheduling import (
+    admission,
+    block_manager,
+    prefill_room,
+    prefix_cache,
+    scheduler,
+)
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.prefix_cache import PrefixCache
@@ -117,14 +123,25 @@ class Histories(RuleBasedStateMachine):
         planned=st.sampled_from([1, 3, 256]),
         shared=st.booleans(),
         exact=SOMETIMES,
+        window=st.sampled_from([None, None, None, 1, 6, 21]),
+        tight=st.booleans(),
         no_prefix_cache=SOMETIMES,
         calm=st.booleans(),
         texts=st.lists(TEXTS, min_size=3, max_size=3),
     )
     def begin(
-        self, texts: list[list[int]], no_prefix_cache: bool, calm: bool, **sizes: Any
+        self,
+        texts: list[list[int]],
+        no_prefix_cache: bool,
+        calm: bool,
+        tight: bool,
+        **sizes: Any,
     ) -> None:
         self.world = World(prefix_cache=not no_prefix_cache, **sizes)
+        if tight and sizes["window"] is not None:
+            # As few blocks as the longest sequence can do with, and the padding.
+            sizes["blocks"] = self.world.scheduler.blocks.most_blocks(CONTEXT) + 1
+            self.world = World(prefix_cache=not no_prefix_cache, **sizes)
         self.texts = texts
         self.calm = calm
 
@@ -254,6 +271,7 @@ class Histories(RuleBasedStateMachine):
             penalties=world.histories,
             shrinks=world.shrinks,
             drains=world.drains,
+            given_back=world.given_back,
         )
 
 
@@ -285,6 +303,7 @@ def test_random_histories() -> None:
     assert seen["penalties"] > 5_000
     assert seen["shrinks"] > 200
     assert seen["drains"] > 200
+    assert seen["given_back"] > 5_000
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -375,12 +394,12 @@ def _the_first_is_preempted_too(patch: pytest.MonkeyPatch) -> None:
 
 def _shared_blocks_are_freed(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: BlockManager, sequence: Sequence) -> None:
-        for block in reversed(sequence.blocks):
+        for block in reversed(sequence.blocks[sequence.given_back :]):
             self._references[block] = 0
             if not self.cache.keep(block):
                 self._free.append(block)
         del sequence.blocks[:]
-        sequence.published = 0
+        sequence.published = sequence.given_back = 0
 
     patch.setattr(BlockManager, "release", wrong)
 
@@ -554,6 +573,51 @@ def _penalties_count_again_after_a_preemption(patch: pytest.MonkeyPatch) -> None
     )
 
 
+def _blocks_are_given_back_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A block too early, and the check that would notice it sees no difference."""
+    right = block_manager.first_reached
+    patch.setattr(
+        block_manager,
+        "first_reached",
+        lambda computed, window, size: right(computed + size, window, size),
+    )
+
+
+def _a_prefix_is_used_though_its_window_is_gone(patch: pytest.MonkeyPatch) -> None:
+    right = BlockManager.adopt
+
+    def wrong(self: BlockManager, sequence: Sequence) -> int:
+        if self._window is None or not self.shares(sequence):
+            return right(self, sequence)
+        keys = self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size)
+        cached = [self.cache.find(key) is not None for key in keys]
+        end = max((i + 1 for i, there in enumerate(cached) if there), default=0)
+        for i in range(end):
+            if not cached[i]:
+                self.cache.insert(keys[i], self._free[-1] if self._free else 1)
+        return right(self, sequence)
+
+    patch.setattr(BlockManager, "adopt", wrong)
+
+
+def _given_back_blocks_stay_taken(patch: pytest.MonkeyPatch) -> None:
+    _edit(patch, block_manager, "self._drop(sequence.blocks[index])", "pass")
+
+
+def _nothing_is_given_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "give_back", lambda self, sequence: None)
+
+
+def _a_window_is_counted_without_its_chunk(patch: pytest.MonkeyPatch) -> None:
+    """So that a sequence is let in that can never run."""
+    right = block_manager.most_blocks
+    patch.setattr(
+        block_manager,
+        "most_blocks",
+        lambda tokens, window, chunk, size: right(tokens, window, 1, size),
+    )
+
+
 BUGS = [
     _sampled_tokens_count_as_computed,
     _chunks_ignore_the_budget,
@@ -583,6 +647,11 @@ BUGS = [
     _a_drain_waits_for_what_waits,
     _all_that_wait_is_ahead,
     _penalties_count_again_after_a_preemption,
+    _blocks_are_given_back_too_early,
+    _a_prefix_is_used_though_its_window_is_gone,
+    _given_back_blocks_stay_taken,
+    _nothing_is_given_back,
+    _a_window_is_counted_without_its_chunk,
 ]
 
 

@@ -27,7 +27,7 @@ from veneer_server.wire.messages import (
 from tests.refused import refused
 
 T = TypeVar("T")
-INFO = EngineInfo("cpu", "fake", "Fake", 1, 1, 64, 10, 100, 4, 0.0)
+INFO = EngineInfo("cpu", "fake", "Fake", 1, 1, 64, 10, 100, 4, 0.0, 64)
 
 
 class FakeConnection:

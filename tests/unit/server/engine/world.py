@@ -87,6 +87,7 @@ class World:
     shared: bool = False
     exact: bool = False
     prefix_cache: bool = True
+    window: int | None = None
     now: float = 0.0
     pending: list[tuple[str, str]] = field(default_factory=list)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -116,6 +117,8 @@ class World:
     bounds_met: int = 0
     histories: int = 0
     """Number of plans of sequences with penalties."""
+    given_back: int = 0
+    """Number of plans of sequences that no longer have all their blocks."""
 
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
@@ -131,7 +134,13 @@ class World:
         )
         self.scheduler = Scheduler(
             self.limits,
-            BlockManager(self.blocks, BLOCK, prefix_cache=self.prefix_cache and not self.exact),
+            BlockManager(
+                self.blocks,
+                BLOCK,
+                prefix_cache=self.prefix_cache and not self.exact,
+                window=self.window,
+                chunk=self.limits.chunk,
+            ),
             self.residency,
             frozenset({0}),
         )
@@ -360,8 +369,19 @@ class World:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
-        used = {block for s in self.live.values() for block in s.blocks}
+        used = {block for s in self.live.values() for block in s.blocks} - {0}
         assert self.scheduler.blocks.used == len(used)
+        for sequence in self.live.values():
+            self._check_held(sequence)
+
+    def _check_held(self, sequence: Sequence) -> None:
+        """Check that a sequence has the blocks that a layer still reaches, and no others."""
+        reached = 0 if self.window is None else sequence.computed + 1 - self.window
+        for index, block in enumerate(sequence.blocks):
+            assert (block != 0) == ((index + 1) * BLOCK > reached), (
+                f"{sequence.id} has {'' if block else 'no '}block {index}, with "
+                f"{sequence.computed} tokens computed"
+            )
 
     def _schedule(self) -> StepPlan | None:
         queue = list(self.scheduler.queue)
@@ -528,9 +548,11 @@ class World:
         assert p.tokens == tuple(sequence.tokens[p.start : end])
         assert p.samples == (end == len(sequence.tokens))
         assert p.position == len(sequence.tokens)
-        assert 0 not in p.blocks, "the padding block was handed out"
         self._check_history(p, sequence)
-        for position in range(p.start):
+        first = 0 if self.window is None else max(0, p.start + 1 - self.window)
+        self.given_back += 0 in p.blocks
+        for position in range(first, p.start):
+            assert p.blocks[position // BLOCK], f"{p.sequence} lacks position {position}"
             cell = self.pool[self._slot(p, position)]
             assert cell.content == self._content(sequence, position), (
                 f"sequence {p.sequence} reads another's K and V at position {position}"
@@ -558,6 +580,7 @@ class World:
         taken = {b for s in self.live.values() if s is not sequence for b in s.blocks}
         for position in range(p.start, p.start + len(p.tokens)):
             slot = self._slot(p, position)
+            assert slot // BLOCK, f"{p.sequence} writes to the padding block"
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
             content = None if bad else self._content(sequence, position)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)

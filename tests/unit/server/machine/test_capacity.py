@@ -12,7 +12,12 @@ from veneer_server.sizing.capacity import Budgets, Capacity, Limit, plan_capacit
 
 
 def budgets(
-    *, host: int = 1000, device: int = 500, kv: int = 3360, running: int = 8
+    *,
+    host: int = 1000,
+    device: int = 500,
+    kv: int = 3360,
+    running: int = 8,
+    window_blocks: int | None = None,
 ) -> Budgets:
     """Of a server with these values of the flags; a KV block takes 160 bytes."""
     return Budgets(
@@ -25,6 +30,7 @@ def budgets(
         kv_token_bytes=10,
         block_tokens=16,
         max_running=running,
+        window_blocks=window_blocks,
     )
 
 
@@ -106,3 +112,11 @@ def test_a_server_started_with_what_is_advised_has_no_shortfall_and_no_byte_too_
 @pytest.mark.parametrize("tokens", [15, 16, 17])
 def test_a_sequence_takes_whole_blocks(tokens: int) -> None:
     assert capacity(context_length=tokens).sequence_bytes == (160 if tokens <= 16 else 320)
+
+
+def test_with_windows_a_sequence_takes_no_more_than_they_reach() -> None:
+    asked = {"adapter_parameters": 25, "adapters": 0, "context_length": 1000}
+    found = plan_capacity(budgets(window_blocks=4), **asked, concurrency=5)
+    assert (found.sequence_bytes, found.running, found.shortfalls) == (4 * 160, 5, ())
+    (short,) = plan_capacity(budgets(window_blocks=4), **asked, concurrency=6).shortfalls
+    assert (short.limit, short.needed) == (Limit.KV_CACHE, 6 * 4 * 160 + 160)

@@ -64,7 +64,7 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     assert found["would serve"]["found"].startswith(f"the {by} backend on the CPU")
     assert "agrees" in found["4-bit product"]["found"]
     assert found["torch"]["found"]
-    assert "kv_cache 1024" in found["memory"]["found"]
+    assert "auto: " in found["memory"]["found"], "what the KV cache's size goes by"
 
 
 def test_without_a_compiler_it_says_who_would_serve_and_why(
@@ -193,7 +193,8 @@ def test_text_that_could_not_be_served(flags: dict[str, str], base: Path) -> Non
 def test_a_folder_stored_in_4_bits_is_planned_as_it_is_served(
     flags: dict[str, str], base: Path
 ) -> None:
-    flags |= {"base": str(base)}
+    # Not auto, which depends on what other programs use at the moment.
+    flags |= {"base": str(base), "kv_cache_bytes": "1GiB"}
     plain, four_bits = (checks(**flags, quantization=q)["memory"] for q in ("none", "nf4"))
     assert plain.found != four_bits.found
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}

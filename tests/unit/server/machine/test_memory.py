@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from veneer_server.config import ServerConfig, load_config
 from veneer_server.engine.execution.sampler import sample
 from veneer_server.models.config import DecoderConfig, read_decoder_config
 from veneer_server.sizing.memory_plan import (
-    LARGEST_AUTO_KV_BYTES,
+    AUTO_KV_SHARE,
+    BLOCK_TOKENS,
+    USUAL_KV_BYTES,
     MemoryPlan,
     MemoryTooSmall,
     base_bytes,
@@ -51,10 +57,10 @@ def config(**flags: str) -> ServerConfig:
 def test_on_a_cpu_adapters_count_once_and_the_line_adds_up(model: DecoderConfig) -> None:
     planned = plan(model, 24)
     assert uses(planned)["adapters"] == 2 * GIB, "DEVICE shares the memory of HOST"
-    assert uses(planned)["kv_cache"] == planned.kv_cache_bytes == LARGEST_AUTO_KV_BYTES
+    assert uses(planned)["kv_cache"] == planned.kv_cache_bytes
     (pool,) = planned.pools
     assert pool.total == sum(uses(planned).values())
-    assert not planned.shrunk
+    assert not planned.kv_cache.short
     numbers = [int(word) for word in str(pool).split() if word.isdigit()]
     *parts, total, limit = numbers
     assert abs(sum(parts) - total) <= len(parts), "rounded up to MiB each"
@@ -114,17 +120,201 @@ def test_kv_bytes_of_a_token(model: DecoderConfig) -> None:
     assert token_bytes(model, "float32") == 2 * token_bytes(model, "bfloat16")
 
 
+def left_for_kv(plan: MemoryPlan) -> int:
+    (pool,) = plan.pools
+    return pool.limit - pool.total + plan.kv_cache_bytes
+
+
+def contexts(model: DecoderConfig, count: int) -> int:
+    """Bytes of so many sequences of the whole context, and of the padding block."""
+    block = token_bytes(model, "bfloat16") * BLOCK_TOKENS
+    return (count * -(-model.context_length // BLOCK_TOKENS) + 1) * block
+
+
 def test_an_auto_cache_shrinks_to_what_is_left(model: DecoderConfig) -> None:
     roomy = plan(model, 24)
-    short = roomy.pools[0].total - GIB // 2
+    short = roomy.pools[0].limit - left_for_kv(roomy) + GIB // 2
     planned = plan(model, short / GIB)
-    assert planned.shrunk
+    assert planned.kv_cache.short
     assert planned.kv_cache_bytes == pytest.approx(GIB // 2, abs=1 << 20)
     assert planned.pools[0].fits
 
 
+SHAPES = {
+    # Llama 3.1 8B: the context is 128k, and K and V of a token take 128 KiB.
+    "8B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    # Qwen2.5 7B: 32k, 56 KiB.
+    "7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+    },
+}
+
+
+SHAPES["window"] = {
+    # Mistral 7B, the first: the context is 32k, of which each layer attends to 4k.
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
+
+
+def shape(name: str, base_folder: Path, tmp_path: Path) -> DecoderConfig:
+    if name == "135M":
+        return read_decoder_config(base_folder)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[name]))
+    return read_decoder_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "gib", "adapters", "rule"),
+    [
+        # A container of 2 GB has no room for the usual budgets of adapters.
+        ("135M", 2, 2.0, "refused"),
+        ("135M", 2, 0.25, "left"),
+        ("135M", 4, 2.0, "left"),
+        ("135M", 6, 2.0, "usual"),
+        ("135M", 8, 2.0, "share"),
+        ("135M", 23, 2.0, "share"),
+        ("135M", 256, 2.0, "contexts of all"),
+        ("7B", 8, 0.25, "refused"),
+        ("7B", 8, 2.0, "refused"),
+        ("7B", 23, 2.0, "share"),
+        ("7B", 12, 2.0, "one context"),
+        ("7B", 256, 2.0, "share"),
+        ("8B", 8, 2.0, "refused"),
+        ("8B", 23, 2.0, "share"),
+        ("8B", 36, 2.0, "one context"),
+        ("8B", 256, 2.0, "share"),
+    ],
+)
+def test_what_auto_takes_of_machines_and_containers(
+    base: str, gib: int, adapters: float, rule: str, base_folder: Path, tmp_path: Path
+) -> None:
+    """Never more than is left beside all else that is counted, whose budgets stay whole."""
+    model = shape(base, base_folder, tmp_path)
+    flags = {
+        "host_cache_bytes": str(int(adapters * GIB)),
+        "device_adapter_bytes": str(int(min(adapters, 1) * GIB)),
+    }
+    if rule == "refused":
+        with refused(MemoryTooSmall, pool="host"):
+            plan(model, gib, **flags)
+        return
+    planned = plan(model, gib, **flags)
+    assert planned.pools[0].fits
+    assert uses(planned)["adapters"] == adapters * GIB, "the adapters' budget is not starved"
+    left, kv = left_for_kv(planned), planned.kv_cache_bytes
+    expected = {
+        "left": left,
+        "usual": USUAL_KV_BYTES,
+        "share": left // AUTO_KV_SHARE,
+        "one context": contexts(model, 1),
+        "contexts of all": contexts(model, 64),
+    }
+    assert kv == expected[rule]
+    assert contexts(model, 1) <= kv or contexts(model, 1) > left, "one sequence fits"
+    assert kv <= contexts(model, 64)
+    whole = contexts(model, 1) <= left and left >= USUAL_KV_BYTES
+    assert planned.kv_cache.short == (not whole)
+    assert planned.kv_cache.tokens == (kv // 16 // planned.kv_token_bytes - 1) * 16
+
+
+def test_other_programs_leave_auto_less_but_not_less_than_usual(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    model = shape("7B", base_folder, tmp_path)
+
+    def with_free(gib: float) -> MemoryPlan:
+        here = HostMemory(64 * GIB, int(gib * GIB), contained=False)
+        return plan_memory(model, load_config({}, {}), here, None)
+
+    roomy, busy, full = with_free(64), with_free(20), with_free(1)
+    free = left_for_kv(busy) - 44 * GIB
+    assert busy.kv_cache_bytes == free // AUTO_KV_SHARE < roomy.kv_cache_bytes
+    assert full.kv_cache_bytes == USUAL_KV_BYTES
+    assert full.kv_cache.short, "a whole context does not fit into what is free"
+    # What a container is allowed counts, not what its machine has.
+    here = HostMemory(16 * GIB, 16 * GIB, contained=True)
+    inside = plan_memory(model, load_config({}, {}), here, None)
+    assert inside.pools[0].total <= 16 * GIB
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    limit=st.integers(1, 512 * GIB),
+    available=st.floats(0, 1),
+    name=st.sampled_from(["135M", "7B", "8B"]),
+    running=st.integers(1, 4096),
+    adapters=st.integers(1, 8 * GIB),
+)
+def test_any_machine_is_planned_for_or_refused(
+    limit: int, available: float, name: str, running: int, adapters: int, base_folder: Path
+) -> None:
+    with TemporaryDirectory() as folder:
+        model = shape(name, base_folder, Path(folder))
+    flags = {"max_running": str(running), "host_cache_bytes": str(adapters)}
+    here = HostMemory(limit, int(available * limit), contained=False)
+    try:
+        planned = plan_memory(model, load_config(flags, {}), here, None)
+    except MemoryTooSmall:
+        return
+    kv = planned.kv_cache_bytes
+    assert planned.pools[0].total <= limit
+    assert kv <= contexts(model, running)
+    free = int(available * limit) - (planned.pools[0].total - kv)
+    usual, one = min(USUAL_KV_BYTES, left_for_kv(planned)), contexts(model, 1)
+    bounds = [usual, free // AUTO_KV_SHARE, one if one <= free else 0]
+    smallest = (2048 + BLOCK_TOKENS) * token_bytes(model, "bfloat16")
+    assert kv == max(smallest, min(max(bounds), contexts(model, running)))
+    assert planned.kv_cache.tokens >= min(model.context_length, 2048)
+
+
+def test_with_windows_a_whole_context_takes_the_window_and_a_steps_tokens(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    model = shape("window", base_folder, tmp_path)
+    each = token_bytes(model, "bfloat16")
+    planned = plan(model, 256, max_running="2")
+    assert planned.kv_cache_bytes == contexts(model, 2), "what is given back is cached"
+    # The window, a step's tokens, and what is left of the blocks at both ends.
+    assert planned.kv_cache.held <= 4096 + 512 + 16
+    # In full it would not fit.
+    small = plan(model, 9, host_cache_bytes="1GiB")
+    assert 32768 * each > small.pools[0].limit - small.pools[0].total + small.kv_cache_bytes
+    assert not small.kv_cache.short
+
+
+def test_the_plan_says_what_auto_went_by(model: DecoderConfig) -> None:
+    assert "auto: 1/4 of" in str(plan(model, 23))
+    assert "auto: 64 sequences of the whole context" in str(plan(model, 256))
+    assert "auto" not in str(plan(model, 23, kv_cache_bytes="1GiB"))
+
+
 def test_a_chosen_cache_does_not_shrink(model: DecoderConfig) -> None:
-    short = plan(model, 24).pools[0].total - GIB // 2
+    roomy = plan(model, 24)
+    short = roomy.pools[0].limit - left_for_kv(roomy) + GIB // 2
     with refused(MemoryTooSmall, pool="host") as caught:
         plan(model, short / GIB, kv_cache_bytes="1GiB")
     assert int(caught.value.metadata["missing_bytes"]) == pytest.approx(GIB // 2, abs=1 << 20)
@@ -137,7 +327,8 @@ def test_what_cannot_fit_names_the_largest_part_first(model: DecoderConfig) -> N
     lower = caught.value.metadata["lower"]
     assert lower.index("--host-cache-bytes") < lower.index("--kv-cache-bytes")
     assert "1536" in caught.value.message, "what there is"
-    assert plan(model, 1.5, host_cache_bytes="64MiB", device_adapter_bytes="64MiB").shrunk
+    planned = plan(model, 1.5, host_cache_bytes="64MiB", device_adapter_bytes="64MiB")
+    assert planned.kv_cache.short
 
 
 def test_a_gpu_is_a_pool_of_its_own(model: DecoderConfig) -> None:

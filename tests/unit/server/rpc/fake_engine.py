@@ -72,6 +72,7 @@ class FakeEngine:
             context_length=CONTEXT,
             vocab_size=VOCABULARY,
             kv_cache_tokens=1000,
+            longest_sequence=min(CONTEXT, 1000),
             adapter_itemsize=2,
             load_seconds=0.0,
             max_batch_tokens=32,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from veneer_registry.errors import AdapterBudgetExceeded
 from veneer_server.serving.adapters.budgets import AdapterBudgets
-from veneer_server.sizing.memory_plan import MemoryPlan, MemoryTooSmall
+from veneer_server.sizing.memory_plan import KvCachePlan, MemoryPlan, MemoryTooSmall
 
 from tests.unit.server.rpc.cancelling import BUDGET, server
 
@@ -22,7 +22,7 @@ async def test_changes_that_do_not_fit_together_are_not_both_made(
     def plan(host: int, device: int) -> MemoryPlan:
         if host + device > MACHINE:
             raise MemoryTooSmall(f"{host + device} bytes do not fit")
-        return MemoryPlan((), kv_cache_bytes=0, kv_token_bytes=0, shrunk=False)
+        return MemoryPlan((), KvCachePlan(0, 0, 1, 1), kv_token_bytes=0)
 
     async with server(tmp_path, monkeypatch) as made:
         budgets = AdapterBudgets(
