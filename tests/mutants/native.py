@@ -82,20 +82,20 @@ MUTANTS: Final = (
     Mutant(
         "4-bit codes of two neighbours exchanged",
         _PACK,
-        "k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4",
-        "k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15u",
+        "halves(four, 4) | halves(four, 0) << 16;",
+        "halves(four, 0) | halves(four, 4) << 16;",
     ),
     Mutant(
         "4-bit scale of the next block",
         _PACK,
-        "scales[size_t(output) * blocks + b];",
-        "scales[size_t(output) * blocks + (b + 1) % blocks];",
+        "scales[output * size_t(blocks) + size_t(b)];",
+        "scales[output * size_t(blocks) + size_t((b + 1) % blocks)];",
     ),
     Mutant(
         "4-bit scale of the neighbouring output",
         _PACK,
-        "scales[size_t(output) * blocks + b];",
-        "scales[size_t(output > 0 ? output - 1 : 1) * blocks + b];",
+        "scales[output * size_t(blocks) + size_t(b)];",
+        "scales[(output > 0 ? output - 1 : 1) * size_t(blocks) + size_t(b)];",
     ),
     Mutant(
         "outputs 16 to 31 of a tile scaled as 0 to 15",

@@ -63,6 +63,7 @@ class NativeDecoder:
     Args:
         head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
             with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
+        packed_head: the head, if it is packed already.
 
     Attributes:
         draws: samples tokens from logits, on the same threads.
@@ -79,6 +80,7 @@ class NativeDecoder:
         block_size: int,
         threads: int,
         head: int = EIGHT_BIT,
+        packed_head: NativeLinear | None = None,
     ) -> None:
         config = weights.config
         self._library = library
@@ -89,7 +91,7 @@ class NativeDecoder:
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
         self._keys = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
         self._values = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
-        self._head = pack_dense(library, head, weights.head)
+        self._head = packed_head or pack_dense(library, head, weights.head)
         self._layers = (Layer * len(weights.layers))()
         for index, layer in enumerate(weights.layers):
             to = self._layers[index]
@@ -128,12 +130,6 @@ class NativeDecoder:
         self.handle = library.create(self._model, threads)
         self.draws = NativeDraws(library, self.handle)
         self._finalizer = weakref.finalize(self, library.destroy, self.handle)
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of the packed head. They add to the weights it was packed from, which are
-        needed too if head and embedding are tied, and are mapped from the base's file."""
-        return self._head.nbytes
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""

@@ -273,6 +273,10 @@ class Library:
         assert to.nbytes == size
         return to
 
+    def bytes(self, size: int) -> torch.Tensor:
+        """``size`` bytes in huge pages, zeroed and aligned to a cache line."""
+        return self._memory.take(size)
+
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor in huge pages."""
         size = math.prod(shape) * dtype.itemsize

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
 from veneer_registry.errors import VeneerError
 
-from veneer_server.backends.native import linear as native_linear
 from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.decoder import NativeDecoder, check
 from veneer_server.backends.native.library import Library
+from veneer_server.backends.native.packed.base import load_packed
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.engine.execution.sampler import TorchDraws
 from veneer_server.models.config import DecoderConfig, read_decoder_config
-from veneer_server.models.linear import Linear
-from veneer_server.models.linear import fuse as fuse_for_torch
-from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
+from veneer_server.models.loader import DecoderWeights, load_weights
 from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
-from veneer_server.progress import stage
 from veneer_server.step.arrays import Backend
 from veneer_server.step.choice import Draws
 from veneer_server.system.machine import usable_cores
@@ -33,6 +30,8 @@ from veneer_server.wire.messages import EngineConfig
 __all__ = ["BackendUnavailable", "Chosen", "choose"]
 
 log = logging.getLogger(__name__)
+
+_Base = TypeVar("_Base")
 
 
 class BackendUnavailable(VeneerError):
@@ -90,20 +89,8 @@ def choose(
     return _torch(config, device, dtype, num_blocks, why)
 
 
-def _load(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, fuse: Fuse
-) -> DecoderWeights:
-    def load() -> DecoderWeights:
-        return load_weights(
-            Path(config.base_folder),
-            quantization=config.quantization,
-            dtype=dtype,
-            device=device,
-            cache_dir=Path(config.cache_folder),
-            fingerprint=config.weights_fingerprint,
-            fuse=fuse,
-        )
-
+def _repaired(config: EngineConfig, load: Callable[[], _Base]) -> _Base:
+    """What ``load`` loads; a bundled base that turns out damaged is imported again first."""
     try:
         return load()
     except BaseDamaged as damage:
@@ -127,24 +114,33 @@ def _native(
     check(read_decoder_config(Path(config.base_folder)), config.block_size)
     library, made = _library(config)
 
-    def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
-        return native_linear.fuse(library, modules, dtype)
-
-    weights = _load(config, device, dtype, fuse)
-    with stage("packing the head"):
-        decoder = NativeDecoder(
+    threads = config.threads or usable_cores()
+    base = _repaired(
+        config,
+        lambda: load_packed(
             library,
-            weights,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            threads=config.threads or usable_cores(),
-        )
+            Path(config.base_folder),
+            quantization=config.quantization,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
+            threads=threads,
+        ),
+    )
+    decoder = NativeDecoder(
+        library,
+        base.weights,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        threads=threads,
+        packed_head=base.head,
+    )
     # Torch is left with little work: a second torch thread would cost more than it gains,
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     name = f"native ({library.instructions}{made})"
-    weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
-    return Chosen(decoder, weights, torch.bfloat16, name, draws=decoder.draws, invariant=True)
+    return Chosen(
+        decoder, base.weights, torch.bfloat16, name, draws=decoder.draws, invariant=True
+    )
 
 
 def _library(config: EngineConfig) -> tuple[Library, str]:
@@ -165,7 +161,17 @@ def _library(config: EngineConfig) -> tuple[Library, str]:
 def _torch(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int, why: str
 ) -> Chosen:
-    weights = _load(config, device, dtype, fuse_for_torch)
+    weights = _repaired(
+        config,
+        lambda: load_weights(
+            Path(config.base_folder),
+            quantization=config.quantization,
+            dtype=dtype,
+            device=device,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
+        ),
+    )
     model: DecoderConfig = weights.config
     cache = KvCache(
         num_layers=model.num_layers,

@@ -15,13 +15,19 @@ namespace veneer {
 
 constexpr int32_t kLayout = 1;
 
-// A block of a tile, which becomes what has been packed before it.
+// A block of a tile.
 template <Kind kind>
 struct PackedBlock {
-    alignas(64) uint8_t bytes[block_bytes(kind)] = {};
+    alignas(64) uint8_t codes[code_bytes(kind)] = {};
+    float scales[kTile] = {};
 
-    float* scales() { return reinterpret_cast<float*>(bytes + code_bytes(kind)); }
-    void store(uint8_t* to) const { store_words(to, bytes, sizeof bytes); }
+    void store(uint8_t* to) const {
+        store_words(to, codes, sizeof codes);
+        if (kind == Kind::bfloat16) return;
+        uint8_t bytes[sizeof scales];
+        std::memcpy(bytes, scales, sizeof bytes);
+        store_words(to + sizeof codes, bytes, sizeof bytes);
+    }
 };
 
 // Four bytes' high or low halves (shifted by 4 or 0) as 16 bits, the first byte's lowest.
@@ -40,7 +46,7 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
         PackedBlock<Kind::four_bit> block;
         for (int n = 0; n < count; ++n) {
             const size_t output = size_t(tile) * kTile + size_t(n);
-            block.scales()[n] = scales[output * size_t(blocks) + size_t(b)];
+            block.scales[n] = scales[output * size_t(blocks) + size_t(b)];
             const uint8_t* row = codes + (output * size_t(inputs) + size_t(b) * kBlock) / 2;
             for (int group = 0; group < 8; ++group) {
                 uint32_t four;
@@ -48,11 +54,11 @@ inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs
                 // Each output has 16 bits for each half of a pair: four codes of four bits, one
                 // for each pair of the group.
                 const uint32_t both = halves(four, 4) | halves(four, 0) << 16;
-                std::memcpy(block.bytes + (n / 16 * 128 + group * 16 + n % 16) * 4, &both,
+                std::memcpy(block.codes + (n / 16 * 128 + group * 16 + n % 16) * 4, &both,
                             sizeof both);
             }
         }
-        block.store(to + size_t(b) * sizeof block.bytes);
+        block.store(to + size_t(b) * block_bytes(Kind::four_bit));
     }
 }
 
@@ -67,13 +73,13 @@ inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, int til
                 weights + (size_t(tile) * kTile + size_t(n)) * size_t(inputs) + size_t(b) * kBlock;
             float most = 0;
             for (int k = 0; k < kBlock; ++k) most = std::max(most, std::abs(to_float(row[k])));
-            const float scale = block.scales()[n] = most / 127;
+            const float scale = block.scales[n] = most / 127;
             for (int k = 0; k < kBlock; ++k) {
                 const float number = most > 0 ? to_float(row[k]) / scale : 0;
-                block.bytes[(k / 2 * kTile + n) * 2 + k % 2] = uint8_t(int8_t(std::lround(number)));
+                block.codes[(k / 2 * kTile + n) * 2 + k % 2] = uint8_t(int8_t(std::lround(number)));
             }
         }
-        block.store(to + size_t(b) * sizeof block.bytes);
+        block.store(to + size_t(b) * block_bytes(Kind::eight_bit));
     }
 }
 
@@ -86,9 +92,9 @@ inline void pack_bf16(const bf16* weights, int outputs, int inputs, int tile, ui
             const bf16* row =
                 weights + (size_t(tile) * kTile + size_t(n)) * size_t(inputs) + size_t(b) * kBlock;
             for (int pair = 0; pair < kBlockPairs; ++pair)
-                std::memcpy(block.bytes + (pair * kTile + n) * 4, row + 2 * pair, 4);
+                std::memcpy(block.codes + (pair * kTile + n) * 4, row + 2 * pair, 4);
         }
-        block.store(to + size_t(b) * sizeof block.bytes);
+        block.store(to + size_t(b) * block_bytes(Kind::bfloat16));
     }
 }
 
