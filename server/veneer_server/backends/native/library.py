@@ -130,7 +130,10 @@ class _HugePages:
         if begin + size > len(self._piece):
             # Private: memory that could be shared with other processes gets no such pages.
             kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
+            try:
+                memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
+            except OSError as error:
+                raise MemoryError(f"there is no memory for {size} bytes of weights") from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -3,6 +3,7 @@ that is used only if it is what was written."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from veneer_registry.fingerprint import weights_fingerprint
+from veneer_server.backends.native import library
 from veneer_server.backends.native import linear as native_linear
 from veneer_server.backends.native.compiler import NativeUnavailable, build
 from veneer_server.backends.native.library import EIGHT_BIT, Library
@@ -341,6 +343,12 @@ def test_the_file_of_another_base_is_not_read(
     assert len(told(caplog)) == 1
 
 
+def test_a_base_without_a_fingerprint_is_not_kept(bench: Bench) -> None:
+    bench.fingerprint = ""
+    assert bench.served()
+    assert not bench.cache.exists()
+
+
 def test_a_changed_config_is_not_hidden_by_the_file(bench: Bench) -> None:
     """Weights, and so their fingerprint, stay."""
     assert bench.served()
@@ -398,6 +406,25 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
         assert bench.served()
         (line,) = told(caplog)
         assert "cannot be kept" in line
+
+
+def test_a_load_without_enough_memory_leaves_the_file(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAKE: the system refuses the mapping."""
+    assert bench.served()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library.mmap, "mmap", refuse)
+        # private: what a library has allocated already serves small bases
+        patch.setattr(bench.library, "_memory", library._HugePages())
+        with pytest.raises(MemoryError):
+            bench.load()
+    assert bench.file.is_file()
+    assert bench.served()
 
 
 # A start in a process of its own. {} is what goes wrong.
@@ -537,7 +564,7 @@ def test_progress_is_told_layer_by_layer_and_chunk_by_chunk(bench: Bench) -> Non
     finally:
         SINK.reset(token)
     layers = [part.done for part in seen if part.name == "quantizing the base"]
-    assert sorted(set(layers)) == list(range(SHAPES["llama"].num_hidden_layers + 2))
+    assert sorted(set(layers)) == list(range(SHAPES["llama"].num_hidden_layers + 1))
     chunks = [part.done for part in seen if part.name == "reading the packed weights"]
     assert len(set(chunks)) > 3
     assert chunks == sorted(chunks)

@@ -63,12 +63,34 @@ def load_packed(
 ) -> PackedBase:
     """Load a Hugging Face folder; see `models.loader.load_weights`.
 
+    Args:
+        fingerprint: `BaseFingerprint.weights`; "" if unknown, and then nothing is kept.
+
     Raises:
         NativeUnavailable: the kernels do not support its linears.
         UnsupportedModel: the decoder cannot run it.
         BaseDamaged: its weights do not match the fingerprint.
     """
     config = read_decoder_config(folder)
+
+    def read(reader: Reader) -> PackedBase:
+        contents = reader.contents
+        with stage("reading the packed weights", unit="bytes") as reading:
+            if huge_pages():
+                run = library.bytes(contents.size)
+                reader.read(run, threads, reading)
+            else:
+                run = reader.map(threads, reading)
+        return _assembled(library, config, contents, lambda at, size: run[at : at + size])
+
+    def make(put: Callable[[torch.Tensor], None]) -> tuple[Contents, PackedBase]:
+        with verified(folder, fingerprint) as verify, Checkpoint(folder) as checkpoint:
+            contents, parts = pack(library, checkpoint, quantization, threads, put)
+            verify()
+        return contents, _assembled(library, config, contents, lambda at, _: parts[at])
+
+    if not fingerprint:
+        return make(lambda _: None)[1]
     store = PackedStore(
         cache_dir,
         folder,
@@ -76,27 +98,13 @@ def load_packed(
         quantization=config.quantization or quantization,
         layout=library.layout,
     )
-
-    def read(reader: Reader) -> PackedBase:
-        with stage("reading the packed weights", unit="bytes") as reading:
-            if huge_pages():
-                run = library.bytes(reader.contents.size)
-                reader.read(run, threads, reading)
-            else:
-                run = reader.map(threads, reading)
-        return _assembled(
-            library, config, reader.contents, lambda at, size: run[at : at + size]
-        )
-
     found = store.load(read)
     if found is not None:
         return found
     with store.draft() as draft:
-        with verified(folder, fingerprint) as verify, Checkpoint(folder) as checkpoint:
-            contents, parts = pack(library, checkpoint, quantization, threads, draft.put)
-            verify()
+        contents, base = make(draft.put)
         draft.keep(contents)
-    return _assembled(library, config, contents, lambda at, _: parts[at])
+    return base
 
 
 def huge_pages() -> bool:

@@ -158,7 +158,10 @@ class Reader:
             self._read(begin, memoryview(bytearray(end - begin)))
 
         self._each(threads, part, check)
-        mapped = mmap.mmap(self._fd, self.contents.size, access=mmap.ACCESS_COPY)
+        try:
+            mapped = mmap.mmap(self._fd, self.contents.size, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise MemoryError(f"the packed weights cannot be mapped: {error}") from error
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def _each(self, threads: int, part: Stage, work: Callable[[int, int], None]) -> None:

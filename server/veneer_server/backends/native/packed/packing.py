@@ -57,7 +57,7 @@ def pack(
     packer = _Packer(library, checkpoint, quantization, threads, put)
     four_bit = config.quantization is None and quantization != "none"
     name = "quantizing the base" if four_bit else "packing the base"
-    with stage(name, total=config.num_layers + 1, unit="layers") as packing:
+    with stage(name, total=config.num_layers, unit="layers") as packing:
         layers = []
         for index in range(config.num_layers):
             packing.update(index)
@@ -77,7 +77,6 @@ def pack(
             parameters=checkpoint.parameters,
             size=packer.size,
         )
-        packing.update(len(layers) + 1)
     return contents, packer.parts
 
 

@@ -73,8 +73,8 @@ class PackedStore:
             log.warning("no packed weights are read from %s: %s", self._place, reason)
             return None
         try:
-            fd = kept.open_own(self.file)
             with contextlib.ExitStack() as failed:
+                fd = kept.open_own(self.file)
                 failed.callback(os.close, fd)
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
