@@ -58,19 +58,23 @@ def pack(
     four_bit = config.quantization is None and quantization != "none"
     name = "quantizing the base" if four_bit else "packing the base"
     with stage(name, total=config.num_layers, unit="layers") as packing:
-        layers = []
-        for index in range(config.num_layers):
-            packing.update(index)
-            layers.append(packer.layer(index))
-        packing.update(len(layers))
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding_name = f"{checkpoint.body}embed_tokens.weight"
         head_name = embedding_name if config.tied_head else "lm_head.weight"
+        # In the order of tensors' names, as their digest is computed at the same time: a disk
+        # then reads most of it once.
+        head = packer.dense(EIGHT_BIT, checkpoint.read(head_name, vocabulary))
+        embedding = packer.tensor(checkpoint.read(embedding_name, vocabulary).bfloat16())
+        layers = {}
+        for done, index in enumerate(sorted(range(config.num_layers), key=str)):
+            packing.update(done)
+            layers[index] = packer.layer(index)
+        packing.update(len(layers))
         inv_freq, rotary_scale = rotary(checkpoint.folder)
         contents = Contents(
-            layers=tuple(layers),
-            embedding=packer.tensor(checkpoint.rounded(embedding_name, vocabulary)),
-            head=packer.dense(EIGHT_BIT, checkpoint.read(head_name, vocabulary)),
+            layers=tuple(layers[index] for index in range(config.num_layers)),
+            embedding=embedding,
+            head=head,
             final_norm=packer.norm(f"{checkpoint.body}norm.weight", config.hidden_size),
             inv_freq=packer.tensor(inv_freq),
             rotary_scale=rotary_scale,
