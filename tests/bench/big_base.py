@@ -10,7 +10,8 @@ unless the folder has it. Then three starts with one cache, which is empty at fi
 start compiles the kernels, hashes the base, quantizes and packs it; the second finds all of
 that; and a restart, after the engine was killed by SIGKILL. Each is timed until health says
 SERVING, and one answer is generated after it. Prints peak and steady resident memory of the
-engine process, and how often health left SERVING by itself.
+engine process, the CPU seconds of all processes, which other work on the machine changes
+little, and how often health left SERVING by itself.
 
 The base stays in the folder, the cache does not.
 """
@@ -40,6 +41,7 @@ from transformers import LlamaConfig
 from veneer_registry.bundled_base import bundled_folder
 from veneer_server.system.machine import peak_bytes
 
+from tests.bench.start import cpu_of
 from tests.server_harness import SERVICE, Server
 
 VOCABULARY: Final = 49_152
@@ -246,7 +248,7 @@ async def started(base: Path, work: Path, name: str) -> AsyncIterator[Running]:
             await process.wait()
 
 
-def report(name: str, seconds: float, running: Running, answer: float) -> None:
+def report(name: str, seconds: float, cpu: float, running: Running, answer: float) -> None:
     """Print a line about the engine that runs now."""
     engine = running.engine()
     assert engine is not None
@@ -254,7 +256,7 @@ def report(name: str, seconds: float, running: Running, answer: float) -> None:
     peak = running.watched.peak.get(engine.pid, 0)
     gb = 1e9
     print(
-        f"{name:12} {seconds:7.1f} s  peak {peak / gb:5.2f} GB = "
+        f"{name:12} {seconds:7.1f} s (CPU {cpu:.1f} s)  peak {peak / gb:5.2f} GB = "
         f"{peak / memory.rss:.2f} x steady {memory.rss / gb:.2f} GB "
         f"(without pages of files: {running.watched.anonymous.get(engine.pid, 0) / gb:.2f} and "
         f"{(memory.rss - memory.shared) / gb:.2f})  answer {answer:.2f} s  "
@@ -277,7 +279,8 @@ async def measure(base: Path, work: Path) -> None:
         async with started(base, work, name) as running:
             async with asyncio.timeout(START_SECONDS):
                 seconds = await running.serving()
-                report(name, seconds, running, await running.answer())
+                cpu = cpu_of(running.server.process.pid)
+                report(name, seconds, cpu, running, await running.answer())
                 parts(work / f"{name}.log")
                 states = [serving for _, serving in running.watched.health]
                 flaps += sum(then and not now for then, now in itertools.pairwise(states))
@@ -287,7 +290,10 @@ async def measure(base: Path, work: Path) -> None:
                     killed = time.monotonic() - running.watched.began
                     engine.kill()
                     seconds = await running.serving(killed)
-                    report("restart", seconds, running, await running.answer())
+                    engine = running.engine()
+                    assert engine is not None
+                    cpu = cpu_of(engine.pid)
+                    report("restart", seconds, cpu, running, await running.answer())
     print(f"health left SERVING by itself {flaps} times")
 
 
