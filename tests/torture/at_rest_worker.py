@@ -26,8 +26,8 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,7 +39,6 @@ import transformers
 import veneer_server.backends.native.decoder  # noqa: F401
 from veneer_registry import opening, quarantine
 from veneer_registry.errors import VeneerError
-from veneer_server.backends.native.packed import file as packed
 from veneer_server.models import (
     loader,  # noqa: F401
     sealed,
@@ -119,26 +118,14 @@ def one(base: str, asked: dict[str, Any]) -> dict[str, Any]:
         return {"crashed": traceback.format_exc(), "log": lines.lines}
 
 
-@contextmanager
-def _trusted_caches() -> Iterator[None]:
-    """Of either backend."""
-    with (
-        planted(sealed, "if digest != sealed.sha256:", "if False:"),
-        planted(
-            packed,
-            "if digest.hexdigest() != self._record.digests[begin // CHUNK]:",
-            "if False:",
-        ),
-    ):
-        yield
-
-
 def _start_without_a_catalog() -> AbstractContextManager[Any]:
     return patch.multiple(opening, check_catalog=lambda *_: None, check_pair=lambda *_: None)
 
 
 PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "the cache of 4-bit weights is trusted": _trusted_caches,
+    "the cache of 4-bit weights is trusted": lambda: planted(
+        sealed, "if digest != sealed.sha256:", "if False:"
+    ),
     "damaged weights are deleted": lambda: planted(
         quarantine, "move_away(folder, to)", "remove(folder)"
     ),
