@@ -1,4 +1,6 @@
-"""Load a base model through transformers and bitsandbytes into decoder weights.
+"""Load a base model through transformers and bitsandbytes into decoder weights, for torch.
+
+The native backend does without both: see `backends.native.packed.base`.
 
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
@@ -131,7 +133,9 @@ def load_weights(
         with stage(name, unit="tensors") as reading:
             # Imported here because that takes seconds, which the stage should show.
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()
             with _counted(reading):
                 return AutoModelForCausalLM.from_pretrained(
                     folder, dtype=dtype, local_files_only=True, **more
