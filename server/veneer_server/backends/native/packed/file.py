@@ -182,29 +182,29 @@ class Reader:
                 raise
 
     def _read(self, begin: int, to: memoryview) -> None:
-        digest, done = hashlib.sha256(), 0
+        hashed, done = hashlib.sha256(), 0
         try:
             while done < len(to):
                 piece = to[done : done + _PIECE]
                 count = os.preadv(self._fd, [piece], begin + done)
                 if not count:
                     raise Damaged("it is cut off")
-                digest.update(piece[:count])
+                hashed.update(piece[:count])
                 done += count
         except OSError as error:
             raise Damaged(f"it cannot be read: {error.strerror or error}") from None
-        if digest.hexdigest() != self._record.digests[begin // CHUNK]:
+        if hashed.hexdigest() != self._record.digests[begin // CHUNK]:
             raise Damaged("its content is not what was written")
 
 
 def _read_record(fd: int) -> _Record:
     try:
         size = os.fstat(fd).st_size
-        magic, length, digest = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
+        magic, length, checksum = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
         if magic != _MAGIC or length > min(_LONGEST, size - _FOOTER.size):
             raise Damaged("its end is missing")
         encoded = os.pread(fd, length, size - _FOOTER.size - length)
-        if hashlib.sha256(encoded).digest() != digest:
+        if hashlib.sha256(encoded).digest() != checksum:
             raise Damaged("its description is not what was written")
         record = msgspec.json.decode(encoded, type=_Record)
     except (OSError, struct.error, msgspec.MsgspecError, OverflowError) as error:
