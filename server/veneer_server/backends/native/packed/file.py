@@ -32,7 +32,7 @@ _SYNC: Final = 256 << 20
 """Bytes after which the disk is waited for, so that little is left to do at the end."""
 _FORMAT: Final = 1
 _MAGIC: Final = b"VNRPACK1"
-_FOOTER: Final = struct.Struct("<8sQ32s")
+_FOOTER: Final = struct.Struct("<8sQ64s")
 _LONGEST: Final = 64 << 20
 
 
@@ -90,7 +90,8 @@ class Writer:
         record = msgspec.json.encode(
             _Record(_FORMAT, made_from, CHUNK, tuple(self._digests), contents)
         )
-        footer = _FOOTER.pack(_MAGIC, len(record), hashlib.sha256(record).digest())
+        checksum = hashlib.sha256(record).hexdigest()
+        footer = _FOOTER.pack(_MAGIC, len(record), checksum.encode())
         _write_all(self._fd, memoryview(record + footer))
         os.fsync(self._fd)
 
@@ -200,11 +201,12 @@ class Reader:
 def _read_record(fd: int) -> _Record:
     try:
         size = os.fstat(fd).st_size
-        magic, length, checksum = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
+        end = os.pread(fd, _FOOTER.size, size - _FOOTER.size)
+        magic, length, checksum = _FOOTER.unpack(end)
         if magic != _MAGIC or length > min(_LONGEST, size - _FOOTER.size):
             raise Damaged("its end is missing")
         encoded = os.pread(fd, length, size - _FOOTER.size - length)
-        if hashlib.sha256(encoded).digest() != checksum:
+        if hashlib.sha256(encoded).hexdigest().encode() != checksum:
             raise Damaged("its description is not what was written")
         record = msgspec.json.decode(encoded, type=_Record)
     except (OSError, struct.error, msgspec.MsgspecError, OverflowError) as error:
