@@ -20,7 +20,7 @@ namespace {
 
 struct Call {
     char name[32];
-    int64_t arguments[6];  // integers and pointers: no function takes anything else
+    int64_t arguments[8];  // integers and pointers: no function takes anything else
 };
 
 // What `veneer_fields` returns lies in the library's own memory.
@@ -77,8 +77,10 @@ int main(int count, char** words) {
         } else if (std::strcmp(call.name, "veneer_instructions") == 0) {
             std::strcpy(reinterpret_cast<char*>(a[0]), found<const char*()>(library, call.name)());
         } else {
-            using Function = int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-            result = found<Function>(library, call.name)(a[0], a[1], a[2], a[3], a[4], a[5]);
+            using Function = int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                     int64_t);
+            result = found<Function>(library, call.name)(a[0], a[1], a[2], a[3], a[4], a[5], a[6],
+                                                         a[7]);
         }
         if (write(STDOUT_FILENO, &result, sizeof result) != ssize_t(sizeof result)) return 1;
     }

@@ -15,8 +15,10 @@ from ctypes import c_int32
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from veneer_server.backends.native.library import (
     SIGNATURES,
+    STORED,
     Layer,
     Library,
     Linear,
@@ -87,10 +89,10 @@ class _Functions:
 
     def _call(self, name: str, *arguments: int) -> int:
         result, _ = SIGNATURES[name]
-        padded = (*arguments, *(6 - len(arguments)) * (0,))
+        padded = (*arguments, *(8 - len(arguments)) * (0,))
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(struct.pack("=32s6q", name.encode(), *padded))
+        self._process.stdin.write(struct.pack("=32s8q", name.encode(), *padded))
         answer = self._process.stdout.read(8)
         if len(answer) < 8:
             raise AssertionError(f"{name} ended the process: status {self._process.wait(60)}")
@@ -123,23 +125,53 @@ class _Functions:
     def veneer_packed_bytes(self, kind: int, outputs: int, inputs: int) -> int:
         return self._call("veneer_packed_bytes", kind, outputs, inputs)
 
+    def veneer_layout(self) -> int:
+        return self._call("veneer_layout")
+
+    def veneer_quantize(
+        self,
+        weights: int,
+        stored: int,
+        blocks: int,
+        bounds: int,
+        book: int,
+        codes: int,
+        scales: int,
+        threads: int,
+    ) -> int:
+        with self._memory as memory:
+            size = blocks * 64 * (4 if stored == STORED[torch.float32] else 2)
+            given = memory.put(weights, size), memory.put(bounds, 15 * 4), memory.put(book, 16)
+            to = memory.reserve(blocks * 32), memory.reserve(blocks * 4)
+            status = self._call(
+                "veneer_quantize", given[0], stored, blocks, given[1], given[2], *to, threads
+            )
+            ctypes.memmove(codes, to[0], blocks * 32)
+            ctypes.memmove(scales, to[1], blocks * 4)
+            return status
+
     def veneer_pack_four_bit(
-        self, codes: int, scales: int, outputs: int, inputs: int, to: int
-    ) -> None:
+        self, codes: int, scales: int, outputs: int, inputs: int, to: int, threads: int
+    ) -> int:
         with self._memory as memory:
             codes = memory.put(codes, outputs * inputs // 2)
             scales = memory.put(scales, outputs * inputs // 64 * 4)
-            self._call("veneer_pack_four_bit", codes, scales, outputs, inputs, to)
+            call = "veneer_pack_four_bit"
+            return self._call(call, codes, scales, outputs, inputs, to, threads)
 
-    def veneer_pack_eight_bit(self, weights: int, outputs: int, inputs: int, to: int) -> None:
+    def veneer_pack_eight_bit(
+        self, weights: int, outputs: int, inputs: int, to: int, threads: int
+    ) -> int:
         with self._memory as memory:
             weights = memory.put(weights, outputs * inputs * 2)
-            self._call("veneer_pack_eight_bit", weights, outputs, inputs, to)
+            return self._call("veneer_pack_eight_bit", weights, outputs, inputs, to, threads)
 
-    def veneer_pack_bf16(self, weights: int, outputs: int, inputs: int, to: int) -> None:
+    def veneer_pack_bf16(
+        self, weights: int, outputs: int, inputs: int, to: int, threads: int
+    ) -> int:
         with self._memory as memory:
             weights = memory.put(weights, outputs * inputs * 2)
-            self._call("veneer_pack_bf16", weights, outputs, inputs, to)
+            return self._call("veneer_pack_bf16", weights, outputs, inputs, to, threads)
 
     def veneer_multiply(self, linear: Any, x: int, rows: int, y: int) -> None:
         with self._memory as memory:

@@ -59,6 +59,7 @@ class Mutant:
 
 
 _PACK: Final = "cpp/kernels/gemm/pack.h"
+_QUANTIZE: Final = "cpp/kernels/gemm/quantize.h"
 _LINEAR: Final = "cpp/kernels/gemm/linear.h"
 _VECTORS: Final = "cpp/kernels/gemm/by_vectors.h"
 _MATRIX: Final = "cpp/kernels/gemm/by_matrix.h"
@@ -85,20 +86,20 @@ MUTANTS: Final = (
     Mutant(
         "4-bit codes of two neighbours exchanged",
         _PACK,
-        "k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4",
-        "k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15u",
+        "halves(four, 4) | halves(four, 0) << 16;",
+        "halves(four, 0) | halves(four, 4) << 16;",
     ),
     Mutant(
         "4-bit scale of the next block",
         _PACK,
-        "scales[size_t(output) * blocks + b];",
-        "scales[size_t(output) * blocks + (b + 1) % blocks];",
+        "scales[output * size_t(blocks) + size_t(b)];",
+        "scales[output * size_t(blocks) + size_t((b + 1) % blocks)];",
     ),
     Mutant(
         "4-bit scale of the neighbouring output",
         _PACK,
-        "scales[size_t(output) * blocks + b];",
-        "scales[size_t(output > 0 ? output - 1 : 1) * blocks + b];",
+        "scales[output * size_t(blocks) + size_t(b)];",
+        "scales[(output > 0 ? output - 1 : 1) * size_t(blocks) + size_t(b)];",
     ),
     Mutant(
         "outputs 16 to 31 of a tile scaled as 0 to 15",
@@ -108,6 +109,36 @@ MUTANTS: Final = (
     ),
     Mutant("8 bits rounded down", _PACK, "int8_t(std::lround(number))", "int8_t(number)"),
     Mutant("8-bit scale a 126th", _PACK, "scales[n] = most / 127;", "scales[n] = most / 126;"),
+    Mutant(
+        "a bound quantized as the number above it",
+        _QUANTIZE,
+        "!(bound >= numbers[k])",
+        "!(bound > numbers[k])",
+    ),
+    Mutant(
+        "NaN quantized as the lowest number",
+        _QUANTIZE,
+        "!(bound >= numbers[k])",
+        "bound < numbers[k]",
+    ),
+    Mutant(
+        "quantized by the largest number instead of the largest magnitude",
+        _QUANTIZE,
+        "bits & 0x7fffffff);",
+        "bits);",
+    ),
+    Mutant(
+        "subnormal blocks divided by their largest",
+        _QUANTIZE,
+        "magnitude < 1e-38f ? 1e-38f : magnitude",
+        "magnitude > 0 ? magnitude : 1e-38f",
+    ),
+    Mutant(
+        "subnormal float16 read as zero",
+        _QUANTIZE,
+        "result *= 0x1p112f;",
+        "result = rest < 0x400u ? 0 : result * 0x1p112f;",
+    ),
     Mutant("no bias", _LINEAR, "if (w.bias != nullptr) result", "if (false) result"),
     Mutant(
         "the last block of inputs left out",

@@ -47,7 +47,7 @@ struct Base {
         const size_t padded = size_t((outputs + kTile - 1) / kTile * kTile);
         const bf16* weights = rounded(size_t(outputs) * inputs, 0.1f);
         bf16* packed = halves.emplace_back(padded * inputs).data();
-        pack_bf16(weights, outputs, inputs, packed);
+        veneer_pack_bf16(weights, outputs, inputs, reinterpret_cast<uint8_t*>(packed), 1);
         Linear made{};
         made.weights = reinterpret_cast<const uint8_t*>(packed);
         made.outputs = outputs, made.inputs = inputs, made.kind = Kind::bfloat16;

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from transformers.utils import logging as transformers_logging
 from veneer_registry.errors import FailedPrecondition, VeneerError
 
 from veneer_server import logs
@@ -293,7 +292,6 @@ def main() -> None:
     # It warns about a missing optional package, which must stay missing: that package
     # would download native code from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     # Only the front decides when the engine ends, whatever signals anyone else sends.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it must log in the background too

@@ -1,4 +1,6 @@
-"""Load a base model through transformers and bitsandbytes into decoder weights.
+"""Load a base model through transformers and bitsandbytes into decoder weights, for torch.
+
+The native backend does without both: see `backends.native.packed.base`.
 
 transformers knows every checkpoint layout and rotary scaling, bitsandbytes the
 4-bit formats; this module only takes their modules apart. 4-bit weights are
@@ -31,7 +33,7 @@ from veneer_server.models.quantized_cache import QuantizedCache
 from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import Stage, stage
 
-__all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype"]
+__all__ = ["DecoderWeights", "Fuse", "LayerWeights", "load_weights", "torch_dtype", "verified"]
 
 Fuse = Callable[[Sequence[nn.Module], torch.dtype], Linear]
 """One linear for modules that share an input; see `models.linear.fuse`."""
@@ -68,7 +70,8 @@ class DecoderWeights:
 
     Attributes:
         embedding: [vocab, hidden].
-        head: [vocab, hidden]; the same storage as `embedding` if tied.
+        dense_head: [vocab, hidden]; the same storage as `embedding` if tied. None if only the
+            backend has it, in a form of its own.
         inv_freq: [head_dim / 2] float32, rotary frequencies after scaling.
         rotary_scale: factor on cos and sin (YaRN), otherwise 1.
         parameters: number of the base model's parameters.
@@ -79,13 +82,19 @@ class DecoderWeights:
     dtype: torch.dtype
     device: torch.device
     embedding: torch.Tensor
-    head: torch.Tensor
+    dense_head: torch.Tensor | None
     final_norm: torch.Tensor
     layers: tuple[LayerWeights, ...]
     inv_freq: torch.Tensor
     rotary_scale: float
     parameters: int
     nbytes: int
+
+    @property
+    def head(self) -> torch.Tensor:
+        """`dense_head`, which must be there."""
+        assert self.dense_head is not None
+        return self.dense_head
 
 
 def load_weights(
@@ -129,14 +138,16 @@ def load_weights(
         with stage(name, unit="tensors") as reading:
             # Imported here because that takes seconds, which the stage should show.
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()
             with _counted(reading):
                 return AutoModelForCausalLM.from_pretrained(
                     folder, dtype=dtype, local_files_only=True, **more
                 )
 
     if config.quantization is not None or quantization == "none":
-        with _verified(folder, fingerprint) as verify:
+        with verified(folder, fingerprint) as verify:
             weights = use(read(folder))
             verify()
             return weights
@@ -148,7 +159,7 @@ def load_weights(
         kept = cache.load(read, use)
         if kept is not None:
             return kept
-    with _verified(folder, fingerprint) as verify:
+    with verified(folder, fingerprint) as verify:
         model = read(folder, quantization_config=_four_bit(quantization, dtype))
         verify()
     if cache is not None:
@@ -192,7 +203,7 @@ def _four_bit(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
+def verified(folder: Path, fingerprint: str) -> Iterator[Callable[[], None]]:
     """Hash the base's weights in a thread while they are loaded. Yields a function that waits
     for the result.
 
@@ -286,7 +297,7 @@ def _take_apart(
         dtype=dtype,
         device=device,
         embedding=embedding,
-        head=head,
+        dense_head=head,
         final_norm=norm(body.norm),
         layers=tuple(layers),
         inv_freq=rotary.inv_freq.to(device=device, dtype=torch.float32),

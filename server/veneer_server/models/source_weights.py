@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 import torch
 from veneer_registry.fingerprint import weight_files
 
+from veneer_server.models.checkpoint.rotary import rotary
 from veneer_server.models.config import Quantization, read_decoder_config
 from veneer_server.models.linear import Expanded
 from veneer_server.models.packed import row_slices, rows_of
@@ -84,7 +85,7 @@ class SourceWeights:
         if not self.config.tied_head:
             self.head = self._tensor("lm_head.weight")
         self.final_norm = self._tensor(f"{self._body}norm.weight").float()
-        self.inv_freq, self.rotary_scale = _rotary(folder)
+        self.inv_freq, self.rotary_scale = rotary(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -163,14 +164,3 @@ def _quantized(weight: torch.Tensor, kind: str) -> torch.Tensor:
     codes, state = quantize_4bit(weight, compress_statistics=True, quant_type=kind)
     left: torch.Tensor = dequantize_4bit(codes, state)
     return left.float()
-
-
-def _rotary(folder: Path) -> tuple[torch.Tensor, float]:
-    """Frequencies and scale for the folder's config, from a model without layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.num_hidden_layers, config.layer_types = 0, []
-    config.vocab_size, config.pad_token_id = 1, None
-    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
-    return rotary.inv_freq.float(), float(rotary.attention_scaling)

@@ -277,10 +277,12 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     each = itemsize if quantization == "none" else 0.5 + 4 / 64
     embedding = model.vocab_size * model.hidden_size
     embeddings = embedding * (1 if model.tied_head else 2) * itemsize
-    # The native kernels' 8-bit head exists in addition to the one it was packed from.
-    native = config.backend != "torch" and config.dtype == "bfloat16"
-    packed_head = embedding * (1 + 4 / 64) if native and config.device != "cuda" else 0
-    return int(linears * each) + embeddings + int(packed_head)
+    if config.backend != "torch" and config.dtype == "bfloat16" and config.device != "cuda":
+        # The native backend has the head in 8 bits, and in no other form unless it is the
+        # embedding. With --backend auto, torch may have to serve.
+        native = int(embedding * (itemsize + 1 + 4 / 64))
+        embeddings = native if config.backend == "native" else max(native, embeddings)
+    return int(linears * each) + embeddings
 
 
 def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:

@@ -37,10 +37,10 @@ class EngineConfig(Message, frozen=True):
 
     Attributes:
         base_folder: local Hugging Face folder of the base model.
-        cache_folder: where 4-bit checkpoints are kept.
+        cache_folder: where quantized and packed bases are kept.
         base_name: logical name, for messages.
         log_format: of the engine's lines on standard error, see `logs`.
-        weights_fingerprint: `BaseFingerprint.weights`; keys the 4-bit cache.
+        weights_fingerprint: `BaseFingerprint.weights`; keys what is kept there.
         device: ``cpu`` or ``cuda``; ``auto`` is resolved by the engine.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization.
         dtype: of activations, KV cache and adapters.

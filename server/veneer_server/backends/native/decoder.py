@@ -66,6 +66,7 @@ class NativeDecoder:
         threads, bound: see `NativeEngine`.
         head: how the head is stored: `EIGHT_BIT` halves what a step of one row reads of it,
             with an error of up to half a 127th of the largest weight of 64; or `BFLOAT16`.
+        packed_head: the head, if it is packed already.
 
     Attributes:
         draws: samples tokens from logits, on the same threads.
@@ -83,6 +84,7 @@ class NativeDecoder:
         threads: int,
         bound: Sequence[Sequence[int]] = (),
         head: int = EIGHT_BIT,
+        packed_head: NativeLinear | None = None,
     ) -> None:
         config = weights.config
         self._library = library
@@ -93,7 +95,7 @@ class NativeDecoder:
         shape = (num_blocks, config.num_kv_heads, block_size * config.head_dim)
         self._keys = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
         self._values = [library.zeros(shape, torch.bfloat16) for _ in weights.layers]
-        self._head = pack_dense(library, head, weights.head)
+        self._head = packed_head or pack_dense(library, head, weights.head)
         self._layers = (Layer * len(weights.layers))()
         for index, layer in enumerate(weights.layers):
             to = self._layers[index]
@@ -145,12 +147,6 @@ class NativeDecoder:
         """Execute the next steps on this engine. Results do not depend on it."""
         self.engine_in_use = engine
         self.draws.engine = engine.handle
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of the packed head. They add to the weights it was packed from, which are
-        needed too if head and embedding are tied, and are mapped from the base's file."""
-        return self._head.nbytes
 
     def execute(self, step: StepArrays) -> torch.Tensor:
         """See `Backend.execute`."""

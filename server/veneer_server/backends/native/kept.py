@@ -27,7 +27,17 @@ from veneer_registry.disk import sync
 from veneer_server.backends.native.forms import HEX
 from veneer_server.system.disk import make_private, remove, staged
 
-__all__ = ["Refused", "check_folder", "find", "keep", "open_checked", "places", "scratch"]
+__all__ = [
+    "Refused",
+    "check_folder",
+    "discard",
+    "find",
+    "keep",
+    "open_checked",
+    "open_own",
+    "places",
+    "scratch",
+]
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +73,28 @@ def find(place: Path, key: str) -> Path | None:
             return file
         except (Refused, OSError) as reason:
             log.warning("the compiled kernels %s are not loaded: %s", file, reason)
-            _discard(file)
+            discard(file)
     return None
 
 
 @contextmanager
-def scratch(place: Path) -> Iterator[Path]:
-    """A folder in ``place`` to compile in.
+def scratch(
+    place: Path, prefix: str = "veneer-build-", names: re.Pattern[str] = _NAME
+) -> Iterator[Path]:
+    """A folder in ``place`` to make a file in.
+
+    Args:
+        prefix: of the folder's name.
+        names: of the files in ``place`` that are made this way.
 
     Raises:
         Refused: others can write to the place.
         OSError: this user cannot.
     """
     make_private(place)
-    _tighten(place)
+    _tighten(place, names)
     check_folder(place)
-    with staged(place, "veneer-build-") as folder:
+    with staged(place, prefix) as folder:
         yield folder
 
 
@@ -102,13 +118,28 @@ def open_checked(file: Path) -> int:
         Refused: it is damaged, or others could have written it.
         OSError: it cannot be read.
     """
-    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_own(file)
     try:
-        _check(os.fstat(fd), stat.S_ISREG, "a regular file")
         with open(fd, "rb", closefd=False) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest[:HEX] != file.stem.rpartition("-")[2]:
             raise Refused("it is damaged: its content does not match its name")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_own(file: Path) -> int:
+    """A descriptor of a file that nobody else could have written.
+
+    Raises:
+        Refused: others could.
+        OSError: it cannot be read.
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(os.fstat(fd), stat.S_ISREG, "a regular file")
     except BaseException:
         os.close(fd)
         raise
@@ -142,18 +173,19 @@ def _is_private(group: int, user: int) -> bool:
     return found.gr_name == name and {*found.gr_mem, *primary} <= {name}
 
 
-def _tighten(place: Path) -> None:
-    """If others could write to a folder of ours, make it private and remove its libraries:
+def _tighten(place: Path, names: re.Pattern[str]) -> None:
+    """If others could write to a folder of ours, make it private and remove its files:
     anybody may have written them."""
     found = place.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & _OTHERS:
         place.chmod(0o700)
         for file in place.iterdir():
-            if _NAME.fullmatch(file.name):
-                _discard(file)
+            if names.fullmatch(file.name):
+                discard(file)
 
 
-def _discard(file: Path) -> None:
+def discard(file: Path) -> None:
+    """Remove a file that must not be used; a failure is logged."""
     try:
         remove(file)
     except OSError as error:

@@ -37,6 +37,7 @@ __all__ = [
     "BLOCK",
     "EIGHT_BIT",
     "FOUR_BIT",
+    "STORED",
     "Layer",
     "Library",
     "Linear",
@@ -62,9 +63,17 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_instructions": (c_char_p, ()),
     "veneer_permit": (c_int32, ()),
     "veneer_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
-    "veneer_pack_four_bit": (None, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
-    "veneer_pack_eight_bit": (None, (c_void_p, c_int32, c_int32, c_void_p)),
-    "veneer_pack_bf16": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "veneer_layout": (c_int32, ()),
+    "veneer_quantize": (
+        c_int32,
+        (c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+    ),
+    "veneer_pack_four_bit": (
+        c_int32,
+        (c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int32),
+    ),
+    "veneer_pack_eight_bit": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_int32)),
+    "veneer_pack_bf16": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_int32)),
     "veneer_multiply": (None, (ctypes.POINTER(Linear), c_void_p, c_int64, c_void_p)),
     "veneer_create": (c_int32, (ctypes.POINTER(Model), c_int32, ctypes.POINTER(c_void_p))),
     "veneer_bind": (c_int32, (c_void_p, c_int32, c_void_p, c_int32)),
@@ -74,6 +83,10 @@ SIGNATURES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "veneer_log_sums": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     "veneer_times": (None, (c_void_p, c_void_p)),
 }
+
+
+STORED: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""``Stored`` in ``cpp/kernels/gemm/quantize.h``."""
 
 
 class Status(IntEnum):
@@ -119,7 +132,10 @@ class _HugePages:
         if begin + size > len(self._piece):
             # Private: memory that could be shared with other processes gets no such pages.
             kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
+            try:
+                memory = mmap.mmap(-1, max(size, self._PIECE), flags=kind)
+            except OSError as error:
+                raise MemoryError(f"there is no memory for {size} bytes of weights") from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -168,33 +184,102 @@ class Library:
         """The form's name: ``avx2`` or another of `forms.FORMS`."""
         return str(self.functions.veneer_instructions().decode())
 
-    def pack_four_bit(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    @property
+    def layout(self) -> int:
+        """The version of the packed weights' layout."""
+        return int(self.functions.veneer_layout())
+
+    def packed_bytes(self, kind: int, outputs: int, inputs: int) -> int:
+        """Size of a packed weight."""
+        return int(self.functions.veneer_packed_bytes(kind, outputs, inputs))
+
+    def quantize(
+        self,
+        weights: torch.Tensor,
+        bounds: torch.Tensor,
+        book: torch.Tensor,
+        threads: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize a weight [outputs, inputs] in blocks of 64, as bitsandbytes does.
+
+        Args:
+            weights: bfloat16, float16 or float32; inputs are a multiple of 64.
+            bounds: [15] float32, between neighbours of the code book's sorted numbers.
+            book: [16] uint8, the codes of the sorted numbers.
+
+        Returns codes and scales as `pack_four_bit` takes them.
+        """
+        outputs, inputs = weights.shape
+        codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+        scales = torch.empty(outputs, inputs // BLOCK)
+        status = self.functions.veneer_quantize(
+            address(weights),
+            STORED[weights.dtype],
+            scales.numel(),
+            address(bounds),
+            address(book),
+            address(codes),
+            address(scales),
+            threads,
+        )
+        check(status, "quantizing weights")
+        return codes, scales
+
+    def pack_four_bit(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        *,
+        to: torch.Tensor | None = None,
+        threads: int = 1,
+    ) -> torch.Tensor:
         """Args:
         codes: [outputs, inputs / 2] uint8, the earlier of two neighbours in the high half.
         scales: [outputs, inputs / 64] float32.
+        to: where to, aligned to a cache line; memory of this library by default.
         """
         outputs, inputs = codes.shape[0], 2 * codes.shape[1]
-        packed = self._packed(FOUR_BIT, outputs, inputs)
-        self.functions.veneer_pack_four_bit(
-            address(codes), address(scales), outputs, inputs, address(packed)
+        packed = self._packed(FOUR_BIT, outputs, inputs, to)
+        status = self.functions.veneer_pack_four_bit(
+            address(codes), address(scales), outputs, inputs, address(packed), threads
         )
+        check(status, "packing weights")
         return packed
 
-    def pack_dense(self, kind: int, weight: torch.Tensor) -> torch.Tensor:
+    def pack_dense(
+        self,
+        kind: int,
+        weight: torch.Tensor,
+        *,
+        to: torch.Tensor | None = None,
+        threads: int = 1,
+    ) -> torch.Tensor:
         """Args:
         kind: `BFLOAT16`, or `EIGHT_BIT` in blocks of 64 with a scale each.
         weight: [outputs, inputs] bfloat16.
+        to: as for `pack_four_bit`.
         """
-        packed = self._packed(kind, *weight.shape)
+        outputs, inputs = weight.shape
+        packed = self._packed(kind, outputs, inputs, to)
         functions = self.functions
         pack = (
             functions.veneer_pack_bf16 if kind == BFLOAT16 else functions.veneer_pack_eight_bit
         )
-        pack(address(weight), *weight.shape, address(packed))
+        status = pack(address(weight), outputs, inputs, address(packed), threads)
+        check(status, "packing weights")
         return packed
 
-    def _packed(self, kind: int, outputs: int, inputs: int) -> torch.Tensor:
-        size = int(self.functions.veneer_packed_bytes(kind, outputs, inputs))
+    def _packed(
+        self, kind: int, outputs: int, inputs: int, to: torch.Tensor | None
+    ) -> torch.Tensor:
+        size = self.packed_bytes(kind, outputs, inputs)
+        if to is None:
+            return self._memory.take(size)
+        assert to.nbytes == size
+        return to
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """``size`` bytes in huge pages, zeroed and aligned to a cache line."""
         return self._memory.take(size)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ from veneer_server.backends.native.library import (
 from veneer_server.models.linear import Expanded, stack_biases, stack_four_bit
 from veneer_server.models.packed import row_slices, rows_of
 
-__all__ = ["NativeLinear", "fuse", "pack_dense"]
+__all__ = ["NativeLinear", "by_turns", "fuse", "pack_dense", "parts_of", "table_bits"]
 
 _TILE = 32
 _TOGETHER = 64
@@ -60,7 +60,7 @@ class NativeLinear:
             parts=parts,
         )
         if table is not None:
-            self.struct.table[:] = [code & 0xFFFF for code in table.view(torch.int16).tolist()]
+            self.struct.table[:] = table_bits(table)
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +107,11 @@ class NativeLinear:
         return scaled.view(count * _TILE, blocks * BLOCK)
 
 
+def table_bits(table: torch.Tensor) -> tuple[int, ...]:
+    """The bits of a code book's numbers in bfloat16."""
+    return tuple(code & 0xFFFF for code in table.view(torch.int16).tolist())
+
+
 def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:
     """As `models.linear.fuse`.
 
@@ -124,16 +129,16 @@ def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> 
     weights: list[Any] = [m.weight for m in modules]
     weight = torch.cat([w.data for w in weights]).to(dtype).contiguous()
     bias = stack_biases(modules, torch.float32)
-    return pack_dense(library, BFLOAT16, weight, bias, _parts(len(modules), len(weight)))
+    return pack_dense(library, BFLOAT16, weight, bias, parts_of(len(modules), len(weight)))
 
 
-def _parts(modules: int, outputs: int) -> int:
+def parts_of(modules: int, outputs: int) -> int:
     """Two linears, gate and up, are interleaved: a thread computes the same columns of both
     and still reads memory in order."""
     return 2 if modules == 2 and outputs % (2 * _TOGETHER) == 0 else 1
 
 
-def _by_turns(rows: torch.Tensor, parts: int) -> torch.Tensor:
+def by_turns(rows: torch.Tensor, parts: int) -> torch.Tensor:
     """[outputs, ...] in the order in which they are packed."""
     if parts == 1:
         return rows.contiguous()
@@ -152,7 +157,7 @@ def pack_dense(
     outputs, inputs = weight.shape
     if inputs % BLOCK:
         raise NativeUnavailable(f"a linear has {inputs} inputs, not a multiple of {BLOCK}")
-    packed = library.pack_dense(kind, _by_turns(weight, parts))
+    packed = library.pack_dense(kind, by_turns(weight, parts))
     return NativeLinear(library, kind, packed, (outputs, inputs), bias, None, parts)
 
 
@@ -169,10 +174,10 @@ def _four_bit(library: Library, modules: Sequence[Any]) -> NativeLinear:
         )
     scales = state.absmax
     assert not state.nested, "stacking expands nested scales"
-    parts = _parts(len(modules), outputs)
+    parts = parts_of(len(modules), outputs)
     packed = library.pack_four_bit(
-        _by_turns(fused.weight.data.contiguous().view(outputs, inputs // 2), parts),
-        _by_turns(scales.contiguous().view(outputs, inputs // BLOCK), parts),
+        by_turns(fused.weight.data.contiguous().view(outputs, inputs // 2), parts),
+        by_turns(scales.contiguous().view(outputs, inputs // BLOCK), parts),
     )
     return NativeLinear(
         library,

@@ -99,11 +99,11 @@ def product(library: Any, kind: int, numbers: list[list[int]], x: Any) -> list[f
         )
         scales = (c_float * (OUTPUTS * INPUTS // 64))(*[2.0] * (OUTPUTS * INPUTS // 64))
         linear.table[:] = [bf16((code - 7) / 2) for code in range(16)]
-        library.veneer_pack_four_bit(codes, scales, *shape, packed)
+        library.veneer_pack_four_bit(codes, scales, *shape, packed, c_int32(1))
     else:
         weights = (c_uint16 * (OUTPUTS * INPUTS))(*(bf16(n) for row in numbers for n in row))
         pack = library.veneer_pack_bf16 if kind == BFLOAT16 else library.veneer_pack_eight_bit
-        pack(weights, *shape, packed)
+        pack(weights, *shape, packed, c_int32(1))
     y = (c_float * (ROWS * OUTPUTS))()
     library.veneer_multiply(ctypes.byref(linear), x, c_int64(ROWS), y)
     return list(y)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
 from veneer_registry.errors import VeneerError
 
-from veneer_server.backends.native import linear as native_linear
 from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.decoder import NativeDecoder, check
 from veneer_server.backends.native.library import Library
+from veneer_server.backends.native.packed.base import load_packed
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.engine.execution.faster import settle
 from veneer_server.engine.execution.sampler import TorchDraws
 from veneer_server.models.config import DecoderConfig, read_decoder_config
-from veneer_server.models.linear import Linear
-from veneer_server.models.linear import fuse as fuse_for_torch
-from veneer_server.models.loader import DecoderWeights, Fuse, load_weights
+from veneer_server.models.loader import DecoderWeights, load_weights
 from veneer_server.models.source import BaseDamaged, bundled_folder, import_bundled
 from veneer_server.progress import stage
 from veneer_server.step.arrays import Backend
@@ -34,6 +32,8 @@ from veneer_server.wire.messages import EngineConfig
 __all__ = ["BackendUnavailable", "Chosen", "choose"]
 
 log = logging.getLogger(__name__)
+
+_Base = TypeVar("_Base")
 
 
 class BackendUnavailable(VeneerError):
@@ -101,20 +101,8 @@ def choose(
     return replace(_torch(config, device, dtype, num_blocks, why), placement=placement)
 
 
-def _load(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, fuse: Fuse
-) -> DecoderWeights:
-    def load() -> DecoderWeights:
-        return load_weights(
-            Path(config.base_folder),
-            quantization=config.quantization,
-            dtype=dtype,
-            device=device,
-            cache_dir=Path(config.cache_folder),
-            fingerprint=config.weights_fingerprint,
-            fuse=fuse,
-        )
-
+def _repaired(config: EngineConfig, load: Callable[[], _Base]) -> _Base:
+    """What ``load`` loads; a bundled base that turns out damaged is imported again first."""
     try:
         return load()
     except BaseDamaged as damage:
@@ -142,19 +130,26 @@ def _native(
     check(read_decoder_config(Path(config.base_folder)), config.block_size)
     library, made = _library(config)
 
-    def fuse(modules: Sequence[nn.Module], dtype: torch.dtype) -> Linear:
-        return native_linear.fuse(library, modules, dtype)
-
-    weights = _load(config, device, dtype, fuse)
-    with stage("packing the head"):
-        decoder = NativeDecoder(
+    base = _repaired(
+        config,
+        lambda: load_packed(
             library,
-            weights,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
+            Path(config.base_folder),
+            quantization=config.quantization,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
             threads=placement.threads,
-            bound=placement.bound,
-        )
+        ),
+    )
+    decoder = NativeDecoder(
+        library,
+        base.weights,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        threads=placement.threads,
+        bound=placement.bound,
+        packed_head=base.head,
+    )
     if placement.others:
         with stage("measuring threads"):
             placement = settle(decoder, placement, config.block_size)
@@ -162,10 +157,9 @@ def _native(
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     name = f"native ({library.instructions}{made})"
-    weights = replace(weights, nbytes=weights.nbytes + decoder.head_bytes)
     return Chosen(
         decoder,
-        weights,
+        base.weights,
         torch.bfloat16,
         name,
         draws=decoder.draws,
@@ -192,7 +186,17 @@ def _library(config: EngineConfig) -> tuple[Library, str]:
 def _torch(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, num_blocks: int, why: str
 ) -> Chosen:
-    weights = _load(config, device, dtype, fuse_for_torch)
+    weights = _repaired(
+        config,
+        lambda: load_weights(
+            Path(config.base_folder),
+            quantization=config.quantization,
+            dtype=dtype,
+            device=device,
+            cache_dir=Path(config.cache_folder),
+            fingerprint=config.weights_fingerprint,
+        ),
+    )
     model: DecoderConfig = weights.config
     cache = KvCache(
         num_layers=model.num_layers,

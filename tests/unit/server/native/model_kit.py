@@ -262,7 +262,7 @@ def _weights(library: Library, base: Base) -> DecoderWeights:
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         embedding=base.embedding,
-        head=base.head,
+        dense_head=base.head,
         final_norm=base.final_norm,
         layers=layers,
         inv_freq=base.inv_freq,

@@ -1,4 +1,5 @@
 // The C interface. Functions that can fail return a `Status`.
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <new>
@@ -7,6 +8,7 @@
 
 #include "decoder/decoder.h"
 #include "kernels/gemm/pack.h"
+#include "kernels/gemm/quantize.h"
 #include "kernels/sample.h"
 #include "layout.h"
 
@@ -73,6 +75,27 @@ Status each_row(void* handle, int64_t rows, const Function& function) noexcept {
     return status;
 }
 
+// Call `function(part)` for each part, on threads of its own: packing comes before there is an
+// engine, and takes far longer than starting threads.
+template <class Function>
+Status each_part(int64_t parts, int threads, const Function& function) noexcept {
+    return caught([&] {
+        ThreadPool pool(int(std::clamp<int64_t>(parts, 1, threads)));
+        pool.wake();
+        pool.each(parts, [&](int64_t part, int) { function(part); });
+        pool.let_sleep();
+    });
+}
+
+// Call `function(tile, where it is packed to)` for each tile of a weight.
+template <class Function>
+Status each_tile(Kind kind, int outputs, int inputs, uint8_t* to, int threads,
+                 const Function& function) noexcept {
+    const size_t bytes = size_t(inputs / kBlock) * block_bytes(kind);
+    return each_part((outputs + kTile - 1) / kTile, threads,
+                     [&](int64_t tile) { function(int(tile), to + size_t(tile) * bytes); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -96,17 +119,38 @@ int64_t veneer_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
     return tiles * (inputs / kBlock) * int64_t(block_bytes(Kind(kind)));
 }
 
-void veneer_pack_four_bit(const uint8_t* codes, const float* scales, int32_t outputs,
-                          int32_t inputs, uint8_t* to) {
-    pack_four_bit(codes, scales, outputs, inputs, to);
+// The version of the packed weights' layout.
+int32_t veneer_layout() { return kLayout; }
+
+// Quantize blocks of 64 weights; `stored` is a `Stored`, and the last two pointers are a
+// `CodeBook`.
+Status veneer_quantize(const void* weights, int32_t stored, int64_t blocks, const float* bounds,
+                       const uint8_t* book, uint8_t* codes, float* largest, int32_t threads) {
+    constexpr int64_t together = 512;
+    return each_part((blocks + together - 1) / together, threads, [&](int64_t part) {
+        quantize_blocks(Stored(stored), weights, part * together,
+                        std::min(blocks, (part + 1) * together), {bounds, book}, codes, largest);
+    });
 }
 
-void veneer_pack_eight_bit(const bf16* weights, int32_t outputs, int32_t inputs, uint8_t* to) {
-    pack_eight_bit(weights, outputs, inputs, to);
+Status veneer_pack_four_bit(const uint8_t* codes, const float* scales, int32_t outputs,
+                            int32_t inputs, uint8_t* to, int32_t threads) {
+    return each_tile(Kind::four_bit, outputs, inputs, to, threads, [&](int tile, uint8_t* at) {
+        pack_four_bit(codes, scales, outputs, inputs, tile, at);
+    });
 }
 
-void veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, bf16* to) {
-    pack_bf16(weights, outputs, inputs, to);
+Status veneer_pack_eight_bit(const bf16* weights, int32_t outputs, int32_t inputs, uint8_t* to,
+                             int32_t threads) {
+    return each_tile(Kind::eight_bit, outputs, inputs, to, threads, [&](int tile, uint8_t* at) {
+        pack_eight_bit(weights, outputs, inputs, tile, at);
+    });
+}
+
+Status veneer_pack_bf16(const bf16* weights, int32_t outputs, int32_t inputs, uint8_t* to,
+                        int32_t threads) {
+    return each_tile(Kind::bfloat16, outputs, inputs, to, threads,
+                     [&](int tile, uint8_t* at) { pack_bf16(weights, outputs, inputs, tile, at); });
 }
 
 // y [rows, outputs] = x [rows, inputs] W^T, on the calling thread.

@@ -52,6 +52,19 @@ inline void load_numbers(Number* to, const Number* at, int count) {
     for (int i = 0; i < count; ++i) to[i] = load_number(at + i);
 }
 
+// A multiple of eight bytes, to an address that is such a multiple.
+inline void store_words(uint8_t* at, const uint8_t* from, size_t bytes) {
+    if constexpr (!kAtomicNumbers) {
+        std::memcpy(at, from, bytes);
+        return;
+    }
+    for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+        uint64_t word;
+        std::memcpy(&word, from + i, sizeof word);
+        store_number(reinterpret_cast<uint64_t*>(at + i), word);
+    }
+}
+
 inline void store_shared(float* at, Floats a) {
     if constexpr (!kAtomicNumbers) return store(at, a);
     alignas(64) float numbers[kLanes];

@@ -1,76 +1,100 @@
-// Packing weights as linear.h lays them out.
+// Packing weights as linear.h lays them out, a tile at a time.
+//
+// A change of the layout needs another kLayout: files of packed weights outlive this library. A
+// tile may be packed twice (see thread_pool.h), so it is put together aside and stored once.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "../shared.h"
 #include "linear.h"
 
 namespace veneer {
 
-// Pack what bitsandbytes stores: codes [outputs, inputs / 2], the earlier of two neighbours in the
-// high half of a byte; scales [outputs, inputs / 64].
+constexpr int32_t kLayout = 1;
+
+// A block of a tile.
+template <Kind kind>
+struct PackedBlock {
+    alignas(64) uint8_t codes[code_bytes(kind)] = {};
+    float scales[kTile] = {};
+
+    void store(uint8_t* to) const {
+        store_words(to, codes, sizeof codes);
+        if (kind == Kind::bfloat16) return;
+        uint8_t bytes[sizeof scales];
+        std::memcpy(bytes, scales, sizeof bytes);
+        store_words(to + sizeof codes, bytes, sizeof bytes);
+    }
+};
+
+// Four bytes' high or low halves (shifted by 4 or 0) as 16 bits, the first byte's lowest.
+inline uint32_t halves(uint32_t four, int shift) {
+    uint32_t half = four >> shift & 0x0f0f0f0fu;
+    half = (half | half >> 4) & 0x00ff00ffu;
+    return (half | half >> 8) & 0xffffu;
+}
+
+// Pack a tile of what bitsandbytes stores: codes [outputs, inputs / 2], the earlier of two
+// neighbours in the high half of a byte; scales [outputs, inputs / 64].
 inline void pack_four_bit(const uint8_t* codes, const float* scales, int outputs, int inputs,
-                          uint8_t* to) {
-    const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
-    constexpr size_t bytes = block_bytes(Kind::four_bit);
-    for (int tile = 0; tile < tiles; ++tile) {
-        for (int b = 0; b < blocks; ++b, to += bytes) {
-            std::memset(to, 0, bytes);
-            float* tile_scales = reinterpret_cast<float*>(to + kTile * kBlock / 2);
-            for (int n = 0; n < kTile; ++n) {
-                const int output = tile * kTile + n;
-                if (output >= outputs) break;
-                tile_scales[n] = scales[size_t(output) * blocks + b];
-                const uint8_t* row = codes + (size_t(output) * inputs + b * kBlock) / 2;
-                for (int k = 0; k < kBlock; ++k) {
-                    const unsigned code = k % 2 ? row[k / 2] & 15u : row[k / 2] >> 4;
-                    // Pair k / 2 is the q-th of its group; each output has 16 bits for each half of
-                    // a pair: four codes of four bits.
-                    const int group = k / 8, q = k / 2 % 4;
-                    const int word = n / 16 * 256 + group * 32 + n % 16 * 2 + k % 2;
-                    to[word * 2 + q / 2] |= uint8_t(code << (q % 2 * 4));
-                }
+                          int tile, uint8_t* to) {
+    const int blocks = inputs / kBlock, count = std::min(kTile, outputs - tile * kTile);
+    for (int b = 0; b < blocks; ++b) {
+        PackedBlock<Kind::four_bit> block;
+        for (int n = 0; n < count; ++n) {
+            const size_t output = size_t(tile) * kTile + size_t(n);
+            block.scales[n] = scales[output * size_t(blocks) + size_t(b)];
+            const uint8_t* row = codes + (output * size_t(inputs) + size_t(b) * kBlock) / 2;
+            for (int group = 0; group < 8; ++group) {
+                uint32_t four;
+                std::memcpy(&four, row + group * 4, sizeof four);
+                // Each output has 16 bits for each half of a pair: four codes of four bits, one
+                // for each pair of the group.
+                const uint32_t both = halves(four, 4) | halves(four, 0) << 16;
+                std::memcpy(block.codes + (n / 16 * 128 + group * 16 + n % 16) * 4, &both,
+                            sizeof both);
             }
         }
+        block.store(to + size_t(b) * block_bytes(Kind::four_bit));
     }
 }
 
-// Pack weights [outputs, inputs] in bf16 as 8-bit numbers: 127ths of the largest of their block.
-inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, uint8_t* to) {
-    const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
-    constexpr size_t bytes = block_bytes(Kind::eight_bit);
-    for (int tile = 0; tile < tiles; ++tile) {
-        for (int b = 0; b < blocks; ++b, to += bytes) {
-            std::memset(to, 0, bytes);
-            float* scales = reinterpret_cast<float*>(to + code_bytes(Kind::eight_bit));
-            for (int n = 0; n < kTile && tile * kTile + n < outputs; ++n) {
-                const bf16* row = weights + size_t(tile * kTile + n) * inputs + b * kBlock;
-                float most = 0;
-                for (int k = 0; k < kBlock; ++k) most = std::max(most, std::abs(to_float(row[k])));
-                scales[n] = most / 127;
-                for (int k = 0; k < kBlock; ++k) {
-                    const float number = most > 0 ? to_float(row[k]) / scales[n] : 0;
-                    to[(k / 2 * kTile + n) * 2 + k % 2] = uint8_t(int8_t(std::lround(number)));
-                }
+// Pack a tile of weights [outputs, inputs] in bf16 as 8-bit numbers: 127ths of the largest of
+// their block.
+inline void pack_eight_bit(const bf16* weights, int outputs, int inputs, int tile, uint8_t* to) {
+    const int blocks = inputs / kBlock, count = std::min(kTile, outputs - tile * kTile);
+    for (int b = 0; b < blocks; ++b) {
+        PackedBlock<Kind::eight_bit> block;
+        for (int n = 0; n < count; ++n) {
+            const bf16* row =
+                weights + (size_t(tile) * kTile + size_t(n)) * size_t(inputs) + size_t(b) * kBlock;
+            float most = 0;
+            for (int k = 0; k < kBlock; ++k) most = std::max(most, std::abs(to_float(row[k])));
+            const float scale = block.scales[n] = most / 127;
+            for (int k = 0; k < kBlock; ++k) {
+                const float number = most > 0 ? to_float(row[k]) / scale : 0;
+                block.codes[(k / 2 * kTile + n) * 2 + k % 2] = uint8_t(int8_t(std::lround(number)));
             }
         }
+        block.store(to + size_t(b) * block_bytes(Kind::eight_bit));
     }
 }
 
-// Pack weights [outputs, inputs] in bf16.
-inline void pack_bf16(const bf16* weights, int outputs, int inputs, bf16* to) {
-    const int blocks = inputs / kBlock, tiles = (outputs + kTile - 1) / kTile;
-    for (int tile = 0; tile < tiles; ++tile) {
-        for (int pair = 0; pair < blocks * kBlockPairs; ++pair) {
-            for (int n = 0; n < kTile; ++n, to += 2) {
-                const int output = tile * kTile + n;
-                const bf16* from = weights + size_t(output) * inputs + 2 * pair;
-                to[0] = output < outputs ? from[0] : 0;
-                to[1] = output < outputs ? from[1] : 0;
-            }
+// Pack a tile of weights [outputs, inputs] in bf16.
+inline void pack_bf16(const bf16* weights, int outputs, int inputs, int tile, uint8_t* to) {
+    const int blocks = inputs / kBlock, count = std::min(kTile, outputs - tile * kTile);
+    for (int b = 0; b < blocks; ++b) {
+        PackedBlock<Kind::bfloat16> block;
+        for (int n = 0; n < count; ++n) {
+            const bf16* row =
+                weights + (size_t(tile) * kTile + size_t(n)) * size_t(inputs) + size_t(b) * kBlock;
+            for (int pair = 0; pair < kBlockPairs; ++pair)
+                std::memcpy(block.codes + (pair * kTile + n) * 4, row + 2 * pair, 4);
         }
+        block.store(to + size_t(b) * block_bytes(Kind::bfloat16));
     }
 }
 

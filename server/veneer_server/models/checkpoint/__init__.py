@@ -1,0 +1,1 @@
+"""A base's own files, read without transformers."""

@@ -1,0 +1,181 @@
+"""Reads a base's tensors one at a time, into memory that each read uses again.
+
+Files are read, not mapped: pages of a map would count towards the process's memory until the
+system takes them back, and a first start would seem to need the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import torch
+from veneer_registry.adapter import Projection
+from veneer_registry.errors import AdapterInvalid
+from veneer_registry.fingerprint import weight_files
+from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
+
+from veneer_server.models.config import DecoderConfig, UnsupportedModel, read_decoder_config
+from veneer_server.models.source import BaseDamaged
+
+__all__ = ["Checkpoint", "Matrix"]
+
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+_PIECE: Final = 64 << 20
+"""Bytes per read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The names of a linear's weight and bias in the files.
+
+    Attributes:
+        shape: (outputs, inputs).
+        bias: empty if there is none.
+        state: of a weight that is stored in 4 bits: its tensors, by bitsandbytes' names.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bias: str
+    state: Mapping[str, str]
+
+
+class Checkpoint:
+    """A context manager, which keeps the files open.
+
+    Attributes:
+        body: what the names of the decoder's tensors begin with.
+
+    Raises:
+        InvalidField: the folder holds no readable weights.
+        UnsupportedModel: the decoder cannot run it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: DecoderConfig = read_decoder_config(folder)
+        self._files = ExitStack()
+        self._of: dict[str, tuple[int, TensorInfo]] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        try:
+            for path in weight_files(folder):
+                file = self._files.enter_context(path.open("rb"))
+                try:
+                    tensors = read_header(file, path.name, CHECKPOINT_LIMITS).tensors
+                except AdapterInvalid as error:
+                    raise _damaged(folder, str(error)) from error
+                self._of |= {name: (file.fileno(), info) for name, info in tensors.items()}
+        except BaseException:
+            self._files.close()
+            raise
+        # A checkpoint without a head has no such prefix.
+        self.body = "model." if any(name.startswith("model.") for name in self._of) else ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    @property
+    def parameters(self) -> int:
+        """Number of the base's parameters; 4-bit weights count unpacked."""
+        config, layers = self.config, range(self.config.num_layers)
+        norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+        embedding = config.vocab_size * config.hidden_size
+        matrices = [self.matrix(layer, name) for layer in layers for name in config.shapes]
+        return (
+            embedding * (1 if config.tied_head else 2)
+            + sum(math.prod(each.shape) for each in matrices)
+            + sum(each.shape[0] for each in matrices if each.bias)
+            + config.num_layers * norms
+            + config.hidden_size
+        )
+
+    def matrix(self, layer: int, projection: Projection) -> Matrix:
+        """A linear of a layer."""
+        block = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        stem = f"{self.body}layers.{layer}.{block}.{projection}"
+        name, bias = f"{stem}.weight", f"{stem}.bias"
+        return Matrix(
+            name=name,
+            shape=self.config.shapes[projection],
+            bias=bias if bias in self._of else "",
+            state=self.state(name),
+        )
+
+    def state(self, name: str) -> Mapping[str, str]:
+        """The tensors that belong to a 4-bit weight; none if it is not one."""
+        if self.config.quantization is None:
+            return {}
+        begin = f"{name}."
+        return {key[len(begin) :]: key for key in self._of if key.startswith(begin)}
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A tensor in the dtype of its file, valid until the next read.
+
+        Args:
+            shape: which it must have.
+
+        Raises:
+            BaseDamaged: it is missing, cut off or of another shape.
+            UnsupportedModel: its dtype is not one of weights.
+        """
+        if name not in self._of:
+            raise _damaged(self.folder, f"it has no tensor {name}")
+        file, info = self._of[name]
+        if shape is not None and info.shape != shape:
+            raise _damaged(
+                self.folder, f"{name} is {list(info.shape)}, its config says {list(shape)}"
+            )
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise UnsupportedModel(
+                f"{name} has dtype {info.dtype}; supported are {', '.join(_DTYPES)}",
+                metadata={"key": name, "supported": " ".join(_DTYPES)},
+            )
+        size = info.end - info.begin
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(0, dtype=torch.uint8)  # free it first
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        found = self._scratch[:size]
+        buffer, done = found.numpy().data, 0
+        while done < size:
+            piece = buffer[done : done + _PIECE]
+            count = os.preadv(file, [piece], info.begin + done)
+            if not count:
+                raise _damaged(self.folder, f"{name} is cut off")
+            done += count
+        return found.view(dtype).view(info.shape)
+
+    def rounded(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A copy in bfloat16; see `read`."""
+        return self.read(name, shape).to(torch.bfloat16, copy=True)
+
+
+def _damaged(folder: Path, why: str) -> BaseDamaged:
+    return BaseDamaged(
+        f"the base in {folder} is damaged: {why}. Download it again",
+        metadata={"cause": "unreadable"},
+    )

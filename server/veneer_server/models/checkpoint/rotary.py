@@ -1,0 +1,21 @@
+"""Rotary frequencies of a base: the one thing that its weights' files do not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+__all__ = ["rotary"]
+
+
+def rotary(folder: Path) -> tuple[torch.Tensor, float]:
+    """Frequencies, [head_dim / 2] float32, and the factor on cos and sin, for the folder's
+    config. By transformers' formulas, from a model without layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers, config.layer_types = 0, []
+    config.vocab_size, config.pad_token_id = 1, None
+    found = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    return found.inv_freq.float(), float(found.attention_scaling)
