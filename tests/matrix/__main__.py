@@ -26,9 +26,8 @@ __all__: list[str] = []
 
 LOGS = REPOSITORY / ".cache" / "matrix"
 QUICK = (
-    ("locale-turkish", "umask-000"),
+    ("locale-turkish", "umask-000", "read-only-home"),
     ("locale-latin1", "umask-077", "threads-4"),
-    ("read-only-home",),
 )
 """Conditions that do not interact run together, and each covers something different. ``user``
 is part of ``read-only-home``, and kernels are tested with both instruction sets anyway."""

@@ -198,7 +198,7 @@ def shape(name: str, base_folder: Path, tmp_path: Path) -> DecoderConfig:
         ("135M", 8, 2.0, "share"),
         ("135M", 23, 2.0, "share"),
         ("135M", 256, 2.0, "contexts of all"),
-        ("7B", 8, 0.25, "refused"),
+        ("7B", 8, 0.25, "left"),
         ("7B", 8, 2.0, "refused"),
         ("7B", 23, 2.0, "share"),
         ("7B", 12, 2.0, "one context"),

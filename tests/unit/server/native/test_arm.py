@@ -27,7 +27,7 @@ from tests.arm import tools
 from tests.arm.remote import RemoteLibrary
 from tests.places import REPOSITORY
 from tests.unit.server.engine import test_sampler
-from tests.unit.server.native import test_kernels, test_native
+from tests.unit.server.native import test_kernels, test_native, test_packing
 from tests.unit.server.native.model_kit import Served, adapter_of, make_base, table_of
 
 __all__: list[str] = []
@@ -117,6 +117,15 @@ def test_any_number_of_rows(library: RemoteLibrary, rows: int) -> None:
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_row_that_is_no_number_is_told(library: RemoteLibrary, bad: float) -> None:
     test_kernels.test_a_row_that_is_no_number_is_told(library, 71, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_and_scales_are_those_of_bitsandbytes(
+    library: RemoteLibrary, dtype: torch.dtype
+) -> None:
+    test_packing.test_codes_and_scales_are_those_of_bitsandbytes(
+        library, "nf4", dtype, nested=False
+    )
 
 
 def test_the_gate_is_silu_times_up(library: RemoteLibrary) -> None:
