@@ -77,10 +77,10 @@ int main(int count, char** words) {
         } else if (std::strcmp(call.name, "veneer_instructions") == 0) {
             std::strcpy(reinterpret_cast<char*>(a[0]), found<const char*()>(library, call.name)());
         } else {
-            using Function = int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                     int64_t);
-            result = found<Function>(library, call.name)(a[0], a[1], a[2], a[3], a[4], a[5], a[6],
-                                                         a[7]);
+            using Function =
+                int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+            result =
+                found<Function>(library, call.name)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
         }
         if (write(STDOUT_FILENO, &result, sizeof result) != ssize_t(sizeof result)) return 1;
     }
