@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from veneer_server.backends.native.forms import FLAGS, FORMS, Form, forms_of
@@ -102,8 +103,10 @@ def main() -> int:
     parser.add_argument("--format", action="store_true", help="format the C++, no more")
     if parser.parse_args().format:
         return 0 if passes(*formatting(write=True)) else 1
-    commands = (*compilations(), formatting(write=False), *tidying())
-    results = [passes(*command) for command in commands]
+    # The longest first.
+    commands = (*tidying(), *compilations(), formatting(write=False))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        results = list(threads.map(lambda command: passes(*command), commands))
     return 0 if all(results) else 1
 
 
