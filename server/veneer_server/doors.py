@@ -19,10 +19,9 @@ from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_gr
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
 
-from veneer_server.access.authenticate import Access
+from veneer_server.access.authenticate import Access, TokenCheck
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
-from veneer_server.access.tokens import Tokens, TokenSettings
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
@@ -88,17 +87,7 @@ class Doors:
         self.gateway: Gateway | None = None
         self._access = Access(
             None if config.keys_file is None else IdentityFile(config.keys_file),
-            Tokens(
-                TokenSettings(
-                    issuer=config.jwt_issuer,
-                    audience=config.jwt_audience,
-                    keys=config.jwt_keys,
-                    tenant_claim=config.jwt_tenant_claim,
-                    roles_claim=config.jwt_roles_claim,
-                )
-            )
-            if config.jwt_issuer
-            else None,
+            _tokens(config),
         )
         self._certificates = None
         if config.tls_cert is not None and config.tls_key is not None:
@@ -256,6 +245,23 @@ class Doors:
         self.gateway = gateway
         resources.push_async_callback(gateway.stop)
         return address
+
+
+def _tokens(config: ServerConfig) -> TokenCheck | None:
+    if not config.jwt_issuer:
+        return None
+    # Imported here, since its libraries make each start longer.
+    from veneer_server.access.tokens import Tokens, TokenSettings
+
+    return Tokens(
+        TokenSettings(
+            issuer=config.jwt_issuer,
+            audience=config.jwt_audience,
+            keys=config.jwt_keys,
+            tenant_claim=config.jwt_tenant_claim,
+            roles_claim=config.jwt_roles_claim,
+        )
+    )
 
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:
