@@ -19,6 +19,7 @@ from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_gr
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
 
+from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, TokenCheck
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
@@ -89,6 +90,7 @@ class Doors:
             None if config.keys_file is None else IdentityFile(config.keys_file),
             _tokens(config),
         )
+        self._audit = Audit(None)
         self._certificates = None
         if config.tls_cert is not None and config.tls_key is not None:
             self._certificates = Certificates(
@@ -114,7 +116,13 @@ class Doors:
 
         Raises:
             CannotListen: an address cannot be bound.
+            InvalidField: the audit log cannot be opened.
         """
+        audit_log = self._config.audit_log
+        if audit_log is None and self._access.asks:
+            audit_log = self._config.data_dir / "audit.jsonl"
+        self._audit = Audit(audit_log)
+        resources.callback(self._audit.close)
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
         return Bound(await self._open_grpc(resources, connections), metrics, openai)
@@ -188,6 +196,7 @@ class Doors:
                     ),
                     pace=self._pace,
                     access=self._access,
+                    audit=self._audit,
                 )
             ],
             options=channel_options(
@@ -236,6 +245,7 @@ class Doors:
             max_connections=most,
             pace=self._pace,
             access=self._access,
+            audit=self._audit,
             tls=self._http_tls,
         )
         try:

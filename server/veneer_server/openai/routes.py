@@ -21,7 +21,6 @@ from veneer_registry.records import AdapterRecord
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.methods import METHODS
-from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
@@ -179,6 +178,7 @@ def _add_errors(app: FastAPI, core: Core) -> None:
 
     @app.exception_handler(VeneerError)
     async def refused(request: Request, error: VeneerError) -> JSONResponse:
+        core.audit.note(f"{request.method} {_listed(request.url.path)}", CALLER.get(), error)
         core.metrics.failures.labels(error.reason).inc()
         return await answer(error)
 
@@ -195,6 +195,7 @@ class Edge:
     def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts, access: Access) -> None:
         self._app = app
         self._access = access
+        self._audit = core.audit
         self._hosts = hosts
         self._pace = core.pace
         self._failures = core.metrics.failures
@@ -246,7 +247,7 @@ class Edge:
         }
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         credentials = Credentials.of_headers(text, names)
-        PRINCIPAL.set(await self._access.admit(f"{verb} {path}", credentials))
+        await self._access.admit(f"{verb} {path}", credentials)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -275,6 +276,9 @@ class Edge:
             reason = error.code if isinstance(error, HttpError) else error.reason
             if isinstance(error, VeneerError):
                 self._failures.labels(reason).inc()
+                self._audit.note(
+                    f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
+                )
             _log.info("call refused", method="http", reason=reason)
             await self._pace.wait(CALLER.get())
             failure = http_failure(error)
