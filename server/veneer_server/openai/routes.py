@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
@@ -188,6 +188,11 @@ def _add_errors(app: FastAPI, core: Core) -> None:
         core.metrics.failures.labels(failure.reason).inc()
         return await answer(failure)
 
+    @app.exception_handler(404)
+    async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
+        # A path that `Edge` lists and no route matches: a model's name with a line break.
+        return await answer(_unknown_path(request.url.path))
+
 
 class Edge:
     """The outermost layer: request id, metrics, and an answer whatever happens inside."""
@@ -229,10 +234,7 @@ class Edge:
         verb, path = scope["method"], _listed(scope["path"])
         allowed = [name.split()[0] for name in METHODS if name.endswith(f" {path}")]
         if not allowed:
-            known = ", ".join(sorted(_PATHS))
-            raise HttpError(
-                404, "unknown_url", f"unknown path {scope['path'][:100]!r}: use {known}"
-            )
+            raise _unknown_path(scope["path"])
         verb = "GET" if verb == "HEAD" else verb
         if verb not in allowed:
             takes = ", ".join(sorted(allowed))
@@ -296,6 +298,11 @@ class Edge:
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
+
+
+def _unknown_path(path: str) -> HttpError:
+    known = ", ".join(sorted(_PATHS))
+    return HttpError(404, "unknown_url", f"unknown path {path[:100]!r}: use {known}")
 
 
 def _listed(path: str) -> str:
