@@ -25,6 +25,7 @@ from veneer_server.operate.flags import Debug, Json, guarded, options, with_flag
 from veneer_server.operate.key_cli import key_cli
 from veneer_server.operate.model_cli import model_cli
 from veneer_server.operate.store_cli import store_cli
+from veneer_server.operate.tls_cli import tls_cli
 
 __all__ = ["main"]
 
@@ -82,6 +83,7 @@ cli = Program(
 cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")
 cli.add_typer(key_cli, name="key")
+cli.add_typer(tls_cli, name="tls")
 
 _SWITCH_S: Final = 0.0005
 """How long the event loop waits for the GIL while another thread decodes a large request.

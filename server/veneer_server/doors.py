@@ -19,10 +19,10 @@ from veneer_proto.v1 import adapters_pb2_grpc, inference_pb2_grpc, server_pb2_gr
 from veneer_registry.errors import VeneerError
 from veneer_registry.registry import Registry
 
-from veneer_server.access.authenticate import Access
+from veneer_server.access.audit import Audit
+from veneer_server.access.authenticate import Access, TokenCheck
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.identity_file import IdentityFile
-from veneer_server.access.tokens import Tokens, TokenSettings
 from veneer_server.config import Address, ServerConfig
 from veneer_server.queues.refusal_pace import Pace
 from veneer_server.rpc.adapter_service import AdapterService
@@ -88,18 +88,9 @@ class Doors:
         self.gateway: Gateway | None = None
         self._access = Access(
             None if config.keys_file is None else IdentityFile(config.keys_file),
-            Tokens(
-                TokenSettings(
-                    issuer=config.jwt_issuer,
-                    audience=config.jwt_audience,
-                    keys=config.jwt_keys,
-                    tenant_claim=config.jwt_tenant_claim,
-                    roles_claim=config.jwt_roles_claim,
-                )
-            )
-            if config.jwt_issuer
-            else None,
+            _tokens(config),
         )
+        self._audit = Audit(None)
         self._certificates = None
         if config.tls_cert is not None and config.tls_key is not None:
             self._certificates = Certificates(
@@ -125,7 +116,13 @@ class Doors:
 
         Raises:
             CannotListen: an address cannot be bound.
+            InvalidField: the audit log cannot be opened.
         """
+        audit_log = self._config.audit_log
+        if audit_log is None and self._access.asks:
+            audit_log = self._config.data_dir / "audit.jsonl"
+        self._audit = Audit(audit_log)
+        resources.callback(self._audit.close)
         metrics = await self._open_metrics(resources)
         openai = await self._open_openai(resources, connections)
         return Bound(await self._open_grpc(resources, connections), metrics, openai)
@@ -199,6 +196,7 @@ class Doors:
                     ),
                     pace=self._pace,
                     access=self._access,
+                    audit=self._audit,
                 )
             ],
             options=channel_options(
@@ -247,6 +245,7 @@ class Doors:
             max_connections=most,
             pace=self._pace,
             access=self._access,
+            audit=self._audit,
             tls=self._http_tls,
         )
         try:
@@ -256,6 +255,23 @@ class Doors:
         self.gateway = gateway
         resources.push_async_callback(gateway.stop)
         return address
+
+
+def _tokens(config: ServerConfig) -> TokenCheck | None:
+    if not config.jwt_issuer:
+        return None
+    # Imported here, since its libraries make each start longer.
+    from veneer_server.access.tokens import Tokens, TokenSettings
+
+    return Tokens(
+        TokenSettings(
+            issuer=config.jwt_issuer,
+            audience=config.jwt_audience,
+            keys=config.jwt_keys,
+            tenant_claim=config.jwt_tenant_claim,
+            roles_claim=config.jwt_roles_claim,
+        )
+    )
 
 
 def _cannot_listen(flag: str, address: Address, why: str) -> CannotListen:

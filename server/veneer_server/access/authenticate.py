@@ -11,7 +11,7 @@ from veneer_registry.errors import PermissionDenied, Unauthenticated
 
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.methods import OPEN, roles_for
-from veneer_server.access.principal import ANYONE, Principal, denied
+from veneer_server.access.principal import ANYONE, PRINCIPAL, Principal, denied
 
 __all__ = ["Access", "Credentials", "TokenCheck"]
 
@@ -69,7 +69,7 @@ class Access:
         return self._identities is not None or self._tokens is not None
 
     async def admit(self, method: str, credentials: Credentials) -> Principal:
-        """Who calls.
+        """Who calls; also in `PRINCIPAL` from now on, whether the call is let in or not.
 
         Args:
             method: as in `methods.METHODS`.
@@ -78,6 +78,7 @@ class Access:
             Unauthenticated: no credential, or one that is not valid.
             PermissionDenied: none of the caller's roles takes the method.
         """
+        PRINCIPAL.set(ANYONE)
         roles = roles_for(method)
         if roles is None:
             raise PermissionDenied(
@@ -87,6 +88,7 @@ class Access:
         if not self.asks or roles is OPEN:
             return ANYONE
         principal = await self._principal(credentials)
+        PRINCIPAL.set(principal)
         if not principal.has(roles):
             raise denied(roles, principal, method.rpartition("/")[2] or method, method)
         return principal

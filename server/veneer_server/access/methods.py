@@ -11,7 +11,7 @@ from typing import Final
 
 from veneer_server.access.principal import ROLES, Role
 
-__all__ = ["METHODS", "OPEN", "SCRAPE", "roles_for"]
+__all__ = ["AUDITED", "METHODS", "OPEN", "SCRAPE", "roles_for"]
 
 OPEN: Final[frozenset[Role]] = frozenset()
 """Anybody may call it, also without a credential."""
@@ -78,6 +78,12 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     }
 )
 """By gRPC path (``/service/method``), or HTTP verb and path."""
+
+
+AUDITED: Final = frozenset(
+    name for name, roles in METHODS.items() if roles in (_PUBLISHERS, _ADMINS, _OPERATORS)
+)
+"""Methods that change something: each call is in the audit log."""
 
 
 def roles_for(method: str) -> frozenset[Role] | None:

@@ -60,6 +60,10 @@ class ServerConfig:
     jwt_roles_claim: str = setting(
         "roles", kinds.TEXT,
         "Claim with a token's roles.")
+    audit_log: Path | None = setting(
+        "auto", kinds.optional(kinds.FILE, "auto"),
+        "File for the audit log, a JSON line for each change and each refusal; auto is "
+        "audit.jsonl in --data-dir, if callers need a key or token.")
     tls_cert: Path | None = setting(
         "", kinds.optional(kinds.FILE),
         "Certificate for TLS on every port, in PEM with its intermediate ones; read again when "

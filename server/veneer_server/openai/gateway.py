@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import uvicorn
 
+from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access
 from veneer_server.access.handshakes import Handshakes
 from veneer_server.config import Address
@@ -45,6 +46,7 @@ class Gateway:
         max_connections: int = 512,
         pace: Pace | None = None,
         access: Access | None = None,
+        audit: Audit | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
@@ -54,6 +56,7 @@ class Gateway:
             connection, or is closed if none is idle.
         pace: delays refusals; None for the default.
         access: lets requests in; None lets everybody in.
+        audit: notes requests that are refused.
         tls: None for plain HTTP.
         """
         pace = pace or Pace()
@@ -64,6 +67,7 @@ class Gateway:
             pace=pace,
             reader_limit_s=reader_limit_s,
             started=int(time.time()),
+            audit=audit or Audit(None),
         )
         self._bodies = core.bodies
         app = make_app(core, hosts, access or Access())

@@ -6,12 +6,14 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.errors import InvalidField, ModelLoading, QueueFull, VeneerError
 from veneer_registry.registry import Registry
 
+from veneer_server.access.audit import Audit
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.errors import internal_error, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
@@ -68,6 +70,7 @@ class Core:
     pace: Pace
     reader_limit_s: float
     started: int
+    audit: Audit = field(default_factory=lambda: Audit(None))
     loaded: Loaded | None = None
 
     @property
@@ -107,7 +110,13 @@ class _Job:
 
 
 class GenerateEndpoint(ABC):
-    """An ASGI application for one path."""
+    """An ASGI application for one path.
+
+    Attributes:
+        method: as in `access.methods.METHODS`.
+    """
+
+    method: ClassVar[str]
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -168,6 +177,7 @@ class GenerateEndpoint(ABC):
         reason = error.reason if isinstance(error, VeneerError) else error.code
         if isinstance(error, VeneerError):
             self._core.metrics.failures.labels(reason).inc()
+            self._core.audit.note(self.method, CALLER.get(), error)
         if not isinstance(error, ModelLoading):  # waiting clients retry over and over
             _log.info("call refused", method=type(self).__name__, reason=reason)
         if not reply.started and http_failure(error).status in PACED:
@@ -184,6 +194,8 @@ class GenerateEndpoint(ABC):
 
 class ChatEndpoint(GenerateEndpoint):
     """``POST /v1/chat/completions``."""
+
+    method = "POST /v1/chat/completions"
 
     def _parse(self, body: object) -> _Job:
         core, fields = self._core, parse_fields(ChatFields, body)
@@ -202,6 +214,8 @@ class ChatEndpoint(GenerateEndpoint):
 
 class CompletionEndpoint(GenerateEndpoint):
     """``POST /v1/completions``."""
+
+    method = "POST /v1/completions"
 
     def _parse(self, body: object) -> _Job:
         core, fields = self._core, parse_fields(CompletionFields, body)

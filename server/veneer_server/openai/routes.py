@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import Counter, Histogram
 from starlette.routing import Route
@@ -21,7 +21,6 @@ from veneer_registry.records import AdapterRecord
 from veneer_server import __version__
 from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.methods import METHODS
-from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.openai.errors import PACED, HttpError, http_failure
@@ -179,6 +178,7 @@ def _add_errors(app: FastAPI, core: Core) -> None:
 
     @app.exception_handler(VeneerError)
     async def refused(request: Request, error: VeneerError) -> JSONResponse:
+        core.audit.note(f"{request.method} {_listed(request.url.path)}", CALLER.get(), error)
         core.metrics.failures.labels(error.reason).inc()
         return await answer(error)
 
@@ -188,6 +188,11 @@ def _add_errors(app: FastAPI, core: Core) -> None:
         core.metrics.failures.labels(failure.reason).inc()
         return await answer(failure)
 
+    @app.exception_handler(404)
+    async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
+        # A path that `Edge` lists and no route matches: a model's name with a line break.
+        return await answer(_unknown_path(request.url.path))
+
 
 class Edge:
     """The outermost layer: request id, metrics, and an answer whatever happens inside."""
@@ -195,6 +200,7 @@ class Edge:
     def __init__(self, app: FastAPI, core: Core, hosts: AllowedHosts, access: Access) -> None:
         self._app = app
         self._access = access
+        self._audit = core.audit
         self._hosts = hosts
         self._pace = core.pace
         self._failures = core.metrics.failures
@@ -228,10 +234,7 @@ class Edge:
         verb, path = scope["method"], _listed(scope["path"])
         allowed = [name.split()[0] for name in METHODS if name.endswith(f" {path}")]
         if not allowed:
-            known = ", ".join(sorted(_PATHS))
-            raise HttpError(
-                404, "unknown_url", f"unknown path {scope['path'][:100]!r}: use {known}"
-            )
+            raise _unknown_path(scope["path"])
         verb = "GET" if verb == "HEAD" else verb
         if verb not in allowed:
             takes = ", ".join(sorted(allowed))
@@ -246,7 +249,7 @@ class Edge:
         }
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         credentials = Credentials.of_headers(text, names)
-        PRINCIPAL.set(await self._access.admit(f"{verb} {path}", credentials))
+        await self._access.admit(f"{verb} {path}", credentials)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -275,6 +278,9 @@ class Edge:
             reason = error.code if isinstance(error, HttpError) else error.reason
             if isinstance(error, VeneerError):
                 self._failures.labels(reason).inc()
+                self._audit.note(
+                    f"{scope['method']} {_listed(scope['path'])}"[:200], CALLER.get(), error
+                )
             _log.info("call refused", method="http", reason=reason)
             await self._pace.wait(CALLER.get())
             failure = http_failure(error)
@@ -292,6 +298,11 @@ class Edge:
     def malformed(self, error: HttpError) -> None:
         """Count a request that was not valid HTTP."""
         self._requests.labels("other", str(error.status)).inc()
+
+
+def _unknown_path(path: str) -> HttpError:
+    known = ", ".join(sorted(_PATHS))
+    return HttpError(404, "unknown_url", f"unknown path {path[:100]!r}: use {known}")
 
 
 def _listed(path: str) -> str:

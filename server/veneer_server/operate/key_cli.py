@@ -14,7 +14,6 @@ import typer
 from veneer_registry.command_line import Program
 from veneer_registry.errors import InvalidField
 
-from veneer_server.access.edit_keys import add_key, list_keys, revoke_key
 from veneer_server.access.principal import DEFAULT_TENANT, ROLES
 from veneer_server.config import load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
@@ -56,6 +55,7 @@ def new_key(
     **flags: Any,
 ) -> None:
     """Make a key and print it, once: the file keeps only its digest."""
+    from veneer_server.access.edit_keys import add_key
 
     def run() -> None:
         roles: Any = list(dict.fromkeys(role or ["inference"]))
@@ -78,6 +78,7 @@ def new_key(
 @with_flags(options("keys_file"))
 def list_all(*, as_json: Json = False, debug: Debug = False, **flags: Any) -> None:
     """List the keys: id, name, tenant, roles and expiry."""
+    from veneer_server.access.edit_keys import list_keys
 
     def run() -> None:
         now = datetime.now(UTC)
@@ -127,6 +128,8 @@ def revoke(
     **flags: Any,
 ) -> None:
     """Remove a key: a running server refuses its next call."""
+    from veneer_server.access.edit_keys import revoke_key
+
     guarded(lambda: revoke_key(_file(flags), id), debug)
 
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 import grpc
 from veneer_registry.errors import Aborted, InvalidField, ModelLoading, VeneerError
 
+from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
-from veneer_server.access.principal import PRINCIPAL
 from veneer_server.errors import internal_error, to_grpc_status, without_frames
 from veneer_server.logs import REQUEST_ID, get_logger
 from veneer_server.queues.refusal_pace import Pace
@@ -78,6 +78,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         checks: Mapping[str, Callable[[bytes], None]] | None = None,
         pace: Pace | None = None,
         access: Access | None = None,
+        audit: Audit | None = None,
     ) -> None:
         """Args:
         receiving: decides which requests are read; None for the default bounds.
@@ -87,7 +88,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             `decoder`.
         pace: delays refusals; None for the default.
         access: lets calls in; None lets everybody in.
+        audit: notes calls that change something or are refused.
         """
+        self._audit = audit or Audit(None)
         self._access = access or Access()
         self._pace = pace or Pace()
         self._checks = checks or {}
@@ -215,7 +218,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def guarded(requests: Any, context: Any) -> Any:
             started = time.perf_counter()
             code = grpc.StatusCode.OK.name
-            fallback_id = uuid.uuid4().hex
+            request, fallback_id = None, uuid.uuid4().hex
             REQUEST_ID.set(fallback_id)
             CALLER.set(peer := context.peer())
             try:
@@ -225,7 +228,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     request = await receive(requests, context)
                     with self._open.one(method), self._calls.running():
                         REQUEST_ID.set(_request_id(request) or fallback_id)
-                        return await behaviour(request, context)
+                        answer = await behaviour(request, context)
+                self._audit.note(method, peer, request=request, answer=answer)
+                return answer
             except VeneerError as error:
                 code = error.code
                 failure = without_frames(error)
@@ -243,6 +248,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 handling.observe(time.perf_counter() - started)
                 handled.labels(service, name, code).inc()
+            self._audit.note(method, peer, failure, request=request)
             request = None  # grpc keeps an aborted call's frames for a while
             return await self._refuse(method, failure, context)
 
@@ -254,7 +260,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         headers = {key: value for key, value in metadata if isinstance(value, str)}
         names = _certificate_names(context) if self._access.asks else ()
         credentials = Credentials.of_headers(headers, names)
-        PRINCIPAL.set(await self._access.admit(method, credentials))
+        await self._access.admit(method, credentials)
 
     async def _refuse(self, method: str, error: VeneerError, context: Any) -> Any:
         name = method.rpartition("/")[2]

@@ -16,6 +16,7 @@ from veneer_registry.errors import ContextTooLong, DeadlineTooShort, VeneerError
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
+from veneer_server.access.principal import PRINCIPAL
 from veneer_server.engine_client.client import EngineClient
 from veneer_server.logs import get_logger
 from veneer_server.serving.adapters.use import AdapterUse, source_of
@@ -337,6 +338,8 @@ class Generator:
             stop_token_ids=list(call.stop_token_ids),
             constraint=call.constraint,
             use_prefix_cache=call.use_prefix_cache is not False,
+            # How many tokens were cached tells what somebody else has asked.
+            cache_scope=PRINCIPAL.get().tenant,
             deadline=deadline,
             caller=CALLER.get(),
         )

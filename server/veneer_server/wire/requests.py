@@ -57,7 +57,7 @@ class SequenceRequest(Message, frozen=True):
         top_logprobs: how many most likely tokens to report beside each log-probability.
         stop_token_ids: end the sequence, in addition to the model's own.
         use_prefix_cache: whether to share K and V with other sequences of the same prefix.
-        cache_scope: prefixes are shared only within a scope.
+        cache_scope: prefixes are shared only within a scope, the caller's tenant.
         deadline: when the first token is due, on the monotonic clock, which the processes
             of a machine share; a sequence that cannot meet it is refused.
         caller: who sent the request, if known; callers take turns in the queue for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,13 +18,19 @@ import httpx
 import psutil
 import pytest
 import trustme
-from veneer_client import AsyncClient, Text
-from veneer_registry.errors import InvalidField, Unauthenticated, VeneerError
+from veneer_client import AsyncClient, RetryPolicy, Text
+from veneer_registry.errors import (
+    InvalidField,
+    ServerUnreachable,
+    Unauthenticated,
+    VeneerError,
+)
 from veneer_server.access.certificates import Certificates
 from veneer_server.access.edit_keys import add_key
 from veneer_server.config import ConfigInvalid, load_config
 from veneer_server.system.descriptors import HANDSHAKES
 
+from tests.places import REPOSITORY
 from tests.refused import refused
 from tests.unit.server.rpc.front_harness import Front, running, until
 
@@ -323,3 +330,58 @@ async def test_strangers_that_do_not_speak_tls_disturb_nobody(
                 assert answer.status_code == 200
         for writer in open_:
             writer.close()
+
+
+async def test_a_client_is_told_what_is_wrong_with_its_address(
+    base_folder: Path, front_cache: Path, tmp_path: Path, pki: Pki
+) -> None:
+    async with front_with(base_folder, front_cache, tmp_path / "front", pki) as front:
+        address = front.addresses["grpc"]
+        async with AsyncClient(f"https://{address}", retry=RetryPolicy(attempts=1)) as client:
+            with refused(ServerUnreachable, cause="certificate"):
+                await client.info(timeout_s=20)
+        async with AsyncClient(address, retry=RetryPolicy(attempts=1)) as client:
+            with pytest.raises(ServerUnreachable) as caught:
+                await client.info(timeout_s=20)
+            assert "https://" in caught.value.message
+    async with running(base_folder, front_cache, tmp_path / "plain") as front:
+        address = f"https://{front.addresses['grpc']}"
+        async with AsyncClient(
+            address, ca=pki.ca_file, retry=RetryPolicy(attempts=1)
+        ) as client:
+            with refused(ServerUnreachable, cause="no_tls"):
+                await client.info(timeout_s=20)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[str, str]:
+    """Certificate and key, as the command makes them; a second time it refuses."""
+    out = tmp_path / "tls"
+    command = [REPOSITORY / ".venv" / "bin" / "veneer-server", "tls", "self-signed"]
+    command += ["--name", "localhost", "--name", "127.0.0.1", "--out", str(out)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert str(out / "cert.pem") in told.stdout
+    assert (out / "key.pem").stat().st_mode & 0o077 == 0
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, "--out" in again.stderr) == (1, True)
+    return str(out / "cert.pem"), str(out / "key.pem")
+
+
+async def test_a_self_signed_certificate_serves_those_who_have_it(
+    base_folder: Path, front_cache: Path, tmp_path: Path, made: tuple[str, str]
+) -> None:
+    cert, key = made
+    async with running(
+        base_folder,
+        front_cache,
+        tmp_path / "front",
+        credentials=grpc.ssl_channel_credentials(content(cert)),
+        openai_listen="127.0.0.1:0",
+        tls_cert=cert,
+        tls_key=key,
+    ) as front:
+        async with AsyncClient(f"https://{front.addresses['grpc']}", ca=cert) as client:
+            assert (await client.generate(Text("Hello"), max_tokens=1)).text
+        async with httpx.AsyncClient(verify=cert, trust_env=False) as http:
+            answer = await http.get(f"https://{front.addresses['openai']}/v1/models")
+            assert answer.status_code == 200
