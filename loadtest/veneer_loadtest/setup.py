@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from veneer_client.local import LocalServer
 from veneer_registry.child_python import child_python
 
 from veneer_loadtest import workload
+from veneer_loadtest.cpus import Cpus, during
 from veneer_loadtest.errors import BadOption
 from veneer_loadtest.report import without_folders
 
@@ -52,14 +53,17 @@ async def target(
     base_folder: Path | None,
     threads: int,
     flags: Sequence[str],
+    cpus: Cpus | None = None,
 ) -> AsyncIterator[Target]:
     """A server spawned for this run (``spawn``), or the one at ``address``.
 
     Args:
         base_folder: the base that a spawned server serves; None: the bundled one.
+        cpus: of a spawned server and of this process; None: both use all.
 
     Raises:
-        BadOption: neither or both are given, or there is no base to spawn a server with.
+        BadOption: neither or both are given, CPUs for a running server, or there is no base to
+            spawn a server with.
         ServerUnreachable: it did not start.
     """
     if spawn == (address is not None):
@@ -68,12 +72,21 @@ async def target(
             metadata={"one_of": "--spawn --server"},
         )
     if address is not None:
+        if cpus is not None:
+            raise BadOption(
+                "--cpus goes with --spawn: a running server's CPUs are not this program's",
+                metadata={"field": "cpus"},
+            )
         async with AsyncClient(address, timeout_s=120.0) as client:
             yield Target(client, f"(running at {address})")
         return
     folder = find_base_folder(base_folder)
     all_flags = ["--base", str(folder), "--threads", str(threads), *flags]
-    with LocalServer(all_flags) as server:
+    with ExitStack() as stack:
+        with during(cpus.server) if cpus else nullcontext():
+            server = stack.enter_context(LocalServer(all_flags))
+        if cpus:
+            stack.enter_context(during(cpus.client))
         async with AsyncClient(server.address, timeout_s=120.0) as client:
             yield Target(client, without_folders(server.command), server.data_dir)
 

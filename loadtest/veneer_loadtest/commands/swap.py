@@ -30,6 +30,7 @@ from veneer_loadtest.commands.common import (
 )
 from veneer_loadtest.commands.common import run as run_command
 from veneer_loadtest.commands.output import FailIf, HtmlFile, Label, Outputs
+from veneer_loadtest.cpus import parse_cpus
 from veneer_loadtest.load.session import StopSignal, stop_on_signals
 from veneer_loadtest.load.summary import parse_limit, parse_seconds
 from veneer_loadtest.results import Case, ChurnBy, ChurnFigures, SwapResult
@@ -40,7 +41,7 @@ __all__ = ["EXAMPLES", "KEYS", "swap"]
 EXAMPLES = (
     "Examples:\n\n  veneer-loadtest swap --spawn\n\n"
     "  veneer-loadtest swap --server 127.0.0.1:50051 --samples 50 --json swap.json\n\n"
-    "  veneer-loadtest swap --spawn --samples 1 --churn-by load\n\n"
+    "  veneer-loadtest swap --spawn --samples 1 --churn-by load --cpus 0/1\n\n"
     "  veneer-loadtest swap --spawn --churn 0 --fail-if 'disk_delta_ms>100'"
 )
 
@@ -79,6 +80,14 @@ def swap(
     churn_phases: Annotated[int, typer.Option(help="Phases of each kind.", min=1)] = 2,
     base_folder: BaseFolder = None,
     threads: Threads = 0,
+    cpus_text: Annotated[
+        str,
+        typer.Option(
+            "--cpus",
+            metavar="SERVER/CLIENT",
+            help="CPUs of the spawned server and of the client, such as 0/1 or 0-2/3.",
+        ),
+    ] = "",
     server_flag: ServerFlag = None,
     seed: Seed = 1,
     label: Label = "",
@@ -95,7 +104,8 @@ def swap(
         outputs = Outputs(json_file, html_file, limits, {})
         outputs.check()
         phase_s = parse_seconds("--churn", churn_text)
-        used = threads or report.usable_cores()
+        cpus = parse_cpus(cpus_text)
+        used = threads or (len(cpus.server) if cpus else report.usable_cores())
         conditions = report.conditions()
         warn_if_busy()
         OUT.print(f"seed {seed}", style="dim")
@@ -106,6 +116,7 @@ def swap(
                 base_folder=base_folder,
                 threads=used,
                 flags=server_flag or (),
+                cpus=cpus,
             ) as ours:
                 info = await ours.client.info()
                 options = swapping.SwapOptions(
@@ -149,6 +160,7 @@ def swap(
                 "backend": info.backend,
                 "base_model": info.base_model.name,
                 "quantization": info.base_model.quantization,
+                **({"cpus": cpus_text} if cpus else {}),
             },
             workload={
                 "rank": rank,
