@@ -103,7 +103,7 @@ class Scheduler:
 
     @property
     def waiting_adapters(self) -> tuple[str, ...]:
-        """Weights digests, sorted: `SchedulerLimits.planned_adapters` of the longest waiting."""
+        """Weights digests, sorted: at most `planned_adapters`, the longest waiting ones."""
         return tuple(sorted(self._waiting.wanted(self.limits.planned_adapters)))
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
