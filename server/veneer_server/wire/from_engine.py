@@ -162,7 +162,8 @@ class Occupancy(Message, frozen=True):
         waiting_for_adapter: of `waiting`, those whose adapter is not resident.
         kv_blocks_used, kv_blocks: the pool.
         kv_blocks_cached: unused blocks that hold a prefix.
-        running_adapters, waiting_adapters: weights digests, sorted.
+        running_adapters, waiting_adapters: weights digests, sorted; of those that wait, 256
+            at most, the longest waiting ones.
     """
 
     running: int

@@ -103,8 +103,8 @@ class Scheduler:
 
     @property
     def waiting_adapters(self) -> tuple[str, ...]:
-        """Weights digests, sorted."""
-        return self._waiting.digests
+        """Weights digests, sorted: at most `planned_adapters`, the longest waiting ones."""
+        return tuple(sorted(self._waiting.wanted(self.limits.planned_adapters)))
 
     def least_tokens(self, sequence: Sequence) -> tuple[int, int]:
         """Fewest tokens to compute before a sequence that is not queued yet can get its

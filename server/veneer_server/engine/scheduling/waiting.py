@@ -86,7 +86,6 @@ class WaitingSequences:
         self._changed: set[str | None] = set()
         """Groups that sequences joined since residency was last noted."""
         self._resident: Set[str] = frozenset()
-        self._sorted: tuple[str, ...] | None = ()
         self._count = self._front = self._back = 0
 
     def __len__(self) -> int:
@@ -104,13 +103,6 @@ class WaitingSequences:
     def keys(self) -> KeysView[str | None]:
         """Weights digests, and None if sequences of the base wait."""
         return self._groups.keys()
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Weights digests, sorted."""
-        if self._sorted is None:
-            self._sorted = tuple(sorted(d for d in self._groups if d is not None))
-        return self._sorted
 
     def wanted(self, most: int) -> list[str]:
         """Weights digests by their oldest sequences, the oldest first."""
@@ -141,7 +133,6 @@ class WaitingSequences:
         group = self._groups.get(sequence.digest)
         if group is None:
             group = self._groups[sequence.digest] = WaitingGroup(sequence.digest)
-            self._sorted = None
         elif first:
             self._take_out(group)
         new = not group.sequences
@@ -168,7 +159,6 @@ class WaitingSequences:
         del group.sequences[sequence.id]
         if not group.sequences:
             del self._groups[sequence.digest]
-            self._sorted = None
         elif leads:
             at = bisect_left(self._in_order, group.place, key=lambda each: each.place)
             self._in_order.insert(at, group)

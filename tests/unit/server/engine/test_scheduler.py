@@ -409,6 +409,14 @@ def lines_of_a_step(waiting: int, adapters: int) -> int:
     return lines
 
 
+def test_of_many_waiting_adapters_the_longest_waiting_are_reported() -> None:
+    """The engine reports them after each step; thousands would make the step longer."""
+    world = World(planned=4)
+    for number in range(1, 10):
+        world.submit(number, 3, 3, adapter("ihgfedcba"[number - 1]))
+    assert world.scheduler.waiting_adapters == ("f", "g", "h", "i")
+
+
 @pytest.mark.parametrize("adapters", [0, 50, 3000])
 def test_a_step_does_no_more_work_when_more_sequences_wait(adapters: int) -> None:
     """A step must not become longer for those that run."""
