@@ -105,15 +105,31 @@ def _edited(path: Path) -> Iterator[tomlkit.TOMLDocument]:
 
 def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    mode = path.stat().st_mode & 0o777 if path.exists() else FILE_MODE
+    before = path.stat() if path.exists() else None
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
     try:
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)
-            os.fchmod(file.fileno(), mode)
+            if before is not None:
+                _keep_owner(path, file.fileno(), before)
+                os.fchmod(file.fileno(), before.st_mode & 0o777)
         sync(draft)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _keep_owner(path: Path, fd: int, before: os.stat_result) -> None:
+    """A server that could not read the new file would go on with the old keys."""
+    if (before.st_uid, before.st_gid) == (os.geteuid(), os.fstat(fd).st_gid):
+        return
+    try:
+        os.fchown(fd, before.st_uid, before.st_gid)
+    except PermissionError as error:
+        raise InvalidField(
+            f"{path} belongs to another user or group, and would become yours: run this as "
+            f"user {before.st_uid}",
+            metadata={"file": str(path), "cause": "owner"},
+        ) from error

@@ -67,7 +67,7 @@ class IdentityFile:
         return self._identities
 
     async def _read_again(self, number: int) -> None:
-        seen = _stamp(self._path)
+        seen, before = _stamp(self._path), self._identities
         try:
             self._identities, self._stamp = await asyncio.to_thread(_read, self._path)
         except VeneerError as error:
@@ -77,7 +77,8 @@ class IdentityFile:
                 _log.warning("the keys file is not used, the last one stays", why=str(error))
         else:
             self._reported = ()
-            _log.info("keys read", keys=len(self._identities.keys))
+            if self._identities != before:
+                _log.info("keys read", keys=len(self._identities.keys))
         finally:
             self._reading, self._done = None, number
 

@@ -54,18 +54,17 @@ class ApiKey:
         return self.expires is not None and now >= self.expires
 
 
+@dataclass(frozen=True, slots=True)
 class Identities:
-    """What a file with keys and certificates says: who has which."""
+    """What a file with keys and certificates says: who has which.
 
-    def __init__(
-        self, keys: Mapping[str, ApiKey], certificates: Mapping[str, Principal]
-    ) -> None:
-        """Args:
+    Attributes:
         keys: by id.
         certificates: by subject alternative name.
-        """
-        self.keys = keys
-        self.certificates = certificates
+    """
+
+    keys: Mapping[str, ApiKey]
+    certificates: Mapping[str, Principal]
 
     def by_key(self, key: str, now: datetime) -> Principal | None:
         """Whose key it is; None if it is unknown or has expired. Takes the same time for a

@@ -15,7 +15,13 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import grpc
-from veneer_registry.errors import Aborted, InvalidField, ModelLoading, VeneerError
+from veneer_registry.errors import (
+    Aborted,
+    Cancelled,
+    InvalidField,
+    ModelLoading,
+    VeneerError,
+)
 
 from veneer_server.access.audit import Audit
 from veneer_server.access.authenticate import Access, Credentials
@@ -44,6 +50,9 @@ _PACED: Final = frozenset(
     {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 )
 """Codes of invalid requests; see `pace`."""
+
+_LEFT: Final = Cancelled("the caller left, or its deadline passed")
+"""How the audit log has calls whose end nobody waited for."""
 
 _SIZE: ContextVar[int] = ContextVar("size", default=0)
 """Bytes of the current call's request if it is large, else 0."""
@@ -236,11 +245,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 failure = without_frames(error)
             except asyncio.CancelledError:
                 code = _cancelled_code(context)
+                self._audit.note(method, peer, _LEFT, request=request)
                 raise
             except Exception as error:
                 if context.cancelled() or context.done():
                     # Writing to a caller that has left raises grpc's own exception.
                     code = _cancelled_code(context)
+                    self._audit.note(method, peer, _LEFT, request=request)
                     raise asyncio.CancelledError from error
                 failure = internal_error(REQUEST_ID.get())
                 code = failure.code

@@ -14,7 +14,14 @@ from veneer_server.access.audit import Audit
 from veneer_server.access.edit_keys import add_key
 
 from tests.refused import refused
-from tests.unit.server.rpc.front_harness import failure, make_adapter, prompt, running, upload
+from tests.unit.server.rpc.front_harness import (
+    failure,
+    make_adapter,
+    prompt,
+    running,
+    until,
+    upload,
+)
 
 DELETE = "/veneer.v1.AdapterService/DeleteAdapter"
 SECRETS = ("whisper this", "vn_")
@@ -79,6 +86,25 @@ async def test_changes_and_refusals_are_noted_with_who_and_what(
     text = file.read_text("utf-8")
     for secret in (*SECRETS, *keys.values(), str(tmp_path)):
         assert secret not in text
+
+
+async def test_a_change_whose_caller_leaves_is_noted(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    """It may have taken effect."""
+    log = tmp_path / "audit.jsonl"
+    folder = make_adapter(tmp_path / "a")
+    async with running(
+        base_folder, front_cache, tmp_path / "front", audit_log=str(log)
+    ) as front:
+        call = front.adapters.UploadAdapter()
+        await call.write(next(iter(upload(folder, "chat"))))
+        await until(lambda: front.calls == 1)
+        call.cancel()
+        await until(lambda: front.calls == 0)
+    assert [(each["method"][-13:], each["outcome"]) for each in lines(log)] == [
+        ("UploadAdapter", "CANCELLED")
+    ]
 
 
 async def test_without_keys_there_is_none_unless_it_is_asked_for(

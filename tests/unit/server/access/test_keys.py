@@ -218,6 +218,17 @@ def test_editing_keeps_comments_and_other_keys(file: Path) -> None:
         revoke_key(file, "abcdefgh")
 
 
+def test_editing_as_root_leaves_the_file_to_its_owner(file: Path) -> None:
+    """A server of that user must be able to read what was revoked."""
+    new(file)
+    owner = 65534 if os.geteuid() == 0 else os.geteuid()
+    os.chown(file, owner, -1)
+    key = new(file)
+    assert file.stat().st_uid == owner
+    revoke_key(file, key)
+    assert file.stat().st_uid == owner
+
+
 def test_the_file_does_not_hold_the_key(file: Path) -> None:
     key = new(file)
     assert key.split("_", 2)[2] not in file.read_text()
