@@ -84,6 +84,12 @@ def test_the_thread_that_calls_is_bound_during_steps_only(served: Served) -> Non
     assert seen.is_set()
 
 
+def test_the_thread_that_ends_an_engine_is_not_bound_afterwards(served: Served) -> None:
+    mine = os.sched_getaffinity(0)
+    served.decoder.engine(2, [[max(mine)], [min(mine)]]).close()
+    assert os.sched_getaffinity(0) == mine
+
+
 def test_a_cpu_that_is_gone_leaves_its_thread_free(served: Served) -> None:
     """As when a container's set of CPUs changes between the look at it and the start."""
     logits, mine = step(served), os.sched_getaffinity(0)

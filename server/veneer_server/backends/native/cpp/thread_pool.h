@@ -95,8 +95,7 @@ class ThreadPool {
             before_.read(pthread_self());
             if (!callers_.bind(pthread_self())) before_.clear();
         }
-        awake_.store(1, std::memory_order_seq_cst);
-        syscall(SYS_futex, &awake_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+        wake_others();
     }
     void let_sleep() {
         awake_.store(0, std::memory_order_seq_cst);
@@ -174,9 +173,14 @@ class ThreadPool {
         }
     }
 
+    void wake_others() {
+        awake_.store(1, std::memory_order_seq_cst);
+        syscall(SYS_futex, &awake_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    }
+
     void end() {
         stopping_.store(true);
-        wake();
+        wake_others();
         for (auto& thread : threads_) thread.join();
     }
 
