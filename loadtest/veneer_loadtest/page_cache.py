@@ -45,7 +45,10 @@ def is_cached(path: Path) -> bool:
         return True
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
     libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped,
+    ):
         first = ctypes.c_char.from_buffer(mapped)
         refused = libc.mincore(ctypes.byref(first), ctypes.c_size_t(size), pages)
         del first  # a map with a reference into it cannot be closed
