@@ -3,6 +3,7 @@ one-line client error."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from veneer_server.openai.http.asgi import MAX_BODY
 
+from tests.hostile.connection import PostConnection
 from tests.hostile.http import json_cases
 from tests.unit.server.openai.kit import BASE, CHAT
 from tests.unit.server.rpc.front_harness import Front, make_adapter
@@ -21,17 +23,16 @@ JSON = {"content-type": "application/json"}
 NOT_SERVED = 501
 
 
-def shape(answer: httpx.Response) -> str:
+def shape(status: int, body: bytes) -> str:
     """What is wrong with an answer; empty if nothing is."""
-    status = answer.status_code
     if status == 200:
         return ""
     if status >= 500 and status != NOT_SERVED:
-        return f"status {status}: {answer.text[:200]}"
+        return f"status {status}: {body[:200]!r}"
     try:
-        error = answer.json()["error"]
+        error = json.loads(body)["error"]
     except (ValueError, KeyError):
-        return f"status {status} without an error object: {answer.text[:200]}"
+        return f"status {status} without an error object: {body[:200]!r}"
     if "\n" in error["message"] or len(error["message"].encode()) > 800:
         return f"a message of {len(error['message'])} characters: {error['message'][:200]}"
     return ""
@@ -39,18 +40,19 @@ def shape(answer: httpx.Response) -> str:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_no_field_of_a_body_is_our_fault(
-    path: str, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    path: str, front: Front, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong: list[str] = []
     tried = [case for case in json_cases(BASE) if case.path == path]
     assert len(tried) > 2000
     with caplog.at_level(logging.INFO):
-        for case in tried:
-            caplog.clear()
-            answer = await http.post(case.path, content=case.body, headers=JSON)
-            if problem := shape(answer):
-                wrong.append(f"{case.name}: {problem}")
-            wrong += [f"{case.name}: log: {line}" for line in noise(caplog.records)]
+        async with PostConnection(front.addresses["openai"]) as connection:
+            for case in tried:
+                caplog.clear()
+                answer = await connection.post(case.path, case.body)
+                if problem := shape(answer.status, answer.body):
+                    wrong.append(f"{case.name}: {problem}")
+                wrong += [f"{case.name}: log: {line}" for line in noise(caplog.records)]
     assert not wrong, f"{len(wrong)} of {len(tried)}:\n" + "\n".join(wrong[:40])
 
 
@@ -91,7 +93,7 @@ async def test_no_path_is_our_fault(
     for path in (*PATHS, "/v1/models", "/health", "/version", "/v1/chat/completions"):
         caplog.clear()
         answer = await http.request(method, path)
-        problem = shape(answer) if method != "HEAD" else ""
+        problem = shape(answer.status_code, answer.content) if method != "HEAD" else ""
         if answer.status_code >= 500 or problem:
             wrong.append(f"{path[:60]}: {answer.status_code} {problem}")
         wrong += [f"{path[:60]}: log: {line}" for line in noise(caplog.records)]
@@ -122,7 +124,7 @@ async def test_no_header_is_our_fault(
 ) -> None:
     body = httpx.Request("POST", "http://x/", json=CHAT).content
     answer = await http.post("/v1/chat/completions", content=body, headers=HEADERS[at])  # type: ignore[arg-type]
-    assert shape(answer) == ""
+    assert shape(answer.status_code, answer.content) == ""
     assert answer.status_code in (200, 415), answer.text
     assert noise(caplog.records) == []
     assert [r.getMessage() for r in caplog.records if r.name.startswith("uvicorn")] == []
@@ -133,4 +135,4 @@ async def test_a_body_at_the_limit_of_size(http: httpx.AsyncClient, shown: str) 
     body = shown.encode() + b" " * (MAX_BODY - len(shown))
     answer = await http.post("/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 400
-    assert shape(answer) == ""
+    assert shape(answer.status_code, answer.content) == ""

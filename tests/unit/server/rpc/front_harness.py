@@ -188,6 +188,8 @@ async def running(
             "cache_dir": str(cache),
             "port_file": str(port_file),
             "grace": "5",
+            # Tests send many invalid requests from one host; those about the delay set a rate.
+            "refusal_rate": "0",
             **flags,
         },
         {},
