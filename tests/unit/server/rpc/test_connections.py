@@ -32,7 +32,14 @@ async def front(base_folder: Path, front_cache: Path, tmp_path: Path) -> AsyncIt
 
 def channel(front: Front, number: int) -> Any:
     """A connection of its own."""
-    options = (("grpc.use_local_subchannel_pool", 1), ("tests.number", number))
+    options = (
+        ("grpc.use_local_subchannel_pool", 1),
+        ("tests.number", number),
+        # A client whose connection was closed connects again at once, not after seconds.
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 100),
+    )
     return grpc.aio.insecure_channel(front.addresses["grpc"], options=options)
 
 
