@@ -7,11 +7,13 @@ Counts only grow. A server that is killed loses those of the last `COMMIT_S` sec
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final, TypeVar
 
 from veneer_registry.errors import InvalidField, VeneerError
 
@@ -28,6 +30,8 @@ MEASURE_S: Final = 60.0
 DAY_S: Final = 86400
 
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,11 @@ class UsageBook:
         self._waits: Batch | None = None
         """What is being written, or could not be."""
         self._turn = asyncio.Lock()
+        # One thread: a caller that leaves does not end what the store is doing for it.
+        self._thread = ThreadPoolExecutor(1, "usage")
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._commits: set[asyncio.Task[None]] = set()
+        self._measuring: asyncio.Task[None] | None = None
         self._measured = time.monotonic()
         self._failing = self._stopped = False
 
@@ -123,19 +130,21 @@ class UsageBook:
     async def start(self) -> None:
         """Begin to measure what is stored."""
         await self._measure()
-        self._begin(self._keep_measuring())
+        self._measuring = asyncio.create_task(self._keep_measuring())
 
     async def stop(self) -> None:
         """Commit everything, and close the store. No call may count any more."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._measuring is not None:
+            self._measuring.cancel()
+            await asyncio.wait({self._measuring})
+        await asyncio.gather(*self._commits)
         await self._measure()
         await self.commit()
-        await asyncio.to_thread(self._store.close)
+        await self._in_thread(self._store.close)
+        self._thread.shutdown()
 
     async def commit(self) -> None:
         """Write what has been counted so far. If the disk refuses, it is tried again later."""
@@ -144,10 +153,10 @@ class UsageBook:
                 if self._waits is None:
                     self._waits = self._batch()
                 try:
-                    await asyncio.shield(asyncio.to_thread(self._store.write, self._waits))
-                except VeneerError as error:
+                    await self._in_thread(self._store.write, self._waits)
+                except (VeneerError, sqlite3.Error, OSError) as error:
                     if not self._failing:
-                        _log.error("usage is not written yet", why=str(error))
+                        _log.error("usage is not written yet", error)
                     self._failing = True
                     if not self._stopped:
                         self._schedule()
@@ -176,7 +185,7 @@ class UsageBook:
                 metadata={"field": "start"},
             )
         async with self._turn:
-            found = await asyncio.to_thread(self._store.report, tenant, first, last)
+            found = await self._in_thread(self._store.report, tenant, first, last)
             if first is not None and found.oldest is not None and first < found.oldest:
                 hour = time.gmtime(found.oldest * HOUR_S)
                 oldest = time.strftime("%Y-%m-%dT%H:00:00Z", hour)
@@ -222,12 +231,12 @@ class UsageBook:
 
     def _due(self) -> None:
         self._timer = None
-        self._begin(self.commit())
+        task = asyncio.create_task(self.commit())
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _keep_measuring(self) -> None:
         while True:
@@ -237,7 +246,7 @@ class UsageBook:
     async def _measure(self) -> None:
         """Charge what was stored since the last look, by what is stored now."""
         try:
-            found = await asyncio.to_thread(self._look)
+            found = await self._in_thread(self._look)
         except Exception as error:  # disk errors must not end the loop
             _log.error("stored bytes are not known", error)
             return

@@ -147,10 +147,34 @@ async def test_a_disk_that_refuses_stops_nothing_and_loses_nothing(tmp_path: Pat
     assert sum(found.values()) == 500
 
 
+async def test_a_caller_that_leaves_while_it_is_told_disturbs_nothing(tmp_path: Path) -> None:
+    book = book_of(tmp_path / "u.db", Wall())
+    for n in range(200):
+        use(book, f"t{n % 3}", 1)
+        asking = asyncio.create_task(book.report(None, None, None))
+        await asyncio.sleep(0)
+        if n % 2:
+            await asyncio.sleep(0.0005)
+        asking.cancel()
+        await book.commit()
+    assert sum((await tokens(book)).values()) == 200
+    await book.stop()
+
+
 def batch(store: UsageStore, hour: int, number: int = 1) -> None:
     counts = Counts(requests=number, adapter_byte_hours=0.5)
     store.write(Batch(store.batch + 1, hour, {"a": counts}, {}))
     store.batch += 1
+
+
+def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = UsageStore(tmp_path / "u.db")
+    added = {"a": Counts(requests=1), "b": Counts(requests=1 << 70)}
+    with pytest.raises(OverflowError):
+        store.write(Batch(1, 5, added, {}))
+    assert store.report(None, None, 10**6).counts == {}
+    store.write(Batch(1, 5, {"a": Counts(requests=2)}, {}))
+    assert store.report(None, None, 10**6).counts["a"].requests == 2
 
 
 def test_old_hours_become_one_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,146 @@
+"""Whose limits a call counts towards, by the keys file and the command that edits it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+from veneer_registry.errors import InvalidField
+from veneer_server.access.edit_keys import add_key, list_keys
+from veneer_server.access.identity_file import IdentityFile
+from veneer_server.access.keys import MAX_FILE, parse_identities
+from veneer_server.access.principal import Principal
+from veneer_server.access.tokens import Tokens, TokenSettings
+from veneer_server.operate.key_cli import key_cli
+from veneer_server.quotas.quota import Account, Quota
+
+from tests.refused import refused
+
+KEY = f'[keys.abcdefgh]\nroles = ["inference"]\nsha256 = "{"0" * 64}"\n'
+PATH = Path("keys.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (KEY + "limits = 3", "keys.abcdefgh.limits"),
+        (KEY + "limits = {rpm = 3}", "keys.abcdefgh.limits.rpm"),
+        (KEY + "limits = {adapters = 0}", "keys.abcdefgh.limits.adapters"),
+        (KEY + "limits = {adapters = -1}", "keys.abcdefgh.limits.adapters"),
+        (KEY + "limits = {adapters = 1e30}", "keys.abcdefgh.limits.adapters"),
+        (KEY + "limits = {adapters = inf}", "keys.abcdefgh.limits.adapters"),
+        (KEY + 'limits = {adapters = "many"}', "keys.abcdefgh.limits.adapters"),
+        ("limits = []", "limits"),
+        ("[limits]\nrequests = 3", "limits.requests"),
+        ("[tenants.a]\nlimit = {adapters = 3}", "tenants.a.limit"),
+        ("[tenants.a.limits]\nadapter = 3", "tenants.a.limits.adapter"),
+        ("[tenants.A]", "tenants.A"),
+        ("tenants = 3", "tenants"),
+    ],
+)
+def test_a_wrong_limit_is_named(text: str, field: str) -> None:
+    with refused(InvalidField, field=field):
+        parse_identities(text, PATH)
+
+
+def test_keys_certificates_and_tenants() -> None:
+    found = parse_identities(
+        KEY + 'limits = {requests_per_minute = 5}\ntenant = "a"\n'
+        '[certificates."x.example"]\nroles = ["inference"]\ntenant = "b"\n'
+        'limits = {requests_per_minute = "none"}\n'
+        "[limits]\nrequests_per_minute = 9\nadapters = 2\n"
+        "[tenants.a.limits]\ntokens_per_minute = 7\n",
+        PATH,
+    )
+    assert found.keys["abcdefgh"].principal.accounts == (
+        Account("key:abcdefgh", Quota(requests_per_minute=5, adapters=2)),
+        Account("tenant:a", Quota(tokens_per_minute=7)),
+    )
+    assert found.certificates["x.example"].accounts == (
+        Account("certificate:x.example", Quota(adapters=2)),
+    )
+    other = found.limited(Principal("s", "a", frozenset(), (Account("token:a/s", Quota()),)))
+    assert other.accounts == (
+        Account("token:a/s", Quota(requests_per_minute=9, adapters=2)),
+        Account("tenant:a", Quota(tokens_per_minute=7)),
+    )
+
+
+def test_without_limits_a_call_has_no_accounts() -> None:
+    found = parse_identities(KEY + "[tenants.a.limits]\nadapters = 1\n", PATH)
+    assert found.keys["abcdefgh"].principal.accounts == ()
+
+
+def test_each_subject_of_tokens_has_an_account_of_its_own(tmp_path: Path) -> None:
+    keys = tmp_path / "jwks.json"
+    keys.write_text(_JWKS)
+    tokens = Tokens(TokenSettings("https://idp.example", "veneer", str(keys)))
+    subjects = [
+        *("ann", "bob", "", None, 7, "x" * 128, "x" * 129, "x" * 130, "a\nb", "a\rb"),
+        "token",
+    ]
+    ids = set()
+    for tenant in ("a", "b"):
+        for subject in subjects:
+            claims = {"sub": subject, "tenant": tenant, "roles": ["inference"]}
+            (account,) = tokens._of(claims).accounts  # private: a signed token says no more
+            ids.add(account.id)
+    assert len(ids) == 2 * len(subjects)
+    assert max(map(len, ids)) < 200
+    assert all(id.isprintable() for id in ids)
+
+
+_JWKS = json.dumps(
+    {
+        "keys": [
+            {"kty": "EC", "crv": "P-256", "kid": "k", "use": "sig"}
+            | {"x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU"}
+            | {"y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}
+        ]
+    }
+)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(key_cli, [*arguments, "--keys-file", str(file)])
+
+    limits = ("--limit", "requests-per-minute=60", "--limit", "adapter_bytes=2GiB")
+    assert run("new", "--name", "app", *limits).exit_code == 0
+    (key,) = json.loads(run("ls", "--json").stdout)
+    assert key["limits"] == {"requests_per_minute": 60, "adapter_bytes": 2 << 30}
+    assert "requests-per-minute=60" in run("ls").stdout
+    (listed,) = list_keys(file)
+    assert listed.principal.accounts[0].quota == Quota(
+        requests_per_minute=60, adapter_bytes=2 << 30
+    )
+    before = file.read_text()
+    for wrong in ("rpm=3", "adapters", "adapters=0", "adapters=1e30", "adapters=-3", "=4"):
+        failed = run("new", "--limit", wrong)
+        assert (failed.exit_code, failed.stdout) == (1, ""), wrong
+        assert len(failed.stderr.splitlines()) == 1
+    assert "did you mean" in run("new", "--limit", "token-per-minute=3").stderr
+    assert file.read_text() == before
+
+
+def test_a_file_with_a_hundred_thousand_keys_is_refused_by_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    add_key(
+        file,
+        name="app",
+        tenant="a",
+        roles=["inference"],
+        expires=datetime.now(UTC),
+        limits={"requests_per_minute": 60},
+    )
+    entry = file.read_text()
+    file.write_text(entry * 100_000)
+    with pytest.raises(InvalidField) as caught:
+        IdentityFile(file)
+    assert str(MAX_FILE) in caught.value.message
