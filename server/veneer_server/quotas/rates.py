@@ -79,6 +79,10 @@ class Quotas:
         self._clock = clock or monotonic
         self._uses: OrderedDict[str, _Use] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Accounts whose use is remembered."""
+        return len(self._uses)
+
     def admit(self, accounts: Sequence[Account], samples: int = 1) -> Reservation:
         """Count a request; to be used in a ``with``, which ends it.
 
