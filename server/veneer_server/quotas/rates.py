@@ -79,8 +79,9 @@ class Quotas:
         self._clock = clock or monotonic
         self._uses: OrderedDict[str, _Use] = OrderedDict()
 
-    def __len__(self) -> int:
-        """Accounts whose use is remembered."""
+    @property
+    def remembered(self) -> int:
+        """Number of accounts whose use is remembered."""
         return len(self._uses)
 
     def admit(self, accounts: Sequence[Account], samples: int = 1) -> Reservation:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import httpx
+import openai
 import pytest
 from veneer_client import AsyncClient, Text, aio_connection
 from veneer_proto.v1 import inference_pb2, inference_pb2_grpc
@@ -373,3 +374,24 @@ async def test_our_client_gives_up_where_waiting_is_long_or_no_use(
     async with await sdk(limited, small) as client:
         with refused(QuotaExceeded, limit="tokens_per_minute"):
             await client.generate(Text("Hello there, you"), max_tokens=1)
+
+
+async def test_openais_client_knows_what_it_is_told(limited: Limited) -> None:
+    rate, quota = limited.caller(requests_per_minute=1), limited.caller(tokens_per_minute=1)
+    url = f"http://{limited.front.addresses['openai']}/v1"
+
+    def client(caller: Caller) -> openai.AsyncOpenAI:
+        http = httpx.AsyncClient(trust_env=False)
+        return openai.AsyncOpenAI(
+            base_url=url, api_key=caller.key, max_retries=0, http_client=http
+        )
+
+    async with client(rate) as sdk_, client(quota) as other:
+        raw = await sdk_.completions.with_raw_response.create(model=BASE, prompt="Hi")
+        assert left(raw.headers) == ("1", "0", "1m0s")
+        with pytest.raises(openai.RateLimitError) as caught:
+            await sdk_.completions.create(model=BASE, prompt="Hi")
+        assert caught.value.code == "rate_limit_exceeded"
+        with pytest.raises(openai.RateLimitError) as caught:
+            await other.completions.create(model=BASE, prompt="Hello there, you")
+        assert caught.value.code == "insufficient_quota"

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from veneer_proto.v1 import adapters_pb2
+from veneer_registry.errors import QuotaExceeded
+from veneer_registry.records import UploadRequest
 from veneer_server.access.edit_keys import add_key
+from veneer_server.quotas.quota import Account, Quota
+from veneer_server.quotas.stores import Stored
+from veneer_server.quotas.uploads import UploadQuotas
+from veneer_server.quotas.usage import UsageBook
+from veneer_server.quotas.usage_store import UsageStore
 
+from tests.refused import refused
 from tests.unit.server.quotas.kit import Caller, Limited
 from tests.unit.server.rpc.front_harness import failure, make_adapter, running, until, upload
 
@@ -87,6 +97,53 @@ async def test_uploads_at_once_do_not_pass_the_limit_together(
         )
         for adapter in listed.adapters:
             await delete(caller, adapter.name)
+
+
+class Racing:
+    """FAKE stores: while one upload looks, another one is stored and ends."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.meanwhile: list[Callable[[], None]] = []
+
+    def tenants(self) -> list[str]:
+        return ["a"]
+
+    def stored(self, tenant: str) -> Stored:
+        seen = self.count
+        for end in self.meanwhile:
+            end()
+        self.meanwhile.clear()
+        return Stored(seen, 0)
+
+    def adds(self, tenant: str, request: UploadRequest) -> Stored:
+        return Stored(1, 0)
+
+    def there(self, tenant: str, request: UploadRequest) -> int:
+        return 0
+
+
+async def test_an_upload_that_ends_while_another_looks_is_seen(tmp_path: Path) -> None:
+    stores, loop = Racing(), asyncio.get_running_loop()
+    book = UsageBook(UsageStore(tmp_path / "u.db"), stores)
+    quotas, limit = UploadQuotas(stores, book), Account("tenant:a", Quota(adapters=1))
+
+    def reserve() -> Any:
+        request = UploadRequest(name="x", files=())
+        return quotas.reserve([limit], "a", request, publish=True, resume=False)
+
+    first = await reserve()
+
+    def end() -> None:
+        stores.count += 1
+        ended = threading.Event()
+        loop.call_soon_threadsafe(lambda: (first.close(), ended.set()))
+        assert ended.wait(30)
+
+    stores.meanwhile.append(end)
+    with refused(QuotaExceeded, limit="adapters", used="1"):
+        await reserve()
+    await book.stop()
 
 
 async def test_an_upload_that_fails_gives_back(limited: Limited, folders: list[Path]) -> None:
