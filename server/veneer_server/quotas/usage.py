@@ -19,7 +19,7 @@ from veneer_registry.errors import InvalidField, VeneerError
 
 from veneer_server.logs import get_logger
 from veneer_server.quotas.stores import Stores
-from veneer_server.quotas.usage_store import HOUR_S, Batch, Counts, UsageStore
+from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, Counts, UsageStore
 
 __all__ = ["COMMIT_S", "DAY_S", "MEASURE_S", "Report", "UsageBook"]
 
@@ -78,6 +78,8 @@ class UsageBook:
         self._changed: set[str] = set()
         self._uploaded = store.uploaded()
         self._uploaded_changed: set[tuple[int, str]] = set()
+        self._upload_day = -1
+        """That of the last upload."""
         self._number = store.batch
         self._waits: Batch | None = None
         """What is being written, or could not be."""
@@ -108,11 +110,21 @@ class UsageBook:
 
     def upload(self, account: str, size: int) -> None:
         """An account has uploaded so many bytes more."""
-        key = (self._day(), account)
+        key = (day := self._day(), account)
+        if day != self._upload_day:
+            self._forget_days(day)
         self._uploaded[key] = self._uploaded.get(key, 0) + size
         self._uploaded_changed.add(key)
         if self._timer is None:
             self._schedule()
+
+    def _forget_days(self, now: int) -> None:
+        """Keep no more days than the store does."""
+        self._upload_day = now
+        days = sorted({day for day, _ in self._uploaded} | {now})
+        for key in [key for key in self._uploaded if key[0] in days[:-MAX_DAYS]]:
+            del self._uploaded[key]
+            self._uploaded_changed.discard(key)
 
     @property
     def day_ends_s(self) -> float:
@@ -158,8 +170,7 @@ class UsageBook:
                     if not self._failing:
                         _log.error("usage is not written yet", error)
                     self._failing = True
-                    if not self._stopped:
-                        self._schedule()
+                    self._schedule()
                     return
                 self._waits, self._failing = None, False
 
@@ -226,8 +237,9 @@ class UsageBook:
         return Batch(self._number, self._hour(), added, uploaded)
 
     def _schedule(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._commit_s, self._due)
+        if not self._stopped:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._commit_s, self._due)
 
     def _due(self) -> None:
         self._timer = None
@@ -257,7 +269,7 @@ class UsageBook:
             if size:
                 self.of(tenant).adapter_byte_hours += size * hours
                 self._changed.add(tenant)
-                if self._timer is None and not self._stopped:
+                if self._timer is None:
                     self._schedule()
 
     def _look(self) -> dict[str, int]:

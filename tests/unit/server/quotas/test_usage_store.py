@@ -18,7 +18,7 @@ from veneer_registry.records import UploadRequest
 from veneer_server.quotas import usage_store
 from veneer_server.quotas.stores import Stored
 from veneer_server.quotas.usage import DAY_S, UsageBook
-from veneer_server.quotas.usage_store import HOUR_S, Batch, Counts, UsageStore
+from veneer_server.quotas.usage_store import HOUR_S, MAX_DAYS, Batch, Counts, UsageStore
 
 from tests.places import REPOSITORY
 from tests.refused import refused
@@ -272,6 +272,22 @@ async def test_bytes_uploaded_today_survive_and_a_clock_locks_nobody_out(
         clock.now -= jump
         assert book.uploaded("key:a") == 100
     await book.stop()
+
+
+async def test_old_days_of_uploads_are_forgotten(tmp_path: Path) -> None:
+    clock = Wall(20_000 * DAY_S)
+    book = book_of(tmp_path / "u.db", clock)
+    for _ in range(20):
+        book.upload("key:a", 5)
+        book.upload("key:b", 5)
+        await book.commit()
+        clock.now += DAY_S
+    clock.now -= 2 * DAY_S
+    assert book.uploaded("key:a") == 5
+    clock.now -= 10 * DAY_S
+    assert book.uploaded("key:a") == 0
+    await book.stop()
+    assert len(UsageStore(tmp_path / "u.db").uploaded()) == 2 * MAX_DAYS
 
 
 async def test_stored_bytes_are_charged_by_the_hour(
