@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 from typer.testing import CliRunner
 from veneer_registry.errors import InvalidField
+from veneer_server.access.authenticate import Access, Credentials
 from veneer_server.access.edit_keys import add_key, list_keys
 from veneer_server.access.identity_file import IdentityFile
 from veneer_server.access.keys import MAX_FILE, parse_identities
@@ -109,6 +110,34 @@ async def test_each_subject_of_tokens_has_an_account_of_its_own(tmp_path: Path) 
     assert len(ids) == 2 * len(subjects)
     assert max(map(len, ids)) < 200
     assert all(id.isprintable() for id in ids)
+
+
+class Issuer:
+    """FAKE check of tokens: every token is ann's."""
+
+    async def principal(self, token: str) -> Principal:
+        return Principal(
+            "ann", "a", frozenset({"inference"}), (Account("token:a/ann", Quota()),)
+        )
+
+
+async def test_a_token_has_the_limits_of_the_file_as_it_is_now(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("[limits]\nadapters = 3\n")
+    access = Access(IdentityFile(file), Issuer())
+
+    async def limits() -> list[tuple[str, Quota]]:
+        found = await access.admit("POST /v1/completions", Credentials("Bearer e.y.J"))
+        return [(account.id, account.quota) for account in found.accounts]
+
+    assert await limits() == [("token:a/ann", Quota(adapters=3))]
+    file.write_text("[limits]\nadapters = 4\n[tenants.a.limits]\nadapters = 5\n")
+    assert await limits() == [
+        ("token:a/ann", Quota(adapters=4)),
+        ("tenant:a", Quota(adapters=5)),
+    ]
+    file.write_text("")
+    assert await limits() == []
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -74,7 +74,12 @@ async def test_requests_a_minute(limited: Limited) -> None:
     assert "token" not in {name.rpartition("-")[2] for name in answer.headers}
 
     limited.clock.now += 20.0
-    await caller.generate(prompt())
+    stream = caller.front.inference.GenerateStream(prompt(), metadata=caller.metadata)
+    async for _ in stream:
+        pass
+    assert left(dict(await stream.trailing_metadata())) == ("3", "0", "1m0s")
+    stream = caller.front.inference.GenerateStream(prompt(), metadata=caller.metadata)
+    assert left((await failure(stream)).trailing) == ("3", "0", "1m0s")
 
 
 async def test_tokens_a_minute(limited: Limited) -> None:
