@@ -130,7 +130,8 @@ class UsageStore:
             self._db, self.since, self.batch = _open(path)
         except CatalogDamaged as error:
             aside = _move_aside(path)
-            _log.error("usage file damaged, a new one begun", file=aside.name, why=str(error))
+            why = str(error.__cause__ or error)
+            _log.error("usage file damaged, a new one begun", file=aside.name, why=why)
             self._db, self.since, self.batch = _open(path)
         self._hour: int | None = None
         """The hour of the last batch."""
@@ -184,7 +185,12 @@ class UsageStore:
         """Uploaded bytes by day and account."""
         with database_errors(self._path):
             rows = self._db.execute("SELECT day, account, bytes FROM uploaded").fetchall()
-        return {(day, account): size for day, account, size in rows}
+        # A bit that flipped may have made another type of one.
+        return {
+            (day, account): size
+            for day, account, size in rows
+            if isinstance(day, int) and isinstance(account, str) and isinstance(size, int)
+        }
 
     def close(self) -> None:
         self._db.close()
@@ -239,15 +245,15 @@ def _open(path: Path) -> tuple[sqlite3.Connection, float, int]:
                 db.executescript(_SCHEMA)
                 db.execute("INSERT INTO facts VALUES (?, 0)", (time.time(),))
                 db.execute("COMMIT")
-            ((since, batch),) = db.execute("SELECT since, batch FROM facts")
+            facts = db.execute("SELECT since, batch FROM facts").fetchall()
             ((sound,),) = db.execute("PRAGMA quick_check(1)")
         except BaseException:
             db.close()
             raise
-        if sound != "ok":
+        if sound != "ok" or len(facts) != 1 or list(map(type, facts[0])) != [float, int]:
             db.close()
-            raise CatalogDamaged(sound)
-    return db, float(since), int(batch)
+            raise CatalogDamaged(f"quick_check: {sound}; facts: {facts[:2]}")
+    return db, *facts[0]
 
 
 def _move_aside(path: Path) -> Path:

@@ -221,7 +221,7 @@ async def test_usage_of_hours_that_are_gone_is_refused_and_not_too_small(
     await book.stop()
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "text", "cut"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "text", "cut", "no facts", "odd facts"])
 async def test_a_damaged_file_is_kept_aside(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "u.db"
     book = book_of(file, Wall())
@@ -238,6 +238,13 @@ async def test_a_damaged_file_is_kept_aside(tmp_path: Path, damage: str) -> None
             file.write_bytes(b"no database at all" * 100)
         case "cut":
             file.write_bytes(data[: len(data) // 2])
+        case "no facts" | "odd facts":
+            sql = (
+                "DELETE FROM facts" if damage == "no facts" else "UPDATE facts SET since = 'x'"
+            )
+            db = sqlite3.connect(file, isolation_level=None)
+            db.execute(sql)
+            db.close()
     again = book_of(file, Wall())
     use(again, "a", 1)
     assert await tokens(again) == {"a": 1}
